@@ -1,0 +1,186 @@
+"""Averages of the weights over time, which are what is evaluated and kept.
+
+EMA: an exponential moving average of parameters and batch-norm statistics, after every step. Its half-life is a
+fraction of the run, and its decay warms up as min(d, (1 + t) / (10 + t)) at the t-th update: so at first it averages
+the last tenth of the steps so far, and the initial weights are forgotten at once. A plain 0.999 would still hold 70 %
+of them after 350 steps. The warm-up is that of TensorFlow's `ExponentialMovingAverage(num_updates=)`.
+
+SWA: the plain mean of the weights at the ends of the last epochs (Izmailov et al. 2018, arXiv 1803.05407). Batch-norm
+statistics are no mean of weights, so they must be computed anew before it is evaluated: `recalibrate`.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from core.config import AveragingConfig
+
+# The fraction of the run from which an EMA speaks for it. The warm-up keeps the average within about a tenth of the
+# steps so far, whatever the half-life, so it lags only while accuracy climbs fast. Measured on digits (60 epochs of 16
+# steps, 3 seeds, 797 validation images, half-lives from 0.005 to 0.5 of the run): the average's accuracy lies 0.09
+# under the weights' own after 2 epochs of AdamW, 0.008 after 6, 0.005 after 12, 0.002 after 18; of SGD, 0.001 after 6.
+CAUGHT_UP_FRACTION = 0.25
+# (1 + t) / (10 + t): the numbers of TensorFlow's `ExponentialMovingAverage`.
+WARMUP_OFFSET = 10
+
+
+class Averaging(ABC):
+    """A copy of a network whose weights are an average of the network's over time."""
+
+    needs_recalibration = False
+    """Whether `recalibrate` must see `module` before it is evaluated."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        """The averaged network, in evaluation mode."""
+        self._count = 0  # how many states the average holds
+        self._own = _tensors(self.module)
+        self._model, self._theirs = model, _tensors(model)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an average yet."""
+        return self._count > 0
+
+    @abstractmethod
+    def update(self, model: nn.Module) -> None:
+        """To be called after every optimizer step."""
+
+    @abstractmethod
+    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+        """To be called at the end of every epoch, counted from 1."""
+
+    @abstractmethod
+    def caught_up(self, epoch: int) -> bool:
+        """Whether the average at the end of this epoch, counted from 1, speaks for the run: before, it lags behind."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs. The tensors are the live ones: save or copy them before the next step."""
+        return {"module": self.module.state_dict(), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to a state, bitwise."""
+        self.module.load_state_dict(state["module"])
+        self._count = state["count"]
+
+    @torch.no_grad()
+    def _blend(self, model: nn.Module, weight: float) -> None:
+        """Moves the average towards the model by this share of the way, in [0, 1]; integers are copied."""
+        if model is not self._model:
+            self._model, self._theirs = model, _tensors(model)
+        (floats, integers), (their_floats, their_integers) = self._own, self._theirs
+        torch._foreach_lerp_(floats, their_floats, weight)
+        if integers:
+            torch._foreach_copy_(integers, their_integers)
+        self._count += 1
+
+
+class ExponentialAveraging(Averaging):
+    """EMA; see the module."""
+
+    def __init__(self, config: AveragingConfig, model: nn.Module, total_steps: int, epochs: int) -> None:
+        super().__init__(model)
+        self._decay: float = 0.5 ** (1 / (config.half_life_fraction * total_steps))
+        self._epochs = epochs
+
+    def decay_at(self, t: int) -> float:
+        """The share that the average keeps of itself at the t-th update, counted from 0."""
+        return min(self._decay, (1 + t) / (WARMUP_OFFSET + t))
+
+    def update(self, model: nn.Module) -> None:
+        self._blend(model, 1 - self.decay_at(self._count))
+
+    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Nothing: every step has been averaged."""
+
+    def caught_up(self, epoch: int) -> bool:
+        return epoch >= CAUGHT_UP_FRACTION * self._epochs
+
+
+class StochasticAveraging(Averaging):
+    """SWA; see the module."""
+
+    def __init__(self, config: AveragingConfig, model: nn.Module, epochs: int) -> None:
+        super().__init__(model)
+        self._start_epoch = config.swa_start_fraction * epochs
+        self.needs_recalibration = bool(_batch_norms(model))
+
+    def update(self, model: nn.Module) -> None:
+        """Nothing: epochs are averaged, not steps."""
+
+    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+        if epoch >= self._start_epoch:
+            self._blend(model, 1 / (self._count + 1))
+
+    def caught_up(self, epoch: int) -> bool:
+        """With one epoch the average is the weights themselves; from two on it is its own."""
+        return epoch - 1 >= max(self._start_epoch, 1)
+
+
+def build_averaging(config: AveragingConfig, model: nn.Module, total_steps: int, epochs: int) -> Averaging | None:
+    """The averaging of a run of that many steps in that many epochs; None where it is off.
+
+    The model lies on its device already: the average is a copy, beside it.
+    """
+    if config.name == "ema":
+        return ExponentialAveraging(config, model, total_steps, epochs)
+    if config.name == "swa":
+        return StochasticAveraging(config, model, epochs)
+    return None
+
+
+@torch.no_grad()
+def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Computes the running statistics of all batch norms anew: the mean over these batches' own.
+
+    As `torch.optim.swa_utils.update_bn`, but only batch norms are put into training mode: dropout and drop path stay
+    off, as they are when the network is used, and no random number is drawn. Without batch norms, nothing is read.
+
+    Args:
+        module: the network; its modes are as before afterwards.
+        batches: normalised images, each (N, C, H, W); each batch counts alike.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    norms = _batch_norms(module)
+    if not norms:
+        return
+    modes = {child: child.training for child in module.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    module.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # torch's word for the mean over all batches
+    try:
+        seen = 0
+        for images in batches:
+            module(images)
+            seen += 1
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for child, training in modes.items():
+            child.training = training
+    if not seen:
+        raise ValueError("no batch to recalibrate batch norm with")
+
+
+def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Those that keep running statistics: the others need no recalibration."""
+    return [child for child in module.modules() if isinstance(child, _BatchNorm) and child.track_running_stats]
+
+
+def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and buffers, floating ones first, integer ones second: the same order for a module and its copy."""
+    tensors = [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

@@ -1,0 +1,23 @@
+"""Any source of labelled images as uint8 tensors: decoded once, split with a seed, the test set locked.
+
+A data set goes through five steps, a module each: `files` and `arrays` list and read a source, `layout` reads classes
+off paths, `decode` turns bytes into pixels as a person sees them, `ingest` does so in parallel, and `dataset` puts the
+result into a `cache` that is memory-mapped from then on. `splits` draws validation images, and cuts a test set off
+where there is none; `builtin` knows the sets that have a name.
+"""
+
+from core.data.builtin import DatasetInfo, catalogue
+from core.data.dataset import DataReport, Dataset, TestSet, load_dataset, load_images, split
+from core.data.splits import Splits
+
+__all__ = [
+    "DataReport",
+    "Dataset",
+    "DatasetInfo",
+    "Splits",
+    "TestSet",
+    "catalogue",
+    "load_dataset",
+    "load_images",
+    "split",
+]

@@ -1,0 +1,184 @@
+"""Images that come as arrays: an .npz of the user's, or a set that another library loads."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.data.decode import SIXTEEN_TO_EIGHT, Pixels
+from core.data.layout import Entry
+from core.data.source import Payload, Source, file_stamp, one_line, plain_name
+from core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ArrayPart:
+    """Images in memory that share a place: the training arrays of a file, say."""
+
+    prefix: str
+    """What their ids begin with."""
+    images: NDArray[Any]
+    """(N, H, W) or (N, H, W, 1|3|4); uint8, or whatever `to_pixels` understands."""
+    labels: tuple[str, ...] | None
+    """A class an image."""
+    test: bool
+
+
+class ArraySource(Source):
+    """Images that come as arrays. They are loaded once, when first asked for."""
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(name, where)
+        self._loaded: list[ArrayPart] | None = None
+
+    @abstractmethod
+    def load(self) -> list[ArrayPart]:
+        """Reads the arrays."""
+
+    def labelled(self) -> list[Entry]:
+        entries = []
+        for part in self._parts():
+            if part.labels is None:
+                raise UserError(f"{self.where}: images without labels; wanted {NpzSource.KEYS}")
+            entries += [Entry(f"{part.prefix}{i}", label, part.test) for i, label in enumerate(part.labels)]
+        return entries
+
+    def unlabelled(self) -> list[Entry]:
+        return [Entry(f"{part.prefix}{i}") for part in self._parts() for i in range(len(part.images))]
+
+    def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
+        position = 0
+        parts = self._parts()
+        scale = _pixel_scale([part.images for part in parts], self.where)
+        for part in parts:
+            for image in part.images:
+                yield position, _to_pixels(image, scale)
+                position += 1
+        assert position == len(entries)
+
+    def _parts(self) -> list[ArrayPart]:
+        if self._loaded is None:
+            self._loaded = self.load()
+        return self._loaded
+
+
+def _pixel_scale(arrays: list[NDArray[Any]], where: str) -> float:
+    """What values are multiplied by to lie in 0 to 255, one rule for all arrays of a set.
+
+    Raises:
+        UserError: the values are neither 8-bit, nor 16-bit, nor in [0, 1].
+    """
+    kind = arrays[0].dtype
+    if any(array.dtype != kind for array in arrays):
+        raise UserError(f"{where}: its images have different types: {', '.join(str(a.dtype) for a in arrays)}")
+    if kind == np.uint8:
+        return 1
+    if kind == np.uint16:
+        return 1 / SIXTEEN_TO_EIGHT
+    if kind == np.bool_:
+        return 255
+    if kind.kind in "iuf":
+        low = min(float(array.min()) for array in arrays if array.size)
+        high = max(float(array.max()) for array in arrays if array.size)
+        if kind.kind == "f" and low >= 0 and high <= 1:
+            return 255
+        if low >= 0 and high <= 255:  # a NaN fails both
+            return 1
+        raise UserError(f"{where}: its pixels run from {low:g} to {high:g}; give uint8, uint16, or floats in [0, 1]")
+    raise UserError(f"{where}: its images are of type {kind}; give uint8, uint16, or floats in [0, 1]")
+
+
+def _to_pixels(image: NDArray[Any], scale: float) -> Pixels:
+    return image if image.dtype == np.uint8 else np.rint(image * np.float64(scale)).astype(np.uint8)
+
+
+class NpzSource(ArraySource):
+    """An .npz of images and labels; pickled objects in it are refused."""
+
+    # (images, labels, ids begin with, test). The first family whose first key is there is taken: MedMNIST's names
+    # (Yang et al. 2023, https://doi.org/10.1038/s41597-022-01721-8), Keras's, and plain ones.
+    FAMILIES = (
+        (("train_images", "train_labels", "train/", False), ("val_images", "val_labels", "val/", False),
+         ("test_images", "test_labels", "test/", True)),
+        (("x_train", "y_train", "train/", False), ("x_val", "y_val", "val/", False),
+         ("x_test", "y_test", "test/", True)),
+        (("images", "labels", "", False),),
+        (("x", "y", "", False),),
+    )  # fmt: skip
+    KEYS = "images and labels, x and y, x_train y_train x_test y_test, or train_images train_labels …"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(plain_name(path), str(path))
+        self.path = path
+
+    def stamp(self) -> str:
+        return file_stamp(self.path)
+
+    def load(self) -> list[ArrayPart]:
+        try:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return self._read(arrays)
+        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise UserError(
+                f"{self.where}: cannot be read as an .npz of plain arrays ({one_line(error)}); save it anew"
+            ) from error
+
+    def unlabelled(self) -> list[Entry]:
+        """All images; of a file with a training and a test part, the test part alone is what is to be predicted."""
+        parts = [part for part in self._parts() if part.test] or self._parts()
+        self._loaded = parts
+        return super().unlabelled()
+
+    def _read(self, arrays: Any) -> list[ArrayPart]:
+        keys = set(arrays.files)
+        for family in self.FAMILIES:
+            present = [row for row in family if row[0] in keys]
+            if not present:
+                continue
+            if any(prefix == "val/" for _, _, prefix, _ in present):
+                logger.warning("%s: its validation images join the training pool; validation is drawn from both",
+                               self.where)  # fmt: skip
+            return [self._part(arrays, *row) for row in present]
+        raise UserError(f"{self.where}: its keys are {', '.join(sorted(keys)) or 'none'}; wanted {self.KEYS}")
+
+    def _part(self, arrays: Any, images_key: str, labels_key: str, prefix: str, test: bool) -> ArrayPart:
+        images = self._channels_last(arrays[images_key], images_key)
+        labels = None
+        if labels_key in arrays.files:
+            labels = self._class_names(arrays[labels_key], labels_key)
+            if len(labels) != len(images):
+                raise UserError(f"{self.where}: {len(images)} {images_key} and {len(labels)} {labels_key}")
+        return ArrayPart(prefix, images, labels, test)
+
+    def _channels_last(self, images: NDArray[Any], key: str) -> NDArray[Any]:
+        if images.ndim == 3:
+            return images
+        if images.ndim == 4 and images.shape[-1] in (1, 3, 4):
+            return images
+        if images.ndim == 4 and images.shape[1] in (1, 3, 4):
+            return images.transpose(0, 2, 3, 1)
+        raise UserError(f"{self.where}: {key} is of shape {images.shape}; wanted (N, H, W) or (N, H, W, 1|3|4)")
+
+    def _class_names(self, labels: NDArray[Any], key: str) -> tuple[str, ...]:
+        if labels.ndim == 2 and labels.shape[1] == 1:  # MedMNIST's shape
+            labels = labels[:, 0]
+        if labels.ndim != 1:
+            raise UserError(f"{self.where}: {key} is of shape {labels.shape}; wanted (N,), one class an image")
+        if labels.dtype.kind == "f" and (labels == np.rint(labels)).all():
+            labels = labels.astype(np.int64)
+        if labels.dtype.kind == "S":
+            labels = labels.astype(np.str_)
+        if labels.dtype.kind not in "iubU":
+            raise UserError(f"{self.where}: {key} is of type {labels.dtype}; give whole numbers or names")
+        return tuple(str(label) for label in labels.tolist())

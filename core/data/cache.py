@@ -1,0 +1,110 @@
+"""A decoded data set on disk: plain .npy files that are memory-mapped, so that a second start takes no time.
+
+What a search may see and what the test set holds are separate files: a search never maps the test images. A cache is
+built in a temporary folder and renamed when it is complete, so one that is there is whole; that its files have the
+length that its description states is checked all the same, since disks fill up and copies break off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.data.decode import Pixels
+from core.errors import UserError
+
+# Raised whenever the files or the decoding change: older caches are then left alone and new ones built.
+FORMAT = 1
+
+META = "meta.json"
+
+
+def cache_key(name: str, *parts: Any) -> str:
+    """The name of a cache's folder: readable at its start, and different whenever one of the parts is."""
+    digest = hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:20]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:40]}-{digest}"
+
+
+def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """The folder of the cache `key` under `root`, and its description; built by `build` where it is not there whole.
+
+    `build` writes files into the folder it is given and returns the description. Several processes may build the same
+    cache at once: the first to finish wins.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    folder = root / key
+    meta = read_meta(folder)
+    if meta is not None:
+        return folder, meta
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=root, ignore_cleanup_errors=True) as temporary:
+            fresh = Path(temporary) / key
+            fresh.mkdir()
+            write_meta(fresh, build(fresh))
+            if read_meta(folder) is None:  # not there, or torn
+                shutil.rmtree(folder, ignore_errors=True)
+                try:
+                    fresh.rename(folder)
+                except OSError:
+                    if read_meta(folder) is None:  # otherwise another process was faster, and its cache is as good
+                        raise
+    except OSError as error:
+        raise UserError(
+            f"{root}: cannot write the cache of decoded images there ({error.strerror or error}); "
+            "free some space, or give another folder for it"
+        ) from error
+    meta = read_meta(folder)
+    assert meta is not None
+    return folder, meta
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Writes the description, with the length of each file, and makes sure that all of it has reached the disk."""
+    files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    (folder / META).write_text(json.dumps({**meta, "format": FORMAT, "files": files}), encoding="utf-8")
+    for file in folder.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """The description of a whole cache; None where there is none, or a torn one."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+        whole = meta["format"] == FORMAT and all(
+            (folder / name).stat().st_size == size for name, size in meta["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return meta if whole else None
+
+
+def write_images(path: Path, shape: tuple[int, int, int, int], images: Iterable[Pixels]) -> None:
+    """Writes images (C, H, W) as one .npy of `shape` (N, C, H, W), one at a time.
+
+    Through a file and not a map: on a full disk this raises, where a map would kill the process.
+    """
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for image in images:
+            file.write(np.ascontiguousarray(image).data)
+
+
+def open_array(path: Path, mapped: bool) -> Tensor:
+    """The tensor in an .npy; mapped copy-on-write, since torch has no read-only tensors, or read into memory."""
+    return torch.from_numpy(np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False))

@@ -1,0 +1,122 @@
+"""One image, from its bytes to uint8 pixels as a person sees them.
+
+Files say in many ways how they are meant to look: turned by an EXIF tag, with transparency, in sixteen bits, for
+print. All of that is applied here, once, so that nothing downstream has to know. An image whose three channels are
+equal is grey however it was stored, and comes out with one channel: so the same picture has the same digest as a
+greyscale PNG and as an RGB one, and a set of grey pictures trains on one channel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Pixels = NDArray[np.uint8]
+
+# What a name must end in to be taken for an image. Other files in a class folder (notes, .DS_Store) are left alone.
+IMAGE_SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2", ".avif",
+))  # fmt: skip
+
+# A 16-bit sample v shows as v / 257: 65535 / 255 = 257, so white stays white.
+SIXTEEN_TO_EIGHT = 257
+
+
+class BrokenImageError(Exception):
+    """Bytes that are no image, or a torn one, or one whose values have no defined range. Its text is the reason."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image and what is measured of it while it is in the processor's cache."""
+
+    pixels: Pixels
+    """(C, H, W), C is 1 where the image is grey, else 3."""
+    digest: bytes
+    """SHA-256 of shape and pixels: equal for images that look equal."""
+    moments: NDArray[np.int64]
+    """(C, 2): each channel's sum of pixels and of their squares, from which mean and deviation follow exactly."""
+
+
+def decode(payload: bytes | Pixels, size: tuple[int, int] | None) -> Decoded:
+    """Decodes a file's bytes, or takes an array (H, W) or (H, W, 1|3|4), resized to `size` (H, W) where given.
+
+    Resizing is Pillow's bicubic, whose support grows with the reduction, so that it does not alias.
+
+    Raises:
+        BrokenImageError: the bytes are no image that can be shown.
+    """
+    if isinstance(payload, bytes):
+        pixels = _read(payload, size)
+    else:
+        if payload.ndim == 3 and payload.shape[2] == 1:
+            payload = payload[..., 0]
+        if size is None and (payload.ndim == 2 or payload.shape[2] == 3):
+            pixels = payload
+        else:
+            pixels = _to_array(_as_seen(Image.fromarray(np.ascontiguousarray(payload))), size)
+    pixels = _drop_equal_channels(pixels)
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    digest.update(pixels.data)
+    return Decoded(pixels, digest.digest(), _moments(pixels))
+
+
+def to_channels(pixels: Pixels, channels: int) -> Pixels:
+    """(1|3, H, W) as (channels, H, W): grey is repeated, colour becomes its luma (ITU-R 601, as Pillow has it)."""
+    if len(pixels) == channels:
+        return pixels
+    if channels == 3:
+        return np.broadcast_to(pixels, (3, *pixels.shape[1:]))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L"))[None]
+
+
+def _read(payload: bytes, size: tuple[int, int] | None) -> Pixels:
+    try:
+        with Image.open(io.BytesIO(payload)) as image:
+            return _to_array(_as_seen(image), size)
+    except UnidentifiedImageError as error:  # its own words hold an address in memory
+        raise BrokenImageError("not an image" if payload else "an empty file") from error
+    except Exception as error:  # on torn files the codecs raise anything from SyntaxError to RuntimeError
+        raise BrokenImageError((str(error) or type(error).__name__).splitlines()[0]) from error
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    """The image upright, opaque, in mode L or RGB."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, which Pillow uses for 16-bit PGM
+        samples = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((samples + SIXTEEN_TO_EIGHT // 2) // SIXTEEN_TO_EIGHT).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _to_array(image: Image.Image, size: tuple[int, int] | None) -> Pixels:
+    if size is not None and image.size != (size[1], size[0]):
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def _drop_equal_channels(pixels: Pixels) -> Pixels:
+    """(H, W) or (H, W, 3) as (1|3, H, W), contiguous."""
+    if pixels.ndim == 3 and _is_grey(pixels):
+        pixels = pixels[..., 0]
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def _is_grey(pixels: Pixels) -> bool:
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    return bool((red == green).all() and (red == blue).all())
+
+
+def _moments(pixels: Pixels) -> NDArray[np.int64]:
+    flat = pixels.reshape(len(pixels), -1).astype(np.int64)
+    return np.stack([flat.sum(1), np.einsum("ci,ci->c", flat, flat)], axis=1)

@@ -1,0 +1,290 @@
+"""Images that lie in files: in folders, in archives, or named by a CSV.
+
+Archives are read in place: no member is ever written under its own name, and one whose path or link leads out of the
+archive is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import logging
+import lzma
+import os
+import posixpath
+import stat
+import tarfile
+import zipfile
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from core.data.layout import (
+    SPLIT_NAMES,
+    TEST_NAMES,
+    VAL_NAMES,
+    Entry,
+    Tree,
+    arrange,
+    image_files,
+    is_image,
+    member_path,
+)
+from core.data.source import Payload, Source, file_stamp, plain_name
+from core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# What reading an archive that was cut short, or damaged, raises.
+TORN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError)
+
+
+class _PathSource(Source):
+    """A source that is one file or folder of the user's."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(plain_name(path), str(path))
+        self.path = path
+
+    def stamp(self) -> str:
+        return file_stamp(self.path)
+
+
+class _TreeSource(_PathSource):
+    """A source whose classes are folders."""
+
+    @abstractmethod
+    def tree(self) -> Tree:
+        """All files and folders."""
+
+    def labelled(self) -> list[Entry]:
+        return arrange(self.tree(), self.where)
+
+    def unlabelled(self) -> list[Entry]:
+        return [Entry(file) for file in image_files(self.tree().files)]
+
+
+class FolderSource(_TreeSource):
+    """A folder on disk, or one image in it."""
+
+    def __init__(self, path: Path, only: str | None = None) -> None:
+        super().__init__(path)
+        self._only = only
+
+    def stamp(self) -> str:
+        listing = hashlib.sha256()
+        for file in sorted(self.tree().files):
+            status = os.stat(f"{self.path}/{file}")  # noqa: PTH116 - a Path each costs more than the call
+            listing.update(f"{file}|{status.st_size}|{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        return f"{self.path.resolve()}|{listing.hexdigest()}"
+
+    def tree(self) -> Tree:
+        if self._only is not None:
+            return Tree((self._only,), ())
+        files: list[str] = []
+        folders: list[str] = []
+        seen = set()
+        for root, names, leaves in os.walk(self.path, followlinks=True):
+            status = Path(root).stat()
+            if (status.st_dev, status.st_ino) in seen:  # a link back up would be walked for ever
+                names.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            relative = Path(root).relative_to(self.path).as_posix()
+            prefix = "" if relative == "." else f"{relative}/"
+            files += [prefix + name for name in leaves if is_image(name)]
+            folders += [prefix + name for name in names]
+        return Tree(tuple(files), tuple(folders))
+
+    def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
+        for position, entry in enumerate(entries):
+            yield position, _read(self.path / entry.id)
+
+
+def _read(path: Path) -> bytes | OSError:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return error
+
+
+class ZipSource(_TreeSource):
+    """A .zip, read without unpacking."""
+
+    def tree(self) -> Tree:
+        with self._open() as archive:
+            members = self._members(archive)
+            folders = [member_path(name, self.where) for name in archive.namelist() if name.endswith("/")]
+            return Tree(tuple(members), tuple(folders))
+
+    def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
+        with self._open() as archive:
+            members = self._members(archive)
+            for position, entry in enumerate(entries):
+                try:
+                    yield position, archive.read(members[entry.id])
+                except (KeyError, NotImplementedError, *TORN_ARCHIVE) as error:
+                    yield position, error
+
+    def _open(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.path)
+        except TORN_ARCHIVE as error:
+            raise _torn(self.where, error) from error
+
+    def _members(self, archive: zipfile.ZipFile) -> dict[str, str]:
+        """Path -> the name to read it by, which for a link is that of its target."""
+        members = {}
+        for info in archive.infolist():
+            path = member_path(info.filename, self.where)
+            if info.is_dir():
+                continue
+            if info.flag_bits & 1:
+                raise UserError(f"{self.where}: {path} is encrypted; give an archive without a password")
+            members[path] = info.filename
+            if stat.S_ISLNK(info.external_attr >> 16):
+                try:
+                    target = archive.read(info).decode(errors="replace")
+                except TORN_ARCHIVE as error:
+                    raise _torn(self.where, error) from error
+                members[path] = _link_target(path, target, self.where)
+        return members
+
+
+class _WholeTarInfo(tarfile.TarInfo):
+    """A member's header, or an error. `tarfile` takes a damaged header, or none, for the end of the archive, and would
+    silently drop the images behind it; an archive that is whole ends with a block of zeros."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _WholeTarInfo:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the block of zeros
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+class TarSource(_TreeSource):
+    """A .tar, compressed or not, read from front to back: a compressed one cannot be entered in the middle."""
+
+    def tree(self) -> Tree:
+        files: list[str] = []
+        folders: list[str] = []
+        for path, member, _ in self._members():
+            (folders if member.isdir() else files).append(path)
+        return Tree(tuple(dict.fromkeys(files)), tuple(folders))
+
+    def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
+        positions = {entry.id: position for position, entry in enumerate(entries)}
+        for path, member, archive in self._members():
+            if path in positions and not member.isdir():
+                yield positions[path], self._content(archive, member)
+
+    @staticmethod
+    def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Payload:
+        try:
+            content = archive.extractfile(member)
+        except KeyError as error:  # a link to nothing
+            return error
+        assert content is not None
+        return content.read()
+
+    def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
+        """Files, folders and links, each with its path."""
+        try:
+            with tarfile.open(self.path, tarinfo=_WholeTarInfo) as archive:
+                for member in archive:
+                    path = member_path(member.name, self.where)
+                    if member.issym():
+                        _link_target(path, member.linkname, self.where)
+                    elif member.islnk():
+                        member_path(member.linkname, self.where)
+                    if member.isfile() or member.isdir() or member.issym() or member.islnk():
+                        yield path, member, archive
+        except TORN_ARCHIVE as error:
+            raise _torn(self.where, error) from error
+
+
+def _link_target(path: str, target: str, where: str) -> str:
+    """The path that a symbolic link at `path` leads to.
+
+    Raises:
+        UserError: it leads out of the archive.
+    """
+    return member_path(posixpath.join(posixpath.dirname(path), target.replace("\\", "/")), where)
+
+
+def _torn(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: the archive is damaged or cut short ({error}); copy or download it again")
+
+
+class CsvSource(_PathSource):
+    """A table of paths, relative to its own folder, with a class each and perhaps a split."""
+
+    PATH_COLUMNS = ("path", "file", "filename", "image")
+    LABEL_COLUMNS = ("label", "class", "target")
+
+    def stamp(self) -> str:
+        digest = hashlib.sha256()
+        for entry in self.unlabelled():
+            digest.update(file_stamp(self.path.parent / entry.id).encode(errors="surrogateescape"))
+        return f"{super().stamp()}|{digest.hexdigest()}"
+
+    def labelled(self) -> list[Entry]:
+        rows = self._rows()
+        label = self._column(rows, self.LABEL_COLUMNS)
+        path = self._column(rows, self.PATH_COLUMNS)
+        entries = []
+        for number, row in rows:
+            if not row[label]:
+                raise UserError(f"{self.where}:{number}: no {label}; fill it in or remove the row")
+            split = row.get("split", "").casefold()
+            if split and split not in SPLIT_NAMES:
+                raise UserError(f"{self.where}:{number}: split is {row['split']!r}; write train, val or test")
+            entries.append(Entry(row[path], label=row[label], test=split in TEST_NAMES))
+        from_val = sum(row.get("split", "").casefold() in VAL_NAMES for _, row in rows)
+        if from_val:
+            logger.warning("%s: the %d rows of its split val join the training pool; validation is drawn from both",
+                           self.where, from_val)  # fmt: skip
+        if all(entry.test for entry in entries):
+            raise UserError(f"{self.where}: every row is in the split test; mark the others train")
+        return entries
+
+    def unlabelled(self) -> list[Entry]:
+        rows = self._rows()
+        path = self._column(rows, self.PATH_COLUMNS)
+        return [Entry(row[path]) for _, row in rows]
+
+    def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
+        for position, entry in enumerate(entries):
+            yield position, _read(self.path.parent / entry.id)
+
+    def _rows(self) -> list[tuple[int, dict[str, str]]]:
+        """The rows with their line numbers, column names in lower case."""
+        try:
+            with self.path.open(newline="", encoding="utf-8-sig") as lines:
+                reader = csv.reader(lines)
+                header = [name.strip().casefold() for name in next(reader, [])]
+                rows = []
+                for cells in reader:
+                    if not any(cells):
+                        continue
+                    if len(cells) != len(header):
+                        raise UserError(
+                            f"{self.where}:{reader.line_num}: {len(cells)} columns, and the header names {len(header)}"
+                        )
+                    rows.append((reader.line_num, dict(zip(header, map(str.strip, cells), strict=True))))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{self.where}: cannot be read as CSV in UTF-8 ({error})") from error
+        if not rows:
+            raise UserError(f"{self.where}: no row in it; wanted a header such as path,label and a row an image")
+        return rows
+
+    def _column(self, rows: list[tuple[int, dict[str, str]]], names: tuple[str, ...]) -> str:
+        header = rows[0][1]
+        for name in names:
+            if name in header:
+                return name
+        raise UserError(f"{self.where}: no column {' or '.join(names)}; its header is {','.join(header)}")

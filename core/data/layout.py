@@ -1,0 +1,174 @@
+"""Which image belongs to which class, and which to the test set: read off the paths of a folder or archive.
+
+Two layouts are known: `train/<class>/…` beside `test/<class>/…`, with `val` as well or without, and `<class>/…` alone.
+One folder wrapped around the whole is looked through. What does not fit is an error that names the file: a guess
+here would train on the wrong labels.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from core.data.decode import IMAGE_SUFFIXES
+from core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TRAIN_NAMES = frozenset({"train", "training"})
+VAL_NAMES = frozenset({"val", "valid", "validation"})
+TEST_NAMES = frozenset({"test", "testing"})
+SPLIT_NAMES = TRAIN_NAMES | VAL_NAMES | TEST_NAMES
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a source, before it is decoded."""
+
+    id: str
+    """Where it lies in its source; unique there, and what a report calls it."""
+    label: str = ""
+    """Its class; empty where labels were not asked for."""
+    test: bool = False
+    """Whether the source puts it in the test set."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The paths in a folder or archive, relative, with forward slashes."""
+
+    files: tuple[str, ...]
+    folders: tuple[str, ...]
+
+
+def member_path(name: str, where: str) -> str:
+    """An archive member's name as a relative path with forward slashes.
+
+    Raises:
+        UserError: the path points outside the archive.
+    """
+    path = posixpath.normpath(name.replace("\\", "/"))
+    if path.startswith(("/", "../")) or path == ".." or re.match(r"[A-Za-z]:", path):
+        raise UserError(f"{where}: its member {name!r} points outside the archive; nothing of it is read")
+    return path
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of the path is a dotfile or what macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+def image_files(files: Iterable[str]) -> list[str]:
+    """Those files that are images by their names, sorted."""
+    return sorted(path for path in files if not is_hidden(path) and is_image(path))
+
+
+def is_image(path: str) -> bool:
+    return posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def class_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Class names in the order of their indices: whole numbers by value, anything else alphabetically."""
+    names = set(labels)
+    return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
+
+
+def arrange(tree: Tree, where: str) -> list[Entry]:
+    """The images of a tree with their classes, sorted by path.
+
+    Raises:
+        UserError: no image, no class folder, an empty class folder, or an image outside the class folders.
+    """
+    files = image_files(tree.files)
+    if not files:
+        raise UserError(f"{where}: no image in it; wanted train/<class>/… and test/<class>/…, or <class>/…")
+    wrapper = _wrapper(files)
+    paths = {file: tuple(file.removeprefix(wrapper).split("/")) for file in files}
+    tops = {parts[0].casefold() for parts in paths.values()}
+    # A class may be called train, so train is a split only if it holds folders, or has nothing but splits beside it.
+    nested = {parts[0].casefold() for parts in paths.values() if len(parts) > 2} & SPLIT_NAMES
+    has_splits = tops <= SPLIT_NAMES or bool(nested & TRAIN_NAMES)
+    if nested and not has_splits:
+        raise UserError(f"{where}: class folders beside its folder {nested.pop()}; put them into a folder train")
+    entries = _from_splits(paths, where) if has_splits else _from_classes(paths, where)
+    folders = [folder for folder in tree.folders if folder.startswith(wrapper) and not is_hidden(folder)]
+    _check_no_empty_class(paths.values(), folders, wrapper, has_splits, where)
+    return entries
+
+
+def _wrapper(files: list[str]) -> str:
+    """The prefix, ending in a slash or empty, that all files share and that is neither a split nor a class."""
+    prefix = ""
+    while True:
+        rest = [file.removeprefix(prefix).split("/") for file in files]
+        top = rest[0][0]
+        if top.casefold() in SPLIT_NAMES or any(parts[0] != top or len(parts) < 3 for parts in rest):
+            return prefix
+        prefix += f"{top}/"
+
+
+def _from_classes(paths: dict[str, tuple[str, ...]], where: str) -> list[Entry]:
+    stray = [file for file, parts in paths.items() if len(parts) < 2]
+    if stray:
+        raise UserError(
+            f"{where}: {_several(stray)} in no class folder; "
+            "wanted <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
+        )
+    return [Entry(file, label=parts[0]) for file, parts in paths.items()]
+
+
+def _from_splits(paths: dict[str, tuple[str, ...]], where: str) -> list[Entry]:
+    entries = []
+    unlabelled: list[str] = []
+    stray: list[str] = []
+    beside: set[str] = set()
+    from_val = 0
+    for file, parts in paths.items():
+        top = parts[0].casefold()
+        if top not in SPLIT_NAMES:
+            beside.add(parts[0])
+        elif len(parts) < 3:
+            (unlabelled if top in TEST_NAMES else stray).append(file)
+        else:
+            entries.append(Entry(file, label=parts[1], test=top in TEST_NAMES))
+            from_val += top in VAL_NAMES
+    if stray:
+        raise UserError(f"{where}: {_several(stray)} in no class folder; wanted train/<class>/<image>")
+    if unlabelled and any(entry.test for entry in entries):
+        raise UserError(f"{where}: {_several(unlabelled)} in no class folder, others of test are; sort them in")
+    if all(entry.test for entry in entries):
+        raise UserError(f"{where}: a test folder and no train folder; wanted train/<class>/<image> too")
+    if unlabelled:
+        logger.warning(
+            "%s: %d images in test have no class and are left out; predict labels them", where, len(unlabelled)
+        )
+    if beside:
+        logger.warning("%s: beside train, these folders are left out: %s", where, ", ".join(sorted(beside)))
+    if from_val:
+        logger.warning("%s: the %d images of its validation folder join the training pool; "
+                       "validation is drawn from both", where, from_val)  # fmt: skip
+    return entries
+
+
+def _check_no_empty_class(
+    paths: Iterable[tuple[str, ...]], folders: list[str], wrapper: str, has_splits: bool, where: str
+) -> None:
+    """A class folder without an image is a mistake: the model would never learn that class."""
+    depth = 2 if has_splits else 1  # of class folders, as in train/cat and cat
+    full = {parts[:depth] for parts in paths}
+    for folder in sorted(folders):
+        parts = tuple(folder.removeprefix(wrapper).split("/"))
+        if len(parts) != depth or (has_splits and parts[0].casefold() not in SPLIT_NAMES):
+            continue
+        if parts not in full:
+            raise UserError(
+                f"{where}: the class folder {folder} holds no image "
+                f"({' '.join(sorted(IMAGE_SUFFIXES))} are known); fill it or remove it"
+            )
+
+
+def _several(files: list[str]) -> str:
+    return f"{files[0]} lies" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more images lie"

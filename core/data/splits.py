@@ -1,0 +1,159 @@
+"""Who is in which set: the locked cut of the test images, and the seeded draw of the validation images.
+
+The test cut depends on the images alone. Within each class they are ordered by a hash of their pixels, and the first
+ones are the test set: no seed, no file name and no order of files has a say, images that look equal stay on one
+side, and adding an image moves hardly any other. The validation draw is scikit-learn's stratified one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from core.config import DataConfig
+from core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Part of the hash that orders images for the test cut. Changing it would change every test set that was cut so far.
+CUT_SALT = b"hpo test cut 1"
+
+# Mean and deviation of ImageNet's training images in [0, 1], as torchvision and timm use them.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and validation images on one device. `images` and `labels` hold both; indices tell them apart."""
+
+    images: Tensor
+    """(N, C, H, W) uint8"""
+    labels: Tensor
+    """(N,) int64"""
+    train: Tensor
+    """(n,) int64, indices of the training images"""
+    val: Tensor
+    """(m,) int64, indices of the validation images; may be empty"""
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    """One a channel, of pixels in [0, 1]"""
+    std: tuple[float, ...]
+    """One a channel, of pixels in [0, 1]"""
+    moments: Tensor | None = None
+    """(N, C, 2) int64, each image's sums of pixels and of their squares, on the CPU. None where mean and std are
+    constants, which then stay as they are."""
+
+    def to(self, device: torch.device | str) -> Splits:
+        """The same on that device; no copy of what is there already."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            train=self.train.to(device),
+            val=self.val.to(device),
+        )
+
+    def whole(self) -> Splits:
+        """All images for training and none for validation; mean and std follow where they come from the data."""
+        train = torch.cat([self.train, self.val]).sort().values
+        merged = replace(self, train=train, val=train[:0])
+        if self.moments is None:
+            return merged
+        mean, std = _statistics(self.moments, train, self.images.shape)
+        return replace(merged, mean=mean, std=std)
+
+
+def stratified(
+    images: Tensor, labels: Tensor, moments: Tensor, classes: tuple[str, ...], config: DataConfig, where: str
+) -> Splits:
+    """Draws `val_fraction` of the images for validation, every class in proportion, by `split_seed`.
+
+    Raises:
+        UserError: a class would have no training image, or validation fewer images than classes.
+    """
+    train, val = _draw(labels, classes, config, where)
+    channels = images.shape[1]
+    measured = None
+    if config.normalize == "train":
+        mean, std = _statistics(moments, train, images.shape)
+        measured = moments
+    elif config.normalize == "half":
+        mean, std = (0.5,) * channels, (0.5,) * channels
+    else:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        if channels == 1:
+            mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    return Splits(images, labels, train, val, classes, mean, std, measured)
+
+
+def _draw(labels: Tensor, classes: tuple[str, ...], config: DataConfig, where: str) -> tuple[Tensor, Tensor]:
+    from sklearn.model_selection import train_test_split
+
+    count = len(labels)
+    n_val = round(count * config.val_fraction)
+    for part, size, cure in (("validation", n_val, "raise"), ("training", count - n_val, "lower")):
+        if size < len(classes):
+            raise UserError(
+                f"{where}: data.val_fraction={config.val_fraction:g} leaves {size} {part} images of {count} "
+                f"for {len(classes)} classes; {cure} it"
+            )
+    train, val = train_test_split(
+        torch.arange(count).numpy(), test_size=n_val, stratify=labels.numpy(), random_state=config.split_seed
+    )
+    indices = torch.from_numpy(train).sort().values, torch.from_numpy(val).sort().values
+    missing = _absent(labels[indices[0]], classes)
+    if missing:
+        raise UserError(
+            f"{where}: data.val_fraction={config.val_fraction:g} leaves no training image of "
+            f"{', '.join(missing)}; lower it"
+        )
+    missing = _absent(labels[indices[1]], classes)
+    if missing:
+        logger.info("%s: too few images of %s for one in validation", where, ", ".join(missing))
+    return indices
+
+
+def _absent(labels: Tensor, classes: tuple[str, ...]) -> list[str]:
+    counts = torch.bincount(labels, minlength=len(classes))
+    return [name for name, present in zip(classes, counts.tolist(), strict=True) if not present]
+
+
+def _statistics(moments: Tensor, indices: Tensor, shape: torch.Size) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation a channel of these images' pixels in [0, 1], exact: sums of integers, divided once.
+
+    A channel that never varies has no deviation to divide by, and gets 1.
+    """
+    pixels = len(indices) * shape[2] * shape[3]
+    sums = moments[indices.cpu()].sum(dim=0).tolist()  # (C, 2), at most 65025 × pixels: far below 2**63
+    mean = tuple(total / pixels / 255 for total, _ in sums)
+    # pixels × squares − total² is the variance × pixels², in whole numbers: nothing cancels.
+    std = tuple((pixels * squares - total * total) ** 0.5 / pixels / 255 or 1.0 for total, squares in sums)
+    return mean, std
+
+
+def cut_test(digests: Sequence[bytes], labels: Sequence[str], fraction: float) -> list[bool]:
+    """Which images are the test set: about `fraction` of each class, at least one, and at least two left of it.
+
+    Args:
+        digests: one an image, equal for images that look equal.
+        labels: their classes.
+    """
+    quota = {label: max(min(max(round(n * fraction), 1), n - 2), 0) for label, n in Counter(labels).items()}
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, digest in enumerate(digests):
+        groups[hashlib.sha256(CUT_SALT + digest).digest()].append(index)
+    chosen = [False] * len(labels)
+    for order in sorted(groups):
+        wanted = Counter(labels[index] for index in groups[order])
+        if all(quota[label] >= n for label, n in wanted.items()):
+            for index in groups[order]:
+                chosen[index] = True
+            for label, n in wanted.items():
+                quota[label] -= n
+    return chosen

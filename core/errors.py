@@ -1,0 +1,17 @@
+"""What can go wrong in a training, by what a caller can do about it."""
+
+
+class CoreError(Exception):
+    """The base of every error that `core` raises on purpose."""
+
+
+class UserError(CoreError):
+    """Something a person can mend: a path, a file, a value. Its text is one line: what, where, what to do."""
+
+
+class ConfigError(UserError):
+    """A configuration that is valid field by field, but cannot be trained: an image too small for its network, say."""
+
+
+class DivergedError(CoreError):
+    """The training loss left the finite numbers."""

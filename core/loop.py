@@ -1,0 +1,413 @@
+"""Trains one configuration: the only module that composes its siblings.
+
+The data set lies on the device as uint8. An epoch permutes indices there, and for each batch gathers, augments,
+mixes, goes forward and back, steps and averages; the host reads one number back when the epoch is over. There is no
+DataLoader.
+
+The randomness of an epoch depends on the seed and the epoch's number alone, so a training that goes on from a
+checkpoint is bitwise the one that was never interrupted, and no generator's state has to be saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core import metrics
+from core.augment import Augment
+from core.averaging import build_averaging, recalibrate
+from core.checkpoint import load_checkpoint, save_checkpoint
+from core.config import TrainConfig
+from core.data import Splits
+from core.errors import ConfigError, DivergedError
+from core.losses import hard_cross_entropy, smoothing_at, soft_target_cross_entropy
+from core.metrics import Scores
+from core.models import build_model
+from core.optim import build_optimizer
+from core.runtime import autocast, derive_seed, isolated_rng, make_generator, normalize, synchronize
+from core.sampling import epoch_order
+from core.schedule import factor
+from core.tta import predict_logits
+
+# Images of one forward pass without gradients: large enough to fill a GPU, small enough for 224² on a small one.
+EVALUATION_BATCH = 512
+CHECKPOINT_EVERY_S = 20.0
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """What is known at the end of an epoch, counted from 1."""
+
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+    raw: Scores | None
+    """Validation scores of the weights themselves; None without validation images."""
+    averaged: Scores | None
+    """Validation scores of the averaged weights; None where there are none yet."""
+    averaged_counts: bool
+    """Whether the average has caught up: from then on it alone is judged."""
+    images_per_s: float
+    elapsed_s: float
+
+    def score(self, metric: str) -> float:
+        """The value that this epoch is judged by.
+
+        That of the averaged weights once they have caught up, and before that the better of both: an average that
+        still remembers the first weights must not decide a rung.
+
+        Raises:
+            ValueError: there were no validation images.
+        """
+        return metrics.value(self.counted(metric), metric)
+
+    def counted(self, metric: str = "accuracy") -> Scores:
+        """The scores that `score` takes its value from."""
+        if self.raw is None:
+            raise ValueError("there were no validation images to score")
+        if self.averaged is None:
+            return self.raw
+        if self.averaged_counts:
+            return self.averaged
+        better = max if metrics.METRICS[metric] == "maximize" else min
+        return better(self.averaged, self.raw, key=lambda scores: metrics.value(scores, metric))
+
+    def row(self) -> dict[str, float | int]:
+        """One line of `metrics.jsonl`: flat, and without what does not apply."""
+        row: dict[str, float | int] = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "lr": self.lr,
+            "train_loss": self.train_loss,
+        }
+        if self.raw is not None:
+            counted = self.counted()
+            row |= {
+                "val_loss": counted.loss,
+                "val_accuracy": counted.accuracy,
+                "val_macro_f1": counted.macro_f1,
+                "val_balanced_accuracy": counted.balanced_accuracy,
+                "raw_val_loss": self.raw.loss,
+                "raw_val_accuracy": self.raw.accuracy,
+            }
+        if self.averaged is not None:
+            row |= {"averaged_val_loss": self.averaged.loss, "averaged_val_accuracy": self.averaged.accuracy}
+        return row | {"images_per_s": self.images_per_s, "elapsed_s": self.elapsed_s}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training."""
+
+    model: nn.Module
+    """The network that is kept, in evaluation mode: averaged where there is averaging."""
+    history: tuple[EpochMetrics, ...]
+    kept: EpochMetrics
+    """The epoch whose weights are kept: the last one, or the best one under early stopping."""
+    val_logits: Tensor | None
+    """(M, K) float32 of the kept network on the validation images, in the order of `Splits.val`."""
+
+    def value(self, metric: str) -> float:
+        """The result by that metric."""
+        return self.kept.score(metric)
+
+
+def train(
+    config: TrainConfig,
+    splits: Splits,
+    *,
+    device: torch.device,
+    on_epoch_end: Callable[[EpochMetrics], None] | None = None,
+    on_resume: Callable[[tuple[EpochMetrics, ...]], None] | None = None,
+    resume_from: Path | None = None,
+    checkpoint_to: Path | None = None,
+    stop_after: int | None = None,
+) -> TrainResult:
+    """Trains from the first epoch, or from a checkpoint, to the last.
+
+    Args:
+        on_epoch_end: called after every epoch. What it raises ends the training and goes through.
+        on_resume: called once with the history of a checkpoint before going on from it.
+        resume_from: a checkpoint of the same configuration; a path without a file begins anew.
+        checkpoint_to: where to save one, after an epoch, at most every `CHECKPOINT_EVERY_S`.
+        stop_after: ends after this epoch, on the schedule of the whole run.
+
+    Raises:
+        ConfigError: the data and the network do not fit each other.
+        DivergedError: the training loss of an epoch is not finite.
+    """
+    with isolated_rng(device):
+        run = _Run(config, splits, device)
+        if resume_from is not None and resume_from.exists():
+            run.load(load_checkpoint(resume_from, device))
+            if on_resume is not None:
+                on_resume(tuple(run.history))
+        last_epoch = min(stop_after or config.epochs, config.epochs)
+        saved_at = time.perf_counter()
+        while len(run.history) < last_epoch and not run.ran_out_of_patience():
+            now = run.epoch(final=len(run.history) + 1 == last_epoch)
+            if on_epoch_end is not None:
+                on_epoch_end(now)
+            if checkpoint_to is not None and time.perf_counter() - saved_at >= CHECKPOINT_EVERY_S:
+                save_checkpoint(checkpoint_to, run.state())
+                saved_at = time.perf_counter()
+        return run.result()
+
+
+def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.device, steps: int = 3) -> float:
+    """How long one epoch of training and validation takes on this device, from a few timed steps."""
+    with isolated_rng(device):
+        run = _Run(config, splits, device)
+        batches = run.batches(epoch=1)
+        run.step(next(batches), epoch_loss=torch.zeros((), device=device))  # the first pays for start-up
+        sizes, started = [], _clock(device)
+        for batch in batches:
+            run.step(batch, epoch_loss=torch.zeros((), device=device))
+            sizes.append(len(batch))
+            if len(sizes) == steps:
+                break
+        if not sizes:  # an epoch of one batch: time it again
+            batch = next(run.batches(epoch=2))
+            run.step(batch, epoch_loss=torch.zeros((), device=device))
+            sizes.append(len(batch))
+        training_s = (_clock(device) - started) * len(splits.train) / sum(sizes)
+        started = _clock(device)
+        probe = splits.val[: 4 * max(sizes)]
+        if len(probe):
+            run.logits(run.model, probe)
+        validation_s = (_clock(device) - started) * len(splits.val) / max(len(probe), 1)
+    return training_s + validation_s * (2 if config.averaging.name == "ema" else 1)
+
+
+class _Run:
+    """One training in flight."""
+
+    def __init__(self, config: TrainConfig, splits: Splits, device: torch.device) -> None:
+        if len(splits.train) < 2:
+            raise ConfigError(f"{len(splits.train)} training image(s): batch norm needs at least 2")
+        self.config, self.device = config, device
+        self.splits = splits.to(device)
+        torch.manual_seed(derive_seed(config.seed, "init"))
+        self.num_classes = len(splits.classes)
+        _, channels, height, width = splits.images.shape
+        self.model = build_model(
+            config.model, num_classes=self.num_classes, in_channels=channels, image_size=(height, width)
+        ).to(device)  # build_model laid it out in channels_last
+        self.steps_per_epoch = len(_batch_sizes(len(splits.train), config.batch_size))
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.augment = Augment(config.augment, splits.mean, splits.std, device)
+        self.prepare = partial(normalize, mean=splits.mean, std=splits.std)
+        self.autocast = partial(autocast, config.precision.autocast, device)
+        self.optimizer = build_optimizer(config, self.model, self.total_steps)
+        self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
+        self.step_count = 0
+        self.elapsed_s = 0.0
+        self.history: list[EpochMetrics] = []
+        self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # under early stopping only
+        self.train_labels = self.splits.labels[self.splits.train]
+
+    # ---- an epoch
+
+    def epoch(self, *, final: bool) -> EpochMetrics:
+        """Trains and judges the next epoch."""
+        number = len(self.history) + 1
+        started = _clock(self.device)
+        self.model.train()
+        loss = torch.zeros((), device=self.device)
+        for batch in self.batches(number):
+            self.step(batch, epoch_loss=loss)
+        self.optimizer.end_epoch()
+        if self.averaging is not None:
+            self.averaging.end_epoch(self.model, number)
+        train_loss = loss.item() / len(self.train_labels)
+        trained_s = _clock(self.device) - started
+        if not math.isfinite(train_loss):
+            raise DivergedError(f"the training loss of epoch {number} is {train_loss}")
+        raw, averaged = self._judge(final)
+        self.elapsed_s += _clock(self.device) - started
+        now = EpochMetrics(
+            epoch=number,
+            step=self.step_count,
+            lr=self.optimizer.lr,
+            train_loss=train_loss,
+            raw=raw,
+            averaged=averaged,
+            averaged_counts=averaged is not None and (final or self._average_caught_up(number)),
+            images_per_s=len(self.train_labels) / trained_s,
+            elapsed_s=self.elapsed_s,
+        )
+        self.history.append(now)
+        self._remember_best(now)
+        return now
+
+    def batches(self, epoch: int) -> Iterator[Tensor]:
+        """The epoch's batches: rows of `splits.images`, each (B,) int64. Seeds all that the epoch draws."""
+        self.generator = make_generator(self.device, self.config.seed, "epoch", epoch)
+        self.host_generator = make_generator(torch.device("cpu"), self.config.seed, "mix", epoch)
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch))
+        order = epoch_order(self.train_labels, self.config.sampling, self.generator)
+        rows = self.splits.train[order]
+        yield from torch.split(rows, _batch_sizes(len(rows), self.config.batch_size))
+
+    def step(self, rows: Tensor, *, epoch_loss: Tensor) -> None:
+        """One optimizer step on the images at these rows; adds the batch's summed loss to `epoch_loss`."""
+        progress = self.step_count / self.total_steps
+        images = self.augment(self.splits.images[rows], self.generator)
+        labels = self.splits.labels[rows]
+        mix = self.augment.plan_mix(self.host_generator, images.shape) if self.augment.mixes(progress) else None
+        if mix is not None:
+            images, targets = self.augment.apply_mix(images, labels, self.num_classes, mix, self.generator)
+        with self.autocast():
+            logits = self.model(images)
+        if mix is not None:
+            loss = soft_target_cross_entropy(logits, targets)
+        else:
+            loss = hard_cross_entropy(logits, labels, smoothing_at(self.config.loss, progress))
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step(progress, factor(self.config.schedule, progress))
+        if self.averaging is not None:
+            self.averaging.update(self.model)
+        self.step_count += 1
+        epoch_loss += loss.detach() * len(rows)
+
+    # ---- judging
+
+    def logits(self, model: nn.Module, rows: Tensor) -> Tensor:
+        """(M, K) float32 of the images at these rows, which are never augmented."""
+        chunks = [
+            predict_logits(
+                model,
+                self.splits.images[chunk],
+                prepare=self.prepare,
+                batch_size=EVALUATION_BATCH,
+                autocast=self.autocast,
+            )
+            for chunk in torch.split(rows, EVALUATION_BATCH)
+        ]
+        return torch.cat(chunks)
+
+    def _judge(self, final: bool) -> tuple[Scores | None, Scores | None]:
+        """The validation scores of the weights and of their average, where there are such."""
+        val, average = self.splits.val, self._average(final)
+        if not len(val):
+            return None, None
+        labels = self.splits.labels[val]
+        raw = metrics.scores(self.logits(self.model, val), labels)
+        return raw, None if average is None else metrics.scores(self.logits(average, val), labels)
+
+    def _average(self, final: bool) -> nn.Module | None:
+        """The averaged network, fit for evaluation.
+
+        SWA's batch norms have to see the training images again before it can be judged, a third of an epoch, so that
+        is done once, when the run ends.
+        """
+        if self.averaging is None or not self.averaging.ready:
+            return None
+        if self.averaging.needs_recalibration:
+            if not final:
+                return None
+            rows = torch.split(self.splits.train, _batch_sizes(len(self.splits.train), EVALUATION_BATCH))
+            recalibrate(self.averaging.module, (self.prepare(self.splits.images[chunk]) for chunk in rows))
+        return self.averaging.module
+
+    def _average_caught_up(self, epoch: int) -> bool:
+        return self.averaging is not None and self.averaging.caught_up(epoch)
+
+    # ---- early stopping
+
+    def _remember_best(self, now: EpochMetrics) -> None:
+        if self.config.early_stop.patience_fraction is None or now.raw is None:
+            return
+        if self.best is None or now.score("accuracy") > self.best[0].score("accuracy"):
+            counted = self.averaging.module if self.averaging and now.counted() is now.averaged else self.model
+            self.best = (now, {name: tensor.clone() for name, tensor in counted.state_dict().items()})
+
+    def ran_out_of_patience(self) -> bool:
+        """Whether early stopping ends the run here."""
+        patience = self.config.early_stop.patience_fraction
+        if patience is None or self.best is None:
+            return False
+        return len(self.history) - self.best[0].epoch >= max(1, round(patience * self.config.epochs))
+
+    # ---- the end, and going on
+
+    def result(self) -> TrainResult:
+        """What is kept, judged once more for its logits."""
+        if self.best is not None:
+            kept, weights = self.best
+            model = copy.deepcopy(self.model)
+            model.load_state_dict(weights)
+        else:
+            kept = self.history[-1]
+            average = self.averaging.module if self.averaging is not None and self.averaging.ready else None
+            model = self.model if average is None else average
+        model.eval()
+        logits = self.logits(model, self.splits.val) if len(self.splits.val) else None
+        return TrainResult(model, tuple(self.history), kept, logits)
+
+    def state(self) -> dict[str, Any]:
+        """All that `load` needs, after an epoch's end."""
+        return {
+            "config": self.config.model_dump_json(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averaging": None if self.averaging is None else self.averaging.state_dict(),
+            "best": None if self.best is None else {"epoch": self.best[0].epoch, "weights": self.best[1]},
+            "history": [dataclasses.asdict(epoch) for epoch in self.history],
+            "step_count": self.step_count,
+            "elapsed_s": self.elapsed_s,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes back to a state.
+
+        Raises:
+            ConfigError: it is another configuration's.
+        """
+        if state["config"] != self.config.model_dump_json():
+            raise ConfigError("the checkpoint belongs to another configuration; delete it to train from the beginning")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.averaging is not None:
+            self.averaging.load_state_dict(state["averaging"])
+        self.history = [_restore(row) for row in state["history"]]
+        if state["best"] is not None:
+            self.best = (self.history[state["best"]["epoch"] - 1], state["best"]["weights"])
+        self.step_count, self.elapsed_s = state["step_count"], state["elapsed_s"]
+
+
+def _restore(row: dict[str, Any]) -> EpochMetrics:
+    scores = {name: None if row[name] is None else Scores(**row[name]) for name in ("raw", "averaged")}
+    return EpochMetrics(**{**row, **scores})
+
+
+def _batch_sizes(images: int, batch_size: int) -> list[int]:
+    """Sizes of an epoch's batches: all full but the last; a last one of a single image joins the one before.
+
+    No image is dropped, and batch norm cannot normalise one image by itself.
+    """
+    sizes = [batch_size] * (images // batch_size)
+    rest = images % batch_size
+    if rest == 1 and sizes:
+        sizes[-1] += 1
+    elif rest:
+        sizes.append(rest)
+    return sizes
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has caught up."""
+    synchronize(device)
+    return time.perf_counter()

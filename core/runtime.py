@@ -1,0 +1,93 @@
+"""The machine that a training runs on: its device, its arithmetic, its randomness, its versions."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+
+
+def select_device(name: str | None = None) -> torch.device:
+    """The device of that name, or the first CUDA device, or the CPU.
+
+    Raises:
+        UserError: the name is no device, or this machine lacks it.
+    """
+    if name is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: give cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {name}: this machine has {count} CUDA device(s); give cpu or leave it out")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words: its name and, for the CPU, the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given, so that a clock read next tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def autocast(mode: str, device: torch.device) -> torch.autocast:
+    """The context for `precision.autocast`: `auto` is bf16 on CUDA and off elsewhere."""
+    enabled = mode == "bf16" or (mode == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2**63) that depends on all parts: (study seed, trial), (trial seed, "epoch", 7)."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def make_generator(device: torch.device, *parts: int | str) -> torch.Generator:
+    """A generator on the device, seeded by `derive_seed(*parts)`."""
+    return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+@contextlib.contextmanager
+def isolated_rng(device: torch.device) -> Iterator[None]:
+    """Lets a training seed torch's global generators, which initialisation and dropout use, and restores them."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Turns pixels into network input: (N, C, H, W) uint8 to float32 channels_last, zero mean and unit deviation.
+
+    `mean` and `std` are of pixels in [0, 1], one a channel.
+    """
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
+    return torch.addcmul(shift, images.float(), scale).contiguous(memory_format=torch.channels_last)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("hpo-vision", "torch", "torchvision", "timm", "optuna", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,1 @@
+"""Searches training configurations with Optuna, and refits the best into a model."""

@@ -1,0 +1,396 @@
+"""A submission model's folder: weights, configuration, classes, preprocessing, origin, scores, and how to use them.
+
+Nothing in it is a pickle, so loading one runs no code of its writer. The weights are a plain safetensors file without
+metadata: equal weights give equal bytes. A folder appears whole or not at all: it is written beside its place and then
+renamed, and the weights' checksum ties the files together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from core.config import TrainConfig
+from core.errors import UserError
+from core.loop import EVALUATION_BATCH
+from core.models import build_model
+from core.runtime import autocast, isolated_rng, normalize, select_device
+from core.tta import VIEWS, predict_logits
+from hpo.errors import BundleError, SpaceError
+from hpo.search_space import recipe_from_yaml, to_yaml
+
+WEIGHTS, CONFIG, CLASSES = "model.safetensors", "config.yaml", "classes.json"
+PREPROCESS, ORIGIN, METRICS, README = "preprocess.json", "origin.json", "metrics.json", "README.md"
+
+T = TypeVar("T")
+
+FORMAT = 1
+"""Of the folder. A reader refuses a number that it does not know."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is known of a submission model beside its weights."""
+
+    config: TrainConfig
+    classes: tuple[str, ...]
+    in_channels: int
+    """1 or 3."""
+    image_size: tuple[int, int]
+    """(height, width) in pixels that images are resized to."""
+    mean: tuple[float, ...]
+    """Of the training pixels in [0, 1], one a channel."""
+    std: tuple[float, ...]
+    views: str
+    """A name in `core.tta.VIEWS`: test-time augmentation."""
+    data_name: str
+    fingerprint: str
+    """Of the images and labels that it was trained on."""
+    versions: dict[str, str]
+
+    def write(self, folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
+        """Writes all files but the pictures and the submission, into a folder that exists (see `writing`).
+
+        Args:
+            report: becomes `metrics.json`; of its `val` and `test`, the README shows `without_tta` and `with_tta`.
+        """
+        save_model(model, str(folder / WEIGHTS))
+        (folder / CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
+        _write_json(folder / CLASSES, self.classes)
+        preprocess = {
+            "channels": self.in_channels,
+            "image_size": self.image_size,
+            "mean": self.mean,
+            "std": self.std,
+            "tta_views": self.views,
+        }
+        _write_json(folder / PREPROCESS, preprocess)
+        origin = {
+            "format": FORMAT,
+            "data": {"name": self.data_name, "fingerprint": self.fingerprint},
+            "versions": self.versions,
+            "weights_sha256": _sha256(folder / WEIGHTS),
+        }
+        _write_json(folder / ORIGIN, origin)
+        _write_json(folder / METRICS, report)
+        (folder / README).write_text(_readme(self, report), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class LoadedBundle:
+    """A submission model, ready to predict."""
+
+    model: nn.Module
+    """On the device, in evaluation mode."""
+    meta: Bundle
+    device: torch.device
+
+    def logits(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
+        """The log-probabilities, or logits without test-time augmentation, (N, K) float32 on the CPU.
+
+        Args:
+            images: (N, C, H, W) uint8, of the bundle's channels and size, N at least 1. They may lie anywhere, and go
+                to the device batch by batch.
+
+        Raises:
+            BundleError: the images are of another shape or type.
+        """
+        channels, (height, width) = self.meta.in_channels, self.meta.image_size
+        if images.dtype != torch.uint8 or images.shape[1:] != (channels, height, width) or not len(images):
+            raise BundleError(
+                f"images are {str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}; "
+                f"this bundle takes uint8 of (N, {channels}, {height}, {width}), N at least 1"
+            )
+        logits = predict_logits(
+            self.model,
+            images,
+            prepare=lambda batch: normalize(batch.to(self.device), self.meta.mean, self.meta.std),
+            views=self.meta.views,
+            batch_size=batch_size,
+            autocast=partial(autocast, self.meta.config.precision.autocast, self.device),
+        )
+        return logits.cpu()
+
+    def probabilities(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
+        """The probability of every class, (N, K) float32 on the CPU, of images as `logits` takes them."""
+        return self.logits(images, batch_size=batch_size).softmax(1)
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A new folder to write a bundle into, which takes the place of `target` when the block ends well.
+
+    Whatever ends it otherwise leaves what was there before.
+    """
+    _restore(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f".{target.name}.new-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        _replace(target, new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _replace(target: Path, new: Path) -> None:
+    """Two renames, since none replaces a folder with files; `_restore` undoes the first where a crash parts them."""
+    old = _aside(target)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    finally:
+        _restore(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    target = target.resolve()  # "." has no name
+    return target.with_name(f".{target.name}.old")
+
+
+def _restore(target: Path) -> None:
+    """Puts a bundle back that a crash left beside its place."""
+    if not target.exists() and _aside(target).exists():
+        _aside(target).rename(target)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no NaN: a score that does not exist is null."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Loading ------------------------------------------------------------------------------------------------------------
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class _Preprocess(_File):
+    channels: Literal[1, 3]
+    image_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+    tta_views: str
+
+
+class _Data(_File):
+    name: str
+    fingerprint: str
+
+
+class _Origin(_File):
+    format: int
+    data: _Data
+    versions: dict[str, str]
+    weights_sha256: str
+
+
+def load_bundle(folder: Path, device: torch.device | None = None) -> LoadedBundle:
+    """Loads a submission model. Nothing is downloaded, and no code of the folder is run.
+
+    Args:
+        device: the first CUDA device, or the CPU, where none is given.
+
+    Raises:
+        BundleError: the folder is no bundle, a file of it is missing or damaged, or they do not fit each other.
+    """
+    _restore(folder)
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder; give one that `hpo refit` wrote")
+    for name in (ORIGIN, CONFIG, CLASSES, PREPROCESS, WEIGHTS):
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder}: no {name} in it; give a folder that `hpo refit` wrote, with all its files")
+    meta = _read_meta(folder)
+    device = device or select_device()
+    model = _build(folder, meta, device)
+    weights = folder / WEIGHTS
+    try:
+        load_model(model, weights)
+    except (RuntimeError, SafetensorError) as error:
+        raise BundleError(
+            f"{weights}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; refit the trial again"
+        ) from error
+    return LoadedBundle(model.to(device).to(memory_format=torch.channels_last).eval(), meta, device)
+
+
+def _read_meta(folder: Path) -> Bundle:
+    """All but the weights, whose checksum is compared."""
+    origin = _read_json(folder / ORIGIN, TypeAdapter(_Origin))
+    if origin.format != FORMAT:
+        raise BundleError(f"{folder}: a bundle of format {origin.format}, and this hpo reads {FORMAT}; use its version")
+    if _sha256(folder / WEIGHTS) != origin.weights_sha256:
+        raise BundleError(f"{folder / WEIGHTS}: damaged, or of another bundle; refit the trial again")
+    preprocess = _read_json(folder / PREPROCESS, TypeAdapter(_Preprocess))
+    if not len(preprocess.mean) == len(preprocess.std) == preprocess.channels:
+        raise BundleError(f"{folder / PREPROCESS}: mean and std must have one number for each channel")
+    if preprocess.tta_views not in VIEWS:
+        raise BundleError(f"{folder / PREPROCESS}: tta_views {preprocess.tta_views}: this hpo knows {', '.join(VIEWS)}")
+    try:
+        config = recipe_from_yaml((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG)).config
+    except (SpaceError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"{folder / CONFIG}: damaged ({str(error).splitlines()[0]}); refit the trial again"
+        ) from error
+    return Bundle(
+        config=config,
+        classes=_read_json(folder / CLASSES, TypeAdapter(tuple[str, ...])),
+        in_channels=preprocess.channels,
+        image_size=preprocess.image_size,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        views=preprocess.tta_views,
+        data_name=origin.data.name,
+        fingerprint=origin.data.fingerprint,
+        versions=origin.versions,
+    )
+
+
+def _read_json(path: Path, adapter: TypeAdapter[T]) -> T:
+    try:
+        return adapter.validate_json(path.read_bytes())
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        why = f"{where}: {fault['msg']}" if where else fault["msg"]
+        raise BundleError(f"{path}: damaged ({why}); refit the trial again") from error
+
+
+def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:
+    """The network without its weights. Pretrained ones would be downloaded, only to be overwritten."""
+    plain = meta.config.model.model_copy(update={"pretrained": False})
+    try:
+        with isolated_rng(device):
+            return build_model(
+                plain, num_classes=len(meta.classes), in_channels=meta.in_channels, image_size=meta.image_size
+            )
+    except UserError as error:
+        raise BundleError(f"{folder / CONFIG}: cannot be built here ({error})") from error
+
+
+# README -------------------------------------------------------------------------------------------------------------
+
+_README = """\
+# A classifier of {classes} classes, trained on {data}
+
+Written by `hpo refit`. It takes {kind} images, resized to {width}×{height} pixels, and names one of:
+{names}.
+
+## How to use it
+
+Install `hpo-vision` {version}. In this folder, with IMAGES a folder, `.zip`, `.tar.*`, `.npz`, or a `.csv` of paths:
+
+    hpo predict . IMAGES -o submission.csv
+
+Or in Python:
+
+```python
+from pathlib import Path
+
+from core.data import load_images
+from hpo.bundle import load_bundle
+
+bundle = load_bundle(Path("."))  # this folder
+size, channels = bundle.meta.image_size, bundle.meta.in_channels
+images, names, broken = load_images(Path("photos"), image_size=size, channels=channels)
+for name, row in zip(names, bundle.probabilities(images)):  # (N, classes)
+    print(name, bundle.meta.classes[row.argmax()], f"{{row.max():.3f}}")
+```
+
+## How good it is
+
+{scores}
+
+`metrics.json` has all of them, class by class. The validation scores are those of the trial's own weights, which had
+not seen those images; the test scores are this model's.
+
+## What it is
+
+- Network: {network}; test-time augmentation: {views} ({view_count} view{plural} of each image).
+- Data: {data}, fingerprint `{fingerprint}`.
+- Versions: {versions}.
+
+| File | What is in it |
+|---|---|
+| `model.safetensors` | the weights: the state dict of `core.models.build_model` |
+| `config.yaml` | the whole configuration; `hpo train config.yaml` trains it again |
+| `classes.json` | the classes, in the order of the network's outputs |
+| `preprocess.json` | channels, size (height, width), mean and deviation of pixels in [0, 1], views |
+| `origin.json` | data, versions, checksum of the weights |
+| `metrics.json` | scores on validation and test images |
+| `confusion.png` | which classes are taken for which, on test images |
+| `learning_curves.png` | the training of this model |
+| `submission.csv` | the labels of the test images |
+
+No file is a pickle: loading them runs no code.
+"""
+
+
+def _readme(bundle: Bundle, report: dict[str, Any]) -> str:
+    height, width = bundle.image_size
+    views = len(VIEWS[bundle.views])
+    return _README.format(
+        classes=len(bundle.classes),
+        data=bundle.data_name,
+        kind="grey" if bundle.in_channels == 1 else "colour",
+        width=width,
+        height=height,
+        names=", ".join(bundle.classes),
+        version=bundle.versions.get("hpo-vision", ""),
+        scores=_score_table(report),
+        network=bundle.config.model.name,
+        views=bundle.views,
+        view_count=views,
+        plural="" if views == 1 else "s",
+        fingerprint=bundle.fingerprint,
+        versions=", ".join(f"{name} {number}" for name, number in bundle.versions.items()),
+    )
+
+
+def _score_table(report: dict[str, Any]) -> str:
+    columns = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1", "loss": "NLL"}
+    lines = [f"| Images | TTA | {' | '.join(columns.values())} |", f"|---|---|{'---:|' * len(columns)}"]
+    for part, name in (("val", "validation"), ("test", "test")):
+        for key, tta in (("without_tta", "no"), ("with_tta", "yes")):
+            scores = report.get(part, {}).get(key)
+            if scores is not None:
+                cells = [f"{scores[column]:.4f}" for column in columns]
+                lines.append(f"| {name} ({report[part]['images']}) | {tta} | {' | '.join(cells)} |")
+    return "\n".join(lines)

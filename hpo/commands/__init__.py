@@ -1,0 +1,1 @@
+"""What each command of `hpo` does: one file a noun or verb."""

@@ -1,0 +1,30 @@
+"""What several commands do alike: open a data set, and say what is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from core.config import DataConfig
+from core.data import Dataset, Splits, load_dataset
+from hpo.console import say
+from hpo.paths import cache_root, data_root
+
+
+def open_dataset(config: DataConfig, data: Path | None, *, skip_broken: bool) -> Dataset:
+    """The data set that the configuration names, or the images at `data` in its place."""
+    return load_dataset(config, data_path=data, data_root=data_root(), cache_dir=cache_root(), skip_broken=skip_broken)
+
+
+def say_data(dataset: Dataset, splits: Splits) -> None:
+    """Two lines: what there is, and how it is divided."""
+    images, channels, height, width = dataset.images.shape
+    say(
+        f"{dataset.name}: {images + dataset.n_test:,} images of {height}×{width}×{channels}, "
+        f"{len(dataset.classes)} classes, fingerprint {dataset.fingerprint[:12]}"
+    )
+    say(
+        f"  {len(splits.train):,} to train, {len(splits.val):,} to validate, "
+        f"{dataset.n_test:,} locked away for the test"
+    )
+    if dataset.report.broken:
+        say(f"  {len(dataset.report.broken)} broken files left out, the first: {dataset.report.broken[0]}")

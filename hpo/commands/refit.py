@@ -1,0 +1,70 @@
+"""`hpo refit`: a trial becomes a submission model."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from core.metrics import Scores
+from core.runtime import describe_device, select_device
+from hpo.commands.common import open_dataset
+from hpo.console import TrainProgress, say, table
+from hpo.errors import StudyError
+from hpo.refit import refit
+from hpo.study import Study, find_study
+
+
+def refit_command(
+    trial: str, *, study_name: str | None, storage: str | None, data: Path | None, device_name: str | None
+) -> None:
+    """Retrains a trial, opens the test set, and says what came of it."""
+    study = find_study(study_name, storage_url=storage)
+    number, label = _choose(study, trial)
+    device = select_device(device_name)
+    chosen = study.trained(number)
+    dataset = open_dataset(chosen.config.data, data or study.data_path, skip_broken=study.skip_broken)
+    study.check_data(dataset)
+    say(f"study {study.name}, trial {number} ({study.metric} {chosen.value:.4f}); {describe_device(device)}")
+    with TrainProgress("refit", epochs=chosen.epochs) as progress:
+        done = refit(
+            study.paths,
+            number=number,
+            label=label,
+            config=chosen.config,
+            epochs=chosen.epochs,
+            dataset=dataset,
+            metric=study.metric,
+            device=device,
+            on_epoch_end=progress.epoch_ended,
+        )
+    candidates = ", ".join(f"{views} {value:.4f}" for views, value in done.candidates.items())
+    say(f"test-time augmentation by validation {study.metric}: {candidates}; chosen: {done.views}")
+    table(
+        ["images", "views", "accuracy", "macro-F1", "loss"],
+        [
+            ["validation", done.views, *_three(done.val)],
+            ["test", "none", *_three(done.test_plain)],
+            ["test", done.views, *_three(done.test)],
+        ],
+        right=(2, 3, 4),
+    )
+    times = "once" if done.openings == 1 else f"{done.openings} times"
+    say(f"the test set of this study has now been opened {times}")
+    say(f"written to {done.dir}; label images of your own with")
+    say(f"  hpo predict {shlex.quote(str(done.dir))} IMAGES -o submission.csv")
+
+
+def _choose(study: Study, trial: str) -> tuple[int, str]:
+    """(the trial's number, the name of the bundle's folder)."""
+    if trial == "best":
+        best = study.best_trial()
+        if best is None:
+            raise StudyError(f"study {study.name} has no complete trial yet; go on with it by hpo run")
+        return best.number, "best"
+    if not trial.isdecimal():
+        raise StudyError(f"hpo refit {trial}: give `best`, or the number of a complete trial")
+    return int(trial), f"{int(trial):05d}"
+
+
+def _three(scores: Scores) -> list[str]:
+    return [f"{scores.accuracy:.4f}", f"{scores.macro_f1:.4f}", f"{scores.loss:.4f}"]

@@ -1,0 +1,176 @@
+"""The terminal: the one progress display, the tables, and the words. Bars only where there is a terminal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from core.config import TrainConfig
+    from core.loop import EpochMetrics
+    from hpo.objective import Outcome
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def set_up_logging(*, verbose: bool) -> None:
+    """Sends log records to the terminal, warnings and worse, or everything that we say ourselves."""
+    handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for package in ("core", "hpo"):
+        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def say(text: str = "") -> None:
+    """One line, as it is: no markup, no wrapping, so that it can be copied."""
+    console.print(escape(text), soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as a person says it: 45 s, 3 min, 2 h 10 min."""
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def short(value: Any) -> str:
+    """A parameter's value in few characters."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)
+
+
+def assignments(params: Mapping[str, Any]) -> str:
+    """Parameters as `--set` takes them, rounded for the eye."""
+    return " ".join(f"{name}={short(value)}" for name, value in params.items())
+
+
+class StudyProgress:
+    """A bar for the study, one for the running trial, and a line for each trial that ends.
+
+    Implements `hpo.objective.Listener`.
+    """
+
+    def __init__(self, *, metric: str, direction: str, done: int, total: int, best: float | None) -> None:
+        self.metric, self.better = metric, max if direction == "maximize" else min
+        self.best = best
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.study = self.progress.add_task("study", total=total, completed=done, note=self._best_note())
+        self.trial: TaskID | None = None
+
+    def __enter__(self) -> StudyProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def trial_started(self, label: str, config: TrainConfig) -> None:
+        self._clear_trial()
+        self.trial = self.progress.add_task(label, total=config.epochs, note="")
+
+    def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None:
+        if self.trial is None:
+            return
+        note = (
+            f"loss {epoch.train_loss:.3f}  {self.metric} {epoch.score(self.metric):.4f}  "
+            f"{epoch.images_per_s:,.0f} images/s  {verdict}"
+        )
+        self.progress.update(self.trial, completed=epoch.epoch, note=note)
+
+    def trial_ended(self, outcome: Outcome) -> None:
+        self._clear_trial()
+        self.progress.advance(self.study)
+        if outcome.state == "complete" and outcome.value is not None:
+            self.best = outcome.value if self.best is None else self.better(self.best, outcome.value)
+        self.progress.update(self.study, note=self._best_note())
+        say(trial_line(outcome, self.metric))
+
+    def _best_note(self) -> str:
+        return "" if self.best is None else f"best {self.metric} {self.best:.4f}"
+
+    def _clear_trial(self) -> None:
+        if self.trial is not None:
+            self.progress.remove_task(self.trial)
+            self.trial = None
+
+
+class TrainProgress:
+    """One bar for one training; without a terminal, a line for every tenth of it."""
+
+    def __init__(self, label: str, *, epochs: int, metric: str = "accuracy") -> None:
+        self.label, self.epochs, self.metric = label, epochs, metric
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task = self.progress.add_task(label, total=epochs, note="")
+
+    def __enter__(self) -> TrainProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def epoch_ended(self, epoch: EpochMetrics) -> None:
+        scored = "" if epoch.raw is None else f"  {self.metric} {epoch.score(self.metric):.4f}"
+        note = f"loss {epoch.train_loss:.3f}{scored}  {epoch.images_per_s:,.0f} images/s"
+        self.progress.update(self.task, completed=epoch.epoch, note=note)
+        every = max(1, self.epochs // 10)
+        if not console.is_terminal and (epoch.epoch % every == 0 or epoch.epoch == self.epochs):
+            say(f"{self.label}: epoch {epoch.epoch} of {self.epochs}, {note}")
+
+
+def trial_line(outcome: Outcome, metric: str) -> str:
+    """A finished trial in one line."""
+    value = "      " if outcome.value is None else f"{outcome.value:.4f}"
+    epochs = len(outcome.history)
+    how = outcome.state if outcome.failure is None else outcome.failure
+    if outcome.state == "pruned" and outcome.failure is None:
+        how = f"pruned at epoch {epochs}"
+    took = f"{outcome.history[-1].elapsed_s:6.1f} s" if outcome.history else "        "
+    detail = f"  ({outcome.why})" if outcome.failure else ""
+    return f"trial {outcome.number:3d}  {metric} {value}  {how:<18} {took}  {assignments(outcome.params)}{detail}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
+    """A plain table; `right` names the columns to align to the right."""
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        grid.add_column(column, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(escape(str(cell)) for cell in row))
+    console.print(grid)

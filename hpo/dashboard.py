@@ -1,0 +1,124 @@
+"""Serves optuna-dashboard on a study, with its artifacts.
+
+The dashboard is Optuna's own, as a WSGI application on the standard library's threaded server. In this process rather
+than as a command: any storage that a study may live in is opened the way the study opens it, the port is known to be
+free before anything is promised, and Ctrl-C ends it quietly.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import socketserver
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.storages import BaseStorage
+
+from hpo.console import say
+from hpo.errors import StudyError
+from hpo.paths import StudyPaths
+from hpo.storage import is_journal, mask, open_storage
+
+logger = logging.getLogger(__name__)
+
+
+def command(storage_url: str, paths: StudyPaths) -> list[str]:
+    """The plain `optuna-dashboard …` command that shows the same; a password in the URL is masked."""
+    return ["optuna-dashboard", mask(storage_url), "--artifact-dir", str(paths.artifacts)]
+
+
+def serve(storage_url: str, paths: StudyPaths, *, study_name: str, host: str, port: int) -> None:
+    """Serves the dashboard until Ctrl-C, having said where the study's page is.
+
+    Args:
+        port: 0 takes any free one.
+
+    Raises:
+        StudyError: the storage has no such study, or the address cannot be listened on.
+    """
+    with make_server(storage_url, paths, study_name=study_name, host=host, port=port) as server:
+        say(f"study {study_name}: {server.study_url}")
+        say("Ctrl-C stops the dashboard")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            logger.debug("the dashboard was stopped")
+
+
+class DashboardServer(socketserver.ThreadingMixIn, WSGIServer):
+    """A server that is bound to its address. As a context it is closed at the end."""
+
+    daemon_threads = True  # a browser's idle connection must not hold up the end
+    study_url = ""
+    """The page of the study."""
+
+    def server_bind(self) -> None:
+        """Binds without asking a name server who we are, which can take long and is needed by nobody."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away in the middle of an answer is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class _DashboardServer6(DashboardServer):
+    address_family = socket.AF_INET6
+
+
+def make_server(storage_url: str, paths: StudyPaths, *, study_name: str, host: str, port: int) -> DashboardServer:
+    """Opens the study's storage and listens on the address, without answering yet.
+
+    Raises:
+        StudyError: the storage has no such study, or the address cannot be listened on.
+    """
+    if is_journal(storage_url) and not Path(storage_url).is_file():
+        raise StudyError(f"{storage_url}: no such journal, so there is no study to show")
+    storage = open_storage(storage_url)
+    try:
+        study_id = storage.get_study_id_from_name(study_name)
+    except KeyError as error:
+        raise StudyError(f"study {study_name}: not in {mask(storage_url)}; hpo study list shows those here") from error
+    server = _listen(host, port)
+    paths.artifacts.mkdir(parents=True, exist_ok=True)
+    server.set_app(_application(storage, paths.artifacts))
+    shown = f"[{host}]" if ":" in host else host
+    server.study_url = f"http://{shown}:{server.server_port}/dashboard/studies/{study_id}"
+    return server
+
+
+def _application(storage: BaseStorage, artifacts: Path) -> Callable[..., Any]:
+    import optuna_dashboard  # takes a second
+
+    application: Callable[..., Any] = optuna_dashboard.wsgi(  # type: ignore[attr-defined]
+        storage, FileSystemArtifactStore(artifacts)
+    )
+    return application
+
+
+def _listen(host: str, port: int) -> DashboardServer:
+    kind = _DashboardServer6 if ":" in host else DashboardServer
+    try:
+        return kind((host, port), _QuietHandler)
+    except OSError as error:
+        where = f"port {port} of {host}"
+        if error.errno == errno.EADDRINUSE:
+            raise StudyError(f"{where} is taken; give another: --port {port % 65535 + 1}") from error
+        if error.errno == errno.EACCES:
+            raise StudyError(f"{where} is not yours to take; give one above 1023: --port 8080") from error
+        raise StudyError(f"{where} cannot be listened on ({error.strerror}); check --host") from error
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """Answers without a line on the terminal for every request."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)

@@ -1,0 +1,152 @@
+"""Where things lie: the only place that knows names under `studies/`.
+
+The layout of a study's folder is a public contract (studies/README.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def studies_root() -> Path:
+    """The folder of all studies: $HPO_STUDIES, or `studies` here."""
+    return Path(os.environ.get("HPO_STUDIES") or "studies")
+
+
+def cache_root() -> Path:
+    """The folder of decoded data sets: $HPO_CACHE, or `~/.cache/hpo`."""
+    return Path(os.environ.get("HPO_CACHE") or Path.home() / ".cache" / "hpo")
+
+
+def data_root() -> Path:
+    """The folder that built-in data sets are looked for in and downloaded to: $HPO_DATA, or `data` here."""
+    return Path(os.environ.get("HPO_DATA") or "data")
+
+
+def search_space_dirs() -> list[Path]:
+    """The folders that a bare space name is looked up in: the user's `search_spaces`, then the installed copy."""
+    installed = Path(__file__).resolve().parent.parent / "search_spaces"
+    here = Path("search_spaces")
+    return [here, installed] if here.is_dir() and here.resolve() != installed else [installed]
+
+
+@dataclass(frozen=True)
+class TrainingPaths:
+    """The names in the folder of one training outside a study's trials."""
+
+    dir: Path
+
+    @classmethod
+    def of(cls, name: str, *identity: str) -> TrainingPaths:
+        """What `hpo train` writes: a folder for each configuration and data set, so that an unfinished one goes on."""
+        digest = hashlib.sha256("/".join(identity).encode()).hexdigest()
+        return cls(studies_root() / "trainings" / f"{name}-{digest[:8]}")
+
+    @property
+    def config(self) -> Path:
+        return self.dir / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, one line an epoch."""
+        return self.dir / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.dir / "model.safetensors"
+
+    @property
+    def curves(self) -> Path:
+        return self.dir / "learning_curves.png"
+
+    @property
+    def result(self) -> Path:
+        """What came of it; absent before the end."""
+        return self.dir / "result.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.dir / "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class StudyPaths:
+    """The names in one study's folder."""
+
+    dir: Path
+
+    @classmethod
+    def of(cls, name: str) -> StudyPaths:
+        return cls(studies_root() / name)
+
+    @property
+    def name(self) -> str:
+        return self.dir.name
+
+    @property
+    def journal(self) -> Path:
+        """Optuna's journal file, the default storage."""
+        return self.dir / "journal.log"
+
+    @property
+    def study_yaml(self) -> Path:
+        """What the study searches: the resolved space, its hash, storage and data."""
+        return self.dir / "study.yaml"
+
+    @property
+    def artifacts(self) -> Path:
+        """Optuna's artifact store, which the dashboard shows pictures from."""
+        return self.dir / "artifacts"
+
+    @property
+    def trials(self) -> Path:
+        return self.dir / "trials"
+
+    def trial(self, number: int) -> Path:
+        return self.trials / f"{number:05d}"
+
+    def trial_config(self, number: int) -> Path:
+        return self.trial(number) / "config.yaml"
+
+    def trial_metrics(self, number: int) -> Path:
+        """One JSON object a line, one line an epoch."""
+        return self.trial(number) / "metrics.jsonl"
+
+    def trial_model(self, number: int) -> Path:
+        """The weights that the trial ended with; only the best few trials keep theirs."""
+        return self.trial(number) / "model.safetensors"
+
+    def checkpoint(self, slot: int) -> Path:
+        """What a running trial needs to go on. It belongs to the slot: a retried trial has a new number."""
+        return self.dir / "checkpoints" / f"{slot:05d}.pt"
+
+    @property
+    def overview(self) -> Path:
+        """Every trial's value and the best so far, as a picture."""
+        return self.dir / "overview.png"
+
+    def trial_curves(self, number: int) -> Path:
+        return self.trial(number) / "learning_curves.png"
+
+    def trial_confusion(self, number: int) -> Path:
+        return self.trial(number) / "confusion.png"
+
+    def reference(self, name: str) -> TrainingPaths:
+        """A recipe that was trained beside the study, to be beaten."""
+        return TrainingPaths(self.dir / "references" / name)
+
+    def references(self) -> list[TrainingPaths]:
+        """The recipes that were begun beside the study, by name."""
+        return [TrainingPaths(folder) for folder in sorted((self.dir / "references").glob("*/"))]
+
+    @property
+    def test_openings(self) -> Path:
+        """When and for which trial the locked test set was opened, one JSON object a line."""
+        return self.dir / "refit" / "test_openings.jsonl"
+
+    def refit(self, label: str) -> Path:
+        """The submission model of a trial: label is `best` or a trial's five digits."""
+        return self.dir / "refit" / label

@@ -1,0 +1,181 @@
+"""Compares trials at their rungs, and stops those that fall behind.
+
+A rung is an epoch, counted from 1. At a rung a trial survives if it is among the best ceil(keep × n) of the n trials
+that have come so far (asynchronous successive halving, Li et al. 2018, arXiv 1810.05934). Optuna's own form knows only
+the rungs min_resource · η^k, fills every lower rung from a first late report, and counts a retried trial twice; this
+one takes any rungs, judges each once, and counts slots. Optuna's pruners stay available by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    PercentilePruner,
+    SuccessiveHalvingPruner,
+)
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from hpo.search_space import grammar
+
+SLOT = "slot"
+"""The user attribute of every trial of ours: its place in the study's total. A retried trial keeps it."""
+BASE = "base"
+"""The user attribute of the trial that trains the space's base, which is never pruned."""
+
+_RUNG = "rung:"
+
+
+def slot_of(trial: FrozenTrial) -> int:
+    """The trial's slot; a trial that was added by other means stands for itself, by its number."""
+    return int(trial.user_attrs.get(SLOT, trial.number))
+
+
+def rung_epochs(fractions: Sequence[float], epochs: int) -> tuple[int, ...]:
+    """The epochs that these fractions of the run are: at least 1, each once, ascending, before the last epoch."""
+    return tuple(sorted({rung for f in fractions if (rung := max(1, round(f * epochs))) < epochs}))
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a trial stood at a rung, when it was judged there."""
+
+    rank: int
+    """1 is the best; equals share the better rank."""
+    of: int
+    """How many trials had come to the rung, this one included."""
+    kept: bool
+
+    def __str__(self) -> str:
+        return f"{_ordinal(self.rank)} of {self.of}, {'kept' if self.kept else 'pruned'}"
+
+
+class RungPruner(BasePruner):
+    """Prunes a trial that at a rung is not among the best `keep` of the trials that have come so far.
+
+    Reports may come at every epoch; the decision falls when a rung is reached, from the value reported at exactly that
+    epoch. It is written into the trial (one small system attribute a rung), so that an attempt that goes on from a
+    checkpoint is not judged again among more rivals than its undisturbed twin had. NaN ranks worst, equals survive
+    together, and a slot counts once, however often it was retried.
+
+    Args:
+        rungs: epochs, counted from 1.
+        keep: the fraction that survives each rung, in (0, 1].
+    """
+
+    def __init__(self, rungs: Sequence[int], keep: float) -> None:
+        if any(rung < 1 for rung in rungs):
+            raise ValueError(f"rungs are epochs, counted from 1, not {list(rungs)}")
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must lie in (0, 1], not {keep}")
+        self.rungs = tuple(sorted(set(rungs)))
+        self.keep = keep
+        # Trial id -> rung -> place: what the storage knows too, so that an epoch between rungs costs no access to it.
+        self._places: dict[int, dict[int, Place]] = {}
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether the trial has fallen behind at a rung that it has reached."""
+        if trial.user_attrs.get(BASE) or trial.last_step is None:
+            return False
+        places = self._judged(study, trial)
+        for rung in self.rungs:
+            if rung > trial.last_step:
+                break
+            if rung not in places and rung in trial.intermediate_values:
+                places[rung] = place = self._judge(study, trial, rung)
+                mark = [place.rank, place.of, place.kept]
+                study._storage.set_trial_system_attr(trial._trial_id, f"{_RUNG}{rung}", mark)
+                if not place.kept:
+                    break
+        return not all(place.kept for place in places.values())
+
+    def verdict(self, study: Study, trial: Trial | FrozenTrial) -> str:
+        """What the pruner thinks of the trial, for a progress display: "rung 6: 3rd of 14, kept"."""
+        if trial.user_attrs.get(BASE):
+            return "the base, never pruned"
+        places = self._judged(study, trial)
+        if not places:
+            return f"first rung: {self.rungs[0]}" if self.rungs else ""
+        rung = max(places)
+        return f"rung {rung}: {places[rung]}"
+
+    def _judged(self, study: Study, trial: Trial | FrozenTrial) -> dict[int, Place]:
+        """The places that the trial, or the attempts before it, have been given."""
+        if trial._trial_id not in self._places:
+            self._places[trial._trial_id] = {
+                int(key.removeprefix(_RUNG)): Place(*mark)
+                for key, mark in study._storage.get_trial_system_attrs(trial._trial_id).items()
+                if key.startswith(_RUNG)
+            }
+        return self._places[trial._trial_id]
+
+    def _judge(self, study: Study, trial: FrozenTrial, rung: int) -> Place:
+        sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+        own = _goodness(trial.intermediate_values[rung], sign)
+        rivals: dict[int, float] = {}  # slot -> its goodness at the rung; a later attempt overwrites an earlier
+        for other in study.get_trials(deepcopy=False):
+            if other.state != TrialState.FAIL and rung in other.intermediate_values:
+                rivals[slot_of(other)] = _goodness(other.intermediate_values[rung], sign)
+        rivals.pop(slot_of(trial), None)
+        of = len(rivals) + 1
+        rank = 1 + sum(goodness > own for goodness in rivals.values())
+        # Less a rounding error: 0.07 × 100 is 7.000000000000001, and keeps 7.
+        return Place(rank, of, rank <= math.ceil(self.keep * of - 1e-9))
+
+
+def _goodness(value: float, sign: float) -> float:
+    return -math.inf if math.isnan(value) else sign * value
+
+
+def _ordinal(n: int) -> str:
+    suffix = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{suffix}"
+
+
+class _SparesBase(BasePruner):
+    """Before an Optuna pruner in the order of classes: the base runs to its end, since all else is compared to it."""
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        return not trial.user_attrs.get(BASE) and super().prune(study, trial)  # type: ignore[safe-super]
+
+
+# Subclasses, not wrappers: Optuna asks `isinstance(study.pruner, HyperbandPruner)` to give brackets their own history.
+class _Median(_SparesBase, MedianPruner): ...
+
+
+class _Percentile(_SparesBase, PercentilePruner): ...
+
+
+class _SuccessiveHalving(_SparesBase, SuccessiveHalvingPruner): ...
+
+
+class _Hyperband(_SparesBase, HyperbandPruner): ...
+
+
+def build_pruner(config: grammar.Pruner, epochs: int) -> BasePruner:
+    """The pruner that a search space asks for, for runs of that many epochs.
+
+    A trial that was retried counts twice for Optuna's pruners, which know no slots.
+    """
+    match config:
+        case grammar.RungsPruner():
+            return RungPruner(rung_epochs(config.rungs, epochs), config.keep)
+        case grammar.NoPruner():
+            return NopPruner()
+        case grammar.MedianPruner():
+            return _Median(config.startup_trials, round(config.warmup_fraction * epochs))
+        case grammar.PercentilePruner():
+            return _Percentile(100 * config.keep, config.startup_trials, round(config.warmup_fraction * epochs))
+        case grammar.SuccessiveHalvingPruner():
+            first = max(1, round(config.min_fraction * epochs))
+            return _SuccessiveHalving(first, config.reduction_factor)
+        case grammar.HyperbandPruner():
+            first = max(1, round(config.min_fraction * epochs))
+            return _Hyperband(first, epochs, config.reduction_factor)

@@ -1,0 +1,107 @@
+"""The fields of `TrainConfig` by their dotted path: the only names that a space, a recipe or `--set` may use."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic.fields import FieldInfo
+
+from core.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """One leaf of the tree."""
+
+    path: str
+    info: FieldInfo
+
+    @cached_property
+    def kind(self) -> Literal["int", "float", "str", "other"]:
+        """What a range over it would be of; `other` for what has no order, which takes choices only."""
+        annotation = self.info.annotation
+        if get_origin(annotation) in (Union, types.UnionType):
+            annotation, *more = [arm for arm in get_args(annotation) if arm is not type(None)]
+            if more:
+                return "other"
+        return {int: "int", float: "float", str: "str"}.get(annotation, "other")  # type: ignore[arg-type, return-value]
+
+    @property
+    def annotated(self) -> Any:
+        """The field's type with its bounds, for pydantic."""
+        return Annotated[(self.info.annotation, *self.info.metadata)] if self.info.metadata else self.info.annotation
+
+    @cached_property
+    def adapter(self) -> TypeAdapter[Any]:
+        """Validates a value by the field's own type and bounds, as strictly as `TrainConfig` does."""
+        return TypeAdapter(self.annotated, config=ConfigDict(strict=True))
+
+    def validate(self, value: Any) -> Any:
+        """The value as the field keeps it (a whole number becomes a float where the field is one).
+
+        Raises:
+            pydantic.ValidationError: the field refuses it.
+        """
+        return self.adapter.validate_python(value)
+
+
+@cache
+def config_fields() -> dict[str, ConfigField]:
+    """Every field of `TrainConfig` by its dotted path, in the order of the tree."""
+    return {field.path: field for field in _leaves(TrainConfig, "")}
+
+
+@cache
+def config_sections() -> dict[str, tuple[str, ...]]:
+    """Every section of `TrainConfig` (`optim`, `optim.swats`) with the paths below it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for path in config_fields():
+        parts = path.split(".")
+        for length in range(1, len(parts)):
+            section = ".".join(parts[:length])
+            found[section] = (*found.get(section, ()), path)
+    return found
+
+
+def _leaves(model: type[BaseModel], prefix: str) -> Iterable[ConfigField]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _leaves(info.annotation, f"{prefix}{name}.")
+        else:
+            yield ConfigField(f"{prefix}{name}", info)
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The closest spelling, if any is close."""
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)  # 0.6 is difflib's own
+    return close[0] if close else None
+
+
+def nearest_field(path: str, names: Iterable[str]) -> str | None:
+    """The dotted path that was probably meant: the same last part elsewhere, or the closest spelling."""
+    names = list(names)
+    by_leaf = {name.rpartition(".")[2]: name for name in reversed(names)}
+    leaf = path.rpartition(".")[2]
+    if leaf in by_leaf:
+        return by_leaf[leaf]
+    near = nearest(leaf, by_leaf)
+    return nearest(path, names) or (None if near is None else by_leaf[near])
+
+
+def did_you_mean(found: str | None) -> str:
+    """The tail of a message: `; did you mean optim.lr?`, or nothing where no name is near."""
+    return "" if found is None else f"; did you mean {found}?"
+
+
+def no_such_field(path: str, more: Iterable[str] = ()) -> str:
+    """What is wrong with a path that is no field of `TrainConfig`; `more` are other names allowed in its place."""
+    sections = config_sections()
+    if path in sections:
+        return f"is a group of fields; name one of them: {', '.join(sections[path])}"
+    return f"no such field{did_you_mean(nearest_field(path, [*config_fields(), *more]))}"

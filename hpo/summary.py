@@ -1,0 +1,149 @@
+"""How a study stands, in words: its best trials, by how much they beat the base and each recipe, and how to go on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.console import assignments, say, table
+from hpo.dashboard import command as dashboard_command
+from hpo.pruner import BASE
+from hpo.report import study_overview
+from hpo.study import RECIPE, Counts, Study
+from hpo.training import read_value
+
+# Trials in the table of the best: what fits a screen beside what was said before.
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a study stands."""
+
+    counts: Counts
+    best: FrozenTrial | None
+    rivals: tuple[tuple[str, float], ...]
+    """(what it is, its value): the base and the recipes that were trained, for the best trial to beat."""
+
+    @property
+    def best_value(self) -> float | None:
+        return None if self.best is None else self.best.value
+
+    @property
+    def states(self) -> str:
+        """The trials by state, in words."""
+        counts = self.counts
+        words = [
+            f"{number} {state}"
+            for state, number in (
+                ("complete", counts.complete),
+                ("pruned", counts.pruned),
+                ("failed to train", counts.failures),
+                ("running", counts.running),
+                ("waiting", counts.waiting),
+            )
+            if number
+        ]
+        return ", ".join(words) or "none yet"
+
+
+def standing(study: Study) -> Standing:
+    """How a study stands now."""
+    complete = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    rivals = []
+    for trial in complete:
+        if trial.value is None:
+            continue
+        if trial.user_attrs.get(BASE):
+            rivals.append((f"the base (trial {trial.number})", trial.value))
+        if RECIPE in trial.user_attrs:
+            rivals.append((f"recipe {trial.user_attrs[RECIPE]} (trial {trial.number})", trial.value))
+    for reference in study.paths.references():
+        value = read_value(reference)
+        if value is not None:
+            rivals.append((f"recipe {reference.dir.name}", value))
+    return Standing(study.counts(), study.best_trial(), tuple(rivals))
+
+
+def say_standing(study: Study) -> None:
+    """The whole standing: trials by state, the best of them, what they beat, and the next commands."""
+    now = standing(study)
+    total = "" if study.total is None else f" of {study.total}"
+    say(f"study {study.name} (space {study.space_name}): {now.counts.finished}{total} trials finished: {now.states}")
+    say(f"  data {study.data_name}, objective {study.metric} on the validation images, seed {study.seed}")
+    say(f"  storage {study.storage_shown}")
+    if study.paths.overview.exists():
+        say(f"  picture {study.paths.overview}")
+    if now.best is not None:
+        say()
+        _say_best_trials(study)
+        say()
+        for line in margins(now, study.metric, study.direction):
+            say(line)
+    say()
+    say("next:")
+    for command in next_commands(study, now):
+        say(f"  {command}")
+
+
+def draw_overview(study: Study) -> None:
+    """Draws the study's history into its folder."""
+    now = standing(study)
+    baselines = {name.partition(" (")[0]: value for name, value in now.rivals}
+    study_overview(study.optuna, study.paths.overview, metric=study.metric, baselines=baselines, title=study.name)
+
+
+def margins(now: Standing, metric: str, direction: str) -> list[str]:
+    """By how much the best trial's validation value beats each rival's, a line each."""
+    if now.best is None or now.best.value is None:
+        return []
+    lines = [f"best: trial {now.best.number}, validation {metric} {now.best.value:.4f}"]
+    sign = 1 if direction == "maximize" else -1
+    for name, value in now.rivals:
+        gain = sign * (now.best.value - value)
+        # Scores are shares of one, which people compare in points; the loss has a unit of its own.
+        size = f"{abs(gain):.4f}" if metric == "nll" else f"{100 * abs(gain):.2f} points"
+        if name.endswith(f"(trial {now.best.number})"):
+            lines.append(f"  it is {name}: the search found nothing better")
+        elif gain == 0:
+            lines.append(f"  no better than {name}, {value:.4f}")
+        else:
+            lines.append(f"  {size} {'better' if gain > 0 else 'worse'} than {name}, {value:.4f}")
+    return lines
+
+
+def _say_best_trials(study: Study) -> None:
+    complete = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    sign = -1 if study.direction == "maximize" else 1
+    ranked = sorted(complete, key=lambda trial: (sign * _value(trial), trial.number))[:SHOWN]
+    table(
+        ["trial", study.metric, "parameters"],
+        [[trial.number, f"{_value(trial):.4f}", assignments(trial.params)] for trial in ranked],
+        right=(0, 1),
+    )
+
+
+def next_commands(study: Study, now: Standing) -> Sequence[str]:
+    """What a person may want to type next, ready to copy."""
+    name = shlex.quote(study.name)
+    commands = []
+    if study.total is not None and now.counts.finished < study.total:
+        commands.append(go_on_command(study))
+    if now.best is not None:
+        commands.append(f"hpo refit best --study {name}")
+    commands.append(f"hpo dashboard {name}")
+    commands.append(shlex.join(dashboard_command(study.storage_url, study.paths)))
+    return commands
+
+
+def go_on_command(study: Study) -> str:
+    """The command that the study was last run by, so that it goes on to its total."""
+    return str(study.record.get("command") or f"hpo run {study.space_name} --study {study.name}")
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None, "a complete trial has a value"
+    return trial.value

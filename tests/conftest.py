@@ -1,0 +1,25 @@
+"""What all tests share: the real image sets, where they are, and folders of their own to write in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real image sets beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"the real image sets are not here: {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes into the user's studies, cache or data."""
+    monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "studies"))
+    monkeypatch.setenv("HPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "data"))

@@ -1,0 +1,43 @@
+"""A data set and a network small enough to train in a tenth of a second."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from core.config import TrainConfig
+from core.data import Splits
+
+
+@pytest.fixture(scope="session")
+def digits() -> Splits:
+    """192 real digits to train on, 96 to validate on."""
+    source = load_digits()
+    images = torch.tensor(source.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)[:288]
+    labels = torch.tensor(source.target, dtype=torch.int64)[:288]
+    pixels = images[:192].float() / 255
+    return Splits(
+        images=images,
+        labels=labels,
+        train=torch.arange(192),
+        val=torch.arange(192, 288),
+        classes=tuple("0123456789"),
+        mean=(pixels.mean().item(),),
+        std=(pixels.std().item(),),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TrainConfig:
+    """Four epochs of a network of two blocks."""
+    return TrainConfig().override(
+        {
+            "epochs": 4,
+            "batch_size": 64,
+            "model.widths": (8, 16),
+            "model.blocks": (1, 1),
+            "optim.lr_scale": 4.0,
+            "augment.flip": 0.0,
+        }
+    )

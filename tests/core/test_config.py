@@ -1,0 +1,187 @@
+"""Every field of `TrainConfig` is bounded, described, and changes what it says that it changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from core.config import REFERENCE_LR, RESNET_ONLY, TrainConfig
+from core.data import Splits, load_dataset, split
+from core.loop import train
+
+CPU = torch.device("cpu")
+
+SWATS = {"optim.name": "swats"}
+CRITERION = {"optim.name": "swats", "optim.swats.switch": "criterion"}
+
+# field -> (what it needs around it to matter, another value). Each is trained with and without.
+WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
+    "epochs": ({}, 3),
+    "batch_size": ({}, 32),
+    "seed": ({}, 1),
+    "data.val_fraction": ({}, 0.4),
+    "data.test_fraction": ({}, 0.4),
+    "data.split_seed": ({}, 1),
+    "data.image_size": ({}, 12),
+    "data.normalize": ({}, "half"),
+    "sampling.name": ({}, "balanced"),
+    "augment.flip": ({}, 0.5),
+    "augment.vertical_flip": ({}, 0.5),
+    "augment.crop_pad_fraction": ({}, 0.0),
+    "augment.rotation_degrees": ({}, 20.0),
+    "augment.color_jitter": ({}, 0.5),
+    "augment.ops": ({}, 2),
+    "augment.strength": ({"augment.ops": 2}, 0.9),
+    "augment.erase": ({}, 0.5),
+    "augment.mixup": ({}, 0.4),
+    "augment.cutmix": ({}, 1.0),
+    "augment.mix_probability": ({"augment.mixup": 0.4}, 0.3),
+    "augment.mix_off_fraction": ({"augment.mixup": 0.4}, 0.5),
+    "model.name": ({"model.widths": (64, 128, 256, 512), "model.blocks": (2, 2, 2, 2), "epochs": 1}, "timm/resnet10t"),
+    "model.widths": ({}, (16, 16)),
+    "model.blocks": ({}, (2, 1)),
+    "model.width": ({}, 2.0),
+    "model.depth": ({}, 2.0),
+    "model.block": ({}, "bottleneck"),
+    "model.stem_kernel": ({}, 7),
+    "model.stem_stride": ({}, 2),
+    "model.max_pool": ({}, True),
+    "model.se": ({}, True),
+    "model.norm": ({}, "group"),
+    "model.activation": ({}, "mish"),
+    "model.drop_path": ({}, 0.3),
+    "model.dropout": ({}, 0.3),
+    "loss.smoothing": ({}, 0.1),
+    "loss.smoothing_final": ({}, 0.1),
+    "optim.name": ({}, "nadam"),
+    "optim.lr": ({}, 0.02),
+    "optim.lr_scale": ({}, 0.5),
+    "optim.weight_decay": ({}, 1e-2),
+    "optim.momentum": ({"optim.name": "sgd"}, 0.5),
+    "optim.nesterov": ({"optim.name": "sgd"}, False),
+    "optim.beta1": ({}, 0.5),
+    "optim.beta2": ({}, 0.9),
+    "optim.grad_clip": ({"optim.name": "sgd"}, 0.1),
+    "optim.swats.switch": (SWATS, "criterion"),
+    "optim.swats.switch_fraction": (SWATS, 0.75),
+    "optim.swats.tolerance": (CRITERION, 1.0),
+    "schedule.name": ({}, "linear"),
+    "schedule.warmup_fraction": ({}, 0.3),
+    "schedule.warmup_start": ({}, 0.5),
+    "schedule.final_factor": ({}, 0.5),
+    "averaging.name": ({}, "ema"),
+    "averaging.half_life_fraction": ({"averaging.name": "ema"}, 0.4),
+    "averaging.swa_start_fraction": ({"averaging.name": "swa"}, 0.25),
+    "early_stop.patience_fraction": ({"optim.lr_scale": 1e-6}, 0.25),
+    "precision.autocast": ({}, "bf16"),
+}
+# What cannot be trained here: `test_models.py` says what is asked of it.
+ELSEWHERE = {"model.pretrained"}
+
+
+def test_the_tables_name_every_field() -> None:
+    assert WEIGHTS.keys() | ELSEWHERE == TrainConfig().flat().keys()
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of the configurations that several fields are compared with."""
+    return {}
+
+
+def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """What 150 of the digits teach the network."""
+    dataset = load_dataset(config.data)
+    splits = split(dataset, config.data)
+    few = Splits(
+        images=splits.images,
+        labels=splits.labels,
+        train=splits.train[:150],
+        val=splits.val[:60],
+        classes=splits.classes,
+        mean=splits.mean,
+        std=splits.std,
+    )
+    return train(config, few, device=CPU).model.state_dict()
+
+
+@pytest.mark.parametrize(("field", "context", "value"), [(name, *row) for name, row in WEIGHTS.items()], ids=WEIGHTS)
+def test_the_field_alone_changes_the_trained_weights(
+    tiny: TrainConfig,
+    trained: dict[str, dict[str, torch.Tensor]],
+    field: str,
+    context: dict[str, Any],
+    value: Any,
+) -> None:
+    before = tiny.override(context)
+    after = before.override({field: value})
+    key = before.model_dump_json()
+    if key not in trained:
+        trained[key] = weights(before)
+    ours, theirs = trained[key], weights(after)
+    shapes = {name: tensor.shape for name, tensor in ours.items()}
+    if shapes == {name: tensor.shape for name, tensor in theirs.items()}:
+        assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("field", TrainConfig().flat())
+def test_every_field_says_what_it_is_for(field: str) -> None:
+    node: Any = TrainConfig
+    *parents, leaf = field.split(".")
+    for name in parents:
+        node = node.model_fields[name].annotation
+    description = node.model_fields[leaf].description
+    assert description
+    assert description.rstrip().endswith((".", ")"))
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"epochs": 0}, "greater than or equal to 1"),
+        ({"batch_size": "32"}, "valid integer"),
+        ({"batch_size": 32.5}, "valid integer"),
+        ({"model.se": 1}, "valid boolean"),
+        ({"model.widths": (8, 16)}, "widths names 2 stages and model.blocks 4"),
+        ({"model.name": "resnext"}, "pattern"),
+        ({"model.pretrained": True}, "resnet has no pretrained weights"),
+        ({"model.name": "timm/resnet18", "model.se": True}, "model.se shapes resnet only"),
+        ({"optim.lr": 0.1, "optim.lr_scale": 1.0}, "exclude each other"),
+        ({"augment.flip": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(values: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        TrainConfig().override(values)
+
+
+@pytest.mark.parametrize("path", ["optim.lrr", "optim", "lr", "optim.lr.x", "epochs.x"])
+def test_a_path_that_is_no_field_is_refused(path: str) -> None:
+    with pytest.raises(KeyError, match=path):
+        TrainConfig().override({path: 1})
+
+
+def test_one_of_the_two_rates_drops_the_other() -> None:
+    absolute = TrainConfig().override({"optim.lr": 0.3})
+    assert absolute.optim.lr_scale is None
+    assert absolute.override({"optim.lr_scale": 2.0}).optim.lr is None
+
+
+@pytest.mark.parametrize("name", REFERENCE_LR)
+def test_a_scale_of_one_at_batch_256_is_the_optimizers_reference(name: str) -> None:
+    optim = TrainConfig().override({"optim.name": name}).optim
+    reference, power = REFERENCE_LR[name]
+    assert optim.peak_lr(256) == reference
+    assert optim.peak_lr(64) == pytest.approx(reference * 0.25**power)
+
+
+def test_fields_that_timm_models_refuse_are_the_ones_named() -> None:
+    assert set(RESNET_ONLY) < set(TrainConfig.model_fields["model"].annotation.model_fields)  # type: ignore[union-attr]
+
+
+def test_a_configuration_survives_its_own_json() -> None:
+    config = TrainConfig().override({"optim.lr": 0.3, "model.widths": (8, 16), "model.blocks": (1, 1)})
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config

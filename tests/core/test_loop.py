@@ -1,0 +1,232 @@
+"""What `core.train` promises, on real digits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import core.loop
+from core.config import TrainConfig
+from core.data import Splits
+from core.errors import ConfigError, DivergedError, UserError
+from core.loop import EpochMetrics, TrainResult, _batch_sizes, seconds_per_epoch, train
+from core.metrics import Scores
+
+CPU = torch.device("cpu")
+
+# Configurations whose state is more than weights and an epoch: each has something that a resumed run could lose.
+STATEFUL = {
+    "adamw, ema, mixup, dropout": {
+        "averaging.name": "ema", "averaging.half_life_fraction": 0.1, "augment.mixup": 0.4, "augment.cutmix": 1.0,
+        "model.dropout": 0.3, "model.drop_path": 0.2, "augment.ops": 2,
+    },
+    "sgd, swa": {"optim.name": "sgd", "averaging.name": "swa", "averaging.swa_start_fraction": 0.25},
+    "nadam, clipped, balanced": {"optim.name": "nadam", "optim.grad_clip": 0.5, "sampling.name": "balanced"},
+    "swats at a fraction": {"optim.name": "swats", "optim.swats.switch_fraction": 0.5},
+    "swats by its criterion": {
+        "optim.name": "swats", "optim.swats.switch": "criterion", "optim.swats.tolerance": 1.0,
+    },
+    "early stopping": {"early_stop.patience_fraction": 0.75},
+}  # fmt: skip
+
+
+def weights_of(result: TrainResult) -> dict[str, torch.Tensor]:
+    return result.model.state_dict()
+
+
+def same(one: TrainResult, other: TrainResult) -> bool:
+    """Bitwise equal weights, and equal scores at every epoch."""
+    ours, theirs = weights_of(one), weights_of(other)
+    timeless = [
+        [dataclasses.replace(epoch, images_per_s=0.0, elapsed_s=0.0) for epoch in result.history]
+        for result in (one, other)
+    ]
+    return all(torch.equal(ours[name], theirs[name]) for name in ours) and timeless[0] == timeless[1]
+
+
+def test_the_network_learns_digits(digits: Splits, tiny: TrainConfig) -> None:
+    able = {"epochs": 25, "model.widths": (16, 32), "batch_size": 16, "augment.crop_pad_fraction": 0.0}
+    result = train(tiny.override(able), digits, device=CPU)
+    assert result.value("accuracy") > 0.6  # 192 images of ten classes
+    assert result.history[-1].train_loss < 0.5 * result.history[0].train_loss
+
+
+@pytest.mark.parametrize("changes", STATEFUL.values(), ids=STATEFUL.keys())
+def test_the_same_seed_gives_bitwise_the_same_training(
+    digits: Splits, tiny: TrainConfig, changes: dict[str, Any]
+) -> None:
+    config = tiny.override(changes)
+    torch.manual_seed(1)
+    first = train(config, digits, device=CPU)
+    torch.manual_seed(2)  # what else drew from torch's global generator makes no difference
+    assert same(first, train(config, digits, device=CPU))
+
+
+@pytest.mark.parametrize("changes", STATEFUL.values(), ids=STATEFUL.keys())
+def test_a_training_resumed_from_its_checkpoint_is_bitwise_the_uninterrupted_one(
+    digits: Splits, tiny: TrainConfig, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core.loop, "CHECKPOINT_EVERY_S", 0.0)
+    config = tiny.override({"epochs": 6, **changes})
+    uninterrupted = train(config, digits, device=CPU)
+
+    def stop_in_the_fourth(epoch: EpochMetrics) -> None:
+        if epoch.epoch == 4:
+            raise KeyboardInterrupt
+
+    checkpoint = tmp_path / "trial.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, digits, device=CPU, on_epoch_end=stop_in_the_fourth, checkpoint_to=checkpoint)
+    told: list[int] = []
+    trained: list[int] = []
+    resumed = train(
+        config,
+        digits,
+        device=CPU,
+        resume_from=checkpoint,
+        on_resume=lambda history: told.extend(epoch.epoch for epoch in history),
+        on_epoch_end=lambda epoch: trained.append(epoch.epoch),
+    )
+    assert told == [1, 2, 3]
+    assert trained == [epoch.epoch for epoch in uninterrupted.history[3:]]
+    assert same(uninterrupted, resumed)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(
+    digits: Splits, tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core.loop, "CHECKPOINT_EVERY_S", 0.0)
+    train(tiny, digits, device=CPU, checkpoint_to=tmp_path / "trial.pt")
+    other = tiny.override({"optim.weight_decay": 1e-3})
+    with pytest.raises(ConfigError, match="belongs to another configuration"):
+        train(other, digits, device=CPU, resume_from=tmp_path / "trial.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
+def test_a_torn_checkpoint_is_named(digits: Splits, tiny: TrainConfig, tmp_path: Path, content: bytes) -> None:
+    torn = tmp_path / "trial.pt"
+    torn.write_bytes(content)
+    with pytest.raises(UserError, match=r"trial\.pt: not a checkpoint"):
+        train(tiny, digits, device=CPU, resume_from=torn)
+
+
+def test_the_generators_of_the_caller_are_left_alone(digits: Splits, tiny: TrainConfig) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train(tiny.override({"model.dropout": 0.5}), digits, device=CPU)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_the_callback_raises_ends_the_training_and_goes_through(digits: Splits, tiny: TrainConfig) -> None:
+    class PrunedError(Exception):
+        pass
+
+    seen: list[int] = []
+
+    def prune(epoch: EpochMetrics) -> None:
+        seen.append(epoch.epoch)
+        raise PrunedError
+
+    with pytest.raises(PrunedError):
+        train(tiny, digits, device=CPU, on_epoch_end=prune)
+    assert seen == [1]
+
+
+def test_a_run_stopped_early_is_the_beginning_of_the_whole_run(digits: Splits, tiny: TrainConfig) -> None:
+    whole = train(tiny, digits, device=CPU)
+    part = train(tiny, digits, device=CPU, stop_after=2)
+    assert [epoch.train_loss for epoch in part.history] == [epoch.train_loss for epoch in whole.history[:2]]
+    assert part.history[1].lr == whole.history[1].lr
+
+
+def test_training_without_validation_images_keeps_the_last_weights(digits: Splits, tiny: TrainConfig) -> None:
+    no_val = dataclasses.replace(digits, val=torch.empty(0, dtype=torch.int64))
+    result = train(tiny.override({"averaging.name": "ema"}), no_val, device=CPU)
+    assert result.val_logits is None
+    assert result.kept.epoch == tiny.epochs
+    with pytest.raises(ValueError, match="no validation images"):
+        result.value("accuracy")
+
+
+def test_a_loss_that_is_no_number_is_told_as_divergence(digits: Splits, tiny: TrainConfig) -> None:
+    without_contrast = dataclasses.replace(digits, std=(1e-42,))  # the normalised pixels overflow
+    with pytest.raises(DivergedError, match="training loss of epoch 1 is nan"):
+        train(tiny, without_contrast, device=CPU)
+
+
+def test_the_kept_network_is_the_one_that_was_scored(digits: Splits, tiny: TrainConfig) -> None:
+    for averaging in ("none", "ema", "swa"):
+        result = train(tiny.override({"averaging.name": averaging}), digits, device=CPU)
+        assert result.val_logits is not None
+        hits = (result.val_logits.argmax(1) == digits.labels[digits.val]).float().mean().item()
+        assert hits == pytest.approx(result.value("accuracy"))
+
+
+def test_early_stopping_ends_the_run_and_keeps_its_best_epoch(digits: Splits, tiny: TrainConfig) -> None:
+    config = tiny.override({"epochs": 12, "optim.lr_scale": 1e-6, "early_stop.patience_fraction": 0.25})
+    result = train(config, digits, device=CPU)
+    best = max(result.history, key=lambda epoch: epoch.score("accuracy"))
+    assert result.kept.score("accuracy") == best.score("accuracy")
+    assert len(result.history) == result.kept.epoch + 3 < 12
+
+
+def test_an_average_decides_alone_only_once_it_has_caught_up() -> None:
+    def scores(accuracy: float) -> Scores:
+        return Scores(loss=1 - accuracy, accuracy=accuracy, balanced_accuracy=0.5, macro_f1=0.5, ece=0.0)
+
+    epoch = EpochMetrics(
+        epoch=1, step=1, lr=0.1, train_loss=1.0, raw=scores(0.8), averaged=scores(0.3), averaged_counts=False,
+        images_per_s=1.0, elapsed_s=1.0,
+    )  # fmt: skip
+    assert epoch.score("accuracy") == 0.8
+    assert epoch.score("nll") == pytest.approx(0.2)
+    assert dataclasses.replace(epoch, averaged_counts=True).score("accuracy") == 0.3
+    assert epoch.row()["averaged_val_accuracy"] == 0.3
+
+
+def test_a_line_of_metrics_has_the_contracts_keys(digits: Splits, tiny: TrainConfig) -> None:
+    result = train(tiny, digits, device=CPU)
+    keys = {"epoch", "step", "lr", "train_loss", "val_loss", "val_accuracy", "val_macro_f1"}
+    keys |= {"images_per_s", "elapsed_s"}
+    for number, epoch in enumerate(result.history, start=1):
+        row = epoch.row()
+        assert keys <= row.keys()
+        assert row["epoch"] == number
+        assert row["step"] == number * 3  # 192 images in batches of 64
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "sizes"),
+    [
+        (10, 5, [5, 5]),
+        (12, 5, [5, 5, 2]),
+        (11, 5, [5, 6]),  # one image alone has no batch statistics
+        (3, 5, [3]),
+        (6, 5, [6]),
+    ],
+)
+def test_no_image_is_dropped_and_none_is_alone(images: int, batch: int, sizes: list[int]) -> None:
+    assert _batch_sizes(images, batch) == sizes
+
+
+def test_one_image_cannot_be_trained_on(digits: Splits, tiny: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="at least 2"):
+        train(tiny, dataclasses.replace(digits, train=torch.tensor([0])), device=CPU)
+
+
+def test_a_short_ema_follows_the_weights_from_the_start(digits: Splits, tiny: TrainConfig) -> None:
+    """Without a warm-up of its decay, an average over a short run would still be its first weights."""
+    result = train(tiny.override({"epochs": 15, "averaging.name": "ema"}), digits, device=CPU)
+    assert result.kept.raw is not None
+    assert result.kept.averaged is not None
+    assert result.kept.averaged.accuracy > result.kept.raw.accuracy - 0.05
+
+
+def test_the_estimate_of_an_epoch_is_of_the_order_of_an_epoch(digits: Splits, tiny: TrainConfig) -> None:
+    estimate = seconds_per_epoch(tiny, digits, device=CPU)
+    assert 0 < estimate < 10

@@ -1,0 +1,149 @@
+"""The scores, against scikit-learn's and against sums written out."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sklearn_metrics
+from torch import Tensor
+
+from core.metrics import METRICS, Scores, confusion, per_class, scores, value
+
+CLASSES = 5
+
+
+def _predictions(n: int = 400, *, labels: tuple[int, ...] = (0, 1, 2, 3, 4), seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits (n, 5) that are right more often than not, and labels (n,) out of the given ones."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.tensor(labels)[torch.randint(len(labels), (n,), generator=generator)]
+    logits = torch.randn(n, CLASSES, generator=generator)
+    logits[torch.arange(n), truth] += 1.5
+    return logits, truth
+
+
+def _never(logits: Tensor, classes: tuple[int, ...]) -> Tensor:
+    logits = logits.clone()
+    logits[:, list(classes)] = -20.0
+    return logits
+
+
+LOGITS, LABELS = _predictions()
+CASES = {
+    "all classes": (LOGITS, LABELS),
+    "a class without images": _predictions(labels=(0, 1, 3, 4)),
+    "a class never predicted": (_never(LOGITS, (2,)), LABELS),
+    "a class neither there nor predicted": (
+        _never(_predictions(labels=(0, 1, 3))[0], (4,)),
+        _predictions(labels=(0, 1, 3))[1],
+    ),
+    "all right": (torch.eye(CLASSES)[LABELS] * 9, LABELS),
+    "all wrong": (torch.eye(CLASSES)[(LABELS + 1) % CLASSES] * 9, LABELS),
+    "one image": (LOGITS[:1], LABELS[:1]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_are_those_of_scikit_learn(case: str) -> None:
+    logits, labels = CASES[case]
+    got = scores(logits, labels)
+    truth, predicted = labels.numpy(), logits.argmax(1).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes that are predicted only
+        balanced = sklearn_metrics.balanced_accuracy_score(truth, predicted)
+    assert got.accuracy == pytest.approx(sklearn_metrics.accuracy_score(truth, predicted))
+    assert got.balanced_accuracy == pytest.approx(balanced)
+    assert got.macro_f1 == pytest.approx(sklearn_metrics.f1_score(truth, predicted, average="macro", zero_division=0))
+    probabilities = logits.double().softmax(1).numpy()
+    assert got.loss == pytest.approx(sklearn_metrics.log_loss(truth, probabilities, labels=range(CLASSES)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_confusion_and_the_table_of_classes_are_those_of_scikit_learn(case: str) -> None:
+    logits, labels = CASES[case]
+    truth, predicted = labels.numpy(), logits.argmax(1).numpy()
+    counts = confusion(logits, labels)
+    assert counts.dtype == torch.int64
+    np.testing.assert_array_equal(counts, sklearn_metrics.confusion_matrix(truth, predicted, labels=range(CLASSES)))
+    names = tuple("abcde")
+    columns = sklearn_metrics.precision_recall_fscore_support(truth, predicted, labels=range(CLASSES), zero_division=0)
+    for row, name, *expected in zip(per_class(counts, names), names, *columns, strict=True):
+        assert row["class"] == name
+        assert [row[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(expected)
+
+
+def test_the_rows_of_the_confusion_are_the_true_classes() -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    assert confusion(logits, torch.tensor([0, 0, 0])).tolist() == [[1, 2], [0, 0]]
+
+
+def test_calibration_error_is_that_of_guo_et_al_written_out() -> None:
+    confidence, predicted = LOGITS.double().softmax(1).max(1)
+    expected = 0.0
+    for index in range(15):
+        inside = (confidence > index / 15) & (confidence <= (index + 1) / 15)
+        if inside.any():
+            accuracy = (predicted == LABELS)[inside].double().mean()
+            expected += inside.double().mean() * (accuracy - confidence[inside].mean()).abs()
+    assert scores(LOGITS, LABELS).ece == pytest.approx(float(expected))
+
+
+def test_certainty_that_is_always_right_is_calibrated_and_always_wrong_is_off_by_one() -> None:
+    certain = torch.eye(CLASSES)[LABELS] * 1e3
+    assert scores(certain, LABELS).ece == 0
+    assert scores(certain, (LABELS + 1) % CLASSES).ece == 1
+
+
+def test_log_probabilities_score_as_the_logits_that_they_came_from() -> None:
+    from_logits, from_logs = scores(LOGITS, LABELS), scores(LOGITS.double().log_softmax(1), LABELS)
+    assert dataclasses.astuple(from_logs) == pytest.approx(dataclasses.astuple(from_logits))
+
+
+def test_a_diverged_network_has_no_finite_loss_and_raises_nothing() -> None:
+    assert np.isnan(scores(torch.full((4, CLASSES), float("nan")), LABELS[:4]).loss)
+
+
+def test_half_precision_logits_score_as_their_float_values() -> None:
+    half = LOGITS.to(torch.bfloat16)
+    assert scores(half, LABELS) == scores(half.float(), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("metric", "field", "direction"),
+    [
+        ("accuracy", "accuracy", "maximize"),
+        ("balanced_accuracy", "balanced_accuracy", "maximize"),
+        ("macro_f1", "macro_f1", "maximize"),
+        ("nll", "loss", "minimize"),
+    ],
+)
+def test_a_metric_names_a_score_and_its_direction(metric: str, field: str, direction: str) -> None:
+    found = Scores(loss=0.1, accuracy=0.2, balanced_accuracy=0.3, macro_f1=0.4, ece=0.5)
+    assert value(found, metric) == getattr(found, field)
+    assert METRICS[metric] == direction
+    assert len(METRICS) == 4
+
+
+def test_an_unknown_metric_is_refused() -> None:
+    with pytest.raises(ValueError, match="'recall' is no metric; there are accuracy"):
+        value(scores(LOGITS, LABELS), "recall")
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_scores_are_those_of_the_cpu_and_only_their_transfer_waits() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    logits, labels = LOGITS.cuda(), LABELS.cuda()
+    assert dataclasses.astuple(scores(logits, labels)) == pytest.approx(dataclasses.astuple(scores(LOGITS, LABELS)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            scores(logits, labels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught) == 1
+    assert torch.equal(confusion(logits, labels).cpu(), confusion(LOGITS, LABELS))

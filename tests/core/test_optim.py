@@ -1,0 +1,487 @@
+"""Each optimizer is torch's own with one form of weight decay; SWATS is the paper's Algorithm 1, written out here."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from core.config import TrainConfig
+from core.optim import StepOptimizer, build_optimizer
+
+STEPS = 20
+KINDS = ("sgd", "adamw", "nadam", "swats")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ).to(memory_format=torch.channels_last)
+
+
+def config(name: str, **optim: Any) -> TrainConfig:
+    """`swats__tolerance` is `optim.swats.tolerance`; batch 256, so that references are what they are."""
+    fields = {f"optim.{field.replace('__', '.')}": value for field, value in optim.items()}
+    return TrainConfig(batch_size=256).override({"optim.name": name, "schedule.warmup_fraction": 0.0, **fields})
+
+
+def set_gradients(model: nn.Module, step: int) -> None:
+    """The same random gradients for the same step, in each parameter's own layout."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.grad = torch.empty_like(parameter).copy_(values)
+
+
+def run(optimizer: StepOptimizer, model: nn.Module, steps: Iterable[int], total: int = STEPS) -> None:
+    """Steps under a falling factor; an epoch is 5 steps."""
+    for step in steps:
+        set_gradients(model, step)
+        optimizer.step(step / total, 1 - step / total)
+        if step % 5 == 4:
+            optimizer.end_epoch()
+
+
+# ---- weight decay
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1.0])
+@pytest.mark.parametrize("name", KINDS)
+def test_without_gradients_every_optimizer_shrinks_weights_alike_and_spares_vectors(name: str, lr: float) -> None:
+    model = network()
+    before = copy.deepcopy(model)
+    optimizer = build_optimizer(config(name, lr=lr, weight_decay=0.01, swats__switch_fraction=0.5), model, STEPS)
+    for step in range(STEPS):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step(step / STEPS, 1 - step / STEPS)
+    assert (optimizer.switched_at == 0.5) is (name == "swats")
+    shrunk = math.prod(1 - (1 - step / STEPS) * 0.01 for step in range(STEPS))
+    for now, then in zip(model.parameters(), before.parameters(), strict=True):
+        expected = then * shrunk if then.ndim >= 2 else then
+        torch.testing.assert_close(now, expected, rtol=1e-5, atol=0)
+
+
+# ---- torch's own
+
+
+def by_hand(name: str, model: nn.Module, lr: float, decay: float) -> torch.optim.Optimizer:
+    """torch's optimizer in its plain form, one tensor after the other, decayed as torch decays."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": decay / lr},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.8, 0.95), foreach=False, fused=False)
+    return torch.optim.NAdam(groups, lr=lr, betas=(0.8, 0.95), decoupled_weight_decay=True, foreach=False)
+
+
+@pytest.mark.parametrize("grad_clip", [None, 1.0])
+@pytest.mark.parametrize("name", ["adamw", "nadam"])
+def test_adaptive_optimizers_are_torchs_with_the_decay_divided_by_the_peak(name: str, grad_clip: float | None) -> None:
+    ours, theirs = network(), network()
+    run(
+        build_optimizer(
+            config(name, lr=0.02, weight_decay=0.01, beta1=0.8, beta2=0.95, grad_clip=grad_clip), ours, STEPS
+        ),
+        ours,
+        range(STEPS),
+    )
+    reference = by_hand(name, theirs, 0.02, 0.01)
+    for step in range(STEPS):
+        set_gradients(theirs, step)
+        if grad_clip is not None:
+            nn.utils.clip_grad_norm_(theirs.parameters(), grad_clip, foreach=False)
+        for group in reference.param_groups:
+            group["lr"] = 0.02 * (1 - step / STEPS)
+        reference.step()
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("grad_clip", [None, 1.0])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.9, False), (0.0, True), (0.0, False)])
+def test_sgd_is_torchs_behind_a_decay_of_its_own(momentum: float, nesterov: bool, grad_clip: float | None) -> None:
+    ours, theirs = network(), network()
+    run(
+        build_optimizer(
+            config("sgd", lr=0.1, weight_decay=0.01, momentum=momentum, nesterov=nesterov, grad_clip=grad_clip),
+            ours,
+            STEPS,
+        ),
+        ours,
+        range(STEPS),
+    )
+    reference = torch.optim.SGD(
+        theirs.parameters(), momentum=momentum, nesterov=nesterov and momentum > 0, lr=1.0, foreach=False, fused=False
+    )
+    for step in range(STEPS):
+        set_gradients(theirs, step)
+        if grad_clip is not None:
+            nn.utils.clip_grad_norm_(theirs.parameters(), grad_clip, foreach=False)
+        factor = 1 - step / STEPS
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.ndim >= 2:
+                    parameter *= 1 - factor * 0.01
+        reference.param_groups[0]["lr"] = 0.1 * factor
+        reference.step()
+    assert_same(ours, theirs)
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-6)
+
+
+# ---- every optimizer
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_learning_rate_is_the_peak_times_the_factor(name: str) -> None:
+    model = network()
+    optimizer = build_optimizer(config(name, lr_scale=2.0), model, STEPS)
+    peak = 0.2 if name == "sgd" else 2e-3
+    assert optimizer.lr == pytest.approx(peak)
+    set_gradients(model, 0)
+    optimizer.step(0.0, 0.25)
+    assert optimizer.lr == pytest.approx(peak / 4)
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together_and_raises_on_none() -> None:
+    model = network()
+    optimizer = build_optimizer(config("sgd", grad_clip=0.5), model, STEPS)
+    set_gradients(model, 0)
+    optimizer.step(0.0, 1.0)
+    total = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert total.item() == pytest.approx(0.5, rel=1e-5)
+    model[5].bias.grad.fill_(float("inf"))
+    optimizer.step(0.0, 1.0)  # a training that diverges is for the loop to notice
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_has_no_gradient_is_left_alone(name: str) -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)  # frozen
+    before = copy.deepcopy(model)
+    optimizer = build_optimizer(config(name, weight_decay=0.1), model, STEPS)
+    for step in range(STEPS):
+        set_gradients(model, step)
+        model[0].weight.grad = None
+        model[5].weight.grad = None  # not part of this step
+        optimizer.step(step / STEPS, 1.0)
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert torch.equal(model[5].weight, before[5].weight)
+    assert not torch.equal(model[5].bias, before[5].bias)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_network_of_matrices_only_trains(name: str) -> None:
+    model = nn.Linear(3, 2, bias=False)
+    run(build_optimizer(config(name), model, STEPS), model, range(STEPS))
+    assert torch.isfinite(model.weight).all()
+
+
+def test_zero_grad_forgets_or_fills() -> None:
+    model = network()
+    optimizer = build_optimizer(config("adamw"), model, STEPS)
+    set_gradients(model, 0)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+RESUMED = [
+    *[(name, {}) for name in KINDS],
+    ("swats", {"swats__switch": "criterion", "swats__tolerance": 1.0}),
+    ("sgd", {"momentum": 0.0}),
+]
+
+
+@pytest.mark.parametrize("stop", [2, 5, 12])
+@pytest.mark.parametrize(("name", "fields"), RESUMED)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name: str, fields: dict[str, Any], stop: int) -> None:
+    chosen = config(name, weight_decay=0.01, grad_clip=3.0, **fields)
+    whole_model = network()
+    whole = build_optimizer(chosen, whole_model, STEPS)
+    run(whole, whole_model, range(STEPS))
+
+    first_model = network()
+    first = build_optimizer(chosen, first_model, STEPS)
+    run(first, first_model, range(stop))
+    file = io.BytesIO()
+    torch.save((first_model.state_dict(), first.state_dict()), file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+
+    model = network()
+    model.load_state_dict(weights)
+    optimizer = build_optimizer(chosen, model, STEPS)
+    optimizer.load_state_dict(state)
+    assert optimizer.lr == first.lr
+    run(optimizer, model, range(stop, STEPS))
+    for one, other in zip(model.parameters(), whole_model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert (optimizer.switched_at, optimizer.sgd_lr, optimizer.lr) == (whole.switched_at, whole.sgd_lr, whole.lr)
+    assert (whole.switched_at is not None) is (name == "swats")
+
+
+def test_loading_copies_the_state() -> None:
+    model = network()
+    optimizer = build_optimizer(config("sgd"), model, STEPS)
+    run(optimizer, model, range(3))
+    state = optimizer.state_dict()
+    before = copy.deepcopy(state)
+    other_model = network()
+    other = build_optimizer(config("sgd"), other_model, STEPS)
+    other.load_state_dict(state)
+    run(other, other_model, range(3))
+    assert all(
+        torch.equal(state["moments"][i]["momentum_buffer"], before["moments"][i]["momentum_buffer"])
+        for i in before["moments"]
+    )
+
+
+class _Reads(TorchDispatchMode):
+    """Counts how often a tensor's value is read by the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+# NAdam is not here: torch keeps its counters on the CPU and reads them there, which waits for no device.
+@pytest.mark.parametrize(
+    ("name", "switch"), [("sgd", "fraction"), ("adamw", "fraction"), ("swats", "fraction"), ("swats", "criterion")]
+)
+def test_a_step_reads_nothing_back(name: str, switch: str) -> None:
+    model = network()
+    optimizer = build_optimizer(config(name, grad_clip=1.0, swats__switch=switch), model, STEPS)
+    with _Reads() as reads:
+        for step in range(STEPS):
+            set_gradients(model, step)
+            optimizer.step(step / STEPS, 1.0)
+    assert reads.count == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("switch", ["fraction", "criterion"])
+@pytest.mark.parametrize("name", KINDS)
+def test_on_cuda_a_step_never_waits_for_the_device(name: str, switch: str) -> None:
+    model = network().cuda()
+    gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
+    optimizer = build_optimizer(config(name, grad_clip=1.0, swats__switch=switch), model, STEPS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(STEPS):
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step(step / STEPS, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- SWATS at a fraction of the run
+
+
+def test_swats_is_adamw_and_then_sgd_from_rest_at_sgds_reference() -> None:
+    ours, theirs = network(), network()
+    swats = build_optimizer(config("swats", lr_scale=2.0, weight_decay=0.01, swats__switch_fraction=0.5), ours, STEPS)
+    adamw = build_optimizer(config("adamw", lr_scale=2.0, weight_decay=0.01), theirs, STEPS)
+    run(swats, ours, range(10))
+    run(adamw, theirs, range(10))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert swats.switched_at is None
+    assert swats.sgd_lr is None
+    sgd = build_optimizer(config("sgd", lr_scale=2.0, weight_decay=0.01), theirs, STEPS)
+    run(swats, ours, range(10, STEPS))
+    run(sgd, theirs, range(10, STEPS))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert swats.switched_at == 0.5
+    assert swats.sgd_lr == pytest.approx(0.2)
+    assert swats.lr == pytest.approx(0.2 / STEPS)
+
+
+@pytest.mark.parametrize("batch_size", [64, 256, 1024])
+def test_an_absolute_rate_switches_as_the_scale_that_means_it(batch_size: int) -> None:
+    scaled = config("swats", lr_scale=0.3).override({"batch_size": batch_size})
+    absolute = scaled.override({"optim.lr": scaled.optim.peak_lr(batch_size)})
+    rates = []
+    for chosen in (scaled, absolute):
+        model = network()
+        optimizer = build_optimizer(chosen, model, STEPS)
+        run(optimizer, model, range(STEPS))
+        rates.append(optimizer.sgd_lr)
+    expected = config("sgd", lr_scale=0.3).override({"batch_size": batch_size}).optim.peak_lr(batch_size)
+    assert rates == pytest.approx([expected, expected])
+
+
+def test_a_run_too_short_to_switch_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        build_optimizer(config("swats", swats__switch_fraction=0.9), network(), 10)
+        assert not caplog.records
+        build_optimizer(config("swats", swats__switch_fraction=0.95), network(), 10)
+    assert "ends before the switch" in caplog.text
+
+
+# ---- SWATS by the criterion
+
+
+class Algorithm1:
+    """Algorithm 1 of Keskar and Socher 2017, in its own letters, for one vector and a constant rate.
+
+    Adam's ε stands where torch has it, outside the corrected root, since it is torch's Adam that steps. The one
+    addition is `judged`: the criterion waits for the warm-up to be over.
+    """
+
+    def __init__(self, alpha: float, beta1: float, beta2: float, tolerance: float) -> None:
+        self.alpha, self.beta1, self.beta2, self.tolerance = alpha, beta1, beta2, tolerance
+        self.phase, self.k, self.m, self.a, self.lambda_, self.v = "Adam", 0, 0.0, 0.0, 0.0, 0.0
+        self.big_lambda: float | None = None
+
+    def step(self, w: Tensor, g: Tensor, judged: bool) -> Tensor:
+        beta1, beta2 = self.beta1, self.beta2
+        self.k += 1
+        if self.phase == "SGD":
+            self.v = beta1 * self.v + g
+            return w - (1 - beta1) * self.big_lambda * self.v
+        self.m = beta1 * self.m + (1 - beta1) * g
+        self.a = beta2 * self.a + (1 - beta2) * g**2
+        m_hat, a_hat = self.m / (1 - beta1**self.k), self.a / (1 - beta2**self.k)
+        p = -self.alpha * m_hat / (a_hat.sqrt() + 1e-8)
+        if p @ g != 0:
+            gamma = ((p @ p) / -(p @ g)).item()
+            self.lambda_ = beta2 * self.lambda_ + (1 - beta2) * gamma
+            settled = self.lambda_ / (1 - beta2**self.k)
+            if judged and self.k > 1 and abs(settled - gamma) < self.tolerance:
+                self.phase, self.v, self.big_lambda = "SGD", 0.0, settled
+        return w + p
+
+
+class Weights(nn.Module):
+    """One float64 vector, kept as a matrix and a vector, so that both groups take part."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(values[:4].clone().view(2, 2))
+        self.vector = nn.Parameter(values[4:].clone())
+
+    def flat(self) -> Tensor:
+        return torch.cat([self.matrix.flatten(), self.vector]).detach()
+
+    def set_gradient(self, gradient: Tensor) -> None:
+        self.matrix.grad = gradient[:4].clone().view(2, 2)
+        self.vector.grad = gradient[4:].clone()
+
+
+CURVATURE = torch.tensor([1.0, 3.0, 0.3, 10.0, 2.0, 0.1], dtype=torch.float64)
+START = torch.tensor([1.0, -2.0, 3.0, 0.5, -1.0, 2.0], dtype=torch.float64)
+
+
+def criterion(**fields: Any) -> TrainConfig:
+    return config("swats", swats__switch="criterion", **{"weight_decay": 0.0, "nesterov": False, **fields})
+
+
+def test_swats_is_algorithm_1_on_a_quadratic() -> None:
+    steps = 300
+    paper = Algorithm1(alpha=0.05, beta1=0.9, beta2=0.99, tolerance=3e-3)
+    model = Weights(START)
+    chosen = criterion(lr=0.05, beta1=0.9, beta2=0.99, momentum=0.9, swats__tolerance=3e-3)
+    optimizer = build_optimizer(chosen.override({"schedule.warmup_fraction": 0.1}), model, steps)
+    w, phases = START, []
+    for step in range(steps):
+        w = paper.step(w, CURVATURE * w, judged=step >= 30)
+        model.set_gradient(CURVATURE * model.flat())
+        optimizer.step(step / steps, 1.0)
+        optimizer.end_epoch()  # epochs of one step, so that it may switch at once, as the paper does
+        torch.testing.assert_close(model.flat(), w, rtol=1e-9, atol=1e-12)
+        phases.append(paper.phase)
+    switch = phases.index("SGD")
+    assert 30 < switch < 250  # well after the beginning, and well before the end
+    assert optimizer.switched_at == (switch + 1) / steps
+    assert optimizer.sgd_lr == pytest.approx(0.1 * paper.big_lambda, rel=1e-9)
+
+
+def test_the_projected_rate_under_a_constant_gradient_is_the_rate_over_the_mean_gradient() -> None:
+    """Adam then moves every weight by lr × sign(g), so γ = lr² n / (lr Σ|g|), and it never changes."""
+    gradient = torch.tensor([1.0, -2.0, 0.5, 4.0, -1.0, 3.5], dtype=torch.float64)
+    model = Weights(START)
+    optimizer = build_optimizer(criterion(lr=0.01, momentum=0.8, swats__tolerance=1e-6), model, STEPS)
+    switched = follow(optimizer, model, lambda _: gradient, factor=lambda step: 1 - step / STEPS)
+    assert switched == 5
+    assert optimizer.sgd_lr == pytest.approx((1 - 0.8) * 0.01 / 2, rel=1e-6)
+    assert optimizer.lr == pytest.approx(optimizer.sgd_lr / STEPS)
+
+
+def follow(
+    optimizer: StepOptimizer,
+    model: Weights,
+    gradient: Callable[[int], Tensor],
+    factor: Callable[[int], float] = lambda _: 1.0,
+) -> int | None:
+    """Steps in epochs of 5; the first step that SGD made."""
+    for step in range(STEPS):
+        model.set_gradient(gradient(step))
+        optimizer.step(step / STEPS, factor(step))
+        if step % 5 == 4:
+            optimizer.end_epoch()
+    return None if optimizer.switched_at is None else round(optimizer.switched_at * STEPS)
+
+
+@pytest.mark.parametrize(("warmup_fraction", "switched"), [(0.0, 5), (0.2, 5), (0.25, 10), (0.3, 10), (0.5, 15)])
+def test_nothing_is_judged_during_the_warmup(warmup_fraction: float, switched: int) -> None:
+    model = Weights(START)
+    chosen = criterion(lr=0.01, swats__tolerance=1e-6).override({"schedule.warmup_fraction": warmup_fraction})
+    optimizer = build_optimizer(chosen, model, STEPS)
+    assert follow(optimizer, model, lambda _: torch.ones(6, dtype=torch.float64)) == switched
+
+
+def test_sgd_goes_on_at_the_rate_of_the_step_where_the_criterion_was_first_met() -> None:
+    """Met at the second step, with γ = lr / 1; what the rest of the epoch shows is another rate."""
+    model = Weights(START)
+    optimizer = build_optimizer(criterion(lr=0.01, momentum=0.0, swats__tolerance=1e-6), model, STEPS)
+    follow(optimizer, model, lambda step: torch.full((6,), 1.0 if step < 2 else 1.5, dtype=torch.float64))
+    assert optimizer.sgd_lr == pytest.approx(0.01, rel=1e-5)
+
+
+def test_an_estimate_that_is_not_positive_never_switches() -> None:
+    """Without a second moment λ is γ itself, so every step meets the criterion but for its sign.
+
+    Against its momentum the gradient is negative from the second step on, and γ with it.
+    """
+    model = Weights(START)
+    optimizer = build_optimizer(criterion(lr=0.01, beta2=0.0, swats__tolerance=1e-6), model, STEPS)
+    turn = torch.full((6,), -1e-3, dtype=torch.float64)
+    assert follow(optimizer, model, lambda step: -1000 * turn if step == 0 else turn) is None
+
+
+def test_a_step_across_its_gradient_leaves_the_average_as_it_is() -> None:
+    """pᵀg = 0 where the gradient is 0: the paper keeps λ, and the run goes on."""
+    model = Weights(START)
+    optimizer = build_optimizer(criterion(lr=0.01, swats__tolerance=1e-12), model, STEPS)
+    model.set_gradient(torch.ones(6, dtype=torch.float64))
+    optimizer.step(0.0, 1.0)
+    before = optimizer.state_dict()["projection"]["average"]
+    model.set_gradient(torch.zeros(6, dtype=torch.float64))
+    optimizer.step(0.1, 1.0)
+    assert optimizer.state_dict()["projection"]["average"] == before > 0
+
+
+def test_the_papers_tolerance_is_kept_to() -> None:
+    """On a quadratic the projected rate moves by more than 1e-9 at every step of a short run."""
+    model = Weights(START)
+    optimizer = build_optimizer(criterion(lr=0.05), model, STEPS)
+    follow(optimizer, model, lambda _: CURVATURE * model.flat())
+    assert optimizer.switched_at is None

@@ -1,0 +1,324 @@
+"""The bundle: what is written is what is loaded, whole or not at all, and its README tells the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+from core.config import TrainConfig
+from core.models import build_model
+from core.runtime import normalize, versions
+from core.tta import VIEWS, predict_logits
+from hpo.bundle import Bundle, load_bundle, writing
+from hpo.errors import BundleError
+from hpo.search_space import load_recipe
+
+CPU = torch.device("cpu")
+CLASSES = ("cat", "dog", "Größe, {x}")
+FILES = {
+    "model.safetensors",
+    "config.yaml",
+    "classes.json",
+    "preprocess.json",
+    "origin.json",
+    "metrics.json",
+    "README.md",
+}
+SCORES = {"accuracy": 0.9876, "balanced_accuracy": 0.98, "macro_f1": 0.97, "loss": 0.0412, "ece": float("nan")}
+REPORT: dict[str, Any] = {
+    "trial": 7,
+    "val": {"images": 20, "without_tta": SCORES, "with_tta": SCORES},
+    "test": {"images": 30, "without_tta": SCORES, "with_tta": SCORES | {"accuracy": 0.9911}},
+}
+
+
+def make(*, channels: int = 3, views: str = "flip", **changes: Any) -> tuple[Bundle, nn.Module]:
+    """A bundle of a tiny network for 12 × 16 images, batch norms in use, and that network."""
+    config = TrainConfig().override({"model.widths": (8, 16), "model.blocks": (1, 1), **changes})
+    torch.manual_seed(0)
+    model = build_model(config.model, num_classes=len(CLASSES), in_channels=channels, image_size=(12, 16))
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(8, channels, 12, 16))  # moves the batch norms' statistics
+    bundle = Bundle(
+        config=config,
+        classes=CLASSES,
+        in_channels=channels,
+        image_size=(12, 16),
+        mean=(0.4, 0.5, 0.6)[:channels],
+        std=(0.2, 0.25, 0.3)[:channels],
+        views=views,
+        data_name="pets",
+        fingerprint="0123abcd",
+        versions=versions(),
+    )
+    return bundle, model.eval()
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    bundle, model = make(**changes)
+    with writing(folder) as new:
+        bundle.write(new, model, REPORT)
+    return folder
+
+
+def some_images(channels: int = 3, count: int = 5) -> torch.Tensor:
+    shape = (count, channels, 12, 16)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+# What is written is what is loaded
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("views", sorted(VIEWS))
+def test_a_loaded_bundle_answers_as_the_network_that_was_written(tmp_path: Path, channels: int, views: str) -> None:
+    bundle, model = make(channels=channels, views=views)
+    folder = write(tmp_path / "best", channels=channels, views=views)
+    loaded = load_bundle(folder, CPU)
+    images = some_images(channels)
+    expected = predict_logits(model, images, prepare=lambda x: normalize(x, bundle.mean, bundle.std), views=views)
+    assert torch.equal(loaded.logits(images), expected)
+    torch.testing.assert_close(loaded.probabilities(images).sum(1), torch.ones(5))
+    torch.testing.assert_close(loaded.logits(images, batch_size=2), expected)
+    assert loaded.meta == bundle
+    assert not loaded.model.training
+
+
+def test_it_holds_these_files_and_none_of_them_is_a_pickle(tmp_path: Path) -> None:
+    folder = write(tmp_path / "best")
+    assert {path.name for path in folder.iterdir()} == FILES
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert weights.metadata() is None
+        assert set(weights.keys()) == set(make()[1].state_dict())
+
+
+def test_equal_weights_give_equal_files(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "one"), write(tmp_path / "other")
+    for name in FILES:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_the_configuration_is_a_recipe_that_trains(tmp_path: Path) -> None:
+    folder = write(tmp_path / "best", epochs=7)
+    assert load_recipe(folder / "config.yaml").config == make(epochs=7)[0].config
+
+
+def test_a_score_that_does_not_exist_is_null_in_valid_json(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    report = json.loads((write(tmp_path / "best") / "metrics.json").read_text(), parse_constant=refuse)
+    assert report["test"]["with_tta"]["ece"] is None
+    assert report["test"]["with_tta"]["accuracy"] == 0.9911
+
+
+def test_pretrained_weights_are_not_asked_for_when_the_bundle_brings_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "best")
+    asked = []
+
+    def build(config: Any, **shape: Any) -> nn.Module:
+        asked.append(config.pretrained)
+        return build_model(TrainConfig().model.model_copy(update={"widths": (8, 16), "blocks": (1, 1)}), **shape)
+
+    monkeypatch.setattr("hpo.bundle.build_model", build)
+    text = (folder / "config.yaml").read_text()
+    # A timm model refuses the fields of resnet, so they are cut out of the file.
+    text = re.sub(r"(?ms)^model:.*?(?=^\S)", "model: {name: timm/resnet18, pretrained: true}\n", text)
+    (folder / "config.yaml").write_text(text)
+    assert load_bundle(folder, CPU).meta.config.model.pretrained
+    assert asked == [False]
+
+
+def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    folder = write(tmp_path / "best")
+    before = torch.get_rng_state()
+    load_bundle(folder, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Whole or not at all
+
+
+def test_a_failure_while_writing_leaves_the_old_bundle_and_nothing_else(tmp_path: Path) -> None:
+    folder = write(tmp_path / "best")
+    before = (folder / "model.safetensors").read_bytes()
+
+    def fail() -> None:
+        with writing(folder) as new:
+            (new / "model.safetensors").write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir() if path.name != "best"] == []
+
+
+def test_the_new_bundle_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    folder = write(tmp_path / "best")
+    (folder / "stray.txt").write_text("of the old one")
+    write(folder, epochs=9)
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert load_bundle(folder, CPU).meta.config.epochs == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize("step", ["before the first rename", "between the renames"])
+def test_a_kill_at_the_worst_moment_loses_no_bundle(tmp_path: Path, step: str) -> None:
+    folder = write(tmp_path / "best", epochs=3)
+    # The process is gone at once: no `finally` of Python's runs.
+    code = f"""
+import os, sys
+from pathlib import Path
+from hpo.bundle import writing
+rename = Path.rename
+def killed(self, target):
+    if {step == "between the renames"}:
+        rename(self, target)
+    os._exit(9)
+Path.rename = killed
+with writing(Path(sys.argv[1])) as new:
+    (new / "model.safetensors").write_bytes(b"new")
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=root, check=False, timeout=120)
+    assert done.returncode == 9
+    assert folder.exists() == (step == "before the first rename")
+    assert load_bundle(folder, CPU).meta.config.epochs == 3
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+# What is wrong with a folder is said in one line
+
+
+def remove(name: str) -> Any:
+    return lambda folder: (folder / name).unlink()
+
+
+def replace(name: str, text: str) -> Any:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+def edit(name: str, key: str, value: Any) -> Any:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps(content | {key: value}))
+
+    return change
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def other_weights(folder: Path) -> None:
+    """Weights of another network, with everything that belongs to them but the configuration."""
+    other = write(folder.parent / "other", **{"model.widths": (16, 16)})
+    for name in ("model.safetensors", "origin.json"):
+        shutil.copy(other / name, folder / name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, r"no such folder; give one that `hpo refit` wrote"),
+        *((remove(name), rf"no {re.escape(name)} in it") for name in sorted(FILES - {"README.md", "metrics.json"})),
+        (flip_a_bit, r"model\.safetensors: damaged, or of another bundle"),
+        (replace("model.safetensors", "no weights"), r"model\.safetensors: damaged, or of another bundle"),
+        (other_weights, r"model\.safetensors: does not fit config\.yaml and the 3 classes of classes\.json"),
+        (replace("classes.json", '["cat", "dog"]'), r"does not fit config\.yaml and the 2 classes of classes\.json"),
+        (replace("classes.json", '["cat"'), r"classes\.json: damaged \(Invalid JSON"),
+        (replace("classes.json", '{"cat": 0}'), r"classes\.json: damaged \(Input should be a valid array\)"),
+        (replace("config.yaml", "epochs: [1"), r"config\.yaml: damaged \(.*config\.yaml:1"),
+        (replace("config.yaml", "epoch: 1\n"), r"config\.yaml: damaged \(.*epoch"),
+        (edit("preprocess.json", "channels", 2), r"preprocess\.json: damaged \(channels: "),
+        (edit("preprocess.json", "mean", [0.5]), r"preprocess\.json: mean and std must have one number for each"),
+        (edit("preprocess.json", "std", [1, 1, 0]), r"preprocess\.json: damaged \(std\.2: "),
+        (edit("preprocess.json", "tta_views", "zoom"), r"preprocess\.json: tta_views zoom: this hpo knows none"),
+        (edit("origin.json", "format", 2), r"a bundle of format 2, and this hpo reads 1"),
+        (edit("origin.json", "versions", None), r"origin\.json: damaged \(versions: "),
+    ],
+)
+def test_a_damaged_bundle_is_one_line(tmp_path: Path, damage: Any, message: str) -> None:
+    folder = write(tmp_path / "best")
+    damage(folder)
+    with pytest.raises(BundleError, match=message) as raised:
+        load_bundle(folder, CPU)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_text("")
+    with pytest.raises(BundleError, match="no such folder"):
+        load_bundle(path, CPU)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        some_images(channels=1),
+        some_images()[:, :, :8],
+        some_images().float(),
+        some_images()[:0],
+    ],
+    ids=["channels", "size", "type", "none"],
+)
+def test_images_that_do_not_fit_are_refused(tmp_path: Path, images: torch.Tensor) -> None:
+    with pytest.raises(BundleError, match=r"this bundle takes uint8 of \(N, 3, 12, 16\), N at least 1"):
+        load_bundle(write(tmp_path / "best"), CPU).logits(images)
+
+
+# README
+
+
+def test_the_readme_says_where_it_came_from_and_how_good_it_is(tmp_path: Path) -> None:
+    text = (write(tmp_path / "best") / "README.md").read_text(encoding="utf-8")
+    assert "hpo predict . IMAGES -o submission.csv" in text
+    assert "| test (30) | yes | 0.9911 | 0.9800 | 0.9700 | 0.0412 |" in text
+    assert "pets, fingerprint `0123abcd`" in text
+    assert "Größe, {x}" in text
+    for name, number in versions().items():
+        assert f"{name} {number}" in text
+
+
+def test_the_readmes_python_runs_as_it_stands(tmp_path: Path) -> None:
+    folder = write(tmp_path / "best")
+    (folder / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / "photos" / name)
+    snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert snippet is not None
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", snippet[1]],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["a.png", "b.jpg"]
+    assert all(re.fullmatch(r"\S+ (cat|dog|Größe, \{x\}) [01]\.\d{3}", line) for line in lines)

@@ -1,0 +1,149 @@
+"""The command line's surface: which commands and options there are, and how mistakes are told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from hpo import cli
+
+HELP = {"--help", "-h"}
+SURFACE = {
+    "run": {
+        "space", "--trials", "--study", "--data", "--storage", "--set", "--seed", "--device", "--take-over",
+        "--skip-broken",
+    },
+    "train": {"recipe", "--data", "--set", "--device", "--skip-broken"},
+    "refit": {"trial", "--study", "--storage", "--data", "--device"},
+    "predict": {"bundle", "images", "--output", "-o", "--probabilities", "--device", "--skip-broken"},
+    "dashboard": {"study", "--storage", "--port", "--host"},
+    "study list": set(),
+    "study show": {"study", "--storage"},
+    "space list": set(),
+    "space check": {"file"},
+    "space schema": {"--output", "-o"},
+    "data list": set(),
+}  # fmt: skip
+
+
+def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{prefix}{name} ")
+        else:
+            found[f"{prefix}{name}"] = command
+    return found
+
+
+def test_the_commands_are_exactly_these() -> None:
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, click.Group)
+    assert commands(group).keys() == SURFACE.keys()
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_a_command_has_exactly_these_parameters_and_describes_each(name: str) -> None:
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, click.Group)
+    command = commands(group)[name]
+    given = set()
+    for parameter in command.params:
+        given |= {option for option in (*parameter.opts, *parameter.secondary_opts) if not option.startswith("--no-")}
+        assert getattr(parameter, "help", None), f"{name} {parameter.name} says nothing of itself"
+    assert given - HELP == SURFACE[name]
+    assert command.help
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from hpo.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'optuna', 'pydantic', 'rich.progress'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def hpo(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs the command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "digit"], "did you mean digits?"),
+        (["run", "digits", "--set", "optim.lrr=1"], "did you mean optim.lr?"),
+        (["run", "digits", "--set", "epochs"], "--set epochs"),
+        (["run", "digits", "--device", "gpu"], "--device gpu"),
+        (["run", "digits", "--device", "cuda:99"], "--device cuda:99"),
+        (["run", "digits", "--study", "a/b"], "a/b"),
+        (["run", "digits", "--storage", "nonsense://x"], "nonsense"),
+        (["run", "digits", "--data", "nowhere.zip"], "nowhere.zip"),
+        (["train", "digits_bas"], "did you mean"),
+        (["refit", "best"], "no stud"),
+        (["refit", "best", "--study", "nosuch"], "nosuch"),
+        (["study", "show"], "no stud"),
+        (["dashboard", "nosuch"], "nosuch"),
+        (["predict", "nowhere", "images"], "nowhere"),
+        (["space", "check", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert hpo(*arguments, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.startswith("hpo: ")
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_mistyped_option_exits_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hpo("run", "digits", "--trails", "3", monkeypatch=monkeypatch) == 2
+    assert "--trials" in capsys.readouterr().err
+
+
+def test_without_studies_the_list_says_how_to_begin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo("study", "list", monkeypatch=monkeypatch) == 0
+    assert "hpo run digits" in capsys.readouterr().out
+
+
+def test_the_data_sets_are_listed_with_where_they_lie(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo("data", "list", monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    for name in ("digits", "stl10", "cifar10", "cifar100", "fashion_mnist"):
+        assert name in out
+
+
+def test_the_spaces_and_recipes_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hpo("space", "list", monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "stl10_small" in out
+    assert "digits" in out
+
+
+def test_the_committed_schema_is_what_the_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Editors read `search_spaces/schema.json`; `hpo space schema -o search_spaces/schema.json` makes it anew."""
+    assert hpo("space", "schema", "-o", str(tmp_path / "schema.json"), monkeypatch=monkeypatch) == 0
+    committed = Path(cli.__file__).resolve().parents[1] / "search_spaces" / "schema.json"
+    assert (tmp_path / "schema.json").read_text() == committed.read_text()

@@ -1,0 +1,291 @@
+"""The main job as a person does it: run, stop, go on, refit, predict. Real digits, real processes, real signals."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from hpo import cli
+
+# A study small enough for a test: three epochs, and rungs after the first and the second.
+SMALL = ["--set", "epochs=3", "--set", "batch_size=64", "--set", "pruner.rungs=[0.3, 0.6]"]
+
+
+def hpo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Runs the command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def trials_of(study: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = JournalStorage(JournalFileBackend(str(study / "journal.log")))
+    [summary] = optuna.get_all_study_summaries(storage)
+    return optuna.load_study(study_name=summary.study_name, storage=storage).get_trials()
+
+
+def finished_of(study: Path) -> dict[int, tuple[Any, ...]]:
+    """slot -> what a trial came to, of the complete and pruned ones."""
+    done = [trial for trial in trials_of(study) if trial.state.name in ("COMPLETE", "PRUNED")]
+    by_slot = {
+        trial.user_attrs["slot"]: (trial.state.name, trial.value, trial.params, trial.intermediate_values)
+        for trial in done
+    }
+    assert len(by_slot) == len(done)
+    return by_slot
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The studies folder of a finished and refitted study of four trials."""
+    studies = tmp_path_factory.mktemp("main") / "studies"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_STUDIES", str(studies))
+        patch.setenv("HPO_CACHE", str(studies.parent / "cache"))
+        assert hpo(patch, "run", "digits", "--trials", "4", *SMALL) == 0
+        assert hpo(patch, "refit", "best") == 0
+    return studies
+
+
+def test_the_studys_folder_is_laid_out_as_the_contract_says(finished: Path) -> None:
+    study = finished / "digits"
+    for name in ("journal.log", "study.yaml", "artifacts", "trials/00000/config.yaml", "trials/00003/metrics.jsonl"):
+        assert (study / name).exists(), name
+    assert [path.name for path in sorted((study / "trials").iterdir())] == ["00000", "00001", "00002", "00003"]
+    rows = [json.loads(line) for line in (study / "trials/00000/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert not list((study / "checkpoints").glob("*")) if (study / "checkpoints").exists() else True
+
+
+def test_the_base_is_trial_0_and_is_never_pruned(finished: Path) -> None:
+    first = trials_of(finished / "digits")[0]
+    assert first.state.name == "COMPLETE"
+    assert len(first.intermediate_values) == 3
+
+
+def test_the_bundle_holds_what_the_contract_says_and_no_pickle(finished: Path) -> None:
+    bundle = finished / "digits/refit/best"
+    assert {path.name for path in bundle.iterdir()} >= {
+        "model.safetensors", "config.yaml", "classes.json", "metrics.json", "confusion.png", "submission.csv",
+        "README.md",
+    }  # fmt: skip
+    metrics = json.loads((bundle / "metrics.json").read_text())
+    for part in ("test", "val"):
+        for tta in ("with_tta", "without_tta"):
+            assert 0 < metrics[part][tta]["accuracy"] <= 1
+            assert len(metrics[part][tta]["per_class"]) == 10
+    assert metrics["tta"]["chosen"] in metrics["tta"]["val_candidates"]
+    assert metrics["test"]["opened"] == 1
+    rows = list(csv.DictReader((bundle / "submission.csv").open()))
+    assert len(rows) == metrics["test"]["images"] == 360
+    for path in bundle.iterdir():
+        assert not path.read_bytes().startswith((b"\x80", b"PK")), f"{path.name} may be a pickle"
+
+
+def test_a_second_refit_counts_a_second_opening_and_writes_the_same_weights(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HPO_STUDIES", str(finished))
+    weights = finished / "digits/refit/best/model.safetensors"
+    before = weights.read_bytes()
+    assert hpo(monkeypatch, "refit", "best", "--study", "digits") == 0
+    assert weights.read_bytes() == before
+    assert "2 times" in capsys.readouterr().out
+
+
+def test_a_trial_that_kept_no_weights_is_refitted_too(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPO_STUDIES", str(finished))
+    (finished / "digits/trials/00000/model.safetensors").unlink(missing_ok=True)
+    assert hpo(monkeypatch, "refit", "0") == 0
+    assert (finished / "digits/refit/00000/metrics.json").exists()
+
+
+@pytest.mark.parametrize("number", ["17", "-1", "worst"])
+def test_a_trial_that_is_not_there_cannot_be_refitted(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    monkeypatch.setenv("HPO_STUDIES", str(finished))
+    assert hpo(monkeypatch, "refit", number) == 2
+    assert number in capsys.readouterr().err
+
+
+def test_a_bundle_labels_a_folder_of_images(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = load_digits()
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(50):
+        pixels = (source.images[number] * (255 / 16)).round().astype(np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number:03d}.png")
+    out = tmp_path / "submission.csv"
+    bundle = str(finished / "digits/refit/best")
+    assert hpo(monkeypatch, "predict", bundle, str(photos), "-o", str(out), "--probabilities") == 0
+    rows = list(csv.DictReader(out.open()))
+    assert list(rows[0]) == ["id", "label", *"0123456789"]
+    assert [row["id"] for row in rows] == [f"{number:03d}.png" for number in range(50)]
+    for row in rows:
+        chances = {name: float(row[name]) for name in "0123456789"}
+        assert sum(chances.values()) == pytest.approx(1, abs=1e-3)
+        assert row["label"] == max(chances, key=chances.__getitem__)
+
+
+def test_the_same_command_with_a_larger_total_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "run", "digits", "--trials", "2", *SMALL) == 0
+    assert hpo(monkeypatch, "run", "digits", "--trials", "3", *SMALL) == 0
+    study = tmp_path / "studies/digits"
+    assert sorted(finished_of(study)) == [0, 1, 2]
+    capsys.readouterr()
+    assert hpo(monkeypatch, "run", "digits", "--trials", "3", *SMALL) == 0  # nothing left to do
+    assert sorted(finished_of(study)) == [0, 1, 2]
+    assert "hpo refit best" in capsys.readouterr().out
+
+
+def test_a_changed_space_shows_the_difference_and_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "run", "digits", "--trials", "1", *SMALL) == 0
+    assert hpo(monkeypatch, "run", "digits", "--trials", "2", *SMALL, "--set", "epochs=4") == 2
+    told = capsys.readouterr().err
+    assert "epochs" in told
+    assert "3" in told
+    assert "4" in told
+    assert "--study" in told
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "hpo.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for_line(path: Path, process: subprocess.Popen[str], *, seconds: float = 120) -> None:
+    """Until the file has a line."""
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.read_text().count("\n")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda stop: stop.name)
+def test_an_interrupted_study_ends_as_its_uninterrupted_twin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals
+) -> None:
+    command = ["run", "digits", "--trials", "4", "--seed", "3", "--set", "epochs=20"]
+    study = tmp_path / "studies/digits"
+    process = start(*command)
+    wait_for_line(study / "trials/00001/metrics.jsonl", process)  # one trial finished, one running
+    process.send_signal(stop)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == (130 if stop != signal.SIGKILL else -signal.SIGKILL)
+    if stop != signal.SIGKILL:
+        assert "Traceback" not in said
+        assert [trial.state.name for trial in trials_of(study)].count("RUNNING") == 0
+    assert hpo(monkeypatch, *command) == 0
+    resumed = finished_of(study)
+
+    monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "twin"))
+    assert hpo(monkeypatch, *command) == 0
+    assert resumed == finished_of(tmp_path / "twin/digits")
+    assert sorted(resumed) == [0, 1, 2, 3]
+    assert [trial.state.name for trial in trials_of(study)].count("RUNNING") == 0
+
+
+def digits_npz(path: Path, *, shuffle_test: bool) -> None:
+    """Digits with a test set of their own, whose labels may be shuffled."""
+    source = load_digits()
+    images = (source.images * (255 / 16)).round().astype(np.uint8)
+    labels = source.target
+    test = labels[1400:].copy()
+    if shuffle_test:
+        np.random.default_rng(0).shuffle(test)
+    np.savez(path, x_train=images[:1400], y_train=labels[:1400], x_test=images[1400:], y_test=test)
+
+
+def test_with_the_test_labels_shuffled_refit_writes_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, accuracies = [], []
+    for shuffled in (False, True):
+        folder = tmp_path / f"shuffled_{shuffled}"
+        folder.mkdir()
+        digits_npz(folder / "own.npz", shuffle_test=shuffled)
+        monkeypatch.setenv("HPO_STUDIES", str(folder / "studies"))
+        own = str(folder / "own.npz")
+        assert hpo(monkeypatch, "run", "digits", "--trials", "2", *SMALL, "--data", own) == 0
+        assert hpo(monkeypatch, "refit", "best") == 0
+        bundle = folder / "studies/digits/refit/best"
+        weights.append(hashlib.sha256((bundle / "model.safetensors").read_bytes()).hexdigest())
+        accuracies.append(json.loads((bundle / "metrics.json").read_text())["test"]["with_tta"]["accuracy"])
+    assert weights[0] == weights[1]
+    assert accuracies[1] < 0.3 < accuracies[0]
+
+
+def test_a_missing_download_says_where_what_and_how_large(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr("socket.getaddrinfo", _no_network)
+    assert hpo(monkeypatch, "run", "stl10_small", "--trials", "200") == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert "stl10_binary" in error
+    assert "hpo run digits" in error
+
+
+def _no_network(*arguments: Any, **options: Any) -> Any:
+    raise OSError("Temporary failure in name resolution")
+
+
+def stl10_binaries(root: Path) -> None:
+    """Files as torchvision leaves STL-10, with a few random images in them."""
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 60), ("test", 40)):
+        draw.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8).tofile(folder / f"{part}_X.bin")
+        (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(folder / f"{part}_y.bin")
+    names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    (folder / "class_names.txt").write_text("\n".join(names) + "\n")
+    (folder / "fold_indices.txt").write_text(" ".join(map(str, range(60))) + "\n")
+
+
+def test_stl10_runs_on_files_laid_out_as_torchvision_leaves_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stl10_binaries(tmp_path / "data")
+    tiny = [
+        "epochs=2",
+        "model.width=0.125",
+        "model.depth=0.5",
+        "batch_size=32",
+        "model.stem_stride=2",
+        "averaging.name=ema",
+    ]
+    sets = [part for assignment in tiny for part in ("--set", assignment)]
+    arguments = ["run", "stl10_small", "--trials", "2", "--data", str(tmp_path / "data"), *sets]
+    assert hpo(monkeypatch, *arguments, "--set", "data.val_fraction=0.25") == 0
+    assert len(finished_of(tmp_path / "studies/stl10_small")) == 2

@@ -1,0 +1,241 @@
+"""The rung pruner's rule, and the other pruners by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from hpo.pruner import BASE, SLOT, RungPruner, build_pruner, rung_epochs
+from hpo.search_space import grammar
+
+NAN = math.nan
+
+
+def study_with(pruner: RungPruner, *, direction: str = "maximize") -> optuna.Study:
+    return optuna.create_study(direction=direction, pruner=pruner)
+
+
+def add(study: optuna.Study, slot: int, values: Mapping[int, float], state: TrialState = TrialState.PRUNED) -> None:
+    """A trial that has reported these values."""
+    value = 0.0 if state == TrialState.COMPLETE else None
+    study.add_trial(create_trial(state=state, value=value, intermediate_values=dict(values), user_attrs={SLOT: slot}))
+
+
+def running(study: optuna.Study, slot: int, **attributes: Any) -> optuna.Trial:
+    study.enqueue_trial({}, user_attrs={SLOT: slot, **attributes})
+    return study.ask()
+
+
+def judge(trial: optuna.Trial, epoch: int, value: float) -> bool:
+    trial.report(value, epoch)
+    return trial.should_prune()
+
+
+@pytest.mark.parametrize(
+    ("fractions", "epochs", "rungs"),
+    [
+        ((0.03, 0.1, 0.3), 60, (2, 6, 18)),
+        ((0.03, 0.1, 0.3), 20, (1, 2, 6)),
+        ((0.03, 0.1, 0.3), 3, (1,)),  # 0.09, 0.3 and 0.9 epochs are all the first
+        ((0.5,), 1, ()),  # the last epoch is no rung: there is nothing left to save
+        ((0.3, 0.1), 60, (6, 18)),
+    ],
+)
+def test_rungs_are_distinct_epochs_before_the_last(
+    fractions: tuple[float, ...], epochs: int, rungs: tuple[int, ...]
+) -> None:
+    assert rung_epochs(fractions, epochs) == rungs
+
+
+@pytest.mark.parametrize(
+    ("rungs", "keep", "match"), [((0, 3), 0.5, "from 1"), ((3,), 0.0, "keep"), ((3,), 1.5, "keep")]
+)
+def test_impossible_rungs_are_refused(rungs: tuple[int, ...], keep: float, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        RungPruner(rungs, keep)
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+@pytest.mark.parametrize("keep", [0.25, 1 / 3, 0.5, 1.0])
+@pytest.mark.parametrize("rivals", [0, 1, 2, 5, 11])
+def test_survivors_are_the_best_ceil_of_keep_times_n(direction: str, keep: float, rivals: int) -> None:
+    sign = 1 if direction == "maximize" else -1
+    kept = [rank for rank in range(1, rivals + 2) if rank <= math.ceil(keep * (rivals + 1) - 1e-9)]
+    survived = []
+    for rank in range(1, rivals + 2):  # the same trial, at each place that it could have
+        study = study_with(RungPruner([3], keep), direction=direction)
+        for rival in range(rivals):
+            add(study, rival, {3: sign * -(rival + 1.0)})
+        if not judge(running(study, 99), 3, sign * -(rank - 0.5)):
+            survived.append(rank)
+    assert survived == kept
+
+
+def test_a_trial_is_compared_to_those_that_have_come_so_far() -> None:
+    study = study_with(RungPruner([2], 1 / 3))
+    trials = [running(study, slot) for slot in range(4)]
+    verdicts = [judge(trial, 2, value) for trial, value in zip(trials, (0.1, 0.5, 0.2, 0.4), strict=True)]
+    # ceil(n/3) of those so far survive: 1 of 1, 1 of 2, 1 of 3, 2 of 4. The first is not called back.
+    assert verdicts == [False, False, True, False]
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING])
+def test_rivals_in_every_state_count_that_have_a_value_at_the_rung(state: TrialState) -> None:
+    study = study_with(RungPruner([2], 0.5))
+    add(study, 0, {2: 0.9}, state)
+    add(study, 1, {1: 0.9}, state)  # has not come to the rung, whatever it reported before
+    trial = running(study, 2)
+    assert judge(trial, 2, 0.1)
+    assert study.pruner.verdict(study, trial) == "rung 2: 2nd of 2, pruned"
+
+
+def test_equals_survive_together() -> None:
+    study = study_with(RungPruner([1], 0.25))
+    for slot in range(4):
+        add(study, slot, {1: 0.7})
+    assert not judge(running(study, 9), 1, 0.7)
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_nan_ranks_worst(direction: str) -> None:
+    study = study_with(RungPruner([1], 0.5), direction=direction)
+    add(study, 0, {1: NAN})
+    assert not judge(running(study, 1), 1, 1000.0 if direction == "minimize" else -1000.0)
+    add(study, 2, {1: 0.0})
+    assert judge(running(study, 3), 1, NAN)
+
+
+def test_the_base_is_never_pruned_but_counts_as_a_rival() -> None:
+    study = study_with(RungPruner([1], 0.5))
+    add(study, 1, {1: 0.9})
+    base = running(study, 0, **{BASE: True})
+    assert not judge(base, 1, 0.5)
+    assert study.pruner.verdict(study, base) == "the base, never pruned"
+    assert judge(running(study, 2), 1, 0.1)
+    assert not judge(running(study, 3), 1, 0.6)  # 2nd of 4: the base is one of them
+
+
+def test_between_rungs_nothing_is_decided() -> None:
+    study = study_with(RungPruner([2, 6], 0.5))
+    add(study, 0, dict.fromkeys(range(1, 9), 0.9))
+    trial = running(study, 1)
+    assert [judge(trial, epoch, 1.0 if epoch == 2 else 0.0) for epoch in range(1, 7)] == [False] * 5 + [True]
+
+
+def test_a_rung_is_judged_once_however_often_it_is_asked() -> None:
+    study = study_with(RungPruner([2], 0.5))
+    trial = running(study, 0)
+    assert not judge(trial, 2, 0.1)
+    for slot in range(1, 9):
+        add(study, slot, {2: 0.9})
+    assert not trial.should_prune()
+    assert not judge(trial, 3, 0.1)
+
+
+def test_a_retried_trial_is_not_judged_again_at_a_rung_that_it_passed() -> None:
+    study = study_with(RungPruner([2, 4], 0.5))
+    first = running(study, 0)
+    assert not judge(first, 2, 0.1)
+    study.tell(first, state=TrialState.FAIL)
+    for slot in range(1, 9):
+        add(study, slot, {2: 0.9, 4: 0.9})
+    marks = study.trials[first.number].system_attrs
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={SLOT: 0}, system_attrs=marks))
+    study.pruner = RungPruner([2, 4], 0.5)  # another process
+    again = study.ask()
+    assert again.number != first.number
+    assert not judge(again, 1, 0.1)
+    assert study.pruner.verdict(study, again) == "rung 2: 1st of 1, kept"
+    assert not judge(again, 2, 0.1)
+    assert judge(again, 4, 0.1)
+
+
+def test_a_rung_that_was_reported_but_not_judged_is_judged_at_the_next_report() -> None:
+    study = study_with(RungPruner([2], 0.5))
+    add(study, 0, {2: 0.9})
+    trial = running(study, 1)
+    trial.report(0.1, 2)
+    assert judge(trial, 3, 1.0)
+    assert study.pruner.verdict(study, trial) == "rung 2: 2nd of 2, pruned"
+
+
+def test_a_slot_counts_once_with_its_latest_attempt() -> None:
+    study = study_with(RungPruner([1], 0.5))
+    add(study, 0, {1: 0.9}, TrialState.FAIL)
+    add(study, 0, {1: 0.2}, TrialState.COMPLETE)
+    trial = running(study, 1)
+    judge(trial, 1, 0.5)
+    assert study.pruner.verdict(study, trial) == "rung 1: 1st of 2, kept"
+
+
+def test_failed_trials_are_no_rivals() -> None:
+    study = study_with(RungPruner([1], 0.5))
+    add(study, 0, {1: 0.9}, TrialState.FAIL)
+    assert not judge(running(study, 1), 1, 0.1)
+
+
+def test_the_verdict_before_the_first_rung_names_it() -> None:
+    study = study_with(RungPruner([3], 0.5))
+    assert study.pruner.verdict(study, running(study, 0)) == "first rung: 3"
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (22, "22nd")]
+)
+def test_the_verdict_is_a_phrase(rank: int, words: str) -> None:
+    study = study_with(RungPruner([1], 1.0))
+    for slot in range(1, rank):
+        add(study, slot, {1: 0.9})
+    trial = running(study, 0)
+    judge(trial, 1, 0.5)
+    assert study.pruner.verdict(study, trial) == f"rung 1: {words} of {rank}, kept"
+
+
+PRUNERS: dict[str, tuple[Any, type[optuna.pruners.BasePruner]]] = {
+    "rungs": (grammar.RungsPruner(), RungPruner),
+    "none": (grammar.NoPruner(name="none"), optuna.pruners.NopPruner),
+    "median": (grammar.MedianPruner(name="median", startup_trials=0), optuna.pruners.MedianPruner),
+    "percentile": (
+        grammar.PercentilePruner(name="percentile", keep=0.25, startup_trials=0),
+        optuna.pruners.PercentilePruner,
+    ),
+    "successive_halving": (
+        grammar.SuccessiveHalvingPruner(name="successive_halving"),
+        optuna.pruners.SuccessiveHalvingPruner,
+    ),
+    "hyperband": (grammar.HyperbandPruner(name="hyperband"), optuna.pruners.HyperbandPruner),
+}
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_pruners_by_name(name: str) -> None:
+    config, kind = PRUNERS[name]
+    assert isinstance(build_pruner(config, epochs=60), kind)
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
+def test_every_pruner_prunes_the_hopeless_and_spares_the_base(name: str) -> None:
+    epochs = 30
+    study = optuna.create_study(direction="maximize", pruner=build_pruner(PRUNERS[name][0], epochs), study_name="s")
+    for slot in range(1, 12):
+        good = running(study, slot)
+        for epoch in range(1, epochs + 1):
+            judge(good, epoch, 0.9)
+        study.tell(good, 0.9)
+    base = running(study, 0, **{BASE: True})
+    assert not any(judge(base, epoch, 0.0) for epoch in range(1, epochs + 1))
+    bad = running(study, 99)
+    assert any(judge(bad, epoch, -0.1 * epoch) for epoch in range(1, epochs + 1))
+
+
+def test_the_warm_up_of_the_median_pruner_is_a_fraction_of_the_run() -> None:
+    config = grammar.MedianPruner(name="median", startup_trials=0, warmup_fraction=0.5)
+    study = optuna.create_study(direction="maximize", pruner=build_pruner(config, epochs=10))
+    add(study, 0, dict.fromkeys(range(1, 11), 0.9), TrialState.COMPLETE)
+    trial = running(study, 1)
+    assert [judge(trial, epoch, 0.1) for epoch in range(1, 7)] == [False] * 4 + [True, True]

@@ -1,0 +1,245 @@
+"""The pictures: they are drawn for every kind of run, they show what they should, and the dashboard is given them."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from PIL import Image
+
+from hpo import report
+from hpo.report import attach_artifacts, confusion_matrix, learning_curves, study_overview
+from hpo.storage import open_storage
+
+
+def history(epochs: int = 20, *, scored: bool = True, averaged: bool = False) -> list[dict[str, float]]:
+    """Lines of a `metrics.jsonl`."""
+    rows: list[dict[str, float]] = []
+    for epoch in range(1, epochs + 1):
+        loss = 2.3 * math.exp(-epoch / 5)
+        accuracy = 1 - 0.9 * math.exp(-epoch / 4)
+        row: dict[str, float] = {"epoch": epoch, "step": 10 * epoch, "lr": 0.003, "train_loss": loss}
+        if scored:
+            row |= {
+                "val_loss": loss + 0.1,
+                "val_accuracy": accuracy,
+                "val_macro_f1": accuracy - 0.02,
+                "val_balanced_accuracy": accuracy - 0.01,
+                "raw_val_accuracy": accuracy,
+            }
+        if averaged and epoch > 3:
+            row["averaged_val_accuracy"] = accuracy - 0.1
+        rows.append(row | {"images_per_s": 1000.0, "elapsed_s": 1.0 * epoch})
+    return rows
+
+
+def pixels(path: Path) -> np.ndarray:
+    """(H, W, 3) of the picture."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def share_of(path: Path, color: str) -> float:
+    """The share of the picture that has this colour, up to a little."""
+    wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return float((np.abs(pixels(path) - wanted).max(-1) < 12).mean())
+
+
+# Learning curves
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        history(),
+        history(averaged=True),
+        history(1),
+        history(2, averaged=True),
+        history(scored=False),
+        history(300),
+        [row | {"train_loss": math.nan, "val_loss": math.inf} for row in history(3)],
+        [row | {"lr": 0.0} for row in history(3)],
+        [],
+    ],
+    ids=["plain", "averaged", "one epoch", "two epochs", "refit", "long", "diverged", "no rate", "none"],
+)
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "nll"])
+def test_curves_are_drawn_for_every_kind_of_history(tmp_path: Path, rows: Any, metric: str) -> None:
+    learning_curves(rows, tmp_path / "curves.png", title="trial 3", metric=metric)
+    height, width, _ = pixels(tmp_path / "curves.png").shape
+    assert height == 460
+    assert width == (840 if rows and "val_accuracy" in rows[0] else 560)
+
+
+def test_training_is_orange_validation_blue_and_the_average_green(tmp_path: Path) -> None:
+    learning_curves(history(averaged=True), tmp_path / "all.png")
+    learning_curves(history(scored=False), tmp_path / "refit.png")
+    for color in (report.ORANGE, report.BLUE, report.PINK, report.GREEN):
+        assert share_of(tmp_path / "all.png", color) > 0.0005
+    assert share_of(tmp_path / "refit.png", report.ORANGE) > 0.0005
+    assert share_of(tmp_path / "refit.png", report.BLUE) == 0
+
+
+def test_balanced_accuracy_is_drawn_where_it_is_the_objective(tmp_path: Path) -> None:
+    for metric in ("accuracy", "balanced_accuracy"):
+        learning_curves(history(), tmp_path / f"{metric}.png", metric=metric)
+    assert share_of(tmp_path / "accuracy.png", report.YELLOW) == 0
+    assert share_of(tmp_path / "balanced_accuracy.png", report.YELLOW) > 0.0003
+
+
+# Confusion
+
+
+@pytest.mark.parametrize("size", [2, 3, 10, 20, 21, 100, 150])
+def test_a_confusion_matrix_is_drawn_for_two_classes_and_for_many(tmp_path: Path, size: int) -> None:
+    counts = 40 * torch.eye(size, dtype=torch.int64)
+    confusion_matrix(counts, [f"class number {i}" for i in range(size)], tmp_path / "c.png", title="validation images")
+    assert share_of(tmp_path / "c.png", report.BLUE) > 0.5 / size * 0.3  # the diagonal, less the numbers in it
+    assert max(pixels(tmp_path / "c.png").shape) <= 1600
+
+
+def test_colours_are_shares_of_the_true_class_and_mistakes_are_orange(tmp_path: Path) -> None:
+    large = torch.tensor([[900, 100], [0, 1000]])
+    small = torch.tensor([[9, 1], [0, 1000]])
+    wrong = torch.tensor([[0, 10], [10, 0]])
+    for name, counts in (("large", large), ("small", small), ("wrong", wrong)):
+        confusion_matrix(counts, ["a", "b"], tmp_path / f"{name}.png")
+    # A point in the upper right cell, away from its number.
+    tint = {}
+    for name in ("large", "small", "wrong"):
+        picture = pixels(tmp_path / f"{name}.png")
+        right, top = np.argwhere(picture[..., 0] < 250)[:, 1].max(), np.argwhere((picture < 250).any(-1))[:, 0].min()
+        tint[name] = tuple(picture[top + 95, right - 20])
+    assert tint["large"] == tint["small"]
+    assert tint["large"][0] > tint["large"][2] + 20  # orange, and to be seen
+    assert share_of(tmp_path / "wrong.png", report.ORANGE) > 0.1
+    assert share_of(tmp_path / "wrong.png", report.BLUE) == 0
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [torch.zeros(3, 3, dtype=torch.int64), torch.tensor([[5, 0, 0], [0, 0, 0], [1, 0, 123_456]])],
+    ids=["no image", "a class without images"],
+)
+def test_classes_without_images_are_no_division_by_zero(tmp_path: Path, counts: torch.Tensor) -> None:
+    confusion_matrix(counts, ["a", "b", "c"], tmp_path / "c.png")
+    assert pixels(tmp_path / "c.png").size
+
+
+def test_odd_names_are_drawn_without_warning_or_mathematics(tmp_path: Path) -> None:
+    names = ["$x$ and $y$", r"\frac{", "日本語", "two\nlines", "", "a name that is much longer than its place"]
+    confusion_matrix(torch.eye(6, dtype=torch.int64), names, tmp_path / "c.png", title="$\\frac$ " + "long " * 30)
+    learning_curves(history(), tmp_path / "l.png", title="50 $ a trial, $2 more")
+    assert pixels(tmp_path / "c.png").size
+
+
+# Studies
+
+
+def a_study(direction: str = "maximize") -> optuna.Study:
+    study = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(seed=0))
+    for number in range(12):
+        trial = study.ask()
+        value = trial.suggest_float("x", 0.8, 0.9)
+        if number % 3 == 2:
+            trial.report(value - 0.5, 1)
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        elif number == 4:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(trial, value)
+    return study
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_a_study_is_drawn_with_its_baselines(tmp_path: Path, direction: str) -> None:
+    study_overview(a_study(direction), tmp_path / "s.png", metric="accuracy", baselines={"base": 0.84}, title="digits")
+    assert share_of(tmp_path / "s.png", report.BLUE) > 0.001
+    assert share_of(tmp_path / "s.png", report.ORANGE) > 0.0005
+
+
+def test_a_study_without_a_finished_trial_is_drawn_too(tmp_path: Path) -> None:
+    empty = optuna.create_study()
+    study_overview(empty, tmp_path / "empty.png", metric="nll")
+    trial = empty.ask()
+    trial.report(1.0, 1)
+    empty.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    study_overview(empty, tmp_path / "pruned.png", metric="nll")
+    assert pixels(tmp_path / "pruned.png").size
+
+
+# What holds for all
+
+
+def test_equal_content_gives_equal_files(tmp_path: Path) -> None:
+    for name in ("one.png", "other.png"):
+        learning_curves(history(), tmp_path / name, title="trial 3")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+
+def test_neither_a_display_nor_pyplot_is_needed_and_matplotlib_only_to_draw(tmp_path: Path) -> None:
+    code = """
+import sys
+import hpo.report
+assert not [name for name in sys.modules if name.startswith(("matplotlib", "optuna", "torch"))]
+hpo.report.learning_curves([{"epoch": 1, "train_loss": 1.0, "lr": 0.1}], sys.argv[1])
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(tmp_path / "l.png")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_trials_pictures_take_at_most_three_tenths_of_a_second_each(tmp_path: Path) -> None:
+    """Of processor time, since other work on the machine is not theirs; the best of five."""
+    names, counts = [str(digit) for digit in range(10)], 30 * torch.eye(10, dtype=torch.int64) + 1
+
+    def seconds(draw: Any) -> float:
+        started = time.process_time()
+        draw()
+        return time.process_time() - started
+
+    curves = min(seconds(lambda: learning_curves(history(averaged=True), tmp_path / "l.png")) for _ in range(5))
+    table = min(seconds(lambda: confusion_matrix(counts, names, tmp_path / "c.png")) for _ in range(5))
+    assert curves < 0.3
+    assert table < 0.3
+
+
+# Artifacts
+
+
+def test_artifacts_carry_their_names_and_types_and_content(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=open_storage(str(tmp_path / "journal.log")))
+    trials = [study.ask(), study.ask()]
+    picture, text = tmp_path / "learning_curves.png", tmp_path / "config.yaml"
+    learning_curves(history(3), picture)
+    text.write_text("epochs: 3\n")
+    attach_artifacts(study, trials[1].number, [picture, text], tmp_path / "artifacts")
+    study.tell(trials[1], 0.5)
+
+    again = optuna.load_study(study_name=study.study_name, storage=open_storage(str(tmp_path / "journal.log")))
+    first, second = again.get_trials(deepcopy=False)
+    assert optuna.artifacts.get_all_artifact_meta(first, storage=again._storage) == []
+    metas = optuna.artifacts.get_all_artifact_meta(second, storage=again._storage)
+    assert {(meta.filename, meta.mimetype) for meta in metas} == {
+        ("learning_curves.png", "image/png"),
+        ("config.yaml", "text/plain"),
+    }
+    for meta in metas:
+        stored = tmp_path / "artifacts" / meta.artifact_id
+        assert stored.read_bytes() == (tmp_path / meta.filename).read_bytes()

@@ -1,0 +1,424 @@
+"""The rules of the house: who may import whom, what is locked, what is never used, and the linters' own verdicts.
+
+The import rules are read from the syntax trees, so that they hold for an import inside a function as well: a lazy
+import is still a dependency. The two tables, `CORE_FOUNDATION` and `LAYERS`, say all that there is to say.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted([*ROOT.glob("core/**/*.py"), *ROOT.glob("hpo/**/*.py")])
+
+CORE_FOUNDATION = {"config", "errors", "runtime"}
+"""What every room of `core` may import. Only `core.loop` imports the other rooms."""
+
+CORE_NEVER = {"hpo", "optuna", "optuna_dashboard", "yaml", "ruamel", "rich", "typer"}
+"""`core` trains one configuration; it knows nothing of searches, files of search spaces, or the terminal."""
+
+LAYERS = (
+    {"cli"},
+    {"commands"},
+    {"refit", "predict", "report", "summary", "dashboard", "driver", "console"},
+    {"objective", "study", "bundle", "training"},
+    {"pruner", "samplers", "search_space", "storage", "paths", "errors"},
+)
+"""The rooms of `hpo`, the highest layer first. A lower layer never imports an upper one; `core` lies below them all."""
+
+ONLY_IN = {
+    "typer": {"cli"},
+    "rich.live": {"console"},
+    "rich.progress": {"console"},
+    "ruamel": {"search_space", "study"},
+}
+"""Libraries that have one owner among the rooms: the command line, the progress display, who reads and writes YAML."""
+
+NEVER_IMPORTED = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
+"""Formats that run code when they are read, and PyYAML, whose YAML 1.1 takes `1e-4` for a word and `off` for false."""
+
+STUDY_NAMES = {"journal.log", "study.yaml", "artifacts", "trials", "metrics.jsonl", "checkpoints", "references"}
+"""Names under `studies/` that `hpo/paths.py` alone spells as a path; elsewhere they come from `StudyPaths`."""
+
+HEAVY = ("torch", "torchvision", "timm", "optuna", "sklearn", "matplotlib", "pandas")
+"""What `hpo --help` must not wait for."""
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def module_name(path: Path) -> str:
+    """`core/models/resnet.py` is `core.models.resnet`, and `core/models/__init__.py` is `core.models`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imports_of(tree: ast.Module, module: str, *, is_package: bool, known: set[str]) -> Iterator[tuple[str, int]]:
+    """Every module that the tree imports, anywhere in it, with the line. `from hpo import paths` means `hpo.paths`."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                yield (whole if whole in known else base), node.lineno
+
+
+IMPORTS = {
+    module: list(imports_of(tree_of(path), module, is_package=path.name == "__init__.py", known=set(MODULES)))
+    for module, path in MODULES.items()
+}
+
+
+def room(module: str) -> str:
+    """The part of a module's name that the tables speak of: `core.models.resnet` lies in the room `models`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def is_within(module: str, parent: str) -> bool:
+    return module == parent or module.startswith(f"{parent}.")
+
+
+def layer_of(module: str) -> int | None:
+    """The index into `LAYERS`; 0 is the highest."""
+    return next((i for i, rooms in enumerate(LAYERS) if room(module) in rooms), None)
+
+
+def core_faults(module: str, imports: list[tuple[str, int]]) -> list[str]:
+    """Imports that a module of `core` may not have."""
+    faults = []
+    for target, line in imports:
+        if target.split(".")[0] in CORE_NEVER:
+            faults.append(f"{module}:{line}: core never imports {target}")
+        if not is_within(target, "core") or room(module) == room(target) or room(target) in CORE_FOUNDATION:
+            continue
+        if room(module) in CORE_FOUNDATION:
+            faults.append(f"{module}:{line}: the foundation imports nothing above it, and not {target}")
+        elif room(module) not in {"loop", ""} or room(target) == "":
+            faults.append(f"{module}:{line}: core.loop alone composes its siblings; {target} is one")
+    return faults
+
+
+def hpo_faults(module: str, imports: list[tuple[str, int]]) -> list[str]:
+    """Imports that a module of `hpo` may not have."""
+    own = layer_of(module)
+    faults = []
+    for target, line in imports:
+        theirs = layer_of(target) if is_within(target, "hpo") else None
+        if own is not None and theirs is not None and theirs < own:
+            faults.append(f"{module}:{line}: {target} lies in a layer above")
+    return faults
+
+
+# Who may import whom ------------------------------------------------------------------------------------------------
+
+
+def test_core_imports_nothing_of_the_search_and_its_rooms_only_the_foundation() -> None:
+    faults = [
+        fault for module in MODULES if is_within(module, "core") for fault in core_faults(module, IMPORTS[module])
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_a_lower_layer_of_hpo_never_imports_an_upper_one() -> None:
+    faults = [fault for module in MODULES if is_within(module, "hpo") for fault in hpo_faults(module, IMPORTS[module])]
+    assert not faults, "\n".join(faults)
+
+
+def test_every_module_of_hpo_has_its_place_in_a_layer() -> None:
+    placed = set().union(*LAYERS)
+    homeless = {module for module in MODULES if module.startswith("hpo.") and room(module) not in placed}
+    assert not homeless, f"{sorted(homeless)}: say in LAYERS which layer they belong to"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {m: {t for t, _ in found if t in MODULES and t != m} for m, found in IMPORTS.items()}
+    while leaves := [module for module, targets in graph.items() if not targets & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    assert not graph, f"these import one another in a circle: {sorted(graph)}"
+
+
+def test_a_library_with_one_owner_is_imported_by_nobody_else() -> None:
+    faults = [
+        f"{relative(MODULES[module])}:{line}: {target} belongs to {', '.join(sorted(owners))}"
+        for library, owners in ONLY_IN.items()
+        for module, found in IMPORTS.items()
+        for target, line in found
+        if is_within(target, library) and not (is_within(module, "hpo") and room(module) in owners)
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "faults"),
+    [
+        ("core.data", "from core.errors import UserError", 0),
+        ("core.data", "def f():\n    from core.augment import Augment", 1),
+        ("core.data", "import optuna.trial", 1),
+        ("core.loop", "from core.augment import Augment", 0),
+        ("core.loop", "from hpo import paths", 1),
+        ("core.config", "from core.loop import train", 1),
+        ("core.models.resnet", "from core.models.blocks import Block", 0),
+        ("core.models.resnet", "from ..optim import build_optimizer", 1),
+        ("hpo.pruner", "if TYPE_CHECKING:\n    from hpo.objective import Objective", 1),
+        ("hpo.study", "from . import cli", 1),
+        ("hpo.study", "from hpo import paths, errors", 0),
+        ("hpo.cli", "def run():\n    from hpo.driver import drive", 0),
+    ],
+)  # fmt: skip
+def test_the_import_rules_catch_what_they_should(module: str, source: str, faults: int) -> None:
+    known = set(MODULES) | {"hpo.cli", "hpo.paths", "hpo.errors"}
+    found = list(imports_of(ast.parse(source), module, is_package=False, known=known))
+    assert len((core_faults if is_within(module, "core") else hpo_faults)(module, found)) == faults
+
+
+# What is locked, and what is never used -----------------------------------------------------------------------------
+
+
+def test_nothing_but_refit_opens_the_test_set() -> None:
+    seen = [
+        f"{relative(path)}:{node.lineno}"
+        for path in SOURCES
+        if relative(path) != "hpo/refit.py" and room(module_name(path)) != "data"  # who calls it, and who defines it
+        for node in ast.walk(tree_of(path))
+        if (isinstance(node, ast.Attribute) and node.attr == "open_test")
+        or (isinstance(node, ast.Name) and node.id == "open_test")
+        or (isinstance(node, ast.Constant) and node.value == "open_test")
+    ]
+    assert not seen, f"the test set is locked until refit: {seen}"
+
+
+def test_data_defines_the_way_to_the_test_set_and_does_not_take_it() -> None:
+    calls = [
+        f"{relative(path)}:{node.lineno}"
+        for path in SOURCES
+        if module_name(path).startswith("core.data")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "open_test"
+    ]
+    assert not calls
+
+
+def test_nothing_reads_a_format_that_runs_code() -> None:
+    faults = [
+        f"{relative(MODULES[module])}:{line}: {target}"
+        for module, found in IMPORTS.items()
+        for target, line in found
+        if target.split(".")[0] in NEVER_IMPORTED and not (target == "pickle" and uses_pickle_safely(MODULES[module]))
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def uses_pickle_safely(path: Path) -> bool:
+    """Whether the module only names pickle's errors, or derives an unpickler that refuses every name but its own.
+
+    A checkpoint and a batch of CIFAR are pickles inside, read by torch and torchvision: what guards them needs both.
+    """
+    if is_within(module_name(path), "hpo"):
+        return False
+    tree = tree_of(path)
+    guarded = {
+        id(base)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        if any(isinstance(method, ast.FunctionDef) and method.name == "find_class" for method in node.body)
+        for base in node.bases
+    }
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"]
+    plainly_imported = not re.search(r"from pickle|pickle as", path.read_text(encoding="utf-8"))
+    return plainly_imported and all(use.attr.endswith("Error") or id(use) in guarded for use in uses)
+
+
+def test_torch_and_numpy_load_data_and_never_code() -> None:
+    faults = []
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords if k.arg}
+            if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
+                faults.append(f"{relative(path)}:{node.lineno}: torch.load without weights_only=True")
+            if keywords.get("allow_pickle", "False") != "False":
+                faults.append(f"{relative(path)}:{node.lineno}: allow_pickle")
+    assert not faults, "\n".join(faults)
+
+
+def test_the_bundle_and_the_refit_never_save_with_torch() -> None:
+    """What a person hands on holds no pickle: safetensors and JSON only. A run's own checkpoint may be torch's."""
+    users = [
+        relative(path)
+        for path in SOURCES
+        if is_within(module_name(path), "hpo")
+        and any(ast.unparse(n.func) == "torch.save" for n in ast.walk(tree_of(path)) if isinstance(n, ast.Call))
+    ]
+    assert not users
+
+
+def test_paths_alone_knows_the_names_under_studies() -> None:
+    faults = [
+        f"{relative(path)}:{part.lineno}: {part.value}"
+        for path in SOURCES
+        if relative(path) != "hpo/paths.py"
+        for node in ast.walk(tree_of(path))
+        for part in path_parts(node)
+        if isinstance(part, ast.Constant) and part.value in STUDY_NAMES
+    ]
+    assert not faults, f"take them from hpo.paths: {faults}"
+
+
+def path_parts(node: ast.AST) -> list[ast.expr]:
+    """What becomes a path by `/`, `Path(...)` or `joinpath(...)`: a plain key of the same spelling is none."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        return [node.left, node.right]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("Path", "joinpath")):
+        return list(node.args)
+    return []
+
+
+def test_nothing_prints_but_the_commands_and_the_console() -> None:
+    faults = [
+        f"{relative(path)}:{node.lineno}"
+        for path in SOURCES
+        if not (is_within(module_name(path), "hpo") and room(module_name(path)) in {"cli", "commands", "console"})
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not faults, f"log it, or let console say it: {faults}"
+
+
+# Importing does nothing ---------------------------------------------------------------------------------------------
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.skipif("hpo.cli" not in MODULES, reason="hpo.cli is not written")
+def test_importing_the_command_line_imports_no_heavy_library(tmp_path: Path) -> None:
+    code = f"import sys, hpo.cli; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_the_packages_has_no_side_effect(tmp_path: Path) -> None:
+    theirs = sorted({t for found in IMPORTS.values() for t, _ in found if t.split(".")[0] not in ("core", "hpo")})
+    code = f"""
+import importlib, contextlib, json, logging, os, random, warnings
+import numpy, torch
+def state():
+    return {{
+        "torch threads": torch.get_num_threads(), "torch seed": torch.initial_seed(),
+        "torch draws": torch.get_rng_state().tolist()[:64], "default dtype": str(torch.get_default_dtype()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "random": hash(random.getstate()), "numpy": numpy.random.get_state()[1][:8].tolist(),
+        "handlers": len(logging.getLogger().handlers), "level": logging.getLogger().level,
+        "environment": dict(os.environ), "folder": os.getcwd(), "filters of warnings": len(warnings.filters),
+    }}
+for name in {theirs!r}:  # what a library does when it is imported is not ours to answer for
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+before = state()
+for name in {sorted(MODULES)!r}:
+    importlib.import_module(name)
+after = state()
+print(json.dumps([key for key in before if before[key] != after[key]]))
+"""
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+    assert list(tmp_path.iterdir()) == [], "importing wrote files"
+
+
+# What is in the repository ------------------------------------------------------------------------------------------
+
+
+def tracked_files() -> list[Path]:
+    """What git tracks, and what it would track once added."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_tracked_file_names_a_package_registry() -> None:
+    registry = re.compile(r"//[\w.-]*(pypi|pythonhosted|anaconda|download[.]pytorch|npmjs|debian)[.](org|com)")
+    pip_option = re.compile(r"--(extra-)?index-url")
+    faults = [
+        relative(path)
+        for path in tracked_files()
+        if path.suffix not in {".png", ".jpg"}
+        for text in [path.read_bytes().decode("utf-8", errors="replace")]
+        if registry.search(text) or (pip_option.search(text) and path != Path(__file__).resolve())
+    ]
+    assert not faults, f"where packages come from is the user's own setting: {faults}"
+
+
+def test_the_project_pins_no_index_and_no_lock_file() -> None:
+    uv = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"].get("uv", {})
+    assert not uv.keys() & {"index", "index-url", "extra-index-url", "find-links", "sources"}
+    assert "uv.lock" not in {path.name for path in tracked_files()}
+
+
+def test_the_gate_runs_the_readmes_test_command() -> None:
+    command = "pip install -q uv && uv run pytest"
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith(f"\n{command}")
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# The linters --------------------------------------------------------------------------------------------------------
+
+
+def run_tool(*command: str) -> None:
+    if importlib.util.find_spec(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff_finds_nothing() -> None:
+    run_tool("ruff", "check", "--output-format=concise", ".")
+
+
+def test_everything_is_formatted() -> None:
+    run_tool("ruff", "format", "--check", ".")
+
+
+@pytest.mark.slow
+def test_mypy_finds_nothing() -> None:
+    run_tool("mypy")  # strict, and over core and hpo, by pyproject.toml
