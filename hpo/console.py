@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -24,11 +23,17 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def set_up_logging(*, verbose: bool) -> None:
     """Sends log records to the terminal, warnings and worse, or everything that we say ourselves."""
-    handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[_TerminalHandler()], force=True)
     for package in ("core", "hpo"):
         logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+class _TerminalHandler(logging.Handler):
+    """A line a record, around a progress bar that may be on the screen, never wrapped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        errors.print(escape(f"{level}{self.format(record)}"), soft_wrap=True)
 
 
 def say(text: str = "") -> None:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from timm.layers.squeeze_excite import SEModule
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
@@ -27,11 +28,22 @@ from core.errors import ConfigError
 
 # Wu and He 2018, arXiv 1803.08494, table 3: the best of their fixed numbers of channels a group.
 GROUP_CHANNELS = 16
+# oneDNN 3.13 (torch 2.15) crashes in the backward pass of 1×1 convolutions of stride 2 in channels_last with fewer input
+# channels than an AVX-512 register has floats: a segmentation fault with 4, 8 and 12 channels of 48×48, none with 16.
+FEWEST_STRIDED_CHANNELS = 16
 # Tensor cores and vector units want channels in eights.
 WIDTH_MULTIPLE = 8
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "mish": nn.Mish}
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+
+class SubsampledConv(nn.Conv2d):
+    """A 1×1 convolution of stride s as one of stride 1 on every s-th pixel: the same numbers, by another kernel."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name is torch's
+        rows, columns = self.stride
+        return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)
 
 
 class FixedGroupNorm(nn.GroupNorm):
@@ -104,6 +116,8 @@ def _block(config: ModelConfig, channels: int, width: int, stride: int, *, drop_
     shortcut = None
     if stride != 1 or channels != out_channels:
         shortcut = downsample_conv(channels, out_channels, kernel_size=1, stride=stride, norm_layer=norm)
+        if stride != 1 and channels < FEWEST_STRIDED_CHANNELS:
+            shortcut[0] = SubsampledConv(channels, out_channels, 1, stride, bias=False)
     attention = cast("type[nn.Module]", partial(SEModule, act_layer=activation)) if config.se else None
     return kind(
         channels,

@@ -19,7 +19,7 @@ from torch import nn
 from core.config import ModelConfig
 from core.errors import ConfigError, UserError
 from core.models import build_model
-from core.models.resnet import drop_path_rates, stage_blocks, stage_widths
+from core.models.resnet import SubsampledConv, drop_path_rates, stage_blocks, stage_widths
 from core.runtime import normalize
 
 SMALL: dict[str, Any] = {"widths": (16, 32), "blocks": (1, 1)}
@@ -370,3 +370,21 @@ def test_weights_that_timm_has_not_are_refused() -> None:
 def test_importing_the_package_loads_no_architecture() -> None:
     code = "import sys, core.models; sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_narrow_networks_train_on_the_cpu_without_crashing_it() -> None:
+    """oneDNN's kernel for the shortcut of fewer than 16 channels ends the process: see `FEWEST_STRIDED_CHANNELS`."""
+    narrow = ModelConfig(widths=(8, 16), blocks=(1, 1))
+    network = build_model(narrow, num_classes=10, in_channels=3, image_size=(96, 96))
+    images = torch.randn(4, 3, 96, 96).contiguous(memory_format=torch.channels_last)
+    network(images).sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
+
+
+def test_a_subsampled_convolution_is_the_strided_one() -> None:
+    torch.manual_seed(0)
+    ours = SubsampledConv(8, 16, 1, 2, bias=False)
+    theirs = torch.nn.Conv2d(8, 16, 1, 2, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(3, 8, 9, 7)
+    torch.testing.assert_close(ours(images), theirs(images))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -31,10 +31,11 @@ SURFACE = {
 }  # fmt: skip
 
 
-def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
-    found: dict[str, click.Command] = {}
+def commands(group: Any, prefix: str = "") -> dict[str, Any]:
+    """Every command below a group, by the words that call it."""
+    found: dict[str, Any] = {}
     for name, command in group.commands.items():
-        if isinstance(command, click.Group):
+        if hasattr(command, "commands"):
             found |= commands(command, f"{prefix}{name} ")
         else:
             found[f"{prefix}{name}"] = command
@@ -43,14 +44,12 @@ def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
 
 def test_the_commands_are_exactly_these() -> None:
     group = typer.main.get_command(cli.app)
-    assert isinstance(group, click.Group)
     assert commands(group).keys() == SURFACE.keys()
 
 
 @pytest.mark.parametrize("name", SURFACE)
 def test_a_command_has_exactly_these_parameters_and_describes_each(name: str) -> None:
     group = typer.main.get_command(cli.app)
-    assert isinstance(group, click.Group)
     command = commands(group)[name]
     given = set()
     for parameter in command.params:
