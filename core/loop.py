@@ -215,6 +215,7 @@ class _Run:
         self.elapsed_s = 0.0
         self.history: list[EpochMetrics] = []
         self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # under early stopping only
+        self.last_logits: Tensor | None = None  # of the last epoch's average, or of its weights where there is none
         self.train_labels = self.splits.labels[self.splits.train]
 
     # ---- an epoch
@@ -234,7 +235,7 @@ class _Run:
         trained_s = _clock(self.device) - started
         if not math.isfinite(train_loss):
             raise DivergedError(f"the training loss of epoch {number} is {train_loss}")
-        raw, averaged = self._judge(final)
+        raw, averaged = self._judge(final=final)
         self.elapsed_s += _clock(self.device) - started
         now = EpochMetrics(
             epoch=number,
@@ -298,16 +299,20 @@ class _Run:
         ]
         return torch.cat(chunks)
 
-    def _judge(self, final: bool) -> tuple[Scores | None, Scores | None]:
+    def _judge(self, *, final: bool) -> tuple[Scores | None, Scores | None]:
         """The validation scores of the weights and of their average, where there are such."""
-        val, average = self.splits.val, self._average(final)
+        val, average = self.splits.val, self._average(final=final)
         if not len(val):
             return None, None
         labels = self.splits.labels[val]
-        raw = metrics.scores(self.logits(self.model, val), labels)
-        return raw, None if average is None else metrics.scores(self.logits(average, val), labels)
+        self.last_logits = self.logits(self.model, val)
+        raw = metrics.scores(self.last_logits, labels)
+        if average is None:
+            return raw, None
+        self.last_logits = self.logits(average, val)
+        return raw, metrics.scores(self.last_logits, labels)
 
-    def _average(self, final: bool) -> nn.Module | None:
+    def _average(self, *, final: bool) -> nn.Module | None:
         """The averaged network, fit for evaluation.
 
         SWA's batch norms have to see the training images again before it can be judged, a third of an epoch, so that
@@ -344,18 +349,17 @@ class _Run:
     # ---- the end, and going on
 
     def result(self) -> TrainResult:
-        """What is kept, judged once more for its logits."""
+        """What is kept: the last epoch's average or weights, or the best epoch's under early stopping."""
         if self.best is not None:
             kept, weights = self.best
             model = copy.deepcopy(self.model)
             model.load_state_dict(weights)
+            logits: Tensor | None = self.logits(model, self.splits.val)
         else:
-            kept = self.history[-1]
+            kept, logits = self.history[-1], self.last_logits
             average = self.averaging.module if self.averaging is not None and self.averaging.ready else None
             model = self.model if average is None else average
-        model.eval()
-        logits = self.logits(model, self.splits.val) if len(self.splits.val) else None
-        return TrainResult(model, tuple(self.history), kept, logits)
+        return TrainResult(model.eval(), tuple(self.history), kept, logits)
 
     def state(self) -> dict[str, Any]:
         """All that `load` needs, after an epoch's end."""
@@ -365,6 +369,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "averaging": None if self.averaging is None else self.averaging.state_dict(),
             "best": None if self.best is None else {"epoch": self.best[0].epoch, "weights": self.best[1]},
+            "last_logits": self.last_logits,
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
             "step_count": self.step_count,
             "elapsed_s": self.elapsed_s,
@@ -385,6 +390,7 @@ class _Run:
         self.history = [_restore(row) for row in state["history"]]
         if state["best"] is not None:
             self.best = (self.history[state["best"]["epoch"] - 1], state["best"]["weights"])
+        self.last_logits = state["last_logits"]
         self.step_count, self.elapsed_s = state["step_count"], state["elapsed_s"]
 
 

@@ -186,7 +186,9 @@ class Swats(StepOptimizer):
             self.sgd_lr = (1 - self._config.momentum) * self._settled_lr
         self.switched_at = progress
         self._begin("sgd", self.sgd_lr)
-        logger.info("SWATS goes on as SGD at %.3g of the run, with a peak learning rate of %.3g", progress, self.sgd_lr)
+        logger.debug(
+            "SWATS goes on as SGD at %.3g of the run, with a peak learning rate of %.3g", progress, self.sgd_lr
+        )
 
 
 class _Projection:

@@ -79,9 +79,17 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
     `mean` and `std` are of pixels in [0, 1], one a channel.
     """
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
-    return torch.addcmul(shift, images.float(), scale).contiguous(memory_format=torch.channels_last)
+    shape = (1, *images.shape[1:])
+
+    def planes(values: list[float]) -> Tensor:
+        """One constant a channel, laid out as an image: addcmul walks along with it, and broadcasts to no stride."""
+        channels = torch.tensor(values, device=images.device).view(1, -1, 1, 1)
+        return channels.expand(shape).contiguous(memory_format=torch.channels_last)
+
+    scale = planes([1 / (255 * s) for s in std])
+    shift = planes([-m / s for m, s in zip(mean, std, strict=True)])
+    pixels = images.to(torch.float32, memory_format=torch.channels_last)
+    return torch.addcmul(shift, pixels, scale)
 
 
 def versions() -> dict[str, str]:

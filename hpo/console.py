@@ -23,7 +23,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def set_up_logging(*, verbose: bool) -> None:
     """Sends log records to the terminal, warnings and worse, or everything that we say ourselves."""
-    logging.basicConfig(level=logging.WARNING, handlers=[_TerminalHandler()], force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_TerminalHandler()], force=True)
     for package in ("core", "hpo"):
         logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
 

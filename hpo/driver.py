@@ -7,11 +7,6 @@ the trials that were finished are in the storage, and the one that ran goes on f
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 
 import optuna
 import torch
@@ -21,6 +16,7 @@ from core.data import Splits
 from core.loop import seconds_per_epoch
 from core.metrics import METRICS, confusion
 from core.runtime import derive_seed
+from hpo.interrupts import Interrupts
 from hpo.objective import Listener, Objective, Outcome
 from hpo.pruner import rung_epochs
 from hpo.report import attach_artifacts, confusion_matrix, learning_curves
@@ -61,10 +57,18 @@ def run_study(
         KeyboardInterrupt: a person's Ctrl-C, or SIGTERM; the running trial is back in the queue.
         Exception: a fault of ours; the running trial is back in the queue too.
     """
-    objective = Objective(space, splits, study.paths, seed=study.seed, device=device, listener=listener)
     study.reap()
     study.ensure_slots(total)
-    with _terminate_as_interrupt():
+    with Interrupts() as interrupts:
+        objective = Objective(
+            space,
+            splits,
+            study.paths,
+            seed=study.seed,
+            device=device,
+            listener=listener,
+            interrupts=interrupts,
+        )
         while (claimed := study.claim()) is not None:
             trial, slot = claimed
             try:
@@ -76,6 +80,7 @@ def run_study(
             study.finish(trial, outcome.state, outcome.value, failure=outcome.failure, attributes=outcome.attributes)
             study.paths.checkpoint(slot).unlink(missing_ok=True)
             listener.trial_ended(outcome)
+            interrupts.check()
 
 
 def run_references(
@@ -134,20 +139,3 @@ def _keep_weights(study: Study, space: SearchSpace, outcome: Outcome) -> None:
         temporary.replace(weights)
     for number in values.keys() - set(best):
         study.paths.trial_model(number).unlink(missing_ok=True)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM what Ctrl-C is, so that a batch queue's polite stop loses as little."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_signum: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -19,6 +19,7 @@ from core.config import TrainConfig
 from core.errors import ConfigError, DivergedError
 from core.loop import EpochMetrics, TrainResult, train
 from core.runtime import derive_seed
+from hpo.interrupts import Interrupts
 from hpo.paths import StudyPaths
 from hpo.search_space import SearchSpace, to_yaml
 from hpo.training import append_line
@@ -79,9 +80,10 @@ class Objective:
         seed: int,
         device: torch.device,
         listener: Listener,
+        interrupts: Interrupts,
     ) -> None:
         self.space, self.splits, self.paths = space, splits, paths
-        self.seed, self.device, self.listener = seed, device, listener
+        self.seed, self.device, self.listener, self.interrupts = seed, device, listener, interrupts
 
     def __call__(self, trial: optuna.trial.Trial, slot: int) -> Outcome:
         """Runs the trial to its end. What is raised is a fault of ours, or a person's Ctrl-C."""
@@ -96,15 +98,16 @@ class Objective:
         self.listener.trial_started(f"trial {trial.number}", config)
         attempt = _Attempt(self, trial, slot, config)
         try:
-            result = train(
-                config,
-                self.splits,
-                device=self.device,
-                on_epoch_end=attempt.epoch_ended,
-                on_resume=attempt.resumed,
-                resume_from=self.paths.checkpoint(slot),
-                checkpoint_to=self.paths.checkpoint(slot),
-            )
+            with self.interrupts.let_through():
+                result = train(
+                    config,
+                    self.splits,
+                    device=self.device,
+                    on_epoch_end=attempt.epoch_ended,
+                    on_resume=attempt.resumed,
+                    resume_from=self.paths.checkpoint(slot),
+                    checkpoint_to=self.paths.checkpoint(slot),
+                )
         except optuna.TrialPruned as verdict:
             return attempt.outcome("pruned", attempt.history[-1].score(self.space.metric), why=str(verdict))
         except DivergedError as error:
@@ -128,10 +131,16 @@ class _Attempt:
 
     def resumed(self, history: tuple[EpochMetrics, ...]) -> None:
         """Reports again what the interrupted attempt had reported: its rungs have been judged already."""
-        for epoch in history:
-            self._report(epoch)
+        with self.objective.interrupts.held():
+            for epoch in history:
+                self._report(epoch)
 
     def epoch_ended(self, epoch: EpochMetrics) -> None:
+        """Reports an epoch, and raises TrialPruned where the pruner ends the trial."""
+        with self.objective.interrupts.held():
+            self._judge(epoch)
+
+    def _judge(self, epoch: EpochMetrics) -> None:
         self._report(epoch)
         pruner = self.trial.study.pruner
         # The last epoch decides nothing any more: the trial is complete, and its value is worth keeping.

@@ -55,6 +55,7 @@ TAKEN_FROM = "taken_from"
 
 _RECORD = "hpo"  # study user attribute: what the study searches, for machines without its study.yaml
 _TOTAL = "trials"  # study user attribute: the total, for workers that join
+_COMMAND = "command"  # study user attribute: what the study was last run by
 _LEASE = "lease"
 _CONSTRAINT = "constraints:"  # how Optuna begins the system attribute that `Trial.set_constraint` writes
 # A claim is two writes, the state and the lease. A trial without a lease is being claimed right now, or its process
@@ -163,6 +164,17 @@ class Study:
         """How many trials the study was last run for; None before its first run."""
         total = self._storage.get_study_user_attrs(self._id).get(_TOTAL)
         return None if total is None else int(total)
+
+    @property
+    def command(self) -> str | None:
+        """What the study was last run by, to be typed again; None before its first run."""
+        command = self._storage.get_study_user_attrs(self._id).get(_COMMAND)
+        return None if command is None else str(command)
+
+    def remember_command(self, command: str) -> None:
+        """Keeps the command that runs the study, without any password."""
+        if self.command != command:
+            self.optuna.set_user_attr(_COMMAND, command)
 
     def check_data(self, dataset: Dataset) -> None:
         """Raises StudyError where these are not the images that the study was begun with."""

@@ -131,17 +131,12 @@ def next_commands(study: Study, now: Standing) -> Sequence[str]:
     name = shlex.quote(study.name)
     commands = []
     if study.total is not None and now.counts.finished < study.total:
-        commands.append(go_on_command(study))
+        commands.append(study.command or f"hpo run {study.space_name} --study {name}")
     if now.best is not None:
         commands.append(f"hpo refit best --study {name}")
     commands.append(f"hpo dashboard {name}")
     commands.append(shlex.join(dashboard_command(study.storage_url, study.paths)))
     return commands
-
-
-def go_on_command(study: Study) -> str:
-    """The command that the study was last run by, so that it goes on to its total."""
-    return str(study.record.get("command") or f"hpo run {study.space_name} --study {study.name}")
 
 
 def _value(trial: FrozenTrial) -> float:

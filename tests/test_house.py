@@ -34,7 +34,7 @@ LAYERS = (
     {"commands"},
     {"refit", "predict", "report", "summary", "dashboard", "driver", "console"},
     {"objective", "study", "bundle", "training"},
-    {"pruner", "samplers", "search_space", "storage", "paths", "errors"},
+    {"pruner", "samplers", "search_space", "storage", "paths", "interrupts", "errors"},
 )
 """The rooms of `hpo`, the highest layer first. A lower layer never imports an upper one; `core` lies below them all."""
 

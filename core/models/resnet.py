@@ -28,8 +28,9 @@ from core.errors import ConfigError
 
 # Wu and He 2018, arXiv 1803.08494, table 3: the best of their fixed numbers of channels a group.
 GROUP_CHANNELS = 16
-# oneDNN 3.13 (torch 2.15) crashes in the backward pass of 1×1 convolutions of stride 2 in channels_last with fewer input
-# channels than an AVX-512 register has floats: a segmentation fault with 4, 8 and 12 channels of 48×48, none with 16.
+# oneDNN 3.13 (torch 2.15) crashes in the backward pass of 1×1 convolutions of stride 2 in channels_last with fewer
+# input channels than an AVX-512 register has floats: a segmentation fault with 4, 8 and 12 channels of 48×48, none
+# with 16.
 FEWEST_STRIDED_CHANNELS = 16
 # Tensor cores and vector units want channels in eights.
 WIDTH_MULTIPLE = 8
@@ -41,7 +42,7 @@ _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottl
 class SubsampledConv(nn.Conv2d):
     """A 1×1 convolution of stride s as one of stride 1 on every s-th pixel: the same numbers, by another kernel."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name is torch's
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows, columns = self.stride
         return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)
 
@@ -113,11 +114,11 @@ def _block(config: ModelConfig, channels: int, width: int, stride: int, *, drop_
     """One residual block, with a 1×1 projection as its shortcut where the shape changes."""
     kind, norm, activation = _BLOCKS[config.block], _norm(config), _ACTIVATIONS[config.activation]
     out_channels = width * kind.expansion
-    shortcut = None
-    if stride != 1 or channels != out_channels:
+    shortcut: nn.Module | None = None
+    if stride != 1 and channels < FEWEST_STRIDED_CHANNELS:
+        shortcut = nn.Sequential(SubsampledConv(channels, out_channels, 1, stride, bias=False), norm(out_channels))
+    elif stride != 1 or channels != out_channels:
         shortcut = downsample_conv(channels, out_channels, kernel_size=1, stride=stride, norm_layer=norm)
-        if stride != 1 and channels < FEWEST_STRIDED_CHANNELS:
-            shortcut[0] = SubsampledConv(channels, out_channels, 1, stride, bias=False)
     attention = cast("type[nn.Module]", partial(SEModule, act_layer=activation)) if config.se else None
     return kind(
         channels,

@@ -43,7 +43,7 @@ def refit_command(
         ["images", "views", "accuracy", "macro-F1", "loss"],
         [
             ["validation", done.views, *_three(done.val)],
-            ["test", "none", *_three(done.test_plain)],
+            *([["test", "none", *_three(done.test_plain)]] if done.views != "none" else []),
             ["test", done.views, *_three(done.test)],
         ],
         right=(2, 3, 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from core.data import split
@@ -10,6 +11,7 @@ from hpo.commands.common import open_dataset, say_data
 from hpo.console import StudyProgress, duration, say
 from hpo.driver import estimate_s, run_references, run_study
 from hpo.search_space import load_space
+from hpo.storage import mask
 from hpo.study import open_study
 from hpo.summary import draw_overview, say_standing, standing
 
@@ -44,6 +46,8 @@ def run_command(
         data_path=data,
         take_over=take_over,
     )
+    command = _command(space_name, trials, study_name, data, storage, assignments, seed, device_name, skip_broken)
+    study.remember_command(command)
     before = standing(study)
     say(
         f"study {study.name}: {total} trials of {space.base.epochs} epochs, {before.counts.finished} done; "
@@ -61,8 +65,41 @@ def run_command(
         total=total,
         best=before.best_value,
     ) as progress:
-        run_study(study, space, splits, total=total, device=device, listener=progress)
-        run_references(study, space, splits, device=device, listener=progress)
+        try:
+            run_study(study, space, splits, total=total, device=device, listener=progress)
+            run_references(study, space, splits, device=device, listener=progress)
+        except KeyboardInterrupt:
+            say(f"stopped: {study.counts().finished} of {total} trials are done and safe; go on with")
+            say(f"  {command}")
+            raise
     draw_overview(study)
     say()
     say_standing(study)
+
+
+def _command(
+    space: str,
+    trials: int | None,
+    study: str | None,
+    data: Path | None,
+    storage: str | None,
+    assignments: list[str],
+    seed: int | None,
+    device: str | None,
+    skip_broken: bool,
+) -> str:
+    """The command line that goes on with the study, ready to copy; a password in it is masked."""
+    words = ["hpo", "run", space]
+    options = {
+        "--trials": trials,
+        "--study": study,
+        "--data": data,
+        "--storage": storage and mask(storage),
+        "--seed": seed,
+        "--device": device,
+    }
+    for option, value in options.items():
+        words += [] if value is None else [option, str(value)]
+    for assignment in assignments:
+        words += ["--set", assignment]
+    return shlex.join([*words, *(["--skip-broken"] if skip_broken else [])])

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from hpo.console import say, table
 from hpo.errors import SpaceError
-from hpo.search_space import check_file, json_schema, list_spaces
+from hpo.search_space import check_file, json_schema, list_spaces, shown
 
 
 def list_command() -> None:
     """A line a space, then a line a recipe."""
     table(
         ["name", "kind", "file", "description"],
-        [[entry.name, entry.kind, entry.path, entry.description] for entry in list_spaces()],
+        [[entry.name, entry.kind, shown(entry.path), entry.description] for entry in list_spaces()],
     )
 
 

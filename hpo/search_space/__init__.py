@@ -7,6 +7,7 @@ one vocabulary. The package imports neither torch nor, until a space is searched
 from hpo.search_space.catalogue import Listed, list_spaces
 from hpo.search_space.document import dump as dump_yaml
 from hpo.search_space.document import parse as parse_yaml
+from hpo.search_space.document import shown
 from hpo.search_space.grammar import Objective, Pruner, RungsPruner, Sampler
 from hpo.search_space.load import (
     check_file,
@@ -39,5 +40,6 @@ __all__ = [
     "load_space",
     "parse_yaml",
     "recipe_from_yaml",
+    "shown",
     "to_yaml",
 ]

@@ -25,6 +25,7 @@ import optuna
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -33,15 +34,16 @@ from core.config import ModelConfig
 from core.models import build_model
 
 EPOCHS = 20
-MODEL = {"widths": (32, 64), "blocks": (1, 1)}
+MODEL = {"widths": (32, 64, 128), "blocks": (1, 1, 1)}
+EMA_HALF_LIFE = 0.02  # the fraction of the run after which a weight's share in the average has halved
 BASE: dict[str, Any] = {
     "optim.name": "adamw",
-    "optim.lr_scale": 4.0,
+    "optim.lr_scale": 8.0,
     "optim.weight_decay": 5e-5,
     "batch_size": 64,
-    "augment.crop_pad_fraction": 0.125,
-    "augment.rotation_degrees": 0.0,
-    "loss.smoothing": 0.0,
+    "augment.crop_pad_fraction": 0.0,
+    "augment.rotation_degrees": 8.0,
+    "loss.smoothing": 0.1,
     "model.width": 1.0,
 }
 WARMUP = 0.1
@@ -53,7 +55,7 @@ def suggest(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
     """The search space of `search_spaces/digits.yaml`."""
     return {
         "optim.name": trial.suggest_categorical("optim.name", ["sgd", "adamw", "nadam", "swats"]),
-        "optim.lr_scale": trial.suggest_float("optim.lr_scale", 0.3, 10, log=True),
+        "optim.lr_scale": trial.suggest_float("optim.lr_scale", 1, 30, log=True),
         "optim.weight_decay": trial.suggest_float("optim.weight_decay", 1e-6, 1e-3, log=True),
         "batch_size": trial.suggest_categorical("batch_size", [32, 64, 128]),
         "augment.crop_pad_fraction": trial.suggest_float("augment.crop_pad_fraction", 0.0, 0.25, step=0.125),
@@ -115,6 +117,7 @@ def train(
     optimizer, lr = build_optimizer(name, config, model)
     criterion = nn.CrossEntropyLoss(label_smoothing=config["loss.smoothing"])
     total_steps, step = EPOCHS * len(loader), 0
+    average = ModelEmaV3(model, decay=0.5 ** (1 / (EMA_HALF_LIFE * total_steps)), use_warmup=True)
     accuracy, speeds = 0.0, []
     for epoch in range(1, EPOCHS + 1):
         started = time.perf_counter()
@@ -131,15 +134,16 @@ def train(
             loss.backward()
             optimizer.step()
             step += 1
+            average.update(model, step=step)
         speeds.append(len(dataset) / (time.perf_counter() - started))
         if val is not None:
-            accuracy = evaluate(model, *val)
+            accuracy = evaluate(average.module, *val)
         if trial is not None:
             trial.set_user_attr("speeds", speeds)
             trial.report(accuracy, epoch)
             if epoch < EPOCHS and trial.should_prune():
                 raise optuna.TrialPruned
-    return model, accuracy, speeds
+    return average.module, accuracy, speeds
 
 
 def build_optimizer(name: str, config: dict[str, Any], model: nn.Module) -> tuple[torch.optim.Optimizer, float]:

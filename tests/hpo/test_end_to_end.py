@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,46 @@ def test_stl10_runs_on_files_laid_out_as_torchvision_leaves_them(
     arguments = ["run", "stl10_small", "--trials", "2", "--data", str(tmp_path / "data"), *sets]
     assert hpo(monkeypatch, *arguments, "--set", "data.val_fraction=0.25") == 0
     assert len(finished_of(tmp_path / "studies/stl10_small")) == 2
+
+
+@pytest.mark.slow
+def test_real_photographs_go_from_a_zip_to_a_submission(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Search, refit and predict on 5,000 photographs, made small enough for two cores."""
+    values = {
+        "epochs": 4,
+        "pruner.rungs": "[0.25, 0.5]",
+        "model.width": 0.25,
+        "model.depth": 0.5,
+        "model.stem_stride": 2,
+        "model.max_pool": "true",
+        "batch_size": 128,
+        "augment.ops": 1,
+    }
+    sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    archive = shared_data / "scenes5k.zip"
+    own = tmp_path / "space.yaml"  # the space's recipes would be trained too: a minute each
+    own.write_text(
+        "base: recipes/stl10_custom_resnet.yaml\n"
+        "data: {val_fraction: 0.1}\n"
+        "search: {optim.lr_scale: {low: 0.1, high: 10, log: true}, augment.strength: {low: 0, high: 1}}\n"
+    )
+    assert hpo(monkeypatch, "run", str(own), "--data", str(archive), "--trials", "3", "--study", "scenes", *sets) == 0
+    assert hpo(monkeypatch, "refit", "best") == 0
+    bundle = tmp_path / "studies/scenes/refit/best"
+    metrics = json.loads((bundle / "metrics.json").read_text())
+    assert metrics["test"]["images"] == 2997
+    assert metrics["test"]["without_tta"]["accuracy"] > 0.4  # six classes
+
+    photos, truth = tmp_path / "photos", {}
+    photos.mkdir()
+    with zipfile.ZipFile(archive) as packed:
+        members = [name for name in packed.namelist() if "test/" in name and name.endswith(".jpg")]
+        for number, member in enumerate(members[:: len(members) // 60]):
+            (photos / f"{number}.jpg").write_bytes(packed.read(member))
+            truth[f"{number}.jpg"] = Path(member).parent.name
+    assert hpo(monkeypatch, "predict", str(bundle), str(photos), "-o", str(tmp_path / "out.csv")) == 0
+    rows = rows_of(tmp_path / "out.csv")
+    assert {row["id"] for row in rows} == truth.keys()
+    assert sum(row["label"] == truth[row["id"]] for row in rows) / len(rows) > 0.4
