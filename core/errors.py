@@ -13,5 +13,9 @@ class ConfigError(UserError):
     """A configuration that is valid field by field, but cannot be trained: an image too small for its network, say."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that cannot be gone on from: torn, of another format, or of another configuration."""
+
+
 class DivergedError(CoreError):
-    """The training loss left the finite numbers."""
+    """A loss left the finite numbers."""

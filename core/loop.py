@@ -29,7 +29,7 @@ from core.averaging import build_averaging, recalibrate
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.config import TrainConfig
 from core.data import Splits
-from core.errors import ConfigError, DivergedError
+from core.errors import CheckpointError, ConfigError, DivergedError
 from core.losses import hard_cross_entropy, smoothing_at, soft_target_cross_entropy
 from core.metrics import Scores
 from core.models import build_model
@@ -83,8 +83,8 @@ class EpochMetrics:
         better = max if metrics.METRICS[metric] == "maximize" else min
         return better(self.averaged, self.raw, key=lambda scores: metrics.value(scores, metric))
 
-    def row(self) -> dict[str, float | int]:
-        """One line of `metrics.jsonl`: flat, and without what does not apply."""
+    def row(self, metric: str = "accuracy") -> dict[str, float | int]:
+        """One line of `metrics.jsonl`: flat, and without what does not apply. `val_` is what counts by that metric."""
         row: dict[str, float | int] = {
             "epoch": self.epoch,
             "step": self.step,
@@ -92,7 +92,7 @@ class EpochMetrics:
             "train_loss": self.train_loss,
         }
         if self.raw is not None:
-            counted = self.counted()
+            counted = self.counted(metric)
             row |= {
                 "val_loss": counted.loss,
                 "val_accuracy": counted.accuracy,
@@ -133,6 +133,7 @@ def train(
     resume_from: Path | None = None,
     checkpoint_to: Path | None = None,
     stop_after: int | None = None,
+    metric: str = "accuracy",
 ) -> TrainResult:
     """Trains from the first epoch, or from a checkpoint, to the last.
 
@@ -142,15 +143,17 @@ def train(
         resume_from: a checkpoint of the same configuration; a path without a file begins anew.
         checkpoint_to: where to save one, after an epoch, at most every `CHECKPOINT_EVERY_S`.
         stop_after: ends after this epoch, on the schedule of the whole run.
+        metric: what early stopping watches; one of `core.metrics.METRICS`.
 
     Raises:
         ConfigError: the data and the network do not fit each other.
-        DivergedError: the training loss of an epoch is not finite.
+        DivergedError: a loss of an epoch, in training or validation, is not finite.
+        CheckpointError: the checkpoint is torn, or of another configuration.
     """
     with isolated_rng(device):
-        run = _Run(config, splits, device)
+        run = _Run(config, splits, device, metric)
         if resume_from is not None and resume_from.exists():
-            run.load(load_checkpoint(resume_from, device))
+            run.load(load_checkpoint(resume_from, device), resume_from)
             if on_resume is not None:
                 on_resume(tuple(run.history))
         last_epoch = min(stop_after or config.epochs, config.epochs)
@@ -193,10 +196,10 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
 class _Run:
     """One training in flight."""
 
-    def __init__(self, config: TrainConfig, splits: Splits, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, splits: Splits, device: torch.device, metric: str = "accuracy") -> None:
         if len(splits.train) < 2:
             raise ConfigError(f"{len(splits.train)} training image(s): batch norm needs at least 2")
-        self.config, self.device = config, device
+        self.config, self.device, self.metric = config, device, metric
         self.splits = splits.to(device)
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.num_classes = len(splits.classes)
@@ -234,8 +237,11 @@ class _Run:
         train_loss = loss.item() / len(self.train_labels)
         trained_s = _clock(self.device) - started
         if not math.isfinite(train_loss):
-            raise DivergedError(f"the training loss of epoch {number} is {train_loss}")
+            raise _diverged("training", number, train_loss)
         raw, averaged = self._judge(final=final)
+        for scores in (raw, averaged):
+            if scores is not None and not math.isfinite(scores.loss):
+                raise _diverged("validation", number, scores.loss)
         self.elapsed_s += _clock(self.device) - started
         now = EpochMetrics(
             epoch=number,
@@ -323,9 +329,16 @@ class _Run:
         if self.averaging.needs_recalibration:
             if not final:
                 return None
-            rows = torch.split(self.splits.train, _batch_sizes(len(self.splits.train), EVALUATION_BATCH))
-            recalibrate(self.averaging.module, (self.prepare(self.splits.images[chunk]) for chunk in rows))
+            self._recalibrate(self.averaging.module)
         return self.averaging.module
+
+    def _recalibrate(self, average: nn.Module) -> None:
+        """Shows the average the training images, shuffled: sorted by class, a batch's variance would be too small."""
+        generator = make_generator(self.device, self.config.seed, "recalibrate")
+        order = torch.randperm(len(self.splits.train), generator=generator, device=self.device)
+        rows = torch.split(self.splits.train[order], _batch_sizes(len(order), EVALUATION_BATCH))
+        with self.autocast():
+            recalibrate(average, (self.prepare(self.splits.images[chunk]) for chunk in rows))
 
     def _average_caught_up(self, epoch: int) -> bool:
         return self.averaging is not None and self.averaging.caught_up(epoch)
@@ -335,8 +348,10 @@ class _Run:
     def _remember_best(self, now: EpochMetrics) -> None:
         if self.config.early_stop.patience_fraction is None or now.raw is None:
             return
-        if self.best is None or now.score("accuracy") > self.best[0].score("accuracy"):
-            counted = self.averaging.module if self.averaging and now.counted() is now.averaged else self.model
+        sign = 1 if metrics.METRICS[self.metric] == "maximize" else -1
+        if self.best is None or sign * now.score(self.metric) > sign * self.best[0].score(self.metric):
+            averaged = self.averaging is not None and now.counted(self.metric) is now.averaged
+            counted = self.averaging.module if self.averaging is not None and averaged else self.model
             self.best = (now, {name: tensor.clone() for name, tensor in counted.state_dict().items()})
 
     def ran_out_of_patience(self) -> bool:
@@ -375,14 +390,14 @@ class _Run:
             "elapsed_s": self.elapsed_s,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Goes back to a state.
+    def load(self, state: dict[str, Any], path: Path) -> None:
+        """Goes back to the state that the file at `path` held.
 
         Raises:
-            ConfigError: it is another configuration's.
+            CheckpointError: it is another configuration's.
         """
         if state["config"] != self.config.model_dump_json():
-            raise ConfigError("the checkpoint belongs to another configuration; delete it to train from the beginning")
+            raise CheckpointError(f"{path}: belongs to another configuration; delete it to train from the beginning")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.averaging is not None:
@@ -392,6 +407,10 @@ class _Run:
             self.best = (self.history[state["best"]["epoch"] - 1], state["best"]["weights"])
         self.last_logits = state["last_logits"]
         self.step_count, self.elapsed_s = state["step_count"], state["elapsed_s"]
+
+
+def _diverged(which: str, epoch: int, loss: float) -> DivergedError:
+    return DivergedError(f"the {which} loss of epoch {epoch} is {loss}; a lower optim.lr_scale may help")
 
 
 def _restore(row: dict[str, Any]) -> EpochMetrics:

@@ -1,12 +1,10 @@
-"""The machine that a training runs on: its device, its arithmetic, its randomness, its versions."""
+"""The machine that a training runs on: its device, its arithmetic, its randomness."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -55,6 +53,11 @@ def autocast(mode: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device could not give what was asked for. The CPU's allocator says so in a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2**63) that depends on all parts: (study seed, trial), (trial seed, "epoch", 7)."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
@@ -90,12 +93,3 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     shift = planes([-m / s for m, s in zip(mean, std, strict=True)])
     pixels = images.to(torch.float32, memory_format=torch.channels_last)
     return torch.addcmul(shift, pixels, scale)
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("hpo-vision", "torch", "torchvision", "timm", "optuna", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

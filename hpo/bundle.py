@@ -62,6 +62,12 @@ class Bundle:
     fingerprint: str
     """Of the images and labels that it was trained on."""
     versions: dict[str, str]
+    study: str | None = None
+    """The study whose trial was refitted, by name."""
+    trial: int | None = None
+    """The trial's number in that study."""
+    source: str | None = None
+    """Where the data came from, in words or as a path."""
 
     def write(self, folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
         """Writes all files but the pictures and the submission, into a folder that exists (see `writing`).
@@ -82,7 +88,9 @@ class Bundle:
         _write_json(folder / PREPROCESS, preprocess)
         origin = {
             "format": FORMAT,
-            "data": {"name": self.data_name, "fingerprint": self.fingerprint},
+            "study": self.study,
+            "trial": self.trial,
+            "data": {"name": self.data_name, "source": self.source, "fingerprint": self.fingerprint},
             "versions": self.versions,
             "weights_sha256": _sha256(folder / WEIGHTS),
         }
@@ -213,11 +221,14 @@ class _Preprocess(_File):
 
 class _Data(_File):
     name: str
+    source: str | None = None
     fingerprint: str
 
 
 class _Origin(_File):
     format: int
+    study: str | None = None
+    trial: int | None = None
     data: _Data
     versions: dict[str, str]
     weights_sha256: str
@@ -280,6 +291,9 @@ def _read_meta(folder: Path) -> Bundle:
         data_name=origin.data.name,
         fingerprint=origin.data.fingerprint,
         versions=origin.versions,
+        study=origin.study,
+        trial=origin.trial,
+        source=origin.data.source,
     )
 
 
@@ -310,7 +324,7 @@ def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:
 _README = """\
 # A classifier of {classes} classes, trained on {data}
 
-Written by `hpo refit`. It takes {kind} images, resized to {width}×{height} pixels, and names one of:
+Written by `hpo refit`{trial}. It takes {kind} images, resized to {width}×{height} pixels, and names one of:
 {names}.
 
 ## How to use it
@@ -344,29 +358,35 @@ not seen those images; the test scores are this model's.
 ## What it is
 
 - Network: {network}; test-time augmentation: {views} ({view_count} view{plural} of each image).
-- Data: {data}, fingerprint `{fingerprint}`.
+- Data: {data}{source}, fingerprint `{fingerprint}`.
 - Versions: {versions}.
 
 | File | What is in it |
 |---|---|
 | `model.safetensors` | the weights: the state dict of `core.models.build_model` |
-| `config.yaml` | the whole configuration; `hpo train config.yaml` trains it again |
+| `config.yaml` | the whole configuration; see below |
 | `classes.json` | the classes, in the order of the network's outputs |
 | `preprocess.json` | channels, size (height, width), mean and deviation of pixels in [0, 1], views |
-| `origin.json` | data, versions, checksum of the weights |
+| `origin.json` | study, trial, data, versions, checksum of the weights |
 | `metrics.json` | scores on validation and test images |
 | `confusion.png` | which classes are taken for which, on test images |
 | `learning_curves.png` | the training of this model |
 | `submission.csv` | the labels of the test images |
 
 No file is a pickle: loading them runs no code.
+
+`hpo train config.yaml --data …` trains this configuration on the training images, without the validation images, which
+this model was trained on too.
 """
 
 
 def _readme(bundle: Bundle, report: dict[str, Any]) -> str:
     height, width = bundle.image_size
     views = len(VIEWS[bundle.views])
+    of_study = "" if bundle.study is None else f" of study `{bundle.study}`"
     return _README.format(
+        trial=of_study if bundle.trial is None else f" from trial {bundle.trial}{of_study}",
+        source="" if bundle.source is None else f" (from {bundle.source})",
         classes=len(bundle.classes),
         data=bundle.data_name,
         kind="grey" if bundle.in_channels == 1 else "colour",

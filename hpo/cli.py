@@ -51,10 +51,10 @@ StudyArgument = Annotated[str | None, typer.Argument(help="The study; the one ru
 
 
 @app.callback()
-def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False) -> None:
+def _begin() -> None:
     from hpo.console import set_up_logging
 
-    set_up_logging(verbose=verbose)
+    set_up_logging()
 
 
 @app.command()
@@ -81,6 +81,9 @@ def run(
         ),
     ] = None,
     skip_broken: SkipBroken = False,
+    reclaim: Annotated[
+        bool, typer.Option("--reclaim", help="Take back trials that a dead process on another host still holds.")
+    ] = False,
 ) -> None:
     """Search: run a study's trials, up to its total. The same command again goes on to it."""
     from hpo.commands.run import run_command
@@ -96,6 +99,7 @@ def run(
         device_name=device,
         take_over=take_over,
         skip_broken=skip_broken,
+        reclaim=reclaim,
     )
 
 
@@ -213,17 +217,14 @@ def data_list() -> None:
 
 def main() -> None:
     """Runs the command line. A person's mistake is one line and exit code 2; a fault of ours keeps its traceback."""
-    from core.errors import UserError
+    from core.errors import CoreError
     from hpo.errors import HpoError
 
     try:
         app()
-    except (HpoError, UserError) as error:
+    except (HpoError, CoreError) as error:
         print(f"hpo: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("hpo: stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

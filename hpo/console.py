@@ -21,11 +21,11 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def set_up_logging(*, verbose: bool) -> None:
-    """Sends log records to the terminal, warnings and worse, or everything that we say ourselves."""
+def set_up_logging() -> None:
+    """Sends log records to the terminal: warnings and worse, and what we say ourselves."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_TerminalHandler()], force=True)
     for package in ("core", "hpo"):
-        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 class _TerminalHandler(logging.Handler):
@@ -59,8 +59,22 @@ def short(value: Any) -> str:
 
 
 def assignments(params: Mapping[str, Any]) -> str:
-    """Parameters as `--set` takes them, rounded for the eye."""
+    """Parameters in one line, rounded for the eye."""
     return " ".join(f"{name}={short(value)}" for name, value in params.items())
+
+
+def _bars() -> Progress:
+    """The layout that all bars share; nothing without a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
 
 
 class StudyProgress:
@@ -72,16 +86,7 @@ class StudyProgress:
     def __init__(self, *, metric: str, direction: str, done: int, total: int, best: float | None) -> None:
         self.metric, self.better = metric, max if direction == "maximize" else min
         self.best = best
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self.progress = _bars()
         self.study = self.progress.add_task("study", total=total, completed=done, note=self._best_note())
         self.trial: TaskID | None = None
 
@@ -115,6 +120,11 @@ class StudyProgress:
         self.progress.update(self.study, note=self._best_note())
         say(trial_line(outcome, self.metric))
 
+    def reference_ended(self, name: str, result: dict[str, Any]) -> None:
+        self._clear_trial()
+        came_to = f"{result['value']:.4f}" if "value" in result else f"{result['failure']}  ({result['why']})"
+        say(f"recipe {name}  {self.metric} {came_to}")
+
     def _best_note(self) -> str:
         return "" if self.best is None else f"best {self.metric} {self.best:.4f}"
 
@@ -129,16 +139,7 @@ class TrainProgress:
 
     def __init__(self, label: str, *, epochs: int, metric: str = "accuracy") -> None:
         self.label, self.epochs, self.metric = label, epochs, metric
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self.progress = _bars()
         self.task = self.progress.add_task(label, total=epochs, note="")
 
     def __enter__(self) -> TrainProgress:

@@ -7,18 +7,18 @@ number, trains the very network that the first attempt would have.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import optuna
 import torch
 from pydantic import ValidationError
 
 from core.config import TrainConfig
-from core.errors import ConfigError, DivergedError
+from core.errors import CheckpointError, ConfigError, DivergedError
 from core.loop import EpochMetrics, TrainResult, train
-from core.runtime import derive_seed
+from core.runtime import derive_seed, is_out_of_memory
 from hpo.interrupts import Interrupts
 from hpo.paths import StudyPaths
 from hpo.search_space import SearchSpace, to_yaml
@@ -37,8 +37,7 @@ class Outcome:
 
     number: int
     slot: int
-    state: str
-    """`complete` or `pruned`."""
+    state: Literal["complete", "pruned"]
     value: float | None
     """The objective: the final one of a complete trial, the last reported one of a pruned trial."""
     config: TrainConfig | None
@@ -61,6 +60,8 @@ class Listener(Protocol):
     def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None: ...
 
     def trial_ended(self, outcome: Outcome) -> None: ...
+
+    def reference_ended(self, name: str, result: dict[str, Any]) -> None: ...
 
 
 class Objective:
@@ -98,25 +99,47 @@ class Objective:
         self.listener.trial_started(f"trial {trial.number}", config)
         attempt = _Attempt(self, trial, slot, config)
         try:
-            with self.interrupts.let_through():
-                result = train(
-                    config,
-                    self.splits,
-                    device=self.device,
-                    on_epoch_end=attempt.epoch_ended,
-                    on_resume=attempt.resumed,
-                    resume_from=self.paths.checkpoint(slot),
-                    checkpoint_to=self.paths.checkpoint(slot),
-                )
+            result = self._train(attempt)
         except optuna.TrialPruned as verdict:
             return attempt.outcome("pruned", attempt.history[-1].score(self.space.metric), why=str(verdict))
-        except DivergedError as error:
-            return attempt.outcome("pruned", None, failure="diverged", why=str(error))
-        except ConfigError as error:
-            return attempt.outcome("pruned", None, failure="invalid", why=str(error))
-        except torch.OutOfMemoryError as error:
-            return attempt.outcome("pruned", None, failure="oom", why=str(error).splitlines()[0])
+        except Exception as error:
+            failure = failure_of(error)
+            if failure is None:
+                raise
+            return attempt.outcome("pruned", None, failure=failure, why=str(error).partition("\n")[0])
         return attempt.outcome("complete", result.value(self.space.metric), result=result)
+
+    def _train(self, attempt: _Attempt) -> TrainResult:
+        """Goes on from the slot's checkpoint, or begins anew where there is none that can be used."""
+        checkpoint = self.paths.checkpoint(attempt.slot)
+        with self.interrupts.let_through():
+            try:
+                return self._train_from(checkpoint, attempt)
+            except CheckpointError as error:
+                logger.warning("trial %d begins anew: %s", attempt.trial.number, error)
+                checkpoint.unlink()
+                return self._train_from(checkpoint, attempt)
+
+    def _train_from(self, checkpoint: Path, attempt: _Attempt) -> TrainResult:
+        return train(
+            attempt.config,
+            self.splits,
+            device=self.device,
+            on_epoch_end=attempt.epoch_ended,
+            on_resume=attempt.resumed,
+            resume_from=checkpoint,
+            checkpoint_to=checkpoint,
+            metric=self.space.metric,
+        )
+
+
+def failure_of(error: Exception) -> str | None:
+    """`diverged`, `oom` or `invalid`: why a configuration cannot be trained. None is a fault that is not its own."""
+    if isinstance(error, DivergedError):
+        return "diverged"
+    if isinstance(error, ConfigError):
+        return "invalid"
+    return "oom" if is_out_of_memory(error) else None
 
 
 class _Attempt:
@@ -152,16 +175,24 @@ class _Attempt:
             raise optuna.TrialPruned(verdict or f"pruned at epoch {epoch.epoch}")
 
     def _report(self, epoch: EpochMetrics) -> None:
-        value = epoch.score(self.metric)
-        if not math.isfinite(value):
-            raise DivergedError(f"validation {self.metric} of epoch {epoch.epoch} is {value}")
         self.history.append(epoch)
-        append_line(self.metrics_file, epoch.row())
-        self.trial.report(value, epoch.epoch)
+        append_line(self.metrics_file, epoch.row(self.metric))
+        self.trial.report(epoch.score(self.metric), epoch.epoch)
 
-    def outcome(self, state: str, value: float | None, **more: Any) -> Outcome:
+    def outcome(
+        self,
+        state: Literal["complete", "pruned"],
+        value: float | None,
+        *,
+        result: TrainResult | None = None,
+        failure: str | None = None,
+        why: str = "",
+    ) -> Outcome:
+        """How the attempt ended, with what the storage is to remember of it."""
         last = self.history[-1] if self.history else None
         attributes: dict[str, Any] = {"epochs": len(self.history)}
+        if result is not None:
+            attributes["kept_epoch"] = result.kept.epoch
         if last is not None:
             attributes |= {"elapsed_s": round(last.elapsed_s, 3), "images_per_s": round(last.images_per_s, 1)}
             for name, scores in (("raw", last.raw), ("averaged", last.averaged)):
@@ -175,8 +206,10 @@ class _Attempt:
             self.config,
             dict(self.trial.params),
             tuple(self.history),
-            attributes=attributes,
-            **more,
+            result,
+            failure,
+            why,
+            attributes,
         )
 
 

@@ -9,7 +9,7 @@ one takes any rungs, judges each once, and counts slots. Optuna's pruners stay a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optuna.pruners import (
@@ -24,18 +24,11 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpo.search_space import grammar
+from hpo.slots import BASE, RECIPE, slot_of
 
-SLOT = "slot"
-"""The user attribute of every trial of ours: its place in the study's total. A retried trial keeps it."""
-BASE = "base"
-"""The user attribute of the trial that trains the space's base, which is never pruned."""
+__all__ = ["Place", "RungPruner", "build_pruner", "rung_epochs", "spared"]
 
 _RUNG = "rung:"
-
-
-def slot_of(trial: FrozenTrial) -> int:
-    """The trial's slot; a trial that was added by other means stands for itself, by its number."""
-    return int(trial.user_attrs.get(SLOT, trial.number))
 
 
 def rung_epochs(fractions: Sequence[float], epochs: int) -> tuple[int, ...]:
@@ -82,7 +75,7 @@ class RungPruner(BasePruner):
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether the trial has fallen behind at a rung that it has reached."""
-        if trial.user_attrs.get(BASE) or trial.last_step is None:
+        if spared(trial) or trial.last_step is None:
             return False
         places = self._judged(study, trial)
         for rung in self.rungs:
@@ -94,13 +87,13 @@ class RungPruner(BasePruner):
                 study._storage.set_trial_system_attr(trial._trial_id, f"{_RUNG}{rung}", mark)
                 if not place.kept:
                     break
-        return not all(place.kept for place in places.values())
+        return not all(place.kept for place in _reached(places, trial.last_step).values())
 
     def verdict(self, study: Study, trial: Trial | FrozenTrial) -> str:
         """What the pruner thinks of the trial, for a progress display: "rung 6: 3rd of 14, kept"."""
-        if trial.user_attrs.get(BASE):
-            return "the base, never pruned"
-        places = self._judged(study, trial)
+        if why := spared(trial):
+            return f"{why}, never pruned"
+        places = _reached(self._judged(study, trial), study._storage.get_trial(trial._trial_id).last_step or 0)
         if not places:
             return f"first rung: {self.rungs[0]}" if self.rungs else ""
         rung = max(places)
@@ -130,6 +123,19 @@ class RungPruner(BasePruner):
         return Place(rank, of, rank <= math.ceil(self.keep * of - 1e-9))
 
 
+def spared(trial: Trial | FrozenTrial) -> str:
+    """What a trial is that runs to its end, whatever it reports, since the best one is compared to it; else empty."""
+    if trial.user_attrs.get(BASE):
+        return "the base"
+    return f"recipe {trial.user_attrs[RECIPE]}" if RECIPE in trial.user_attrs else ""
+
+
+def _reached(places: Mapping[int, Place], epoch: int) -> dict[int, Place]:
+    """The places at the rungs up to an epoch: the marks of a later one are an interrupted attempt's, which this one has
+    still to come to."""
+    return {rung: place for rung, place in places.items() if rung <= epoch}
+
+
 def _goodness(value: float, sign: float) -> float:
     return -math.inf if math.isnan(value) else sign * value
 
@@ -139,24 +145,24 @@ def _ordinal(n: int) -> str:
     return f"{n}{suffix}"
 
 
-class _SparesBase(BasePruner):
-    """Before an Optuna pruner in the order of classes: the base runs to its end, since all else is compared to it."""
+class _Sparing(BasePruner):
+    """Before an Optuna pruner in the order of classes: the base and the recipes run to their end."""
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        return not trial.user_attrs.get(BASE) and super().prune(study, trial)  # type: ignore[safe-super]
+        return not spared(trial) and super().prune(study, trial)  # type: ignore[safe-super]
 
 
 # Subclasses, not wrappers: Optuna asks `isinstance(study.pruner, HyperbandPruner)` to give brackets their own history.
-class _Median(_SparesBase, MedianPruner): ...
+class _Median(_Sparing, MedianPruner): ...
 
 
-class _Percentile(_SparesBase, PercentilePruner): ...
+class _Percentile(_Sparing, PercentilePruner): ...
 
 
-class _SuccessiveHalving(_SparesBase, SuccessiveHalvingPruner): ...
+class _SuccessiveHalving(_Sparing, SuccessiveHalvingPruner): ...
 
 
-class _Hyperband(_SparesBase, HyperbandPruner): ...
+class _Hyperband(_Sparing, HyperbandPruner): ...
 
 
 def build_pruner(config: grammar.Pruner, epochs: int) -> BasePruner:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from core.config import TrainConfig
 from core.data import Dataset, Splits, split
 from core.loop import EVALUATION_BATCH, EpochMetrics, train
 from core.models import build_model
-from core.runtime import autocast, normalize, versions
+from core.runtime import autocast, normalize
 from core.tta import VIEWS, predict_logits
 from hpo import bundle
 from hpo.errors import StudyError
@@ -34,6 +35,7 @@ from hpo.paths import StudyPaths
 from hpo.predict import write_submission
 from hpo.report import confusion_matrix, learning_curves
 from hpo.training import append_line
+from hpo.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def refit(
     judge = _Judge(config, splits, device)
 
     logger.info("choosing the test-time augmentation on %d validation images", len(splits.val))
-    trial_network = _trial_network(paths, number, config, splits, device, epochs)
+    trial_network = _trial_network(paths, number, config, splits, device, metric)
     val_images, val_labels = splits.images[splits.val], splits.labels[splits.val]
     by_view = {views: judge.logits(trial_network, val_images, views) for views in VIEWS}
     candidates = {views: metrics.value(metrics.scores(logits, val_labels), metric) for views, logits in by_view.items()}
@@ -91,8 +93,8 @@ def refit(
     result = train(config, whole, device=device, on_epoch_end=on_epoch_end, stop_after=epochs)
 
     # Everything that is kept is decided: from here on the test set may be seen.
-    test = dataset.open_test()
     openings = _write_down_opening(paths, label, number)
+    test = dataset.open_test()
     judge = _Judge(config, whole, device)
     test_images, test_labels = test.images.to(device), test.labels.to(device)
     test_logits = {name: judge.logits(result.model, test_images, name) for name in dict.fromkeys(("none", views))}
@@ -129,6 +131,9 @@ def refit(
             data_name=dataset.name,
             fingerprint=dataset.fingerprint,
             versions=versions(),
+            study=paths.name,
+            trial=number,
+            source=dataset.source,
         ).write(folder, result.model, report)
         confusion_matrix(
             metrics.confusion(test_logits[views], test_labels).cpu(),
@@ -172,13 +177,13 @@ class _Judge:
 
 
 def _trial_network(
-    paths: StudyPaths, number: int, config: TrainConfig, splits: Splits, device: torch.device, epochs: int
+    paths: StudyPaths, number: int, config: TrainConfig, splits: Splits, device: torch.device, metric: str
 ) -> nn.Module:
     """The network that the trial ended with: from its file, or trained again, which gives the same one."""
     weights = paths.trial_model(number)
     if not weights.exists():
         logger.info("trial %d kept no weights: training it again", number)
-        return train(config, splits, device=device, stop_after=epochs).model
+        return train(config, splits, device=device, metric=metric).model
     _, channels, height, width = splits.images.shape
     plain = config.model.model_copy(update={"pretrained": False})  # the weights follow
     model: nn.Module = build_model(
@@ -186,7 +191,7 @@ def _trial_network(
     ).to(device)
     try:
         load_model(model, weights)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise StudyError(f"{weights}: does not hold trial {number}'s weights; delete it to train them again") from error
     return model.eval()
 

@@ -21,8 +21,8 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.pruner import slot_of
 from hpo.search_space import grammar
+from hpo.slots import slot_of
 
 
 def sampler_seed(*parts: int | str) -> int:

@@ -10,10 +10,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.console import assignments, say, table
 from hpo.dashboard import command as dashboard_command
-from hpo.pruner import BASE
 from hpo.report import study_overview
-from hpo.study import RECIPE, Counts, Study
-from hpo.training import read_value
+from hpo.storage import is_masked
+from hpo.study import BASE, RECIPE, Counts, Study
+from hpo.training import read_result
 
 # Trials in the table of the best: what fits a screen beside what was said before.
 SHOWN = 5
@@ -25,8 +25,8 @@ class Standing:
 
     counts: Counts
     best: FrozenTrial | None
-    rivals: tuple[tuple[str, float], ...]
-    """(what it is, its value): the base and the recipes that were trained, for the best trial to beat."""
+    rivals: tuple[tuple[str, float | None], ...]
+    """(what it is, its value): the base and the recipes, for the best trial to beat; None could not be trained."""
 
     @property
     def best_value(self) -> float | None:
@@ -52,26 +52,25 @@ class Standing:
 
 def standing(study: Study) -> Standing:
     """How a study stands now."""
-    complete = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    rivals = []
-    for trial in complete:
-        if trial.value is None:
-            continue
+    over = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    rivals: list[tuple[str, float | None]] = []
+    for trial in over:
+        value = trial.value if trial.state == TrialState.COMPLETE else None
         if trial.user_attrs.get(BASE):
-            rivals.append((f"the base (trial {trial.number})", trial.value))
+            rivals.append((f"the base (trial {trial.number})", value))
         if RECIPE in trial.user_attrs:
-            rivals.append((f"recipe {trial.user_attrs[RECIPE]} (trial {trial.number})", trial.value))
+            rivals.append((f"recipe {trial.user_attrs[RECIPE]} (trial {trial.number})", value))
     for reference in study.paths.references():
-        value = read_value(reference)
-        if value is not None:
-            rivals.append((f"recipe {reference.dir.name}", value))
+        result = read_result(reference)
+        if result is not None:
+            rivals.append((f"recipe {reference.dir.name}", result.get("value")))
     return Standing(study.counts(), study.best_trial(), tuple(rivals))
 
 
 def say_standing(study: Study) -> None:
     """The whole standing: trials by state, the best of them, what they beat, and the next commands."""
     now = standing(study)
-    total = "" if study.total is None else f" of {study.total}"
+    total = "" if study.total is None else f" of {max(study.total, now.counts.finished)}"
     say(f"study {study.name} (space {study.space_name}): {now.counts.finished}{total} trials finished: {now.states}")
     say(f"  data {study.data_name}, objective {study.metric} on the validation images, seed {study.seed}")
     say(f"  storage {study.storage_shown}")
@@ -92,7 +91,7 @@ def say_standing(study: Study) -> None:
 def draw_overview(study: Study) -> None:
     """Draws the study's history into its folder."""
     now = standing(study)
-    baselines = {name.partition(" (")[0]: value for name, value in now.rivals}
+    baselines = {name.partition(" (")[0]: value for name, value in now.rivals if value is not None}
     study_overview(study.optuna, study.paths.overview, metric=study.metric, baselines=baselines, title=study.name)
 
 
@@ -103,6 +102,9 @@ def margins(now: Standing, metric: str, direction: str) -> list[str]:
     lines = [f"best: trial {now.best.number}, validation {metric} {now.best.value:.4f}"]
     sign = 1 if direction == "maximize" else -1
     for name, value in now.rivals:
+        if value is None:
+            lines.append(f"  {name} could not be trained")
+            continue
         gain = sign * (now.best.value - value)
         # Scores are shares of one, which people compare in points; the loss has a unit of its own.
         size = f"{abs(gain):.4f}" if metric == "nll" else f"{100 * abs(gain):.2f} points"
@@ -129,12 +131,14 @@ def _say_best_trials(study: Study) -> None:
 def next_commands(study: Study, now: Standing) -> Sequence[str]:
     """What a person may want to type next, ready to copy."""
     name = shlex.quote(study.name)
+    # A password is never written down, so whoever goes on has to give it again.
+    storage = f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
     commands = []
     if study.total is not None and now.counts.finished < study.total:
         commands.append(study.command or f"hpo run {study.space_name} --study {name}")
     if now.best is not None:
-        commands.append(f"hpo refit best --study {name}")
-    commands.append(f"hpo dashboard {name}")
+        commands.append(f"hpo refit best --study {name}{storage}")
+    commands.append(f"hpo dashboard {name}{storage}")
     commands.append(shlex.join(dashboard_command(study.storage_url, study.paths)))
     return commands
 

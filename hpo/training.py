@@ -40,19 +40,28 @@ def train_recorded(
         on_epoch_end=on_epoch_end,
         resume_from=paths.checkpoint,
         checkpoint_to=paths.checkpoint,
+        metric=metric,
     )
-    paths.metrics.write_text("".join(json_line(epoch.row()) for epoch in result.history))
+    paths.metrics.write_text("".join(json_line(epoch.row(metric)) for epoch in result.history))
     save_model(result.model, str(paths.model))
-    temporary = paths.result.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"metric": metric, "value": result.value(metric), **result.kept.row()}, indent=2))
-    temporary.replace(paths.result)
+    write_result(paths, {"metric": metric, "value": result.value(metric), **result.kept.row(metric)})
     paths.checkpoint.unlink(missing_ok=True)
     return result
 
 
-def read_value(paths: TrainingPaths) -> float | None:
-    """What a finished training came to; None where it is not finished."""
-    return float(json.loads(paths.result.read_text())["value"]) if paths.result.exists() else None
+def write_result(paths: TrainingPaths, result: dict[str, Any]) -> None:
+    """Says what came of a training, whole or not at all: `value`, or `failure` where it could not be trained."""
+    temporary = paths.result.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(paths.result)
+
+
+def read_result(paths: TrainingPaths) -> dict[str, Any] | None:
+    """What came of a training; None where it is not over."""
+    if not paths.result.exists():
+        return None
+    result: dict[str, Any] = json.loads(paths.result.read_text())
+    return result
 
 
 def json_line(row: dict[str, Any]) -> str:

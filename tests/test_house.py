@@ -34,7 +34,8 @@ LAYERS = (
     {"commands"},
     {"refit", "predict", "report", "summary", "dashboard", "driver", "console"},
     {"objective", "study", "bundle", "training"},
-    {"pruner", "samplers", "search_space", "storage", "paths", "interrupts", "errors"},
+    {"record", "takeover", "lease", "slots", "versions"}
+    | {"pruner", "samplers", "search_space", "storage", "paths", "interrupts", "errors"},
 )
 """The rooms of `hpo`, the highest layer first. A lower layer never imports an upper one; `core` lies below them all."""
 
@@ -42,7 +43,7 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich.live": {"console"},
     "rich.progress": {"console"},
-    "ruamel": {"search_space", "study"},
+    "ruamel": {"search_space", "record"},
 }
 """Libraries that have one owner among the rooms: the command line, the progress display, who reads and writes YAML."""
 

@@ -7,12 +7,15 @@ length that its description states is checked all the same, since disks fill up 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,14 @@ from core.data.decode import Pixels
 from core.errors import UserError
 
 # Raised whenever the files or the decoding change: older caches are then left alone and new ones built.
-FORMAT = 1
+FORMAT = 2
 
 META = "meta.json"
+
+# What a cache's folder is called while it is built: a dot, its `cache_key`, and what `tempfile` adds.
+UNFINISHED = re.compile(r"\.[A-Za-z0-9_.-]+-[0-9a-f]{20}-[a-z0-9_]{8}")
+# Seconds after its last change when an unfinished cache is one of a killed process. A build writes all the time.
+ABANDONED_S = 24 * 3600.0
 
 
 def cache_key(name: str, *parts: Any) -> str:
@@ -51,17 +59,16 @@ def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tup
         return folder, meta
     try:
         root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
         with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=root, ignore_cleanup_errors=True) as temporary:
             fresh = Path(temporary) / key
             fresh.mkdir()
             write_meta(fresh, build(fresh))
-            if read_meta(folder) is None:  # not there, or torn
-                shutil.rmtree(folder, ignore_errors=True)
-                try:
-                    fresh.rename(folder)
-                except OSError:
-                    if read_meta(folder) is None:  # otherwise another process was faster, and its cache is as good
-                        raise
+            if not _placed(fresh, folder):  # a torn one is in the way
+                with contextlib.suppress(FileNotFoundError):
+                    folder.rename(Path(temporary) / "torn")
+                if not _placed(fresh, folder):
+                    raise FileExistsError(errno.EEXIST, "a damaged cache cannot be replaced", str(folder))
     except OSError as error:
         raise UserError(
             f"{root}: cannot write the cache of decoded images there ({error.strerror or error}); "
@@ -70,6 +77,29 @@ def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tup
     meta = read_meta(folder)
     assert meta is not None
     return folder, meta
+
+
+def _placed(fresh: Path, folder: Path) -> bool:
+    """Whether `folder` is a whole cache after an attempt to rename `fresh` to it.
+
+    Tried before looking: what lies there may be another process's, finished a moment ago and as good as this one.
+    """
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    return read_meta(folder) is not None
+
+
+def _sweep(root: Path) -> None:
+    """Removes what killed processes left half built under `root`, and nothing that may still be written to."""
+    for folder in root.iterdir():
+        if UNFINISHED.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            with contextlib.suppress(OSError):  # another process may be sweeping too
+                last_change = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+                if time.time() - last_change > ABANDONED_S:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:

@@ -87,6 +87,8 @@ class Dataset:
     """Whether the test images are the source's own, or were cut off here"""
     moments: Tensor = field(repr=False)
     """(N, C, 2) int64: each image's sums of pixels and of their squares, for mean and deviation"""
+    twins: Tensor = field(repr=False)
+    """(N,) int64: for each image the index of the first one that is identical to it, which is mostly its own"""
     _open_test: Callable[[], TestSet] = field(repr=False)
 
     def open_test(self) -> TestSet:
@@ -134,9 +136,11 @@ def split(dataset: Dataset, config: DataConfig) -> Splits:
     """Training and validation images by `val_fraction` and `split_seed`, with mean and std by `normalize`.
 
     Raises:
-        UserError: too few images for the classes to be in both.
+        UserError: too few images, or too few that are not copies, for the classes to be in both.
     """
-    return stratified(dataset.images, dataset.labels, dataset.moments, dataset.classes, config, dataset.source)
+    return stratified(
+        dataset.images, dataset.labels, dataset.moments, dataset.twins, dataset.classes, config, dataset.source
+    )
 
 
 def load_images(
@@ -218,6 +222,7 @@ def _build(source: Source, config: DataConfig, skip_broken: bool, folder: Path) 
         meta[f"{part}_fingerprint"] = _fingerprint(classes, shape, members, labels)
     moments = [np.broadcast_to(image.moments, (channels, 2)) for image in pool]
     np.save(folder / "pool_moments.npy", np.stack(moments))
+    np.save(folder / "pool_twins.npy", _twins(pool))
     spool.unlink()
 
     meta["report"] = {"broken": broken, "leaked": _leaked(pool, test), "conflicting": _conflicting(images)}
@@ -281,6 +286,12 @@ def _fingerprint(
     return digest.hexdigest()
 
 
+def _twins(images: Sequence[Spooled]) -> NDArray[np.int64]:
+    """(N,): for each image the index of the first one that is identical to it."""
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault(image.digest, index) for index, image in enumerate(images)], dtype=np.int64)
+
+
 def _leaked(pool: Sequence[Spooled], test: Sequence[Spooled]) -> int:
     known = {image.digest for image in pool}
     return sum(image.digest in known for image in test)
@@ -320,6 +331,7 @@ def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> D
         n_test=meta["n_test"],
         has_own_test=meta["has_own_test"],
         moments=open_array(folder / "pool_moments.npy", mapped=False),
+        twins=open_array(folder / "pool_twins.npy", mapped=False),
         _open_test=read_test if in_memory is None else lambda: in_memory,
     )
 

@@ -88,8 +88,11 @@ def _read(payload: bytes, size: tuple[int, int] | None) -> Pixels:
 def _as_seen(image: Image.Image) -> Image.Image:
     """The image upright, opaque, in mode L or RGB."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # I;16, I;16B, and I, which Pillow uses for 16-bit PGM
-        samples = np.asarray(image).astype(np.int64).clip(0, 65535)
+    if image.mode.startswith("I"):  # I;16, I;16B, and I of 32 bits, which Pillow uses for 16-bit PGM too
+        samples = np.asarray(image).astype(np.int64)
+        low, high = int(samples.min()), int(samples.max())
+        if low < 0 or high > 65535:
+            raise ValueError(f"32-bit pixels from {low} to {high} have no defined range: save it with 8 or 16 bits")
         return Image.fromarray(((samples + SIXTEEN_TO_EIGHT // 2) // SIXTEEN_TO_EIGHT).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range: save it with 8 or 16 bits")

@@ -2,7 +2,8 @@
 
 The test cut depends on the images alone. Within each class they are ordered by a hash of their pixels, and the first
 ones are the test set: no seed, no file name and no order of files has a say, images that look equal stay on one
-side, and adding an image moves hardly any other. The validation draw is scikit-learn's stratified one.
+side, and adding an image moves hardly any other. The validation draw is scikit-learn's stratified one, after which
+identical images go where the first of them was drawn to: a training image in validation would flatter every score.
 """
 
 from __future__ import annotations
@@ -70,14 +71,28 @@ class Splits:
 
 
 def stratified(
-    images: Tensor, labels: Tensor, moments: Tensor, classes: tuple[str, ...], config: DataConfig, where: str
+    images: Tensor,
+    labels: Tensor,
+    moments: Tensor,
+    twins: Tensor,
+    classes: tuple[str, ...],
+    config: DataConfig,
+    where: str,
 ) -> Splits:
     """Draws `val_fraction` of the images for validation, every class in proportion, by `split_seed`.
 
+    Identical images stay together, so where there are some, the fraction and the proportions hold on average only.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+        moments: (N, C, 2) int64, see `Splits`.
+        twins: (N,) int64, for each image the index of the first one that is identical to it.
+
     Raises:
-        UserError: a class would have no training image, or validation fewer images than classes.
+        UserError: a class would have no training image, or validation fewer images than classes, or none.
     """
-    train, val = _draw(labels, classes, config, where)
+    train, val = _draw(labels, twins, classes, config, where)
     channels = images.shape[1]
     measured = None
     if config.normalize == "train":
@@ -92,7 +107,9 @@ def stratified(
     return Splits(images, labels, train, val, classes, mean, std, measured)
 
 
-def _draw(labels: Tensor, classes: tuple[str, ...], config: DataConfig, where: str) -> tuple[Tensor, Tensor]:
+def _draw(
+    labels: Tensor, twins: Tensor, classes: tuple[str, ...], config: DataConfig, where: str
+) -> tuple[Tensor, Tensor]:
     from sklearn.model_selection import train_test_split
 
     count = len(labels)
@@ -103,20 +120,31 @@ def _draw(labels: Tensor, classes: tuple[str, ...], config: DataConfig, where: s
                 f"{where}: data.val_fraction={config.val_fraction:g} leaves {size} {part} images of {count} "
                 f"for {len(classes)} classes; {cure} it"
             )
-    train, val = train_test_split(
+    _, drawn = train_test_split(
         torch.arange(count).numpy(), test_size=n_val, stratify=labels.numpy(), random_state=config.split_seed
     )
-    indices = torch.from_numpy(train).sort().values, torch.from_numpy(val).sort().values
-    missing = _absent(labels[indices[0]], classes)
+    in_val = torch.zeros(count, dtype=torch.bool)
+    in_val[torch.from_numpy(drawn)] = True
+    together = in_val[twins]
+    cure = (
+        "lower it" if torch.equal(together, in_val) else "remove copies of its images, or try another data.split_seed"
+    )
+    train, val = (~together).nonzero().squeeze(1), together.nonzero().squeeze(1)
+    if not len(val):
+        raise UserError(
+            f"{where}: all {n_val} validation images are copies of training images; "
+            "remove the copies, or raise data.val_fraction"
+        )
+    missing = _absent(labels[train], classes)
     if missing:
         raise UserError(
             f"{where}: data.val_fraction={config.val_fraction:g} leaves no training image of "
-            f"{', '.join(missing)}; lower it"
+            f"{', '.join(missing)}; {cure}"
         )
-    missing = _absent(labels[indices[1]], classes)
+    missing = _absent(labels[val], classes)
     if missing:
         logger.info("%s: too few images of %s for one in validation", where, ", ".join(missing))
-    return indices
+    return train, val
 
 
 def _absent(labels: Tensor, classes: tuple[str, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`build_model`: the network that a configuration names, one family a file.
+"""`build_model`: the network that a configuration names, one family a file; `check_model_name`: whether there is one.
 
 The families are imported when one of theirs is built: they need timm, whose import costs half a second over torch's
 and the optimizers', and twice as much without them.
@@ -10,6 +10,18 @@ import torch
 from torch import nn
 
 from core.config import ModelConfig
+
+
+def check_model_name(name: str) -> None:
+    """Looks a `model.name` up, without building the network or asking for its weights.
+
+    Raises:
+        UserError: timm has no model of this name, or no weights of its tag; the nearest names are said.
+    """
+    if name != "resnet":
+        from core.models import timm_models
+
+        timm_models.find_card(name)
 
 
 def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:

@@ -40,8 +40,8 @@ def build_timm_model(
         ConfigError: the model takes no dropout or drop path where one is set, or no images of this size.
         UserError: timm has no such model, or no pretrained weights for it, or these are not at hand.
     """
+    card = find_card(config.name)
     name = config.name.removeprefix("timm/")
-    card = _card(name)
     arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
     if config.dropout > 0:
         arguments["drop_rate"] = config.dropout
@@ -57,12 +57,13 @@ def build_timm_model(
     return model
 
 
-def _card(name: str) -> Any:
-    """timm's description of the model: its own image size, whether that is fixed, where its weights are.
+def find_card(name: str) -> Any:
+    """timm's description of the model `timm/NAME`: its own image size, whether it is fixed, where its weights are.
 
     Raises:
         UserError: timm has no model of this name, or no weights of this tag for it.
     """
+    name = name.removeprefix("timm/")
     architecture, _, tag = name.partition(".")
     names = timm.list_models()  # without the deprecated names, which timm maps to others with a warning
     if architecture not in names:

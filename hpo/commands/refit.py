@@ -26,17 +26,21 @@ def refit_command(
     study.check_data(dataset)
     say(f"study {study.name}, trial {number} ({study.metric} {chosen.value:.4f}); {describe_device(device)}")
     with TrainProgress("refit", epochs=chosen.epochs) as progress:
-        done = refit(
-            study.paths,
-            number=number,
-            label=label,
-            config=chosen.config,
-            epochs=chosen.epochs,
-            dataset=dataset,
-            metric=study.metric,
-            device=device,
-            on_epoch_end=progress.epoch_ended,
-        )
+        try:
+            done = refit(
+                study.paths,
+                number=number,
+                label=label,
+                config=chosen.config,
+                epochs=chosen.epochs,
+                dataset=dataset,
+                metric=study.metric,
+                device=device,
+                on_epoch_end=progress.epoch_ended,
+            )
+        except KeyboardInterrupt:
+            say("stopped; nothing was written, and the same command begins again")
+            raise
     candidates = ", ".join(f"{views} {value:.4f}" for views, value in done.candidates.items())
     say(f"test-time augmentation by validation {study.metric}: {candidates}; chosen: {done.views}")
     table(

@@ -5,14 +5,19 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from core.data import split
+import torch
+
+from core.data import Splits, split
+from core.models import check_model_name
 from core.runtime import describe_device, select_device
 from hpo.commands.common import open_dataset, say_data
 from hpo.console import StudyProgress, duration, say
-from hpo.driver import estimate_s, run_references, run_study
-from hpo.search_space import load_space
+from hpo.driver import estimate_s, pending_references, run_references, run_study
+from hpo.interrupts import Interrupts
+from hpo.pruner import rung_epochs
+from hpo.search_space import RungsPruner, SearchSpace, load_space
 from hpo.storage import mask
-from hpo.study import open_study
+from hpo.study import Study, open_study
 from hpo.summary import draw_overview, say_standing, standing
 
 
@@ -28,46 +33,47 @@ def run_command(
     device_name: str | None,
     take_over: str | None,
     skip_broken: bool,
+    reclaim: bool,
 ) -> None:
     """Runs a study up to its total, or goes on to it."""
     space = load_space(space_name, assignments)
     device = select_device(device_name)
+    for model in model_names(space):
+        check_model_name(model)
     dataset = open_dataset(space.base.data, data, skip_broken=skip_broken)
     splits = split(dataset, space.base.data).to(device)
-    total = trials or space.trials
     say_data(dataset, splits)
-
-    study = open_study(
-        space,
-        name=study_name or space.name,
-        storage_url=storage,
-        seed=seed,
-        dataset=dataset,
-        data_path=data,
-        take_over=take_over,
-    )
     command = _command(space_name, trials, study_name, data, storage, assignments, seed, device_name, skip_broken)
-    study.remember_command(command)
-    before = standing(study)
-    say(
-        f"study {study.name}: {total} trials of {space.base.epochs} epochs, {before.counts.finished} done; "
-        f"sampler {space.sampler.name}, pruner {space.pruner.name}; {describe_device(device)}"
-    )
-    if before.counts.finished < total:
-        in_full, pruned = estimate_s(space, splits, trials=total - before.counts.finished, device=device)
-        about = f"about {duration(pruned)}" if pruned < in_full else f"up to {duration(in_full)}"
-        at_most = f", {duration(in_full)} if nothing were pruned" if pruned < in_full else ""
-        say(f"this will take {about}{at_most}; Ctrl-C stops it, and the same command goes on")
-    with StudyProgress(
-        metric=space.metric,
-        direction=space.direction,
-        done=before.counts.finished,
-        total=total,
-        best=before.best_value,
-    ) as progress:
+
+    with Interrupts() as interrupts:
+        study = open_study(
+            space,
+            name=study_name or space.name,
+            storage_url=storage,
+            seed=seed,
+            dataset=dataset,
+            data_path=data,
+            take_over=take_over,
+        )
+        study.remember_command(command)
+        before = standing(study)
+        done = before.counts.finished
+        total = max(trials or space.trials, done)
+        study.reap(force=reclaim)
+        study.ensure_slots(total)
+        say(
+            f"study {study.name}: {total} trials of {space.base.epochs} epochs, {done} done; sampler "
+            f"{space.sampler.name}, pruner {_pruner(space)}; {describe_device(device)}"
+        )
+        bars = StudyProgress(
+            metric=space.metric, direction=space.direction, done=done, total=total, best=before.best_value
+        )
         try:
-            run_study(study, space, splits, total=total, device=device, listener=progress)
-            run_references(study, space, splits, device=device, listener=progress)
+            with interrupts.let_through():
+                _say_estimate(study, space, splits, trials=total - done, device=device)
+            with bars as progress:
+                run_study(study, space, splits, device=device, listener=progress, interrupts=interrupts)
+                run_references(study, space, splits, device=device, listener=progress, interrupts=interrupts)
         except KeyboardInterrupt:
             say(f"stopped: {study.counts().finished} of {total} trials are done and safe; go on with")
             say(f"  {command}")
@@ -75,6 +81,36 @@ def run_command(
     draw_overview(study)
     say()
     say_standing(study)
+    for number, host, since in study.held_elsewhere():
+        say(f"trial {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}; if that is dead:")
+        say(f"  {command} --reclaim")
+
+
+def _say_estimate(study: Study, space: SearchSpace, splits: Splits, *, trials: int, device: torch.device) -> None:
+    """How long what is left will take on this device, from a few timed steps."""
+    references = len(pending_references(study, space))
+    if not trials and not references:
+        return
+    in_full, pruned = estimate_s(space, splits, trials=trials, references=references, device=device)
+    about = f"about {duration(pruned)}, {duration(in_full)} if nothing were pruned"
+    beside = f", {references} recipe(s) beside the study included" if references else ""
+    say(f"this will take {about if pruned < in_full else f'up to {duration(in_full)}'}{beside}")
+    say("Ctrl-C stops it, and the same command goes on")
+
+
+def _pruner(space: SearchSpace) -> str:
+    """The pruner in words; the rung pruner with the epochs that its fractions come to."""
+    if not isinstance(space.pruner, RungsPruner):
+        return space.pruner.name
+    rungs = rung_epochs(space.pruner.rungs, space.base.epochs)
+    return f"rungs at epoch {', '.join(map(str, rungs))}" if rungs else "none (the run is too short for its rungs)"
+
+
+def model_names(space: SearchSpace) -> set[str]:
+    """Every network that a trial or recipe may ask for."""
+    names = {space.base.model.name, *(recipe.config.model.name for recipe in space.recipes)}
+    searched = space.search.get("model.name")
+    return names | {str(name) for name in (searched.describe().get("choices", []) if searched else [])}
 
 
 def _command(

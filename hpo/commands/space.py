@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from hpo.console import say, table
-from hpo.errors import SpaceError
+from hpo.errors import HpoError, SpaceError
 from hpo.search_space import check_file, json_schema, list_spaces, shown
 
 
@@ -27,10 +27,19 @@ def check_command(name: str) -> None:
 
 
 def schema_command(output: Path | None) -> None:
-    """Writes the JSON Schema that editors complete and check a space with."""
+    """Writes the JSON Schema that editors complete and check a space with.
+
+    Raises:
+        HpoError: the file cannot be written.
+    """
     text = json.dumps(json_schema(), indent=2) + "\n"
     if output is None:
         print(text, end="")
-    else:
-        output.write_text(text)
-        say(f"written to {output}; a space's first line names it: # yaml-language-server: $schema={output.name}")
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise HpoError(
+            f"{output}: cannot be written ({error.strerror or error}); give -o a file in a folder that is there"
+        ) from error
+    say(f"written to {output}; a space's first line names it: # yaml-language-server: $schema={output.name}")

@@ -30,9 +30,13 @@ def train_command(
     if paths.checkpoint.exists():
         say("going on from its checkpoint")
     with TrainProgress(recipe.name, epochs=recipe.config.epochs) as progress:
-        result = train_recorded(
-            recipe.config, splits, paths, metric="accuracy", device=device, on_epoch_end=progress.epoch_ended
-        )
+        try:
+            result = train_recorded(
+                recipe.config, splits, paths, metric="accuracy", device=device, on_epoch_end=progress.epoch_ended
+            )
+        except KeyboardInterrupt:
+            say("stopped; the same command goes on from the last checkpoint")
+            raise
     learning_curves([epoch.row() for epoch in result.history], paths.curves, title=recipe.name)
 
     kept = result.kept

@@ -33,6 +33,7 @@ from core.data import load_dataset, split
 from core.runtime import select_device
 from hpo.console import StudyProgress
 from hpo.driver import run_study
+from hpo.interrupts import Interrupts
 from hpo.search_space import load_space
 from hpo.study import open_study
 
@@ -94,7 +95,9 @@ def run_once(trials: int, assignments: list[str], folder: Path) -> dict[str, flo
     progress = StudyProgress(metric=space.metric, direction=space.direction, done=0, total=trials, best=None)
     with contextlib.redirect_stdout(io.StringIO()), progress, clocks() as spent, reports_apart(spent):
         started = time.perf_counter()
-        run_study(study, space, splits, total=trials, device=device, listener=progress)
+        study.ensure_slots(trials)
+        with Interrupts() as interrupts:
+            run_study(study, space, splits, device=device, listener=progress, interrupts=interrupts)
         spent["study"] = time.perf_counter() - started
     epochs = sum(len(trial.intermediate_values) for trial in study.optuna.get_trials(deepcopy=False))
     return dict(spent) | {"driver": spent["study"] - spent["training"] - spent["pictures"], "epochs": epochs}

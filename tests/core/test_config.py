@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from sklearn.datasets import load_digits
 
 from core.config import REFERENCE_LR, RESNET_ONLY, TrainConfig
 from core.data import Splits, load_dataset, split
@@ -78,8 +81,8 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "early_stop.patience_fraction": ({"optim.lr_scale": 1e-6}, 0.25),
     "precision.autocast": ({}, "bf16"),
 }
-# What cannot be trained here: `test_models.py` says what is asked of it.
-ELSEWHERE = {"model.pretrained"}
+# What has a test of its own: below, and for pretrained weights in `test_models.py`.
+ELSEWHERE = {"data.name", "model.pretrained"}
 
 
 def test_the_tables_name_every_field() -> None:
@@ -125,6 +128,14 @@ def test_the_field_alone_changes_the_trained_weights(
     shapes = {name: tensor.shape for name, tensor in ours.items()}
     if shapes == {name: tensor.shape for name, tensor in theirs.items()}:
         assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_another_data_set_changes_the_trained_weights(tiny: TrainConfig, tmp_path: Path) -> None:
+    images, labels = load_digits(return_X_y=True)
+    inverted = (16 - images.reshape(-1, 8, 8)).astype(np.uint8) * 15
+    np.savez(tmp_path / "inverted.npz", images=inverted, labels=labels)
+    ours, theirs = weights(tiny), weights(tiny.override({"data.name": str(tmp_path / "inverted.npz")}))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("field", TrainConfig().flat())

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import logging
+import os
 import pickle
 import stat
 import subprocess
@@ -24,6 +25,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.model_selection import train_test_split
 
 from core.config import DataConfig
 from core.data import Dataset, Splits, catalogue, load_dataset, load_images, split
@@ -207,6 +209,18 @@ class TestAnImageLooksAsAPersonSeesIt:
         pixels[:4, :, 0] = 255
         options = {"lossless": True} if kind == "WEBP" else {}
         assert np.array_equal(seen(encoded(pixels, kind, **options)), pixels.transpose(2, 0, 1))
+
+    @pytest.mark.parametrize(("low", "high"), [(0, 65536), (-1, 255), (0, 2**31 - 1)])
+    def test_integers_beyond_sixteen_bits_are_refused_and_never_clipped(self, low: int, high: int) -> None:
+        buffer = io.BytesIO()
+        Image.fromarray(np.array([[low, 7], [8, high]], np.int32)).save(buffer, "TIFF")
+        with pytest.raises(BrokenImageError, match=f"32-bit pixels from {low} to {high} have no defined range"):
+            seen(buffer.getvalue())
+
+    def test_integers_of_32_bits_that_fit_sixteen_show_as_sixteen(self) -> None:
+        buffer = io.BytesIO()
+        Image.fromarray(np.array([[0, 257], [25700, 65535]], np.int32)).save(buffer, "TIFF")
+        assert seen(buffer.getvalue())[0].tolist() == [[0, 1], [100, 255]]
 
     def test_floating_point_pixels_are_refused_since_nobody_can_know_their_range(self) -> None:
         buffer = io.BytesIO()
@@ -921,6 +935,41 @@ class TestSplit:
         with pytest.raises(UserError, match=r"val_fraction=0\.9 leaves no training image of owl; lower it"):
             split(loaded, DataConfig(val_fraction=0.9))
 
+    @pytest.mark.parametrize("seed", range(5))
+    def test_keeps_identical_images_on_one_side(self, tmp_path: Path, seed: int) -> None:
+        files = tree(per_class=20)
+        for i in range(10):
+            files[f"train/cat/copy{i}.png"] = files[f"train/cat/{i:02d}.png"]
+        files["train/dog/cat.png"] = files["train/cat/00.png"]  # of another class, and yet the same image
+        loaded = load(write_folder(tmp_path / "set", files))
+        splits = split(loaded, DataConfig(split_seed=seed, val_fraction=0.4))
+        train, val = (
+            {loaded.images[i].numpy().tobytes() for i in part.tolist()} for part in (splits.train, splits.val)
+        )
+        assert not train & val
+        assert val
+        together = torch.cat([splits.train, splits.val]).sort().values
+        assert torch.equal(together, torch.arange(len(loaded.images)))
+
+    def test_is_scikit_learns_draw_where_no_image_is_there_twice(self, digits: Dataset) -> None:
+        _, val = train_test_split(
+            np.arange(len(digits.labels)),
+            test_size=round(len(digits.labels) * 0.2),
+            stratify=digits.labels.numpy(),
+            random_state=3,
+        )
+        assert split(digits, DataConfig(split_seed=3, val_fraction=0.2)).val.tolist() == sorted(val.tolist())
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_classes_of_copies_of_one_image_cannot_be_split_and_that_is_said(self, tmp_path: Path, seed: int) -> None:
+        files = tree(test=2)
+        for name in files:
+            if name.startswith("train"):
+                files[name] = files[f"{name.rpartition('/')[0]}/00.png"]
+        loaded = load(write_folder(tmp_path / "set", files))
+        with pytest.raises(UserError, match=r"are copies of training images|no training image of .*; remove copies"):
+            split(loaded, DataConfig(split_seed=seed))
+
     def test_splits_made_by_hand_keep_their_mean(self) -> None:
         images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
         index = torch.arange(4)
@@ -1004,6 +1053,22 @@ class TestCache:
                 load(root, cache_dir=cache)
         assert not list(cache.iterdir())
         assert same(load(root), load(root, cache_dir=cache))
+
+    def test_what_a_killed_build_left_is_removed_after_a_day_and_nothing_else(self, root: Path, cache: Path) -> None:
+        key = f"set-{'0' * 20}"
+        old, young, busy = (cache / f".{key}-{end}" for end in ("old_old_", "young123", "busy1234"))
+        for folder in (old, young, busy):
+            (folder / key).mkdir(parents=True)
+            (folder / key / "spool").write_bytes(b"half")
+        others = [cache / ".mine-and-old", cache / f"{key}-old_old_", cache / key]
+        for folder in others:
+            folder.mkdir()
+        two_days_ago = time.time() - 2 * 86400
+        for path in (old / key / "spool", old / key, old, busy / key, busy, *others):
+            os.utime(path, (two_days_ago, two_days_ago))
+        load(root, cache_dir=cache)
+        assert not old.exists()
+        assert all(folder.exists() for folder in (young, busy, *others))
 
     def test_may_be_built_by_several_at_once(self, root: Path, cache: Path) -> None:
         results: list[Dataset] = []

@@ -18,7 +18,7 @@ from torch import nn
 
 from core.config import ModelConfig
 from core.errors import ConfigError, UserError
-from core.models import build_model
+from core.models import build_model, check_model_name
 from core.models.resnet import SubsampledConv, drop_path_rates, stage_blocks, stage_widths
 from core.runtime import normalize
 
@@ -320,6 +320,24 @@ def test_an_unknown_or_deprecated_timm_name_is_answered_with_the_nearest(name: s
 def test_an_unknown_tag_is_answered_with_those_there_are() -> None:
     with pytest.raises(UserError, match=r"^model\.name: timm's resnet18 has no weights 'nope'; it has .*a1_in1k"):
         _build(name="timm/resnet18.nope")
+
+
+@pytest.mark.parametrize("name", ["resnet", "timm/convnext_atto", "timm/resnet18.a1_in1k"])
+def test_a_known_name_passes_the_check_without_building_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", None)
+    check_model_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/resnet_18", r"^model\.name: timm .* has no model 'resnet_18'; did you mean .*resnet18"),
+        ("timm/resnet18.nope", r"^model\.name: timm's resnet18 has no weights 'nope'; it has .*a1_in1k"),
+    ],
+)
+def test_an_unknown_name_fails_the_check_as_it_fails_the_build(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_model_name(name)
 
 
 # --- pretrained weights

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from torch import nn
 
 from core.config import TrainConfig
 from core.models import build_model
-from core.runtime import normalize, versions
+from core.runtime import normalize
 from core.tta import VIEWS, predict_logits
 from hpo.bundle import Bundle, load_bundle, writing
 from hpo.errors import BundleError
 from hpo.search_space import load_recipe
+from hpo.versions import versions
 
 CPU = torch.device("cpu")
 CLASSES = ("cat", "dog", "Größe, {x}")
@@ -299,6 +301,37 @@ def test_the_readme_says_where_it_came_from_and_how_good_it_is(tmp_path: Path) -
     assert "Größe, {x}" in text
     for name, number in versions().items():
         assert f"{name} {number}" in text
+
+
+def test_it_remembers_the_study_the_trial_and_where_the_data_came_from(tmp_path: Path) -> None:
+    bundle, model = make()
+    bundle = replaced(bundle, study="rooms", trial=7, source="photos/scenes5k.zip")
+    with writing(tmp_path / "best") as new:
+        bundle.write(new, model, REPORT)
+    origin = json.loads((tmp_path / "best" / "origin.json").read_text(encoding="utf-8"))
+    assert (origin["study"], origin["trial"], origin["data"]["source"]) == ("rooms", 7, "photos/scenes5k.zip")
+    assert load_bundle(tmp_path / "best", CPU).meta == bundle
+    text = (tmp_path / "best" / "README.md").read_text(encoding="utf-8")
+    assert "Written by `hpo refit` from trial 7 of study `rooms`." in text
+    assert "pets (from photos/scenes5k.zip), fingerprint `0123abcd`" in text
+
+
+def test_a_bundle_without_an_origin_in_a_study_loads_and_says_nothing_of_one(tmp_path: Path) -> None:
+    folder = write(tmp_path / "best")
+    origin = json.loads((folder / "origin.json").read_text(encoding="utf-8"))
+    del origin["study"], origin["trial"], origin["data"]["source"]
+    (folder / "origin.json").write_text(json.dumps(origin), encoding="utf-8")
+    meta = load_bundle(folder, CPU).meta
+    assert (meta.study, meta.trial, meta.source) == (None, None, None)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "None" not in text
+    assert "Written by `hpo refit`. It" in text
+
+
+def test_the_readme_does_not_promise_that_a_training_gives_this_model_again(tmp_path: Path) -> None:
+    text = (write(tmp_path / "best") / "README.md").read_text(encoding="utf-8")
+    assert "trains it again" not in text
+    assert re.search(r"hpo train config\.yaml --data …` trains .* without the validation images", text)
 
 
 def test_the_readmes_python_runs_as_it_stands(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ HELP = {"--help", "-h"}
 SURFACE = {
     "run": {
         "space", "--trials", "--study", "--data", "--storage", "--set", "--seed", "--device", "--take-over",
-        "--skip-broken",
+        "--skip-broken", "--reclaim",
     },
     "train": {"recipe", "--data", "--set", "--device", "--skip-broken"},
     "refit": {"trial", "--study", "--storage", "--data", "--device"},

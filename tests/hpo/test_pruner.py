@@ -10,8 +10,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from hpo.pruner import BASE, SLOT, RungPruner, build_pruner, rung_epochs
+from hpo.pruner import RungPruner, build_pruner, rung_epochs
 from hpo.search_space import grammar
+from hpo.slots import BASE, RECIPE, SLOT
 
 NAN = math.nan
 
@@ -120,6 +121,14 @@ def test_the_base_is_never_pruned_but_counts_as_a_rival() -> None:
     assert not judge(running(study, 3), 1, 0.6)  # 2nd of 4: the base is one of them
 
 
+def test_a_recipe_is_never_pruned_either() -> None:
+    study = study_with(RungPruner([1], 0.5))
+    add(study, 1, {1: 0.9})
+    recipe = running(study, 2, **{RECIPE: "theirs"})
+    assert not judge(recipe, 1, 0.5)
+    assert study.pruner.verdict(study, recipe) == "recipe theirs, never pruned"
+
+
 def test_between_rungs_nothing_is_decided() -> None:
     study = study_with(RungPruner([2, 6], 0.5))
     add(study, 0, dict.fromkeys(range(1, 9), 0.9))
@@ -150,9 +159,30 @@ def test_a_retried_trial_is_not_judged_again_at_a_rung_that_it_passed() -> None:
     again = study.ask()
     assert again.number != first.number
     assert not judge(again, 1, 0.1)
-    assert study.pruner.verdict(study, again) == "rung 2: 1st of 1, kept"
+    assert study.pruner.verdict(study, again) == "first rung: 2"
     assert not judge(again, 2, 0.1)
+    assert study.pruner.verdict(study, again) == "rung 2: 1st of 1, kept"
     assert judge(again, 4, 0.1)
+
+
+def test_a_retried_trial_is_pruned_at_the_rung_where_its_first_attempt_fell_behind_and_not_before() -> None:
+    """The process was killed between the rung's mark and the trial's end."""
+    study = study_with(RungPruner([1, 3], 0.5))
+    for slot in range(1, 9):
+        add(study, slot, {1: 0.1, 3: 0.9})
+    first = running(study, 0)
+    assert [judge(first, epoch, 0.5) for epoch in (1, 2, 3)] == [False, False, True]
+    study.tell(first, state=TrialState.FAIL)
+    marks = study.trials[first.number].system_attrs
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={SLOT: 0}, system_attrs=marks))
+    study.pruner = RungPruner([1, 3], 0.5)  # another process
+    again = study.ask()
+    verdicts = []
+    for epoch in (1, 2, 3):
+        pruned = judge(again, epoch, 0.5)
+        verdicts.append((pruned, study.pruner.verdict(study, again)))
+    passed = "rung 1: 1st of 9, kept"
+    assert verdicts == [(False, passed), (False, passed), (True, "rung 3: 9th of 9, pruned")]
 
 
 def test_a_rung_that_was_reported_but_not_judged_is_judged_at_the_next_report() -> None:
@@ -219,7 +249,7 @@ def test_pruners_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
-def test_every_pruner_prunes_the_hopeless_and_spares_the_base(name: str) -> None:
+def test_every_pruner_prunes_the_hopeless_and_spares_the_base_and_the_recipes(name: str) -> None:
     epochs = 30
     study = optuna.create_study(direction="maximize", pruner=build_pruner(PRUNERS[name][0], epochs), study_name="s")
     for slot in range(1, 12):
@@ -227,8 +257,9 @@ def test_every_pruner_prunes_the_hopeless_and_spares_the_base(name: str) -> None
         for epoch in range(1, epochs + 1):
             judge(good, epoch, 0.9)
         study.tell(good, 0.9)
-    base = running(study, 0, **{BASE: True})
-    assert not any(judge(base, epoch, 0.0) for epoch in range(1, epochs + 1))
+    for slot, attribute in ((0, {BASE: True}), (12, {RECIPE: "theirs"})):
+        spared = running(study, slot, **attribute)
+        assert not any(judge(spared, epoch, 0.0) for epoch in range(1, epochs + 1))
     bad = running(study, 99)
     assert any(judge(bad, epoch, -0.1 * epoch) for epoch in range(1, epochs + 1))
 

@@ -25,10 +25,13 @@ from optuna.trial import TrialState
 from core.config import TrainConfig
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, studies_root
-from hpo.pruner import BASE, SLOT, RungPruner, slot_of
+from hpo.pruner import RungPruner
+from hpo.report import attach_artifacts
 from hpo.search_space import SearchSpace, load_space
+from hpo.slots import BASE, FAILURE, INTERRUPTED, RECIPE, SLOT, TAKEN_FROM, slot_of
 from hpo.storage import mask, open_storage
-from hpo.study import FAILURE, INTERRUPTED, RECIPE, TAKEN_FROM, Study, find_study, list_studies, open_study
+from hpo.study import Study, find_study, list_studies, open_study
+from hpo.versions import versions
 
 SPACE = """
 base: {epochs: 10, batch_size: 64}
@@ -126,9 +129,26 @@ def test_a_study_writes_down_what_it_searches(open_: Any, space_of: Any) -> None
     assert record["seed"] == 7
     assert record["classes"] == ["0", "1"]
     assert TrainConfig.model_validate_json(json.dumps(record["base"])) == space_of().base
+    assert record["versions"] == versions()
     assert record["versions"]["optuna"] == optuna.__version__
     assert (study.seed, study.metric, study.direction) == (7, "accuracy", "maximize")
-    assert (study.data_name, study.data_path, study.skip_broken) == ("digits", Path("some/images.zip"), False)
+    assert (study.data_name, study.skip_broken) == ("digits", False)
+
+
+def test_the_data_are_found_again_from_another_folder(
+    open_: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    open_(data_path=Path("some/images.zip"))
+    images = Path.cwd().resolve() / "some" / "images.zip"
+    monkeypatch.setenv("HPO_STUDIES", str(studies_root().resolve()))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert find_study("s").data_path == images
+
+
+def test_the_dashboard_names_the_axis_by_the_metric(open_: Any) -> None:
+    assert open_().optuna.metric_names == ["accuracy"]
+    assert find_study("s").optuna.metric_names == ["accuracy"]
 
 
 def test_the_storage_knows_the_study_without_its_yaml(open_: Any) -> None:
@@ -271,6 +291,41 @@ def test_recipes_that_the_space_can_express_are_the_first_slots(open_: Any, tmp_
     assert [trial.user_attrs.get(RECIPE) for trial in study.optuna.trials].count("inside") == 1
 
 
+def recipes_of(tmp_path: Path, **scales: float) -> str:
+    """The space with recipes that are the base but for their learning rate."""
+    for name, scale in scales.items():
+        (tmp_path / f"{name}.yaml").write_text(f"epochs: 10\nbatch_size: 64\noptim: {{lr_scale: {scale}}}\n")
+    return SPACE + f"recipes: [{', '.join(f'{name}.yaml' for name in scales)}]\n"
+
+
+def test_recipes_without_a_slot_are_known(open_: Any, tmp_path: Path) -> None:
+    text = recipes_of(tmp_path, like_base=1.0, first=5.0, second=6.0, like_second=6.0, third=7.0, outside=50.0)
+
+    def unslotted(total: int) -> list[str]:
+        study.ensure_slots(total)
+        return [recipe.name for recipe in study.unslotted_recipes()]
+
+    study = open_(text=text)
+    assert [recipe.name for recipe in study.unslotted_recipes()] == ["like_base", "first", "second", "third"]
+    assert unslotted(2) == ["second", "third"]
+    assert unslotted(4) == []
+    assert unslotted(6) == []
+    assert [trial.user_attrs.get(RECIPE) for trial in study.optuna.trials] == [
+        "like_base", "first", "second", "third", None, None,
+    ]  # fmt: skip
+    assert unslotted(3) == ["third"]  # it waits beyond the total, where no worker comes
+
+
+def test_a_recipe_that_comes_after_all_slots_were_queued_has_none(open_: Any, tmp_path: Path) -> None:
+    open_().ensure_slots(3)
+    study = open_(text=recipes_of(tmp_path, late=5.0, like_base=1.0))
+    study.ensure_slots(3)
+    assert [recipe.name for recipe in study.unslotted_recipes()] == ["late"]
+    study.ensure_slots(4)
+    assert study.optuna.trials[3].user_attrs[RECIPE] == "late"
+    assert study.unslotted_recipes() == []
+
+
 def test_the_total_is_a_total(open_: Any, space_of: Any) -> None:
     study = open_()
     for _ in range(2):  # the same command again
@@ -353,12 +408,14 @@ def test_a_trained_trial_gives_back_its_configuration(open_: Any, space_of: Any)
         trial, slot = study.claim()
         config = space.config(space.suggest(trial)).override({"seed": derive_seed(5, "trial", slot)})
         expected[trial.number] = config
-        study.finish(trial, "complete", 0.5 + slot / 10, attributes={"epochs": 7})
+        attributes = ({}, {"epochs": 7}, {"epochs": 7, "kept_epoch": 5})[slot]
+        study.finish(trial, "complete", 0.5 + slot / 10, attributes=attributes)
     study = find_study("s")
     for number, config in expected.items():
         trained = study.trained(number)
         assert trained.config == config
-        assert (trained.value, trained.epochs) == (pytest.approx(0.5 + number / 10), 7)
+        assert trained.value == pytest.approx(0.5 + number / 10)
+        assert (trained.epochs, trained.ran) == ((10, 10), (7, 7), (5, 7))[number]
     with pytest.raises(StudyError, match="trial 3 is waiting; choose a complete one"):
         study.trained(3)
     with pytest.raises(StudyError, match="no trial 9; its trials are 0 to 3"):
@@ -385,6 +442,22 @@ def test_a_released_trial_is_queued_again_with_its_parameters(open_: Any, space_
     assert again.user_attrs[SLOT] == 1
     assert INTERRUPTED not in again.user_attrs
     again.report(0.1, 1)  # by a checkpoint's history: nothing is reported yet
+
+
+def test_a_retried_trial_has_no_pictures_of_the_attempt_before(open_: Any, tmp_path: Path) -> None:
+    study = open_()
+    study.ensure_slots(1)
+    trial, _ = study.claim()
+    (tmp_path / "curves.png").write_bytes(b"a picture")
+    attach_artifacts(study.optuna, trial.number, [tmp_path / "curves.png"], study.paths.artifacts)
+    study.optuna._storage.set_trial_system_attr(trial._trial_id, "rung:2", [1, 1, True])
+    study.release(trial)
+    before, again = study.optuna.trials
+    metas = [
+        optuna.artifacts.get_all_artifact_meta(attempt, storage=study.optuna._storage) for attempt in (before, again)
+    ]
+    assert [len(meta) for meta in metas] == [1, 0]
+    assert again.system_attrs["rung:2"] == [1, 1, True]
 
 
 def test_a_trial_that_was_taken_away_is_dropped_quietly(open_: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -513,8 +586,23 @@ def test_a_running_trial_without_a_lease_is_dead_after_a_while(
     study.ensure_slots(1)
     waiting = study.optuna.trials[0]
     study.optuna._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
-    monkeypatch.setattr("hpo.study._LEASE_GRACE_S", 60 - age_s)
+    monkeypatch.setattr("hpo.lease._GRACE_S", 60 - age_s)
     assert study.reap() == ([0] if dead else [])
+
+
+def test_a_trial_that_another_host_holds_is_named_and_given_back_by_force_alone(open_: Any) -> None:
+    study = open_()
+    study.ensure_slots(3)
+    study.claim()  # by this process, which lives
+    trial, slot = study.claim()
+    assert study.held_elsewhere() == []
+    lease(study, trial, host="container-1f")
+    assert study.held_elsewhere() == [(1, "container-1f", study.optuna.trials[1].datetime_start)]
+    assert study.reap() == []
+    assert study.reap(force=True) == [slot]
+    assert study.held_elsewhere() == []
+    counts = study.counts()
+    assert (counts.running, counts.waiting) == (1, 2)
 
 
 def test_two_reapers_queue_a_slot_once(open_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -897,6 +985,72 @@ def test_trials_that_fit_are_taken_over_under_the_new_distributions(open_: Any, 
     assert new.counts().finished == 20
     again = open_("new", text, take_over="old")  # the same command again
     assert again.counts().finished == 20
+
+
+NEW_BASE = SPACE.replace("batch_size: 64}", "batch_size: 64, optim: {lr_scale: 2.0}}")
+
+
+def test_a_new_base_is_a_trial_beside_those_that_are_taken_over(open_: Any, space_of: Any) -> None:
+    old = open_("old")
+    old.ensure_slots(4)
+    work(old, space_of(), prune=False)
+    new = open_("new", NEW_BASE, take_over="old")
+    new.ensure_slots(6)
+    trials = {slot_of(trial): trial for trial in new.optuna.trials}
+    assert sorted(trials) == list(range(6))
+    assert [slot for slot, trial in trials.items() if BASE in trial.user_attrs] == [0]
+    assert trials[0].system_attrs["fixed_params"] == space_of(NEW_BASE).base_params()
+    assert trials[4].user_attrs[TAKEN_FROM] == "old/0"  # the old base, out of the new one's way
+    assert new.trained(trials[4].number).config == old.trained(0).config
+    work(new, space_of(NEW_BASE), prune=False)
+    assert new.counts().finished == 6
+    assert results(new)[0][1] == space_of(NEW_BASE).base_params()
+
+
+def test_a_new_base_is_trained_though_every_slot_was_taken_over(open_: Any, space_of: Any) -> None:
+    old = open_("old")
+    old.ensure_slots(3)
+    work(old, space_of(), prune=False)
+    new = open_("new", NEW_BASE, take_over="old")
+    new.ensure_slots(3)
+    trial, slot = new.claim()
+    assert slot == 0
+    assert trial.user_attrs[BASE] is True
+
+
+@pytest.mark.parametrize(("state", "is_base"), [("complete", True), ("pruned", False)])
+def test_a_trial_that_is_the_new_base_and_complete_stands_for_it(
+    open_: Any, space_of: Any, state: Any, is_base: bool
+) -> None:
+    old = open_("old")
+    old.optuna.enqueue_trial(space_of(NEW_BASE).base_params(), user_attrs={SLOT: 1})
+    old.ensure_slots(3)
+    while (claimed := old.claim()) is not None:
+        space_of().suggest(claimed[0])
+        old.finish(claimed[0], state if claimed[1] == 1 else "complete", 0.5)
+    new = open_("new", NEW_BASE, take_over="old")
+    new.ensure_slots(5)
+    bases = {slot_of(trial): trial.state.name for trial in new.optuna.trials if BASE in trial.user_attrs}
+    assert bases == ({1: "COMPLETE"} if is_base else {0: "WAITING"})
+    assert len(new.optuna.trials) == 5
+
+
+def test_a_trial_taken_over_is_a_recipe_if_it_is_one_of_the_new_space(
+    open_: Any, space_of: Any, tmp_path: Path
+) -> None:
+    text = recipes_of(tmp_path, dropped=3.0, retuned=4.0, kept=5.0, cut_short=6.0)
+    old = open_("old", text)
+    old.ensure_slots(6)
+    while (claimed := old.claim()) is not None:
+        space_of(text).suggest(claimed[0])
+        failed = claimed[0].user_attrs.get(RECIPE) == "cut_short"
+        old.finish(claimed[0], "pruned" if failed else "complete", 0.5, failure="oom" if failed else None)
+    new = open_("new", recipes_of(tmp_path, retuned=4.5, kept=5.0, cut_short=6.0, renamed=3.0), take_over="old")
+    recipes = {slot_of(trial): trial.user_attrs.get(RECIPE) for trial in new.optuna.trials}
+    assert recipes == {0: None, 1: "renamed", 2: None, 3: "kept", 4: None, 5: None}
+    new.ensure_slots(8)
+    queued = [trial for trial in new.optuna.trials if trial.state == TrialState.WAITING]
+    assert [trial.user_attrs[RECIPE] for trial in queued] == ["retuned", "cut_short"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""What is remembered of a study, in its storage and in study.yaml, and what a second run is held against.
+
+What makes two trials comparable must not change under a study: the space's identity, the seed and the images are
+written down when it begins, and every later run is checked against them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from core.config import TrainConfig
+from hpo.errors import StudyError
+from hpo.paths import StudyPaths
+from hpo.search_space import diff, shown
+from hpo.storage import is_masked, mask
+from hpo.versions import versions
+
+if TYPE_CHECKING:
+    from core.data import Dataset
+    from hpo.search_space import SearchSpace
+
+logger = logging.getLogger(__name__)
+
+
+def new_record(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Path | None) -> dict[str, Any]:
+    """What is remembered of a study that begins, as plain JSON."""
+    record = {
+        "space": space.name,
+        "hash": space.hash,
+        "metric": space.metric,
+        "direction": space.direction,
+        "seed": seed,
+        "data": {
+            "name": dataset.name,
+            # Absolute, so that `hpo refit` finds it from another folder.
+            "path": None if data_path is None else str(data_path.resolve()),
+            "fingerprint": dataset.fingerprint,
+            "skip_broken": bool(dataset.report.broken),
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "base": space.base.model_dump(mode="json"),
+        "identity": space.identity(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(record))
+    return plain
+
+
+def config_of(record: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that a trial's parameters mean in the study of this record."""
+    base = TrainConfig.model_validate_json(json.dumps(record["base"]))
+    values = {}
+    for path, value in params.items():
+        # The space keeps a list among the choices as its JSON text, since Optuna takes scalars only.
+        choices = record["identity"][f"search.{path}"].get("choices", [])
+        values[path] = next((c for c in choices if isinstance(c, list) and json.dumps(c) == value), value)
+    return base.override(values)
+
+
+def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset, seed: int | None) -> None:
+    """Raises StudyError where this is not what the study was begun with, which holds for all of its trials."""
+    way_out = f"begin another study: --study NAME, with --take-over {name} if its trials are to count where they fit"
+    if stored["hash"] != space.hash:
+        lines = "\n".join(f"  {line}" for line in diff(stored["identity"], space.identity()))
+        raise StudyError(f"study {name} was begun with another space:\n{lines}\n{way_out}")
+    check_fingerprint(name, stored, dataset.fingerprint)
+    if seed is not None and seed != stored["seed"]:
+        raise StudyError(
+            f"study {name} was begun with --seed {stored['seed']}, not {seed}; "
+            "leave --seed out, or choose another --study"
+        )
+
+
+def check_fingerprint(name: str, record: Mapping[str, Any], fingerprint: str) -> None:
+    """Raises StudyError where these are not the images that the study was begun with."""
+    known = record["data"]["fingerprint"]
+    if fingerprint != known:
+        raise StudyError(
+            f"study {name} was begun with other images ({record['data']['name']}, fingerprint {known[:12]}, "
+            f"not {fingerprint[:12]}); give the same by --data, or choose another --study"
+        )
+
+
+def read_record(paths: StudyPaths) -> dict[str, Any] | None:
+    """What study.yaml holds; None where there is none.
+
+    Raises:
+        StudyError: it cannot be read, or is no study's.
+    """
+    if not paths.study_yaml.exists():
+        return None
+    try:
+        record = YAML(typ="safe", pure=True).load(paths.study_yaml.read_text(encoding="utf-8"))
+    except Exception as error:
+        raise StudyError(f"{paths.study_yaml} cannot be read ({error}); delete it and run the study again") from error
+    if not isinstance(record, dict) or "hash" not in record:
+        raise StudyError(f"{paths.study_yaml} is no study of hpo's; delete it and run the study again")
+    return record
+
+
+def write_record(
+    paths: StudyPaths, record: Mapping[str, Any], *, storage_url: str, space: SearchSpace, dataset: Dataset
+) -> None:
+    """Writes study.yaml where it is missing, whole or not at all; its time says when the study was last run."""
+    file = paths.study_yaml
+    if file.exists():
+        os.utime(file)
+        return
+    if mask(storage_url) != storage_url:
+        logger.warning(
+            "study %s: the storage's password is not written down; give --storage again to go on", paths.name
+        )
+    content = {
+        "name": paths.name,
+        # The study's own journal moves with its folder, so its path is not written down.
+        "storage": None if storage_url == str(paths.journal) else mask(storage_url),
+        "space_file": shown(space.path),
+        **record,
+        "classes": list(dataset.classes),
+    }
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 120
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=file.parent, prefix=".study.", delete=False, encoding="utf-8"
+    ) as temporary:
+        yaml.dump(content, temporary)
+        temporary.flush()
+        os.fsync(temporary.fileno())
+    Path(temporary.name).replace(file)
+
+
+def storage_url_of(paths: StudyPaths, record: Mapping[str, Any] | None, given: str | None) -> str:
+    """Where the study lies: what was given, or what its study.yaml says, or its own journal.
+
+    Raises:
+        StudyError: what was given is another place than what is written, or the password is missing.
+    """
+    if given == "":
+        raise StudyError("--storage is empty; give a URL, or leave it out for a journal file")
+    if record is None:
+        return given or str(paths.journal)
+    written = record.get("storage") or str(paths.journal)
+    if given is not None and mask(given) != mask(written):
+        raise StudyError(f"study {paths.name} lies in {mask(written)}; leave --storage out, or choose another --study")
+    if given is None and is_masked(written):
+        raise StudyError(f"study {paths.name}: give --storage {written} with the password, which is never written down")
+    return given or written

@@ -1,0 +1,41 @@
+"""What stands in a trial's user attributes, and which trial stands for a slot.
+
+A study's total is made of slots. A trial that was cut off leaves its slot to another trial, so that whoever counts or
+compares trials counts slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from optuna.trial import FrozenTrial, TrialState
+
+SLOT = "slot"
+"""The user attribute of every trial of ours: its place in the study's total. A retried trial keeps it."""
+BASE = "base"
+"""The user attribute of the trial that trains the space's base, which is never pruned."""
+RECIPE = "recipe"
+"""The user attribute of a trial that is a recipe, which is never pruned: the recipe's name."""
+FAILURE = "failure"
+"""The user attribute of a trial that could not be trained to its end: `diverged`, `oom` or `invalid`."""
+INTERRUPTED = "interrupted"
+"""The user attribute of an attempt that was cut off; its slot was queued again."""
+TAKEN_FROM = "taken_from"
+"""The user attribute of a trial that another study ran: `STUDY/NUMBER`."""
+
+
+def slot_of(trial: FrozenTrial) -> int:
+    """The trial's slot; a trial that was added by other means stands for itself, by its number."""
+    return int(trial.user_attrs.get(SLOT, trial.number))
+
+
+def standing(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
+    """Slot -> the trial that stands for it: what was not cut off, the earlier of two, but whatever was begun first."""
+    found: dict[int, FrozenTrial] = {}
+    for trial in trials:
+        if trial.state == TrialState.FAIL:
+            continue
+        other = found.get(slot_of(trial))
+        if other is None or (other.state == TrialState.WAITING and trial.state != TrialState.WAITING):
+            found[slot_of(trial)] = trial
+    return found
