@@ -48,8 +48,7 @@ def check_same_search() -> None:
         "schedule.warmup_fraction": plain.WARMUP,
         "optim.swats.switch_fraction": plain.SWATS_SWITCH,
         "augment.flip": 0.0,
-        "averaging.name": "ema",
-        "averaging.half_life_fraction": plain.EMA_HALF_LIFE,
+        "averaging.name": "none",
         **{f"model.{name}": value for name, value in plain.MODEL.items()},
     }
     differing = TrainConfig().override({**plain.BASE, **fixed}).flat()

@@ -25,7 +25,6 @@ import optuna
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -34,8 +33,7 @@ from core.config import ModelConfig
 from core.models import build_model
 
 EPOCHS = 20
-MODEL = {"widths": (32, 64, 128), "blocks": (1, 1, 1)}
-EMA_HALF_LIFE = 0.02  # the fraction of the run after which a weight's share in the average has halved
+MODEL = {"widths": (32, 64), "blocks": (1, 1)}
 BASE: dict[str, Any] = {
     "optim.name": "adamw",
     "optim.lr_scale": 8.0,
@@ -117,7 +115,6 @@ def train(
     optimizer, lr = build_optimizer(name, config, model)
     criterion = nn.CrossEntropyLoss(label_smoothing=config["loss.smoothing"])
     total_steps, step = EPOCHS * len(loader), 0
-    average = ModelEmaV3(model, decay=0.5 ** (1 / (EMA_HALF_LIFE * total_steps)), use_warmup=True)
     accuracy, speeds = 0.0, []
     for epoch in range(1, EPOCHS + 1):
         started = time.perf_counter()
@@ -134,16 +131,15 @@ def train(
             loss.backward()
             optimizer.step()
             step += 1
-            average.update(model, step=step)
         speeds.append(len(dataset) / (time.perf_counter() - started))
         if val is not None:
-            accuracy = evaluate(average.module, *val)
+            accuracy = evaluate(model, *val)
         if trial is not None:
             trial.set_user_attr("speeds", speeds)
             trial.report(accuracy, epoch)
             if epoch < EPOCHS and trial.should_prune():
                 raise optuna.TrialPruned
-    return average.module, accuracy, speeds
+    return model, accuracy, speeds
 
 
 def build_optimizer(name: str, config: dict[str, Any], model: nn.Module) -> tuple[torch.optim.Optimizer, float]:

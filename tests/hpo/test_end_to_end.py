@@ -302,8 +302,8 @@ def test_real_photographs_go_from_a_zip_to_a_submission(
 ) -> None:
     """Search, refit and predict on 5,000 photographs, made small enough for two cores."""
     values = {
-        "epochs": 4,
-        "pruner.rungs": "[0.25, 0.5]",
+        "epochs": 3,
+        "pruner.rungs": "[0.3]",
         "model.width": 0.25,
         "model.depth": 0.5,
         "model.stem_stride": 2,
