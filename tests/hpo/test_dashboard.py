@@ -162,9 +162,12 @@ def test_a_missing_journal_is_an_error_and_is_not_made(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_it_quietly(paths: StudyPaths) -> None:
+    # A shell without job control starts what runs behind its back with SIGINT ignored, and a child inherits that.
     code = f"""
+import signal
 from pathlib import Path
 from hpo.dashboard import serve
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from hpo.paths import StudyPaths
 paths = StudyPaths(Path({str(paths.dir)!r}))
 serve(str(paths.journal), paths, study_name="demo", host="127.0.0.1", port=0)
@@ -187,6 +190,7 @@ serve(str(paths.journal), paths, study_name="demo", host="127.0.0.1", port=0)
         rest, _ = process.communicate(timeout=30)
     finally:
         process.kill()
+        process.communicate()
     assert rest == ""
     assert process.returncode == 0
 

@@ -504,7 +504,13 @@ print(slot, flush=True)
 time.sleep(600)
 """
 WORK = """
+import os
+from pathlib import Path
 study.ensure_slots(16)
+here = Path(sys.argv[1]).parent
+(here / f"ready.{os.getpid()}").touch()
+while len(list(here.glob("ready.*"))) < 2:  # neither works the study off before the other is there
+    time.sleep(0.01)
 while (claimed := study.claim()) is not None:
     trial, _ = claimed
     params = space.suggest(trial)
@@ -709,6 +715,8 @@ def test_constraints_raise_no_warning_under_cmaes(open_: Any, space_of: Any) -> 
 
 def work_together(url: str | None, tmp_path: Path) -> None:
     """Two processes begin the same study at once and work it off."""
+    for left in tmp_path.glob("ready.*"):
+        left.unlink()
     command = [sys.executable, "-c", OPEN + WORK, str(tmp_path / "space.yaml"), url or ""]
     workers = [subprocess.Popen(command) for _ in range(2)]
     assert [worker.wait(120) for worker in workers] == [0, 0]
