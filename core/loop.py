@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,20 +24,28 @@ import torch
 from torch import Tensor, nn
 
 from core import metrics
-from core.augment import Augment
+from core.augment import Augment, alternating_flips
 from core.averaging import build_averaging, recalibrate
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
-from core.losses import hard_cross_entropy, smoothing_at, soft_target_cross_entropy
+from core.losses import Criterion
 from core.metrics import Scores
-from core.models import build_model
-from core.optim import build_optimizer
-from core.runtime import autocast, derive_seed, isolated_rng, make_generator, normalize, synchronize
-from core.sampling import epoch_order
-from core.schedule import factor
-from core.tta import predict_logits
+from core.models import build_model, head_parameters
+from core.optim import build_optimizer, needs_head
+from core.runtime import (
+    autocast,
+    derive_seed,
+    is_out_of_memory,
+    isolated_rng,
+    make_generator,
+    normalize,
+    synchronize,
+)
+from core.sampling import epoch_length, epoch_order, repeats
+from core.schedule import factor, reductions
+from core.tta import evaluating, predict_logits
 
 # Images of one forward pass without gradients: large enough to fill a GPU, small enough for 224² on a small one.
 EVALUATION_BATCH = 512
@@ -132,6 +140,7 @@ def train(
     on_resume: Callable[[tuple[EpochMetrics, ...]], None] | None = None,
     resume_from: Path | None = None,
     checkpoint_to: Path | None = None,
+    checkpoint_at_end: bool = False,
     stop_after: int | None = None,
     metric: str = "accuracy",
 ) -> TrainResult:
@@ -142,6 +151,7 @@ def train(
         on_resume: called once with the history of a checkpoint before going on from it.
         resume_from: a checkpoint of the same configuration; a path without a file begins anew.
         checkpoint_to: where to save one, after an epoch, at most every `CHECKPOINT_EVERY_S`.
+        checkpoint_at_end: saves one after the last epoch too: gone on from, it is the finished training.
         stop_after: ends after this epoch, on the schedule of the whole run.
         metric: what early stopping watches; one of `core.metrics.METRICS`.
 
@@ -165,6 +175,8 @@ def train(
             if checkpoint_to is not None and time.perf_counter() - saved_at >= CHECKPOINT_EVERY_S:
                 save_checkpoint(checkpoint_to, run.state())
                 saved_at = time.perf_counter()
+        if checkpoint_to is not None and checkpoint_at_end:
+            save_checkpoint(checkpoint_to, run.state())
         return run.result()
 
 
@@ -172,6 +184,8 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
     """How long one epoch of training and validation takes on this device, from a few timed steps."""
     with isolated_rng(device):
         run = _Run(config, splits, device)
+        # The run's last steps: its images are whole and no layer waits any more.
+        run.step_count = max(0, run.total_steps - steps - 2)
         batches = run.batches(epoch=1)
         run.step(next(batches), epoch_loss=torch.zeros((), device=device))  # the first pays for start-up
         sizes, started = [], _clock(device)
@@ -184,7 +198,7 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
             batch = next(run.batches(epoch=2))
             run.step(batch, epoch_loss=torch.zeros((), device=device))
             sizes.append(len(batch))
-        training_s = (_clock(device) - started) * len(splits.train) / sum(sizes)
+        training_s = (_clock(device) - started) * run.visits / sum(sizes)
         started = _clock(device)
         probe = splits.val[: 4 * max(sizes)]
         if len(probe):
@@ -193,13 +207,33 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
     return training_s + validation_s * (2 if config.averaging.name == "ema" else 1)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What one step is made on."""
+
+    rows: Tensor
+    """(B,) int64, rows of `splits.images`"""
+    repeats: Tensor | None
+    """(B,) bool, whether the image was shown before in this epoch; None where nothing depends on it"""
+    flips: Tensor | None
+    """(B,) bool, whether the image is flipped; None where that is drawn"""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 class _Run:
     """One training in flight."""
 
     def __init__(self, config: TrainConfig, splits: Splits, device: torch.device, metric: str = "accuracy") -> None:
         if len(splits.train) < 2:
             raise ConfigError(f"{len(splits.train)} training image(s): batch norm needs at least 2")
+        if config.schedule.name == "plateau" and not len(splits.val):
+            raise ConfigError(
+                "schedule.name: plateau waits for a better validation score, and there are no validation images"
+            )
         self.config, self.device, self.metric = config, device, metric
+        self.maximize = metrics.METRICS[metric] == "maximize"
         self.splits = splits.to(device)
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.num_classes = len(splits.classes)
@@ -207,19 +241,40 @@ class _Run:
         self.model = build_model(
             config.model, num_classes=self.num_classes, in_channels=channels, image_size=(height, width)
         ).to(device)  # build_model laid it out in channels_last
-        self.steps_per_epoch = len(_batch_sizes(len(splits.train), config.batch_size))
-        self.total_steps = self.steps_per_epoch * config.epochs
+        self.train_labels = self.splits.labels[self.splits.train]
+        self.visits = epoch_length(self.train_labels, config.sampling)
+        self.total_steps = len(_batch_sizes(self.visits, config.batch_size)) * config.epochs
         self.augment = Augment(config.augment, splits.mean, splits.std, device)
         self.prepare = partial(normalize, mean=splits.mean, std=splits.std)
         self.autocast = partial(autocast, config.precision.autocast, device)
-        self.optimizer = build_optimizer(config, self.model, self.total_steps)
+        self.criterion = Criterion(config.loss, torch.bincount(self.train_labels, minlength=self.num_classes))
+        head = head_parameters(self.model) if needs_head(config.optim) else ()
+        self.optimizer = build_optimizer(config, self.model, self.total_steps, head)
         self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
         self.step_count = 0
+        self.reductions = 0  # how often a plateau schedule has fallen
         self.elapsed_s = 0.0
         self.history: list[EpochMetrics] = []
         self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # under early stopping only
         self.last_logits: Tensor | None = None  # of the last epoch's average, or of its weights where there is none
-        self.train_labels = self.splits.labels[self.splits.train]
+        self._check_first_size((channels, height, width))
+
+    def _check_first_size(self, shape: tuple[int, int, int]) -> None:
+        """Refuses a network that cannot take the small images that a growing size begins with."""
+        probe = self.augment.shrink(torch.zeros(2, *shape, device=self.device), 0.0)
+        if probe.shape[1:] == shape:
+            return
+        with evaluating(self.model), torch.no_grad():
+            try:
+                self.model(probe)
+            except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
+                if is_out_of_memory(error):
+                    raise
+                height, width = probe.shape[-2:]
+                raise ConfigError(
+                    f"augment.start_size_fraction: {self.config.model.name} cannot take images of {height}×{width}, "
+                    "which the run would begin with; raise it"
+                ) from error
 
     # ---- an epoch
 
@@ -229,12 +284,15 @@ class _Run:
         started = _clock(self.device)
         self.model.train()
         loss = torch.zeros((), device=self.device)
+        if self.config.schedule.name == "plateau":
+            past = [epoch.score(self.metric) for epoch in self.history]
+            self.reductions = reductions(self.config.schedule, past, maximize=self.maximize, epochs=self.config.epochs)
         for batch in self.batches(number):
             self.step(batch, epoch_loss=loss)
         self.optimizer.end_epoch()
         if self.averaging is not None:
             self.averaging.end_epoch(self.model, number)
-        train_loss = loss.item() / len(self.train_labels)
+        train_loss = loss.item() / self.visits
         trained_s = _clock(self.device) - started
         if not math.isfinite(train_loss):
             raise _diverged("training", number, train_loss)
@@ -251,43 +309,54 @@ class _Run:
             raw=raw,
             averaged=averaged,
             averaged_counts=averaged is not None and (final or self._average_caught_up(number)),
-            images_per_s=len(self.train_labels) / trained_s,
+            images_per_s=self.visits / trained_s,
             elapsed_s=self.elapsed_s,
         )
         self.history.append(now)
         self._remember_best(now)
         return now
 
-    def batches(self, epoch: int) -> Iterator[Tensor]:
-        """The epoch's batches: rows of `splits.images`, each (B,) int64. Seeds all that the epoch draws."""
+    def batches(self, epoch: int) -> Iterator[_Batch]:
+        """The epoch's batches. Seeds all that the epoch draws."""
         self.generator = make_generator(self.device, self.config.seed, "epoch", epoch)
         self.host_generator = make_generator(torch.device("cpu"), self.config.seed, "mix", epoch)
         torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch))
-        order = epoch_order(self.train_labels, self.config.sampling, self.generator)
-        rows = self.splits.train[order]
-        yield from torch.split(rows, _batch_sizes(len(rows), self.config.batch_size))
+        order = epoch_order(self.train_labels, self.config.sampling, self.generator, self.visits)
+        sizes = _batch_sizes(self.visits, self.config.batch_size)
+        rows = torch.split(self.splits.train[order], sizes)
+        again: Sequence[Tensor | None] = [None] * len(sizes)
+        flips: Sequence[Tensor | None] = [None] * len(sizes)
+        if self.config.augment.apply_to == "repeats":
+            again = torch.split(repeats(order), sizes)
+        if self.config.augment.alternate_flip:
+            drawn = make_generator(self.device, self.config.seed, "flips")  # once a run, so the same for every epoch
+            first = torch.rand(len(self.train_labels), generator=drawn, device=self.device) < 0.5
+            flips = torch.split(alternating_flips(first, epoch)[order], sizes)
+        yield from map(_Batch, rows, again, flips)
 
-    def step(self, rows: Tensor, *, epoch_loss: Tensor) -> None:
-        """One optimizer step on the images at these rows; adds the batch's summed loss to `epoch_loss`."""
+    def step(self, batch: _Batch, *, epoch_loss: Tensor) -> None:
+        """One optimizer step on the batch; adds its summed loss to `epoch_loss`."""
         progress = self.step_count / self.total_steps
-        images = self.augment(self.splits.images[rows], self.generator)
-        labels = self.splits.labels[rows]
+        self.optimizer.begin_step(progress)
+        images = self.augment(self.splits.images[batch.rows], self.generator, flips=batch.flips, repeats=batch.repeats)
+        images = self.augment.shrink(images, progress)
+        labels = self.splits.labels[batch.rows]
         mix = self.augment.plan_mix(self.host_generator, images.shape) if self.augment.mixes(progress) else None
         if mix is not None:
             images, targets = self.augment.apply_mix(images, labels, self.num_classes, mix, self.generator)
         with self.autocast():
             logits = self.model(images)
         if mix is not None:
-            loss = soft_target_cross_entropy(logits, targets)
+            loss = self.criterion.mixed(logits, targets, progress)
         else:
-            loss = hard_cross_entropy(logits, labels, smoothing_at(self.config.loss, progress))
+            loss = self.criterion(logits, labels, progress)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step(progress, factor(self.config.schedule, progress))
+        self.optimizer.step(progress, factor(self.config.schedule, progress, self.reductions))
         if self.averaging is not None:
             self.averaging.update(self.model)
         self.step_count += 1
-        epoch_loss += loss.detach() * len(rows)
+        epoch_loss += loss.detach() * len(batch)
 
     # ---- judging
 
@@ -348,7 +417,7 @@ class _Run:
     def _remember_best(self, now: EpochMetrics) -> None:
         if self.config.early_stop.patience_fraction is None or now.raw is None:
             return
-        sign = 1 if metrics.METRICS[self.metric] == "maximize" else -1
+        sign = 1 if self.maximize else -1
         if self.best is None or sign * now.score(self.metric) > sign * self.best[0].score(self.metric):
             averaged = self.averaging is not None and now.counted(self.metric) is now.averaged
             counted = self.averaging.module if self.averaging is not None and averaged else self.model

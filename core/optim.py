@@ -1,9 +1,18 @@
-"""Parameter groups and optimizers: SGD, AdamW, NAdam, and SWATS, which begins as AdamW and becomes SGD.
+"""Parameter groups and optimizers: SGD, AdamW, NAdam, Muon, and SWATS, which begins as AdamW and becomes SGD.
 
 Weight decay has one form for all of them, that of Loshchilov and Hutter (2019, arXiv 1711.05101): every step first
 shrinks each weight, w *= 1 - factor × weight_decay, where `factor` is the schedule's, and then moves it by its
 gradient. The learning rate plays no part, so the same number means the same under every optimizer. Vectors (norms and
-biases) are not decayed.
+biases) are not decayed. AdamW without decay is Adam.
+
+Fine-tuning: everything before the classifier can have a lower learning rate (`backbone_lr_scale`), or wait while the
+classifier alone is trained (`head_only_fraction`). What waits takes no part in the backward pass; its batch norms go on
+counting, since the network is in training mode.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is timm's: torch's refuses convolutions. Filters
+are matrices of (out, in × height × width). Their updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv
+2502.16982), so one rate serves both them and what AdamW does: vectors, the classifier, as its author advises, and the
+filters that timm finds too small.
 
 SWATS (Keskar and Socher 2017, arXiv 1712.07628) leaves Adam for SGD with momentum, beginning at v = 0:
 
@@ -26,6 +35,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -46,12 +56,29 @@ class StepOptimizer:
     sgd_lr: float | None = None
     """SWATS: the peak learning rate of SGD, as torch's SGD takes it; None before the switch."""
 
-    def __init__(self, config: TrainConfig, model: nn.Module) -> None:
+    def __init__(self, config: TrainConfig, model: nn.Module, head: Collection[nn.Parameter] = ()) -> None:
         self._config = config.optim
         self._params = [p for p in model.parameters() if p.requires_grad]
+        self._head = {id(p) for p in head}
+        self._frozen = False
         self.lr = config.optim.peak_lr(config.batch_size)
-        """The learning rate of the last step; its peak before the first."""
+        """The learning rate of the last step, the classifier's; its peak before the first."""
         self._begin(config.optim.name, self.lr)
+
+    def begin_step(self, progress: float) -> None:
+        """To be called before a step's forward pass: takes the backbone out of it while the classifier trains alone.
+
+        Args:
+            progress: the share of the run's steps that are over, in [0, 1).
+        """
+        frozen = progress < self._config.head_only_fraction
+        if frozen == self._frozen:
+            return
+        for parameter in self._params:
+            if id(parameter) not in self._head:
+                parameter.requires_grad_(not frozen)
+                parameter.grad = None
+        self._frozen = frozen
 
     def step(self, progress: float, factor: float) -> None:
         """Clips the gradients, shrinks the weights, and moves them.
@@ -63,7 +90,7 @@ class StepOptimizer:
         self._before_step(progress)
         self.lr = self._peak_lr * factor
         for group in self._inner.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group["lr_scale"]
         if self._config.grad_clip is not None:
             nn.utils.clip_grad_norm_(self._params, self._config.grad_clip, foreach=True)
         if self._shrinks_by_hand and self._config.weight_decay:
@@ -104,11 +131,10 @@ class StepOptimizer:
         """From here on steps are made by torch's optimizer of that name, in its fastest form, without moments yet."""
         config = self._config
         self._peak_lr = peak_lr
-        self._shrinks_by_hand = name == "sgd"  # torch's SGD would send the decay through its momentum
-        # torch's AdamW and NAdam shrink by lr × weight_decay = factor × peak_lr × weight_decay.
-        per_lr = config.weight_decay / peak_lr
+        # torch's SGD would send the decay through its momentum, and timm's Muon knows one for all its kinds of update.
+        self._shrinks_by_hand = name in ("sgd", "muon")
         betas = (config.beta1, config.beta2)
-        groups = _groups(self._params, decay=0.0 if name == "sgd" else per_lr)
+        groups = self._groups(peak_lr, decay=0.0 if self._shrinks_by_hand else config.weight_decay)
         if name == "sgd":
             # Without momentum Nesterov's form is the same step, and torch refuses it.
             nesterov = config.nesterov and config.momentum > 0
@@ -119,15 +145,35 @@ class StepOptimizer:
             self._inner = torch.optim.NAdam(
                 groups, lr=peak_lr, betas=betas, eps=ADAM_EPS, decoupled_weight_decay=True, foreach=True
             )
+        elif name == "muon":
+            from timm.optim.muon import Muon
+
+            self._inner = Muon(groups, lr=peak_lr, momentum=config.momentum, nesterov=config.nesterov, betas=betas)
         else:
             self._inner = torch.optim.AdamW(groups, lr=peak_lr, betas=betas, eps=ADAM_EPS, fused=True)
+
+    def _groups(self, peak_lr: float, *, decay: float) -> list[dict[str, Any]]:
+        """Parameters by whether they are decayed (matrices and filters) and belong to the classifier; none is empty."""
+        groups = []
+        for decayed in (True, False):
+            for of_head in (False, True):
+                params = [p for p in self._params if _is_decayed(p) == decayed and (id(p) in self._head) == of_head]
+                scale = 1.0 if of_head else self._config.backbone_lr_scale
+                # torch's AdamW and NAdam shrink by lr × weight_decay = factor × peak_lr × lr_scale × weight_decay.
+                per_lr = decay / (peak_lr * scale) if decayed else 0.0
+                group = {"params": params, "weight_decay": per_lr, "lr_scale": scale}
+                if self._config.name == "muon" and (of_head or not decayed):
+                    group["use_fallback"] = True
+                if params:
+                    groups.append(group)
+        return groups
 
 
 class Swats(StepOptimizer):
     """Adam that becomes SGD; see the module."""
 
-    def __init__(self, config: TrainConfig, model: nn.Module) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: TrainConfig, model: nn.Module, head: Collection[nn.Parameter] = ()) -> None:
+        super().__init__(config, model, head)
         self._adam_lr = self._peak_lr
         (sgd, sgd_power), (adam, adam_power) = REFERENCE_LR["sgd"], REFERENCE_LR["swats"]
         self._sgd_over_adam = sgd / adam * (config.batch_size / 256) ** (sgd_power - adam_power)
@@ -236,13 +282,21 @@ class _Projection:
         self._average, self._settled_lr = state["average"], state["settled_lr"]
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, total_steps: int) -> StepOptimizer:
+def needs_head(config: OptimConfig) -> bool:
+    """Whether the optimizer must know which parameters are the classifier's."""
+    return config.name == "muon" or config.backbone_lr_scale != 1 or config.head_only_fraction > 0
+
+
+def build_optimizer(
+    config: TrainConfig, model: nn.Module, total_steps: int, head: Collection[nn.Parameter] = ()
+) -> StepOptimizer:
     """The optimizer of a run of that many steps.
 
-    The model lies on its device already. Parameters that need no gradient are left alone.
+    The model lies on its device already. Parameters that need no gradient are left alone. `head` are the classifier's
+    parameters, where `needs_head`.
     """
     if config.optim.name != "swats":
-        return StepOptimizer(config, model)
+        return StepOptimizer(config, model, head)
     swats = config.optim.swats
     if swats.switch == "fraction" and (total_steps - 1) / total_steps < swats.switch_fraction:
         logger.warning(
@@ -250,18 +304,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module, total_steps: int) -> 
             swats.switch_fraction,
             total_steps,
         )
-    return Swats(config, model)
-
-
-def _groups(params: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """Matrices and filters, which are decayed, and vectors, which are not; no group is empty."""
-    decayed = [p for p in params if _is_decayed(p)]
-    others = [p for p in params if not _is_decayed(p)]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    return Swats(config, model, head)
 
 
 def _is_decayed(parameter: Tensor) -> bool:

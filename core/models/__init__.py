@@ -1,4 +1,5 @@
-"""`build_model`: the network that a configuration names, one family a file; `check_model_name`: whether there is one.
+"""`build_model`: the network that a configuration names, one family a file; `check_model_name`: whether there is one;
+`head_parameters`: its classifier.
 
 The families are imported when one of theirs is built: they need timm, whose import costs half a second over torch's
 and the optimizers', and twice as much without them.
@@ -10,15 +11,16 @@ import torch
 from torch import nn
 
 from core.config import ModelConfig
+from core.errors import ConfigError
 
 
 def check_model_name(name: str) -> None:
-    """Looks a `model.name` up, without building the network or asking for its weights.
+    """Looks a `model.name` up, without building the network or asking for its weights, in the hub or in a file.
 
     Raises:
         UserError: timm has no model of this name, or no weights of its tag; the nearest names are said.
     """
-    if name != "resnet":
+    if name.startswith("timm/"):
         from core.models import timm_models
 
         timm_models.find_card(name)
@@ -31,15 +33,19 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, imag
     pixels.
 
     Raises:
-        ConfigError: the network cannot take images of this size, or refuses a field that is set.
-        UserError: timm has no model of this name, or its pretrained weights are not at hand.
+        ConfigError: the network cannot take images of this size, refuses a field that is set, or is not the one that
+            `model.pretrained_file` was saved from.
+        UserError: timm has no model of this name, or its pretrained weights are not at hand, or not readable.
     """
+    model: nn.Module
     if config.name == "resnet":
         from core.models import resnet
 
-        model: nn.Module = resnet.build_resnet(
-            config, num_classes=num_classes, in_channels=in_channels, image_size=image_size
-        )
+        model = resnet.build_resnet(config, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    elif config.name == "vgg":
+        from core.models import vgg
+
+        model = vgg.build_vgg(config, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     else:
         from core.models import timm_models
 
@@ -47,3 +53,24 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, imag
             config, num_classes=num_classes, in_channels=in_channels, image_size=image_size
         )
     return model.to(memory_format=torch.channels_last)
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the classifier, which alone begins untrained when the rest is pretrained.
+
+    That is our networks' last linear layer, `fc`, and what timm calls a model's classifier: nearly always its last
+    linear layer too; two of them in a distilled model, and in a few with a norm of its own.
+
+    Raises:
+        ConfigError: the model has no classifier apart from its backbone.
+    """
+    find = getattr(model, "get_classifier", None)
+    heads = find() if find is not None else getattr(model, "fc", None)
+    modules = [head for head in (heads if isinstance(heads, tuple | list) else [heads]) if isinstance(head, nn.Module)]
+    parameters = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
+    if not parameters:
+        raise ConfigError(
+            "optim.backbone_lr_scale, optim.head_only_fraction: they tell the classifier from the rest, and "
+            f"{type(model).__name__} has no classifier of its own; leave them out, or choose another model.name"
+        )
+    return list(parameters)

@@ -5,6 +5,10 @@ pooling, since 7×7 with stride 2 and pooling leaves one position in 16 before t
 (`stem_kernel: 7, stem_stride: 2, max_pool: true`) this is their ResNet-18, parameter for parameter, under the names of
 torchvision's and timm's.
 
+`anti_alias` blurs what stride 2 would alias: behind the 3×3 convolution of each block that halves the image, and
+behind the max-pool (Zhang 2019, arXiv 1904.11486). The 1×1 shortcuts and the stem's own stride are left sharp, which
+makes it timm's `resnetblur18`. The blur has no weights.
+
 He et al. 2015, arXiv 1512.03385. Convolutions begin Kaiming normal over their fan-out (arXiv 1502.01852), and each
 block's last norm begins at zero, so that every block begins as its shortcut (Goyal et al. 2017, arXiv 1706.02677).
 """
@@ -18,24 +22,20 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers.blur_pool import BlurPool2d
 from timm.layers.drop import DropPath
 from timm.layers.squeeze_excite import SEModule
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import nn
 
 from core.config import ModelConfig
-from core.errors import ConfigError
+from core.models.stages import ACTIVATIONS, NORMS, check_image_size, stage_blocks, stage_widths
 
-# Wu and He 2018, arXiv 1803.08494, table 3: the best of their fixed numbers of channels a group.
-GROUP_CHANNELS = 16
 # oneDNN 3.13 (torch 2.15) crashes in the backward pass of 1×1 convolutions of stride 2 in channels_last with fewer
 # input channels than an AVX-512 register has floats: a segmentation fault with 4, 8 and 12 channels of 48×48, none
 # with 16.
 FEWEST_STRIDED_CHANNELS = 16
-# Tensor cores and vector units want channels in eights.
-WIDTH_MULTIPLE = 8
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "mish": nn.Mish}
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
@@ -45,14 +45,6 @@ class SubsampledConv(nn.Conv2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows, columns = self.stride
         return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)
-
-
-class FixedGroupNorm(nn.GroupNorm):
-    """Group norm by the size of a group: 16 channels, or the largest number below it that divides them."""
-
-    def __init__(self, channels: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        size = max(size for size in range(1, GROUP_CHANNELS + 1) if channels % size == 0)
-        super().__init__(channels // size, channels, device=device, dtype=dtype)
 
 
 def build_resnet(
@@ -65,15 +57,15 @@ def build_resnet(
     """
     widths, blocks = stage_widths(config), stage_blocks(config)
     _check_image_size(config, image_size, stages=len(widths))
-    rates = drop_path_rates(config.drop_path, sum(blocks))
+    rates = drop_path_rates(config.drop_path, sum(blocks), config.drop_path_shape)
 
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     kernel = config.stem_kernel
     parts["conv1"] = nn.Conv2d(in_channels, widths[0], kernel, config.stem_stride, kernel // 2, bias=False)
-    parts["bn1"] = _norm(config)(widths[0])
-    parts["act1"] = _ACTIVATIONS[config.activation](inplace=True)
+    parts["bn1"] = NORMS[config.norm](widths[0])
+    parts["act1"] = ACTIVATIONS[config.activation](inplace=True)
     if config.max_pool:
-        parts["maxpool"] = nn.MaxPool2d(3, stride=2, padding=1)
+        parts["maxpool"] = _max_pool(config, widths[0])
     channels = widths[0]
     for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
         layers: list[nn.Module] = []
@@ -92,27 +84,25 @@ def build_resnet(
     return network
 
 
-def stage_widths(config: ModelConfig) -> list[int]:
-    """Channels of each stage: `widths` as they stand at `width` 1, else scaled to the nearest multiple of 8."""
-    if config.width == 1:
-        return list(config.widths)
-    eights = (math.floor(width * config.width / WIDTH_MULTIPLE + 0.5) for width in config.widths)
-    return [WIDTH_MULTIPLE * max(1, count) for count in eights]
+def drop_path_rates(last: float, blocks: int, shape: str = "linear") -> list[float]:
+    """The probability that each block is dropped.
+
+    `linear`: from 0 at the first to `last` at the last (or only) one. `uniform`: `last` for every one.
+    """
+    if shape == "uniform" or blocks == 1:
+        return [last] * blocks
+    return [last * index / (blocks - 1) for index in range(blocks)]
 
 
-def stage_blocks(config: ModelConfig) -> list[int]:
-    """Blocks of each stage: `blocks` scaled by `depth`, a half rounded up, at least 1."""
-    return [max(1, math.floor(count * config.depth + 0.5)) for count in config.blocks]
-
-
-def drop_path_rates(last: float, blocks: int) -> list[float]:
-    """The probability that each block is dropped: linearly from 0 at the first to `last` at the last (or only) one."""
-    return [last * index / (blocks - 1) for index in range(blocks)] if blocks > 1 else [last]
+def _max_pool(config: ModelConfig, channels: int) -> nn.Module:
+    if config.anti_alias:
+        return nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), BlurPool2d(channels, stride=2))
+    return nn.MaxPool2d(3, stride=2, padding=1)
 
 
 def _block(config: ModelConfig, channels: int, width: int, stride: int, *, drop_path: float) -> nn.Module:
     """One residual block, with a 1×1 projection as its shortcut where the shape changes."""
-    kind, norm, activation = _BLOCKS[config.block], _norm(config), _ACTIVATIONS[config.activation]
+    kind, norm, activation = _BLOCKS[config.block], NORMS[config.norm], ACTIVATIONS[config.activation]
     out_channels = width * kind.expansion
     shortcut: nn.Module | None = None
     if stride != 1 and channels < FEWEST_STRIDED_CHANNELS:
@@ -128,12 +118,9 @@ def _block(config: ModelConfig, channels: int, width: int, stride: int, *, drop_
         act_layer=activation,
         norm_layer=norm,
         attn_layer=attention,
+        aa_layer=BlurPool2d if config.anti_alias else None,
         drop_path=DropPath(drop_path) if drop_path > 0 else None,
     )
-
-
-def _norm(config: ModelConfig) -> type[nn.BatchNorm2d] | type[FixedGroupNorm]:
-    return nn.BatchNorm2d if config.norm == "batch" else FixedGroupNorm
 
 
 def _initialise(network: nn.Module) -> None:
@@ -145,17 +132,12 @@ def _initialise(network: nn.Module) -> None:
 
 
 def _check_image_size(config: ModelConfig, image_size: tuple[int, int], *, stages: int) -> None:
-    """Refuses a network with a step of stride 2 that meets a side of one pixel: it would compute nothing of worth."""
     stem = ["model.stem_stride: 2"] if config.stem_stride == 2 else []
     stem += ["model.max_pool: true"] if config.max_pool else []
-    side = min(image_size)
-    for step in [*stem, *(f"stage {stage} of model.widths" for stage in range(2, stages + 1))]:
-        if side == 1:
-            height, width = image_size
-            raise ConfigError(
-                f"model: an image of {height}×{width} is down to a side of 1 pixel before {step}, "
-                "which would halve it; name fewer stages in model.widths and model.blocks"
-                + (f", or leave out {' and '.join(stem)}" if stem else "")
-                + ", or enlarge the images by data.image_size"
-            )
-        side = math.ceil(side / 2)
+    later = (f"stage {stage} of model.widths" for stage in range(2, stages + 1))
+    check_image_size(
+        image_size,
+        [*stem, *later],
+        halve=lambda side: math.ceil(side / 2),
+        remedy=f"leave out {' and '.join(stem)}" if stem else "",
+    )

@@ -2,7 +2,9 @@
 
 The key choice is that nothing is dropped in silence: a model that cannot do what a field asks (drop path, images of
 this size) is refused when it is built. Pretrained weights that lie in the hub's cache are read from there without
-asking the network, so that a trial costs no request and a machine without network trains as one with it does.
+asking the network, so that a trial costs no request and a machine without network trains as one with it does. A file of
+weights is held against the whole model before it is used: timm itself leaves out layers that do not match wherever the
+classifier is another, and says so in a log only.
 
 timm: Wightman 2019, https://github.com/huggingface/pytorch-image-models.
 """
@@ -10,6 +12,8 @@ timm: Wightman 2019, https://github.com/huggingface/pytorch-image-models.
 from __future__ import annotations
 
 import difflib
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -17,10 +21,11 @@ import timm
 import torch
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import EntryNotFoundError
-from torch import nn
+from torch import Tensor, nn
 
 from core.config import ModelConfig
 from core.errors import ConfigError, UserError
+from core.models.weight_files import locate_weights, read_weights, state_dict_faults
 from core.runtime import isolated_rng
 
 # Seconds that the hub has for its first answer. Its own client goes on asking for the better part of a minute.
@@ -37,8 +42,9 @@ def build_timm_model(
     """Builds the model: (N, in_channels, H, W) floats to logits (N, num_classes). `image_size` is (H, W) in pixels.
 
     Raises:
-        ConfigError: the model takes no dropout or drop path where one is set, or no images of this size.
-        UserError: timm has no such model, or no pretrained weights for it, or these are not at hand.
+        ConfigError: the model takes no dropout or drop path where one is set, or no images of this size; or
+            `pretrained_file` holds the weights of another model.
+        UserError: timm has no such model, or no pretrained weights for it; or these are not at hand, or not readable.
     """
     card = find_card(config.name)
     name = config.name.removeprefix("timm/")
@@ -49,10 +55,13 @@ def build_timm_model(
         arguments["drop_path_rate"] = config.drop_path
     if card.fixed_input_size and tuple(card.input_size[1:]) != image_size:
         arguments["img_size"] = image_size
-    if config.pretrained:
-        arguments["pretrained"] = True
-        arguments["pretrained_cfg_overlay"] = _weights(name, card)
+    if config.pretrained and config.pretrained_file is not None:
+        arguments |= _from_file(name, locate_weights(config.pretrained_file), arguments, card)
+    elif config.pretrained:
+        arguments |= _published(name, card)
     model = _create(name, arguments, card)
+    if config.pretrained:
+        _check_first_layer(name, model, in_channels)
     _check_logits(name, model, (2, in_channels, *image_size), num_classes, card)
     return model
 
@@ -91,9 +100,14 @@ def _create(name: str, arguments: dict[str, Any], card: Any) -> nn.Module:
             raise
         raise _not_at_hand(name, card.url, f"{torch.hub.get_dir()}/checkpoints", error) from error
     except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
+        if arguments.get("pretrained") and "loading state_dict" in str(error):
+            raise _unadapted(name, arguments["in_chans"], arguments["num_classes"], error) from error
         if "img_size" not in arguments:
             raise
         raise _unfit(name, arguments["img_size"], card, error) from error
+    # timm's description of the model holds what it was given: without this, every weight would live twice, and be
+    # copied with every copy of the model.
+    getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
     return model
 
 
@@ -110,23 +124,127 @@ def _check_logits(name: str, model: nn.Module, shape: tuple[int, ...], num_class
         raise ConfigError(f"model.name: timm/{name} does not return one logit a class; choose another model")
 
 
-def _weights(name: str, card: Any) -> dict[str, Any]:
-    """Where the pretrained weights are: what to lay over timm's own description of the model.
+def _published(name: str, card: Any) -> dict[str, Any]:
+    """timm's arguments for the published weights: those in the hub's cache, or downloaded into it.
 
     Weights that timm knows by a URL only (a few old models) are left to torch's hub.
     """
     if not card.has_weights:
         raise UserError(f"model.pretrained: timm has no weights for {name}; set it to false, or choose another model")
     if not card.hf_hub_id:
-        return {}
+        return {"pretrained": True}
     for file in WEIGHT_FILES:
         path = huggingface_hub.try_to_load_from_cache(card.hf_hub_id, file, cache_dir=hub.HF_HUB_CACHE)
         if isinstance(path, str):
             break
     else:
         path = _download(name, card.hf_hub_id)
-    # Some models read a file of their own format where timm is given a path: those on the hub are all plain.
-    return {"file": path, "custom_load": False}
+    # The file is a link to a blob, which would be taken for whole again if the link alone were deleted.
+    advice = f"delete {Path(path).parents[2]}, and the next run downloads them again"
+    return _pretrained({"state_dict": read_weights(Path(path), "model.pretrained", advice)})
+
+
+def _from_file(name: str, path: Path, arguments: dict[str, Any], card: Any) -> dict[str, Any]:
+    """timm's arguments for the weights in a file, after they have been found to be this model's, layer for layer.
+
+    Raises:
+        ConfigError: they are not; the first layers that differ are named.
+        UserError: the file holds no weights.
+    """
+    weights = read_weights(path, "model.pretrained_file", "give a file of the state dict alone")
+    classes, channels = _outputs(weights, card), _inputs(weights, card, arguments["in_chans"])
+    overlay = {"state_dict": weights, "num_classes": classes, "input_size": (channels, *card.input_size[1:])}
+    own = arguments | {"num_classes": classes, "in_chans": channels}
+    _check_fit(name, path, weights, own, _pretrained(overlay), card)
+    return _pretrained(overlay)
+
+
+def _pretrained(overlay: dict[str, Any]) -> dict[str, Any]:
+    """timm's arguments for weights in hand, of which `overlay` says what timm's description of the model does not."""
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+
+
+def _outputs(weights: dict[str, Tensor], card: Any) -> int:
+    """How many classes the file's classifier has; 0 where it has no classifier."""
+    weight = weights.get(f"{_first(card.classifier)}.weight")
+    return 0 if weight is None or weight.ndim == 0 else weight.shape[0]
+
+
+def _inputs(weights: dict[str, Tensor], card: Any, in_channels: int) -> int:
+    """How many channels the file's model sees: those of our images where its first layer says so, else timm's own.
+
+    timm turns its own three into any other number; a model that was itself trained on greyscale needs no turning.
+    """
+    weight = weights.get(f"{_first(card.first_conv)}.weight")
+    fits = weight is not None and weight.ndim == 4 and weight.shape[1] == in_channels
+    return in_channels if fits else int(card.input_size[0])
+
+
+def _first(names: str | tuple[str, ...] | None) -> str:
+    """A layer's name where timm gives one, several (the first counts), or none."""
+    return names if isinstance(names, str) else (names or ("",))[0]
+
+
+def _check_fit(
+    name: str, path: Path, weights: dict[str, Tensor], own: dict[str, Any], pretrained: dict[str, Any], card: Any
+) -> None:
+    """Refuses a file of another model. `own` are timm's arguments for the model with the file's classes and channels.
+
+    Names and shapes decide where they are timm's. Where they are not, timm may know how to convert them (position
+    embeddings of another image size, older names): it is asked to, strictly, and must then have filled every layer.
+    """
+    with isolated_rng(torch.device("cpu")):
+        torch.manual_seed(0)
+        empty = _create(name, own, card).state_dict()
+        faults = state_dict_faults(weights, empty, file=path.name, name=f"timm/{name}")
+        if not faults:
+            return
+        torch.manual_seed(0)
+        try:
+            filled = _create(name, own | pretrained, card).state_dict()
+        except MemoryError:
+            raise
+        except Exception as error:  # timm's converters raise anything on what they do not expect
+            raise _misfit(name, path, faults) from error
+    # A few models are not loaded strictly. What was drawn at random, and still is the same, has not been loaded.
+    doubtful = [key for key in empty if key not in weights or weights[key].shape != empty[key].shape]
+    if any(_is_drawn(empty[key]) and torch.equal(filled[key], empty[key]) for key in doubtful):
+        raise _misfit(name, path, faults)
+
+
+def _misfit(name: str, path: Path, faults: list[str]) -> ConfigError:
+    return ConfigError(
+        f"model.pretrained_file: {path} holds the weights of another model than timm/{name}: {'; '.join(faults)}; "
+        "set model.name to the model that it was saved from, or give another file"
+    )
+
+
+def _is_drawn(tensor: Tensor) -> bool:
+    """Whether a tensor begins with random numbers, and not with a constant, as norms and biases do."""
+    return tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor != tensor.flatten()[0]).any())
+
+
+def _check_first_layer(name: str, model: nn.Module, in_channels: int) -> None:
+    """Refuses a model whose pretrained first layer timm has left out, since it sees another number of channels.
+
+    timm turns the weights of a convolution only, and says in a log only that it begins another layer anew.
+    """
+    described: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    layer = _first(described.get("first_conv"))
+    channels = described.get("input_size", (in_channels,))[0]
+    if layer and channels != in_channels and not isinstance(model.get_submodule(layer), nn.Conv2d):
+        raise ConfigError(
+            f"model.pretrained: the first layer of timm/{name}, {layer}, is no convolution, so that its weights for "
+            f"{channels} channels cannot be turned into those for {in_channels}; choose another model"
+        )
+
+
+def _unadapted(name: str, channels: int, classes: int, error: Exception) -> ConfigError:
+    reason = textwrap.shorten(str(error), width=200, placeholder=" …")
+    return ConfigError(
+        f"model.pretrained: the weights do not go into timm/{name} for {channels} channels and {classes} classes "
+        f"({reason}); choose another model, or name a file of its own weights in model.pretrained_file"
+    )
 
 
 def _download(name: str, repository: str) -> str:
@@ -144,7 +262,8 @@ def _download(name: str, repository: str) -> str:
 def _not_at_hand(name: str, file: str, cache: str, error: Exception) -> UserError:
     return UserError(
         f"model.pretrained: the weights of timm/{name}, {file}, are not in {cache}, and cannot be downloaded "
-        f"({_reason(error)}); copy that folder from a machine that has them, or set model.pretrained to false"
+        f"({_reason(error)}); copy that folder from a machine that has them, name a file of them in "
+        "model.pretrained_file, or set model.pretrained to false"
     )
 
 

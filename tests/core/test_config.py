@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
-from core.config import REFERENCE_LR, RESNET_ONLY, TrainConfig
+from core.config import FAMILY_FIELDS, REFERENCE_LR, TrainConfig
 from core.data import Splits, load_dataset, split
 from core.loop import train
 
@@ -31,11 +31,16 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "data.image_size": ({}, 12),
     "data.normalize": ({}, "half"),
     "sampling.name": ({}, "balanced"),
+    "sampling.oversample": ({}, 2),
+    "sampling.undersample": ({}, 0.5),
+    "augment.apply_to": ({"sampling.oversample": 2}, "repeats"),
     "augment.flip": ({}, 0.5),
+    "augment.alternate_flip": ({"augment.flip": 0.5}, True),
     "augment.vertical_flip": ({}, 0.5),
     "augment.crop_pad_fraction": ({}, 0.0),
     "augment.rotation_degrees": ({}, 20.0),
     "augment.color_jitter": ({}, 0.5),
+    "augment.policy": ({"augment.ops": 2}, "trivialaugment"),
     "augment.ops": ({}, 2),
     "augment.strength": ({"augment.ops": 2}, 0.9),
     "augment.erase": ({}, 0.5),
@@ -43,6 +48,8 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "augment.cutmix": ({}, 1.0),
     "augment.mix_probability": ({"augment.mixup": 0.4}, 0.3),
     "augment.mix_off_fraction": ({"augment.mixup": 0.4}, 0.5),
+    "augment.start_size_fraction": ({}, 0.5),
+    "augment.full_size_from_fraction": ({"augment.start_size_fraction": 0.5}, 1.0),
     "model.name": ({"model.widths": (64, 128, 256, 512), "model.blocks": (2, 2, 2, 2), "epochs": 1}, "timm/resnet10t"),
     "model.widths": ({}, (16, 16)),
     "model.blocks": ({}, (2, 1)),
@@ -53,12 +60,20 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "model.stem_stride": ({}, 2),
     "model.max_pool": ({}, True),
     "model.se": ({}, True),
+    "model.anti_alias": ({}, True),
     "model.norm": ({}, "group"),
     "model.activation": ({}, "mish"),
+    "model.hidden": ({"model.name": "vgg"}, 16),
     "model.drop_path": ({}, 0.3),
+    "model.drop_path_shape": ({"model.drop_path": 0.3}, "uniform"),
     "model.dropout": ({}, 0.3),
+    "loss.name": ({}, "focal"),
+    "loss.gamma": ({"loss.name": "focal"}, 1.0),
     "loss.smoothing": ({}, 0.1),
     "loss.smoothing_final": ({}, 0.1),
+    "loss.logit_adjustment": ({}, 1.0),
+    "loss.class_weights": ({}, "inverse"),
+    "loss.class_weights_from_fraction": ({"loss.class_weights": "inverse"}, 0.5),
     "optim.name": ({}, "nadam"),
     "optim.lr": ({}, 0.02),
     "optim.lr_scale": ({}, 0.5),
@@ -68,6 +83,8 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "optim.beta1": ({}, 0.5),
     "optim.beta2": ({}, 0.9),
     "optim.grad_clip": ({"optim.name": "sgd"}, 0.1),
+    "optim.backbone_lr_scale": ({}, 0.1),
+    "optim.head_only_fraction": ({}, 0.5),
     "optim.swats.switch": (SWATS, "criterion"),
     "optim.swats.switch_fraction": (SWATS, 0.75),
     "optim.swats.tolerance": (CRITERION, 1.0),
@@ -75,14 +92,19 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "schedule.warmup_fraction": ({}, 0.3),
     "schedule.warmup_start": ({}, 0.5),
     "schedule.final_factor": ({}, 0.5),
+    "schedule.step_fraction": ({"schedule.name": "step"}, 0.6),
+    "schedule.gamma": ({"schedule.name": "step"}, 0.5),
+    "schedule.pieces": ({"schedule.name": "pieces"}, ((0.3, 0.5),)),
+    # At so low a rate validation does not improve: the first patience falls in the middle, the second never.
+    "schedule.patience_fraction": ({"schedule.name": "plateau", "optim.lr_scale": 1e-4}, 1.0),
     "averaging.name": ({}, "ema"),
     "averaging.half_life_fraction": ({"averaging.name": "ema"}, 0.4),
     "averaging.swa_start_fraction": ({"averaging.name": "swa"}, 0.25),
     "early_stop.patience_fraction": ({"optim.lr_scale": 1e-6}, 0.25),
     "precision.autocast": ({}, "bf16"),
 }
-# What has a test of its own: below, and for pretrained weights in `test_models.py`.
-ELSEWHERE = {"data.name", "model.pretrained"}
+# What has a test of its own: below, for pretrained weights in `test_models.py`, and for folds in `tests/hpo`.
+ELSEWHERE = {"data.name", "data.folds", "model.pretrained", "model.pretrained_file"}
 
 
 def test_the_tables_name_every_field() -> None:
@@ -158,8 +180,18 @@ def test_every_field_says_what_it_is_for(field: str) -> None:
         ({"model.se": 1}, "valid boolean"),
         ({"model.widths": (8, 16)}, "widths names 2 stages and model.blocks 4"),
         ({"model.name": "resnext"}, "pattern"),
-        ({"model.pretrained": True}, "resnet has no pretrained weights"),
+        ({"model.pretrained": True}, "model.pretrained shapes timm only"),
         ({"model.name": "timm/resnet18", "model.se": True}, "model.se shapes resnet only"),
+        ({"model.hidden": 64}, "model.hidden shapes vgg only"),
+        ({"model.norm": "none"}, "model.norm: none is for vgg"),
+        ({"model.name": "timm/resnet18", "model.pretrained_file": "a.pth"}, "where model.pretrained is true"),
+        ({"augment.alternate_flip": True, "augment.flip": 0.3}, "flip must be 0.5, not 0.3"),
+        ({"loss.name": "bce", "loss.logit_adjustment": 1.0}, "bce has none"),
+        ({"schedule.pieces": ((0.5, 0.1), (0.5, 0.01))}, "one after the other"),
+        (
+            {"optim.name": "swats", "optim.swats.switch": "criterion", "optim.backbone_lr_scale": 0.1},
+            "measures one learning rate",
+        ),
         ({"optim.lr": 0.1, "optim.lr_scale": 1.0}, "exclude each other"),
         ({"augment.flip": 1.5}, "less than or equal to 1"),
     ],
@@ -189,8 +221,8 @@ def test_a_scale_of_one_at_batch_256_is_the_optimizers_reference(name: str) -> N
     assert optim.peak_lr(64) == pytest.approx(reference * 0.25**power)
 
 
-def test_fields_that_timm_models_refuse_are_the_ones_named() -> None:
-    assert set(RESNET_ONLY) < set(TrainConfig.model_fields["model"].annotation.model_fields)  # type: ignore[union-attr]
+def test_the_fields_that_belong_to_families_are_fields() -> None:
+    assert set(FAMILY_FIELDS) < set(TrainConfig.model_fields["model"].annotation.model_fields)  # type: ignore[union-attr]
 
 
 def test_a_configuration_survives_its_own_json() -> None:

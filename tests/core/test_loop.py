@@ -15,6 +15,7 @@ from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
 from core.loop import EpochMetrics, TrainResult, _batch_sizes, seconds_per_epoch, train
 from core.metrics import Scores
+from core.schedule import reductions
 
 CPU = torch.device("cpu")
 
@@ -31,6 +32,14 @@ STATEFUL = {
         "optim.name": "swats", "optim.swats.switch": "criterion", "optim.swats.tolerance": 1.0,
     },
     "early stopping": {"early_stop.patience_fraction": 0.75},
+    "muon, copies, alternating flips, growing": {
+        "optim.name": "muon", "sampling.oversample": 3, "augment.apply_to": "repeats", "augment.flip": 0.5,
+        "augment.alternate_flip": True, "augment.start_size_fraction": 0.5, "augment.policy": "autoaugment_cifar10",
+    },
+    "the head first, on a plateau": {
+        "optim.head_only_fraction": 0.4, "optim.backbone_lr_scale": 0.1, "schedule.name": "plateau",
+        "schedule.patience_fraction": 0.2, "loss.class_weights": "effective", "loss.class_weights_from_fraction": 0.5,
+    },
 }  # fmt: skip
 
 
@@ -198,6 +207,47 @@ def test_a_line_of_metrics_has_the_contracts_keys(digits: Splits, tiny: TrainCon
         assert keys <= row.keys()
         assert row["epoch"] == number
         assert row["step"] == number * 3  # 192 images in batches of 64
+
+
+def test_an_epoch_visits_what_the_sampling_says(digits: Splits, tiny: TrainConfig) -> None:
+    counts = digits.labels[digits.train].bincount()
+    config = tiny.override({"epochs": 1, "sampling.oversample": 2, "sampling.undersample": 0.9})
+    cap = round(0.9 * counts.max().item())
+    visits = int(torch.minimum(2 * counts, torch.tensor(cap)).sum())
+    assert train(config, digits, device=CPU).history[0].step == len(_batch_sizes(visits, 64))
+
+
+def test_a_plateau_lets_the_rate_fall_when_the_score_stalls(digits: Splits, tiny: TrainConfig) -> None:
+    stalled = {"schedule.name": "plateau", "schedule.patience_fraction": 0.25, "schedule.warmup_fraction": 0.0}
+    config = tiny.override({"epochs": 8, "optim.lr_scale": 1e-6, "schedule.gamma": 0.5, **stalled})
+    history = train(config, digits, device=CPU).history
+    factors = [epoch.lr / config.optim.peak_lr(64) for epoch in history]
+    scores = [epoch.score("accuracy") for epoch in history]
+    expected = [0.5 ** reductions(config.schedule, scores[:n], maximize=True, epochs=8) for n in range(8)]
+    assert factors == pytest.approx(expected)
+    assert factors[-1] < 1
+
+
+def test_a_plateau_without_validation_images_is_refused(digits: Splits, tiny: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="plateau waits for a better validation score"):
+        train(tiny.override({"schedule.name": "plateau"}), digits.whole(), device=CPU)
+
+
+def test_a_network_that_the_first_small_images_do_not_fit_is_refused(digits: Splits, tiny: TrainConfig) -> None:
+    config = tiny.override(
+        {"model.name": "vgg", "model.widths": (8, 8, 8), "model.blocks": (1, 1, 1), "augment.start_size_fraction": 0.5}
+    )
+    with pytest.raises(ConfigError, match=r"start_size_fraction: vgg cannot take images of 4×4"):
+        train(config, digits, device=CPU)
+
+
+def test_a_finished_training_is_gone_on_from_as_it_ended(digits: Splits, tiny: TrainConfig, tmp_path: Path) -> None:
+    ended = train(tiny, digits, device=CPU, checkpoint_to=tmp_path / "end.pt", checkpoint_at_end=True)
+    again = train(tiny, digits, device=CPU, resume_from=tmp_path / "end.pt")
+    assert same(ended, again)
+    assert ended.val_logits is not None
+    assert again.val_logits is not None
+    assert torch.equal(ended.val_logits, again.val_logits)
 
 
 @pytest.mark.parametrize(

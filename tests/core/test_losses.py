@@ -1,15 +1,23 @@
-"""The losses are torch's and timm's, in float32 under any autocast; smoothing runs on a line."""
+"""The losses are torch's, timm's and the papers', in float32 under any autocast; smoothing runs on a line."""
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from core.config import LossConfig
-from core.losses import hard_cross_entropy, smoothing_at, soft_target_cross_entropy
+from core.losses import Criterion, class_weights, smoothing_at
+
+# A long tail, with a class that has no training images.
+COUNTS = torch.tensor([500, 300, 200, 100, 60, 40, 20, 10, 5, 0])
+EVEN = torch.full((10,), 50)
 
 
 @pytest.fixture
@@ -27,41 +35,56 @@ def targets() -> Tensor:
     return torch.rand(64, 10, generator=torch.Generator().manual_seed(2)).softmax(1)
 
 
+def criterion(counts: Tensor = COUNTS, **fields: Any) -> Criterion:
+    return Criterion(LossConfig(**fields), counts)
+
+
+def hard(logits: Tensor, labels: Tensor, counts: Tensor = COUNTS, progress: float = 0.0, **fields: Any) -> Tensor:
+    return criterion(counts, **fields)(logits, labels, progress)
+
+
+def mixed(logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, progress: float = 0.0, **fields: Any) -> Tensor:
+    return criterion(counts, **fields).mixed(logits, targets, progress)
+
+
+def gradient(loss: Tensor, logits: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, logits)[0]
+
+
+# ---- cross-entropy
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
-def test_hard_cross_entropy_is_torchs(logits: Tensor, labels: Tensor, smoothing: float) -> None:
+def test_cross_entropy_is_torchs(logits: Tensor, labels: Tensor, smoothing: float) -> None:
     theirs = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    assert torch.equal(hard_cross_entropy(logits, labels, smoothing), theirs)
+    assert torch.equal(hard(logits, labels, smoothing=smoothing), theirs)
 
 
-def test_soft_target_cross_entropy_is_timms(logits: Tensor, targets: Tensor) -> None:
-    torch.testing.assert_close(soft_target_cross_entropy(logits, targets), SoftTargetCrossEntropy()(logits, targets))
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
-def test_smoothing_is_a_soft_target(logits: Tensor, labels: Tensor, smoothing: float) -> None:
-    targets = (1 - smoothing) * F.one_hot(labels, 10) + smoothing / 10
-    torch.testing.assert_close(
-        hard_cross_entropy(logits, labels, smoothing), soft_target_cross_entropy(logits, targets)
-    )
+def test_mixed_cross_entropy_is_timms(logits: Tensor, targets: Tensor) -> None:
+    torch.testing.assert_close(mixed(logits, targets), SoftTargetCrossEntropy()(logits, targets))
 
 
 def test_gradients_are_softmax_less_target(logits: Tensor, targets: Tensor) -> None:
     logits.requires_grad_()
-    soft_target_cross_entropy(logits, targets).backward()
-    torch.testing.assert_close(logits.grad, (logits.detach().softmax(1) - targets) / len(logits))
+    expected = (logits.detach().softmax(1) - targets) / len(logits)
+    torch.testing.assert_close(gradient(mixed(logits, targets), logits), expected)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_loss_is_float32_whatever_the_logits_are(
-    logits: Tensor, labels: Tensor, targets: Tensor, autocast: bool
-) -> None:
-    half = logits.bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        hard = hard_cross_entropy(half, labels, 0.1)
-        soft = soft_target_cross_entropy(half, targets)
-    assert torch.equal(hard, F.cross_entropy(half.float(), labels, label_smoothing=0.1))
-    assert torch.equal(soft, F.cross_entropy(half.float(), targets))
-    assert hard.dtype == soft.dtype == torch.float32
+# ---- smoothing
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_smoothing_is_a_soft_target(logits: Tensor, labels: Tensor, name: str, smoothing: float) -> None:
+    targets = (1 - smoothing) * F.one_hot(labels, 10) + smoothing / 10
+    torch.testing.assert_close(
+        hard(logits, labels, name=name, smoothing=smoothing), mixed(logits, targets, name=name, smoothing=0.0)
+    )
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
+def test_mixed_targets_are_not_smoothed(logits: Tensor, targets: Tensor, name: str) -> None:
+    assert torch.equal(mixed(logits, targets, name=name, smoothing=0.3), mixed(logits, targets, name=name))
 
 
 @pytest.mark.parametrize(
@@ -75,3 +98,290 @@ def test_the_loss_is_float32_whatever_the_logits_are(
 )
 def test_smoothing_runs_on_a_line(config: LossConfig, progress: float, expected: float) -> None:
     assert smoothing_at(config, progress) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
+def test_the_loss_takes_its_smoothing_from_that_line(logits: Tensor, labels: Tensor, name: str) -> None:
+    falling = hard(logits, labels, progress=0.25, name=name, smoothing=0.2, smoothing_final=0.0)
+    torch.testing.assert_close(falling, hard(logits, labels, name=name, smoothing=0.15))
+
+
+# ---- focal loss
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
+def test_focal_is_the_papers_formula(logits: Tensor, labels: Tensor, gamma: float) -> None:
+    p = logits.double().softmax(1)[torch.arange(64), labels]
+    expected = (-((1 - p) ** gamma) * p.log()).mean()
+    torch.testing.assert_close(hard(logits, labels, name="focal", gamma=gamma).double(), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_mixed_focal_sums_the_papers_formula_over_the_classes(logits: Tensor, targets: Tensor, gamma: float) -> None:
+    p = logits.double().softmax(1)
+    expected = (targets * (1 - p) ** gamma * -p.log()).sum(1).mean()
+    torch.testing.assert_close(mixed(logits, targets, name="focal", gamma=gamma).double(), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_of_two_classes_is_torchvisions(gamma: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    difference = 5 * torch.randn(64, generator=generator)
+    labels = torch.randint(0, 2, (64,), generator=generator)
+    logits = torch.stack([torch.zeros(64), difference], dim=1)
+    theirs = sigmoid_focal_loss(difference, labels.float(), alpha=-1, gamma=gamma, reduction="mean")
+    torch.testing.assert_close(hard(logits, labels, torch.tensor([9, 9]), name="focal", gamma=gamma), theirs)
+
+
+@pytest.mark.parametrize("weights", ["none", "inverse", "effective"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_focal_with_gamma_0_is_cross_entropy(logits: Tensor, labels: Tensor, weights: str, smoothing: float) -> None:
+    fields = {"class_weights": weights, "smoothing": smoothing, "logit_adjustment": 1.0}
+    logits.requires_grad_()
+    focal = hard(logits, labels, name="focal", gamma=0.0, **fields)
+    cross_entropy = hard(logits, labels, **fields)
+    torch.testing.assert_close(focal, cross_entropy)
+    torch.testing.assert_close(gradient(focal, logits), gradient(cross_entropy, logits))
+
+
+@pytest.mark.parametrize("weights", ["none", "inverse", "effective"])
+def test_mixed_focal_with_gamma_0_is_cross_entropy(logits: Tensor, targets: Tensor, weights: str) -> None:
+    fields = {"class_weights": weights, "logit_adjustment": 1.0}
+    focal = mixed(logits, targets, name="focal", gamma=0.0, **fields)
+    torch.testing.assert_close(focal, mixed(logits, targets, **fields))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_focals_gradient_is_finite_where_an_image_is_certain(gamma: float) -> None:
+    logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)  # the first is right, the second wrong
+    loss = hard(logits, torch.tensor([0, 0]), torch.tensor([9, 9]), name="focal", gamma=gamma)
+    assert loss.item() == pytest.approx(100)
+    assert gradient(loss, logits).tolist() == [[0.0, 0.0], [pytest.approx(-0.5), pytest.approx(0.5)]]
+
+
+# ---- a binary cross-entropy of each class
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_bce_is_timms(logits: Tensor, labels: Tensor, smoothing: float) -> None:
+    theirs = BinaryCrossEntropy(smoothing=smoothing, sum_classes=True)(logits, labels)
+    torch.testing.assert_close(hard(logits, labels, name="bce", smoothing=smoothing), theirs)
+
+
+def test_mixed_bce_is_timms(logits: Tensor, targets: Tensor) -> None:
+    theirs = BinaryCrossEntropy(smoothing=0.1, sum_classes=True)(logits, targets)
+    torch.testing.assert_close(mixed(logits, targets, name="bce", smoothing=0.1), theirs)
+
+
+def test_bces_gradients_are_sigmoid_less_target(logits: Tensor, targets: Tensor) -> None:
+    logits.requires_grad_()
+    expected = (logits.detach().sigmoid() - targets) / len(logits)
+    torch.testing.assert_close(gradient(mixed(logits, targets, name="bce"), logits), expected)
+
+
+# ---- logit adjustment
+
+
+def test_tau_1_is_balanced_softmax(logits: Tensor, labels: Tensor) -> None:
+    counts = torch.tensor([500, 300, 200, 100, 60, 40, 20, 10, 5, 3])
+    weighted = counts * logits.double().exp()  # Ren et al. 2020, equation 4: n_j exp(eta_j)
+    expected = -(weighted / weighted.sum(1, keepdim=True))[torch.arange(64), labels].log().mean()
+    torch.testing.assert_close(hard(logits, labels, counts, logit_adjustment=1.0).double(), expected)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+def test_logit_adjustment_is_equation_10(logits: Tensor, labels: Tensor, tau: float) -> None:
+    counts = torch.tensor([500, 300, 200, 100, 60, 40, 20, 10, 5, 3])
+    prior, f = counts / counts.sum(), logits.double()
+    # Menon et al. 2021: log(1 + sum over y' ≠ y of (pi_y' / pi_y)^tau · exp(f_y' - f_y))
+    ratio = (prior / prior[labels, None]) ** tau * (f - f[torch.arange(64), labels, None]).exp()
+    expected = ratio.sum(1).log().mean()  # the term of y' = y is the 1
+    torch.testing.assert_close(hard(logits, labels, counts, logit_adjustment=tau).double(), expected)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal"])
+def test_logit_adjustment_is_the_loss_of_shifted_logits(
+    logits: Tensor, labels: Tensor, targets: Tensor, name: str
+) -> None:
+    shifted = logits + 0.5 * COUNTS.clamp(min=1).log()
+    ours = hard(logits, labels, name=name, smoothing=0.1, logit_adjustment=0.5)
+    torch.testing.assert_close(ours, hard(shifted, labels, name=name, smoothing=0.1))
+    ours = mixed(logits, targets, name=name, logit_adjustment=0.5)
+    torch.testing.assert_close(ours, mixed(shifted, targets, name=name))
+
+
+def test_logit_adjustment_is_indifferent_to_classes_of_one_size(logits: Tensor, labels: Tensor) -> None:
+    torch.testing.assert_close(hard(logits, labels, EVEN, logit_adjustment=1.0), hard(logits, labels, EVEN))
+
+
+# ---- class weights
+
+
+def test_inverse_weights_are_one_over_the_images_of_mean_1() -> None:
+    weights = class_weights(LossConfig(class_weights="inverse"), torch.tensor([100, 50, 25]))
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
+
+
+def test_effective_weights_are_the_papers_formula() -> None:
+    counts, beta = [20000, 500, 1], 0.9999
+    expected = torch.tensor([(1 - beta) / (1 - beta**n) for n in counts], dtype=torch.float64)
+    weights = class_weights(LossConfig(class_weights="effective"), torch.tensor(counts))
+    assert weights is not None
+    assert weights.tolist() == pytest.approx((expected / expected.mean()).tolist())
+
+
+@pytest.mark.parametrize("scheme", ["inverse", "effective"])
+def test_class_weights_average_1_and_favour_the_small(scheme: str) -> None:
+    weights = class_weights(LossConfig(class_weights=scheme), COUNTS)  # type: ignore[arg-type]
+    assert weights is not None
+    assert weights.mean().item() == pytest.approx(1)
+    assert weights.tolist() == sorted(weights.tolist())
+
+
+@pytest.mark.parametrize("scheme", ["inverse", "effective"])
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
+def test_class_weights_are_indifferent_to_classes_of_one_size(
+    logits: Tensor, labels: Tensor, targets: Tensor, name: str, scheme: str
+) -> None:
+    weighted = hard(logits, labels, EVEN, name=name, smoothing=0.1, class_weights=scheme)
+    torch.testing.assert_close(weighted, hard(logits, labels, EVEN, name=name, smoothing=0.1))
+    weighted = mixed(logits, targets, EVEN, name=name, class_weights=scheme)
+    torch.testing.assert_close(weighted, mixed(logits, targets, EVEN, name=name))
+
+
+@pytest.mark.parametrize("scheme", ["inverse", "effective"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_cross_entropy_is_torchs(
+    logits: Tensor, labels: Tensor, targets: Tensor, scheme: str, smoothing: float
+) -> None:
+    weights = class_weights(LossConfig(class_weights=scheme), COUNTS)  # type: ignore[arg-type]
+    theirs = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
+    assert torch.equal(hard(logits, labels, class_weights=scheme, smoothing=smoothing), theirs)
+    assert weights is not None
+    theirs = F.cross_entropy(logits, targets, weight=weights, reduction="sum") / (targets * weights).sum()
+    torch.testing.assert_close(mixed(logits, targets, class_weights=scheme, smoothing=smoothing), theirs)
+
+
+def test_weighted_focal_is_the_mean_weighted_by_the_labels(logits: Tensor, labels: Tensor) -> None:
+    weights = class_weights(LossConfig(class_weights="inverse"), COUNTS)
+    assert weights is not None
+    each = torch.stack([hard(logits[i : i + 1], labels[i : i + 1], name="focal") for i in range(64)])
+    expected = (weights[labels] * each).sum() / weights[labels].sum()
+    torch.testing.assert_close(hard(logits, labels, name="focal", class_weights="inverse"), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_bce_is_the_mean_weighted_by_the_labels(logits: Tensor, labels: Tensor, smoothing: float) -> None:
+    weights = class_weights(LossConfig(class_weights="inverse"), COUNTS)
+    assert weights is not None
+    timms = BinaryCrossEntropy(smoothing=smoothing, sum_classes=True)
+    each = torch.stack([timms(logits[i : i + 1], labels[i : i + 1]) for i in range(64)])
+    expected = (weights[labels] * each).sum() / weights[labels].sum()
+    torch.testing.assert_close(hard(logits, labels, name="bce", class_weights="inverse", smoothing=smoothing), expected)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
+def test_a_mixture_of_one_class_weighs_as_its_label(logits: Tensor, labels: Tensor, name: str) -> None:
+    pure = F.one_hot(labels, logits.shape[1]).float()
+    fields = {"name": name, "class_weights": "inverse"}
+    torch.testing.assert_close(mixed(logits, pure, **fields), hard(logits, labels, **fields))
+
+
+def test_weighted_mixed_bce_weighs_an_image_by_its_mixture(logits: Tensor, targets: Tensor) -> None:
+    weights = class_weights(LossConfig(class_weights="inverse"), COUNTS)
+    assert weights is not None
+    timms = BinaryCrossEntropy(sum_classes=True)
+    each = torch.stack([timms(logits[i : i + 1], targets[i : i + 1]) for i in range(64)])
+    expected = (targets @ weights * each).sum() / (targets @ weights).sum()
+    torch.testing.assert_close(mixed(logits, targets, name="bce", class_weights="inverse"), expected)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
+def test_deferred_weights_hold_from_their_fraction_on(
+    logits: Tensor, labels: Tensor, targets: Tensor, name: str
+) -> None:
+    deferred = {"name": name, "class_weights": "inverse", "class_weights_from_fraction": 0.8}
+    always = {"name": name, "class_weights": "inverse"}
+    assert torch.equal(hard(logits, labels, progress=0.79, **deferred), hard(logits, labels, name=name))
+    assert torch.equal(mixed(logits, targets, progress=0.79, **deferred), mixed(logits, targets, name=name))
+    assert torch.equal(hard(logits, labels, progress=0.8, **deferred), hard(logits, labels, **always))
+    assert torch.equal(mixed(logits, targets, progress=0.8, **deferred), mixed(logits, targets, **always))
+
+
+# ---- every combination
+
+COMBINATIONS = [
+    {"name": name, "logit_adjustment": tau, "class_weights": scheme, "smoothing": smoothing}
+    for name, tau, scheme, smoothing in itertools.product(
+        ["cross_entropy", "focal", "bce"], [0.0, 1.0], ["none", "inverse", "effective"], [0.0, 0.1]
+    )
+    if name != "bce" or tau == 0
+]
+
+
+@pytest.mark.parametrize("fields", COMBINATIONS, ids=lambda fields: "-".join(map(str, fields.values())))
+class TestEveryCombination:
+    def test_is_finite_with_a_class_that_has_no_images(
+        self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
+    ) -> None:
+        assert COUNTS[-1] == 0
+        logits.requires_grad_()
+        for loss in (
+            hard(logits, labels, **fields),
+            hard(logits, torch.full_like(labels, 9), **fields),
+            mixed(logits, targets, **fields),
+            hard(1000 * logits, labels, **fields),
+            mixed(1000 * logits, targets, **fields),
+        ):
+            assert loss.shape == ()
+            assert loss.isfinite()
+            assert gradient(loss, logits).isfinite().all()
+
+    def test_counts_a_class_without_images_as_one_of_one(
+        self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
+    ) -> None:
+        assert torch.equal(hard(logits, labels, COUNTS, **fields), hard(logits, labels, COUNTS.clamp(min=1), **fields))
+        assert torch.equal(
+            mixed(logits, targets, COUNTS, **fields), mixed(logits, targets, COUNTS.clamp(min=1), **fields)
+        )
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_is_float32_whatever_the_logits_are(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        fields: dict[str, Any],
+        autocast: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        other = logits.to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            losses = hard(other, labels, **fields), mixed(other, targets.to(dtype), **fields)
+        expected = hard(other.float(), labels, **fields), mixed(other.float(), targets.to(dtype).float(), **fields)
+        for loss, reference in zip(losses, expected, strict=True):
+            assert loss.dtype == torch.float32
+            assert torch.equal(loss, reference)
+
+    def test_reads_no_value_back(self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]) -> None:
+        # Tensors on the meta device have no values, so that whatever asks for one raises.
+        loss = criterion(COUNTS.to("meta"), **fields)
+        assert loss(logits.to("meta"), labels.to("meta"), 0.5).shape == ()
+        assert loss.mixed(logits.to("meta"), targets.to("meta"), 0.5).shape == ()
+
+    @pytest.mark.gpu
+    def test_never_waits_for_the_device(
+        self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
+    ) -> None:
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        loss = criterion(COUNTS.cuda(), **fields)
+        logits, labels, targets = logits.cuda().requires_grad_(), labels.cuda(), targets.cuda()
+        gradient(loss(logits, labels, 0.5) + loss.mixed(logits, targets, 0.5), logits)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            gradient(loss(logits, labels, 0.5) + loss.mixed(logits, targets, 0.5), logits)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,25 +1,23 @@
-"""The networks: what the fields of `ModelConfig` shape, against torchvision's and timm's."""
+"""The residual network, what its fields shape, against torchvision's and timm's; and what holds for every family."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
-from huggingface_hub import constants as hub
-from safetensors.torch import save_file
-from timm.layers import DropPath, SEModule
+from timm.layers import BlurPool2d, DropPath, SEModule
 from torch import nn
 
 from core.config import ModelConfig
-from core.errors import ConfigError, UserError
-from core.models import build_model, check_model_name
-from core.models.resnet import SubsampledConv, drop_path_rates, stage_blocks, stage_widths
+from core.errors import ConfigError
+from core.models import build_model, head_parameters
+from core.models.resnet import SubsampledConv, drop_path_rates
+from core.models.stages import scale_width, stage_blocks, stage_widths
 from core.runtime import normalize
 
 SMALL: dict[str, Any] = {"widths": (16, 32), "blocks": (1, 1)}
@@ -79,6 +77,18 @@ def test_initial_weights_are_drawn_as_timm_draws_them() -> None:
             torch.testing.assert_close(ours[name], weight, msg=name)
 
 
+@pytest.mark.parametrize(("block", "reference"), [("basic", "resnetblur18"), ("bottleneck", "resnetblur50")])
+def test_anti_aliased_it_is_timms_network_weight_for_weight(block: str, reference: str) -> None:
+    theirs = timm.create_model(reference).eval()
+    blocks = (2, 2, 2, 2) if block == "basic" else (3, 4, 6, 3)
+    fields = {"block": block, "blocks": blocks, "anti_alias": True, **RESNET18}
+    ours = _build(num_classes=1000, in_channels=3, image_size=(64, 64), **fields).eval()
+    ours.load_state_dict(theirs.state_dict())  # the blur has no weights
+    images = _images(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
 # --- resnet: each field
 
 
@@ -97,6 +107,7 @@ def test_width_scales_to_the_nearest_multiple_of_8_and_leaves_widths_alone_at_1(
 ) -> None:
     config = ModelConfig(widths=widths, blocks=(1,) * len(widths), width=width)
     assert stage_widths(config) == expected
+    assert [scale_width(each, width) for each in widths] == expected
 
 
 @pytest.mark.parametrize(
@@ -128,6 +139,32 @@ def test_the_first_stage_sees_the_image_as_the_stem_leaves_it_and_each_later_one
     assert first.shape[-2:] == (side, side)
     assert model.layer2(first).shape[-2:] == (side // 2, side // 2)
     assert model.conv1.kernel_size == (fields.get("stem_kernel", 3),) * 2
+
+
+def test_anti_aliasing_takes_every_stride_from_the_3x3_convolutions_and_the_max_pool_and_leaves_every_shape() -> None:
+    fields = {"widths": (16, 32, 48), "blocks": (2, 2, 2), "max_pool": True, "image_size": (17, 24)}
+    sharp, blurred = _build(**fields).eval(), _build(anti_alias=True, **fields).eval()
+    assert sharp.state_dict().keys() == blurred.state_dict().keys()
+    for layer in ("maxpool", "layer1", "layer2", "layer3"):
+        place = list(dict(sharp.named_children())).index(layer) + 1
+        assert sharp[:place](_images(1, 1, 17, 24)).shape == blurred[:place](_images(1, 1, 17, 24)).shape
+    assert sum(isinstance(module, BlurPool2d) for module in blurred.modules()) == 3  # one a step of stride 2
+    convolutions = [
+        module for module in blurred.modules() if isinstance(module, nn.Conv2d) and module.kernel_size[0] == 3
+    ]
+    assert {module.stride for module in convolutions} == {(1, 1)}
+    assert BlurPool2d not in _kinds(sharp)
+
+
+def test_an_anti_aliased_max_pool_changes_less_when_the_image_is_shifted() -> None:
+    """Zhang 2019: what a step of stride 2 drops of the odd pixels comes back through the blur."""
+    image = torch.rand(1, 16, 33, 33, generator=torch.Generator().manual_seed(1))
+
+    def change(model: nn.Module) -> float:
+        return (model.maxpool(image[..., :-1, :-1]) - model.maxpool(image[..., 1:, 1:])).abs().mean().item()
+
+    fields = {"max_pool": True, "image_size": (32, 32), **SMALL}
+    assert change(_build(anti_alias=True, **fields)) < 0.75 * change(_build(**fields))
 
 
 def test_every_block_has_squeeze_and_excitation_or_none_has() -> None:
@@ -166,6 +203,12 @@ def test_drop_path_grows_linearly_over_all_blocks_to_its_value_at_the_last() -> 
     assert drop_path_rates(0.3, 1) == [0.3]
 
 
+def test_uniform_drop_path_is_the_same_for_every_block() -> None:
+    model = _build(drop_path=0.3, drop_path_shape="uniform", widths=(16, 32), blocks=(2, 2))
+    assert [module.drop_prob for module in model.modules() if isinstance(module, DropPath)] == [0.3] * 4
+    assert drop_path_rates(0.3, 4, "uniform") == [0.3] * 4
+
+
 @pytest.mark.parametrize("field", ["drop_path", "dropout"])
 def test_dropping_is_at_work_in_training_only(field: str) -> None:
     model, images = _build(**{field: 0.5}, **SMALL), _images(8, 1, 8, 8)
@@ -193,7 +236,9 @@ def test_any_number_of_channels_and_any_shape_of_image_gives_one_logit_a_class(
     assert model(_images(2, in_channels, *image_size)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("fields", [{}, {"se": True, "activation": "silu"}, {"block": "bottleneck"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"se": True, "activation": "silu"}, {"block": "bottleneck"}, {"anti_alias": True}]
+)
 def test_every_parameter_gets_a_gradient_after_the_first_step(fields: dict[str, Any]) -> None:
     model = _build(**SMALL, **fields)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -205,7 +250,7 @@ def test_every_parameter_gets_a_gradient_after_the_first_step(fields: dict[str, 
 
 
 @pytest.mark.parametrize("in_channels", [1, 3])
-@pytest.mark.parametrize("fields", [{}, {"se": True}, {"norm": "group"}, {"max_pool": True}])
+@pytest.mark.parametrize("fields", [{}, {"se": True}, {"norm": "group"}, {"max_pool": True}, {"anti_alias": True}])
 def test_every_convolution_works_in_channels_last_also_on_greyscale(in_channels: int, fields: dict[str, Any]) -> None:
     model = _build(in_channels=in_channels, image_size=(16, 16), **SMALL, **fields)
     pixels = torch.randint(0, 256, (4, in_channels, 16, 16), dtype=torch.uint8)
@@ -253,133 +298,39 @@ def test_a_network_that_ends_at_one_pixel_is_built() -> None:
     assert _build(image_size=(8, 8))(_images(2, 1, 8, 8)).shape == (2, 10)
 
 
-# --- timm's models
-
-
-@pytest.mark.parametrize("in_channels", [1, 3])
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_a_timm_model_is_timms_with_our_channels_and_classes(name: str, in_channels: int) -> None:
-    ours = _build(name=f"timm/{name}", num_classes=7, in_channels=in_channels, image_size=(160, 160))
-    theirs = timm.create_model(name, num_classes=7, in_chans=in_channels)
-    assert type(ours) is type(theirs)
-    assert ours.training
-    assert _parameters(ours) == _parameters(theirs)
-    assert ours(_images(2, in_channels, 160, 160)).shape == (2, 7)
-
-
-@pytest.mark.parametrize("image_size", [(96, 96), (64, 96)])
-def test_a_model_of_a_fixed_size_is_built_for_the_size_at_hand(image_size: tuple[int, int]) -> None:
-    model = _build(name="timm/test_vit", in_channels=3, image_size=image_size)
-    assert model.patch_embed.img_size == image_size
-    assert model(_images(2, 3, *image_size)).shape == (2, 10)
-
-
-def test_building_draws_the_weights_only_and_leaves_batch_statistics_alone() -> None:
-    model = _build(name="timm/test_resnet", image_size=(32, 32), in_channels=3)
-    after = torch.rand(1)
-    torch.manual_seed(0)
-    timm.create_model("test_resnet", num_classes=10)
-    assert torch.equal(torch.rand(1), after)
-    assert all(not module.num_batches_tracked for module in model.modules() if isinstance(module, nn.BatchNorm2d))
-
-
-def test_dropout_and_drop_path_reach_a_timm_model() -> None:
-    model = _build(name="timm/test_vit", image_size=(160, 160), in_channels=3, dropout=0.25, drop_path=0.5)
-    assert max(module.drop_prob for module in model.modules() if isinstance(module, DropPath)) == pytest.approx(0.5)
-    assert model.head_drop.p == 0.25
-
-
-def test_a_timm_model_without_drop_path_is_refused_where_it_is_set() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.drop_path: timm/ghostnet_050 has none; set it to 0"):
-        _build(name="timm/ghostnet_050", image_size=(32, 32), in_channels=3, drop_path=0.1)
+# --- every family: the classifier
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "reason"),
-    [("test_convnext", 8, "Kernel size"), ("test_vit", 8, "divisible"), ("test_vit", 100, "divisible")],
-)
-def test_a_timm_model_that_cannot_take_such_images_is_refused_with_its_own_size(
-    name: str, side: int, reason: str
-) -> None:
-    own = timm.get_pretrained_cfg(name).input_size[-1]
-    with pytest.raises(
-        ConfigError, match=rf"^data\.image_size: timm/{name} cannot .*{side}×{side} \(.*{reason}.*\); .* {own}: set"
-    ) as caught:
-        _build(name=f"timm/{name}", image_size=(side, side), in_channels=3)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "nearest"), [("resnet_18", "resnet18"), ("vit_tiny_patch16_224_in21k", "vit_tiny_patch16_224")]
-)
-def test_an_unknown_or_deprecated_timm_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(UserError, match=rf"^model\.name: timm .* has no model '{name}'; did you mean .*{nearest}"):
-        _build(name=f"timm/{name}")
-
-
-def test_an_unknown_tag_is_answered_with_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"^model\.name: timm's resnet18 has no weights 'nope'; it has .*a1_in1k"):
-        _build(name="timm/resnet18.nope")
-
-
-@pytest.mark.parametrize("name", ["resnet", "timm/convnext_atto", "timm/resnet18.a1_in1k"])
-def test_a_known_name_passes_the_check_without_building_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm, "create_model", None)
-    check_model_name(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
+    ("fields", "names"),
     [
-        ("timm/resnet_18", r"^model\.name: timm .* has no model 'resnet_18'; did you mean .*resnet18"),
-        ("timm/resnet18.nope", r"^model\.name: timm's resnet18 has no weights 'nope'; it has .*a1_in1k"),
+        ({"name": "resnet", **SMALL}, {"fc.weight", "fc.bias"}),
+        ({"name": "vgg", **SMALL}, {"fc.weight", "fc.bias"}),
+        ({"name": "vgg", "hidden": 16, **SMALL}, {"fc.weight", "fc.bias"}),
+        ({"name": "timm/test_resnet"}, {"fc.weight", "fc.bias"}),
+        ({"name": "timm/test_convnext"}, {"head.fc.weight", "head.fc.bias"}),
+        ({"name": "timm/mobilenetv3_small_050"}, {"classifier.weight", "classifier.bias"}),
     ],
 )
-def test_an_unknown_name_fails_the_check_as_it_fails_the_build(name: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check_model_name(name)
+def test_the_parameters_of_the_head_are_the_last_linear_layers(fields: dict[str, Any], names: set[str]) -> None:
+    model = _build(image_size=(32, 32), **fields)
+    head = {id(parameter) for parameter in head_parameters(model)}
+    assert {name for name, parameter in model.named_parameters() if id(parameter) in head} == names
 
 
-# --- pretrained weights
+def test_a_distilled_model_has_two_heads() -> None:
+    model = _build(name="timm/deit_tiny_distilled_patch16_224", in_channels=3, image_size=(32, 32))
+    assert len(head_parameters(model)) == 4
 
 
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, and no network."""
-    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    return tmp_path
-
-
-@pytest.mark.parametrize("in_channels", [1, 3])
-def test_weights_in_the_cache_are_used_without_asking_the_network(hub_cache: Path, in_channels: int) -> None:
-    source = timm.create_model("test_resnet")
-    snapshot = hub_cache / "models--timm--test_resnet.r160_in1k" / "snapshots" / "0"
-    snapshot.mkdir(parents=True)
-    save_file(source.state_dict(), snapshot / "model.safetensors")
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0")
-
-    model = _build(
-        name="timm/test_resnet", pretrained=True, num_classes=7, in_channels=in_channels, image_size=(32, 32)
-    )
-    assert torch.equal(model.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
-    if in_channels == 3:
-        assert torch.equal(model.conv1[0].weight, source.conv1[0].weight)
-    assert model.fc.out_features == 7
-
-
-def test_weights_that_are_not_at_hand_are_named_with_where_they_were_sought(hub_cache: Path) -> None:
-    with pytest.raises(UserError, match=r"^model\.pretrained: the weights of timm/resnet18, ") as caught:
-        _build(name="timm/resnet18", pretrained=True, in_channels=3, image_size=(32, 32))
-    for part in ("model.safetensors of timm/resnet18.a1_in1k", str(hub_cache), "set model.pretrained to false"):
-        assert part in str(caught.value)
+@pytest.mark.parametrize("kind", ["no classifier", "Identity"])
+def test_a_model_without_a_classifier_is_refused_by_the_fields_that_need_one(kind: str) -> None:
+    model = nn.Flatten() if kind == "no classifier" else timm.create_model("test_resnet", num_classes=0)
+    with pytest.raises(
+        ConfigError, match=r"^optim\.backbone_lr_scale, optim\.head_only_fraction: .* leave them out"
+    ) as caught:
+        head_parameters(model)
     assert "\n" not in str(caught.value)
-
-
-def test_weights_that_timm_has_not_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^model\.pretrained: timm has no weights for convnext_atto_rms;"):
-        _build(name="timm/convnext_atto_rms", pretrained=True, in_channels=3, image_size=(32, 32))
 
 
 # --- start-up
@@ -390,9 +341,10 @@ def test_importing_the_package_loads_no_architecture() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_narrow_networks_train_on_the_cpu_without_crashing_it() -> None:
+@pytest.mark.parametrize("anti_alias", [False, True])
+def test_narrow_networks_train_on_the_cpu_without_crashing_it(anti_alias: bool) -> None:
     """oneDNN's kernel for the shortcut of fewer than 16 channels ends the process: see `FEWEST_STRIDED_CHANNELS`."""
-    narrow = ModelConfig(widths=(8, 16), blocks=(1, 1))
+    narrow = ModelConfig(widths=(8, 16), blocks=(1, 1), anti_alias=anti_alias)
     network = build_model(narrow, num_classes=10, in_channels=3, image_size=(96, 96))
     images = torch.randn(4, 3, 96, 96).contiguous(memory_format=torch.channels_last)
     network(images).sum().backward()

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.config import TrainConfig
-from core.optim import StepOptimizer, build_optimizer
+from core.optim import StepOptimizer, build_optimizer, needs_head
 
 STEPS = 20
-KINDS = ("sgd", "adamw", "nadam", "swats")
+KINDS = ("sgd", "adamw", "nadam", "swats", "muon")
 
 
 def network() -> nn.Module:
@@ -71,7 +72,7 @@ def test_without_gradients_every_optimizer_shrinks_weights_alike_and_spares_vect
         torch.testing.assert_close(now, expected, rtol=1e-5, atol=0)
 
 
-# ---- torch's own
+# ---- torch's own, and timm's
 
 
 def by_hand(name: str, model: nn.Module, lr: float, decay: float) -> torch.optim.Optimizer:
@@ -135,6 +136,102 @@ def test_sgd_is_torchs_behind_a_decay_of_its_own(momentum: float, nesterov: bool
         reference.param_groups[0]["lr"] = 0.1 * factor
         reference.step()
     assert_same(ours, theirs)
+
+
+def test_without_decay_adamw_is_torchs_adam() -> None:
+    ours, theirs = network(), network()
+    run(build_optimizer(config("adamw", lr=0.02, weight_decay=0.0), ours, STEPS), ours, range(STEPS))
+    reference = torch.optim.Adam(theirs.parameters(), lr=1.0, foreach=False, fused=False)
+    for step in range(STEPS):
+        set_gradients(theirs, step)
+        reference.param_groups[0]["lr"] = 0.02 * (1 - step / STEPS)
+        reference.step()
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_timms_behind_a_decay_of_its_own_with_the_classifier_left_to_adamw(nesterov: bool) -> None:
+    ours, theirs = network(), network()
+    chosen = config("muon", lr=0.02, weight_decay=0.01, momentum=0.8, nesterov=nesterov)
+    run(build_optimizer(chosen, ours, STEPS, head=list(ours[5].parameters())), ours, range(STEPS))
+    vectors = [p for p in theirs.parameters() if p.ndim < 2]
+    groups = [{"params": [theirs[0].weight]}, {"params": [theirs[5].weight, *vectors], "use_fallback": True}]
+    reference = timm.optim.Muon(groups, lr=1.0, momentum=0.8, nesterov=nesterov, betas=(0.9, 0.999))
+    for step in range(STEPS):
+        set_gradients(theirs, step)
+        factor = 1 - step / STEPS
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.ndim >= 2:
+                    parameter *= 1 - factor * 0.01
+        for group in reference.param_groups:
+            group["lr"] = 0.02 * factor
+        reference.step()
+    assert_same(ours, theirs)
+
+
+def test_muons_first_step_turns_a_filter_along_its_gradients_singular_vectors() -> None:
+    """The post's definition: the update is UVᵀ of the gradient's UΣVᵀ, here times Liu et al.'s 0.2 √max(out, in)."""
+    model = network()
+    before = model[0].weight.detach().clone()
+    optimizer = build_optimizer(
+        config("muon", lr=0.1, weight_decay=0.0, momentum=0.0, nesterov=False),
+        model,
+        STEPS,
+        list(model[5].parameters()),
+    )
+    set_gradients(model, 0)
+    assert model[0].weight.grad is not None
+    left, _, right = torch.linalg.svd(model[0].weight.grad.flatten(1), full_matrices=False)
+    optimizer.step(0.0, 1.0)
+    moved = (before - model[0].weight).flatten(1) / (0.1 * 0.2 * 27**0.5)
+    # Five steps of Newton and Schulz, in bfloat16, leave singular values between 0.7 and 1.2 (the post).
+    aligned = left.T @ moved @ right.T
+    assert ((aligned.diagonal() > 0.6) & (aligned.diagonal() < 1.3)).all()
+    assert (aligned - aligned.diagonal().diag()).abs().max() < 0.1
+
+
+# ---- fine-tuning
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_backbone_moves_as_it_would_alone_at_its_own_rate(name: str) -> None:
+    model, slow, fast = network(), network(), network()
+    fields: dict[str, Any] = {"weight_decay": 0.01, "swats__switch_fraction": 0.5}
+    for net, more in ((model, {"lr": 0.01, "backbone_lr_scale": 0.1}), (slow, {"lr": 0.001}), (fast, {"lr": 0.01})):
+        run(build_optimizer(config(name, **fields, **more), net, STEPS, list(net[5].parameters())), net, range(STEPS))
+    for at, (one, low, high) in enumerate(zip(model.parameters(), slow.parameters(), fast.parameters(), strict=True)):
+        torch.testing.assert_close(one, high if at >= 4 else low, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_head_alone_is_trained_first_and_then_everything(name: str) -> None:
+    model = network()
+    before = copy.deepcopy(model)
+    chosen = config(name, weight_decay=0.01, head_only_fraction=0.5, swats__switch_fraction=0.75)
+    optimizer = build_optimizer(chosen, model, STEPS, list(model[5].parameters()))
+    images = torch.randn(4, 3, 8, 8)
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            assert torch.equal(model[0].weight, before[0].weight)
+            assert torch.equal(model[1].bias, before[1].bias)
+            assert not torch.equal(model[5].weight, before[5].weight)
+        optimizer.begin_step(step / STEPS)
+        optimizer.zero_grad()
+        model(images).square().sum().backward()
+        assert (model[0].weight.grad is None) is (step < STEPS // 2)
+        optimizer.step(step / STEPS, 1.0)
+    assert not torch.equal(model[0].weight, before[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "needed"),
+    [({}, False), ({"backbone_lr_scale": 0.1}, True), ({"head_only_fraction": 0.1}, True), ({"name": "muon"}, True)],
+)
+def test_the_classifier_is_asked_for_where_it_matters(fields: dict[str, Any], needed: bool) -> None:
+    assert (
+        needs_head(TrainConfig().override({f"optim.{name}": value for name, value in fields.items()}).optim) is needed
+    )
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
@@ -261,9 +358,11 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# NAdam is not here: torch keeps its counters on the CPU and reads them there, which waits for no device.
+# NAdam is not here, nor Muon, whose vectors timm moves by it: their counters are kept on the CPU and read there, which
+# waits for no device.
 @pytest.mark.parametrize(
-    ("name", "switch"), [("sgd", "fraction"), ("adamw", "fraction"), ("swats", "fraction"), ("swats", "criterion")]
+    ("name", "switch"),
+    [("sgd", "fraction"), ("adamw", "fraction"), ("swats", "fraction"), ("swats", "criterion")],
 )
 def test_a_step_reads_nothing_back(name: str, switch: str) -> None:
     model = network()

@@ -1,17 +1,27 @@
-"""The schedule is torch's own warm-up and decay, as a function of progress."""
+"""The schedule is torch's own warm-up, decay and falls, as a function of progress and of the scores so far."""
 
 from __future__ import annotations
 
+import random
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 
 from core.config import ScheduleConfig
-from core.schedule import factor
+from core.schedule import factor, reductions, replayed
 
 STEPS, WARMUP_STEPS = 200, 20
+NAMES = ("cosine", "linear", "constant", "step", "pieces", "plateau")
 
 
 def torch_factors(decay: type[LRScheduler], **options: float) -> list[float]:
@@ -55,8 +65,202 @@ def test_linear_is_torchs(final_factor: float) -> None:
     assert ours == pytest.approx(theirs, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize("warmup_fraction", [0.05, 0.3])
+# ---- step
+
+
+@pytest.mark.parametrize(
+    ("epochs", "every", "step_fraction"),
+    [(10, 3, 0.3), (10, 1, 0.1), (30, 7, 7 / 30), (100, 30, 0.3), (7, 7, 1.0), (60, 9, 0.15), (90, 30, 1 / 3)],
+)
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 40])
+@pytest.mark.parametrize("gamma", [0.1, 0.97])
+def test_step_is_torchs(epochs: int, every: int, step_fraction: float, steps_per_epoch: int, gamma: float) -> None:
+    config = ScheduleConfig(name="step", warmup_fraction=0.0, step_fraction=step_fraction, gamma=gamma)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    scheduler = StepLR(optimizer, step_size=every, gamma=gamma)
+    total = epochs * steps_per_epoch
+    for epoch in range(epochs):
+        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            assert factor(config, step / total) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_step_falls_at_the_first_step_of_its_epochs_however_progress_is_rounded() -> None:
+    for steps_per_epoch in range(1, 400):
+        config = ScheduleConfig(name="step", warmup_fraction=0.0, step_fraction=0.3)
+        total = 10 * steps_per_epoch
+        factors = [factor(config, step / total) for step in range(total)]
+        falls = [step for step in range(1, total) if factors[step] < factors[step - 1]]
+        assert falls == [3 * steps_per_epoch, 6 * steps_per_epoch, 9 * steps_per_epoch]
+
+
+def test_step_counts_from_the_beginning_of_the_run_and_not_of_its_fall() -> None:
+    config = ScheduleConfig(name="step", warmup_fraction=0.2, step_fraction=0.3, gamma=0.5)
+    assert [factor(config, progress) for progress in (0.2, 0.29, 0.3, 0.59, 0.6)] == [1, 1, 0.5, 0.5, 0.25]
+
+
+# ---- pieces
+
+
+def test_pieces_are_a_diary_written_down() -> None:
+    # 3e-6 for 30 epochs, 2e-6 for 50, 1e-6 for 100
+    config = ScheduleConfig(name="pieces", warmup_fraction=0.0, pieces=((30 / 180, 2 / 3), (80 / 180, 1 / 3)))
+    for steps_per_epoch in (1, 13, 50):
+        total = 180 * steps_per_epoch
+        rates = [3e-6 * factor(config, step / total) for step in range(total)]
+        diary = [3e-6] * 30 * steps_per_epoch + [2e-6] * 50 * steps_per_epoch + [1e-6] * 100 * steps_per_epoch
+        assert rates == pytest.approx(diary, rel=1e-12)
+
+
+def test_pieces_may_rise_and_the_last_holds_to_the_end() -> None:
+    config = ScheduleConfig(name="pieces", warmup_fraction=0.0, pieces=((0.2, 0.1), (0.4, 0.9), (0.6, 0.01)))
+    factors = [factor(config, progress / 10) for progress in range(11)]
+    assert factors == [1, 1, 0.1, 0.1, 0.9, 0.9, 0.01, 0.01, 0.01, 0.01, 0.01]
+
+
+def test_without_pieces_nothing_falls() -> None:
+    config = ScheduleConfig(name="pieces", warmup_fraction=0.0, pieces=())
+    assert factor(config, 0) == factor(config, 1) == 1
+
+
+# ---- plateau
+
+
+def plateau(**fields: Any) -> ScheduleConfig:
+    return ScheduleConfig(name="plateau", **fields)
+
+
+def noisy_scores(seed: int, epochs: int) -> list[float]:
+    """Scores that climb, stall and tie, with one in ten that is not a number."""
+    draw = random.Random(seed)
+    return [
+        float("nan") if draw.random() < 0.1 else round(1 - 0.8**epoch + draw.gauss(0, 0.1), 1)
+        for epoch in range(epochs)
+    ]
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize(("epochs", "patience"), [(10, 1), (50, 2), (100, 10)])
+@pytest.mark.parametrize("seed", range(10))
+def test_plateau_is_torchs(seed: int, epochs: int, patience: int, maximize: bool) -> None:
+    config = plateau(warmup_fraction=0.0, patience_fraction=patience / epochs, gamma=0.3, final_factor=0.001)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    scheduler = ReduceLROnPlateau(
+        optimizer,
+        mode="max" if maximize else "min",
+        factor=0.3,
+        patience=patience - 1,  # bad epochs that are tolerated: the one after them falls
+        threshold=0.0,
+        min_lr=0.001,
+        eps=0.0,
+    )
+    scores = [score if maximize else -score for score in noisy_scores(seed, epochs)]
+    for epoch, score in enumerate(scores, start=1):
+        optimizer.step()
+        scheduler.step(score)
+        fallen = reductions(config, scores[:epoch], maximize=maximize, epochs=epochs)
+        ours = factor(config, epoch / epochs, fallen)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+
+
+def test_plateau_falls_after_its_patience_without_a_better_score_and_counts_anew() -> None:
+    config = plateau(patience_fraction=0.3)  # three of ten epochs
+    scores = [0.5, 0.6, 0.6, 0.5, 0.6, 0.1, 0.2, 0.3, 0.7, 0.7]
+    counts = [reductions(config, scores[:epoch], maximize=True, epochs=10) for epoch in range(11)]
+    assert counts == [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_patience_is_at_least_one_epoch() -> None:
+    config = plateau(patience_fraction=0.01)
+    assert reductions(config, [0.5, 0.4, 0.3], maximize=True, epochs=3) == 2
+
+
+def test_what_is_better_depends_on_the_metric() -> None:
+    config = plateau(patience_fraction=0.1)
+    assert reductions(config, [3.0, 2.0, 1.0], maximize=False, epochs=10) == 0
+    assert reductions(config, [3.0, 2.0, 1.0], maximize=True, epochs=10) == 2
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_a_score_that_is_not_a_number_is_not_better(maximize: bool) -> None:
+    config = plateau(patience_fraction=0.2)
+    nan = float("nan")
+    assert reductions(config, [nan, nan, nan, nan], maximize=maximize, epochs=10) == 2
+    assert reductions(config, [nan, 0.5, nan, 0.5], maximize=maximize, epochs=10) == 1
+
+
+def test_plateau_never_goes_below_its_final_factor() -> None:
+    config = plateau(warmup_fraction=0.0, gamma=0.5, final_factor=0.2)
+    assert [factor(config, 0.5, count) for count in range(5)] == [1, 0.5, 0.25, 0.2, 0.2]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "plateau"])
+def test_other_schedules_know_no_reductions(name: str) -> None:
+    config = ScheduleConfig(name=name, patience_fraction=0.1)  # type: ignore[arg-type]
+    assert reductions(config, [0.5] * 10, maximize=True, epochs=10) == 0
+    assert factor(config, 0.7, reductions=5) == factor(config, 0.7)
+
+
+# ---- a plateau, replayed
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize("warmup_fraction", [0.0, 0.1, 0.33])
+@pytest.mark.parametrize("final_factor", [0.0, 0.05])
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 33])
+def test_a_replayed_plateau_has_the_same_factor_at_every_step(
+    maximize: bool, warmup_fraction: float, final_factor: float, steps_per_epoch: int
+) -> None:
+    epochs = 30
+    config = plateau(warmup_fraction=warmup_fraction, final_factor=final_factor, patience_fraction=0.1, gamma=0.3)
+    for seed in range(20):
+        scores = noisy_scores(seed, epochs)
+        again = replayed(config, scores, maximize=maximize, epochs=epochs)
+        for step in range(epochs * steps_per_epoch):
+            fallen = reductions(config, scores[: step // steps_per_epoch], maximize=maximize, epochs=epochs)
+            progress = step / (epochs * steps_per_epoch)
+            assert factor(again, progress) == factor(config, progress, fallen)
+
+
+def test_a_replayed_plateau_is_its_falls_as_pieces() -> None:
+    config = plateau(warmup_fraction=0.1, patience_fraction=0.2, gamma=0.5, final_factor=0.2)
+    again = replayed(config, [0.5] + [0.4] * 9, maximize=True, epochs=10)
+    # The fourth fall, at 0.9, is to the same 0.2 as the third.
+    assert again == ScheduleConfig(
+        name="pieces",
+        warmup_fraction=0.1,
+        pieces=((0.3, 0.5), (0.5, 0.25), (0.7, 0.2)),
+        patience_fraction=0.2,
+        gamma=0.5,
+        final_factor=0.2,
+    )
+
+
+@pytest.mark.parametrize("scores", [[], [0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.2]])
+def test_a_plateau_that_never_fell_before_the_end_is_replayed_as_constant(scores: list[float]) -> None:
+    config = plateau(warmup_fraction=0.2, patience_fraction=0.25)
+    again = replayed(config, scores, maximize=True, epochs=4)
+    assert again == config.model_copy(update={"name": "constant"})
+
+
+def test_a_plateau_that_fell_to_nothing_can_still_be_replayed() -> None:
+    config = plateau(gamma=1e-9, patience_fraction=0.01)
+    again = replayed(config, [0.5] * 100, maximize=True, epochs=100)  # (1e-9)⁹⁹ is no float
+    assert 0 < factor(again, 0.99) == factor(config, 0.99, 98) < 1e-300
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "plateau"])
+def test_other_schedules_are_replayed_as_they_are(name: str) -> None:
+    config = ScheduleConfig(name=name)  # type: ignore[arg-type]
+    assert replayed(config, [0.5] * 10, maximize=True, epochs=10) is config
+
+
+# ---- every schedule
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("warmup_fraction", [0.05, 0.29])
 def test_the_warmup_rises_linearly_to_one(name: str, warmup_fraction: float) -> None:
     config = ScheduleConfig(name=name, warmup_fraction=warmup_fraction, warmup_start=0.2)  # type: ignore[arg-type]
     assert factor(config, 0) == pytest.approx(0.2)
@@ -64,7 +268,7 @@ def test_the_warmup_rises_linearly_to_one(name: str, warmup_fraction: float) -> 
     assert factor(config, warmup_fraction) == 1
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("name", NAMES)
 def test_without_warmup_the_first_step_is_at_the_peak(name: str) -> None:
     assert factor(ScheduleConfig(name=name, warmup_fraction=0.0), 0) == 1  # type: ignore[arg-type]
 
@@ -75,7 +279,7 @@ def test_the_run_ends_at_the_final_factor_unless_constant(name: str, end: float)
     assert factor(config, 1) == pytest.approx(end)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("name", NAMES)
 def test_it_never_rises_after_the_warmup(name: str) -> None:
     config = ScheduleConfig(name=name, final_factor=0.3)  # type: ignore[arg-type]
     factors = [factor(config, progress / 1000) for progress in range(50, 1001)]

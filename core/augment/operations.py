@@ -1,0 +1,95 @@
+"""Operations by torchvision's names, of a signed level (n,) in [-1, 1], and how far each goes at level 1.
+
+Level 0 is the identity of every operation, to the bit for the photometric ones and for shifts: so a policy that applies
+an operation with some probability gives the other images level 0, and every shape stays as it is. Definitions and
+ranges are those of torchvision's v2 transforms, but for what a comment says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from core.augment import geometry, photometry
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The magnitudes that level 1 stands for."""
+
+    shear: float
+    """Slope."""
+    translate_fraction: float
+    """Shift as a share of the image's side."""
+    translate_pixels: float
+    """Greatest shift in pixels."""
+    degrees: float
+    """Rotation."""
+    factor_change: float
+    """Brightness, saturation, contrast and sharpness are scaled by 1 plus this; at level -1, by 1 minus this."""
+    bits_lost: int
+    """Posterize keeps 8 minus this."""
+
+    def translate(self, side: int) -> float:
+        """The shift in pixels along a side of so many pixels, at level 1."""
+        return min(self.translate_fraction * side, self.translate_pixels)
+
+    def factor(self, level: Tensor) -> Tensor:
+        """What brightness and its like are scaled by: (n,), 1 at level 0."""
+        return 1 + self.factor_change * level
+
+    def bits(self, level: Tensor) -> Tensor:
+        """How many bits a pixel keeps: (n,) whole numbers, 8 at level 0."""
+        return 8 - (self.bits_lost * level.abs()).round()
+
+
+# `RandAugment._AUGMENTATION_SPACE` and `AutoAugment._AUGMENTATION_SPACE`.
+STANDARD = Ranges(
+    shear=0.3,
+    translate_fraction=150.0 / 331.0,
+    translate_pixels=math.inf,
+    degrees=30.0,
+    factor_change=0.9,
+    bits_lost=4,
+)
+# `TrivialAugmentWide._AUGMENTATION_SPACE`, whose 32 pixels are kept within the image.
+WIDE = Ranges(
+    shear=0.99,
+    translate_fraction=1.0,
+    translate_pixels=32.0,
+    degrees=135.0,
+    factor_change=0.99,
+    bits_lost=6,
+)
+
+GEOMETRIC_OPS: dict[str, Callable[[Tensor, tuple[int, int], Ranges], Tensor]] = {
+    "ShearX": lambda level, size, ranges: geometry.shear_x(ranges.shear * level, size),
+    "ShearY": lambda level, size, ranges: geometry.shear_y(ranges.shear * level, size),
+    "Rotate": lambda level, _size, ranges: geometry.rotation(ranges.degrees * level),
+    "TranslateX": lambda level, size, ranges: geometry.translate_x((ranges.translate(size[1]) * level).trunc()),
+    "TranslateY": lambda level, size, ranges: geometry.translate_y((ranges.translate(size[0]) * level).trunc()),
+}
+"""(level (n,), size (H, W), ranges) -> matrices (n, 2, 3)."""
+
+INTERPOLATED_OPS = ("ShearX", "ShearY", "Rotate")
+
+PHOTOMETRIC_OPS: dict[str, Callable[[Tensor, Tensor, Ranges], Tensor]] = {
+    "Brightness": lambda pixels, level, ranges: photometry.brightness(pixels, ranges.factor(level)),
+    "Color": lambda pixels, level, ranges: photometry.saturation(pixels, ranges.factor(level)),
+    "Contrast": lambda pixels, level, ranges: photometry.contrast(pixels, ranges.factor(level)),
+    "Sharpness": lambda pixels, level, ranges: photometry.sharpness(pixels, ranges.factor(level)),
+    "Posterize": lambda pixels, level, ranges: photometry.posterize(pixels, ranges.bits(level)),
+    # 256 and not torchvision's 255, as AutoAugment has it (arXiv 1805.09501), so that a low level leaves white white.
+    "Solarize": lambda pixels, level, _ranges: photometry.solarize(pixels, 256 * (1 - level.abs())),
+    # torchvision applies these three in full whatever the magnitude. Here they grow with it, so that 0 is no change.
+    "AutoContrast": lambda pixels, level, _ranges: photometry.autocontrast(pixels, level.abs()),
+    "Equalize": lambda pixels, level, _ranges: photometry.equalize(pixels, level.abs()),
+    "Invert": lambda pixels, level, _ranges: photometry.invert(pixels, level.abs()),
+}
+"""(pixels (n, C, H, W) float32, level (n,), ranges) -> pixels."""
+
+OPS = ("Identity", *GEOMETRIC_OPS, *(name for name in PHOTOMETRIC_OPS if name != "Invert"))
+"""The fourteen of RandAugment and TrivialAugment, which do not have `Invert`."""

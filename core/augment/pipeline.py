@@ -1,0 +1,233 @@
+"""`Augment`: everything that happens to a batch of training images between the data set and the network.
+
+Geometry is composed into one affine matrix an image, so that pixels are read once. Photometry works on float32 that
+holds whole numbers from 0 to 255 and rounds as torchvision does on uint8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from core.augment import mixing, photometry
+from core.augment.draws import uniform
+from core.augment.erasing import draw_erased
+from core.augment.geometry import affine, rotation, shift, then, warp
+from core.augment.mixing import MixPlan
+from core.augment.operations import GEOMETRIC_OPS, INTERPOLATED_OPS, PHOTOMETRIC_OPS
+from core.augment.policies import Round, build_policy
+from core.augment.sizing import resize, size_at
+from core.config import AugmentConfig
+from core.runtime import normalize
+
+# Working memory of a CPU's chunk. Blocks much above it are given back to the system and faulted in again, batch after
+# batch, which took a third of the time.
+_CPU_CHUNK_BYTES = 10 * 2**20
+
+
+def alternating_flips(first: Tensor, epoch: int) -> Tensor:
+    """Which images are flipped in an epoch, (n,) bool, so that two epochs show every image both ways.
+
+    `first` (n,) bool, drawn once a run, says which are flipped in the first epoch. Epochs count from 1: odd ones are
+    flipped like the first, even ones the other way round (Jordan 2024, arXiv 2404.00498).
+    """
+    return first if epoch % 2 == 1 else ~first
+
+
+def put_rows(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
+    """pixels[rows] = values, in place; both (…, C, H, W) contiguous, and rows that occur twice have equal values."""
+    # A CPU moves one element at a time here, so the widest element there is makes it four times as fast.
+    values = values.contiguous()
+    wide = torch.complex128 if pixels[0].numel() % 4 == 0 else pixels.dtype
+    pixels.view(len(pixels), -1).view(wide).index_copy_(0, rows, values.view(len(values), -1).view(wide))
+
+
+class Augment:
+    """Turns uint8 training images into augmented, normalised network input, and mixes and shrinks them.
+
+    `mean` and `std` are of pixels in [0, 1], one a channel; one or three channels. All random numbers come from the
+    generators that are passed in: the same state gives the same bits. Nothing waits for the device.
+    """
+
+    def __init__(
+        self, config: AugmentConfig, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    ) -> None:
+        self.config = config
+        self._mean, self._std = mean, std
+        self._scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, -1, 1, 1)
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
+        self._policy = build_policy(config, device)
+        self._moves = bool(
+            config.flip
+            or config.vertical_flip
+            or config.crop_pad_fraction
+            or config.rotation_degrees
+            or self._policy.rounds
+        )
+
+    def __call__(
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        *,
+        flips: Tensor | None = None,
+        repeats: Tensor | None = None,
+    ) -> Tensor:
+        """Images (N, C, H, W) uint8 to float32 (N, C, H, W) channels_last, each augmented on its own, normalised.
+
+        The order is crop, flips, rotation, the policy's geometry, colour jitter, the policy's photometry, erasing.
+
+        Args:
+            images: (N, C, H, W) uint8.
+            generator: the device's.
+            flips: (N,) bool, the images that are flipped sideways this time; read where `alternate_flip` is true, in
+                place of a draw.
+            repeats: (N,) bool, the visits that are an image's second or later one in the epoch; read where `apply_to`
+                is "repeats": the others come out as `normalize` gives them, to the bit.
+
+        Raises:
+            ValueError: the configuration reads `flips` or `repeats`, and it is not given.
+        """
+        config = self.config
+        if config.alternate_flip and flips is None:
+            raise ValueError("augment.alternate_flip is true: give `flips`, the images that are flipped this time")
+        if config.apply_to == "repeats" and repeats is None:
+            raise ValueError("augment.apply_to is repeats: give `repeats`, the visits that are not an image's first")
+        if not (self._moves or config.color_jitter or config.erase):
+            return normalize(images, self._mean, self._std)
+        augmented = self._augment(images, flips if config.alternate_flip else None, generator)
+        if config.apply_to == "all" or repeats is None:
+            return augmented
+        # First visits are augmented too, and dropped: how many there are, only the device knows.
+        chosen = torch.where(repeats.view(-1, 1, 1, 1), augmented, normalize(images, self._mean, self._std))
+        return chosen.contiguous(memory_format=torch.channels_last)
+
+    def shrink(self, images: Tensor, progress: float) -> Tensor:
+        """Progressive resolution: normalised images (N, C, H, W) at the size of this fraction of the run, in [0, 1].
+
+        Both are float and channels_last. Where the size is the whole, it is the same tensor.
+        """
+        height, width = images.shape[-2:]
+        return resize(images, size_at(self.config, progress, (height, width)))
+
+    def mixes(self, progress: float) -> bool:
+        """Whether batches may be mixed at this fraction of the run, in [0, 1]."""
+        return mixing.mixes(self.config, progress)
+
+    def plan_mix(self, generator: torch.Generator, shape: Sequence[int]) -> MixPlan | None:
+        """Draws how the next batch of that shape (N, C, H, W) is mixed, or None: not at all.
+
+        One draw a batch, as in timm. The generator is the CPU's, so that the device is not asked.
+        """
+        return mixing.plan_mix(self.config, generator, shape)
+
+    def apply_mix(
+        self, images: Tensor, labels: Tensor, num_classes: int, plan: MixPlan, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Mixes each of the images (N, C, H, W) float32 with another of the batch, and their labels (N,) int64 alike.
+
+        Returns the mixed images, channels_last, and soft targets (N, K) float32 whose rows sum to 1.
+        """
+        return mixing.apply_mix(images, labels, num_classes, plan, generator)
+
+    # --- the passes --------------------------------------------------------------------------------------------------
+
+    def _augment(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Every image augmented and normalised, chunk by chunk: uint8 to float32 (N, C, H, W) channels_last."""
+        out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
+        chunk = self._chunk(images)
+        erased = draw_erased(images.shape, self.config.erase, generator) if self.config.erase else None
+        for start in range(0, len(images), chunk):
+            part = slice(start, start + chunk)
+            pixels = self._change(images[part].contiguous(), None if flips is None else flips[part], generator)
+            # The arithmetic of core.runtime.normalize to the bit, with its constants spread over one image: ten times
+            # as fast on a CPU as one constant a channel.
+            scale, shift = (c.expand(1, *pixels.shape[1:]).contiguous() for c in (self._scale, self._shift))
+            torch.addcmul(shift, pixels, scale, out=pixels)
+            if erased is not None:
+                rows, columns = erased
+                pixels.mul_(1 - rows[part, None, :, None] * columns[part, None, None, :])
+            out[part] = pixels
+        return out
+
+    def _chunk(self, images: Tensor) -> int:
+        """How many images are worked on at a time: all on a GPU, and on a CPU what stays in its cache."""
+        if images.device.type != "cpu":
+            return len(images)
+        chunks = math.ceil(4 * images.numel() / _CPU_CHUNK_BYTES)
+        return self._slots(math.ceil(len(images) / max(chunks, 1)))
+
+    def _slots(self, count: int) -> int:
+        """The images that `count` are padded to, so that each card has an equal hand of them."""
+        cards = self._policy.cards
+        return math.ceil(count / cards) * cards
+
+    def _change(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> Tensor:
+        """All but erasing and normalising: (n, C, H, W) uint8 to float32 of whole numbers from 0 to 255."""
+        count = len(images)
+        # The images past the last are worked on and dropped.
+        rounds = self._policy.deal(self._slots(count), generator)
+        pixels = self._move(images, rounds, flips, generator) if self._moves else images.float()
+        if self.config.color_jitter:
+            pixels = self._jitter(pixels, generator)
+        for one in rounds:
+            for name, operation in PHOTOMETRIC_OPS.items():
+                if name in one.rows:
+                    rows = one.rows[name]
+                    changed = operation(pixels.index_select(0, rows), one.level_of(name), self._policy.ranges)
+                    put_rows(pixels, rows, changed)
+        return pixels[:count]
+
+    def _move(self, images: Tensor, rounds: list[Round], flips: Tensor | None, generator: torch.Generator) -> Tensor:
+        """The geometric pass: (n, C, H, W) float32 of whole numbers, as many rows as the rounds have."""
+        config = self.config
+        count, _, height, width = images.shape
+        slots = len(rounds[0].levels) if rounds else count
+        sources = torch.arange(slots, device=images.device).clamp_(max=count - 1)
+        pad_y, pad_x = (int(config.crop_pad_fraction * side + 0.5) for side in (height, width))
+        matrices = affine(self._scale.new_empty(slots))
+        if pad_x or pad_y:
+            x = uniform(slots, generator, 0, 2 * pad_x + 1).floor_() - pad_x
+            y = uniform(slots, generator, 0, 2 * pad_y + 1).floor_() - pad_y
+            matrices = affine(x, x=x, y=y)
+        if config.flip or config.vertical_flip:
+            across = uniform(slots, generator, 0, 1) < config.flip if flips is None else flips.index_select(0, sources)
+            down = uniform(slots, generator, 0, 1) < config.vertical_flip
+            x, y = 1 - 2 * across.float(), 1 - 2 * down.float()
+            matrices = then(matrices, affine(x, a=x, d=y))
+        if config.rotation_degrees:
+            degrees = uniform(slots, generator, -config.rotation_degrees, config.rotation_degrees)
+            matrices = then(matrices, rotation(degrees))
+        for one in rounds:
+            matrices = then(matrices, self._step(one, (height, width)))
+
+        if config.rotation_degrees:
+            return warp(images.index_select(0, sources), matrices)
+        reach = pad_x + self._policy.reach(width)
+        pixels = shift(images, sources, matrices, reach=reach, mirrored=config.flip > 0).float()
+        # An image that two rounds interpolate is listed, and written, twice, with the same values.
+        interpolated = [one.rows[name] for one in rounds for name in INTERPOLATED_OPS if name in one.rows]
+        if interpolated:
+            rows = torch.cat(interpolated)
+            seen = images.index_select(0, sources.index_select(0, rows))
+            put_rows(pixels, rows, warp(seen, matrices.index_select(0, rows)))
+        return pixels
+
+    def _step(self, one: Round, size: tuple[int, int]) -> Tensor:
+        """The geometry of one round: (slots, 2, 3)."""
+        step = affine(one.levels)
+        for name, operation in GEOMETRIC_OPS.items():
+            if name in one.rows:
+                step.index_copy_(0, one.rows[name], operation(one.level_of(name), size, self._policy.ranges))
+        return step
+
+    def _jitter(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Colour jitter of every image, in torchvision's listed order: brightness, contrast, saturation."""
+        low, high = 1 - self.config.color_jitter, 1 + self.config.color_jitter
+        factors = uniform((3, len(pixels)), generator, low, high)
+        pixels = photometry.brightness(pixels, factors[0])
+        pixels = photometry.contrast(pixels, factors[1])
+        return photometry.saturation(pixels, factors[2])

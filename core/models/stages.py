@@ -1,0 +1,75 @@
+"""What the families for small images share: stages scaled by `width` and `depth`, norms, activations, the least image.
+
+The key choice is that a network is scaled by two numbers, as He et al. (2015, arXiv 1512.03385) and Zagoruyko and
+Komodakis (2016, arXiv 1605.07146) scale theirs, so that a search can order networks by size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from core.config import ModelConfig
+from core.errors import ConfigError
+
+# Wu and He 2018, arXiv 1803.08494, table 3: the best of their fixed numbers of channels a group.
+GROUP_CHANNELS = 16
+# Tensor cores and vector units want channels in eights.
+WIDTH_MULTIPLE = 8
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "mish": nn.Mish}
+
+
+class FixedGroupNorm(nn.GroupNorm):
+    """Group norm by the size of a group: 16 channels, or the largest number below it that divides them."""
+
+    def __init__(self, channels: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        size = max(size for size in range(1, GROUP_CHANNELS + 1) if channels % size == 0)
+        super().__init__(channels // size, channels, device=device, dtype=dtype)
+
+
+NORMS: dict[str, type[nn.BatchNorm2d] | type[FixedGroupNorm]] = {"batch": nn.BatchNorm2d, "group": FixedGroupNorm}
+
+
+def stage_widths(config: ModelConfig) -> list[int]:
+    """Channels of each stage: `widths` as they stand at `width` 1, else scaled to the nearest multiple of 8."""
+    return [scale_width(width, config.width) for width in config.widths]
+
+
+def stage_blocks(config: ModelConfig) -> list[int]:
+    """Blocks of each stage: `blocks` scaled by `depth`, a half rounded up, at least 1."""
+    return [max(1, math.floor(count * config.depth + 0.5)) for count in config.blocks]
+
+
+def scale_width(width: int, factor: float) -> int:
+    """`width` as it stands at a factor of 1, else scaled to the nearest multiple of 8, at least 8."""
+    if factor == 1:
+        return width
+    return WIDTH_MULTIPLE * max(1, math.floor(width * factor / WIDTH_MULTIPLE + 0.5))
+
+
+def check_image_size(
+    image_size: tuple[int, int], steps: Iterable[str], *, halve: Callable[[int], int], remedy: str = ""
+) -> None:
+    """Refuses a network with a step of stride 2 that meets a side of one pixel: it would compute nothing of worth.
+
+    `image_size` is (H, W) in pixels; `steps` names each step of stride 2 in order, and `halve` gives the side that one
+    leaves, which depends on its padding. `remedy` is what else than fewer stages would help.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    height, width = image_size
+    side = min(image_size)
+    for step in steps:
+        if side == 1:
+            raise ConfigError(
+                f"model: an image of {height}×{width} is down to a side of 1 pixel before {step}, "
+                "which would halve it; name fewer stages in model.widths and model.blocks"
+                + (f", or {remedy}" if remedy else "")
+                + ", or enlarge the images by data.image_size"
+            )
+        side = halve(side)

@@ -1,0 +1,82 @@
+"""What the tests of augmentation share: pictures, hard cases, and torchvision image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from core.augment import Augment
+from core.config import AugmentConfig
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+NOTHING: dict[str, Any] = {"flip": 0.0, "crop_pad_fraction": 0.0}
+EVERYTHING: dict[str, Any] = {
+    "flip": 0.5,
+    "vertical_flip": 0.5,
+    "crop_pad_fraction": 0.125,
+    "color_jitter": 0.4,
+    "ops": 2,
+    "strength": 0.5,
+    "erase": 0.5,
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(count: int, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
+    """(N, C, H, W) uint8: smooth shapes of differing contrast with a little noise, as photographs have."""
+    rng = generator(seed)
+    coarse = torch.rand(count, channels, 4, 4, generator=rng) * torch.rand(count, 1, 1, 1, generator=rng)
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
+    return ((smooth + 0.03 * torch.randn(smooth.shape, generator=rng) + 0.2).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def hard_cases(channels: int = 3) -> Tensor:
+    """(N, C, 32, 32) uint8: pictures, all levels at random, flat ones, two levels only, black and white."""
+    noise = torch.randint(0, 256, (2, channels, 32, 32), dtype=torch.uint8, generator=generator(1))
+    flat = torch.full((1, channels, 32, 32), 77, dtype=torch.uint8)
+    two = torch.where(noise[:1] > 200, 90, 60).to(torch.uint8)
+    return torch.cat([pictures(4, channels), noise, flat, two, torch.zeros_like(flat), torch.full_like(flat, 255)])
+
+
+def build(channels: int = 3, **fields: Any) -> Augment:
+    return Augment(AugmentConfig(**fields), MEAN[:channels], STD[:channels], CPU)
+
+
+def pixels_of(out: Tensor) -> Tensor:
+    """Undoes the normalisation: (N, C, H, W) uint8."""
+    channels = out.shape[1]
+    mean = torch.tensor(MEAN[:channels]).view(1, -1, 1, 1)
+    std = torch.tensor(STD[:channels]).view(1, -1, 1, 1)
+    return ((out * std + mean) * 255).round().to(torch.uint8)
+
+
+def each(function: Callable[[Tensor, float], Tensor], images: Tensor, magnitudes: Tensor) -> Tensor:
+    """torchvision's function image by image, each with its own magnitude."""
+    return torch.stack([function(image, float(m)) for image, m in zip(images, magnitudes, strict=True)])
+
+
+def assert_same_geometry(ours: Tensor, theirs: Tensor) -> None:
+    """Within a level, but for the few pixels whose place float32 puts on either side of the border."""
+    difference = (ours - theirs.float()).abs()
+    assert (difference > 1).float().mean() < 1e-3
+
+
+class RefuseToWait(TorchDispatchMode):
+    """Fails on every call whose result the host would have to wait for."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        assert not name.startswith(self.WAITING), f"{name} waits for the device"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a mask as an index waits for the device"
+        return func(*args, **(kwargs or {}))

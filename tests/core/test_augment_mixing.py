@@ -1,0 +1,106 @@
+"""Mixing: images and targets alike, as often as asked, by one draw a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from core.augment import MixPlan, symmetric_beta
+from tests.core.augment_cases import build, generator
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.1, 0.5, 1.0, 3.0, 10.0])
+def test_beta_has_its_mean_and_variance(alpha: float) -> None:
+    rng = generator()
+    draws = torch.tensor([symmetric_beta(alpha, rng) for _ in range(4000)], dtype=torch.float64)
+    assert ((draws >= 0) & (draws <= 1)).all()
+    assert float(draws.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(draws.var()) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
+
+
+def test_mixup_is_the_weighted_mean_of_images_and_targets_alike() -> None:
+    images, labels = torch.randn(8, 3, 6, 6), torch.arange(8)
+    augment = build(mixup=1.0)
+    mixed, targets = augment.apply_mix(images, labels, 8, MixPlan(0.7, None), generator())
+    assert targets.dtype == torch.float32
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    torch.testing.assert_close(mixed, torch.einsum("nk,kchw->nchw", targets, images))
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cutmix_pastes_the_box_and_weighs_the_targets_by_its_area() -> None:
+    images, labels = torch.randn(8, 3, 10, 10), torch.arange(8)
+    augment = build(cutmix=1.0)
+    rng = generator()
+    plan = next(p for p in (augment.plan_mix(rng, images.shape) for _ in range(99)) if p and 0.2 < p.keep < 0.8)
+    assert plan.box is not None
+    top, bottom, left, right = plan.box
+    mixed, targets = augment.apply_mix(images, labels, 8, plan, generator())
+    assert plan.keep == pytest.approx(1 - (bottom - top) * (right - left) / 100)
+    for k in range(8):
+        weights = targets[k]
+        partner = int(weights.clone().index_fill_(0, torch.tensor([k]), 0).argmax()) if weights[k] < 0.99 else k
+        expected = images[k].clone()
+        expected[:, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+        assert torch.equal(mixed[k], expected)
+        assert float(weights[k]) == pytest.approx(1.0 if partner == k else plan.keep)
+        assert float(weights.sum()) == pytest.approx(1.0)
+
+
+def test_partners_are_a_permutation_and_images_stay() -> None:
+    images, labels = torch.randn(50, 1, 4, 4), torch.arange(50)
+    before = images.clone()
+    _, targets = build(mixup=1.0).apply_mix(images, labels, 50, MixPlan(0.25, None), generator())
+    torch.testing.assert_close(targets.sum(0), torch.ones(50))
+    assert torch.equal(images, before)
+
+
+def test_an_image_mixed_with_its_own_class_has_that_class_whole() -> None:
+    _, targets = build(mixup=1.0).apply_mix(
+        torch.randn(4, 1, 4, 4), torch.full((4,), 2), 3, MixPlan(0.3, None), generator()
+    )
+    torch.testing.assert_close(targets, torch.tensor([[0.0, 0.0, 1.0]]).expand(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "none", "cut"),
+    [
+        ({"mixup": 1.0}, 0.0, 0.0),
+        ({"cutmix": 1.0}, 0.0, 1.0),
+        ({"mixup": 0.2, "cutmix": 1.0}, 0.0, 0.5),
+        ({"mixup": 0.2, "cutmix": 1.0, "mix_probability": 0.6}, 0.4, 0.5),
+        ({"mix_probability": 1.0}, 1.0, 0.0),
+    ],
+)
+def test_batches_are_mixed_as_often_as_asked_in_the_way_asked(fields: dict[str, Any], none: float, cut: float) -> None:
+    augment, rng = build(**fields), generator()
+    plans = [augment.plan_mix(rng, (8, 3, 32, 32)) for _ in range(2000)]
+    mixed = [plan for plan in plans if plan]
+    assert 1 - len(mixed) / 2000 == pytest.approx(none, abs=0.04)
+    if mixed:
+        assert sum(plan.box is not None for plan in mixed) / len(mixed) == pytest.approx(cut, abs=0.04)
+        assert all(0 <= plan.keep <= 1 for plan in mixed)
+
+
+def test_plans_follow_the_generator_alone() -> None:
+    augment = build(mixup=0.2, cutmix=1.0)
+    first, again = ([augment.plan_mix(rng, (8, 3, 32, 32)) for _ in range(20)] for rng in (generator(), generator()))
+    assert first == again
+    assert len({plan.keep for plan in first if plan}) > 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "progress", "expected"),
+    [
+        ({}, 0.0, False),
+        ({"mixup": 0.2}, 0.0, True),
+        ({"cutmix": 1.0}, 0.99, True),
+        ({"cutmix": 1.0, "mix_off_fraction": 0.5}, 0.49, True),
+        ({"cutmix": 1.0, "mix_off_fraction": 0.5}, 0.5, False),
+        ({"mixup": 1.0, "mix_off_fraction": 0.0}, 0.0, False),
+    ],
+)
+def test_mixing_ends_at_its_fraction_of_the_run(fields: dict[str, Any], progress: float, expected: bool) -> None:
+    assert build(**fields).mixes(progress) is expected

@@ -1,0 +1,98 @@
+"""Progressive resolution: the side grows evenly, in few steps, and an image is made smaller without aliasing."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as tv
+
+from core.augment import size_at
+from core.config import AugmentConfig
+from tests.core.augment_cases import RefuseToWait, build
+
+
+def config(start: float = 0.5, full_from: float = 0.5) -> AugmentConfig:
+    return AugmentConfig(start_size_fraction=start, full_size_from_fraction=full_from)
+
+
+@pytest.mark.parametrize(
+    ("side", "progress", "expected"),
+    [
+        (96, 0.0, 48), (96, 0.06, 48), (96, 0.07, 60), (96, 0.25, 72), (96, 0.43, 84), (96, 0.44, 96),
+        (96, 0.5, 96), (96, 1.0, 96),
+        (32, 0.0, 16), (32, 0.25, 24), (100, 0.25, 75), (100, 0.125, 63),
+        (8, 0.0, 4), (8, 0.25, 6), (28, 0.0, 14), (28, 0.02, 15), (28, 0.25, 21), (28, 0.49, 28),
+    ],
+)  # fmt: skip
+def test_the_side_grows_in_eighths_or_of_small_images_in_pixels(side: int, progress: float, expected: int) -> None:
+    assert size_at(config(), progress, (side, side)) == (expected, expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (28, 28), (32, 32), (96, 96), (224, 160), (20, 300)])
+@pytest.mark.parametrize(("start", "full_from"), [(0.25, 1.0), (0.6, 0.3), (1.0, 0.5)])
+def test_the_size_never_falls_lies_near_the_line_and_is_whole_when_it_should_be(
+    size: tuple[int, int], start: float, full_from: float
+) -> None:
+    seen = [size_at(config(start, full_from), k / 1000, size) for k in range(1001)]
+    assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(seen))
+    assert seen[round(1000 * full_from)] == seen[-1] == size
+    steps = 8 if min(size) >= 32 else min(size)
+    assert len(set(seen)) <= steps
+    for k, now in enumerate(seen):
+        fraction = min(start + (1 - start) * k / 1000 / full_from, 1)
+        for side, whole in zip(now, size, strict=True):
+            assert side >= 1
+            assert abs(side - fraction * whole) <= whole / steps / 2 + 0.51
+
+
+def test_size_1_is_off() -> None:
+    assert {size_at(AugmentConfig(), k / 10, (96, 96)) for k in range(11)} == {(96, 96)}
+
+
+@pytest.mark.parametrize("progress", [-0.01, 1.01])
+def test_progress_outside_the_run_is_refused(progress: float) -> None:
+    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+        size_at(config(), progress, (32, 32))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(96, 96), (28, 28), (8, 8), (20, 44)])
+def test_shrunk_images_are_torchvisions_antialiased_ones_in_channels_last(channels: int, size: tuple[int, int]) -> None:
+    images = torch.randn(5, channels, *size).contiguous(memory_format=torch.channels_last)
+    augment = build(channels, start_size_fraction=0.5)
+    for progress in (0.0, 0.2, 0.3):
+        small = augment.shrink(images, progress)
+        smaller = size_at(augment.config, progress, size)
+        assert small.shape == (5, channels, *smaller)
+        assert small.dtype == torch.float32
+        assert small.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(small, tv.resize(images, list(smaller), antialias=True))
+
+
+def test_what_is_finer_than_the_smaller_image_averages_out() -> None:
+    stripes = (torch.arange(64) % 2 * 2.0 - 1).expand(1, 1, 64, 64).contiguous(memory_format=torch.channels_last)
+    aliased = F.interpolate(stripes, size=(40, 40), mode="bilinear")
+    small = build(1, start_size_fraction=0.625).shrink(stripes, 0.0)
+    assert small.shape == (1, 1, 40, 40)
+    assert small[..., 2:-2].abs().max() < 0.5 * aliased.abs().max()
+
+
+def test_flat_images_stay_as_they_are() -> None:
+    flat = torch.full((2, 3, 96, 96), 0.7).contiguous(memory_format=torch.channels_last)
+    small = build(start_size_fraction=0.25).shrink(flat, 0.1)
+    torch.testing.assert_close(small, torch.full_like(small, 0.7))
+
+
+def test_the_whole_size_is_the_same_tensor() -> None:
+    images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    assert build(start_size_fraction=0.5).shrink(images, 0.5) is images
+    assert build().shrink(images, 0.0) is images
+
+
+def test_shrinking_does_not_wait_for_the_device() -> None:
+    images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with RefuseToWait():
+        build(start_size_fraction=0.5).shrink(images, 0.1)
