@@ -2,7 +2,10 @@
 
 Nothing in it is a pickle, so loading one runs no code of its writer. The weights are a plain safetensors file without
 metadata: equal weights give equal bytes. A folder appears whole or not at all: it is written beside its place and then
-renamed, and the weights' checksum ties the files together.
+renamed, and the weights' checksums tie the files together.
+
+A model is one network or an ensemble of several, trained alike on different parts of the images: the softmax
+probabilities of all are averaged, as those of several views are (`core.tta.average`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,17 +33,26 @@ from core.errors import UserError
 from core.loop import EVALUATION_BATCH
 from core.models import build_model
 from core.runtime import autocast, isolated_rng, normalize, select_device
-from core.tta import VIEWS, predict_logits
+from core.tta import VIEWS, average, predict_logits
 from hpo.errors import BundleError, SpaceError
 from hpo.search_space import recipe_from_yaml, to_yaml
 
-WEIGHTS, CONFIG, CLASSES = "model.safetensors", "config.yaml", "classes.json"
+WEIGHTS, MEMBER_WEIGHTS = "model.safetensors", "member_{}.safetensors"
+CONFIG, CLASSES = "config.yaml", "classes.json"
 PREPROCESS, ORIGIN, METRICS, README = "preprocess.json", "origin.json", "metrics.json", "README.md"
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2
 """Of the folder. A reader refuses a number that it does not know."""
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What a network's input is normalised by, one number a channel, of its training pixels in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -53,9 +65,8 @@ class Bundle:
     """1 or 3."""
     image_size: tuple[int, int]
     """(height, width) in pixels that images are resized to."""
-    mean: tuple[float, ...]
-    """Of the training pixels in [0, 1], one a channel."""
-    std: tuple[float, ...]
+    normalizations: tuple[Normalization, ...]
+    """Of each network: one, or one for each member of an ensemble."""
     views: str
     """A name in `core.tta.VIEWS`: test-time augmentation."""
     data_name: str
@@ -69,21 +80,30 @@ class Bundle:
     source: str | None = None
     """Where the data came from, in words or as a path."""
 
-    def write(self, folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the files of weights, in the order of the networks."""
+        return weight_files(len(self.normalizations))
+
+    def write(self, folder: Path, models: Sequence[nn.Module], report: dict[str, Any]) -> None:
         """Writes all files but the pictures and the submission, into a folder that exists (see `writing`).
 
         Args:
+            models: the network, or the members of the ensemble, in the order of `normalizations`.
             report: becomes `metrics.json`; of its `val` and `test`, the README shows `without_tta` and `with_tta`.
         """
-        save_model(model, str(folder / WEIGHTS))
+        for name, model in zip(self.weights, models, strict=True):
+            save_model(model, str(folder / name))
         (folder / CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
         _write_json(folder / CLASSES, self.classes)
         preprocess = {
             "channels": self.in_channels,
             "image_size": self.image_size,
-            "mean": self.mean,
-            "std": self.std,
             "tta_views": self.views,
+            "networks": [
+                {"weights": name, "mean": normalization.mean, "std": normalization.std}
+                for name, normalization in zip(self.weights, self.normalizations, strict=True)
+            ],
         }
         _write_json(folder / PREPROCESS, preprocess)
         origin = {
@@ -92,7 +112,7 @@ class Bundle:
             "trial": self.trial,
             "data": {"name": self.data_name, "source": self.source, "fingerprint": self.fingerprint},
             "versions": self.versions,
-            "weights_sha256": _sha256(folder / WEIGHTS),
+            "weights_sha256": {name: _sha256(folder / name) for name in self.weights},
         }
         _write_json(folder / ORIGIN, origin)
         _write_json(folder / METRICS, report)
@@ -103,13 +123,13 @@ class Bundle:
 class LoadedBundle:
     """A submission model, ready to predict."""
 
-    model: nn.Module
-    """On the device, in evaluation mode."""
+    models: tuple[nn.Module, ...]
+    """The network, or the members of the ensemble, on the device, in evaluation mode."""
     meta: Bundle
     device: torch.device
 
     def logits(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
-        """The log-probabilities, or logits without test-time augmentation, (N, K) float32 on the CPU.
+        """The log-probabilities, or logits of one network and one view of each image, (N, K) float32 on the CPU.
 
         Args:
             images: (N, C, H, W) uint8, of the bundle's channels and size, N at least 1. They may lie anywhere, and go
@@ -124,10 +144,17 @@ class LoadedBundle:
                 f"images are {str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}; "
                 f"this bundle takes uint8 of (N, {channels}, {height}, {width}), N at least 1"
             )
+        of_each = [
+            self._logits_of(model, normalization, images, batch_size)
+            for model, normalization in zip(self.models, self.meta.normalizations, strict=True)
+        ]
+        return average(torch.stack(of_each))
+
+    def _logits_of(self, model: nn.Module, by: Normalization, images: Tensor, batch_size: int) -> Tensor:
         logits = predict_logits(
-            self.model,
+            model,
             images,
-            prepare=lambda batch: normalize(batch.to(self.device), self.meta.mean, self.meta.std),
+            prepare=lambda batch: normalize(batch.to(self.device), by.mean, by.std),
             views=self.meta.views,
             batch_size=batch_size,
             autocast=partial(autocast, self.meta.config.precision.autocast, self.device),
@@ -137,6 +164,11 @@ class LoadedBundle:
     def probabilities(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
         """The probability of every class, (N, K) float32 on the CPU, of images as `logits` takes them."""
         return self.logits(images, batch_size=batch_size).softmax(1)
+
+
+def weight_files(networks: int) -> tuple[str, ...]:
+    """The names of the files of weights of so many networks, which make one model."""
+    return (WEIGHTS,) if networks == 1 else tuple(MEMBER_WEIGHTS.format(i) for i in range(1, networks + 1))
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -211,12 +243,17 @@ class _File(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class _Network(_File):
+    weights: str
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+
+
 class _Preprocess(_File):
     channels: Literal[1, 3]
     image_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-    mean: tuple[float, ...]
-    std: tuple[Annotated[float, Field(gt=0)], ...]
     tta_views: str
+    networks: Annotated[tuple[_Network, ...], Field(min_length=1)]
 
 
 class _Data(_File):
@@ -231,7 +268,11 @@ class _Origin(_File):
     trial: int | None = None
     data: _Data
     versions: dict[str, str]
-    weights_sha256: str
+    weights_sha256: dict[str, str]
+
+
+class _Format(_File):
+    format: int
 
 
 def load_bundle(folder: Path, device: torch.device | None = None) -> LoadedBundle:
@@ -246,31 +287,47 @@ def load_bundle(folder: Path, device: torch.device | None = None) -> LoadedBundl
     _restore(folder)
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; give one that `hpo refit` wrote")
-    for name in (ORIGIN, CONFIG, CLASSES, PREPROCESS, WEIGHTS):
-        if not (folder / name).is_file():
-            raise BundleError(f"{folder}: no {name} in it; give a folder that `hpo refit` wrote, with all its files")
+    _check_present(folder, ORIGIN, CONFIG, CLASSES, PREPROCESS)
     meta = _read_meta(folder)
     device = device or select_device()
+    models = tuple(_load_network(folder, name, meta, device) for name in meta.weights)
+    return LoadedBundle(models, meta, device)
+
+
+def _check_present(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder}: no {name} in it; give a folder that `hpo refit` wrote, with all its files")
+
+
+def _load_network(folder: Path, name: str, meta: Bundle, device: torch.device) -> nn.Module:
+    """The network whose weights lie in the file of that name, on the device, in evaluation mode."""
     model = _build(folder, meta, device)
-    weights = folder / WEIGHTS
     try:
-        load_model(model, weights)
+        load_model(model, folder / name)
     except (RuntimeError, SafetensorError) as error:
         raise BundleError(
-            f"{weights}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; refit the trial again"
+            f"{folder / name}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; "
+            "refit the trial again"
         ) from error
-    return LoadedBundle(model.to(device).to(memory_format=torch.channels_last).eval(), meta, device)
+    return model.to(device).to(memory_format=torch.channels_last).eval()
 
 
 def _read_meta(folder: Path) -> Bundle:
-    """All but the weights, whose checksum is compared."""
+    """All but the weights, whose checksums are compared."""
+    made = _read_json(folder / ORIGIN, TypeAdapter(_Format)).format  # first: another format has other keys
+    if made != FORMAT:
+        raise BundleError(f"{folder}: a bundle of format {made}, and this hpo reads {FORMAT}; use its version")
     origin = _read_json(folder / ORIGIN, TypeAdapter(_Origin))
-    if origin.format != FORMAT:
-        raise BundleError(f"{folder}: a bundle of format {origin.format}, and this hpo reads {FORMAT}; use its version")
-    if _sha256(folder / WEIGHTS) != origin.weights_sha256:
-        raise BundleError(f"{folder / WEIGHTS}: damaged, or of another bundle; refit the trial again")
     preprocess = _read_json(folder / PREPROCESS, TypeAdapter(_Preprocess))
-    if not len(preprocess.mean) == len(preprocess.std) == preprocess.channels:
+    names = weight_files(len(preprocess.networks))
+    if tuple(network.weights for network in preprocess.networks) != names:
+        raise BundleError(f"{folder / PREPROCESS}: the weights of its networks must be {', '.join(names)}, in order")
+    _check_present(folder, *names)
+    for name in names:
+        if _sha256(folder / name) != origin.weights_sha256.get(name):
+            raise BundleError(f"{folder / name}: damaged, or of another bundle; refit the trial again")
+    if any(not len(each.mean) == len(each.std) == preprocess.channels for each in preprocess.networks):
         raise BundleError(f"{folder / PREPROCESS}: mean and std must have one number for each channel")
     if preprocess.tta_views not in VIEWS:
         raise BundleError(f"{folder / PREPROCESS}: tta_views {preprocess.tta_views}: this hpo knows {', '.join(VIEWS)}")
@@ -285,8 +342,7 @@ def _read_meta(folder: Path) -> Bundle:
         classes=_read_json(folder / CLASSES, TypeAdapter(tuple[str, ...])),
         in_channels=preprocess.channels,
         image_size=preprocess.image_size,
-        mean=preprocess.mean,
-        std=preprocess.std,
+        normalizations=tuple(Normalization(network.mean, network.std) for network in preprocess.networks),
         views=preprocess.tta_views,
         data_name=origin.data.name,
         fingerprint=origin.data.fingerprint,
@@ -352,22 +408,21 @@ for name, row in zip(names, bundle.probabilities(images)):  # (N, classes)
 
 {scores}
 
-`metrics.json` has all of them, class by class. The validation scores are those of the trial's own weights, which had
-not seen those images; the test scores are this model's.
+`metrics.json` has all of them, class by class. The validation scores are {validated}
 
 ## What it is
 
-- Network: {network}; test-time augmentation: {views} ({view_count} view{plural} of each image).
+- Network: {network}{ensemble}; test-time augmentation: {views} ({view_count} view{plural} of each image).
 - Data: {data}{source}, fingerprint `{fingerprint}`.
 - Versions: {versions}.
 
 | File | What is in it |
 |---|---|
-| `model.safetensors` | the weights: the state dict of `core.models.build_model` |
+| {weights} | the weights: {state} of `core.models.build_model` |
 | `config.yaml` | the whole configuration; see below |
 | `classes.json` | the classes, in the order of the network's outputs |
-| `preprocess.json` | channels, size (height, width), mean and deviation of pixels in [0, 1], views |
-| `origin.json` | study, trial, data, versions, checksum of the weights |
+| `preprocess.json` | channels, size (height, width), views; of each network, mean and deviation of pixels in [0, 1] |
+| `origin.json` | study, trial, data, versions, checksums of the weights |
 | `metrics.json` | scores on validation and test images |
 | `confusion.png` | which classes are taken for which, on test images |
 | `learning_curves.png` | the training of this model |
@@ -375,14 +430,36 @@ not seen those images; the test scores are this model's.
 
 No file is a pickle: loading them runs no code.
 
-`hpo train config.yaml --data …` trains this configuration on the training images, without the validation images, which
-this model was trained on too.
+`hpo train config.yaml --data …` {trains}
 """
+
+_OF_A_TRIAL = "those of the trial's own weights, which had\nnot seen those images; the test scores are this model's."
+_OF_FOLDS = (
+    "out-of-fold: the trial trained {folds} networks,\n"
+    "and each image was judged by the one that had not seen it. The test scores are this model's."
+)
+_OF_AN_ENSEMBLE = (
+    "out-of-fold: each image was judged by the one\n"
+    "member that had not seen it. The test scores are the whole ensemble's."
+)
+_TRAINS_LESS = (
+    "trains this configuration on the training images, without the validation images, which\n"
+    "this model was trained on too."
+)
+_TRAINS_FOLDS = "trains this configuration {folds} times, each time without another part of the images:\n{but}"
 
 
 def _readme(bundle: Bundle, report: dict[str, Any]) -> str:
     height, width = bundle.image_size
     views = len(VIEWS[bundle.views])
+    networks, folds = len(bundle.weights), bundle.config.data.folds
+    if networks > 1:
+        validated, but = _OF_AN_ENSEMBLE, "that is how the members of this ensemble were trained."
+    elif folds is not None:
+        validated, but = _OF_FOLDS.format(folds=folds), "this model was trained on all of them."
+    else:
+        validated, but = _OF_A_TRIAL, ""
+    trains = _TRAINS_LESS if folds is None else _TRAINS_FOLDS.format(folds=folds, but=but)
     of_study = "" if bundle.study is None else f" of study `{bundle.study}`"
     return _README.format(
         trial=of_study if bundle.trial is None else f" from trial {bundle.trial}{of_study}",
@@ -395,7 +472,12 @@ def _readme(bundle: Bundle, report: dict[str, Any]) -> str:
         names=", ".join(bundle.classes),
         version=bundle.versions.get("hpo-vision", ""),
         scores=_score_table(report),
+        validated=validated,
+        trains=trains,
         network=bundle.config.model.name,
+        ensemble="" if networks == 1 else f", an ensemble of {networks}, whose probabilities are averaged",
+        weights=" … ".join(f"`{name}`" for name in dict.fromkeys((bundle.weights[0], bundle.weights[-1]))),
+        state="the state dict" if networks == 1 else "each the state dict",
         views=bundle.views,
         view_count=views,
         plural="" if views == 1 else "s",

@@ -108,13 +108,27 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe: a name from `hpo space list`, or a YAML file.")],
     data: Data = None,
     assignments: Assignments = None,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="What is reported, and what early stopping and a plateau schedule watch: accuracy, macro_f1, "
+            "balanced_accuracy or nll."
+        ),
+    ] = "accuracy",
     device: Device = None,
     skip_broken: SkipBroken = False,
 ) -> None:
-    """Train one fixed configuration once: the baseline to beat."""
+    """Train one fixed configuration once, or with data.folds once a fold: the baseline to beat."""
     from hpo.commands.train import train_command
 
-    train_command(recipe, data=data, assignments=assignments or [], device_name=device, skip_broken=skip_broken)
+    train_command(
+        recipe,
+        data=data,
+        assignments=assignments or [],
+        metric=metric,
+        device_name=device,
+        skip_broken=skip_broken,
+    )
 
 
 @app.command()
@@ -123,12 +137,20 @@ def refit(
     study: StudyOption = None,
     storage: Storage = None,
     data: Data = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="An ensemble of K networks, each trained without another K-th of the images; one network on all.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Retrain a trial on train+val into a submission model, and open the test set."""
     from hpo.commands.refit import refit_command
 
-    refit_command(trial, study_name=study, storage=storage, data=data, device_name=device)
+    refit_command(trial, study_name=study, storage=storage, data=data, folds=folds, device_name=device)
 
 
 @app.command()

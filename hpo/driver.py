@@ -7,6 +7,7 @@ the trials that were finished are in the storage, and the one that ran goes on f
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import optuna
@@ -15,16 +16,16 @@ from safetensors.torch import save_model
 
 from core.config import TrainConfig
 from core.data import Splits
-from core.loop import seconds_per_epoch
-from core.metrics import METRICS, confusion
+from core.loop import EpochMetrics, seconds_per_epoch
+from core.metrics import METRICS
 from core.runtime import derive_seed
 from hpo.interrupts import Interrupts
 from hpo.objective import Listener, Objective, Outcome, failure_of
-from hpo.pruner import rung_epochs
+from hpo.pruner import rung_steps
 from hpo.report import attach_artifacts, confusion_matrix, learning_curves
 from hpo.search_space import Recipe, RungsPruner, SearchSpace, to_yaml
 from hpo.study import Study
-from hpo.training import read_result, train_recorded, write_result
+from hpo.training import Watch, read_result, train_recorded, validation_confusion, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -33,35 +34,43 @@ KEPT_MODELS = 3
 
 
 def estimate_s(
-    space: SearchSpace, splits: Splits, *, trials: int, references: int, device: torch.device
+    space: SearchSpace, splits: Sequence[Splits], *, trials: int, references: int, device: torch.device
 ) -> tuple[float, float]:
     """Seconds that so many trials and recipes take on this device, from timed steps: (all in full, as pruned).
 
     The second number supposes that each rung keeps the share that the rung pruner is told to keep; other pruners make
-    no such promise, and both numbers are then the same. Recipes beside the study are never pruned.
+    no such promise, and both numbers are then the same. Recipes beside the study are never pruned. All folds are
+    supposed to take as long as the first.
+
+    Args:
+        splits: one, or one a fold.
     """
-    epochs = space.base.epochs
-    per_epoch = seconds_per_epoch(space.base, splits, device=device)
-    in_full = (trials + references) * epochs * per_epoch
+    folds = len(splits)
+    steps = space.base.epochs * folds
+    per_step = seconds_per_epoch(space.base, splits[0], device=device)
+    in_full = (trials + references) * steps * per_step
     if not isinstance(space.pruner, RungsPruner):
         return in_full, in_full
     share, before, visited = 1.0, 0, 0.0
-    for rung in (*rung_epochs(space.pruner.rungs, epochs), epochs):
+    for rung in (*rung_steps(space.pruner.rungs, space.base.epochs, folds), steps):
         visited += share * (rung - before)
         share, before = share * space.pruner.keep, rung
-    return in_full, (trials * visited + references * epochs) * per_epoch
+    return in_full, (trials * visited + references * steps) * per_step
 
 
 def run_study(
     study: Study,
     space: SearchSpace,
-    splits: Splits,
+    splits: Sequence[Splits],
     *,
     device: torch.device,
     listener: Listener,
     interrupts: Interrupts,
 ) -> None:
     """Runs the trials that wait, until none is left of the total.
+
+    Args:
+        splits: one, or one a fold.
 
     Raises:
         KeyboardInterrupt: a person's Ctrl-C, or SIGTERM; the running trial is back in the queue.
@@ -79,9 +88,10 @@ def run_study(
         except BaseException:
             study.release(trial)
             raise
-        study.paths.checkpoint(slot).unlink(missing_ok=True)
+        for fold in range(1, len(splits) + 1):
+            study.paths.checkpoint(slot, fold).unlink(missing_ok=True)
         listener.trial_ended(outcome)
-        del outcome  # the network, which the next trial's would otherwise have to fit beside
+        del outcome  # the networks, which the next trial's would otherwise have to fit beside
         interrupts.check()
 
 
@@ -95,7 +105,7 @@ def pending_references(study: Study, space: SearchSpace) -> list[Recipe]:
 def run_references(
     study: Study,
     space: SearchSpace,
-    splits: Splits,
+    splits: Sequence[Splits],
     *,
     device: torch.device,
     listener: Listener,
@@ -106,9 +116,9 @@ def run_references(
         paths = study.paths.reference(recipe.name)
         config = _reference_config(study, recipe)
         if paths.config.exists() and paths.config.read_text() != to_yaml(config):
-            for stale in (paths.result, paths.checkpoint):  # the recipe was edited
+            # The recipe was edited.
+            for stale in (paths.result, *(paths.checkpoint(fold) for fold in range(1, len(splits) + 1))):
                 stale.unlink(missing_ok=True)
-        listener.trial_started(f"recipe {recipe.name}", config)
         try:
             with interrupts.let_through():
                 train_recorded(
@@ -117,7 +127,7 @@ def run_references(
                     paths,
                     metric=space.metric,
                     device=device,
-                    on_epoch_end=lambda epoch: listener.epoch_ended(epoch, ""),
+                    watch=_watched_by(listener, recipe.name, config),
                 )
         except Exception as error:
             failure = failure_of(error)
@@ -125,6 +135,16 @@ def run_references(
                 raise
             write_result(paths, {"metric": space.metric, "failure": failure, "why": str(error).partition("\n")[0]})
         listener.reference_ended(recipe.name, read_result(paths) or {})
+
+
+def _watched_by(listener: Listener, name: str, config: TrainConfig) -> Watch:
+    """Tells the listener of a recipe's training, or of each of its folds."""
+
+    def watch(label: str) -> Callable[[EpochMetrics], None]:
+        listener.trial_started(", ".join(filter(None, (f"recipe {name}", label))), config)
+        return lambda epoch: listener.epoch_ended(epoch, "")
+
+    return watch
 
 
 def _reference_config(study: Study, recipe: Recipe) -> TrainConfig:
@@ -137,9 +157,9 @@ def _is_trained(study: Study, recipe: Recipe) -> bool:
     return paths.result.exists() and paths.config.read_text() == to_yaml(_reference_config(study, recipe))
 
 
-def _keep(study: Study, space: SearchSpace, splits: Splits, outcome: Outcome) -> None:
+def _keep(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: Outcome) -> None:
     """Writes what outlives a trial: the weights of the best few, and the pictures that the dashboard shows."""
-    if outcome.result is not None:
+    if outcome.results:
         _keep_weights(study, space, outcome)
     try:
         attach_artifacts(study.optuna, outcome.number, _draw(study, space, splits, outcome), study.paths.artifacts)
@@ -147,17 +167,17 @@ def _keep(study: Study, space: SearchSpace, splits: Splits, outcome: Outcome) ->
         logger.warning("trial %d: its pictures are missing (%s: %s)", outcome.number, type(error).__name__, error)
 
 
-def _draw(study: Study, space: SearchSpace, splits: Splits, outcome: Outcome) -> list[Path]:
+def _draw(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: Outcome) -> list[Path]:
     """Draws a trial's pictures; returns all its files that the dashboard is to show."""
     number, files = outcome.number, []
-    if outcome.history:
+    if outcome.rows:
         files.append(study.paths.trial_curves(number))
-        rows = [epoch.row(space.metric) for epoch in outcome.history]
-        learning_curves(rows, files[-1], title=f"trial {number}", metric=space.metric)
-    if outcome.result is not None and outcome.result.val_logits is not None:
+        learning_curves(outcome.rows, files[-1], title=f"trial {number}", metric=space.metric)
+    if outcome.results:
         files.append(study.paths.trial_confusion(number))
-        table = confusion(outcome.result.val_logits, splits.labels[splits.val]).cpu()
-        confusion_matrix(table, splits.classes, files[-1], title=f"trial {number}, validation images")
+        whose = "validation images" if len(splits) == 1 else f"validation images of {len(splits)} folds"
+        table = validation_confusion(outcome.results, splits)
+        confusion_matrix(table, splits[0].classes, files[-1], title=f"trial {number}, {whose}")
     if outcome.config is not None:
         files.append(study.paths.trial_config(number))
     return files
@@ -165,7 +185,6 @@ def _draw(study: Study, space: SearchSpace, splits: Splits, outcome: Outcome) ->
 
 def _keep_weights(study: Study, space: SearchSpace, outcome: Outcome) -> None:
     """Keeps this trial's weights if it is among the best few, and lets go of those that no longer are."""
-    assert outcome.result is not None
     assert outcome.value is not None
     sign = 1 if METRICS[space.metric] == "maximize" else -1
     values = {
@@ -175,10 +194,13 @@ def _keep_weights(study: Study, space: SearchSpace, outcome: Outcome) -> None:
     }
     values[outcome.number] = sign * outcome.value
     best = sorted(values, key=lambda number: (-values[number], number))[:KEPT_MODELS]
+    folds = range(1, len(outcome.results) + 1)
     if outcome.number in best:
-        weights = study.paths.trial_model(outcome.number)
-        temporary = weights.with_suffix(".tmp")
-        save_model(outcome.result.model, str(temporary))
-        temporary.replace(weights)
+        for fold, result in zip(folds, outcome.results, strict=True):
+            weights = study.paths.trial_model(outcome.number, fold)
+            temporary = weights.with_suffix(".tmp")
+            save_model(result.model, str(temporary))
+            temporary.replace(weights)
     for number in values.keys() - set(best):
-        study.paths.trial_model(number).unlink(missing_ok=True)
+        for fold in folds:
+            study.paths.trial_model(number, fold).unlink(missing_ok=True)

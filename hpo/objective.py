@@ -2,12 +2,18 @@
 
 A trial's seed follows from the study's seed and the trial's slot, so that a retried or resumed trial, which has a new
 number, trains the very network that the first attempt would have.
+
+With folds (`data.folds`), a trial trains them one after the other, and its value is the mean of what each fold's kept
+epoch scored. It reports as it goes: in the first fold the epoch's score, later the mean of the finished folds' final
+scores and the current one, so that a pruner can end it after any epoch.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,7 +28,7 @@ from core.runtime import derive_seed, is_out_of_memory
 from hpo.interrupts import Interrupts
 from hpo.paths import StudyPaths
 from hpo.search_space import SearchSpace, to_yaml
-from hpo.training import append_line
+from hpo.training import append_line, fold_label, of_fold
 
 if TYPE_CHECKING:
     from core.data import Splits
@@ -43,7 +49,11 @@ class Outcome:
     config: TrainConfig | None
     params: dict[str, Any]
     history: tuple[EpochMetrics, ...] = ()
-    result: TrainResult | None = None
+    """Of all folds, one after the other; the elapsed time runs on."""
+    rows: tuple[dict[str, float | int], ...] = ()
+    """The lines of its `metrics.jsonl`."""
+    results: tuple[TrainResult, ...] = ()
+    """Of a complete trial: one, or one a fold, whose networks then wait on the host."""
     failure: str | None = None
     """`diverged`, `oom` or `invalid`, of a trial that could not be trained to its end."""
     why: str = ""
@@ -69,13 +79,13 @@ class Objective:
 
     Args:
         seed: the study's.
-        splits: the training and validation images, on the device.
+        splits: the training and validation images, on the device: one, or one a fold.
     """
 
     def __init__(
         self,
         space: SearchSpace,
-        splits: Splits,
+        splits: Sequence[Splits],
         paths: StudyPaths,
         *,
         seed: int,
@@ -83,7 +93,7 @@ class Objective:
         listener: Listener,
         interrupts: Interrupts,
     ) -> None:
-        self.space, self.splits, self.paths = space, splits, paths
+        self.space, self.splits, self.paths = space, tuple(splits), paths
         self.seed, self.device, self.listener, self.interrupts = seed, device, listener, interrupts
 
     def __call__(self, trial: optuna.trial.Trial, slot: int) -> Outcome:
@@ -96,22 +106,23 @@ class Objective:
             return Outcome(trial.number, slot, "pruned", None, None, params, failure="invalid", why=text)
         self.paths.trial(trial.number).mkdir(parents=True, exist_ok=True)
         self.paths.trial_config(trial.number).write_text(to_yaml(config))
-        self.listener.trial_started(f"trial {trial.number}", config)
         attempt = _Attempt(self, trial, slot, config)
         try:
-            result = self._train(attempt)
+            for fold in range(1, len(self.splits) + 1):
+                attempt.begin(fold)
+                attempt.end(self._train(attempt))
         except optuna.TrialPruned as verdict:
-            return attempt.outcome("pruned", attempt.history[-1].score(self.space.metric), why=str(verdict))
+            return attempt.outcome("pruned", attempt.reported, why=str(verdict))
         except Exception as error:
             failure = failure_of(error)
             if failure is None:
                 raise
             return attempt.outcome("pruned", None, failure=failure, why=str(error).partition("\n")[0])
-        return attempt.outcome("complete", result.value(self.space.metric), result=result)
+        return attempt.outcome("complete", attempt.value)
 
     def _train(self, attempt: _Attempt) -> TrainResult:
-        """Goes on from the slot's checkpoint, or begins anew where there is none that can be used."""
-        checkpoint = self.paths.checkpoint(attempt.slot)
+        """Trains a fold on from its checkpoint, or anew where there is none that can be used."""
+        checkpoint = self.paths.checkpoint(attempt.slot, attempt.fold)
         with self.interrupts.let_through():
             try:
                 return self._train_from(checkpoint, attempt)
@@ -122,13 +133,15 @@ class Objective:
 
     def _train_from(self, checkpoint: Path, attempt: _Attempt) -> TrainResult:
         return train(
-            attempt.config,
-            self.splits,
+            of_fold(attempt.config, attempt.fold),
+            self.splits[attempt.fold - 1],
             device=self.device,
             on_epoch_end=attempt.epoch_ended,
             on_resume=attempt.resumed,
             resume_from=checkpoint,
             checkpoint_to=checkpoint,
+            # A finished fold is not trained again when a later one is cut off.
+            checkpoint_at_end=attempt.folds > 1,
             metric=self.space.metric,
         )
 
@@ -148,9 +161,35 @@ class _Attempt:
     def __init__(self, objective: Objective, trial: optuna.trial.Trial, slot: int, config: TrainConfig) -> None:
         self.objective, self.trial, self.slot, self.config = objective, trial, slot, config
         self.metric = objective.space.metric
+        self.folds = len(objective.splits)
+        self.fold = 0
+        """The one that is training, counted from 1."""
+        self.results: list[TrainResult] = []
+        """Of the folds that are over."""
+        self.values: list[float] = []
+        """What they came to."""
+        self.reported: float | None = None
+        """The last value that Optuna was told."""
         self.history: list[EpochMetrics] = []
+        self.rows: list[dict[str, float | int]] = []
+        self.last: dict[int, EpochMetrics] = {}
+        """Fold -> its last epoch so far."""
+        self.before_s = 0.0
+        """What the folds that are over have taken."""
         self.metrics_file = objective.paths.trial_metrics(trial.number)
         self.metrics_file.write_text("")
+
+    @property
+    def value(self) -> float:
+        """The objective, of a trial whose folds are all over."""
+        return statistics.fmean(self.values)
+
+    def begin(self, fold: int) -> None:
+        """A fold is about to train."""
+        self.fold = fold
+        self.before_s = self.history[-1].elapsed_s if self.history else 0.0
+        label = ", ".join(filter(None, (f"trial {self.trial.number}", fold_label(fold, self.folds))))
+        self.objective.listener.trial_started(label, self.config)
 
     def resumed(self, history: tuple[EpochMetrics, ...]) -> None:
         """Reports again what the interrupted attempt had reported: its rungs have been judged already."""
@@ -163,41 +202,57 @@ class _Attempt:
         with self.objective.interrupts.held():
             self._judge(epoch)
 
+    def end(self, result: TrainResult) -> None:
+        """Takes a finished fold, reports the mean so far, and raises TrialPruned where the pruner ends the trial."""
+        self.values.append(result.value(self.metric))
+        if self.folds == 1:
+            self.results.append(result)
+            return
+        # Off the device: the next fold's network, its gradients and its optimizer's state need the room.
+        self.results.append(replace(result, model=result.model.cpu()))
+        # Early stopping may have ended the fold before; all trials are compared at the same step.
+        self._tell(statistics.fmean(self.values), epoch=self.config.epochs)
+        if self.fold < self.folds and self.trial.should_prune():
+            raise optuna.TrialPruned(self._verdict() or f"pruned at the end of fold {self.fold}")
+
     def _judge(self, epoch: EpochMetrics) -> None:
         self._report(epoch)
-        pruner = self.trial.study.pruner
-        # The last epoch decides nothing any more: the trial is complete, and its value is worth keeping.
+        # The last epoch decides nothing any more: the trial is complete, and its value is worth keeping. That of a fold
+        # is judged by what the fold keeps, when it is over.
         last = epoch.epoch == self.config.epochs
         pruned = not last and self.trial.should_prune()
-        verdict = _verdict(pruner, self.trial)
+        verdict = self._verdict()
         self.objective.listener.epoch_ended(epoch, verdict)
         if pruned:
             raise optuna.TrialPruned(verdict or f"pruned at epoch {epoch.epoch}")
 
     def _report(self, epoch: EpochMetrics) -> None:
-        self.history.append(epoch)
-        append_line(self.metrics_file, epoch.row(self.metric))
-        self.trial.report(epoch.score(self.metric), epoch.epoch)
+        timed = replace(epoch, elapsed_s=self.before_s + epoch.elapsed_s)
+        row = timed.row(self.metric)
+        self.rows.append(row if self.folds == 1 else {"fold": self.fold, **row})
+        append_line(self.metrics_file, self.rows[-1])
+        self.history.append(timed)
+        self.last[self.fold] = timed
+        if self.folds == 1 or epoch.epoch < self.config.epochs:  # else the fold's end reports this step, only once
+            self._tell(statistics.fmean([*self.values, epoch.score(self.metric)]), epoch.epoch)
+
+    def _tell(self, value: float, epoch: int) -> None:
+        """Reports the value of this fold's epoch to Optuna."""
+        self.reported = value
+        self.trial.report(value, (self.fold - 1) * self.config.epochs + epoch)
+
+    def _verdict(self) -> str:
+        return _verdict(self.trial.study.pruner, self.trial)
 
     def outcome(
         self,
         state: Literal["complete", "pruned"],
         value: float | None,
         *,
-        result: TrainResult | None = None,
         failure: str | None = None,
         why: str = "",
     ) -> Outcome:
         """How the attempt ended, with what the storage is to remember of it."""
-        last = self.history[-1] if self.history else None
-        attributes: dict[str, Any] = {"epochs": len(self.history)}
-        if result is not None:
-            attributes["kept_epoch"] = result.kept.epoch
-        if last is not None:
-            attributes |= {"elapsed_s": round(last.elapsed_s, 3), "images_per_s": round(last.images_per_s, 1)}
-            for name, scores in (("raw", last.raw), ("averaged", last.averaged)):
-                if scores is not None:
-                    attributes[f"{name}_accuracy"] = scores.accuracy
         return Outcome(
             self.trial.number,
             self.slot,
@@ -206,11 +261,28 @@ class _Attempt:
             self.config,
             dict(self.trial.params),
             tuple(self.history),
-            result,
+            tuple(self.rows),
+            tuple(self.results) if state == "complete" else (),
             failure,
             why,
-            attributes,
+            self._attributes(complete=state == "complete"),
         )
+
+    def _attributes(self, *, complete: bool) -> dict[str, Any]:
+        attributes: dict[str, Any] = {"epochs": len(self.history)}
+        if complete:
+            # Of folds the mean, which a training on all images then takes; half an epoch goes to the longer run.
+            attributes["kept_epoch"] = int(statistics.fmean(result.kept.epoch for result in self.results) + 0.5)
+        if self.folds > 1 and self.values:
+            attributes["fold_values"] = list(self.values)
+        if self.history:
+            last = self.history[-1]
+            attributes |= {"elapsed_s": round(last.elapsed_s, 3), "images_per_s": round(last.images_per_s, 1)}
+        for name in ("raw", "averaged"):
+            scores = [getattr(epoch, name) for epoch in self.last.values()]
+            if scores and None not in scores:
+                attributes[f"{name}_accuracy"] = statistics.fmean(found.accuracy for found in scores)
+        return attributes
 
 
 def _verdict(pruner: optuna.pruners.BasePruner | RungPruner, trial: optuna.trial.Trial) -> str:

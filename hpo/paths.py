@@ -54,9 +54,9 @@ class TrainingPaths:
         """One JSON object a line, one line an epoch."""
         return self.dir / "metrics.jsonl"
 
-    @property
-    def model(self) -> Path:
-        return self.dir / "model.safetensors"
+    def model(self, fold: int = 1) -> Path:
+        """The weights that a fold ended with; a training without folds is its first."""
+        return self.dir / f"model{_of_fold(fold)}.safetensors"
 
     @property
     def curves(self) -> Path:
@@ -67,9 +67,9 @@ class TrainingPaths:
         """What came of it; absent before the end."""
         return self.dir / "result.json"
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.dir / "checkpoint.pt"
+    def checkpoint(self, fold: int = 1) -> Path:
+        """What a running training needs to go on; that of a finished fold waits for the others."""
+        return self.dir / f"checkpoint{_of_fold(fold)}.pt"
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class StudyPaths:
         """One JSON object a line, one line an epoch."""
         return self.trial(number) / "metrics.jsonl"
 
-    def trial_model(self, number: int) -> Path:
-        """The weights that the trial ended with; only the best few trials keep theirs."""
-        return self.trial(number) / "model.safetensors"
+    def trial_model(self, number: int, fold: int = 1) -> Path:
+        """The weights that a fold of the trial ended with; only the best few trials keep theirs."""
+        return self.trial(number) / f"model{_of_fold(fold)}.safetensors"
 
-    def checkpoint(self, slot: int) -> Path:
+    def checkpoint(self, slot: int, fold: int = 1) -> Path:
         """What a running trial needs to go on. It belongs to the slot: a retried trial has a new number."""
-        return self.dir / "checkpoints" / f"{slot:05d}.pt"
+        return self.dir / "checkpoints" / f"{slot:05d}{_of_fold(fold)}.pt"
 
     @property
     def overview(self) -> Path:
@@ -148,5 +148,15 @@ class StudyPaths:
         return self.dir / "refit" / "test_openings.jsonl"
 
     def refit(self, label: str) -> Path:
-        """The submission model of a trial: label is `best` or a trial's five digits."""
+        """The submission model of a trial: label is `best` or a trial's five digits, and for an ensemble more."""
         return self.dir / "refit" / label
+
+
+def refit_label(trial: str, folds: int | None) -> str:
+    """The folder of a submission model: that of the trial, or beside it that of its ensemble of so many networks."""
+    return trial if folds is None else f"{trial}.folds{folds}"
+
+
+def _of_fold(fold: int) -> str:
+    """What tells a fold's file from the first one's, which is named as if there were no folds."""
+    return "" if fold == 1 else f".fold{fold}"

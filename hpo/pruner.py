@@ -4,6 +4,10 @@ A rung is an epoch, counted from 1. At a rung a trial survives if it is among th
 that have come so far (asynchronous successive halving, Li et al. 2018, arXiv 1810.05934). Optuna's own form knows only
 the rungs min_resource · η^k, fills every lower rung from a first late report, and counts a retried trial twice; this
 one takes any rungs, judges each once, and counts slots. Optuna's pruners stay available by name.
+
+A trial of several folds reports its steps through: epoch e of fold j is step (j - 1) × epochs + e. It is compared at
+the rungs of its first fold, and at the end of every fold but the last, where its value is the mean over the finished
+folds: there all trials have trained the same folds, and what one fold's images make easy or hard is the same for all.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from hpo.search_space import grammar
 from hpo.slots import BASE, RECIPE, slot_of
 
-__all__ = ["Place", "RungPruner", "build_pruner", "rung_epochs", "spared"]
+__all__ = ["Place", "RungPruner", "build_pruner", "rung_epochs", "rung_steps", "spared"]
 
 _RUNG = "rung:"
 
@@ -34,6 +38,17 @@ _RUNG = "rung:"
 def rung_epochs(fractions: Sequence[float], epochs: int) -> tuple[int, ...]:
     """The epochs that these fractions of the run are: at least 1, each once, ascending, before the last epoch."""
     return tuple(sorted({rung for f in fractions if (rung := max(1, round(f * epochs))) < epochs}))
+
+
+def rung_steps(fractions: Sequence[float], epochs: int, folds: int | None = None) -> tuple[int, ...]:
+    """The steps at which trials are compared: the rungs of the first fold, and the end of every fold but the last.
+
+    Args:
+        fractions: of a fold's epochs.
+        epochs: of a fold.
+        folds: None is one.
+    """
+    return (*rung_epochs(fractions, epochs), *(fold * epochs for fold in range(1, folds or 1)))
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class RungPruner(BasePruner):
     together, and a slot counts once, however often it was retried.
 
     Args:
-        rungs: epochs, counted from 1.
+        rungs: epochs, or steps where there are folds, counted from 1.
         keep: the fraction that survives each rung, in (0, 1].
     """
 
@@ -165,14 +180,15 @@ class _SuccessiveHalving(_Sparing, SuccessiveHalvingPruner): ...
 class _Hyperband(_Sparing, HyperbandPruner): ...
 
 
-def build_pruner(config: grammar.Pruner, epochs: int) -> BasePruner:
-    """The pruner that a search space asks for, for runs of that many epochs.
+def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) -> BasePruner:
+    """The pruner that a search space asks for, for runs of that many epochs in each fold.
 
-    A trial that was retried counts twice for Optuna's pruners, which know no slots.
+    What it has as a fraction of the run is one of the first fold's epochs. A trial that was retried counts twice for
+    Optuna's pruners, which know no slots.
     """
     match config:
         case grammar.RungsPruner():
-            return RungPruner(rung_epochs(config.rungs, epochs), config.keep)
+            return RungPruner(rung_steps(config.rungs, epochs, folds), config.keep)
         case grammar.NoPruner():
             return NopPruner()
         case grammar.MedianPruner():
@@ -184,4 +200,4 @@ def build_pruner(config: grammar.Pruner, epochs: int) -> BasePruner:
             return _SuccessiveHalving(first, config.reduction_factor)
         case grammar.HyperbandPruner():
             first = max(1, round(config.min_fraction * epochs))
-            return _Hyperband(first, epochs, config.reduction_factor)
+            return _Hyperband(first, epochs * (folds or 1), config.reduction_factor)

@@ -49,6 +49,7 @@ def new_record(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Pa
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "base": space.base.model_dump(mode="json"),
+        "weights": _weights(space),
         "identity": space.identity(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(record))
@@ -73,11 +74,25 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
         lines = "\n".join(f"  {line}" for line in diff(stored["identity"], space.identity()))
         raise StudyError(f"study {name} was begun with another space:\n{lines}\n{way_out}")
     check_fingerprint(name, stored, dataset.fingerprint)
+    if _weights(space) != stored.get("weights"):
+        raise StudyError(
+            f"study {name} was begun with other weights: {space.base.model.pretrained_file} has changed since; "
+            f"put the old file back, or {way_out}"
+        )
     if seed is not None and seed != stored["seed"]:
         raise StudyError(
             f"study {name} was begun with --seed {stored['seed']}, not {seed}; "
             "leave --seed out, or choose another --study"
         )
+
+
+def _weights(space: SearchSpace) -> str | None:
+    """The fingerprint of the file of weights that the space begins from, where it names one."""
+    if space.base.model.pretrained_file is None:
+        return None
+    from core.models import weights_fingerprint  # not above: who only looks at a study need not wait for torch
+
+    return weights_fingerprint(space.base.model)
 
 
 def check_fingerprint(name: str, record: Mapping[str, Any], fingerprint: str) -> None:

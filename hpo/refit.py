@@ -1,16 +1,18 @@
-"""Turns a trial into a submission model.
+"""Turns a trial into a submission model: one network trained on everything, or an ensemble of folds.
 
-The trial's own weights, trained without the validation images, choose the test-time augmentation on those images. Then
-the same configuration is trained again on training and validation images together: as many epochs, so the number of
-steps grows with the data, as the schedule's fractions expect. Only then is the test set opened, and the opening written
-down: nothing that is kept depends on a test label.
+The trial's own weights, trained without the validation images, choose the test-time augmentation on those images, with
+folds on all of them, each by the network that had not seen it. Then the same configuration is trained again on training
+and validation images together: as many epochs, so the number of steps grows with the data, as the schedule's fractions
+expect. An ensemble is trained fold by fold instead, so that each member has images to be validated on, for early
+stopping and a plateau; its members' probabilities are averaged. Only then is the test set opened, and the opening
+written down: nothing that is kept depends on a test label.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -24,20 +26,24 @@ from torch import Tensor, nn
 
 from core import metrics
 from core.config import TrainConfig
-from core.data import Dataset, Splits, split
-from core.loop import EVALUATION_BATCH, EpochMetrics, train
+from core.data import Dataset, Splits, folds, on_device
+from core.loop import EVALUATION_BATCH, TrainResult, train
 from core.models import build_model
 from core.runtime import autocast, normalize
-from core.tta import VIEWS, predict_logits
+from core.schedule import replayed
+from core.tta import VIEWS, average, predict_logits
 from hpo import bundle
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.predict import write_submission
 from hpo.report import confusion_matrix, learning_curves
-from hpo.training import append_line
+from hpo.training import Watch, append_line, fold_label, of_fold
 from hpo.versions import versions
 
 logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+"""A line of `metrics.jsonl`."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,18 @@ class Refitted:
 
     dir: Path
     number: int
+    networks: int
+    """More than one are an ensemble."""
     views: str
     candidates: dict[str, float]
     """Each TTA candidate's validation score by the study's metric."""
     val: metrics.Scores
+    """With folds, out-of-fold: each image by the network that had not seen it."""
     test: metrics.Scores
     test_plain: metrics.Scores
     """Without test-time augmentation."""
+    test_per_class: list[dict[str, str | float | int]]
+    """With test-time augmentation."""
     openings: int
     """How often this study's test set has been opened, this time included."""
 
@@ -67,66 +78,80 @@ def refit(
     dataset: Dataset,
     metric: str,
     device: torch.device,
-    on_epoch_end: Callable[[EpochMetrics], None] | None = None,
+    ensemble: int | None = None,
+    watch: Watch | None = None,
 ) -> Refitted:
-    """Retrains the trial on training and validation images, and writes the bundle.
+    """Retrains the trial, and writes the bundle.
 
     Args:
         number: the trial's; its weights are taken where it kept them, and trained again where not.
-        label: the bundle's folder: `best`, or the trial's five digits.
-        epochs: those that the trial kept: fewer than the configuration's where it stopped early.
+        label: the bundle's folder.
+        epochs: those that the trial kept, for the training on all images: fewer than the configuration's where it
+            stopped early; of folds, the mean.
         metric: the study's objective, by which the views are chosen.
-    """
-    splits = split(dataset, config.data).to(device)
-    judge = _Judge(config, splits, device)
+        ensemble: how many networks, each trained without another part of the images; None is one, trained on all. As
+            many as the trial had folds are the trial's own.
+        watch: told of each training.
 
-    logger.info("choosing the test-time augmentation on %d validation images", len(splits.val))
-    trial_network = _trial_network(paths, number, config, splits, device, metric)
-    val_images, val_labels = splits.images[splits.val], splits.labels[splits.val]
-    by_view = {views: judge.logits(trial_network, val_images, views) for views in VIEWS}
+    Raises:
+        StudyError: the trial's weights are damaged.
+        UserError: a class has fewer images than the ensemble members.
+    """
+    trainer = _Trainer(paths, number, config, metric, device, watch)
+    if ensemble is not None:
+        config = config.override({"data.folds": ensemble})
+    splits = on_device(folds(dataset, config.data), device)
+    judged = [trainer.network(config, fold, splits) for fold in range(1, len(splits) + 1)]
+
+    logger.info("choosing the test-time augmentation on %d validation images", sum(len(each.val) for each in splits))
+    val_labels = torch.cat([each.labels[each.val] for each in splits])
+    by_view = {views: torch.cat([network.val_logits(views) for network in judged]) for views in VIEWS}
     candidates = {views: metrics.value(metrics.scores(logits, val_labels), metric) for views, logits in by_view.items()}
     views = _best_view(candidates, metric)
-    del trial_network
 
-    whole = splits.whole()
-    logger.info("training on %d images, %d epochs", len(whole.train), epochs)
-    result = train(config, whole, device=device, on_epoch_end=on_epoch_end, stop_after=epochs)
+    if ensemble is None:
+        rows = judged[0].rows
+        del judged  # the networks, which the training would otherwise have to fit beside
+        networks = [trainer.on_all_images(config, splits[0].whole(), rows, epochs)]
+    else:
+        networks = judged
+    config = networks[0].config
 
     # Everything that is kept is decided: from here on the test set may be seen.
     openings = _write_down_opening(paths, label, number)
     test = dataset.open_test()
-    judge = _Judge(config, whole, device)
     test_images, test_labels = test.images.to(device), test.labels.to(device)
-    test_logits = {name: judge.logits(result.model, test_images, name) for name in dict.fromkeys(("none", views))}
+    test_logits = {name: _together(networks, test_images, name) for name in dict.fromkeys(("none", views))}
 
     report = {
         "trial": number,
         "objective": metric,
-        "epochs": epochs,
+        "networks": len(networks),
+        "epochs": epochs if ensemble is None else [network.kept_epoch(metric) for network in networks],
         "tta": {"chosen": views, "val_candidates": candidates},
         "val": {
-            "trained_on": "training images only",
+            "trained_on": "training images only" if len(splits) == 1 else "the training images of each fold only",
             "images": len(val_labels),
             "without_tta": _full_scores(by_view["none"], val_labels, dataset.classes),
             "with_tta": _full_scores(by_view[views], val_labels, dataset.classes),
         },
         "test": {
-            "trained_on": "training and validation images",
+            "trained_on": "training and validation images"
+            if ensemble is None
+            else "the training images of each member's fold",
             "images": len(test_labels),
             "opened": openings,
             "without_tta": _full_scores(test_logits["none"], test_labels, dataset.classes),
             "with_tta": _full_scores(test_logits[views], test_labels, dataset.classes),
         },
     }
-    probabilities = test_logits[views].softmax(1)
     with bundle.writing(paths.refit(label)) as folder:
         bundle.Bundle(
             config=config,
             classes=dataset.classes,
-            in_channels=splits.images.shape[1],
-            image_size=(splits.images.shape[2], splits.images.shape[3]),
-            mean=whole.mean,
-            std=whole.std,
+            in_channels=dataset.images.shape[1],
+            image_size=(dataset.images.shape[2], dataset.images.shape[3]),
+            normalizations=tuple(bundle.Normalization(each.splits.mean, each.splits.std) for each in networks),
             views=views,
             data_name=dataset.name,
             fingerprint=dataset.fingerprint,
@@ -134,66 +159,143 @@ def refit(
             study=paths.name,
             trial=number,
             source=dataset.source,
-        ).write(folder, result.model, report)
-        confusion_matrix(
-            metrics.confusion(test_logits[views], test_labels).cpu(),
-            dataset.classes,
-            folder / "confusion.png",
-            title=f"{dataset.name}, test images",
-        )
-        learning_curves(
-            [epoch.row() for epoch in result.history], folder / "learning_curves.png", title="refit", metric=metric
-        )
-        write_submission(folder / "submission.csv", test.ids, probabilities.argmax(1).cpu(), dataset.classes)
+        ).write(folder, [network.model for network in networks], report)
+        table = metrics.confusion(test_logits[views], test_labels).cpu()
+        confusion_matrix(table, dataset.classes, folder / "confusion.png", title=f"{dataset.name}, test images")
+        rows = tuple(row for network in networks for row in network.rows)
+        learning_curves(rows, folder / "learning_curves.png", title="refit", metric=metric)
+        predicted = test_logits[views].argmax(1).cpu()
+        write_submission(folder / "submission.csv", test.ids, predicted, dataset.classes)
     return Refitted(
         dir=paths.refit(label),
         number=number,
+        networks=len(networks),
         views=views,
         candidates=candidates,
         val=metrics.scores(by_view[views], val_labels),
         test=metrics.scores(test_logits[views], test_labels),
         test_plain=metrics.scores(test_logits["none"], test_labels),
+        test_per_class=metrics.per_class(table, dataset.classes),
         openings=openings,
     )
 
 
-class _Judge:
-    """Predicts with the pixels' normalisation and the arithmetic of one training."""
+@dataclass(frozen=True)
+class _Network:
+    """A trained network, with what it needs to see images as in its training."""
 
-    def __init__(self, config: TrainConfig, splits: Splits, device: torch.device) -> None:
-        self.prepare = partial(normalize, mean=splits.mean, std=splits.std)
-        self.autocast = partial(autocast, config.precision.autocast, device)
+    model: nn.Module
+    config: TrainConfig
+    splits: Splits
+    rows: tuple[Row, ...]
+    """Of its training, an epoch a row, with its fold where there are folds."""
 
-    def logits(self, model: nn.Module, images: Tensor, views: str) -> Tensor:
+    def logits(self, images: Tensor, views: str) -> Tensor:
         """(N, K) of images (N, C, H, W) uint8."""
         return predict_logits(
-            model,
+            self.model,
             images,
-            prepare=self.prepare,
+            prepare=partial(normalize, mean=self.splits.mean, std=self.splits.std),
             views=views,
             batch_size=EVALUATION_BATCH,
-            autocast=self.autocast,
+            autocast=partial(autocast, self.config.precision.autocast, images.device),
         )
 
+    def val_logits(self, views: str) -> Tensor:
+        """(M, K) of the images that it was validated on, in the order of `Splits.val`."""
+        return self.logits(self.splits.images[self.splits.val], views)
 
-def _trial_network(
-    paths: StudyPaths, number: int, config: TrainConfig, splits: Splits, device: torch.device, metric: str
-) -> nn.Module:
-    """The network that the trial ended with: from its file, or trained again, which gives the same one."""
-    weights = paths.trial_model(number)
-    if not weights.exists():
-        logger.info("trial %d kept no weights: training it again", number)
-        return train(config, splits, device=device, metric=metric).model
-    _, channels, height, width = splits.images.shape
-    plain = config.model.model_copy(update={"pretrained": False})  # the weights follow
-    model: nn.Module = build_model(
-        plain, num_classes=len(splits.classes), in_channels=channels, image_size=(height, width)
-    ).to(device)
-    try:
-        load_model(model, weights)
-    except (RuntimeError, OSError, SafetensorError) as error:
-        raise StudyError(f"{weights}: does not hold trial {number}'s weights; delete it to train them again") from error
-    return model.eval()
+    def kept_epoch(self, metric: str) -> int:
+        """The epoch whose weights it has: the last, or under early stopping the first of the best."""
+        if self.config.early_stop.patience_fraction is None:
+            return int(self.rows[-1]["epoch"])
+        sign = 1 if metrics.METRICS[metric] == "maximize" else -1
+        return int(max(self.rows, key=lambda row: sign * row[_column(metric)])["epoch"])
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """Comes by the networks that a refit needs."""
+
+    paths: StudyPaths
+    number: int
+    trial_config: TrainConfig
+    metric: str
+    device: torch.device
+    watch: Watch | None
+
+    def network(self, config: TrainConfig, fold: int, splits: Sequence[Splits]) -> _Network:
+        """The network of a fold: the trial's, where it trained this one and kept it, or trained now.
+
+        Both are the same one, since a fold's training follows from its configuration.
+
+        Args:
+            config: with the folds that are wanted.
+            fold: counted from 1.
+            splits: one, or one a fold.
+        """
+        divided = splits[fold - 1]
+        weights = self.paths.trial_model(self.number, fold)
+        rows = self._trial_rows(fold)
+        if config == self.trial_config and rows and weights.exists():
+            return _Network(self._load(weights, divided), config, divided, rows)
+        name = fold_label(fold, len(splits))
+        if config == self.trial_config:
+            logger.info("trial %d kept no weights%s: training it again", self.number, f" of {name}" if name else "")
+        result = self._train(of_fold(config, fold), divided, name or f"trial {self.number}", metric=self.metric)
+        return _Network(result.model, config, divided, self._rows(result, fold if len(splits) > 1 else None))
+
+    def on_all_images(self, config: TrainConfig, whole: Splits, rows: Sequence[Row], epochs: int) -> _Network:
+        """The network of a training without validation images, for the first so many epochs of the run.
+
+        A plateau has nothing to watch there, so the learning rate falls where it fell in the trial, whose first fold's
+        epochs are `rows`.
+        """
+        scores = [row[_column(self.metric)] for row in rows]
+        maximize = metrics.METRICS[self.metric] == "maximize"
+        schedule = replayed(config.schedule, scores, maximize=maximize, epochs=config.epochs)
+        config = config.model_copy(update={"schedule": schedule})
+        logger.info("training on %d images, %d epochs", len(whole.train), epochs)
+        result = self._train(config, whole, "", stop_after=epochs)
+        return _Network(result.model, config, whole, self._rows(result, None))
+
+    def _train(self, config: TrainConfig, splits: Splits, name: str, **options: Any) -> TrainResult:
+        epoch_ended = None if self.watch is None else self.watch(name)
+        return train(config, splits, device=self.device, on_epoch_end=epoch_ended, **options)
+
+    def _rows(self, result: TrainResult, fold: int | None) -> tuple[Row, ...]:
+        head: Row = {} if fold is None else {"fold": fold}
+        return tuple({**head, **epoch.row(self.metric)} for epoch in result.history)
+
+    def _trial_rows(self, fold: int) -> tuple[Row, ...]:
+        """What the trial wrote down of this fold's epochs; nothing where it was taken over from another study."""
+        file = self.paths.trial_metrics(self.number)
+        lines = file.read_text().splitlines() if file.exists() else []
+        return tuple(row for row in map(json.loads, lines) if row.get("fold", 1) == fold)
+
+    def _load(self, weights: Path, splits: Splits) -> nn.Module:
+        _, channels, height, width = splits.images.shape
+        plain = self.trial_config.model.model_copy(update={"pretrained": False})  # the weights follow
+        model: nn.Module = build_model(
+            plain, num_classes=len(splits.classes), in_channels=channels, image_size=(height, width)
+        ).to(self.device)
+        try:
+            load_model(model, weights)
+        except (RuntimeError, OSError, SafetensorError) as error:
+            raise StudyError(
+                f"{weights}: does not hold trial {self.number}'s weights; delete it to train them again"
+            ) from error
+        return model.eval()
+
+
+def _together(networks: Sequence[_Network], images: Tensor, views: str) -> Tensor:
+    """(N, K): one network's logits, or the logarithm of the probabilities averaged over several."""
+    return average(torch.stack([network.logits(images, views) for network in networks]))
+
+
+def _column(metric: str) -> str:
+    """The key of a row of `metrics.jsonl` that has the validation score by this metric."""
+    return "val_loss" if metric == "nll" else f"val_{metric}"
 
 
 def _best_view(candidates: dict[str, float], metric: str) -> str:

@@ -45,6 +45,8 @@ def learning_curves(
 ) -> None:
     """Draws losses on the left and validation scores on the right, over epochs, as PNG.
 
+    Folds lie over each other, each a faint line, and their mean is the line that stands out, as far as all have come.
+
     Args:
         rows: lines of a `metrics.jsonl`; without validation scores only the training loss is drawn.
         metric: the study's objective; balanced accuracy is drawn where it is the objective.
@@ -72,7 +74,7 @@ def _draw_losses(axes: Axes, rows: Sequence[Mapping[str, float]]) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    epochs, rates = _series(rows, "lr")
+    epochs, rates = _series(_folds(rows)[0], "lr")
     if rates:
         # Its shape alone, in the panel's height: a second scale would be one too many.
         peak = max(rates) or 1.0
@@ -92,8 +94,10 @@ def _draw_scores(axes: Axes, rows: Sequence[Mapping[str, float]], metric: str) -
     if any("averaged_val_accuracy" in row for row in rows):
         _line(axes, rows, "raw_val_accuracy", "accuracy, raw weights", SKY, width=1.3)
         _line(axes, rows, "averaged_val_accuracy", "accuracy, averaged weights", GREEN, width=1.3)
-    last = [row["val_accuracy"] for row in rows if "val_accuracy" in row][-1]
-    _decorate(axes, f"validation: accuracy {last:.4f}")
+    folds = _folds(rows)
+    last = [[row["val_accuracy"] for row in fold if "val_accuracy" in row][-1] for fold in folds]
+    of = "" if len(folds) == 1 else f" ({len(folds)} folds)"
+    _decorate(axes, f"validation: accuracy {sum(last) / len(last):.4f}{of}")
     axes.legend(loc="lower right", **_LEGEND)
 
 
@@ -270,6 +274,19 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _folds(rows: Sequence[Mapping[str, float]]) -> list[list[Mapping[str, float]]]:
+    """The rows of each fold; those without folds, and no rows at all, are one."""
+    numbers = sorted({row.get("fold", 1) for row in rows}) or [1]
+    return [[row for row in rows if row.get("fold", 1) == number] for number in numbers]
+
+
+def _mean_series(folds: Sequence[Sequence[Mapping[str, float]]], key: str) -> tuple[list[float], list[float]]:
+    """Epochs and the folds' mean, where every fold has a finite value."""
+    each = [dict(zip(*_series(fold, key), strict=True)) for fold in folds]
+    epochs = [epoch for epoch in each[0] if all(epoch in fold for fold in each)]
+    return epochs, [sum(fold[epoch] for fold in each) / len(each) for epoch in epochs]
+
+
 def _series(rows: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
     """Epochs and values where the rows have a finite one."""
     found = [(row["epoch"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
@@ -287,7 +304,10 @@ def _line(
     style: str = "-",
 ) -> list[float]:
     """Draws a column of the rows, with dots where there are too few for a line; returns its values."""
-    epochs, values = _series(rows, key)
+    folds = _folds(rows)
+    for fold in folds if len(folds) > 1 else ():
+        axes.plot(*_series(fold, key), style, color=color, linewidth=1.0, alpha=0.4)
+    epochs, values = _mean_series(folds, key)
     if values:
         marker = "o" if len(values) < 8 else ""
         axes.plot(epochs, values, style, label=label, color=color, linewidth=width, marker=marker, markersize=5)

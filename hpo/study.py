@@ -477,7 +477,7 @@ def open_study(
         direction=space.direction,
         load_if_exists=True,
         sampler=build_sampler(space.sampler, seed=seed or 0),
-        pruner=build_pruner(space.pruner, space.base.epochs),
+        pruner=build_pruner(space.pruner, space.base.epochs, space.base.data.folds),
     )
     stored = study.user_attrs.get(_RECORD)
     if stored is None:

@@ -7,8 +7,8 @@ where there is none; `builtin` knows the sets that have a name.
 """
 
 from core.data.builtin import DatasetInfo, catalogue
-from core.data.dataset import DataReport, Dataset, TestSet, load_dataset, load_images, split
-from core.data.splits import Splits
+from core.data.dataset import DataReport, Dataset, TestSet, folds, load_dataset, load_images, split
+from core.data.splits import Splits, on_device
 
 __all__ = [
     "DataReport",
@@ -17,7 +17,9 @@ __all__ = [
     "Splits",
     "TestSet",
     "catalogue",
+    "folds",
     "load_dataset",
     "load_images",
+    "on_device",
     "split",
 ]

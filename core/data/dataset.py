@@ -33,7 +33,7 @@ from core.data.ingest import Spooled, decode_all, ingest, read_spool, report_bro
 from core.data.layout import class_order
 from core.data.source import Source
 from core.data.sources import open_source
-from core.data.splits import Splits, cut_test, stratified
+from core.data.splits import Splits, cut_test, stratified, stratified_folds
 from core.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,22 @@ def split(dataset: Dataset, config: DataConfig) -> Splits:
     )
 
 
+def folds(dataset: Dataset, config: DataConfig) -> tuple[Splits, ...]:
+    """What a configuration trains on, one after the other: k-fold by `folds` and `split_seed`, or `split` alone.
+
+    Every image validates in exactly one fold, and each fold's mean and std are those of its own training images. The
+    folds hold the same tensors of images and labels; `on_device` keeps it so.
+
+    Raises:
+        UserError: as `split`'s, or a class has fewer images than there are folds.
+    """
+    if config.folds is None:
+        return (split(dataset, config),)
+    return stratified_folds(
+        dataset.images, dataset.labels, dataset.moments, dataset.twins, dataset.classes, config, dataset.source
+    )
+
+
 def load_images(
     path: Path, *, image_size: tuple[int, int], channels: int, skip_broken: bool = False
 ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
@@ -192,7 +208,7 @@ def _find_source(name: str, data_path: Path | None, data_root: Path, download: b
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
             f"data.name: {name} is neither a built-in data set ({', '.join(builtin.NAMES)}) "
-            f"nor a path that exists{hint}"
+            f"nor a path that exists{hint or '; give your images with --data'}"
         )
     return open_source(path)
 

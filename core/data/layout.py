@@ -1,8 +1,9 @@
 """Which image belongs to which class, and which to the test set: read off the paths of a folder or archive.
 
 Two layouts are known: `train/<class>/…` beside `test/<class>/…`, with `val` as well or without, and `<class>/…` alone.
-One folder wrapped around the whole is looked through. What does not fit is an error that names the file: a guess
-here would train on the wrong labels.
+One folder wrapped around the whole is looked through, and so is a split wrapped in itself, `train/train/<class>/…`, as
+Kaggle's archives unpack. What does not fit is an error that names the file: a guess here would train on the wrong
+labels.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from core.data.decode import IMAGE_SUFFIXES
@@ -18,9 +19,10 @@ from core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TRAIN_NAMES = frozenset({"train", "training"})
+# The last of the training and test names are those of Intel's scenes, as Kaggle has them.
+TRAIN_NAMES = frozenset({"train", "training", "seg_train"})
 VAL_NAMES = frozenset({"val", "valid", "validation"})
-TEST_NAMES = frozenset({"test", "testing"})
+TEST_NAMES = frozenset({"test", "testing", "seg_test"})
 SPLIT_NAMES = TRAIN_NAMES | VAL_NAMES | TEST_NAMES
 
 
@@ -87,6 +89,8 @@ def arrange(tree: Tree, where: str) -> list[Entry]:
         raise UserError(f"{where}: no image in it; wanted train/<class>/… and test/<class>/…, or <class>/…")
     wrapper = _wrapper(files)
     paths = {file: tuple(file.removeprefix(wrapper).split("/")) for file in files}
+    doubled = _doubled(paths.values())
+    paths = {file: _once(parts, doubled) for file, parts in paths.items()}
     tops = {parts[0].casefold() for parts in paths.values()}
     # A class may be called train, so train is a split only if it holds folders, or has nothing but splits beside it.
     nested = {parts[0].casefold() for parts in paths.values() if len(parts) > 2} & SPLIT_NAMES
@@ -94,9 +98,31 @@ def arrange(tree: Tree, where: str) -> list[Entry]:
     if nested and not has_splits:
         raise UserError(f"{where}: class folders beside its folder {nested.pop()}; put them into a folder train")
     entries = _from_splits(paths, where) if has_splits else _from_classes(paths, where)
-    folders = [folder for folder in tree.folders if folder.startswith(wrapper) and not is_hidden(folder)]
-    _check_no_empty_class(paths.values(), folders, wrapper, has_splits, where)
+    folders = {
+        folder: _once(tuple(folder.removeprefix(wrapper).split("/")), doubled)
+        for folder in tree.folders
+        if folder.startswith(wrapper) and not is_hidden(folder)
+    }
+    _check_no_empty_class(paths.values(), folders, has_splits, where)
     return entries
+
+
+def _doubled(paths: Iterable[tuple[str, ...]]) -> frozenset[str]:
+    """The splits that are wrapped in themselves: all their images lie in `train/train/<class>/`.
+
+    An image in `train/train/` itself is one of a class called train.
+    """
+    found: dict[str, bool] = {}
+    for parts in paths:
+        if parts[0].casefold() in SPLIT_NAMES:
+            wrapped = len(parts) > 3 and parts[1] == parts[0]
+            found[parts[0]] = found.get(parts[0], True) and wrapped
+    return frozenset(name for name, wrapped in found.items() if wrapped)
+
+
+def _once(parts: tuple[str, ...], doubled: frozenset[str]) -> tuple[str, ...]:
+    """A path without the second of two equal splits."""
+    return parts[1:] if len(parts) > 1 and parts[0] in doubled and parts[1] == parts[0] else parts
 
 
 def _wrapper(files: list[str]) -> str:
@@ -154,13 +180,12 @@ def _from_splits(paths: dict[str, tuple[str, ...]], where: str) -> list[Entry]:
 
 
 def _check_no_empty_class(
-    paths: Iterable[tuple[str, ...]], folders: list[str], wrapper: str, has_splits: bool, where: str
+    paths: Iterable[tuple[str, ...]], folders: Mapping[str, tuple[str, ...]], has_splits: bool, where: str
 ) -> None:
     """A class folder without an image is a mistake: the model would never learn that class."""
     depth = 2 if has_splits else 1  # of class folders, as in train/cat and cat
     full = {parts[:depth] for parts in paths}
-    for folder in sorted(folders):
-        parts = tuple(folder.removeprefix(wrapper).split("/"))
+    for folder, parts in sorted(folders.items()):
         if len(parts) != depth or (has_splits and parts[0].casefold() not in SPLIT_NAMES):
             continue
         if parts not in full:

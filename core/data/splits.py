@@ -2,8 +2,9 @@
 
 The test cut depends on the images alone. Within each class they are ordered by a hash of their pixels, and the first
 ones are the test set: no seed, no file name and no order of files has a say, images that look equal stay on one
-side, and adding an image moves hardly any other. The validation draw is scikit-learn's stratified one, after which
-identical images go where the first of them was drawn to: a training image in validation would flatter every score.
+side, and adding an image moves hardly any other. The validation draw is scikit-learn's stratified one, once or into
+folds, after which identical images go where the first of them was drawn to: a training image in validation would
+flatter every score.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +95,59 @@ def stratified(
         UserError: a class would have no training image, or validation fewer images than classes, or none.
     """
     train, val = _draw(labels, twins, classes, config, where)
+    return _normalized(images, labels, moments, train, val, classes, config)
+
+
+def stratified_folds(
+    images: Tensor,
+    labels: Tensor,
+    moments: Tensor,
+    twins: Tensor,
+    classes: tuple[str, ...],
+    config: DataConfig,
+    where: str,
+) -> tuple[Splits, ...]:
+    """Divides the images into `folds` parts, every class in proportion, by `split_seed`; each validates once.
+
+    Identical images stay together, so where there are some, the parts are of one size and the classes in proportion on
+    average only. All folds hold the same `images` and `labels`.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+        moments: (N, C, 2) int64, see `Splits`.
+        twins: (N,) int64, for each image the index of the first one that is identical to it.
+        config: its `folds` is a number.
+
+    Raises:
+        UserError: a class has fewer images than there are folds, or would have no training image in one; or a fold
+            would have nothing to validate.
+    """
+    parts = _draw_parts(labels, twins, classes, config, where)
+    divided = []
+    for part in range(int(config.folds or 1)):
+        train, val = (parts != part).nonzero().squeeze(1), (parts == part).nonzero().squeeze(1)
+        divided.append(_normalized(images, labels, moments, train, val, classes, config))
+    return tuple(divided)
+
+
+def on_device(folds: Sequence[Splits], device: torch.device | str) -> tuple[Splits, ...]:
+    """Folds of the same images on that device, where the images lie once for all of them."""
+    first = folds[0].to(device)
+    rest = (replace(fold, images=first.images, labels=first.labels).to(device) for fold in folds[1:])
+    return (first, *rest)
+
+
+def _normalized(
+    images: Tensor,
+    labels: Tensor,
+    moments: Tensor,
+    train: Tensor,
+    val: Tensor,
+    classes: tuple[str, ...],
+    config: DataConfig,
+) -> Splits:
+    """The split with its mean and std: measured on its training images, or the constants that were asked for."""
     channels = images.shape[1]
     measured = None
     if config.normalize == "train":
@@ -145,6 +200,40 @@ def _draw(
     if missing:
         logger.info("%s: too few images of %s for one in validation", where, ", ".join(missing))
     return train, val
+
+
+def _draw_parts(labels: Tensor, twins: Tensor, classes: tuple[str, ...], config: DataConfig, where: str) -> Tensor:
+    """Which fold validates each image: (N,) int64, counted from 0."""
+    from sklearn.model_selection import StratifiedKFold
+
+    assert config.folds is not None
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    fewest = min(counts)
+    if fewest < config.folds:
+        raise UserError(
+            f"{where}: data.folds={config.folds} needs as many images of every class, and of "
+            f"{classes[counts.index(fewest)]} there are {fewest}; lower it, or add images"
+        )
+    draw: Any = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)  # type: ignore[no-untyped-call]
+    drawn = torch.empty(len(labels), dtype=torch.int64)
+    for part, (_, chosen) in enumerate(draw.split(labels.numpy(), labels.numpy())):
+        drawn[torch.from_numpy(chosen)] = part
+    parts = drawn[twins]
+    for part in range(config.folds):
+        inside = parts == part
+        which = f"{where}: data.folds={config.folds}: fold {part + 1}"
+        if not inside.any():
+            raise UserError(f"{which} has only copies of images in others to validate; remove the copies, or lower it")
+        missing = _absent(labels[~inside], classes)
+        if missing:
+            raise UserError(
+                f"{which} has no training image of {', '.join(missing)}; "
+                "remove copies of its images, or try another data.split_seed"
+            )
+        missing = _absent(labels[inside], classes)
+        if missing:
+            logger.info("%s has no image of %s to validate: too many are copies", which, ", ".join(missing))
+    return parts
 
 
 def _absent(labels: Tensor, classes: tuple[str, ...]) -> list[str]:

@@ -1,11 +1,13 @@
 """`build_model`: the network that a configuration names, one family a file; `check_model_name`: whether there is one;
-`head_parameters`: its classifier.
+`weights_fingerprint`: which weights it begins from; `head_parameters`: its classifier.
 
 The families are imported when one of theirs is built: they need timm, whose import costs half a second over torch's
 and the optimizers', and twice as much without them.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import nn
@@ -24,6 +26,20 @@ def check_model_name(name: str) -> None:
         from core.models import timm_models
 
         timm_models.find_card(name)
+
+
+def weights_fingerprint(config: ModelConfig) -> str | None:
+    """The hex SHA-256 of the file that `pretrained_file` names; None where no file is named.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if config.pretrained_file is None:
+        return None
+    from core.models.weight_files import locate_weights
+
+    with locate_weights(config.pretrained_file).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:

@@ -8,16 +8,31 @@ from pathlib import Path
 from core.metrics import Scores
 from core.runtime import describe_device, select_device
 from hpo.commands.common import open_dataset
-from hpo.console import TrainProgress, say, table
+from hpo.commands.scores import say_per_class, training_bars
+from hpo.console import say, table
 from hpo.errors import StudyError
+from hpo.paths import refit_label
 from hpo.refit import refit
 from hpo.study import Study, find_study
 
+# Networks of an ensemble: what `data.folds` allows.
+FEWEST, MOST = 2, 20
+
 
 def refit_command(
-    trial: str, *, study_name: str | None, storage: str | None, data: Path | None, device_name: str | None
+    trial: str,
+    *,
+    study_name: str | None,
+    storage: str | None,
+    data: Path | None,
+    folds: int | None,
+    device_name: str | None,
 ) -> None:
     """Retrains a trial, opens the test set, and says what came of it."""
+    if folds is not None and not FEWEST <= folds <= MOST:
+        raise StudyError(
+            f"--folds {folds}: an ensemble has {FEWEST} to {MOST} networks; leave it out for one, trained on all images"
+        )
     study = find_study(study_name, storage_url=storage)
     number, label = _choose(study, trial)
     device = select_device(device_name)
@@ -25,33 +40,37 @@ def refit_command(
     dataset = open_dataset(chosen.config.data, data or study.data_path, skip_broken=study.skip_broken)
     study.check_data(dataset)
     say(f"study {study.name}, trial {number} ({study.metric} {chosen.value:.4f}); {describe_device(device)}")
-    with TrainProgress("refit", epochs=chosen.epochs) as progress:
+    shown_epochs = chosen.epochs if folds is None else chosen.config.epochs
+    with training_bars("refit", epochs=shown_epochs, metric=study.metric) as watch:
         try:
             done = refit(
                 study.paths,
                 number=number,
-                label=label,
+                label=refit_label(label, folds),
                 config=chosen.config,
                 epochs=chosen.epochs,
                 dataset=dataset,
                 metric=study.metric,
                 device=device,
-                on_epoch_end=progress.epoch_ended,
+                ensemble=folds,
+                watch=watch,
             )
         except KeyboardInterrupt:
             say("stopped; nothing was written, and the same command begins again")
             raise
     candidates = ", ".join(f"{views} {value:.4f}" for views, value in done.candidates.items())
     say(f"test-time augmentation by validation {study.metric}: {candidates}; chosen: {done.views}")
+    validation = "validation" if folds is None and chosen.config.data.folds is None else "out-of-fold"
     table(
         ["images", "views", "accuracy", "macro-F1", "loss"],
         [
-            ["validation", done.views, *_three(done.val)],
+            [validation, done.views, *_three(done.val)],
             *([["test", "none", *_three(done.test_plain)]] if done.views != "none" else []),
             ["test", done.views, *_three(done.test)],
         ],
         right=(2, 3, 4),
     )
+    say_per_class(done.test_per_class, dataset.labels, images=f"{dataset.n_test:,} test images")
     times = "once" if done.openings == 1 else f"{done.openings} times"
     say(f"the test set of this study has now been opened {times}")
     say(f"written to {done.dir}; label images of your own with")

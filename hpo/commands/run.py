@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from core.data import Splits, split
+from core.data import Splits, folds, on_device
 from core.models import check_model_name
 from core.runtime import describe_device, select_device
 from hpo.commands.common import open_dataset, say_data
+from hpo.commands.scores import say_folds
 from hpo.console import StudyProgress, duration, say
 from hpo.driver import estimate_s, pending_references, run_references, run_study
 from hpo.interrupts import Interrupts
@@ -41,8 +43,9 @@ def run_command(
     for model in model_names(space):
         check_model_name(model)
     dataset = open_dataset(space.base.data, data, skip_broken=skip_broken)
-    splits = split(dataset, space.base.data).to(device)
-    say_data(dataset, splits)
+    splits = on_device(folds(dataset, space.base.data), device)
+    say_data(dataset, splits[0])
+    say_folds(splits)
     command = _command(space_name, trials, study_name, data, storage, assignments, seed, device_name, skip_broken)
 
     with Interrupts() as interrupts:
@@ -86,7 +89,9 @@ def run_command(
         say(f"  {command} --reclaim")
 
 
-def _say_estimate(study: Study, space: SearchSpace, splits: Splits, *, trials: int, device: torch.device) -> None:
+def _say_estimate(
+    study: Study, space: SearchSpace, splits: Sequence[Splits], *, trials: int, device: torch.device
+) -> None:
     """How long what is left will take on this device, from a few timed steps."""
     references = len(pending_references(study, space))
     if not trials and not references:
@@ -103,7 +108,10 @@ def _pruner(space: SearchSpace) -> str:
     if not isinstance(space.pruner, RungsPruner):
         return space.pruner.name
     rungs = rung_epochs(space.pruner.rungs, space.base.epochs)
-    return f"rungs at epoch {', '.join(map(str, rungs))}" if rungs else "none (the run is too short for its rungs)"
+    places = [f"at epoch {', '.join(map(str, rungs))}"] if rungs else []
+    if space.base.data.folds is not None:
+        places.append(f"after each of the first {space.base.data.folds - 1} folds")
+    return f"rungs {' and '.join(places)}" if places else "none (the run is too short for its rungs)"
 
 
 def model_names(space: SearchSpace) -> set[str]:

@@ -1,51 +1,84 @@
-"""`hpo train`: one fixed configuration, once."""
+"""`hpo train`: one fixed configuration, once, or once a fold."""
 
 from __future__ import annotations
 
 import shlex
+import statistics
 from pathlib import Path
 
-from core.data import split
+from core import metrics
+from core.data import folds, on_device
+from core.errors import UserError
+from core.models import weights_fingerprint
 from core.runtime import describe_device, select_device
 from hpo.commands.common import open_dataset, say_data
-from hpo.console import TrainProgress, duration, say
+from hpo.commands.scores import METRIC_WORDS, say_folds, say_per_class, training_bars
+from hpo.console import duration, say
 from hpo.paths import TrainingPaths
 from hpo.report import learning_curves
 from hpo.search_space import load_recipe
-from hpo.training import train_recorded
+from hpo.training import Recorded, spread, train_recorded
 
 
 def train_command(
-    recipe_name: str, *, data: Path | None, assignments: list[str], device_name: str | None, skip_broken: bool
+    recipe_name: str,
+    *,
+    data: Path | None,
+    assignments: list[str],
+    metric: str,
+    device_name: str | None,
+    skip_broken: bool,
 ) -> None:
     """Trains a recipe and says how it scores on the validation images."""
+    if metric not in metrics.METRICS:
+        raise UserError(f"--metric {metric}: no such metric; give one of {', '.join(metrics.METRICS)}")
     recipe = load_recipe(recipe_name, assignments)
+    config = recipe.config
     device = select_device(device_name)
-    dataset = open_dataset(recipe.config.data, data, skip_broken=skip_broken)
-    splits = split(dataset, recipe.config.data).to(device)
-    say_data(dataset, splits)
-    say(f"training {recipe.name}: {recipe.config.epochs} epochs; {describe_device(device)}")
+    dataset = open_dataset(config.data, data, skip_broken=skip_broken)
+    splits = on_device(folds(dataset, config.data), device)
+    say_data(dataset, splits[0])
+    say_folds(splits)
+    say(f"training {recipe.name}: {config.epochs} epochs; {describe_device(device)}")
 
-    paths = TrainingPaths.of(recipe.name, recipe.config.model_dump_json(), dataset.fingerprint)
-    if paths.checkpoint.exists():
+    # What early stopping and a plateau watch decides what comes out. Accuracy is what a folder without a word means.
+    watched = None if metric == "accuracy" else metric
+    identity = (config.model_dump_json(), dataset.fingerprint, watched, weights_fingerprint(config.model))
+    paths = TrainingPaths.of(recipe.name, *filter(None, identity))
+    if paths.checkpoint().exists():
         say("going on from its checkpoint")
-    with TrainProgress(recipe.name, epochs=recipe.config.epochs) as progress:
+    with training_bars(recipe.name, epochs=config.epochs, metric=metric) as watch:
         try:
-            result = train_recorded(
-                recipe.config, splits, paths, metric="accuracy", device=device, on_epoch_end=progress.epoch_ended
-            )
+            recorded = train_recorded(config, splits, paths, metric=metric, device=device, watch=watch)
         except KeyboardInterrupt:
             say("stopped; the same command goes on from the last checkpoint")
             raise
-    learning_curves([epoch.row() for epoch in result.history], paths.curves, title=recipe.name)
+    learning_curves(recorded.rows, paths.curves, title=recipe.name, metric=metric)
 
-    kept = result.kept
-    scores = kept.counted()
-    say(
-        f"{recipe.name}: validation accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}, "
-        f"loss {scores.loss:.4f} (epoch {kept.epoch} of {recipe.config.epochs}, "
-        f"{duration(result.history[-1].elapsed_s)}, {kept.images_per_s:,.0f} images/s)"
-    )
+    say(f"{recipe.name}: validation {_scores(recorded, metric)} ({_course(recorded, config.epochs)})")
+    images = f"{sum(len(each.val) for each in splits):,} validation images"
+    say_per_class(recorded.per_class, dataset.labels, images=images)
     if recipe.result:
         say(f"  its author's result: {recipe.result}")
     say(f"written to {shlex.quote(str(paths.dir))}")
+
+
+def _scores(recorded: Recorded, metric: str) -> str:
+    """Every metric by name, the chosen one first; of folds the mean, and the standard deviation."""
+    counted = [result.kept.counted(metric) for result in recorded.results]
+    words = []
+    for name in (metric, *(other for other in metrics.METRICS if other != metric)):
+        values = [metrics.value(scores, name) for scores in counted]
+        deviation = spread(values)
+        around = "" if deviation is None else f" ± {deviation:.4f}"
+        words.append(f"{METRIC_WORDS[name]} {statistics.fmean(values):.4f}{around}")
+    return ", ".join(words)
+
+
+def _course(recorded: Recorded, epochs: int) -> str:
+    """How the training went: which epochs were kept, how long it took."""
+    kept = [result.kept for result in recorded.results]
+    which = ", ".join(str(epoch.epoch) for epoch in kept)
+    took = duration(sum(result.history[-1].elapsed_s for result in recorded.results))
+    of = f"epoch {which} of {epochs}" if len(kept) == 1 else f"{len(kept)} folds, epochs {which} of {epochs}"
+    return f"{of}, {took}, {statistics.fmean(epoch.images_per_s for epoch in kept):,.0f} images/s"

@@ -29,7 +29,7 @@ from common import finish, machine, parser, positive, spread, table
 
 import hpo.driver
 import hpo.objective
-from core.data import load_dataset, split
+from core.data import folds, load_dataset
 from core.runtime import select_device
 from hpo.console import StudyProgress
 from hpo.driver import run_study
@@ -90,7 +90,7 @@ def run_once(trials: int, assignments: list[str], folder: Path) -> dict[str, flo
     device = select_device("cpu")
     space = load_space("digits", assignments)
     dataset = load_dataset(space.base.data, cache_dir=folder / "cache")
-    splits = split(dataset, space.base.data)
+    splits = folds(dataset, space.base.data)
     study = open_study(space, name="bench", dataset=dataset, seed=0)
     progress = StudyProgress(metric=space.metric, direction=space.direction, done=0, total=trials, best=None)
     with contextlib.redirect_stdout(io.StringIO()), progress, clocks() as spent, reports_apart(spent):

@@ -25,10 +25,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from core.config import DataConfig
-from core.data import Dataset, Splits, catalogue, load_dataset, load_images, split
+from core.data import Dataset, Splits, catalogue, folds, load_dataset, load_images, on_device, split
 from core.data import dataset as dataset_module
 from core.data.decode import BrokenImageError, decode
 from core.data.ingest import decode_all
@@ -342,6 +342,24 @@ class TestLayouts:
 
     def test_a_class_may_be_called_train(self, tmp_path: Path) -> None:
         loaded = load(write_folder(tmp_path / "set", tree(test=0, classes=("bus", "train"))))
+        assert loaded.classes == ("bus", "train")
+
+    def test_intels_scenes_are_read_as_kaggles_archive_unpacks(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        parts = {name: name.split("/", 1) for name in tree()}
+        files = {f"seg_{split}/seg_{split}/{rest}": tree()[name] for name, (split, rest) in parts.items()}
+        assert "seg_train/seg_train/cat/00.png" in files
+        root = write_folder(tmp_path / "intel", files | {"seg_pred/seg_pred/1.png": photo(1)})
+        loaded = load(root)
+        assert (loaded.classes, len(loaded.images), loaded.n_test) == (("cat", "dog"), 20, 6)
+        assert "left out: seg_pred" in caplog.text
+        (root / "seg_train" / "seg_train" / "bird").mkdir()
+        with pytest.raises(UserError, match="seg_train/seg_train/bird holds no image"):
+            load(root)
+
+    def test_a_class_called_train_within_train_is_a_class(self, tmp_path: Path) -> None:
+        loaded = load(write_folder(tmp_path / "set", tree(classes=("bus", "train"))))
         assert loaded.classes == ("bus", "train")
 
     def test_images_deeper_in_a_class_folder_belong_to_it(self, tmp_path: Path) -> None:
@@ -975,6 +993,108 @@ class TestSplit:
         index = torch.arange(4)
         splits = Splits(images, index % 2, index[:2], index[2:], ("a", "b"), (0.1,), (0.2,))
         assert splits.whole().mean == (0.1,)
+
+
+class TestFolds:
+    def test_without_folds_there_is_the_one_split(self, digits: Dataset) -> None:
+        config = DataConfig(split_seed=4)
+        [only] = folds(digits, config)
+        assert torch.equal(only.val, split(digits, config).val)
+        assert only.mean == split(digits, config).mean
+
+    @pytest.mark.parametrize("count", [2, 3, 5, 20])
+    def test_every_image_validates_in_exactly_one_fold_and_trains_in_all_others(
+        self, digits: Dataset, count: int
+    ) -> None:
+        divided = folds(digits, DataConfig(folds=count))
+        assert len(divided) == count
+        everything = torch.arange(len(digits.images))
+        assert torch.equal(torch.cat([fold.val for fold in divided]).sort().values, everything)
+        for fold in divided:
+            assert torch.equal(torch.cat([fold.train, fold.val]).sort().values, everything)
+            assert len(fold.val) == pytest.approx(len(everything) / count, abs=10)
+
+    def test_are_stratified(self, digits: Dataset) -> None:
+        share = torch.bincount(digits.labels) / 5
+        for fold in folds(digits, DataConfig(folds=5)):
+            assert (torch.bincount(digits.labels[fold.val]) - share).abs().max() <= 1
+
+    def test_are_scikit_learns_draw_where_no_image_is_there_twice(self, digits: Dataset) -> None:
+        draw = StratifiedKFold(4, shuffle=True, random_state=7)
+        labels = digits.labels.numpy()
+        expected = [val.tolist() for _, val in draw.split(np.zeros(len(labels)), labels)]
+        assert [fold.val.tolist() for fold in folds(digits, DataConfig(folds=4, split_seed=7))] == expected
+
+    def test_follow_from_the_seed_and_not_from_the_fraction(self, digits: Dataset) -> None:
+        first = folds(digits, DataConfig(folds=3, split_seed=1))
+        again = folds(digits, DataConfig(folds=3, split_seed=1, val_fraction=0.5))
+        other = folds(digits, DataConfig(folds=3, split_seed=2))
+        assert all(torch.equal(a.val, b.val) for a, b in zip(first, again, strict=True))
+        assert not torch.equal(first[0].val, other[0].val)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_keep_identical_images_in_one_fold(self, tmp_path: Path, seed: int) -> None:
+        files = tree(per_class=20)
+        for i in range(10):
+            files[f"train/cat/copy{i}.png"] = files[f"train/cat/{i:02d}.png"]
+        files["train/dog/cat.png"] = files["train/cat/00.png"]  # of another class, and yet the same image
+        loaded = load(write_folder(tmp_path / "set", files))
+        divided = folds(loaded, DataConfig(split_seed=seed, folds=4))
+        for fold in divided:
+            train, val = (
+                {loaded.images[i].numpy().tobytes() for i in part.tolist()} for part in (fold.train, fold.val)
+            )
+            assert not train & val
+        together = torch.cat([fold.val for fold in divided]).sort().values
+        assert torch.equal(together, torch.arange(len(loaded.images)))
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_measure_mean_and_std_each_of_its_own_training_images(self, tmp_path: Path, channels: int) -> None:
+        loaded = load(write_folder(tmp_path / "set", tree(channels=channels)))
+        divided = folds(loaded, DataConfig(folds=3))
+        for fold in divided:
+            pixels = loaded.images[fold.train].double() / 255
+            assert fold.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-12)
+            assert fold.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
+        assert len({fold.mean for fold in divided}) == 3
+
+    def test_constants_stay(self, digits: Dataset) -> None:
+        assert {fold.mean for fold in folds(digits, DataConfig(folds=3, normalize="half"))} == {(0.5,)}
+
+    def test_the_whole_of_every_fold_is_the_whole_of_the_split(self, digits: Dataset) -> None:
+        expected = split(digits, DataConfig()).whole()
+        for fold in folds(digits, DataConfig(folds=3)):
+            whole = fold.whole()
+            assert torch.equal(whole.train, expected.train)
+            assert (whole.mean, whole.std) == (expected.mean, expected.std)
+
+    def test_share_the_images_on_every_device(self, digits: Dataset) -> None:
+        divided = folds(digits, DataConfig(folds=3))
+        assert {fold.images.data_ptr() for fold in divided} == {digits.images.data_ptr()}
+        moved = on_device(divided, "meta")  # a device to which a tensor is really moved
+        assert all(fold.images is moved[0].images and fold.labels is moved[0].labels for fold in moved)
+        assert {fold.train.device.type for fold in moved} | {fold.val.device.type for fold in moved} == {"meta"}
+
+    def test_more_folds_than_images_of_a_class(self, tmp_path: Path) -> None:
+        files = tree(per_class=10) | {f"train/owl/{i}.png": photo(7000 + i) for i in range(3)}
+        loaded = load(write_folder(tmp_path / "set", files))
+        assert len(folds(loaded, DataConfig(folds=3))) == 3
+        with pytest.raises(
+            UserError, match=r"data\.folds=4 needs as many images of every class, and of owl there are 3"
+        ):
+            folds(loaded, DataConfig(folds=4))
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_classes_of_copies_of_one_image_cannot_be_divided_and_that_is_said(self, tmp_path: Path, seed: int) -> None:
+        files = tree(test=2)
+        for name in files:
+            if name.startswith("train"):
+                files[name] = files[f"{name.rpartition('/')[0]}/00.png"]
+        loaded = load(write_folder(tmp_path / "set", files))
+        with pytest.raises(
+            UserError, match=r"data\.folds=3: fold \d (has only copies|has no training image of (cat|dog))"
+        ):
+            folds(loaded, DataConfig(folds=3, split_seed=seed))
 
 
 # The cache

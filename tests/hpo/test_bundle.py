@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace as replaced
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from torch import nn
 from core.config import TrainConfig
 from core.models import build_model
 from core.runtime import normalize
-from core.tta import VIEWS, predict_logits
-from hpo.bundle import Bundle, load_bundle, writing
+from core.tta import VIEWS, look, predict_logits
+from hpo.bundle import Bundle, Normalization, load_bundle, writing
 from hpo.errors import BundleError
 from hpo.search_space import load_recipe
 from hpo.versions import versions
@@ -60,8 +62,7 @@ def make(*, channels: int = 3, views: str = "flip", **changes: Any) -> tuple[Bun
         classes=CLASSES,
         in_channels=channels,
         image_size=(12, 16),
-        mean=(0.4, 0.5, 0.6)[:channels],
-        std=(0.2, 0.25, 0.3)[:channels],
+        normalizations=(Normalization((0.4, 0.5, 0.6)[:channels], (0.2, 0.25, 0.3)[:channels]),),
         views=views,
         data_name="pets",
         fingerprint="0123abcd",
@@ -73,7 +74,32 @@ def make(*, channels: int = 3, views: str = "flip", **changes: Any) -> tuple[Bun
 def write(folder: Path, **changes: Any) -> Path:
     bundle, model = make(**changes)
     with writing(folder) as new:
-        bundle.write(new, model, REPORT)
+        bundle.write(new, [model], REPORT)
+    return folder
+
+
+def make_ensemble(members: int = 3, **changes: Any) -> tuple[Bundle, list[nn.Module]]:
+    """As `make`, of several networks, each with weights and a normalisation of its own."""
+    bundle, first = make(**{"data.folds": members}, **changes)
+    models = [first]
+    for member in range(1, members):
+        model = copy.deepcopy(first)
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights.mul_(1 + 0.2 * member)
+        models.append(model)
+    of_each = tuple(
+        Normalization(tuple(0.1 * i + mean for mean in each.mean), tuple(each.std))
+        for i in range(members)
+        for each in bundle.normalizations
+    )
+    return replaced(bundle, normalizations=of_each), models
+
+
+def write_ensemble(folder: Path, **changes: Any) -> Path:
+    bundle, models = make_ensemble(**changes)
+    with writing(folder) as new:
+        bundle.write(new, models, REPORT)
     return folder
 
 
@@ -92,12 +118,44 @@ def test_a_loaded_bundle_answers_as_the_network_that_was_written(tmp_path: Path,
     folder = write(tmp_path / "best", channels=channels, views=views)
     loaded = load_bundle(folder, CPU)
     images = some_images(channels)
-    expected = predict_logits(model, images, prepare=lambda x: normalize(x, bundle.mean, bundle.std), views=views)
+    [by] = bundle.normalizations
+    expected = predict_logits(model, images, prepare=lambda x: normalize(x, by.mean, by.std), views=views)
     assert torch.equal(loaded.logits(images), expected)
     torch.testing.assert_close(loaded.probabilities(images).sum(1), torch.ones(5))
     torch.testing.assert_close(loaded.logits(images, batch_size=2), expected)
     assert loaded.meta == bundle
-    assert not loaded.model.training
+    assert not any(model.training for model in loaded.models)
+
+
+@pytest.mark.parametrize("views", sorted(VIEWS))
+def test_an_ensemble_answers_with_the_mean_of_its_members_probabilities(tmp_path: Path, views: str) -> None:
+    bundle, models = make_ensemble(views=views)
+    images = some_images()
+    total = torch.zeros(5, len(CLASSES))
+    for model, by in zip(models, bundle.normalizations, strict=True):
+        for view in VIEWS[views]:
+            with torch.inference_mode():
+                total += model(normalize(look(images, view), by.mean, by.std)).softmax(1)
+    loaded = load_bundle(write_ensemble(tmp_path / "best", views=views), CPU)
+    torch.testing.assert_close(loaded.logits(images).exp(), total / (3 * len(VIEWS[views])))
+    torch.testing.assert_close(loaded.probabilities(images), total / (3 * len(VIEWS[views])))
+    torch.testing.assert_close(loaded.logits(images, batch_size=2), loaded.logits(images))
+    assert loaded.meta == bundle
+
+
+def test_an_ensemble_of_equals_answers_as_one_of_them(tmp_path: Path) -> None:
+    bundle, model = make()
+    with writing(tmp_path / "best") as new:
+        replaced(bundle, normalizations=bundle.normalizations * 3).write(new, [model] * 3, REPORT)
+    alone = load_bundle(write(tmp_path / "one"), CPU).probabilities(some_images())
+    torch.testing.assert_close(load_bundle(tmp_path / "best", CPU).probabilities(some_images()), alone)
+
+
+def test_an_ensemble_has_a_file_for_each_member_and_no_other(tmp_path: Path) -> None:
+    folder = write_ensemble(tmp_path / "best")
+    members = {f"member_{i}.safetensors" for i in (1, 2, 3)}
+    assert {path.name for path in folder.iterdir()} == (FILES - {"model.safetensors"}) | members
+    assert json.loads((folder / "origin.json").read_text())["weights_sha256"].keys() == members
 
 
 def test_it_holds_these_files_and_none_of_them_is_a_pickle(tmp_path: Path) -> None:
@@ -225,8 +283,17 @@ def edit(name: str, key: str, value: Any) -> Any:
     return change
 
 
-def flip_a_bit(folder: Path) -> None:
-    path = folder / "model.safetensors"
+def edit_network(key: str, value: Any) -> Any:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))
+        content["networks"][0][key] = value
+        (folder / "preprocess.json").write_text(json.dumps(content))
+
+    return change
+
+
+def flip_a_bit(folder: Path, name: str = "model.safetensors") -> None:
+    path = folder / name
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -253,15 +320,39 @@ def other_weights(folder: Path) -> None:
         (replace("config.yaml", "epochs: [1"), r"config\.yaml: damaged \(.*config\.yaml:1"),
         (replace("config.yaml", "epoch: 1\n"), r"config\.yaml: damaged \(.*epoch"),
         (edit("preprocess.json", "channels", 2), r"preprocess\.json: damaged \(channels: "),
-        (edit("preprocess.json", "mean", [0.5]), r"preprocess\.json: mean and std must have one number for each"),
-        (edit("preprocess.json", "std", [1, 1, 0]), r"preprocess\.json: damaged \(std\.2: "),
+        (edit("preprocess.json", "networks", []), r"preprocess\.json: damaged \(networks: "),
+        (edit_network("mean", [0.5]), r"preprocess\.json: mean and std must have one number for each"),
+        (edit_network("std", [1, 1, 0]), r"preprocess\.json: damaged \(networks\.0\.std\.2: "),
+        (edit_network("weights", "../model.safetensors"), r"the weights of its networks must be model\.safetensors"),
         (edit("preprocess.json", "tta_views", "zoom"), r"preprocess\.json: tta_views zoom: this hpo knows none"),
-        (edit("origin.json", "format", 2), r"a bundle of format 2, and this hpo reads 1"),
+        (edit("origin.json", "format", 1), r"a bundle of format 1, and this hpo reads 2"),
+        (edit("origin.json", "format", 3), r"a bundle of format 3, and this hpo reads 2"),
+        (edit("origin.json", "weights_sha256", {}), r"model\.safetensors: damaged, or of another bundle"),
         (edit("origin.json", "versions", None), r"origin\.json: damaged \(versions: "),
     ],
 )
 def test_a_damaged_bundle_is_one_line(tmp_path: Path, damage: Any, message: str) -> None:
     folder = write(tmp_path / "best")
+    damage(folder)
+    with pytest.raises(BundleError, match=message) as raised:
+        load_bundle(folder, CPU)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("member_2.safetensors"), r"no member_2\.safetensors in it"),
+        (partial(flip_a_bit, name="member_3.safetensors"), r"member_3\.safetensors: damaged, or of another bundle"),
+        (
+            lambda folder: shutil.copy(folder / "member_1.safetensors", folder / "member_2.safetensors"),
+            r"member_2\.safetensors: damaged, or of another bundle",
+        ),
+        (edit_network("weights", "member_2.safetensors"), r"must be member_1\.safetensors, member_2\.safetensors, m"),
+    ],
+)
+def test_every_member_is_checked(tmp_path: Path, damage: Any, message: str) -> None:
+    folder = write_ensemble(tmp_path / "best")
     damage(folder)
     with pytest.raises(BundleError, match=message) as raised:
         load_bundle(folder, CPU)
@@ -307,7 +398,7 @@ def test_it_remembers_the_study_the_trial_and_where_the_data_came_from(tmp_path:
     bundle, model = make()
     bundle = replaced(bundle, study="rooms", trial=7, source="photos/scenes5k.zip")
     with writing(tmp_path / "best") as new:
-        bundle.write(new, model, REPORT)
+        bundle.write(new, [model], REPORT)
     origin = json.loads((tmp_path / "best" / "origin.json").read_text(encoding="utf-8"))
     assert (origin["study"], origin["trial"], origin["data"]["source"]) == ("rooms", 7, "photos/scenes5k.zip")
     assert load_bundle(tmp_path / "best", CPU).meta == bundle
@@ -332,6 +423,24 @@ def test_the_readme_does_not_promise_that_a_training_gives_this_model_again(tmp_
     text = (write(tmp_path / "best") / "README.md").read_text(encoding="utf-8")
     assert "trains it again" not in text
     assert re.search(r"hpo train config\.yaml --data …` trains .* without the validation images", text)
+
+
+def test_the_readme_of_an_ensemble_says_so(tmp_path: Path) -> None:
+    text = (write_ensemble(tmp_path / "best") / "README.md").read_text(encoding="utf-8")
+    assert "resnet, an ensemble of 3, whose probabilities are averaged" in text
+    assert "out-of-fold: each image was judged by the one\nmember that had not seen it" in text
+    assert "`member_1.safetensors` … `member_3.safetensors`" in text
+    assert "`model.safetensors`" not in text
+    assert "trains this configuration 3 times" in text
+    plain = (write(tmp_path / "one") / "README.md").read_text(encoding="utf-8")
+    assert "ensemble" not in plain
+    assert "`model.safetensors`" in plain
+
+
+def test_the_readme_of_one_network_from_a_folded_trial_says_what_its_validation_scores_are(tmp_path: Path) -> None:
+    text = (write(tmp_path / "best", **{"data.folds": 4}) / "README.md").read_text(encoding="utf-8")
+    assert "out-of-fold: the trial trained 4 networks" in text
+    assert "this model was trained on all of them." in text
 
 
 def test_the_readmes_python_runs_as_it_stands(tmp_path: Path) -> None:

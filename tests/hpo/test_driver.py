@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 import core.loop
 import hpo.driver
 from core.config import TrainConfig
-from core.data import load_dataset, split
+from core.data import folds, load_dataset, split
 from core.loop import EpochMetrics
 from hpo.driver import KEPT_MODELS, estimate_s, pending_references, run_references, run_study
 from hpo.interrupts import Interrupts
@@ -64,7 +64,7 @@ def write_space(folder: Path, more: str = "", **recipes: str) -> SearchSpace:
 
 def run(space: SearchSpace, trials: int) -> tuple[Study, Quiet]:
     dataset = load_dataset(space.base.data)
-    splits = split(dataset, space.base.data)
+    splits = folds(dataset, space.base.data)
     study = open_study(space, name="own", dataset=dataset)
     study.ensure_slots(trials)
     listener = Quiet()
@@ -193,7 +193,7 @@ def test_failures_are_told_apart_by_what_is_to_be_learnt_from_them(error: Except
 
 def test_the_estimate_grows_with_trials_and_recipes_and_shrinks_with_pruning(tmp_path: Path) -> None:
     space = load_space("digits", ["epochs=10", "model.widths=[8]", "model.blocks=[1]"])
-    splits = split(load_dataset(space.base.data), space.base.data)
+    splits = folds(load_dataset(space.base.data), space.base.data)
     in_full, pruned = estimate_s(space, splits, trials=10, references=0, device=CPU)
     assert 0 < pruned < in_full
     unpruned = load_space("digits", ["epochs=10", "model.widths=[8]", "model.blocks=[1]", "pruner.name=none"])

@@ -17,7 +17,7 @@ from core.errors import UserError
 from hpo.bundle import load_bundle
 from hpo.errors import BundleError
 from hpo.predict import Predictions, predict, write_submission
-from tests.hpo.test_bundle import CLASSES, write
+from tests.hpo.test_bundle import CLASSES, write, write_ensemble
 
 CPU = torch.device("cpu")
 
@@ -74,6 +74,15 @@ def test_an_npz_gives_positions_and_the_bundles_own_answers(bundle: Path, tmp_pa
     assert [int(name) for name in found.ids] == list(range(7))
     torch.testing.assert_close(found.probabilities, expected)
     assert torch.equal(found.labels, expected.argmax(1))
+
+
+def test_an_ensemble_labels_images_as_one_network_does(photos: Path, tmp_path: Path) -> None:
+    ensemble = write_ensemble(tmp_path / "best.folds3")
+    found = predict(ensemble, photos, device=CPU)
+    assert len(found.ids) == 6
+    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(6))
+    assert torch.equal(found.labels, found.probabilities.argmax(1))
+    torch.testing.assert_close(predict(ensemble, photos, device=CPU, batch_size=1).probabilities, found.probabilities)
 
 
 def test_the_csv_has_id_and_label_and_on_request_the_probabilities(bundle: Path, photos: Path, tmp_path: Path) -> None:

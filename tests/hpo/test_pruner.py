@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from hpo.pruner import RungPruner, build_pruner, rung_epochs
+from hpo.pruner import RungPruner, build_pruner, rung_epochs, rung_steps
 from hpo.search_space import grammar
 from hpo.slots import BASE, RECIPE, SLOT
 
@@ -51,6 +51,22 @@ def test_rungs_are_distinct_epochs_before_the_last(
     fractions: tuple[float, ...], epochs: int, rungs: tuple[int, ...]
 ) -> None:
     assert rung_epochs(fractions, epochs) == rungs
+
+
+@pytest.mark.parametrize(
+    ("epochs", "folds", "steps"),
+    [
+        (20, None, (1, 2, 6)),
+        (20, 2, (1, 2, 6, 20)),
+        (20, 5, (1, 2, 6, 20, 40, 60, 80)),  # not at 100: the last fold's end is the trial's
+        (1, 3, (1, 2)),  # of one epoch, there are no rungs within a fold
+    ],
+)
+def test_with_folds_the_end_of_every_fold_but_the_last_is_a_rung_too(
+    epochs: int, folds: int | None, steps: tuple[int, ...]
+) -> None:
+    assert rung_steps((0.03, 0.1, 0.3), epochs, folds) == steps
+    assert build_pruner(grammar.RungsPruner(), epochs, folds).rungs == steps  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -262,6 +278,21 @@ def test_every_pruner_prunes_the_hopeless_and_spares_the_base_and_the_recipes(na
         assert not any(judge(spared, epoch, 0.0) for epoch in range(1, epochs + 1))
     bad = running(study, 99)
     assert any(judge(bad, epoch, -0.1 * epoch) for epoch in range(1, epochs + 1))
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
+def test_every_pruner_ends_in_a_later_fold_a_trial_that_falls_behind_there(name: str) -> None:
+    epochs, folds = 10, 3
+    study = optuna.create_study(direction="maximize", pruner=build_pruner(PRUNERS[name][0], epochs, folds))
+    for slot in range(1, 12):
+        good = running(study, slot)
+        for step in range(1, epochs * folds + 1):
+            judge(good, step, 0.8 + 0.001 * step)
+        study.tell(good, 0.9)
+    late = running(study, 99)
+    verdicts = [judge(late, s, 0.8 + 0.001 * s if s < epochs else 0.1) for s in range(1, epochs * folds + 1)]
+    assert not any(verdicts[: epochs - 1])
+    assert any(verdicts)
 
 
 def test_the_warm_up_of_the_median_pruner_is_a_fraction_of_the_run() -> None:

@@ -41,6 +41,11 @@ def history(epochs: int = 20, *, scored: bool = True, averaged: bool = False) ->
     return rows
 
 
+def folded(*epochs: int) -> list[dict[str, float]]:
+    """Lines of a `metrics.jsonl` of folds, each with so many epochs."""
+    return [{"fold": fold, **row} for fold, count in enumerate(epochs, 1) for row in history(count)]
+
+
 def pixels(path: Path) -> np.ndarray:
     """(H, W, 3) of the picture."""
     with Image.open(path) as image:
@@ -69,9 +74,14 @@ def share_of(path: Path, color: str) -> float:
         [row | {"train_loss": math.nan, "val_loss": math.inf} for row in history(3)],
         [row | {"lr": 0.0} for row in history(3)],
         [],
+        folded(20, 20, 20),
+        folded(20, 7, 1),
     ],
-    ids=["plain", "averaged", "one epoch", "two epochs", "refit", "long", "diverged", "no rate", "none"],
-)
+    ids=[
+        "plain", "averaged", "one epoch", "two epochs", "refit", "long", "diverged", "no rate", "none", "folds",
+        "folds of several lengths",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "nll"])
 def test_curves_are_drawn_for_every_kind_of_history(tmp_path: Path, rows: Any, metric: str) -> None:
     learning_curves(rows, tmp_path / "curves.png", title="trial 3", metric=metric)
@@ -94,6 +104,24 @@ def test_balanced_accuracy_is_drawn_where_it_is_the_objective(tmp_path: Path) ->
         learning_curves(history(), tmp_path / f"{metric}.png", metric=metric)
     assert share_of(tmp_path / "accuracy.png", report.YELLOW) == 0
     assert share_of(tmp_path / "balanced_accuracy.png", report.YELLOW) > 0.0003
+
+
+def test_folds_alike_are_drawn_as_one_of_them_with_their_mean_above(tmp_path: Path) -> None:
+    learning_curves(history(), tmp_path / "one.png")
+    learning_curves(folded(20, 20), tmp_path / "two.png")
+    for color in (report.ORANGE, report.BLUE):
+        assert share_of(tmp_path / "two.png", color) == pytest.approx(share_of(tmp_path / "one.png", color), rel=0.2)
+
+
+def test_the_mean_of_folds_goes_as_far_as_all_have_come_and_each_fold_to_its_end(tmp_path: Path) -> None:
+    learning_curves(folded(20, 20), tmp_path / "whole.png")
+    learning_curves(folded(20, 10), tmp_path / "short.png")
+    whole, short = (share_of(tmp_path / name, report.ORANGE) for name in ("whole.png", "short.png"))
+    assert 0.3 * whole < short < 0.9 * whole
+    right = slice(300, 400)  # the second half of the left panel's epochs: a faint line of the longer fold
+    halves = [pixels(tmp_path / name)[:, right] for name in ("whole.png", "short.png")]
+    faint = [int(((half[..., 0] - half[..., 2]) > 30).sum()) for half in halves]
+    assert 0 < faint[1] < faint[0]
 
 
 # Confusion

@@ -207,6 +207,20 @@ def test_other_images_are_refused(open_: Any) -> None:
     study.check_data(Images())
 
 
+def test_another_file_of_weights_under_the_same_name_is_refused(open_: Any, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"the old ones")
+    model = f"model: {{name: timm/resnet10t, pretrained: true, pretrained_file: {weights}}}"
+    tuned = SPACE.replace("batch_size: 64}", f"batch_size: 64, {model}}}").replace(
+        "  model.width: {low: 0.5, high: 1.5, step: 0.25}\n", ""
+    )
+    open_(text=tuned)
+    open_(text=tuned)
+    weights.write_bytes(b"the new ones")
+    with pytest.raises(StudyError, match=r"begun with other weights: .*weights.safetensors has changed"):
+        open_(text=tuned)
+
+
 def test_another_seed_is_refused_and_no_seed_is_the_studys_own(open_: Any) -> None:
     open_(seed=3)
     assert open_().seed == 3
