@@ -11,11 +11,16 @@ from hpo.search_space import check_file, json_schema, list_spaces, shown
 
 
 def list_command() -> None:
-    """A line a space, then a line a recipe."""
-    table(
-        ["name", "kind", "file", "description"],
-        [[entry.name, entry.kind, shown(entry.path), entry.description] for entry in list_spaces()],
-    )
+    """The spaces, then the recipes with what their authors saw, and where their files lie."""
+    entries = list_spaces()
+    spaces = [[entry.name, entry.description] for entry in entries if entry.kind == "space"]
+    recipes = [[entry.name, entry.result, entry.description] for entry in entries if entry.kind == "recipe"]
+    table(["space", "description"], spaces)
+    say()
+    table(["recipe", "author's result", "description"], recipes)
+    say()
+    folders = dict.fromkeys(shown(entry.path.parent) for entry in entries)
+    say(f"hpo run SPACE searches, hpo train RECIPE trains one; the files are in {', '.join(folders)}")
 
 
 def check_command(name: str) -> None:

@@ -78,9 +78,9 @@ def _leaves(model: type[BaseModel], prefix: str) -> Iterable[ConfigField]:
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The closest spelling, if any is close."""
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)  # 0.6 is difflib's own
-    return close[0] if close else None
+    """The closest spelling, if any is close; of close ones rather one that the word begins, as adam does adamw."""
+    close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.6)  # 0.6 is difflib's own
+    return next((name for name in close if name.startswith(word)), close[0] if close else None)
 
 
 def nearest_field(path: str, names: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""`hpo space schema`: a file that editors read, or one line that says why there is none."""
+"""`hpo space list`, and `hpo space schema`: a file that editors read, or one line that says why there is none."""
 
 from __future__ import annotations
 
@@ -6,10 +6,30 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from hpo.commands.space import schema_command
+import hpo.console
+from hpo.commands.space import list_command, schema_command
 from hpo.errors import HpoError
-from hpo.search_space import json_schema
+from hpo.search_space import json_schema, list_spaces
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_names_results_and_descriptions_are_listed_whole(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hpo.console, "console", Console(width=width, highlight=False))
+    list_command()
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    for entry in list_spaces():
+        [at] = [number for number, line in enumerate(lines) if line.startswith(f"{entry.name} ")]
+        assert entry.result in lines[at]
+        assert len(lines[at].split()) > 2, "what it is begins on the line of its name"
+    longest = max(len(entry.name) for entry in list_spaces())
+    wrapped = sum(line.startswith(" " * longest) for line in lines)
+    assert wrapped == 0 or width < 120, "a line each, on a terminal of 120 columns"
+    assert "search_spaces/recipes" in last
 
 
 def test_the_schema_is_written_as_json(tmp_path: Path) -> None:

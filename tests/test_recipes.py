@@ -1,0 +1,324 @@
+"""What is shipped under `search_spaces/`: every recipe trains, every value of every space trains, no two are the same.
+
+The images are real, a few of each class of the sets beside the checkout, or digits where those are not there. Networks
+are shrunk as a user would shrink them, with `--set`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+
+from core.config import DataConfig, TrainConfig
+from core.data import Dataset, folds, load_dataset, split
+from core.loop import train
+from hpo.paths import TrainingPaths
+from hpo.search_space import check_file, load_recipe, load_space
+from hpo.search_space.space import Categorical, Integer, Parameter, Real, SearchSpace
+from hpo.training import read_result, train_recorded
+from tests.conftest import SHARED_DATA
+from tests.hpo.test_end_to_end import hpo, rows_of
+
+SPACES = Path(__file__).resolve().parents[1] / "search_spaces"
+SPACE_NAMES = sorted(path.stem for path in SPACES.glob("*.yaml"))
+RECIPE_NAMES = sorted(path.stem for path in (SPACES / "recipes").glob("*.yaml"))
+CPU = torch.device("cpu")
+
+# The first part of a recipe's or space's name -> the set that is cut for it.
+SETS = {"stl10": "scenes", "intel": "scenes", "cifar100": "cifar", "imbalanced": "trash", "digits": "digits"}
+
+HEAVY = {"intel_wide_resnet101", "intel_resnext101"}  # 127 and 89 million weights: some ten seconds each
+
+# Images of each class that are taken of trashnet96.zip: 4 : 1, as in the whole. A fifth of them is the test set.
+TRASH = {"paper": 20, "glass": 15, "plastic": 13, "metal": 10, "cardboard": 10, "trash": 5}
+
+
+# Cutting the sets
+
+
+def write_images(folder: Path, members: Iterator[tuple[str, bytes]], wanted: Mapping[str, int]) -> None:
+    """Keeps the first images of each folder, as many as wanted of it."""
+    left = dict(wanted)
+    for name, content in members:
+        place = name.rpartition("/")[0]
+        if left.get(place, 0) > 0:
+            left[place] -= 1
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    assert not any(left.values()), left
+
+
+def zip_members(archive: Path, wanted: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(archive) as opened:
+        for name in sorted(opened.namelist()):
+            if name.rpartition("/")[0] in wanted and not name.endswith("/"):
+                yield name, opened.read(name)
+
+
+def tar_members(archive: Path, wanted: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+    left = dict(wanted)
+    with tarfile.open(archive) as opened:
+        for member in opened:
+            place = member.name.rpartition("/")[0]
+            if member.isfile() and left.get(place, 0):
+                left[place] -= 1
+                file = opened.extractfile(member)
+                assert file is not None
+                yield member.name, file.read()
+            if not any(left.values()):  # the rest need not be read
+                return
+
+
+def digits_as_photographs(path: Path, classes: int) -> None:
+    """Real digits at 32×32 in three channels: what stands in for photographs where there are none."""
+    source = load_digits()
+    chosen = np.concatenate([np.flatnonzero(source.target == digit)[:10] for digit in range(classes)])
+    pixels = (source.images[chosen] * (255 / 16)).round().astype(np.uint8)
+    np.savez(path, x_train=np.kron(pixels, np.ones((1, 4, 4), np.uint8))[..., None].repeat(3, -1),
+             y_train=source.target[chosen])  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cuts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """By name, a few images of each set: six classes of scenes, ten of CIFAR, and six of different sizes."""
+    root = tmp_path_factory.mktemp("cuts")
+    found = {name: root / name for name in ("scenes", "cifar", "trash")}
+    if not SHARED_DATA.is_dir():
+        for name, classes in (("scenes", 6), ("cifar", 10), ("trash", 6)):
+            found[name] = root / f"{name}.npz"
+            digits_as_photographs(found[name], classes)
+        return found
+    scenes = ("buildings", "forest", "glacier", "mountain", "sea", "street")
+    wanted = {f"{part}/{name}": count for part, count in (("train", 10), ("test", 3)) for name in scenes}
+    write_images(found["scenes"], zip_members(SHARED_DATA / "scenes5k.zip", wanted), wanted)
+    cifar = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    wanted = {f"train/{name}": 8 for name in cifar}
+    write_images(found["cifar"], tar_members(SHARED_DATA / "cifar10_jpeg.tar.xz", wanted), wanted)
+    write_images(found["trash"], zip_members(SHARED_DATA / "trashnet96.zip", TRASH), TRASH)
+    return found
+
+
+@pytest.fixture(scope="session")
+def datasets(cuts: Mapping[str, Path]) -> Mapping[str, Dataset]:
+    """The cuts, decoded to 32×32; and all digits as they are."""
+    at_32 = {name: load_dataset(DataConfig(name=str(path), image_size=32)) for name, path in cuts.items()}
+    return {**at_32, "digits": load_dataset(DataConfig(name="digits"))}
+
+
+def set_of(name: str) -> str:
+    """The set that is cut for a recipe or a space."""
+    return SETS[name.partition("_")[0]]
+
+
+def shrunk(config: TrainConfig) -> dict[str, Any]:
+    """What to set so that two cores train a configuration in a second or two."""
+    if config.model.name.startswith("timm/"):
+        return {"model.pretrained": False, "batch_size": 32}
+    return {"model.width": 0.125, "batch_size": 16}
+
+
+# What they say
+
+
+@pytest.mark.parametrize("path", sorted(SPACES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_space_or_recipe_has_no_fault(path: Path) -> None:
+    assert check_file(path) == []
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_a_recipe_says_its_source_its_result_and_what_is_guessed(name: str) -> None:
+    recipe = load_recipe(name)
+    assert all([recipe.description, recipe.source, recipe.result, recipe.guesses])
+    if recipe.config.model.pretrained:
+        assert "pretrained weights" in recipe.guesses, "what it needs must be said"
+    if recipe.config.epochs >= 180:
+        assert "a GPU's work" in recipe.guesses or "pieces" in recipe.config.schedule.name, "what it needs must be said"
+
+
+def test_adam_is_adamw_without_weight_decay_and_a_recipe_that_uses_it_says_so() -> None:
+    for recipe in map(load_recipe, RECIPE_NAMES):
+        is_adam = recipe.config.optim.name == "adamw" and recipe.config.optim.weight_decay == 0
+        assert ("(here adamw" in recipe.guesses) == is_adam, recipe.name
+
+
+def test_the_readme_maps_a_diarys_lines_to_every_recipe() -> None:
+    said = (SPACES / "README.md").read_text(encoding="utf-8")
+    assert [name for name in [*RECIPE_NAMES, *SPACE_NAMES] if f"`{name}`" not in said] == []
+
+
+def test_no_two_recipes_are_the_same_configuration() -> None:
+    configs = {name: load_recipe(name).config for name in RECIPE_NAMES}
+    assert [pair for pair in combinations(configs, 2) if configs[pair[0]] == configs[pair[1]]] == []
+
+
+@pytest.mark.parametrize("name", SPACE_NAMES)
+def test_no_two_recipes_are_the_same_once_a_space_has_put_them_on_its_data_and_epochs(name: str) -> None:
+    space = load_space(name)
+    configs = {"base": space.base, **{recipe.name: recipe.config for recipe in space.recipes}}
+    for config in configs.values():
+        assert (config.epochs, config.data) == (space.base.epochs, space.base.data)
+    assert [pair for pair in combinations(configs, 2) if configs[pair[0]] == configs[pair[1]]] == []
+
+
+@pytest.mark.parametrize("family", sorted(set(SETS) - {"digits"}))
+def test_no_two_recipes_of_a_kind_are_the_same_at_one_length_on_one_set(family: str) -> None:
+    """A recipe must not differ from another by its epochs or its split alone: any space would make them one."""
+    alike = {"epochs": 60, "data.val_fraction": 0.2, "data.image_size": 96, "data.normalize": "train"}
+    configs = {name: load_recipe(name).config.override(alike) for name in RECIPE_NAMES if name.startswith(f"{family}_")}
+    assert [pair for pair in combinations(configs, 2) if configs[pair[0]] == configs[pair[1]]] == []
+
+
+# That they train
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in RECIPE_NAMES]
+)
+def test_a_recipe_trains_two_epochs(name: str, datasets: Mapping[str, Dataset], tmp_path: Path) -> None:
+    sets = {"epochs": 2, "data.val_fraction": 0.25, **shrunk(load_recipe(name).config)}
+    if name.startswith("digits"):
+        sets = {"epochs": 2}
+    config = load_recipe(name, [f"{key}={json.dumps(value)}" for key, value in sets.items()]).config
+    paths = TrainingPaths(tmp_path / name)
+    recorded = train_recorded(
+        config,
+        folds(datasets[set_of(name)], config.data),
+        paths,
+        metric="macro_f1",
+        device=CPU,
+        watch=lambda label: lambda epoch: None,
+    )
+    [result] = recorded.results
+    assert [epoch.epoch for epoch in result.history] == [1, 2]
+    assert all(math.isfinite(epoch.train_loss) for epoch in result.history)
+    assert 0 <= recorded.value <= 1
+    assert read_result(paths) is not None
+
+
+def one_at_a_time(space: SearchSpace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The base; then, for every parameter, each choice or both ends, where its conditions hold."""
+    yield "base", {}
+    for path, parameter in space.search.items():
+        for value in edges(parameter):
+            if value != space.base.flat()[path]:
+                yield f"{path}={value}", {**conditions(space, parameter), path: value}
+
+
+def edges(parameter: Parameter) -> Sequence[Any]:
+    if isinstance(parameter, Categorical):
+        return parameter.choices
+    assert isinstance(parameter, Integer | Real)
+    return (parameter.low, parameter.high)
+
+
+def conditions(space: SearchSpace, parameter: Parameter) -> dict[str, Any]:
+    """Values with which the parameter exists, those of its conditions' own conditions included."""
+    found: dict[str, Any] = {}
+    for path, allowed in parameter.when.items():
+        if path in space.search:
+            found |= conditions(space, space.search[path])
+            found[path] = next(value for value in allowed if space.search[path].contains(value))
+    return found
+
+
+# Stages as narrow as can be, or timm's own tiny network; `model.width` and `model.name` are searched, so they stay.
+TINY: dict[str, list[str]] = {
+    "digits": ["model.widths=[8, 8]"],
+    "stl10_small": ["model.widths=[8, 8, 8, 8]"],
+    "cifar100": ["model.widths=[8, 8, 8, 8]"],
+    "imbalanced": ["model.widths=[8, 8, 8, 8]"],
+    "intel_scenes": ["model.name=timm/test_resnet", "model.pretrained=false"],
+}
+
+
+@pytest.mark.parametrize("name", SPACE_NAMES)
+def test_every_value_that_a_space_names_trains(name: str, datasets: Mapping[str, Dataset]) -> None:
+    """Each alone, for an epoch of a few steps: what a space offers must never be what a trial fails of."""
+    sizes = [] if name == "digits" else ["data.val_fraction=0.3", "data.image_size=32"]
+    space = load_space(name, [*TINY[name], *sizes])
+    splits = split(datasets[set_of(name)], space.base.data)
+    splits = replace(splits, train=splits.train[:: max(1, len(splits.train) // 24)], val=splits.val[:16])
+    tried = 0
+    for said, values in one_at_a_time(space):
+        config = space.base.override({"epochs": 4, "batch_size": 8, **values})
+        result = train(config, splits, device=CPU, stop_after=1, metric=space.metric)
+        assert math.isfinite(result.history[-1].train_loss), said
+        assert all(bool(tensor.isfinite().all()) for tensor in result.model.state_dict().values()), said
+        tried += 1
+    assert tried > len(space.search)
+
+
+def test_the_networks_that_the_space_of_scenes_names_are_those_of_its_recipes() -> None:
+    """So that each of them is trained above, though the space is tried on a tiny one."""
+    space = load_space("intel_scenes")
+    assert set(edges(space.search["model.name"])) == {recipe.config.model.name for recipe in space.recipes}
+
+
+# From the command line, as a person does it
+
+
+# Each diary's road: its space, the set that stands in for its images, and what makes it small enough for two cores.
+ROADS: dict[str, tuple[str, str, list[str]]] = {
+    "E1, ResNet-10": ("stl10_small", "scenes", ["model.width=0.125", "model.blocks=[1, 1, 1, 1]"]),
+    "E2, k-fold": ("stl10_small", "scenes", ["model.width=0.125", "data.folds=2"]),
+    "E3": ("cifar100", "cifar", ["model.width=0.125"]),
+    "E4": ("imbalanced", "trash", ["model.width=0.125"]),
+    "E5": ("intel_scenes", "scenes", ["model.name=timm/test_resnet"]),
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_diarys_road_goes_from_a_search_to_predictions(
+    road: str, cuts: Mapping[str, Path], shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    space, images, small = ROADS[road]
+    sets = [*small, "epochs=2", "batch_size=16", "data.val_fraction=0.25", "data.image_size=32", "pruner.rungs=[0.5]"]
+    if space == "intel_scenes":
+        sets.append(f"model.pretrained_file={pretrained_file(tmp_path / 'weights.safetensors')}")
+    options = [word for value in sets for word in ("--set", value)]
+    data = str(cuts[images])
+    assert hpo(monkeypatch, "run", space, "--data", data, "--trials", "3", *options) == 0
+    said = capsys.readouterr().out
+    for recipe in load_space(space).recipes:
+        assert f"recipe {recipe.name} " in said or recipe.name == "stl10_jan30_ema", "which that space can express"
+    assert hpo(monkeypatch, "refit", "best") == 0
+    bundle = tmp_path / "studies" / space / "refit/best"
+    metrics = json.loads((bundle / "metrics.json").read_text())
+    assert metrics["objective"] == load_space(space).metric
+    assert metrics["test"]["images"] > 0
+    out = tmp_path / "submission.csv"
+    assert hpo(monkeypatch, "predict", str(bundle), data, "-o", str(out)) == 0
+    rows = rows_of(out)
+    assert len(rows) == sum(path.suffix == ".jpg" for path in cuts[images].rglob("*"))
+    assert {row["label"] for row in rows} <= set(json.loads((bundle / "classes.json").read_text()))
+
+
+def pretrained_file(path: Path) -> Path:
+    """Weights as a person brings them, of another task's classes: here random ones."""
+    network = timm.create_model("test_resnet", pretrained=False, num_classes=1000)
+    save_file(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["imbalanced", "intel_scenes"])
+def test_a_space_for_any_images_asks_for_them(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "run", name, "--set", "model.pretrained=false") == 2
+    [error] = capsys.readouterr().err.strip().splitlines()
+    assert "path/to/images" in error
