@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from core.data import Splits, folds, on_device
-from core.models import check_model_name
-from core.runtime import describe_device, select_device
+from core.models import build_model, check_model_name
+from core.runtime import describe_device, isolated_rng, select_device
 from hpo.commands.common import open_dataset, say_data
 from hpo.commands.scores import say_folds
 from hpo.console import StudyProgress, duration, say
@@ -46,6 +46,7 @@ def run_command(
     splits = on_device(folds(dataset, space.base.data), device)
     say_data(dataset, splits[0])
     say_folds(splits)
+    _check_network(space, splits[0])
     command = _command(space_name, trials, study_name, data, storage, assignments, seed, device_name, skip_broken)
 
     with Interrupts() as interrupts:
@@ -87,6 +88,16 @@ def run_command(
     for number, host, since in study.held_elsewhere():
         say(f"trial {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}; if that is dead:")
         say(f"  {command} --reclaim")
+
+
+def _check_network(space: SearchSpace, splits: Splits) -> None:
+    """Builds the base's network and forgets it.
+
+    What it lacks, weights or larger images, is said before a study exists, which would then have been begun with it.
+    """
+    _, channels, height, width = splits.images.shape
+    with isolated_rng(torch.device("cpu")):
+        build_model(space.base.model, num_classes=len(splits.classes), in_channels=channels, image_size=(height, width))
 
 
 def _say_estimate(

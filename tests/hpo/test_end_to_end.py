@@ -261,6 +261,24 @@ def test_a_missing_download_says_where_what_and_how_large(
     assert "hpo run digits" in error
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model.widths=[8, 8, 8, 8, 8]", "model.blocks=[1, 1, 1, 1, 1]"], "down to a side of 1 pixel"),
+        (["model.name=timm/resnet10t", "model.widths=[64, 128, 256, 512]", "model.blocks=[2, 2, 2, 2]",
+          "model.width=1.0", "model.pretrained=true", "model.pretrained_file=no.pth"], "no.pth: no such file"),
+    ],
+)  # fmt: skip
+def test_a_base_that_cannot_be_built_begins_no_study(
+    settings: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [word for setting in settings for word in ("--set", setting)]
+    assert hpo(monkeypatch, "run", "digits", *options) == 2
+    [error] = capsys.readouterr().err.strip().splitlines()
+    assert said in error
+    assert not (tmp_path / "studies" / "digits").exists()
+
+
 def _no_network(*arguments: Any, **options: Any) -> Any:
     raise OSError("Temporary failure in name resolution")
 
