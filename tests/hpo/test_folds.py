@@ -32,7 +32,6 @@ from hpo.driver import estimate_s, run_references, run_study
 from hpo.interrupts import Interrupts
 from hpo.objective import Outcome
 from hpo.paths import StudyPaths, TrainingPaths
-from hpo.pruner import build_pruner
 from hpo.refit import refit
 from hpo.search_space import SearchSpace, load_space
 from hpo.slots import SLOT
@@ -94,7 +93,6 @@ def a_space(
 
 def a_study(space: SearchSpace, dataset: Dataset, trials: int) -> Study:
     study = open_study(space, name="own", dataset=dataset)
-    study.optuna.pruner = build_pruner(space.pruner, space.base.epochs, space.base.data.folds)
     study.ensure_slots(trials)
     return study
 
