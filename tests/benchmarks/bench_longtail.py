@@ -3,8 +3,8 @@
 The set is cut as Cui et al. 2019 cut theirs (arXiv 1901.05555): an exponential profile from the largest class to the
 smallest, the ratio between them 100, judged on balanced test images. What is compared are the remedies of the
 imbalanced diary (focal loss, the weighted sampler, copies with more augmentation) with those of the literature
-(balanced softmax, deferred re-weighting), on one network and one schedule. Every seed draws another cut and other
-weights, the same for all remedies.
+(balanced softmax, deferred re-weighting), on one network, one schedule and one number of steps: where copies make an
+epoch longer, there are fewer of them. Every seed draws another cut and other weights, the same for all remedies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "cross-entropy": {},
     "focal, gamma 2": {"loss.name": "focal"},
     "weighted sampler": {"sampling.name": "balanced"},
-    "focal and weighted sampler": {"loss.name": "focal", "sampling.name": "balanced"},
     "copies up to 12, six operations": {
         "sampling.oversample": 12, "augment.policy": "six", "augment.ops": 1, "augment.strength": 0.5,
     },
@@ -53,6 +52,13 @@ def base(epochs: int) -> TrainConfig:
     )
 
 
+def equal_steps(config: TrainConfig, counts: tuple[int, ...]) -> TrainConfig:
+    """The configuration with its epochs cut so that it visits as many images as one without copies."""
+    largest, most = max(counts), config.sampling.oversample
+    visits = sum(min(most * count, largest) for count in counts)
+    return config.override({"epochs": round(config.epochs * sum(counts) / visits)})
+
+
 def main() -> None:
     """Runs the benchmark from the command line."""
     options = parser(__doc__)
@@ -60,7 +66,7 @@ def main() -> None:
     options.add_argument("--largest", type=positive, default=1000, help="training images of the largest class")
     options.add_argument("--ratio", type=positive, default=100, help="the largest class over the smallest")
     options.add_argument("--judged", type=positive, default=500, help="test images of each class")
-    options.add_argument("--epochs", type=positive, default=40)
+    options.add_argument("--epochs", type=positive, default=80)
     options.add_argument("--workers", type=positive, default=2, help="trainings at a time, one thread each")
     options.set_defaults(repeats=3)
     arguments = options.parse_args()
@@ -72,7 +78,7 @@ def main() -> None:
             Job(
                 name,
                 seed,
-                base(arguments.epochs).override({**changes, "seed": seed}),
+                equal_steps(base(arguments.epochs).override({**changes, "seed": seed}), counts),
                 RandomCut(arguments.data, counts, arguments.judged, seed, side=32, cache=Path(cache)),
             )
             for seed in range(arguments.repeats)
