@@ -246,7 +246,7 @@ class OptimConfig(_Section):
 
     name: Literal["sgd", "adamw", "nadam", "swats", "muon"] = "adamw"
     """SGD with momentum, AdamW (without weight decay it is Adam), NAdam, SWATS: Adam that becomes SGD, or Muon for
-    filters and matrices, with AdamW for vectors (Jordan et al. 2024, timm's)."""
+    filters and matrices, with AdamW for vectors and the classifier (Jordan et al. 2024, timm's)."""
     lr: float | None = Field(default=None, gt=0, le=100)
     """Peak learning rate."""
     lr_scale: float | None = Field(default=None, gt=0, le=1000)
@@ -258,7 +258,7 @@ class OptimConfig(_Section):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of SGD and Muon, and of SWATS after its switch."""
     nesterov: bool = True
-    """Nesterov's momentum, for SGD and Muon, and for SWATS after its switch."""
+    """Nesterov's momentum, for SGD, for Muon and the AdamW beside it (then NAdamW), and for SWATS after its switch."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment, for AdamW, NAdam, Muon's vectors, and SWATS before its switch."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -284,11 +284,13 @@ class OptimConfig(_Section):
     def _one_rate(self) -> OptimConfig:
         if self.lr is not None and self.lr_scale is not None:
             raise ValueError("optim.lr and optim.lr_scale exclude each other: give one of them")
-        if self.name == "swats" and self.swats.switch == "criterion" and self.backbone_lr_scale != 1:
-            raise ValueError(
-                "optim.swats.switch: criterion measures one learning rate for all layers, "
-                f"and optim.backbone_lr_scale: {self.backbone_lr_scale:g} makes two; set that to 1, or this to fraction"
-            )
+        if self.name == "swats" and self.swats.switch == "criterion":
+            for field, neutral in (("backbone_lr_scale", 1), ("head_only_fraction", 0)):
+                if getattr(self, field) != neutral:
+                    raise ValueError(
+                        "optim.swats.switch: criterion measures one learning rate for all layers at once, and "
+                        f"optim.{field} tells them apart; set that to {neutral}, or this to fraction"
+                    )
         return self
 
     def peak_lr(self, batch_size: int) -> float:
@@ -350,7 +352,7 @@ class EarlyStopConfig(_Section):
     """Ends a run that no longer improves, and keeps its best epoch."""
 
     patience_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Fraction of the run without a better validation accuracy that ends it; None is off."""
+    """Fraction of the run without a better validation score that ends it; None is off."""
 
 
 class PrecisionConfig(_Section):
@@ -379,6 +381,16 @@ class TrainConfig(_Section):
     averaging: AveragingConfig = AveragingConfig()
     early_stop: EarlyStopConfig = EarlyStopConfig()
     precision: PrecisionConfig = PrecisionConfig()
+
+    @model_validator(mode="after")
+    def _check_repeats(self) -> TrainConfig:
+        sampling = self.sampling
+        if self.augment.apply_to == "repeats" and sampling.name == "shuffled" and sampling.oversample == 1:
+            raise ValueError(
+                "augment.apply_to: repeats augments nothing where no image is repeated: "
+                "set sampling.oversample, or sampling.name to balanced"
+            )
+        return self
 
     def override(self, values: dict[str, Any]) -> TrainConfig:
         """A copy with the fields at these dotted paths set, validated anew.

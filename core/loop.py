@@ -5,7 +5,8 @@ mixes, goes forward and back, steps and averages; the host reads one number back
 DataLoader.
 
 The randomness of an epoch depends on the seed and the epoch's number alone, so a training that goes on from a
-checkpoint is bitwise the one that was never interrupted, and no generator's state has to be saved.
+checkpoint is the one that was never interrupted, and no generator's state has to be saved: bitwise on a CPU, and on
+CUDA as far as its kernels add in one order.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from core import metrics
-from core.augment import Augment, alternating_flips
+from core.augment import Augment, alternating_flips, size_at
 from core.averaging import build_averaging, recalibrate
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.config import TrainConfig
@@ -32,20 +33,12 @@ from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
 from core.losses import Criterion
 from core.metrics import Scores
-from core.models import build_model, head_parameters
+from core.models import build_model, check_smaller_images, head_parameters
 from core.optim import build_optimizer, needs_head
-from core.runtime import (
-    autocast,
-    derive_seed,
-    is_out_of_memory,
-    isolated_rng,
-    make_generator,
-    normalize,
-    synchronize,
-)
+from core.runtime import autocast, derive_seed, isolated_rng, make_generator, normalize, synchronize
 from core.sampling import epoch_length, epoch_order, repeats
 from core.schedule import factor, reductions
-from core.tta import evaluating, predict_logits
+from core.tta import predict_logits
 
 # Images of one forward pass without gradients: large enough to fill a GPU, small enough for 224² on a small one.
 EVALUATION_BATCH = 512
@@ -257,23 +250,20 @@ class _Run:
         self.history: list[EpochMetrics] = []
         self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # under early stopping only
         self.last_logits: Tensor | None = None  # of the last epoch's average, or of its weights where there is none
-        self._check_first_size((channels, height, width))
+        self._check_sizes(channels, (height, width))
 
-    def _check_first_size(self, shape: tuple[int, int, int]) -> None:
-        """Refuses a network that cannot take the small images that a growing size begins with."""
-        probe = self.augment.shrink(torch.zeros(2, *shape, device=self.device), 0.0)
-        if probe.shape[1:] == shape:
+    def _check_sizes(self, channels: int, size: tuple[int, int]) -> None:
+        """Refuses a network that cannot take each of the sizes through which images grow."""
+        if self.config.augment.start_size_fraction == 1:
             return
-        with evaluating(self.model), torch.no_grad():
+        sizes = {size_at(self.config.augment, step / self.total_steps, size) for step in range(self.total_steps)}
+        for height, width in sorted(sizes - {size}):
             try:
-                self.model(probe)
-            except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
-                if is_out_of_memory(error):
-                    raise
-                height, width = probe.shape[-2:]
+                images = torch.zeros(2, channels, height, width, device=self.device)
+                check_smaller_images(self.model, self.config.model, images)
+            except ConfigError as error:
                 raise ConfigError(
-                    f"augment.start_size_fraction: {self.config.model.name} cannot take images of {height}×{width}, "
-                    "which the run would begin with; raise it"
+                    f"augment.start_size_fraction: images grow from {height}×{width} on; raise it ({error})"
                 ) from error
 
     # ---- an epoch
@@ -443,6 +433,8 @@ class _Run:
             kept, logits = self.history[-1], self.last_logits
             average = self.averaging.module if self.averaging is not None and self.averaging.ready else None
             model = self.model if average is None else average
+        for parameter in model.parameters():
+            parameter.grad = None  # as large as the weights, and of no use any more
         return TrainResult(model.eval(), tuple(self.history), kept, logits)
 
     def state(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Three losses. Cross-entropy is torch's. Focal loss (Lin et al. 2017, arXiv 1708.02002) discounts each class's term by
 how right it is already: sum over k of t_k (1 - p_k)^gamma (-log p_k). `bce` asks of every class by itself whether it is
-there, and sums over the classes (Wightman et al. 2021, arXiv 2110.00476). Smoothing (Szegedy et al. 2016, arXiv
+there (Wightman et al. 2021, arXiv 2110.00476); it sums over the classes, where timm's default is their mean, so that a
+learning rate means about what it means to cross-entropy. Smoothing (Szegedy et al. 2016, arXiv
 1512.00567) applies to classes only: mixed targets are soft already.
 
 Two remedies for classes of unequal size. Logit adjustment adds tau · log(share of the class) to each logit in training,
@@ -48,8 +49,8 @@ def class_weights(config: LossConfig, class_counts: Tensor) -> Tensor | None:
         class_counts: (K,) int64, the training images of each class; 0 counts as 1.
 
     Returns:
-        (K,) float32 above 0 and of mean 1, on the counts' device; None where all weigh alike. The mean is that of Cui
-        et al. 2019, section 4, whose weights sum to K: so the loss keeps its size where all classes are equally large.
+        (K,) float32 above 0, on the counts' device; None where all weigh alike. Their mean is 1, as in Cui et al.
+        2019, section 4, which is for the reader alone: a batch is divided by the sum of its weights.
     """
     if config.class_weights == "none":
         return None

@@ -12,7 +12,8 @@ counting, since the network is in training mode.
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is timm's: torch's refuses convolutions. Filters
 are matrices of (out, in × height × width). Their updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv
 2502.16982), so one rate serves both them and what AdamW does: vectors, the classifier, as its author advises, and the
-filters that timm finds too small.
+filters that timm does not take for matrices: of one input channel, say, or very long ones. With `nesterov`, timm does
+these by NAdamW.
 
 SWATS (Keskar and Socher 2017, arXiv 1712.07628) leaves Adam for SGD with momentum, beginning at v = 0:
 
@@ -45,6 +46,7 @@ from core.config import REFERENCE_LR, OptimConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
+_COUNTERS = {"step", "mu_product"}  # torch's and timm's names for them
 ADAM_EPS = 1e-8  # Kingma and Ba 2015, arXiv 1412.6980; torch's default
 
 
@@ -120,6 +122,11 @@ class StepOptimizer:
             for index, moment in state["moments"].items()
         }
         self._inner.load_state_dict({"state": moments, "param_groups": self._inner.state_dict()["param_groups"]})
+        if not self._inner.defaults.get("fused"):
+            # What is not fused counts on the CPU, and would wait for the device at each step if a checkpoint moved it.
+            for moment in self._inner.state.values():
+                for name in _COUNTERS & moment.keys():
+                    moment[name] = moment[name].cpu()
 
     def _before_step(self, progress: float) -> None:
         """For an optimizer that changes over the run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator
 
@@ -82,14 +83,20 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
     `mean` and `std` are of pixels in [0, 1], one a channel.
     """
+    # One constant a channel, laid out as an image: addcmul walks along with it, and broadcasts to no stride.
     shape = (1, *images.shape[1:])
-
-    def planes(values: list[float]) -> Tensor:
-        """One constant a channel, laid out as an image: addcmul walks along with it, and broadcasts to no stride."""
-        channels = torch.tensor(values, device=images.device).view(1, -1, 1, 1)
-        return channels.expand(shape).contiguous(memory_format=torch.channels_last)
-
-    scale = planes([1 / (255 * s) for s in std])
-    shift = planes([-m / s for m, s in zip(mean, std, strict=True)])
+    scale, shift = (
+        constants.expand(shape).contiguous(memory_format=torch.channels_last)
+        for constants in _scale_and_shift(mean, std, images.device)
+    )
     pixels = images.to(torch.float32, memory_format=torch.channels_last)
     return torch.addcmul(shift, pixels, scale)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whoever asks first: what is made in inference mode can take part in nothing else
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(1, C, 1, 1) each, kept: to copy numbers from the host to the device waits for it."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)

@@ -141,7 +141,7 @@ def refit(
         int | None,
         typer.Option(
             metavar="K",
-            help="An ensemble of K networks, each trained without another K-th of the images; one network on all.",
+            help="Train K networks, each without another K-th of the images, as an ensemble; left out: one, on all.",
             show_default=False,
         ),
     ] = None,

@@ -163,10 +163,11 @@ class TrainProgress:
 def trial_line(outcome: Outcome, metric: str) -> str:
     """A finished trial in one line."""
     value = "      " if outcome.value is None else f"{outcome.value:.4f}"
-    epochs = len(outcome.history)
     how = outcome.state if outcome.failure is None else outcome.failure
     if outcome.state == "pruned" and outcome.failure is None:
-        how = f"pruned at epoch {epochs}"
+        last = outcome.rows[-1] if outcome.rows else {}
+        where = f"fold {last['fold']}, " if "fold" in last else ""
+        how = f"pruned at {where}epoch {last.get('epoch', 0)}"
     took = f"{outcome.history[-1].elapsed_s:6.1f} s" if outcome.history else "        "
     detail = f"  ({outcome.why})" if outcome.failure else ""
     return f"trial {outcome.number:3d}  {metric} {value}  {how:<18} {took}  {assignments(outcome.params)}{detail}"

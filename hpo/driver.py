@@ -21,9 +21,9 @@ from core.metrics import METRICS
 from core.runtime import derive_seed
 from hpo.interrupts import Interrupts
 from hpo.objective import Listener, Objective, Outcome, failure_of
-from hpo.pruner import rung_steps
+from hpo.pruner import RungPruner, build_pruner
 from hpo.report import attach_artifacts, confusion_matrix, learning_curves
-from hpo.search_space import Recipe, RungsPruner, SearchSpace, to_yaml
+from hpo.search_space import Recipe, SearchSpace, to_yaml
 from hpo.study import Study
 from hpo.training import Watch, read_result, train_recorded, validation_confusion, write_result
 
@@ -49,12 +49,13 @@ def estimate_s(
     steps = space.base.epochs * folds
     per_step = seconds_per_epoch(space.base, splits[0], device=device)
     in_full = (trials + references) * steps * per_step
-    if not isinstance(space.pruner, RungsPruner):
+    pruner = build_pruner(space.pruner, space.base.epochs, folds)
+    if not isinstance(pruner, RungPruner):
         return in_full, in_full
     share, before, visited = 1.0, 0, 0.0
-    for rung in (*rung_steps(space.pruner.rungs, space.base.epochs, folds), steps):
+    for rung, keep in {**pruner.keeps, steps: 1.0}.items():
         visited += share * (rung - before)
-        share, before = share * space.pruner.keep, rung
+        share, before = share * keep, rung
     return in_full, (trials * visited + references * steps) * per_step
 
 
@@ -84,12 +85,15 @@ def run_study(
         try:
             outcome = objective(trial, slot)
             _keep(study, space, splits, outcome)
-            study.finish(trial, outcome.state, outcome.value, failure=outcome.failure, attributes=outcome.attributes)
+            counted = study.finish(
+                trial, outcome.state, outcome.value, failure=outcome.failure, attributes=outcome.attributes
+            )
         except BaseException:
             study.release(trial)
             raise
-        for fold in range(1, len(splits) + 1):
-            study.paths.checkpoint(slot, fold).unlink(missing_ok=True)
+        if counted:  # else another process has the slot now, and needs them
+            for fold in range(1, len(splits) + 1):
+                study.paths.checkpoint(slot, fold).unlink(missing_ok=True)
         listener.trial_ended(outcome)
         del outcome  # the networks, which the next trial's would otherwise have to fit beside
         interrupts.check()
@@ -134,6 +138,8 @@ def run_references(
             if failure is None:
                 raise
             write_result(paths, {"metric": space.metric, "failure": failure, "why": str(error).partition("\n")[0]})
+            for fold in range(1, len(splits) + 1):
+                paths.checkpoint(fold).unlink(missing_ok=True)
         listener.reference_ended(recipe.name, read_result(paths) or {})
 
 

@@ -151,6 +151,14 @@ class StudyPaths:
         """The submission model of a trial: label is `best` or a trial's five digits, and for an ensemble more."""
         return self.dir / "refit" / label
 
+    def refit_checkpoint(self, label: str, part: str) -> Path:
+        """What one of a refit's trainings needs to go on."""
+        return self.dir / "refit" / f".{label}.{part}.pt"
+
+    def refit_checkpoints(self, label: str) -> list[Path]:
+        """Those of all its trainings that are there."""
+        return sorted((self.dir / "refit").glob(f".{label}.*.pt"))
+
 
 def refit_label(trial: str, folds: int | None) -> str:
     """The folder of a submission model: that of the trial, or beside it that of its ensemble of so many networks."""

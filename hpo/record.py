@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from hpo.search_space import SearchSpace
 
 logger = logging.getLogger(__name__)
+
+_FILE = "model.pretrained_file"
 
 
 def new_record(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Path | None) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def new_record(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Pa
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "base": space.base.model_dump(mode="json"),
-        "weights": _weights(space),
+        "weights": {file: _weights_fingerprint(file) for file in _weight_files(space)},
         "identity": space.identity(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(record))
@@ -74,11 +76,7 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
         lines = "\n".join(f"  {line}" for line in diff(stored["identity"], space.identity()))
         raise StudyError(f"study {name} was begun with another space:\n{lines}\n{way_out}")
     check_fingerprint(name, stored, dataset.fingerprint)
-    if _weights(space) != stored.get("weights"):
-        raise StudyError(
-            f"study {name} was begun with other weights: {space.base.model.pretrained_file} has changed since; "
-            f"put the old file back, or {way_out}"
-        )
+    check_weights(name, stored, _weight_files(space))
     if seed is not None and seed != stored["seed"]:
         raise StudyError(
             f"study {name} was begun with --seed {stored['seed']}, not {seed}; "
@@ -86,13 +84,28 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
         )
 
 
-def _weights(space: SearchSpace) -> str | None:
-    """The fingerprint of the file of weights that the space begins from, where it names one."""
-    if space.base.model.pretrained_file is None:
-        return None
+def check_weights(name: str, record: Mapping[str, Any], files: Iterable[str | None]) -> None:
+    """Raises StudyError where one of these files of weights is not what it was when the study was begun."""
+    known = record.get("weights") or {}
+    for file in files:
+        if file is not None and file in known and _weights_fingerprint(file) != known[file]:
+            raise StudyError(
+                f"study {name} was begun with other weights: {file} has changed since; "
+                "put the old file back, or choose another --study"
+            )
+
+
+def _weight_files(space: SearchSpace) -> list[str]:
+    """The files of weights that a trial may begin from: the base's, and the choices."""
+    searched = space.search.get(_FILE)
+    choices = searched.describe().get("choices", []) if searched else []
+    return sorted({file for file in (space.base.model.pretrained_file, *choices) if file is not None})
+
+
+def _weights_fingerprint(file: str) -> str:
     from core.models import weights_fingerprint  # not above: who only looks at a study need not wait for torch
 
-    return weights_fingerprint(space.base.model)
+    return weights_fingerprint(file)
 
 
 def check_fingerprint(name: str, record: Mapping[str, Any], fingerprint: str) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from core import metrics
 from core.config import TrainConfig
 from core.data import Dataset, Splits, folds, on_device
+from core.errors import CheckpointError
 from core.loop import EVALUATION_BATCH, TrainResult, train
 from core.models import build_model
 from core.runtime import autocast, normalize
@@ -97,7 +98,7 @@ def refit(
         StudyError: the trial's weights are damaged.
         UserError: a class has fewer images than the ensemble members.
     """
-    trainer = _Trainer(paths, number, config, metric, device, watch)
+    trainer = _Trainer(paths, number, label, config, metric, device, watch)
     if ensemble is not None:
         config = config.override({"data.folds": ensemble})
     splits = on_device(folds(dataset, config.data), device)
@@ -166,6 +167,8 @@ def refit(
         learning_curves(rows, folder / "learning_curves.png", title="refit", metric=metric)
         predicted = test_logits[views].argmax(1).cpu()
         write_submission(folder / "submission.csv", test.ids, predicted, dataset.classes)
+    for checkpoint in paths.refit_checkpoints(label):
+        checkpoint.unlink()
     return Refitted(
         dir=paths.refit(label),
         number=number,
@@ -191,15 +194,19 @@ class _Network:
     """Of its training, an epoch a row, with its fold where there are folds."""
 
     def logits(self, images: Tensor, views: str) -> Tensor:
-        """(N, K) of images (N, C, H, W) uint8."""
-        return predict_logits(
-            self.model,
-            images,
-            prepare=partial(normalize, mean=self.splits.mean, std=self.splits.std),
-            views=views,
-            batch_size=EVALUATION_BATCH,
-            autocast=partial(autocast, self.config.precision.autocast, images.device),
-        )
+        """(N, K) of images (N, C, H, W) uint8, on their device; the network may lie elsewhere, and stays there."""
+        home = next(self.model.parameters()).device
+        try:
+            return predict_logits(
+                self.model.to(images.device),
+                images,
+                prepare=partial(normalize, mean=self.splits.mean, std=self.splits.std),
+                views=views,
+                batch_size=EVALUATION_BATCH,
+                autocast=partial(autocast, self.config.precision.autocast, images.device),
+            )
+        finally:
+            self.model.to(home)
 
     def val_logits(self, views: str) -> Tensor:
         """(M, K) of the images that it was validated on, in the order of `Splits.val`."""
@@ -219,6 +226,7 @@ class _Trainer:
 
     paths: StudyPaths
     number: int
+    label: str
     trial_config: TrainConfig
     metric: str
     device: torch.device
@@ -242,8 +250,11 @@ class _Trainer:
         name = fold_label(fold, len(splits))
         if config == self.trial_config:
             logger.info("trial %d kept no weights%s: training it again", self.number, f" of {name}" if name else "")
-        result = self._train(of_fold(config, fold), divided, name or f"trial {self.number}", metric=self.metric)
-        return _Network(result.model, config, divided, self._rows(result, fold if len(splits) > 1 else None))
+        part = f"fold{fold}of{len(splits)}"
+        result = self._train(of_fold(config, fold), divided, name or f"trial {self.number}", part, metric=self.metric)
+        # Off the device, where the next fold's needs the room.
+        model = result.model if len(splits) == 1 else result.model.cpu()
+        return _Network(model, config, divided, self._rows(result, fold if len(splits) > 1 else None))
 
     def on_all_images(self, config: TrainConfig, whole: Splits, rows: Sequence[Row], epochs: int) -> _Network:
         """The network of a training without validation images, for the first so many epochs of the run.
@@ -256,12 +267,20 @@ class _Trainer:
         schedule = replayed(config.schedule, scores, maximize=maximize, epochs=config.epochs)
         config = config.model_copy(update={"schedule": schedule})
         logger.info("training on %d images, %d epochs", len(whole.train), epochs)
-        result = self._train(config, whole, "", stop_after=epochs)
+        result = self._train(config, whole, "", "all", stop_after=epochs)
         return _Network(result.model, config, whole, self._rows(result, None))
 
-    def _train(self, config: TrainConfig, splits: Splits, name: str, **options: Any) -> TrainResult:
-        epoch_ended = None if self.watch is None else self.watch(name)
-        return train(config, splits, device=self.device, on_epoch_end=epoch_ended, **options)
+    def _train(self, config: TrainConfig, splits: Splits, name: str, part: str, **options: Any) -> TrainResult:
+        """Trains on from what a refit that was cut off had of this part, or anew where that is another's."""
+        checkpoint = self.paths.refit_checkpoint(self.label, part)
+        options |= {"device": self.device, "on_epoch_end": None if self.watch is None else self.watch(name)}
+        options |= {"checkpoint_to": checkpoint, "checkpoint_at_end": True}
+        try:
+            return train(config, splits, resume_from=checkpoint, **options)
+        except CheckpointError as error:
+            logger.warning("%s begins anew: %s", name or "the refit", error)
+            checkpoint.unlink()
+            return train(config, splits, **options)
 
     def _rows(self, result: TrainResult, fold: int | None) -> tuple[Row, ...]:
         head: Row = {} if fold is None else {"fold": fold}

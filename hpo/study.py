@@ -30,6 +30,7 @@ from hpo.pruner import build_pruner
 from hpo.record import (
     check_fingerprint,
     check_same,
+    check_weights,
     config_of,
     new_record,
     read_record,
@@ -188,6 +189,10 @@ class Study:
     def check_data(self, dataset: Dataset) -> None:
         """Raises StudyError where these are not the images that the study was begun with."""
         check_fingerprint(self.name, self.record, dataset.fingerprint)
+
+    def check_weights(self, config: TrainConfig) -> None:
+        """Raises StudyError where the file of weights that a trial began from has changed."""
+        check_weights(self.name, self.record, [config.model.pretrained_file])
 
     # Its trials
 
@@ -364,8 +369,8 @@ class Study:
         *,
         failure: str | None = None,
         attributes: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Ends a claimed trial.
+    ) -> bool:
+        """Ends a claimed trial; False where it was taken from this process before, and its result is dropped.
 
         Args:
             state: `complete`, with a value, or `pruned`; both count towards the total.
@@ -390,6 +395,8 @@ class Study:
                 raise
             # Its lease was taken for dead, and its slot queued again: the result of the other attempt will count.
             logger.warning("trial %d was taken from this process while it ran; its result is dropped", trial.number)
+            return False
+        return True
 
     def release(self, trial: optuna.Trial) -> None:
         """Gives a claimed trial back: the attempt is marked as interrupted, and its slot queued again."""

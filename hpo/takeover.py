@@ -58,6 +58,9 @@ def take_over_trials(
         raise StudyError(f"--take-over {old_name}: its trials are not comparable: {'; '.join(apart)}; leave it out")
     if old_record["data"]["fingerprint"] != record["data"]["fingerprint"]:
         raise StudyError(f"--take-over {old_name}: it was begun with other images; leave it out")
+    weights = old_record.get("weights") or {}
+    if any(weights.get(file, known) != known for file, known in record["weights"].items()):
+        raise StudyError(f"--take-over {old_name}: it was begun with other weights; leave it out")
     finished = [t for t in standing(old_trials).values() if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     expressed = [(trial, space.express(config_of(old_record, trial.params))) for trial in finished]
     fitting = [(trial, params) for trial, params in expressed if params is not None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,8 @@ def train_recorded(
             checkpoint_at_end=folds > 1,
             metric=metric,
         )
-        results.append(result)
+        # Off the device: the next fold's network, its gradients and its optimizer's state need the room.
+        results.append(result if folds == 1 else replace(result, model=result.model.cpu()))
     recorded = Recorded(
         tuple(results),
         tuple(result.value(metric) for result in results),

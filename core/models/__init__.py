@@ -1,5 +1,6 @@
 """`build_model`: the network that a configuration names, one family a file; `check_model_name`: whether there is one;
-`weights_fingerprint`: which weights it begins from; `head_parameters`: its classifier.
+`check_smaller_images`: whether it takes those; `weights_fingerprint`: which weights a file holds; `head_parameters`:
+its classifier.
 
 The families are imported when one of theirs is built: they need timm, whose import costs half a second over torch's
 and the optimizers', and twice as much without them.
@@ -14,6 +15,7 @@ from torch import nn
 
 from core.config import ModelConfig
 from core.errors import ConfigError
+from core.runtime import is_out_of_memory
 
 
 def check_model_name(name: str) -> None:
@@ -28,17 +30,15 @@ def check_model_name(name: str) -> None:
         timm_models.find_card(name)
 
 
-def weights_fingerprint(config: ModelConfig) -> str | None:
-    """The hex SHA-256 of the file that `pretrained_file` names; None where no file is named.
+def weights_fingerprint(pretrained_file: str) -> str:
+    """The hex SHA-256 of the file that `model.pretrained_file` names.
 
     Raises:
         UserError: there is no such file.
     """
-    if config.pretrained_file is None:
-        return None
     from core.models.weight_files import locate_weights
 
-    with locate_weights(config.pretrained_file).open("rb") as file:
+    with locate_weights(pretrained_file).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -71,6 +71,37 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, imag
     return model.to(memory_format=torch.channels_last)
 
 
+def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Tensor) -> None:
+    """Refuses a size of images that a built network cannot take, where a training shows it smaller ones.
+
+    Args:
+        model: what `build_model` made of `config`; its mode is restored.
+        images: (N, C, H, W) floats on its device.
+
+    Raises:
+        ConfigError: the network cannot take images of this size.
+    """
+    height, width = images.shape[-2:]
+    if config.name == "resnet":
+        from core.models import resnet
+
+        resnet.check_resnet_size(config, (height, width))
+    elif config.name == "vgg":
+        from core.models import vgg
+
+        vgg.check_vgg_size(config, (height, width))
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"model: {config.name} cannot take images of {height}×{width}") from error
+    finally:
+        model.train(training)
+
+
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of the classifier, which alone begins untrained when the rest is pretrained.
 
@@ -86,7 +117,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     parameters = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
     if not parameters:
         raise ConfigError(
-            "optim.backbone_lr_scale, optim.head_only_fraction: they tell the classifier from the rest, and "
-            f"{type(model).__name__} has no classifier of its own; leave them out, or choose another model.name"
+            "optim.backbone_lr_scale, optim.head_only_fraction and optim.name: muon tell the classifier from the rest, "
+            f"and {type(model).__name__} has no classifier of its own; leave them out, or choose another model.name"
         )
     return list(parameters)

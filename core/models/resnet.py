@@ -55,8 +55,8 @@ def build_resnet(
     Raises:
         ConfigError: a step of stride 2 would meet a side of one pixel.
     """
+    check_resnet_size(config, image_size)
     widths, blocks = stage_widths(config), stage_blocks(config)
-    _check_image_size(config, image_size, stages=len(widths))
     rates = drop_path_rates(config.drop_path, sum(blocks), config.drop_path_shape)
 
     parts: OrderedDict[str, nn.Module] = OrderedDict()
@@ -131,10 +131,15 @@ def _initialise(network: nn.Module) -> None:
             module.zero_init_last()
 
 
-def _check_image_size(config: ModelConfig, image_size: tuple[int, int], *, stages: int) -> None:
+def check_resnet_size(config: ModelConfig, image_size: tuple[int, int]) -> None:
+    """Refuses images, (H, W) in pixels, that a step of stride 2 would meet at a side of one pixel.
+
+    Raises:
+        ConfigError: so it is.
+    """
     stem = ["model.stem_stride: 2"] if config.stem_stride == 2 else []
     stem += ["model.max_pool: true"] if config.max_pool else []
-    later = (f"stage {stage} of model.widths" for stage in range(2, stages + 1))
+    later = (f"stage {stage} of model.widths" for stage in range(2, len(config.widths) + 1))
     check_image_size(
         image_size,
         [*stem, *later],

@@ -32,9 +32,8 @@ def build_vgg(config: ModelConfig, *, num_classes: int, in_channels: int, image_
     Raises:
         ConfigError: a max-pool would meet a side of one pixel.
     """
+    check_vgg_size(config, image_size)
     widths = stage_widths(config)
-    pools = [f"the max-pool of stage {stage} of model.widths" for stage in range(1, len(widths) + 1)]
-    check_image_size(image_size, pools, halve=lambda side: side // 2)
 
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     parts["features"] = _features(config, in_channels, widths)
@@ -57,6 +56,16 @@ def build_vgg(config: ModelConfig, *, num_classes: int, in_channels: int, image_
     network = nn.Sequential(parts)
     _initialise(network)
     return network
+
+
+def check_vgg_size(config: ModelConfig, image_size: tuple[int, int]) -> None:
+    """Refuses images, (H, W) in pixels, that a max-pool would meet at a side of one pixel.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    pools = [f"the max-pool of stage {stage} of model.widths" for stage in range(1, len(config.widths) + 1)]
+    check_image_size(image_size, pools, halve=lambda side: side // 2)
 
 
 def _features(config: ModelConfig, in_channels: int, widths: list[int]) -> nn.Sequential:

@@ -39,6 +39,7 @@ def refit_command(
     chosen = study.trained(number)
     dataset = open_dataset(chosen.config.data, data or study.data_path, skip_broken=study.skip_broken)
     study.check_data(dataset)
+    study.check_weights(chosen.config)
     say(f"study {study.name}, trial {number} ({study.metric} {chosen.value:.4f}); {describe_device(device)}")
     shown_epochs = chosen.epochs if folds is None else chosen.config.epochs
     with training_bars("refit", epochs=shown_epochs, metric=study.metric) as watch:
@@ -56,7 +57,7 @@ def refit_command(
                 watch=watch,
             )
         except KeyboardInterrupt:
-            say("stopped; nothing was written, and the same command begins again")
+            say("stopped; the same command goes on from the last checkpoint")
             raise
     candidates = ", ".join(f"{views} {value:.4f}" for views, value in done.candidates.items())
     say(f"test-time augmentation by validation {study.metric}: {candidates}; chosen: {done.views}")

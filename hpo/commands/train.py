@@ -43,7 +43,9 @@ def train_command(
 
     # What early stopping and a plateau watch decides what comes out. Accuracy is what a folder without a word means.
     watched = None if metric == "accuracy" else metric
-    identity = (config.model_dump_json(), dataset.fingerprint, watched, weights_fingerprint(config.model))
+    file = config.model.pretrained_file
+    weights = None if file is None else weights_fingerprint(file)
+    identity = (config.model_dump_json(), dataset.fingerprint, watched, weights)
     paths = TrainingPaths.of(recipe.name, *filter(None, identity))
     if paths.checkpoint().exists():
         say("going on from its checkpoint")

@@ -190,8 +190,13 @@ def test_every_field_says_what_it_is_for(field: str) -> None:
         ({"schedule.pieces": ((0.5, 0.1), (0.5, 0.01))}, "one after the other"),
         (
             {"optim.name": "swats", "optim.swats.switch": "criterion", "optim.backbone_lr_scale": 0.1},
-            "measures one learning rate",
+            "optim.backbone_lr_scale tells them apart; set that to 1",
         ),
+        (
+            {"optim.name": "swats", "optim.swats.switch": "criterion", "optim.head_only_fraction": 0.1},
+            "optim.head_only_fraction tells them apart; set that to 0",
+        ),
+        ({"augment.apply_to": "repeats"}, "augments nothing where no image is repeated"),
         ({"optim.lr": 0.1, "optim.lr_scale": 1.0}, "exclude each other"),
         ({"augment.flip": 1.5}, "less than or equal to 1"),
     ],

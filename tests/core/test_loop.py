@@ -237,8 +237,18 @@ def test_a_network_that_the_first_small_images_do_not_fit_is_refused(digits: Spl
     config = tiny.override(
         {"model.name": "vgg", "model.widths": (8, 8, 8), "model.blocks": (1, 1, 1), "augment.start_size_fraction": 0.5}
     )
-    with pytest.raises(ConfigError, match=r"start_size_fraction: vgg cannot take images of 4×4"):
+    with pytest.raises(ConfigError, match=r"start_size_fraction: images grow from 4×4 on; raise it .*4×4 is down to"):
         train(config, digits, device=CPU)
+
+
+def test_a_network_that_a_size_on_the_way_does_not_fit_is_refused(digits: Splits, tiny: TrainConfig) -> None:
+    """It takes 32 and 64 pixels, and fails at 40."""
+    large = dataclasses.replace(digits, images=digits.images[:8].repeat_interleave(8, 2).repeat_interleave(8, 3))
+    few = dataclasses.replace(large, labels=digits.labels[:8], train=torch.arange(6), val=torch.arange(6, 8))
+    plain = {"model.widths": (64, 128, 256, 512), "model.blocks": (2, 2, 2, 2)}
+    config = tiny.override({**plain, "model.name": "timm/dla46_c", "augment.start_size_fraction": 0.5, "batch_size": 2})
+    with pytest.raises(ConfigError, match=r"images grow from 40×40 on; .*dla46_c cannot take images of 40×40"):
+        train(config, few, device=CPU)
 
 
 def test_a_finished_training_is_gone_on_from_as_it_ended(digits: Splits, tiny: TrainConfig, tmp_path: Path) -> None:

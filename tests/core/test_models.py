@@ -327,7 +327,7 @@ def test_a_distilled_model_has_two_heads() -> None:
 def test_a_model_without_a_classifier_is_refused_by_the_fields_that_need_one(kind: str) -> None:
     model = nn.Flatten() if kind == "no classifier" else timm.create_model("test_resnet", num_classes=0)
     with pytest.raises(
-        ConfigError, match=r"^optim\.backbone_lr_scale, optim\.head_only_fraction: .* leave them out"
+        ConfigError, match=r"^optim\.backbone_lr_scale, optim\.head_only_fraction and .* leave them out"
     ) as caught:
         head_parameters(model)
     assert "\n" not in str(caught.value)

@@ -150,7 +150,7 @@ def test_without_decay_adamw_is_torchs_adam() -> None:
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_is_timms_behind_a_decay_of_its_own_with_the_classifier_left_to_adamw(nesterov: bool) -> None:
+def test_muon_is_timms_behind_a_decay_of_its_own_with_the_classifier_left_to_its_fallback(nesterov: bool) -> None:
     ours, theirs = network(), network()
     chosen = config("muon", lr=0.02, weight_decay=0.01, momentum=0.8, nesterov=nesterov)
     run(build_optimizer(chosen, ours, STEPS, head=list(ours[5].parameters())), ours, range(STEPS))
@@ -330,6 +330,28 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name: str, fields: dict[
         assert torch.equal(one, other)
     assert (optimizer.switched_at, optimizer.sgd_lr, optimizer.lr) == (whole.switched_at, whole.sgd_lr, whole.lr)
     assert (whole.switched_at is not None) is (name == "swats")
+
+
+@pytest.mark.parametrize("name", ["nadam", "muon"])
+def test_counters_that_are_kept_on_the_cpu_come_back_to_it(name: str) -> None:
+    """A checkpoint is loaded onto the device, where reading a counter at each step would wait."""
+    model = network()
+    optimizer = build_optimizer(config(name), model, STEPS, list(model[5].parameters()))
+    run(optimizer, model, range(2))
+    state = optimizer.state_dict()
+    moved: list[str] = []
+
+    class Elsewhere(torch.Tensor):
+        def cpu(self) -> Tensor:  # type: ignore[override]
+            moved.append("step")
+            return self.as_subclass(Tensor)
+
+    for moment in state["moments"].values():
+        for counter in {"step", "mu_product"} & moment.keys():
+            moment[counter] = moment[counter].as_subclass(Elsewhere)
+    expected = sum(len({"step", "mu_product"} & moment.keys()) for moment in state["moments"].values())
+    optimizer.load_state_dict(state)
+    assert len(moved) == expected > 0
 
 
 def test_loading_copies_the_state() -> None:

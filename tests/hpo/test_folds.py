@@ -286,8 +286,8 @@ def test_the_estimate_counts_the_folds(tmp_path: Path, digits: Dataset, monkeypa
     splits = folds(digits, space.base.data)
     in_full, pruned = estimate_s(space, splits, trials=4, references=1, device=CPU)
     assert in_full == 5 * 30 * 2.0
-    # All run the first epoch, half of them the rest of fold 1, a quarter fold 2, an eighth fold 3.
-    assert pruned == pytest.approx(2.0 * (4 * (1 + 9 / 2 + 10 / 4 + 10 / 8) + 30))
+    # All run the first epoch, half of them the rest of fold 1; the ends of folds 1 and 2 halve them together.
+    assert pruned == pytest.approx(2.0 * (4 * (1 + 9 / 2 + 10 / 2**1.5 + 10 / 4) + 30))
 
 
 # Cut off, and going on
@@ -512,6 +512,34 @@ def test_an_ensemble_averages_the_probabilities_of_its_members_over_test_images_
     assert loaded.meta.config == config
     rows = list(csv.DictReader((done.dir / "submission.csv").read_text().splitlines()))
     assert [row["label"] for row in rows] == [digits.classes[label] for label in mean.argmax(1).tolist()]
+
+
+def test_an_ensemble_that_was_cut_off_goes_on_with_the_members_that_it_has(
+    folded: tuple[Study, Path], digits: Dataset
+) -> None:
+    study, _ = folded
+
+    def cut_off(label: str) -> Callable[[EpochMetrics], None]:
+        def epoch_ended(epoch: EpochMetrics) -> None:
+            if label == "fold 3 of 4":
+                raise KeyboardInterrupt
+
+        return epoch_ended
+
+    trained: list[str] = []
+
+    def count(label: str) -> Callable[[EpochMetrics], None]:
+        return lambda epoch: trained.append(label)
+
+    with pytest.raises(KeyboardInterrupt):
+        do_refit(study, digits, "cut", ensemble=4, watch=cut_off)
+    assert not study.paths.refit("cut").exists()
+    done = do_refit(study, digits, "cut", ensemble=4, watch=count)
+    assert trained == ["fold 3 of 4"] * EPOCHS + ["fold 4 of 4"] * EPOCHS
+    whole = do_refit(study, digits, "whole", ensemble=4)
+    assert done.candidates == whole.candidates
+    assert done.test == whole.test
+    assert not study.paths.refit_checkpoints("cut")
 
 
 def test_the_members_that_a_trial_has_trained_are_not_trained_again(

@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from hpo.pruner import RungPruner, build_pruner, rung_epochs, rung_steps
+from hpo.pruner import RungPruner, build_pruner, rung_epochs
 from hpo.search_space import grammar
 from hpo.slots import BASE, RECIPE, SLOT
 
@@ -65,8 +65,16 @@ def test_rungs_are_distinct_epochs_before_the_last(
 def test_with_folds_the_end_of_every_fold_but_the_last_is_a_rung_too(
     epochs: int, folds: int | None, steps: tuple[int, ...]
 ) -> None:
-    assert rung_steps((0.03, 0.1, 0.3), epochs, folds) == steps
-    assert build_pruner(grammar.RungsPruner(), epochs, folds).rungs == steps  # type: ignore[attr-defined]
+    pruner = build_pruner(grammar.RungsPruner(), epochs, folds)
+    assert isinstance(pruner, RungPruner)
+    assert pruner.rungs == steps
+
+
+def test_the_ends_of_the_folds_together_cut_as_one_rung() -> None:
+    pruner = build_pruner(grammar.RungsPruner(rungs=(0.1,), keep=0.3), 10, 5)
+    assert isinstance(pruner, RungPruner)
+    assert pruner.keeps[1] == 0.3
+    assert math.prod(pruner.keeps[end] for end in (10, 20, 30, 40)) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_other_images_are_refused(open_: Any) -> None:
     study.check_data(Images())
 
 
-def test_another_file_of_weights_under_the_same_name_is_refused(open_: Any, tmp_path: Path) -> None:
+def test_another_file_of_weights_under_the_same_name_is_refused(open_: Any, space_of: Any, tmp_path: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"the old ones")
     model = f"model: {{name: timm/resnet10t, pretrained: true, pretrained_file: {weights}}}"
@@ -215,10 +215,16 @@ def test_another_file_of_weights_under_the_same_name_is_refused(open_: Any, tmp_
         "  model.width: {low: 0.5, high: 1.5, step: 0.25}\n", ""
     )
     open_(text=tuned)
-    open_(text=tuned)
+    study = open_(text=tuned)
+    study.check_weights(space_of(tuned).base)
     weights.write_bytes(b"the new ones")
-    with pytest.raises(StudyError, match=r"begun with other weights: .*weights.safetensors has changed"):
+    said = r"begun with other weights: .*weights.safetensors has changed"
+    with pytest.raises(StudyError, match=said):
         open_(text=tuned)
+    with pytest.raises(StudyError, match=said):
+        study.check_weights(space_of(tuned).base)  # as `hpo refit` asks
+    with pytest.raises(StudyError, match=r"--take-over s: it was begun with other weights"):
+        open_("new", text=tuned, take_over="s")
 
 
 def test_another_seed_is_refused_and_no_seed_is_the_studys_own(open_: Any) -> None:
@@ -479,7 +485,7 @@ def test_a_trial_that_was_taken_away_is_dropped_quietly(open_: Any, caplog: pyte
     study.ensure_slots(2)
     trial, _ = study.claim()
     study.release(trial)  # as another process that took it for dead would
-    study.finish(trial, "complete", 0.5)
+    assert study.finish(trial, "complete", 0.5) is False
     assert "was taken from this process" in caplog.text
     trial, _ = study.claim()
     study.release(trial)
