@@ -6,6 +6,7 @@ A space is read in layers: its base (a recipe's file, or a configuration in plac
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ Overrides = Mapping[str, Any] | Iterable[str]
 """`{"epochs": 3}`, or `["epochs=3"]` as `--set` has them."""
 
 Model = TypeVar("Model", bound=BaseModel)
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = ("objective", "sampler", "pruner")  # the sections of a space, beside TrainConfig's, that --set may reach
 
@@ -185,13 +188,26 @@ class _Loader:
             return None
         return Recipe(path.stem, path, notes.description, notes.source, notes.result, notes.guesses, config)
 
-    def overridden(self, recipe: Recipe, base: TrainConfig | None = None) -> Recipe:
-        """The recipe with --set applied; of a space, also on the base's data and as long as the base."""
+    def overridden(self, recipe: Recipe) -> Recipe:
+        """The recipe with --set applied."""
         config = self._override(recipe.config, f"{recipe.name}: ")
-        if config is not None and base is not None:
-            same = {path: value for path, value in base.flat().items() if path.startswith("data.") or path == "epochs"}
-            config = config.override(same)
         return recipe if config is None else replace(recipe, config=config)
+
+    def _to_beat(self, recipe: Recipe, base: TrainConfig) -> Recipe | None:
+        """A recipe that a space names, with --set applied, on the base's data and as long as the base.
+
+        None, with a warning, where it is of another family than the base, and its network has no such field as --set
+        gives: that is no reason not to search.
+        """
+        same = {path: value for path, value in base.flat().items() if path.startswith("data.") or path == "epochs"}
+        try:
+            return replace(recipe, config=recipe.config.override({**self.fields, **same}))
+        except ValidationError as error:
+            if _family(recipe.config) != _family(base):
+                logger.warning("recipe %s is left out: %s", recipe.name, explain(error.errors()[0]))
+            else:
+                self.overridden(recipe)  # which tells the fault
+            return None
 
     def _config(
         self, tree: Mapping[str, Any], document: Document, *prefix: str, more: Iterable[str] = ()
@@ -254,7 +270,7 @@ class _Loader:
             sampler=head.sampler,
             pruner=head.pruner,
             base=in_rate_of(pinned, left),
-            recipes=tuple(self.overridden(recipe, pinned) for recipe in recipes if recipe is not None),
+            recipes=tuple(found for one in recipes if one is not None and (found := self._to_beat(one, pinned))),
             search=left,
         )
         return None if self.faults else space
@@ -393,6 +409,10 @@ def _unknown(loc: Sequence[str | int], more: Iterable[str]) -> str:
     if path in config_fields():
         return f"must be written nested: {path.replace('.', ': {')}: …{'}' * path.count('.')}"
     return no_such_field(path, more)
+
+
+def _family(config: TrainConfig) -> str:
+    return config.model.name.partition("/")[0]
 
 
 def _is_setting(key: str) -> bool:

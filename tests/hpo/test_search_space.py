@@ -836,6 +836,17 @@ def test_values_that_do_not_go_together_are_refused_by_the_configuration(write: 
         space.config({"model.se": True})
 
 
+def test_a_recipe_whose_network_refuses_what_is_set_is_left_out_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    named = [recipe.name for recipe in load_space("imbalanced").recipes]
+    assert any("vgg" in name for name in named)
+    assert any("resnet" in name for name in named)
+    left = [recipe.name for recipe in load_space("imbalanced", {"model.se": True}).recipes]
+    assert left == [name for name in named if "vgg" not in name]
+    assert "recipe imbalanced_vgg16_12 is left out: model.se shapes resnet only" in caplog.text
+
+
 def test_recipes_run_on_the_spaces_data_and_as_long_as_its_trials(write: Write) -> None:
     write(
         "epochs: 200\ndata: {name: stl10, val_fraction: 0.08, normalize: half}\nmodel: {se: true}\n", "recipes/a.yaml"
