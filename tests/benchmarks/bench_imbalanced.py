@@ -4,7 +4,8 @@ Both sides go through the command line, on the same images, the same split and t
 a study of its own: its learning rate alone is searched, by TPE, `--recipe-trials` times around the recipe's rate; that
 is more than its author had. The space gets `--trials` trials with its own pruner. Each side's best trial, by the
 validation images, is refitted, and the refitted models are compared on the test images, which nothing was chosen by.
-Every seed is another split, another study and other weights.
+Every seed is another split, another study and other weights. Studies that the file of `--json` has already, of the same
+settings, are not run again: it takes an hour, and a longer one can be cut off.
 """
 
 from __future__ import annotations
@@ -96,13 +97,30 @@ def run_side(side: Side, seed: int, data: Path, settings: list[str], root: Path)
     return found
 
 
+def known_studies(path: Path | None, budget: list[str]) -> list[dict[str, Any]]:
+    """The studies that an earlier run wrote down."""
+    if path is None or not path.exists():
+        return []
+    written = json.loads(path.read_text())
+    if written["settings"] != budget:
+        raise SystemExit(f"{path} was measured with {written['settings']}, not {budget}; give another file")
+    found: list[dict[str, Any]] = written["studies"]
+    return found
+
+
+def keep(path: Path | None, budget: list[str], found: list[dict[str, Any]]) -> None:
+    """Writes down what has been measured so far."""
+    if path is not None:
+        path.write_text(json.dumps({"settings": budget, "studies": found}))
+
+
 def main() -> None:
     """Runs the benchmark from the command line."""
     options = parser(__doc__)
     options.add_argument("--data", type=Path, default=SHARED / "trashnet96.zip", help="an imbalanced set")
-    options.add_argument("--trials", type=positive, default=30, help="of the space")
+    options.add_argument("--trials", type=positive, default=50, help="of the space")
     options.add_argument("--recipe-trials", type=positive, default=5, help="of each recipe's learning rate")
-    options.add_argument("--epochs", type=positive, default=15)
+    options.add_argument("--epochs", type=positive, default=12)
     options.add_argument("--side", type=positive, default=32, help="pixels that images are resized to")
     options.add_argument("--width", type=float, default=0.125, help="of every network, for two cores")
     options.add_argument("--workers", type=positive, default=2, help="studies at a time, one thread each")
@@ -111,6 +129,7 @@ def main() -> None:
     described = machine()
     settings = [f"epochs={arguments.epochs}", f"data.image_size={arguments.side}"]
     base = load_space(SPACE).path.parent / "recipes" / f"{SPACE}_base.yaml"
+    budget = [*settings, f"width={arguments.width}", f"trials={arguments.trials},{arguments.recipe_trials}"]
     named = [entry for entry in list_spaces() if entry.kind == "recipe" and entry.name.startswith(f"{SPACE}_")]
     recipes = [entry.name for entry in named if entry.name != base.stem]
     root = Path(tempfile.mkdtemp(prefix="hpo-bench-"))
@@ -122,9 +141,13 @@ def main() -> None:
         ours = Side(SPACE, str(space), arguments.trials, arguments.width * SPACE_WIDTH)
         theirs = [recipe_space(recipe, root, arguments.recipe_trials, arguments.width) for recipe in recipes]
         sides = [ours, *theirs]
-        jobs = [(side, seed) for seed in range(arguments.repeats) for side in sides]
+        found = known_studies(arguments.json, budget)
+        done = {(study["name"], study["seed"]) for study in found}
+        jobs = [(side, seed) for side in sides for seed in range(arguments.repeats) if (side.name, seed) not in done]
         with ThreadPoolExecutor(arguments.workers) as pool:
-            found = list(pool.map(lambda job: run_side(*job, arguments.data, settings, root), jobs))
+            for study in pool.map(lambda job: run_side(*job, arguments.data, settings, root), jobs):
+                found.append(study)
+                keep(arguments.json, budget, found)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     groups = {side.name: [one for one in found if one["name"] == side.name] for side in sides}
@@ -144,7 +167,7 @@ def main() -> None:
         )
     header = ["", "test macro-F1", "balanced accuracy", "accuracy", "the space better by (95 %)", "epochs"]
     print("\n" + table(header, rows))
-    finish("imbalanced", arguments.json, described, settings=settings, studies=found)
+    finish("imbalanced", arguments.json, described, settings=budget, studies=found)
 
 
 if __name__ == "__main__":
