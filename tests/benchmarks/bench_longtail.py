@@ -97,11 +97,10 @@ def main() -> None:
             mean_and_deviation([one.macro_f1 for one in group]),
             mean_and_deviation([one.accuracy for one in group]),
             "" if name == REFERENCE else paired(ours, [one.macro_f1 for one in group]),
-            f"{sum(one.seconds for one in group) / len(group):.0f}",
         ]
         for name, group in groups.items()
     ]
-    print("\n" + table(["remedy", "macro-F1", "accuracy", f"{REFERENCE} better by (95 %)", "s"], rows))
+    print("\n" + table(["remedy", "macro-F1", "accuracy", f"{REFERENCE} better by (95 %)"], rows))
     finish("longtail", arguments.json, described, counts=counts, trainings=rows_of(done))
 
 
