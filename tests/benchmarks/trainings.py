@@ -1,8 +1,8 @@
 """What the benchmarks of accuracy share: real sets cut to a size for two cores, and many trainings side by side.
 
 A training depends on its configuration, its cut and nothing else, so they run in as many processes as there are cores,
-each with one thread: the order of their ends makes no difference. Scores are of images that no training saw and that
-nothing was chosen by.
+each with one thread: the order of their ends makes no difference. Scores are of images that no training saw. Where a
+benchmark decides what the shipped spaces search, a score of such a space on the same set is no proof of it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RandomCut:
 
     def __call__(self) -> Splits:
         dataset = load_dataset(DataConfig(name=str(self.path), image_size=self.side), cache_dir=self.cache)
-        test = dataset.open_test()  # a benchmark compares methods that nobody chose by it
+        test = dataset.open_test()  # a benchmark compares methods, and no model is chosen by it
         generator = torch.Generator().manual_seed(self.seed)
         train_rows = _draw(dataset.labels, self.counts, generator)
         test_rows = _draw(test.labels, (self.judged,) * len(dataset.classes), generator)
