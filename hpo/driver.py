@@ -121,7 +121,7 @@ def run_references(
         config = _reference_config(study, recipe)
         if paths.config.exists() and paths.config.read_text() != to_yaml(config):
             # The recipe was edited.
-            for stale in (paths.result, *(paths.checkpoint(fold) for fold in range(1, len(splits) + 1))):
+            for stale in (paths.result, *paths.checkpoints(len(splits))):
                 stale.unlink(missing_ok=True)
         try:
             with interrupts.let_through():
@@ -138,8 +138,8 @@ def run_references(
             if failure is None:
                 raise
             write_result(paths, {"metric": space.metric, "failure": failure, "why": str(error).partition("\n")[0]})
-            for fold in range(1, len(splits) + 1):
-                paths.checkpoint(fold).unlink(missing_ok=True)
+            for checkpoint in paths.checkpoints(len(splits)):
+                checkpoint.unlink(missing_ok=True)
         listener.reference_ended(recipe.name, read_result(paths) or {})
 
 

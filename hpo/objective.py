@@ -10,7 +10,6 @@ scores and the current one, so that a pruner can end it after any epoch.
 
 from __future__ import annotations
 
-import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,19 +21,17 @@ import torch
 from pydantic import ValidationError
 
 from core.config import TrainConfig
-from core.errors import CheckpointError, ConfigError, DivergedError
+from core.errors import ConfigError, DivergedError
 from core.loop import EpochMetrics, TrainResult, train
 from core.runtime import derive_seed, is_out_of_memory
 from hpo.interrupts import Interrupts
 from hpo.paths import StudyPaths
 from hpo.search_space import SearchSpace, to_yaml
-from hpo.training import append_line, fold_label, of_fold
+from hpo.training import append_line, fold_label, going_on, of_fold
 
 if TYPE_CHECKING:
     from core.data import Splits
     from hpo.pruner import RungPruner
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,12 +121,7 @@ class Objective:
         """Trains a fold on from its checkpoint, or anew where there is none that can be used."""
         checkpoint = self.paths.checkpoint(attempt.slot, attempt.fold)
         with self.interrupts.let_through():
-            try:
-                return self._train_from(checkpoint, attempt)
-            except CheckpointError as error:
-                logger.warning("trial %d begins anew: %s", attempt.trial.number, error)
-                checkpoint.unlink()
-                return self._train_from(checkpoint, attempt)
+            return going_on(checkpoint, f"trial {attempt.trial.number}", lambda: self._train_from(checkpoint, attempt))
 
     def _train_from(self, checkpoint: Path, attempt: _Attempt) -> TrainResult:
         return train(

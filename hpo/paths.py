@@ -71,6 +71,10 @@ class TrainingPaths:
         """What a running training needs to go on; that of a finished fold waits for the others."""
         return self.dir / f"checkpoint{_of_fold(fold)}.pt"
 
+    def checkpoints(self, folds: int) -> list[Path]:
+        """Those of so many folds, there or not."""
+        return [self.checkpoint(fold) for fold in range(1, folds + 1)]
+
 
 @dataclass(frozen=True)
 class StudyPaths:

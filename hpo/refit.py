@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from core import metrics
 from core.config import TrainConfig
 from core.data import Dataset, Splits, folds, on_device
-from core.errors import CheckpointError
 from core.loop import EVALUATION_BATCH, TrainResult, train
 from core.models import build_model
 from core.runtime import autocast, normalize
@@ -38,7 +37,7 @@ from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.predict import write_submission
 from hpo.report import confusion_matrix, learning_curves
-from hpo.training import Watch, append_line, fold_label, of_fold
+from hpo.training import Watch, append_line, fold_label, going_on, of_fold
 from hpo.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -274,13 +273,8 @@ class _Trainer:
         """Trains on from what a refit that was cut off had of this part, or anew where that is another's."""
         checkpoint = self.paths.refit_checkpoint(self.label, part)
         options |= {"device": self.device, "on_epoch_end": None if self.watch is None else self.watch(name)}
-        options |= {"checkpoint_to": checkpoint, "checkpoint_at_end": True}
-        try:
-            return train(config, splits, resume_from=checkpoint, **options)
-        except CheckpointError as error:
-            logger.warning("%s begins anew: %s", name or "the refit", error)
-            checkpoint.unlink()
-            return train(config, splits, **options)
+        options |= {"resume_from": checkpoint, "checkpoint_to": checkpoint, "checkpoint_at_end": True}
+        return going_on(checkpoint, name or "the refit", lambda: train(config, splits, **options))
 
     def _rows(self, result: TrainResult, fold: int | None) -> tuple[Row, ...]:
         head: Row = {} if fold is None else {"fold": fold}

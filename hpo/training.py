@@ -8,6 +8,7 @@ without folds would give on its images.
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from core.config import TrainConfig
 from core.data import Splits
+from core.errors import CheckpointError
 from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import confusion, per_class
 from core.runtime import derive_seed
 from hpo.paths import TrainingPaths
 from hpo.search_space import to_yaml
+
+logger = logging.getLogger(__name__)
 
 Watch = Callable[[str], Callable[[EpochMetrics], None]]
 """Called before each training, with what tells it from the others, or nothing where it is the only one; returns what
@@ -100,9 +104,19 @@ def train_recorded(
     for fold, result in enumerate(results, 1):
         save_model(result.model, str(paths.model(fold)))
     write_result(paths, _result(recorded, metric))
-    for fold in range(1, folds + 1):
-        paths.checkpoint(fold).unlink(missing_ok=True)
+    for checkpoint in paths.checkpoints(folds):
+        checkpoint.unlink(missing_ok=True)
     return recorded
+
+
+def going_on(checkpoint: Path, name: str, attempt: Callable[[], TrainResult]) -> TrainResult:
+    """What `attempt` trains on from the checkpoint, or anew, with a warning, where that cannot be gone on from."""
+    try:
+        return attempt()
+    except CheckpointError as error:
+        logger.warning("%s begins anew: %s", name, error)
+        checkpoint.unlink()
+        return attempt()
 
 
 def of_fold(config: TrainConfig, fold: int) -> TrainConfig:

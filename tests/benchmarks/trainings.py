@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from common import ROOT
 from core.config import DataConfig, TrainConfig
 from core.data import Splits, load_dataset
 from core.loop import train
+from core.metrics import Scores, scores
+from core.runtime import normalize
+from core.tta import predict_logits
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -146,26 +150,20 @@ def _train(job: Job) -> Done:
     silent = Splits(**{**vars(splits), "val": splits.val[:1]})
     result = train(job.config, silent, device=torch.device("cpu"))
     seconds = time.perf_counter() - started
-    scores = judge(job.config, splits, result.model)
+    found = judge(splits, result.model)
     return Done(
         job.name,
         job.seed,
-        scores.accuracy,
-        scores.balanced_accuracy,
-        scores.macro_f1,
-        scores.loss,
+        found.accuracy,
+        found.balanced_accuracy,
+        found.macro_f1,
+        found.loss,
         seconds,
     )
 
 
-def judge(config: TrainConfig, splits: Splits, model: torch.nn.Module) -> Any:
+def judge(splits: Splits, model: torch.nn.Module) -> Scores:
     """The scores of a network on the images that were held out."""
-    from functools import partial
-
-    from core import metrics
-    from core.runtime import normalize
-    from core.tta import predict_logits
-
     prepare = partial(normalize, mean=splits.mean, std=splits.std)
     logits = predict_logits(model, splits.images[splits.val], prepare=prepare)
-    return metrics.scores(logits, splits.labels[splits.val])
+    return scores(logits, splits.labels[splits.val])
