@@ -7,6 +7,9 @@ of them after 350 steps. The warm-up is that of TensorFlow's `ExponentialMovingA
 
 SWA: the plain mean of the weights at the ends of the last epochs (Izmailov et al. 2018, arXiv 1803.05407). Batch-norm
 statistics are no mean of weights, so they must be computed anew before it is evaluated: `recalibrate`.
+
+An update has two halves, so that the device's, `update`, can be captured as a CUDA graph: there the share of the new
+weights is a scalar on the device. The host counts, in `next_weight` and `end_update`.
 """
 
 from __future__ import annotations
@@ -33,7 +36,11 @@ WARMUP_OFFSET = 10
 
 
 class Averaging(ABC):
-    """A copy of a network whose weights are an average of the network's over time."""
+    """A copy of a network whose weights are an average of the network's over time.
+
+    Args:
+        model: the network, on its device; its tensors must stay where they are.
+    """
 
     needs_recalibration = False
     """Whether `recalibrate` must see `module` before it is evaluated."""
@@ -42,8 +49,7 @@ class Averaging(ABC):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         """The averaged network, in evaluation mode."""
         self._count = 0  # how many states the average holds
-        self._own = _tensors(self.module)
-        self._model, self._theirs = model, _tensors(model)
+        self._own, self._theirs = _tensors(self.module), _tensors(model)
 
     @property
     def ready(self) -> bool:
@@ -51,11 +57,23 @@ class Averaging(ABC):
         return self._count > 0
 
     @abstractmethod
-    def update(self, model: nn.Module) -> None:
-        """To be called after every optimizer step."""
+    def next_weight(self) -> float | None:
+        """The share of the next update that the network's weights are, in (0, 1]; None where steps are not averaged."""
 
     @abstractmethod
-    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+    def update(self, weight: float | Tensor) -> None:
+        """To be called after every optimizer step: the device's half.
+
+        Args:
+            weight: `next_weight()`, as a number or as a float32 scalar () on the device. Not read where that is None.
+        """
+
+    @abstractmethod
+    def end_update(self) -> None:
+        """To be called after every `update`: the host's half."""
+
+    @abstractmethod
+    def end_epoch(self, epoch: int) -> None:
         """To be called at the end of every epoch, counted from 1."""
 
     @abstractmethod
@@ -72,15 +90,18 @@ class Averaging(ABC):
         self._count = state["count"]
 
     @torch.no_grad()
-    def _blend(self, model: nn.Module, weight: float) -> None:
-        """Moves the average towards the model by this share of the way, in [0, 1]; integers are copied."""
-        if model is not self._model:
-            self._model, self._theirs = model, _tensors(model)
+    def _blend(self, weight: float | Tensor) -> None:
+        """Moves the average towards the network by this share of the way, in [0, 1]; integers are copied."""
         (floats, integers), (their_floats, their_integers) = self._own, self._theirs
-        torch._foreach_lerp_(floats, their_floats, weight)
+        if isinstance(weight, Tensor):
+            # There is no foreach lerp by one scalar on the device, so the way is made, which takes a model's memory.
+            way = torch._foreach_sub(their_floats, floats)
+            torch._foreach_mul_(way, weight)
+            torch._foreach_add_(floats, way)
+        else:
+            torch._foreach_lerp_(floats, their_floats, weight)
         if integers:
             torch._foreach_copy_(integers, their_integers)
-        self._count += 1
 
 
 class ExponentialAveraging(Averaging):
@@ -95,10 +116,16 @@ class ExponentialAveraging(Averaging):
         """The share that the average keeps of itself at the t-th update, counted from 0."""
         return min(self._decay, (1 + t) / (WARMUP_OFFSET + t))
 
-    def update(self, model: nn.Module) -> None:
-        self._blend(model, 1 - self.decay_at(self._count))
+    def next_weight(self) -> float:
+        return 1 - self.decay_at(self._count)
 
-    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+    def update(self, weight: float | Tensor) -> None:
+        self._blend(weight)
+
+    def end_update(self) -> None:
+        self._count += 1
+
+    def end_epoch(self, epoch: int) -> None:
         """Nothing: every step has been averaged."""
 
     def caught_up(self, epoch: int) -> bool:
@@ -113,12 +140,19 @@ class StochasticAveraging(Averaging):
         self._start_epoch = config.swa_start_fraction * epochs
         self.needs_recalibration = bool(_batch_norms(model))
 
-    def update(self, model: nn.Module) -> None:
-        """Nothing: epochs are averaged, not steps."""
+    def next_weight(self) -> None:
+        """None: epochs are averaged, not steps."""
 
-    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+    def update(self, weight: float | Tensor) -> None:
+        """Nothing, as for `next_weight`."""
+
+    def end_update(self) -> None:
+        """Nothing, as for `next_weight`."""
+
+    def end_epoch(self, epoch: int) -> None:
         if epoch >= self._start_epoch:
-            self._blend(model, 1 / (self._count + 1))
+            self._blend(1 / (self._count + 1))
+            self._count += 1
 
     def caught_up(self, epoch: int) -> bool:
         """With one epoch the average is the weights themselves; from two on it is its own."""

@@ -83,6 +83,10 @@ class AugmentConfig(_Section):
     """Probability of a vertical flip."""
     crop_pad_fraction: float = Field(default=0.125, ge=0, le=0.5)
     """Padding before the random crop, as a fraction of the image's side: 0.125 is the usual 4 pixels of 32."""
+    crop_area_min: float = Field(default=1.0, ge=0.05, le=1)
+    """Smallest share of the area that a crop of random area keeps before it is enlarged to the whole image again, with
+    an aspect ratio from 3:4 to 4:3 (Szegedy et al. 2014, arXiv 1409.4842; torchvision's RandomResizedCrop); 1 is
+    off."""
     rotation_degrees: float = Field(default=0.0, ge=0, le=180)
     """Rotations are drawn from minus to plus this."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
@@ -360,6 +364,12 @@ class PrecisionConfig(_Section):
 
     autocast: Literal["auto", "off", "bf16"] = "auto"
     """bfloat16 for matrix products and convolutions; `auto` is bf16 on CUDA and off elsewhere."""
+    compile: bool = False
+    """Compiles the network by torch.compile, with a minute or so of its own before the first step: for long trainings,
+    such as a refit's. What is compiled is kept on disk, and used again for the same architecture."""
+    cuda_graphs: bool = True
+    """On CUDA, records the whole step once and replays it; false launches its kernels one by one, which networks that
+    wait for the host in their forward pass need."""
 
 
 class TrainConfig(_Section):

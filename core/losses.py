@@ -23,6 +23,7 @@ would have a fraction of the gradient as soon as it is mixed (a twelfth, for inv
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,15 @@ def class_weights(config: LossConfig, class_counts: Tensor) -> Tensor | None:
     return (weights / weights.mean()).float()
 
 
+class Stage(NamedTuple):
+    """Where a run stands, as far as its loss is concerned."""
+
+    smoothing: float | Tensor
+    """In [0, 1): a number, or, where steps are captured and it changes from step to step, a scalar on the device."""
+    weighted: bool
+    """Whether class weights hold."""
+
+
 class Criterion:
     """The loss of a training: called with labels, and by `mixed` with mixtures. No call waits for the device."""
 
@@ -79,48 +89,71 @@ class Criterion:
             images = class_counts.clamp(min=1).double()
             self.adjustment = (config.logit_adjustment * (images / images.sum()).log()).float()
 
-    def __call__(self, logits: Tensor, labels: Tensor, progress: float) -> Tensor:
+    def stage(self, progress: float) -> Stage:
+        """What of the loss depends on the share of the run's steps that are over, in [0, 1]."""
+        weighted = self.weights is not None and progress >= self.config.class_weights_from_fraction
+        return Stage(smoothing_at(self.config, progress), weighted)
+
+    def __call__(self, logits: Tensor, labels: Tensor, stage: Stage) -> Tensor:
         """The batch's loss against one class an image.
 
         Args:
             logits: (N, K) of any floating type.
             labels: (N,) int64 in [0, K).
-            progress: the share of the run's steps that are over, in [0, 1].
+            stage: that of the step.
 
         Returns:
             A float32 scalar: the mean over the batch, weighted by the labels' weights where they hold.
         """
-        smoothing, weights = smoothing_at(self.config, progress), self._weights_at(progress)
+        smoothing, weights = stage.smoothing, self.weights if stage.weighted else None
         logits = self._adjusted(logits)
-        if self.config.name == "cross_entropy":
+        if self.config.name == "cross_entropy" and isinstance(smoothing, float):
             return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
+        if self.config.name == "cross_entropy":  # torch's takes no tensor; its definition, written out
+            terms = -F.log_softmax(logits, dim=1) if weights is None else -F.log_softmax(logits, dim=1) * weights
+            losses = torch.lerp(terms.gather(1, labels.unsqueeze(1)).squeeze(1), terms.mean(1), smoothing)
+            return losses.mean() if weights is None else losses.sum() / self._weight(labels)
         classes = torch.zeros_like(logits).scatter_(1, labels.unsqueeze(1), 1.0)
         targets = (1 - smoothing) * classes + smoothing / classes.shape[1]
         losses = self._losses(logits, targets, classes, weights)
-        return losses.mean() if weights is None else losses.sum() / weights[labels].sum()
+        return losses.mean() if weights is None else losses.sum() / self._weight(labels)
 
-    def mixed(self, logits: Tensor, targets: Tensor, progress: float) -> Tensor:
+    def mixed(self, logits: Tensor, targets: Tensor, stage: Stage) -> Tensor:
         """The batch's loss against a distribution over the classes for each image, which is not smoothed.
 
         Args:
             logits: (N, K) of any floating type.
             targets: (N, K), each row at least 0 and of sum 1.
-            progress: the share of the run's steps that are over, in [0, 1].
+            stage: that of the step.
 
         Returns:
             A float32 scalar: the mean over the batch, weighted by the mixtures' mean weights where they hold.
         """
-        targets, weights = targets.float(), self._weights_at(progress)
+        targets, weights = targets.float(), self.weights if stage.weighted else None
         logits = self._adjusted(logits)
         if self.config.name == "cross_entropy":
             losses = F.cross_entropy(logits, targets, weight=weights, reduction="none")
         else:
             losses = self._losses(logits, targets, targets, weights)
         # Sums and not a product of matrices, which would follow the caller's TF32 settings.
-        return losses.mean() if weights is None else losses.sum() / (targets * weights).sum()
+        return losses.mean() if weights is None else losses.sum() / self._weight(targets)
 
-    def _weights_at(self, progress: float) -> Tensor | None:
-        return self.weights if progress >= self.config.class_weights_from_fraction else None
+    def share(self, part: Tensor, whole: Tensor, stage: Stage) -> Tensor | float:
+        """How much the loss of a part of a batch counts in that of the whole: the shares of all parts sum to 1.
+
+        Args:
+            part: labels (n,) int64 or mixtures (n, K) of some of the batch's images.
+            whole: those of all of them.
+            stage: that of the step.
+        """
+        if not stage.weighted:
+            return len(part) / len(whole)
+        return self._weight(part) / self._weight(whole)
+
+    def _weight(self, targets: Tensor) -> Tensor:
+        """What a batch's sum is divided by where weights hold: a scalar, of labels (N,) or mixtures (N, K)."""
+        assert self.weights is not None
+        return self.weights[targets].sum() if targets.ndim == 1 else (targets.float() * self.weights).sum()
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         return logits.float() if self.adjustment is None else logits.float() + self.adjustment

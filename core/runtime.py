@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
+import warnings
 from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -48,15 +51,124 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextlib.contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """On CUDA, runs what is inside on a stream of its own, after all that was asked of the device, before what will be.
+
+    A CUDA graph can be captured on any stream but torch's default one, and what it shares memory with has to run on the
+    same. It is always the same stream, so that memory which one training leaves can be had by the next.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream, outer = _stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(outer)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outer.wait_stream(stream)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def forbidden_waits(device: torch.device) -> Iterator[None]:
+    """On CUDA, raises RuntimeError where torch would make the host wait for the device; elsewhere nothing waits."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def autocast(mode: str, device: torch.device) -> torch.autocast:
     """The context for `precision.autocast`: `auto` is bf16 on CUDA and off elsewhere."""
-    enabled = mode == "bf16" or (mode == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocasts(mode, device))
+
+
+def autocasts(mode: str, device: torch.device) -> bool:
+    """Whether `precision.autocast` means bf16 there."""
+    return mode == "bf16" or (mode == "auto" and device.type == "cuda")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device could not give what was asked for. The CPU's allocator says so in a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that tensors may still take on the device. An upper bound: memory can be free in pieces too small.
+
+    On CUDA, what the driver has left, as far as `torch.cuda.set_per_process_memory_fraction` lets this process go, and
+    what torch's allocator holds without using it (a live CUDA graph's pool included, which only that graph can use).
+
+    On the CPU, the least of what the machine can give without swapping and of what the process's control groups (v1
+    or v2, at their usual mount points) leave it. A system that does not tell what is available, as macOS, counts whole.
+
+    Raises:
+        OSError: the system does not even tell how much memory it has.
+    """
+    if device.type == "cpu":
+        return _free_host_memory(Path("/"))
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return max(min(free, allowed - reserved), 0) + reserved - allocated
+
+
+def _free_host_memory(root: Path) -> int:
+    """`free_memory` of the CPU, by the files under `root`, which is / but in tests."""
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        machine = _whole_host_memory()
+    return max(min([machine, *_left_by_control_groups(root)]), 0)
+
+
+def _whole_host_memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError) as error:
+        raise OSError("this system does not tell how much memory it has") from error
+
+
+def _left_by_control_groups(root: Path) -> Iterator[int]:
+    """What the limit of each group that this process is in leaves, its own and all above it.
+
+    The cache of files that are not in use counts as used there, and is given up on demand. A container may see its own
+    group as the root, and yet be told the path from outside; what does not exist there is passed over.
+    """
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for controllers, path in (line.split(":", 2)[1:] for line in groups):
+        if controllers == "":
+            mount, limit, usage, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit, usage = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        own = PurePosixPath(path)
+        for group in (own, *own.parents):
+            folder = root / mount / group.relative_to("/")
+            with contextlib.suppress(OSError):
+                allowed = (folder / limit).read_text(encoding="ascii").strip()
+                if allowed != "max":
+                    stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
+                    yield int(allowed) - int((folder / usage).read_text("ascii")) + int(stat.get(cache, 0))
 
 
 def derive_seed(*parts: int | str) -> int:

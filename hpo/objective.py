@@ -270,6 +270,8 @@ class _Attempt:
         if self.history:
             last = self.history[-1]
             attributes |= {"elapsed_s": round(last.elapsed_s, 3), "images_per_s": round(last.images_per_s, 1)}
+            if last.micro_batch is not None:
+                attributes["micro_batch"] = last.micro_batch
         for name in ("raw", "averaged"):
             scores = [getattr(epoch, name) for epoch in self.last.values()]
             if scores and None not in scores:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from core import metrics
 from core.config import TrainConfig
 from core.data import Dataset, Splits, folds, on_device
+from core.feed import open_feed
 from core.loop import EVALUATION_BATCH, TrainResult, train
 from core.models import build_model
 from core.runtime import autocast, normalize
@@ -120,8 +121,8 @@ def refit(
     # Everything that is kept is decided: from here on the test set may be seen.
     openings = _write_down_opening(paths, label, number)
     test = dataset.open_test()
-    test_images, test_labels = test.images.to(device), test.labels.to(device)
-    test_logits = {name: _together(networks, test_images, name) for name in dict.fromkeys(("none", views))}
+    test_labels = test.labels.to(device)
+    test_logits = {name: _together(networks, test.images, name) for name in dict.fromkeys(("none", views))}
 
     report = {
         "trial": number,
@@ -193,23 +194,34 @@ class _Network:
     """Of its training, an epoch a row, with its fold where there are folds."""
 
     def logits(self, images: Tensor, views: str) -> Tensor:
-        """(N, K) of images (N, C, H, W) uint8, on their device; the network may lie elsewhere, and stays there."""
-        home = next(self.model.parameters()).device
-        try:
-            return predict_logits(
-                self.model.to(images.device),
-                images,
-                prepare=partial(normalize, mean=self.splits.mean, std=self.splits.std),
-                views=views,
-                batch_size=EVALUATION_BATCH,
-                autocast=partial(autocast, self.config.precision.autocast, images.device),
-            )
-        finally:
-            self.model.to(home)
+        """(N, K) on the labels' device, of images (N, C, H, W) uint8 wherever they lie."""
+        return self._logits(torch.split(images, EVALUATION_BATCH), views)
 
     def val_logits(self, views: str) -> Tensor:
         """(M, K) of the images that it was validated on, in the order of `Splits.val`."""
-        return self.logits(self.splits.images[self.splits.val], views)
+        feed = open_feed(self.splits.images, self.splits.labels.device)
+        return self._logits(feed.batches(torch.split(self.splits.val, EVALUATION_BATCH)), views)
+
+    def _logits(self, batches: Iterable[Tensor], views: str) -> Tensor:
+        """The network's answers, batch by batch; it may lie elsewhere, and stays there."""
+        home, device = next(self.model.parameters()).device, self.splits.labels.device
+        try:
+            self.model.to(device)
+            return torch.cat(
+                [
+                    predict_logits(
+                        self.model,
+                        images.to(device),
+                        prepare=partial(normalize, mean=self.splits.mean, std=self.splits.std),
+                        views=views,
+                        batch_size=EVALUATION_BATCH,
+                        autocast=partial(autocast, self.config.precision.autocast, device),
+                    )
+                    for images in batches
+                ]
+            )
+        finally:
+            self.model.to(home)
 
     def kept_epoch(self, metric: str) -> int:
         """The epoch whose weights it has: the last, or under early stopping the first of the best."""

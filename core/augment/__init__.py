@@ -8,12 +8,22 @@ chunk of it) are a little less alike than by chance. The alternatives are all op
 times the work, or asking the device which images to work on, at a wait for each operation, and no CUDA graph.
 
 `pipeline` holds `Augment`, which composes the others, a concept each: `geometry` moves pixels, `photometry` changes
-them, `operations` gives both their names and ranges, `policies` deals operations to images, `erasing`, `mixing` and
-`sizing` do what they say, and `draws` draws.
+them, `operations` gives both their names and ranges, `policies` deals operations to images, `cropping`, `erasing`,
+`mixing` and `sizing` do what they say, and `draws` draws.
 """
 
-from core.augment.mixing import MixPlan, symmetric_beta
+from core.augment.mixing import MixPlan, apply_mix, mixes, plan_mix, symmetric_beta
 from core.augment.pipeline import Augment, alternating_flips
-from core.augment.sizing import size_at
+from core.augment.sizing import resize, size_at
 
-__all__ = ["Augment", "MixPlan", "alternating_flips", "size_at", "symmetric_beta"]
+__all__ = [
+    "Augment",
+    "MixPlan",
+    "alternating_flips",
+    "apply_mix",
+    "mixes",
+    "plan_mix",
+    "resize",
+    "size_at",
+    "symmetric_beta",
+]

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.augment.scratch import Scratch
+
 
 def affine(like: Tensor, a: Tensor | float = 1.0, b: Tensor | float = 0.0, x: Tensor | float = 0.0,
            c: Tensor | float = 0.0, d: Tensor | float = 1.0, y: Tensor | float = 0.0) -> Tensor:  # fmt: skip
@@ -55,8 +57,13 @@ def translate_y(pixels: Tensor) -> Tensor:
     return affine(pixels, y=-pixels)
 
 
-def warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Images (n, C, H, W) seen through any matrices (n, 2, 3): bilinear, black outside, whole numbers in float32."""
+def warp(images: Tensor, matrices: Tensor, frames: Tensor | None = None) -> Tensor:
+    """Images (n, C, H, W) seen through any matrices (n, 2, 3): bilinear, black outside, whole numbers in float32.
+
+    `frames` (n, 2, 2) are the first and last pixel across, then down, from the image's centre, of a part of each image
+    that has an edge of its own: what lies up to half a pixel outside their centres, and so within the part's pixels, is
+    not mixed with what is beyond, but is those pixels' own colour. So torchvision enlarges a crop.
+    """
     count, _, height, width = images.shape
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = torch.arange(height, device=images.device) - (height - 1) / 2
@@ -66,15 +73,21 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     across = matrices[:, :, 0:1] * x
     down = matrices[:, :, 1:2] * y + matrices[:, :, 2:3]
     grid = across.view(count, 2, 1, width) + down.view(count, 2, height, 1)
+    if frames is not None:
+        for axis, side in ((0, width), (1, height)):
+            places = grid[:, axis]
+            low, high = (frames[:, axis] * (2 / side)).view(count, 2, 1, 1).unbind(1)
+            # Beyond the part's last half pixel places move inwards by so much, that nothing is torn apart there.
+            places -= (places - torch.clamp(places, low, high)).clamp_(-1 / side, 1 / side)
     return F.grid_sample(images.float(), grid.permute(0, 2, 3, 1), align_corners=False).round_()
 
 
-def shift(images: Tensor, sources: Tensor, matrices: Tensor, *, reach: int, mirrored: bool) -> Tensor:
+def shift(images: Tensor, sources: Tensor, matrices: Tensor, *, reach: int, mirrored: bool, scratch: Scratch) -> Tensor:
     """Images (n, C, H, W) uint8 flipped and moved by whole pixels, black outside: (m, C, H, W) uint8, exact.
 
     Output k shows image `sources[k]` (m,) through `matrices[k]` (m, 2, 3), of which only the signs of the diagonal and
     the whole-pixel shift are read. `reach` is the farthest sideways shift in pixels that the matrices hold, and
-    `mirrored` whether any of them flips sideways.
+    `mirrored` whether any of them flips sideways. `scratch` holds the images in between.
     """
     count, channels, height, width = images.shape
     reach = min(reach, width)
@@ -82,8 +95,8 @@ def shift(images: Tensor, sources: Tensor, matrices: Tensor, *, reach: int, mirr
     # `width` pixels in a line from some start: one copy of memory, where an index a pixel would cost ten times that.
     stride = width + reach
     copies = 2 if mirrored else 1
-    end = copies * count * channels * height * stride
-    line = images.new_zeros(end + stride)
+    padded = scratch.zeroed_once("rows", (copies * count * channels * height + 1, stride), images)
+    line, end = padded.view(-1), padded.numel() - stride
     body = line[:end].view(copies, count, channels, height, stride)
     body[0, ..., reach:] = images
     if mirrored:

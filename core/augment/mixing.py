@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +18,17 @@ from core.config import AugmentConfig
 
 @dataclass(frozen=True)
 class MixPlan:
-    """How one batch is mixed: mixup keeps `keep` of each image, cutmix all but `box`, whose share is 1 - `keep`."""
+    """How one batch is mixed: mixup keeps `keep` of each image, cutmix all but `box`, whose share is 1 - `keep`.
 
-    keep: float
-    box: tuple[int, int, int, int] | None
-    """Top, bottom, left, right in pixels; None is mixup."""
+    Where steps are captured in a CUDA graph, `keep` and `box` are tensors on the images' device, whose values each
+    replay reads; plain numbers would be those of the capture for ever.
+    """
+
+    kind: Literal["mixup", "cutmix"]
+    keep: float | Tensor
+    """In [0, 1]; a tensor is () float32."""
+    box: tuple[int, int, int, int] | Tensor | None = None
+    """Of cutmix: top, bottom, left, right in pixels; a tensor is (4,) float32 of whole numbers."""
 
 
 def mixes(config: AugmentConfig, progress: float) -> bool:
@@ -40,7 +47,7 @@ def plan_mix(config: AugmentConfig, generator: torch.Generator, shape: Sequence[
     cut = bool(config.cutmix) and (not config.mixup or choice < 0.5)
     keep = symmetric_beta(config.cutmix if cut else config.mixup, generator)
     if not cut:
-        return MixPlan(keep, None)
+        return MixPlan("mixup", keep)
     height, width = shape[-2:]
     side = math.sqrt(1 - keep)
     half_height, half_width = int(height * side) // 2, int(width * side) // 2
@@ -48,28 +55,43 @@ def plan_mix(config: AugmentConfig, generator: torch.Generator, shape: Sequence[
     top, bottom = max(y - half_height, 0), min(y + half_height, height)
     left, right = max(x - half_width, 0), min(x + half_width, width)
     # The box is cut off at the border and rounded, so the targets follow its real area.
-    return MixPlan(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+    return MixPlan("cutmix", 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
 def apply_mix(
     images: Tensor, labels: Tensor, num_classes: int, plan: MixPlan, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Mixes each of the images (N, C, H, W) float32 with another of the batch, and their labels (N,) int64 alike.
+    """Mixes each of the images (N, C, H, W) float with another of the batch, and their labels (N,) int64 alike.
 
-    Returns the mixed images, channels_last, and soft targets (N, K) float32 whose rows sum to 1.
+    Returns the mixed images, channels_last, in the images' dtype, and soft targets (N, K) float32 whose rows sum to 1.
+    The generator is the device's; nothing waits for the device.
     """
     partner = torch.rand(len(images), generator=generator, device=images.device).argsort()
-    if plan.box is None:
-        mixed = torch.lerp(images.index_select(0, partner), images, plan.keep)
-    else:
-        top, bottom, left, right = plan.box
-        mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].index_select(0, partner)
     # one_hot would ask the device for the largest label.
-    targets = torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], plan.keep)
-    other = labels.index_select(0, partner)[:, None]
-    targets.scatter_add_(1, other, torch.full_like(other, 1 - plan.keep, dtype=targets.dtype))
+    own = torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
+    targets = torch.lerp(own.index_select(0, partner), own, plan.keep)
+    if plan.box is None:
+        # In float32 whatever the images are: a weight that is a tensor would have to be rounded to their dtype.
+        others = images.index_select(0, partner).float()
+        mixed = torch.lerp(others, images.float(), plan.keep).to(images.dtype)
+    else:
+        mixed = _paste(images, partner, plan.box)
     return mixed.contiguous(memory_format=torch.channels_last), targets
+
+
+def _paste(images: Tensor, partner: Tensor, box: tuple[int, int, int, int] | Tensor) -> Tensor:
+    """Images (N, C, H, W) with the box taken from those at `partner` (N,), a new tensor."""
+    if isinstance(box, Tensor):
+        top, bottom, left, right = box.unbind()
+        y = torch.arange(images.shape[-2], device=images.device)[:, None]
+        x = torch.arange(images.shape[-1], device=images.device)
+        inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+        return torch.where(inside, images.index_select(0, partner), images)
+    # Numbers of the host's say which part to copy, and the rest is left alone.
+    part = (..., slice(*box[:2]), slice(*box[2:]))
+    mixed = images.clone()
+    mixed[part] = images[part].index_select(0, partner)
+    return mixed
 
 
 def symmetric_beta(alpha: float, generator: torch.Generator) -> float:

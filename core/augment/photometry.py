@@ -63,7 +63,8 @@ def sharpness(pixels: Tensor, factor: Tensor) -> Tensor:
 
 def posterize(pixels: Tensor, bits: Tensor) -> Tensor:
     """Keeps the highest `bits` of each pixel, whole numbers 0 … 8; 8 is the image itself."""
-    step = torch.exp2(8 - _each(bits))
+    # A power of two by a shift of bits: exp2 need not be exact on every device.
+    step = (1 << (8 - _each(bits)).int()).float()
     return (pixels / step).floor_().mul_(step)
 
 

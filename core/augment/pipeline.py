@@ -12,20 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.augment import mixing, photometry
+from core.augment import photometry
+from core.augment.cropping import draw_crops
 from core.augment.draws import uniform
 from core.augment.erasing import draw_erased
 from core.augment.geometry import affine, rotation, shift, then, warp
-from core.augment.mixing import MixPlan
 from core.augment.operations import GEOMETRIC_OPS, INTERPOLATED_OPS, PHOTOMETRIC_OPS
 from core.augment.policies import Round, build_policy
-from core.augment.sizing import resize, size_at
+from core.augment.scratch import Scratch
 from core.config import AugmentConfig
-from core.runtime import normalize
 
 # Working memory of a CPU's chunk. Blocks much above it are given back to the system and faulted in again, batch after
 # batch, which took a third of the time.
-_CPU_CHUNK_BYTES = 10 * 2**20
+_CPU_CHUNK_BYTES = 16 * 2**20
 
 
 def alternating_flips(first: Tensor, epoch: int) -> Tensor:
@@ -39,31 +38,46 @@ def alternating_flips(first: Tensor, epoch: int) -> Tensor:
 
 def put_rows(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
     """pixels[rows] = values, in place; both (…, C, H, W) contiguous, and rows that occur twice have equal values."""
-    # A CPU moves one element at a time here, so the widest element there is makes it four times as fast.
-    values = values.contiguous()
-    wide = torch.complex128 if pixels[0].numel() % 4 == 0 else pixels.dtype
-    pixels.view(len(pixels), -1).view(wide).index_copy_(0, rows, values.view(len(values), -1).view(wide))
+    wide_rows(pixels).index_copy_(0, rows, wide_rows(values.contiguous()))
+
+
+def wide_rows(images: Tensor) -> Tensor:
+    """The memory of images (n, C, H, W) float32, contiguous, as a row of few wide elements each, to be moved by.
+
+    A CPU moves one element at a time: the widest that there is makes it four times as fast.
+    """
+    rows = images.view(len(images), -1)
+    return rows.view(torch.complex128) if rows.shape[1] % 4 == 0 else rows
 
 
 class Augment:
-    """Turns uint8 training images into augmented, normalised network input, and mixes and shrinks them.
+    """Turns uint8 training images into augmented, normalised network input.
 
-    `mean` and `std` are of pixels in [0, 1], one a channel; one or three channels. All random numbers come from the
-    generators that are passed in: the same state gives the same bits. Nothing waits for the device.
+    `mean` and `std` are of pixels in [0, 1], one a channel; one or three channels. `dtype` is that of the result, which
+    is computed in float32 and rounded once. All random numbers come from the generators that are passed in: the same
+    state gives the same bits. Nothing waits for the device, and a call can be captured in a CUDA graph.
     """
 
     def __init__(
-        self, config: AugmentConfig, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+        self,
+        config: AugmentConfig,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
-        self._mean, self._std = mean, std
+        self.dtype = dtype
+        # Made here and held: to copy numbers from the host is no part of a graph, which reads them where they lie.
         self._scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, -1, 1, 1)
         self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
         self._policy = build_policy(config, device)
+        self._scratch = Scratch()
         self._moves = bool(
             config.flip
             or config.vertical_flip
             or config.crop_pad_fraction
+            or config.crop_area_min < 1
             or config.rotation_degrees
             or self._policy.rounds
         )
@@ -76,9 +90,10 @@ class Augment:
         flips: Tensor | None = None,
         repeats: Tensor | None = None,
     ) -> Tensor:
-        """Images (N, C, H, W) uint8 to float32 (N, C, H, W) channels_last, each augmented on its own, normalised.
+        """Images (N, C, H, W) uint8 to `dtype` (N, C, H, W) channels_last, each augmented on its own, normalised.
 
-        The order is crop, flips, rotation, the policy's geometry, colour jitter, the policy's photometry, erasing.
+        The order is padded crop, crop by area, flips, rotation, the policy's geometry, colour jitter, the policy's
+        photometry, erasing.
 
         Args:
             images: (N, C, H, W) uint8.
@@ -86,7 +101,7 @@ class Augment:
             flips: (N,) bool, the images that are flipped sideways this time; read where `alternate_flip` is true, in
                 place of a draw.
             repeats: (N,) bool, the visits that are an image's second or later one in the epoch; read where `apply_to`
-                is "repeats": the others come out as `normalize` gives them, to the bit.
+                is "repeats": the others are only normalised.
 
         Raises:
             ValueError: the configuration reads `flips` or `repeats`, and it is not given.
@@ -97,61 +112,45 @@ class Augment:
         if config.apply_to == "repeats" and repeats is None:
             raise ValueError("augment.apply_to is repeats: give `repeats`, the visits that are not an image's first")
         if not (self._moves or config.color_jitter or config.erase):
-            return normalize(images, self._mean, self._std)
+            return self._normalize(images)
         augmented = self._augment(images, flips if config.alternate_flip else None, generator)
         if config.apply_to == "all" or repeats is None:
             return augmented
         # First visits are augmented too, and dropped: how many there are, only the device knows.
-        chosen = torch.where(repeats.view(-1, 1, 1, 1), augmented, normalize(images, self._mean, self._std))
+        chosen = torch.where(repeats.view(-1, 1, 1, 1), augmented, self._normalize(images))
         return chosen.contiguous(memory_format=torch.channels_last)
-
-    def shrink(self, images: Tensor, progress: float) -> Tensor:
-        """Progressive resolution: normalised images (N, C, H, W) at the size of this fraction of the run, in [0, 1].
-
-        Both are float and channels_last. Where the size is the whole, it is the same tensor.
-        """
-        height, width = images.shape[-2:]
-        return resize(images, size_at(self.config, progress, (height, width)))
-
-    def mixes(self, progress: float) -> bool:
-        """Whether batches may be mixed at this fraction of the run, in [0, 1]."""
-        return mixing.mixes(self.config, progress)
-
-    def plan_mix(self, generator: torch.Generator, shape: Sequence[int]) -> MixPlan | None:
-        """Draws how the next batch of that shape (N, C, H, W) is mixed, or None: not at all.
-
-        One draw a batch, as in timm. The generator is the CPU's, so that the device is not asked.
-        """
-        return mixing.plan_mix(self.config, generator, shape)
-
-    def apply_mix(
-        self, images: Tensor, labels: Tensor, num_classes: int, plan: MixPlan, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Mixes each of the images (N, C, H, W) float32 with another of the batch, and their labels (N,) int64 alike.
-
-        Returns the mixed images, channels_last, and soft targets (N, K) float32 whose rows sum to 1.
-        """
-        return mixing.apply_mix(images, labels, num_classes, plan, generator)
 
     # --- the passes --------------------------------------------------------------------------------------------------
 
     def _augment(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Every image augmented and normalised, chunk by chunk: uint8 to float32 (N, C, H, W) channels_last."""
-        out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
+        """Every image augmented and normalised, chunk by chunk: uint8 to `dtype` (N, C, H, W) channels_last."""
+        out = torch.empty(images.shape, dtype=self.dtype, device=images.device, memory_format=torch.channels_last)
         chunk = self._chunk(images)
         erased = draw_erased(images.shape, self.config.erase, generator) if self.config.erase else None
         for start in range(0, len(images), chunk):
             part = slice(start, start + chunk)
             pixels = self._change(images[part].contiguous(), None if flips is None else flips[part], generator)
-            # The arithmetic of core.runtime.normalize to the bit, with its constants spread over one image: ten times
-            # as fast on a CPU as one constant a channel.
-            scale, shift = (c.expand(1, *pixels.shape[1:]).contiguous() for c in (self._scale, self._shift))
+            scale, shift = self._constants(pixels.shape, torch.contiguous_format)
             torch.addcmul(shift, pixels, scale, out=pixels)
             if erased is not None:
                 rows, columns = erased
-                pixels.mul_(1 - rows[part, None, :, None] * columns[part, None, None, :])
+                pixels.mul_(torch.maximum(rows[part, None, :, None], columns[part, None, None, :]))
             out[part] = pixels
         return out
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        """What core.runtime.normalize gives, to the bit: (N, C, H, W) uint8 to `dtype` channels_last."""
+        scale, shift = self._constants(images.shape, torch.channels_last)
+        pixels = images.to(torch.float32, memory_format=torch.channels_last)
+        return torch.addcmul(shift, pixels, scale, out=pixels).to(self.dtype)
+
+    def _constants(self, shape: Sequence[int], layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+        """Scale and shift spread over one image: on a CPU ten times as fast as one constant a channel."""
+        one = (1, *shape[1:])
+        return (
+            self._scale.expand(one).contiguous(memory_format=layout),
+            self._shift.expand(one).contiguous(memory_format=layout),
+        )
 
     def _chunk(self, images: Tensor) -> int:
         """How many images are worked on at a time: all on a GPU, and on a CPU what stays in its cache."""
@@ -173,12 +172,13 @@ class Augment:
         pixels = self._move(images, rounds, flips, generator) if self._moves else images.float()
         if self.config.color_jitter:
             pixels = self._jitter(pixels, generator)
+        wide = wide_rows(pixels)
         for one in rounds:
             for name, operation in PHOTOMETRIC_OPS.items():
                 if name in one.rows:
                     rows = one.rows[name]
                     changed = operation(pixels.index_select(0, rows), one.level_of(name), self._policy.ranges)
-                    put_rows(pixels, rows, changed)
+                    wide.index_copy_(0, rows, wide_rows(changed))
         return pixels[:count]
 
     def _move(self, images: Tensor, rounds: list[Round], flips: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -193,6 +193,11 @@ class Augment:
             x = uniform(slots, generator, 0, 2 * pad_x + 1).floor_() - pad_x
             y = uniform(slots, generator, 0, 2 * pad_y + 1).floor_() - pad_y
             matrices = affine(x, x=x, y=y)
+        frames = None
+        if config.crop_area_min < 1:
+            crops = draw_crops(slots, (height, width), config.crop_area_min, generator)
+            frames = crops.frames((height, width)) + matrices[:, :, 2:]
+            matrices = then(matrices, crops.matrices((height, width)))
         if config.flip or config.vertical_flip:
             across = uniform(slots, generator, 0, 1) < config.flip if flips is None else flips.index_select(0, sources)
             down = uniform(slots, generator, 0, 1) < config.vertical_flip
@@ -204,10 +209,12 @@ class Augment:
         for one in rounds:
             matrices = then(matrices, self._step(one, (height, width)))
 
-        if config.rotation_degrees:
-            return warp(images.index_select(0, sources), matrices)
+        if config.rotation_degrees or frames is not None:
+            return warp(images.index_select(0, sources), matrices, frames)
         reach = pad_x + self._policy.reach(width)
-        pixels = shift(images, sources, matrices, reach=reach, mirrored=config.flip > 0).float()
+        moved = shift(images, sources, matrices, reach=reach, mirrored=config.flip > 0, scratch=self._scratch)
+        pixels = self._scratch.zeroed_once("pixels", moved.shape, self._scale)
+        pixels.copy_(moved)
         # An image that two rounds interpolate is listed, and written, twice, with the same values.
         interpolated = [one.rows[name] for one in rounds for name in INTERPOLATED_OPS if name in one.rows]
         if interpolated:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from core.config import DataConfig
 from core.errors import UserError
+from core.runtime import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,16 @@ CUT_SALT = b"hpo test cut 1"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+# Share of a device's free memory that images may fill; the rest is for networks and what they compute.
+RESIDENT_FRACTION = 0.5
+
+
 @dataclass(frozen=True)
 class Splits:
-    """Training and validation images on one device. `images` and `labels` hold both; indices tell them apart."""
+    """Training and validation images. `images` and `labels` hold both; indices tell them apart.
+
+    All lie on one device, or the images alone on the host where they are too many for it.
+    """
 
     images: Tensor
     """(N, C, H, W) uint8"""
@@ -54,13 +62,11 @@ class Splits:
 
     def to(self, device: torch.device | str) -> Splits:
         """The same on that device; no copy of what is there already."""
-        return replace(
-            self,
-            images=self.images.to(device),
-            labels=self.labels.to(device),
-            train=self.train.to(device),
-            val=self.val.to(device),
-        )
+        return replace(self.on(device), images=self.images.to(device))
+
+    def on(self, device: torch.device | str) -> Splits:
+        """All but the images on that device; they stay where they lie."""
+        return replace(self, labels=self.labels.to(device), train=self.train.to(device), val=self.val.to(device))
 
     def whole(self) -> Splits:
         """All images for training and none for validation; mean and std follow where they come from the data."""
@@ -132,10 +138,24 @@ def stratified_folds(
 
 
 def on_device(folds: Sequence[Splits], device: torch.device | str) -> tuple[Splits, ...]:
-    """Folds of the same images on that device, where the images lie once for all of them."""
+    """Folds of the same images on that device, where the images lie once for all of them.
+
+    Images that would take more than `RESIDENT_FRACTION` of a GPU's free memory stay on the host, from where a training
+    sends them batch by batch.
+    """
+    images, device = folds[0].images, torch.device(device)
+    if device.type == "cuda" and images.device.type == "cpu":
+        free = free_memory(device)
+        if images.nbytes > RESIDENT_FRACTION * free:
+            logger.info(
+                "the images take %.1f GB and %s has %.1f GB free: they stay on the host, and are sent batch by batch",
+                images.nbytes / 1e9,
+                device,
+                free / 1e9,
+            )
+            return tuple(fold.on(device) for fold in folds)
     first = folds[0].to(device)
-    rest = (replace(fold, images=first.images, labels=first.labels).to(device) for fold in folds[1:])
-    return (first, *rest)
+    return (first, *(replace(fold.on(device), images=first.images, labels=first.labels) for fold in folds[1:]))
 
 
 def _normalized(

@@ -9,6 +9,7 @@ and the optimizers', and twice as much without them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -100,6 +101,15 @@ def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Te
         raise ConfigError(f"model: {config.name} cannot take images of {height}×{width}") from error
     finally:
         model.train(training)
+
+
+def compiled(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The network compiled by torch.compile, which shares its weights: for training steps on batches of few shapes.
+
+    What is compiled is kept in torch's cache on disk, by the architecture and the shapes, so the next network of the
+    same architecture, in this process or another, is only traced anew.
+    """
+    return torch.compile(model, dynamic=False)
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -33,6 +33,7 @@ def train(
     warmup_start: float,
     smoothing: float,
     bf16: bool,
+    on_epoch_end: Callable[[], object],
 ) -> tuple[float, float, float]:
     """Returns the last epoch's training loss, validation loss and validation accuracy."""
     device = images.device
@@ -70,4 +71,5 @@ def train(
             logits = torch.cat([model(prepare(images[rows])).float() for rows in val_rows.split(512)])
         val_loss = F.cross_entropy(logits, labels[val_rows]).item()
         accuracy = (logits.argmax(1) == labels[val_rows]).float().mean().item()
+        on_epoch_end()
     return train_loss, val_loss, accuracy

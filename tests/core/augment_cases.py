@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +29,24 @@ EVERYTHING: dict[str, Any] = {
     "strength": 0.5,
     "erase": 0.5,
 }
+
+POLICIES = ["randaugment", "six", "trivialaugment", "autoaugment_cifar10"]
+EVERY_OPTION: dict[str, dict[str, Any]] = {
+    "nothing": NOTHING,
+    "the defaults": {},
+    "crops by area": {**EVERYTHING, "crop_area_min": 0.3},
+    "rotation": {**EVERYTHING, "rotation_degrees": 10.0},
+    "flips in turn": {**EVERYTHING, "alternate_flip": True},
+    "repeats only": {**EVERYTHING, "apply_to": "repeats"},
+    "nothing but repeats": {**NOTHING, "apply_to": "repeats"},
+    "erasing alone": {**NOTHING, "erase": 0.5},
+    "all at once": {
+        **EVERYTHING, "crop_area_min": 0.3, "rotation_degrees": 10.0, "alternate_flip": True, "apply_to": "repeats",
+        "ops": 4,
+    },
+    **{policy: {**EVERYTHING, "policy": policy} for policy in POLICIES},
+}  # fmt: skip
+"""Configurations which together use every field that `Augment` reads."""
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -46,8 +69,19 @@ def hard_cases(channels: int = 3) -> Tensor:
     return torch.cat([pictures(4, channels), noise, flat, two, torch.zeros_like(flat), torch.full_like(flat, 255)])
 
 
-def build(channels: int = 3, **fields: Any) -> Augment:
-    return Augment(AugmentConfig(**fields), MEAN[:channels], STD[:channels], CPU)
+def photographs(shared_data: Path, count: int) -> Tensor:
+    """(N, 3, 96, 96) uint8: photographs of buildings, forests, glaciers, mountains, seas and streets."""
+    with zipfile.ZipFile(shared_data / "scenes5k.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
+        chosen = names[:: len(names) // count][:count]
+        arrays = [np.array(Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in chosen]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def build(
+    channels: int = 3, *, device: torch.device = CPU, dtype: torch.dtype = torch.float32, **fields: Any
+) -> Augment:
+    return Augment(AugmentConfig(**fields), MEAN[:channels], STD[:channels], device, dtype)
 
 
 def pixels_of(out: Tensor) -> Tensor:
@@ -70,9 +104,9 @@ def assert_same_geometry(ours: Tensor, theirs: Tensor) -> None:
 
 
 class RefuseToWait(TorchDispatchMode):
-    """Fails on every call whose result the host would have to wait for."""
+    """Fails on every call whose result the host would have to wait for, and on numbers copied from the host."""
 
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
+    WAITING = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")

@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from core.augment import MixPlan, alternating_flips, photometry, pipeline
+from core.augment import MixPlan, alternating_flips, apply_mix, photometry, pipeline
+from core.config import AugmentConfig
 from core.runtime import normalize
 from tests.core.augment_cases import (
+    EVERY_OPTION,
     EVERYTHING,
     MEAN,
     NOTHING,
+    POLICIES,
     STD,
     RefuseToWait,
     build,
@@ -180,9 +184,6 @@ def test_what_the_configuration_reads_must_be_given(fields: dict[str, Any], mess
 # --- any batch, the same bits -----------------------------------------------------------------------------------------
 
 
-POLICIES = ["randaugment", "six", "trivialaugment", "autoaugment_cifar10"]
-
-
 def test_256_copies_of_an_image_come_out_as_at_least_250() -> None:
     images = pictures(1, height=96, width=96).expand(256, -1, -1, -1)
     for fields in ({"ops": 2, "strength": 0.3}, EVERYTHING, {"policy": "autoaugment_cifar10"}):
@@ -239,6 +240,23 @@ def test_memory_layout_of_the_input_does_not_matter(policy: str) -> None:
     assert torch.equal(augment(images, generator()), augment(laid_out, generator()))
 
 
+@pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_dtype_is_float32_rounded_once_to_the_bit(fields: dict[str, Any], dtype: torch.dtype) -> None:
+    images, some = torch.cat([hard_cases(), pictures(50)]), torch.arange(60) % 3 == 0
+    full = build(**fields)(images, generator(), flips=some, repeats=some)
+    half = build(**fields, dtype=dtype)(images, generator(), flips=some, repeats=some)
+    assert half.dtype == dtype
+    assert half.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(half, full.to(dtype))
+
+
+def test_the_table_of_options_uses_every_field_that_augmentation_reads() -> None:
+    elsewhere = {"mixup", "cutmix", "mix_probability", "mix_off_fraction", "start_size_fraction"}
+    used = {name for fields in EVERY_OPTION.values() for name in fields}
+    assert used == AugmentConfig.model_fields.keys() - elsewhere - {"full_size_from_fraction"}
+
+
 # --- erasing --------------------------------------------------------------------------------------------------------
 
 
@@ -270,15 +288,140 @@ def test_certain_erasing_fills_with_the_mean_which_is_0() -> None:
 # --- no wait for the device ------------------------------------------------------------------------------------------
 
 
-def test_nothing_waits_for_the_device() -> None:
-    images, labels, some = pictures(30), torch.arange(30) % 5, torch.arange(30) % 3 == 0
-    all_policies = [{**EVERYTHING, "policy": policy} for policy in POLICIES]
-    chosen = {**EVERYTHING, "alternate_flip": True, "apply_to": "repeats"}
-    for fields in (*all_policies, {**EVERYTHING, "rotation_degrees": 10.0}, chosen, {}, NOTHING):
-        augment = build(**fields)
-        with RefuseToWait():
-            out = augment(images, generator(), flips=alternating_flips(some, 2), repeats=some)
-            for plan in (MixPlan(0.3, None), MixPlan(0.75, (0, 16, 0, 16))):
-                augment.apply_mix(out, labels, 5, plan, generator())
-    with pytest.raises(AssertionError, match="waits"), RefuseToWait():
-        float(images.sum())
+PLANS = {
+    "mixup": lambda device: MixPlan("mixup", torch.tensor(0.3, device=device)),
+    "cutmix": lambda device: MixPlan(
+        "cutmix", torch.tensor(0.75, device=device), torch.tensor([0.0, 16, 0, 16], device=device)
+    ),
+    "mixup by a number": lambda _device: MixPlan("mixup", 0.3),
+    "cutmix by numbers": lambda _device: MixPlan("cutmix", 0.75, (0, 16, 0, 16)),
+}
+
+
+@pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_nothing_waits_for_the_device_or_brings_it_numbers(fields: dict[str, Any]) -> None:
+    images, some = pictures(30), torch.arange(30) % 3 == 0
+    augment = build(**fields)
+    with RefuseToWait():
+        augment(images, generator(), flips=alternating_flips(some, 2), repeats=some)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_mixing_does_not_wait_for_the_device_either(plan: Any) -> None:
+    images, labels, made = torch.randn(30, 3, 32, 32), torch.arange(30) % 5, plan("cpu")
+    with RefuseToWait():
+        apply_mix(images, labels, 5, made, generator())
+
+
+@pytest.mark.parametrize(
+    ("waiting", "name"),
+    [
+        (lambda x: float(x.sum()), "_local_scalar_dense waits"),
+        (lambda x: x[x > 0], "mask as an index waits"),
+        (lambda x: x + torch.tensor([1.0]), "lift_fresh waits"),
+    ],
+)
+def test_what_waits_would_be_noticed(waiting: Any, name: str) -> None:
+    with pytest.raises(AssertionError, match=name), RefuseToWait():
+        waiting(torch.randn(9))
+
+
+@pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_reads_no_value_back(fields: dict[str, Any]) -> None:
+    augment, rng = build(**fields), generator()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # its tensors have no values, so that whatever asks for one raises
+        images = torch.zeros(30, 3, 32, 32, dtype=torch.uint8)
+        some = torch.zeros(30, dtype=torch.bool)
+        out = augment(images, rng, flips=alternating_flips(some, 2), repeats=some)
+        assert out.shape == images.shape
+        for plan in PLANS.values():
+            mixed, targets = apply_mix(out, torch.zeros(30, dtype=torch.int64), 5, plan("cpu"), rng)
+            assert mixed.shape == images.shape
+            assert targets.shape == (30, 5)
+
+
+# --- on a CUDA device -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_cuda_never_waits(cuda: torch.device, fields: dict[str, Any]) -> None:
+    images, labels, some = pictures(30).to(cuda), (torch.arange(30) % 5).to(cuda), (torch.arange(30) % 3 == 0).to(cuda)
+    augment, rng = build(**fields, device=cuda, dtype=torch.bfloat16), torch.Generator(cuda).manual_seed(0)
+    plans = [plan(cuda) for plan in PLANS.values()]
+
+    def step() -> None:
+        out = augment(images, rng, flips=some, repeats=some)
+        for plan in plans:
+            apply_mix(out, labels, 5, plan, rng)
+
+    step()  # loads kernels, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+@pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_a_captured_graph_replays_what_eager_steps_do_to_the_bit(
+    cuda: torch.device, fields: dict[str, Any], kind: str
+) -> None:
+    batches = [pictures(30, seed=seed).to(cuda) for seed in range(3)]
+    images, labels, some = batches[0].clone(), (torch.arange(30) % 5).to(cuda), (torch.arange(30) % 3 == 0).to(cuda)
+    augment, rng = build(**fields, device=cuda, dtype=torch.bfloat16), torch.Generator(cuda).manual_seed(7)
+    plan, keeps = PLANS[kind](cuda), [0.3, 0.55, 0.9]
+    assert isinstance(plan.keep, Tensor)
+
+    def step() -> tuple[Tensor, Tensor]:
+        return apply_mix(augment(images, rng, flips=some, repeats=some), labels, 5, plan, rng)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # what is allocated and loaded once
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(rng)
+    with torch.cuda.graph(graph):
+        captured = step()
+
+    rng.manual_seed(0)
+    replayed = []
+    for batch, keep in zip(batches, keeps, strict=True):
+        images.copy_(batch)
+        plan.keep.fill_(keep)
+        graph.replay()
+        replayed.append([tensor.clone() for tensor in captured])
+    rng.manual_seed(0)
+    for batch, keep, (mixed, targets) in zip(batches, keeps, replayed, strict=True):
+        images.copy_(batch)
+        plan.keep.fill_(keep)
+        expected_mixed, expected_targets = step()
+        assert torch.equal(mixed, expected_mixed)
+        assert torch.equal(targets, expected_targets)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_cuda_augments_within_the_ranges_of_the_cpu(cuda: torch.device, fields: dict[str, Any]) -> None:
+    """The devices' generators differ, and so do the draws; the layout, the dtype and the range do not."""
+    images, some = hard_cases(), torch.arange(10) % 3 == 0
+    augment = build(**fields, device=cuda)
+    out = augment(images.to(cuda), torch.Generator(cuda).manual_seed(0), flips=some.to(cuda), repeats=some.to(cuda))
+    assert out.device == cuda
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    whole = (out.cpu() * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1)) * 255
+    erased = out.cpu() == 0
+    assert torch.where(erased, 0.0, (whole - whole.round()).abs()).max() < 1e-3
+    assert whole.min() > -1e-3
+    assert whole.max() < 255 + 1e-3

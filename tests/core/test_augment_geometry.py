@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from core.augment import geometry
+from core.augment.scratch import Scratch
 from tests.core.augment_cases import assert_same_geometry, each, pictures
 
 
@@ -48,7 +49,7 @@ def test_shifts_and_flips_are_exact_copies(size: tuple[int, int], channels: int)
     flip_x, flip_y = torch.tensor([1.0, -1, 1, -1, -1, 1]), torch.tensor([1.0, 1, -1, -1, 1, 1])
     moved = geometry.affine(x, x=-x, y=-y)
     matrices = geometry.then(moved, geometry.affine(x, a=flip_x, d=flip_y))
-    ours = geometry.shift(images, torch.arange(6), matrices, reach=25, mirrored=True)
+    ours = geometry.shift(images, torch.arange(6), matrices, reach=25, mirrored=True, scratch=Scratch())
     for k, image in enumerate(images):
         expected = tv.affine(image, angle=0.0, translate=[int(x[k]), int(y[k])], scale=1.0, shear=[0.0, 0.0])
         expected = expected.flip(-1) if flip_x[k] < 0 else expected

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from core.augment import MixPlan, symmetric_beta
-from tests.core.augment_cases import build, generator
+from core.augment import MixPlan, apply_mix, mixes, plan_mix, symmetric_beta
+from core.config import AugmentConfig
+from tests.core.augment_cases import generator
 
 
 @pytest.mark.parametrize("alpha", [0.001, 0.1, 0.5, 1.0, 3.0, 10.0])
@@ -22,8 +23,7 @@ def test_beta_has_its_mean_and_variance(alpha: float) -> None:
 
 def test_mixup_is_the_weighted_mean_of_images_and_targets_alike() -> None:
     images, labels = torch.randn(8, 3, 6, 6), torch.arange(8)
-    augment = build(mixup=1.0)
-    mixed, targets = augment.apply_mix(images, labels, 8, MixPlan(0.7, None), generator())
+    mixed, targets = apply_mix(images, labels, 8, MixPlan("mixup", 0.7), generator())
     assert targets.dtype == torch.float32
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
     torch.testing.assert_close(mixed, torch.einsum("nk,kchw->nchw", targets, images))
@@ -32,12 +32,11 @@ def test_mixup_is_the_weighted_mean_of_images_and_targets_alike() -> None:
 
 def test_cutmix_pastes_the_box_and_weighs_the_targets_by_its_area() -> None:
     images, labels = torch.randn(8, 3, 10, 10), torch.arange(8)
-    augment = build(cutmix=1.0)
-    rng = generator()
-    plan = next(p for p in (augment.plan_mix(rng, images.shape) for _ in range(99)) if p and 0.2 < p.keep < 0.8)
-    assert plan.box is not None
+    config, rng = AugmentConfig(cutmix=1.0), generator()
+    plan = next(p for p in (plan_mix(config, rng, images.shape) for _ in range(99)) if p and 0.2 < p.keep < 0.8)
+    assert isinstance(plan.box, tuple)
     top, bottom, left, right = plan.box
-    mixed, targets = augment.apply_mix(images, labels, 8, plan, generator())
+    mixed, targets = apply_mix(images, labels, 8, plan, generator())
     assert plan.keep == pytest.approx(1 - (bottom - top) * (right - left) / 100)
     for k in range(8):
         weights = targets[k]
@@ -49,18 +48,55 @@ def test_cutmix_pastes_the_box_and_weighs_the_targets_by_its_area() -> None:
         assert float(weights.sum()) == pytest.approx(1.0)
 
 
+KEEPS = [0.0, 0.3, 0.5, 0.87, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_mixup_by_a_tensor_is_mixup_by_its_number(keep: float, dtype: torch.dtype) -> None:
+    images, labels = torch.randn(16, 3, 9, 7).to(dtype), torch.arange(16) % 5
+    plans = MixPlan("mixup", keep), MixPlan("mixup", torch.tensor(keep))
+    (number, its_targets), (tensor, targets) = (apply_mix(images, labels, 5, plan, generator()) for plan in plans)
+    assert number.dtype == tensor.dtype == dtype
+    assert targets.dtype == torch.float32
+    torch.testing.assert_close(tensor, number, rtol=torch.finfo(dtype).eps, atol=torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(targets, its_targets, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("box", [(0, 9, 0, 7), (2, 5, 1, 4), (4, 4, 3, 3), (0, 1, 6, 7)])
+def test_cutmix_by_a_tensor_is_cutmix_by_its_numbers_to_the_bit(
+    box: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    images, labels = torch.randn(16, 3, 9, 7).to(dtype, memory_format=torch.channels_last), torch.arange(16) % 5
+    keep = 1 - (box[1] - box[0]) * (box[3] - box[2]) / 63
+    plans = MixPlan("cutmix", keep, box), MixPlan("cutmix", torch.tensor(keep), torch.tensor(box).float())
+    (number, its_targets), (tensor, targets) = (apply_mix(images, labels, 5, plan, generator()) for plan in plans)
+    assert tensor.dtype == dtype
+    assert torch.equal(tensor, number)
+    assert tensor.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(targets, its_targets, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_targets_are_the_same_whatever_the_images_dtype_is(keep: float) -> None:
+    images, labels = torch.randn(16, 3, 4, 4), torch.arange(16) % 5
+    _, targets = apply_mix(images, labels, 5, MixPlan("mixup", keep), generator())
+    _, of_half = apply_mix(images.bfloat16(), labels, 5, MixPlan("mixup", keep), generator())
+    assert torch.equal(targets, of_half)
+
+
 def test_partners_are_a_permutation_and_images_stay() -> None:
     images, labels = torch.randn(50, 1, 4, 4), torch.arange(50)
     before = images.clone()
-    _, targets = build(mixup=1.0).apply_mix(images, labels, 50, MixPlan(0.25, None), generator())
+    _, targets = apply_mix(images, labels, 50, MixPlan("mixup", 0.25), generator())
     torch.testing.assert_close(targets.sum(0), torch.ones(50))
     assert torch.equal(images, before)
 
 
 def test_an_image_mixed_with_its_own_class_has_that_class_whole() -> None:
-    _, targets = build(mixup=1.0).apply_mix(
-        torch.randn(4, 1, 4, 4), torch.full((4,), 2), 3, MixPlan(0.3, None), generator()
-    )
+    images, labels = torch.randn(4, 1, 4, 4), torch.full((4,), 2)
+    _, targets = apply_mix(images, labels, 3, MixPlan("mixup", 0.3), generator())
     torch.testing.assert_close(targets, torch.tensor([[0.0, 0.0, 1.0]]).expand(4, 3))
 
 
@@ -75,18 +111,19 @@ def test_an_image_mixed_with_its_own_class_has_that_class_whole() -> None:
     ],
 )
 def test_batches_are_mixed_as_often_as_asked_in_the_way_asked(fields: dict[str, Any], none: float, cut: float) -> None:
-    augment, rng = build(**fields), generator()
-    plans = [augment.plan_mix(rng, (8, 3, 32, 32)) for _ in range(2000)]
+    config, rng = AugmentConfig(**fields), generator()
+    plans = [plan_mix(config, rng, (8, 3, 32, 32)) for _ in range(2000)]
     mixed = [plan for plan in plans if plan]
     assert 1 - len(mixed) / 2000 == pytest.approx(none, abs=0.04)
     if mixed:
-        assert sum(plan.box is not None for plan in mixed) / len(mixed) == pytest.approx(cut, abs=0.04)
+        assert sum(plan.kind == "cutmix" for plan in mixed) / len(mixed) == pytest.approx(cut, abs=0.04)
         assert all(0 <= plan.keep <= 1 for plan in mixed)
+        assert all((plan.box is None) == (plan.kind == "mixup") for plan in mixed)
 
 
 def test_plans_follow_the_generator_alone() -> None:
-    augment = build(mixup=0.2, cutmix=1.0)
-    first, again = ([augment.plan_mix(rng, (8, 3, 32, 32)) for _ in range(20)] for rng in (generator(), generator()))
+    config = AugmentConfig(mixup=0.2, cutmix=1.0)
+    first, again = ([plan_mix(config, rng, (8, 3, 32, 32)) for _ in range(20)] for rng in (generator(), generator()))
     assert first == again
     assert len({plan.keep for plan in first if plan}) > 10
 
@@ -103,4 +140,4 @@ def test_plans_follow_the_generator_alone() -> None:
     ],
 )
 def test_mixing_ends_at_its_fraction_of_the_run(fields: dict[str, Any], progress: float, expected: bool) -> None:
-    assert build(**fields).mixes(progress) is expected
+    assert mixes(AugmentConfig(**fields), progress) is expected

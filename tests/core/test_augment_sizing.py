@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from core.augment import size_at
+from core.augment import resize, size_at
 from core.config import AugmentConfig
-from tests.core.augment_cases import RefuseToWait, build
+from tests.core.augment_cases import RefuseToWait
 
 
 def config(start: float = 0.5, full_from: float = 0.5) -> AugmentConfig:
@@ -60,39 +60,47 @@ def test_progress_outside_the_run_is_refused(progress: float) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(96, 96), (28, 28), (8, 8), (20, 44)])
-def test_shrunk_images_are_torchvisions_antialiased_ones_in_channels_last(channels: int, size: tuple[int, int]) -> None:
+def test_smaller_images_are_torchvisions_antialiased_ones_in_channels_last(
+    channels: int, size: tuple[int, int]
+) -> None:
     images = torch.randn(5, channels, *size).contiguous(memory_format=torch.channels_last)
-    augment = build(channels, start_size_fraction=0.5)
     for progress in (0.0, 0.2, 0.3):
-        small = augment.shrink(images, progress)
-        smaller = size_at(augment.config, progress, size)
+        smaller = size_at(config(), progress, size)
+        small = resize(images, smaller)
         assert small.shape == (5, channels, *smaller)
         assert small.dtype == torch.float32
         assert small.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(small, tv.resize(images, list(smaller), antialias=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_smaller_images_of_another_dtype_are_float32s_rounded_once(dtype: torch.dtype) -> None:
+    images = torch.randn(5, 3, 32, 32).to(dtype, memory_format=torch.channels_last)
+    small = resize(images, (20, 24))
+    assert small.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(small, resize(images.float(), (20, 24)).to(dtype))
+
+
 def test_what_is_finer_than_the_smaller_image_averages_out() -> None:
     stripes = (torch.arange(64) % 2 * 2.0 - 1).expand(1, 1, 64, 64).contiguous(memory_format=torch.channels_last)
     aliased = F.interpolate(stripes, size=(40, 40), mode="bilinear")
-    small = build(1, start_size_fraction=0.625).shrink(stripes, 0.0)
+    small = resize(stripes, (40, 40))
     assert small.shape == (1, 1, 40, 40)
     assert small[..., 2:-2].abs().max() < 0.5 * aliased.abs().max()
 
 
 def test_flat_images_stay_as_they_are() -> None:
     flat = torch.full((2, 3, 96, 96), 0.7).contiguous(memory_format=torch.channels_last)
-    small = build(start_size_fraction=0.25).shrink(flat, 0.1)
+    small = resize(flat, (36, 36))
     torch.testing.assert_close(small, torch.full_like(small, 0.7))
 
 
 def test_the_whole_size_is_the_same_tensor() -> None:
     images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    assert build(start_size_fraction=0.5).shrink(images, 0.5) is images
-    assert build().shrink(images, 0.0) is images
+    assert resize(images, (32, 32)) is images
 
 
 def test_shrinking_does_not_wait_for_the_device() -> None:
     images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     with RefuseToWait():
-        build(start_size_fraction=0.5).shrink(images, 0.1)
+        resize(images, (20, 20))

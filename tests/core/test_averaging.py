@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from core.averaging import Averaging, build_averaging, recalibrate
 from core.config import AveragingConfig
+from tests.core.recorded import RecordedGraph
 
 STEPS, EPOCHS = 120, 12
 PER_EPOCH = STEPS // EPOCHS
@@ -57,15 +58,21 @@ def swa(model: nn.Module, start: float = 0.75) -> Averaging:
     return averaging
 
 
+def update(averaging: Averaging) -> None:
+    """Takes in one step."""
+    averaging.update(averaging.next_weight() or 0.0)
+    averaging.end_update()
+
+
 def follow(model: nn.Module, averaging: Averaging, each_step: Callable[[int], None] = lambda _: None) -> None:
     """A whole run of `wander`."""
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         wander(model, generator)
-        averaging.update(model)
+        update(averaging)
         each_step(step)
         if (step + 1) % PER_EPOCH == 0:
-            averaging.end_epoch(model, (step + 1) // PER_EPOCH)
+            averaging.end_epoch((step + 1) // PER_EPOCH)
 
 
 def test_none_is_none() -> None:
@@ -95,17 +102,48 @@ def test_after_the_warmup_ema_is_torchs_with_its_half_life() -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(40):
         wander(model, generator)
-        averaging.update(model)
+        update(averaging)
     theirs = AveragedModel(
         averaging.module, multi_avg_fn=get_ema_multi_avg_fn(0.5 ** (1 / (SHORT * STEPS))), use_buffers=True
     )
     theirs.n_averaged += 1  # what it holds is an average already
     for _ in range(20):
         wander(model, generator)
-        averaging.update(model)
+        update(averaging)
         theirs.update_parameters(model)
     for ours, reference in zip(averaging.module.parameters(), theirs.module.parameters(), strict=True):
         torch.testing.assert_close(ours, reference, rtol=0, atol=0)
+
+
+def test_a_weight_on_the_device_replayed_through_the_warmup_is_a_numbers_average() -> None:
+    """Within float32's rounding of numbers up to about 10: an update is recorded once, and its weight changes."""
+    model = network()
+    of_numbers, of_tensors, recorded = ema(model, 0.05), ema(model, 0.05), ema(model, 0.05)
+    generator = torch.Generator().manual_seed(1)
+    weight, weights = torch.zeros(()), set()
+
+    def again() -> None:
+        recorded.update(weight)
+
+    for _ in range(STEPS):
+        wander(model, generator)
+        number = of_numbers.next_weight()
+        assert number is not None
+        weights.add(number)
+        weight.fill_(number)
+        of_numbers.update(number)
+        of_tensors.update(weight)
+        if len(weights) == 1:
+            again = RecordedGraph.capture(again)
+        else:
+            again()
+        for averaging in (of_numbers, of_tensors, recorded):
+            averaging.end_update()
+    assert 0.9 in weights
+    assert min(weights) == 1 - 0.5 ** (1 / (0.05 * STEPS)) < 0.11
+    for name, tensor in recorded.module.state_dict().items():
+        assert torch.equal(tensor, of_tensors.module.state_dict()[name]), name
+        torch.testing.assert_close(tensor, of_numbers.module.state_dict()[name], rtol=1e-6, atol=1e-6)
 
 
 def test_a_weights_share_halves_in_a_half_life() -> None:
@@ -114,10 +152,10 @@ def test_a_weights_share_halves_in_a_half_life() -> None:
     averaging = ema(model, half_life / STEPS)
     nn.init.ones_(model.weight)
     for _ in range(10_000):
-        averaging.update(model)
+        update(averaging)
     nn.init.zeros_(model.weight)
     for _ in range(half_life):
-        averaging.update(model)
+        update(averaging)
     assert next(averaging.module.parameters()).item() == pytest.approx(0.5, abs=1e-4)
 
 
@@ -130,7 +168,7 @@ def test_the_warmup_forgets_the_first_weights_where_a_plain_decay_keeps_them() -
     plain.n_averaged += 1
     for step in range(STEPS):
         nn.init.constant_(model.weight, 1 - 0.5 ** (10 * (step + 1) / STEPS))
-        averaging.update(model)
+        update(averaging)
         plain.update_parameters(model)
     assert next(averaging.module.parameters()).item() > 0.99
     assert next(plain.module.parameters()).item() < 0.15
@@ -141,7 +179,7 @@ def test_the_warmup_bounds_the_lag_by_about_a_tenth_of_the_steps_so_far() -> Non
     averaging = ema(model, half_life_fraction=0.5)  # without a warm-up it would lag by 87 steps
     for step in range(STEPS):
         nn.init.constant_(model.weight, float(step))
-        averaging.update(model)
+        update(averaging)
     assert STEPS * 0.89 < next(averaging.module.parameters()).item() < STEPS - 1
 
 
@@ -150,7 +188,7 @@ def test_batch_norm_statistics_are_averaged_and_counters_copied() -> None:
     before = model[1].running_mean.clone()
     averaging = ema(model)
     wander(model, torch.Generator().manual_seed(0))
-    averaging.update(model)
+    update(averaging)
     torch.testing.assert_close(averaging.module[1].running_mean, before.lerp(model[1].running_mean, 0.9))
     assert averaging.module[1].num_batches_tracked == model[1].num_batches_tracked == 1
 
@@ -191,11 +229,23 @@ def test_swa_is_ready_from_its_start_and_caught_up_with_two_epochs() -> None:
     averaging = swa(model, start=0.75)
     ready = []
     for epoch in range(1, EPOCHS + 1):
-        averaging.end_epoch(model, epoch)
+        averaging.end_epoch(epoch)
         ready.append(averaging.ready)
     assert ready == [False] * 8 + [True] * 4
     assert [averaging.caught_up(epoch) for epoch in range(1, EPOCHS + 1)] == [False] * 9 + [True] * 3
     assert [swa(model, start=0.0).caught_up(epoch) for epoch in (1, 2)] == [False, True]
+
+
+def test_swa_has_no_weight_for_a_step_and_ema_has_one_from_the_first_on() -> None:
+    model = network()
+    averaging = swa(model, start=0.0)
+    before = copy.deepcopy(averaging.module.state_dict())
+    wander(model, torch.Generator().manual_seed(0))
+    assert averaging.next_weight() is None
+    update(averaging)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in averaging.module.state_dict().items())
+    assert not averaging.ready
+    assert ema(model).next_weight() == 0.9
 
 
 def test_only_swa_with_batch_norms_needs_recalibration() -> None:
@@ -259,8 +309,8 @@ def test_the_average_is_a_network_of_its_own_fit_for_evaluation(build: Callable[
     model = network()
     averaging = build(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    averaging.update(model)
-    averaging.end_epoch(model, EPOCHS)
+    update(averaging)
+    averaging.end_epoch(EPOCHS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not averaging.module.training
     assert not any(parameter.requires_grad for parameter in averaging.module.parameters())
@@ -290,18 +340,8 @@ def test_a_resumed_average_is_bitwise_the_uninterrupted_one(build: Callable[[nn.
         wander(throwaway, generator)  # brings the generator to where it was
     for step in range(105, STEPS):
         wander(resumed_model, generator)
-        resumed.update(resumed_model)
+        update(resumed)
         if (step + 1) % PER_EPOCH == 0:
-            resumed.end_epoch(resumed_model, (step + 1) // PER_EPOCH)
+            resumed.end_epoch((step + 1) // PER_EPOCH)
     for name, tensor in whole.module.state_dict().items():
         assert torch.equal(resumed.module.state_dict()[name], tensor), name
-
-
-def test_it_follows_another_wrapper_of_the_network() -> None:
-    model = network()
-    averaging = ema(model)
-    other = copy.deepcopy(model)
-    wander(other, torch.Generator().manual_seed(0))
-    for _ in range(50):
-        averaging.update(other)
-    torch.testing.assert_close(averaging.module[0].weight, other[0].weight.detach())

@@ -38,6 +38,7 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "augment.alternate_flip": ({"augment.flip": 0.5}, True),
     "augment.vertical_flip": ({}, 0.5),
     "augment.crop_pad_fraction": ({}, 0.0),
+    "augment.crop_area_min": ({}, 0.5),
     "augment.rotation_degrees": ({}, 20.0),
     "augment.color_jitter": ({}, 0.5),
     "augment.policy": ({"augment.ops": 2}, "trivialaugment"),
@@ -103,8 +104,10 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "early_stop.patience_fraction": ({"optim.lr_scale": 1e-6}, 0.25),
     "precision.autocast": ({}, "bf16"),
 }
-# What has a test of its own: below, for pretrained weights in `test_models.py`, and for folds in `tests/hpo`.
+# What has a test of its own: below, for pretrained weights in `test_models.py`, for folds in `tests/hpo`, and for how a
+# training is run, which leaves the weights alone, in `test_execution.py`.
 ELSEWHERE = {"data.name", "data.folds", "model.pretrained", "model.pretrained_file"}
+ELSEWHERE |= {"precision.compile", "precision.cuda_graphs"}
 
 
 def test_the_tables_name_every_field() -> None:

@@ -1068,6 +1068,17 @@ class TestFolds:
             assert torch.equal(whole.train, expected.train)
             assert (whole.mean, whole.std) == (expected.mean, expected.std)
 
+    @pytest.mark.gpu
+    def test_leave_images_that_a_gpu_has_no_room_for_on_the_host(
+        self, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        monkeypatch.setattr("core.data.splits.free_memory", lambda device: digits.images.nbytes)
+        for fold in on_device(folds(digits, DataConfig(folds=3)), "cuda"):
+            assert fold.images.device.type == "cpu"
+            assert {part.device.type for part in (fold.labels, fold.train, fold.val)} == {"cuda"}
+
     def test_share_the_images_on_every_device(self, digits: Dataset) -> None:
         divided = folds(digits, DataConfig(folds=3))
         assert {fold.images.data_ptr() for fold in divided} == {digits.images.data_ptr()}

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-import core.loop
+import core.loop.run
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
-from core.loop import EpochMetrics, TrainResult, _batch_sizes, seconds_per_epoch, train
+from core.loop import EpochMetrics, TrainResult, seconds_per_epoch, train
+from core.loop.step import batch_sizes
 from core.metrics import Scores
 from core.schedule import reductions
 
@@ -79,7 +80,7 @@ def test_the_same_seed_gives_bitwise_the_same_training(
 def test_a_training_resumed_from_its_checkpoint_is_bitwise_the_uninterrupted_one(
     digits: Splits, tiny: TrainConfig, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core.loop, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_EVERY_S", 0.0)
     config = tiny.override({"epochs": 6, **changes})
     uninterrupted = train(config, digits, device=CPU)
 
@@ -108,7 +109,7 @@ def test_a_training_resumed_from_its_checkpoint_is_bitwise_the_uninterrupted_one
 def test_a_checkpoint_of_another_configuration_is_refused(
     digits: Splits, tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core.loop, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_EVERY_S", 0.0)
     train(tiny, digits, device=CPU, checkpoint_to=tmp_path / "trial.pt")
     other = tiny.override({"optim.weight_decay": 1e-3})
     with pytest.raises(CheckpointError, match=r"trial\.pt: belongs to another configuration"):
@@ -190,7 +191,7 @@ def test_an_average_decides_alone_only_once_it_has_caught_up() -> None:
 
     epoch = EpochMetrics(
         epoch=1, step=1, lr=0.1, train_loss=1.0, raw=scores(0.8), averaged=scores(0.3), averaged_counts=False,
-        images_per_s=1.0, elapsed_s=1.0,
+        images=100, images_per_s=1.0, elapsed_s=1.0,
     )  # fmt: skip
     assert epoch.score("accuracy") == 0.8
     assert epoch.score("nll") == pytest.approx(0.2)
@@ -214,7 +215,7 @@ def test_an_epoch_visits_what_the_sampling_says(digits: Splits, tiny: TrainConfi
     config = tiny.override({"epochs": 1, "sampling.oversample": 2, "sampling.undersample": 0.9})
     cap = round(0.9 * counts.max().item())
     visits = int(torch.minimum(2 * counts, torch.tensor(cap)).sum())
-    assert train(config, digits, device=CPU).history[0].step == len(_batch_sizes(visits, 64))
+    assert train(config, digits, device=CPU).history[0].step == len(batch_sizes(visits, 64))
 
 
 def test_a_plateau_lets_the_rate_fall_when_the_score_stalls(digits: Splits, tiny: TrainConfig) -> None:
@@ -271,7 +272,7 @@ def test_a_finished_training_is_gone_on_from_as_it_ended(digits: Splits, tiny: T
     ],
 )
 def test_no_image_is_dropped_and_none_is_alone(images: int, batch: int, sizes: list[int]) -> None:
-    assert _batch_sizes(images, batch) == sizes
+    assert batch_sizes(images, batch) == sizes
 
 
 def test_one_image_cannot_be_trained_on(digits: Splits, tiny: TrainConfig) -> None:

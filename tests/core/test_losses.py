@@ -40,11 +40,13 @@ def criterion(counts: Tensor = COUNTS, **fields: Any) -> Criterion:
 
 
 def hard(logits: Tensor, labels: Tensor, counts: Tensor = COUNTS, progress: float = 0.0, **fields: Any) -> Tensor:
-    return criterion(counts, **fields)(logits, labels, progress)
+    loss = criterion(counts, **fields)
+    return loss(logits, labels, loss.stage(progress))
 
 
 def mixed(logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, progress: float = 0.0, **fields: Any) -> Tensor:
-    return criterion(counts, **fields).mixed(logits, targets, progress)
+    loss = criterion(counts, **fields)
+    return loss.mixed(logits, targets, loss.stage(progress))
 
 
 def gradient(loss: Tensor, logits: Tensor) -> Tensor:
@@ -368,8 +370,34 @@ class TestEveryCombination:
     def test_reads_no_value_back(self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]) -> None:
         # Tensors on the meta device have no values, so that whatever asks for one raises.
         loss = criterion(COUNTS.to("meta"), **fields)
-        assert loss(logits.to("meta"), labels.to("meta"), 0.5).shape == ()
-        assert loss.mixed(logits.to("meta"), targets.to("meta"), 0.5).shape == ()
+        stage = loss.stage(0.5)
+        assert loss(logits.to("meta"), labels.to("meta"), stage).shape == ()
+        assert loss.mixed(logits.to("meta"), targets.to("meta"), stage).shape == ()
+
+    def test_is_the_same_with_its_smoothing_on_the_device(
+        self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
+    ) -> None:
+        """Where steps are captured, what changes from one to the next must not be a number of Python's."""
+        loss = criterion(**fields)
+        stage = loss.stage(0.5)
+        on_device = stage._replace(smoothing=torch.tensor(stage.smoothing))
+        x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        expected, found = loss(x, labels, stage), loss(y, labels, on_device)
+        assert torch.allclose(found, expected, rtol=1e-6, atol=0)
+        assert torch.allclose(gradient(found, y), gradient(expected, x), rtol=1e-5, atol=1e-8)
+
+    def test_of_a_batch_is_the_sum_of_its_parts_by_their_shares(
+        self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
+    ) -> None:
+        loss = criterion(**fields)
+        stage = loss.stage(0.9)
+        parts = [slice(0, 3), slice(3, None)]
+        hard_parts = sum(loss(logits[p], labels[p], stage) * loss.share(labels[p], labels, stage) for p in parts)
+        assert torch.allclose(torch.as_tensor(hard_parts), loss(logits, labels, stage), rtol=1e-5)
+        mixed_parts = sum(
+            loss.mixed(logits[p], targets[p], stage) * loss.share(targets[p], targets, stage) for p in parts
+        )
+        assert torch.allclose(torch.as_tensor(mixed_parts), loss.mixed(logits, targets, stage), rtol=1e-5)
 
     @pytest.mark.gpu
     def test_never_waits_for_the_device(
@@ -379,9 +407,10 @@ class TestEveryCombination:
             pytest.skip("needs a CUDA device")
         loss = criterion(COUNTS.cuda(), **fields)
         logits, labels, targets = logits.cuda().requires_grad_(), labels.cuda(), targets.cuda()
-        gradient(loss(logits, labels, 0.5) + loss.mixed(logits, targets, 0.5), logits)
+        stage = loss.stage(0.5)
+        gradient(loss(logits, labels, stage) + loss.mixed(logits, targets, stage), logits)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            gradient(loss(logits, labels, 0.5) + loss.mixed(logits, targets, 0.5), logits)
+            gradient(loss(logits, labels, stage) + loss.mixed(logits, targets, stage), logits)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -6,17 +6,20 @@ import copy
 import io
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import pytest
 import timm.optim
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.config import TrainConfig
+from core.averaging import build_averaging
+from core.config import AveragingConfig, TrainConfig
 from core.optim import StepOptimizer, build_optimizer, needs_head
+from core.runtime import forbidden_waits, own_stream
+from tests.core.recorded import HostReads, RecordedGraph, let_the_cpu_capture
 
 STEPS = 20
 KINDS = ("sgd", "adamw", "nadam", "swats", "muon")
@@ -43,11 +46,18 @@ def set_gradients(model: nn.Module, step: int) -> None:
         parameter.grad = torch.empty_like(parameter).copy_(values)
 
 
+def advance(optimizer: StepOptimizer, progress: float, factor: float) -> None:
+    """One step with the gradients that are there."""
+    optimizer.begin_step(progress)
+    optimizer.step(torch.tensor(factor) if optimizer.capturable else factor)
+    optimizer.end_step(factor)
+
+
 def run(optimizer: StepOptimizer, model: nn.Module, steps: Iterable[int], total: int = STEPS) -> None:
     """Steps under a falling factor; an epoch is 5 steps."""
     for step in steps:
         set_gradients(model, step)
-        optimizer.step(step / total, 1 - step / total)
+        advance(optimizer, step / total, 1 - step / total)
         if step % 5 == 4:
             optimizer.end_epoch()
 
@@ -64,7 +74,7 @@ def test_without_gradients_every_optimizer_shrinks_weights_alike_and_spares_vect
     for step in range(STEPS):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step(step / STEPS, 1 - step / STEPS)
+        advance(optimizer, step / STEPS, 1 - step / STEPS)
     assert (optimizer.switched_at == 0.5) is (name == "swats")
     shrunk = math.prod(1 - (1 - step / STEPS) * 0.01 for step in range(STEPS))
     for now, then in zip(model.parameters(), before.parameters(), strict=True):
@@ -183,7 +193,7 @@ def test_muons_first_step_turns_a_filter_along_its_gradients_singular_vectors() 
     set_gradients(model, 0)
     assert model[0].weight.grad is not None
     left, _, right = torch.linalg.svd(model[0].weight.grad.flatten(1), full_matrices=False)
-    optimizer.step(0.0, 1.0)
+    advance(optimizer, 0.0, 1.0)
     moved = (before - model[0].weight).flatten(1) / (0.1 * 0.2 * 27**0.5)
     # Five steps of Newton and Schulz, in bfloat16, leave singular values between 0.7 and 1.2 (the post).
     aligned = left.T @ moved @ right.T
@@ -220,7 +230,8 @@ def test_the_head_alone_is_trained_first_and_then_everything(name: str) -> None:
         optimizer.zero_grad()
         model(images).square().sum().backward()
         assert (model[0].weight.grad is None) is (step < STEPS // 2)
-        optimizer.step(step / STEPS, 1.0)
+        optimizer.step(1.0)
+        optimizer.end_step(1.0)
     assert not torch.equal(model[0].weight, before[0].weight)
 
 
@@ -249,7 +260,7 @@ def test_the_learning_rate_is_the_peak_times_the_factor(name: str) -> None:
     peak = 0.2 if name == "sgd" else 2e-3
     assert optimizer.lr == pytest.approx(peak)
     set_gradients(model, 0)
-    optimizer.step(0.0, 0.25)
+    advance(optimizer, 0.0, 0.25)
     assert optimizer.lr == pytest.approx(peak / 4)
 
 
@@ -257,11 +268,11 @@ def test_clipping_bounds_the_norm_of_all_gradients_together_and_raises_on_none()
     model = network()
     optimizer = build_optimizer(config("sgd", grad_clip=0.5), model, STEPS)
     set_gradients(model, 0)
-    optimizer.step(0.0, 1.0)
+    advance(optimizer, 0.0, 1.0)
     total = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert total.item() == pytest.approx(0.5, rel=1e-5)
     model[5].bias.grad.fill_(float("inf"))
-    optimizer.step(0.0, 1.0)  # a training that diverges is for the loop to notice
+    advance(optimizer, 0.0, 1.0)  # a training that diverges is for the loop to notice
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -274,7 +285,7 @@ def test_what_has_no_gradient_is_left_alone(name: str) -> None:
         set_gradients(model, step)
         model[0].weight.grad = None
         model[5].weight.grad = None  # not part of this step
-        optimizer.step(step / STEPS, 1.0)
+        advance(optimizer, step / STEPS, 1.0)
     assert torch.equal(model[0].weight, before[0].weight)
     assert torch.equal(model[5].weight, before[5].weight)
     assert not torch.equal(model[5].bias, before[5].bias)
@@ -304,16 +315,10 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize("stop", [2, 5, 12])
-@pytest.mark.parametrize(("name", "fields"), RESUMED)
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name: str, fields: dict[str, Any], stop: int) -> None:
-    chosen = config(name, weight_decay=0.01, grad_clip=3.0, **fields)
-    whole_model = network()
-    whole = build_optimizer(chosen, whole_model, STEPS)
-    run(whole, whole_model, range(STEPS))
-
+def resumed(chosen: TrainConfig, stop: int, forms: tuple[bool, bool]) -> tuple[StepOptimizer, nn.Module]:
+    """A run that is stopped and resumed from a file; each half is capturable or not."""
     first_model = network()
-    first = build_optimizer(chosen, first_model, STEPS)
+    first = build_optimizer(chosen, first_model, STEPS, capturable=forms[0])
     run(first, first_model, range(stop))
     file = io.BytesIO()
     torch.save((first_model.state_dict(), first.state_dict()), file)
@@ -322,21 +327,56 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name: str, fields: dict[
 
     model = network()
     model.load_state_dict(weights)
-    optimizer = build_optimizer(chosen, model, STEPS)
+    optimizer = build_optimizer(chosen, model, STEPS, capturable=forms[1])
     optimizer.load_state_dict(state)
     assert optimizer.lr == first.lr
     run(optimizer, model, range(stop, STEPS))
+    return optimizer, model
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("stop", [2, 5, 12])
+@pytest.mark.parametrize(("name", "fields"), RESUMED)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    name: str, fields: dict[str, Any], stop: int, capturable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_the_cpu_capture(monkeypatch)
+    chosen = config(name, weight_decay=0.01, grad_clip=3.0, **fields)
+    whole_model = network()
+    whole = build_optimizer(chosen, whole_model, STEPS, capturable=capturable)
+    run(whole, whole_model, range(STEPS))
+    optimizer, model = resumed(chosen, stop, (capturable, capturable))
     for one, other in zip(model.parameters(), whole_model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert (optimizer.switched_at, optimizer.sgd_lr, optimizer.lr) == (whole.switched_at, whole.sgd_lr, whole.lr)
     assert (whole.switched_at is not None) is (name == "swats")
 
 
+@pytest.mark.parametrize("forms", [(False, True), (True, False)])
+@pytest.mark.parametrize(("name", "fields"), RESUMED)
+def test_a_run_that_is_captured_goes_on_from_one_that_was_not_and_the_other_way_round(
+    name: str, fields: dict[str, Any], forms: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_the_cpu_capture(monkeypatch)
+    chosen = config(name, weight_decay=0.01, **fields)
+    whole_model = network()
+    whole = build_optimizer(chosen, whole_model, STEPS)
+    run(whole, whole_model, range(STEPS))
+    optimizer, model = resumed(chosen, 7, forms)
+    for one, other in zip(model.parameters(), whole_model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=rounding(name))
+    assert (optimizer.switched_at, optimizer.lr) == (whole.switched_at, pytest.approx(whole.lr, rel=1e-6))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("name", ["nadam", "muon"])
-def test_counters_that_are_kept_on_the_cpu_come_back_to_it(name: str) -> None:
+def test_counters_that_are_kept_on_the_cpu_come_back_to_it_and_those_of_a_captured_step_stay(
+    name: str, capturable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checkpoint is loaded onto the device, where reading a counter at each step would wait."""
+    let_the_cpu_capture(monkeypatch)
     model = network()
-    optimizer = build_optimizer(config(name), model, STEPS, list(model[5].parameters()))
+    optimizer = build_optimizer(config(name), model, STEPS, list(model[5].parameters()), capturable=capturable)
     run(optimizer, model, range(2))
     state = optimizer.state_dict()
     moved: list[str] = []
@@ -351,7 +391,8 @@ def test_counters_that_are_kept_on_the_cpu_come_back_to_it(name: str) -> None:
             moment[counter] = moment[counter].as_subclass(Elsewhere)
     expected = sum(len({"step", "mu_product"} & moment.keys()) for moment in state["moments"].values())
     optimizer.load_state_dict(state)
-    assert len(moved) == expected > 0
+    assert expected > 0
+    assert len(moved) == (0 if capturable else expected)
 
 
 def test_loading_copies_the_state() -> None:
@@ -370,18 +411,8 @@ def test_loading_copies_the_state() -> None:
     )
 
 
-class _Reads(TorchDispatchMode):
-    """Counts how often a tensor's value is read by the host."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-# NAdam is not here, nor Muon, whose vectors timm moves by it: their counters are kept on the CPU and read there, which
-# waits for no device.
+# NAdam is not here, nor Muon, whose vectors timm moves by it: where they are not capturable, their counters are kept on
+# the CPU and read there, which waits for no device. Of what is captured, recording it would raise.
 @pytest.mark.parametrize(
     ("name", "switch"),
     [("sgd", "fraction"), ("adamw", "fraction"), ("swats", "fraction"), ("swats", "criterion")],
@@ -389,29 +420,228 @@ class _Reads(TorchDispatchMode):
 def test_a_step_reads_nothing_back(name: str, switch: str) -> None:
     model = network()
     optimizer = build_optimizer(config(name, grad_clip=1.0, swats__switch=switch), model, STEPS)
-    with _Reads() as reads:
-        for step in range(STEPS):
-            set_gradients(model, step)
-            optimizer.step(step / STEPS, 1.0)
-    assert reads.count == 0
+    for step in range(STEPS):
+        set_gradients(model, step)
+        with HostReads():
+            advance(optimizer, step / STEPS, 1.0)
+
+
+# ---- captured steps
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("sgd", {"nesterov": False}),
+    "sgd with nesterov": ("sgd", {}),
+    "sgd without momentum": ("sgd", {"momentum": 0.0}),
+    "adamw": ("adamw", {}),
+    "nadam": ("nadam", {}),
+    "muon": ("muon", {"nesterov": False}),
+    "muon with nesterov": ("muon", {}),
+    "swats by fraction": ("swats", {"swats__switch_fraction": 0.5}),
+    "swats by criterion": ("swats", {"swats__switch": "criterion", "swats__tolerance": 2e-4}),  # met at step 5
+    "clipped": ("adamw", {"grad_clip": 1.0}),
+    "slow backbone": ("adamw", {"backbone_lr_scale": 0.1}),
+    "head first": ("adamw", {"head_only_fraction": 0.3}),
+    "head first with sgd": ("sgd", {"head_only_fraction": 0.3}),
+}
+PHASES = {"swats by fraction": 2, "swats by criterion": 3, "head first": 2, "head first with sgd": 2}
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def rounding(kind: str) -> float:
+    """How far a captured run's weights may be from those of Python's numbers: here they move by up to 0.05.
+
+    Captured, NAdam's bias corrections are float32, in which the first 1 − β₂ᵗ is off by 6e-5 of itself. Muon's update,
+    which is bfloat16, is then multiplied by the rate before it is added, and so rounded by up to 2⁻⁹ of itself: here
+    that is 2e-6 a step.
+    """
+    return {"nadam": 1e-5, "muon": 4e-5}.get(kind, 1e-6)
+
+
+def factor_at(step: int) -> float:
+    """Warms up from 0 and then falls."""
+    return step / 4 if step < 4 else (1 + math.cos(math.pi * (step - 4) / (STEPS - 4))) / 2
+
+
+def set_gradients_in_place(model: nn.Module, step: int) -> None:
+    """Those of `set_gradients`, in the same memory as long as it is there: a captured step looks nowhere else."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(values)
+
+
+def trajectory(
+    name: str, *, capturable: bool, capture: Capture | None = None, device: str = "cpu"
+) -> tuple[list[Tensor], dict[Hashable, Callable[[], None]]]:
+    """What the steps change, after each of them, and what was captured: the second step of each phase and on.
+
+    That is the weights, their EMA and SWATS's projected rate, in one flat tensor.
+    """
+    kind, fields = RUNS[name]
+    chosen = config(kind, lr_scale=3.0, weight_decay=0.01, **fields).override({"schedule.warmup_fraction": 0.1})
+    model = network().to(device)
+    optimizer = build_optimizer(chosen, model, STEPS, list(model[5].parameters()), capturable=capturable)
+    averaging = build_averaging(AveragingConfig(name="ema", half_life_fraction=0.1), model, STEPS, 4)
+    assert averaging is not None
+    factor, weight = torch.zeros((), device=device), torch.zeros((), device=device)
+    states: list[Tensor] = []
+    seen: Counter[Hashable] = Counter()
+    replays: dict[Hashable, Callable[[], None]] = {}
+    for step in range(STEPS):
+        optimizer.begin_step(step / STEPS)
+        set_gradients_in_place(model, step)
+        numbers = factor_at(step), averaging.next_weight()
+        for tensor, number in zip((factor, weight), numbers, strict=True):
+            tensor.fill_(number)
+        given = (factor, weight) if capturable else numbers
+
+        def device_half(given: Any = given) -> None:
+            optimizer.step(given[0])
+            averaging.update(given[1])
+
+        seen[optimizer.phase] += 1
+        if optimizer.phase in replays:
+            replays[optimizer.phase]()
+        elif capture is None or seen[optimizer.phase] == 1:
+            device_half()
+        else:
+            replays[optimizer.phase] = capture(device_half)
+        optimizer.end_step(numbers[0])
+        averaging.end_update()
+        if step % 5 == 4:
+            optimizer.end_epoch()
+        state = [t.detach().flatten() for m in (model, averaging.module) for t in m.parameters()]
+        state += [t.float().flatten() for t in (optimizer.state_dict().get("projection") or {}).values()]
+        states.append(torch.cat(state))
+    return states, replays
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_recorded_step_replayed_is_bitwise_the_eager_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of each phase makes the moments and is not recorded; one more is, and stands for the rest."""
+    let_the_cpu_capture(monkeypatch)
+    recorded, replays = trajectory(name, capturable=True, capture=RecordedGraph.capture)
+    eager, _ = trajectory(name, capturable=True)
+    assert len(replays) == PHASES.get(name, 1)
+    for step, (one, other) in enumerate(zip(recorded, eager, strict=True)):
+        assert torch.equal(one, other), step
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_factor_on_the_device_makes_the_steps_of_a_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for float32, see `rounding`."""
+    let_the_cpu_capture(monkeypatch)
+    of_tensors, _ = trajectory(name, capturable=True)
+    of_numbers, _ = trajectory(name, capturable=False)
+    for one, other in zip(of_tensors, of_numbers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=rounding(RUNS[name][0]))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_phase_tells_apart_the_steps_that_launch_other_operations(name: str) -> None:
+    kind, fields = RUNS[name]
+    model = network()
+    chosen = config(kind, **fields).override({"schedule.warmup_fraction": 0.1})
+    optimizer = build_optimizer(chosen, model, STEPS, list(model[5].parameters()))
+    phases: dict[Hashable, None] = {}
+    for step in range(STEPS):
+        set_gradients(model, step)
+        advance(optimizer, step / STEPS, 1.0)
+        phases[optimizer.phase] = None
+        if step % 5 == 4:
+            optimizer.end_epoch()
+    assert len(phases) == PHASES.get(name, 1)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_moments_that_it_says_are_those_that_it_holds_at_most(name: str) -> None:
+    kind, fields = RUNS[name]
+    model = network()
+    optimizer = build_optimizer(config(kind, **fields), model, STEPS, list(model[5].parameters()))
+    held = 0
+    for step in range(STEPS):
+        set_gradients(model, step)
+        advance(optimizer, step / STEPS, 1.0)
+        moments = optimizer.state_dict()["moments"].values()
+        values = [v for moment in moments for v in moment.values() if isinstance(v, Tensor) and v.ndim > 0]
+        held = max(held, sum(v.numel() for v in values))
+    said = optimizer.moments * sum(parameter.numel() for parameter in model.parameters())
+    assert held <= said if kind == "muon" else held == said
+
+
+def test_a_factor_on_the_device_is_refused_where_it_would_have_to_be_read() -> None:
+    model = network()
+    optimizer = build_optimizer(config("sgd"), model, STEPS)
+    assert not optimizer.capturable
+    set_gradients(model, 0)
+    with pytest.raises(TypeError, match="not capturable"):
+        optimizer.step(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(("version", "capturable"), [("1.0.22", False), ("1.0.30", False), ("1.0.31", True)])
+def test_an_older_muon_of_timms_says_that_it_cannot_be_captured(
+    version: str, capturable: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(timm, "__version__", version)
+    model = network()
+    with caplog.at_level(logging.INFO):
+        optimizer = build_optimizer(config("muon"), model, STEPS, list(model[5].parameters()), capturable=True)
+    assert optimizer.capturable is capturable
+    assert ("timm 1.0.31" in caplog.text) is not capturable
+    if not capturable:
+        run(optimizer, model, range(2))  # by numbers
+
+
+def cuda_capture(function: Callable[[], None]) -> Callable[[], None]:
+    """As `RecordedGraph.capture`: capturing launches nothing, so the first replay is the step itself."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        function()
+    graph.replay()
+    return graph.replay
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("switch", ["fraction", "criterion"])
-@pytest.mark.parametrize("name", KINDS)
-def test_on_cuda_a_step_never_waits_for_the_device(name: str, switch: str) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_on_cuda_a_captured_step_is_the_eager_one(name: str) -> None:
+    with own_stream(torch.device("cuda", 0)):
+        captured, replays = trajectory(name, capturable=True, capture=cuda_capture, device="cuda")
+        eager, _ = trajectory(name, capturable=True, device="cuda")
+        of_numbers, _ = trajectory(name, capturable=False, device="cuda")
+    assert len(replays) == PHASES.get(name, 1)
+    for one, other, third in zip(captured, eager, of_numbers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(one, third, rtol=1e-5, atol=rounding(RUNS[name][0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", RUNS)
+def test_on_cuda_a_step_never_waits_for_the_device(name: str, capturable: bool) -> None:
+    kind, fields = RUNS[name]
     model = network().cuda()
     gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
-    optimizer = build_optimizer(config(name, grad_clip=1.0, swats__switch=switch), model, STEPS)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    optimizer = build_optimizer(
+        config(kind, **({"grad_clip": 1.0} | fields)), model, STEPS, list(model[5].parameters()), capturable=capturable
+    )
+    averaging = build_averaging(AveragingConfig(name="ema"), model, STEPS, 4)
+    assert averaging is not None
+    factor, weight = torch.ones((), device="cuda"), torch.full((), 0.1, device="cuda")
+    with forbidden_waits(torch.device("cuda", 0)):
         for step in range(STEPS):
+            optimizer.begin_step(step / STEPS)
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step(step / STEPS, 1.0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+                parameter.grad = gradient if parameter.requires_grad else None
+            optimizer.step(factor if capturable else 1.0)
+            averaging.update(weight if capturable else 0.1)
+            optimizer.end_step(1.0)
+            averaging.end_update()
 
 
 # ---- SWATS at a fraction of the run
@@ -525,7 +755,7 @@ def test_swats_is_algorithm_1_on_a_quadratic() -> None:
     for step in range(steps):
         w = paper.step(w, CURVATURE * w, judged=step >= 30)
         model.set_gradient(CURVATURE * model.flat())
-        optimizer.step(step / steps, 1.0)
+        advance(optimizer, step / steps, 1.0)
         optimizer.end_epoch()  # epochs of one step, so that it may switch at once, as the paper does
         torch.testing.assert_close(model.flat(), w, rtol=1e-9, atol=1e-12)
         phases.append(paper.phase)
@@ -555,7 +785,7 @@ def follow(
     """Steps in epochs of 5; the first step that SGD made."""
     for step in range(STEPS):
         model.set_gradient(gradient(step))
-        optimizer.step(step / STEPS, factor(step))
+        advance(optimizer, step / STEPS, factor(step))
         if step % 5 == 4:
             optimizer.end_epoch()
     return None if optimizer.switched_at is None else round(optimizer.switched_at * STEPS)
@@ -593,10 +823,10 @@ def test_a_step_across_its_gradient_leaves_the_average_as_it_is() -> None:
     model = Weights(START)
     optimizer = build_optimizer(criterion(lr=0.01, swats__tolerance=1e-12), model, STEPS)
     model.set_gradient(torch.ones(6, dtype=torch.float64))
-    optimizer.step(0.0, 1.0)
-    before = optimizer.state_dict()["projection"]["average"]
+    advance(optimizer, 0.0, 1.0)
+    before = optimizer.state_dict()["projection"]["average"].clone()
     model.set_gradient(torch.zeros(6, dtype=torch.float64))
-    optimizer.step(0.1, 1.0)
+    advance(optimizer, 0.1, 1.0)
     assert optimizer.state_dict()["projection"]["average"] == before > 0
 
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-import core.loop
+import core.loop.run
 import hpo.driver
 from core.config import TrainConfig
 from core.data import folds, load_dataset, split
-from core.loop import EpochMetrics
+from core.errors import ConfigError, DivergedError
+from core.loop import EpochMetrics, train
 from hpo.driver import KEPT_MODELS, estimate_s, pending_references, run_references, run_study
 from hpo.interrupts import Interrupts
 from hpo.objective import Outcome, failure_of
@@ -168,9 +169,9 @@ def test_a_checkpoint_of_another_configuration_is_left_and_the_trial_begins_anew
     space = write_space(tmp_path)
     dataset = load_dataset(space.base.data)
     study = open_study(space, name="own", dataset=dataset)
-    monkeypatch.setattr(core.loop, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_EVERY_S", 0.0)
     other = space.base.override({"loss.smoothing": 0.2})
-    core.loop.train(other, split(dataset, space.base.data), device=CPU, checkpoint_to=study.paths.checkpoint(0))
+    train(other, split(dataset, space.base.data), device=CPU, checkpoint_to=study.paths.checkpoint(0))
     study, _ = run(space, 1)
     assert study.counts().complete == 1
     assert "begins anew" in caplog.text
@@ -180,8 +181,8 @@ def test_a_checkpoint_of_another_configuration_is_left_and_the_trial_begins_anew
 @pytest.mark.parametrize(
     ("error", "failure"),
     [
-        (core.loop.DivergedError("nan"), "diverged"),
-        (core.loop.ConfigError("too deep"), "invalid"),
+        (DivergedError("nan"), "diverged"),
+        (ConfigError("too deep"), "invalid"),
         (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "oom"),
         (RuntimeError("anything else"), None),

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-import core.loop
+import core.loop.run
 from core.config import TrainConfig
 from core.data import Dataset, folds, load_dataset
 from core.loop import EpochMetrics, TrainResult, train
@@ -298,7 +298,7 @@ def test_the_estimate_counts_the_folds(tmp_path: Path, digits: Dataset, monkeypa
 def test_a_trial_cut_off_in_any_fold_ends_as_its_undisturbed_twin(
     tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, stop_after: int, every_s: float
 ) -> None:
-    monkeypatch.setattr(core.loop, "CHECKPOINT_EVERY_S", every_s)
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_EVERY_S", every_s)
     space = a_space(tmp_path)
     study = a_study(space, digits, 1)
     with pytest.raises(KeyboardInterrupt):

@@ -1,8 +1,4 @@
-"""Trains one configuration: the only module that composes its siblings.
-
-The data set lies on the device as uint8. An epoch permutes indices there, and for each batch gathers, augments,
-mixes, goes forward and back, steps and averages; the host reads one number back when the epoch is over. There is no
-DataLoader.
+"""`train`: epoch after epoch of steps, judged, remembered, and saved.
 
 The randomness of an epoch depends on the seed and the epoch's number alone, so a training that goes on from a
 checkpoint is the one that was never interrupted, and no generator's state has to be saved: bitwise on a CPU, and on
@@ -13,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,14 +28,30 @@ from core.checkpoint import load_checkpoint, save_checkpoint
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
+from core.feed import open_feed
+from core.loop.graphs import Capture, CapturedSteps, CudaCapture
+from core.loop.memory import micro_batch_that_fits
+from core.loop.results import EpochMetrics, TrainResult
+from core.loop.step import Batch, TrainStep, batch_sizes
 from core.losses import Criterion
 from core.metrics import Scores
-from core.models import build_model, check_smaller_images, head_parameters
+from core.models import build_model, check_smaller_images, compiled, head_parameters
 from core.optim import build_optimizer, needs_head
-from core.runtime import autocast, derive_seed, isolated_rng, make_generator, normalize, synchronize
+from core.runtime import (
+    autocast,
+    autocasts,
+    derive_seed,
+    isolated_rng,
+    make_generator,
+    normalize,
+    own_stream,
+    synchronize,
+)
 from core.sampling import epoch_length, epoch_order, repeats
 from core.schedule import factor, reductions
 from core.tta import predict_logits
+
+logger = logging.getLogger(__name__)
 
 # Images of one forward pass without gradients: large enough to fill a GPU, small enough for 224² on a small one.
 EVALUATION_BATCH = 512
@@ -46,82 +59,17 @@ CHECKPOINT_EVERY_S = 20.0
 
 
 @dataclass(frozen=True)
-class EpochMetrics:
-    """What is known at the end of an epoch, counted from 1."""
+class Execution:
+    """How a training is run: nothing here changes what it computes, but for the order of sums."""
 
-    epoch: int
-    step: int
-    lr: float
-    train_loss: float
-    raw: Scores | None
-    """Validation scores of the weights themselves; None without validation images."""
-    averaged: Scores | None
-    """Validation scores of the averaged weights; None where there are none yet."""
-    averaged_counts: bool
-    """Whether the average has caught up: from then on it alone is judged."""
-    images_per_s: float
-    elapsed_s: float
-
-    def score(self, metric: str) -> float:
-        """The value that this epoch is judged by.
-
-        That of the averaged weights once they have caught up, and before that the better of both: an average that
-        still remembers the first weights must not decide a rung.
-
-        Raises:
-            ValueError: there were no validation images.
-        """
-        return metrics.value(self.counted(metric), metric)
-
-    def counted(self, metric: str = "accuracy") -> Scores:
-        """The scores that `score` takes its value from."""
-        if self.raw is None:
-            raise ValueError("there were no validation images to score")
-        if self.averaged is None:
-            return self.raw
-        if self.averaged_counts:
-            return self.averaged
-        better = max if metrics.METRICS[metric] == "maximize" else min
-        return better(self.averaged, self.raw, key=lambda scores: metrics.value(scores, metric))
-
-    def row(self, metric: str = "accuracy") -> dict[str, float | int]:
-        """One line of `metrics.jsonl`: flat, and without what does not apply. `val_` is what counts by that metric."""
-        row: dict[str, float | int] = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "lr": self.lr,
-            "train_loss": self.train_loss,
-        }
-        if self.raw is not None:
-            counted = self.counted(metric)
-            row |= {
-                "val_loss": counted.loss,
-                "val_accuracy": counted.accuracy,
-                "val_macro_f1": counted.macro_f1,
-                "val_balanced_accuracy": counted.balanced_accuracy,
-                "raw_val_loss": self.raw.loss,
-                "raw_val_accuracy": self.raw.accuracy,
-            }
-        if self.averaged is not None:
-            row |= {"averaged_val_loss": self.averaged.loss, "averaged_val_accuracy": self.averaged.accuracy}
-        return row | {"images_per_s": self.images_per_s, "elapsed_s": self.elapsed_s}
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished training."""
-
-    model: nn.Module
-    """The network that is kept, in evaluation mode: averaged where there is averaging."""
-    history: tuple[EpochMetrics, ...]
-    kept: EpochMetrics
-    """The epoch whose weights are kept: the last one, or the best one under early stopping."""
-    val_logits: Tensor | None
-    """(M, K) float32 of the kept network on the validation images, in the order of `Splits.val`."""
-
-    def value(self, metric: str) -> float:
-        """The result by that metric."""
-        return self.kept.score(metric)
+    streamed: bool | None = None
+    """Whether images are sent to the device batch by batch; None: where they do not lie there."""
+    capture: Capture | None = None
+    """How steps are captured, unless `precision.cuda_graphs` is false; None: as CUDA graphs on CUDA, and elsewhere not
+    at all."""
+    probe: bool | None = None
+    """Whether one step is tried before the training, and batches that do not fit the memory are divided; None: on CUDA,
+    since a CPU's memory gives way long before its allocator does."""
 
 
 def train(
@@ -136,6 +84,7 @@ def train(
     checkpoint_at_end: bool = False,
     stop_after: int | None = None,
     metric: str = "accuracy",
+    execution: Execution = Execution(),
 ) -> TrainResult:
     """Trains from the first epoch, or from a checkpoint, to the last.
 
@@ -147,14 +96,16 @@ def train(
         checkpoint_at_end: saves one after the last epoch too: gone on from, it is the finished training.
         stop_after: ends after this epoch, on the schedule of the whole run.
         metric: what early stopping watches; one of `core.metrics.METRICS`.
+        execution: how it is run.
 
     Raises:
-        ConfigError: the data and the network do not fit each other.
+        ConfigError: the data and the network do not fit each other, or a step cannot be captured.
+        torch.OutOfMemoryError: not even a small part of a batch fits the device's memory; on a CPU a RuntimeError.
         DivergedError: a loss of an epoch, in training or validation, is not finite.
         CheckpointError: the checkpoint is torn, or of another configuration.
     """
-    with isolated_rng(device):
-        run = _Run(config, splits, device, metric)
+    with isolated_rng(device), own_stream(device):
+        run = Run(config, splits, device, metric, execution)
         if resume_from is not None and resume_from.exists():
             run.load(load_checkpoint(resume_from, device), resume_from)
             if on_resume is not None:
@@ -174,22 +125,26 @@ def train(
 
 
 def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.device, steps: int = 3) -> float:
-    """How long one epoch of training and validation takes on this device, from a few timed steps."""
-    with isolated_rng(device):
-        run = _Run(config, splits, device)
+    """How long one epoch of training and validation takes on this device, from a few timed steps.
+
+    They are launched kernel by kernel, also where a training would replay them as graphs and be faster.
+    """
+    with isolated_rng(device), own_stream(device):
+        run = Run(config, splits, device)
         # The run's last steps: its images are whole and no layer waits any more.
         run.step_count = max(0, run.total_steps - steps - 2)
+        sizes: list[int] = []
         batches = run.batches(epoch=1)
-        run.step(next(batches), epoch_loss=torch.zeros((), device=device))  # the first pays for start-up
-        sizes, started = [], _clock(device)
+        run.step(next(batches))  # pays for start-up
+        started = _clock(device)
         for batch in batches:
-            run.step(batch, epoch_loss=torch.zeros((), device=device))
+            run.step(batch)
             sizes.append(len(batch))
             if len(sizes) == steps:
                 break
         if not sizes:  # an epoch of one batch: time it again
             batch = next(run.batches(epoch=2))
-            run.step(batch, epoch_loss=torch.zeros((), device=device))
+            run.step(batch)
             sizes.append(len(batch))
         training_s = (_clock(device) - started) * run.visits / sum(sizes)
         started = _clock(device)
@@ -200,25 +155,17 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
     return training_s + validation_s * (2 if config.averaging.name == "ema" else 1)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What one step is made on."""
-
-    rows: Tensor
-    """(B,) int64, rows of `splits.images`"""
-    repeats: Tensor | None
-    """(B,) bool, whether the image was shown before in this epoch; None where nothing depends on it"""
-    flips: Tensor | None
-    """(B,) bool, whether the image is flipped; None where that is drawn"""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-class _Run:
+class Run:
     """One training in flight."""
 
-    def __init__(self, config: TrainConfig, splits: Splits, device: torch.device, metric: str = "accuracy") -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        splits: Splits,
+        device: torch.device,
+        metric: str = "accuracy",
+        execution: Execution = Execution(),
+    ) -> None:
         if len(splits.train) < 2:
             raise ConfigError(f"{len(splits.train)} training image(s): batch norm needs at least 2")
         if config.schedule.name == "plateau" and not len(splits.val):
@@ -227,7 +174,8 @@ class _Run:
             )
         self.config, self.device, self.metric = config, device, metric
         self.maximize = metrics.METRICS[metric] == "maximize"
-        self.splits = splits.to(device)
+        self.splits = splits.on(device)
+        self.feed = open_feed(splits.images, device, streamed=execution.streamed)
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.num_classes = len(splits.classes)
         _, channels, height, width = splits.images.shape
@@ -236,14 +184,17 @@ class _Run:
         ).to(device)  # build_model laid it out in channels_last
         self.train_labels = self.splits.labels[self.splits.train]
         self.visits = epoch_length(self.train_labels, config.sampling)
-        self.total_steps = len(_batch_sizes(self.visits, config.batch_size)) * config.epochs
-        self.augment = Augment(config.augment, splits.mean, splits.std, device)
+        self.total_steps = len(batch_sizes(self.visits, config.batch_size)) * config.epochs
         self.prepare = partial(normalize, mean=splits.mean, std=splits.std)
         self.autocast = partial(autocast, config.precision.autocast, device)
-        self.criterion = Criterion(config.loss, torch.bincount(self.train_labels, minlength=self.num_classes))
-        head = head_parameters(self.model) if needs_head(config.optim) else ()
-        self.optimizer = build_optimizer(config, self.model, self.total_steps, head)
-        self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
+        self.generator = torch.Generator(device)
+        self._captures = config.precision.cuda_graphs and (execution.capture is not None or device.type == "cuda")
+        self.one_step = self._build_step()
+        if execution.probe or (execution.probe is None and device.type == "cuda"):
+            self._fit_memory()
+        if self._captures and self.optimizer.capturable:
+            capture = execution.capture or CudaCapture([self.generator])
+            self.one_step.launch = CapturedSteps(self.one_step.run, capture, device, config.model.name)
         self.step_count = 0
         self.reductions = 0  # how often a plateau schedule has fallen
         self.elapsed_s = 0.0
@@ -251,6 +202,45 @@ class _Run:
         self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # under early stopping only
         self.last_logits: Tensor | None = None  # of the last epoch's average, or of its weights where there is none
         self._check_sizes(channels, (height, width))
+
+    def _build_step(self) -> TrainStep:
+        config, device = self.config, self.device
+        head = head_parameters(self.model) if needs_head(config.optim) else ()
+        self.optimizer = build_optimizer(config, self.model, self.total_steps, head, capturable=self._captures)
+        self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
+        seen_in = torch.bfloat16 if autocasts(config.precision.autocast, device) else torch.float32
+        return TrainStep(
+            config,
+            compiled(self.model) if config.precision.compile else self.model,
+            augment=Augment(config.augment, self.splits.mean, self.splits.std, device, dtype=seen_in),
+            criterion=Criterion(config.loss, torch.bincount(self.train_labels, minlength=self.num_classes)),
+            optimizer=self.optimizer,
+            averaging=self.averaging,
+            num_classes=self.num_classes,
+            autocast=self.autocast,
+            generator=self.generator,
+        )
+
+    def _fit_memory(self) -> None:
+        """Divides batches where a step on a whole one does not fit the device's memory."""
+        largest = max(batch_sizes(self.visits, self.config.batch_size))
+        rows = self.splits.train[torch.arange(largest, device=self.device) % len(self.splits.train)]
+        self.generator.manual_seed(0)  # an epoch seeds it anew
+
+        def try_step(micro_batch: int | None) -> None:
+            self.one_step.micro_batch = micro_batch
+            self.one_step.try_memory(self.feed.take(rows), self.splits.labels[rows])
+
+        self.model.train()
+        self.one_step.micro_batch = micro_batch_that_fits(
+            try_step, self.model, batch_size=largest, moments=self.optimizer.moments
+        )
+        if self.one_step.micro_batch is not None:
+            logger.info(
+                "batches of %d go through the network %d images at a time, which is what batch norm sees",
+                self.config.batch_size,
+                self.one_step.micro_batch,
+            )
 
     def _check_sizes(self, channels: int, size: tuple[int, int]) -> None:
         """Refuses a network that cannot take each of the sizes through which images grow."""
@@ -273,16 +263,16 @@ class _Run:
         number = len(self.history) + 1
         started = _clock(self.device)
         self.model.train()
-        loss = torch.zeros((), device=self.device)
+        self.one_step.loss_sum.zero_()
         if self.config.schedule.name == "plateau":
             past = [epoch.score(self.metric) for epoch in self.history]
             self.reductions = reductions(self.config.schedule, past, maximize=self.maximize, epochs=self.config.epochs)
         for batch in self.batches(number):
-            self.step(batch, epoch_loss=loss)
+            self.step(batch)
         self.optimizer.end_epoch()
         if self.averaging is not None:
-            self.averaging.end_epoch(self.model, number)
-        train_loss = loss.item() / self.visits
+            self.averaging.end_epoch(number)
+        train_loss = self.one_step.loss_sum.item() / self.visits
         trained_s = _clock(self.device) - started
         if not math.isfinite(train_loss):
             raise _diverged("training", number, train_loss)
@@ -299,21 +289,24 @@ class _Run:
             raw=raw,
             averaged=averaged,
             averaged_counts=averaged is not None and (final or self._average_caught_up(number)),
+            images=self.visits,
             images_per_s=self.visits / trained_s,
             elapsed_s=self.elapsed_s,
+            micro_batch=self.one_step.micro_batch,
         )
         self.history.append(now)
         self._remember_best(now)
         return now
 
-    def batches(self, epoch: int) -> Iterator[_Batch]:
+    def batches(self, epoch: int) -> Iterator[Batch]:
         """The epoch's batches. Seeds all that the epoch draws."""
-        self.generator = make_generator(self.device, self.config.seed, "epoch", epoch)
+        self.generator.manual_seed(derive_seed(self.config.seed, "epoch", epoch))
         self.host_generator = make_generator(torch.device("cpu"), self.config.seed, "mix", epoch)
         torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch))
         order = epoch_order(self.train_labels, self.config.sampling, self.generator, self.visits)
-        sizes = _batch_sizes(self.visits, self.config.batch_size)
+        sizes = batch_sizes(self.visits, self.config.batch_size)
         rows = torch.split(self.splits.train[order], sizes)
+        labels = torch.split(self.train_labels[order], sizes)
         again: Sequence[Tensor | None] = [None] * len(sizes)
         flips: Sequence[Tensor | None] = [None] * len(sizes)
         if self.config.augment.apply_to == "repeats":
@@ -322,47 +315,29 @@ class _Run:
             drawn = make_generator(self.device, self.config.seed, "flips")  # once a run, so the same for every epoch
             first = torch.rand(len(self.train_labels), generator=drawn, device=self.device) < 0.5
             flips = torch.split(alternating_flips(first, epoch)[order], sizes)
-        yield from map(_Batch, rows, again, flips)
+        yield from map(Batch, self.feed.batches(rows), labels, again, flips)
 
-    def step(self, batch: _Batch, *, epoch_loss: Tensor) -> None:
-        """One optimizer step on the batch; adds its summed loss to `epoch_loss`."""
+    def step(self, batch: Batch) -> None:
+        """The run's next step."""
         progress = self.step_count / self.total_steps
-        self.optimizer.begin_step(progress)
-        images = self.augment(self.splits.images[batch.rows], self.generator, flips=batch.flips, repeats=batch.repeats)
-        images = self.augment.shrink(images, progress)
-        labels = self.splits.labels[batch.rows]
-        mix = self.augment.plan_mix(self.host_generator, images.shape) if self.augment.mixes(progress) else None
-        if mix is not None:
-            images, targets = self.augment.apply_mix(images, labels, self.num_classes, mix, self.generator)
-        with self.autocast():
-            logits = self.model(images)
-        if mix is not None:
-            loss = self.criterion.mixed(logits, targets, progress)
-        else:
-            loss = self.criterion(logits, labels, progress)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step(progress, factor(self.config.schedule, progress, self.reductions))
-        if self.averaging is not None:
-            self.averaging.update(self.model)
+        self.one_step(batch, progress, factor(self.config.schedule, progress, self.reductions), self.host_generator)
         self.step_count += 1
-        epoch_loss += loss.detach() * len(batch)
 
     # ---- judging
 
     def logits(self, model: nn.Module, rows: Tensor) -> Tensor:
         """(M, K) float32 of the images at these rows, which are never augmented."""
-        chunks = [
-            predict_logits(
-                model,
-                self.splits.images[chunk],
-                prepare=self.prepare,
-                batch_size=EVALUATION_BATCH,
-                autocast=self.autocast,
-            )
-            for chunk in torch.split(rows, EVALUATION_BATCH)
+        chunks = torch.split(rows, self._evaluation_batch())
+        outputs = [
+            predict_logits(model, images, prepare=self.prepare, batch_size=len(images), autocast=self.autocast)
+            for images in self.feed.batches(chunks)
         ]
-        return torch.cat(chunks)
+        return torch.cat(outputs)
+
+    def _evaluation_batch(self) -> int:
+        """Images of a pass without gradients; fewer where a training's own did not fit."""
+        micro_batch = self.one_step.micro_batch
+        return EVALUATION_BATCH if micro_batch is None else min(EVALUATION_BATCH, micro_batch)
 
     def _judge(self, *, final: bool) -> tuple[Scores | None, Scores | None]:
         """The validation scores of the weights and of their average, where there are such."""
@@ -395,9 +370,9 @@ class _Run:
         """Shows the average the training images, shuffled: sorted by class, a batch's variance would be too small."""
         generator = make_generator(self.device, self.config.seed, "recalibrate")
         order = torch.randperm(len(self.splits.train), generator=generator, device=self.device)
-        rows = torch.split(self.splits.train[order], _batch_sizes(len(order), EVALUATION_BATCH))
+        rows = torch.split(self.splits.train[order], batch_sizes(len(order), self._evaluation_batch()))
         with self.autocast():
-            recalibrate(average, (self.prepare(self.splits.images[chunk]) for chunk in rows))
+            recalibrate(average, map(self.prepare, self.feed.batches(rows)))
 
     def _average_caught_up(self, epoch: int) -> bool:
         return self.averaging is not None and self.averaging.caught_up(epoch)
@@ -477,20 +452,6 @@ def _diverged(which: str, epoch: int, loss: float) -> DivergedError:
 def _restore(row: dict[str, Any]) -> EpochMetrics:
     scores = {name: None if row[name] is None else Scores(**row[name]) for name in ("raw", "averaged")}
     return EpochMetrics(**{**row, **scores})
-
-
-def _batch_sizes(images: int, batch_size: int) -> list[int]:
-    """Sizes of an epoch's batches: all full but the last; a last one of a single image joins the one before.
-
-    No image is dropped, and batch norm cannot normalise one image by itself.
-    """
-    sizes = [batch_size] * (images // batch_size)
-    rest = images % batch_size
-    if rest == 1 and sizes:
-        sizes[-1] += 1
-    elif rest:
-        sizes.append(rest)
-    return sizes
 
 
 def _clock(device: torch.device) -> float:

@@ -1,0 +1,226 @@
+"""What a CUDA graph asks of a training step, on the CPU: a stand-in for the graph, and a watch for waits.
+
+`RecordedGraph` records the operations that a function runs, with their tensors, and runs the same ones on the same
+tensors again. Python is not run again, so whatever was a Python number stays what it was, exactly as in a graph:
+a test that changes such numbers between replays finds those that should have been tensors. It differs from a graph in
+two ways. A tensor made from the host's numbers (`torch.tensor(...)`) is recorded as a constant, which a real capture
+refuses, since it copies from the host; here the device is the host. And memory that an operation allocates is never
+used for another, so nothing shows that a tensor of the recording was needed after its memory had gone to another.
+
+`HostReads` finds what makes the host wait for a value of the device: a copy to it, or a result whose size depends on
+values. It sees torch's operations and the calls of a tensor's methods. It cannot see what is read beneath them: the
+buffer protocol, a data pointer, a kernel that looks at its arguments (fused optimizers do on the CPU, with a learning
+rate that is a tensor), nor a method called by torch's own Python functions, nor `x.to("cpu")` where that is the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+
+# ---- the graph
+
+
+class RecordedGraph:
+    """The operations of one run of a function, to be run again."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+
+    @classmethod
+    def capture(cls, function: Callable[[], object]) -> Callable[[], None]:
+        """Runs the function, once, and returns what runs its operations again.
+
+        Raises:
+            HostReadError: the function reads a value that its operations compute, which no graph can hold.
+        """
+        graph = cls()
+        with HostReads(), _Recorder(graph._calls):
+            function()
+        return graph.replay
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Runs the recorded operations, on the recorded tensors."""
+        # They were recorded beneath autograd and autocast, so both have had their say.
+        with torch._C._AutoDispatchBelowAutograd(), torch.autocast("cpu", enabled=False):
+            for call in self._calls:
+                call.repeat()
+
+
+@dataclass(frozen=True)
+class _Call:
+    operation: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: list[Tensor]
+    """New memory that the operation made, in the order of its results."""
+    repeated: bool
+    """False for what is not repeated, but whose tensors must live: views, and memory without values."""
+
+    def repeat(self) -> None:
+        if not self.repeated:
+            return
+        again = self.operation(*self.args, **self.kwargs)
+        if self.results:
+            for result, value in zip(self.results, _tensors(again), strict=True):
+                result.copy_(value)
+
+
+class _Recorder(TorchDispatchMode):
+    """Appends every operation, those of a backward pass included, to a list."""
+
+    def __init__(self, calls: list[_Call]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        aliases = [result.alias_info for result in func._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        writes_all = bool(aliases) and all(alias is not None and alias.is_write for alias in aliases)
+        # An operation may both write into its arguments and make new tensors, as batch norm does.
+        results = [] if is_view or writes_all else _tensors(out)
+        repeated = not is_view and func.overloadpacket not in _WITHOUT_VALUES
+        # A view's own results are kept too: they are the arguments of later calls.
+        self._calls.append(_Call(func, args, kwargs, _tensors(out) if is_view else results, repeated))
+        return out
+
+
+_WITHOUT_VALUES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+# ---- waits
+
+
+class HostReadError(RuntimeError):
+    """The host would have waited for the device."""
+
+
+class HostReads:
+    """A context that finds what makes the host wait for a value of the device.
+
+    Args:
+        device: where the training runs; a copy from there to another device is a wait.
+        raises: whether each raises HostReadError, or is counted only.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu", *, raises: bool = True) -> None:
+        self.found: list[str] = []
+        """The operations that were such, in order."""
+        self._raises = raises
+        self._modes = (_ReadingMethods(self), _ReadingOperations(self, torch.device(device)))
+
+    @property
+    def count(self) -> int:
+        return len(self.found)
+
+    def note(self, name: str) -> None:
+        self.found.append(name)
+        if self._raises:
+            raise HostReadError(f"{name} makes the host wait for the device")
+
+    def __enter__(self) -> Self:
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(kind, error, trace)
+
+
+class _ReadingOperations(TorchDispatchMode):
+    def __init__(self, reads: HostReads, device: torch.device) -> None:
+        super().__init__()
+        self._reads, self._device = reads, device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._waits(func, args, kwargs):
+            self._reads.note(str(func))
+        return func(*args, **kwargs)
+
+    def _waits(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        operation = func.overloadpacket
+        if operation in _READING:
+            return True
+        if operation is aten.repeat_interleave:
+            return kwargs.get("output_size") is None
+        if operation in _INDEXING:
+            # A mask is turned into as many indices as it has true values.
+            return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if operation is aten.copy_:
+            return args[1].device.type == self._device.type != args[0].device.type
+        if operation is aten._to_copy:
+            to = kwargs.get("device")
+            return to is not None and args[0].device.type == self._device.type != torch.device(to).type
+        return False
+
+
+class _ReadingMethods(TorchFunctionMode):
+    """What reads the CPU's memory without an operation."""
+
+    def __init__(self, reads: HostReads) -> None:
+        super().__init__()
+        self._reads = reads
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READING_METHODS:
+            self._reads.note(f"Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+_READING = {
+    aten._local_scalar_dense,  # item, float, int, bool, a tensor as a Python index
+    aten.is_nonzero,
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.unique_dim_consecutive,
+    aten.bincount,  # looks for the largest value, whatever `minlength`
+    aten.equal,
+    aten.allclose,
+    aten._linalg_check_errors,
+}
+_INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put}
+_READING_METHODS = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
+
+
+# ---- capturable optimizers
+
+
+def let_the_cpu_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets torch's NAdam and timm's Muon be `capturable` on the CPU: both insist on devices that have graphs."""
+    import timm.optim._helpers
+
+    nadam = importlib.import_module("torch.optim.nadam")  # which torch.optim deletes from its own names
+
+    def devices(supports_xla: bool = True) -> list[str]:
+        return ["cpu", "cuda"]
+
+    monkeypatch.setattr(nadam, "_get_capturable_supported_devices", devices)
+    monkeypatch.setattr(timm.optim._helpers, "_get_capturable_supported_devices", devices, raising=False)

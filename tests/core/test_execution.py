@@ -1,0 +1,408 @@
+"""However a training is run, it is the same training: captured, streamed, in micro-batches, compiled.
+
+On this machine's CPU a CUDA graph has a stand-in, `RecordedGraph`: it repeats the operations of a step on the very same
+memory, without Python, so that whatever a capture would freeze is frozen. The tests marked `gpu` are the real ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core.config import TrainConfig
+from core.data import Splits
+from core.errors import ConfigError
+from core.loop import Execution, TrainResult, train
+from core.loop.graphs import WARM_UP_STEPS
+from core.loop.memory import SMALLEST_MICRO_BATCH, micro_batch_that_fits
+from core.loop.run import Run
+from core.runtime import forbidden_waits, own_stream
+from tests.core.recorded import HostReadError, HostReads, RecordedGraph, let_the_cpu_capture
+from tests.core.test_loop import STATEFUL, same
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+
+CASES = STATEFUL | {
+    "smoothing that changes, focal": {
+        "loss.smoothing": 0.2, "loss.smoothing_final": 0.0, "loss.name": "focal", "optim.name": "sgd",
+    },
+    "smoothing that changes, clipped": {"loss.smoothing": 0.2, "loss.smoothing_final": 0.0, "optim.grad_clip": 0.3},
+    "mixed half of the time, then no more": {
+        "augment.cutmix": 1.0, "augment.mix_probability": 0.5, "augment.mix_off_fraction": 0.6, "averaging.name": "ema",
+    },
+    "no momentum, erased, turned": {
+        "optim.name": "sgd", "optim.momentum": 0.0, "augment.erase": 0.5, "augment.rotation_degrees": 20.0,
+    },
+}  # fmt: skip
+
+
+class EveryStepByPython:
+    """A capture that captures nothing: each replay is the function itself, with the values on the device."""
+
+    @staticmethod
+    def capture(function: Callable[[], None]) -> Callable[[], None]:
+        function()
+        return function
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [epoch.train_loss for epoch in result.history]
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+class TestACapturedTraining:
+    """Tolerance: bitwise against the same kernels launched by Python, 1e-3 in the loss against the plain numbers.
+
+    A scalar on the device is a float32, where Python counts in float64: the paths differ in the last bits of the
+    learning rate, the average and the mixture, and drift apart from there.
+    """
+
+    def test_is_bitwise_the_one_that_is_launched_kernel_by_kernel(
+        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        let_the_cpu_capture(monkeypatch)
+        config = tiny.override({"epochs": 5, **changes})
+        replayed = train(config, digits, device=CPU, execution=Execution(capture=RecordedGraph))
+        launched = train(config, digits, device=CPU, execution=Execution(capture=EveryStepByPython))
+        assert same(replayed, launched)
+
+    def test_has_the_losses_of_the_one_that_is_not_captured(
+        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        let_the_cpu_capture(monkeypatch)
+        config = tiny.override({"epochs": 5, **changes})
+        captured = train(config, digits, device=CPU, execution=Execution(capture=RecordedGraph))
+        assert losses(captured) == pytest.approx(losses(train(config, digits, device=CPU)), rel=1e-3)
+
+
+def test_a_captured_training_goes_on_from_its_checkpoint_bitwise(
+    digits: Splits, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    config = tiny.override({"epochs": 8, "averaging.name": "ema", "augment.mixup": 0.4})
+    execution = Execution(capture=EveryStepByPython)
+    whole = train(config, digits, device=CPU, execution=execution)
+    half = tmp_path / "half.pt"
+    train(config, digits, device=CPU, execution=execution, stop_after=4, checkpoint_to=half, checkpoint_at_end=True)
+    recorded = Execution(capture=RecordedGraph)
+    assert same(whole, train(config, digits, device=CPU, execution=recorded, resume_from=half))
+
+
+def test_nothing_is_captured_where_the_configuration_says_no(digits: Splits, tiny: TrainConfig) -> None:
+    class Forbidden:
+        @staticmethod
+        def capture(function: Callable[[], None]) -> Callable[[], None]:
+            raise AssertionError
+
+    config = tiny.override({"precision.cuda_graphs": False})
+    assert same(
+        train(config, digits, device=CPU, execution=Execution(capture=Forbidden)), train(tiny, digits, device=CPU)
+    )
+
+
+def test_each_shape_of_a_step_is_captured_once_the_last_batch_too(digits: Splits, tiny: TrainConfig) -> None:
+    captured: list[Callable[[], None]] = []
+
+    class Counting(EveryStepByPython):
+        @staticmethod
+        def capture(function: Callable[[], None]) -> Callable[[], None]:
+            captured.append(function)
+            return EveryStepByPython.capture(function)
+
+    config = tiny.override({"epochs": WARM_UP_STEPS + 3, "batch_size": 80})  # 192 images: 80, 80, 32
+    result = train(config, digits, device=CPU, execution=Execution(capture=Counting()))
+    assert len(captured) == 2
+    assert [epoch.images for epoch in result.history] == [192] * config.epochs
+
+
+def test_a_network_that_waits_for_the_host_is_told_how_to_train(
+    digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing:
+        @staticmethod
+        def capture(function: Callable[[], None]) -> Callable[[], None]:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    with pytest.raises(
+        ConfigError, match=r"^model\.name resnet: .*not permitted when stream is capturing\); set precision.cuda_graphs"
+    ):
+        train(tiny, digits, device=CPU, execution=Execution(capture=Refusing()))
+
+
+@pytest.mark.parametrize("changes", STATEFUL.values(), ids=STATEFUL.keys())
+class TestAStreamedTraining:
+    def test_is_bitwise_the_resident_one(self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any]) -> None:
+        config = tiny.override(changes)
+        streamed = train(config, digits, device=CPU, execution=Execution(streamed=True))
+        assert same(streamed, train(config, digits, device=CPU))
+
+    def test_is_bitwise_the_resident_one_when_both_are_captured(
+        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        let_the_cpu_capture(monkeypatch)
+        streamed, resident = (
+            train(tiny.override(changes), digits, device=CPU, execution=Execution(streamed, RecordedGraph))
+            for streamed in (True, False)
+        )
+        assert same(streamed, resident)
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+class TestNothingInAnEpochWaitsForTheDevice:
+    """All that a step does on the device, in the form that a GPU runs; what the host draws by itself is apart."""
+
+    def watched(self, config: TrainConfig, splits: Splits) -> Run:
+        run = Run(config, splits, CPU, execution=Execution(capture=EveryStepByPython))
+        launch = run.one_step.launch
+
+        def watch(*step: Any) -> None:
+            with HostReads():
+                launch(*step)
+
+        run.one_step.launch = watch
+        run.model.train()
+        return run
+
+    def test_as_it_is(
+        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        let_the_cpu_capture(monkeypatch)
+        run = self.watched(tiny.override(changes), digits)
+        for epoch in range(1, 4):
+            batches = run.batches(epoch)
+            while True:
+                with HostReads():
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                run.step(batch)
+        assert run.step_count >= 9
+
+    def test_and_a_single_item_would_be_found(
+        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        let_the_cpu_capture(monkeypatch)
+        run = self.watched(tiny.override(changes), digits)
+        run.one_step.network = lambda images: run.model(images * images.abs().max().item())
+        with pytest.raises(HostReadError):
+            run.step(next(run.batches(epoch=1)))
+
+
+class TestABatchThatDoesNotFit:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"augment.cutmix": 1.0, "loss.class_weights": "inverse"},
+            {"loss.name": "focal", "loss.class_weights": "effective", "loss.smoothing": 0.1},
+        ],
+        ids=["plain", "mixed and weighted", "focal and weighted"],
+    )
+    def test_is_one_step_in_parts_where_no_batch_norm_sees_them(
+        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any]
+    ) -> None:
+        config = tiny.override({"model.norm": "group", **changes})
+        whole, parts = (Run(config, digits, CPU) for _ in range(2))
+        parts.one_step.micro_batch = 24  # of 64: 24, 24, 16
+        for run in (whole, parts):
+            run.model.train()
+            run.step(next(run.batches(epoch=1)))
+        assert parts.one_step.loss_sum.item() == pytest.approx(whole.one_step.loss_sum.item(), rel=1e-5)
+        for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+    def test_is_halved_until_it_does(self) -> None:
+        model = nn.BatchNorm2d(3)
+        before = model.running_mean.clone() if model.running_mean is not None else None
+        tried: list[int | None] = []
+
+        def step(size: int | None) -> None:
+            tried.append(size)
+            model(torch.rand(4, 3, 2, 2)).sum().backward()
+            if size is None or size > 40:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        assert micro_batch_that_fits(step, model, batch_size=129, moments=2) == 33
+        assert tried == [None, 65, 33]
+        assert before is not None
+        assert torch.equal(model.running_mean, before)  # type: ignore[arg-type]
+        assert model.weight.grad is None
+
+    def test_not_even_in_small_parts_is_out_of_memory(self) -> None:
+        tried: list[int | None] = []
+
+        def step(size: int | None) -> None:
+            tried.append(size)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        with pytest.raises(torch.OutOfMemoryError):
+            micro_batch_that_fits(step, nn.Linear(2, 2), batch_size=32, moments=1)
+        assert tried == [None, 16, SMALLEST_MICRO_BATCH]
+
+    def test_other_faults_go_through(self) -> None:
+        def step(size: int | None) -> None:
+            raise RuntimeError("size mismatch")
+
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            micro_batch_that_fits(step, nn.Linear(2, 2), batch_size=32, moments=1)
+
+    def test_a_probe_leaves_no_trace(self, digits: Splits, tiny: TrainConfig) -> None:
+        config = tiny.override({"averaging.name": "ema", "augment.ops": 2, "model.dropout": 0.2})
+        probed = train(config, digits, device=CPU, execution=Execution(probe=True))
+        assert probed.kept.micro_batch is None
+        assert same(probed, train(config, digits, device=CPU))
+
+    def test_is_found_out_in_a_process_that_has_too_little_memory(self) -> None:
+        """A real lack of memory: of the address space that the system lets the process have."""
+        if sys.platform != "linux":
+            pytest.skip("limits of the address space are Linux's")
+        program = textwrap.dedent("""
+            import logging, resource, torch
+            from core.config import TrainConfig
+            from core.data import Splits
+            from core.loop import Execution, train
+
+            torch.set_num_threads(1)
+            images = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8)
+            labels = torch.arange(256) % 2
+            splits = Splits(images, labels, torch.arange(256), torch.arange(8), ("a", "b"), (0.5,) * 3, (0.5,) * 3)
+            config = TrainConfig(epochs=1, batch_size=256).override({"model.widths": (32,), "model.blocks": (1,)})
+            small = config.override({"batch_size": 16})
+            train(small, splits, device=torch.device("cpu"))  # whatever libraries need of their own
+            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)
+            kept = train(config, splits, device=torch.device("cpu"), execution=Execution(probe=True)).kept
+            print(kept.micro_batch, kept.images, kept.train_loss)
+        """)
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        micro_batch, images, loss = ended.stdout.split()
+        assert SMALLEST_MICRO_BATCH <= int(micro_batch) < 256
+        assert int(images) == 256
+        assert 0 < float(loss) < 10
+
+
+@pytest.mark.slow
+def test_a_compiled_training_has_the_same_losses_and_the_next_of_its_architecture_compiles_nothing(
+    tmp_path: Path,
+) -> None:
+    """In a process of its own, with an empty cache: what this machine has compiled before would hide a miss."""
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU, and there is no g++")
+    program = textwrap.dedent("""
+        import json, torch
+        from torch._dynamo.utils import counters
+        from core.config import TrainConfig
+        from core.data import load_dataset, split
+        from core.loop import train
+
+        config = TrainConfig(epochs=2).override({"model.widths": (8,), "model.blocks": (1,), "batch_size": 539})
+        splits = split(load_dataset(config.data), config.data)
+        found = []
+        for seed, compiled in ((0, False), (0, True), (1, True)):
+            counters.clear()
+            changes = {"seed": seed, "precision.compile": compiled}
+            history = train(config.override(changes), splits, device=torch.device("cpu")).history
+            found.append([[epoch.train_loss for epoch in history], dict(counters["inductor"])])
+        print(json.dumps(found))
+    """)
+
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=400
+    )
+    assert ended.returncode == 0, ended.stderr
+    (plain, _), (first, compiled), (_, again) = json.loads(ended.stdout.splitlines()[-1])
+    assert first == pytest.approx(plain, rel=1e-4)
+    assert compiled["fxgraph_cache_miss"] > 0
+    assert again == {}
+
+
+@pytest.mark.gpu
+class TestOnCuda:
+    """Tolerance: 2 % in the loss of an epoch. Kernels that add in no fixed order, and bf16, drift apart in a few steps;
+    a value that was frozen, or a batch that was skipped, is off by far more."""
+
+    @pytest.fixture(autouse=True)
+    def _cuda(self) -> None:
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+    @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+    def test_graphs_streams_and_plain_launches_have_the_same_losses(
+        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any]
+    ) -> None:
+        device = torch.device("cuda:0")
+        config = tiny.override({"epochs": 6, "optim.lr_scale": 1.0, **changes})
+        plain = losses(train(config.override({"precision.cuda_graphs": False}), digits.to(device), device=device))
+        graphs = losses(train(config, digits.to(device), device=device))
+        streamed = losses(train(config, digits, device=device, execution=Execution(streamed=True)))
+        assert graphs == pytest.approx(plain, rel=0.02)
+        assert streamed == pytest.approx(plain, rel=0.02)
+
+    @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+    @pytest.mark.parametrize("graphs", [True, False])
+    def test_nothing_in_an_epoch_waits_for_the_device(
+        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], graphs: bool
+    ) -> None:
+        device = torch.device("cuda:0")
+        config = tiny.override({**changes, "precision.cuda_graphs": graphs})
+        with own_stream(device):
+            run = Run(config, digits.to(device), device)
+            run.model.train()
+            for batch in run.batches(epoch=1):  # in its first step a network may make constants
+                run.step(batch)
+            for epoch in range(2, 6):
+                with forbidden_waits(device):
+                    for batch in run.batches(epoch):
+                        run.step(batch)
+            run.one_step.network = lambda images: run.model(images * images.abs().max().item())
+            run.one_step.launch = run.one_step.run
+            with pytest.raises(RuntimeError, match="synchronizing"), forbidden_waits(device):
+                run.step(next(run.batches(epoch=6)))
+
+    def test_a_batch_that_does_not_fit_is_divided(self, digits: Splits, tiny: TrainConfig) -> None:
+        device = torch.device("cuda:0")
+        config = tiny.override({"epochs": 1, "model.widths": (64, 128), "batch_size": 192})
+        large = dataclasses.replace(digits, images=digits.images.repeat_interleave(8, 2).repeat_interleave(8, 3))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        train(config, large.to(device), device=device)
+        needed, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.6 * needed) / total)
+        try:
+            divided = train(config, large.to(device), device=device)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert divided.kept.micro_batch is not None
+        assert divided.kept.micro_batch < 192
+
+    def test_trainings_leave_no_memory_behind(self, digits: Splits, tiny: TrainConfig) -> None:
+        device = torch.device("cuda:0")
+        splits = digits.to(device)
+        left = []
+        for seed in range(4):
+            train(tiny.override({"seed": seed, "averaging.name": "ema"}), splits, device=device)
+            left.append(torch.cuda.memory_allocated())
+        assert left[1] == left[2] == left[3]
+
+    def test_a_compiled_training_is_captured_too(self, digits: Splits, tiny: TrainConfig) -> None:
+        device = torch.device("cuda:0")
+        config = tiny.override({"epochs": 6, "optim.lr_scale": 1.0})
+        compiled = train(config.override({"precision.compile": True}), digits.to(device), device=device)
+        assert losses(compiled) == pytest.approx(losses(train(config, digits.to(device), device=device)), rel=0.02)

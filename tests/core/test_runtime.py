@@ -1,0 +1,130 @@
+"""What the machine says of itself: how much memory a tensor may still take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.runtime import _free_host_memory, free_memory
+
+CPU = torch.device("cpu")
+GIB = 2**30
+UNLIMITED_V1 = 9223372036854771712  # what version 1 writes where there is no limit
+
+Machine = Callable[..., Path]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """Writes what Linux would say of a machine with 8 GiB available."""
+
+    def write(cgroup: str = "", **files: str | int) -> Path:
+        written: dict[str, str | int] = {
+            "proc/meminfo": "MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB\n"
+        }
+        written["proc/self/cgroup"] = cgroup
+        for name, text in (written | files).items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(str(text), encoding="ascii")
+        return tmp_path
+
+    return write
+
+
+def group_v2(path: str, limit: str | int, used: int, cache: int = 0) -> dict[str, str | int]:
+    folder = f"sys/fs/cgroup{path}"
+    return {
+        f"{folder}/memory.max": limit,
+        f"{folder}/memory.current": used,
+        f"{folder}/memory.stat": f"anon 1\ninactive_file {cache}\nactive_file 5",
+    }
+
+
+def group_v1(path: str, limit: int, used: int, cache: int = 0) -> dict[str, str | int]:
+    folder = f"sys/fs/cgroup/memory{path}"
+    return {
+        f"{folder}/memory.limit_in_bytes": limit,
+        f"{folder}/memory.usage_in_bytes": used,
+        f"{folder}/memory.stat": f"inactive_file 1\ntotal_inactive_file {cache}",
+    }
+
+
+def test_without_control_groups_it_is_what_the_machine_has_available(machine: Machine) -> None:
+    assert _free_host_memory(machine()) == 8 * GIB
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "free"),
+    [
+        ("0::/job", group_v2("/job", 4 * GIB, GIB), 3 * GIB),
+        ("0::/job", group_v2("/job", 4 * GIB, 2 * GIB, cache=GIB), 3 * GIB),
+        ("0::/job", group_v2("/job", "max", GIB), 8 * GIB),
+        ("0::/job", group_v2("/job", 64 * GIB, GIB), 8 * GIB),
+        ("0::/all/job", group_v2("/all/job", "max", GIB) | group_v2("/all", 3 * GIB, GIB), 2 * GIB),
+        ("0::/job", group_v2("/job", GIB, 2 * GIB), 0),
+        ("0::/", group_v2("", 2 * GIB, GIB), GIB),
+        ("9:cpu:/x\n4:memory:/job\n0::/", group_v1("/job", 4 * GIB, GIB), 3 * GIB),
+        ("4:cpu,memory:/job", group_v1("/job", 4 * GIB, 2 * GIB, cache=GIB), 3 * GIB),
+        ("4:memory:/job", group_v1("/job", UNLIMITED_V1, GIB), 8 * GIB),
+        ("4:memory:/all/job", group_v1("/all/job", UNLIMITED_V1, GIB) | group_v1("/all", 3 * GIB, GIB), 2 * GIB),
+        ("4:memory:/docker/1f", group_v1("", 2 * GIB, GIB), GIB),
+        ("0::/../outside", group_v2("", 2 * GIB, GIB), GIB),
+    ],
+    ids=[
+        "v2", "v2 counts cache as free", "v2 without a limit", "v2 limited above the machine", "v2 limited further up",
+        "v2 over its limit", "v2 at the root", "v1", "v1 counts cache as free", "v1 without a limit",
+        "v1 limited further up", "v1 in a container that is told a path from outside",
+        "v2 in a container that is told a path from outside",
+    ],
+)  # fmt: skip
+def test_a_control_group_may_leave_less(machine: Machine, cgroup: str, files: dict[str, str | int], free: int) -> None:
+    assert _free_host_memory(machine(cgroup, **files)) == free
+
+
+def test_a_system_that_does_not_tell_what_is_available_counts_whole(tmp_path: Path) -> None:
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert _free_host_memory(tmp_path) == whole
+    assert 0 < free_memory(CPU) < whole
+
+
+def test_a_system_that_tells_nothing_is_an_error_and_not_a_guess(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sysconf")
+    with pytest.raises(OSError, match="does not tell how much memory it has"):
+        _free_host_memory(tmp_path)
+
+
+@pytest.mark.gpu
+class TestOnCuda:
+    @pytest.fixture(autouse=True)
+    def _needs_cuda(self) -> None:
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        torch.cuda.empty_cache()
+
+    @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+    def test_what_the_allocator_holds_unused_counts_as_free(self, name: str) -> None:
+        device = torch.device(name)
+        before = free_memory(device)
+        held = torch.empty(2**28, dtype=torch.uint8, device=device)
+        assert free_memory(device) <= before - 2**28 + 2**24
+        del held  # back to the allocator, which keeps it: the driver has no more than it had
+        assert free_memory(device) == pytest.approx(before, abs=2**24)
+
+    def test_a_process_with_a_share_of_the_device_has_no_more_than_that(self) -> None:
+        device, total = torch.device("cuda:0"), torch.cuda.mem_get_info(0)[1]
+        before = torch.cuda.get_per_process_memory_fraction(device)
+        torch.cuda.set_per_process_memory_fraction(0.05, device)
+        try:
+            free = free_memory(device)
+            assert free <= 0.05 * total
+            with pytest.raises(torch.OutOfMemoryError):
+                torch.empty(free + 2**22, dtype=torch.uint8, device=device)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, device)
