@@ -71,6 +71,16 @@ def run(
     assignments: Assignments = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The study's seed; 0.", show_default=False)] = None,
     device: Device = None,
+    per_device: Annotated[
+        str | None,
+        typer.Option(
+            "--per-device",
+            metavar="K",
+            help="How many trials run on the device at once, each in a process; auto measures in the first trials "
+            "what trains the most images a second. 1.",
+            show_default=False,
+        ),
+    ] = None,
     take_over: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +107,7 @@ def run(
         assignments=assignments or [],
         seed=seed,
         device_name=device,
+        per_device=per_device,
         take_over=take_over,
         skip_broken=skip_broken,
         reclaim=reclaim,
@@ -117,6 +128,12 @@ def train(
     ] = "accuracy",
     device: Device = None,
     skip_broken: SkipBroken = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="Measure first where an epoch's time goes: a table of its parts, and the largest cost."
+        ),
+    ] = False,
 ) -> None:
     """Train one fixed configuration once, or with data.folds once a fold: the baseline to beat."""
     from hpo.commands.train import train_command
@@ -128,6 +145,7 @@ def train(
         metric=metric,
         device_name=device,
         skip_broken=skip_broken,
+        profiled=profile,
     )
 
 

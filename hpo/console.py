@@ -78,9 +78,9 @@ def _bars() -> Progress:
 
 
 class StudyProgress:
-    """A bar for the study, one for the running trial, and a line for each trial that ends.
+    """A bar for the study, one for each running trial, and a line for each trial that ends.
 
-    Implements `hpo.objective.Listener`.
+    Implements `hpo.objective.Listener` for one trial at a time; where several run at once, each worker has a `lane`.
     """
 
     def __init__(self, *, metric: str, direction: str, done: int, total: int, best: float | None) -> None:
@@ -88,7 +88,7 @@ class StudyProgress:
         self.best = best
         self.progress = _bars()
         self.study = self.progress.add_task("study", total=total, completed=done, note=self._best_note())
-        self.trial: TaskID | None = None
+        self._only = self.lane()
 
     def __enter__(self) -> StudyProgress:
         self.progress.start()
@@ -99,8 +99,42 @@ class StudyProgress:
     ) -> None:
         self.progress.stop()
 
+    def lane(self) -> StudyLane:
+        """A place for one more trial that runs at the same time as the others."""
+        return StudyLane(self)
+
     def trial_started(self, label: str, config: TrainConfig) -> None:
-        self._clear_trial()
+        self._only.trial_started(label, config)
+
+    def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None:
+        self._only.epoch_ended(epoch, verdict)
+
+    def trial_ended(self, outcome: Outcome) -> None:
+        self._only.trial_ended(outcome)
+
+    def reference_ended(self, name: str, result: dict[str, Any]) -> None:
+        self._only.reference_ended(name, result)
+
+    def count(self, outcome: Outcome) -> None:
+        """One more trial is over."""
+        self.progress.advance(self.study)
+        if outcome.state == "complete" and outcome.value is not None:
+            self.best = outcome.value if self.best is None else self.better(self.best, outcome.value)
+        self.progress.update(self.study, note=self._best_note())
+
+    def _best_note(self) -> str:
+        return "" if self.best is None else f"best {self.metric} {self.best:.4f}"
+
+
+class StudyLane:
+    """The bar of whatever trial one worker runs. Implements `hpo.objective.Listener`."""
+
+    def __init__(self, bars: StudyProgress) -> None:
+        self.bars, self.progress, self.metric = bars, bars.progress, bars.metric
+        self.trial: TaskID | None = None
+
+    def trial_started(self, label: str, config: TrainConfig) -> None:
+        self.clear()
         self.trial = self.progress.add_task(label, total=config.epochs, note="")
 
     def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None:
@@ -113,22 +147,17 @@ class StudyProgress:
         self.progress.update(self.trial, completed=epoch.epoch, note=note)
 
     def trial_ended(self, outcome: Outcome) -> None:
-        self._clear_trial()
-        self.progress.advance(self.study)
-        if outcome.state == "complete" and outcome.value is not None:
-            self.best = outcome.value if self.best is None else self.better(self.best, outcome.value)
-        self.progress.update(self.study, note=self._best_note())
+        self.clear()
+        self.bars.count(outcome)
         say(trial_line(outcome, self.metric))
 
     def reference_ended(self, name: str, result: dict[str, Any]) -> None:
-        self._clear_trial()
+        self.clear()
         came_to = f"{result['value']:.4f}" if "value" in result else f"{result['failure']}  ({result['why']})"
         say(f"recipe {name}  {self.metric} {came_to}")
 
-    def _best_note(self) -> str:
-        return "" if self.best is None else f"best {self.metric} {self.best:.4f}"
-
-    def _clear_trial(self) -> None:
+    def clear(self) -> None:
+        """Nothing runs here any more."""
         if self.trial is not None:
             self.progress.remove_task(self.trial)
             self.trial = None

@@ -1,4 +1,4 @@
-"""Works a study off, trial by trial, in this process.
+"""Works a study off, trial by trial, in this process, be it the only one or one worker of several.
 
 A slot is claimed in the storage, trained, and finished there before the next one is claimed. Whatever ends the process,
 the trials that were finished are in the storage, and the one that ran goes on from its checkpoint under the same slot.
@@ -7,7 +7,7 @@ the trials that were finished are in the storage, and the one that ran goes on f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import optuna
@@ -17,7 +17,6 @@ from safetensors.torch import save_model
 from core.config import TrainConfig
 from core.data import Splits
 from core.loop import EpochMetrics, seconds_per_epoch
-from core.metrics import METRICS
 from core.runtime import derive_seed
 from hpo.interrupts import Interrupts
 from hpo.objective import Listener, Objective, Outcome, failure_of
@@ -67,11 +66,13 @@ def run_study(
     device: torch.device,
     listener: Listener,
     interrupts: Interrupts,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> None:
     """Runs the trials that wait, until none is left of the total.
 
     Args:
         splits: one, or one a fold.
+        wanted: asked before each trial whether it is to be run.
 
     Raises:
         KeyboardInterrupt: a person's Ctrl-C, or SIGTERM; the running trial is back in the queue.
@@ -80,14 +81,14 @@ def run_study(
     objective = Objective(
         space, splits, study.paths, seed=study.seed, device=device, listener=listener, interrupts=interrupts
     )
-    while (claimed := study.claim()) is not None:
+    while wanted() and (claimed := study.claim()) is not None:
         trial, slot = claimed
         try:
             outcome = objective(trial, slot)
             _keep(study, space, splits, outcome)
-            counted = study.finish(
-                trial, outcome.state, outcome.value, failure=outcome.failure, attributes=outcome.attributes
-            )
+            # One thread and two do not add in the same order: with the same number, a trial's values are the same.
+            attributes = outcome.attributes | {"torch_threads": torch.get_num_threads()}
+            counted = study.finish(trial, outcome.state, outcome.value, failure=outcome.failure, attributes=attributes)
         except BaseException:
             study.release(trial)
             raise
@@ -166,7 +167,7 @@ def _is_trained(study: Study, recipe: Recipe) -> bool:
 def _keep(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: Outcome) -> None:
     """Writes what outlives a trial: the weights of the best few, and the pictures that the dashboard shows."""
     if outcome.results:
-        _keep_weights(study, space, outcome)
+        _keep_weights(study, outcome)
     try:
         attach_artifacts(study.optuna, outcome.number, _draw(study, space, splits, outcome), study.paths.artifacts)
     except Exception as error:  # a picture is not worth a trial
@@ -189,17 +190,12 @@ def _draw(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: O
     return files
 
 
-def _keep_weights(study: Study, space: SearchSpace, outcome: Outcome) -> None:
+def _keep_weights(study: Study, outcome: Outcome) -> None:
     """Keeps this trial's weights if it is among the best few, and lets go of those that no longer are."""
     assert outcome.value is not None
-    sign = 1 if METRICS[space.metric] == "maximize" else -1
-    values = {
-        trial.number: sign * trial.value
-        for trial in study.optuna.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-        if trial.value is not None
-    }
-    values[outcome.number] = sign * outcome.value
-    best = sorted(values, key=lambda number: (-values[number], number))[:KEPT_MODELS]
+    values = _complete_values(study)
+    values[outcome.number] = _sign(study) * outcome.value
+    best = _best_of(values)
     folds = range(1, len(outcome.results) + 1)
     if outcome.number in best:
         for fold, result in zip(folds, outcome.results, strict=True):
@@ -207,6 +203,33 @@ def _keep_weights(study: Study, space: SearchSpace, outcome: Outcome) -> None:
             temporary = weights.with_suffix(".tmp")
             save_model(result.model, str(temporary))
             temporary.replace(weights)
-    for number in values.keys() - set(best):
-        for fold in folds:
+    _let_go(study, values.keys() - set(best), folds=len(folds))
+
+
+def keep_best_weights(study: Study, *, folds: int) -> None:
+    """Lets go of weights that two workers both kept, which ended a trial at the same time."""
+    values = _complete_values(study)
+    _let_go(study, values.keys() - set(_best_of(values)), folds=folds)
+
+
+def _complete_values(study: Study) -> dict[int, float]:
+    """Trial -> its value, the larger the better."""
+    return {
+        trial.number: _sign(study) * trial.value
+        for trial in study.optuna.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+        if trial.value is not None
+    }
+
+
+def _sign(study: Study) -> int:
+    return 1 if study.direction == "maximize" else -1
+
+
+def _best_of(values: Mapping[int, float]) -> list[int]:
+    return sorted(values, key=lambda number: (-values[number], number))[:KEPT_MODELS]
+
+
+def _let_go(study: Study, numbers: Iterable[int], *, folds: int) -> None:
+    for number in numbers:
+        for fold in range(1, folds + 1):
             study.paths.trial_model(number, fold).unlink(missing_ok=True)

@@ -63,6 +63,16 @@ class TrainingPaths:
         return self.dir / "learning_curves.png"
 
     @property
+    def profile(self) -> Path:
+        """Where its time goes, with `--profile`: every number."""
+        return self.dir / "profile.json"
+
+    @property
+    def profile_table(self) -> Path:
+        """The same as it was said: a table, and a few lines."""
+        return self.dir / "profile.md"
+
+    @property
     def result(self) -> Path:
         """What came of it; absent before the end."""
         return self.dir / "result.json"

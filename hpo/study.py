@@ -67,6 +67,7 @@ logger = logging.getLogger(__name__)
 _RECORD = "hpo"  # study user attribute: what the study searches, for machines without its study.yaml
 _TOTAL = "trials"  # study user attribute: the total, for workers that join
 _COMMAND = "command"  # study user attribute: what the study was last run by
+_PACKING = "packing"  # study user attribute: device -> how many trials at once were found best there, and why
 _ARTIFACT = "artifacts:"  # how Optuna begins the system attribute that an uploaded artifact is known by
 _NAME = re.compile(r"\w[\w.\-]{0,99}")
 
@@ -185,6 +186,16 @@ class Study:
         """Keeps the command that runs the study, without any password."""
         if self.command != command:
             self.optuna.set_user_attr(_COMMAND, command)
+
+    def packing(self, device: str) -> tuple[int, str] | None:
+        """How many trials at once were found best on a device of that name, and why; None where it was not measured."""
+        known = self._storage.get_study_user_attrs(self._id).get(_PACKING, {}).get(device)
+        return None if known is None else (int(known["trials"]), str(known["why"]))
+
+    def remember_packing(self, device: str, trials: int, why: str) -> None:
+        """Keeps how many trials at once were found best on a device of that name."""
+        known = self._storage.get_study_user_attrs(self._id).get(_PACKING, {})
+        self.optuna.set_user_attr(_PACKING, {**known, device: {"trials": trials, "why": why}})
 
     def check_data(self, dataset: Dataset) -> None:
         """Raises StudyError where these are not the images that the study was begun with."""
@@ -419,6 +430,14 @@ class Study:
     def held_elsewhere(self) -> list[Held]:
         """The running trials that other hosts hold: at work there, or left behind, by a container with another name."""
         return [held for trial in self._running() if (held := held_elsewhere(trial)) is not None]
+
+    def waiting(self) -> int:
+        """How many slots of the total wait to be claimed."""
+        total = self.total
+        return sum(
+            trial.state == TrialState.WAITING and (total is None or slot < total)
+            for slot, trial in standing(self._trials()).items()
+        )
 
     def _running(self) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if trial.state == TrialState.RUNNING]

@@ -32,10 +32,10 @@ CORE_NEVER = {"hpo", "optuna", "optuna_dashboard", "yaml", "ruamel", "rich", "ty
 LAYERS = (
     {"cli"},
     {"commands"},
-    {"refit", "predict", "report", "summary", "dashboard", "driver", "console"},
+    {"refit", "predict", "report", "summary", "dashboard", "driver", "console", "workers"},
     {"objective", "study", "bundle", "training"},
     {"record", "takeover", "lease", "slots", "versions"}
-    | {"pruner", "samplers", "search_space", "storage", "paths", "interrupts", "errors"},
+    | {"packing", "pruner", "samplers", "search_space", "storage", "paths", "interrupts", "errors"},
 )
 """The rooms of `hpo`, the highest layer first. A lower layer never imports an upper one; `core` lies below them all."""
 

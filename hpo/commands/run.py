@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from core.data import Splits, folds, on_device
+from core.errors import UserError
 from core.models import build_model, check_model_name
 from core.runtime import describe_device, isolated_rng, select_device
 from hpo.commands.common import open_dataset, say_data
@@ -16,11 +18,13 @@ from hpo.commands.scores import say_folds
 from hpo.console import StudyProgress, duration, say
 from hpo.driver import estimate_s, pending_references, run_references, run_study
 from hpo.interrupts import Interrupts
+from hpo.packing import at_once
 from hpo.pruner import rung_epochs
 from hpo.search_space import RungsPruner, SearchSpace, load_space
 from hpo.storage import mask
 from hpo.study import Study, open_study
 from hpo.summary import draw_overview, say_standing, standing
+from hpo.workers import Job, free_capacity, run_workers
 
 
 def run_command(
@@ -33,21 +37,25 @@ def run_command(
     assignments: list[str],
     seed: int | None,
     device_name: str | None,
+    per_device: str | None,
     take_over: str | None,
     skip_broken: bool,
     reclaim: bool,
 ) -> None:
     """Runs a study up to its total, or goes on to it."""
+    trials_at_once = _trials_at_once(per_device)
     space = load_space(space_name, assignments)
     device = select_device(device_name)
     for model in model_names(space):
         check_model_name(model)
     dataset = open_dataset(space.base.data, data, skip_broken=skip_broken)
-    splits = on_device(folds(dataset, space.base.data), device)
+    splits = folds(dataset, space.base.data)
     say_data(dataset, splits[0])
     say_folds(splits)
     _check_network(space, splits[0])
-    command = _command(space_name, trials, study_name, data, storage, assignments, seed, device_name, skip_broken)
+    command = _command(
+        space_name, trials, study_name, data, storage, assignments, seed, device_name, per_device, skip_broken
+    )
 
     with Interrupts() as interrupts:
         study = open_study(
@@ -69,15 +77,24 @@ def run_command(
             f"study {study.name}: {total} trials of {space.base.epochs} epochs, {done} done; sampler "
             f"{space.sampler.name}, pruner {_pruner(space)}; {describe_device(device)}"
         )
+        if trials_at_once is None:
+            trials_at_once = _measured_before(study, device)
         bars = StudyProgress(
             metric=space.metric, direction=space.direction, done=done, total=total, best=before.best_value
         )
         try:
             with interrupts.let_through():
-                _say_estimate(study, space, splits, trials=total - done, device=device)
+                _say_estimate(study, space, splits, trials=total - done, device=device, trials_at_once=trials_at_once)
             with bars as progress:
-                run_study(study, space, splits, device=device, listener=progress, interrupts=interrupts)
-                run_references(study, space, splits, device=device, listener=progress, interrupts=interrupts)
+                if trials_at_once != 1 and study.waiting():
+                    job = Job(
+                        space, study.name, study.storage_url, data, skip_broken, device=str(device), folder=Path.cwd()
+                    )
+                    _run_several(study, job, trials_at_once, progress, interrupts)
+                there = on_device(splits, device)
+                if trials_at_once == 1:
+                    run_study(study, space, there, device=device, listener=progress, interrupts=interrupts)
+                run_references(study, space, there, device=device, listener=progress, interrupts=interrupts)
         except KeyboardInterrupt:
             say(f"stopped: {study.counts().finished} of {total} trials are done and safe; go on with")
             say(f"  {command}")
@@ -88,6 +105,62 @@ def run_command(
     for number, host, since in study.held_elsewhere():
         say(f"trial {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}; if that is dead:")
         say(f"  {command} --reclaim")
+
+
+def _trials_at_once(per_device: str | None) -> int | None:
+    """What `--per-device` says; None for `auto`.
+
+    Raises:
+        UserError: it says neither a number nor `auto`.
+    """
+    if per_device == "auto":
+        return None
+    if per_device is None:
+        return 1
+    if not per_device.isdecimal() or not int(per_device):
+        raise UserError(f"--per-device {per_device}: give a whole number from 1 on, or auto")
+    return int(per_device)
+
+
+def _measured_before(study: Study, device: torch.device) -> int | None:
+    """How many trials at once an earlier run of the study found best on such a device, said; None where none did."""
+    known = study.packing(describe_device(device))
+    if known is None:
+        return None
+    number, why = known
+    say(f"as measured on this device before: {why}")
+    return number
+
+
+def _run_several(
+    study: Study, job: Job, trials_at_once: int | None, progress: StudyProgress, interrupts: Interrupts
+) -> None:
+    """Runs the trials that wait, several at once, each in a process of its own."""
+    device = torch.device(job.device)
+    name = describe_device(device)  # before the workers: who divides the CPU's threads does not rename it
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the estimate needed is the workers' now
+    capacity = free_capacity(device)
+    if trials_at_once is None:
+        sharing = "" if device.type == "cuda" else f", sharing the CPU's {_threads(capacity.threads)}"
+        say(f"the first trials find out how many at once train the most images a second{sharing}")
+    else:
+        threads = _threads(capacity.share(trials_at_once).threads)
+        say(f"{at_once(trials_at_once)}, each in a process with {threads}")
+    run_workers(
+        study,
+        job,
+        trials_at_once=trials_at_once,
+        capacity=capacity,
+        device_name=name,
+        lane=progress.lane,
+        interrupts=interrupts,
+    )
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'' if number == 1 else 's'}"
 
 
 def _check_network(space: SearchSpace, splits: Splits) -> None:
@@ -101,16 +174,23 @@ def _check_network(space: SearchSpace, splits: Splits) -> None:
 
 
 def _say_estimate(
-    study: Study, space: SearchSpace, splits: Sequence[Splits], *, trials: int, device: torch.device
+    study: Study,
+    space: SearchSpace,
+    splits: Sequence[Splits],
+    *,
+    trials: int,
+    device: torch.device,
+    trials_at_once: int | None,
 ) -> None:
-    """How long what is left will take on this device, from a few timed steps."""
+    """How long what is left will take on this device, from a few timed steps of one trial alone."""
     references = len(pending_references(study, space))
     if not trials and not references:
         return
-    in_full, pruned = estimate_s(space, splits, trials=trials, references=references, device=device)
+    in_full, pruned = estimate_s(space, on_device(splits, device), trials=trials, references=references, device=device)
     about = f"about {duration(pruned)}, {duration(in_full)} if nothing were pruned"
     beside = f", {references} recipe(s) beside the study included" if references else ""
-    say(f"this will take {about if pruned < in_full else f'up to {duration(in_full)}'}{beside}")
+    alone = "" if trials_at_once == 1 else ", were it one trial at a time"
+    say(f"this will take {about if pruned < in_full else f'up to {duration(in_full)}'}{beside}{alone}")
     say("Ctrl-C stops it, and the same command goes on")
 
 
@@ -141,6 +221,7 @@ def _command(
     assignments: list[str],
     seed: int | None,
     device: str | None,
+    per_device: str | None,
     skip_broken: bool,
 ) -> str:
     """The command line that goes on with the study, ready to copy; a password in it is masked."""
@@ -152,6 +233,7 @@ def _command(
         "--storage": storage and mask(storage),
         "--seed": seed,
         "--device": device,
+        "--per-device": per_device,
     }
     for option, value in options.items():
         words += [] if value is None else [option, str(value)]

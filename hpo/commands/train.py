@@ -12,6 +12,7 @@ from core.errors import UserError
 from core.models import weights_fingerprint
 from core.runtime import describe_device, select_device
 from hpo.commands.common import open_dataset, say_data
+from hpo.commands.profile import profile_training
 from hpo.commands.scores import METRIC_WORDS, say_folds, say_per_class, training_bars
 from hpo.console import duration, say
 from hpo.paths import TrainingPaths
@@ -28,8 +29,9 @@ def train_command(
     metric: str,
     device_name: str | None,
     skip_broken: bool,
+    profiled: bool,
 ) -> None:
-    """Trains a recipe and says how it scores on the validation images."""
+    """Trains a recipe and says how it scores on the validation images; `profiled`, and first where its time goes."""
     if metric not in metrics.METRICS:
         raise UserError(f"--metric {metric}: no such metric; give one of {', '.join(metrics.METRICS)}")
     recipe = load_recipe(recipe_name, assignments)
@@ -39,7 +41,6 @@ def train_command(
     splits = on_device(folds(dataset, config.data), device)
     say_data(dataset, splits[0])
     say_folds(splits)
-    say(f"training {recipe.name}: {config.epochs} epochs; {describe_device(device)}")
 
     # What early stopping and a plateau watch decides what comes out. Accuracy is what a folder without a word means.
     watched = None if metric == "accuracy" else metric
@@ -47,6 +48,9 @@ def train_command(
     weights = None if file is None else weights_fingerprint(file)
     identity = (config.model_dump_json(), dataset.fingerprint, watched, weights)
     paths = TrainingPaths.of(recipe.name, *filter(None, identity))
+    if profiled:
+        profile_training(config, splits[0], paths, name=recipe.name, device=device)
+    say(f"training {recipe.name}: {config.epochs} epochs; {describe_device(device)}")
     if paths.checkpoint().exists():
         say("going on from its checkpoint")
     with training_bars(recipe.name, epochs=config.epochs, metric=metric) as watch:

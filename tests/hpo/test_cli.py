@@ -16,9 +16,9 @@ HELP = {"--help", "-h"}
 SURFACE = {
     "run": {
         "space", "--trials", "--study", "--data", "--storage", "--set", "--seed", "--device", "--take-over",
-        "--skip-broken", "--reclaim",
+        "--skip-broken", "--reclaim", "--per-device",
     },
-    "train": {"recipe", "--data", "--set", "--metric", "--device", "--skip-broken"},
+    "train": {"recipe", "--data", "--set", "--metric", "--device", "--skip-broken", "--profile"},
     "refit": {"trial", "--study", "--storage", "--data", "--folds", "--device"},
     "predict": {"bundle", "images", "--output", "-o", "--probabilities", "--device", "--skip-broken"},
     "dashboard": {"study", "--storage", "--port", "--host"},
@@ -90,6 +90,8 @@ def hpo(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (["run", "digits", "--study", "a/b"], "a/b"),
         (["run", "digits", "--storage", "nonsense://x"], "nonsense"),
         (["run", "digits", "--data", "nowhere.zip"], "nowhere.zip"),
+        (["run", "digits", "--per-device", "0"], "--per-device 0"),
+        (["run", "digits", "--per-device", "many"], "--per-device many"),
         (["train", "digits_bas"], "did you mean"),
         (["train", "digits_base", "--metric", "f1"], "--metric f1"),
         (["train", "digits_base", "--set", "data.folds=1"], "data.folds"),
