@@ -81,10 +81,23 @@ def forbidden_waits(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
+    with _sync_debug_mode("error"):
+        yield
+
+
+@contextlib.contextmanager
+def allowed_waits() -> Iterator[None]:
+    """Lifts `forbidden_waits` inside of it, on CUDA."""
+    with _sync_debug_mode("default"):
+        yield
+
+
+@contextlib.contextmanager
+def _sync_debug_mode(mode: str) -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
     finally:
@@ -102,8 +115,13 @@ def autocasts(mode: str, device: torch.device) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device could not give what was asked for. The CPU's allocator says so in a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether a device could not give what was asked for.
+
+    The CPU's allocator says so in a plain RuntimeError, and so do CUDA and its libraries, which ask for memory of their
+    own beside torch's allocator.
+    """
+    said = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def free_memory(device: torch.device) -> int:

@@ -270,8 +270,9 @@ class _Attempt:
         if self.history:
             last = self.history[-1]
             attributes |= {"elapsed_s": round(last.elapsed_s, 3), "images_per_s": round(last.images_per_s, 1)}
-            if last.micro_batch is not None:
-                attributes["micro_batch"] = last.micro_batch
+            divided = [epoch.micro_batch for epoch in self.history if epoch.micro_batch is not None]
+            if divided:
+                attributes["micro_batch"] = min(divided)
         for name in ("raw", "averaged"):
             scores = [getattr(epoch, name) for epoch in self.last.values()]
             if scores and None not in scores:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import socket
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ logger = logging.getLogger(__name__)
 _RECORD = "hpo"  # study user attribute: what the study searches, for machines without its study.yaml
 _TOTAL = "trials"  # study user attribute: the total, for workers that join
 _COMMAND = "command"  # study user attribute: what the study was last run by
-_PACKING = "packing"  # study user attribute: device -> how many trials at once were found best there, and why
+_PACKING = "packing"  # study user attribute: host and device -> how many trials at once were best there, and why
 _ARTIFACT = "artifacts:"  # how Optuna begins the system attribute that an uploaded artifact is known by
 _NAME = re.compile(r"\w[\w.\-]{0,99}")
 
@@ -188,14 +189,14 @@ class Study:
             self.optuna.set_user_attr(_COMMAND, command)
 
     def packing(self, device: str) -> tuple[int, str] | None:
-        """How many trials at once were found best on a device of that name, and why; None where it was not measured."""
-        known = self._storage.get_study_user_attrs(self._id).get(_PACKING, {}).get(device)
+        """How many trials at once were found best on this host's device of that name, and why; None where none were."""
+        known = self._storage.get_study_user_attrs(self._id).get(_PACKING, {}).get(_on_this_host(device))
         return None if known is None else (int(known["trials"]), str(known["why"]))
 
     def remember_packing(self, device: str, trials: int, why: str) -> None:
-        """Keeps how many trials at once were found best on a device of that name."""
+        """Keeps how many trials at once were found best on this host's device of that name."""
         known = self._storage.get_study_user_attrs(self._id).get(_PACKING, {})
-        self.optuna.set_user_attr(_PACKING, {**known, device: {"trials": trials, "why": why}})
+        self.optuna.set_user_attr(_PACKING, {**known, _on_this_host(device): {"trials": trials, "why": why}})
 
     def check_data(self, dataset: Dataset) -> None:
         """Raises StudyError where these are not the images that the study was begun with."""
@@ -459,6 +460,11 @@ class Study:
             return self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         except UpdateFinishedTrialError:
             return False
+
+
+def _on_this_host(device: str) -> str:
+    """Hosts that share a storage may have devices of one name, and other cores and memory beside them."""
+    return f"{socket.gethostname()}: {device}"
 
 
 def _value(trial: FrozenTrial) -> float:

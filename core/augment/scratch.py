@@ -2,8 +2,7 @@
 
 Blocks of ten megabytes, let go and asked for again, are returned to the system and faulted in anew page by page: that
 took up to a third of an augmentation's time, now and then, as the heap happened to lie. On a GPU torch's allocator
-keeps
-what it has, and a captured graph has memory of its own, so there every block is a new one.
+keeps what it has, and a captured graph has memory of its own, so there every block is a new one.
 """
 
 from __future__ import annotations

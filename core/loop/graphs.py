@@ -14,6 +14,7 @@ follows is the step itself.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -22,11 +23,22 @@ import torch
 
 from core.errors import ConfigError
 from core.loop.step import Batch, Launch, StepShape, StepValues
-from core.runtime import forbidden_waits, is_out_of_memory
+from core.runtime import allowed_waits, forbidden_waits, is_out_of_memory
 
 # Steps of a shape that are launched kernel by kernel before one is captured. The second is watched for waits, which a
 # capture could not hold; in the first, a network may still make constants.
 WARM_UP_STEPS = 2
+# The step of a shape that is captured. A capture takes the host as long as some ten steps, so a shape that is seen a
+# few times only, such as the last batch of one size of images with one kind of mixing, is not worth one.
+CAPTURED_STEP = 8
+
+# What torch and CUDA say where a capture, or the watch before it, is at fault: "called a synchronizing CUDA operation",
+# "operation not permitted when stream is capturing", "cudaErrorStreamCapture…".
+_OF_CAPTURES = re.compile("synchroniz|captur", re.IGNORECASE)
+
+
+# Since torch 2.14 a capture finds its generators by itself, and registering one warns.
+GENERATORS_REGISTER_THEMSELVES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
 class Capture(Protocol):
@@ -49,11 +61,15 @@ class CudaCapture:
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        for generator in self._generators:
-            graph.register_generator_state(generator)
+        if not GENERATORS_REGISTER_THEMSELVES:
+            for generator in self._generators:
+                graph.register_generator_state(generator)
         # `thread_local`: another thread may be allocating pinned memory, or waiting for a copy.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        with (
+            allowed_waits(),  # a generator's first number in a capture waits for its stream, outside of the capture
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            ),
         ):
             function()
         graph.replay()
@@ -91,16 +107,17 @@ class CapturedSteps:
             replay()
             return
         self._seen[shape] += 1
-        if self._seen[shape] < WARM_UP_STEPS:
-            self._run(batch, shape, self._values)
-        elif self._seen[shape] == WARM_UP_STEPS:
+        if self._seen[shape] == WARM_UP_STEPS:
             with self._unless_captured("waits for the host"), forbidden_waits(self._device):
                 self._run(batch, shape, self._values)
+        elif self._seen[shape] < CAPTURED_STEP:
+            self._run(batch, shape, self._values)
         else:
             held = self._inputs.setdefault(len(batch), batch.like())
             torch._foreach_copy_(held.tensors, batch.tensors)
+            run, values = self._run, self._values
             with self._unless_captured("cannot be recorded"):
-                self._replays[shape] = self._capture.capture(lambda: self._run(held, shape, self._values))
+                self._replays[shape] = self._capture.capture(lambda: run(held, shape, values))
 
     def _fill(self, values: StepValues) -> None:
         """Sends the step's numbers to the device without a wait, which a copy from pinned memory is."""
@@ -110,13 +127,15 @@ class CapturedSteps:
 
     @contextlib.contextmanager
     def _unless_captured(self, why: str) -> Iterator[None]:
-        """Turns a failure to capture into a word on what to do; a lack of memory is one of its own."""
+        """Turns a failure to capture into a word on what to do; any other is one of its own."""
         try:
             yield
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            # Ending a capture that failed raises once more, and with less to say.
+            cause = error.__context__ or error
+            if is_out_of_memory(error) or is_out_of_memory(cause) or not _OF_CAPTURES.search(f"{error} {cause}"):
                 raise
-            reason = str(error).partition("\n")[0]
+            reason = str(cause).partition("\n")[0]
             raise ConfigError(
                 f"model.name {self._name}: its step {why}, so it is no CUDA graph ({reason}); "
                 "set precision.cuda_graphs to false"

@@ -62,6 +62,24 @@ def micro_batch_that_fits(
                 buffer.copy_(value)
 
 
+def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int) -> int:
+    """The largest number of images, halving from `batch_size`, that `try_batch` has memory for.
+
+    Raises:
+        torch.OutOfMemoryError: not even one image fits, or a plain RuntimeError on a CPU.
+    """
+    while True:
+        try:
+            try_batch(batch_size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or batch_size == 1:
+                raise
+        else:
+            return batch_size
+        _let_go()
+        batch_size //= 2
+
+
 def _out_of_memory(
     try_step: Callable[[int | None], None], size: int | None, model: nn.Module, moments: int
 ) -> BaseException | None:
@@ -78,6 +96,11 @@ def _out_of_memory(
         found = error.with_traceback(None)
     held.clear()
     model.zero_grad(set_to_none=True)
+    _let_go()
+    return found
+
+
+def _let_go() -> None:
+    """Gives back what torch's allocator keeps, so that the next attempt finds it in one piece."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
-    return found

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core import metrics
 from core.config import TrainConfig
 from core.data import Splits
-from core.loop.graphs import WARM_UP_STEPS, Capture, CapturedSteps, CudaCapture
+from core.loop.graphs import CAPTURED_STEP, Capture, CapturedSteps, CudaCapture
 from core.loop.run import EVALUATION_BATCH, Execution, Run
 from core.loop.step import Batch, Section, batch_sizes
 from core.runtime import autocasts, isolated_rng, own_stream, synchronize
@@ -276,7 +276,7 @@ def _capture_all(run: Run, steps: int, capture: Capture) -> None:
     run.one_step.launch = CapturedSteps(run.one_step.run, capture, run.device, run.config.model.name)
     if run.device.type == "cuda":
         torch.cuda.empty_cache()  # the memory of those graphs is of use to no others
-    for _ in range(WARM_UP_STEPS + 1):
+    for _ in range(CAPTURED_STEP):
         _walk(run, steps)
 
 
@@ -441,6 +441,8 @@ class DeviceStopwatch(Stopwatch):
         return taken
 
     def read(self, spans: list[Span]) -> None:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.current_stream().synchronize()
         if spans:
             spans[-1].end.synchronize()  # the last of the stream's
         for span in spans:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
 from core.feed import open_feed
 from core.loop.graphs import Capture, CapturedSteps, CudaCapture
-from core.loop.memory import micro_batch_that_fits
+from core.loop.memory import batch_that_fits, micro_batch_that_fits
 from core.loop.results import EpochMetrics, TrainResult
 from core.loop.step import Batch, TrainStep, batch_sizes
 from core.losses import Criterion
@@ -41,6 +41,7 @@ from core.runtime import (
     autocast,
     autocasts,
     derive_seed,
+    free_memory,
     isolated_rng,
     make_generator,
     normalize,
@@ -60,7 +61,8 @@ CHECKPOINT_EVERY_S = 20.0
 
 @dataclass(frozen=True)
 class Execution:
-    """How a training is run: nothing here changes what it computes, but for the order of sums."""
+    """How a training is run. It computes the same, but for the order of sums, and for what batch norm sees where a
+    probe divides batches."""
 
     streamed: bool | None = None
     """Whether images are sent to the device batch by batch; None: where they do not lie there."""
@@ -104,8 +106,7 @@ def train(
         DivergedError: a loss of an epoch, in training or validation, is not finite.
         CheckpointError: the checkpoint is torn, or of another configuration.
     """
-    with isolated_rng(device), own_stream(device):
-        run = Run(config, splits, device, metric, execution)
+    with isolated_rng(device), own_stream(device), Run(config, splits, device, metric, execution) as run:
         if resume_from is not None and resume_from.exists():
             run.load(load_checkpoint(resume_from, device), resume_from)
             if on_resume is not None:
@@ -127,10 +128,10 @@ def train(
 def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.device, steps: int = 3) -> float:
     """How long one epoch of training and validation takes on this device, from a few timed steps.
 
-    They are launched kernel by kernel, also where a training would replay them as graphs and be faster.
+    They are launched kernel by kernel, and not compiled, also where a training would be faster by that.
     """
-    with isolated_rng(device), own_stream(device):
-        run = Run(config, splits, device)
+    plain = config.override({"precision.compile": False, "precision.cuda_graphs": False})
+    with isolated_rng(device), own_stream(device), Run(plain, splits, device) as run:
         # The run's last steps: its images are whole and no layer waits any more.
         run.step_count = max(0, run.total_steps - steps - 2)
         sizes: list[int] = []
@@ -188,11 +189,13 @@ class Run:
         self.prepare = partial(normalize, mean=splits.mean, std=splits.std)
         self.autocast = partial(autocast, config.precision.autocast, device)
         self.generator = torch.Generator(device)
+        self.evaluation_batch = EVALUATION_BATCH
+        self._graphs_fit = True
         self._captures = config.precision.cuda_graphs and (execution.capture is not None or device.type == "cuda")
         self.one_step = self._build_step()
         if execution.probe or (execution.probe is None and device.type == "cuda"):
             self._fit_memory()
-        if self._captures and self.optimizer.capturable:
+        if self._captures and self.optimizer.capturable and self._graphs_fit:
             capture = execution.capture or CudaCapture([self.generator])
             self.one_step.launch = CapturedSteps(self.one_step.run, capture, device, config.model.name)
         self.step_count = 0
@@ -203,11 +206,23 @@ class Run:
         self.last_logits: Tensor | None = None  # of the last epoch's average, or of its weights where there is none
         self._check_sizes(channels, (height, width))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets go of the graphs, which the run refers to and which refer to it.
+
+        Left to the collector, their memory would be missing to the next training's probe.
+        """
+        self.one_step.launch = None
+
     def _build_step(self) -> TrainStep:
         config, device = self.config, self.device
         head = head_parameters(self.model) if needs_head(config.optim) else ()
         self.optimizer = build_optimizer(config, self.model, self.total_steps, head, capturable=self._captures)
         self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
+        if config.precision.compile:
+            logger.info("compiling the network, which takes a minute or so where it was not compiled before")
         seen_in = torch.bfloat16 if autocasts(config.precision.autocast, device) else torch.float32
         return TrainStep(
             config,
@@ -232,8 +247,22 @@ class Run:
             self.one_step.try_memory(self.feed.take(rows), self.splits.labels[rows])
 
         self.model.train()
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        held = torch.cuda.memory_allocated(self.device) if cuda else 0
         self.one_step.micro_batch = micro_batch_that_fits(
             try_step, self.model, batch_size=largest, moments=self.optimizer.moments
+        )
+        if cuda:
+            # What a graph holds, nothing else can use: steps of other shapes, and evaluation, need as much beside it.
+            needed = torch.cuda.max_memory_allocated(self.device) - held
+            self._graphs_fit = self.one_step.micro_batch is None and free_memory(self.device) >= 2 * needed
+            if self._captures and not self._graphs_fit:
+                logger.info("a step takes %.1f GB, more than half of what is free: it is no CUDA graph", needed / 1e9)
+        self.evaluation_batch = batch_that_fits(
+            lambda size: self.logits(self.model, rows[torch.arange(size, device=self.device) % len(rows)]),
+            batch_size=EVALUATION_BATCH,
         )
         if self.one_step.micro_batch is not None:
             logger.info(
@@ -327,17 +356,12 @@ class Run:
 
     def logits(self, model: nn.Module, rows: Tensor) -> Tensor:
         """(M, K) float32 of the images at these rows, which are never augmented."""
-        chunks = torch.split(rows, self._evaluation_batch())
+        chunks = torch.split(rows, self.evaluation_batch)
         outputs = [
             predict_logits(model, images, prepare=self.prepare, batch_size=len(images), autocast=self.autocast)
             for images in self.feed.batches(chunks)
         ]
         return torch.cat(outputs)
-
-    def _evaluation_batch(self) -> int:
-        """Images of a pass without gradients; fewer where a training's own did not fit."""
-        micro_batch = self.one_step.micro_batch
-        return EVALUATION_BATCH if micro_batch is None else min(EVALUATION_BATCH, micro_batch)
 
     def _judge(self, *, final: bool) -> tuple[Scores | None, Scores | None]:
         """The validation scores of the weights and of their average, where there are such."""
@@ -370,7 +394,7 @@ class Run:
         """Shows the average the training images, shuffled: sorted by class, a batch's variance would be too small."""
         generator = make_generator(self.device, self.config.seed, "recalibrate")
         order = torch.randperm(len(self.splits.train), generator=generator, device=self.device)
-        rows = torch.split(self.splits.train[order], batch_sizes(len(order), self._evaluation_batch()))
+        rows = torch.split(self.splits.train[order], batch_sizes(len(order), self.evaluation_batch))
         with self.autocast():
             recalibrate(average, map(self.prepare, self.feed.batches(rows)))
 

@@ -119,8 +119,8 @@ class TrainStep:
         """The images of one pass through the network; None: the whole batch."""
         self.loss_sum = torch.zeros((), device=generator.device)
         """The losses of the images since it was last set to zero."""
-        self.launch: Launch = self.run
-        """How the device's half is run: as it is, or captured."""
+        self.launch: Launch | None = None
+        """How the device's half is run; None: as it is."""
         self.section: Callable[[Section], AbstractContextManager[object]] = lambda _: contextlib.nullcontext()
         """What each part of the step runs in: a stopwatch, where the time is taken."""
 
@@ -149,7 +149,7 @@ class TrainStep:
             0.0 if mix is None else mix.keep,
             (0, 0, 0, 0) if mix is None or mix.box is None else mix.box,
         )
-        self.launch(batch, shape, values)
+        (self.launch or self.run)(batch, shape, values)
         self.optimizer.end_step(factor)
         if self.averaging is not None:
             self.averaging.end_update()

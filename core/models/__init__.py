@@ -9,13 +9,15 @@ and the optimizers', and twice as much without them.
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from core.config import ModelConfig
-from core.errors import ConfigError
+from core.errors import ConfigError, UserError
 from core.runtime import is_out_of_memory
 
 
@@ -103,13 +105,35 @@ def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Te
         model.train(training)
 
 
-def compiled(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Tensor], torch.Tensor]:
     """The network compiled by torch.compile, which shares its weights: for training steps on batches of few shapes.
 
-    What is compiled is kept in torch's cache on disk, by the architecture and the shapes, so the next network of the
-    same architecture, in this process or another, is only traced anew.
+    What is compiled is kept in torch's cache on disk, by the architecture and the shapes, and in the process for the
+    next network of the same architecture.
+
+    Raises:
+        UserError: the network lies on the CPU, and there is no compiler.
     """
-    return torch.compile(model, dynamic=False)
+    global _architecture
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if (
+        backend == "inductor"
+        and on_cpu
+        and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+    ):
+        raise UserError("precision.compile: on a CPU torch.compile needs a C++ compiler; install g++, or leave it off")
+    # All networks share the code that torch keeps its compilations of, at most 8, and it would run the rest uncompiled.
+    # A run has up to 16 shapes: eight sizes through which images grow, and two batches of each.
+    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if str(model) != _architecture:
+        torch.compiler.reset()
+        _architecture = str(model)
+    return torch.compile(model, dynamic=False, backend=backend)
+
+
+_architecture = ""
+"""Of the network that was compiled last."""
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from core.config import DataConfig
 from core.data import Dataset, Splits, load_dataset
+from core.errors import UserError
+from core.runtime import is_out_of_memory
 from hpo.console import say
 from hpo.paths import cache_root, data_root
 
@@ -13,6 +17,20 @@ from hpo.paths import cache_root, data_root
 def open_dataset(config: DataConfig, data: Path | None, *, skip_broken: bool) -> Dataset:
     """The data set that the configuration names, or the images at `data` in its place."""
     return load_dataset(config, data_path=data, data_root=data_root(), cache_dir=cache_root(), skip_broken=skip_broken)
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Turns a lack of memory, in a training that no study is there to go on without, into a line on what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory: not even a small part of a batch fits the device; lower model.width or data.image_size, "
+            "or give another --device"
+        ) from error
 
 
 def say_data(dataset: Dataset, splits: Splits) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,9 @@ from hpo.search_space import RungsPruner, SearchSpace, load_space
 from hpo.storage import mask
 from hpo.study import Study, open_study
 from hpo.summary import draw_overview, say_standing, standing
-from hpo.workers import Job, free_capacity, run_workers
+from hpo.workers import Job, free_capacity, not_found_out, run_workers
+
+logger = logging.getLogger(__name__)
 
 
 def run_command(
@@ -78,7 +81,7 @@ def run_command(
             f"{space.sampler.name}, pruner {_pruner(space)}; {describe_device(device)}"
         )
         if trials_at_once is None:
-            trials_at_once = _measured_before(study, device)
+            trials_at_once = _known_best(study, space, device)
         bars = StudyProgress(
             metric=space.metric, direction=space.direction, done=done, total=total, best=before.best_value
         )
@@ -90,11 +93,12 @@ def run_command(
                     job = Job(
                         space, study.name, study.storage_url, data, skip_broken, device=str(device), folder=Path.cwd()
                     )
-                    _run_several(study, job, trials_at_once, progress, interrupts)
-                there = on_device(splits, device)
-                if trials_at_once == 1:
-                    run_study(study, space, there, device=device, listener=progress, interrupts=interrupts)
-                run_references(study, space, there, device=device, listener=progress, interrupts=interrupts)
+                    _run_several(study, job, trials_at_once, progress, interrupts, asked=str(per_device))
+                if trials_at_once == 1 or pending_references(study, space):
+                    there = on_device(splits, device)
+                    if trials_at_once == 1:
+                        run_study(study, space, there, device=device, listener=progress, interrupts=interrupts)
+                    run_references(study, space, there, device=device, listener=progress, interrupts=interrupts)
         except KeyboardInterrupt:
             say(f"stopped: {study.counts().finished} of {total} trials are done and safe; go on with")
             say(f"  {command}")
@@ -122,26 +126,46 @@ def _trials_at_once(per_device: str | None) -> int | None:
     return int(per_device)
 
 
-def _measured_before(study: Study, device: torch.device) -> int | None:
-    """How many trials at once an earlier run of the study found best on such a device, said; None where none did."""
+def _known_best(study: Study, space: SearchSpace, device: torch.device) -> int | None:
+    """How many trials at once `auto` means before anything is measured, said; None where it is to be measured.
+
+    What an earlier run of the study found best on this device counts as far as the device still has room for it.
+    """
+    if space.base.epochs == 1:  # a training's first epoch pays for start-up, so that none of these could be timed
+        say(not_found_out("an epoch can only be timed after another one, and the trials have one", 1))
+        return 1
     known = study.packing(describe_device(device))
     if known is None:
         return None
     number, why = known
     say(f"as measured on this device before: {why}")
-    return number
+    capacity = free_capacity(device)
+    most = min(number, capacity.most, capacity.limit().trials or number)
+    if most < number:
+        say(f"--per-device auto: there is less room now; going on with {most}")
+    return most
 
 
 def _run_several(
-    study: Study, job: Job, trials_at_once: int | None, progress: StudyProgress, interrupts: Interrupts
+    study: Study,
+    job: Job,
+    trials_at_once: int | None,
+    progress: StudyProgress,
+    interrupts: Interrupts,
+    *,
+    asked: str,
 ) -> None:
-    """Runs the trials that wait, several at once, each in a process of its own."""
+    """Runs the trials that wait, several at once, each in a process of its own; `asked` is what `--per-device` was."""
     device = torch.device(job.device)
     name = describe_device(device)  # before the workers: who divides the CPU's threads does not rename it
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the estimate needed is the workers' now
     capacity = free_capacity(device)
+    capacity.check(trials_at_once or 1, asked=asked)
+    limit = capacity.limit()
+    if trials_at_once and limit.trials and trials_at_once > limit.trials:
+        logger.warning("--per-device %s: %s, and more trials at once only wait for each other", asked, limit.why)
     if trials_at_once is None:
         sharing = "" if device.type == "cuda" else f", sharing the CPU's {_threads(capacity.threads)}"
         say(f"the first trials find out how many at once train the most images a second{sharing}")

@@ -11,7 +11,7 @@ from core.data import folds, on_device
 from core.errors import UserError
 from core.models import weights_fingerprint
 from core.runtime import describe_device, select_device
-from hpo.commands.common import open_dataset, say_data
+from hpo.commands.common import memory_told, open_dataset, say_data
 from hpo.commands.profile import profile_training
 from hpo.commands.scores import METRIC_WORDS, say_folds, say_per_class, training_bars
 from hpo.console import duration, say
@@ -53,7 +53,7 @@ def train_command(
     say(f"training {recipe.name}: {config.epochs} epochs; {describe_device(device)}")
     if paths.checkpoint().exists():
         say("going on from its checkpoint")
-    with training_bars(recipe.name, epochs=config.epochs, metric=metric) as watch:
+    with memory_told(), training_bars(recipe.name, epochs=config.epochs, metric=metric) as watch:
         try:
             recorded = train_recorded(config, splits, paths, metric=metric, device=device, watch=watch)
         except KeyboardInterrupt:

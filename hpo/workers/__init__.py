@@ -7,8 +7,9 @@ out and the total stays exact. What a worker has to tell goes to the parent over
 share has a lock, which a killed worker would take with it.
 """
 
-from hpo.workers.capacity import Capacity, free_capacity
+from hpo.workers.capacity import free_capacity
 from hpo.workers.messages import Job
-from hpo.workers.pool import Lane, run_workers
+from hpo.workers.pool import run_workers
+from hpo.workers.tuning import not_found_out
 
-__all__ = ["Capacity", "Job", "Lane", "free_capacity", "run_workers"]
+__all__ = ["Job", "free_capacity", "not_found_out", "run_workers"]

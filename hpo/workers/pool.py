@@ -73,8 +73,8 @@ def run_workers(
 
     Args:
         study: with its slots queued.
-        trials_at_once: the number of workers; None finds out in the first trials which number is best, and remembers
-            it in the study.
+        trials_at_once: the number of workers, which `capacity.check` lets pass; None finds out in the first trials
+            which number is best, and remembers it in the study.
         capacity: what the device has free.
         device_name: names the device where the best number is remembered.
         lane: makes one more place for a worker to be shown in.
@@ -82,7 +82,6 @@ def run_workers(
     Raises:
         KeyboardInterrupt: a person's Ctrl-C, or SIGTERM; the running trials are back in the queue.
         StudyError: a worker met something that a person has to mend, or no worker lives for long.
-        UserError: the device is too small for so many.
         RuntimeError: a fault of ours in a worker, with its traceback; the running trials are back in the queue.
     """
     pool = _Pool(study, job, capacity, lane, interrupts)
@@ -159,7 +158,8 @@ class _Pool:
                     self._hear(number, place)
             if self._tuning is not None and (chosen := self._tuning.pop_choice()) is not None:
                 logger.info("%s", chosen.why)
-                self._study.remember_packing(device_name, chosen.trials, chosen.why)
+                if chosen.measured:
+                    self._study.remember_packing(device_name, chosen.trials, chosen.why)
 
     # What the tuning asks for
 

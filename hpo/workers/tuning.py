@@ -1,8 +1,12 @@
 """Finds the best number of trials at once while the first trials run: `hpo.packing` decides, the workers measure.
 
 The new workers of each step load first, which disturbs the others, and wait. Then a window of the old trials alone,
-then the new ones begin, then a window of all. On a CPU the threads are divided anew with every step, between two epochs
-of a trial, so that those first trials cannot be repeated bit by bit, as with a fixed number all of them can.
+then the new ones begin, then a window of all.
+
+On a CPU the threads are divided anew with every step, between two epochs of a trial, so that those first trainings
+cannot be repeated bit by bit. With a fixed number each training can, given its configuration; the study as a whole
+cannot with more than one at once, since the rungs' verdicts and the sampler's later suggestions depend on who ends
+first.
 """
 
 from __future__ import annotations
@@ -40,17 +44,25 @@ class Workers(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """The best number of trials at once."""
+    """The number of trials at once to go on with."""
 
     trials: int
     why: str
+    """In one line."""
+    measured: bool = True
+    """Whether it is the best; False where the measuring ended before that was known."""
+
+
+def not_found_out(why: str, number: int) -> str:
+    """That the best number is not known, in one line."""
+    return f"--per-device auto: not found out, {why}; going on with {number}"
 
 
 class Tuning:
     """Asks for more workers as long as that is worth it, and retires those that are too many.
 
-    A study whose trials run out, or a worker that dies, ends the measuring: what was found best so far stays, and is
-    not remembered.
+    A study whose trials run out, or a worker that dies, ends the measuring: what was found best so far stays, as a
+    choice that is not `measured`.
     """
 
     def __init__(self, workers: Workers, limit: Limit) -> None:
@@ -59,6 +71,8 @@ class Tuning:
         self._running = 0
         """Workers that train now, from place 0 on, while it measures."""
         self._loading: set[int] = set()
+        self._retired: set[int] = set()
+        """Those that the memory turned out not to hold, until they are over."""
         self._window: Window | None = None
         self._before: Reading | None = None
         """The window of the old trials alone, while that of all is open."""
@@ -109,8 +123,11 @@ class Tuning:
     def ended(self, number: int) -> None:
         """A worker is over: it has retired, has found no trial to claim, or has died."""
         self._loading.discard(number)
-        if self._measuring:
-            self._settle()
+        if number in self._retired:
+            self._retired.discard(number)  # it has trained nothing, so that nothing is measured less
+        elif self._measuring:
+            rest = self._workers.waiting()
+            self._give_up(f"worker {number + 1} ended while it was measured" if rest else "the trials ran out")
         elif all(place < self.number for place in self._workers.living):
             self._workers.share_among(self.number)
 
@@ -128,7 +145,7 @@ class Tuning:
         if number is None:
             self._conclude()
         elif self._workers.waiting() < number - self._running:
-            self._settle()
+            self._give_up(f"too few trials are left to try {number} at once")
         else:
             self._open_up_to(number)
 
@@ -142,6 +159,7 @@ class Tuning:
             return
         for place in sorted(self._workers.living):
             if place >= number:
+                self._retired.add(place)
                 self._workers.retire(place)
         self._before = reading
         self._workers.share_among(number)
@@ -159,6 +177,11 @@ class Tuning:
     def _conclude(self) -> None:
         """The best number is found."""
         self._choice = Choice(self._packing.best, self._packing.said())
+        self._settle()
+
+    def _give_up(self, why: str) -> None:
+        """The best number cannot be found any more."""
+        self._choice = Choice(self.number, not_found_out(why, self.number), measured=False)
         self._settle()
 
     def _settle(self) -> None:

@@ -13,7 +13,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from core.augment import MixPlan, alternating_flips, apply_mix, photometry, pipeline
 from core.config import AugmentConfig
-from core.runtime import normalize
+from core.loop.graphs import GENERATORS_REGISTER_THEMSELVES
+from core.runtime import forbidden_waits, normalize
 from tests.core.augment_cases import (
     EVERY_OPTION,
     EVERYTHING,
@@ -363,11 +364,8 @@ def test_cuda_never_waits(cuda: torch.device, fields: dict[str, Any]) -> None:
             apply_mix(out, labels, 5, plan, rng)
 
     step()  # loads kernels, which may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with forbidden_waits(cuda):
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -391,7 +389,8 @@ def test_a_captured_graph_replays_what_eager_steps_do_to_the_bit(
         step()  # what is allocated and loaded once
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(rng)
+    if not GENERATORS_REGISTER_THEMSELVES:
+        graph.register_generator_state(rng)
     with torch.cuda.graph(graph):
         captured = step()
 

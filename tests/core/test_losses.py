@@ -14,6 +14,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from core.config import LossConfig
 from core.losses import Criterion, class_weights, smoothing_at
+from core.runtime import forbidden_waits
 
 # A long tail, with a class that has no training images.
 COUNTS = torch.tensor([500, 300, 200, 100, 60, 40, 20, 10, 5, 0])
@@ -409,8 +410,5 @@ class TestEveryCombination:
         logits, labels, targets = logits.cuda().requires_grad_(), labels.cuda(), targets.cuda()
         stage = loss.stage(0.5)
         gradient(loss(logits, labels, stage) + loss.mixed(logits, targets, stage), logits)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with forbidden_waits(torch.device("cuda")):
             gradient(loss(logits, labels, stage) + loss.mixed(logits, targets, stage), logits)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

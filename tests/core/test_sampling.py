@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import WeightedRandomSampler
 
 from core.config import SamplingConfig
+from core.runtime import forbidden_waits
 from core.sampling import epoch_length, epoch_order, repeats
 
 LABELS = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
@@ -193,12 +194,9 @@ class TestEveryOrder:
         generator = torch.Generator("cuda").manual_seed(0)
         length = epoch_length(labels, config)
         repeats(epoch_order(labels, config, generator, length))
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with forbidden_waits(torch.device("cuda")):
             positions = epoch_order(labels, config, generator, length)
             again = repeats(positions)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert positions.device == again.device == labels.device
         assert positions.shape == again.shape == (length,)
 

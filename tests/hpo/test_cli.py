@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from hpo import cli
@@ -152,3 +153,14 @@ def test_the_committed_schema_is_what_the_command_writes(tmp_path: Path, monkeyp
     assert hpo("space", "schema", "-o", str(tmp_path / "schema.json"), monkeypatch=monkeypatch) == 0
     committed = Path(cli.__file__).resolve().parents[1] / "search_spaces" / "schema.json"
     assert (tmp_path / "schema.json").read_text() == committed.read_text()
+
+
+def test_a_training_that_no_memory_is_enough_for_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train_recorded(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("hpo.commands.train.train_recorded", train_recorded)
+    assert hpo("train", "digits_base", monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err.startswith("hpo: out of memory: not even a small part of a batch fits the device")

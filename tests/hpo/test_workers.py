@@ -24,10 +24,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from sklearn.datasets import load_digits
 
+import hpo.commands.run
 import hpo.workers.pool
 from core.config import TrainConfig
 from core.data import load_dataset
 from core.errors import UserError
+from core.runtime import describe_device
 from hpo import cli
 from hpo.console import StudyProgress
 from hpo.driver import KEPT_MODELS
@@ -38,8 +40,8 @@ from hpo.packing import Limit
 from hpo.paths import StudyPaths
 from hpo.search_space import load_space
 from hpo.study import Study, open_study
-from hpo.workers import Capacity, Job, free_capacity, run_workers
-from hpo.workers.capacity import CONTEXT_BYTES, occupy, peak_memory_bytes
+from hpo.workers import Job, free_capacity, run_workers
+from hpo.workers.capacity import CONTEXT_BYTES, WORKER_BYTES, Capacity, occupy, peak_memory_bytes
 from hpo.workers.messages import Share, without_networks
 from hpo.workers.tuning import Choice, Tuning
 from hpo.workers.worker import work
@@ -429,8 +431,34 @@ def test_the_shares_of_a_gpu_and_what_each_process_needs_besides_fit_what_is_fre
         assert fraction is not None
         needed = trials * (fraction * 80 * 2**30 + CONTEXT_BYTES)
         assert needed == pytest.approx(70 * 2**30)
-    with pytest.raises(UserError, match=r"^--per-device 200: so many do not fit the GPU's memory; give at most 59$"):
-        gpu.share(200)
+        gpu.check(trials, asked=str(trials))
+
+
+@pytest.mark.parametrize(
+    ("free", "gpu", "trials", "asked", "said"),
+    [
+        (70 * 2**30, 80 * 2**30, 200, "200", "200 processes do not fit the 75.2 GB of free GPU memory; give at most "
+         "59"),
+        (700 * 2**20, 80 * 2**30, 2, "2", "2 processes do not fit the 0.7 GB of free GPU memory; give at most 1"),
+        (500 * 2**20, 80 * 2**30, 1, "auto", "not even one process fits what the GPU has free, 0.5 GB; end what else "
+         "holds its memory, or give another --device"),
+        (8 * WORKER_BYTES, None, 9, "9", "9 processes do not fit the 7.2 GB of free memory, at about 0.9 GB each; "
+         "give at most 8"),
+        (WORKER_BYTES // 2, None, 2, "2", "2 processes do not fit the 0.5 GB of free memory, at about 0.9 GB each; "
+         "give at most 1"),
+    ],
+)  # fmt: skip
+def test_more_processes_than_the_memory_holds_are_refused_in_one_line(
+    free: int, gpu: int | None, trials: int, asked: str, said: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        Capacity(threads=8, cores=8, memory_bytes=free, gpu_bytes=gpu).check(trials, asked=asked)
+    assert str(refused.value) == f"--per-device {asked}: {said}"
+
+
+def test_what_fits_is_not_refused_nor_is_one_alone_on_a_cpu() -> None:
+    Capacity(threads=8, cores=8, memory_bytes=8 * WORKER_BYTES, gpu_bytes=None).check(8, asked="8")
+    Capacity(threads=8, cores=8, memory_bytes=1, gpu_bytes=None).check(1, asked="auto")
 
 
 def test_what_the_cpu_has_free_and_what_a_process_needs_are_measured() -> None:
@@ -439,6 +467,14 @@ def test_what_the_cpu_has_free_and_what_a_process_needs_are_measured() -> None:
     assert 50 * 2**20 < needed < 50 * 2**30
     assert 0 < free.memory_bytes < 2**50
     assert free.limit().trials == free.cores >= 1
+
+
+def test_a_workers_peak_is_its_own_and_not_its_parents() -> None:
+    held = np.ones(2**26)  # 512 MiB, touched
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        childs = pool.apply(peak_memory_bytes, (CPU,))
+    assert childs < peak_memory_bytes(CPU) - held.nbytes // 2
 
 
 # The best number
@@ -562,15 +598,16 @@ def test_the_memory_and_the_cores_bound_how_many_are_even_begun() -> None:
     assert (choice := workers.live()) == Choice(1, "1 trial at once: the CPU has 1 core")
 
 
-def test_a_study_that_ends_before_the_measuring_is_over_just_ends() -> None:
+def test_a_study_that_ends_before_the_measuring_is_over_says_so() -> None:
     workers = Workers(lambda n: n, queued=1)
     tuning = workers.tune()
     assert workers.living == {0}
-    assert workers.live() is None
+    why = "--per-device auto: not found out, too few trials are left to try 2 at once; going on with 1"
+    assert workers.live() == Choice(1, why, measured=False)
     assert tuning.number == 1
 
 
-def test_a_worker_that_ends_while_it_is_measured_leaves_the_best_so_far_and_no_choice() -> None:
+def test_a_worker_that_ends_while_it_is_measured_leaves_the_best_so_far() -> None:
     workers = Workers(lambda n: n)
     tuning = workers.tune()
     while len(workers.living) < 4:
@@ -580,7 +617,61 @@ def test_a_worker_that_ends_while_it_is_measured_leaves_the_best_so_far_and_no_c
     assert tuning.number == 2
     assert ("retire", 2) in workers.told
     assert ("retire", 3) in workers.told
-    assert workers.live() is None
+    why = "--per-device auto: not found out, worker 1 ended while it was measured; going on with 2"
+    assert workers.live() == Choice(2, why, measured=False)
+
+
+def test_a_worker_that_the_memory_turns_out_not_to_hold_ends_and_the_measuring_goes_on() -> None:
+    workers = Workers(lambda n: n)
+    tuning = workers.tune(Limit(1000))
+    while len(workers.living) < 4:
+        workers.all_ready()
+        workers.epoch()
+    workers.memory_bytes = 250  # 3 with a margin; 4 are loaded
+    workers.all_ready()
+    while ("retire", 3) not in workers.told:
+        workers.epoch()
+    workers.end(3)
+    assert (choice := workers.live()) is not None
+    assert choice.measured
+    assert (choice.trials, tuning.number) == (3, 3)
+    assert workers.living == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("cores", "number"), [(8, 4), (2, 2)])
+def test_a_remembered_number_counts_on_its_host_alone_and_as_far_as_there_is_room(
+    cores: int, number: int, space_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, job = own_study(space_file, 1)
+    room = Capacity(threads=1, cores=cores, memory_bytes=100 * WORKER_BYTES, gpu_bytes=None)
+    monkeypatch.setattr(hpo.commands.run, "free_capacity", lambda device: room)
+    study.remember_packing(describe_device(CPU), 4, "4 trials at once: because")
+    assert hpo.commands.run._known_best(study, job.space, CPU) == number
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    assert hpo.commands.run._known_best(study, job.space, CPU) is None
+
+
+def test_auto_with_one_epoch_says_that_it_cannot_measure_and_starts_no_worker(
+    tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hpo.workers.pool, "work", None)
+    assert hpo_run(monkeypatch, space_file, "--set", "epochs=1", "--trials", "2", "--per-device", "auto") == 0
+    assert "--per-device auto: not found out, an epoch can only be timed after another one" in capsys.readouterr().out
+    assert {trial.user_attrs["lease"]["pid"] for trial in trials_of(tmp_path / "studies/own")} == {os.getpid()}
+
+
+def test_more_trials_than_cores_are_warned_of(
+    space_file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    room = Capacity(threads=1, cores=1, memory_bytes=100 * WORKER_BYTES, gpu_bytes=None)
+    monkeypatch.setattr(hpo.commands.run, "free_capacity", lambda device: room)
+    monkeypatch.setattr(hpo.commands.run, "run_workers", lambda *arguments, **options: None)
+    study, job = own_study(space_file, 2)
+    bars = StudyProgress(metric=study.metric, direction=study.direction, done=0, total=2, best=None)
+    with Interrupts() as interrupts:
+        hpo.commands.run._run_several(study, job, 2, bars, interrupts, asked="2")
+    [warning] = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning == "--per-device 2: the CPU has 1 core, and more trials at once only wait for each other"
 
 
 def test_the_first_one_begins_though_the_one_that_was_to_join_it_died_loading() -> None:
