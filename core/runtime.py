@@ -200,6 +200,18 @@ def make_generator(device: torch.device, *parts: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(derive_seed(*parts))
 
 
+def seed_global(device: torch.device, *parts: int | str) -> None:
+    """Seeds torch's global generators of the CPU and of the device by `derive_seed(*parts)`.
+
+    torch.manual_seed seeds every kind of device that torch knows, which takes a millisecond.
+    """
+    seed = derive_seed(*parts)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 @contextlib.contextmanager
 def isolated_rng(device: torch.device) -> Iterator[None]:
     """Lets a training seed torch's global generators, which initialisation and dropout use, and restores them."""

@@ -46,6 +46,7 @@ from core.runtime import (
     make_generator,
     normalize,
     own_stream,
+    seed_global,
     synchronize,
 )
 from core.sampling import epoch_length, epoch_order, repeats
@@ -177,7 +178,7 @@ class Run:
         self.maximize = metrics.METRICS[metric] == "maximize"
         self.splits = splits.on(device)
         self.feed = open_feed(splits.images, device, streamed=execution.streamed)
-        torch.manual_seed(derive_seed(config.seed, "init"))
+        seed_global(device, config.seed, "init")
         self.num_classes = len(splits.classes)
         _, channels, height, width = splits.images.shape
         self.model = build_model(
@@ -331,7 +332,7 @@ class Run:
         """The epoch's batches. Seeds all that the epoch draws."""
         self.generator.manual_seed(derive_seed(self.config.seed, "epoch", epoch))
         self.host_generator = make_generator(torch.device("cpu"), self.config.seed, "mix", epoch)
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch))
+        seed_global(self.device, self.config.seed, "dropout", epoch)
         order = epoch_order(self.train_labels, self.config.sampling, self.generator, self.visits)
         sizes = batch_sizes(self.visits, self.config.batch_size)
         rows = torch.split(self.splits.train[order], sizes)

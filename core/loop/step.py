@@ -189,13 +189,16 @@ class TrainStep:
 
         Mixing, class weights and the loss are the whole batch's either way. Batch norm is not: it sees a micro-batch.
         """
-        sizes = [len(images)] if self.micro_batch is None else batch_sizes(len(images), self.micro_batch)
-        for part, its_targets in zip(torch.split(images, sizes), torch.split(targets, sizes), strict=True):
+        parts = [(images, targets)]
+        if self.micro_batch is not None:
+            sizes = batch_sizes(len(images), self.micro_batch)
+            parts = list(zip(torch.split(images, sizes), torch.split(targets, sizes), strict=True))
+        for part, its_targets in parts:
             with self.section("forward"):
                 with self.autocast():
                     logits = self.network(part)
                 loss = (self.criterion if targets.ndim == 1 else self.criterion.mixed)(logits, its_targets, stage)
-                if len(sizes) > 1:
+                if len(parts) > 1:
                     loss = loss * self.criterion.share(its_targets, targets, stage)
             with self.section("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
