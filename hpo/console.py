@@ -80,7 +80,7 @@ def _bars() -> Progress:
 class StudyProgress:
     """A bar for the study, one for each running trial, and a line for each trial that ends.
 
-    Implements `hpo.objective.Listener` for one trial at a time; where several run at once, each worker has a `lane`.
+    Whoever trains, this process or one worker of several, shows it in a `lane`.
     """
 
     def __init__(self, *, metric: str, direction: str, done: int, total: int, best: float | None) -> None:
@@ -88,7 +88,6 @@ class StudyProgress:
         self.best = best
         self.progress = _bars()
         self.study = self.progress.add_task("study", total=total, completed=done, note=self._best_note())
-        self._only = self.lane()
 
     def __enter__(self) -> StudyProgress:
         self.progress.start()
@@ -100,20 +99,8 @@ class StudyProgress:
         self.progress.stop()
 
     def lane(self) -> StudyLane:
-        """A place for one more trial that runs at the same time as the others."""
+        """A place for a trial, beside those that run at the same time."""
         return StudyLane(self)
-
-    def trial_started(self, label: str, config: TrainConfig) -> None:
-        self._only.trial_started(label, config)
-
-    def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None:
-        self._only.epoch_ended(epoch, verdict)
-
-    def trial_ended(self, outcome: Outcome) -> None:
-        self._only.trial_ended(outcome)
-
-    def reference_ended(self, name: str, result: dict[str, Any]) -> None:
-        self._only.reference_ended(name, result)
 
     def count(self, outcome: Outcome) -> None:
         """One more trial is over."""

@@ -7,7 +7,6 @@ holds whole numbers from 0 to 255 and rounds as torchvision does on uint8.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from core.augment.operations import GEOMETRIC_OPS, INTERPOLATED_OPS, PHOTOMETRIC
 from core.augment.policies import Round, build_policy
 from core.augment.scratch import Scratch
 from core.config import AugmentConfig
+from core.runtime import normalize_by, scale_and_shift, spread
 
 # Working memory of a CPU's chunk. Blocks much above it are given back to the system and faulted in again, batch after
 # batch, which took a third of the time.
@@ -38,11 +38,11 @@ def alternating_flips(first: Tensor, epoch: int) -> Tensor:
 
 def put_rows(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
     """pixels[rows] = values, in place; both (…, C, H, W) contiguous, and rows that occur twice have equal values."""
-    wide_rows(pixels).index_copy_(0, rows, wide_rows(values.contiguous()))
+    _wide_rows(pixels).index_copy_(0, rows, _wide_rows(values.contiguous()))
 
 
-def wide_rows(images: Tensor) -> Tensor:
-    """The memory of images (n, C, H, W) float32, contiguous, as a row of few wide elements each, to be moved by.
+def _wide_rows(images: Tensor) -> Tensor:
+    """The memory of images (n, C, H, W) float32, contiguous, as a row of few wide elements each.
 
     A CPU moves one element at a time: the widest that there is makes it four times as fast.
     """
@@ -68,9 +68,8 @@ class Augment:
     ) -> None:
         self.config = config
         self.dtype = dtype
-        # Made here and held: to copy numbers from the host is no part of a graph, which reads them where they lie.
-        self._scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, -1, 1, 1)
-        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
+        # Held: a CUDA graph reads them where they lie.
+        self._scale, self._shift = scale_and_shift(mean, std, device)
         self._policy = build_policy(config, device)
         self._scratch = Scratch()
         self._moves = bool(
@@ -130,7 +129,7 @@ class Augment:
         for start in range(0, len(images), chunk):
             part = slice(start, start + chunk)
             pixels = self._change(images[part].contiguous(), None if flips is None else flips[part], generator)
-            scale, shift = self._constants(pixels.shape, torch.contiguous_format)
+            scale, shift = (spread(c, pixels.shape, torch.contiguous_format) for c in (self._scale, self._shift))
             torch.addcmul(shift, pixels, scale, out=pixels)
             if erased is not None:
                 rows, columns = erased
@@ -139,18 +138,8 @@ class Augment:
         return out
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """What core.runtime.normalize gives, to the bit: (N, C, H, W) uint8 to `dtype` channels_last."""
-        scale, shift = self._constants(images.shape, torch.channels_last)
-        pixels = images.to(torch.float32, memory_format=torch.channels_last)
-        return torch.addcmul(shift, pixels, scale, out=pixels).to(self.dtype)
-
-    def _constants(self, shape: Sequence[int], layout: torch.memory_format) -> tuple[Tensor, Tensor]:
-        """Scale and shift spread over one image: on a CPU ten times as fast as one constant a channel."""
-        one = (1, *shape[1:])
-        return (
-            self._scale.expand(one).contiguous(memory_format=layout),
-            self._shift.expand(one).contiguous(memory_format=layout),
-        )
+        """(N, C, H, W) uint8 to `dtype` channels_last."""
+        return normalize_by(images, self._scale, self._shift).to(self.dtype)
 
     def _chunk(self, images: Tensor) -> int:
         """How many images are worked on at a time: all on a GPU, and on a CPU what stays in its cache."""
@@ -172,13 +161,12 @@ class Augment:
         pixels = self._move(images, rounds, flips, generator) if self._moves else images.float()
         if self.config.color_jitter:
             pixels = self._jitter(pixels, generator)
-        wide = wide_rows(pixels)
         for one in rounds:
             for name, operation in PHOTOMETRIC_OPS.items():
                 if name in one.rows:
                     rows = one.rows[name]
                     changed = operation(pixels.index_select(0, rows), one.level_of(name), self._policy.ranges)
-                    wide.index_copy_(0, rows, wide_rows(changed))
+                    put_rows(pixels, rows, changed)
         return pixels[:count]
 
     def _move(self, images: Tensor, rounds: list[Round], flips: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.runtime import is_out_of_memory
 
@@ -44,22 +45,29 @@ def micro_batch_that_fits(
     """
     buffers = list(model.buffers())
     before = [buffer.clone() for buffer in buffers]
+
+    def attempt(size: int | None) -> None:
+        held = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(moments)]
+        try_step(size)
+        del held
+
     size: int | None = None
     try:
-        while True:
-            error = _out_of_memory(try_step, size, model, moments)
-            if error is None:
-                return size
+        while (error := _out_of_memory(partial(attempt, size))) is not None:
             smaller = -(-(size or batch_size) // 2)
             if smaller < SMALLEST_MICRO_BATCH:
                 raise error
             logger.info("a pass of %d images does not fit the device's memory: trying %d", size or batch_size, smaller)
             size = smaller
+            model.zero_grad(set_to_none=True)
+            _let_go()
+        return size
     finally:
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
+        _let_go()
 
 
 def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int) -> int:
@@ -68,36 +76,24 @@ def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int) -> i
     Raises:
         torch.OutOfMemoryError: not even one image fits, or a plain RuntimeError on a CPU.
     """
-    while True:
-        try:
-            try_batch(batch_size)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or batch_size == 1:
-                raise
-        else:
-            return batch_size
-        _let_go()
+    while (error := _out_of_memory(partial(try_batch, batch_size))) is not None:
+        if batch_size == 1:
+            raise error
         batch_size //= 2
+        _let_go()
+    return batch_size
 
 
-def _out_of_memory(
-    try_step: Callable[[int | None], None], size: int | None, model: nn.Module, moments: int
-) -> BaseException | None:
-    """What a step in micro-batches of that size dies of, if it is a lack of memory."""
-    found: BaseException | None = None
-    held: list[Tensor] = []
+def _out_of_memory(attempt: Callable[[], object]) -> BaseException | None:
+    """What the attempt dies of, if it is a lack of memory."""
     try:
-        held += (torch.empty_like(parameter) for parameter in model.parameters() for _ in range(moments))
-        try_step(size)
+        attempt()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        # Its traceback holds the step's tensors, which the next attempt needs the room of.
-        found = error.with_traceback(None)
-    held.clear()
-    model.zero_grad(set_to_none=True)
-    _let_go()
-    return found
+        # Its traceback holds the attempt's tensors, which the next one needs the room of.
+        return error.with_traceback(None)
+    return None
 
 
 def _let_go() -> None:

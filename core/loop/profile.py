@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from core.data import Splits
 from core.loop.graphs import CAPTURED_STEP, Capture, CapturedSteps, CudaCapture
 from core.loop.run import EVALUATION_BATCH, Execution, Run
 from core.loop.step import Batch, Section, batch_sizes
-from core.runtime import autocasts, isolated_rng, own_stream, synchronize
+from core.runtime import clock, compute_dtype, isolated_rng, own_stream
 
 Part = Literal[Section, "evaluation", "host"]
 """What an epoch's time is spent on; `Times.host_s` says what `host` is."""
@@ -164,10 +163,8 @@ def profile(
     """
     with isolated_rng(device), own_stream(device):
         measured = _measure(config, splits, device, steps, execution)
-    # A run refers to itself. Left to the collector it would hold memory that the training is about to ask for.
-    gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # the memory of graphs that are gone is of use to no others
     return measured
 
 
@@ -209,35 +206,35 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def _measure(
     config: TrainConfig, splits: Splits, device: torch.device, steps: int | None, execution: Execution
 ) -> Profile:
-    computes_in = torch.bfloat16 if autocasts(config.precision.autocast, device) else torch.float32
+    computes_in = compute_dtype(config.precision.autocast, device)
     peak_flops = measured_peak_flops(device, computes_in)
-    run = Run(config, splits, device, execution=execution)
-    channels, height, width = splits.images.shape[1:]
-    flops = flops_per_image(run.model, (channels, height, width))
-    run.model.train()
-    captured = isinstance(run.one_step.launch, CapturedSteps)
-    run.one_step.launch = run.one_step.run
-    steps = steps or _worth_timing(run)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    launched = _launched(run, steps)
-    peak_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    replayed = None
-    if captured:
-        replayed = _replayed(run, steps, lambda: execution.capture or CudaCapture([run.generator]))
-    return Profile(
-        launched=launched,
-        replayed=replayed,
-        evaluation_s=_evaluation_s(run) * (2 if config.averaging.name == "ema" else 1),
-        images=run.visits,
-        steps=len(batch_sizes(run.visits, config.batch_size)),
-        timed_steps=steps,
-        parameters=sum(parameter.numel() for parameter in run.model.parameters()),
-        flops_per_image=flops,
-        dtype="bfloat16" if computes_in == torch.bfloat16 else "float32",
-        peak_flops=peak_flops,
-        peak_memory_bytes=peak_memory,
-    )
+    with Run(config, splits, device, execution=execution) as run:
+        channels, height, width = splits.images.shape[1:]
+        flops = flops_per_image(run.model, (channels, height, width))
+        run.model.train()
+        captured = isinstance(run.one_step.launch, CapturedSteps)
+        run.one_step.launch = None
+        steps = steps or _worth_timing(run)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        launched = _launched(run, steps)
+        peak_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        replayed = None
+        if captured:
+            replayed = _replayed(run, steps, lambda: execution.capture or CudaCapture([run.generator]))
+        return Profile(
+            launched=launched,
+            replayed=replayed,
+            evaluation_s=_evaluation_s(run) * (2 if config.averaging.name == "ema" else 1),
+            images=run.visits,
+            steps=len(batch_sizes(run.visits, config.batch_size)),
+            timed_steps=steps,
+            parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+            flops_per_image=flops,
+            dtype="bfloat16" if computes_in == torch.bfloat16 else "float32",
+            peak_flops=peak_flops,
+            peak_memory_bytes=peak_memory,
+        )
 
 
 def _worth_timing(run: Run) -> int:
@@ -250,7 +247,7 @@ def _launched(run: Run, steps: int) -> Times:
     """The run's steps, launched kernel by kernel."""
     stopwatch = stopwatch_of(run.device)
     run.one_step.section = stopwatch.section
-    run.one_step.launch = run.one_step.run
+    run.one_step.launch = None
     return _times(run, _walk(run, steps, stopwatch), stopwatch)
 
 
@@ -298,11 +295,11 @@ def _walk(run: Run, steps: int, stopwatch: Stopwatch | None = None) -> Walk:
     if stopwatch is not None:
         stopwatch.reset()
     images = 0
-    started = _clock(run.device)
+    started = clock(run.device)
     for batch in islice(batches, steps):
         _step(run, batch)
         images += len(batch)
-    seconds = _clock(run.device) - started
+    seconds = clock(run.device) - started
     if stopwatch is not None:
         stopwatch.read(stopwatch.take())
     return Walk(seconds, images)
@@ -335,15 +332,9 @@ def _evaluation_s(run: Run) -> float:
 
 def _judge(run: Run, rows: Tensor) -> float:
     """Seconds that it takes to score the weights on these images."""
-    started = _clock(run.device)
+    started = clock(run.device)
     metrics.scores(run.logits(run.model, rows), run.splits.labels[rows])
-    return _clock(run.device) - started
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds, once the device has caught up."""
-    synchronize(device)
-    return time.perf_counter()
+    return clock(run.device) - started
 
 
 # ---- the device's peak
@@ -356,9 +347,9 @@ def _product_s(side: int, device: torch.device, dtype: torch.dtype) -> float:
     product = torch.empty_like(one)
     fastest = math.inf
     for _ in range(3):  # the first pays for start-up
-        started = _clock(device)
+        started = clock(device)
         torch.mm(one, other, out=product)
-        fastest = min(fastest, _clock(device) - started)
+        fastest = min(fastest, clock(device) - started)
     return fastest
 
 

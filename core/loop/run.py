@@ -39,7 +39,8 @@ from core.models import build_model, check_smaller_images, compiled, head_parame
 from core.optim import build_optimizer, needs_head
 from core.runtime import (
     autocast,
-    autocasts,
+    clock,
+    compute_dtype,
     derive_seed,
     free_memory,
     isolated_rng,
@@ -47,7 +48,6 @@ from core.runtime import (
     normalize,
     own_stream,
     seed_global,
-    synchronize,
 )
 from core.sampling import epoch_length, epoch_order, repeats
 from core.schedule import factor, reductions
@@ -138,7 +138,7 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
         sizes: list[int] = []
         batches = run.batches(epoch=1)
         run.step(next(batches))  # pays for start-up
-        started = _clock(device)
+        started = clock(device)
         for batch in batches:
             run.step(batch)
             sizes.append(len(batch))
@@ -148,12 +148,12 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
             batch = next(run.batches(epoch=2))
             run.step(batch)
             sizes.append(len(batch))
-        training_s = (_clock(device) - started) * run.visits / sum(sizes)
-        started = _clock(device)
+        training_s = (clock(device) - started) * run.visits / sum(sizes)
+        started = clock(device)
         probe = splits.val[: 4 * max(sizes)]
         if len(probe):
             run.logits(run.model, probe)
-        validation_s = (_clock(device) - started) * len(splits.val) / max(len(probe), 1)
+        validation_s = (clock(device) - started) * len(splits.val) / max(len(probe), 1)
     return training_s + validation_s * (2 if config.averaging.name == "ema" else 1)
 
 
@@ -224,7 +224,7 @@ class Run:
         self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
         if config.precision.compile:
             logger.info("compiling the network, which takes a minute or so where it was not compiled before")
-        seen_in = torch.bfloat16 if autocasts(config.precision.autocast, device) else torch.float32
+        seen_in = compute_dtype(config.precision.autocast, device)
         return TrainStep(
             config,
             compiled(self.model) if config.precision.compile else self.model,
@@ -291,7 +291,7 @@ class Run:
     def epoch(self, *, final: bool) -> EpochMetrics:
         """Trains and judges the next epoch."""
         number = len(self.history) + 1
-        started = _clock(self.device)
+        started = clock(self.device)
         self.model.train()
         self.one_step.loss_sum.zero_()
         if self.config.schedule.name == "plateau":
@@ -303,14 +303,14 @@ class Run:
         if self.averaging is not None:
             self.averaging.end_epoch(number)
         train_loss = self.one_step.loss_sum.item() / self.visits
-        trained_s = _clock(self.device) - started
+        trained_s = clock(self.device) - started
         if not math.isfinite(train_loss):
             raise _diverged("training", number, train_loss)
         raw, averaged = self._judge(final=final)
         for scores in (raw, averaged):
             if scores is not None and not math.isfinite(scores.loss):
                 raise _diverged("validation", number, scores.loss)
-        self.elapsed_s += _clock(self.device) - started
+        self.elapsed_s += clock(self.device) - started
         now = EpochMetrics(
             epoch=number,
             step=self.step_count,
@@ -477,9 +477,3 @@ def _diverged(which: str, epoch: int, loss: float) -> DivergedError:
 def _restore(row: dict[str, Any]) -> EpochMetrics:
     scores = {name: None if row[name] is None else Scores(**row[name]) for name in ("raw", "averaged")}
     return EpochMetrics(**{**row, **scores})
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds, once the device has caught up."""
-    synchronize(device)
-    return time.perf_counter()

@@ -87,18 +87,20 @@ def run_command(
         )
         try:
             with interrupts.let_through():
-                _say_estimate(study, space, splits, trials=total - done, device=device, trials_at_once=trials_at_once)
+                there = on_device(splits, device)
+                _say_estimate(study, space, there, trials=total - done, device=device, trials_at_once=trials_at_once)
             with bars as progress:
                 if trials_at_once != 1 and study.waiting():
+                    there = ()  # their room on the device is the workers'
                     job = Job(
                         space, study.name, study.storage_url, data, skip_broken, device=str(device), folder=Path.cwd()
                     )
                     _run_several(study, job, trials_at_once, progress, interrupts, asked=str(per_device))
                 if trials_at_once == 1 or pending_references(study, space):
-                    there = on_device(splits, device)
+                    there, lane = there or on_device(splits, device), progress.lane()
                     if trials_at_once == 1:
-                        run_study(study, space, there, device=device, listener=progress, interrupts=interrupts)
-                    run_references(study, space, there, device=device, listener=progress, interrupts=interrupts)
+                        run_study(study, space, there, device=device, listener=lane, interrupts=interrupts)
+                    run_references(study, space, there, device=device, listener=lane, interrupts=interrupts)
         except KeyboardInterrupt:
             say(f"stopped: {study.counts().finished} of {total} trials are done and safe; go on with")
             say(f"  {command}")
@@ -210,7 +212,7 @@ def _say_estimate(
     references = len(pending_references(study, space))
     if not trials and not references:
         return
-    in_full, pruned = estimate_s(space, on_device(splits, device), trials=trials, references=references, device=device)
+    in_full, pruned = estimate_s(space, splits, trials=trials, references=references, device=device)
     about = f"about {duration(pruned)}, {duration(in_full)} if nothing were pruned"
     beside = f", {references} recipe(s) beside the study included" if references else ""
     alone = "" if trials_at_once == 1 else ", were it one trial at a time"

@@ -97,7 +97,7 @@ def run_once(trials: int, assignments: list[str], folder: Path) -> dict[str, flo
         started = time.perf_counter()
         study.ensure_slots(trials)
         with Interrupts() as interrupts:
-            run_study(study, space, splits, device=device, listener=progress, interrupts=interrupts)
+            run_study(study, space, splits, device=device, listener=progress.lane(), interrupts=interrupts)
         spent["study"] = time.perf_counter() - started
     epochs = sum(len(trial.intermediate_values) for trial in study.optuna.get_trials(deepcopy=False))
     return dict(spent) | {"driver": spent["study"] - spent["training"] - spent["pictures"], "epochs": epochs}

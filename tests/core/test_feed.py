@@ -439,11 +439,6 @@ def test_whatever_order_the_device_works_in_each_batch_is_read_whole(images: Ten
 
 @pytest.mark.gpu
 class TestOnCuda:
-    @pytest.fixture(autouse=True)
-    def _needs_cuda(self) -> None:
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-
     @pytest.fixture
     def device(self) -> torch.device:
         return torch.device("cuda:0")

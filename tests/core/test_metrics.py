@@ -134,8 +134,6 @@ def test_an_unknown_metric_is_refused() -> None:
 
 @pytest.mark.gpu
 def test_on_cuda_the_scores_are_those_of_the_cpu_and_only_their_transfer_waits() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     logits, labels = LOGITS.cuda(), LABELS.cuda()
     assert dataclasses.astuple(scores(logits, labels)) == pytest.approx(dataclasses.astuple(scores(LOGITS, LABELS)))
     with warnings.catch_warnings(record=True) as caught:

@@ -605,7 +605,6 @@ def cuda_capture(function: Callable[[], None]) -> Callable[[], None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", RUNS)
 def test_on_cuda_a_captured_step_is_the_eager_one(name: str) -> None:
     with own_stream(torch.device("cuda", 0)):
@@ -619,7 +618,6 @@ def test_on_cuda_a_captured_step_is_the_eager_one(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("name", RUNS)

@@ -375,11 +375,6 @@ class TestNothingIsDisturbed:
 class TestOnCuda:
     DEVICE = torch.device("cuda", 0)
 
-    @pytest.fixture(autouse=True)
-    def _needs_cuda(self) -> None:
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-
     def test_the_parts_of_launched_and_of_replayed_steps_are_told(self, digits: Splits, tiny: TrainConfig) -> None:
         changes = {"averaging.name": "ema", "batch_size": 80, "augment.mixup": 1.0, "augment.cutmix": 1.0}
         measured = profile(tiny.override(changes), digits, device=self.DEVICE, steps=20)

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from hpo import cli
+from tests.hpo.journals import finished_of, trials_of
 
 # A study small enough for a test: three epochs, and rungs after the first and the second.
 SMALL = ["--set", "epochs=3", "--set", "batch_size=64", "--set", "pruner.rungs=[0.3, 0.6]"]
@@ -34,23 +32,6 @@ def hpo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(ended.value.code or 0)
-
-
-def trials_of(study: Path) -> list[optuna.trial.FrozenTrial]:
-    storage = JournalStorage(JournalFileBackend(str(study / "journal.log")))
-    [summary] = optuna.get_all_study_summaries(storage)
-    return optuna.load_study(study_name=summary.study_name, storage=storage).get_trials()
-
-
-def finished_of(study: Path) -> dict[int, tuple[Any, ...]]:
-    """slot -> what a trial came to, of the complete and pruned ones."""
-    done = [trial for trial in trials_of(study) if trial.state.name in ("COMPLETE", "PRUNED")]
-    by_slot = {
-        trial.user_attrs["slot"]: (trial.state.name, trial.value, trial.params, trial.intermediate_values)
-        for trial in done
-    }
-    assert len(by_slot) == len(done)
-    return by_slot
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

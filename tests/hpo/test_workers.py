@@ -20,8 +20,6 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from sklearn.datasets import load_digits
 
 import hpo.commands.run
@@ -45,6 +43,7 @@ from hpo.workers.capacity import CONTEXT_BYTES, WORKER_BYTES, Capacity, occupy, 
 from hpo.workers.messages import Share, without_networks
 from hpo.workers.tuning import Choice, Tuning
 from hpo.workers.worker import work
+from tests.hpo.journals import finished_of, trials_of
 
 CPU = torch.device("cpu")
 # Trials that know nothing of each other, so that they are the same whatever runs beside them.
@@ -106,29 +105,6 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-
-
-def trials_of(study: Path) -> list[optuna.trial.FrozenTrial]:
-    journal = study / "journal.log"
-    if not journal.exists():
-        return []
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    return [
-        trial
-        for summary in optuna.get_all_study_summaries(storage)
-        for trial in optuna.load_study(study_name=summary.study_name, storage=storage).get_trials()
-    ]
-
-
-def finished_of(study: Path) -> dict[int, tuple[Any, ...]]:
-    """slot -> what its trial came to; every slot once."""
-    done = [trial for trial in trials_of(study) if trial.state.name in ("COMPLETE", "PRUNED")]
-    by_slot = {
-        trial.user_attrs["slot"]: (trial.state.name, trial.value, trial.params, trial.intermediate_values)
-        for trial in done
-    }
-    assert len(by_slot) == len(done)
-    return by_slot
 
 
 def running(study: Path) -> list[optuna.trial.FrozenTrial]:
@@ -702,14 +678,12 @@ def test_auto_measures_chooses_says_so_and_remembers_it(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_two_workers_share_a_gpu(tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hpo_run(monkeypatch, space_file, "--trials", "4", "--device", "cuda", "--per-device", "2") == 0
     assert sorted(finished_of(tmp_path / "studies/own")) == [0, 1, 2, 3]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_worker_cannot_take_more_of_a_gpu_than_its_share() -> None:
     device = torch.device("cuda:0")
     capacity = free_capacity(device)

@@ -1,0 +1,36 @@
+"""What stands in a study's journal, read by Optuna alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+
+def trials_of(study: Path) -> list[optuna.trial.FrozenTrial]:
+    """Those of the study in this folder, whatever their state; none where it has no journal yet."""
+    journal = study / "journal.log"
+    if not journal.exists():
+        return []
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    summaries = optuna.get_all_study_summaries(storage)
+    assert len(summaries) <= 1
+    return [
+        trial
+        for summary in summaries
+        for trial in optuna.load_study(study_name=summary.study_name, storage=storage).get_trials()
+    ]
+
+
+def finished_of(study: Path) -> dict[int, tuple[Any, ...]]:
+    """slot -> what its trial came to; every slot once."""
+    done = [trial for trial in trials_of(study) if trial.state.name in ("COMPLETE", "PRUNED")]
+    by_slot = {
+        trial.user_attrs["slot"]: (trial.state.name, trial.value, trial.params, trial.intermediate_values)
+        for trial in done
+    }
+    assert len(by_slot) == len(done)
+    return by_slot
