@@ -18,4 +18,4 @@ class CheckpointError(UserError):
 
 
 class DivergedError(CoreError):
-    """A loss left the finite numbers."""
+    """A loss left the finite numbers, or stayed far above a guess's."""

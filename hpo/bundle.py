@@ -29,6 +29,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from core.config import TrainConfig
+from core.data.layout import printable
 from core.errors import UserError
 from core.loop import EVALUATION_BATCH
 from core.models import build_model
@@ -42,6 +43,13 @@ CONFIG, CLASSES = "config.yaml", "classes.json"
 PREPROCESS, ORIGIN, METRICS, README = "preprocess.json", "origin.json", "metrics.json", "README.md"
 
 T = TypeVar("T")
+
+# What a bundle from elsewhere may ask for in a few words. A JSON file of a million classes has 16 MB; `hpo refit` makes
+# an ensemble of at most as many networks as `data.folds` allows; no GPU has room for a network on images of more than
+# 4096×4096 pixels, and `data.image_size` ends at 1024.
+MAX_JSON_BYTES = 1 << 24
+MAX_NETWORKS = 20
+MAX_IMAGE_PIXELS = 1 << 24
 
 FORMAT = 2
 """Of the folder. A reader refuses a number that it does not know."""
@@ -253,7 +261,7 @@ class _Preprocess(_File):
     channels: Literal[1, 3]
     image_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     tta_views: str
-    networks: Annotated[tuple[_Network, ...], Field(min_length=1)]
+    networks: Annotated[tuple[_Network, ...], Field(min_length=1, max_length=MAX_NETWORKS)]
 
 
 class _Data(_File):
@@ -273,6 +281,9 @@ class _Origin(_File):
 
 class _Format(_File):
     format: int
+
+
+_CLASSES: TypeAdapter[tuple[str, ...]] = TypeAdapter(Annotated[tuple[str, ...], Field(min_length=1)])
 
 
 def load_bundle(folder: Path, device: torch.device | None = None) -> LoadedBundle:
@@ -302,14 +313,20 @@ def _check_present(folder: Path, *names: str) -> None:
 
 def _load_network(folder: Path, name: str, meta: Bundle, device: torch.device) -> nn.Module:
     """The network whose weights lie in the file of that name, on the device, in evaluation mode."""
-    model = _build(folder, meta, device)
+    misfit = BundleError(
+        f"{folder / name}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; "
+        "refit the trial again"
+    )
+    if not meta.config.model.name.startswith("timm/"):  # those are as large as their names say
+        # A few words of a configuration may ask for a network of terabytes: it is made without memory first.
+        sketch = _build(folder, meta, torch.device("meta"))
+        if sum(weight.nbytes for weight in sketch.parameters()) > (folder / name).stat().st_size:
+            raise misfit
+    model = _build(folder, meta, torch.device("cpu"))
     try:
         load_model(model, folder / name)
     except (RuntimeError, SafetensorError) as error:
-        raise BundleError(
-            f"{folder / name}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; "
-            "refit the trial again"
-        ) from error
+        raise misfit from error
     return model.to(device).to(memory_format=torch.channels_last).eval()
 
 
@@ -329,6 +346,8 @@ def _read_meta(folder: Path) -> Bundle:
             raise BundleError(f"{folder / name}: damaged, or of another bundle; refit the trial again")
     if any(not len(each.mean) == len(each.std) == preprocess.channels for each in preprocess.networks):
         raise BundleError(f"{folder / PREPROCESS}: mean and std must have one number for each channel")
+    if math.prod(preprocess.image_size) > MAX_IMAGE_PIXELS:
+        raise BundleError(f"{folder / PREPROCESS}: damaged (image_size: more than 4096×4096); refit the trial again")
     if preprocess.tta_views not in VIEWS:
         raise BundleError(f"{folder / PREPROCESS}: tta_views {preprocess.tta_views}: this hpo knows {', '.join(VIEWS)}")
     try:
@@ -339,7 +358,7 @@ def _read_meta(folder: Path) -> Bundle:
         ) from error
     return Bundle(
         config=config,
-        classes=_read_json(folder / CLASSES, TypeAdapter(tuple[str, ...])),
+        classes=_read_json(folder / CLASSES, _CLASSES),
         in_channels=preprocess.channels,
         image_size=preprocess.image_size,
         normalizations=tuple(Normalization(network.mean, network.std) for network in preprocess.networks),
@@ -354,20 +373,22 @@ def _read_meta(folder: Path) -> Bundle:
 
 
 def _read_json(path: Path, adapter: TypeAdapter[T]) -> T:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise BundleError(f"{path}: damaged (longer than {MAX_JSON_BYTES:,} bytes); refit the trial again")
     try:
         return adapter.validate_json(path.read_bytes())
     except ValidationError as error:
         fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"]))
+        where = printable(".".join(map(str, fault["loc"])))
         why = f"{where}: {fault['msg']}" if where else fault["msg"]
         raise BundleError(f"{path}: damaged ({why}); refit the trial again") from error
 
 
 def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:
-    """The network without its weights. Pretrained ones would be downloaded, only to be overwritten."""
+    """The network on the device, weights drawn at random. Pretrained ones would be downloaded, to be overwritten."""
     plain = meta.config.model.model_copy(update={"pretrained": False})
     try:
-        with isolated_rng(device):
+        with isolated_rng(device), device:
             return build_model(
                 plain, num_classes=len(meta.classes), in_channels=meta.in_channels, image_size=meta.image_size
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tokenize
 import zipfile
 import zlib
 from abc import abstractmethod
@@ -14,12 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from core.data.bounds import check_members
 from core.data.decode import SIXTEEN_TO_EIGHT, Pixels
 from core.data.layout import Entry
 from core.data.source import Payload, Source, file_stamp, one_line, plain_name
 from core.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# What numpy raises of a file that is no .npz, or a damaged one: the last three of a header that it cannot parse, and a
+# RuntimeError of an encrypted member, which the NotImplementedError of an unknown compression is one of.
+TORN_ARRAYS = (
+    ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, tokenize.TokenError, SyntaxError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,8 @@ def _pixel_scale(arrays: list[NDArray[Any]], where: str) -> float:
     if kind == np.bool_:
         return 255
     if kind.kind in "iuf":
-        low = min(float(array.min()) for array in arrays if array.size)
-        high = max(float(array.max()) for array in arrays if array.size)
+        low = min((float(array.min()) for array in arrays if array.size), default=0)
+        high = max((float(array.max()) for array in arrays if array.size), default=0)
         if kind.kind == "f" and low >= 0 and high <= 1:
             return 255
         if low >= 0 and high <= 255:  # a NaN fails both
@@ -127,12 +135,25 @@ class NpzSource(ArraySource):
 
     def load(self) -> list[ArrayPart]:
         try:
-            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return self._read(arrays)
-        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            with self.path.open("rb") as file:
+                self._check_unpacked()
+                with np.load(file, allow_pickle=False) as arrays:
+                    return self._read(arrays)
+        except TORN_ARRAYS as error:
             raise UserError(
                 f"{self.where}: cannot be read as an .npz of plain arrays ({one_line(error)}); save it anew"
             ) from error
+        except MemoryError as error:
+            raise UserError(
+                f"{self.where}: its arrays do not fit the memory ({one_line(error)}); "
+                "give fewer or smaller images, or a folder of them"
+            ) from error
+
+    def _check_unpacked(self) -> None:
+        with zipfile.ZipFile(self.path) as archive:  # which also refuses an .npy, or a pickle, of that name
+            unpacked = sum(member.file_size for member in archive.infolist())
+            advice = "if you trust it, save it with np.savez, which does not compress"
+            check_members(self.where, len(archive.infolist()), unpacked, self.path.stat().st_size, advice)
 
     def unlabelled(self) -> list[Entry]:
         """All images; of a file with a training and a test part, the test part alone is what is to be predicted."""

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from core.data.decode import Pixels
+from core.data.source import one_line
 from core.errors import UserError
 
 # Raised whenever the files or the decoding change: older caches are then left alone and new ones built.
@@ -118,9 +119,23 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
         whole = meta["format"] == FORMAT and all(
             (folder / name).stat().st_size == size for name, size in meta["files"].items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return meta if whole else None
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turns what is wrong with the files of a cache, whose lengths are as its description says, into one line.
+
+    A crash leaves no such cache: someone wrote into it. Nothing in it can run code, whatever it holds.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder}: the cache of decoded images is damaged ({one_line(error)}); delete that folder and run again"
+        ) from error
 
 
 def write_images(path: Path, shape: tuple[int, int, int, int], images: Iterable[Pixels]) -> None:
@@ -135,6 +150,25 @@ def write_images(path: Path, shape: tuple[int, int, int, int], images: Iterable[
             file.write(np.ascontiguousarray(image).data)
 
 
-def open_array(path: Path, mapped: bool) -> Tensor:
-    """The tensor in an .npy; mapped copy-on-write, since torch has no read-only tensors, or read into memory."""
-    return torch.from_numpy(np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False))
+def open_array(path: Path, mapped: bool, dtype: type[np.generic], shape: tuple[int | None, ...]) -> Tensor:
+    """The tensor in an .npy; mapped copy-on-write, since torch has no read-only tensors, or read into memory.
+
+    Args:
+        dtype: what its numbers must be.
+        shape: what its shape must be, None where any length will do.
+
+    Raises:
+        ValueError: it is another array, or none.
+    """
+    # Mapped in either case: numpy then holds the length that the header claims against the file's, and never makes room
+    # for one that is not there.
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except ValueError as error:  # whose words, of a pickle, say how to run it
+        raise ValueError(f"{path.name} is no array of plain numbers") from error
+    fits = len(array.shape) == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, array.shape, strict=True)
+    )
+    if array.dtype != dtype or not fits:
+        raise ValueError(f"{path.name} has {array.dtype} of shape {array.shape}")
+    return torch.from_numpy(array if mapped else np.array(array))

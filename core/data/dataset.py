@@ -27,10 +27,10 @@ from torch import Tensor
 
 from core.config import DataConfig
 from core.data import builtin
-from core.data.cache import cache_key, cached, open_array, write_images
+from core.data.cache import cache_key, cached, open_array, reading, write_images
 from core.data.decode import to_channels
 from core.data.ingest import Spooled, decode_all, ingest, read_spool, report_broken
-from core.data.layout import class_order
+from core.data.layout import class_order, printable
 from core.data.source import Source
 from core.data.sources import open_source
 from core.data.splits import Splits, cut_test, stratified, stratified_folds
@@ -174,13 +174,19 @@ def load_images(
         Images (N, channels, H, W) uint8, their ids, sorted, and the ids of those left out.
 
     Raises:
-        UserError: there is no image, or one is broken.
+        UserError: there is no image, or one is broken, or the memory has no room for all.
     """
     source = open_source(path)
     entries = source.unlabelled()
     if not entries:
         raise UserError(f"{path}: no image in it")
-    images = np.empty((len(entries), channels, *image_size), dtype=np.uint8)
+    try:
+        images = np.empty((len(entries), channels, *image_size), dtype=np.uint8)
+    except MemoryError as error:
+        height, width = image_size
+        raise UserError(
+            f"{path}: {len(entries):,} images of {height}×{width} pixels do not fit the memory; give fewer at a time"
+        ) from error
     broken: dict[int, Exception] = {}
     for position, result in decode_all(source, entries, image_size):
         broken.pop(position, None)
@@ -288,7 +294,7 @@ def _classes(source: Source, pool: Sequence[Spooled], test: Sequence[Spooled]) -
 def _some(names: Sequence[str]) -> str:
     """Up to five names; a set of a thousand classes must not make an error of a thousand words."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ("class " if len(names) == 1 else "the classes ") + ", ".join(names[:5]) + more
+    return ("class " if len(names) == 1 else "the classes ") + ", ".join(map(printable, names[:5])) + more
 
 
 def _fingerprint(
@@ -321,35 +327,47 @@ def _conflicting(images: Sequence[Spooled]) -> int:
 
 
 def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> Dataset:
-    report = meta["report"]
+    def pictures(part: str) -> Tensor:
+        return open_array(folder / f"{part}_images.npy", mapped, np.uint8, (None, None, None, None))
 
-    def ids(part: str) -> tuple[str, ...]:
-        return tuple(json.loads((folder / f"{part}_ids.json").read_text(encoding="utf-8")))
+    def numbers(name: str, *shape: int) -> Tensor:
+        return open_array(folder / f"{name}.npy", False, np.int64, shape)
+
+    def ids(part: str, count: int) -> tuple[str, ...]:
+        found = json.loads((folder / f"{part}_ids.json").read_text(encoding="utf-8"))
+        if not isinstance(found, list) or len(found) != count:
+            raise ValueError(f"{part}_ids.json does not name {count} images")
+        return tuple(found)
 
     def read_test() -> TestSet:
-        return TestSet(
-            images=open_array(folder / "test_images.npy", mapped),
-            labels=open_array(folder / "test_labels.npy", mapped=False),
-            ids=ids("test"),
-            fingerprint=meta["test_fingerprint"],
-        )
+        with reading(folder):
+            images = pictures("test")
+            return TestSet(
+                images=images,
+                labels=numbers("test_labels", len(images)),
+                ids=ids("test", len(images)),
+                fingerprint=meta["test_fingerprint"],
+            )
 
     in_memory = None if mapped else read_test()  # where nothing is mapped, the folder is about to go
-    return Dataset(
-        name=source.name,
-        source=source.where,
-        classes=tuple(meta["classes"]),
-        images=open_array(folder / "pool_images.npy", mapped),
-        labels=open_array(folder / "pool_labels.npy", mapped=False),
-        ids=ids("pool"),
-        fingerprint=meta["pool_fingerprint"],
-        report=DataReport(tuple(report["broken"]), report["leaked"], report["conflicting"]),
-        n_test=meta["n_test"],
-        has_own_test=meta["has_own_test"],
-        moments=open_array(folder / "pool_moments.npy", mapped=False),
-        twins=open_array(folder / "pool_twins.npy", mapped=False),
-        _open_test=read_test if in_memory is None else lambda: in_memory,
-    )
+    with reading(folder):
+        images, report = pictures("pool"), meta["report"]
+        count, channels = images.shape[:2]
+        return Dataset(
+            name=source.name,
+            source=source.where,
+            classes=tuple(meta["classes"]),
+            images=images,
+            labels=numbers("pool_labels", count),
+            ids=ids("pool", count),
+            fingerprint=meta["pool_fingerprint"],
+            report=DataReport(tuple(report["broken"]), report["leaked"], report["conflicting"]),
+            n_test=meta["n_test"],
+            has_own_test=meta["has_own_test"],
+            moments=numbers("pool_moments", count, channels, 2),
+            twins=numbers("pool_twins", count),
+            _open_test=read_test if in_memory is None else lambda: in_memory,
+        )
 
 
 def _warn(dataset: Dataset) -> None:

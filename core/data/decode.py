@@ -23,6 +23,17 @@ IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2", ".avif",
 ))  # fmt: skip
 
+# What an image may be inside, whatever its name says: the formats of those names. Pillow knows forty more; of one, EPS,
+# it has Ghostscript run the program that the file is.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+
+# The most pixels of an image: Pillow's own bound, a quarter of a gigabyte at three bytes each. Pillow warns above it,
+# and refuses above twice as many; here both are refused.
+MAX_PIXELS = 1024**3 // 4 // 3
+
+# Pixels a channel that are widened to 64 bits at once: a large image must not take eight times its own memory.
+_AT_ONCE = 1 << 20
+
 # A 16-bit sample v shows as v / 257: 65535 / 255 = 257, so white stays white.
 SIXTEEN_TO_EIGHT = 257
 
@@ -77,12 +88,24 @@ def to_channels(pixels: Pixels, channels: int) -> Pixels:
 
 def _read(payload: bytes, size: tuple[int, int] | None) -> Pixels:
     try:
-        with Image.open(io.BytesIO(payload)) as image:
+        with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
+            _check_pixels(image)
             return _to_array(_as_seen(image), size)
     except UnidentifiedImageError as error:  # its own words hold an address in memory
         raise BrokenImageError("not an image" if payload else "an empty file") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a filter may make the warning one
+        raise BrokenImageError(_BOMB) from error
     except Exception as error:  # on torn files the codecs raise anything from SyntaxError to RuntimeError
         raise BrokenImageError((str(error) or type(error).__name__).splitlines()[0]) from error
+
+
+_BOMB = f"a decompression bomb: it has more than {MAX_PIXELS:,} pixels"
+
+
+def _check_pixels(image: Image.Image) -> None:
+    """Of its header alone, before a pixel is decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise BrokenImageError(_BOMB)
 
 
 def _as_seen(image: Image.Image) -> Image.Image:
@@ -121,5 +144,9 @@ def _is_grey(pixels: Pixels) -> bool:
 
 
 def _moments(pixels: Pixels) -> NDArray[np.int64]:
-    flat = pixels.reshape(len(pixels), -1).astype(np.int64)
-    return np.stack([flat.sum(1), np.einsum("ci,ci->c", flat, flat)], axis=1)
+    flat = pixels.reshape(len(pixels), -1)
+    moments = np.zeros((len(pixels), 2), dtype=np.int64)
+    for start in range(0, flat.shape[1], _AT_ONCE):
+        part = flat[:, start : start + _AT_ONCE].astype(np.int64)
+        moments += np.stack([part.sum(1), np.einsum("ci,ci->c", part, part)], axis=1)
+    return moments

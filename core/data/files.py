@@ -1,7 +1,8 @@
 """Images that lie in files: in folders, in archives, or named by a CSV.
 
 Archives are read in place: no member is ever written under its own name, and one whose path or link leads out of the
-archive is refused.
+archive is refused, as is a row of a CSV whose path leads out of its folder. What an archive unpacks to is bounded
+before it is unpacked (`core.data.bounds`). A link in the user's own folder is the user's word, and followed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from core.data.bounds import (
+    MAX_HEADER_BYTES,
+    MAX_IMAGE_BYTES,
+    MAX_LINK_BYTES,
+    check_image_bytes,
+    check_members,
+    read_image_file,
+)
+from core.data.decode import BrokenImageError
 from core.data.layout import (
     SPLIT_NAMES,
     TEST_NAMES,
@@ -30,14 +40,20 @@ from core.data.layout import (
     image_files,
     is_image,
     member_path,
+    printable,
 )
-from core.data.source import Payload, Source, file_stamp, plain_name
+from core.data.source import Payload, Source, file_stamp, one_line, plain_name
 from core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# What reading an archive that was cut short, or damaged, raises.
-TORN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError)
+# What reading an archive that was cut short, or damaged, raises; recursion, where a header of a .tar announces another
+# for ever, and a NotImplementedError on a way to compress that Python does not know.
+TORN_ARCHIVE = (
+    tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RecursionError,
+    NotImplementedError,
+)  # fmt: skip
+UNPACK_IT = "if you trust it, unpack it and give the folder"
 
 
 class _PathSource(Source):
@@ -102,10 +118,10 @@ class FolderSource(_TreeSource):
             yield position, _read(self.path / entry.id)
 
 
-def _read(path: Path) -> bytes | OSError:
+def _read(path: Path) -> Payload:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return read_image_file(path)
+    except (OSError, BrokenImageError) as error:
         return error
 
 
@@ -122,10 +138,16 @@ class ZipSource(_TreeSource):
         with self._open() as archive:
             members = self._members(archive)
             for position, entry in enumerate(entries):
-                try:
-                    yield position, archive.read(members[entry.id])
-                except (KeyError, NotImplementedError, *TORN_ARCHIVE) as error:
-                    yield position, error
+                yield position, self._content(archive, members[entry.id])
+
+    @staticmethod
+    def _content(archive: zipfile.ZipFile, name: str) -> Payload:
+        try:
+            info = archive.getinfo(name)
+            check_image_bytes(info.file_size)  # never more is unpacked, whatever the member holds
+            return archive.read(info)
+        except (KeyError, BrokenImageError, *TORN_ARCHIVE) as error:
+            return error
 
     def _open(self) -> zipfile.ZipFile:
         try:
@@ -135,35 +157,74 @@ class ZipSource(_TreeSource):
 
     def _members(self, archive: zipfile.ZipFile) -> dict[str, str]:
         """Path -> the name to read it by, which for a link is that of its target."""
+        infos = archive.infolist()
+        images = sum(info.file_size for info in infos if is_image(info.filename))  # the others are never unpacked
+        check_members(self.where, len(infos), images, self.path.stat().st_size, UNPACK_IT)
         members = {}
-        for info in archive.infolist():
+        for info in infos:
             path = member_path(info.filename, self.where)
             if info.is_dir():
                 continue
             if info.flag_bits & 1:
-                raise UserError(f"{self.where}: {path} is encrypted; give an archive without a password")
+                raise UserError(f"{self.where}: {printable(path)} is encrypted; give an archive without a password")
             members[path] = info.filename
             if stat.S_ISLNK(info.external_attr >> 16):
-                try:
-                    target = archive.read(info).decode(errors="replace")
-                except TORN_ARCHIVE as error:
-                    raise _torn(self.where, error) from error
-                members[path] = _link_target(path, target, self.where)
+                members[path] = _link_target(path, self._target(archive, info), self.where)
         return members
+
+    def _target(self, archive: zipfile.ZipFile, link: zipfile.ZipInfo) -> str:
+        """What a link, whose content is a path, points at."""
+        if link.file_size > MAX_LINK_BYTES:
+            raise UserError(f"{self.where}: its link {printable(link.filename)} is longer than a path; {UNPACK_IT}")
+        try:
+            return archive.read(link).decode(errors="replace")
+        except TORN_ARCHIVE as error:
+            raise _torn(self.where, error) from error
 
 
 class _WholeTarInfo(tarfile.TarInfo):
     """A member's header, or an error. `tarfile` takes a damaged header, or none, for the end of the archive, and would
-    silently drop the images behind it; an archive that is whole ends with a block of zeros."""
+    silently drop the images behind it; an archive that is whole ends with a block of zeros.
+
+    It also believes a header that asks for a text of gigabytes, for a list of holes without end, or for fewer bytes
+    than none, which would be read again and again (CVE-2025-8194). Images have no holes: a member with some is refused.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _WholeTarInfo:
         try:
-            return super().fromtarfile(tarfile_)
+            member = super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the block of zeros
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
+        except (ValueError, OverflowError) as error:  # a size or a sparse map that is no number
+            raise tarfile.ReadError(f"a damaged header: {error}") from error
+        return cls._checked(member)  # again: an extended header may have changed its size
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _WholeTarInfo:
+        return cls._checked(super().frombuf(buf, encoding, errors))
+
+    @staticmethod
+    def _checked(member: _WholeTarInfo) -> _WholeTarInfo:
+        if member.size < 0:
+            raise tarfile.ReadError(f"a member of {member.size} bytes")
+        if member.type in _TEXT_TYPES and member.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("a sparse member")
+        return member
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        """Where `tarfile` would read the list of holes of a newer sparse member; of the others it is in the header."""
+        raise tarfile.ReadError("a sparse member")
+
+
+# Members that are text about the next one: its long name, or its extended header.
+_TEXT_TYPES = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 
 
 class TarSource(_TreeSource):
@@ -186,16 +247,24 @@ class TarSource(_TreeSource):
     def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Payload:
         try:
             content = archive.extractfile(member)
-        except KeyError as error:  # a link to nothing
+            if content is None:
+                return BrokenImageError("a link to something that is no file")
+            read = content.read(MAX_IMAGE_BYTES + 1)
+            check_image_bytes(len(read))
+        except RecursionError:
+            return BrokenImageError("a link to itself")
+        except (KeyError, BrokenImageError, *TORN_ARCHIVE) as error:  # of which the first is a link to nothing
             return error
-        assert content is not None
-        return content.read()
+        return read
 
     def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
         """Files, folders and links, each with its path."""
+        packed, unpacked = self.path.stat().st_size, 0
         try:
             with tarfile.open(self.path, tarinfo=_WholeTarInfo) as archive:
-                for member in archive:
+                for count, member in enumerate(archive, 1):
+                    unpacked += tarfile.BLOCKSIZE + member.size
+                    check_members(self.where, count, unpacked, packed, UNPACK_IT)  # before what is behind it is sought
                     path = member_path(member.name, self.where)
                     if member.issym():
                         _link_target(path, member.linkname, self.where)
@@ -217,11 +286,11 @@ def _link_target(path: str, target: str, where: str) -> str:
 
 
 def _torn(where: str, error: Exception) -> UserError:
-    return UserError(f"{where}: the archive is damaged or cut short ({error}); copy or download it again")
+    return UserError(f"{where}: the archive is damaged or cut short ({one_line(error)}); copy or download it again")
 
 
 class CsvSource(_PathSource):
-    """A table of paths, relative to its own folder, with a class each and perhaps a split."""
+    """A table of paths, relative to its own folder and below it, with a class each and perhaps a split."""
 
     PATH_COLUMNS = ("path", "file", "filename", "image")
     LABEL_COLUMNS = ("label", "class", "target")
@@ -235,15 +304,15 @@ class CsvSource(_PathSource):
     def labelled(self) -> list[Entry]:
         rows = self._rows()
         label = self._column(rows, self.LABEL_COLUMNS)
-        path = self._column(rows, self.PATH_COLUMNS)
+        paths = self._paths(rows)
         entries = []
-        for number, row in rows:
+        for (number, row), path in zip(rows, paths, strict=True):
             if not row[label]:
                 raise UserError(f"{self.where}:{number}: no {label}; fill it in or remove the row")
             split = row.get("split", "").casefold()
             if split and split not in SPLIT_NAMES:
                 raise UserError(f"{self.where}:{number}: split is {row['split']!r}; write train, val or test")
-            entries.append(Entry(row[path], label=row[label], test=split in TEST_NAMES))
+            entries.append(Entry(path, label=row[label], test=split in TEST_NAMES))
         from_val = sum(row.get("split", "").casefold() in VAL_NAMES for _, row in rows)
         if from_val:
             logger.warning("%s: the %d rows of its split val join the training pool; validation is drawn from both",
@@ -253,9 +322,7 @@ class CsvSource(_PathSource):
         return entries
 
     def unlabelled(self) -> list[Entry]:
-        rows = self._rows()
-        path = self._column(rows, self.PATH_COLUMNS)
-        return [Entry(row[path]) for _, row in rows]
+        return [Entry(path) for path in self._paths(self._rows())]
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
         for position, entry in enumerate(entries):
@@ -281,6 +348,27 @@ class CsvSource(_PathSource):
         if not rows:
             raise UserError(f"{self.where}: no row in it; wanted a header such as path,label and a row an image")
         return rows
+
+    def _paths(self, rows: list[tuple[int, dict[str, str]]]) -> list[str]:
+        """Each row's path, as it stands there.
+
+        Raises:
+            UserError: one leads out of the folder that the CSV lies in: a table that came with a set of images has no
+                business with other files of this machine.
+        """
+        column = self._column(rows, self.PATH_COLUMNS)
+        folder = os.path.abspath(self.path.parent)  # noqa: PTH100 - as text, links left as they are
+        inside = os.path.join(folder, "")  # noqa: PTH118
+        paths = [row[column] for _, row in rows]
+        for (number, _), path in zip(rows, paths, strict=True):
+            if "\0" in path:
+                raise UserError(f"{self.where}:{number}: {path!r} is no path; mend it or remove the row")
+            if not os.path.normpath(os.path.join(folder, path)).startswith(inside):  # noqa: PTH118
+                raise UserError(
+                    f"{self.where}:{number}: {printable(path)} leads out of {folder}; "
+                    "put the CSV into a folder above all its images, and give paths from there"
+                )
+        return paths
 
     def _column(self, rows: list[tuple[int, dict[str, str]]], names: tuple[str, ...]) -> str:
         header = rows[0][1]

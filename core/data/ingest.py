@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from core.data.decode import BrokenImageError, Decoded, Pixels, decode
-from core.data.layout import Entry
+from core.data.layout import Entry, printable
 from core.data.source import Payload, Source, one_line
 from core.errors import UserError
 
@@ -138,7 +138,7 @@ def report_broken(where: str, entries: Sequence[Entry], broken: dict[int, Except
     """Raises UserError where images are broken and may not be skipped, or where all of them are."""
     if not broken or (skip_broken and len(broken) < len(entries)):
         return
-    named = ", ".join(f"{entries[i].id} ({_reason(broken[i])})" for i in sorted(broken)[:NAMED])
+    named = ", ".join(f"{printable(entries[i].id)} ({_reason(broken[i])})" for i in sorted(broken)[:NAMED])
     more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
     advice = "none is left" if skip_broken else "mend them, or leave them out with --skip-broken"
     raise UserError(f"{where}: {len(broken)} of {len(entries)} images cannot be read: {named}{more}; {advice}")
@@ -160,7 +160,7 @@ def _reason(error: Exception) -> str:
 
 def _different_sizes(where: str, sizes: dict[tuple[int, int], str]) -> UserError:
     def describe(size: tuple[int, int]) -> str:
-        return f"{size[1]}×{size[0]} ({sizes[size]})"
+        return f"{size[1]}×{size[0]} ({printable(sizes[size])})"
 
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     return UserError(

@@ -58,6 +58,11 @@ def member_path(name: str, where: str) -> str:
     return path
 
 
+def printable(name: str) -> str:
+    """A name from a file as a message shows it: one that would break the line, or move the cursor, is escaped."""
+    return name if name.isprintable() else ascii(name)
+
+
 def is_hidden(path: str) -> bool:
     """Whether a part of the path is a dotfile or what macOS adds to archives."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
@@ -190,10 +195,11 @@ def _check_no_empty_class(
             continue
         if parts not in full:
             raise UserError(
-                f"{where}: the class folder {folder} holds no image "
+                f"{where}: the class folder {printable(folder)} holds no image "
                 f"({' '.join(sorted(IMAGE_SUFFIXES))} are known); fill it or remove it"
             )
 
 
 def _several(files: list[str]) -> str:
-    return f"{files[0]} lies" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more images lie"
+    first = printable(files[0])
+    return f"{first} lies" if len(files) == 1 else f"{first} and {len(files) - 1} more images lie"

@@ -6,14 +6,16 @@ one vocabulary. The package imports neither torch nor, until a space is searched
 
 from hpo.search_space.catalogue import Listed, list_spaces
 from hpo.search_space.document import dump as dump_yaml
+from hpo.search_space.document import load_yaml, shown
 from hpo.search_space.document import parse as parse_yaml
-from hpo.search_space.document import shown
 from hpo.search_space.grammar import Objective, Pruner, RungsPruner, Sampler
 from hpo.search_space.load import (
     check_file,
     load_recipe,
     load_space,
     recipe_from_yaml,
+    space_from_yaml,
+    space_to_yaml,
     to_yaml,
 )
 from hpo.search_space.schema import json_schema
@@ -38,8 +40,11 @@ __all__ = [
     "list_spaces",
     "load_recipe",
     "load_space",
+    "load_yaml",
     "parse_yaml",
     "recipe_from_yaml",
     "shown",
+    "space_from_yaml",
+    "space_to_yaml",
     "to_yaml",
 ]

@@ -3,7 +3,8 @@
 The text is read from ruamel's event stream rather than through its constructor, for three reasons: every duplicate key
 is reported and not only the first; a value keeps its line; and scalars follow YAML 1.2's core schema to the letter
 (https://yaml.org/spec/1.2.2/#103-core-schema), where `1e-4` and `.5e3` are numbers, `off`, `1_000` and `2026-01-30`
-are words. Tags are refused, so nothing but plain data can come out of a file.
+are words. Tags are refused, so nothing but plain data can come out of a file, and its size, its depth and what its
+aliases come to are bounded, so that a hostile one ends in a line as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, Event, MappingStartEvent, NodeEvent, ScalarEvent, SequenceStartEvent
 
-from hpo.errors import Fault
+from hpo.errors import Fault, SpaceError
 
 NULL = re.compile(r"(null|Null|NULL|~|)")
 BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)")
@@ -29,6 +30,7 @@ INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
+MAX_BYTES = 1 << 20  # of a file: the longest space here has 5,000, and a megabyte takes ten seconds to read
 MAX_DEPTH = 32  # a configuration nests 4 deep; this only keeps a hostile file from exhausting the stack
 MAX_NODES = 100_000  # counted with aliases written out, against the "billion laughs" of nested aliases
 MAX_DIGITS = 40  # a 64-bit integer has 20; Python refuses to read more than 4,300
@@ -89,6 +91,8 @@ class Document:
 
 def parse(text: str, name: str) -> tuple[Document | None, list[Fault]]:
     """Reads one YAML document: None where it is not YAML at all, and every fault in either case."""
+    if len(text) > MAX_BYTES:
+        return None, [_too_long(name)]
     try:
         reader = _Reader(_events(text), name)
         return Document(name, reader.document()), reader.faults
@@ -105,11 +109,31 @@ def read(path: Path) -> tuple[Document | None, list[Fault]]:
     """Reads a YAML file, as `parse` does."""
     name = shown(path)
     try:
-        return parse(path.read_text(encoding="utf-8"), name)
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            return None, [_too_long(name)]
+        return parse(content.decode("utf-8"), name)
     except UnicodeDecodeError as error:
         return None, [Fault(f"{name}:1", f"not UTF-8 text: {error.reason} at byte {error.start}")]
     except OSError as error:
         return None, [Fault(name, f"cannot be read: {error.strerror}")]
+
+
+def _too_long(name: str) -> Fault:
+    return Fault(name, f"longer than {MAX_BYTES:,} bytes, which no configuration is; give another file")
+
+
+def load_yaml(path: Path) -> Any:
+    """The plain data in a YAML file, within the same bounds as a search space: for files that `hpo` wrote itself.
+
+    Raises:
+        SpaceError: its first fault, in one line.
+    """
+    document, faults = read(path)
+    if document is None or faults:
+        raise SpaceError(faults[:1])
+    return document.plain()
 
 
 def shown(path: Path) -> str:

@@ -85,11 +85,45 @@ def recipe_from_yaml(text: str, name: str = "config.yaml") -> Recipe:
 
 def to_yaml(config: TrainConfig) -> str:
     """A configuration, whole, as a recipe that `load_recipe` reads back exactly."""
-    tree = config.model_dump()
+    return dump(_tree(config))
+
+
+def _tree(config: TrainConfig) -> dict[str, Any]:
+    """A configuration as a recipe has it."""
+    tree = config.model_dump(mode="json")
     for rate in ("lr", "lr_scale"):  # exactly one is given; the other would only invite to fill it in as well
         if tree["optim"][rate] is None:
             del tree["optim"][rate]
-    return dump(tree)
+    return tree
+
+
+def space_to_yaml(space: SearchSpace) -> str:
+    """A checked space, whole, without its recipes: what a worker needs that has not the file."""
+    return dump(
+        {
+            "description": space.description,
+            "objective": space.objective.model_dump(mode="json"),
+            "trials": space.trials,
+            "sampler": space.sampler.model_dump(mode="json"),
+            "pruner": space.pruner.model_dump(mode="json"),
+            "base": _tree(space.base),
+            "search": {path: parameter.describe() for path, parameter in space.search.items()},
+        }
+    )
+
+
+def space_from_yaml(text: str, name: str) -> SearchSpace:
+    """A space from its text: the inverse of `space_to_yaml`.
+
+    Raises:
+        SpaceError: all its faults.
+    """
+    loader = _Loader({})
+    document, loader.faults = parse(text, name)
+    space = None if document is None else loader.space(document, Path(f"{name}.yaml"))
+    if loader.faults or space is None:
+        raise SpaceError(loader.sorted_faults())
+    return space
 
 
 def check_file(name_or_path: str | Path) -> list[Fault]:
@@ -184,6 +218,9 @@ class _Loader:
         said = {key: tree.pop(key) for key in list(tree) if key in RecipeNotes.model_fields}
         notes = self._validated(RecipeNotes, said, document)
         config = self._config(tree, document, more=RecipeNotes.model_fields)
+        if not path.stem.strip("."):  # `...yaml`: a recipe's name becomes a folder, and that would be the one above
+            self._fault(document.at(), f"a file of the name {path.name} gives the recipe no name; rename it")
+            return None
         if notes is None or config is None:
             return None
         return Recipe(path.stem, path, notes.description, notes.source, notes.result, notes.guesses, config)

@@ -27,7 +27,7 @@ from core.runtime import normalize
 from core.tta import VIEWS, look, predict_logits
 from hpo.bundle import Bundle, Normalization, load_bundle, writing
 from hpo.errors import BundleError
-from hpo.search_space import load_recipe
+from hpo.search_space import load_recipe, to_yaml
 from hpo.versions import versions
 
 CPU = torch.device("cpu")
@@ -306,6 +306,13 @@ def other_weights(folder: Path) -> None:
         shutil.copy(other / name, folder / name)
 
 
+def large_network(folder: Path) -> None:
+    """A configuration of two terabytes, which must be refused before they are asked of the memory."""
+    config = load_recipe(folder / "config.yaml").config
+    huge = config.override({"model.widths": (4096, 4096), "model.width": 4.0, "model.blocks": (64, 64)})
+    (folder / "config.yaml").write_text(to_yaml(huge), encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -329,6 +336,14 @@ def other_weights(folder: Path) -> None:
         (edit("origin.json", "format", 3), r"a bundle of format 3, and this hpo reads 2"),
         (edit("origin.json", "weights_sha256", {}), r"model\.safetensors: damaged, or of another bundle"),
         (edit("origin.json", "versions", None), r"origin\.json: damaged \(versions: "),
+        (edit("origin.json", "versions", {"a\n\x1b[2J": 1}), r"origin\.json: damaged \('versions\.a\\n\\x1b\[2J': "),
+        (edit("origin.json", "study", "x" * (1 << 24)), r"origin\.json: damaged \(longer than 16,777,216 bytes\)"),
+        (replace("classes.json", "[]"), r"classes\.json: damaged \(.*at least 1 item"),
+        (replace("classes.json", "[" * 100_000), r"classes\.json: damaged \(Invalid JSON: recursion limit"),
+        (replace("config.yaml", "a: 1\n" * 300_000), r"config\.yaml: damaged \(.*longer than 1,048,576 bytes"),
+        (edit("preprocess.json", "image_size", [10**9, 10**9]), r"damaged \(image_size: more than 4096×4096\)"),
+        (edit("preprocess.json", "networks", 21 * [{"weights": "x", "mean": [0], "std": [1]}]), r"at most 20 items"),
+        (large_network, r"model\.safetensors: does not fit config\.yaml and the 3 classes of classes\.json"),
     ],
 )
 def test_a_damaged_bundle_is_one_line(tmp_path: Path, damage: Any, message: str) -> None:
