@@ -1,14 +1,28 @@
-"""Checkpoints: whole or absent, one temporary name, and errors that name the file."""
+"""Checkpoints: whole or absent, one temporary name, saved when it is cheap, and errors that name the file."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import itertools
+import math
+import os
+import pickle
+import resource
+import signal
+import stat
+import subprocess
+import time
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from core.checkpoint import load_checkpoint, save_checkpoint
+from core.checkpoint import LONGEST_INTERVAL_S, Checkpoints, load_checkpoint, save_checkpoint
 from core.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -85,3 +99,162 @@ def test_a_device_without_room_is_no_fault_of_the_checkpoint(path: Path, monkeyp
     monkeypatch.setattr(torch, "load", full)
     with pytest.raises(torch.OutOfMemoryError):
         load_checkpoint(path, CPU)
+
+
+# Whatever happens to the disk
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[int]:
+    """A file system of 256 kB, and the error of one that is full."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this user may mount no file system")
+    try:
+        yield errno.ENOSPC
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def small_files(folder: Path) -> Iterator[int]:
+    """No file may be larger than 128 kB, and the error of one that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, hard))
+    try:
+        yield errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("limited", [small_disk, small_files])
+@pytest.mark.parametrize("tensors", [1, 1000], ids=["in a tensor", "between tensors"])
+def test_a_full_disk_leaves_the_old_checkpoint_and_tells_its_own_error(
+    tmp_path: Path, limited: Any, tensors: int
+) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    path = folder / "trial.pt"
+    with limited(folder) as expected:
+        save_checkpoint(path, {"weights": torch.arange(1000), "epoch": 1})
+        too_much = {str(index): torch.zeros(100_000 // tensors) for index in range(tensors)}
+        with pytest.raises(OSError, match=os.strerror(expected)) as caught:
+            save_checkpoint(path, {"weights": too_much, "epoch": 2})
+        assert caught.value.errno == expected
+        assert list(folder.iterdir()) == [path]
+        assert load_checkpoint(path, CPU)["epoch"] == 1
+        save_checkpoint(path, {"epoch": 3})
+        assert load_checkpoint(path, CPU)["epoch"] == 3
+
+
+def test_an_interrupt_in_the_middle_of_writing_stays_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise KeyboardInterrupt
+
+    save_checkpoint(path, {"epoch": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, mode: Interrupted(self, mode))
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(path, {"epoch": 2})
+    assert list(path.parent.iterdir()) == [path]
+    assert load_checkpoint(path, CPU)["epoch"] == 1
+
+
+def test_the_file_is_synced_before_the_rename_and_the_folder_after_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []
+
+    def note(descriptor: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        synced.append((kind, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    save_checkpoint(path, {"epoch": 1})
+    assert synced == [("file", False), ("folder", True)]
+
+
+# What is refused
+
+
+class Code:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("kind", ["torch's archive", "torch's old format", "a plain pickle"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(path: Path, tmp_path: Path, kind: str) -> None:
+    state = {"format": 3, "weights": Code(f"touch {tmp_path / 'ran'}")}
+    if kind == "a plain pickle":
+        path.write_bytes(pickle.dumps(state))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "torch's archive")
+    with pytest.raises(CheckpointError, match=r"trial\.pt: not a checkpoint \(.*\); delete it") as caught:
+        load_checkpoint(path, CPU)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_small_file_that_unpacks_to_a_huge_one_is_refused(path: Path) -> None:
+    save_checkpoint(path, {"weights": torch.zeros(10_000_000)})
+    members = zipfile.ZipFile(path)
+    bomb = path.with_name("bomb.pt")
+    with members, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in members.namelist():
+            packed.writestr(name, members.read(name))
+    with pytest.raises(CheckpointError, match=r"bomb\.pt: not a checkpoint \(it unpacks to more than it is\)"):
+        load_checkpoint(bomb, CPU)
+
+
+def test_a_flipped_bit_in_a_tensor_is_found(path: Path) -> None:
+    save_checkpoint(path, {"weights": torch.full((1000,), 7.0)})
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((2,), 7.0).numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"trial\.pt: not a checkpoint \(.* is damaged\); delete it"):
+        load_checkpoint(path, CPU)
+
+
+# When one is due
+
+
+@pytest.mark.parametrize("cost_s", [0.001, 0.1, 5.0, 60.0])
+@pytest.mark.parametrize("epoch_s", [0.02, 3.0, 400.0])
+def test_saving_takes_its_share_of_the_time_and_a_kill_costs_what_that_allows(
+    path: Path, monkeypatch: pytest.MonkeyPatch, cost_s: float, epoch_s: float
+) -> None:
+    now = 0.0
+    saved: list[float] = []
+
+    def state() -> dict[str, Any]:
+        nonlocal now
+        now += cost_s
+        return {}
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    checkpoints = Checkpoints(path, state, on_saved=lambda _: saved.append(now), share=0.02)
+    for _ in range(80):
+        now += epoch_s
+        if checkpoints.due:
+            checkpoints.save()
+    apart = [later - earlier for earlier, later in itertools.pairwise(saved)]
+    interval_s = min(cost_s / 0.02, LONGEST_INTERVAL_S)
+    assert saved[0] == pytest.approx(epoch_s + cost_s)  # whose cost nobody knew
+    assert all(interval_s <= gap - cost_s + 1e-6 and gap - cost_s <= interval_s + epoch_s + 1e-6 for gap in apart)
+    if cost_s <= 0.02 * LONGEST_INTERVAL_S:
+        assert len(saved[1:]) * cost_s <= 0.02 * now
+
+
+def test_an_infinite_share_makes_one_due_always(path: Path) -> None:
+    checkpoints = Checkpoints(path, lambda: {"epoch": 1}, share=math.inf)
+    assert checkpoints.due
+    checkpoints.save()
+    assert checkpoints.due

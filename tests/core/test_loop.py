@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import core.loop.run
+from core.checkpoint import load_checkpoint
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
@@ -80,7 +81,7 @@ def test_the_same_seed_gives_bitwise_the_same_training(
 def test_a_training_resumed_from_its_checkpoint_is_bitwise_the_uninterrupted_one(
     digits: Splits, tiny: TrainConfig, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core.loop.run, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", float("inf"))
     config = tiny.override({"epochs": 6, **changes})
     uninterrupted = train(config, digits, device=CPU)
 
@@ -101,15 +102,90 @@ def test_a_training_resumed_from_its_checkpoint_is_bitwise_the_uninterrupted_one
         on_resume=lambda history: told.extend(epoch.epoch for epoch in history),
         on_epoch_end=lambda epoch: trained.append(epoch.epoch),
     )
-    assert told == [1, 2, 3]
-    assert trained == [epoch.epoch for epoch in uninterrupted.history[3:]]
+    assert told == [1, 2, 3, 4]
+    assert trained == [epoch.epoch for epoch in uninterrupted.history[4:]]
     assert same(uninterrupted, resumed)
+
+
+@pytest.fixture
+def _rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint after the first epoch's but those that are asked for."""
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", 1e-9)
+
+
+@pytest.mark.usefixtures("_rarely")
+def test_after_the_rungs_a_checkpoint_is_saved_and_each_is_told_when_it_is_whole(
+    digits: Splits, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    path = tmp_path / "trial.pt"
+    train(
+        tiny.override({"epochs": 6}),
+        digits,
+        device=CPU,
+        checkpoint_to=path,
+        checkpoint_at={3, 5},
+        checkpoint_at_end=True,
+        on_epoch_end=lambda epoch: told.append(f"epoch {epoch.epoch}"),
+        on_checkpoint=lambda saved: told.append(f"saved {len(load_checkpoint(saved, CPU)['history'])}"),
+    )
+    assert " ".join(told) == "epoch 1 saved 1 epoch 2 epoch 3 saved 3 epoch 4 epoch 5 saved 5 epoch 6 saved 6"
+
+
+@pytest.mark.usefixtures("_rarely")
+@pytest.mark.parametrize(("raised", "left"), [(KeyboardInterrupt, 3), (ArithmeticError, 1)])
+def test_an_interrupted_epoch_is_saved_and_a_pruned_one_is_not(
+    digits: Splits, tiny: TrainConfig, tmp_path: Path, raised: type[BaseException], left: int
+) -> None:
+    def stop_in_the_third(epoch: EpochMetrics) -> None:
+        if epoch.epoch == 3:
+            raise raised
+
+    path = tmp_path / "trial.pt"
+    saved: list[Path] = []
+    with pytest.raises(raised):
+        train(
+            tiny,
+            digits,
+            device=CPU,
+            checkpoint_to=path,
+            checkpoint_at=[3],
+            on_epoch_end=stop_in_the_third,
+            on_checkpoint=saved.append,
+        )
+    assert len(load_checkpoint(path, CPU)["history"]) == left
+    assert set(saved) == {path}
+
+
+def test_what_a_resumed_training_tells_first_is_what_had_been_told(
+    digits: Splits, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    config = tiny.override({"averaging.name": "ema"})
+    told: list[EpochMetrics] = []
+    again: list[EpochMetrics] = []
+    train(config, digits, device=CPU, checkpoint_to=tmp_path / "a.pt", checkpoint_at_end=True, on_epoch_end=told.append)
+    result = train(config, digits, device=CPU, resume_from=tmp_path / "a.pt", on_resume=again.extend)
+    assert again == told == list(result.history)
+
+
+def test_a_checkpoint_of_other_data_or_another_metric_is_refused(
+    digits: Splits, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "trial.pt"
+    train(tiny, digits, device=CPU, checkpoint_to=path)
+    fewer = dataclasses.replace(digits, classes=digits.classes[:9], labels=digits.labels.clamp(max=8))
+    swapped = dataclasses.replace(digits, train=digits.train.flip(0))
+    for other in (fewer, swapped):
+        with pytest.raises(CheckpointError, match=r"trial\.pt: belongs to another data set or split of it; delete it"):
+            train(tiny, other, device=CPU, resume_from=path)
+    with pytest.raises(CheckpointError, match=r"trial\.pt: belongs to another metric; delete it"):
+        train(tiny, digits, device=CPU, resume_from=path, metric="nll")
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(
     digits: Splits, tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core.loop.run, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", float("inf"))
     train(tiny, digits, device=CPU, checkpoint_to=tmp_path / "trial.pt")
     other = tiny.override({"optim.weight_decay": 1e-3})
     with pytest.raises(CheckpointError, match=r"trial\.pt: belongs to another configuration"):

@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_configuration_is_left_and_the_trial_begins_anew
     space = write_space(tmp_path)
     dataset = load_dataset(space.base.data)
     study = open_study(space, name="own", dataset=dataset)
-    monkeypatch.setattr(core.loop.run, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", float("inf"))
     other = space.base.override({"loss.smoothing": 0.2})
     train(other, split(dataset, space.base.data), device=CPU, checkpoint_to=study.paths.checkpoint(0))
     study, _ = run(space, 1)
