@@ -1,7 +1,9 @@
 """`Augment`: everything that happens to a batch of training images between the data set and the network.
 
-Geometry is composed into one affine matrix an image, so that pixels are read once. Photometry works on float32 that
-holds whole numbers from 0 to 255 and rounds as torchvision does on uint8.
+Geometry is composed into one affine matrix an image, so that pixels are read once. Between the operations pixels are
+uint8, a quarter of float32's memory to move about; within one they are float32 where it needs fractions, and are
+rounded as torchvision does. For each round of a policy the images lie in the order of their operations, so that an
+operation works on one piece of memory, in place.
 """
 
 from __future__ import annotations
@@ -18,12 +20,11 @@ from core.augment.erasing import draw_erased
 from core.augment.geometry import affine, rotation, shift, then, warp
 from core.augment.operations import GEOMETRIC_OPS, INTERPOLATED_OPS, PHOTOMETRIC_OPS
 from core.augment.policies import Round, build_policy
-from core.augment.scratch import Scratch
+from core.augment.scratch import Scratch, blocks
 from core.config import AugmentConfig
 from core.runtime import normalize_by, scale_and_shift, spread
 
-# Working memory of a CPU's chunk. Blocks much above it are given back to the system and faulted in again, batch after
-# batch, which took a third of the time.
+# What a CPU's chunk would take as float32: it bounds the working memory, which is a half more.
 _CPU_CHUNK_BYTES = 16 * 2**20
 
 
@@ -37,17 +38,22 @@ def alternating_flips(first: Tensor, epoch: int) -> Tensor:
 
 
 def put_rows(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
-    """pixels[rows] = values, in place; both (…, C, H, W) contiguous, and rows that occur twice have equal values."""
-    _wide_rows(pixels).index_copy_(0, rows, _wide_rows(values.contiguous()))
+    """pixels[rows] = values, in place; (…, C, H, W) contiguous, and rows that occur twice have equal values."""
+    _wide_rows(pixels).index_copy_(0, rows, _wide_rows(values))
 
 
 def _wide_rows(images: Tensor) -> Tensor:
-    """The memory of images (n, C, H, W) float32, contiguous, as a row of few wide elements each.
+    """The memory of images (n, C, H, W) uint8, contiguous, as a row of few wide elements each.
 
-    A CPU moves one element at a time: the widest that there is makes it four times as fast.
+    A CPU moves one element at a time: the widest that there is makes it sixteen times as fast.
     """
     rows = images.view(len(images), -1)
-    return rows.view(torch.complex128) if rows.shape[1] % 4 == 0 else rows
+    return rows.view(torch.complex128) if rows.shape[1] % 16 == 0 else rows
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """The place of each number in a permutation (n,) int64."""
+    return order.argsort()
 
 
 class Augment:
@@ -128,14 +134,30 @@ class Augment:
         erased = draw_erased(images.shape, self.config.erase, generator) if self.config.erase else None
         for start in range(0, len(images), chunk):
             part = slice(start, start + chunk)
-            pixels = self._change(images[part].contiguous(), None if flips is None else flips[part], generator)
-            scale, shift = (spread(c, pixels.shape, torch.contiguous_format) for c in (self._scale, self._shift))
-            torch.addcmul(shift, pixels, scale, out=pixels)
-            if erased is not None:
-                rows, columns = erased
-                pixels.mul_(torch.maximum(rows[part, None, :, None], columns[part, None, None, :]))
-            out[part] = pixels
+            pixels, places = self._change(images[part].contiguous(), None if flips is None else flips[part], generator)
+            shown = None if erased is None else (erased[0][part, None, :, None], erased[1][part, None, None])
+            self._finish(pixels, places, shown, out[part])
         return out
+
+    def _finish(self, pixels: Tensor, places: Tensor, shown: tuple[Tensor, Tensor] | None, out: Tensor) -> None:
+        """Writes pixels[places], normalised, to `out` (n, C, H, W), and 0 where neither of `shown` is 1.
+
+        `shown` are rows (n, 1, H, 1) and columns (n, 1, 1, W).
+        """
+        sizes = blocks(len(out), out)
+        scale, shift = (spread(c, out.shape, torch.contiguous_format) for c in (self._scale, self._shift))
+        room = self._scratch.zeroed_once("normalised", (sizes[0], *out.shape[1:]), self._scale)
+        masks = (
+            [()] * len(sizes)
+            if shown is None
+            else list(zip(*(torch.split(lines, sizes) for lines in shown), strict=True))
+        )
+        for part, mask, there in zip(torch.split(places, sizes), masks, torch.split(out, sizes), strict=True):
+            values = room[: len(part)].copy_(pixels.index_select(0, part))
+            torch.addcmul(shift, values, scale, out=values)
+            if mask:
+                values.mul_(torch.maximum(*mask))
+            there.copy_(values)
 
     def _normalize(self, images: Tensor) -> Tensor:
         """(N, C, H, W) uint8 to `dtype` channels_last."""
@@ -153,24 +175,34 @@ class Augment:
         cards = self._policy.cards
         return math.ceil(count / cards) * cards
 
-    def _change(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> Tensor:
-        """All but erasing and normalising: (n, C, H, W) uint8 to float32 of whole numbers from 0 to 255."""
-        count = len(images)
+    def _change(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """All but erasing and normalising: (n, C, H, W) uint8 to more of them, and the places (n,) of the n in it."""
         # The images past the last are worked on and dropped.
-        rounds = self._policy.deal(self._slots(count), generator)
-        pixels = self._move(images, rounds, flips, generator) if self._moves else images.float()
+        rounds = self._policy.deal(self._slots(len(images)), generator)
+        pixels = self._move(images, rounds, flips, generator) if self._moves else images
         if self.config.color_jitter:
-            pixels = self._jitter(pixels, generator)
-        for one in rounds:
-            for name, operation in PHOTOMETRIC_OPS.items():
-                if name in one.rows:
-                    rows = one.rows[name]
-                    changed = operation(pixels.index_select(0, rows), one.level_of(name), self._policy.ranges)
-                    put_rows(pixels, rows, changed)
-        return pixels[:count]
+            pixels = self._jitter(pixels, rounds, generator)
+        places = torch.arange(len(images), device=images.device)
+        for k, one in enumerate(rounds):
+            if k > 0:
+                pixels = pixels.index_select(0, places.index_select(0, one.order))
+            self._recolour(pixels, one)
+            places = _inverse(one.order)
+        return pixels, places[: len(images)]
+
+    def _recolour(self, pixels: Tensor, one: Round) -> None:
+        """A round's photometry, in place, of pixels in its order."""
+        parts = [(name, size) for name, rows in one.rows.items() for size in blocks(len(rows), pixels)]
+        sizes = [size for _, size in parts]
+        levels = one.levels.index_select(0, one.order)
+        for (name, _), block, its_levels in zip(
+            parts, torch.split(pixels, sizes), torch.split(levels, sizes), strict=True
+        ):
+            if name in PHOTOMETRIC_OPS:
+                block.copy_(PHOTOMETRIC_OPS[name](block, its_levels, self._policy.ranges))
 
     def _move(self, images: Tensor, rounds: list[Round], flips: Tensor | None, generator: torch.Generator) -> Tensor:
-        """The geometric pass: (n, C, H, W) float32 of whole numbers, as many rows as the rounds have."""
+        """The geometric pass: (n, C, H, W) uint8, as many as the rounds have, in the order of the first round."""
         config = self.config
         count, _, height, width = images.shape
         slots = len(rounds[0].levels) if rounds else count
@@ -196,19 +228,22 @@ class Augment:
             matrices = then(matrices, rotation(degrees))
         for one in rounds:
             matrices = then(matrices, self._step(one, (height, width)))
+        if rounds:
+            order = rounds[0].order
+            sources, matrices = sources.index_select(0, order), matrices.index_select(0, order)
+            frames = None if frames is None else frames.index_select(0, order)
 
         if config.rotation_degrees or frames is not None:
-            return warp(images.index_select(0, sources), matrices, frames)
+            return warp(images.index_select(0, sources), matrices, frames, dtype=torch.uint8, scratch=self._scratch)
         reach = pad_x + self._policy.reach(width)
-        moved = shift(images, sources, matrices, reach=reach, mirrored=config.flip > 0, scratch=self._scratch)
-        pixels = self._scratch.zeroed_once("pixels", moved.shape, self._scale)
-        pixels.copy_(moved)
+        pixels = shift(images, sources, matrices, reach=reach, mirrored=config.flip > 0, scratch=self._scratch)
         # An image that two rounds interpolate is listed, and written, twice, with the same values.
         interpolated = [one.rows[name] for one in rounds for name in INTERPOLATED_OPS if name in one.rows]
         if interpolated:
-            rows = torch.cat(interpolated)
-            seen = images.index_select(0, sources.index_select(0, rows))
-            put_rows(pixels, rows, warp(seen, matrices.index_select(0, rows)))
+            places = _inverse(rounds[0].order).index_select(0, torch.cat(interpolated))
+            seen = images.index_select(0, sources.index_select(0, places))
+            seen = warp(seen, matrices.index_select(0, places), dtype=torch.uint8, scratch=self._scratch)
+            put_rows(pixels, places, seen)
         return pixels
 
     def _step(self, one: Round, size: tuple[int, int]) -> Tensor:
@@ -219,10 +254,12 @@ class Augment:
                 step.index_copy_(0, one.rows[name], operation(one.level_of(name), size, self._policy.ranges))
         return step
 
-    def _jitter(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def _jitter(self, pixels: Tensor, rounds: list[Round], generator: torch.Generator) -> Tensor:
         """Colour jitter of every image, in torchvision's listed order: brightness, contrast, saturation."""
         low, high = 1 - self.config.color_jitter, 1 + self.config.color_jitter
         factors = uniform((3, len(pixels)), generator, low, high)
+        if rounds:
+            factors = factors.index_select(1, rounds[0].order)
         pixels = photometry.brightness(pixels, factors[0])
         pixels = photometry.contrast(pixels, factors[1])
         return photometry.saturation(pixels, factors[2])

@@ -11,6 +11,7 @@ second one can bring back, where torchvision has lost it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -73,6 +74,11 @@ class Round:
     def level_of(self, name: str) -> Tensor:
         """The levels (k,) of the images that `name` changes."""
         return self.levels.index_select(0, self.rows[name])
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The images, those of one operation after those of another: (slots,) int64."""
+        return torch.cat(list(self.rows.values()))
 
 
 class Policy(Protocol):

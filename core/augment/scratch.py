@@ -1,4 +1,4 @@
-"""Memory that a CPU keeps from batch to batch.
+"""Memory that a CPU keeps from batch to batch, and how much of it a core keeps in its cache.
 
 Blocks of ten megabytes, let go and asked for again, are returned to the system and faulted in anew page by page: that
 took up to a third of an augmentation's time, now and then, as the heap happened to lie. On a GPU torch's allocator
@@ -7,10 +7,23 @@ keeps what it has, and a captured graph has memory of its own, so there every bl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+# The float32 images that a CPU's operation works on at a time: with what it makes of them they stay in a core's cache.
+_CPU_BLOCK_BYTES = 640 * 2**10
+
+
+def blocks(count: int, images: Tensor) -> list[int]:
+    """The sizes of blocks that `count` of such images (…, C, H, W) are worked on in: all at once on a GPU."""
+    if images.device.type != "cpu":
+        return [count]
+    parts = max(math.ceil(4 * count * math.prod(images.shape[-3:]) / _CPU_BLOCK_BYTES), 1)
+    size = math.ceil(count / parts)
+    return [min(size, count - start) for start in range(0, count, size)] if count else [0]
 
 
 class Scratch:

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from core.augment import MixPlan, alternating_flips, apply_mix, photometry, pipeline
+from core.augment import MixPlan, alternating_flips, apply_mix, photometry, pipeline, scratch
 from core.config import AugmentConfig
 from core.loop.graphs import GENERATORS_REGISTER_THEMSELVES
 from core.runtime import forbidden_waits, normalize
@@ -231,6 +231,17 @@ def test_the_same_generator_state_gives_the_same_bits_and_another_other_ones(pol
     assert not torch.equal(first, other)
     rng = generator()
     assert not torch.equal(augment(images, rng), augment(images, rng))
+
+
+@pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_the_size_of_a_cpus_blocks_changes_no_bit(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    images, some = torch.cat([hard_cases(), pictures(50)]), torch.arange(60) % 3 == 0
+    outs = []
+    for block_bytes in (1, 2**16, 2**30):
+        monkeypatch.setattr(scratch, "_CPU_BLOCK_BYTES", block_bytes)
+        outs.append(build(**fields)(images, generator(), flips=some, repeats=some))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

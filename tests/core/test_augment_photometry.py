@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from core.augment import photometry
+from core.augment.operations import PHOTOMETRIC_OPS, STANDARD
 from tests.core.augment_cases import each, hard_cases
 
 
@@ -81,3 +82,22 @@ def test_half_the_amount_goes_half_the_way(operation: Callable[[Tensor, Tensor],
 def test_saturation_does_nothing_to_greyscale() -> None:
     images = hard_cases(1).float()
     assert torch.equal(photometry.saturation(images, torch.zeros(len(images))), images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", list(PHOTOMETRIC_OPS))
+def test_bytes_come_out_as_bytes_and_as_floats_do(name: str, channels: int) -> None:
+    images = hard_cases(channels)
+    levels = torch.linspace(-1, 1, len(images))
+    ours = PHOTOMETRIC_OPS[name](images, levels, STANDARD)
+    assert ours.dtype == torch.uint8
+    assert torch.equal(ours.float(), PHOTOMETRIC_OPS[name](images.float(), levels, STANDARD))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 2), (2, 2), (3, 3)])
+def test_sharpness_leaves_borders_alone_also_where_there_is_hardly_anything_else(size: tuple[int, int]) -> None:
+    images = hard_cases()[..., : size[0], : size[1]].contiguous()
+    sharp = photometry.sharpness(images, torch.full((len(images),), 1.9))
+    border = torch.ones(size, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    assert torch.equal(sharp[..., border], images[..., border])
