@@ -41,6 +41,44 @@ Assignments = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N; the first GPU where there is one.", show_default=False)
 ]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        metavar="D1,D2",
+        help="Several devices, as in cuda:0,cuda:1; all is every GPU. Each trial has one of them.",
+        show_default=False,
+    ),
+]
+PerDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--per-device",
+        metavar="K",
+        help="How many trials run on a device at once, each in a process; auto measures in the first trials what "
+        "trains the most images a second. 1.",
+        show_default=False,
+    ),
+]
+KeepGb = Annotated[
+    float | None,
+    typer.Option(
+        "--keep-gb",
+        min=0,
+        metavar="GB",
+        help="What kept weights and checkpoints may take on the disk; the worst trial's weights go first.",
+        show_default=False,
+    ),
+]
+Artifacts = Annotated[
+    str | None,
+    typer.Option(
+        "--artifacts",
+        metavar="URL",
+        help="Where machines without a shared studies folder keep checkpoints, weights and pictures: a folder, or "
+        "s3://…, gs://… and whatever else fsspec reaches.",
+        show_default=False,
+    ),
+]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave broken image files out, and count them.")]
 StudyOption = Annotated[str | None, typer.Option("--study", help="The study; the one run last.", show_default=False)]
 Storage = Annotated[
@@ -71,15 +109,33 @@ def run(
     assignments: Assignments = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The study's seed; 0.", show_default=False)] = None,
     device: Device = None,
-    per_device: Annotated[
-        str | None,
+    devices: Devices = None,
+    workers: Annotated[
+        int | None,
         typer.Option(
-            "--per-device",
-            metavar="K",
-            help="How many trials run on the device at once, each in a process; auto measures in the first trials "
-            "what trains the most images a second. 1.",
+            min=0,
+            metavar="N",
+            help="How many trials run at once in all, each in a process; 0 only queues them, for `hpo worker`.",
             show_default=False,
         ),
+    ] = None,
+    per_device: PerDevice = None,
+    retries: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="R",
+            help="How often a trial is begun again, from its checkpoint, after its process died; then it counts as "
+            "failed to train. 3.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_gb: KeepGb = None,
+    artifacts: Artifacts = None,
+    engine: Annotated[str, typer.Option(help="Where workers run: local, or ray, a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="The Ray cluster's head, host:port; auto, the one of this machine.", show_default=False),
     ] = None,
     take_over: Annotated[
         str | None,
@@ -96,36 +152,95 @@ def run(
     ] = False,
 ) -> None:
     """Search: run a study's trials, up to its total. The same command again goes on to it."""
-    from hpo.commands.run import run_command
+    from hpo.commands.run import RunOptions, run_command
 
     run_command(
-        space,
-        trials=trials,
-        study_name=study,
-        data=data,
+        RunOptions(
+            space,
+            trials=trials,
+            study=study,
+            data=data,
+            storage=storage,
+            assignments=assignments or (),
+            seed=seed,
+            device=device,
+            devices=devices,
+            workers=workers,
+            per_device=per_device,
+            retries=retries,
+            keep_gb=keep_gb,
+            artifacts=artifacts,
+            engine=engine,
+            address=address,
+            take_over=take_over,
+            skip_broken=skip_broken,
+            reclaim=reclaim,
+        )
+    )
+
+
+@app.command()
+def worker(
+    study: Annotated[str, typer.Argument(help="A study that was begun by `hpo run`, here or elsewhere.")],
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Its storage's URL; of a study that was begun here, its own.", show_default=False),
+    ] = None,
+    data: Data = None,
+    device: Device = None,
+    devices: Devices = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="How many trials run at once here, each in a process. 1.", show_default=False
+        ),
+    ] = None,
+    per_device: PerDevice = None,
+    keep_gb: KeepGb = None,
+    artifacts: Artifacts = None,
+) -> None:
+    """Join a study: run trials that wait, until none does. From any machine, as often as you like."""
+    from hpo.commands.worker import worker_command
+
+    worker_command(
+        study,
         storage=storage,
-        assignments=assignments or [],
-        seed=seed,
+        data=data,
         device_name=device,
+        devices=devices,
+        workers=workers,
         per_device=per_device,
-        take_over=take_over,
-        skip_broken=skip_broken,
-        reclaim=reclaim,
+        keep_gb=keep_gb,
+        artifacts=artifacts,
     )
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe: a name from `hpo space list`, or a YAML file.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A recipe: a name from `hpo space list`, or a YAML file.", show_default=False),
+    ] = None,
+    trial: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="STUDY/TRIAL",
+            help="In place of a recipe: train this trial again, alone, and say whether it comes out the same.",
+            show_default=False,
+        ),
+    ] = None,
+    storage: Storage = None,
     data: Data = None,
     assignments: Assignments = None,
     metric: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="What is reported, and what early stopping and a plateau schedule watch: accuracy, macro_f1, "
-            "balanced_accuracy or nll."
+            "balanced_accuracy or nll. accuracy; with --from, the study's.",
+            show_default=False,
         ),
-    ] = "accuracy",
+    ] = None,
     device: Device = None,
     skip_broken: SkipBroken = False,
     profile: Annotated[
@@ -135,11 +250,13 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train one fixed configuration once, or with data.folds once a fold: the baseline to beat."""
+    """Train one fixed configuration once, or with data.folds once a fold: the baseline to beat, or a trial again."""
     from hpo.commands.train import train_command
 
     train_command(
         recipe,
+        trial=trial,
+        storage=storage,
         data=data,
         assignments=assignments or [],
         metric=metric,
@@ -215,6 +332,21 @@ def study_show(study: StudyArgument = None, storage: Storage = None) -> None:
     from hpo.commands.study import show_command
 
     show_command(study, storage=storage)
+
+
+@study_app.command("doctor")
+def study_doctor(
+    study: StudyArgument = None,
+    storage: Storage = None,
+    mend: Annotated[
+        bool, typer.Option("--mend", help="Mend what can be mended; a finished trial is never changed.")
+    ] = False,
+) -> None:
+    """What is wrong with a study, a line each. Exit code 0: nothing, or all of it was mended; 1: something is."""
+    from hpo.commands.study import doctor_command
+
+    if not doctor_command(study, storage=storage, mend=mend):
+        raise typer.Exit(1)
 
 
 @space_app.command("list")

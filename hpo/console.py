@@ -186,6 +186,8 @@ def trial_line(outcome: Outcome, metric: str) -> str:
         how = f"pruned at {where}epoch {last.get('epoch', 0)}"
     took = f"{outcome.history[-1].elapsed_s:6.1f} s" if outcome.history else "        "
     detail = f"  ({outcome.why})" if outcome.failure else ""
+    if outcome.replicate_of is not None:
+        detail += f"  (replicate of slot {outcome.replicate_of})"
     return f"trial {outcome.number:3d}  {metric} {value}  {how:<18} {took}  {assignments(outcome.params)}{detail}"
 
 

@@ -2,28 +2,32 @@
 
 The dashboard is Optuna's own, as a WSGI application on the standard library's threaded server. In this process rather
 than as a command: any storage that a study may live in is opened the way the study opens it, the port is known to be
-free before anything is promised, and Ctrl-C ends it quietly.
+free before anything is promised, and Ctrl-C ends it quietly. It asks for no password, so it listens to this machine
+alone unless told otherwise, and then says so.
 """
 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import socket
 import socketserver
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage
 
 from hpo.console import say
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.storage import is_journal, mask, open_storage
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +37,20 @@ def command(storage_url: str, paths: StudyPaths) -> list[str]:
     return ["optuna-dashboard", mask(storage_url), "--artifact-dir", str(paths.artifacts)]
 
 
-def serve(storage_url: str, paths: StudyPaths, *, study_name: str, host: str, port: int) -> None:
+def serve(storage_url: str, artifacts: ArtifactStore, *, study_name: str, host: str, port: int) -> None:
     """Serves the dashboard until Ctrl-C, having said where the study's page is.
 
     Args:
+        artifacts: `Study.artifact_store`.
         port: 0 takes any free one.
 
     Raises:
         StudyError: the storage has no such study, or the address cannot be listened on.
     """
-    with make_server(storage_url, paths, study_name=study_name, host=host, port=port) as server:
+    with make_server(storage_url, artifacts, study_name=study_name, host=host, port=port) as server:
         say(f"study {study_name}: {server.study_url}")
+        if not _is_loopback(server):
+            say(f"others can reach {host}, and whoever does can change the study: the dashboard asks for no password")
         say("Ctrl-C stops the dashboard")
         try:
             server.serve_forever()
@@ -74,7 +81,9 @@ class _DashboardServer6(DashboardServer):
     address_family = socket.AF_INET6
 
 
-def make_server(storage_url: str, paths: StudyPaths, *, study_name: str, host: str, port: int) -> DashboardServer:
+def make_server(
+    storage_url: str, artifacts: ArtifactStore, *, study_name: str, host: str, port: int
+) -> DashboardServer:
     """Opens the study's storage and listens on the address, without answering yet.
 
     Raises:
@@ -88,19 +97,21 @@ def make_server(storage_url: str, paths: StudyPaths, *, study_name: str, host: s
     except KeyError as error:
         raise StudyError(f"study {study_name}: not in {mask(storage_url)}; hpo study list shows those here") from error
     server = _listen(host, port)
-    paths.artifacts.mkdir(parents=True, exist_ok=True)
-    server.set_app(_application(storage, paths.artifacts))
+    server.set_app(_application(storage, artifacts))
     shown = f"[{host}]" if ":" in host else host
     server.study_url = f"http://{shown}:{server.server_port}/dashboard/studies/{study_id}"
     return server
 
 
-def _application(storage: BaseStorage, artifacts: Path) -> Callable[..., Any]:
+def _is_loopback(server: DashboardServer) -> bool:
+    """Whether only this machine reaches the address that the server is bound to, whatever name it was given by."""
+    return ipaddress.ip_address(server.server_name).is_loopback
+
+
+def _application(storage: BaseStorage, artifacts: ArtifactStore) -> Callable[..., Any]:
     import optuna_dashboard  # takes a second
 
-    application: Callable[..., Any] = optuna_dashboard.wsgi(  # type: ignore[attr-defined]
-        storage, FileSystemArtifactStore(artifacts)
-    )
+    application: Callable[..., Any] = optuna_dashboard.wsgi(storage, artifacts)  # type: ignore[attr-defined]
     return application
 
 

@@ -6,8 +6,13 @@ the trials that were finished are in the storage, and the one that ran goes on f
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import optuna
@@ -16,8 +21,10 @@ from safetensors.torch import save_model
 
 from core.config import TrainConfig
 from core.data import Splits
+from core.errors import CoreError
 from core.loop import EpochMetrics, seconds_per_epoch
 from core.runtime import derive_seed
+from hpo.errors import HpoError, StudyError
 from hpo.interrupts import Interrupts
 from hpo.objective import Listener, Objective, Outcome, failure_of
 from hpo.pruner import RungPruner, build_pruner
@@ -30,6 +37,11 @@ logger = logging.getLogger(__name__)
 
 # Complete trials whose weights are kept for the refit: the best, and two in case a later confirmation prefers them.
 KEPT_MODELS = 3
+
+# What a write ends with where the disk is full, or a person's share of it.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Between two looks at what other processes train.
+_LOOK_S = 0.5
 
 
 def estimate_s(
@@ -67,37 +79,123 @@ def run_study(
     listener: Listener,
     interrupts: Interrupts,
     wanted: Callable[[], bool] = lambda: True,
+    keep_gb: float | None = None,
 ) -> None:
     """Runs the trials that wait, until none is left of the total.
 
     Args:
         splits: one, or one a fold.
         wanted: asked before each trial whether it is to be run.
+        keep_gb: what the study's weights and checkpoints may take, in 10^9 bytes; None for any.
 
     Raises:
         KeyboardInterrupt: a person's Ctrl-C, or SIGTERM; the running trial is back in the queue.
-        Exception: a fault of ours; the running trial is back in the queue too.
+        HpoError: something that a person has to mend, a full disk for instance; the running trial is back in the queue.
+        Exception: a crash; the running trial is back in the queue, as often as `study.retries` allows.
     """
+    space_on_disk, depot = _SpaceOnDisk(study, keep_gb), study.depot
+
+    def saved(checkpoint: Path) -> None:
+        if depot is not None:
+            depot.send(checkpoint)
+        space_on_disk.keep_within()
+
     objective = Objective(
-        space, splits, study.paths, seed=study.seed, device=device, listener=listener, interrupts=interrupts
+        space,
+        splits,
+        study.paths,
+        seed=study.seed,
+        device=device,
+        listener=listener,
+        interrupts=interrupts,
+        before_training=None if depot is None else depot.bring,
+        on_checkpoint=saved,
     )
-    while wanted() and (claimed := study.claim()) is not None:
+    while wanted():
+        study.reap()
+        if (claimed := study.claim()) is None:
+            return
         trial, slot = claimed
         try:
-            outcome = objective(trial, slot)
-            _keep(study, space, splits, outcome)
-            # One thread and two do not add in the same order: with the same number, a trial's values are the same.
-            attributes = outcome.attributes | {"torch_threads": torch.get_num_threads()}
-            counted = study.finish(trial, outcome.state, outcome.value, failure=outcome.failure, attributes=attributes)
-        except BaseException:
-            study.release(trial)
+            with full_disk_told(study.paths.dir), study.beating(trial):
+                outcome = objective(trial, slot)
+                _keep(study, space, splits, outcome)
+                space_on_disk.keep_within()
+                # One thread and two do not add in the same order: with the same number, a trial's values are the same.
+                attributes = outcome.attributes | {"torch_threads": torch.get_num_threads()}
+                counted = study.finish(
+                    trial, outcome.state, outcome.value, failure=outcome.failure, attributes=attributes
+                )
+        except BaseException as error:
+            study.release(trial, crashed=_is_crash(error))
             raise
         if counted:  # else another process has the slot now, and needs them
             for fold in range(1, len(splits) + 1):
-                study.paths.checkpoint(slot, fold).unlink(missing_ok=True)
+                _drop_checkpoint(study, study.paths.checkpoint(slot, fold))
         listener.trial_ended(outcome)
         del outcome  # the networks, which the next trial's would otherwise have to fit beside
         interrupts.check()
+
+
+def _drop_checkpoint(study: Study, checkpoint: Path) -> None:
+    """Lets go of a finished trial's checkpoint, wherever it lies."""
+    if study.depot is not None:
+        study.depot.drop(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
+
+
+def _is_crash(error: BaseException) -> bool:
+    """Whether an attempt ended by a fault that may be its configuration's, as its process's death may be."""
+    return isinstance(error, Exception) and not isinstance(error, (HpoError, CoreError))
+
+
+def wait_for_others(study: Study, interrupts: Interrupts) -> bool:
+    """Waits for the trials that other processes train, in case one of them has to be gone on with.
+
+    Returns:
+        Whether a trial waits now; False where all of the total is over, or what is not cannot be waited for: nothing
+        tells whether another host lives, but the heartbeats that a database keeps.
+    """
+    told = False
+    while True:
+        study.reap()
+        if study.waiting():
+            return True
+        if not (others := study.at_work()):
+            return False
+        if not told:
+            numbers = ", ".join(map(str, others))
+            logger.info("waiting for trial %s, which another process trains", numbers)
+            told = True
+        with interrupts.let_through():
+            time.sleep(_LOOK_S)
+
+
+@contextlib.contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Turns a full disk into one line on what to do: it is no fault of a configuration, and waits for a person.
+
+    Raises:
+        StudyError: in place of what the library that wrote has raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, HpoError) or not _is_full_disk(error):
+            raise
+        name = getattr(error, "filename", None) or folder
+        raise StudyError(
+            f"{name}: no space is left on the disk; free some, and run the same command again: what is done is safe, "
+            "and each running trial goes on from its last checkpoint"
+        ) from error
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    # safetensors has an error of its own, with the system's words in it.
+    return any(os.strerror(number) in str(error) for number in _FULL)
 
 
 def pending_references(study: Study, space: SearchSpace) -> list[Recipe]:
@@ -125,14 +223,14 @@ def run_references(
             for stale in (paths.result, *paths.checkpoints(len(splits))):
                 stale.unlink(missing_ok=True)
         try:
-            with interrupts.let_through():
+            with interrupts.patient(), full_disk_told(paths.dir):
                 train_recorded(
                     config,
                     splits,
                     paths,
                     metric=space.metric,
                     device=device,
-                    watch=_watched_by(listener, recipe.name, config),
+                    watch=_watched_by(listener, interrupts, recipe.name, config),
                 )
         except Exception as error:
             failure = failure_of(error)
@@ -144,12 +242,17 @@ def run_references(
         listener.reference_ended(recipe.name, read_result(paths) or {})
 
 
-def _watched_by(listener: Listener, name: str, config: TrainConfig) -> Watch:
-    """Tells the listener of a recipe's training, or of each of its folds."""
+def _watched_by(listener: Listener, interrupts: Interrupts, name: str, config: TrainConfig) -> Watch:
+    """Tells the listener of a recipe's training, or of each of its folds, and lets an interrupt end it at an epoch."""
 
     def watch(label: str) -> Callable[[EpochMetrics], None]:
         listener.trial_started(", ".join(filter(None, (f"recipe {name}", label))), config)
-        return lambda epoch: listener.epoch_ended(epoch, "")
+
+        def epoch_ended(epoch: EpochMetrics) -> None:
+            listener.epoch_ended(epoch, "")
+            interrupts.check()
+
+        return epoch_ended
 
     return watch
 
@@ -169,7 +272,7 @@ def _keep(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: O
     if outcome.results:
         _keep_weights(study, outcome)
     try:
-        attach_artifacts(study.optuna, outcome.number, _draw(study, space, splits, outcome), study.paths.artifacts)
+        attach_artifacts(study.optuna, outcome.number, _draw(study, space, splits, outcome), study.artifact_store())
     except Exception as error:  # a picture is not worth a trial
         logger.warning("trial %d: its pictures are missing (%s: %s)", outcome.number, type(error).__name__, error)
 
@@ -203,13 +306,58 @@ def _keep_weights(study: Study, outcome: Outcome) -> None:
             temporary = weights.with_suffix(".tmp")
             save_model(result.model, str(temporary))
             temporary.replace(weights)
+        if study.depot is not None:
+            for file in study.paths.needed_by_refit(outcome.number):
+                study.depot.put(file, study.paths.inside(file))
     _let_go(study, values.keys() - set(best), folds=len(folds))
 
 
-def keep_best_weights(study: Study, *, folds: int) -> None:
-    """Lets go of weights that two workers both kept, which ended a trial at the same time."""
+def keep_best_weights(study: Study, *, folds: int, keep_gb: float | None = None) -> None:
+    """Lets go of weights that two workers both kept, which ended a trial at the same time, and of those too large."""
     values = _complete_values(study)
     _let_go(study, values.keys() - set(_best_of(values)), folds=folds)
+    _SpaceOnDisk(study, keep_gb).keep_within()
+
+
+class _SpaceOnDisk:
+    """Keeps a study's weights and checkpoints within what they may take.
+
+    The weights go first, the worst trial's before others': a refit trains again what is missing. What a running trial
+    needs to go on never goes; where that alone takes more, it is said, once.
+    """
+
+    def __init__(self, study: Study, keep_gb: float | None) -> None:
+        self._study, self._keep_gb = study, keep_gb
+        self._told = False
+
+    def keep_within(self) -> None:
+        """Deletes what is too much."""
+        if self._keep_gb is None:
+            return
+        sizes = {path: _size(path) for path in self._study.paths.weights_and_checkpoints()}
+        too_much = sum(sizes.values()) - self._keep_gb * 1e9
+        values = _complete_values(self._study)
+        for number in sorted(self._study.paths.numbers_with_weights(), key=lambda n: (values.get(n, -math.inf), -n)):
+            for path in self._study.paths.trial_models(number):
+                if too_much <= 0:
+                    return
+                path.unlink(missing_ok=True)  # in the depot it stays, which is not this disk
+                too_much -= sizes.get(path, 0)
+        if too_much > 0 and not self._told:
+            self._told = True
+            logger.warning(
+                "--keep-gb %g: the checkpoints of the running trials alone take %.2f GB more; they are kept",
+                self._keep_gb,
+                too_much / 1e9,
+            )
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 of a file that another worker has just let go of."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _complete_values(study: Study) -> dict[int, float]:
@@ -232,4 +380,7 @@ def _best_of(values: Mapping[int, float]) -> list[int]:
 def _let_go(study: Study, numbers: Iterable[int], *, folds: int) -> None:
     for number in numbers:
         for fold in range(1, folds + 1):
-            study.paths.trial_model(number, fold).unlink(missing_ok=True)
+            weights = study.paths.trial_model(number, fold)
+            weights.unlink(missing_ok=True)
+            if study.depot is not None:
+                study.depot.remove(study.paths.inside(weights))

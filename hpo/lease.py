@@ -1,20 +1,28 @@
 """Leases: who runs a trial, so that a dead process's trial can be told from a live one's.
 
-A lease names the host, the boot, the process and its start. A heartbeat would need a thread and a clock that all
-machines share; the kernel of the machine that the process ran on knows at once, and for certain. Only that machine can
-ask it, so a trial that another one holds is left to a person's word.
+A lease names the host, the boot, the process and its start. The kernel of the machine that the process ran on knows at
+once, and for certain, whether it lives; only that machine can ask it. Of other machines' processes a database knows by
+their heartbeats, judged by its server's clock alone; a journal does not, and leaves them to a person's word.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optuna.trial import FrozenTrial
+from optuna.storages import BaseStorage
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.trial import FrozenTrial, TrialState
+
+logger = logging.getLogger(__name__)
 
 LEASE = "lease"
 """The user attribute of a trial that was claimed: host, boot, process and its start."""
@@ -22,6 +30,9 @@ LEASE = "lease"
 # A claim is two writes, the state and the lease. A trial without a lease is being claimed right now, or its process
 # died in between; a write takes milliseconds, under a storm of workers a few seconds.
 _GRACE_S = 60
+
+# Seconds that the end of a trial waits for a heartbeat that is being written.
+_LAST_BEAT_S = 1.0
 
 
 class Held(NamedTuple):
@@ -67,6 +78,69 @@ def is_abandoned(trial: FrozenTrial) -> bool:
     except PermissionError:
         pass
     return False
+
+
+def has_heartbeat(storage: BaseStorage) -> bool:
+    """Whether the storage keeps heartbeats, by which hosts know of each other's processes."""
+    return _heart_of(storage) is not None
+
+
+@contextmanager
+def beating(storage: BaseStorage, trial_id: int) -> Iterator[None]:
+    """Lets other hosts know that the trial's process lives, by a thread; nothing in storages without heartbeats.
+
+    The thread beats on whatever becomes of a beat. Whether to wait for a storage that is lost is for those to say who
+    write results to it.
+    """
+    heart = _heart_of(storage)
+    if heart is None:
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_beat, args=(heart, trial_id, done), name=f"heartbeat of {trial_id}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(_LAST_BEAT_S)
+
+
+def _beat(heart: BaseHeartbeat, trial_id: int, done: threading.Event) -> None:
+    interval_s = heart.get_heartbeat_interval()
+    missed = False
+    while not done.wait(interval_s):
+        try:
+            heart.record_heartbeat(trial_id)
+        except Exception as error:
+            if not missed:
+                logger.warning("no heartbeat could be written (%s); trying on every %d s", error, interval_s)
+            missed = True
+        else:
+            missed = False
+
+
+def stale_elsewhere(storage: BaseStorage, study_id: int) -> set[int]:
+    """The numbers of the running trials that other hosts hold and whose processes have long shown no heartbeat.
+
+    This host's are not among them: here the lease knows better, and a process that was stopped for long is not dead.
+    """
+    heart = _heart_of(storage)
+    if heart is None:
+        return set()
+    stale = set(heart._get_stale_trial_ids(study_id))
+    running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+    return {trial.number for trial in running if trial._trial_id in stale and held_elsewhere(trial) is not None}
+
+
+def _heart_of(storage: BaseStorage) -> BaseHeartbeat | None:
+    """The storage, if it keeps heartbeats."""
+    return storage if isinstance(storage, BaseHeartbeat) and storage.get_heartbeat_interval() is not None else None
+
+
+def machine() -> str:
+    """Names the kernel that this process runs on, which containers of one machine share."""
+    return _boot_id() or socket.gethostname()
 
 
 @cache

@@ -10,8 +10,9 @@ scores and the current one, so that a pruner can end it after any epoch.
 
 from __future__ import annotations
 
+import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -26,12 +27,15 @@ from core.loop import EpochMetrics, TrainResult, train
 from core.runtime import derive_seed, is_out_of_memory
 from hpo.interrupts import Interrupts
 from hpo.paths import StudyPaths
+from hpo.pruner import RungPruner
 from hpo.search_space import SearchSpace, to_yaml
+from hpo.slots import REPLICATE_OF, RESUMED_EPOCH, first_twin
 from hpo.training import append_line, fold_label, going_on, of_fold
 
 if TYPE_CHECKING:
     from core.data import Splits
-    from hpo.pruner import RungPruner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Outcome:
     """Of a complete trial: one, or one a fold, whose networks then wait on the host."""
     failure: str | None = None
     """`diverged`, `oom` or `invalid`, of a trial that could not be trained to its end."""
+    replicate_of: int | None = None
+    """The earlier slot that has the same parameters."""
     why: str = ""
     """The pruner's verdict, or the failure's text."""
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +83,8 @@ class Objective:
     Args:
         seed: the study's.
         splits: the training and validation images, on the device: one, or one a fold.
+        before_training: told of the checkpoint that a training would go on from, there or not.
+        on_checkpoint: told of each checkpoint that is whole and in place.
     """
 
     def __init__(
@@ -89,13 +97,19 @@ class Objective:
         device: torch.device,
         listener: Listener,
         interrupts: Interrupts,
+        before_training: Callable[[Path], None] | None = None,
+        on_checkpoint: Callable[[Path], None] | None = None,
     ) -> None:
         self.space, self.splits, self.paths = space, tuple(splits), paths
         self.seed, self.device, self.listener, self.interrupts = seed, device, listener, interrupts
+        self.before_training, self.on_checkpoint = before_training, on_checkpoint
 
     def __call__(self, trial: optuna.trial.Trial, slot: int) -> Outcome:
         """Runs the trial to its end. What is raised is a fault of ours, or a person's Ctrl-C."""
         params = self.space.suggest(trial)  # all of them, before anything can fail
+        twin = first_twin(trial.study.get_trials(deepcopy=False), trial.params, slot)
+        if twin is not None:  # with another seed it says how far luck goes, and is no new configuration
+            trial.set_user_attr(REPLICATE_OF, twin)
         try:
             config = self.space.config(params).override({"seed": derive_seed(self.seed, "trial", slot)})
         except ValidationError as error:
@@ -103,7 +117,7 @@ class Objective:
             return Outcome(trial.number, slot, "pruned", None, None, params, failure="invalid", why=text)
         self.paths.trial(trial.number).mkdir(parents=True, exist_ok=True)
         self.paths.trial_config(trial.number).write_text(to_yaml(config))
-        attempt = _Attempt(self, trial, slot, config)
+        attempt = _Attempt(self, trial, slot, config, twin)
         try:
             for fold in range(1, len(self.splits) + 1):
                 attempt.begin(fold)
@@ -120,7 +134,9 @@ class Objective:
     def _train(self, attempt: _Attempt) -> TrainResult:
         """Trains a fold on from its checkpoint, or anew where there is none that can be used."""
         checkpoint = self.paths.checkpoint(attempt.slot, attempt.fold)
-        with self.interrupts.let_through():
+        if self.before_training is not None:
+            self.before_training(checkpoint)
+        with self.interrupts.patient():
             return going_on(checkpoint, f"trial {attempt.trial.number}", lambda: self._train_from(checkpoint, attempt))
 
     def _train_from(self, checkpoint: Path, attempt: _Attempt) -> TrainResult:
@@ -132,8 +148,11 @@ class Objective:
             on_resume=attempt.resumed,
             resume_from=checkpoint,
             checkpoint_to=checkpoint,
+            # A trial that has passed a rung is worth more than its epochs: the others were judged by it.
+            checkpoint_at=attempt.rungs(),
             # A finished fold is not trained again when a later one is cut off.
             checkpoint_at_end=attempt.folds > 1,
+            on_checkpoint=self.on_checkpoint,
             metric=self.space.metric,
         )
 
@@ -150,8 +169,10 @@ def failure_of(error: Exception) -> str | None:
 class _Attempt:
     """What one trial has reported so far."""
 
-    def __init__(self, objective: Objective, trial: optuna.trial.Trial, slot: int, config: TrainConfig) -> None:
-        self.objective, self.trial, self.slot, self.config = objective, trial, slot, config
+    def __init__(
+        self, objective: Objective, trial: optuna.trial.Trial, slot: int, config: TrainConfig, twin: int | None
+    ) -> None:
+        self.objective, self.trial, self.slot, self.config, self.twin = objective, trial, slot, config, twin
         self.metric = objective.space.metric
         self.folds = len(objective.splits)
         self.fold = 0
@@ -183,16 +204,36 @@ class _Attempt:
         label = ", ".join(filter(None, (f"trial {self.trial.number}", fold_label(fold, self.folds))))
         self.objective.listener.trial_started(label, self.config)
 
+    def rungs(self) -> frozenset[int]:
+        """The epochs of the fold that trains at which the rung pruner judges it; none of another pruner, which knows
+        none."""
+        pruner = self.trial.study.pruner
+        if not isinstance(pruner, RungPruner):
+            return frozenset()
+        begun = (self.fold - 1) * self.config.epochs
+        return frozenset(step - begun for step in pruner.keeps if begun < step <= begun + self.config.epochs)
+
     def resumed(self, history: tuple[EpochMetrics, ...]) -> None:
         """Reports again what the interrupted attempt had reported: its rungs have been judged already."""
         with self.objective.interrupts.held():
             for epoch in history:
                 self._report(epoch)
+            self.trial.set_user_attr(RESUMED_EPOCH, (self.fold - 1) * self.config.epochs + len(history))
+        fold = f" of {fold_label(self.fold, self.folds)}" if self.folds > 1 else ""
+        logger.info(
+            "trial %d goes on behind epoch %d%s, from the checkpoint of slot %d",
+            self.trial.number,
+            len(history),
+            fold,
+            self.slot,
+        )
 
     def epoch_ended(self, epoch: EpochMetrics) -> None:
         """Reports an epoch, and raises TrialPruned where the pruner ends the trial."""
         with self.objective.interrupts.held():
             self._judge(epoch)
+        if epoch.epoch < self.config.epochs:  # else the trial is over before it could be given back
+            self.objective.interrupts.check()
 
     def end(self, result: TrainResult) -> None:
         """Takes a finished fold, reports the mean so far, and raises TrialPruned where the pruner ends the trial."""
@@ -256,6 +297,7 @@ class _Attempt:
             tuple(self.rows),
             tuple(self.results) if state == "complete" else (),
             failure,
+            self.twin,
             why,
             self._attributes(complete=state == "complete"),
         )

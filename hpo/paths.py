@@ -100,6 +100,10 @@ class StudyPaths:
     def name(self) -> str:
         return self.dir.name
 
+    def inside(self, file: Path) -> str:
+        """A file's name in the study's folder: `trials/00003/model.safetensors`."""
+        return file.relative_to(self.dir).as_posix()
+
     @property
     def journal(self) -> Path:
         """Optuna's journal file, the default storage."""
@@ -132,6 +136,22 @@ class StudyPaths:
     def trial_model(self, number: int, fold: int = 1) -> Path:
         """The weights that a fold of the trial ended with; only the best few trials keep theirs."""
         return self.trial(number) / f"model{_of_fold(fold)}.safetensors"
+
+    def trial_models(self, number: int) -> list[Path]:
+        """The weights that the trial has kept, of each of its folds."""
+        return sorted(self.trial(number).glob("model*.safetensors"))
+
+    def needed_by_refit(self, number: int) -> list[Path]:
+        """What a refit takes over from the trial: its weights, and what its epochs came to."""
+        return [*self.trial_models(number), self.trial_metrics(number)]
+
+    def numbers_with_weights(self) -> set[int]:
+        """The trials that have kept weights."""
+        return {int(file.parent.name) for file in self.trials.glob("*/model*.safetensors")}
+
+    def weights_and_checkpoints(self) -> list[Path]:
+        """All files of the trials that grow with the network."""
+        return [*self.trials.glob("*/model*.safetensors"), *(self.dir / "checkpoints").glob("*.pt")]
 
     def checkpoint(self, slot: int, fold: int = 1) -> Path:
         """What a running trial needs to go on. It belongs to the slot: a retried trial has a new number."""

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from core.config import TrainConfig
-from hpo.errors import StudyError
+from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths
-from hpo.search_space import diff, shown
+from hpo.search_space import diff, load_yaml, shown
 from hpo.storage import is_masked, mask
 from hpo.versions import versions
 
@@ -127,8 +127,8 @@ def read_record(paths: StudyPaths) -> dict[str, Any] | None:
     if not paths.study_yaml.exists():
         return None
     try:
-        record = YAML(typ="safe", pure=True).load(paths.study_yaml.read_text(encoding="utf-8"))
-    except Exception as error:
+        record = load_yaml(paths.study_yaml)
+    except (OSError, SpaceError) as error:
         raise StudyError(f"{paths.study_yaml} cannot be read ({error}); delete it and run the study again") from error
     if not isinstance(record, dict) or "hash" not in record:
         raise StudyError(f"{paths.study_yaml} is no study of hpo's; delete it and run the study again")

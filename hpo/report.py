@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import optuna
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from optuna.artifacts._protocol import ArtifactStore
     from torch import Tensor
 
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
@@ -235,7 +236,7 @@ def _focus(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def attach_artifacts(study: optuna.Study, number: int, paths: Sequence[Path], store_dir: Path) -> None:
+def attach_artifacts(study: optuna.Study, number: int, paths: Sequence[Path], store: ArtifactStore) -> None:
     """Puts files into the artifact store, so that the dashboard shows them on the trial's page.
 
     Pictures are shown there; text (the configuration) is offered with its name. The trial must not be finished yet:
@@ -243,12 +244,10 @@ def attach_artifacts(study: optuna.Study, number: int, paths: Sequence[Path], st
 
     Args:
         number: the trial's.
-        store_dir: the folder that the dashboard is given as `--artifact-dir`; made where it is missing.
+        store: the one that the dashboard reads, `Study.artifact_store`.
     """
-    from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+    from optuna.artifacts import upload_artifact
 
-    store_dir.mkdir(parents=True, exist_ok=True)
-    store = FileSystemArtifactStore(store_dir)
     storage = study._storage
     trial = storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
     for path in paths:

@@ -6,7 +6,8 @@ compares trials counts slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -17,7 +18,13 @@ BASE = "base"
 RECIPE = "recipe"
 """The user attribute of a trial that is a recipe, which is never pruned: the recipe's name."""
 FAILURE = "failure"
-"""The user attribute of a trial that could not be trained to its end: `diverged`, `oom` or `invalid`."""
+"""The user attribute of a trial that could not be trained to its end: `diverged`, `oom`, `invalid` or `crashed`."""
+CRASHES = "crashes"
+"""The user attribute of a trial: how many attempts at its slot ended with their process, so far."""
+REPLICATE_OF = "replicate_of"
+"""The user attribute of a trial with an earlier slot's parameters, which it trains with another seed: that slot."""
+RESUMED_EPOCH = "resumed_epoch"
+"""The user attribute of an attempt that went on from a checkpoint: the epoch that was in it; with folds, the step."""
 INTERRUPTED = "interrupted"
 """The user attribute of an attempt that was cut off; its slot was queued again."""
 TAKEN_FROM = "taken_from"
@@ -39,3 +46,18 @@ def standing(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
         if other is None or (other.state == TrialState.WAITING and trial.state != TrialState.WAITING):
             found[slot_of(trial)] = trial
     return found
+
+
+def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], slot: int) -> int | None:
+    """The lowest slot before this one that has these very parameters; None where it is the first.
+
+    Only lower slots count, so that whatever runs beside it decides nothing.
+    """
+    return min(
+        (
+            other
+            for other, trial in standing(trials).items()
+            if other < slot and trial.state != TrialState.WAITING and trial.params == params
+        ),
+        default=None,
+    )

@@ -9,13 +9,14 @@ trial counts and the later one is never claimed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
 import socket
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from core.config import TrainConfig
 from hpo.errors import StudyError
-from hpo.lease import LEASE, Held, held_elsewhere, is_abandoned, own_lease
+from hpo.lease import LEASE, Held, beating, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
 from hpo.paths import StudyPaths, studies_root
 from hpo.pruner import build_pruner
 from hpo.record import (
@@ -39,12 +40,26 @@ from hpo.record import (
     write_record,
 )
 from hpo.samplers import build_sampler
-from hpo.slots import BASE, FAILURE, INTERRUPTED, RECIPE, SLOT, TAKEN_FROM, slot_of, standing
-from hpo.storage import is_journal, mask, open_storage
+from hpo.slots import (
+    BASE,
+    CRASHES,
+    FAILURE,
+    INTERRUPTED,
+    RECIPE,
+    RESUMED_EPOCH,
+    SLOT,
+    TAKEN_FROM,
+    slot_of,
+    standing,
+)
+from hpo.storage import is_journal, is_masked, mask, open_storage
 from hpo.takeover import CONSTRAINT, take_over_trials
 
 if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
+
     from core.data import Dataset
+    from hpo.depot import Depot
     from hpo.search_space import Recipe, SearchSpace
 
 __all__ = [
@@ -68,8 +83,12 @@ logger = logging.getLogger(__name__)
 _RECORD = "hpo"  # study user attribute: what the study searches, for machines without its study.yaml
 _TOTAL = "trials"  # study user attribute: the total, for workers that join
 _COMMAND = "command"  # study user attribute: what the study was last run by
+_SPACE = "space"  # study user attribute: the space as YAML, for workers that join without its file
+_DEPOT = "artifacts"  # study user attribute: where `--artifacts` keeps files for all machines, without a password
+_RETRIES = "retries"  # study user attribute: how often a slot is begun again after its process died
 _PACKING = "packing"  # study user attribute: host and device -> how many trials at once were best there, and why
 _ARTIFACT = "artifacts:"  # how Optuna begins the system attribute that an uploaded artifact is known by
+_DEFAULT_RETRIES = 3  # one more than a pool fills a seat again, so that a seat is given up before a configuration is
 _NAME = re.compile(r"\w[\w.\-]{0,99}")
 
 
@@ -126,6 +145,8 @@ class Study:
         self.paths = paths
         self.record = record
         self.storage_url = storage_url
+        self.depot: Depot | None = None
+        """Where checkpoints, weights and artifacts are kept for all machines, once `use_depot` was called."""
         self._space = space
 
     # What it is
@@ -182,6 +203,70 @@ class Study:
         """What the study was last run by, to be typed again; None before its first run."""
         command = self._storage.get_study_user_attrs(self._id).get(_COMMAND)
         return None if command is None else str(command)
+
+    @property
+    def retries(self) -> int:
+        """How often a slot is begun again after a process died that trained it; then it counts as failed to train."""
+        return int(self._storage.get_study_user_attrs(self._id).get(_RETRIES, _DEFAULT_RETRIES))
+
+    def remember_retries(self, retries: int | None) -> None:
+        """Keeps how often a slot is begun again, for all that work on the study; None leaves it as it is."""
+        if retries is not None and retries != self.retries:
+            self.optuna.set_user_attr(_RETRIES, retries)
+
+    def use_depot(self, url: str | None) -> None:
+        """Keeps checkpoints, weights and artifacts where other machines reach them too.
+
+        Args:
+            url: a path, or what fsspec knows; None is what the study was given before, if it was.
+
+        Raises:
+            StudyError: it was given another one before, or one with a password, which is not remembered; or there is
+                no driver for it.
+        """
+        known = self._storage.get_study_user_attrs(self._id).get(_DEPOT)
+        if url is None and known is not None and is_masked(known):
+            raise StudyError(f"study {self.name}: give --artifacts {known} with the password, which is not remembered")
+        if url is not None and "://" not in url:
+            url = str(Path(url).resolve())  # relative to where this command runs, which others do not know
+        if url is not None and known is not None and mask(url) != known:
+            raise StudyError(
+                f"study {self.name} keeps its artifacts in {known}; leave --artifacts out, or choose another --study"
+            )
+        url = url or known
+        if url is None:
+            return
+        from hpo.depot import Depot
+
+        self.depot = Depot(url, self.paths.dir)
+        if known is None:
+            self.optuna.set_user_attr(_DEPOT, mask(url))
+
+    def artifact_store(self) -> ArtifactStore:
+        """Where the pictures of trials are kept for the dashboard; its folder is made where it is missing."""
+        if self.depot is not None:
+            return self.depot.artifacts(self.paths.artifacts)
+        from optuna.artifacts import FileSystemArtifactStore
+
+        self.paths.artifacts.mkdir(parents=True, exist_ok=True)
+        return FileSystemArtifactStore(self.paths.artifacts)
+
+    def bring_trial(self, number: int, *, folds: int) -> None:
+        """Brings here from the depot what a refit takes over from a trial that another machine has trained."""
+        if self.depot is None:
+            return
+        weights = [self.paths.trial_model(number, fold) for fold in range(1, folds + 1)]
+        for file in (*weights, self.paths.trial_metrics(number)):
+            if not file.exists():
+                self.depot.fetch(self.paths.inside(file), file)
+
+    def remember_space(self, space: SearchSpace) -> None:
+        """Keeps the space for workers that join without its file."""
+        from hpo.search_space import space_to_yaml
+
+        text = space_to_yaml(space)
+        if self._storage.get_study_user_attrs(self._id).get(_SPACE) != text:
+            self.optuna.set_user_attr(_SPACE, text)
 
     def remember_command(self, command: str) -> None:
         """Keeps the command that runs the study, without any password."""
@@ -336,9 +421,13 @@ class Study:
             )
         )
 
-    def _queue_again(self, attempt: FrozenTrial) -> None:
-        """Queues the slot of an attempt that was cut off: same parameters, same rungs judged, values to be reported."""
-        cut_off = {LEASE, INTERRUPTED, "error"}
+    def _queue_again(self, attempt: FrozenTrial, *, crashes: int | None = None) -> None:
+        """Queues the slot of an attempt that was cut off: same parameters, same rungs judged, values to be reported.
+
+        Args:
+            crashes: how many attempts died so far; None leaves it at what the attempt says.
+        """
+        cut_off = {LEASE, INTERRUPTED, RESUMED_EPOCH, "error"}
         # What the sampler and the pruner remember of a trial stands in its system attributes, and stays. The attempt's
         # pictures do not: the next one draws them anew.
         dropped = (CONSTRAINT, _ARTIFACT)
@@ -347,7 +436,8 @@ class Study:
                 state=TrialState.WAITING,
                 params=attempt.params,
                 distributions=attempt.distributions,
-                user_attrs={key: value for key, value in attempt.user_attrs.items() if key not in cut_off},
+                user_attrs={key: value for key, value in attempt.user_attrs.items() if key not in cut_off}
+                | ({CRASHES: crashes} if crashes else {}),
                 system_attrs={k: v for k, v in attempt.system_attrs.items() if not k.startswith(dropped)},
             )
         )
@@ -410,27 +500,60 @@ class Study:
             return False
         return True
 
-    def release(self, trial: optuna.Trial) -> None:
-        """Gives a claimed trial back: the attempt is marked as interrupted, and its slot queued again."""
+    def release(self, trial: optuna.Trial, *, crashed: bool = False) -> None:
+        """Gives a claimed trial back: the attempt is marked as interrupted, and its slot queued again.
+
+        Args:
+            crashed: whether the attempt counts against `retries`.
+        """
         frozen = self._storage.get_trial(trial._trial_id)
         if frozen.state == TrialState.RUNNING:
-            self._interrupt(frozen)
+            self._interrupt(frozen, crashed=crashed)
 
     def reap(self, *, force: bool = False) -> list[int]:
-        """Gives back what dead processes of this machine had claimed, and returns the slots.
+        """Gives back what dead processes had claimed, and returns the slots that are queued again.
 
-        Whether a process of another host lives cannot be seen from here: its trials are left alone, and
-        `held_elsewhere` names them.
+        Whether a process of another host lives cannot be seen from here, but by the heartbeats that a database keeps;
+        without them its trials are left alone, and `held_elsewhere` names them.
 
         Args:
             force: gives those back too. One that lives after all loses its trial, and its result is dropped.
         """
-        lost = [trial for trial in self._running() if is_abandoned(trial) or (force and held_elsewhere(trial))]
-        return [slot_of(trial) for trial in lost if self._interrupt(trial)]
+        running = self._running()
+        if not running:
+            return []
+        silent = stale_elsewhere(self._storage, self._id) if any(map(held_elsewhere, running)) else set()
+        boot = own_lease()["boot"]
+        queued = []
+        for trial in running:
+            if is_abandoned(trial):
+                # A process that went down with its machine was no fault of its configuration.
+                lost = self._interrupt(trial, crashed=trial.user_attrs.get(LEASE, {}).get("boot") == boot)
+            else:
+                lost = (trial.number in silent or (force and held_elsewhere(trial) is not None)) and self._interrupt(
+                    trial, crashed=False
+                )
+            if lost:
+                queued.append(slot_of(trial))
+        return queued
 
     def held_elsewhere(self) -> list[Held]:
         """The running trials that other hosts hold: at work there, or left behind, by a container with another name."""
         return [held for trial in self._running() if (held := held_elsewhere(trial)) is not None]
+
+    def at_work(self) -> list[int]:
+        """The running trials of the total that are waited for: of living processes, as far as that can be seen."""
+        total = self.total
+        return [
+            trial.number
+            for trial in self._running()
+            if (total is None or slot_of(trial) < total)
+            and (held_elsewhere(trial) is None or has_heartbeat(self._storage))
+        ]
+
+    def beating(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
+        """While in it, other hosts can see that the claimed trial's process lives, where the storage keeps that."""
+        return beating(self._storage, trial._trial_id)
 
     def waiting(self) -> int:
         """How many slots of the total wait to be claimed."""
@@ -443,8 +566,13 @@ class Study:
     def _running(self) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if trial.state == TrialState.RUNNING]
 
-    def _interrupt(self, trial: FrozenTrial) -> bool:
-        """Ends an attempt and queues its slot again; False where another process did."""
+    def _interrupt(self, trial: FrozenTrial, *, crashed: bool) -> bool:
+        """Ends an attempt and queues its slot again; False where another process did, or where it crashes too often."""
+        # An attempt without parameters died before its configuration could be at fault.
+        crashes = int(trial.user_attrs.get(CRASHES, 0)) + bool(crashed and trial.params)
+        if crashes > self.retries:
+            self._give_up(trial, crashes)
+            return False
         try:
             self._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
         except UpdateFinishedTrialError:
@@ -452,8 +580,25 @@ class Study:
         # A process that dies between these two leaves a slot without a trial, which `ensure_slots` queues again.
         if not self._fail(trial):
             return False
-        self._queue_again(trial)
+        self._queue_again(trial, crashes=crashes)
         return True
+
+    def _give_up(self, trial: FrozenTrial, crashes: int) -> None:
+        """Ends a trial whose process died again and again: its configuration cannot be trained here."""
+        reported = trial.intermediate_values
+        values = [reported[max(reported)]] if reported else None  # as `tell` does with a pruned trial
+        try:
+            self._storage.set_trial_user_attr(trial._trial_id, CRASHES, crashes)
+            self._storage.set_trial_user_attr(trial._trial_id, FAILURE, "crashed")
+            self._storage.set_trial_system_attr(trial._trial_id, f"{CONSTRAINT}{FAILURE}", 1.0)
+            self._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED, values)
+        except UpdateFinishedTrialError:  # another process was faster
+            return
+        logger.warning(
+            "trial %d: its process died %d times, so it counts as failed to train; --retries N allows more",
+            trial.number,
+            crashes,
+        )
 
     def _fail(self, trial: FrozenTrial) -> bool:
         try:
@@ -496,9 +641,8 @@ def open_study(
     Raises:
         StudyError: the study was begun with another space, seed, storage or data; or the storage cannot be opened.
     """
-    _check_name(name)
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # `hpo` has a progress display of its own
-    paths = StudyPaths.of(name)
+    paths = StudyPaths.of(_checked(name))
     written = read_record(paths)
     url = storage_url_of(paths, written, storage_url)
     if written is not None and is_journal(url) and not Path(url).exists():
@@ -548,8 +692,7 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
         if not names:
             raise StudyError(f"no studies in {studies_root()} yet; begin with: hpo run digits")
         name = names[0]
-    _check_name(name)
-    paths = StudyPaths.of(name)
+    paths = StudyPaths.of(_checked(name))
     record = read_record(paths)
     if record is None:
         known = sorted(_by_last_run())
@@ -565,6 +708,64 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
     except KeyError as error:
         raise StudyError(f"storage {mask(url)} has no study {name}; give the right one by --storage") from error
     return Study(study, paths, record, url)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A study that another process has begun, before its images are here."""
+
+    name: str
+    storage_url: str = field(repr=False)
+    """It may hold a password."""
+    record: Mapping[str, Any]
+    space: SearchSpace
+
+    @property
+    def data_path(self) -> Path | None:
+        """What `--data` was when the study began."""
+        path = self.record["data"]["path"]
+        return None if path is None else Path(path)
+
+    @property
+    def skip_broken(self) -> bool:
+        """Whether broken image files were left out of the study's data."""
+        return bool(self.record["data"]["skip_broken"])
+
+    def open(self, dataset: Dataset, *, data_path: Path | None) -> Study:
+        """The study, ready to be worked on.
+
+        Raises:
+            StudyError: these are not the images that it was begun with.
+        """
+        return open_study(
+            self.space, name=self.name, dataset=dataset, storage_url=self.storage_url, data_path=data_path
+        )
+
+
+def join_study(name: str, *, storage_url: str | None = None) -> Joined:
+    """A study that was begun here or, with its storage's URL, anywhere.
+
+    Raises:
+        StudyError: there is none, or its storage cannot be opened.
+    """
+    from hpo.search_space import space_from_yaml
+
+    if storage_url is None or read_record(StudyPaths.of(_checked(name))) is not None:
+        found = find_study(name, storage_url=storage_url)
+        url, study = found.storage_url, found.optuna
+    else:
+        url = storage_url
+        if is_journal(url) and not Path(url).exists():
+            raise StudyError(f"storage {url}: there is no such journal; give the one that the study was begun with")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            study = optuna.load_study(study_name=name, storage=open_storage(url))
+        except KeyError as error:
+            raise StudyError(f"storage {mask(url)} has no study {name}; begin it by hpo run, --workers 0") from error
+    attributes = study.user_attrs
+    if _RECORD not in attributes or _SPACE not in attributes:
+        raise StudyError(f"study {name} was begun by another version, or not by hpo; run it once by hpo run")
+    return Joined(name, url, attributes[_RECORD], space_from_yaml(attributes[_SPACE], attributes[_RECORD]["space"]))
 
 
 def list_studies() -> list[Study]:
@@ -586,8 +787,9 @@ def _by_last_run() -> list[str]:
     return [file.parent.name for file in found]
 
 
-def _check_name(name: str) -> None:
+def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise StudyError(
             f"--study {name!r}: a name is letters, digits, _ . - and begins with no . or -; choose another"
         )
+    return name

@@ -32,10 +32,10 @@ CORE_NEVER = {"hpo", "optuna", "optuna_dashboard", "yaml", "ruamel", "rich", "ty
 LAYERS = (
     {"cli"},
     {"commands"},
-    {"refit", "predict", "report", "summary", "dashboard", "driver", "console", "workers"},
+    {"refit", "predict", "report", "summary", "dashboard", "driver", "doctor", "console", "workers"},
     {"objective", "study", "bundle", "training"},
     {"record", "takeover", "lease", "slots", "versions"}
-    | {"packing", "pruner", "samplers", "search_space", "storage", "paths", "interrupts", "errors"},
+    | {"depot", "packing", "pruner", "samplers", "search_space", "storage", "paths", "interrupts", "errors"},
 )
 """The rooms of `hpo`, the highest layer first. A lower layer never imports an upper one; `core` lies below them all."""
 
@@ -266,6 +266,8 @@ def test_torch_and_numpy_load_data_and_never_code() -> None:
                 faults.append(f"{relative(path)}:{node.lineno}: torch.load without weights_only=True")
             if keywords.get("allow_pickle", "False") != "False":
                 faults.append(f"{relative(path)}:{node.lineno}: allow_pickle")
+            if ast.unparse(node.func) == "np.load" and keywords.get("allow_pickle") != "False":
+                faults.append(f"{relative(path)}:{node.lineno}: np.load without allow_pickle=False")
     assert not faults, "\n".join(faults)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.config import DataConfig
 from core.data import Dataset, Splits, load_dataset
+from core.data.layout import printable
 from core.errors import UserError
 from core.runtime import is_out_of_memory
 from hpo.console import say
@@ -45,4 +46,9 @@ def say_data(dataset: Dataset, splits: Splits) -> None:
         f"{dataset.n_test:,} locked away for the test"
     )
     if dataset.report.broken:
-        say(f"  {len(dataset.report.broken)} broken files left out, the first: {dataset.report.broken[0]}")
+        say(f"  {len(dataset.report.broken)} broken files left out, the first: {printable(dataset.report.broken[0])}")
+
+
+def say_patience() -> None:
+    """What a first Ctrl-C does."""
+    say("stopping: a running epoch is finished and saved first; Ctrl-C once more stops at once")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from core.data.layout import printable
 from core.runtime import select_device
 from hpo.console import say
 from hpo.predict import predict
@@ -17,4 +18,4 @@ def predict_command(
     labelled.write(output, probabilities=probabilities)
     say(f"{len(labelled.ids):,} images labelled: {output}")
     if labelled.broken:
-        say(f"  {len(labelled.broken)} broken files left out, the first: {labelled.broken[0]}")
+        say(f"  {len(labelled.broken)} broken files left out, the first: {printable(labelled.broken[0])}")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from core.data import Dataset
 from core.metrics import Scores
 from core.runtime import describe_device, select_device
 from hpo.commands.common import memory_told, open_dataset
 from hpo.commands.scores import say_per_class, training_bars
 from hpo.console import say, table
 from hpo.errors import StudyError
+from hpo.interrupts import Interrupts
 from hpo.paths import refit_label
-from hpo.refit import refit
+from hpo.refit import Refitted, refit
 from hpo.study import Study, find_study
 
 # Networks of an ensemble: what `data.folds` allows.
@@ -37,31 +39,40 @@ def refit_command(
     number, label = _choose(study, trial)
     device = select_device(device_name)
     chosen = study.trained(number)
+    study.use_depot(None)
+    study.bring_trial(number, folds=chosen.config.data.folds or 1)
     dataset = open_dataset(chosen.config.data, data or study.data_path, skip_broken=study.skip_broken)
     study.check_data(dataset)
     study.check_weights(chosen.config)
     say(f"study {study.name}, trial {number} ({study.metric} {chosen.value:.4f}); {describe_device(device)}")
     shown_epochs = chosen.epochs if folds is None else chosen.config.epochs
-    with memory_told(), training_bars("refit", epochs=shown_epochs, metric=study.metric) as watch:
+    with Interrupts() as interrupts:
+        bars = training_bars("refit", epochs=shown_epochs, metric=study.metric, interrupts=interrupts)
         try:
-            done = refit(
-                study.paths,
-                number=number,
-                label=refit_label(label, folds),
-                config=chosen.config,
-                epochs=chosen.epochs,
-                dataset=dataset,
-                metric=study.metric,
-                device=device,
-                ensemble=folds,
-                watch=watch,
-            )
+            with memory_told(), interrupts.patient(), bars as watch:
+                done = refit(
+                    study.paths,
+                    number=number,
+                    label=refit_label(label, folds),
+                    config=chosen.config,
+                    epochs=chosen.epochs,
+                    dataset=dataset,
+                    metric=study.metric,
+                    device=device,
+                    ensemble=folds,
+                    watch=watch,
+                )
         except KeyboardInterrupt:
             say("stopped; the same command goes on from the last checkpoint")
             raise
+        validation = "validation" if folds is None and chosen.config.data.folds is None else "out-of-fold"
+        _say_refitted(done, dataset, metric=study.metric, validation=validation)
+
+
+def _say_refitted(done: Refitted, dataset: Dataset, *, metric: str, validation: str) -> None:
+    """What came of it, and how to use it."""
     candidates = ", ".join(f"{views} {value:.4f}" for views, value in done.candidates.items())
-    say(f"test-time augmentation by validation {study.metric}: {candidates}; chosen: {done.views}")
-    validation = "validation" if folds is None and chosen.config.data.folds is None else "out-of-fold"
+    say(f"test-time augmentation by validation {metric}: {candidates}; chosen: {done.views}")
     table(
         ["images", "views", "accuracy", "macro-F1", "loss"],
         [

@@ -2,191 +2,235 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from core.data import Splits, folds, on_device
+from core.data import Dataset, Splits, folds
 from core.errors import UserError
 from core.models import build_model, check_model_name
-from core.runtime import describe_device, isolated_rng, select_device
-from hpo.commands.common import open_dataset, say_data
+from core.runtime import describe_device, isolated_rng
+from hpo.commands.cluster import check_options, engine_and_crew
+from hpo.commands.common import open_dataset, say_data, say_patience
+from hpo.commands.placement import Placement, place
 from hpo.commands.scores import say_folds
+from hpo.commands.work import Work
 from hpo.console import StudyProgress, duration, say
-from hpo.driver import estimate_s, pending_references, run_references, run_study
+from hpo.driver import estimate_s, pending_references, run_references, wait_for_others
 from hpo.interrupts import Interrupts
-from hpo.packing import at_once
 from hpo.pruner import rung_epochs
 from hpo.search_space import RungsPruner, SearchSpace, load_space
 from hpo.storage import mask
 from hpo.study import Study, open_study
 from hpo.summary import draw_overview, say_standing, standing
-from hpo.workers import Job, free_capacity, not_found_out, run_workers
-
-logger = logging.getLogger(__name__)
+from hpo.workers import Crew, Engine, Job
 
 
-def run_command(
-    space_name: str,
-    *,
-    trials: int | None,
-    study_name: str | None,
-    data: Path | None,
-    storage: str | None,
-    assignments: list[str],
-    seed: int | None,
-    device_name: str | None,
-    per_device: str | None,
-    take_over: str | None,
-    skip_broken: bool,
-    reclaim: bool,
-) -> None:
+@dataclass(frozen=True)
+class RunOptions:
+    """What was asked for; None is what was left out."""
+
+    space: str
+    trials: int | None = None
+    study: str | None = None
+    data: Path | None = None
+    storage: str | None = None
+    assignments: Sequence[str] = ()
+    seed: int | None = None
+    device: str | None = None
+    devices: str | None = None
+    workers: int | None = None
+    per_device: str | None = None
+    retries: int | None = None
+    keep_gb: float | None = None
+    take_over: str | None = None
+    skip_broken: bool = False
+    reclaim: bool = False
+    artifacts: str | None = None
+    engine: str = "local"
+    address: str | None = None
+
+    def command(self) -> str:
+        """The command line that goes on with the study, ready to copy; a password in it is masked."""
+        words = ["hpo", "run", self.space]
+        options = {
+            "--trials": self.trials,
+            "--study": self.study,
+            "--data": self.data,
+            "--storage": self.storage and mask(self.storage),
+            "--seed": self.seed,
+            "--device": self.device,
+            "--devices": self.devices,
+            "--workers": self.workers,
+            "--per-device": self.per_device,
+            "--retries": self.retries,
+            "--keep-gb": None if self.keep_gb is None else f"{self.keep_gb:g}",
+            "--artifacts": self.artifacts and mask(self.artifacts),
+            "--engine": None if self.engine == "local" else self.engine,
+            "--address": self.address,
+        }
+        for option, value in options.items():
+            words += [] if value is None else [option, str(value)]
+        for assignment in self.assignments:
+            words += ["--set", assignment]
+        return shlex.join([*words, *(["--skip-broken"] if self.skip_broken else [])])
+
+
+def run_command(options: RunOptions) -> None:
     """Runs a study up to its total, or goes on to it."""
-    trials_at_once = _trials_at_once(per_device)
-    space = load_space(space_name, assignments)
-    device = select_device(device_name)
+    placement = _placement(options)
+    space = load_space(options.space, list(options.assignments))
     for model in model_names(space):
         check_model_name(model)
-    dataset = open_dataset(space.base.data, data, skip_broken=skip_broken)
+    dataset = open_dataset(space.base.data, options.data, skip_broken=options.skip_broken)
     splits = folds(dataset, space.base.data)
     say_data(dataset, splits[0])
     say_folds(splits)
     _check_network(space, splits[0])
-    command = _command(
-        space_name, trials, study_name, data, storage, assignments, seed, device_name, per_device, skip_broken
-    )
+    with Interrupts(told=say_patience) as interrupts:
+        _Run(options, placement, space, dataset, splits, interrupts).go()
 
-    with Interrupts() as interrupts:
-        study = open_study(
+
+def _placement(options: RunOptions) -> Placement:
+    """Where the trials run, of what this machine has; a cluster places them itself.
+
+    Raises:
+        UserError: the options contradict each other, or this machine lacks a device.
+    """
+    if options.engine == "ray":
+        check_options(device=options.device, devices=options.devices, per_device=options.per_device)
+        return place(None, None, 0 if options.workers == 0 else None, None)
+    if options.engine != "local":
+        raise UserError(f"--engine {options.engine}: give local or ray")
+    if options.address is not None:
+        raise UserError(f"--address {options.address} is a Ray cluster's; give --engine ray too")
+    return place(options.device, options.devices, options.workers, options.per_device)
+
+
+class _Run:
+    """One `hpo run`, from the study's opening on."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        placement: Placement,
+        space: SearchSpace,
+        dataset: Dataset,
+        splits: tuple[Splits, ...],
+        interrupts: Interrupts,
+    ) -> None:
+        self.options, self.placement, self.space, self.interrupts = options, placement, space, interrupts
+        self.study = open_study(
             space,
-            name=study_name or space.name,
-            storage_url=storage,
-            seed=seed,
+            name=space.name if options.study is None else options.study,
+            storage_url=options.storage,
+            seed=options.seed,
             dataset=dataset,
-            data_path=data,
-            take_over=take_over,
+            data_path=options.data,
+            take_over=options.take_over,
         )
-        study.remember_command(command)
+        self.study.remember_command(options.command())
+        self.study.remember_retries(options.retries)
+        self.study.remember_space(space)
+        self.study.use_depot(options.artifacts)
+        self.work = Work(
+            self.study,
+            space,
+            splits,
+            placement,
+            data=options.data,
+            skip_broken=options.skip_broken,
+            keep_gb=options.keep_gb,
+            interrupts=interrupts,
+            cluster=self._cluster if options.engine == "ray" else None,
+        )
+
+    def _cluster(self, job: Job) -> tuple[Engine, Crew]:
+        options = self.options
+        return engine_and_crew(
+            job,
+            address=options.address or "auto",
+            device=options.device,
+            per_device=options.per_device,
+            workers=options.workers,
+        )
+
+    def go(self) -> None:
+        """Queues what is missing of the total, works it off, and says what came of it."""
+        study, space = self.study, self.space
         before = standing(study)
         done = before.counts.finished
-        total = max(trials or space.trials, done)
-        study.reap(force=reclaim)
+        total = max(self.options.trials or space.trials, done)
+        self._say_reaped(study.reap(force=self.options.reclaim))
         study.ensure_slots(total)
         say(
             f"study {study.name}: {total} trials of {space.base.epochs} epochs, {done} done; sampler "
-            f"{space.sampler.name}, pruner {_pruner(space)}; {describe_device(device)}"
+            f"{space.sampler.name}, pruner {_pruner(space)}; "
+            + ", ".join(dict.fromkeys(map(describe_device, self.placement.devices)))
         )
-        if trials_at_once is None:
-            trials_at_once = _known_best(study, space, device)
+        if self.placement.none:
+            say(f"{study.waiting()} trials wait for workers; start them, here or elsewhere, with")
+            say(f"  {worker_command(study)}")
+            return
         bars = StudyProgress(
             metric=space.metric, direction=space.direction, done=done, total=total, best=before.best_value
         )
         try:
-            with interrupts.let_through():
-                there = on_device(splits, device)
-                _say_estimate(study, space, there, trials=total - done, device=device, trials_at_once=trials_at_once)
-            with bars as progress:
-                if trials_at_once != 1 and study.waiting():
-                    there = ()  # their room on the device is the workers'
-                    job = Job(
-                        space, study.name, study.storage_url, data, skip_broken, device=str(device), folder=Path.cwd()
-                    )
-                    _run_several(study, job, trials_at_once, progress, interrupts, asked=str(per_device))
-                if trials_at_once == 1 or pending_references(study, space):
-                    there, lane = there or on_device(splits, device), progress.lane()
-                    if trials_at_once == 1:
-                        run_study(study, space, there, device=device, listener=lane, interrupts=interrupts)
-                    run_references(study, space, there, device=device, listener=lane, interrupts=interrupts)
+            self._work_off(bars, trials=total - done)
         except KeyboardInterrupt:
             say(f"stopped: {study.counts().finished} of {total} trials are done and safe; go on with")
-            say(f"  {command}")
+            say(f"  {self.options.command()}")
             raise
-    draw_overview(study)
-    say()
-    say_standing(study)
-    for number, host, since in study.held_elsewhere():
-        say(f"trial {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}; if that is dead:")
-        say(f"  {command} --reclaim")
+        draw_overview(study)
+        say()
+        say_standing(study)
+        for number, host, since in study.held_elsewhere():
+            say(f"trial {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}; if that is dead:")
+            say(f"  {self.options.command()} --reclaim")
+
+    def _say_reaped(self, slots: Sequence[int]) -> None:
+        """What a dead process had left running, and how far it had come."""
+        if not slots:
+            return
+        saved = sum(self.study.paths.checkpoint(slot).exists() for slot in slots)
+        say(
+            f"{len(slots)} trial(s) were left running by a process that died (slot {', '.join(map(str, slots))}); "
+            f"they go on, {saved} of them from a checkpoint"
+        )
+
+    def _work_off(self, bars: StudyProgress, *, trials: int) -> None:
+        study, space, interrupts, work = self.study, self.space, self.interrupts, self.work
+        if self.options.engine == "local":  # what a cluster's devices are like shows when they train
+            with interrupts.let_through():
+                self._say_estimate(work.images(), trials=trials)
+        with bars as progress:
+            while study.waiting() or wait_for_others(study, interrupts):
+                work.off(progress.lane)
+            if pending_references(study, space):
+                run_references(
+                    study, space, work.images(), device=work.device, listener=progress.lane(), interrupts=interrupts
+                )
+
+    def _say_estimate(self, splits: Sequence[Splits], *, trials: int) -> None:
+        """How long what is left will take on this device, from a few timed steps of one trial alone."""
+        references = len(pending_references(self.study, self.space))
+        if not trials and not references:
+            return
+        in_full, pruned = estimate_s(self.space, splits, trials=trials, references=references, device=self.work.device)
+        about = f"about {duration(pruned)}, {duration(in_full)} if nothing were pruned"
+        beside = f", {references} recipe(s) beside the study included" if references else ""
+        otherwise = "" if self.work.inline else ", were it one trial at a time"
+        say(f"this will take {about if pruned < in_full else f'up to {duration(in_full)}'}{beside}{otherwise}")
+        say("Ctrl-C stops it, and the same command goes on")
 
 
-def _trials_at_once(per_device: str | None) -> int | None:
-    """What `--per-device` says; None for `auto`.
-
-    Raises:
-        UserError: it says neither a number nor `auto`.
-    """
-    if per_device == "auto":
-        return None
-    if per_device is None:
-        return 1
-    if not per_device.isdecimal() or not int(per_device):
-        raise UserError(f"--per-device {per_device}: give a whole number from 1 on, or auto")
-    return int(per_device)
-
-
-def _known_best(study: Study, space: SearchSpace, device: torch.device) -> int | None:
-    """How many trials at once `auto` means before anything is measured, said; None where it is to be measured.
-
-    What an earlier run of the study found best on this device counts as far as the device still has room for it.
-    """
-    if space.base.epochs == 1:  # a training's first epoch pays for start-up, so that none of these could be timed
-        say(not_found_out("an epoch can only be timed after another one, and the trials have one", 1))
-        return 1
-    known = study.packing(describe_device(device))
-    if known is None:
-        return None
-    number, why = known
-    say(f"as measured on this device before: {why}")
-    capacity = free_capacity(device)
-    most = min(number, capacity.most, capacity.limit().trials or number)
-    if most < number:
-        say(f"--per-device auto: there is less room now; going on with {most}")
-    return most
-
-
-def _run_several(
-    study: Study,
-    job: Job,
-    trials_at_once: int | None,
-    progress: StudyProgress,
-    interrupts: Interrupts,
-    *,
-    asked: str,
-) -> None:
-    """Runs the trials that wait, several at once, each in a process of its own; `asked` is what `--per-device` was."""
-    device = torch.device(job.device)
-    name = describe_device(device)  # before the workers: who divides the CPU's threads does not rename it
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the estimate needed is the workers' now
-    capacity = free_capacity(device)
-    capacity.check(trials_at_once or 1, asked=asked)
-    limit = capacity.limit()
-    if trials_at_once and limit.trials and trials_at_once > limit.trials:
-        logger.warning("--per-device %s: %s, and more trials at once only wait for each other", asked, limit.why)
-    if trials_at_once is None:
-        sharing = "" if device.type == "cuda" else f", sharing the CPU's {_threads(capacity.threads)}"
-        say(f"the first trials find out how many at once train the most images a second{sharing}")
-    else:
-        threads = _threads(capacity.share(trials_at_once).threads)
-        say(f"{at_once(trials_at_once)}, each in a process with {threads}")
-    run_workers(
-        study,
-        job,
-        trials_at_once=trials_at_once,
-        capacity=capacity,
-        device_name=name,
-        lane=progress.lane,
-        interrupts=interrupts,
-    )
-
-
-def _threads(number: int) -> str:
-    return f"{number} thread{'' if number == 1 else 's'}"
+def worker_command(study: Study) -> str:
+    """The command line of a worker that joins the study; a password in it is masked."""
+    storage = [] if study.storage_url == str(study.paths.journal) else ["--storage", study.storage_shown]
+    return shlex.join(["hpo", "worker", study.name, *storage])
 
 
 def _check_network(space: SearchSpace, splits: Splits) -> None:
@@ -197,27 +241,6 @@ def _check_network(space: SearchSpace, splits: Splits) -> None:
     _, channels, height, width = splits.images.shape
     with isolated_rng(torch.device("cpu")):
         build_model(space.base.model, num_classes=len(splits.classes), in_channels=channels, image_size=(height, width))
-
-
-def _say_estimate(
-    study: Study,
-    space: SearchSpace,
-    splits: Sequence[Splits],
-    *,
-    trials: int,
-    device: torch.device,
-    trials_at_once: int | None,
-) -> None:
-    """How long what is left will take on this device, from a few timed steps of one trial alone."""
-    references = len(pending_references(study, space))
-    if not trials and not references:
-        return
-    in_full, pruned = estimate_s(space, splits, trials=trials, references=references, device=device)
-    about = f"about {duration(pruned)}, {duration(in_full)} if nothing were pruned"
-    beside = f", {references} recipe(s) beside the study included" if references else ""
-    alone = "" if trials_at_once == 1 else ", were it one trial at a time"
-    say(f"this will take {about if pruned < in_full else f'up to {duration(in_full)}'}{beside}{alone}")
-    say("Ctrl-C stops it, and the same command goes on")
 
 
 def _pruner(space: SearchSpace) -> str:
@@ -236,33 +259,3 @@ def model_names(space: SearchSpace) -> set[str]:
     names = {space.base.model.name, *(recipe.config.model.name for recipe in space.recipes)}
     searched = space.search.get("model.name")
     return names | {str(name) for name in (searched.describe().get("choices", []) if searched else [])}
-
-
-def _command(
-    space: str,
-    trials: int | None,
-    study: str | None,
-    data: Path | None,
-    storage: str | None,
-    assignments: list[str],
-    seed: int | None,
-    device: str | None,
-    per_device: str | None,
-    skip_broken: bool,
-) -> str:
-    """The command line that goes on with the study, ready to copy; a password in it is masked."""
-    words = ["hpo", "run", space]
-    options = {
-        "--trials": trials,
-        "--study": study,
-        "--data": data,
-        "--storage": storage and mask(storage),
-        "--seed": seed,
-        "--device": device,
-        "--per-device": per_device,
-    }
-    for option, value in options.items():
-        words += [] if value is None else [option, str(value)]
-    for assignment in assignments:
-        words += ["--set", assignment]
-    return shlex.join([*words, *(["--skip-broken"] if skip_broken else [])])

@@ -12,6 +12,7 @@ from torch import Tensor
 from core.data import Splits
 from core.loop import EpochMetrics
 from hpo.console import TrainProgress, say, table
+from hpo.interrupts import Interrupts
 from hpo.training import Watch
 
 METRIC_WORDS = {
@@ -29,14 +30,23 @@ SHOWN_CLASSES = 30
 
 
 @contextmanager
-def training_bars(name: str, *, epochs: int, metric: str) -> Iterator[Watch]:
-    """A progress bar for each training, one after the other; what is yielded is told when one begins."""
+def training_bars(name: str, *, epochs: int, metric: str, interrupts: Interrupts) -> Iterator[Watch]:
+    """A progress bar for each training, one after the other; what is yielded is told when one begins.
+
+    After each epoch an interrupt that was asked for is raised, where the training saves that epoch.
+    """
     with ExitStack() as shown:
 
         def watch(label: str) -> Callable[[EpochMetrics], None]:
             shown.close()  # the bar of the training before
             title = f"{name}, {label}" if label else name
-            return shown.enter_context(TrainProgress(title, epochs=epochs, metric=metric)).epoch_ended
+            bar = shown.enter_context(TrainProgress(title, epochs=epochs, metric=metric))
+
+            def epoch_ended(epoch: EpochMetrics) -> None:
+                bar.epoch_ended(epoch)
+                interrupts.check()
+
+            return epoch_ended
 
         yield watch
 

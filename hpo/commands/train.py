@@ -1,72 +1,156 @@
-"""`hpo train`: one fixed configuration, once, or once a fold."""
+"""`hpo train`: one fixed configuration, once, or once a fold; a recipe's, or that of a study's trial."""
 
 from __future__ import annotations
 
 import shlex
 import statistics
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from core import metrics
-from core.data import folds, on_device
+from core.config import TrainConfig
+from core.data import Dataset, folds, on_device
 from core.errors import UserError
 from core.models import weights_fingerprint
 from core.runtime import describe_device, select_device
 from hpo.commands.common import memory_told, open_dataset, say_data
 from hpo.commands.profile import profile_training
+from hpo.commands.replay import Replay, replay_of
 from hpo.commands.scores import METRIC_WORDS, say_folds, say_per_class, training_bars
 from hpo.console import duration, say
+from hpo.interrupts import Interrupts
 from hpo.paths import TrainingPaths
 from hpo.report import learning_curves
-from hpo.search_space import load_recipe
+from hpo.search_space import load_recipe, to_yaml
 from hpo.training import Recorded, spread, train_recorded
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be trained."""
+
+    name: str
+    config: TrainConfig
+    metric: str
+    data: Path | None = None
+    """Where the study's images lie."""
+    skip_broken: bool = False
+    result: str | None = None
+    """The recipe's author's."""
+    replay: Replay | None = None
+    """The trial, where this is the very training that it had."""
+
+
 def train_command(
-    recipe_name: str,
+    recipe_name: str | None,
     *,
+    trial: str | None,
+    storage: str | None,
     data: Path | None,
     assignments: list[str],
-    metric: str,
+    metric: str | None,
     device_name: str | None,
     skip_broken: bool,
     profiled: bool,
 ) -> None:
-    """Trains a recipe and says how it scores on the validation images; `profiled`, and first where its time goes."""
-    if metric not in metrics.METRICS:
+    """Trains a recipe, or a trial again, and says how it scores on the validation images; `profiled`, and first where
+    its time goes."""
+    if metric is not None and metric not in metrics.METRICS:
         raise UserError(f"--metric {metric}: no such metric; give one of {', '.join(metrics.METRICS)}")
-    recipe = load_recipe(recipe_name, assignments)
-    config = recipe.config
+    asked = _asked(recipe_name, trial, storage, assignments, metric)
+    config, metric = asked.config, asked.metric
     device = select_device(device_name)
-    dataset = open_dataset(config.data, data, skip_broken=skip_broken)
+    dataset = open_dataset(config.data, data or asked.data, skip_broken=skip_broken or asked.skip_broken)
+    if asked.replay is not None:
+        asked.replay.check(dataset)
     splits = on_device(folds(dataset, config.data), device)
     say_data(dataset, splits[0])
     say_folds(splits)
 
-    # What early stopping and a plateau watch decides what comes out. Accuracy is what a folder without a word means.
-    watched = None if metric == "accuracy" else metric
-    file = config.model.pretrained_file
-    weights = None if file is None else weights_fingerprint(file)
-    identity = (config.model_dump_json(), dataset.fingerprint, watched, weights)
-    paths = TrainingPaths.of(recipe.name, *filter(None, identity))
+    paths = _paths(asked, dataset)
     if profiled:
-        profile_training(config, splits[0], paths, name=recipe.name, device=device)
-    say(f"training {recipe.name}: {config.epochs} epochs; {describe_device(device)}")
-    if paths.checkpoint().exists():
-        say("going on from its checkpoint")
-    with memory_told(), training_bars(recipe.name, epochs=config.epochs, metric=metric) as watch:
+        profile_training(config, splits[0], paths, name=asked.name, device=device)
+    with Interrupts() as interrupts, nullcontext() if asked.replay is None else asked.replay.threads():
+        say(f"training {asked.name}: {config.epochs} epochs; {describe_device(device)}")
+        if paths.checkpoint().exists():
+            say("going on from its checkpoint")
+        bars = training_bars(asked.name, epochs=config.epochs, metric=metric, interrupts=interrupts)
         try:
-            recorded = train_recorded(config, splits, paths, metric=metric, device=device, watch=watch)
+            with memory_told(), interrupts.patient(), bars as watch:
+                recorded = train_recorded(config, splits, paths, metric=metric, device=device, watch=watch)
         except KeyboardInterrupt:
             say("stopped; the same command goes on from the last checkpoint")
             raise
-    learning_curves(recorded.rows, paths.curves, title=recipe.name, metric=metric)
+        learning_curves(recorded.rows, paths.curves, title=asked.name, metric=metric)
 
-    say(f"{recipe.name}: validation {_scores(recorded, metric)} ({_course(recorded, config.epochs)})")
-    images = f"{sum(len(each.val) for each in splits):,} validation images"
-    say_per_class(recorded.per_class, dataset.labels, images=images)
-    if recipe.result:
-        say(f"  its author's result: {recipe.result}")
-    say(f"written to {shlex.quote(str(paths.dir))}")
+        say(f"{asked.name}: validation {_scores(recorded, metric)} ({_course(recorded, config.epochs)})")
+        images = f"{sum(len(each.val) for each in splits):,} validation images"
+        say_per_class(recorded.per_class, dataset.labels, images=images)
+        if asked.result:
+            say(f"  its author's result: {asked.result}")
+        if asked.replay is not None:
+            say(asked.replay.verdict(recorded, device))
+        say(f"written to {shlex.quote(str(paths.dir))}")
+
+
+def _asked(
+    recipe_name: str | None, trial: str | None, storage: str | None, assignments: list[str], metric: str | None
+) -> _Asked:
+    """What the command's words mean.
+
+    Raises:
+        UserError: they name nothing, or two things.
+    """
+    if trial is not None:
+        if recipe_name is not None:
+            raise UserError(f"hpo train: give the recipe {recipe_name} or --from {trial}, and not both")
+        return _of_trial(trial, storage, assignments, metric)
+    if recipe_name is None:
+        raise UserError("hpo train: give a recipe, from hpo space list, or a trial by --from STUDY/TRIAL")
+    if storage is not None:
+        raise UserError("--storage: a recipe lies in no storage; give it with --from STUDY/TRIAL, or leave it out")
+    recipe = load_recipe(recipe_name, assignments)
+    return _Asked(recipe.name, recipe.config, metric or "accuracy", result=recipe.result)
+
+
+def _of_trial(trial: str, storage: str | None, assignments: list[str], metric: str | None) -> _Asked:
+    """A trial of a study, as it was, or changed."""
+    replay = replay_of(trial, storage=storage)
+    study = replay.study
+    say(f"study {study.name}, trial {replay.trial.number}: {replay.was}")
+    changed = [f"--set {assignment}" for assignment in assignments]
+    if metric not in (None, study.metric):
+        changed.append(f"--metric {metric}")
+    if changed:
+        say(f"with {' '.join(changed)} this is no replay of it, and is not compared with it")
+    return _Asked(
+        replay.name,
+        _overridden(replay.config, assignments) if assignments else replay.config,
+        metric or study.metric,
+        data=study.data_path,
+        skip_broken=study.skip_broken,
+        replay=None if changed else replay,
+    )
+
+
+def _overridden(config: TrainConfig, assignments: list[str]) -> TrainConfig:
+    """The configuration with `--set`, which is checked as a recipe's is."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trial.yaml"
+        file.write_text(to_yaml(config))
+        return load_recipe(file, assignments).config
+
+
+def _paths(asked: _Asked, dataset: Dataset) -> TrainingPaths:
+    """The folder of this training, which the same command finds again."""
+    # What early stopping and a plateau watch decides what comes out. Accuracy is what a folder without a word means.
+    watched = None if asked.metric == "accuracy" else asked.metric
+    file = asked.config.model.pretrained_file
+    weights = None if file is None else weights_fingerprint(file)
+    identity = (asked.config.model_dump_json(), dataset.fingerprint, watched, weights)
+    return TrainingPaths.of(asked.name, *filter(None, identity))
 
 
 def _scores(recorded: Recorded, metric: str) -> str:

@@ -1,4 +1,4 @@
-"""Several trials of one study on a device at once, each in a process of its own.
+"""Several trials of one study at once, each in a process of its own: on one device, on several, or on a cluster.
 
 Processes, never threads: Python runs one thread at a time, torch's generators and its count of threads are the
 process's, and what kills one trial must not kill its neighbours. A worker is spawned, since CUDA does not survive a
@@ -8,8 +8,10 @@ share has a lock, which a killed worker would take with it.
 """
 
 from hpo.workers.capacity import free_capacity
+from hpo.workers.engine import Engine
+from hpo.workers.local import LocalProcesses
 from hpo.workers.messages import Job
-from hpo.workers.pool import run_workers
+from hpo.workers.pool import Crew, Lane, run_workers
 from hpo.workers.tuning import not_found_out
 
-__all__ = ["Job", "free_capacity", "not_found_out", "run_workers"]
+__all__ = ["Crew", "Engine", "Job", "Lane", "LocalProcesses", "free_capacity", "not_found_out", "run_workers"]

@@ -62,7 +62,7 @@ class Capacity:
 
         Args:
             trials: so many at once.
-            asked: what `--per-device` was: a number, or `auto`.
+            asked: the option that said so, as it was given: `--per-device auto`.
 
         Raises:
             UserError: the free memory is too small for them.
@@ -72,18 +72,17 @@ class Capacity:
             # One alone is never refused: it takes what is there, and how little it needs is not known here.
             if trials > self.most:
                 raise UserError(
-                    f"--per-device {asked}: {trials} processes do not fit the {free} of free memory, "
+                    f"{asked}: {trials} processes do not fit the {free} of free memory, "
                     f"at about {WORKER_BYTES / 1e9:.1f} GB each; give at most {self.most}"
                 )
         elif self.memory_bytes <= CONTEXT_BYTES:
             raise UserError(
-                f"--per-device {asked}: not even one process fits what the GPU has free, {free}; "
+                f"{asked}: not even one process fits what the GPU has free, {free}; "
                 "end what else holds its memory, or give another --device"
             )
         elif self.memory_bytes <= trials * CONTEXT_BYTES:
             raise UserError(
-                f"--per-device {asked}: {trials} processes do not fit the {free} of free GPU memory; "
-                f"give at most {self.most}"
+                f"{asked}: {trials} processes do not fit the {free} of free GPU memory; give at most {self.most}"
             )
 
     def limit(self) -> Limit:

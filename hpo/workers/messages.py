@@ -25,9 +25,12 @@ class Job:
     """It may hold a password."""
     data_path: Path | None
     skip_broken: bool
-    device: str
     folder: Path
     """Where the parent works, which relative paths start from."""
+    keep_gb: float | None = None
+    """What all kept weights and checkpoints of the study may take, in 10^9 bytes; None for any."""
+    depot: str | None = field(default=None, repr=False)
+    """The URL or path where checkpoints and artifacts are shared with other machines; None: in the study's folder."""
 
 
 # To a worker
@@ -53,7 +56,12 @@ class Retire:
     """Finish the running trial, and claim no more."""
 
 
-Order = Share | Begin | Retire
+@dataclass(frozen=True)
+class Stop:
+    """Finish the running epoch, give the trial back, and leave."""
+
+
+Order = Share | Begin | Retire | Stop
 
 
 # From a worker
@@ -106,7 +114,7 @@ class Failed:
 
     text: str
     trace: str | None
-    """The traceback of a fault of ours; None where a person can mend it."""
+    """The traceback of a crash, which another worker may not meet; None where a person has to mend something."""
 
 
 Event = Ready | TrialStarted | EpochEnded | TrialEnded | Logged | Failed

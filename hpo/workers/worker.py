@@ -1,21 +1,14 @@
-"""One worker: a process that opens a study by its name, claims its trials, and trains them.
+"""One worker: opens a study by its name, claims its trials, and trains them, in whatever process it was put.
 
-It tells its parent what happens, and takes its orders between epochs. When the parent is gone, which the pipe between
-them says, whatever killed it, the worker gives its trial back and leaves.
+It tells its parent what happens, and takes its orders between epochs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import signal
-import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -26,7 +19,7 @@ from core.errors import CoreError
 from core.loop import EpochMetrics
 from hpo.driver import run_study
 from hpo.errors import HpoError
-from hpo.interrupts import SIGNALS, Interrupts
+from hpo.interrupts import Interrupts
 from hpo.objective import Outcome
 from hpo.paths import cache_root, data_root
 from hpo.storage import mask
@@ -43,6 +36,7 @@ from hpo.workers.messages import (
     Ready,
     Retire,
     Share,
+    Stop,
     TrialEnded,
     TrialStarted,
     without_networks,
@@ -51,53 +45,25 @@ from hpo.workers.messages import (
 STOPPED = 130
 """The exit status of a worker that was interrupted, as a shell has it."""
 
-# A worker whose parent is gone gives its trial back, which takes as long as a step of training. Where that hangs, it
-# leaves all the same, and the next run reaps its trial.
-_PATIENCE_S = 20.0
-ASK_AGAIN_S = 1.0
-"""Until a worker is asked to stop once more: a KeyboardInterrupt that is raised where Python calls back on its own, in
-a weak reference's callback or a finalizer, is printed and lost."""
+# Until a worker that waits for its orders looks whether it is to stop.
+_LOOK_S = 0.2
 
 
-def work(job: Job, share: Share, events: Connection, orders: Connection) -> None:
-    """Runs in the worker's process. It begins with `SIGNALS` blocked, so that none comes before it can be heeded."""
-    os.chdir(job.folder)
-    ordered = _Orders(orders, share)  # its thread begins while signals are blocked: they are the main thread's
-    try:
-        with Interrupts() as interrupts:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            try:
-                status = _Worker(job, events, ordered, interrupts).run()
-            finally:
-                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a second Ctrl-C finds nothing more to stop
-    except KeyboardInterrupt:  # one that was held to the end
-        status = STOPPED
-    sys.exit(status)
+class Orders:
+    """What the parent has asked for so far.
 
+    Args:
+        share: what the worker may have at first.
+    """
 
-class _Orders(threading.Thread):
-    """Listens to the parent, and remembers what it asked for."""
-
-    def __init__(self, connection: Connection, share: Share) -> None:
-        super().__init__(name="orders", daemon=True)
-        self._connection = connection
+    def __init__(self, share: Share, interrupts: Interrupts) -> None:
         self.share = share
         self.begun = threading.Event()
         self.retired = False
-        self.start()
+        self._interrupts = interrupts
 
-    def run(self) -> None:
-        try:
-            while True:
-                self._take(self._connection.recv())
-        except (EOFError, OSError):  # the parent is gone
-            deadline = time.monotonic() + _PATIENCE_S
-            while time.monotonic() < deadline:
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-                time.sleep(ASK_AGAIN_S)
-            os._exit(1)
-
-    def _take(self, order: Order) -> None:
+    def take(self, order: Order) -> None:
+        """Takes one more; from any thread."""
         match order:
             case Share():
                 self.share = order
@@ -106,23 +72,42 @@ class _Orders(threading.Thread):
                 self.begun.set()
             case Begin():
                 self.begun.set()
+            case Stop():
+                self._interrupts.request()
+
+
+def work_on(
+    job: Job, *, device: torch.device, orders: Orders, send: Callable[[Event], None], interrupts: Interrupts
+) -> int:
+    """Works until nothing is left, or the parent wants no more.
+
+    Args:
+        device: as this process names it.
+        send: hands an event to the parent.
+
+    Returns:
+        The exit status: 0, `STOPPED`, 2 where a person has to mend something, and 1 for a crash.
+    """
+    return _Worker(job, device, orders, send, interrupts).run()
 
 
 class _Worker:
     """Opens the study, works, and says so. A listener of the study, too."""
 
-    def __init__(self, job: Job, events: Connection, orders: _Orders, interrupts: Interrupts) -> None:
-        self._job, self._events, self._orders, self._interrupts = job, events, orders, interrupts
-        self._device = torch.device(job.device)
+    def __init__(
+        self, job: Job, device: torch.device, orders: Orders, send: Callable[[Event], None], interrupts: Interrupts
+    ) -> None:
+        self._job, self._device, self._orders, self._send_event = job, device, orders, send
+        self._interrupts = interrupts
         self._share: Share | None = None
 
     def run(self) -> int:
-        """Works until nothing is left, or the parent wants no more; returns the exit status."""
         try:
             study, splits = self._open()
             self._send(Ready())
             with self._interrupts.let_through():
-                self._orders.begun.wait()
+                while not self._orders.begun.wait(_LOOK_S):
+                    self._interrupts.check()
             run_study(
                 study,
                 self._job.space,
@@ -131,6 +116,7 @@ class _Worker:
                 listener=self,
                 interrupts=self._interrupts,
                 wanted=lambda: not self._orders.retired,
+                keep_gb=self._job.keep_gb,
             )
         except KeyboardInterrupt:
             return STOPPED
@@ -165,20 +151,21 @@ class _Worker:
         study = open_study(
             job.space, name=job.study, dataset=dataset, storage_url=job.storage_url, data_path=job.data_path
         )
+        study.use_depot(job.depot)
         self._log_to_parent()
         return study, on_device(folds(dataset, config), self._device)
 
     def _log_to_parent(self) -> None:
         """Sends records to the parent: warnings and worse, and what we say ourselves."""
         logging.disable(logging.NOTSET)
-        logging.basicConfig(level=logging.WARNING, handlers=[_ParentHandler(self._send)], force=True)
+        handlers = [_ParentHandler(self._send)]
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=handlers, force=True)
         for package in ("core", "hpo"):
             logging.getLogger(package).setLevel(logging.INFO)
 
     def _send(self, event: Event) -> None:
-        # Half a message would end the conversation. A parent that is gone is for the thread that listens to it.
-        with self._interrupts.held(), contextlib.suppress(OSError):
-            self._events.send(event)
+        with self._interrupts.held():  # half a message would end the conversation
+            self._send_event(event)
 
     def _take_share(self) -> None:
         if self._share != self._orders.share:

@@ -18,6 +18,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from optuna.artifacts import FileSystemArtifactStore
 
 from hpo import dashboard
 from hpo.errors import StudyError
@@ -27,6 +28,10 @@ from hpo.storage import open_storage
 from tests.hpo.browser import open_page, why_no_browser
 
 EPOCHS = 8
+
+
+def store_of(paths: StudyPaths) -> FileSystemArtifactStore:
+    return FileSystemArtifactStore(paths.artifacts)
 
 
 def run_trial(study: optuna.Study, paths: StudyPaths, *, pruned: bool) -> None:
@@ -51,11 +56,12 @@ def run_trial(study: optuna.Study, paths: StudyPaths, *, pruned: bool) -> None:
         )
     folder = paths.trial(trial.number)
     folder.mkdir(parents=True)
+    paths.artifacts.mkdir(exist_ok=True)
     files = [folder / "learning_curves.png", folder / "confusion.png", paths.trial_config(trial.number)]
     learning_curves(rows, files[0], title=f"trial {trial.number}")
     confusion_matrix(30 * torch.eye(10, dtype=torch.int64) + 1, [str(digit) for digit in range(10)], files[1])
     files[2].write_text("epochs: 8\n")
-    attach_artifacts(study, trial.number, files, paths.artifacts)
+    attach_artifacts(study, trial.number, files, store_of(paths))
     if pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     else:
@@ -80,7 +86,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> StudyPaths:
 @contextmanager
 def served(paths: StudyPaths) -> Iterator[str]:
     """The dashboard on a free port, and the address of the study's page."""
-    server = dashboard.make_server(str(paths.journal), paths, study_name="demo", host="127.0.0.1", port=0)
+    server = dashboard.make_server(str(paths.journal), store_of(paths), study_name="demo", host="127.0.0.1", port=0)
     with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
@@ -141,23 +147,23 @@ def test_a_taken_port_is_one_line_that_suggests_another(paths: StudyPaths) -> No
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(StudyError, match=rf"^port {port} of 127.0.0.1 is taken; give another: --port \d+$"):
-            dashboard.make_server(str(paths.journal), paths, study_name="demo", host="127.0.0.1", port=port)
+            dashboard.make_server(str(paths.journal), store_of(paths), study_name="demo", host="127.0.0.1", port=port)
 
 
 def test_an_address_of_another_machine_is_refused_in_one_line(paths: StudyPaths) -> None:
     with pytest.raises(StudyError, match=r"^port 0 of 192\.0\.2\.1 cannot be listened on \(.+\); check --host$"):
-        dashboard.make_server(str(paths.journal), paths, study_name="demo", host="192.0.2.1", port=0)
+        dashboard.make_server(str(paths.journal), store_of(paths), study_name="demo", host="192.0.2.1", port=0)
 
 
 def test_a_study_that_is_not_in_the_storage_is_an_error(paths: StudyPaths) -> None:
     with pytest.raises(StudyError, match=r"^study other: not in .*journal\.log; hpo study list"):
-        dashboard.make_server(str(paths.journal), paths, study_name="other", host="127.0.0.1", port=0)
+        dashboard.make_server(str(paths.journal), store_of(paths), study_name="other", host="127.0.0.1", port=0)
 
 
 def test_a_missing_journal_is_an_error_and_is_not_made(tmp_path: Path) -> None:
     paths = StudyPaths(tmp_path / "none")
     with pytest.raises(StudyError, match="no such journal"):
-        dashboard.make_server(str(paths.journal), paths, study_name="none", host="127.0.0.1", port=0)
+        dashboard.make_server(str(paths.journal), store_of(paths), study_name="none", host="127.0.0.1", port=0)
     assert not paths.dir.exists()
 
 

@@ -1,9 +1,11 @@
-"""Ctrl-C arrives where nothing is half done, and is never lost."""
+"""Ctrl-C arrives where nothing is half done, and is never lost: the first at an epoch's end, the second at once."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -18,28 +20,61 @@ def press(number: signal.Signals = signal.SIGINT) -> None:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_an_interrupt_is_held_until_it_is_let_through(number: signal.Signals) -> None:
     reached = []
-    with Interrupts() as interrupts:
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
         press(number)
         reached.append("held")
-        with pytest.raises(KeyboardInterrupt), interrupts.let_through():
+        with interrupts.let_through():
             reached.append("never")
     assert reached == ["held"]
 
 
 def test_where_it_is_let_through_it_is_raised_at_once() -> None:
-    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt), interrupts.let_through():
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.let_through():
         press()
         pytest.fail("the interrupt did not come")
 
 
-def test_a_held_part_inside_is_finished_first() -> None:
+def test_the_first_waits_for_the_end_of_an_epoch() -> None:
     reached = []
-    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt), interrupts.let_through():
-        with interrupts.held():
-            press()
-            reached.append("the held part")
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.patient():
+        press()
+        reached.append("the rest of the epoch")
+        assert interrupts.asked
+        interrupts.check()
         reached.append("never")
-    assert reached == ["the held part"]
+    assert reached == ["the rest of the epoch"]
+
+
+def test_the_second_does_not() -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.patient():
+        press()
+        press(signal.SIGTERM)
+        pytest.fail("the interrupt did not come")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_held_part_inside_is_finished_first(times: int) -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.patient():
+        with interrupts.held():
+            for _ in range(times):
+                press()
+            reached.append("the held part")
+        reached.append("the rest of the epoch")
+        interrupts.check()
+    assert reached == ["the held part", "the rest of the epoch"][: 3 - times]
+
+
+def test_who_asks_from_another_thread_is_heard_as_a_first_one_and_counts_once() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.patient():
+        for _ in range(2):
+            asking = threading.Thread(target=interrupts.request)
+            asking.start()
+            asking.join()
+        reached.append("the rest of the epoch")
+        interrupts.check()
+    assert reached == ["the rest of the epoch"]
 
 
 def test_one_that_was_held_to_the_end_is_raised_at_the_end() -> None:
@@ -51,6 +86,34 @@ def test_an_error_is_not_covered_up_by_a_held_interrupt() -> None:
     with pytest.raises(ValueError, match="ours"), Interrupts():
         press()
         raise ValueError("ours")
+
+
+def test_the_first_is_told_once() -> None:
+    told = []
+    with pytest.raises(KeyboardInterrupt), Interrupts(told=lambda: told.append("stopping")):
+        press()
+        press()
+    assert told == ["stopping"]
+
+
+def test_a_worker_leaves_a_terminals_ctrl_c_to_its_parent() -> None:
+    with Interrupts([signal.SIGTERM]) as interrupts:
+        press(signal.SIGINT)
+        assert not interrupts.asked
+
+
+def test_a_third_one_ends_a_process_that_heeds_none() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from hpo.interrupts import Interrupts\n"
+        "with Interrupts():\n"
+        "    for _ in range(3):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('still there')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stdout == ""
 
 
 def test_the_handlers_of_before_are_put_back() -> None:

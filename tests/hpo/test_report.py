@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from optuna.artifacts import FileSystemArtifactStore
 from PIL import Image
 
 from hpo import report
@@ -257,7 +258,8 @@ def test_artifacts_carry_their_names_and_types_and_content(tmp_path: Path) -> No
     picture, text = tmp_path / "learning_curves.png", tmp_path / "config.yaml"
     learning_curves(history(3), picture)
     text.write_text("epochs: 3\n")
-    attach_artifacts(study, trials[1].number, [picture, text], tmp_path / "artifacts")
+    (tmp_path / "artifacts").mkdir()
+    attach_artifacts(study, trials[1].number, [picture, text], FileSystemArtifactStore(tmp_path / "artifacts"))
     study.tell(trials[1], 0.5)
 
     again = optuna.load_study(study_name=study.study_name, storage=open_storage(str(tmp_path / "journal.log")))

@@ -469,7 +469,7 @@ def test_a_retried_trial_has_no_pictures_of_the_attempt_before(open_: Any, tmp_p
     study.ensure_slots(1)
     trial, _ = study.claim()
     (tmp_path / "curves.png").write_bytes(b"a picture")
-    attach_artifacts(study.optuna, trial.number, [tmp_path / "curves.png"], study.paths.artifacts)
+    attach_artifacts(study.optuna, trial.number, [tmp_path / "curves.png"], study.artifact_store())
     study.optuna._storage.set_trial_system_attr(trial._trial_id, "rung:2", [1, 1, True])
     study.release(trial)
     before, again = study.optuna.trials
@@ -636,8 +636,8 @@ def test_two_reapers_queue_a_slot_once(open_: Any, monkeypatch: pytest.MonkeyPat
     study.ensure_slots(1)
     study.claim()
     frozen = study.optuna.trials[0]
-    assert study._interrupt(frozen)
-    assert not study._interrupt(frozen)  # the other has seen it running a moment ago
+    assert study._interrupt(frozen, crashed=False)
+    assert not study._interrupt(frozen, crashed=False)  # the other has seen it running a moment ago
     assert len(study.optuna.trials) == 2
 
 

@@ -22,7 +22,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-import hpo.commands.run
+import hpo.commands.work
+import hpo.workers.local
 import hpo.workers.pool
 from core.config import TrainConfig
 from core.data import load_dataset
@@ -38,11 +39,11 @@ from hpo.packing import Limit
 from hpo.paths import StudyPaths
 from hpo.search_space import load_space
 from hpo.study import Study, open_study
-from hpo.workers import Job, free_capacity, run_workers
+from hpo.workers import Crew, Job, LocalProcesses, free_capacity, run_workers
 from hpo.workers.capacity import CONTEXT_BYTES, WORKER_BYTES, Capacity, occupy, peak_memory_bytes
+from hpo.workers.local import main
 from hpo.workers.messages import Share, without_networks
 from hpo.workers.tuning import Choice, Tuning
-from hpo.workers.worker import work
 from tests.hpo.journals import finished_of, trials_of
 
 CPU = torch.device("cpu")
@@ -168,7 +169,7 @@ def test_several_workers_reach_exactly_the_total_and_what_one_process_alone_woul
 
 
 def test_one_trial_at_once_needs_no_process(space_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hpo.workers.pool, "work", None)
+    monkeypatch.setattr(hpo.workers.local, "main", None)
     assert hpo_run(monkeypatch, space_file, "--trials", "1", "--per-device", "1") == 0
     [trial] = trials_of(tmp_path / "studies/own")
     assert trial.user_attrs["lease"]["pid"] == os.getpid()
@@ -278,7 +279,7 @@ def own_study(space_file: str, trials: int) -> tuple[Study, Job]:
     space = load_space(space_file)
     study = open_study(space, name="own", dataset=load_dataset(space.base.data))
     study.ensure_slots(trials)
-    return study, Job(space, "own", study.storage_url, None, False, "cpu", Path.cwd())
+    return study, Job(space, "own", study.storage_url, None, False, Path.cwd())
 
 
 def work_off(study: Study, job: Job, trials_at_once: int) -> StudyProgress:
@@ -287,9 +288,8 @@ def work_off(study: Study, job: Job, trials_at_once: int) -> StudyProgress:
         run_workers(
             study,
             job,
-            trials_at_once=trials_at_once,
-            capacity=free_capacity(CPU),
-            device_name="this CPU",
+            engine=LocalProcesses(),
+            crews=[Crew("cpu", "this CPU", trials_at_once, free_capacity(CPU).share, free_capacity(CPU).limit())],
             lane=progress.lane,
             interrupts=interrupts,
         )
@@ -300,7 +300,7 @@ def the_second_dies(*arguments: Any) -> None:
     """A worker, but for one place."""
     if multiprocessing.current_process().name == "hpo worker 2":
         os.kill(os.getpid(), signal.SIGKILL)
-    work(*arguments)
+    main(*arguments)
 
 
 def every_one_dies(*arguments: Any) -> None:
@@ -312,7 +312,7 @@ def every_one_dies(*arguments: Any) -> None:
 def test_where_one_dies_again_and_again_the_others_go_on(
     space_file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(hpo.workers.pool, "work", the_second_dies)
+    monkeypatch.setattr(hpo.workers.local, "main", the_second_dies)
     study, job = own_study(space_file, 40)
     caplog.set_level(logging.WARNING)
     bars = work_off(study, job, 2)
@@ -326,7 +326,7 @@ def test_where_one_dies_again_and_again_the_others_go_on(
 def test_where_none_can_live_the_run_ends_with_one_line_and_what_to_do(
     space_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hpo.workers.pool, "work", every_one_dies)
+    monkeypatch.setattr(hpo.workers.local, "main", every_one_dies)
     monkeypatch.setattr(hpo.workers.pool, "REPLACEMENTS", 1)
     study, job = own_study(space_file, 2)
     with pytest.raises(
@@ -338,7 +338,10 @@ def test_where_none_can_live_the_run_ends_with_one_line_and_what_to_do(
     assert study.waiting() == 2
 
 
-def test_a_fault_of_ours_in_a_worker_keeps_its_traceback_and_stops_the_run(space_file: str) -> None:
+def test_a_crash_that_every_worker_meets_stops_the_run_and_keeps_its_traceback(
+    space_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hpo.workers.pool, "REPLACEMENTS", 0)
     study, job = own_study(space_file, 4)
     study.paths.trials.write_text("a file where a folder should be")
     with pytest.raises(RuntimeError, match=r"^worker \d failed: (FileExists|NotADirectory)Error") as caught:
@@ -366,7 +369,7 @@ def test_a_number_that_is_none_is_one_line_and_exit_code_2(
 
 
 def test_a_password_is_in_no_description_of_a_job(space_file: str, tmp_path: Path) -> None:
-    job = Job(load_space(space_file), "s", "postgresql://me:secret@host/db", None, False, "cpu", tmp_path)
+    job = Job(load_space(space_file), "s", "postgresql://me:secret@host/db", None, False, tmp_path)
     assert "secret" not in repr(job)
 
 
@@ -428,7 +431,7 @@ def test_more_processes_than_the_memory_holds_are_refused_in_one_line(
     free: int, gpu: int | None, trials: int, asked: str, said: str
 ) -> None:
     with pytest.raises(UserError) as refused:
-        Capacity(threads=8, cores=8, memory_bytes=free, gpu_bytes=gpu).check(trials, asked=asked)
+        Capacity(threads=8, cores=8, memory_bytes=free, gpu_bytes=gpu).check(trials, asked=f"--per-device {asked}")
     assert str(refused.value) == f"--per-device {asked}: {said}"
 
 
@@ -620,34 +623,31 @@ def test_a_remembered_number_counts_on_its_host_alone_and_as_far_as_there_is_roo
 ) -> None:
     study, job = own_study(space_file, 1)
     room = Capacity(threads=1, cores=cores, memory_bytes=100 * WORKER_BYTES, gpu_bytes=None)
-    monkeypatch.setattr(hpo.commands.run, "free_capacity", lambda device: room)
+    monkeypatch.setattr(hpo.commands.work, "free_capacity", lambda device: room)
     study.remember_packing(describe_device(CPU), 4, "4 trials at once: because")
-    assert hpo.commands.run._known_best(study, job.space, CPU) == number
+    assert hpo.commands.work.known_best(study, job.space, CPU) == number
     monkeypatch.setattr("socket.gethostname", lambda: "another")
-    assert hpo.commands.run._known_best(study, job.space, CPU) is None
+    assert hpo.commands.work.known_best(study, job.space, CPU) is None
 
 
 def test_auto_with_one_epoch_says_that_it_cannot_measure_and_starts_no_worker(
     tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hpo.workers.pool, "work", None)
+    monkeypatch.setattr(hpo.workers.local, "main", None)
     assert hpo_run(monkeypatch, space_file, "--set", "epochs=1", "--trials", "2", "--per-device", "auto") == 0
     assert "--per-device auto: not found out, an epoch can only be timed after another one" in capsys.readouterr().out
     assert {trial.user_attrs["lease"]["pid"] for trial in trials_of(tmp_path / "studies/own")} == {os.getpid()}
 
 
 def test_more_trials_than_cores_are_warned_of(
-    space_file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    space_file: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     room = Capacity(threads=1, cores=1, memory_bytes=100 * WORKER_BYTES, gpu_bytes=None)
-    monkeypatch.setattr(hpo.commands.run, "free_capacity", lambda device: room)
-    monkeypatch.setattr(hpo.commands.run, "run_workers", lambda *arguments, **options: None)
-    study, job = own_study(space_file, 2)
-    bars = StudyProgress(metric=study.metric, direction=study.direction, done=0, total=2, best=None)
-    with Interrupts() as interrupts:
-        hpo.commands.run._run_several(study, job, 2, bars, interrupts, asked="2")
-    [warning] = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning == "--per-device 2: the CPU has 1 core, and more trials at once only wait for each other"
+    monkeypatch.setattr(hpo.commands.work, "free_capacity", lambda device: room)
+    monkeypatch.setattr(hpo.commands.work, "run_workers", lambda study, *_, **__: study.ensure_slots(0))
+    assert hpo_run(monkeypatch, space_file, "--trials", "2", "--per-device", "2") == 0
+    warning = "--per-device 2: the CPU has 1 core, and more trials at once only wait for each other"
+    assert capfd.readouterr().err == f"warning: {warning}\n"
 
 
 def test_the_first_one_begins_though_the_one_that_was_to_join_it_died_loading() -> None:

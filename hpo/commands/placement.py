@@ -1,0 +1,92 @@
+"""Where the trials of a run are trained: on which devices, and how many at once on each.
+
+`--per-device K` says how many a device takes, `--workers N` how many there are in all; what is left out follows from
+the other. One trial at a time on one device needs no process of its own, unless a worker is asked for by its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from core.errors import UserError
+from core.runtime import select_device
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Devices, and the workers on each."""
+
+    devices: tuple[torch.device, ...]
+    workers: tuple[int | None, ...]
+    """By device; None is to be found out."""
+    in_processes: bool
+    """Whether even a single worker has a process of its own."""
+    asked: str
+    """The option that says how many at once, as it was given."""
+
+    @property
+    def none(self) -> bool:
+        """Whether nothing is to be trained here."""
+        return not any(number is None or number > 0 for number in self.workers)
+
+    def __iter__(self) -> Iterator[tuple[torch.device, int | None]]:
+        """Each device, and its number of workers."""
+        return zip(self.devices, self.workers, strict=True)
+
+
+def place(device: str | None, devices: str | None, workers: int | None, per_device: str | None) -> Placement:
+    """What the options of these names come to.
+
+    Raises:
+        UserError: they contradict each other, or this machine lacks a device.
+    """
+    found = _devices(device, devices)
+    each = _per_device(per_device)
+    if workers == 0:
+        return Placement(found, (0,) * len(found), in_processes=True, asked="--workers 0")
+    if per_device == "auto":
+        if workers is not None:
+            raise UserError(f"--workers {workers}: --per-device auto finds the number out; leave one of the two out")
+        return Placement(found, (None,) * len(found), in_processes=len(found) > 1, asked="--per-device auto")
+    if workers is None:
+        number = each or 1
+        asked = f"--per-device {number}"
+        return Placement(found, (number,) * len(found), in_processes=len(found) * number > 1, asked=asked)
+    if workers < len(found):
+        raise UserError(f"--workers {workers}: fewer than the {len(found)} devices; give as many, or fewer --devices")
+    if each is not None and workers > each * len(found):
+        raise UserError(
+            f"--workers {workers}: {len(found)} device(s) with --per-device {each} take {each * len(found)}; "
+            "leave one of the two out"
+        )
+    whole, rest = divmod(workers, len(found))
+    sizes = tuple(whole + (number < rest) for number in range(len(found)))
+    return Placement(found, sizes, in_processes=True, asked=f"--workers {workers}")
+
+
+def _devices(device: str | None, devices: str | None) -> tuple[torch.device, ...]:
+    if devices is None:
+        return (select_device(device),)
+    if device is not None:
+        raise UserError("--device and --devices: give one of the two")
+    if devices == "all":
+        if not torch.cuda.device_count():
+            raise UserError("--devices all: this machine has no GPU; leave it out for the CPU")
+        return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    names = [name.strip() for name in devices.split(",")]
+    found = tuple(map(select_device, names))
+    twice = [name for name, number in zip(names, found, strict=True) if found.count(number) > 1]
+    if twice:
+        raise UserError(f"--devices {devices}: {twice[0]} is there twice; --per-device says how many trials it takes")
+    return found
+
+
+def _per_device(per_device: str | None) -> int | None:
+    if per_device is None or per_device == "auto":
+        return None
+    if not per_device.isdecimal() or not int(per_device):
+        raise UserError(f"--per-device {per_device}: give a whole number from 1 on, or auto")
+    return int(per_device)

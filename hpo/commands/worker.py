@@ -1,0 +1,76 @@
+"""`hpo worker`: joins a study that was begun elsewhere, or here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from core.data import folds
+from core.runtime import describe_device
+from hpo.commands.common import open_dataset, say_data, say_patience
+from hpo.commands.placement import place
+from hpo.commands.scores import say_folds
+from hpo.commands.work import Work
+from hpo.console import StudyProgress, say
+from hpo.interrupts import Interrupts
+from hpo.study import join_study
+from hpo.summary import standing
+
+
+def worker_command(
+    name: str,
+    *,
+    storage: str | None,
+    data: Path | None,
+    device_name: str | None,
+    devices: str | None,
+    workers: int | None,
+    per_device: str | None,
+    keep_gb: float | None,
+    artifacts: str | None,
+) -> None:
+    """Runs trials of the study until none waits."""
+    placement = place(device_name, devices, workers, per_device)
+    joined = join_study(name, storage_url=storage)
+    where = data or joined.data_path
+    dataset = open_dataset(joined.space.base.data, where, skip_broken=joined.skip_broken)
+    study = joined.open(dataset, data_path=data)
+    study.use_depot(artifacts)
+    splits = folds(dataset, joined.space.base.data)
+    say_data(dataset, splits[0])
+    say_folds(splits)
+    with Interrupts(told=say_patience) as interrupts:
+        study.reap()
+        now = standing(study)
+        total = study.total or 0
+        say(
+            f"joined study {study.name}: {now.counts.finished} of {total} trials finished, {study.waiting()} wait; "
+            f"{', '.join(dict.fromkeys(map(describe_device, placement.devices)))}"
+        )
+        work = Work(
+            study,
+            joined.space,
+            splits,
+            placement,
+            data=where,
+            skip_broken=joined.skip_broken,
+            keep_gb=keep_gb,
+            interrupts=interrupts,
+        )
+        bars = StudyProgress(
+            metric=study.metric,
+            direction=study.direction,
+            done=now.counts.finished,
+            total=total,
+            best=now.best_value,
+        )
+        try:
+            with bars as progress:
+                while study.waiting():
+                    work.off(progress.lane)
+                    study.reap()
+        except KeyboardInterrupt:
+            say("stopped: what this worker trained is back in the queue, and goes on from its checkpoint")
+            raise
+    counts = study.counts()
+    others = f"; {counts.running} run in other workers" if counts.running else ""
+    say(f"no trial waits any more: {counts.finished} of {total} are finished{others}")

@@ -1,0 +1,150 @@
+"""Waits for a database's server that does not answer.
+
+A server that is restarted, or cannot be reached for a while, costs a run some waiting and nothing else. Which errors
+mean that is read from the codes of PostgreSQL, MySQL and SQLite, for their words change with version and language.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError
+
+from hpo.errors import StudyError
+from hpo.storage.urls import mask, words_of
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 300.0
+"""Seconds for which a server that does not answer is asked again: a machine's restart and a database's recovery."""
+
+# Pauses between two attempts: from the first, doubled up to the longest, and each by chance up to half shorter, so that
+# 32 workers do not all knock at the same moment.
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 10.0
+
+_CODES = {
+    # No connection, or one that broke; too many of them; a shutdown, a start; a standby that is not the primary yet.
+    "lost": re.compile(r"08\w{3}|53300|57P0[1235]|25006|1040|1053|2002|2003|2006|2013|2055"),
+    # A deadlock, or a lock that was waited for too long: the other transaction went on, and this one may again.
+    "busy": re.compile(r"40001|40P01|55P03|1205|1213|SQLITE_(BUSY|LOCKED)\w*"),
+    "full": re.compile(r"53100|1021|1114|SQLITE_(FULL|IOERR\w*)"),
+}
+"""PostgreSQL's SQLSTATE (appendix A of its manual), MySQL's numbers, SQLite's names of result codes."""
+_NO_CONNECTION = "08001"
+
+_T = TypeVar("_T")
+
+
+class Outage:
+    """Whether the server answers, as all threads of this process have found: said once, and waited for once."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._since: float | None = None
+        self._said = False
+        self._lock = threading.Lock()
+
+    def outlast(self, operation: Callable[[bool], _T]) -> _T:
+        """Does it, again and again while the server does not answer.
+
+        Args:
+            operation: its argument says whether it may have been done before, with only the answer lost.
+
+        Raises:
+            StudyError: the server has not answered for `PATIENCE_S`, or has no room left.
+        """
+        pause_s, again, begun = _FIRST_PAUSE_S, False, time.monotonic()
+        while True:
+            try:
+                result = operation(again)
+            except (StorageInternalError, DBAPIError) as error:
+                ailment = _ailment_of(error)
+                if ailment == "lost":
+                    self._lasts(error, again=again)
+                elif ailment == "full":
+                    raise StudyError(
+                        f"storage {mask(self._url)}: cannot be written ({self._words(error)}); free some space there,"
+                        " and run the same command again: nothing that was written is lost"
+                    ) from error
+                elif ailment is None or time.monotonic() - begun > PATIENCE_S:
+                    raise
+            else:
+                self._is_over()
+                return result
+            time.sleep(pause_s * random.uniform(0.5, 1))
+            pause_s, again = min(2 * pause_s, _LONGEST_PAUSE_S), True
+
+    def _lasts(self, error: BaseException, *, again: bool) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._since = now if self._since is None else self._since
+            if now - self._since > PATIENCE_S:
+                raise StudyError(
+                    f"storage {mask(self._url)}: has not answered for {(now - self._since) / 60:.0f} minutes"
+                    f" ({self._words(error)}); when the server runs again, run the same command again: it goes on"
+                ) from error
+            if again and not self._said:  # the first time, it may be a connection that was dropped while it was idle
+                self._said = True
+                words, minutes = self._words(error), PATIENCE_S / 60
+                shown = mask(self._url)
+                logger.warning(
+                    "storage %s does not answer (%s); trying again for up to %g minutes", shown, words, minutes
+                )
+
+    def _is_over(self) -> None:
+        if self._since is None:
+            return
+        with self._lock:
+            if self._said:
+                logger.info("storage %s answers again", mask(self._url))
+            self._since, self._said = None, False
+
+    def _words(self, error: BaseException) -> str:
+        cause = _cause_of(error)
+        return words_of(self._url, error if cause is None or cause.orig is None else cause.orig)
+
+
+def is_no_outage(_record: logging.LogRecord) -> bool:
+    """A filter of what is logged while an error is handled: nothing of what `Outage` says already."""
+    error = sys.exc_info()[1]
+    return error is None or _ailment_of(error) != "lost"
+
+
+def _ailment_of(error: BaseException) -> Literal["lost", "busy", "full"] | None:
+    """What ails the server, if it is the server that does."""
+    cause = _cause_of(error)
+    if cause is None or cause.orig is None:
+        return None
+    if cause.connection_invalidated:
+        return "lost"
+    code = _code_of(cause)
+    for ailment in ("lost", "busy", "full"):
+        if _CODES[ailment].fullmatch(code):
+            return ailment
+    return None
+
+
+def _cause_of(error: BaseException | None) -> DBAPIError | None:
+    """The driver's error, which Optuna's hides."""
+    while error is not None and not isinstance(error, DBAPIError):
+        # Where Optuna tried another query in the same transaction, SQLAlchemy's refusal hides the first one's error.
+        error = error.__context__ if isinstance(error, PendingRollbackError) else error.__cause__
+    return error
+
+
+def _code_of(cause: DBAPIError) -> str:
+    driver = cause.orig
+    for name in ("sqlite_errorname", "sqlstate", "pgcode"):  # sqlite3, psycopg, psycopg2
+        if hasattr(driver, name):
+            code = getattr(driver, name)
+            return str(code or (_NO_CONNECTION if isinstance(cause, OperationalError) else ""))
+    return str(driver.args[0]) if driver is not None and driver.args else ""

@@ -1,0 +1,265 @@
+"""Attempts that die are begun again, up to a limit; what was seen before is a replicate; workers join from anywhere."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from hpo import cli
+from hpo.errors import StudyError
+from hpo.lease import LEASE, own_lease
+from hpo.search_space import SearchSpace, load_space, space_from_yaml, space_to_yaml
+from hpo.slots import CRASHES, FAILURE, REPLICATE_OF, SLOT, first_twin, slot_of
+from hpo.study import Study, find_study, join_study, open_study
+from tests.hpo.journals import finished_of, trials_of
+
+SPACE = """
+data: {name: digits}
+base: {model: {widths: [8], blocks: [1]}, epochs: 2, batch_size: 128, augment: {flip: 0.0}}
+pruner: {name: none}
+sampler: {name: random}
+search:
+  optim.lr_scale: {low: 0.5, high: 20, log: true}
+"""
+ONE_CELL = SPACE.replace("{low: 0.5, high: 20, log: true}", "{choices: [4.0]}").replace(
+    "epochs: 2,", "epochs: 2, optim: {lr_scale: 4.0},"
+)
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> SearchSpace:
+    file = tmp_path / "own.yaml"
+    file.write_text(SPACE)
+    return load_space(str(file))
+
+
+@pytest.fixture
+def study(space: SearchSpace) -> Study:
+    images: Any = SimpleNamespace(
+        name="digits", fingerprint="ab" * 32, classes=("0", "1"), report=SimpleNamespace(broken=())
+    )
+    opened = open_study(space, name="own", dataset=images)
+    opened.ensure_slots(1)
+    return opened
+
+
+DEAD = (
+    "import os, signal, sys\n"
+    "from types import SimpleNamespace\n"
+    "from hpo.search_space import load_space\n"
+    "from hpo.study import open_study\n"
+    "space = load_space(sys.argv[1])\n"
+    "images = SimpleNamespace(\n"
+    "    name='digits', fingerprint='ab' * 32, classes=('0', '1'), report=SimpleNamespace(broken=()))\n"
+    "study = open_study(space, name='own', dataset=images)\n"
+    "trial, slot = study.claim()\n"
+    "if sys.argv[2] == 'training':\n"
+    "    space.suggest(trial)\n"
+    "    trial.report(0.5, 1)\n"
+    "os.kill(os.getpid(), signal.SIGKILL)\n"
+)
+
+
+def die(space: SearchSpace, *, doing: str = "training") -> None:
+    """Claims a trial in a process that is then killed."""
+    ended = subprocess.run([sys.executable, "-c", DEAD, str(space.path), doing], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+# Attempts that die
+
+
+def test_a_slot_is_begun_again_as_often_as_is_allowed_and_then_counts_as_failed_to_train(
+    study: Study, space: SearchSpace, caplog: pytest.LogCaptureFixture
+) -> None:
+    study.remember_retries(2)
+    for crashes in (1, 2):
+        die(space)
+        assert study.reap() == [0]
+        assert study.optuna.trials[-1].user_attrs[CRASHES] == crashes
+    die(space)
+    assert study.reap() == []
+    last = study.optuna.trials[-1]
+    assert (last.state, last.user_attrs[FAILURE], last.user_attrs[CRASHES]) == (TrialState.PRUNED, "crashed", 3)
+    assert last.value == 0.5  # as of any pruned trial: what it had reported
+    assert last.system_attrs["constraints:failure"] > 0  # so that the sampler keeps away
+    assert last.params
+    assert (study.counts().failures, study.counts().finished, study.waiting()) == (1, 1, 0)
+    assert "trial 2: its process died 3 times" in caplog.text
+    study.ensure_slots(1)
+    assert study.waiting() == 0  # it counts towards the total
+
+
+def test_what_dies_before_it_has_parameters_is_nobodys_fault(study: Study, space: SearchSpace) -> None:
+    study.remember_retries(0)
+    die(space, doing="nothing")
+    assert study.reap() == [0]
+    assert CRASHES not in study.optuna.trials[-1].user_attrs
+
+
+def test_an_interrupt_is_no_crash_and_a_fault_is_one(study: Study, space: SearchSpace) -> None:
+    for crashed, counted in ((False, None), (True, 1), (False, 1)):
+        claimed = study.claim()
+        assert claimed is not None
+        space.suggest(claimed[0])
+        study.release(claimed[0], crashed=crashed)
+        assert study.optuna.trials[-1].user_attrs.get(CRASHES) == counted
+
+
+def test_a_machine_that_went_down_with_its_processes_is_no_crash(study: Study, space: SearchSpace) -> None:
+    study.remember_retries(0)
+    claimed = study.claim()
+    assert claimed is not None
+    space.suggest(claimed[0])
+    study._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "boot": "another"})
+    assert study.reap() == [0]
+    assert CRASHES not in study.optuna.trials[-1].user_attrs
+
+
+def test_two_that_give_a_trial_up_at_once_end_it_once(
+    study: Study, space: SearchSpace, caplog: pytest.LogCaptureFixture
+) -> None:
+    study.remember_retries(0)
+    die(space)
+    [dead] = study._running()
+    caplog.set_level(logging.WARNING)
+    assert not study._interrupt(dead, crashed=True)
+    assert not study._interrupt(dead, crashed=True)
+    assert len(caplog.records) == 1
+    assert [trial.state for trial in study.optuna.trials] == [TrialState.PRUNED]
+
+
+def test_the_number_of_retries_is_remembered_for_all_who_work_on_the_study(study: Study) -> None:
+    assert study.retries == 3
+    study.remember_retries(7)
+    study.remember_retries(None)
+    assert find_study("own").retries == 7
+
+
+def test_only_the_trials_of_living_processes_are_waited_for(study: Study, space: SearchSpace) -> None:
+    claimed = study.claim()
+    assert claimed is not None
+    assert study.at_work() == [0]
+    study._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "host": "another"})
+    assert study.at_work() == []  # a journal keeps no heartbeats: nobody knows whether that one lives
+
+
+# Configurations that were seen before
+
+
+def trial_of(slot: int, state: TrialState = TrialState.PRUNED, **params: Any) -> Any:
+    from optuna.distributions import FloatDistribution
+
+    found = create_trial(
+        state=state,
+        params=params,
+        distributions={name: FloatDistribution(0, 9) for name in params},
+        user_attrs={SLOT: slot},
+        value=1.0 if state == TrialState.COMPLETE else None,
+    )
+    found.number = slot
+    return found
+
+
+def test_the_twin_is_the_lowest_slot_before_with_the_same_parameters() -> None:
+    trials = [trial_of(0, a=1.0), trial_of(1, a=2.0), trial_of(2, TrialState.COMPLETE, a=2.0), trial_of(5, a=3.0)]
+    assert first_twin(trials, {"a": 2.0}, slot=3) == 1
+    assert first_twin(trials, {"a": 2.0}, slot=1) is None
+    assert first_twin(trials, {"a": 3.0}, slot=4) is None  # a later slot decides nothing
+    assert first_twin(trials, {"a": 1.0, "b": 1.0}, slot=4) is None
+
+
+def hpo(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs the command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_a_space_of_one_cell_ends_and_its_trials_are_replicates_with_seeds_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cell.yaml"
+    file.write_text(ONE_CELL)
+    assert hpo("run", str(file), "--trials", "3", monkeypatch=monkeypatch) == 0
+    trials = sorted(trials_of(tmp_path / "studies/cell"), key=slot_of)
+    assert [trial.user_attrs.get(REPLICATE_OF) for trial in trials] == [None, 0, 0]
+    assert len({trial.value for trial in trials}) > 1  # other seeds
+    assert capsys.readouterr().out.count("(replicate of slot 0)") == 2
+
+
+# Workers that join
+
+
+@pytest.mark.parametrize("name", ["digits", "stl10_small", "cifar100", "intel_scenes", "imbalanced"])
+def test_a_space_survives_the_way_to_a_worker_that_has_not_its_file(name: str) -> None:
+    space = load_space(name)
+    again = space_from_yaml(space_to_yaml(space), space.name)
+    assert again.identity() == space.identity()
+    assert (again.sampler, again.pruner, again.base, again.search) == (
+        space.sampler,
+        space.pruner,
+        space.base,
+        space.search,
+    )
+
+
+def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_knows_only_its_storage(
+    tmp_path: Path, space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, joined = tmp_path / "begun", tmp_path / "joined"
+    monkeypatch.setenv("HPO_STUDIES", str(begun))
+    assert hpo("run", str(space.path), "--trials", "2", "--workers", "0", monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert "2 trials wait for workers" in said
+    assert "  hpo worker own\n" in said
+    assert [trial.state for trial in trials_of(begun / "own")] == [TrialState.WAITING] * 2
+
+    Path(space.path).unlink()  # the worker's machine has no such file
+    monkeypatch.setenv("HPO_STUDIES", str(joined))
+    storage = str(begun / "own/journal.log")
+    assert hpo("worker", "own", "--storage", storage, "--device", "cpu", monkeypatch=monkeypatch) == 0
+    assert "no trial waits any more: 2 of 2 are finished\n" in capsys.readouterr().out
+    assert sorted(finished_of(begun / "own")) == [0, 1]
+    assert (joined / "own/trials/00001/metrics.jsonl").exists()
+
+
+def test_a_worker_that_finds_nothing_to_do_says_so_and_leaves(
+    space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo("run", str(space.path), "--trials", "1", monkeypatch=monkeypatch) == 0
+    assert hpo("worker", "own", monkeypatch=monkeypatch) == 0
+    assert "no trial waits any more: 1 of 1 are finished\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("worker", "nosuch"), "no study nosuch in "),
+        (("worker", "../x", "--storage", "j.log"), "--study '../x': a name is letters"),
+        (("worker", "own", "--storage", "gone.log"), "storage gone.log: there is no such journal"),
+        (("worker", "own", "--workers", "2", "--per-device", "auto"), "--workers 2: --per-device auto finds"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(*arguments, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"hpo: {said}")
+    assert error.count("\n") == 1
+
+
+def test_a_storage_without_the_study_says_how_to_begin_it(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="has no study other; begin it by hpo run, --workers 0"):
+        join_study("other", storage_url=str(study.paths.journal))
+    assert [folder.name for folder in study.paths.dir.parent.iterdir()] == ["own"]

@@ -1,0 +1,343 @@
+"""Through the commands: code in a file is not run, a name leads nowhere else, and a password is not told."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+
+from core.checkpoint import load_checkpoint
+from core.errors import CoreError
+from hpo import cli, dashboard
+from hpo.bundle import load_bundle
+from hpo.errors import HpoError
+from hpo.paths import StudyPaths
+from hpo.search_space import load_yaml
+from hpo.search_space.document import MAX_BYTES
+from hpo.storage import open_storage
+from tests.core.test_data import tree, write_folder, write_zip
+from tests.core.test_hostile_data import Evil
+from tests.hpo.postgresql import Server, free_port, running_server
+from tests.hpo.test_bundle import write as write_bundle
+
+CPU = torch.device("cpu")
+SECRET = "correct.horse-battery"
+TINY = ("--set", "epochs=2", "--set", "model.widths=[8]", "--set", "model.blocks=[1]", "--set", "pruner.name=none")
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that the command ends with, and exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("hpo: ")
+    assert told.rstrip("\n").isprintable()  # one line, and nothing that a terminal would obey
+    return told
+
+
+# Code
+
+
+@pytest.fixture
+def proof(tmp_path: Path) -> Iterator[Path]:
+    """The file that hostile code would make."""
+    yield tmp_path / "it ran"
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+def test_a_checkpoint_with_code_is_refused_before_it_runs(tmp_path: Path, proof: Path, how: str) -> None:
+    path = tmp_path / "00000.pt"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps({"format": 2, "model": Evil(proof)}))
+    else:
+        torch.save({"format": 2, "model": Evil(proof)}, path)
+    with pytest.raises(CoreError, match=r"00000\.pt: .*delete it") as raised:
+        load_checkpoint(path, CPU)
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.yaml", "classes.json", "preprocess.json", "origin.json"])
+def test_a_bundle_with_code_is_refused_before_it_runs(tmp_path: Path, proof: Path, name: str) -> None:
+    folder = write_bundle(tmp_path / "best")
+    torch.save({"model": Evil(proof)}, folder / name)
+    with pytest.raises(HpoError, match=r"damaged") as raised:
+        load_bundle(folder, CPU)
+    assert str(raised.value).isprintable()
+
+
+def test_a_bundle_of_torch_is_no_bundle(
+    tmp_path: Path, proof: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "best").mkdir()
+    torch.save(Evil(proof), tmp_path / "best" / "model.pt")
+    for bundle in (tmp_path / "best", tmp_path / "best" / "model.pt"):
+        told = refused(monkeypatch, capsys, "predict", str(bundle), str(tmp_path))
+        assert "give" in told
+        assert "hpo refit" in told
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin"])
+def test_a_file_of_weights_with_code_is_refused_before_it_runs(
+    tmp_path: Path, proof: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    path = tmp_path / f"weights{suffix}"
+    torch.save({"state_dict": Evil(proof)}, path)
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        f"data: {{name: digits}}\nmodel: {{name: timm/resnet10t, pretrained: true, pretrained_file: {path}}}\n"
+    )
+    told = refused(monkeypatch, capsys, "train", str(recipe), "--device", "cpu")
+    assert f"model.pretrained_file: {path} is no " in told
+
+
+def test_data_with_code_is_refused_before_it_runs(
+    tmp_path: Path, proof: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "set.npz", allow_pickle=True, x=np.array([Evil(proof)], dtype=object), y=np.zeros(1))
+    told = refused(monkeypatch, capsys, "run", "digits", "--data", str(tmp_path / "set.npz"))
+    assert "cannot be read as an .npz of plain arrays" in told
+
+
+# YAML
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 20))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (LAUGHS, ":6: more than 100000 values"),
+        ("a: " + "[" * 10_000, ":1: nested more than 32 deep"),
+        ("#" * (MAX_BYTES + 1), ": longer than 1,048,576 bytes, which no configuration is; give another file"),
+    ],
+    ids=["aliases", "depth", "size"],
+)
+class TestYaml:
+    def test_of_a_space_or_recipe(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        text: str,
+        told: str,
+    ) -> None:
+        (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+        for command in ("run", "train"):
+            assert f"own.yaml{told}" in refused(monkeypatch, capsys, command, str(tmp_path / "own.yaml"))
+
+    def test_of_a_file_of_ours(self, tmp_path: Path, text: str, told: str) -> None:
+        (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(HpoError) as raised:
+            load_yaml(tmp_path / "study.yaml")
+        assert f"study.yaml{told}" in str(raised.value)
+        assert str(raised.value).isprintable()
+
+
+def test_a_file_of_ours_is_read_as_it_was_written(tmp_path: Path) -> None:
+    from ruamel.yaml import YAML
+
+    content = {
+        "name": "0x1F", "hash": "0123456789" * 6, "none": None, "created": "2026-01-30T10:00:00+00:00",
+        "numbers": [1, 1e-05, -2.5e300, True], "words": ["off", "1_000", "~", "é", "a: b", "", " ", "1e3", "12:30:00"],
+        "paths": {"optim.lr": {"choices": [[8], [16, 32]]}},
+    }  # fmt: skip
+    with (tmp_path / "study.yaml").open("w", encoding="utf-8") as file:
+        YAML().dump(content, file)
+    assert load_yaml(tmp_path / "study.yaml") == content
+
+
+# Names and paths
+
+
+@pytest.mark.parametrize("name", ["../x", "..", ".hidden", "/tmp/x", "a/b", "a\\b", "a\nb", "-x", "a" * 101, "\x1b[2J"])
+@pytest.mark.parametrize("command", ["run", "show", "dashboard", "refit"])
+def test_the_name_of_a_study_leads_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = {
+        "run": ["run", "digits"],
+        "refit": ["refit", "best"],
+        "show": ["study", "show"],
+        "dashboard": ["dashboard"],
+    }
+    option = [f"--study={name}"] if command in ("run", "refit") else ["--", name]
+    told = refused(monkeypatch, capsys, *words[command], *option)
+    assert "a name is letters, digits, _ . - and begins with no . or -" in told
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts]
+
+
+def test_the_name_of_a_space_becomes_no_other_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "...yaml"
+    file.write_text("data: {name: digits}\nsearch: {optim.lr_scale: {low: 0.5, high: 2}}\n")
+    assert "--study '..': a name is letters" in refused(monkeypatch, capsys, "run", str(file))
+
+
+def test_the_name_of_a_recipe_becomes_no_other_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "...yaml").write_text("epochs: 1\n")
+    space = tmp_path / "own.yaml"
+    space.write_text(
+        "data: {name: digits}\nrecipes: [...yaml]\nbase: {epochs: 1}\nsearch: {optim.lr_scale: {low: 0.5, high: 2}}\n"
+    )
+    told = refused(monkeypatch, capsys, "run", str(space))
+    assert "a file of the name ...yaml gives the recipe no name; rename it" in told
+
+
+@pytest.mark.parametrize("kind", ["zip", "csv"])
+def test_images_from_elsewhere_are_refused_by_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (tmp_path / "set").mkdir()
+    if kind == "zip":
+        path, wanted = write_zip(tmp_path / "set.zip", tree() | {"../evil.png": b""}), "points outside the archive"
+    else:
+        write_folder(tmp_path / "set", tree(test=0))
+        path, wanted = tmp_path / "set" / "set.csv", "set.csv:3: ../../secret.png leads out of"
+        path.write_text("path,label\ncat/00.png,cat\n../../secret.png,dog\n", encoding="utf-8")
+    bundle = write_bundle(tmp_path / "best")
+    assert wanted in refused(monkeypatch, capsys, "run", "digits", "--data", str(path))
+    assert wanted in refused(monkeypatch, capsys, "predict", str(bundle), str(path), "-o", str(tmp_path / "out.csv"))
+    assert not (tmp_path / "out.csv").exists()
+
+
+# The dashboard
+
+
+def make_study(paths: StudyPaths) -> None:
+    optuna.create_study(study_name=paths.name, storage=open_storage(str(paths.journal)))
+
+
+@pytest.mark.parametrize(
+    ("host", "open_to_others"),
+    [("127.0.0.1", False), ("localhost", False), ("127.8.8.8", False), ("0.0.0.0", True), ("", True)],
+)
+def test_the_dashboard_says_where_others_can_reach_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    host: str,
+    open_to_others: bool,
+) -> None:
+    paths = StudyPaths(tmp_path / "demo")
+    make_study(paths)
+    monkeypatch.setattr(dashboard.DashboardServer, "serve_forever", lambda _: None)
+    dashboard.serve(str(paths.journal), paths, study_name="demo", host=host, port=0)
+    assert ("the dashboard asks for no password" in capsys.readouterr().out) == open_to_others
+
+
+def test_the_dashboard_listens_to_this_machine_alone_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("hpo.commands.study.dashboard_command", lambda *_, host, **__: asked.append(host))
+    for arguments in ([], ["--host", "0.0.0.0"]):
+        monkeypatch.setattr(sys, "argv", ["hpo", "dashboard", *arguments])
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert asked == ["127.0.0.1", "0.0.0.0"]
+
+
+# Passwords
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One that trusts whoever comes, so that any password will do."""
+    with running_server() as running:
+        yield running
+
+
+def with_password(url: str) -> str:
+    return url.replace("hpo@", f"hpo:{SECRET}@")
+
+
+def words_of(process: int) -> dict[str, bytes]:
+    """The command line and the environment of a process, empty where it has just ended."""
+    found = {}
+    for name in ("cmdline", "environ"):
+        try:
+            found[name] = Path(f"/proc/{process}/{name}").read_bytes()
+        except OSError:
+            found[name] = b""
+    return found
+
+
+def children_of(process: int) -> set[int]:
+    """Of all generations."""
+    found = {process}
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {process}
+
+
+@pytest.mark.slow
+def test_a_password_is_in_no_output_no_file_and_no_workers_command_line(tmp_path: Path, server: Server) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpo.cli", "run", "digits", "--storage", with_password(server.url),
+         "--per-device", "2", "--trials", "2", "--device", "cpu", *TINY],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
+    )  # fmt: skip
+    seen: dict[int, dict[str, bytes]] = {}
+    try:
+        while process.poll() is None:
+            for child in children_of(process.pid):
+                before = seen.get(child, {})
+                seen[child] = {name: text or before.get(name, b"") for name, text in words_of(child).items()}
+            time.sleep(0.05)
+        output = process.communicate()[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    assert "2 complete" in output
+    assert SECRET not in output
+    assert sum(b"spawn" in words["cmdline"] for words in seen.values()) >= 2  # the workers were looked at
+    told = [words["cmdline"] for words in seen.values() if SECRET.encode() in words["cmdline"] + words["environ"]]
+    assert not told
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "study.yaml" for path in files)
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("wrong", ["port", "database", "host", "driver", "scheme"])
+def test_a_password_is_in_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    server: Server,
+    wrong: str,
+) -> None:
+    url = with_password(server.url)
+    url = {
+        "port": url.replace(str(server.port), str(free_port())),
+        "database": url.replace("/postgres", "/nowhere"),
+        "host": url.replace("127.0.0.1", "no.such.host.invalid"),
+        "driver": url.replace("psycopg", "psycopg2"),
+        "scheme": url.replace("postgresql+psycopg", "postgres"),
+    }[wrong]
+    told = refused(monkeypatch, capsys, "run", "digits", "--storage", url, *TINY)
+    assert SECRET not in told + caplog.text
+    assert "hpo:***@" in told
