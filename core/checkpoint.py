@@ -74,6 +74,11 @@ class Checkpoints:
             self._on_saved(self._path)
 
 
+def unfinished(path: Path) -> Path:
+    """What a checkpoint is called while it is written; a killed writer leaves it behind."""
+    return path.with_name(f"{path.name}.tmp")
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes the state atomically; tensors on any device. A file has one writer at a time.
 
@@ -81,7 +86,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         OSError: the disk is full, or gone. What was at `path` is still there, whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = unfinished(path)
     try:
         with temporary.open("wb") as file, _told_as_it_was():
             torch.save({"format": FORMAT, **state}, file)

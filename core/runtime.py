@@ -43,7 +43,8 @@ def describe_device(device: torch.device) -> str:
     """The device in words: its name and, for the CPU, the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def synchronize(device: torch.device) -> None:

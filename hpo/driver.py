@@ -19,11 +19,12 @@ import optuna
 import torch
 from safetensors.torch import save_model
 
+from core.checkpoint import unfinished
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import CoreError
 from core.loop import EpochMetrics, seconds_per_epoch
-from core.runtime import derive_seed
+from core.runtime import derive_seed, describe_device
 from hpo.errors import HpoError, StudyError
 from hpo.interrupts import Interrupts
 from hpo.objective import Listener, Objective, Outcome, failure_of
@@ -122,9 +123,9 @@ def run_study(
                 _keep(study, space, splits, outcome)
                 space_on_disk.keep_within()
                 # One thread and two do not add in the same order: with the same number, a trial's values are the same.
-                attributes = outcome.attributes | {"torch_threads": torch.get_num_threads()}
+                where = {"torch_threads": torch.get_num_threads(), "device": describe_device(device)}
                 counted = study.finish(
-                    trial, outcome.state, outcome.value, failure=outcome.failure, attributes=attributes
+                    trial, outcome.state, outcome.value, failure=outcome.failure, attributes=outcome.attributes | where
                 )
         except BaseException as error:
             study.release(trial, crashed=_is_crash(error))
@@ -141,8 +142,8 @@ def _drop_checkpoint(study: Study, checkpoint: Path) -> None:
     """Lets go of a finished trial's checkpoint, wherever it lies."""
     if study.depot is not None:
         study.depot.drop(checkpoint)
-    else:
-        checkpoint.unlink(missing_ok=True)
+    for file in (checkpoint, unfinished(checkpoint)):
+        file.unlink(missing_ok=True)
 
 
 def _is_crash(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import ValidationError
 
 from core.config import TrainConfig
 from hpo.errors import StudyError
@@ -338,12 +339,27 @@ class Study:
         if trial.state != TrialState.COMPLETE:
             state = "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
             raise StudyError(f"study {self.name}: trial {number} is {state}; choose a complete one")
+        config = self.config_of(trial)
+        ran = int(trial.user_attrs.get("epochs", config.epochs))
+        return Trained(config, _value(trial), epochs=int(trial.user_attrs.get("kept_epoch", ran)), ran=ran)
+
+    def config_of(self, trial: FrozenTrial) -> TrainConfig:
+        """The configuration that a trial has trained, seed included, whatever became of it.
+
+        Raises:
+            StudyError: its parameters make none.
+        """
         from core.runtime import derive_seed  # with torch, which looking at a study does not need
 
         seed = int(trial.user_attrs.get("seed", derive_seed(self.seed, "trial", slot_of(trial))))
-        config = config_of(self.record, trial.params).override({"seed": seed})
-        ran = int(trial.user_attrs.get("epochs", config.epochs))
-        return Trained(config, _value(trial), epochs=int(trial.user_attrs.get("kept_epoch", ran)), ran=ran)
+        try:
+            return config_of(self.record, trial.params).override({"seed": seed})
+        except ValidationError as error:
+            why = "; ".join(str(fault["msg"]).removeprefix("Value error, ") for fault in error.errors())
+            raise StudyError(
+                f"study {self.name}: trial {trial.number} has no configuration that can be trained ({why}); "
+                "choose another"
+            ) from error
 
     def ensure_slots(self, total: int) -> Counts:
         """Queues what is missing of slots 0 to `total` - 1: the base, the recipes that the space can express, others.

@@ -5,7 +5,8 @@ mixes, goes forward and back, steps and averages; the host reads one number back
 DataLoader.
 
 `run` holds `train`, the loop over epochs; `step` one step of it; `graphs` replays steps as CUDA graphs; `memory` finds
-out beforehand whether a step fits; `results` is what a training tells; `profile` says where its time goes.
+out beforehand whether a step fits; `divergence` gives up what learns nothing; `results` is what a training tells;
+`profile` says where its time goes.
 """
 
 from core.loop.results import EpochMetrics, TrainResult

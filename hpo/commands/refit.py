@@ -8,7 +8,7 @@ from pathlib import Path
 from core.data import Dataset
 from core.metrics import Scores
 from core.runtime import describe_device, select_device
-from hpo.commands.common import memory_told, open_dataset
+from hpo.commands.common import memory_told, open_dataset, say_patience
 from hpo.commands.scores import say_per_class, training_bars
 from hpo.console import say, table
 from hpo.errors import StudyError
@@ -46,7 +46,7 @@ def refit_command(
     study.check_weights(chosen.config)
     say(f"study {study.name}, trial {number} ({study.metric} {chosen.value:.4f}); {describe_device(device)}")
     shown_epochs = chosen.epochs if folds is None else chosen.config.epochs
-    with Interrupts() as interrupts:
+    with Interrupts(told=say_patience) as interrupts:
         bars = training_bars("refit", epochs=shown_epochs, metric=study.metric, interrupts=interrupts)
         try:
             with memory_told(), interrupts.patient(), bars as watch:

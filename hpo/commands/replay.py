@@ -17,15 +17,13 @@ from typing import Any
 
 import torch
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import ValidationError
 
 from core.config import TrainConfig
 from core.data import Dataset
-from core.runtime import derive_seed, describe_device
+from core.runtime import describe_device
 from hpo.errors import StudyError
 from hpo.lease import LEASE
-from hpo.record import config_of
-from hpo.slots import FAILURE, slot_of
+from hpo.slots import FAILURE
 from hpo.study import Study, find_study
 from hpo.training import Recorded
 from hpo.versions import versions
@@ -139,7 +137,7 @@ def replay_of(given: str, *, storage: str | None) -> Replay:
         raise StudyError(f"--from {given}: study {name} has no trial {int(number)}; {there}")
     trial = trials[int(number)]
     _check_has_run(given, trial)
-    return Replay(study, trial, config_of_trial(study, trial))
+    return Replay(study, trial, study.config_of(trial))
 
 
 def _check_has_run(given: str, trial: FrozenTrial) -> None:
@@ -153,22 +151,6 @@ def _check_has_run(given: str, trial: FrozenTrial) -> None:
         raise StudyError(
             f"--from {given}: that trial was cut off before its first epoch; choose one that has trained an epoch"
         )
-
-
-def config_of_trial(study: Study, trial: FrozenTrial) -> TrainConfig:
-    """The configuration that a trial has trained, seed included, whatever became of it.
-
-    Raises:
-        StudyError: its parameters make none.
-    """
-    seed = int(trial.user_attrs.get("seed", derive_seed(study.seed, "trial", slot_of(trial))))
-    try:
-        return config_of(study.record, trial.params).override({"seed": seed})
-    except ValidationError as error:
-        why = "; ".join(str(fault["msg"]).removeprefix("Value error, ") for fault in error.errors())
-        raise StudyError(
-            f"study {study.name}: trial {trial.number} has no configuration that can be trained ({why}); choose another"
-        ) from error
 
 
 def _reports(recorded: Recorded, metric: str, epochs: int) -> dict[int, float]:

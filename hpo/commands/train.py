@@ -15,7 +15,7 @@ from core.data import Dataset, folds, on_device
 from core.errors import UserError
 from core.models import weights_fingerprint
 from core.runtime import describe_device, select_device
-from hpo.commands.common import memory_told, open_dataset, say_data
+from hpo.commands.common import memory_told, open_dataset, say_data, say_patience
 from hpo.commands.profile import profile_training
 from hpo.commands.replay import Replay, replay_of
 from hpo.commands.scores import METRIC_WORDS, say_folds, say_per_class, training_bars
@@ -72,7 +72,7 @@ def train_command(
     paths = _paths(asked, dataset)
     if profiled:
         profile_training(config, splits[0], paths, name=asked.name, device=device)
-    with Interrupts() as interrupts, nullcontext() if asked.replay is None else asked.replay.threads():
+    with Interrupts(told=say_patience) as interrupts, nullcontext() if asked.replay is None else asked.replay.threads():
         say(f"training {asked.name}: {config.epochs} epochs; {describe_device(device)}")
         if paths.checkpoint().exists():
             say("going on from its checkpoint")

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from datetime import datetime
 from functools import partial, wraps
 from typing import Any
@@ -16,8 +16,8 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
-from optuna.trial import TrialState
-from sqlalchemy import Connection, Engine, event
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, Engine, event, or_
 
 from hpo.lease import LEASE, own_lease
 from hpo.storage.outage import Outage, is_no_outage
@@ -34,6 +34,9 @@ _CONNECT_TIMEOUT_S = 10
 _SQLITE_TIMEOUT_S = 60
 # Seconds after which a machine that vanished without a word is noticed; a system's own idea is two hours.
 _SILENCE_S = 60
+# Trials that are asked for one by one, at most: SQLite before 3.32 takes 999 values in a statement.
+_MOST_BY_NUMBER = 900
+_LAST_TRIAL = 2**31 - 1  # the largest that the column of a trial's identity holds
 # Attempts at a schema that another process is making, and the seconds between them: it takes about a second.
 _SCHEMA_ATTEMPTS = 20
 _SCHEMA_PAUSE_S = 0.25
@@ -101,6 +104,7 @@ class _Database(RDBStorage):
                 url, engine_kwargs=_engine_options(url), heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S
             )
         self.outage = Outage(url)
+        self._waiting: dict[int, FrozenTrial] = {}
         if self.engine.name in _SET_UPS:
             _SET_UPS[self.engine.name](self.engine)
             self.engine.dispose()  # the connections that were made before
@@ -137,6 +141,36 @@ class _Database(RDBStorage):
                 return True
             raise
 
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        """As Optuna's, but trials that were read waiting and still wait are not read again.
+
+        A study's slots all wait from its beginning, and a worker reads the trials several times for each that it runs.
+        What is changed about a waiting trial is seen once it runs.
+        """
+        if states is not None:
+            return super()._get_trials(study_id, states, included_trial_ids, trial_id_greater_than)
+        with _create_scoped_session(self.scoped_session) as session:
+            known = session.query(models.TrialModel.trial_id, models.TrialModel.state)
+            stands = dict(known.filter(models.TrialModel.study_id == study_id).all())
+        found = {
+            number: state
+            for number, state in stands.items()
+            if number > trial_id_greater_than or number in included_trial_ids
+        }
+        waiting = [trial for number, trial in self._waiting.items() if found.get(number) == TrialState.WAITING]
+        others = found.keys() - {trial._trial_id for trial in waiting}
+        if len(others) > _MOST_BY_NUMBER or not found:
+            return super()._get_trials(study_id, None, included_trial_ids, trial_id_greater_than)
+        read = super()._get_trials(study_id, None, others, _LAST_TRIAL) if others else []
+        self._waiting |= {trial._trial_id: trial for trial in read if trial.state == TrialState.WAITING}
+        return sorted(waiting + read, key=lambda trial: trial._trial_id)
+
 
 def _outlasting(operation: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(operation)
@@ -153,7 +187,7 @@ for _name in (
     *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "get_trial", "_get_trials"),
     *("_get_best_trial_id", "record_heartbeat", "_get_stale_trial_ids"),
 ):  # what Optuna's cache, which lies on top, asks of a database
-    setattr(_Database, _name, _outlasting(getattr(RDBStorage, _name)))
+    setattr(_Database, _name, _outlasting(getattr(_Database, _name)))
 
 
 def _serialise(engine: Engine) -> None:

@@ -23,9 +23,10 @@ import hpo.commands.refit as hpo_refit
 from core.data import folds, load_dataset
 from core.loop import EpochMetrics
 from hpo import cli
-from hpo.commands.replay import Replay, config_of_trial, replay_of
+from hpo.commands.replay import Replay, replay_of
 from hpo.console import TrainProgress
 from hpo.driver import run_study
+from hpo.errors import StudyError
 from hpo.interrupts import Interrupts
 from hpo.paths import cache_root
 from hpo.search_space import load_space
@@ -221,7 +222,7 @@ def test_what_is_other_here_than_it_was_is_said(there: Path) -> None:
     assert said.startswith("trial 99 came out another way from step 1 on: accuracy 0.25 against 0.5")
     assert f"torch {torch.__version__.partition('+')[0]}" in said
     assert "here, 1.0 there" in said
-    assert "another device: CPU, 1 threads here, NVIDIA H100 there" in said
+    assert "another device: CPU, 1 thread here, NVIDIA H100 there" in said
     assert "another machine: it ran on elsewhere" in said
 
 
@@ -308,11 +309,10 @@ def test_a_trial_that_has_not_run_cannot_be_replayed(
 def test_parameters_that_make_no_configuration_are_told_in_a_line(there: Path) -> None:
     replay = one_of("own", "COMPLETE")
     trial = create_trial(state=TrialState.PRUNED, user_attrs={"slot": 3, "failure": "invalid"})
-    study = SimpleNamespace(
-        name="own", seed=0, record={"base": replay.study.record["base"] | {"epochs": 0}, "identity": {}}
-    )
-    with pytest.raises(Exception, match="study own: trial -1 has no configuration that can be trained"):
-        config_of_trial(study, trial)  # type: ignore[arg-type]
+    record = {**replay.study.record, "base": replay.study.record["base"] | {"epochs": 0}}
+    study = Study(replay.study.optuna, replay.study.paths, record, replay.study.storage_url)
+    with pytest.raises(StudyError, match="study own: trial -1 has no configuration that can be trained"):
+        study.config_of(trial)
 
 
 def test_other_images_are_not_taken_for_the_trials(
