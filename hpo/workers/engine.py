@@ -9,6 +9,10 @@ from typing import Protocol
 from hpo.workers.messages import Event, Job, Order, Share
 
 
+STOPPED = 130
+"""The exit status of a worker that was asked to stop, as a shell has it."""
+
+
 @dataclass(frozen=True)
 class Seat:
     """A place for one worker, which may be filled again and again."""
@@ -29,6 +33,8 @@ class Ending:
     """By itself, with nothing left to do."""
     words: str
     """Behind the worker's name: `was killed by SIGKILL`."""
+    blameless: bool = False
+    """Whether it was taken away from outside, with its machine: the next one in its seat has nothing to fear."""
 
 
 class Worker(Protocol):

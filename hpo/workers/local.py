@@ -21,7 +21,7 @@ from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, cast
 
 from hpo.interrupts import SIGNALS, Interrupts
-from hpo.workers.engine import Ending, Engine, Seat, Worker
+from hpo.workers.engine import STOPPED, Ending, Engine, Seat, Worker
 from hpo.workers.messages import Event, Job, Order, Share
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ class _Process(Worker):
         assert status is not None
         for part in (self.events, self._orders, self._process):
             part.close()
+        if status == STOPPED:
+            return Ending(clean=False, words="was asked to leave", blameless=True)
         words = f"ended with exit status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
         return Ending(clean=status == 0, words=words)
 
@@ -135,7 +137,7 @@ def main(job: Job, device: str, share: Share, events: Connection, taken: Connect
     """Runs in the worker's process. It begins with `SIGNALS` blocked, so that none comes before it can be heeded."""
     import torch
 
-    from hpo.workers.worker import STOPPED, Orders, work_on
+    from hpo.workers.worker import Orders, work_on
 
     os.chdir(job.folder)
     # A terminal's Ctrl-C reaches the parent too, which then says what is to be done.

@@ -224,6 +224,8 @@ class _Pool:
                 reaped_at = time.monotonic()
                 if self._study.reap():
                     self._fill_seats()
+                if not self.waiting():
+                    self._dismiss_idle()
 
     def _fill_seats(self) -> None:
         """Fills what seats are free, as far as trials wait that no worker has been started for."""
@@ -234,6 +236,12 @@ class _Pool:
         free = [(number, crew) for crew in self._crews if crew.tuning is None or crew.seats for number in crew.usable()]
         for number, crew in sorted(free, key=lambda at: at[0])[: max(0, wanted)]:
             crew.open(number)
+
+    def _dismiss_idle(self) -> None:
+        """Lets go of workers that have nothing to do: on a cluster one may never find a place."""
+        for seat in self._occupied():
+            if seat.worker is not None and not seat.training and seat.crew.tuning is None:
+                seat.worker.order(Retire())
 
     def waiting(self) -> int:
         """How many trials wait to be claimed."""
@@ -301,7 +309,7 @@ class _Pool:
             tuning.ended(seat.seat.number)
         if ending.clean:
             return
-        seat.deaths += 1
+        seat.deaths += not ending.blameless
         self._last_words = ending.words
         who = seat.seat.name + (f" ({training})" if training else "")
         again = "; its trial is queued again" if self._study.reap() else ""

@@ -34,9 +34,9 @@ from hpo.interrupts import Interrupts
 from hpo.paths import StudyPaths, cache_root, data_root, studies_root
 from hpo.storage import is_journal, mask
 from hpo.workers.capacity import CONTEXT_BYTES
-from hpo.workers.engine import Ending, Engine, Seat, Worker
+from hpo.workers.engine import STOPPED, Ending, Engine, Seat, Worker
 from hpo.workers.messages import Event, Failed, Job, Order, Retire, Share, Stop
-from hpo.workers.worker import STOPPED, Orders, work_on
+from hpo.workers.worker import Orders, work_on
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class RayWorker(Worker):
         except self._ray.exceptions.ActorUnavailableError:
             time.sleep(_ASK_AGAIN_S)
         except self._ray.exceptions.RayActorError as error:
-            self._over(Ending(clean=False, words=self._last_words(error)))
+            self._over(self._death(error))
             return
         else:
             self._heard += len(said)
@@ -289,19 +289,21 @@ class RayWorker(Worker):
         """How it ended by itself, by what its process would have exited with."""
         assert self._place is not None, "a worker says where it is before anything else"
         asked_to = "was asked to leave" if status == STOPPED else f"ended with exit status {status}"
-        return Ending(clean=status == 0, words=f"{asked_to} on {self._place.host}")
+        return Ending(clean=status == 0, words=f"{asked_to} on {self._place.host}", blameless=status == STOPPED)
 
-    def _last_words(self, error: Any) -> str:
+    def _death(self, error: Any) -> Ending:
+        """What Ray knows of an actor's death."""
         where = "" if self._place is None else f" {self._place.host}"
-        if error.actor_init_failed:
-            return f"did not start ({_last_line(error)}): hpo has to be installed on every node, as it is here"
         if error.preempted:
-            return f"was preempted with its node{where}"
+            return Ending(clean=False, words=f"was preempted with its node{where}", blameless=True)
         if self._place is not None and self._engine.is_lost(self._place.node_id):
-            return f"was lost with its node{where}"
-        if "memory" in str(error) and "OOM" not in str(error):
-            return f"was killed: its node{where} ran out of memory"
-        return "was killed" + (f" on{where}" if where else "")
+            return Ending(clean=False, words=f"was lost with its node{where}", blameless=True)
+        words = "was killed" + (f" on{where}" if where else "")
+        if error.actor_init_failed:
+            words = f"did not start ({_last_line(error)}): hpo has to be installed on every node, as it is here"
+        elif "memory" in str(error) and "OOM" not in str(error):
+            words = f"was killed: its node{where} ran out of memory"
+        return Ending(clean=False, words=words)
 
 
 def _last_line(error: Exception) -> str:

@@ -25,6 +25,7 @@ from hpo.paths import cache_root, data_root
 from hpo.storage import mask
 from hpo.study import Study, open_study
 from hpo.workers.capacity import occupy, peak_memory_bytes
+from hpo.workers.engine import STOPPED
 from hpo.workers.messages import (
     Begin,
     EpochEnded,
@@ -41,9 +42,6 @@ from hpo.workers.messages import (
     TrialStarted,
     without_networks,
 )
-
-STOPPED = 130
-"""The exit status of a worker that was interrupted, as a shell has it."""
 
 # Until a worker that waits for its orders looks whether it is to stop.
 _LOOK_S = 0.2
