@@ -19,7 +19,6 @@ import optuna
 import torch
 from safetensors.torch import save_model
 
-from core.checkpoint import unfinished
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import CoreError
@@ -132,18 +131,10 @@ def run_study(
             raise
         if counted:  # else another process has the slot now, and needs them
             for fold in range(1, len(splits) + 1):
-                _drop_checkpoint(study, study.paths.checkpoint(slot, fold))
+                study.drop_checkpoint(study.paths.checkpoint(slot, fold))
         listener.trial_ended(outcome)
         del outcome  # the networks, which the next trial's would otherwise have to fit beside
         interrupts.check()
-
-
-def _drop_checkpoint(study: Study, checkpoint: Path) -> None:
-    """Lets go of a finished trial's checkpoint, wherever it lies."""
-    if study.depot is not None:
-        study.depot.drop(checkpoint)
-    for file in (checkpoint, unfinished(checkpoint)):
-        file.unlink(missing_ok=True)
 
 
 def _is_crash(error: BaseException) -> bool:

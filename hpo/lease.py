@@ -8,6 +8,7 @@ their heartbeats, judged by its server's clock alone; a journal does not, and le
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import socket
 import threading
@@ -46,8 +47,13 @@ class Held(NamedTuple):
 
 def own_lease() -> dict[str, Any]:
     """Names this process so that no other, later or elsewhere, can be taken for it."""
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "start": _process_start(pid)}
+    lease = {"host": socket.gethostname(), "boot": _boot_id(), **_process(os.getpid())}
+    parent = multiprocessing.parent_process()
+    return lease if parent is None or parent.pid is None else {**lease, "parent": _process(parent.pid)}
+
+
+def _process(pid: int) -> dict[str, int | None]:
+    return {"pid": pid, "start": _process_start(pid)}
 
 
 def held_elsewhere(trial: FrozenTrial) -> Held | None:
@@ -141,6 +147,18 @@ def _heart_of(storage: BaseStorage) -> BaseHeartbeat | None:
 def machine() -> str:
     """Names the kernel that this process runs on, which containers of one machine share."""
     return _boot_id() or socket.gethostname()
+
+
+def died_alone(trial: FrozenTrial) -> bool:
+    """Whether an abandoned trial's process died by itself, which its configuration may be to blame for.
+
+    One that went down with its machine was none, nor one whose parent is dead too: somebody ended them all.
+    """
+    lease = trial.user_attrs.get(LEASE)
+    if lease is None or lease["host"] != socket.gethostname() or lease["boot"] != _boot_id():
+        return False
+    parent = lease.get("parent")
+    return parent is None or _process_start(parent["pid"]) == parent["start"]
 
 
 @cache

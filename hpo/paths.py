@@ -157,6 +157,11 @@ class StudyPaths:
         """What a running trial needs to go on. It belongs to the slot: a retried trial has a new number."""
         return self.dir / "checkpoints" / f"{slot:05d}{_of_fold(fold)}.pt"
 
+    def checkpoints_of(self, slot: int) -> list[Path]:
+        """Those of a slot that are here, of each of its folds."""
+        first = self.checkpoint(slot)
+        return [*([first] if first.exists() else []), *sorted(first.parent.glob(f"{first.stem}.fold*.pt"))]
+
     @property
     def overview(self) -> Path:
         """Every trial's value and the best so far, as a picture."""

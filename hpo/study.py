@@ -27,7 +27,17 @@ from pydantic import ValidationError
 
 from core.config import TrainConfig
 from hpo.errors import StudyError
-from hpo.lease import LEASE, Held, beating, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
+from hpo.lease import (
+    LEASE,
+    Held,
+    beating,
+    died_alone,
+    has_heartbeat,
+    held_elsewhere,
+    is_abandoned,
+    own_lease,
+    stale_elsewhere,
+)
 from hpo.paths import StudyPaths, studies_root
 from hpo.pruner import build_pruner
 from hpo.record import (
@@ -242,6 +252,15 @@ class Study:
         self.depot = Depot(url, self.paths.dir)
         if known is None:
             self.optuna.set_user_attr(_DEPOT, mask(url))
+
+    def drop_checkpoint(self, checkpoint: Path) -> None:
+        """Lets go of a finished trial's checkpoint, wherever it lies."""
+        from core.checkpoint import unfinished  # with torch, which looking at a study does not need
+
+        if self.depot is not None:
+            self.depot.drop(checkpoint)
+        for file in (checkpoint, unfinished(checkpoint)):
+            file.unlink(missing_ok=True)
 
     def artifact_store(self) -> ArtifactStore:
         """Where the pictures of trials are kept for the dashboard; its folder is made where it is missing."""
@@ -526,7 +545,7 @@ class Study:
         if frozen.state == TrialState.RUNNING:
             self._interrupt(frozen, crashed=crashed)
 
-    def reap(self, *, force: bool = False) -> list[int]:
+    def reap(self, *, force: bool = False, blameless: bool = False) -> list[int]:
         """Gives back what dead processes had claimed, and returns the slots that are queued again.
 
         Whether a process of another host lives cannot be seen from here, but by the heartbeats that a database keeps;
@@ -534,17 +553,16 @@ class Study:
 
         Args:
             force: gives those back too. One that lives after all loses its trial, and its result is dropped.
+            blameless: counts no death against `retries`: it was we who killed.
         """
         running = self._running()
         if not running:
             return []
         silent = stale_elsewhere(self._storage, self._id) if any(map(held_elsewhere, running)) else set()
-        boot = own_lease()["boot"]
         queued = []
         for trial in running:
             if is_abandoned(trial):
-                # A process that went down with its machine was no fault of its configuration.
-                lost = self._interrupt(trial, crashed=trial.user_attrs.get(LEASE, {}).get("boot") == boot)
+                lost = self._interrupt(trial, crashed=not blameless and died_alone(trial))
             else:
                 lost = (trial.number in silent or (force and held_elsewhere(trial) is not None)) and self._interrupt(
                     trial, crashed=False
@@ -610,8 +628,11 @@ class Study:
             self._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED, values)
         except UpdateFinishedTrialError:  # another process was faster
             return
+        for checkpoint in self.paths.checkpoints_of(slot_of(trial)):
+            self.drop_checkpoint(checkpoint)
         logger.warning(
-            "trial %d: its process died %d times, so it counts as failed to train; --retries N allows more",
+            "trial %d: %d attempt(s) at it died with their process, so it counts as failed to train; "
+            "--retries N allows more",
             trial.number,
             crashes,
         )

@@ -19,7 +19,7 @@ from hpo.commands.placement import Placement, place
 from hpo.commands.scores import say_folds
 from hpo.commands.work import Work
 from hpo.console import StudyProgress, duration, say
-from hpo.driver import estimate_s, pending_references, run_references, wait_for_others
+from hpo.driver import estimate_s, keep_best_weights, pending_references, run_references, wait_for_others
 from hpo.interrupts import Interrupts
 from hpo.pruner import rung_epochs
 from hpo.search_space import RungsPruner, SearchSpace, load_space
@@ -209,6 +209,7 @@ class _Run:
         with bars as progress:
             while study.waiting() or wait_for_others(study, interrupts):
                 work.off(progress.lane)
+            keep_best_weights(study, folds=space.base.data.folds or 1, keep_gb=self.options.keep_gb)
             if pending_references(study, space):
                 run_references(
                     study, space, work.images(), device=work.device, listener=progress.lane(), interrupts=interrupts

@@ -8,7 +8,6 @@ from typing import Protocol
 
 from hpo.workers.messages import Event, Job, Order, Share
 
-
 STOPPED = 130
 """The exit status of a worker that was asked to stop, as a shell has it."""
 

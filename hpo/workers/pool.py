@@ -364,7 +364,7 @@ class _Pool:
             seat.worker.kill()
         for seat in self._occupied():
             self._empty(seat, _PATIENCE_S)
-        self._study.reap()
+        self._study.reap(blameless=True)
 
 
 class _WorkerError(Exception):

@@ -93,7 +93,7 @@ def test_a_slot_is_begun_again_as_often_as_is_allowed_and_then_counts_as_failed_
     assert last.system_attrs["constraints:failure"] > 0  # so that the sampler keeps away
     assert last.params
     assert (study.counts().failures, study.counts().finished, study.waiting()) == (1, 1, 0)
-    assert "trial 2: its process died 3 times" in caplog.text
+    assert "trial 2: 3 attempt(s) at it died with their process" in caplog.text
     study.ensure_slots(1)
     assert study.waiting() == 0  # it counts towards the total
 
@@ -120,6 +120,16 @@ def test_a_machine_that_went_down_with_its_processes_is_no_crash(study: Study, s
     assert claimed is not None
     space.suggest(claimed[0])
     study._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "boot": "another"})
+    assert study.reap() == [0]
+    assert CRASHES not in study.optuna.trials[-1].user_attrs
+
+
+def test_processes_that_were_ended_with_their_parent_are_no_crash(study: Study, space: SearchSpace) -> None:
+    study.remember_retries(0)
+    die(space)
+    [dead] = study._running()
+    lease = {**dead.user_attrs[LEASE], "parent": dead.user_attrs[LEASE]}
+    study._storage.set_trial_user_attr(dead._trial_id, LEASE, lease)
     assert study.reap() == [0]
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
