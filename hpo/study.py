@@ -666,6 +666,7 @@ def open_study(
     seed: int | None = None,
     data_path: Path | None = None,
     take_over: str | None = None,
+    patient: bool = False,
 ) -> Study:
     """Creates the study, or goes on to it.
 
@@ -674,6 +675,7 @@ def open_study(
         seed: the study's; None is the study's own, for a new study 0.
         data_path: what `--data` is, to be remembered.
         take_over: a study whose trials begin this one, where they fit.
+        patient: whether a database's server that does not answer is waited for, as it is later on.
 
     Raises:
         StudyError: the study was begun with another space, seed, storage or data; or the storage cannot be opened.
@@ -686,7 +688,7 @@ def open_study(
         raise StudyError(f"{url} is gone, but {paths.study_yaml} is there; put the journal back, or delete {paths.dir}")
     study = optuna.create_study(
         study_name=name,
-        storage=open_storage(url),
+        storage=open_storage(url, patient=patient),
         direction=space.direction,
         load_if_exists=True,
         sampler=build_sampler(space.sampler, seed=seed or 0),

@@ -17,7 +17,7 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Engine, event, or_
+from sqlalchemy import Connection, Engine, event
 
 from hpo.lease import LEASE, own_lease
 from hpo.storage.outage import Outage, is_no_outage

@@ -147,7 +147,12 @@ class _Worker:
             download=False,
         )
         study = open_study(
-            job.space, name=job.study, dataset=dataset, storage_url=job.storage_url, data_path=job.data_path
+            job.space,
+            name=job.study,
+            dataset=dataset,
+            storage_url=job.storage_url,
+            data_path=job.data_path,
+            patient=True,  # it takes the place of one that would have waited
         )
         study.use_depot(job.depot)
         self._log_to_parent()
