@@ -17,8 +17,11 @@ from torch import Tensor
 from core.errors import UserError
 
 
-def select_device(name: str | None = None) -> torch.device:
+def select_device(name: str | None = None, *, option: str = "--device") -> torch.device:
     """The device of that name, or the first CUDA device, or the CPU.
+
+    Args:
+        option: the one that the name was given by, for what is said of it.
 
     Raises:
         UserError: the name is no device, or this machine lacks it.
@@ -28,13 +31,14 @@ def select_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: no such device; give cpu, cuda or cuda:N") from error
+        raise UserError(f"{option} {name}: no such device; give cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: give cpu, cuda or cuda:N")
+        raise UserError(f"{option} {name}: give cpu, cuda or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise UserError(f"--device {name}: this machine has {count} CUDA device(s); give cpu or leave it out")
+            has = f"{count} CUDA device(s)" if count else "no GPU"
+            raise UserError(f"{option} {name}: this machine has {has}; give cpu or leave it out")
         return torch.device("cuda", device.index or 0)
     return device
 

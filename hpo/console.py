@@ -39,6 +39,7 @@ class _TerminalHandler(logging.Handler):
 def say(text: str = "") -> None:
     """One line, as it is: no markup, no wrapping, so that it can be copied."""
     console.print(escape(text), soft_wrap=True)
+    console.file.flush()  # before what is logged next, where both go into one file
 
 
 def duration(seconds: float) -> str:

@@ -23,7 +23,6 @@ from optuna.storages import BaseStorage
 
 from hpo.console import say
 from hpo.errors import StudyError
-from hpo.paths import StudyPaths
 from hpo.storage import is_journal, mask, open_storage
 
 if TYPE_CHECKING:
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def command(storage_url: str, paths: StudyPaths) -> list[str]:
+def command(storage_url: str, artifacts: Path) -> list[str]:
     """The plain `optuna-dashboard …` command that shows the same; a password in the URL is masked."""
-    return ["optuna-dashboard", mask(storage_url), "--artifact-dir", str(paths.artifacts)]
+    return ["optuna-dashboard", mask(storage_url), "--artifact-dir", str(artifacts)]
 
 
 def serve(storage_url: str, artifacts: ArtifactStore, *, study_name: str, host: str, port: int) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from hpo.errors import StudyError
 from hpo.storage import mask
-from hpo.storage.urls import words_of
+from hpo.storage.urls import missing_module, words_of
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -244,7 +244,7 @@ def _note_of(checkpoint: Path) -> Path:
 def _advice(url: str, error: Exception, done: str) -> str:
     """What is wrong with the place, and what to do about it."""
     scheme = url.partition("://")[0]
-    if (module := _missing_module(error)) is not None:
+    if (module := missing_module(error)) is not None:
         return f"{scheme}:// needs {module}: pip install {module}"
     if isinstance(error, ValueError) and "not known" in str(error):
         return f"{scheme}:// is nothing that fsspec knows; give a path, or s3://…, gs://…, abfs://…, sftp://…"
@@ -254,11 +254,3 @@ def _advice(url: str, error: Exception, done: str) -> str:
     if isinstance(error, PermissionError):
         return f"cannot be {done}: no permission ({words}); check the keys, or the folder's owner"
     return f"cannot be {done} ({words}); check the address, and that it is reached from here"
-
-
-def _missing_module(error: BaseException | None) -> str | None:
-    while error is not None:
-        if isinstance(error, ModuleNotFoundError):
-            return error.name
-        error = error.__cause__
-    return None

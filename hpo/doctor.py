@@ -34,8 +34,8 @@ from hpo.paths import StudyPaths, cache_root, data_root, studies_root
 from hpo.record import check_weights, read_record, storage_url_of
 from hpo.slots import TAKEN_FROM, slot_of, standing
 from hpo.storage import is_journal, mask, open_storage, repair_journal
-from hpo.storage.journal import _torn
-from hpo.storage.lock import JournalLock, _spelling
+from hpo.storage.journal import torn_records
+from hpo.storage.lock import JournalLock
 from hpo.storage.urls import words_of
 from hpo.study import Study, find_study, join_study
 from hpo.versions import versions
@@ -203,7 +203,7 @@ def _storage(patient: Patient) -> Iterator[Told]:
     if is_journal(patient.url):
         journal = Path(patient.url)
         content = journal.read_bytes()
-        torn = _torn(content, journal)
+        torn = torn_records(content, journal)
         for start, end in torn:
             where = "at its end" if end == len(content) else f"from byte {start} on"
             yield Finding(
@@ -270,7 +270,7 @@ def _is_dead(link: Path, journal: Path) -> bool:
             except BlockingIOError:
                 return False
             # While we hold it, no process of this machine holds the link.
-            if JournalLock(journal)._holder() == _spelling(journal.name):
+            if JournalLock(journal).is_left_by_the_dead():
                 return True
     try:
         last = max(link.lstat().st_mtime, journal.stat().st_mtime)
@@ -450,10 +450,7 @@ def _checkpoints(patient: Patient) -> Iterator[Told]:
 
 def _drop(study: Study, checkpoint: Path) -> None:
     study.use_depot(None)
-    if study.depot is None:
-        checkpoint.unlink(missing_ok=True)
-    else:
-        study.depot.drop(checkpoint)
+    study.drop_checkpoint(checkpoint)
 
 
 def _folders(patient: Patient) -> Iterator[Told]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import optuna
 import torch
+from optuna.exceptions import UpdateFinishedTrialError
 from safetensors.torch import save_model
 
 from core.config import TrainConfig
@@ -27,6 +29,7 @@ from core.runtime import derive_seed, describe_device
 from hpo.errors import HpoError, StudyError
 from hpo.interrupts import Interrupts
 from hpo.objective import Listener, Objective, Outcome, failure_of
+from hpo.paths import TrainingPaths
 from hpo.pruner import RungPruner, build_pruner
 from hpo.report import attach_artifacts, confusion_matrix, learning_curves
 from hpo.search_space import Recipe, SearchSpace, to_yaml
@@ -126,6 +129,9 @@ def run_study(
                 counted = study.finish(
                     trial, outcome.state, outcome.value, failure=outcome.failure, attributes=outcome.attributes | where
                 )
+        except UpdateFinishedTrialError:  # its lease was taken for dead, and its slot queued again
+            logger.warning("trial %d was taken from this process while it ran; it is dropped", trial.number)
+            continue
         except BaseException as error:
             study.release(trial, crashed=_is_crash(error))
             raise
@@ -208,30 +214,56 @@ def run_references(
 ) -> None:
     """Trains the recipes that are no trial of the study, as long as a trial, each once in the study's life."""
     for recipe in pending_references(study, space):
-        paths = study.paths.reference(recipe.name)
-        config = _reference_config(study, recipe)
-        if paths.config.exists() and paths.config.read_text() != to_yaml(config):
-            # The recipe was edited.
-            for stale in (paths.result, *paths.checkpoints(len(splits))):
-                stale.unlink(missing_ok=True)
-        try:
-            with interrupts.patient(), full_disk_told(paths.dir):
-                train_recorded(
-                    config,
-                    splits,
-                    paths,
-                    metric=space.metric,
-                    device=device,
-                    watch=_watched_by(listener, interrupts, recipe.name, config),
-                )
-        except Exception as error:
-            failure = failure_of(error)
-            if failure is None:
-                raise
-            write_result(paths, {"metric": space.metric, "failure": failure, "why": str(error).partition("\n")[0]})
-            for checkpoint in paths.checkpoints(len(splits)):
-                checkpoint.unlink(missing_ok=True)
-        listener.reference_ended(recipe.name, read_result(paths) or {})
+        with _alone(study.paths.reference(recipe.name), interrupts):
+            if not _is_trained(study, recipe):  # by another run of the study, which was waited for
+                _run_reference(study, space, splits, recipe, device=device, listener=listener, interrupts=interrupts)
+        listener.reference_ended(recipe.name, read_result(study.paths.reference(recipe.name)) or {})
+
+
+@contextlib.contextmanager
+def _alone(paths: TrainingPaths, interrupts: Interrupts) -> Iterator[None]:
+    """No other process trains into the folder meanwhile: two would write each other's checkpoints."""
+    paths.dir.mkdir(parents=True, exist_ok=True)
+    with paths.lock.open("a") as lock:
+        with interrupts.let_through():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _run_reference(
+    study: Study,
+    space: SearchSpace,
+    splits: Sequence[Splits],
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    listener: Listener,
+    interrupts: Interrupts,
+) -> None:
+    """Trains one recipe into its folder, or writes there why it cannot be trained."""
+    paths = study.paths.reference(recipe.name)
+    config = _reference_config(study, recipe)
+    if paths.config.exists() and paths.config.read_text() != to_yaml(config):
+        # The recipe was edited.
+        for stale in (paths.result, *paths.checkpoints(len(splits))):
+            stale.unlink(missing_ok=True)
+    try:
+        with interrupts.patient(), full_disk_told(paths.dir):
+            train_recorded(
+                config,
+                splits,
+                paths,
+                metric=space.metric,
+                device=device,
+                watch=_watched_by(listener, interrupts, recipe.name, config),
+            )
+    except Exception as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        write_result(paths, {"metric": space.metric, "failure": failure, "why": str(error).partition("\n")[0]})
+        for checkpoint in paths.checkpoints(len(splits)):
+            checkpoint.unlink(missing_ok=True)
 
 
 def _watched_by(listener: Listener, interrupts: Interrupts, name: str, config: TrainConfig) -> Watch:
@@ -301,7 +333,9 @@ def _keep_weights(study: Study, outcome: Outcome) -> None:
         if study.depot is not None:
             for file in study.paths.needed_by_refit(outcome.number):
                 study.depot.put(file, study.paths.inside(file))
-    _let_go(study, values.keys() - set(best), folds=len(folds))
+    # What this one has displaced. What two workers kept at the same time goes when the run ends.
+    before = _best_of({number: value for number, value in values.items() if number != outcome.number})
+    _let_go(study, set(before) - set(best), folds=len(folds))
 
 
 def keep_best_weights(study: Study, *, folds: int, keep_gb: float | None = None) -> None:
@@ -330,9 +364,10 @@ class _SpaceOnDisk:
         too_much = sum(sizes.values()) - self._keep_gb * 1e9
         values = _complete_values(self._study)
         for number in sorted(self._study.paths.numbers_with_weights(), key=lambda n: (values.get(n, -math.inf), -n)):
+            if too_much <= 0:
+                return
+            logger.info("--keep-gb %g: the weights of trial %d are let go of", self._keep_gb, number)
             for path in self._study.paths.trial_models(number):
-                if too_much <= 0:
-                    return
                 path.unlink(missing_ok=True)  # in the depot it stays, which is not this disk
                 too_much -= sizes.get(path, 0)
         if too_much > 0 and not self._told:

@@ -35,12 +35,14 @@ class Interrupts:
     Args:
         signals: those that ask; the others of `SIGNALS` are ignored, as a worker ignores a terminal's Ctrl-C, which its
             parent hears as well.
-        told: called when a first signal has come, in between two instructions of the main thread.
+        told: called when a first signal has come, in a thread of its own.
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = SIGNALS, *, told: Callable[[], None] = lambda: None) -> None:
         self._signals, self._told = tuple(signals), told
         self._manners = _Manners.HELD
+        self._thread: int | None = None
+        """The one that trains, which the manners are of."""
         self._asked = 0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -76,6 +78,7 @@ class Interrupts:
     @contextmanager
     def let_through(self) -> Iterator[None]:
         """Interrupts are raised at once in here: there is nothing to lose."""
+        self._thread = threading.get_ident()
         with self._mannered(_Manners.OPEN):
             yield
 
@@ -83,12 +86,16 @@ class Interrupts:
     def patient(self) -> Iterator[None]:
         """A first interrupt waits in here until `check`, which whoever trains calls after an epoch; a second one is
         raised at once."""
+        self._thread = threading.get_ident()
         with self._mannered(_Manners.PATIENT):
             yield
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Interrupts wait until the end of this, inside of others."""
+        """Interrupts wait until the end of this, inside of others; for other threads than theirs this is nothing."""
+        if self._thread not in (None, threading.get_ident()):
+            yield
+            return
         with self._mannered(_Manners.HELD):
             yield
         self._raise_where_due()
@@ -111,6 +118,6 @@ class Interrupts:
         if self._manners is _Manners.HELD and self._asked >= 3:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if self._asked == 1:
-            self._told()
+        if self._asked == 1:  # in a thread, since the main one may be in the middle of printing
+            threading.Thread(target=self._told, name="interrupted").start()
         self._raise_where_due()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ LEASE = "lease"
 # died in between; a write takes milliseconds, under a storm of workers a few seconds.
 _GRACE_S = 60
 
+# The inode of the process space that a machine boots with: PROC_PID_INIT_INO of Linux (include/linux/proc_ns.h).
+_FIRST_PROCESS_SPACE = "4026531836"
+
 # Seconds that the end of a trial waits for a heartbeat that is being written.
 _LAST_BEAT_S = 1.0
 
@@ -47,7 +51,7 @@ class Held(NamedTuple):
 
 def own_lease() -> dict[str, Any]:
     """Names this process so that no other, later or elsewhere, can be taken for it."""
-    lease = {"host": socket.gethostname(), "boot": _boot_id(), **_process(os.getpid())}
+    lease = {"host": host(), "boot": _boot_id(), **_process(os.getpid())}
     parent = multiprocessing.parent_process()
     return lease if parent is None or parent.pid is None else {**lease, "parent": _process(parent.pid)}
 
@@ -59,7 +63,7 @@ def _process(pid: int) -> dict[str, int | None]:
 def held_elsewhere(trial: FrozenTrial) -> Held | None:
     """Who holds a running trial, if it is another host: whether its process lives cannot be seen from here."""
     lease = trial.user_attrs.get(LEASE)
-    if lease is None or lease["host"] == socket.gethostname():
+    if lease is None or lease["host"] == host():
         return None
     assert trial.datetime_start is not None, "a running trial was started"
     return Held(trial.number, str(lease["host"]), trial.datetime_start)
@@ -71,7 +75,7 @@ def is_abandoned(trial: FrozenTrial) -> bool:
     if lease is None:
         begun = trial.datetime_start
         return begun is None or datetime.now() - begun > timedelta(seconds=_GRACE_S)
-    if lease["host"] != socket.gethostname():
+    if lease["host"] != host():
         return False
     if lease["boot"] != _boot_id():
         return True
@@ -155,10 +159,23 @@ def died_alone(trial: FrozenTrial) -> bool:
     One that went down with its machine was none, nor one whose parent is dead too: somebody ended them all.
     """
     lease = trial.user_attrs.get(LEASE)
-    if lease is None or lease["host"] != socket.gethostname() or lease["boot"] != _boot_id():
+    if lease is None or lease["host"] != host() or lease["boot"] != _boot_id():
         return False
     parent = lease.get("parent")
     return parent is None or _process_start(parent["pid"]) == parent["start"]
+
+
+def host() -> str:
+    """This machine, or the container on it that sees the same processes: several may share its name and boot."""
+    return socket.gethostname() + _process_space()
+
+
+@cache
+def _process_space() -> str:
+    """What tells a container's numbers of processes from its machine's; empty where they are the machine's."""
+    space = Path("/proc/self/ns/pid")
+    number = re.sub(r"\D", "", space.readlink().name) if space.is_symlink() else ""
+    return "" if number in ("", _FIRST_PROCESS_SPACE) else f"#{number}"
 
 
 @cache

@@ -221,7 +221,7 @@ class _Attempt:
             self.trial.set_user_attr(RESUMED_EPOCH, (self.fold - 1) * self.config.epochs + len(history))
         fold = f" of {fold_label(self.fold, self.folds)}" if self.folds > 1 else ""
         logger.info(
-            "trial %d goes on behind epoch %d%s, from the checkpoint of slot %d",
+            "trial %d goes on after epoch %d%s, from the checkpoint of slot %d",
             self.trial.number,
             len(history),
             fold,

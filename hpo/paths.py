@@ -73,6 +73,11 @@ class TrainingPaths:
         return self.dir / "profile.md"
 
     @property
+    def lock(self) -> Path:
+        """Whoever trains a recipe beside a study holds the kernel's lock on it."""
+        return self.dir / ".training"
+
+    @property
     def result(self) -> Path:
         """What came of it; absent before the end."""
         return self.dir / "result.json"
@@ -156,6 +161,10 @@ class StudyPaths:
     def checkpoint(self, slot: int, fold: int = 1) -> Path:
         """What a running trial needs to go on. It belongs to the slot: a retried trial has a new number."""
         return self.dir / "checkpoints" / f"{slot:05d}{_of_fold(fold)}.pt"
+
+    def slots_with_checkpoints(self) -> set[int]:
+        """The slots that are begun and not over, and what was saved of them here."""
+        return {int(file.name.partition(".")[0]) for file in (self.dir / "checkpoints").glob("*.pt")}
 
     def checkpoints_of(self, slot: int) -> list[Path]:
         """Those of a slot that are here, of each of its folds."""

@@ -71,7 +71,10 @@ def config_of(record: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConf
 
 def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset, seed: int | None) -> None:
     """Raises StudyError where this is not what the study was begun with, which holds for all of its trials."""
-    way_out = f"begin another study: --study NAME, with --take-over {name} if its trials are to count where they fit"
+    way_out = (
+        "give what it was begun with, --set included, or begin another study: --study NAME, with "
+        f"--take-over {name} if its trials are to count where they fit"
+    )
     if stored["hash"] != space.hash:
         lines = "\n".join(f"  {line}" for line in diff(stored["identity"], space.identity()))
         raise StudyError(f"study {name} was begun with another space:\n{lines}\n{way_out}")

@@ -37,15 +37,21 @@ def slot_of(trial: FrozenTrial) -> int:
 
 
 def standing(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
-    """Slot -> the trial that stands for it: what was not cut off, the earlier of two, but whatever was begun first."""
+    """Slot -> the trial that stands for it: what was not cut off, the earlier of two, but rather what was begun,
+    or has the parameters of an attempt before."""
     found: dict[int, FrozenTrial] = {}
     for trial in trials:
         if trial.state == TrialState.FAIL:
             continue
         other = found.get(slot_of(trial))
-        if other is None or (other.state == TrialState.WAITING and trial.state != TrialState.WAITING):
+        if other is None or (other.state == TrialState.WAITING and _is_further(trial, other)):
             found[slot_of(trial)] = trial
     return found
+
+
+def _is_further(trial: FrozenTrial, waiting: FrozenTrial) -> bool:
+    """Whether a trial stands for its slot before an earlier one that waits: it was begun, or has its parameters."""
+    return trial.state != TrialState.WAITING or bool(trial.params and not waiting.params)
 
 
 def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], slot: int) -> int | None:

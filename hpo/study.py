@@ -238,11 +238,18 @@ class Study:
         known = self._storage.get_study_user_attrs(self._id).get(_DEPOT)
         if url is None and known is not None and is_masked(known):
             raise StudyError(f"study {self.name}: give --artifacts {known} with the password, which is not remembered")
-        if url is not None and "://" not in url:
+        if url and "://" not in url:
             url = str(Path(url).resolve())  # relative to where this command runs, which others do not know
-        if url is not None and known is not None and mask(url) != known:
+        if url and known is not None and mask(url) != known:
             raise StudyError(
                 f"study {self.name} keeps its artifacts in {known}; leave --artifacts out, or choose another --study"
+            )
+        if url == "":
+            raise StudyError("--artifacts is empty; give a folder or a URL, or leave it out")
+        if url is not None and known is None and any(trial.state != TrialState.WAITING for trial in self._trials()):
+            raise StudyError(
+                f"study {self.name} keeps its artifacts in {self.paths.dir}; leave --artifacts out, or choose another "
+                "--study"
             )
         url = url or known
         if url is None:
@@ -261,6 +268,14 @@ class Study:
             self.depot.drop(checkpoint)
         for file in (checkpoint, unfinished(checkpoint)):
             file.unlink(missing_ok=True)
+
+    @property
+    def artifact_dir(self) -> Path | None:
+        """The folder of the dashboard's pictures, for optuna-dashboard itself; None where they lie behind a URL."""
+        known = self._storage.get_study_user_attrs(self._id).get(_DEPOT)
+        if known is None:
+            return self.paths.artifacts
+        return None if "://" in known else Path(known) / self.paths.dir.name / self.paths.inside(self.paths.artifacts)
 
     def artifact_store(self) -> ArtifactStore:
         """Where the pictures of trials are kept for the dashboard; its folder is made where it is missing."""
@@ -462,7 +477,7 @@ class Study:
         Args:
             crashes: how many attempts died so far; None leaves it at what the attempt says.
         """
-        cut_off = {LEASE, INTERRUPTED, RESUMED_EPOCH, "error"}
+        cut_off = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, "error"}
         # What the sampler and the pruner remember of a trial stands in its system attributes, and stays. The attempt's
         # pictures do not: the next one draws them anew.
         dropped = (CONSTRAINT, _ARTIFACT)
@@ -528,7 +543,7 @@ class Study:
             else:
                 self.optuna.tell(trial, state=TrialState.PRUNED)
         except (UpdateFinishedTrialError, ValueError):
-            if self._storage.get_trial(trial._trial_id).state != TrialState.FAIL:
+            if self._storage.get_trial(trial._trial_id).state == TrialState.RUNNING:
                 raise
             # Its lease was taken for dead, and its slot queued again: the result of the other attempt will count.
             logger.warning("trial %d was taken from this process while it ran; its result is dropped", trial.number)
@@ -574,6 +589,12 @@ class Study:
     def held_elsewhere(self) -> list[Held]:
         """The running trials that other hosts hold: at work there, or left behind, by a container with another name."""
         return [held for trial in self._running() if (held := held_elsewhere(trial)) is not None]
+
+    def requeue_lost(self) -> bool:
+        """Queues again what a process left behind that died while it gave a trial back; whether anything waits then."""
+        if self.total is not None:
+            self.ensure_slots(self.total)
+        return self.waiting() > 0
 
     def at_work(self) -> list[int]:
         """The running trials of the total that are waited for: of living processes, as far as that can be seen."""

@@ -139,7 +139,8 @@ def next_commands(study: Study, now: Standing) -> Sequence[str]:
     if now.best is not None:
         commands.append(f"hpo refit best --study {name}{storage}")
     commands.append(f"hpo dashboard {name}{storage}")
-    commands.append(shlex.join(dashboard_command(study.storage_url, study.paths)))
+    if study.artifact_dir is not None:
+        commands.append(shlex.join(dashboard_command(study.storage_url, study.artifact_dir)))
     return commands
 
 

@@ -399,7 +399,7 @@ def test_the_project_pins_no_index_and_no_lock_file() -> None:
 
 
 def test_the_gate_runs_the_readmes_test_command() -> None:
-    command = "pip install -q uv && uv run pytest"
+    command = "pip install -q uv && uv run pytest -n auto"
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith(f"\n{command}")
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from core.errors import UserError
 from core.runtime import is_out_of_memory
 from hpo.console import say
 from hpo.paths import cache_root, data_root
+from hpo.study import Study
 
 
 def open_dataset(config: DataConfig, data: Path | None, *, skip_broken: bool) -> Dataset:
@@ -47,6 +49,12 @@ def say_data(dataset: Dataset, splits: Splits) -> None:
     )
     if dataset.report.broken:
         say(f"  {len(dataset.report.broken)} broken files left out, the first: {printable(dataset.report.broken[0])}")
+
+
+def joining(study: Study) -> str:
+    """The command line of a worker that joins the study; a password in it is masked."""
+    storage = [] if study.storage_url == str(study.paths.journal) else ["--storage", study.storage_shown]
+    return shlex.join(["hpo", "worker", study.name, *storage])
 
 
 def say_patience() -> None:

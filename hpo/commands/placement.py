@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from core.errors import UserError
-from core.runtime import select_device
+from core.runtime import describe_device, select_device
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Placement:
     def none(self) -> bool:
         """Whether nothing is to be trained here."""
         return not any(number is None or number > 0 for number in self.workers)
+
+    def described(self) -> str:
+        """The devices in words, each once."""
+        return ", ".join(dict.fromkeys(map(describe_device, self.devices)))
 
     def __iter__(self) -> Iterator[tuple[torch.device, int | None]]:
         """Each device, and its number of workers."""
@@ -77,7 +81,9 @@ def _devices(device: str | None, devices: str | None) -> tuple[torch.device, ...
             raise UserError("--devices all: this machine has no GPU; leave it out for the CPU")
         return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
     names = [name.strip() for name in devices.split(",")]
-    found = tuple(map(select_device, names))
+    if not all(names):
+        raise UserError(f"--devices {devices}: a name is missing; give cuda:0,cuda:1, or all")
+    found = tuple(select_device(name, option="--devices") for name in names)
     twice = [name for name, number in zip(names, found, strict=True) if found.count(number) > 1]
     if twice:
         raise UserError(f"--devices {devices}: {twice[0]} is there twice; --per-device says how many trials it takes")

@@ -8,7 +8,6 @@ that it had are compared, and the others say what it would have become.
 from __future__ import annotations
 
 import json
-import socket
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from core.config import TrainConfig
 from core.data import Dataset
 from core.runtime import describe_device
 from hpo.errors import StudyError
-from hpo.lease import LEASE
+from hpo.lease import LEASE, host
 from hpo.slots import FAILURE
 from hpo.study import Study, find_study
 from hpo.training import Recorded
@@ -113,9 +112,9 @@ class Replay:
         words = [f"{p} {now.get(p)} here, {known[p]} there" for p in _NUMERIC if p in known and known[p] != now.get(p)]
         if "device" in attributes and attributes["device"] != describe_device(device):
             words.append(f"another device: {describe_device(device)} here, {attributes['device']} there")
-        host = attributes.get(LEASE, {}).get("host", socket.gethostname())
-        if host != socket.gethostname():
-            words.append(f"another machine: it ran on {host}")
+        ran_on = attributes.get(LEASE, {}).get("host", host())
+        if ran_on != host():
+            words.append(f"another machine: it ran on {ran_on}")
         if "torch_threads" not in attributes:
             words.append("how many threads of torch it had is not known")
         return "; ".join(words) or "nothing that is known of it says why"

@@ -12,21 +12,24 @@ import torch
 from core.data import Dataset, Splits, folds
 from core.errors import UserError
 from core.models import build_model, check_model_name
-from core.runtime import describe_device, isolated_rng
+from core.runtime import isolated_rng
 from hpo.commands.cluster import check_options, engine_and_crew
-from hpo.commands.common import open_dataset, say_data, say_patience
+from hpo.commands.common import joining, open_dataset, say_data, say_patience
 from hpo.commands.placement import Placement, place
 from hpo.commands.scores import say_folds
 from hpo.commands.work import Work
 from hpo.console import StudyProgress, duration, say
+from hpo.depot import Depot
 from hpo.driver import estimate_s, keep_best_weights, pending_references, run_references, wait_for_others
 from hpo.interrupts import Interrupts
+from hpo.paths import StudyPaths
 from hpo.pruner import rung_epochs
 from hpo.search_space import RungsPruner, SearchSpace, load_space
 from hpo.storage import mask
-from hpo.study import Study, open_study
+from hpo.study import open_study
 from hpo.summary import draw_overview, say_standing, standing
 from hpo.workers import Crew, Engine, Job
+from hpo.workers.ray import RayEngine
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def run_command(options: RunOptions) -> None:
     say_data(dataset, splits[0])
     say_folds(splits)
     _check_network(space, splits[0])
+    _check_reach(options, space)
     with Interrupts(told=say_patience) as interrupts:
         _Run(options, placement, space, dataset, splits, interrupts).go()
 
@@ -108,6 +112,14 @@ def _placement(options: RunOptions) -> Placement:
     if options.address is not None:
         raise UserError(f"--address {options.address} is a Ray cluster's; give --engine ray too")
     return place(options.device, options.devices, options.workers, options.per_device)
+
+
+def _check_reach(options: RunOptions, space: SearchSpace) -> None:
+    """Says what cannot be reached before a study exists, which would then have been begun without it."""
+    if options.artifacts:
+        Depot(options.artifacts, StudyPaths.of(options.study or space.name).dir)
+    if options.engine == "ray" and options.workers != 0:
+        RayEngine(options.address or "auto").close()
 
 
 class _Run:
@@ -163,17 +175,17 @@ class _Run:
         study, space = self.study, self.space
         before = standing(study)
         done = before.counts.finished
-        total = max(self.options.trials or space.trials, done)
+        total = max(self.options.trials or max(space.trials, study.total or 0), done)
         self._say_reaped(study.reap(force=self.options.reclaim))
         study.ensure_slots(total)
         say(
             f"study {study.name}: {total} trials of {space.base.epochs} epochs, {done} done; sampler "
             f"{space.sampler.name}, pruner {_pruner(space)}; "
-            + ", ".join(dict.fromkeys(map(describe_device, self.placement.devices)))
+            + ("Ray" if self.options.engine == "ray" else self.placement.described())
         )
         if self.placement.none:
             say(f"{study.waiting()} trials wait for workers; start them, here or elsewhere, with")
-            say(f"  {worker_command(study)}")
+            say(f"  {joining(study)}")
             return
         bars = StudyProgress(
             metric=space.metric, direction=space.direction, done=done, total=total, best=before.best_value
@@ -181,6 +193,8 @@ class _Run:
         try:
             self._work_off(bars, trials=total - done)
         except KeyboardInterrupt:
+            if saved := study.paths.slots_with_checkpoints():
+                say(f"{len(saved)} trial(s) are saved in the middle, and go on from there")
             say(f"stopped: {study.counts().finished} of {total} trials are done and safe; go on with")
             say(f"  {self.options.command()}")
             raise
@@ -197,8 +211,8 @@ class _Run:
             return
         saved = sum(self.study.paths.checkpoint(slot).exists() for slot in slots)
         say(
-            f"{len(slots)} trial(s) were left running by a process that died (slot {', '.join(map(str, slots))}); "
-            f"they go on, {saved} of them from a checkpoint"
+            f"{len(slots)} trial(s) were left running by a process that died (slot {', '.join(map(str, slots))}): "
+            f"{saved} go on from a checkpoint, {len(slots) - saved} begin anew"
         )
 
     def _work_off(self, bars: StudyProgress, *, trials: int) -> None:
@@ -207,7 +221,7 @@ class _Run:
             with interrupts.let_through():
                 self._say_estimate(work.images(), trials=trials)
         with bars as progress:
-            while study.waiting() or wait_for_others(study, interrupts):
+            while study.waiting() or wait_for_others(study, interrupts) or study.requeue_lost():
                 work.off(progress.lane)
             keep_best_weights(study, folds=space.base.data.folds or 1, keep_gb=self.options.keep_gb)
             if pending_references(study, space):
@@ -223,15 +237,9 @@ class _Run:
         in_full, pruned = estimate_s(self.space, splits, trials=trials, references=references, device=self.work.device)
         about = f"about {duration(pruned)}, {duration(in_full)} if nothing were pruned"
         beside = f", {references} recipe(s) beside the study included" if references else ""
-        otherwise = "" if self.work.inline else ", were it one trial at a time"
+        otherwise = "" if self.work.inline else ", one trial at a time"
         say(f"this will take {about if pruned < in_full else f'up to {duration(in_full)}'}{beside}{otherwise}")
         say("Ctrl-C stops it, and the same command goes on")
-
-
-def worker_command(study: Study) -> str:
-    """The command line of a worker that joins the study; a password in it is masked."""
-    storage = [] if study.storage_url == str(study.paths.journal) else ["--storage", study.storage_shown]
-    return shlex.join(["hpo", "worker", study.name, *storage])
 
 
 def _check_network(space: SearchSpace, splits: Splits) -> None:

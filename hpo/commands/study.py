@@ -86,6 +86,8 @@ def _say_verdict(patient: Patient, wrong: list[Finding]) -> None:
 def dashboard_command(name: str | None, *, storage: str | None, port: int, host: str) -> None:
     """Serves optuna-dashboard on a study until Ctrl-C."""
     study = find_study(name, storage_url=storage)
-    say(f"the same without hpo: {shlex.join(dashboard.command(study.storage_url, study.paths))}")
+    if study.artifact_dir is not None:
+        command = dashboard.command(study.storage_url, study.artifact_dir)
+        say(f"the same without hpo: {shlex.join(command)}")
     study.use_depot(None)
     dashboard.serve(study.storage_url, study.artifact_store(), study_name=study.name, host=host, port=port)

@@ -105,10 +105,10 @@ def _asked(
     """
     if trial is not None:
         if recipe_name is not None:
-            raise UserError(f"hpo train: give the recipe {recipe_name} or --from {trial}, and not both")
+            raise UserError(f"give the recipe {recipe_name} or --from {trial}, and not both")
         return _of_trial(trial, storage, assignments, metric)
     if recipe_name is None:
-        raise UserError("hpo train: give a recipe, from hpo space list, or a trial by --from STUDY/TRIAL")
+        raise UserError("give a recipe, from hpo space list, or a trial by --from STUDY/TRIAL")
     if storage is not None:
         raise UserError("--storage: a recipe lies in no storage; give it with --from STUDY/TRIAL, or leave it out")
     recipe = load_recipe(recipe_name, assignments)

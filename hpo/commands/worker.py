@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.data import folds
-from core.runtime import describe_device
-from hpo.commands.common import open_dataset, say_data, say_patience
+from hpo.commands.common import joining, open_dataset, say_data, say_patience
 from hpo.commands.placement import place
 from hpo.commands.scores import say_folds
 from hpo.commands.work import Work
@@ -44,7 +43,7 @@ def worker_command(
         total = study.total or 0
         say(
             f"joined study {study.name}: {now.counts.finished} of {total} trials finished, {study.waiting()} wait; "
-            f"{', '.join(dict.fromkeys(map(describe_device, placement.devices)))}"
+            f"{placement.described()}"
         )
         work = Work(
             study,
@@ -65,11 +64,12 @@ def worker_command(
         )
         try:
             with bars as progress:
-                while study.waiting():
+                while study.waiting() or study.requeue_lost():
                     work.off(progress.lane)
                     study.reap()
         except KeyboardInterrupt:
-            say("stopped: what this worker trained is back in the queue, and goes on from its checkpoint")
+            say("stopped: what this worker trained waits again, and goes on from its checkpoint; join again with")
+            say(f"  {joining(study)}")
             raise
     counts = study.counts()
     others = f"; {counts.running} run in other workers" if counts.running else ""

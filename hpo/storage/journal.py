@@ -165,11 +165,11 @@ def repair_journal(path: Path) -> None:
         StudyError: any other damage; skipping a whole line would re-number every trial behind it.
         OSError: the file cannot be read or written.
     """
-    if not _torn(path.read_bytes(), path):
+    if not torn_records(path.read_bytes(), path):
         return
     with get_lock_file(JournalLock(path)), _opened(path) as descriptor:
         content = path.read_bytes()  # anew: without the lock, someone may just have been writing
-        for start, end in _torn(content, path):
+        for start, end in torn_records(content, path):
             _keep(path, content[start:end])
             if end == len(content):
                 os.ftruncate(descriptor, start)
@@ -193,8 +193,10 @@ def _blank(path: Path, start: int, end: int) -> None:
 _RECORD = b'{"op_code":'  # how Optuna begins every line
 
 
-def _torn(content: bytes, path: Path) -> list[tuple[int, int]]:
+def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
     """The torn records: (first byte, byte behind the last)."""
+    if content.startswith(b"SQLite format 3"):
+        raise StudyError(f"{path} is an SQLite file; give it as --storage sqlite:///{path}")
     torn, start = [], 0
     for number, line in enumerate(content.split(b"\n"), 1):
         end = start + len(line)

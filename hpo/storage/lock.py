@@ -64,10 +64,14 @@ class JournalLock(BaseJournalFileLock):
         assert self._held is not None, "the lock is held"
         descriptor, self._held = self._held, None
         try:
-            if self._holder() == _spelling(self._path.name):  # else it was taken for a dead process's
+            if self.is_left_by_the_dead():  # it is ours, else it was taken for a dead process's
                 self._link.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
+
+    def is_left_by_the_dead(self) -> bool:
+        """Whether a link of this machine's is there: for who holds the kernel's lock, which then its maker does not."""
+        return self._holder() == _spelling(self._path.name)
 
     def _make_link(self) -> None:
         own = _spelling(self._path.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote_plus, urlsplit
 
 MASK = "***"
 _DRIVERS = {
@@ -20,6 +20,10 @@ _URLS = "a journal's path, sqlite:///FILE, postgresql+psycopg://…, mysql+pymys
 def is_journal(url: str) -> bool:
     """Whether a storage is named by the path of a journal file."""
     return "://" not in url
+
+
+_SECRET_PARAMETERS = "password|sslpassword|account_key|sas_token|sig|secret|token"
+"""What is secret in a URL's query, of databases and of what fsspec reaches."""
 
 
 def mask(url: str) -> str:
@@ -45,19 +49,15 @@ def _secrets(url: str) -> list[str]:
     """What of a URL is secret, as it is spelt there; nothing where it cannot be read as one."""
     if is_journal(url):
         return []
-    # Not urlsplit's password: that one stops at a `/` or `#`, which people forget to quote.
-    found = re.match(r"[^:]+://[^:@/]*:(.+)@", url)
-    secrets = [found[1]] if found else []
-    try:
-        query = parse_qsl(urlsplit(url).query)
-    except ValueError:
-        return secrets
-    return secrets + [value for name, value in query if name in ("password", "sslpassword") and value]
+    # Not urlsplit's password: that one stops at a `/` or `#`, which people forget to quote. In front of the scheme may
+    # stand others, as in `simplecache::ftp://`.
+    found = re.search(r"://[^:@/]*:(.+)@", url)
+    return ([found[1]] if found else []) + re.findall(rf"(?i)[?&](?:{_SECRET_PARAMETERS})=([^&#]+)", url)
 
 
 def advice(url: str, error: BaseException) -> str:
     """What is wrong with a storage that cannot be opened, and what to do about it."""
-    missing = _missing_module(error)
+    missing = missing_module(error)
     if missing in _DRIVERS:
         extra, scheme = _DRIVERS[missing]
         if url.startswith(scheme):
@@ -74,12 +74,12 @@ def words_of(url: str, error: BaseException) -> str:
     """What a driver says of an error: on one line, without secrets."""
     words = " ".join(str(error).split())
     for secret in _secrets(url):
-        words = words.replace(secret, MASK)
+        words = words.replace(secret, MASK).replace(unquote_plus(secret), MASK)
     words = re.sub(r"\s*\(Background on this error at: .*?\)", "", words)
     return re.sub(r"^\([\w.]+\)\s*", "", words)
 
 
-def _missing_module(error: BaseException | None) -> str | None:
+def missing_module(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, ModuleNotFoundError):
             return error.name

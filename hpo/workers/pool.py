@@ -102,8 +102,10 @@ def run_workers(
     try:
         pool.run()
     finally:
-        pool.stop()
-        engine.close()
+        try:
+            pool.stop()
+        finally:
+            engine.close()
     keep_best_weights(study, folds=job.space.base.data.folds or 1, keep_gb=job.keep_gb)
 
 

@@ -20,6 +20,7 @@ import socket
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +30,8 @@ from typing import Any, cast
 import torch
 
 from core.data import load_dataset
-from hpo.errors import StudyError
+from core.errors import CoreError
+from hpo.errors import HpoError, StudyError
 from hpo.interrupts import Interrupts
 from hpo.paths import StudyPaths, cache_root, data_root, studies_root
 from hpo.storage import is_journal, mask
@@ -472,9 +474,14 @@ def _work(assignment: _Assignment, orders: Orders, words: _Words, interrupts: In
             return work_on(assignment.job, device=device, orders=orders, send=send, interrupts=interrupts)
     except KeyboardInterrupt:
         return STOPPED
-    except StudyError as error:
+    except (HpoError, CoreError) as error:
         send(Failed(str(error), None))
         return 2
+    except Exception as error:  # while it settles: nobody asks for what an actor's method raises
+        url = assignment.job.storage_url
+        said = (f"{type(error).__name__}: {error}", traceback.format_exc())
+        send(Failed(*(text.replace(url, mask(url)) for text in said)))
+        return 1
 
 
 def _of_its_gpu(share: Share, device: torch.device) -> Share:

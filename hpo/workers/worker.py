@@ -98,6 +98,7 @@ class _Worker:
         self._job, self._device, self._orders, self._send_event = job, device, orders, send
         self._interrupts = interrupts
         self._share: Share | None = None
+        self._sending = threading.Lock()
 
     def run(self) -> int:
         try:
@@ -167,7 +168,8 @@ class _Worker:
             logging.getLogger(package).setLevel(logging.INFO)
 
     def _send(self, event: Event) -> None:
-        with self._interrupts.held():  # half a message would end the conversation
+        # Half a message, or two at once, would end the conversation; a heartbeat's thread may have to warn as well.
+        with self._interrupts.held(), self._sending:
             self._send_event(event)
 
     def _take_share(self) -> None:

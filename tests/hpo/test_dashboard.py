@@ -115,8 +115,7 @@ def body(url: str) -> tuple[str, bytes]:
     ],
 )
 def test_the_plain_command_names_storage_and_artifacts_and_no_password(storage_url: str, shown: str) -> None:
-    paths = StudyPaths(Path("studies/demo"))
-    assert dashboard.command(storage_url, paths) == [
+    assert dashboard.command(storage_url, Path("studies/demo/artifacts")) == [
         "optuna-dashboard",
         shown,
         "--artifact-dir",

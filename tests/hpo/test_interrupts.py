@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -89,11 +91,55 @@ def test_an_error_is_not_covered_up_by_a_held_interrupt() -> None:
 
 
 def test_the_first_is_told_once() -> None:
-    told = []
-    with pytest.raises(KeyboardInterrupt), Interrupts(told=lambda: told.append("stopping")):
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with pytest.raises(KeyboardInterrupt), Interrupts(told=lambda: told.put("stopping")):
         press()
         press()
-    assert told == ["stopping"]
+    assert told.get(timeout=10) == "stopping"
+    assert told.empty()
+
+
+def test_what_is_told_may_be_printed_while_the_main_thread_prints() -> None:
+    """A print inside of a print is an error of Python's: it would end the run as if that had crashed."""
+    code = (
+        "import os, signal, sys, threading, time\n"
+        "from hpo.interrupts import Interrupts\n"
+        "with Interrupts(told=lambda: print('stopping', flush=True)) as interrupts:\n"
+        "    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    sys.stdout.write('x' * 2**20)\n"  # more than the pipe takes: the main thread waits in there
+        "    sys.stdout.flush()\n"
+        "    sys.exit(0 if interrupts.asked else 7)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert said.count("stopping") == 1
+
+
+def test_a_part_of_another_thread_holds_nothing_back_and_keeps_its_manners_to_itself() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def beat() -> None:
+        with interrupts.held():
+            entered.set()
+            leave.wait(10)
+
+    with Interrupts() as interrupts:
+        heart = threading.Thread(target=beat)
+        with interrupts.patient():
+            heart.start()
+            entered.wait(10)
+        leave.set()
+        heart.join()
+        reached = []
+        with pytest.raises(KeyboardInterrupt), interrupts.held():
+            press()
+            press()
+            reached.append("still held")
+            interrupts.check()
+        assert reached == ["still held"]
+        interrupts._asked = 0
 
 
 def test_a_worker_leaves_a_terminals_ctrl_c_to_its_parent() -> None:

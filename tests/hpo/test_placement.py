@@ -61,7 +61,7 @@ def test_one_trial_at_a_time_has_a_process_of_its_own_only_where_a_worker_is_ask
     ("device", "devices", "workers", "per_device", "said"),
     [
         ("cpu", "cuda:0", None, None, "--device and --devices: give one of the two"),
-        (None, "cuda:0,cuda:2", None, None, "--device cuda:2: this machine has 2 CUDA device(s); give cpu or leave it "
+        (None, "cuda:0,cuda:2", None, None, "--devices cuda:2: this machine has 2 CUDA device(s); give cpu or leave it "
          "out"),
         (None, "cuda:0,cuda", None, None, "--devices cuda:0,cuda: cuda:0 is there twice; --per-device says how many "
          "trials it takes"),

@@ -187,7 +187,7 @@ def test_a_study_on_two_nodes_survives_the_loss_of_one(
     assert {trial.state.name for trial in server.trials()} == {"COMPLETE", "FAIL"}
     slot = victim.user_attrs["slot"]
     [again] = [t for t in server.trials() if t.user_attrs["slot"] == slot and t.state.name == "COMPLETE"]
-    assert f"trial {again.number} goes on behind epoch" in said
+    assert f"trial {again.number} goes on after epoch" in said
     assert "was lost with its node" in said
     assert "(raylet)" not in said  # Ray's own words, at length
 

@@ -87,14 +87,14 @@ def test_after_a_kill_of_everything_the_same_command_ends_at_its_total_and_tells
     assert "study digits: 4 trials of 12 epochs, 0 done" in said
     slots = ", ".join(str(trial.user_attrs["slot"]) for trial in killed)
     assert (
-        f"2 trial(s) were left running by a process that died (slot {slots}); they go on, 2 of them from a checkpoint\n"
+        f"2 trial(s) were left running by a process that died (slot {slots}): 2 go on from a checkpoint, 0 begin anew\n"
     ) in said
     for trial in killed:
         slot = trial.user_attrs["slot"]
         again = attempts(study, slot)[1]
         resumed = again.user_attrs["resumed_epoch"]
         assert 0 < resumed <= (attempts(study, slot)[0].last_step or 0)
-        assert f"trial {again.number} goes on behind epoch {resumed}, from the checkpoint of slot {slot}\n" in said
+        assert f"trial {again.number} goes on after epoch {resumed}, from the checkpoint of slot {slot}\n" in said
     assert "study digits (space digits): 4 of 4 trials finished" in said
     assert sorted(finished_of(study)) == [0, 1, 2, 3]
     assert not running(study)
