@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState, create_trial
 
+import hpo.lease
 from hpo import cli
+from hpo.console import StudyLane
 from hpo.errors import StudyError
 from hpo.lease import LEASE, own_lease
 from hpo.search_space import SearchSpace, load_space, space_from_yaml, space_to_yaml
 from hpo.slots import CRASHES, FAILURE, REPLICATE_OF, SLOT, first_twin, slot_of
+from hpo.storage import is_masked, mask
 from hpo.study import Study, find_study, join_study, open_study
 from tests.hpo.journals import finished_of, trials_of
 
@@ -147,6 +150,59 @@ def test_two_that_give_a_trial_up_at_once_end_it_once(
     assert [trial.state for trial in study.optuna.trials] == [TrialState.PRUNED]
 
 
+def test_a_slot_that_was_lost_between_two_writes_is_queued_again_by_whoever_looks_next(
+    study: Study, space: SearchSpace
+) -> None:
+    claimed = study.claim()
+    assert claimed is not None
+    params = space.suggest(claimed[0])
+    study._fail(study._storage.get_trial(claimed[0]._trial_id))  # and the process died, or found the disk full
+    assert study.waiting() == 0
+    assert study.requeue_lost()
+    [waiting] = [trial for trial in study.optuna.trials if trial.state == TrialState.WAITING]
+    assert waiting.params == params
+
+
+def test_a_retried_trial_stands_for_its_slot_before_a_blank_one_that_was_queued_twice(
+    study: Study, space: SearchSpace
+) -> None:
+    study._queue(0, {}, {})  # as two processes do that begin at once
+    claimed = study.claim()
+    assert claimed is not None
+    params = space.suggest(claimed[0])
+    study.release(claimed[0])
+    again = study.claim()
+    assert again is not None
+    assert again[0].params == params
+
+
+def test_a_trial_that_is_taken_away_while_it_runs_is_dropped_and_the_run_goes_on(
+    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown = StudyLane.epoch_ended
+
+    def take_away(lane: StudyLane, epoch: Any, verdict: str) -> None:
+        shown(lane, epoch, verdict)
+        other = find_study("own")
+        [running] = other._running()
+        if CRASHES not in running.user_attrs:
+            assert other._interrupt(running, crashed=True)
+
+    monkeypatch.setattr(StudyLane, "epoch_ended", take_away)
+    assert command("run", str(space.path), "--trials", "1", "--retries", "5", monkeypatch=monkeypatch) == 0
+    assert "trial 0 was taken from this process while it ran; it is dropped" in capfd.readouterr().err
+    assert sorted(finished_of(tmp_path / "studies/own")) == [0]
+
+
+def test_another_run_without_a_total_of_its_own_does_not_lower_the_studys(
+    space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = space.trials + 2
+    for arguments in (("--trials", str(more)), ()):
+        assert command("run", str(space.path), "--workers", "0", *arguments, monkeypatch=monkeypatch) == 0
+        assert find_study("own").total == more
+
+
 def test_the_number_of_retries_is_remembered_for_all_who_work_on_the_study(study: Study) -> None:
     assert study.retries == 3
     study.remember_retries(7)
@@ -160,6 +216,32 @@ def test_only_the_trials_of_living_processes_are_waited_for(study: Study, space:
     assert study.at_work() == [0]
     study._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "host": "another"})
     assert study.at_work() == []  # a journal keeps no heartbeats: nobody knows whether that one lives
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("postgresql+psycopg://h/db?user=me&password=s%40cret", "s%40cret"),
+        ("redis://h/0?password=x%2By", "x%2By"),
+        ("simplecache::ftp://me:pw1234@host/dir", "pw1234"),
+        ("abfs://box@account.dfs.example/dir?account_key=AAAA", "AAAA"),
+    ],
+)
+def test_a_secret_is_masked_however_a_url_spells_it(url: str, secret: str) -> None:
+    assert secret not in mask(url)
+    assert is_masked(mask(url))
+
+
+def test_processes_of_another_container_with_the_same_name_are_not_taken_for_dead(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of its processes mean nothing here. The mock stands for a container, which is not to be had here."""
+    claimed = study.claim()
+    assert claimed is not None
+    monkeypatch.setattr(hpo.lease, "_process_space", lambda: "#17")
+    assert study.reap() == []
+    [held] = study.held_elsewhere()
+    assert held.number == 0
 
 
 # Configurations that were seen before
@@ -187,7 +269,7 @@ def test_the_twin_is_the_lowest_slot_before_with_the_same_parameters() -> None:
     assert first_twin(trials, {"a": 1.0, "b": 1.0}, slot=4) is None
 
 
-def hpo(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+def command(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """Runs the command in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -200,7 +282,7 @@ def test_a_space_of_one_cell_ends_and_its_trials_are_replicates_with_seeds_of_th
 ) -> None:
     file = tmp_path / "cell.yaml"
     file.write_text(ONE_CELL)
-    assert hpo("run", str(file), "--trials", "3", monkeypatch=monkeypatch) == 0
+    assert command("run", str(file), "--trials", "3", monkeypatch=monkeypatch) == 0
     trials = sorted(trials_of(tmp_path / "studies/cell"), key=slot_of)
     assert [trial.user_attrs.get(REPLICATE_OF) for trial in trials] == [None, 0, 0]
     assert len({trial.value for trial in trials}) > 1  # other seeds
@@ -228,7 +310,7 @@ def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_kn
 ) -> None:
     begun, joined = tmp_path / "begun", tmp_path / "joined"
     monkeypatch.setenv("HPO_STUDIES", str(begun))
-    assert hpo("run", str(space.path), "--trials", "2", "--workers", "0", monkeypatch=monkeypatch) == 0
+    assert command("run", str(space.path), "--trials", "2", "--workers", "0", monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
     assert "2 trials wait for workers" in said
     assert "  hpo worker own\n" in said
@@ -237,7 +319,7 @@ def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_kn
     Path(space.path).unlink()  # the worker's machine has no such file
     monkeypatch.setenv("HPO_STUDIES", str(joined))
     storage = str(begun / "own/journal.log")
-    assert hpo("worker", "own", "--storage", storage, "--device", "cpu", monkeypatch=monkeypatch) == 0
+    assert command("worker", "own", "--storage", storage, "--device", "cpu", monkeypatch=monkeypatch) == 0
     assert "no trial waits any more: 2 of 2 are finished\n" in capsys.readouterr().out
     assert sorted(finished_of(begun / "own")) == [0, 1]
     assert (joined / "own/trials/00001/metrics.jsonl").exists()
@@ -246,8 +328,8 @@ def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_kn
 def test_a_worker_that_finds_nothing_to_do_says_so_and_leaves(
     space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert hpo("run", str(space.path), "--trials", "1", monkeypatch=monkeypatch) == 0
-    assert hpo("worker", "own", monkeypatch=monkeypatch) == 0
+    assert command("run", str(space.path), "--trials", "1", monkeypatch=monkeypatch) == 0
+    assert command("worker", "own", monkeypatch=monkeypatch) == 0
     assert "no trial waits any more: 1 of 1 are finished\n" in capsys.readouterr().out
 
 
@@ -263,7 +345,7 @@ def test_a_worker_that_finds_nothing_to_do_says_so_and_leaves(
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert hpo(*arguments, monkeypatch=monkeypatch) == 2
+    assert command(*arguments, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"hpo: {said}")
     assert error.count("\n") == 1
