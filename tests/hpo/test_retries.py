@@ -20,7 +20,7 @@ from hpo.errors import StudyError
 from hpo.lease import LEASE, own_lease
 from hpo.search_space import SearchSpace, load_space, space_from_yaml, space_to_yaml
 from hpo.slots import CRASHES, FAILURE, REPLICATE_OF, SLOT, first_twin, slot_of
-from hpo.storage import is_masked, mask
+from hpo.storage import is_masked, mask, open_storage
 from hpo.study import Study, find_study, join_study, open_study
 from tests.hpo.journals import finished_of, trials_of
 
@@ -355,3 +355,50 @@ def test_a_storage_without_the_study_says_how_to_begin_it(study: Study, tmp_path
     with pytest.raises(StudyError, match="has no study other; begin it by hpo run, --workers 0"):
         join_study("other", storage_url=str(study.paths.journal))
     assert [folder.name for folder in study.paths.dir.parent.iterdir()] == ["own"]
+
+
+def test_a_study_that_no_worker_can_join_says_what_to_do(study: Study) -> None:
+    with pytest.raises(
+        StudyError, match="study own was begun by another version, or not by hpo; run it once by hpo run"
+    ):
+        join_study("own")
+
+
+# Where artifacts are kept
+
+
+def test_artifacts_stay_where_they_are(study: Study, space: SearchSpace, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"^--artifacts is empty; give a folder or a URL, or leave it out$"):
+        study.use_depot("")
+    study.use_depot(str(tmp_path / "depot"))
+    assert study.depot is not None
+    find_study("own").use_depot(str(tmp_path / "depot"))
+    with pytest.raises(
+        StudyError,
+        match=r"^study own keeps its artifacts in .*/depot; leave --artifacts out, or choose another --study$",
+    ):
+        find_study("own").use_depot(str(tmp_path / "other"))
+
+
+def test_a_study_that_has_begun_keeps_its_artifacts_in_its_folder(study: Study, tmp_path: Path) -> None:
+    assert study.claim() is not None
+    with pytest.raises(StudyError, match=r"^study own keeps its artifacts in .*/studies/own; leave --artifacts out"):
+        study.use_depot(str(tmp_path / "depot"))
+    study.use_depot(None)
+    assert study.depot is None
+
+
+def test_a_password_of_the_artifacts_is_not_remembered_and_has_to_be_given_again(study: Study) -> None:
+    study.optuna.set_user_attr("artifacts", mask("ftp://me:secret@host/hpo"))
+    with pytest.raises(
+        StudyError,
+        match=r"^study own: give --artifacts ftp://me:\*\*\*@host/hpo with the password, which is not remembered$",
+    ):
+        find_study("own").use_depot(None)
+
+
+def test_an_sqlite_file_is_not_taken_for_a_journal(tmp_path: Path) -> None:
+    file = tmp_path / "x.db"
+    file.write_bytes(b"SQLite format 3\0" + bytes(100))
+    with pytest.raises(StudyError, match=r"x\.db is an SQLite file; give it as --storage sqlite:///"):
+        open_storage(str(file))
