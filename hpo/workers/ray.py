@@ -56,6 +56,8 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^",
     "RAY_NUM_REDIS_GET_RETRIES": "1",
+    # Under `uv run` Ray would pack this folder, send it to the nodes, and begin every worker by `uv run` there.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
 

@@ -448,9 +448,8 @@ def test_a_deleted_artifact_comes_back_from_the_trials_folder(case: Case) -> Non
 
 
 def test_what_a_study_keeps_in_a_depot_is_looked_for_and_mended_there(case: Case, tmp_path: Path) -> None:
-    study = case.study
-    study.use_depot(str(tmp_path / "depot"))
     there = tmp_path / "depot" / "own"
+    case.study.optuna.set_user_attr("artifacts", str(there.parent))  # as a run with --artifacts leaves it
     for folder in (case.paths.artifacts, case.paths.trials):
         shutil.copytree(folder, there / case.paths.inside(folder))
     here = sorted(case.paths.artifacts.iterdir())
