@@ -309,6 +309,7 @@ def test_real_photographs_go_from_a_zip_to_a_submission(
         "model.max_pool": "true",
         "batch_size": 128,
         "augment.ops": 1,
+        "data.image_size": 56,
     }
     sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     archive = shared_data / "scenes5k.zip"
@@ -318,7 +319,7 @@ def test_real_photographs_go_from_a_zip_to_a_submission(
         "data: {val_fraction: 0.1}\n"
         "search: {optim.lr_scale: {low: 0.1, high: 10, log: true}, augment.strength: {low: 0, high: 1}}\n"
     )
-    assert hpo(monkeypatch, "run", str(own), "--data", str(archive), "--trials", "3", "--study", "scenes", *sets) == 0
+    assert hpo(monkeypatch, "run", str(own), "--data", str(archive), "--trials", "2", "--study", "scenes", *sets) == 0
     assert hpo(monkeypatch, "refit", "best") == 0
     bundle = tmp_path / "studies/scenes/refit/best"
     metrics = json.loads((bundle / "metrics.json").read_text())
