@@ -14,6 +14,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("chaos") is not None and "chaos" not in item.config.getoption("-m"):
+        pytest.skip("takes six minutes: pytest -m chaos")
 
 
 @pytest.fixture(scope="session", autouse=True)
