@@ -13,7 +13,6 @@ as that mark stays, nobody else has put one since.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from hpo.errors import StudyError
+from hpo.errors import FULL_DISK, StudyError
 from hpo.storage import mask
 from hpo.storage.urls import missing_module, words_of
 
@@ -248,7 +247,7 @@ def _advice(url: str, error: Exception, done: str) -> str:
         return f"{scheme}:// needs {module}: pip install {module}"
     if isinstance(error, ValueError) and "not known" in str(error):
         return f"{scheme}:// is nothing that fsspec knows; give a path, or s3://…, gs://…, abfs://…, sftp://…"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
         return "is full; free some space, and run the same command again"
     words = words_of(url, error) or type(error).__name__
     if isinstance(error, PermissionError):

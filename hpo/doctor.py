@@ -31,11 +31,11 @@ from core.errors import CoreError
 from hpo.errors import HpoError, StudyError
 from hpo.lease import LEASE, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
 from hpo.paths import StudyPaths, cache_root, data_root, studies_root
-from hpo.record import check_weights, read_record, storage_url_of
-from hpo.slots import TAKEN_FROM, slot_of, standing
+from hpo.record import RECORD, check_weights, read_record, storage_url_of
+from hpo.slots import ARTIFACT, TAKEN_FROM, slot_of, standing
 from hpo.storage import is_journal, mask, open_storage, repair_journal
 from hpo.storage.journal import torn_records
-from hpo.storage.lock import JournalLock
+from hpo.storage.lock import GRACE_S, JournalLock
 from hpo.storage.urls import words_of
 from hpo.study import Study, find_study, join_study
 from hpo.versions import versions
@@ -43,14 +43,10 @@ from hpo.versions import versions
 # A file that is being written grows. One that has not for so many seconds was left behind, even if the last thing that
 # its writer does is a sync on a slow disk.
 _STILL_S = 600
-# Seconds after which Optuna, whose lock does not say whose it is, takes it away.
-_LOCK_GRACE_S = 30
 # The files of weights that a checkpoint is as large as: the network, its average, and two of an optimizer's state.
 _CHECKPOINT_WEIGHTS = 4
 # How files are called until they are whole: checkpoints and weights, and what a depot brings here.
 _UNFINISHED = (".tmp", ".unfinished")
-_RECORD = "hpo"  # study user attribute: what the study searches
-_ARTIFACT = "artifacts:"  # how Optuna begins the system attribute that an uploaded artifact is known by
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -221,7 +217,7 @@ def _storage(patient: Patient) -> Iterator[Told]:
         raise StudyError(
             f"storage {mask(patient.url)} has no study {patient.name}; give the right one by --storage"
         ) from error
-    record = study.user_attrs.get(_RECORD)
+    record = study.user_attrs.get(RECORD)
     if record is None:
         raise StudyError(
             f"storage {mask(patient.url)} has a study {patient.name} that hpo did not begin; choose another"
@@ -254,7 +250,7 @@ def _lock(patient: Patient) -> Iterator[Told]:
     link = journal.with_name(journal.name + ".lock")
     if os.path.lexists(link) and _is_dead(link, journal):
         yield Finding(
-            f"{link}: a process that died left it; optuna's own commands wait {_LOCK_GRACE_S} s for it",
+            f"{link}: a process that died left it; optuna's own commands wait {GRACE_S} s for it",
             "--mend takes it away",
             partial(_take_lock, journal),
         )
@@ -276,7 +272,7 @@ def _is_dead(link: Path, journal: Path) -> bool:
         last = max(link.lstat().st_mtime, journal.stat().st_mtime)
     except FileNotFoundError:  # its holder lives: it has just let go
         return False
-    return time.time() - last > _LOCK_GRACE_S
+    return time.time() - last > GRACE_S
 
 
 def _take_lock(journal: Path) -> None:
@@ -390,7 +386,7 @@ def _artifacts(patient: Patient) -> Iterator[Told]:
     study.use_depot(None)
     for trial in patient.trials:
         for key, value in trial.system_attrs.items():
-            if not key.startswith(_ARTIFACT):
+            if not key.startswith(ARTIFACT):
                 continue
             meta = json.loads(value)
             target = patient.paths.artifacts / Path(str(meta["artifact_id"])).name

@@ -7,7 +7,6 @@ the trials that were finished are in the storage, and the one that ran goes on f
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import math
@@ -26,7 +25,7 @@ from core.data import Splits
 from core.errors import CoreError
 from core.loop import EpochMetrics, seconds_per_epoch
 from core.runtime import derive_seed, describe_device
-from hpo.errors import HpoError, StudyError
+from hpo.errors import FULL_DISK, HpoError, StudyError
 from hpo.interrupts import Interrupts
 from hpo.objective import Listener, Objective, Outcome, failure_of
 from hpo.paths import TrainingPaths
@@ -41,8 +40,6 @@ logger = logging.getLogger(__name__)
 # Complete trials whose weights are kept for the refit: the best, and two in case a later confirmation prefers them.
 KEPT_MODELS = 3
 
-# What a write ends with where the disk is full, or a person's share of it.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Between two looks at what other processes train.
 _LOOK_S = 0.5
 
@@ -191,9 +188,9 @@ def full_disk_told(folder: Path) -> Iterator[None]:
 
 def _is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in _FULL
+        return error.errno in FULL_DISK
     # safetensors has an error of its own, with the system's words in it.
-    return any(os.strerror(number) in str(error) for number in _FULL)
+    return any(os.strerror(number) in str(error) for number in FULL_DISK)
 
 
 def pending_references(study: Study, space: SearchSpace) -> list[Recipe]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What a write ends with where the disk is full, or a person's share of it."""
 
 
 class HpoError(Exception):

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RECORD = "hpo"
+"""The user attribute of a study that holds its record, for machines without its study.yaml."""
+
 _FILE = "model.pretrained_file"
 
 
@@ -56,6 +59,17 @@ def new_record(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Pa
     }
     plain: dict[str, Any] = json.loads(json.dumps(record))
     return plain
+
+
+def data_path_of(record: Mapping[str, Any]) -> Path | None:
+    """What `--data` was when the study of this record began."""
+    path = record["data"]["path"]
+    return None if path is None else Path(path)
+
+
+def skips_broken(record: Mapping[str, Any]) -> bool:
+    """Whether broken image files were left out of the data of this record's study."""
+    return bool(record["data"]["skip_broken"])
 
 
 def config_of(record: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:

@@ -27,6 +27,8 @@ RESUMED_EPOCH = "resumed_epoch"
 """The user attribute of an attempt that went on from a checkpoint: the epoch that was in it; with folds, the step."""
 INTERRUPTED = "interrupted"
 """The user attribute of an attempt that was cut off; its slot was queued again."""
+ARTIFACT = "artifacts:"
+"""How Optuna begins the system attribute of a trial by which an uploaded artifact is known."""
 TAKEN_FROM = "taken_from"
 """The user attribute of a trial that another study ran: `STUDY/NUMBER`."""
 

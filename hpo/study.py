@@ -41,17 +41,21 @@ from hpo.lease import (
 from hpo.paths import StudyPaths, studies_root
 from hpo.pruner import build_pruner
 from hpo.record import (
+    RECORD,
     check_fingerprint,
     check_same,
     check_weights,
     config_of,
+    data_path_of,
     new_record,
     read_record,
+    skips_broken,
     storage_url_of,
     write_record,
 )
 from hpo.samplers import build_sampler
 from hpo.slots import (
+    ARTIFACT,
     BASE,
     CRASHES,
     FAILURE,
@@ -91,14 +95,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_RECORD = "hpo"  # study user attribute: what the study searches, for machines without its study.yaml
 _TOTAL = "trials"  # study user attribute: the total, for workers that join
 _COMMAND = "command"  # study user attribute: what the study was last run by
 _SPACE = "space"  # study user attribute: the space as YAML, for workers that join without its file
 _DEPOT = "artifacts"  # study user attribute: where `--artifacts` keeps files for all machines, without a password
 _RETRIES = "retries"  # study user attribute: how often a slot is begun again after its process died
 _PACKING = "packing"  # study user attribute: host and device -> how many trials at once were best there, and why
-_ARTIFACT = "artifacts:"  # how Optuna begins the system attribute that an uploaded artifact is known by
 _DEFAULT_RETRIES = 3  # one more than a pool fills a seat again, so that a seat is given up before a configuration is
 _NAME = re.compile(r"\w[\w.\-]{0,99}")
 
@@ -195,13 +197,12 @@ class Study:
     @property
     def data_path(self) -> Path | None:
         """What `--data` was when the study began."""
-        path = self.record["data"]["path"]
-        return None if path is None else Path(path)
+        return data_path_of(self.record)
 
     @property
     def skip_broken(self) -> bool:
         """Whether broken image files were left out of the study's data."""
-        return bool(self.record["data"]["skip_broken"])
+        return skips_broken(self.record)
 
     @property
     def total(self) -> int | None:
@@ -266,8 +267,9 @@ class Study:
 
         if self.depot is not None:
             self.depot.drop(checkpoint)
-        for file in (checkpoint, unfinished(checkpoint)):
-            file.unlink(missing_ok=True)
+        else:
+            checkpoint.unlink(missing_ok=True)
+        unfinished(checkpoint).unlink(missing_ok=True)
 
     @property
     def artifact_dir(self) -> Path | None:
@@ -480,7 +482,7 @@ class Study:
         cut_off = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, "error"}
         # What the sampler and the pruner remember of a trial stands in its system attributes, and stays. The attempt's
         # pictures do not: the next one draws them anew.
-        dropped = (CONSTRAINT, _ARTIFACT)
+        dropped = (CONSTRAINT, ARTIFACT)
         self.optuna.add_trial(
             create_trial(
                 state=TrialState.WAITING,
@@ -578,10 +580,10 @@ class Study:
         for trial in running:
             if is_abandoned(trial):
                 lost = self._interrupt(trial, crashed=not blameless and died_alone(trial))
+            elif trial.number in silent or (force and held_elsewhere(trial) is not None):
+                lost = self._interrupt(trial, crashed=False)
             else:
-                lost = (trial.number in silent or (force and held_elsewhere(trial) is not None)) and self._interrupt(
-                    trial, crashed=False
-                )
+                continue
             if lost:
                 queued.append(slot_of(trial))
         return queued
@@ -715,7 +717,7 @@ def open_study(
         sampler=build_sampler(space.sampler, seed=seed or 0),
         pruner=build_pruner(space.pruner, space.base.epochs, space.base.data.folds),
     )
-    stored = study.user_attrs.get(_RECORD)
+    stored = study.user_attrs.get(RECORD)
     if stored is None:
         if study.get_trials(deepcopy=False):
             raise StudyError(f"storage {mask(url)} has a study {name} that hpo did not begin; choose another --study")
@@ -723,7 +725,7 @@ def open_study(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # an axis's name in the dashboard hangs on it, no more
             study.set_metric_names([space.metric])
-        study.set_user_attr(_RECORD, stored)
+        study.set_user_attr(RECORD, stored)
     check_same(name, stored, space, dataset, seed)
     study.sampler = build_sampler(space.sampler, seed=stored["seed"])
     opened = Study(study, paths, stored, url, space)
@@ -783,13 +785,12 @@ class Joined:
     @property
     def data_path(self) -> Path | None:
         """What `--data` was when the study began."""
-        path = self.record["data"]["path"]
-        return None if path is None else Path(path)
+        return data_path_of(self.record)
 
     @property
     def skip_broken(self) -> bool:
         """Whether broken image files were left out of the study's data."""
-        return bool(self.record["data"]["skip_broken"])
+        return skips_broken(self.record)
 
     def open(self, dataset: Dataset, *, data_path: Path | None) -> Study:
         """The study, ready to be worked on.
@@ -823,9 +824,9 @@ def join_study(name: str, *, storage_url: str | None = None) -> Joined:
         except KeyError as error:
             raise StudyError(f"storage {mask(url)} has no study {name}; begin it by hpo run, --workers 0") from error
     attributes = study.user_attrs
-    if _RECORD not in attributes or _SPACE not in attributes:
+    if RECORD not in attributes or _SPACE not in attributes:
         raise StudyError(f"study {name} was begun by another version, or not by hpo; run it once by hpo run")
-    return Joined(name, url, attributes[_RECORD], space_from_yaml(attributes[_SPACE], attributes[_RECORD]["space"]))
+    return Joined(name, url, attributes[RECORD], space_from_yaml(attributes[_SPACE], attributes[RECORD]["space"]))
 
 
 def list_studies() -> list[Study]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from core.errors import UserError
+from hpo.commands.placement import is_count
 from hpo.console import say
 from hpo.packing import Limit
 from hpo.workers import Crew, Engine, Job
@@ -19,7 +20,7 @@ def check_options(*, device: str | None, devices: str | None, per_device: str | 
         raise UserError("--devices names GPUs of one machine; with --engine ray leave it out, and give --workers")
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {device}: with --engine ray give cpu or cuda: Ray chooses which")
-    if per_device is not None and (not per_device.isdecimal() or not int(per_device)):
+    if per_device is not None and (not is_count(per_device)):
         raise UserError(f"--per-device {per_device}: with --engine ray give a whole number from 1 on")
     if device == "cpu" and per_device is not None:
         raise UserError("--per-device: on CPUs Ray gives each worker a core of its own; give --workers instead")
@@ -35,14 +36,13 @@ def engine_and_crew(
         per_device: how many workers share a GPU.
     """
     engine = RayEngine(address)
-    has_gpus = any(node.gpus for node in engine.nodes())
-    on_gpus = has_gpus if device is None else device == "cuda"
+    nodes = engine.nodes()
+    on_gpus = any(node.gpus for node in nodes) if device is None else device == "cuda"
     if on_gpus:
-        engine = RayEngine(address, num_gpus=1 / int(per_device or 1))
+        engine.num_gpus = 1 / int(per_device or 1)
     engine.check(job)
     room = engine.room()
     size = min(workers or room, room)
-    nodes = engine.nodes()
     kind = "GPU" if on_gpus else "core"
     share = f" (a GPU for {per_device})" if on_gpus and per_device not in (None, "1") else ""
     say(f"Ray: {len(nodes)} nodes with room for {room} workers, each on a {kind}{share}; {size} of them")

@@ -90,9 +90,14 @@ def _devices(device: str | None, devices: str | None) -> tuple[torch.device, ...
     return found
 
 
+def is_count(text: str) -> bool:
+    """Whether it says a whole number from 1 on."""
+    return text.isdecimal() and int(text) > 0
+
+
 def _per_device(per_device: str | None) -> int | None:
     if per_device is None or per_device == "auto":
         return None
-    if not per_device.isdecimal() or not int(per_device):
+    if not is_count(per_device):
         raise UserError(f"--per-device {per_device}: give a whole number from 1 on, or auto")
     return int(per_device)

@@ -23,12 +23,12 @@ from optuna.storages.journal._file import get_lock_file
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
-from hpo.errors import StudyError
+from hpo.errors import FULL_DISK, StudyError
 from hpo.storage.lock import JournalLock
 
 logger = logging.getLogger(__name__)
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = FULL_DISK | {errno.EFBIG}  # of a file that may not grow any more
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 

@@ -22,7 +22,7 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from hpo.lease import machine
 
 # Seconds without a write after which a link is taken for a dead process's, as by Optuna's JournalFileSymlinkLock.
-_GRACE_S = 30
+GRACE_S = 30
 # Seconds between two looks at a link: Optuna's processes hold theirs for as long as a write and a sync take, some ms.
 _PAUSE_S = 0.002
 
@@ -88,7 +88,7 @@ class JournalLock(BaseJournalFileLock):
                 continue
             if (now := self._written_at()) != written:
                 written, since = now, time.monotonic()
-            if time.monotonic() - since > _GRACE_S:
+            if time.monotonic() - since > GRACE_S:
                 self._take_away()
             else:
                 time.sleep(_PAUSE_S)

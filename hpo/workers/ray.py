@@ -20,7 +20,6 @@ import socket
 import tempfile
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -30,15 +29,14 @@ from typing import Any, cast
 import torch
 
 from core.data import load_dataset
-from core.errors import CoreError
-from hpo.errors import HpoError, StudyError
+from hpo.errors import StudyError
 from hpo.interrupts import Interrupts
 from hpo.paths import StudyPaths, cache_root, data_root, studies_root
 from hpo.storage import is_journal, mask
 from hpo.workers.capacity import CONTEXT_BYTES
 from hpo.workers.engine import STOPPED, Ending, Engine, Seat, Worker
 from hpo.workers.messages import Event, Failed, Job, Order, Retire, Share, Stop
-from hpo.workers.worker import Orders, work_on
+from hpo.workers.worker import Orders, failure_of, work_on
 
 logger = logging.getLogger(__name__)
 
@@ -75,35 +73,29 @@ class Node:
 
 
 class RayEngine(Engine):
-    """Starts workers on a Ray cluster. As a context, it is connected to it.
+    """Starts workers on a Ray cluster, to which it is connected until it is closed.
 
     Args:
         address: the head's `host:port`; `auto` finds the cluster that this machine belongs to.
-        num_cpus: what each worker takes of its node; it trains with so many threads.
-        num_gpus: as well; a fraction lets several share a GPU.
 
     Raises:
         StudyError: Ray is not installed, or no cluster is there.
     """
 
-    def __init__(self, address: str = "auto", *, num_cpus: float = 1.0, num_gpus: float = 0.0) -> None:
-        self.address, self.num_cpus, self.num_gpus = address, num_cpus, num_gpus
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.num_cpus = 1.0
+        """What each worker takes of its node; it trains with so many threads."""
+        self.num_gpus = 0.0
+        """As well; a fraction lets several share a GPU."""
         self._ray = _connected(address)
         self._node_id = _node_id()
         self._actor_class = self._ray.remote(
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
             max_restarts=0,  # the pool fills the seat again
             max_task_retries=0,
             scheduling_strategy="SPREAD",
             concurrency_groups={"orders": 1, "events": 1},
         )(_Actor)
-
-    def __enter__(self) -> RayEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def nodes(self) -> list[Node]:
         """The nodes that are alive."""
@@ -136,7 +128,7 @@ class RayEngine(Engine):
         return room
 
     def _room_on(self, node: Node) -> int:
-        bounds = [node.cpus / self.num_cpus] if self.num_cpus else []
+        bounds = [node.cpus / self.num_cpus]
         bounds += [self._gpu_room(node.gpus)] if self.num_gpus else []
         return int(min(bounds))
 
@@ -165,7 +157,7 @@ class RayEngine(Engine):
 
     def start(self, job: Job, seat: Seat, share: Share) -> RayWorker:
         device = "cuda:0" if seat.device.startswith("cuda") else seat.device  # Ray shows a worker its own GPU only
-        actor = self._actor_class.remote(share)
+        actor = self._actor_class.options(num_cpus=self.num_cpus, num_gpus=self.num_gpus).remote(share)
         return RayWorker(self, self._ray, actor, seat.name, _Assignment(_everywhere(job), device, _studies_of(job)))
 
     def wait(self, workers: Collection[Worker], timeout_s: float) -> list[Worker]:
@@ -476,14 +468,10 @@ def _work(assignment: _Assignment, orders: Orders, words: _Words, interrupts: In
             return work_on(assignment.job, device=device, orders=orders, send=send, interrupts=interrupts)
     except KeyboardInterrupt:
         return STOPPED
-    except (HpoError, CoreError) as error:
-        send(Failed(str(error), None))
-        return 2
     except Exception as error:  # while it settles: nobody asks for what an actor's method raises
-        url = assignment.job.storage_url
-        said = (f"{type(error).__name__}: {error}", traceback.format_exc())
-        send(Failed(*(text.replace(url, mask(url)) for text in said)))
-        return 1
+        failed, status = failure_of(error, assignment.job)
+        send(failed)
+        return status
 
 
 def _of_its_gpu(share: Share, device: torch.device) -> Share:

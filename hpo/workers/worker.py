@@ -89,6 +89,18 @@ def work_on(
     return _Worker(job, device, orders, send, interrupts).run()
 
 
+def failure_of(error: Exception, job: Job) -> tuple[Failed, int]:
+    """(What a worker says of what ends it, without the storage's password; its exit status.)"""
+
+    def masked(text: str) -> str:
+        return text.replace(job.storage_url, mask(job.storage_url))
+
+    if isinstance(error, (HpoError, CoreError)):
+        return Failed(masked(str(error)), None), 2
+    trace = "".join(traceback.format_exception(error))
+    return Failed(masked(f"{type(error).__name__}: {error}"), masked(trace)), 1
+
+
 class _Worker:
     """Opens the study, works, and says so. A listener of the study, too."""
 
@@ -119,13 +131,10 @@ class _Worker:
             )
         except KeyboardInterrupt:
             return STOPPED
-        except (HpoError, CoreError) as error:
-            self._send(Failed(self._masked(str(error)), None))
-            return 2
         except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            self._send(Failed(self._masked(said), self._masked(traceback.format_exc())))
-            return 1
+            failed, status = failure_of(error, self._job)
+            self._send(failed)
+            return status
         return 0
 
     def _open(self) -> tuple[Study, tuple[Splits, ...]]:
@@ -176,9 +185,6 @@ class _Worker:
         if self._share != self._orders.share:
             self._share = self._orders.share
             occupy(self._share, self._device)
-
-    def _masked(self, text: str) -> str:
-        return text.replace(self._job.storage_url, mask(self._job.storage_url))
 
     # As the study's listener
 

@@ -12,6 +12,7 @@ import torch
 import typer
 
 from hpo import cli
+from tests.hpo.commands import hpo
 
 HELP = {"--help", "-h"}
 SURFACE = {
@@ -78,14 +79,6 @@ def test_help_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def hpo(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Runs the command in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -133,7 +126,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert hpo(*arguments, monkeypatch=monkeypatch) == 2
+    assert hpo(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.startswith("hpo: ")
@@ -141,28 +134,28 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 def test_a_mistyped_option_exits_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert hpo("run", "digits", "--trails", "3", monkeypatch=monkeypatch) == 2
+    assert hpo(monkeypatch, "run", "digits", "--trails", "3") == 2
     assert "--trials" in capsys.readouterr().err
 
 
 def test_without_studies_the_list_says_how_to_begin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert hpo("study", "list", monkeypatch=monkeypatch) == 0
+    assert hpo(monkeypatch, "study", "list") == 0
     assert "hpo run digits" in capsys.readouterr().out
 
 
 def test_the_data_sets_are_listed_with_where_they_lie(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert hpo("data", "list", monkeypatch=monkeypatch) == 0
+    assert hpo(monkeypatch, "data", "list") == 0
     out = capsys.readouterr().out
     for name in ("digits", "stl10", "cifar10", "cifar100", "fashion_mnist"):
         assert name in out
 
 
 def test_the_spaces_and_recipes_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert hpo("space", "list", monkeypatch=monkeypatch) == 0
+    assert hpo(monkeypatch, "space", "list") == 0
     out = capsys.readouterr().out
     assert "stl10_small" in out
     assert "digits" in out
@@ -170,7 +163,7 @@ def test_the_spaces_and_recipes_are_listed(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_the_committed_schema_is_what_the_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Editors read `search_spaces/schema.json`; `hpo space schema -o search_spaces/schema.json` makes it anew."""
-    assert hpo("space", "schema", "-o", str(tmp_path / "schema.json"), monkeypatch=monkeypatch) == 0
+    assert hpo(monkeypatch, "space", "schema", "-o", str(tmp_path / "schema.json")) == 0
     committed = Path(cli.__file__).resolve().parents[1] / "search_spaces" / "schema.json"
     assert (tmp_path / "schema.json").read_text() == committed.read_text()
 
@@ -182,5 +175,5 @@ def test_a_training_that_no_memory_is_enough_for_is_told_in_a_line(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("hpo.commands.train.train_recorded", train_recorded)
-    assert hpo("train", "digits_base", monkeypatch=monkeypatch) == 2
+    assert hpo(monkeypatch, "train", "digits_base") == 2
     assert capsys.readouterr().err.startswith("hpo: out of memory: not even a small part of a batch fits the device")

@@ -22,13 +22,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from PIL import Image
 
 from core.data import folds, load_dataset
-from hpo import cli, doctor
+from hpo import doctor
 from hpo.driver import run_study
 from hpo.interrupts import Interrupts
 from hpo.lease import LEASE
 from hpo.paths import StudyPaths, cache_root
 from hpo.search_space import load_space
 from hpo.study import Study, find_study, open_study
+from tests.hpo.commands import hpo
 from tests.hpo.journals import trials_of
 
 CPU = torch.device("cpu")
@@ -131,14 +132,6 @@ def case(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         return code, capsys.readouterr().out.splitlines()
 
     return Case(StudyPaths.of("own"), run)
-
-
-def hpo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs the command in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -19,19 +19,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hpo import cli
+from tests.hpo.commands import hpo
 from tests.hpo.journals import finished_of, trials_of
 
 # A study small enough for a test: three epochs, and rungs after the first and the second.
 SMALL = ["--set", "epochs=3", "--set", "batch_size=64", "--set", "pruner.rungs=[0.3, 0.6]"]
-
-
-def hpo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs the command in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import scores, value
 from core.runtime import derive_seed, normalize
 from core.tta import VIEWS, look, predict_logits
-from hpo import cli
 from hpo.bundle import load_bundle
 from hpo.driver import estimate_s, run_references, run_study
 from hpo.interrupts import Interrupts
@@ -37,6 +35,7 @@ from hpo.search_space import SearchSpace, load_space
 from hpo.slots import SLOT
 from hpo.study import Study, open_study
 from hpo.training import Recorded, of_fold, train_recorded, validation_confusion
+from tests.hpo.commands import hpo
 
 CPU = torch.device("cpu")
 FOLDS, EPOCHS = 3, 3
@@ -623,13 +622,6 @@ def test_a_plateau_falls_in_the_refit_where_it_fell_in_the_trial(tmp_path: Path,
 
 
 # The commands
-
-
-def hpo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def test_from_a_folded_search_to_the_predictions_of_an_ensemble(

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from hpo.storage import open_storage
 from hpo.study import open_study
 from hpo.workers import Crew, Job, run_workers
 from hpo.workers.ray import Node, RayEngine, _Assignment, _settled, _Words
+from tests.hpo.commands import SPACE, Start, started_runs
 from tests.hpo.postgresql import Server, free_port, running_server
-from tests.hpo.test_workers import SPACE
 
 ray = pytest.importorskip("ray")
 
@@ -100,29 +101,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start() -> Iterator[Start]:
     """Starts `hpo run`, which the test's end ends."""
-    processes = []
-
-    def begin(*arguments: str) -> subprocess.Popen[str]:
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "hpo.cli", "run", *arguments],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-        )
-        return processes[-1]
-
-    yield begin
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+    with started_runs() as begin:
+        yield begin
 
 
 def hpo_run(space_file: str, cluster: Any, server: Watched, *arguments: str) -> list[str]:
@@ -164,7 +146,7 @@ def raylet_of(node: Any) -> int:
 
 @pytest.mark.slow
 def test_a_study_on_two_nodes_survives_the_loss_of_one(
-    space_file: str, server: Watched, cluster: Any, start: Callable[..., subprocess.Popen[str]]
+    space_file: str, server: Watched, cluster: Any, start: Start
 ) -> None:
     first, second = map(raylet_of, cluster.list_all_nodes())
     process = start(*hpo_run(space_file, cluster, server, "--trials", "5"))
@@ -194,7 +176,7 @@ def test_a_study_on_two_nodes_survives_the_loss_of_one(
 
 @pytest.mark.slow
 def test_a_preempted_worker_gives_its_trial_back_a_killed_one_is_replaced_and_ctrl_c_ends_all(
-    space_file: str, server: Watched, cluster: Any, start: Callable[..., subprocess.Popen[str]]
+    space_file: str, server: Watched, cluster: Any, start: Start
 ) -> None:
     process = start(*hpo_run(space_file, cluster, server, "--trials", "6"))
     busy = wait_until(lambda: len(found := server.at_work()) == 2 and found, process)
@@ -236,7 +218,7 @@ def test_nodes_that_share_no_folder_keep_what_is_to_stay_in_the_depot(
     study.ensure_slots(4)
     job = replace(a_job(space_file, server.url), depot=str(tmp_path / "depot"))
     bars = StudyProgress(metric=study.metric, direction=study.direction, done=0, total=4, best=None)
-    with Interrupts() as interrupts, bars as progress, RayEngine(cluster.address) as engine:
+    with Interrupts() as interrupts, bars as progress, closing(RayEngine(cluster.address)) as engine:
         assert {node.cpus for node in engine.nodes()} == {1.0}
         assert engine.room() == 2
         crew = Crew("cpu", "ray", 2, engine.share, Limit(0))

@@ -22,7 +22,6 @@ from optuna.trial import TrialState, create_trial
 import hpo.commands.refit as hpo_refit
 from core.data import folds, load_dataset
 from core.loop import EpochMetrics
-from hpo import cli
 from hpo.commands.replay import Replay, replay_of
 from hpo.console import TrainProgress
 from hpo.driver import run_study
@@ -31,6 +30,7 @@ from hpo.interrupts import Interrupts
 from hpo.paths import cache_root
 from hpo.search_space import load_space
 from hpo.study import Study, open_study
+from tests.hpo.commands import hpo
 
 CPU = torch.device("cpu")
 SPACE = """
@@ -106,14 +106,6 @@ def there(studies: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HPO_STUDIES", str(studies))
     monkeypatch.setenv("HPO_CACHE", str(studies.parent / "cache"))
     return studies
-
-
-def hpo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs the command in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

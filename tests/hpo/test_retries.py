@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState, create_trial
 
-import hpo.lease
-from hpo import cli
+from hpo import lease
 from hpo.console import StudyLane
 from hpo.errors import StudyError
 from hpo.lease import LEASE, own_lease
@@ -22,16 +21,9 @@ from hpo.search_space import SearchSpace, load_space, space_from_yaml, space_to_
 from hpo.slots import CRASHES, FAILURE, REPLICATE_OF, SLOT, first_twin, slot_of
 from hpo.storage import is_masked, mask, open_storage
 from hpo.study import Study, find_study, join_study, open_study
+from tests.hpo.commands import SPACE, hpo
 from tests.hpo.journals import finished_of, trials_of
 
-SPACE = """
-data: {name: digits}
-base: {model: {widths: [8], blocks: [1]}, epochs: 2, batch_size: 128, augment: {flip: 0.0}}
-pruner: {name: none}
-sampler: {name: random}
-search:
-  optim.lr_scale: {low: 0.5, high: 20, log: true}
-"""
 ONE_CELL = SPACE.replace("{low: 0.5, high: 20, log: true}", "{choices: [4.0]}").replace(
     "epochs: 2,", "epochs: 2, optim: {lr_scale: 4.0},"
 )
@@ -189,7 +181,7 @@ def test_a_trial_that_is_taken_away_while_it_runs_is_dropped_and_the_run_goes_on
             assert other._interrupt(running, crashed=True)
 
     monkeypatch.setattr(StudyLane, "epoch_ended", take_away)
-    assert command("run", str(space.path), "--trials", "1", "--retries", "5", monkeypatch=monkeypatch) == 0
+    assert hpo(monkeypatch, "run", str(space.path), "--trials", "1", "--retries", "5") == 0
     assert "trial 0 was taken from this process while it ran; it is dropped" in capfd.readouterr().err
     assert sorted(finished_of(tmp_path / "studies/own")) == [0]
 
@@ -199,7 +191,7 @@ def test_another_run_without_a_total_of_its_own_does_not_lower_the_studys(
 ) -> None:
     more = space.trials + 2
     for arguments in (("--trials", str(more)), ()):
-        assert command("run", str(space.path), "--workers", "0", *arguments, monkeypatch=monkeypatch) == 0
+        assert hpo(monkeypatch, "run", str(space.path), "--workers", "0", *arguments) == 0
         assert find_study("own").total == more
 
 
@@ -238,7 +230,7 @@ def test_processes_of_another_container_with_the_same_name_are_not_taken_for_dea
     """The numbers of its processes mean nothing here. The mock stands for a container, which is not to be had here."""
     claimed = study.claim()
     assert claimed is not None
-    monkeypatch.setattr(hpo.lease, "_process_space", lambda: "#17")
+    monkeypatch.setattr(lease, "_process_space", lambda: "#17")
     assert study.reap() == []
     [held] = study.held_elsewhere()
     assert held.number == 0
@@ -269,20 +261,12 @@ def test_the_twin_is_the_lowest_slot_before_with_the_same_parameters() -> None:
     assert first_twin(trials, {"a": 1.0, "b": 1.0}, slot=4) is None
 
 
-def command(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Runs the command in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
 def test_a_space_of_one_cell_ends_and_its_trials_are_replicates_with_seeds_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "cell.yaml"
     file.write_text(ONE_CELL)
-    assert command("run", str(file), "--trials", "3", monkeypatch=monkeypatch) == 0
+    assert hpo(monkeypatch, "run", str(file), "--trials", "3") == 0
     trials = sorted(trials_of(tmp_path / "studies/cell"), key=slot_of)
     assert [trial.user_attrs.get(REPLICATE_OF) for trial in trials] == [None, 0, 0]
     assert len({trial.value for trial in trials}) > 1  # other seeds
@@ -310,7 +294,7 @@ def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_kn
 ) -> None:
     begun, joined = tmp_path / "begun", tmp_path / "joined"
     monkeypatch.setenv("HPO_STUDIES", str(begun))
-    assert command("run", str(space.path), "--trials", "2", "--workers", "0", monkeypatch=monkeypatch) == 0
+    assert hpo(monkeypatch, "run", str(space.path), "--trials", "2", "--workers", "0") == 0
     said = capsys.readouterr().out
     assert "2 trials wait for workers" in said
     assert "  hpo worker own\n" in said
@@ -319,7 +303,7 @@ def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_kn
     Path(space.path).unlink()  # the worker's machine has no such file
     monkeypatch.setenv("HPO_STUDIES", str(joined))
     storage = str(begun / "own/journal.log")
-    assert command("worker", "own", "--storage", storage, "--device", "cpu", monkeypatch=monkeypatch) == 0
+    assert hpo(monkeypatch, "worker", "own", "--storage", storage, "--device", "cpu") == 0
     assert "no trial waits any more: 2 of 2 are finished\n" in capsys.readouterr().out
     assert sorted(finished_of(begun / "own")) == [0, 1]
     assert (joined / "own/trials/00001/metrics.jsonl").exists()
@@ -328,8 +312,8 @@ def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_kn
 def test_a_worker_that_finds_nothing_to_do_says_so_and_leaves(
     space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("run", str(space.path), "--trials", "1", monkeypatch=monkeypatch) == 0
-    assert command("worker", "own", monkeypatch=monkeypatch) == 0
+    assert hpo(monkeypatch, "run", str(space.path), "--trials", "1") == 0
+    assert hpo(monkeypatch, "worker", "own") == 0
     assert "no trial waits any more: 1 of 1 are finished\n" in capsys.readouterr().out
 
 
@@ -345,7 +329,7 @@ def test_a_worker_that_finds_nothing_to_do_says_so_and_leaves(
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(*arguments, monkeypatch=monkeypatch) == 2
+    assert hpo(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"hpo: {said}")
     assert error.count("\n") == 1

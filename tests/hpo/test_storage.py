@@ -118,7 +118,7 @@ def test_the_lock_leads_to_the_journal_as_optunas_does(journal: Path, monkeypatc
 def test_a_link_that_may_be_a_live_ones_is_waited_for(
     journal: Path, monkeypatch: pytest.MonkeyPatch, whose: str
 ) -> None:
-    monkeypatch.setattr(hpo.storage.lock, "_GRACE_S", 0.5)
+    monkeypatch.setattr(hpo.storage.lock, "GRACE_S", 0.5)
     if whose == "optuna's":
         # By a relative path, which leads nowhere from the link's own folder; Optuna itself would wait for ever.
         monkeypatch.chdir(journal.parent.parent)
@@ -137,7 +137,7 @@ def test_a_link_that_may_be_a_live_ones_is_waited_for(
 
 
 def test_a_link_is_kept_as_long_as_its_holder_writes(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hpo.storage.lock, "_GRACE_S", 0.4)
+    monkeypatch.setattr(hpo.storage.lock, "GRACE_S", 0.4)
     theirs = JournalFileSymlinkLock(str(journal))
     theirs.acquire()
     took: list[float] = []

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
@@ -22,14 +21,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-import hpo.commands.work
-import hpo.workers.local
-import hpo.workers.pool
 from core.config import TrainConfig
 from core.data import load_dataset
 from core.errors import UserError
 from core.runtime import describe_device
-from hpo import cli
+from hpo.commands import work
 from hpo.console import StudyProgress
 from hpo.driver import KEPT_MODELS
 from hpo.errors import StudyError
@@ -39,23 +35,15 @@ from hpo.packing import Limit
 from hpo.paths import StudyPaths
 from hpo.search_space import load_space
 from hpo.study import Study, open_study
-from hpo.workers import Crew, Job, LocalProcesses, free_capacity, run_workers
+from hpo.workers import Crew, Job, LocalProcesses, free_capacity, local, pool, run_workers
 from hpo.workers.capacity import CONTEXT_BYTES, WORKER_BYTES, Capacity, occupy, peak_memory_bytes
 from hpo.workers.local import main
 from hpo.workers.messages import Share, without_networks
 from hpo.workers.tuning import Choice, Tuning
+from tests.hpo.commands import SPACE, Start, hpo, started_runs
 from tests.hpo.journals import finished_of, trials_of
 
 CPU = torch.device("cpu")
-# Trials that know nothing of each other, so that they are the same whatever runs beside them.
-SPACE = """
-data: {name: digits}
-base: {model: {widths: [8], blocks: [1]}, epochs: 2, batch_size: 128, augment: {flip: 0.0}}
-pruner: {name: none}
-sampler: {name: random}
-search:
-  optim.lr_scale: {low: 0.5, high: 20, log: true}
-"""
 LONG = ("--set", "epochs=60")
 
 
@@ -76,36 +64,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def hpo_run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs the command in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["hpo", "run", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
+    """Runs `hpo run` in this process; returns its exit code."""
+    return hpo(monkeypatch, "run", *arguments)
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start() -> Iterator[Start]:
     """Starts `hpo run` as the head of a process group of its own, which the test's end ends."""
-    processes = []
-
-    def begin(*arguments: str) -> subprocess.Popen[str]:
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "hpo.cli", "run", *arguments],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,
-            )
-        )
-        return processes[-1]
-
-    yield begin
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    with started_runs() as begin:
+        yield begin
 
 
 def running(study: Path) -> list[optuna.trial.FrozenTrial]:
@@ -169,7 +136,7 @@ def test_several_workers_reach_exactly_the_total_and_what_one_process_alone_woul
 
 
 def test_one_trial_at_once_needs_no_process(space_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hpo.workers.local, "main", None)
+    monkeypatch.setattr(local, "main", None)
     assert hpo_run(monkeypatch, space_file, "--trials", "1", "--per-device", "1") == 0
     [trial] = trials_of(tmp_path / "studies/own")
     assert trial.user_attrs["lease"]["pid"] == os.getpid()
@@ -193,7 +160,7 @@ def test_relative_paths_and_the_images_of_a_person_reach_the_workers(
 
 @pytest.mark.slow
 def test_a_killed_workers_trial_goes_on_from_its_checkpoint_and_the_total_stays(
-    tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch, start: Callable[..., subprocess.Popen[str]]
+    tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     arguments = (space_file, "--trials", "3", "--set", "epochs=25", "--set", "data.folds=2")
     study = tmp_path / "studies/own"
@@ -223,9 +190,7 @@ def test_a_killed_workers_trial_goes_on_from_its_checkpoint_and_the_total_stays(
 
 
 @pytest.mark.slow
-def test_ctrl_c_gives_every_trial_back_and_says_how_to_go_on(
-    tmp_path: Path, space_file: str, start: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_ctrl_c_gives_every_trial_back_and_says_how_to_go_on(tmp_path: Path, space_file: str, start: Start) -> None:
     study = tmp_path / "studies/own"
     process = start(space_file, "--trials", "3", *LONG, "--per-device", "2")
     wait_until(lambda: at_work(study, 2), process)
@@ -242,9 +207,7 @@ def test_ctrl_c_gives_every_trial_back_and_says_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_an_interrupt_while_the_workers_load_ends_them_too(
-    tmp_path: Path, space_file: str, start: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_an_interrupt_while_the_workers_load_ends_them_too(tmp_path: Path, space_file: str, start: Start) -> None:
     process = start(space_file, "--trials", "3", *LONG, "--per-device", "2")
     wait_until(lambda: len(group_of(process.pid)) >= 3, process)
     os.killpg(process.pid, signal.SIGINT)
@@ -292,13 +255,13 @@ def every_one_dies(*arguments: Any) -> None:
 def test_where_one_dies_again_and_again_the_others_go_on(
     space_file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(hpo.workers.local, "main", the_second_dies)
+    monkeypatch.setattr(local, "main", the_second_dies)
     study, job = own_study(space_file, 16)
     caplog.set_level(logging.WARNING)
     bars = work_off(study, job, 2)
     assert study.counts().complete == 16
     deaths = [record.message for record in caplog.records if "worker 2 was killed by SIGKILL" in record.message]
-    assert 1 <= len(deaths) <= 1 + hpo.workers.pool.REPLACEMENTS
+    assert 1 <= len(deaths) <= 1 + pool.REPLACEMENTS
     assert len(bars.progress.tasks) == 1  # the study's: no bar stays behind
 
 
@@ -306,8 +269,8 @@ def test_where_one_dies_again_and_again_the_others_go_on(
 def test_where_none_can_live_the_run_ends_with_one_line_and_what_to_do(
     space_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hpo.workers.local, "main", every_one_dies)
-    monkeypatch.setattr(hpo.workers.pool, "REPLACEMENTS", 1)
+    monkeypatch.setattr(local, "main", every_one_dies)
+    monkeypatch.setattr(pool, "REPLACEMENTS", 1)
     study, job = own_study(space_file, 2)
     with pytest.raises(
         StudyError,
@@ -321,7 +284,7 @@ def test_where_none_can_live_the_run_ends_with_one_line_and_what_to_do(
 def test_a_crash_that_every_worker_meets_stops_the_run_and_keeps_its_traceback(
     space_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hpo.workers.pool, "REPLACEMENTS", 0)
+    monkeypatch.setattr(pool, "REPLACEMENTS", 0)
     study, job = own_study(space_file, 4)
     study.paths.trials.write_text("a file where a folder should be")
     with pytest.raises(RuntimeError, match=r"^worker \d failed: (FileExists|NotADirectory)Error") as caught:
@@ -603,17 +566,17 @@ def test_a_remembered_number_counts_on_its_host_alone_and_as_far_as_there_is_roo
 ) -> None:
     study, job = own_study(space_file, 1)
     room = Capacity(threads=1, cores=cores, memory_bytes=100 * WORKER_BYTES, gpu_bytes=None)
-    monkeypatch.setattr(hpo.commands.work, "free_capacity", lambda device: room)
+    monkeypatch.setattr(work, "free_capacity", lambda device: room)
     study.remember_packing(describe_device(CPU), 4, "4 trials at once: because")
-    assert hpo.commands.work.known_best(study, job.space, CPU) == number
+    assert work.known_best(study, job.space, CPU) == number
     monkeypatch.setattr("socket.gethostname", lambda: "another")
-    assert hpo.commands.work.known_best(study, job.space, CPU) is None
+    assert work.known_best(study, job.space, CPU) is None
 
 
 def test_auto_with_one_epoch_says_that_it_cannot_measure_and_starts_no_worker(
     tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hpo.workers.local, "main", None)
+    monkeypatch.setattr(local, "main", None)
     assert hpo_run(monkeypatch, space_file, "--set", "epochs=1", "--trials", "2", "--per-device", "auto") == 0
     assert "--per-device auto: not found out, an epoch can only be timed after another one" in capsys.readouterr().out
     assert {trial.user_attrs["lease"]["pid"] for trial in trials_of(tmp_path / "studies/own")} == {os.getpid()}
@@ -623,8 +586,8 @@ def test_more_trials_than_cores_are_warned_of(
     space_file: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     room = Capacity(threads=1, cores=1, memory_bytes=100 * WORKER_BYTES, gpu_bytes=None)
-    monkeypatch.setattr(hpo.commands.work, "free_capacity", lambda device: room)
-    monkeypatch.setattr(hpo.commands.work, "run_workers", lambda study, *_, **__: study.ensure_slots(0))
+    monkeypatch.setattr(work, "free_capacity", lambda device: room)
+    monkeypatch.setattr(work, "run_workers", lambda study, *_, **__: study.ensure_slots(0))
     assert hpo_run(monkeypatch, space_file, "--trials", "2", "--per-device", "2") == 0
     warning = "--per-device 2: the CPU has 1 core, and more trials at once only wait for each other"
     assert capfd.readouterr().err == f"warning: {warning}\n"
