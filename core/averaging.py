@@ -1,4 +1,4 @@
-"""Averages of the weights over time, which are what is evaluated and kept.
+"""Averages of the weights over time, which are what is evaluated and kept, and over several networks.
 
 EMA: an exponential moving average of parameters and batch-norm statistics, after every step. Its half-life is a
 fraction of the run, and its decay warms up as min(d, (1 + t) / (10 + t)) at the t-th update: so at first it averages
@@ -8,6 +8,10 @@ of them after 350 steps. The warm-up is that of TensorFlow's `ExponentialMovingA
 SWA: the plain mean of the weights at the ends of the last epochs (Izmailov et al. 2018, arXiv 1803.05407). Batch-norm
 statistics are no mean of weights, so they must be computed anew before it is evaluated: `recalibrate`.
 
+The mean over networks that were trained alike (Wortsman et al. 2022, arXiv 2203.05482, their uniform soup) costs no
+more to use than one of them. It is a good network only where the loss is low all the way between them: as a rule that
+holds of networks fine-tuned from one set of weights, and not of networks from scratch. So nothing takes it unseen.
+
 An update has two halves, so that the device's, `update`, can be captured as a CUDA graph: there the share of the new
 weights is a scalar on the device. The host counts, in `next_weight` and `end_update`.
 """
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -207,6 +211,33 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
             child.training = training
     if not seen:
         raise ValueError("no batch to recalibrate batch norm with")
+
+
+@torch.no_grad()
+def mean_of(models: Sequence[nn.Module]) -> nn.Module:
+    """A network whose weights are the mean of those of several, in evaluation mode, where the first one lies.
+
+    Buffers are averaged too, but integers, which are the first one's. Batch-norm statistics are no mean of weights:
+    `recalibrate` the network before it is used.
+
+    Args:
+        models: at least one; all of one architecture, on one device. They stay as they are.
+
+    Raises:
+        ValueError: there is none, or their tensors have other names or shapes.
+    """
+    if not models:
+        raise ValueError("no networks to average")
+    mean = copy.deepcopy(models[0]).eval().requires_grad_(False)
+    states = [model.state_dict(keep_vars=True) for model in models]
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    if any(each != shapes[0] for each in shapes):
+        raise ValueError("the networks are not of one architecture")
+    for name, tensor in mean.state_dict().items():
+        if tensor.is_floating_point():
+            # In float64: the mean of equal weights is then bitwise those weights.
+            tensor.copy_(torch.stack([state[name].detach().double() for state in states]).mean(0))
+    return mean
 
 
 def _batch_norms(module: nn.Module) -> list[_BatchNorm]:

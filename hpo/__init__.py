@@ -1,1 +1,58 @@
-"""Searches training configurations with Optuna, and refits the best into a model."""
+"""Searches training configurations with Optuna, and refits the best into a model.
+
+    from hpo import load_bundle, predict, refit, run
+
+    study = run("digits", trials=20)             # a search, or the rest of one
+    model = refit(study)                         # the winner, confirmed and trained on all images
+    model.predict("photos").names                # labels
+
+Each does what the command of its name does, and is imported when it is first asked for: `import hpo` alone waits for
+neither torch nor Optuna.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpo.bundle import LoadedBundle, load_bundle
+    from hpo.errors import HpoError
+    from hpo.frame import trials_frame
+    from hpo.library import predict, refit, run
+    from hpo.predictions import Predictions
+    from hpo.study import Study
+
+_HOMES = {
+    "HpoError": "hpo.errors",
+    "LoadedBundle": "hpo.bundle",
+    "Predictions": "hpo.predictions",
+    "Study": "hpo.study",
+    "load_bundle": "hpo.bundle",
+    "predict": "hpo.library",
+    "refit": "hpo.library",
+    "run": "hpo.library",
+    "trials_frame": "hpo.frame",
+}
+
+__all__ = [
+    "HpoError",
+    "LoadedBundle",
+    "Predictions",
+    "Study",
+    "load_bundle",
+    "predict",
+    "refit",
+    "run",
+    "trials_frame",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from core.calibration import scaled
 from core.config import TrainConfig
 from core.data.layout import printable
 from core.errors import UserError
@@ -36,11 +37,13 @@ from core.models import build_model
 from core.runtime import autocast, isolated_rng, normalize, select_device
 from core.tta import VIEWS, average, predict_logits
 from hpo.errors import BundleError, SpaceError
+from hpo.predictions import Images, Predictions, predictions_of
 from hpo.search_space import recipe_from_yaml, to_yaml
 
 WEIGHTS, MEMBER_WEIGHTS = "model.safetensors", "member_{}.safetensors"
 CONFIG, CLASSES = "config.yaml", "classes.json"
 PREPROCESS, ORIGIN, METRICS, README = "preprocess.json", "origin.json", "metrics.json", "README.md"
+ONNX = "model.onnx"
 
 T = TypeVar("T")
 
@@ -51,8 +54,10 @@ MAX_JSON_BYTES = 1 << 24
 MAX_NETWORKS = 20
 MAX_IMAGE_PIXELS = 1 << 24
 
-FORMAT = 2
+FORMAT = 3
 """Of the folder. A reader refuses a number that it does not know."""
+READABLE = (2, FORMAT)
+"""Format 2 knew no temperature."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class Bundle:
     """The trial's number in that study."""
     source: str | None = None
     """Where the data came from, in words or as a path."""
+    temperature: float = 1.0
+    """What the averaged logits are divided by, so that the probabilities are as sure as they are right."""
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -94,11 +101,13 @@ class Bundle:
         return weight_files(len(self.normalizations))
 
     def write(self, folder: Path, models: Sequence[nn.Module], report: dict[str, Any]) -> None:
-        """Writes all files but the pictures and the submission, into a folder that exists (see `writing`).
+        """Writes what makes the model, and its report, into a folder that exists (see `writing`).
+
+        Pictures, the submission and at last the README, which `hpo.card.write_card` makes, are written beside them.
 
         Args:
             models: the network, or the members of the ensemble, in the order of `normalizations`.
-            report: becomes `metrics.json`; of its `val` and `test`, the README shows `without_tta` and `with_tta`.
+            report: becomes `metrics.json`.
         """
         for name, model in zip(self.weights, models, strict=True):
             save_model(model, str(folder / name))
@@ -108,6 +117,7 @@ class Bundle:
             "channels": self.in_channels,
             "image_size": self.image_size,
             "tta_views": self.views,
+            "temperature": self.temperature,
             "networks": [
                 {"weights": name, "mean": normalization.mean, "std": normalization.std}
                 for name, normalization in zip(self.weights, self.normalizations, strict=True)
@@ -124,7 +134,6 @@ class Bundle:
         }
         _write_json(folder / ORIGIN, origin)
         _write_json(folder / METRICS, report)
-        (folder / README).write_text(_readme(self, report), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -135,9 +144,11 @@ class LoadedBundle:
     """The network, or the members of the ensemble, on the device, in evaluation mode."""
     meta: Bundle
     device: torch.device
+    folder: Path | None = None
+    """Where it was loaded from."""
 
     def logits(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
-        """The log-probabilities, or logits of one network and one view of each image, (N, K) float32 on the CPU.
+        """The log-probabilities, (N, K) float32 on the CPU; logits, of one network, one view and temperature 1.
 
         Args:
             images: (N, C, H, W) uint8, of the bundle's channels and size, N at least 1. They may lie anywhere, and go
@@ -156,7 +167,7 @@ class LoadedBundle:
             self._logits_of(model, normalization, images, batch_size)
             for model, normalization in zip(self.models, self.meta.normalizations, strict=True)
         ]
-        return average(torch.stack(of_each))
+        return scaled(average(torch.stack(of_each)), self.meta.temperature)
 
     def _logits_of(self, model: nn.Module, by: Normalization, images: Tensor, batch_size: int) -> Tensor:
         logits = predict_logits(
@@ -172,6 +183,29 @@ class LoadedBundle:
     def probabilities(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
         """The probability of every class, (N, K) float32 on the CPU, of images as `logits` takes them."""
         return self.logits(images, batch_size=batch_size).softmax(1)
+
+    def predict(self, images: Images, *, batch_size: int = EVALUATION_BATCH, skip_broken: bool = False) -> Predictions:
+        """Labels images of any size, read and resized as those that the model was trained on.
+
+        Args:
+            images: a path or a list of paths, of images, folders, archives, .npz files or CSVs of paths; Pillow images;
+                an array (H, W), (H, W, C) or (N, H, W, C); a tensor (C, H, W) or (N, C, H, W). Pixels are uint8.
+            batch_size: images at once on the device.
+            skip_broken: leaves unreadable images out, where they would otherwise be an error.
+
+        Raises:
+            BundleError: the images are nothing that can be labelled, as floats, whose range nobody knows.
+            UserError: there is no image at a path, or one is broken.
+        """
+        return predictions_of(
+            images,
+            partial(self.probabilities, batch_size=batch_size),
+            classes=self.meta.classes,
+            image_size=self.meta.image_size,
+            channels=self.meta.in_channels,
+            batch_size=batch_size,
+            skip_broken=skip_broken,
+        )
 
 
 def weight_files(networks: int) -> tuple[str, ...]:
@@ -261,7 +295,12 @@ class _Preprocess(_File):
     channels: Literal[1, 3]
     image_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     tta_views: str
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
     networks: Annotated[tuple[_Network, ...], Field(min_length=1, max_length=MAX_NETWORKS)]
+
+
+class _PreprocessBefore3(_Preprocess):
+    temperature: Literal[1] = 1
 
 
 class _Data(_File):
@@ -286,23 +325,26 @@ class _Format(_File):
 _CLASSES: TypeAdapter[tuple[str, ...]] = TypeAdapter(Annotated[tuple[str, ...], Field(min_length=1)])
 
 
-def load_bundle(folder: Path, device: torch.device | None = None) -> LoadedBundle:
+def load_bundle(folder: Path | str, device: torch.device | str | None = None) -> LoadedBundle:
     """Loads a submission model. Nothing is downloaded, and no code of the folder is run.
 
     Args:
-        device: the first CUDA device, or the CPU, where none is given.
+        folder: one that `hpo refit` wrote.
+        device: `cpu`, `cuda` or `cuda:N`; the first CUDA device, or the CPU, where none is given.
 
     Raises:
         BundleError: the folder is no bundle, a file of it is missing or damaged, or they do not fit each other.
+        UserError: there is no such device.
     """
+    folder = Path(folder)
     _restore(folder)
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; give one that `hpo refit` wrote")
     _check_present(folder, ORIGIN, CONFIG, CLASSES, PREPROCESS)
     meta = _read_meta(folder)
-    device = device or select_device()
+    device = device if isinstance(device, torch.device) else select_device(device)
     models = tuple(_load_network(folder, name, meta, device) for name in meta.weights)
-    return LoadedBundle(models, meta, device)
+    return LoadedBundle(models, meta, device, folder)
 
 
 def _check_present(folder: Path, *names: str) -> None:
@@ -333,10 +375,11 @@ def _load_network(folder: Path, name: str, meta: Bundle, device: torch.device) -
 def _read_meta(folder: Path) -> Bundle:
     """All but the weights, whose checksums are compared."""
     made = _read_json(folder / ORIGIN, TypeAdapter(_Format)).format  # first: another format has other keys
-    if made != FORMAT:
-        raise BundleError(f"{folder}: a bundle of format {made}, and this hpo reads {FORMAT}; use its version")
+    if made not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise BundleError(f"{folder}: a bundle of format {made}, and this hpo reads {known}; use its version")
     origin = _read_json(folder / ORIGIN, TypeAdapter(_Origin))
-    preprocess = _read_json(folder / PREPROCESS, TypeAdapter(_Preprocess))
+    preprocess = _read_json(folder / PREPROCESS, TypeAdapter(_Preprocess if made == FORMAT else _PreprocessBefore3))
     names = weight_files(len(preprocess.networks))
     if tuple(network.weights for network in preprocess.networks) != names:
         raise BundleError(f"{folder / PREPROCESS}: the weights of its networks must be {', '.join(names)}, in order")
@@ -369,6 +412,7 @@ def _read_meta(folder: Path) -> Bundle:
         study=origin.study,
         trial=origin.trial,
         source=origin.data.source,
+        temperature=preprocess.temperature,
     )
 
 
@@ -394,126 +438,3 @@ def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:
             )
     except UserError as error:
         raise BundleError(f"{folder / CONFIG}: cannot be built here ({error})") from error
-
-
-# README -------------------------------------------------------------------------------------------------------------
-
-_README = """\
-# A classifier of {classes} classes, trained on {data}
-
-Written by `hpo refit`{trial}. It takes {kind} images, resized to {width}×{height} pixels, and names one of:
-{names}.
-
-## How to use it
-
-Install `hpo-vision` {version}. In this folder, with IMAGES a folder, `.zip`, `.tar.*`, `.npz`, or a `.csv` of paths:
-
-    hpo predict . IMAGES -o submission.csv
-
-Or in Python:
-
-```python
-from pathlib import Path
-
-from core.data import load_images
-from hpo.bundle import load_bundle
-
-bundle = load_bundle(Path("."))  # this folder
-size, channels = bundle.meta.image_size, bundle.meta.in_channels
-images, names, broken = load_images(Path("photos"), image_size=size, channels=channels)
-for name, row in zip(names, bundle.probabilities(images)):  # (N, classes)
-    print(name, bundle.meta.classes[row.argmax()], f"{{row.max():.3f}}")
-```
-
-## How good it is
-
-{scores}
-
-`metrics.json` has all of them, class by class. The validation scores are {validated}
-
-## What it is
-
-- Network: {network}{ensemble}; test-time augmentation: {views} ({view_count} view{plural} of each image).
-- Data: {data}{source}, fingerprint `{fingerprint}`.
-- Versions: {versions}.
-
-| File | What is in it |
-|---|---|
-| {weights} | the weights: {state} of `core.models.build_model` |
-| `config.yaml` | the whole configuration; see below |
-| `classes.json` | the classes, in the order of the network's outputs |
-| `preprocess.json` | channels, size (height, width), views; of each network, mean and deviation of pixels in [0, 1] |
-| `origin.json` | study, trial, data, versions, checksums of the weights |
-| `metrics.json` | scores on validation and test images |
-| `confusion.png` | which classes are taken for which, on test images |
-| `learning_curves.png` | the training of this model |
-| `submission.csv` | the labels of the test images |
-
-No file is a pickle: loading them runs no code.
-
-`hpo train config.yaml --data …` {trains}
-"""
-
-_OF_A_TRIAL = "those of the trial's own weights, which had\nnot seen those images; the test scores are this model's."
-_OF_FOLDS = (
-    "out-of-fold: the trial trained {folds} networks,\n"
-    "and each image was judged by the one that had not seen it. The test scores are this model's."
-)
-_OF_AN_ENSEMBLE = (
-    "out-of-fold: each image was judged by the one\n"
-    "member that had not seen it. The test scores are the whole ensemble's."
-)
-_TRAINS_LESS = (
-    "trains this configuration on the training images, without the validation images, which\n"
-    "this model was trained on too."
-)
-_TRAINS_FOLDS = "trains this configuration {folds} times, each time without another part of the images:\n{but}"
-
-
-def _readme(bundle: Bundle, report: dict[str, Any]) -> str:
-    height, width = bundle.image_size
-    views = len(VIEWS[bundle.views])
-    networks, folds = len(bundle.weights), bundle.config.data.folds
-    if networks > 1:
-        validated, but = _OF_AN_ENSEMBLE, "that is how the members of this ensemble were trained."
-    elif folds is not None:
-        validated, but = _OF_FOLDS.format(folds=folds), "this model was trained on all of them."
-    else:
-        validated, but = _OF_A_TRIAL, ""
-    trains = _TRAINS_LESS if folds is None else _TRAINS_FOLDS.format(folds=folds, but=but)
-    of_study = "" if bundle.study is None else f" of study `{bundle.study}`"
-    return _README.format(
-        trial=of_study if bundle.trial is None else f" from trial {bundle.trial}{of_study}",
-        source="" if bundle.source is None else f" (from {bundle.source})",
-        classes=len(bundle.classes),
-        data=bundle.data_name,
-        kind="grey" if bundle.in_channels == 1 else "colour",
-        width=width,
-        height=height,
-        names=", ".join(bundle.classes),
-        version=bundle.versions.get("hpo-vision", ""),
-        scores=_score_table(report),
-        validated=validated,
-        trains=trains,
-        network=bundle.config.model.name,
-        ensemble="" if networks == 1 else f", an ensemble of {networks}, whose probabilities are averaged",
-        weights=" … ".join(f"`{name}`" for name in dict.fromkeys((bundle.weights[0], bundle.weights[-1]))),
-        state="the state dict" if networks == 1 else "each the state dict",
-        views=bundle.views,
-        view_count=views,
-        plural="" if views == 1 else "s",
-        fingerprint=bundle.fingerprint,
-        versions=", ".join(f"{name} {number}" for name, number in bundle.versions.items()),
-    )
-
-
-def _score_table(report: dict[str, Any]) -> str:
-    columns = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1", "loss": "NLL"}
-    lines = [f"| Images | TTA | {' | '.join(columns.values())} |", f"|---|---|{'---:|' * len(columns)}"]
-    for part, name in (("val", "validation"), ("test", "test")):
-        for key, tta in (("without_tta", "no"), ("with_tta", "yes")):
-            scores = report.get(part, {}).get(key)
-            if scores is not None:
-                cells = [f"{scores[column]:.4f}" for column in columns]
-                lines.append(f"| {name} ({report[part]['images']}) | {tta} | {' | '.join(cells)} |")
-    return "\n".join(lines)

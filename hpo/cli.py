@@ -267,6 +267,43 @@ def train(
 
 
 @app.command()
+def confirm(
+    study: StudyArgument = None,
+    storage: Storage = None,
+    data: Data = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SHARE",
+            help="What it may cost, as a share of the epochs that the search trained; the space's confirm.budget.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Device = None,
+    devices: Devices = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="How many trainings run at once, each in a process.", show_default=False),
+    ] = None,
+    per_device: PerDevice = None,
+) -> None:
+    """Train the best configurations and the base again on other seeds and splits, and say whether tuning helped."""
+    from hpo.commands.confirm import confirm_command
+
+    confirm_command(
+        study,
+        storage=storage,
+        data=data,
+        budget=budget,
+        device_name=device,
+        devices=devices,
+        workers=workers,
+        per_device=per_device,
+    )
+
+
+@app.command()
 def refit(
     trial: Annotated[str, typer.Argument(help="`best`, or a trial's number.")],
     study: StudyOption = None,
@@ -280,12 +317,41 @@ def refit(
             show_default=False,
         ),
     ] = None,
+    members: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Train K networks on all images, each from another seed, as an ensemble, or as one network of their "
+            "averaged weights where validation says that it is as good.",
+            show_default=False,
+        ),
+    ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write the model as ONNX too, checked against torch's outputs.")
+    ] = False,
+    confirm: Annotated[
+        bool,
+        typer.Option(
+            "--confirm/--no-confirm",
+            help="Before `best` is refitted, confirm it on other seeds and splits, unless that was done.",
+        ),
+    ] = True,
     device: Device = None,
 ) -> None:
-    """Retrain a trial on train+val into a submission model, and open the test set."""
+    """Retrain a trial on train+val into a submission model, and open the test set. `best` is confirmed first."""
     from hpo.commands.refit import refit_command
 
-    refit_command(trial, study_name=study, storage=storage, data=data, folds=folds, device_name=device)
+    refit_command(
+        trial,
+        study_name=study,
+        storage=storage,
+        data=data,
+        folds=folds,
+        members=members,
+        onnx=onnx,
+        confirm=confirm,
+        device_name=device,
+    )
 
 
 @app.command()
@@ -303,6 +369,26 @@ def predict(
     predict_command(
         bundle, images, output=output, probabilities=probabilities, device_name=device, skip_broken=skip_broken
     )
+
+
+@app.command()
+def report(
+    study: StudyArgument = None,
+    storage: Storage = None,
+    data: Data = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The HTML file; report.html in the study's folder.", show_default=False),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", metavar="STUDY", help="Set the study beside this one. Repeatable."),
+    ] = None,
+) -> None:
+    """Write a study as one HTML file that needs no network: who won, how sure, at what cost, and why."""
+    from hpo.commands.report import report_command
+
+    report_command(study, storage=storage, data=data, output=output, compare=compare or [])
 
 
 @app.command()
@@ -332,6 +418,51 @@ def study_show(study: StudyArgument = None, storage: Storage = None) -> None:
     from hpo.commands.study import show_command
 
     show_command(study, storage=storage)
+
+
+@study_app.command("top")
+def study_top(
+    study: StudyArgument = None,
+    storage: Storage = None,
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often it looks.")] = 2.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Look once, and leave; so does a run without a terminal.")
+    ] = False,
+) -> None:
+    """A running study, live: its workers, their trials and rungs, the best, the rate and the time left."""
+    from hpo.commands.top import top_command
+
+    top_command(study, storage=storage, every_s=every, once=once)
+
+
+@study_app.command("trials")
+def study_trials(
+    study: StudyArgument = None,
+    storage: Storage = None,
+    csv: Annotated[bool, typer.Option("--csv", help="As CSV, every column; a table of the main ones.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A CSV file; the terminal.", show_default=False)
+    ] = None,
+) -> None:
+    """Every trial: state, value, parameters, and how it went."""
+    from hpo.commands.trials import trials_command
+
+    trials_command(study, storage=storage, csv=csv, output=output)
+
+
+@study_app.command("export")
+def study_export(
+    trial: Annotated[str, typer.Argument(help="`best`, or a trial's number.")],
+    study: StudyOption = None,
+    storage: Storage = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A YAML file; the terminal.", show_default=False)
+    ] = None,
+) -> None:
+    """A trial's configuration as a recipe, which `hpo train` and a space's `base` accept."""
+    from hpo.commands.trials import export_command
+
+    export_command(trial, study_name=study, storage=storage, output=output)
 
 
 @study_app.command("doctor")
@@ -365,6 +496,20 @@ def space_check(
     from hpo.commands.space import check_command
 
     check_command(file)
+
+
+@space_app.command("suggest")
+def space_suggest(
+    study: StudyArgument = None,
+    storage: Storage = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A YAML file; the terminal.", show_default=False)
+    ] = None,
+) -> None:
+    """A narrowed or widened search space from a finished study, with its reasons as comments."""
+    from hpo.commands.space import suggest_command
+
+    suggest_command(study, storage=storage, output=output)
 
 
 @space_app.command("schema")

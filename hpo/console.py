@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from core.config import TrainConfig
@@ -19,6 +24,9 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_UNBOUNDED = 100_000  # columns: of what goes into a file or another command, which nobody cuts
+_GAP = 2  # columns that a table leaves between two of its own
 
 
 def set_up_logging() -> None:
@@ -184,19 +192,99 @@ def trial_line(outcome: Outcome, metric: str) -> str:
     if outcome.state == "pruned" and outcome.failure is None:
         last = outcome.rows[-1] if outcome.rows else {}
         where = f"fold {last['fold']}, " if "fold" in last else ""
-        how = f"pruned at {where}epoch {last.get('epoch', 0)}"
+        how = f"pruned at {where}epoch {last['epoch']}" if last else "stopped before it began"
     took = f"{outcome.history[-1].elapsed_s:6.1f} s" if outcome.history else "        "
-    detail = f"  ({outcome.why})" if outcome.failure else ""
+    detail = f"  ({outcome.why})" if outcome.failure or not outcome.rows else ""
     if outcome.replicate_of is not None:
         detail += f"  (replicate of slot {outcome.replicate_of})"
     return f"trial {outcome.number:3d}  {metric} {value}  {how:<18} {took}  {assignments(outcome.params)}{detail}"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
-    """A plain table; `right` names the columns to align to the right."""
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Dotted paths by as few of their last parts as tell them apart: `optim.lr_scale` is `lr_scale`.
+
+    A last part that says nothing alone keeps the one before: `optim.name`.
+    """
+    names = list(paths)
+    found = {}
+    for path in names:
+        parts = path.split(".")
+        fewest = 2 if parts[-1] == "name" else 1
+        tails = [".".join(parts[-count:]) for count in range(fewest, len(parts) + 1)]
+        others = [other for other in names if other != path]
+        alone = (tail for tail in tails if not any(f".{other}".endswith(f".{tail}") for other in others))
+        found[path] = next(alone, path)
+    return found
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = (), cut: bool = False
+) -> None:
+    """A plain table; `right` names the columns to align to the right.
+
+    Args:
+        cut: whether the last column ends in … where the terminal does, a row a line; else it is folded. Without a
+            terminal nothing is cut.
+    """
+    if cut and not console.is_terminal:
+        wide = Console(file=console.file, width=_UNBOUNDED, highlight=False)
+        wide.print(_grid(columns, rows, right=right, width=None))
+    else:
+        console.print(_grid(columns, rows, right=right, width=console.width if cut else None))
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int], width: int | None) -> Table:
+    """A table; with a width, its last column is cut off there."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         grid.add_column(column, justify="right" if number in right else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*(escape(str(cell)) for cell in row))
-    console.print(grid)
+    cells = [[Text(str(cell)) for cell in row] for row in rows]
+    if width is not None:
+        taken = [
+            max(cell_len(line) for line in (name, *(row[at].plain for row in cells))) for at, name in enumerate(columns)
+        ]
+        for row in cells:
+            row[-1].truncate(max(1, width - sum(taken[:-1]) - _GAP * (len(columns) - 1)), overflow="ellipsis")
+    for row in cells:
+        grid.add_row(*row)
+    return grid
+
+
+@dataclass(frozen=True)
+class TableOf:
+    """A table among the parts of a screen."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    right: Sequence[int] = ()
+    """The columns that are aligned to the right. The last column is cut where the terminal ends."""
+
+
+Screen = Sequence["str | TableOf"]
+"""Lines and tables, one below the other."""
+
+
+def say_screen(screen: Screen) -> None:
+    """Prints a screen once."""
+    for part in screen:
+        if isinstance(part, str):
+            say(part)
+        else:
+            table(part.columns, part.rows, right=part.right, cut=True)
+
+
+@contextmanager
+def live_screen() -> Iterator[Callable[[Screen], None]]:
+    """What is yielded shows a screen in place of the one before; the last one stays. Only for a terminal."""
+    with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
+
+        def show(screen: Screen) -> None:
+            parts = [
+                Text(part, overflow="fold")
+                if isinstance(part, str)
+                else _grid(part.columns, part.rows, right=part.right, width=console.width)
+                for part in screen
+            ]
+            live.update(Group(*parts), refresh=True)
+
+        yield show

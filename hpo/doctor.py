@@ -30,7 +30,7 @@ from core.config import TrainConfig
 from core.errors import CoreError
 from hpo.errors import HpoError, StudyError
 from hpo.lease import LEASE, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
-from hpo.paths import StudyPaths, cache_root, data_root, studies_root
+from hpo.paths import StudyPaths, cache_root, data_root, is_confirmation, studies_root
 from hpo.record import RECORD, check_weights, read_record, storage_url_of
 from hpo.slots import ARTIFACT, TAKEN_FROM, slot_of, standing
 from hpo.storage import is_journal, mask, open_storage, repair_journal
@@ -135,9 +135,10 @@ def find_patient(name: str | None, *, storage_url: str | None) -> Patient:
     folders = studies_root().iterdir() if studies_root().is_dir() else []
     times = {paths.name: seen for paths in map(StudyPaths, folders) if (seen := _last_run(paths)) is not None}
     if name is None:
-        if not times:
+        searches = [known for known in times if not is_confirmation(known)]
+        if not searches:
             raise StudyError(f"no studies in {studies_root()} yet; begin with: hpo run digits")
-        return Patient(max(times, key=times.__getitem__), storage_url)
+        return Patient(max(searches, key=times.__getitem__), storage_url)
     if name not in times and storage_url is None:
         return Patient(find_study(name).name)  # which says that there is none, and which there are
     if name not in times:
@@ -423,7 +424,7 @@ def _kept_weights(patient: Patient) -> Iterator[Told]:
     study = patient.known
     study.use_depot(None)
     best = study.best_trial()
-    if best is None or TAKEN_FROM in best.user_attrs:
+    if best is None or TAKEN_FROM in best.user_attrs or study.confirms is not None:  # which keeps none
         return
     folds = study.record["base"]["data"].get("folds") or 1
     files = [patient.paths.trial_model(best.number, fold) for fold in range(1, folds + 1)]

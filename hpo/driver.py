@@ -18,20 +18,23 @@ from pathlib import Path
 import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 
-from core.config import TrainConfig
+from core.config import DataConfig, TrainConfig
 from core.data import Splits
 from core.errors import CoreError
-from core.loop import EpochMetrics, seconds_per_epoch
+from core.loop import EpochMetrics, TrainResult, seconds_per_epoch
 from core.runtime import derive_seed, describe_device
+from hpo.confirmation.trials import why_stopped
 from hpo.errors import FULL_DISK, HpoError, StudyError
 from hpo.interrupts import Interrupts
-from hpo.objective import Listener, Objective, Outcome, failure_of
+from hpo.notes import note_trial
+from hpo.objective import Divide, Listener, Objective, Outcome, failure_of
 from hpo.paths import TrainingPaths
-from hpo.pruner import RungPruner, build_pruner
-from hpo.report import attach_artifacts, confusion_matrix, learning_curves
-from hpo.search_space import Recipe, SearchSpace, to_yaml
+from hpo.pictures import attach_artifacts, confusion_matrix, learning_curves
+from hpo.pruner import RungPruner, build_pruner, lets_through
+from hpo.search_space import ConfirmationSpace, Recipe, SearchSpace, to_yaml
+from hpo.slots import STOPPED
 from hpo.study import Study
 from hpo.training import Watch, read_result, train_recorded, validation_confusion, write_result
 
@@ -49,9 +52,9 @@ def estimate_s(
 ) -> tuple[float, float]:
     """Seconds that so many trials and recipes take on this device, from timed steps: (all in full, as pruned).
 
-    The second number supposes that each rung keeps the share that the rung pruner is told to keep; other pruners make
-    no such promise, and both numbers are then the same. Recipes beside the study are never pruned. All folds are
-    supposed to take as long as the first.
+    The second number supposes that each rung keeps the share that the rung pruner is told to keep, and that what it
+    lets through trains in full; other pruners make no such promise, and both numbers are then the same. Recipes beside
+    the study are never pruned. All folds are supposed to take as long as the first.
 
     Args:
         splits: one, or one a fold.
@@ -67,13 +70,14 @@ def estimate_s(
     for rung, keep in {**pruner.keeps, steps: 1.0}.items():
         visited += share * (rung - before)
         share, before = share * keep, rung
-    return in_full, (trials * visited + references * steps) * per_step
+    in_full_too = references + sum(lets_through(slot, pruner.let_through) for slot in range(trials))
+    return in_full, ((trials + references - in_full_too) * visited + in_full_too * steps) * per_step
 
 
 def run_study(
     study: Study,
     space: SearchSpace,
-    splits: Sequence[Splits],
+    splits: Sequence[Splits] | Divide,
     *,
     device: torch.device,
     listener: Listener,
@@ -84,7 +88,7 @@ def run_study(
     """Runs the trials that wait, until none is left of the total.
 
     Args:
-        splits: one, or one a fold.
+        splits: on the device: one, or one a fold; or what divides the images as a trial's configuration asks.
         wanted: asked before each trial whether it is to be run.
         keep_gb: what the study's weights and checkpoints may take, in 10^9 bytes; None for any.
 
@@ -100,9 +104,12 @@ def run_study(
             depot.send(checkpoint)
         space_on_disk.keep_within()
 
+    def divide(config: DataConfig) -> Sequence[Splits]:
+        return splits(config) if callable(splits) else splits
+
     objective = Objective(
         space,
-        splits,
+        divide,
         study.paths,
         seed=study.seed,
         device=device,
@@ -118,8 +125,9 @@ def run_study(
         trial, slot = claimed
         try:
             with full_disk_told(study.paths.dir), study.beating(trial):
-                outcome = objective(trial, slot)
-                _keep(study, space, splits, outcome)
+                outcome = _stopped(study, space, trial, slot) or objective(trial, slot)
+                if study.confirms is None:  # a refit takes the search's weights, and pictures of every seed say little
+                    _keep(study, space, divide(space.base.data), outcome, device)
                 space_on_disk.keep_within()
                 # One thread and two do not add in the same order: with the same number, a trial's values are the same.
                 where = {"torch_threads": torch.get_num_threads(), "device": describe_device(device)}
@@ -133,11 +141,23 @@ def run_study(
             study.release(trial, crashed=_is_crash(error))
             raise
         if counted:  # else another process has the slot now, and needs them
-            for fold in range(1, len(splits) + 1):
+            for fold in range(1, (space.base.data.folds or 1) + 1):
                 study.drop_checkpoint(study.paths.checkpoint(slot, fold))
         listener.trial_ended(outcome)
         del outcome  # the networks, which the next trial's would otherwise have to fit beside
         interrupts.check()
+
+
+def _stopped(study: Study, space: SearchSpace, trial: optuna.Trial, slot: int) -> Outcome | None:
+    """How a confirmation's trial ends that need not be trained, since its candidate can no longer win; None else."""
+    if not isinstance(space, ConfirmationSpace):
+        return None
+    space.suggest(trial)
+    why = why_stopped(study, space, trial, slot)
+    if why is None:
+        return None
+    attributes = {STOPPED: why, "epochs": 0}
+    return Outcome(trial.number, slot, "pruned", None, None, space.shown(trial), why=why, attributes=attributes)
 
 
 def _is_crash(error: BaseException) -> bool:
@@ -288,14 +308,19 @@ def _is_trained(study: Study, recipe: Recipe) -> bool:
     return paths.result.exists() and paths.config.read_text() == to_yaml(_reference_config(study, recipe))
 
 
-def _keep(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: Outcome) -> None:
-    """Writes what outlives a trial: the weights of the best few, and the pictures that the dashboard shows."""
+def _keep(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: Outcome, device: torch.device) -> None:
+    """Writes what outlives a trial: the weights of the best few, and what the dashboard shows, pictures and a note."""
     if outcome.results:
-        _keep_weights(study, outcome)
+        _keep_weights(study, splits, outcome)
     try:
         attach_artifacts(study.optuna, outcome.number, _draw(study, space, splits, outcome), study.artifact_store())
     except Exception as error:  # a picture is not worth a trial
         logger.warning("trial %d: its pictures are missing (%s: %s)", outcome.number, type(error).__name__, error)
+    try:
+        study.remember_device(describe_device(device))
+        note_trial(study, space, outcome, device=describe_device(device))
+    except Exception as error:  # nor is a note
+        logger.warning("trial %d: its note is missing (%s: %s)", outcome.number, type(error).__name__, error)
 
 
 def _draw(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: Outcome) -> list[Path]:
@@ -314,7 +339,7 @@ def _draw(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: O
     return files
 
 
-def _keep_weights(study: Study, outcome: Outcome) -> None:
+def _keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> None:
     """Keeps this trial's weights if it is among the best few, and lets go of those that no longer are."""
     assert outcome.value is not None
     values = _complete_values(study)
@@ -327,12 +352,24 @@ def _keep_weights(study: Study, outcome: Outcome) -> None:
             temporary = weights.with_suffix(".tmp")
             save_model(result.model, str(temporary))
             temporary.replace(weights)
+            _write_validation(study.paths.trial_validation(outcome.number, fold), result, splits[fold - 1])
         if study.depot is not None:
             for file in study.paths.needed_by_refit(outcome.number):
                 study.depot.put(file, study.paths.inside(file))
     # What this one has displaced. What two workers kept at the same time goes when the run ends.
     before = _best_of({number: value for number, value in values.items() if number != outcome.number})
     _let_go(study, set(before) - set(best), folds=len(folds))
+
+
+def _write_validation(path: Path, result: TrainResult, splits: Splits) -> None:
+    """Writes what the network says of its validation images: `logits` (M, K) float32, and their `indices` (M,) int64.
+
+    The indices are positions among the data set's images. A report needs no network to show what is mistaken for what.
+    """
+    assert result.val_logits is not None, "what is judged has validation images"
+    temporary = path.with_suffix(".tmp")
+    save_file({"logits": result.val_logits.cpu().contiguous(), "indices": splits.val.cpu()}, str(temporary))
+    temporary.replace(path)
 
 
 def keep_best_weights(study: Study, *, folds: int, keep_gb: float | None = None) -> None:
@@ -405,6 +442,7 @@ def _let_go(study: Study, numbers: Iterable[int], *, folds: int) -> None:
     for number in numbers:
         for fold in range(1, folds + 1):
             weights = study.paths.trial_model(number, fold)
-            weights.unlink(missing_ok=True)
+            for file in (weights, study.paths.trial_validation(number, fold)):
+                file.unlink(missing_ok=True)
             if study.depot is not None:
                 study.depot.remove(study.paths.inside(weights))

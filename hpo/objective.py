@@ -10,6 +10,7 @@ scores and the current one, so that a pruner can end it after any epoch.
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import optuna
 import torch
 from pydantic import ValidationError
 
-from core.config import TrainConfig
+from core.config import DataConfig, TrainConfig
 from core.errors import ConfigError, DivergedError
 from core.loop import EpochMetrics, TrainResult, train
 from core.runtime import derive_seed, is_out_of_memory
@@ -29,13 +30,16 @@ from hpo.interrupts import Interrupts
 from hpo.paths import StudyPaths
 from hpo.pruner import RungPruner
 from hpo.search_space import SearchSpace, to_yaml
-from hpo.slots import REPLICATE_OF, RESUMED_EPOCH, first_twin
+from hpo.slots import CONFIG, REPLICATE_OF, RESUMED_EPOCH, first_twin
 from hpo.training import append_line, fold_label, going_on, of_fold
 
 if TYPE_CHECKING:
     from core.data import Splits
 
 logger = logging.getLogger(__name__)
+
+Divide = Callable[[DataConfig], "Sequence[Splits]"]
+"""Divides the images as a configuration asks, on the device: one split, or one a fold."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ class Objective:
     """Trains what a trial asks for.
 
     Args:
+        divide: gives the training and validation images, on the device.
         seed: the study's.
-        splits: the training and validation images, on the device: one, or one a fold.
         before_training: told of the checkpoint that a training would go on from, there or not.
         on_checkpoint: told of each checkpoint that is whole and in place.
     """
@@ -90,7 +94,7 @@ class Objective:
     def __init__(
         self,
         space: SearchSpace,
-        splits: Sequence[Splits],
+        divide: Divide,
         paths: StudyPaths,
         *,
         seed: int,
@@ -100,7 +104,7 @@ class Objective:
         before_training: Callable[[Path], None] | None = None,
         on_checkpoint: Callable[[Path], None] | None = None,
     ) -> None:
-        self.space, self.splits, self.paths = space, tuple(splits), paths
+        self.space, self.divide, self.paths = space, divide, paths
         self.seed, self.device, self.listener, self.interrupts = seed, device, listener, interrupts
         self.before_training, self.on_checkpoint = before_training, on_checkpoint
 
@@ -111,15 +115,16 @@ class Objective:
         if twin is not None:  # with another seed it says how far luck goes, and is no new configuration
             trial.set_user_attr(REPLICATE_OF, twin)
         try:
-            config = self.space.config(params).override({"seed": derive_seed(self.seed, "trial", slot)})
+            config = self._config(trial, params, slot)
         except ValidationError as error:
             text = "; ".join(str(fault["msg"]).removeprefix("Value error, ") for fault in error.errors())
-            return Outcome(trial.number, slot, "pruned", None, None, params, failure="invalid", why=text)
+            shown = self.space.shown(trial)
+            return Outcome(trial.number, slot, "pruned", None, None, shown, failure="invalid", why=text)
         self.paths.trial(trial.number).mkdir(parents=True, exist_ok=True)
         self.paths.trial_config(trial.number).write_text(to_yaml(config))
-        attempt = _Attempt(self, trial, slot, config, twin)
+        attempt = _Attempt(self, trial, slot, config, self.divide(config.data), twin)
         try:
-            for fold in range(1, len(self.splits) + 1):
+            for fold in range(1, attempt.folds + 1):
                 attempt.begin(fold)
                 attempt.end(self._train(attempt))
         except optuna.TrialPruned as verdict:
@@ -130,6 +135,13 @@ class Objective:
                 raise
             return attempt.outcome("pruned", None, failure=failure, why=str(error).partition("\n")[0])
         return attempt.outcome("complete", attempt.value)
+
+    def _config(self, trial: optuna.trial.Trial, params: dict[str, Any], slot: int) -> TrainConfig:
+        """What the trial trains, seed included: what its parameters mean, or the configuration that it brings."""
+        brought = trial.user_attrs.get(CONFIG)
+        if brought is not None:
+            return TrainConfig.model_validate_json(json.dumps(brought))
+        return self.space.config(params).override({"seed": derive_seed(self.seed, "trial", slot)})
 
     def _train(self, attempt: _Attempt) -> TrainResult:
         """Trains a fold on from its checkpoint, or anew where there is none that can be used."""
@@ -142,7 +154,7 @@ class Objective:
     def _train_from(self, checkpoint: Path, attempt: _Attempt) -> TrainResult:
         return train(
             of_fold(attempt.config, attempt.fold),
-            self.splits[attempt.fold - 1],
+            attempt.splits[attempt.fold - 1],
             device=self.device,
             on_epoch_end=attempt.epoch_ended,
             on_resume=attempt.resumed,
@@ -170,11 +182,17 @@ class _Attempt:
     """What one trial has reported so far."""
 
     def __init__(
-        self, objective: Objective, trial: optuna.trial.Trial, slot: int, config: TrainConfig, twin: int | None
+        self,
+        objective: Objective,
+        trial: optuna.trial.Trial,
+        slot: int,
+        config: TrainConfig,
+        splits: Sequence[Splits],
+        twin: int | None,
     ) -> None:
         self.objective, self.trial, self.slot, self.config, self.twin = objective, trial, slot, config, twin
         self.metric = objective.space.metric
-        self.folds = len(objective.splits)
+        self.splits, self.folds = splits, len(splits)
         self.fold = 0
         """The one that is training, counted from 1."""
         self.results: list[TrainResult] = []
@@ -292,7 +310,7 @@ class _Attempt:
             state,
             value,
             self.config,
-            dict(self.trial.params),
+            self.objective.space.shown(self.trial),
             tuple(self.history),
             tuple(self.rows),
             tuple(self.results) if state == "complete" else (),

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+_CONFIRMATION = ".confirm"
+
 
 def studies_root() -> Path:
     """The folder of all studies: $HPO_STUDIES, or `studies` here."""
@@ -31,6 +33,21 @@ def search_space_dirs() -> list[Path]:
     installed = Path(__file__).resolve().parent.parent / "search_spaces"
     here = Path("search_spaces")
     return [here, installed] if here.is_dir() and here.resolve() != installed else [installed]
+
+
+def confirmation_of(study: str) -> str:
+    """The name of the study that trains a study's best configurations again."""
+    return f"{study}{_CONFIRMATION}"
+
+
+def is_confirmation(study: str) -> bool:
+    """Whether a study of this name trains another one's best configurations again."""
+    return study.endswith(_CONFIRMATION)
+
+
+def confirmed_by(confirmation: str) -> str:
+    """The name of the study whose best configurations a study of this name trains again."""
+    return confirmation.removesuffix(_CONFIRMATION)
 
 
 @dataclass(frozen=True)
@@ -111,8 +128,10 @@ class StudyPaths:
 
     @property
     def journal(self) -> Path:
-        """Optuna's journal file, the default storage."""
-        return self.dir / "journal.log"
+        """Optuna's journal file, the default storage. A confirmation lies in its search's, so that one dashboard shows
+        both."""
+        folder = self.dir.with_name(confirmed_by(self.name)) if is_confirmation(self.name) else self.dir
+        return folder / "journal.log"
 
     @property
     def study_yaml(self) -> Path:
@@ -141,6 +160,10 @@ class StudyPaths:
     def trial_model(self, number: int, fold: int = 1) -> Path:
         """The weights that a fold of the trial ended with; only the best few trials keep theirs."""
         return self.trial(number) / f"model{_of_fold(fold)}.safetensors"
+
+    def trial_validation(self, number: int, fold: int = 1) -> Path:
+        """What those weights say of their validation images; kept and let go of with them."""
+        return self.trial(number) / f"validation{_of_fold(fold)}.safetensors"
 
     def trial_models(self, number: int) -> list[Path]:
         """The weights that the trial has kept, of each of its folds."""
@@ -191,6 +214,21 @@ class StudyPaths:
         return [TrainingPaths(folder) for folder in sorted((self.dir / "references").glob("*/"))]
 
     @property
+    def confirmation(self) -> Path:
+        """What the trainings on other seeds and splits came to, and who won; absent before `hpo confirm`."""
+        return self.dir / "confirmation.json"
+
+    @property
+    def queueing(self) -> Path:
+        """Whoever queues the trainings of a confirmation holds the kernel's lock on it."""
+        return self.dir / ".queueing"
+
+    @property
+    def report(self) -> Path:
+        """The study as one HTML file."""
+        return self.dir / "report.html"
+
+    @property
     def test_openings(self) -> Path:
         """When and for which trial the locked test set was opened, one JSON object a line."""
         return self.dir / "refit" / "test_openings.jsonl"
@@ -208,9 +246,11 @@ class StudyPaths:
         return sorted((self.dir / "refit").glob(f".{label}.*.pt"))
 
 
-def refit_label(trial: str, folds: int | None) -> str:
-    """The folder of a submission model: that of the trial, or beside it that of its ensemble of so many networks."""
-    return trial if folds is None else f"{trial}.folds{folds}"
+def refit_label(trial: str, folds: int | None, members: int | None = None) -> str:
+    """The folder of a submission model: that of the trial, or beside it that of so many networks by fold or by seed."""
+    if folds is not None:
+        return f"{trial}.folds{folds}"
+    return trial if members is None else f"{trial}.members{members}"
 
 
 def _of_fold(fold: int) -> str:

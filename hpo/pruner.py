@@ -10,6 +10,12 @@ the rungs of its first fold, and at the end of every fold but the last, where it
 folds: there all trials have trained the same folds, and what one fold's images make easy or hard is the same for all.
 The ends of the folds together cut as one rung does: each keeps the n-th root of `keep`. With `keep` at every end, three
 rungs and five folds, one trial in 2,300 would see its last fold.
+
+What pruning loses cannot be seen in trials that were cut. So a few, `let_through` of them, chosen by their slot before
+anything is known of them, go on to their end from the rung that would have cut them: of those their final value is
+known, and they are a fair sample of what is cut. For all others the search is what it would have been without them:
+such a trial counts at the rungs up to its cut, and at no later one. The sampler alone sees a complete trial, with its
+final value, where it would have seen a pruned one.
 """
 
 from __future__ import annotations
@@ -30,9 +36,9 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpo.search_space import grammar
-from hpo.slots import BASE, RECIPE, slot_of
+from hpo.slots import BASE, LET_THROUGH, RECIPE, slot_of
 
-__all__ = ["Place", "RungPruner", "build_pruner", "rung_epochs", "spared"]
+__all__ = ["Place", "RungPruner", "build_pruner", "lets_through", "places_of", "rung_epochs", "spared"]
 
 _RUNG = "rung:"
 
@@ -40,6 +46,17 @@ _RUNG = "rung:"
 def rung_epochs(fractions: Sequence[float], epochs: int) -> tuple[int, ...]:
     """The epochs that these fractions of the run are: at least 1, each once, ascending, before the last epoch."""
     return tuple(sorted({rung for f in fractions if (rung := max(1, round(f * epochs))) < epochs}))
+
+
+def lets_through(slot: int, share: float) -> bool:
+    """Whether the trial of a slot goes on where it would be cut: evenly spread over the slots, by their number alone.
+
+    Of 0.02 these are slots 25, 75, 125, …: none where a study has so few trials that one in full would count.
+
+    Args:
+        share: of all slots, in [0, 0.5].
+    """
+    return math.floor(slot * share + 0.5) > math.floor((slot - 1) * share + 0.5)
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,12 @@ class Place:
     kept: bool
 
     def __str__(self) -> str:
-        return f"{_ordinal(self.rank)} of {self.of}, {'kept' if self.kept else 'pruned'}"
+        return f"{self.standing}, {'kept' if self.kept else 'pruned'}"
+
+    @property
+    def standing(self) -> str:
+        """The rank in words: "3rd of 14"."""
+        return f"{_ordinal(self.rank)} of {self.of}"
 
 
 class RungPruner(BasePruner):
@@ -68,19 +90,27 @@ class RungPruner(BasePruner):
         rungs: epochs, counted from 1.
         keep: the fraction that survives each rung, in (0, 1].
         fold_ends: steps that are rungs too, of which each keeps so much that all of them together keep `keep`.
+        let_through: the share of slots whose trials go on where they would be cut, in [0, 0.5].
     """
 
-    def __init__(self, rungs: Sequence[int], keep: float, fold_ends: Sequence[int] = ()) -> None:
+    def __init__(
+        self, rungs: Sequence[int], keep: float, fold_ends: Sequence[int] = (), *, let_through: float = 0.0
+    ) -> None:
         if any(rung < 1 for rung in (*rungs, *fold_ends)):
             raise ValueError(f"rungs are epochs, counted from 1, not {[*rungs, *fold_ends]}")
         if not 0 < keep <= 1:
             raise ValueError(f"keep must lie in (0, 1], not {keep}")
+        if not 0 <= let_through <= 0.5:
+            raise ValueError(f"let_through must lie in [0, 0.5], not {let_through}")
         self.keeps = dict.fromkeys(sorted(set(rungs)), keep)
         """Rung -> the fraction that survives it, in the order of the rungs."""
         self.keeps |= {rung: keep ** (1 / len(fold_ends)) for rung in sorted(set(fold_ends))}
         self.rungs = tuple(self.keeps)
+        self.let_through = let_through
         # Trial id -> rung -> place: what the storage knows too, so that an epoch between rungs costs no access to it.
         self._places: dict[int, dict[int, Place]] = {}
+        # The trials of which the storage has been told that they were let through.
+        self._told: set[int] = set()
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether the trial has fallen behind at a rung that it has reached."""
@@ -94,19 +124,36 @@ class RungPruner(BasePruner):
                 places[rung] = place = self._judge(study, trial, rung)
                 mark = [place.rank, place.of, place.kept]
                 study._storage.set_trial_system_attr(trial._trial_id, f"{_RUNG}{rung}", mark)
-                if not place.kept:
-                    break
-        return not all(place.kept for place in _reached(places, trial.last_step).values())
+            if rung in places and not places[rung].kept:
+                # Behind its cut a trial is not judged any more: it takes no place from others.
+                return not self._let_through(study, trial, rung)
+        return False
 
     def verdict(self, study: Study, trial: Trial | FrozenTrial) -> str:
         """What the pruner thinks of the trial, for a progress display: "rung 6: 3rd of 14, kept"."""
         if why := spared(trial):
             return f"{why}, never pruned"
-        places = _reached(self._judged(study, trial), study._storage.get_trial(trial._trial_id).last_step or 0)
+        frozen = study._storage.get_trial(trial._trial_id)
+        places = _reached(self._judged(study, trial), frozen.last_step or 0)
         if not places:
             return f"first rung: {self.rungs[0]}" if self.rungs else ""
         rung = max(places)
+        if not places[rung].kept and self._goes_on(frozen):
+            return f"rung {rung}: {places[rung].standing}, let through on purpose"
         return f"rung {rung}: {places[rung]}"
+
+    def _goes_on(self, trial: FrozenTrial) -> bool:
+        """Whether a trial goes on where it is cut; one that did does so under another share too."""
+        return LET_THROUGH in trial.user_attrs or lets_through(slot_of(trial), self.let_through)
+
+    def _let_through(self, study: Study, trial: FrozenTrial, rung: int) -> bool:
+        """Whether a trial that is cut at the rung goes on; the storage is told so, once."""
+        if not self._goes_on(trial):
+            return False
+        if trial._trial_id not in self._told and LET_THROUGH not in trial.user_attrs:
+            study._storage.set_trial_user_attr(trial._trial_id, LET_THROUGH, rung)
+        self._told.add(trial._trial_id)
+        return True
 
     def _judged(self, study: Study, trial: Trial | FrozenTrial) -> dict[int, Place]:
         """The places that the trial, or the attempts before it, have been given."""
@@ -123,7 +170,8 @@ class RungPruner(BasePruner):
         own = _goodness(trial.intermediate_values[rung], sign)
         rivals: dict[int, float] = {}  # slot -> its goodness at the rung; a later attempt overwrites an earlier
         for other in study.get_trials(deepcopy=False):
-            if other.state != TrialState.FAIL and rung in other.intermediate_values:
+            cut_before = other.user_attrs.get(LET_THROUGH, rung) < rung
+            if other.state != TrialState.FAIL and rung in other.intermediate_values and not cut_before:
                 rivals[slot_of(other)] = _goodness(other.intermediate_values[rung], sign)
         rivals.pop(slot_of(trial), None)
         of = len(rivals) + 1
@@ -137,6 +185,13 @@ def spared(trial: Trial | FrozenTrial) -> str:
     if trial.user_attrs.get(BASE):
         return "the base"
     return f"recipe {trial.user_attrs[RECIPE]}" if RECIPE in trial.user_attrs else ""
+
+
+def places_of(trial: FrozenTrial) -> dict[int, Place]:
+    """Rung -> the place that a trial was given there, of the rungs that it has come to, in their order."""
+    marks = {key: mark for key, mark in trial.system_attrs.items() if key.startswith(_RUNG)}
+    places = {int(key.removeprefix(_RUNG)): Place(*mark) for key, mark in marks.items()}
+    return dict(sorted(_reached(places, trial.last_step or 0).items()))
 
 
 def _reached(places: Mapping[int, Place], epoch: int) -> dict[int, Place]:
@@ -183,7 +238,8 @@ def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) 
     match config:
         case grammar.RungsPruner():
             fold_ends = [fold * epochs for fold in range(1, folds or 1)]
-            return RungPruner(rung_epochs(config.rungs, epochs), config.keep, fold_ends)
+            rungs = rung_epochs(config.rungs, epochs)
+            return RungPruner(rungs, config.keep, fold_ends, let_through=config.let_through)
         case grammar.NoPruner():
             return NopPruner()
         case grammar.MedianPruner():

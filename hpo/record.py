@@ -61,6 +61,20 @@ def new_record(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Pa
     return plain
 
 
+def shown_attributes(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dashboard shows of a study with this record: flat user attributes that a person reads at a glance."""
+    return {
+        "data": record["data"]["name"],
+        "data_fingerprint": record["data"]["fingerprint"],
+        "space_name": record["space"],
+        "space_hash": record["hash"],
+        "objective": f"{record['metric']} ({record['direction']})",
+        "seed": record["seed"],
+        "begun": record["created"],
+        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
+
+
 def data_path_of(record: Mapping[str, Any]) -> Path | None:
     """What `--data` was when the study of this record began."""
     path = record["data"]["path"]

@@ -10,12 +10,13 @@ trial counts and the later one is never claimed.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import re
 import socket
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +39,7 @@ from hpo.lease import (
     own_lease,
     stale_elsewhere,
 )
-from hpo.paths import StudyPaths, studies_root
+from hpo.paths import StudyPaths, confirmed_by, is_confirmation, studies_root
 from hpo.pruner import build_pruner
 from hpo.record import (
     RECORD,
@@ -49,20 +50,24 @@ from hpo.record import (
     data_path_of,
     new_record,
     read_record,
+    shown_attributes,
     skips_broken,
     storage_url_of,
     write_record,
 )
 from hpo.samplers import build_sampler
+from hpo.search_space import ConfirmationSpace, space_from_yaml, space_to_yaml
 from hpo.slots import (
     ARTIFACT,
     BASE,
+    CONFIG,
     CRASHES,
     FAILURE,
     INTERRUPTED,
     RECIPE,
     RESUMED_EPOCH,
     SLOT,
+    STOPPED,
     TAKEN_FROM,
     slot_of,
     standing,
@@ -79,6 +84,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASE",
+    "CONFIRMATION",
     "FAILURE",
     "INTERRUPTED",
     "RECIPE",
@@ -88,6 +94,7 @@ __all__ = [
     "Held",
     "Study",
     "Trained",
+    "check_search_name",
     "find_study",
     "list_studies",
     "open_study",
@@ -100,7 +107,10 @@ _COMMAND = "command"  # study user attribute: what the study was last run by
 _SPACE = "space"  # study user attribute: the space as YAML, for workers that join without its file
 _DEPOT = "artifacts"  # study user attribute: where `--artifacts` keeps files for all machines, without a password
 _RETRIES = "retries"  # study user attribute: how often a slot is begun again after its process died
+CONFIRMATION = "confirmation"
+"""The user attribute of a study that was confirmed: the verdict in words."""
 _PACKING = "packing"  # study user attribute: host and device -> how many trials at once were best there, and why
+_DEVICES = "devices:"  # how a study user attribute begins that says what a host's trials are trained on
 _DEFAULT_RETRIES = 3  # one more than a pool fills a seat again, so that a seat is given up before a configuration is
 _NAME = re.compile(r"\w[\w.\-]{0,99}")
 
@@ -171,6 +181,12 @@ class Study:
     @property
     def space_name(self) -> str:
         return str(self.record["space"])
+
+    @property
+    def confirms(self) -> str | None:
+        """The study whose best configurations this one trains again; None of a search."""
+        name = self.record["identity"].get("confirms")
+        return None if name is None else str(name)
 
     @property
     def metric(self) -> str:
@@ -299,11 +315,17 @@ class Study:
 
     def remember_space(self, space: SearchSpace) -> None:
         """Keeps the space for workers that join without its file."""
-        from hpo.search_space import space_to_yaml
-
         text = space_to_yaml(space)
         if self._storage.get_study_user_attrs(self._id).get(_SPACE) != text:
             self.optuna.set_user_attr(_SPACE, text)
+
+    def space(self) -> SearchSpace:
+        """The space as it was when the study was last run, without its recipes.
+
+        Raises:
+            StudyError: the study is not of this version.
+        """
+        return _space_of(self.name, self.optuna.user_attrs)
 
     def remember_command(self, command: str) -> None:
         """Keeps the command that runs the study, without any password."""
@@ -319,6 +341,13 @@ class Study:
         """Keeps how many trials at once were found best on this host's device of that name."""
         known = self._storage.get_study_user_attrs(self._id).get(_PACKING, {})
         self.optuna.set_user_attr(_PACKING, {**known, _on_this_host(device): {"trials": trials, "why": why}})
+
+    def remember_device(self, device: str) -> None:
+        """Keeps what this host's trials are trained on, in words, to be read in the dashboard; it may be several."""
+        key = f"{_DEVICES}{socket.gethostname()}"
+        known = str(self._storage.get_study_user_attrs(self._id).get(key, ""))
+        if device not in known.split("; "):
+            self.optuna.set_user_attr(key, f"{known}; {device}" if known else device)
 
     def check_data(self, dataset: Dataset) -> None:
         """Raises StudyError where these are not the images that the study was begun with."""
@@ -385,6 +414,8 @@ class Study:
         Raises:
             StudyError: its parameters make none.
         """
+        if CONFIG in trial.user_attrs:
+            return TrainConfig.model_validate_json(json.dumps(trial.user_attrs[CONFIG]))
         from core.runtime import derive_seed  # with torch, which looking at a study does not need
 
         seed = int(trial.user_attrs.get("seed", derive_seed(self.seed, "trial", slot_of(trial))))
@@ -425,6 +456,19 @@ class Study:
             logger.info("%s is no trial of the study: its %d trials were all queued before", what, total)
         return self.counts()
 
+    def queue(self, trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
+        """Queues these trials, each (parameters, attributes), behind all that there are, and raises the total to that.
+
+        The total comes last, so that whoever dies here, or queues at the same time, leaves no slot without a trial.
+        Without any trials it still rises to those that are there: whoever died may not have come to it.
+        """
+        known = [slot_of(trial) for trial in self._trials()]
+        first = max(known, default=-1) + 1
+        for slot, (params, attributes) in enumerate(trials, first):
+            self._queue(slot, params, attributes)
+        if first + len(trials) > (self.total or 0):
+            self.optuna.set_user_attr(_TOTAL, first + len(trials))
+
     def unslotted_recipes(self) -> list[Recipe]:
         """The recipes that the space can express and that are no trial of the study, in the space's order.
 
@@ -444,6 +488,8 @@ class Study:
     def _missing(self, trials: Iterable[FrozenTrial]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """(parameters, attributes) of the base and of each recipe that the space can express, if not among these."""
         assert self._space is not None
+        if self.confirms is not None:  # it has what was queued for it, and nothing of its own
+            return []
         attributes = [trial.user_attrs for trial in trials]
         names = {known.get(RECIPE) for known in attributes}
         base = self._space.base_params()
@@ -479,7 +525,7 @@ class Study:
         Args:
             crashes: how many attempts died so far; None leaves it at what the attempt says.
         """
-        cut_off = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, "error"}
+        cut_off = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, STOPPED, "error"}
         # What the sampler and the pruner remember of a trial stands in its system attributes, and stays. The attempt's
         # pictures do not: the next one draws them anew.
         dropped = (CONSTRAINT, ARTIFACT)
@@ -704,6 +750,8 @@ def open_study(
         StudyError: the study was begun with another space, seed, storage or data; or the storage cannot be opened.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # `hpo` has a progress display of its own
+    if not isinstance(space, ConfirmationSpace):
+        check_search_name(name)
     paths = StudyPaths.of(_checked(name))
     written = read_record(paths)
     url = storage_url_of(paths, written, storage_url)
@@ -725,7 +773,9 @@ def open_study(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # an axis's name in the dashboard hangs on it, no more
             study.set_metric_names([space.metric])
-        study.set_user_attr(RECORD, stored)
+        for key, value in shown_attributes(stored).items():
+            study.set_user_attr(key, value)
+        study.set_user_attr(RECORD, stored)  # last: with it the study has begun
     check_same(name, stored, space, dataset, seed)
     study.sampler = build_sampler(space.sampler, seed=stored["seed"])
     opened = Study(study, paths, stored, url, space)
@@ -750,7 +800,7 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
         StudyError: there is none, or its storage cannot be opened.
     """
     if name is None:
-        names = _by_last_run()
+        names = [known for known in _by_last_run() if not is_confirmation(known)]
         if not names:
             raise StudyError(f"no studies in {studies_root()} yet; begin with: hpo run digits")
         name = names[0]
@@ -809,8 +859,6 @@ def join_study(name: str, *, storage_url: str | None = None) -> Joined:
     Raises:
         StudyError: there is none, or its storage cannot be opened.
     """
-    from hpo.search_space import space_from_yaml
-
     if storage_url is None or read_record(StudyPaths.of(_checked(name))) is not None:
         found = find_study(name, storage_url=storage_url)
         url, study = found.storage_url, found.optuna
@@ -824,9 +872,15 @@ def join_study(name: str, *, storage_url: str | None = None) -> Joined:
         except KeyError as error:
             raise StudyError(f"storage {mask(url)} has no study {name}; begin it by hpo run, --workers 0") from error
     attributes = study.user_attrs
+    space = _space_of(name, attributes)
+    return Joined(name, url, attributes[RECORD], space)
+
+
+def _space_of(name: str, attributes: Mapping[str, Any]) -> SearchSpace:
+    """The space that a study's attributes hold."""
     if RECORD not in attributes or _SPACE not in attributes:
         raise StudyError(f"study {name} was begun by another version, or not by hpo; run it once by hpo run")
-    return Joined(name, url, attributes[RECORD], space_from_yaml(attributes[_SPACE], attributes[RECORD]["space"]))
+    return space_from_yaml(attributes[_SPACE], attributes[RECORD]["space"])
 
 
 def list_studies() -> list[Study]:
@@ -848,8 +902,14 @@ def _by_last_run() -> list[str]:
     return [file.parent.name for file in found]
 
 
+def check_search_name(name: str) -> None:
+    """Raises StudyError where a search may not have this name."""
+    if is_confirmation(_checked(name)):
+        raise StudyError(f"study {name}: the ending is reserved for what hpo confirm trains; choose another --study")
+
+
 def _checked(name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(confirmed_by(name)):  # which may be as long as any, and its confirmation's is longer
         raise StudyError(
             f"--study {name!r}: a name is letters, digits, _ . - and begins with no . or -; choose another"
         )

@@ -1,16 +1,23 @@
-"""How a study stands, in words: its best trials, by how much they beat the base and each recipe, and how to go on."""
+"""How a study stands, in words: its best trials, by how much they beat the base and each recipe, and how to go on.
+
+A confirmation is shown by its candidates: the best of its trials is the luckiest replicate, and says nothing.
+"""
 
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.confirmation.result import BASE as BASE_KEY
+from hpo.confirmation.result import is_current, read_confirmation
+from hpo.confirmation.trials import trainings
 from hpo.console import assignments, say, table
 from hpo.dashboard import command as dashboard_command
-from hpo.report import study_overview
+from hpo.pictures import study_overview
 from hpo.storage import is_masked
 from hpo.study import BASE, RECIPE, Counts, Study
 from hpo.training import read_result
@@ -64,14 +71,16 @@ def standing(study: Study) -> Standing:
         result = read_result(reference)
         if result is not None:
             rivals.append((f"recipe {reference.dir.name}", result.get("value")))
-    return Standing(study.counts(), study.best_trial(), tuple(rivals))
+    best = study.best_trial() if study.confirms is None else None
+    return Standing(study.counts(), best, tuple(rivals))
 
 
 def say_standing(study: Study) -> None:
     """The whole standing: trials by state, the best of them, what they beat, and the next commands."""
     now = standing(study)
     total = "" if study.total is None else f" of {max(study.total, now.counts.finished)}"
-    say(f"study {study.name} (space {study.space_name}): {now.counts.finished}{total} trials finished: {now.states}")
+    what = f"space {study.space_name}" if study.confirms is None else f"confirms {study.confirms}"
+    say(f"study {study.name} ({what}): {now.counts.finished}{total} trials finished: {now.states}")
     say(f"  data {study.data_name}, objective {study.metric} on the validation images, seed {study.seed}")
     say(f"  storage {study.storage_shown}")
     if study.paths.overview.exists():
@@ -82,6 +91,10 @@ def say_standing(study: Study) -> None:
         say()
         for line in margins(now, study.metric, study.direction):
             say(line)
+        _say_confirmation(study)
+    if study.confirms is not None:
+        say()
+        _say_candidates(study)
     say()
     say("next:")
     for command in next_commands(study, now):
@@ -117,6 +130,32 @@ def margins(now: Standing, metric: str, direction: str) -> list[str]:
     return lines
 
 
+def _say_confirmation(study: Study) -> None:
+    """What the best were confirmed to be, or that they were not."""
+    confirmation = read_confirmation(study.paths.confirmation)
+    if confirmation is None:
+        say("not confirmed yet: the best of many scores is partly luck")
+        return
+    since = study.counts().finished - confirmation.search_trials
+    ago = f", {since} trial{'' if since == 1 else 's'} ago" if since else ""
+    winner = "the base" if confirmation.winner == BASE_KEY else confirmation.winner
+    say(f"confirmed{ago}: {winner} is the winner")
+    say(f"  {confirmation.verdict}")
+
+
+def _say_candidates(study: Study) -> None:
+    """What a confirmation has trained of each of its candidates."""
+    found = trainings(study)
+    rows = []
+    for key in dict.fromkeys(training.key for training in found):
+        own = [training for training in found if training.key == key]
+        scores = [statistics.fmean(training.values) for training in own if training.values is not None]
+        mean = f"{statistics.fmean(scores):.4f}" if scores else ""
+        why = next((words for training in own if (words := training.failure or training.stopped)), "")
+        rows.append([key, len(scores), mean, why])
+    table(["candidate", "n", f"mean {study.metric}", "stopped"], rows, right=(1, 2))
+
+
 def _say_best_trials(study: Study) -> None:
     complete = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     sign = -1 if study.direction == "maximize" else 1
@@ -135,13 +174,24 @@ def next_commands(study: Study, now: Standing) -> Sequence[str]:
     storage = f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
     commands = []
     if study.total is not None and now.counts.finished < study.total:
-        commands.append(study.command or f"hpo run {study.space_name} --study {name}")
+        commands.append(run_again(study))
+    elif study.confirms is not None:
+        commands.append(f"hpo confirm {shlex.quote(study.confirms)}{storage}")
     if now.best is not None:
+        confirmation = read_confirmation(study.paths.confirmation)
+        if confirmation is None or not is_current(confirmation, now.counts.finished):
+            commands.append(f"hpo confirm {name}{storage}")
         commands.append(f"hpo refit best --study {name}{storage}")
+        commands.append(f"hpo report {name}{storage}")
     commands.append(f"hpo dashboard {name}{storage}")
     if study.artifact_dir is not None:
         commands.append(shlex.join(dashboard_command(study.storage_url, study.artifact_dir)))
     return commands
+
+
+def run_again(study: Study) -> str:
+    """The command that goes on with the study, ready to copy."""
+    return study.command or shlex.join(["hpo", "run", study.space_name, "--study", study.name])
 
 
 def _value(trial: FrozenTrial) -> float:

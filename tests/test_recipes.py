@@ -296,7 +296,7 @@ def test_a_diarys_road_goes_from_a_search_to_predictions(
     said = capsys.readouterr().out
     for recipe in load_space(space).recipes:
         assert f"recipe {recipe.name} " in said or recipe.name == "stl10_jan30_ema", "which that space can express"
-    assert hpo(monkeypatch, "refit", "best") == 0
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
     bundle = tmp_path / "studies" / space / "refit/best"
     metrics = json.loads((bundle / "metrics.json").read_text())
     assert metrics["objective"] == load_space(space).metric

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tokenize
 import zipfile
 import zlib
@@ -28,6 +29,14 @@ logger = logging.getLogger(__name__)
 TORN_ARRAYS = (
     ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, tokenize.TokenError, SyntaxError,
 )  # fmt: skip
+
+
+# Of the zip format (PKWARE's APPNOTE, 4.3.7 and 4.4.4): bytes of a local header before the name, a bit of the flags.
+LOCAL_HEADER, ENCRYPTED = 30, 0x1
+
+READ_AT_ONCE = 1 << 20
+
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,34 @@ def _to_pixels(image: NDArray[Any], scale: float) -> Pixels:
     return image if image.dtype == np.uint8 else np.rint(image * np.float64(scale)).astype(np.uint8)
 
 
+def _mapped(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any] | None:
+    """An array of an .npz, read from the file where it is looked at; None where it is compressed, or not a plain one.
+
+    Raises:
+        zipfile.BadZipFile: it is damaged.
+    """
+    member = archive.NameToInfo.get(name)
+    if member is None or member.compress_type != zipfile.ZIP_STORED or member.flag_bits & ENCRYPTED:
+        return None
+    with archive.open(member) as stored:  # whose checksum is compared at its end
+        version = np.lib.format.read_magic(stored)
+        if version not in _READ_HEADER:
+            return None
+        shape, by_columns, kind = _READ_HEADER[version](stored)
+        head = stored.tell()
+        while stored.read(READ_AT_ONCE):
+            pass
+    if kind.hasobject or member.file_size != head + math.prod(shape) * kind.itemsize or 0 in shape:
+        return None  # numpy says what is wrong with it, if anything is
+    with path.open("rb") as file:
+        file.seek(member.header_offset)
+        local = file.read(LOCAL_HEADER)
+    # The name and the extra field, as long as the local header says: numpy's own differ from those of the directory.
+    before = LOCAL_HEADER + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    start = member.header_offset + before + head
+    return np.memmap(path, kind, mode="r", offset=start, shape=shape, order="F" if by_columns else "C")
+
+
 class NpzSource(ArraySource):
     """An .npz of images and labels; pickled objects in it are refused."""
 
@@ -174,7 +211,8 @@ class NpzSource(ArraySource):
         raise UserError(f"{self.where}: its keys are {', '.join(sorted(keys)) or 'none'}; wanted {self.KEYS}")
 
     def _part(self, arrays: Any, images_key: str, labels_key: str, prefix: str, test: bool) -> ArrayPart:
-        images = self._channels_last(arrays[images_key], images_key)
+        mapped = _mapped(self.path, arrays.zip, f"{images_key}.npy")
+        images = self._channels_last(arrays[images_key] if mapped is None else mapped, images_key)
         labels = None
         if labels_key in arrays.files:
             labels = self._class_names(arrays[labels_key], labels_key)

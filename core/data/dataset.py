@@ -15,7 +15,7 @@ import logging
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from core.config import DataConfig
 from core.data import builtin
 from core.data.cache import cache_key, cached, open_array, reading, write_images
 from core.data.decode import to_channels
-from core.data.ingest import Spooled, decode_all, ingest, read_spool, report_broken
+from core.data.ingest import Spooled, ingest, read_spool
 from core.data.layout import class_order, printable
 from core.data.source import Source
 from core.data.sources import open_source
-from core.data.splits import Splits, cut_test, stratified, stratified_folds
+from core.data.splits import Splits, cut_test, on_device, stratified, stratified_folds
 from core.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -159,45 +159,46 @@ def folds(dataset: Dataset, config: DataConfig) -> tuple[Splits, ...]:
     )
 
 
-def load_images(
-    path: Path, *, image_size: tuple[int, int], channels: int, skip_broken: bool = False
-) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
-    """Images without labels, to be predicted: of a folder, a .zip, a tar, an .npz, a CSV of paths, or one file.
+class Division:
+    """Divides a data set as each configuration asks, on a device where the images lie once for all divisions.
 
-    Args:
-        path: where they lie; folders within do not matter.
-        image_size: (height, width) that they are resized to.
-        channels: 1 or 3.
-        skip_broken: leaves unreadable images out, where they would otherwise be an error.
-
-    Returns:
-        Images (N, channels, H, W) uint8, their ids, sorted, and the ids of those left out.
-
-    Raises:
-        UserError: there is no image, or one is broken, or the memory has no room for all.
+    The last division is kept, here and there: a search has one only, and the trainings of a confirmation that follow
+    each other mostly share one.
     """
-    source = open_source(path)
-    entries = source.unlabelled()
-    if not entries:
-        raise UserError(f"{path}: no image in it")
-    try:
-        images = np.empty((len(entries), channels, *image_size), dtype=np.uint8)
-    except MemoryError as error:
-        height, width = image_size
-        raise UserError(
-            f"{path}: {len(entries):,} images of {height}×{width} pixels do not fit the memory; give fewer at a time"
-        ) from error
-    broken: dict[int, Exception] = {}
-    for position, result in decode_all(source, entries, image_size):
-        broken.pop(position, None)
-        if isinstance(result, Exception):
-            broken[position] = result
-        else:
-            images[position] = to_channels(result.pixels, channels)
-    report_broken(source.where, entries, broken, skip_broken)
-    kept = [position for position in range(len(entries)) if position not in broken]
-    ids = tuple(entries[position].id for position in kept)
-    return torch.from_numpy(images[kept] if broken else images), ids, tuple(entries[i].id for i in sorted(broken))
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._config: DataConfig | None = None
+        self._here: tuple[Splits, ...] = ()
+        self._device: torch.device | None = None
+        self._there: tuple[Splits, ...] = ()
+        self._there_of: DataConfig | None = None
+
+    def here(self, config: DataConfig) -> tuple[Splits, ...]:
+        """One split, or one a fold, on the host.
+
+        Raises:
+            UserError: as `folds`'.
+        """
+        if config != self._config:
+            self._here, self._config = folds(self._dataset, config), config
+        return self._here
+
+    def on(self, device: torch.device, config: DataConfig) -> tuple[Splits, ...]:
+        """The same on that device, but images that are too many for it."""
+        if device != self._device or not self._there:
+            self._there = on_device(self.here(config), device)
+        elif config != self._there_of:
+            first = self._there[0]
+            self._there = tuple(
+                replace(split.on(device), images=first.images, labels=first.labels) for split in self.here(config)
+            )
+        self._device, self._there_of = device, config
+        return self._there
+
+    def let_go(self) -> None:
+        """Gives the device's memory back."""
+        self._there = ()
 
 
 def _find_source(name: str, data_path: Path | None, data_root: Path, download: bool) -> Source:

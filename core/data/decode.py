@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,26 +57,35 @@ class Decoded:
 
 
 def decode(payload: bytes | Pixels, size: tuple[int, int] | None) -> Decoded:
-    """Decodes a file's bytes, or takes an array (H, W) or (H, W, 1|3|4), resized to `size` (H, W) where given.
-
-    Resizing is Pillow's bicubic, whose support grows with the reduction, so that it does not alias.
+    """`read_pixels`, and what is measured of them.
 
     Raises:
         BrokenImageError: the bytes are no image that can be shown.
     """
-    if isinstance(payload, bytes):
-        pixels = _read(payload, size)
-    else:
-        if payload.ndim == 3 and payload.shape[2] == 1:
-            payload = payload[..., 0]
-        if size is None and (payload.ndim == 2 or payload.shape[2] == 3):
-            pixels = payload
-        else:
-            pixels = _to_array(_as_seen(Image.fromarray(np.ascontiguousarray(payload))), size)
-    pixels = _drop_equal_channels(pixels)
+    pixels = read_pixels(payload, size)
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(pixels.data)
     return Decoded(pixels, digest.digest(), _moments(pixels))
+
+
+def read_pixels(payload: bytes | Pixels | Image.Image, size: tuple[int, int] | None) -> Pixels:
+    """(C, H, W) of a file's bytes, of an array (H, W) or (H, W, 1|3|4), or of a Pillow image, which stays as it is.
+
+    Resizing to `size` (H, W), where given, is Pillow's bicubic, whose support grows with the reduction, so that it does
+    not alias. C is 1 where the image is grey, else 3.
+
+    Raises:
+        BrokenImageError: the bytes or the image are none that can be shown.
+    """
+    if isinstance(payload, bytes):
+        return _drop_equal_channels(_read(payload, size))
+    if isinstance(payload, Image.Image):
+        return _drop_equal_channels(_show(payload, size))
+    if payload.ndim == 3 and payload.shape[2] == 1:
+        payload = payload[..., 0]
+    if size is None and (payload.ndim == 2 or payload.shape[2] == 3):
+        return _drop_equal_channels(payload)
+    return _drop_equal_channels(_to_array(_as_seen(Image.fromarray(np.ascontiguousarray(payload))), size))
 
 
 def to_channels(pixels: Pixels, channels: int) -> Pixels:
@@ -87,12 +98,29 @@ def to_channels(pixels: Pixels, channels: int) -> Pixels:
 
 
 def _read(payload: bytes, size: tuple[int, int] | None) -> Pixels:
+    with _refusing():
+        try:
+            with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
+                _check_pixels(image)
+                return _to_array(_as_seen(image), size)
+        except UnidentifiedImageError as error:  # its own words hold an address in memory
+            raise BrokenImageError("not an image" if payload else "an empty file") from error
+
+
+def _show(image: Image.Image, size: tuple[int, int] | None) -> Pixels:
+    """The pixels of an image that somebody opened, and may go on with."""
+    with _refusing():
+        _check_pixels(image)
+        return _to_array(_as_seen(image.copy()), size)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turns whatever Pillow raises of an image into a BrokenImageError."""
     try:
-        with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
-            _check_pixels(image)
-            return _to_array(_as_seen(image), size)
-    except UnidentifiedImageError as error:  # its own words hold an address in memory
-        raise BrokenImageError("not an image" if payload else "an empty file") from error
+        yield
+    except BrokenImageError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a filter may make the warning one
         raise BrokenImageError(_BOMB) from error
     except Exception as error:  # on torn files the codecs raise anything from SyntaxError to RuntimeError

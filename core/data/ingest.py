@@ -22,7 +22,7 @@ from PIL import Image
 
 from core.data.decode import BrokenImageError, Decoded, Pixels, decode
 from core.data.layout import Entry, printable
-from core.data.source import Payload, Source, one_line
+from core.data.source import Payload, Readable, Source, one_line
 from core.errors import UserError
 
 # Images, and encoded bytes, that one thread takes at a time: handing over a single 32² image costs more than decoding
@@ -52,7 +52,7 @@ class Spooled:
 
 
 def decode_all(
-    source: Source, entries: Sequence[Entry], size: tuple[int, int] | None
+    source: Readable, entries: Sequence[Entry], size: tuple[int, int] | None
 ) -> Iterator[tuple[int, Decoded | Exception]]:
     """Yields (position in `entries`, image or why it is broken) in the order in which the source reads them."""
     Image.init()  # its plugins register themselves on first use, which is not safe in threads

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from core.data.decode import Pixels
 from core.data.layout import Entry
@@ -13,6 +14,12 @@ Payload = bytes | Pixels | Exception
 """An encoded image, an array (H, W) or (H, W, C), or why it could not be read."""
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
+
+
+class Readable(Protocol):
+    """Whatever gives the images of entries, as `Source.payloads` does."""
+
+    def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]: ...
 
 
 class Source(ABC):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from core.data import Dataset, Splits, folds
+from core.data import Dataset, Division, Splits
 from core.errors import UserError
 from core.models import build_model, check_model_name
 from core.runtime import isolated_rng
@@ -22,11 +22,12 @@ from hpo.console import StudyProgress, duration, say
 from hpo.depot import Depot
 from hpo.driver import estimate_s, keep_best_weights, pending_references, run_references, wait_for_others
 from hpo.interrupts import Interrupts
+from hpo.notes import note_study
 from hpo.paths import StudyPaths
 from hpo.pruner import rung_epochs
 from hpo.search_space import RungsPruner, SearchSpace, load_space
 from hpo.storage import mask
-from hpo.study import open_study
+from hpo.study import check_search_name, open_study
 from hpo.summary import draw_overview, say_standing, standing
 from hpo.workers import Crew, Engine, Job
 from hpo.workers.ray import RayEngine
@@ -86,16 +87,18 @@ def run_command(options: RunOptions) -> None:
     """Runs a study up to its total, or goes on to it."""
     placement = _placement(options)
     space = load_space(options.space, list(options.assignments))
+    check_search_name(options.study or space.name)
     for model in model_names(space):
         check_model_name(model)
     dataset = open_dataset(space.base.data, options.data, skip_broken=options.skip_broken)
-    splits = folds(dataset, space.base.data)
+    division = Division(dataset)
+    splits = division.here(space.base.data)
     say_data(dataset, splits[0])
     say_folds(splits)
     _check_network(space, splits[0])
     _check_reach(options, space)
     with Interrupts(told=say_patience) as interrupts:
-        _Run(options, placement, space, dataset, splits, interrupts).go()
+        _Run(options, placement, space, dataset, division, interrupts).go()
 
 
 def _placement(options: RunOptions) -> Placement:
@@ -131,7 +134,7 @@ class _Run:
         placement: Placement,
         space: SearchSpace,
         dataset: Dataset,
-        splits: tuple[Splits, ...],
+        division: Division,
         interrupts: Interrupts,
     ) -> None:
         self.options, self.placement, self.space, self.interrupts = options, placement, space, interrupts
@@ -148,10 +151,11 @@ class _Run:
         self.study.remember_retries(options.retries)
         self.study.remember_space(space)
         self.study.use_depot(options.artifacts)
+        note_study(self.study, space)
         self.work = Work(
             self.study,
             space,
-            splits,
+            division,
             placement,
             data=options.data,
             skip_broken=options.skip_broken,

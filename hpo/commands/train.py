@@ -22,7 +22,7 @@ from hpo.commands.scores import METRIC_WORDS, say_folds, say_per_class, training
 from hpo.console import duration, say
 from hpo.interrupts import Interrupts
 from hpo.paths import TrainingPaths
-from hpo.report import learning_curves
+from hpo.pictures import learning_curves
 from hpo.search_space import load_recipe, to_yaml
 from hpo.training import Recorded, spread, train_recorded
 

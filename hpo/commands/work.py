@@ -6,11 +6,12 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from core.data import Splits, on_device
+from core.data import Division, Splits
 from core.runtime import describe_device
 from hpo.commands.placement import Placement
 from hpo.console import say
@@ -28,7 +29,7 @@ class Work:
     """What is needed to run trials of a study here.
 
     Args:
-        splits: on the host: one, or one a fold.
+        division: the images.
         data: what `--data` is.
         keep_gb: what the study's weights and checkpoints may take, in 10^9 bytes; None for any.
         cluster: connects to where the workers are to run, if that is not here.
@@ -38,7 +39,7 @@ class Work:
         self,
         study: Study,
         space: SearchSpace,
-        splits: Sequence[Splits],
+        division: Division,
         placement: Placement,
         *,
         data: Path | None,
@@ -49,8 +50,7 @@ class Work:
     ) -> None:
         self.study, self.space, self.placement, self.interrupts = study, space, placement, interrupts
         self.device = placement.devices[0]
-        self._splits, self._keep_gb = splits, keep_gb
-        self._there: Sequence[Splits] = ()
+        self._division, self._keep_gb = division, keep_gb
         self._job = Job(
             space,
             study.name,
@@ -67,9 +67,8 @@ class Work:
         """Whether the trials run in this process."""
 
     def images(self) -> Sequence[Splits]:
-        """The splits on the first device."""
-        self._there = self._there or on_device(self._splits, self.device)
-        return self._there
+        """The base's splits on the first device."""
+        return self._division.on(self.device, self.space.base.data)
 
     def off(self, lane: Callable[[], Lane]) -> None:
         """Runs the trials that wait, until none does.
@@ -81,7 +80,7 @@ class Work:
             run_study(
                 self.study,
                 self.space,
-                self.images(),
+                partial(self._division.on, self.device),
                 device=self.device,
                 listener=lane(),
                 interrupts=self.interrupts,
@@ -93,7 +92,7 @@ class Work:
             engine, crew = self._cluster(self._job)
             crews = [crew]
         else:
-            self._there = ()  # their room on the device is the workers'
+            self._division.let_go()  # their room on the device is the workers'
             engine = LocalProcesses()
             crews = [self._crew(device, size) for device, size in zip(self.placement.devices, self._sizes, strict=True)]
         run_workers(self.study, self._job, engine=engine, crews=crews, lane=lane, interrupts=self.interrupts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from core.data import folds
+from core.data import Division
 from hpo.commands.common import joining, open_dataset, say_data, say_patience
 from hpo.commands.placement import place
 from hpo.commands.scores import say_folds
@@ -34,7 +34,8 @@ def worker_command(
     dataset = open_dataset(joined.space.base.data, where, skip_broken=joined.skip_broken)
     study = joined.open(dataset, data_path=data)
     study.use_depot(artifacts)
-    splits = folds(dataset, joined.space.base.data)
+    division = Division(dataset)
+    splits = division.here(joined.space.base.data)
     say_data(dataset, splits[0])
     say_folds(splits)
     with Interrupts(told=say_patience) as interrupts:
@@ -48,7 +49,7 @@ def worker_command(
         work = Work(
             study,
             joined.space,
-            splits,
+            division,
             placement,
             data=where,
             skip_broken=joined.skip_broken,

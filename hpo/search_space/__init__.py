@@ -5,6 +5,7 @@ one vocabulary. The package imports neither torch nor, until a space is searched
 """
 
 from hpo.search_space.catalogue import Listed, list_spaces
+from hpo.search_space.confirmation import CANDIDATE, REPLICATE, ConfirmationSpace
 from hpo.search_space.document import dump as dump_yaml
 from hpo.search_space.document import load_yaml, shown
 from hpo.search_space.document import parse as parse_yaml
@@ -22,7 +23,10 @@ from hpo.search_space.schema import json_schema
 from hpo.search_space.space import Categorical, Integer, Parameter, Real, Recipe, SearchSpace, diff
 
 __all__ = [
+    "CANDIDATE",
+    "REPLICATE",
     "Categorical",
+    "ConfirmationSpace",
     "Integer",
     "Listed",
     "Objective",

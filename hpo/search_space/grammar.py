@@ -88,6 +88,9 @@ class RungsPruner(_Section):
     """Fractions of the run's epochs at which trials are compared, increasing."""
     keep: Fraction = 0.33
     """Share of the trials at a rung that goes on."""
+    let_through: float = Field(default=0.02, ge=0, le=0.5)
+    """Share of the trials that go on to their end where a rung would cut them, to show what pruning loses; 0 is off.
+    They are chosen by their slot; the default lets through four at most of 200 trials, and none of the first 25."""
 
     @model_validator(mode="after")
     def _increasing(self) -> RungsPruner:
@@ -150,6 +153,14 @@ Pruner = Annotated[
 ]
 
 
+class Confirm(_Section):
+    """How the best configurations are trained again, on other seeds and splits, before one is called best."""
+
+    budget: float | None = Field(default=None, gt=0)
+    """What that may cost, as a share of the epochs that the search has trained; at least two configurations are trained
+    three times. null: a third, and at least enough for two configurations five times."""
+
+
 class Choices(_Section):
     """One of several values that have no order."""
 
@@ -184,6 +195,7 @@ class SpaceFile(_Section):
     """The study's total, which `--trials` overrides."""
     sampler: Sampler = TpeSampler()
     pruner: Pruner = RungsPruner()
+    confirm: Confirm = Confirm()
     base: str | dict[str, Any] = {}
     """Trial 0, and the value of everything that is not searched: a recipe's path, or a configuration."""
     search: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -203,6 +215,16 @@ class RecipeNotes(_Section):
     """What its author saw, in their words and on their data."""
     guesses: str = ""
     """What the source does not say, and what was put in its place."""
+
+
+class ConfirmationText(_Section):
+    """What a worker reads from the storage that joins a confirmation. Nobody writes it by hand."""
+
+    confirms: str
+    train_images: int = Field(ge=1)
+    val_images: int = Field(ge=1)
+    objective: Objective
+    base: dict[str, Any]
 
 
 _IN_QUOTES = re.compile(r"'([^']+)'")

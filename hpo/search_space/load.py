@@ -19,9 +19,18 @@ from hpo.errors import Fault, SpaceError
 from hpo.paths import search_space_dirs
 from hpo.search_space import parameters
 from hpo.search_space.catalogue import find, kind_of, list_spaces
+from hpo.search_space.confirmation import ConfirmationSpace
 from hpo.search_space.document import Document, dump, parse, read
 from hpo.search_space.fields import config_fields, did_you_mean, nearest, nearest_field, no_such_field
-from hpo.search_space.grammar import RecipeNotes, SpaceFile, explain, location, quoted, siblings
+from hpo.search_space.grammar import (
+    ConfirmationText,
+    RecipeNotes,
+    SpaceFile,
+    explain,
+    location,
+    quoted,
+    siblings,
+)
 from hpo.search_space.space import RATES, Parameter, Recipe, SearchSpace, in_rate_of
 
 Overrides = Mapping[str, Any] | Iterable[str]
@@ -31,7 +40,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = ("objective", "sampler", "pruner")  # the sections of a space, beside TrainConfig's, that --set may reach
+SETTINGS = (
+    "objective",
+    "sampler",
+    "pruner",
+    "confirm",
+)  # the sections of a space, beside TrainConfig's, that --set may reach
 
 
 def load_space(name_or_path: str | Path, overrides: Overrides = ()) -> SearchSpace:
@@ -99,6 +113,8 @@ def _tree(config: TrainConfig) -> dict[str, Any]:
 
 def space_to_yaml(space: SearchSpace) -> str:
     """A checked space, whole, without its recipes: what a worker needs that has not the file."""
+    if isinstance(space, ConfirmationSpace):
+        return dump({**space.described(), "base": _tree(space.base)})
     return dump(
         {
             "description": space.description,
@@ -106,6 +122,7 @@ def space_to_yaml(space: SearchSpace) -> str:
             "trials": space.trials,
             "sampler": space.sampler.model_dump(mode="json"),
             "pruner": space.pruner.model_dump(mode="json"),
+            "confirm": space.confirm.model_dump(mode="json"),
             "base": _tree(space.base),
             "search": {path: parameter.describe() for path, parameter in space.search.items()},
         }
@@ -120,7 +137,7 @@ def space_from_yaml(text: str, name: str) -> SearchSpace:
     """
     loader = _Loader({})
     document, loader.faults = parse(text, name)
-    space = None if document is None else loader.space(document, Path(f"{name}.yaml"))
+    space = None if document is None else loader.space_of_text(document, Path(f"{name}.yaml"))
     if loader.faults or space is None:
         raise SpaceError(loader.sorted_faults())
     return space
@@ -309,8 +326,22 @@ class _Loader:
             base=in_rate_of(pinned, left),
             recipes=tuple(found for one in recipes if one is not None and (found := self._to_beat(one, pinned))),
             search=left,
+            confirm=head.confirm,
         )
         return None if self.faults else space
+
+    def space_of_text(self, document: Document, path: Path) -> SearchSpace | None:
+        """What `space_to_yaml` has written: a space, or what a confirmation trains."""
+        if not isinstance(document.root.value, dict) or "confirms" not in document.root.value:
+            return self.space(document, path)
+        tree = document.plain()
+        text = self._validated(ConfirmationText, tree, document)
+        base = self._config(tree["base"], document, "base") if text is not None else None
+        if text is None or base is None:
+            return None
+        return ConfirmationSpace.of(
+            text.confirms, text.objective, base, path, train_images=text.train_images, val_images=text.val_images
+        )
 
     def _head(self, tree: Mapping[str, Any], document: Document) -> SpaceFile | None:
         """Everything but data, base and search, with the settings of --set in it."""
@@ -457,4 +488,4 @@ def _is_setting(key: str) -> bool:
 
 
 def _setting_names() -> list[str]:
-    return ["trials", *(f"{section}.name" for section in ("sampler", "pruner")), "objective.metric"]
+    return ["trials", *(f"{section}.name" for section in ("sampler", "pruner")), "objective.metric", "confirm.budget"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from core.config import REFERENCE_LR, TrainConfig
 from hpo.search_space.document import flow
-from hpo.search_space.grammar import Metric, Objective, Pruner, RungsPruner, Sampler
+from hpo.search_space.grammar import Confirm, Metric, Objective, Pruner, RungsPruner, Sampler
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -178,6 +178,8 @@ class SearchSpace:
     """What the search must beat: as long as a trial, on the same data."""
     search: Mapping[str, Parameter]
     """By dotted path, a parameter always after those that its condition names."""
+    confirm: Confirm
+    """How the best configurations are confirmed; no part of the identity, since it changes no trial."""
 
     @property
     def metric(self) -> Metric:
@@ -209,6 +211,10 @@ class SearchSpace:
                 values that are each allowed, but not together.
         """
         return self.base.override(self._decode(params))
+
+    def shown(self, trial: BaseTrial) -> dict[str, Any]:
+        """A trial's parameters as a person reads them."""
+        return dict(trial.params)
 
     def base_params(self) -> dict[str, Any]:
         """The base as a trial's parameters: trial 0."""

@@ -9,12 +9,13 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from core.config import TrainConfig
-from core.data import Splits, folds, load_dataset, on_device
+from core.data import Division, load_dataset
 from core.errors import CoreError
 from core.loop import EpochMetrics
 from hpo.driver import run_study
@@ -114,7 +115,7 @@ class _Worker:
 
     def run(self) -> int:
         try:
-            study, splits = self._open()
+            study, division = self._open()
             self._send(Ready())
             with self._interrupts.let_through():
                 while not self._orders.begun.wait(_LOOK_S):
@@ -122,7 +123,7 @@ class _Worker:
             run_study(
                 study,
                 self._job.space,
-                splits,
+                partial(division.on, self._device),
                 device=self._device,
                 listener=self,
                 interrupts=self._interrupts,
@@ -137,8 +138,8 @@ class _Worker:
             return status
         return 0
 
-    def _open(self) -> tuple[Study, tuple[Splits, ...]]:
-        """The study and the images on the device, as the parent has them: it has warned of what is odd in them.
+    def _open(self) -> tuple[Study, Division]:
+        """The study and the images, on the device, as the parent has them: it has warned of what is odd in them.
 
         Nothing is interrupted here. The parent has filled the cache, so this is soon over.
         """
@@ -166,7 +167,9 @@ class _Worker:
         )
         study.use_depot(job.depot)
         self._log_to_parent()
-        return study, on_device(folds(dataset, config), self._device)
+        division = Division(dataset)
+        division.on(self._device, config)
+        return study, division
 
     def _log_to_parent(self) -> None:
         """Sends records to the parent: warnings and worse, and what we say ourselves."""

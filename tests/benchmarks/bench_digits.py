@@ -77,7 +77,7 @@ def run_hpo(trials: int, seed: int) -> dict[str, Any]:
         folder = Path(name)
         search = ["run", "digits", "--study", "bench", "--trials", str(trials), "--seed", str(seed), "--device", "cpu"]
         search_s, _ = run([hpo, *search], folder)
-        refit_s, _ = run([hpo, "refit", "best", "--study", "bench", "--device", "cpu"], folder)
+        refit_s, _ = run([hpo, "refit", "best", "--no-confirm", "--study", "bench", "--device", "cpu"], folder)
         paths = StudyPaths(folder / "studies" / "bench")
         report = json.loads((paths.refit("best") / "metrics.json").read_text(encoding="utf-8"))
         rows = {

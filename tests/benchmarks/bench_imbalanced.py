@@ -74,7 +74,7 @@ def run_side(side: Side, seed: int, data: Path, settings: list[str], root: Path)
     hpo = [sys.executable, "-m", "hpo.cli"]
     started = time.perf_counter()
     search = ["run", side.space, "--trials", str(side.trials), "--seed", str(seed), "--data", str(data), *sets]
-    for command in ([*hpo, *search, "--study", study], [*hpo, "refit", "best", "--study", study]):
+    for command in ([*hpo, *search, "--study", study], [*hpo, "refit", "best", "--no-confirm", "--study", study]):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")

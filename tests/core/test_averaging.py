@@ -1,4 +1,5 @@
-"""EMA is timm's and torch's with a warm-up of its decay; SWA is torch's, batch-norm recalibration included."""
+"""EMA is timm's and torch's with a warm-up of its decay; SWA and the mean over networks are torch's, batch-norm
+recalibration included."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from core.averaging import Averaging, build_averaging, recalibrate
+from core.averaging import Averaging, build_averaging, mean_of, recalibrate
 from core.config import AveragingConfig
 from tests.core.recorded import RecordedGraph
 
@@ -252,6 +253,77 @@ def test_only_swa_with_batch_norms_needs_recalibration() -> None:
     assert swa(network()).needs_recalibration
     assert not swa(nn.Linear(2, 2)).needs_recalibration
     assert not ema(network()).needs_recalibration
+
+
+# ---- the mean over networks
+
+
+def wandered(seed: int, model: nn.Module | None = None) -> nn.Module:
+    """A network that went its own way from one beginning."""
+    model = model or network()
+    wander(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_mean_of_networks_is_torchs_averaged_model_fed_with_them(count: int) -> None:
+    models = [wandered(seed) for seed in range(count)]
+    theirs = AveragedModel(models[0], use_buffers=True)
+    for model in models:
+        theirs.update_parameters(model)
+    found = mean_of(models).state_dict()
+    for name, tensor in theirs.module.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_the_mean_of_equal_networks_is_bitwise_one_of_them() -> None:
+    models = [wandered(4) for _ in range(7)]
+    for name, tensor in mean_of(models).state_dict().items():
+        assert torch.equal(tensor, models[0].state_dict()[name]), name
+
+
+def test_the_mean_is_a_network_of_its_own_fit_for_evaluation() -> None:
+    models = [wandered(seed).train() for seed in (1, 2)]
+    before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    mean = mean_of(models)
+    wander(mean, torch.Generator().manual_seed(9))
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not mean.training
+    assert models[0].training
+    assert not any(parameter.requires_grad for parameter in mean.parameters())
+    assert mean[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert mean(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
+
+
+def test_the_recalibrated_mean_has_the_statistics_of_its_own_activations() -> None:
+    """The mean of two networks' statistics is not what their mean computes: here the second's channels are swapped."""
+    one, other = wandered(1), wandered(1)
+    with torch.no_grad():
+        order = torch.arange(8).roll(1)
+        other[0].weight.copy_(other[0].weight[order])
+        other[0].bias.copy_(other[0].bias[order])
+    for model in (one, other):
+        recalibrate(model, batches())
+    mean = mean_of([one, other])
+    stale = mean[1].running_var.clone()
+    recalibrate(mean, batches())
+    with torch.no_grad():
+        seen = torch.stack([mean[0](images).var((0, 2, 3)) for images in batches()]).mean(0)
+    torch.testing.assert_close(mean[1].running_var, seen)
+    assert (stale - seen).abs().max() > 0.2 * seen.min()
+
+
+@pytest.mark.parametrize("other", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 9, 3))])
+def test_networks_of_several_architectures_have_no_mean(other: nn.Module) -> None:
+    with pytest.raises(ValueError, match="not of one architecture"):
+        mean_of([network(), other])
+
+
+def test_no_networks_have_no_mean() -> None:
+    with pytest.raises(ValueError, match="no networks"):
+        mean_of([])
 
 
 # ---- recalibration

@@ -1,10 +1,9 @@
-"""The bundle: what is written is what is loaded, whole or not at all, and its README tells the truth."""
+"""The bundle: what is written is what is loaded, whole or not at all."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+from core.calibration import scaled
 from core.config import TrainConfig
+from core.errors import UserError
 from core.models import build_model
 from core.runtime import normalize
 from core.tta import VIEWS, look, predict_logits
@@ -39,7 +38,6 @@ FILES = {
     "preprocess.json",
     "origin.json",
     "metrics.json",
-    "README.md",
 }
 SCORES = {"accuracy": 0.9876, "balanced_accuracy": 0.98, "macro_f1": 0.97, "loss": 0.0412, "ece": float("nan")}
 REPORT: dict[str, Any] = {
@@ -67,6 +65,7 @@ def make(*, channels: int = 3, views: str = "flip", **changes: Any) -> tuple[Bun
         data_name="pets",
         fingerprint="0123abcd",
         versions=versions(),
+        temperature=1.6,
     )
     return bundle, model.eval()
 
@@ -119,8 +118,10 @@ def test_a_loaded_bundle_answers_as_the_network_that_was_written(tmp_path: Path,
     loaded = load_bundle(folder, CPU)
     images = some_images(channels)
     [by] = bundle.normalizations
-    expected = predict_logits(model, images, prepare=lambda x: normalize(x, by.mean, by.std), views=views)
+    plain = predict_logits(model, images, prepare=lambda x: normalize(x, by.mean, by.std), views=views)
+    expected = scaled(plain, 1.6)
     assert torch.equal(loaded.logits(images), expected)
+    torch.testing.assert_close(loaded.probabilities(images), (plain / 1.6).softmax(1))
     torch.testing.assert_close(loaded.probabilities(images).sum(1), torch.ones(5))
     torch.testing.assert_close(loaded.logits(images, batch_size=2), expected)
     assert loaded.meta == bundle
@@ -136,9 +137,12 @@ def test_an_ensemble_answers_with_the_mean_of_its_members_probabilities(tmp_path
         for view in VIEWS[views]:
             with torch.inference_mode():
                 total += model(normalize(look(images, view), by.mean, by.std)).softmax(1)
+    mean = total / (3 * len(VIEWS[views]))
     loaded = load_bundle(write_ensemble(tmp_path / "best", views=views), CPU)
-    torch.testing.assert_close(loaded.logits(images).exp(), total / (3 * len(VIEWS[views])))
-    torch.testing.assert_close(loaded.probabilities(images), total / (3 * len(VIEWS[views])))
+    uncalibrated = replaced(loaded, meta=replaced(bundle, temperature=1.0))
+    torch.testing.assert_close(uncalibrated.probabilities(images), mean)
+    torch.testing.assert_close(loaded.probabilities(images), (mean.log() / 1.6).softmax(1))
+    torch.testing.assert_close(loaded.logits(images).exp(), loaded.probabilities(images))
     torch.testing.assert_close(loaded.logits(images, batch_size=2), loaded.logits(images))
     assert loaded.meta == bundle
 
@@ -283,6 +287,15 @@ def edit(name: str, key: str, value: Any) -> Any:
     return change
 
 
+def drop(name: str, key: str) -> Any:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        del content[key]
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
 def edit_network(key: str, value: Any) -> Any:
     def change(folder: Path) -> None:
         content = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))
@@ -317,7 +330,7 @@ def large_network(folder: Path) -> None:
     ("damage", "message"),
     [
         (shutil.rmtree, r"no such folder; give one that `hpo refit` wrote"),
-        *((remove(name), rf"no {re.escape(name)} in it") for name in sorted(FILES - {"README.md", "metrics.json"})),
+        *((remove(name), rf"no {re.escape(name)} in it") for name in sorted(FILES - {"metrics.json"})),
         (flip_a_bit, r"model\.safetensors: damaged, or of another bundle"),
         (replace("model.safetensors", "no weights"), r"model\.safetensors: damaged, or of another bundle"),
         (other_weights, r"model\.safetensors: does not fit config\.yaml and the 3 classes of classes\.json"),
@@ -332,8 +345,11 @@ def large_network(folder: Path) -> None:
         (edit_network("std", [1, 1, 0]), r"preprocess\.json: damaged \(networks\.0\.std\.2: "),
         (edit_network("weights", "../model.safetensors"), r"the weights of its networks must be model\.safetensors"),
         (edit("preprocess.json", "tta_views", "zoom"), r"preprocess\.json: tta_views zoom: this hpo knows none"),
-        (edit("origin.json", "format", 1), r"a bundle of format 1, and this hpo reads 2"),
-        (edit("origin.json", "format", 3), r"a bundle of format 3, and this hpo reads 2"),
+        (edit("origin.json", "format", 1), r"a bundle of format 1, and this hpo reads 2 and 3"),
+        (edit("origin.json", "format", 4), r"a bundle of format 4, and this hpo reads 2 and 3"),
+        (edit("origin.json", "format", 2), r"preprocess\.json: damaged \(temperature: "),
+        (edit("preprocess.json", "temperature", 0), r"preprocess\.json: damaged \(temperature: "),
+        (drop("preprocess.json", "temperature"), r"preprocess\.json: damaged \(temperature: "),
         (edit("origin.json", "weights_sha256", {}), r"model\.safetensors: damaged, or of another bundle"),
         (edit("origin.json", "versions", None), r"origin\.json: damaged \(versions: "),
         (edit("origin.json", "versions", {"a\n\x1b[2J": 1}), r"origin\.json: damaged \('versions\.a\\n\\x1b\[2J': "),
@@ -396,17 +412,7 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path, images: torch.Tensor
         load_bundle(write(tmp_path / "best"), CPU).logits(images)
 
 
-# README
-
-
-def test_the_readme_says_where_it_came_from_and_how_good_it_is(tmp_path: Path) -> None:
-    text = (write(tmp_path / "best") / "README.md").read_text(encoding="utf-8")
-    assert "hpo predict . IMAGES -o submission.csv" in text
-    assert "| test (30) | yes | 0.9911 | 0.9800 | 0.9700 | 0.0412 |" in text
-    assert "pets, fingerprint `0123abcd`" in text
-    assert "Größe, {x}" in text
-    for name, number in versions().items():
-        assert f"{name} {number}" in text
+# Where it came from
 
 
 def test_it_remembers_the_study_the_trial_and_where_the_data_came_from(tmp_path: Path) -> None:
@@ -416,66 +422,31 @@ def test_it_remembers_the_study_the_trial_and_where_the_data_came_from(tmp_path:
         bundle.write(new, [model], REPORT)
     origin = json.loads((tmp_path / "best" / "origin.json").read_text(encoding="utf-8"))
     assert (origin["study"], origin["trial"], origin["data"]["source"]) == ("rooms", 7, "photos/scenes5k.zip")
-    assert load_bundle(tmp_path / "best", CPU).meta == bundle
-    text = (tmp_path / "best" / "README.md").read_text(encoding="utf-8")
-    assert "Written by `hpo refit` from trial 7 of study `rooms`." in text
-    assert "pets (from photos/scenes5k.zip), fingerprint `0123abcd`" in text
+    loaded = load_bundle(tmp_path / "best", CPU)
+    assert loaded.meta == bundle
+    assert loaded.folder == tmp_path / "best"
 
 
-def test_a_bundle_without_an_origin_in_a_study_loads_and_says_nothing_of_one(tmp_path: Path) -> None:
+def test_a_bundle_without_an_origin_in_a_study_loads(tmp_path: Path) -> None:
     folder = write(tmp_path / "best")
     origin = json.loads((folder / "origin.json").read_text(encoding="utf-8"))
     del origin["study"], origin["trial"], origin["data"]["source"]
     (folder / "origin.json").write_text(json.dumps(origin), encoding="utf-8")
     meta = load_bundle(folder, CPU).meta
     assert (meta.study, meta.trial, meta.source) == (None, None, None)
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "None" not in text
-    assert "Written by `hpo refit`. It" in text
 
 
-def test_the_readme_does_not_promise_that_a_training_gives_this_model_again(tmp_path: Path) -> None:
-    text = (write(tmp_path / "best") / "README.md").read_text(encoding="utf-8")
-    assert "trains it again" not in text
-    assert re.search(r"hpo train config\.yaml --data …` trains .* without the validation images", text)
-
-
-def test_the_readme_of_an_ensemble_says_so(tmp_path: Path) -> None:
-    text = (write_ensemble(tmp_path / "best") / "README.md").read_text(encoding="utf-8")
-    assert "resnet, an ensemble of 3, whose probabilities are averaged" in text
-    assert "out-of-fold: each image was judged by the one\nmember that had not seen it" in text
-    assert "`member_1.safetensors` … `member_3.safetensors`" in text
-    assert "`model.safetensors`" not in text
-    assert "trains this configuration 3 times" in text
-    plain = (write(tmp_path / "one") / "README.md").read_text(encoding="utf-8")
-    assert "ensemble" not in plain
-    assert "`model.safetensors`" in plain
-
-
-def test_the_readme_of_one_network_from_a_folded_trial_says_what_its_validation_scores_are(tmp_path: Path) -> None:
-    text = (write(tmp_path / "best", **{"data.folds": 4}) / "README.md").read_text(encoding="utf-8")
-    assert "out-of-fold: the trial trained 4 networks" in text
-    assert "this model was trained on all of them." in text
-
-
-def test_the_readmes_python_runs_as_it_stands(tmp_path: Path) -> None:
+def test_a_bundle_of_the_format_before_temperatures_is_read_with_none(tmp_path: Path) -> None:
     folder = write(tmp_path / "best")
-    (folder / "photos").mkdir()
-    rng = np.random.default_rng(0)
-    for name in ("a.png", "b.jpg"):
-        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / "photos" / name)
-    snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert snippet is not None
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", snippet[1]],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["a.png", "b.jpg"]
-    assert all(re.fullmatch(r"\S+ (cat|dog|Größe, \{x\}) [01]\.\d{3}", line) for line in lines)
+    drop("preprocess.json", "temperature")(folder)
+    edit("origin.json", "format", 2)(folder)
+    loaded = load_bundle(folder, CPU)
+    assert loaded.meta == replaced(make()[0], temperature=1.0)
+    with_one = replaced(load_bundle(write(tmp_path / "new"), CPU), meta=loaded.meta)
+    assert torch.equal(loaded.logits(some_images()), with_one.logits(some_images()))
+
+
+def test_a_folder_and_a_device_may_be_given_in_words(tmp_path: Path) -> None:
+    assert load_bundle(str(write(tmp_path / "best")), "cpu").device == CPU
+    with pytest.raises(UserError, match="tpu"):
+        load_bundle(tmp_path / "best", "tpu")

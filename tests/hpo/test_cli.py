@@ -26,14 +26,24 @@ SURFACE = {
     "train": {
         "recipe", "--from", "--storage", "--data", "--set", "--metric", "--device", "--skip-broken", "--profile",
     },
-    "refit": {"trial", "--study", "--storage", "--data", "--folds", "--device"},
+    "confirm": {
+        "study", "--storage", "--data", "--budget", "--device", "--devices", "--workers", "--per-device",
+    },
+    "refit": {
+        "trial", "--study", "--storage", "--data", "--folds", "--members", "--onnx", "--confirm", "--device",
+    },
     "predict": {"bundle", "images", "--output", "-o", "--probabilities", "--device", "--skip-broken"},
+    "report": {"study", "--storage", "--data", "--output", "-o", "--compare"},
     "dashboard": {"study", "--storage", "--port", "--host"},
     "study list": set(),
     "study show": {"study", "--storage"},
+    "study top": {"study", "--storage", "--every", "--once"},
+    "study trials": {"study", "--storage", "--csv", "--output", "-o"},
+    "study export": {"trial", "--study", "--storage", "--output", "-o"},
     "study doctor": {"study", "--storage", "--mend"},
     "space list": set(),
     "space check": {"file"},
+    "space suggest": {"study", "--storage", "--output", "-o"},
     "space schema": {"--output", "-o"},
     "data list": set(),
 }  # fmt: skip

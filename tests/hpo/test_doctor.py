@@ -97,7 +97,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("HPO_CACHE", str(folder / "cache"))
         images = draw_images(folder / "images")
         work_off(begin(folder, images=images, total=TOTAL), images)
-        assert hpo(patch, "refit", "best") == 0
+        assert hpo(patch, "refit", "best", "--no-confirm") == 0
     torch.set_num_threads(threads)
     return folder
 

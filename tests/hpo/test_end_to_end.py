@@ -38,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("HPO_STUDIES", str(studies))
         patch.setenv("HPO_CACHE", str(studies.parent / "cache"))
         assert hpo(patch, "run", "digits", "--trials", "4", *SMALL) == 0
-        assert hpo(patch, "refit", "best") == 0
+        assert hpo(patch, "refit", "best", "--no-confirm") == 0
     return studies
 
 
@@ -83,7 +83,7 @@ def test_a_second_refit_counts_a_second_opening_and_writes_the_same_weights(
     monkeypatch.setenv("HPO_STUDIES", str(finished))
     weights = finished / "digits/refit/best/model.safetensors"
     before = weights.read_bytes()
-    assert hpo(monkeypatch, "refit", "best", "--study", "digits") == 0
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm", "--study", "digits") == 0
     assert weights.read_bytes() == before
     assert "2 times" in capsys.readouterr().out
 
@@ -212,7 +212,7 @@ def test_with_the_test_labels_shuffled_refit_writes_the_same_weights(
         monkeypatch.setenv("HPO_STUDIES", str(folder / "studies"))
         own = str(folder / "own.npz")
         assert hpo(monkeypatch, "run", "digits", "--trials", "2", *SMALL, "--data", own) == 0
-        assert hpo(monkeypatch, "refit", "best") == 0
+        assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
         bundle = folder / "studies/digits/refit/best"
         weights.append(hashlib.sha256((bundle / "model.safetensors").read_bytes()).hexdigest())
         accuracies.append(json.loads((bundle / "metrics.json").read_text())["test"]["with_tta"]["accuracy"])
@@ -312,7 +312,7 @@ def test_real_photographs_go_from_a_zip_to_a_submission(
         "search: {optim.lr_scale: {low: 0.1, high: 10, log: true}, augment.strength: {low: 0, high: 1}}\n"
     )
     assert hpo(monkeypatch, "run", str(own), "--data", str(archive), "--trials", "2", "--study", "scenes", *sets) == 0
-    assert hpo(monkeypatch, "refit", "best") == 0
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
     bundle = tmp_path / "studies/scenes/refit/best"
     metrics = json.loads((bundle / "metrics.json").read_text())
     assert metrics["test"]["images"] == 2997

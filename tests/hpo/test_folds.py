@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 import core.loop.run
+from core.calibration import scaled
 from core.config import TrainConfig
 from core.data import Dataset, folds, load_dataset
 from core.loop import EpochMetrics, TrainResult, train
@@ -30,7 +31,7 @@ from hpo.driver import estimate_s, run_references, run_study
 from hpo.interrupts import Interrupts
 from hpo.objective import Outcome
 from hpo.paths import StudyPaths, TrainingPaths
-from hpo.refit import refit
+from hpo.refitting import refit
 from hpo.search_space import SearchSpace, load_space
 from hpo.slots import SLOT
 from hpo.study import Study, open_study
@@ -500,7 +501,7 @@ def test_an_ensemble_averages_the_probabilities_of_its_members_over_test_images_
         for view in VIEWS[done.views]:
             with torch.inference_mode():
                 total += result.model(normalize(look(test.images, view), each.mean, each.std)).softmax(1)
-    mean = total / (members * len(VIEWS[done.views]))
+    mean = scaled((total / (members * len(VIEWS[done.views]))).log(), done.temperature).exp()
     assert done.test.accuracy == (mean.argmax(1) == test.labels).double().mean().item()
     assert done.test.loss == pytest.approx(-mean[range(len(mean)), test.labels].log().mean().item(), abs=1e-5)
 
@@ -544,7 +545,7 @@ def test_the_members_that_a_trial_has_trained_are_not_trained_again(
     folded: tuple[Study, Path], digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, _ = folded
-    monkeypatch.setattr("hpo.refit.train", lambda *arguments, **options: pytest.fail("a training"))
+    monkeypatch.setattr("hpo.refitting.networks.train", lambda *arguments, **options: pytest.fail("a training"))
     done = do_refit(study, digits, "kept", ensemble=3)
     for fold in (1, 2, 3):
         kept = (done.dir / f"member_{fold}.safetensors").read_bytes()
@@ -577,7 +578,8 @@ def test_the_test_set_is_opened_once_when_all_is_decided(
         "core.data.Dataset.open_test", lambda dataset: events.append("test") or opened()
     )  # fmt: skip
     monkeypatch.setattr(
-        "hpo.refit.train", lambda *arguments, **options: events.append("train") or trained(*arguments, **options)
+        "hpo.refitting.networks.train",
+        lambda *arguments, **options: events.append("train") or trained(*arguments, **options),
     )
     do_refit(study, digits, "watched", ensemble=4)
     assert events == ["train"] * 4 + ["test"]
@@ -632,8 +634,8 @@ def test_from_a_folded_search_to_the_predictions_of_an_ensemble(
     told = capsys.readouterr().out
     assert "in the first of 3 folds; every image validates in one of them" in told
     assert "and after each of the first 2 folds" in told
-    assert hpo(monkeypatch, "refit", "best") == 0
-    assert hpo(monkeypatch, "refit", "best", "--folds", "3") == 0
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm", "--folds", "3") == 0
     told = capsys.readouterr().out
     assert "out-of-fold" in told
     assert "2 times" in told
@@ -744,5 +746,5 @@ def test_an_imbalanced_set_is_told_class_by_class(
     ]
     assert hpo(monkeypatch, "run", "digits", "--trials", "1", *tiny) == 0
     capsys.readouterr()
-    assert hpo(monkeypatch, "refit", "best", "--folds", "3") == 0
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm", "--folds", "3") == 0
     assert "class by class, 168 test images:" in capsys.readouterr().out

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from hpo.pruner import RungPruner, build_pruner, rung_epochs
-from hpo.search_space import grammar
-from hpo.slots import BASE, RECIPE, SLOT
+from hpo.pruner import RungPruner, build_pruner, lets_through, rung_epochs
+from hpo.search_space import grammar, load_space
+from hpo.slots import BASE, LET_THROUGH, RECIPE, SLOT
 
 NAN = math.nan
 
@@ -250,6 +252,156 @@ def test_the_verdict_is_a_phrase(rank: int, words: str) -> None:
     assert study.pruner.verdict(study, trial) == f"rung 1: {words} of {rank}, kept"
 
 
+# Those that are let through on purpose
+
+SHARES = [0.5, 0.3, 1 / 3, 0.1, 0.02, 0.013]
+
+
+def chosen(share: float, slots: int) -> list[int]:
+    return [slot for slot in range(slots) if lets_through(slot, share)]
+
+
+def test_of_the_default_share_these_slots_are_let_through() -> None:
+    assert chosen(grammar.RungsPruner().let_through, 200) == [25, 75, 125, 175]
+
+
+def test_of_no_share_none_is_let_through() -> None:
+    assert chosen(0.0, 1000) == []
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_slots_are_let_through_evenly_and_none_where_a_study_is_short(share: float) -> None:
+    slots = chosen(share, 2000)
+    first = 1 / (2 * share)
+    assert first <= slots[0] < first + 1
+    assert {later - earlier for earlier, later in pairwise(slots)} <= {math.floor(1 / share), math.ceil(1 / share)}
+    assert all(abs(len([s for s in slots if s < n]) - share * n) <= 0.5 + share for n in range(2000))
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.51, NAN])
+def test_an_impossible_share_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="let_through"):
+        RungPruner([3], 0.5, let_through=share)
+
+
+def test_the_share_is_the_spaces_and_does_not_make_it_another_space() -> None:
+    usual, more, off = (load_space("digits", [f"pruner.let_through={share}"]) for share in (0.02, 0.5, 0))
+    assert usual.hash == more.hash == off.hash == load_space("digits").hash
+    pruners = [build_pruner(space.pruner, epochs=20, folds=3) for space in (usual, more, off)]
+    assert [pruner.let_through for pruner in pruners if isinstance(pruner, RungPruner)] == [0.02, 0.5, 0]
+
+
+def test_one_that_is_let_through_goes_on_to_its_end_and_says_so() -> None:
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
+    for slot in (0, 2):
+        add(study, slot, {2: 0.9, 4: 0.9})
+    trial = running(study, 1)
+    assert not judge(trial, 1, 0.1)
+    assert study.pruner.verdict(study, trial) == "first rung: 2"
+    for epoch in (2, 3, 4, 5):
+        assert not judge(trial, epoch, 0.1)
+        assert study.pruner.verdict(study, trial) == "rung 2: 3rd of 3, let through on purpose"
+    frozen = study.trials[trial.number]
+    assert frozen.user_attrs[LET_THROUGH] == 2
+    assert frozen.system_attrs["rung:2"] == [3, 3, False]
+    assert "rung:4" not in frozen.system_attrs
+
+
+def test_one_that_no_rung_would_have_cut_is_like_any_other() -> None:
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
+    add(study, 0, {2: 0.1, 4: 0.1})
+    trial = running(study, 1)
+    assert not any(judge(trial, epoch, 0.5) for epoch in range(1, 6))
+    assert LET_THROUGH not in study.trials[trial.number].user_attrs
+    assert study.pruner.verdict(study, trial) == "rung 4: 1st of 2, kept"
+
+
+@pytest.mark.parametrize("attribute", [{BASE: True}, {RECIPE: "theirs"}])
+def test_the_base_and_the_recipes_are_let_through_by_what_they_are(attribute: Mapping[str, Any]) -> None:
+    study = study_with(RungPruner([2], 0.5, let_through=0.5))
+    add(study, 0, {2: 0.9})
+    trial = running(study, 1, **attribute)
+    assert not judge(trial, 2, 0.1)
+    assert LET_THROUGH not in study.trials[trial.number].user_attrs
+
+
+def test_behind_its_cut_one_that_was_let_through_takes_no_place_from_others() -> None:
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
+    add(study, 0, {2: 0.9, 4: 0.5})
+    late = running(study, 1)
+    assert not any(judge(late, epoch, value) for epoch, value in ((2, 0.1), (3, 0.9), (4, 0.9)))
+    other = running(study, 2)
+    assert not judge(other, 2, 0.95)
+    assert study.pruner.verdict(study, other) == "rung 2: 1st of 3, kept"  # there it counts
+    assert not judge(other, 4, 0.6)
+    assert study.pruner.verdict(study, other) == "rung 4: 1st of 2, kept"  # there it does not
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0], ids=["the same share", "none are let through any more"])
+def test_a_retried_trial_that_was_let_through_goes_on_as_its_first_attempt_did(share: float) -> None:
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
+    add(study, 0, {2: 0.9})
+    first = running(study, 1)
+    assert not judge(first, 2, 0.1)
+    study.tell(first, state=TrialState.FAIL)
+    was = study.trials[first.number]
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=was.user_attrs, system_attrs=was.system_attrs))
+    study.pruner = RungPruner([2, 4], 0.5, let_through=share)  # another process
+    again = study.ask()
+    assert not any(judge(again, epoch, 0.1) for epoch in range(1, 6))
+    assert study.pruner.verdict(study, again) == "rung 2: 2nd of 2, let through on purpose"
+    assert study.trials[again.number].user_attrs[LET_THROUGH] == 2
+
+
+def test_a_trial_whose_process_died_between_its_place_and_the_attribute_has_both_in_the_end() -> None:
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
+    study.add_trial(
+        create_trial(state=TrialState.WAITING, user_attrs={SLOT: 1}, system_attrs={"rung:2": [2, 2, False]})
+    )
+    again = study.ask()
+    assert not any(judge(again, epoch, 0.1) for epoch in (1, 2, 3))
+    assert study.trials[again.number].user_attrs[LET_THROUGH] == 2
+
+
+def played(pruner: RungPruner, curves: list[list[float]], starts: list[float]) -> dict[int, tuple[Any, ...]]:
+    """Trains trials side by side, each a step a tick from when it starts; slot -> the places that it was given."""
+    study = study_with(pruner)
+    trials = [running(study, slot) for slot in range(len(curves))]
+    over = set()
+    steps = sorted((starts[slot] + step, slot, step) for slot, curve in enumerate(curves) for step in range(len(curve)))
+    for _, slot, step in steps:
+        if slot in over:
+            continue
+        pruned = judge(trials[slot], step + 1, curves[slot][step])
+        if pruned or step + 1 == len(curves[slot]):
+            study.tell(trials[slot], state=TrialState.PRUNED if pruned else None, values=None if pruned else 0.0)
+            over.add(slot)
+    return {
+        trial.number: (trial.state, {key: mark for key, mark in trial.system_attrs.items() if "rung" in key})
+        for trial in study.trials
+        if LET_THROUGH not in trial.user_attrs
+    }
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("fold_ends", "steps"), [((), 12), ((12, 24), 36)], ids=["one split", "three folds"])
+def test_every_other_trial_is_judged_as_if_none_were_let_through(
+    seed: int, fold_ends: tuple[int, ...], steps: int
+) -> None:
+    draw = random.Random(seed)
+    # Curves that cross, so that one that is let through would often have been among the best later on.
+    curves = [[draw.random() for _ in range(steps)] for _ in range(60)]
+    starts = [slot * draw.choice((1.0, 4.0, 20.0)) for slot in range(60)]  # one after the other, or many at once
+    without = played(RungPruner([1, 2, 6], 0.5, fold_ends), curves, starts)
+    share = draw.choice((0.1, 0.3, 0.5))
+    others = played(RungPruner([1, 2, 6], 0.5, fold_ends, let_through=share), curves, starts)
+    assert others == {slot: without[slot] for slot in others}
+    missing = without.keys() - others.keys()
+    assert missing == {s for s in chosen(share, 60) if without[s][0] == TrialState.PRUNED} != set()
+
+
+# The others by name
+
 PRUNERS: dict[str, tuple[Any, type[optuna.pruners.BasePruner]]] = {
     "rungs": (grammar.RungsPruner(), RungPruner),
     "none": (grammar.NoPruner(name="none"), optuna.pruners.NopPruner),
@@ -291,7 +443,9 @@ def test_every_pruner_prunes_the_hopeless_and_spares_the_base_and_the_recipes(na
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
 def test_every_pruner_ends_in_a_later_fold_a_trial_that_falls_behind_there(name: str) -> None:
     epochs, folds = 10, 3
-    study = optuna.create_study(direction="maximize", pruner=build_pruner(PRUNERS[name][0], epochs, folds))
+    # Hyperband puts a trial into a bracket by the study's name: a random one would now and then be too patient.
+    pruner = build_pruner(PRUNERS[name][0], epochs, folds)
+    study = optuna.create_study(direction="maximize", pruner=pruner, study_name="s")
     for slot in range(1, 12):
         good = running(study, slot)
         for step in range(1, epochs * folds + 1):

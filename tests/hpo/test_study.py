@@ -25,8 +25,8 @@ from optuna.trial import TrialState
 from core.config import TrainConfig
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, studies_root
+from hpo.pictures import attach_artifacts
 from hpo.pruner import RungPruner
-from hpo.report import attach_artifacts
 from hpo.search_space import SearchSpace, load_space
 from hpo.slots import BASE, FAILURE, INTERRUPTED, RECIPE, SLOT, TAKEN_FROM, slot_of
 from hpo.storage import mask, open_storage

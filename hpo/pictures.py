@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import optuna
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
     from optuna.artifacts._protocol import ArtifactStore
     from torch import Tensor
 
@@ -29,6 +31,8 @@ TITLE, TEXT = 14.0, 12.0  # points
 NUMBERS_UP_TO = 20  # classes: a cell of more than 20 × 20 is too small for a number
 NAMES_UP_TO = 100  # classes: a side of 12 inches holds so many names of 6 points
 LONGEST_NAME = 18  # characters
+SHEET, SHEET_COLUMNS = 24, 6  # images of a sheet, and of a row of it
+SHEET_SIDE = 160, 208  # pixels that a side of an image on a sheet is enlarged to, about, and that it has at most
 LOG_FROM = 50.0  # a loss that falls by more than this factor is drawn on a logarithmic axis
 
 _METRIC_WORDS = {
@@ -162,6 +166,87 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], path: Path, *, t
     total = int(counts.sum())
     axes.set_title(f"{int(counts.trace()):,} of {total:,} right" if total else "no images", fontsize=TEXT, color=INK)
     _save(figure, path, title)
+
+
+def confident_errors(
+    images: Tensor | NDArray[np.uint8],
+    errors: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
+    path: Path,
+    *,
+    title: str = "",
+) -> None:
+    """Draws the first 24 images under what they are, what they were taken for, and how surely, as PNG.
+
+    Small images are enlarged pixel by pixel, by a whole factor: nothing is drawn that the network did not see.
+
+    Args:
+        images: (n, C, H, W) uint8, C 1 or 3, one for each of the errors.
+        errors: `true` and `predicted`, each a class's name or its position in `classes`, and `confidence`, in [0, 1].
+        classes: K names.
+    """
+    tiles = [_tile(image) for image in images[:SHEET]]
+    if len(errors) < len(tiles):
+        raise ValueError(f"{len(tiles)} images and {len(errors)} errors")
+    if not tiles:
+        _save(_note("no mistakes"), path, title)
+        return
+    captions = [_caption(error, classes) for error in errors[: len(tiles)]]
+    height, width = (side / DPI for side in tiles[0].shape[:2])  # inches, as all lengths here
+    room = 72 / 0.58 * (width + 0.1)  # points of letters beside each other
+    one_line = max(len(f"{true} {guess}") for true, guess in captions) * TEXT < room
+    lines = [f"{true} {guess}" if one_line else f"{true}\n{guess}" for true, guess in captions]
+    letters = min(TEXT, room / max(len(part) for line in lines for part in line.split("\n")))
+
+    columns = min(SHEET_COLUMNS, len(tiles))
+    across, down, head = width + 0.16, height + (0.34 if one_line else 0.54), 0.62
+    whole = max(columns * across + 0.16, 4.4), head + math.ceil(len(tiles) / columns) * down + 0.04
+    margin = (whole[0] - columns * across + 0.16) / 2
+    figure = _figure(*whole)
+    for place, (tile, line) in enumerate(zip(tiles, lines, strict=True)):
+        left = margin + place % columns * across
+        bottom = whole[1] - head - place // columns * down - height
+        axes = figure.add_axes((left / whole[0], bottom / whole[1], width / whole[0], height / whole[1]))
+        axes.imshow(tile, interpolation="nearest", cmap="gray", vmin=0, vmax=255)
+        axes.set_axis_off()
+        beneath = (left + width / 2) / whole[0], (bottom - 0.05) / whole[1]
+        figure.text(*beneath, _plain(line), ha="center", va="top", fontsize=letters, color=INK)
+    key = "mistakes, the surest first: true → predicted, how sure"
+    figure.text(0.5, 1 - 0.34 / whole[1], key, ha="center", va="top", fontsize=TEXT - 1, color=GREY)
+    _save(figure, path, title)
+
+
+def _tile(image: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(C, H, W) as an image of a sheet, (h, w) or (h, w, 3): enlarged by a whole factor, or reduced."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.moveaxis(np.asarray(image), 0, -1)
+    pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    side = max(pixels.shape[:2])
+    if side > SHEET_SIDE[1]:
+        small = Image.fromarray(np.ascontiguousarray(pixels))
+        small.thumbnail((SHEET_SIDE[1], SHEET_SIDE[1]))
+        return np.asarray(small)
+    factor = max(1, min(round(SHEET_SIDE[0] / side), SHEET_SIDE[1] // side))
+    return pixels.repeat(factor, 0).repeat(factor, 1)
+
+
+def _caption(error: Mapping[str, Any], classes: Sequence[str]) -> tuple[str, str]:
+    """What it is, and what it was taken for: ("cat", "→ dog, 98 %")."""
+    true, predicted = (
+        _one_line(classes[named] if isinstance(named, int) else named) for named in (error["true"], error["predicted"])
+    )
+    percent = 100 * error["confidence"]
+    surely = "> 99 %" if percent > 99.5 else f"{percent:.0f} %"  # a mistake is never made with certainty
+    return true, f"→ {predicted}, {surely}"
+
+
+def _note(words: str) -> Figure:
+    """A small figure of a few words, where there is nothing to draw."""
+    figure = _figure(4.4, 1.1)
+    figure.text(0.5, 0.3, words, ha="center", va="center", fontsize=TEXT, color=INK)
+    return figure
 
 
 def study_overview(
@@ -332,9 +417,13 @@ def _decorate(axes: Axes, title: str) -> None:
 
 
 def _short(name: str) -> str:
-    """A name on one line, of at most `LONGEST_NAME` characters."""
+    """A name on one line, of at most `LONGEST_NAME` characters, as matplotlib takes it."""
+    return _plain(_one_line(name))
+
+
+def _one_line(name: str) -> str:
     name = " ".join(name.split())
-    return _plain(name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…")
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _plain(text: str) -> str:

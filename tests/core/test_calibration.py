@@ -1,0 +1,119 @@
+"""The temperature is the one that a general optimiser finds, and what it does to the probabilities is what Guo et al.
+say: the labels stay, and the likelihood of the true ones grows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from core.calibration import HIGHEST, LOWEST, fit_temperature, scaled
+from core.metrics import scores
+from core.tta import average
+
+
+def drawn(n: int, classes: int, *, seed: int = 0, spread: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Logits (n, classes), and labels (n,) drawn by their very probabilities, so that these are calibrated."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(n, classes, generator=generator)
+    return logits, torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+
+
+def loss(logits: Tensor, labels: Tensor, temperature: float) -> float:
+    return F.cross_entropy(logits.double() / temperature, labels).item()
+
+
+@pytest.mark.parametrize("distortion", [0.2, 0.5, 1.0, 3.0, 8.0])
+@pytest.mark.parametrize(("n", "classes"), [(60, 3), (500, 10), (300, 100)])
+def test_the_temperature_is_the_one_that_scipy_finds_without_the_slope(n: int, classes: int, distortion: float) -> None:
+    logits, labels = drawn(n, classes)
+    logits = logits * distortion
+    bounds = (math.log(LOWEST), math.log(HIGHEST))
+    theirs = minimize_scalar(lambda t: loss(logits, labels, math.exp(t)), bounds=bounds, options={"xatol": 1e-9})
+    found = fit_temperature(logits, labels)
+    assert found == pytest.approx(math.exp(theirs.x), rel=1e-5)
+    assert loss(logits, labels, found) <= theirs.fun + 1e-12
+
+
+@pytest.mark.parametrize("distortion", [0.1, 0.5, 1.0, 2.0, 10.0])
+def test_it_takes_back_by_how_much_calibrated_logits_were_multiplied(distortion: float) -> None:
+    """Within 5 %, of 20,000 images."""
+    logits, labels = drawn(20_000, 10)
+    assert fit_temperature(logits * distortion, labels) == pytest.approx(distortion, rel=0.05)
+
+
+@pytest.mark.parametrize("distortion", [0.3, 4.0])
+def test_scaled_by_it_the_loss_and_the_calibration_error_fall_on_images_that_it_was_not_fitted_on(
+    distortion: float,
+) -> None:
+    logits, labels = drawn(4_000, 10)
+    logits = logits * distortion
+    temperature = fit_temperature(logits[:2000], labels[:2000])
+    before, after = scores(logits[2000:], labels[2000:]), scores(scaled(logits[2000:], temperature), labels[2000:])
+    assert after.loss < before.loss
+    assert after.ece < 0.5 * before.ece
+
+
+def test_logits_and_their_log_probabilities_have_one_temperature() -> None:
+    logits, labels = drawn(500, 10)
+    from_logs = fit_temperature((3 * logits).log_softmax(1), labels)
+    assert from_logs == pytest.approx(fit_temperature(3 * logits, labels), rel=1e-5)
+
+
+def test_half_precision_is_fitted_as_its_float_values() -> None:
+    logits, labels = drawn(500, 10)
+    half = logits.to(torch.bfloat16)
+    assert fit_temperature(half, labels) == fit_temperature(half.float(), labels)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [("all right", LOWEST), ("all wrong", HIGHEST), ("all alike", 1.0), ("one image that is right", LOWEST)],
+)
+def test_where_no_temperature_is_the_best_the_answer_is_a_bound_or_1(case: str, expected: float) -> None:
+    logits, labels = drawn(200, 5)
+    if case == "all right":
+        labels = logits.argmax(1)
+    elif case == "all wrong":
+        labels = logits.argmin(1)
+    elif case == "all alike":
+        logits = torch.full_like(logits, 0.3)
+    else:
+        logits, labels = logits[:1], logits[:1].argmax(1)
+    assert fit_temperature(logits, labels) == expected
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused(broken: float) -> None:
+    logits, labels = drawn(20, 5)
+    logits[3, 2] = broken
+    with pytest.raises(ValueError, match="finite"):
+        fit_temperature(logits, labels)
+
+
+# ---- what it does
+
+
+@pytest.mark.parametrize("temperature", [LOWEST, 0.7, 1.0, 1.6, HIGHEST])
+def test_no_label_changes_and_the_probabilities_are_the_softmax_of_the_divided_logits(temperature: float) -> None:
+    logits, _ = drawn(2_000, 10)
+    found = scaled(logits, temperature)
+    assert torch.equal(found.argmax(1), logits.argmax(1))
+    torch.testing.assert_close(found.softmax(1), (logits / temperature).softmax(1))
+
+
+def test_averaged_log_probabilities_are_divided_and_sum_to_one_again() -> None:
+    views = torch.stack([drawn(50, 4, seed=seed)[0] for seed in (1, 2, 3)])
+    found = scaled(average(views), 2.5)
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(50))
+    powers = views.softmax(2).mean(0) ** (1 / 2.5)
+    torch.testing.assert_close(found.exp(), powers / powers.sum(1, keepdim=True))
+
+
+def test_a_temperature_of_1_gives_back_what_it_was_given() -> None:
+    logits, _ = drawn(20, 5)
+    assert scaled(logits, 1.0) is logits

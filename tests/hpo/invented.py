@@ -1,0 +1,130 @@
+"""Studies without a training: real spaces, samplers and pruners, and scores that a formula gives.
+
+What a study's folder and storage hold is what `hpo run` would have written, but for weights, pictures and metrics.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from core.data import Dataset
+from hpo.pruner import build_pruner
+from hpo.search_space import SearchSpace, space_from_yaml
+from hpo.slots import BASE, FAILURE, SLOT
+from hpo.study import Study, open_study
+
+Fails = Callable[[int, Mapping[str, Any]], str]
+"""(slot, parameters) -> `diverged`, `oom`, …; empty where the trial can be trained."""
+
+
+def never_fails(slot: int, params: Mapping[str, Any]) -> str:
+    """Every trial can be trained."""
+    return ""
+
+
+def invented_study(
+    space: SearchSpace | str,
+    dataset: Dataset,
+    name: str,
+    *,
+    trials: int,
+    seed: int = 0,
+    fails: Fails = never_fails,
+    value: Callable[[Mapping[str, Any]], float] | None = None,
+    running: int = 0,
+    waiting: int = 0,
+) -> Study:
+    """A study on a journal of its own, with so many finished trials, and after them some that run and some that wait.
+
+    Args:
+        space: a space, or its YAML.
+        value: parameters -> a score in [0, 1] that grows; a formula of the rate and the smoothing where left out.
+    """
+    if isinstance(space, str):
+        space = space_from_yaml(space, name)
+    played = _played(space, trials + running, seed, fails, value or _usual_value)
+    study = open_study(space, name=name, dataset=dataset, seed=seed)
+    study.remember_space(space)
+    study.optuna.add_trials([_with_state(each, running=each.number >= trials) for each in played])
+    total = trials + running + waiting
+    study.ensure_slots(total)
+    study.remember_command(f"hpo run {space.name} --study {name} --trials {total}")
+    return study
+
+
+def _usual_value(params: Mapping[str, Any]) -> float:
+    rate = float(params.get("optim.lr_scale", 3.0))
+    return 0.95 - 0.05 * abs(math.log10(rate / 3.0)) - 0.2 * float(params.get("loss.smoothing", 0.0))
+
+
+def _played(
+    space: SearchSpace, trials: int, seed: int, fails: Fails, value: Callable[[Mapping[str, Any]], float]
+) -> list[FrozenTrial]:
+    """The trials as a study in memory has run them, judged by the space's own pruner."""
+    folds = space.base.data.folds or 1
+    steps = space.base.epochs * folds
+    study = optuna.create_study(
+        direction=space.direction,
+        sampler=optuna.samplers.RandomSampler(seed=seed),
+        pruner=build_pruner(space.pruner, space.base.epochs, space.base.data.folds),
+    )
+    draw = random.Random(seed)
+    for slot in range(trials):
+        study.enqueue_trial(space.base_params() if slot == 0 else {}, user_attrs={SLOT: slot})
+        trial = study.ask()
+        params = space.suggest(trial)
+        if slot == 0:
+            trial.set_user_attr(BASE, True)
+        failure = fails(slot, params)
+        best, slowness = value(params), draw.uniform(0.05, 0.25) * steps
+        pruned, score, epoch = False, 0.0, 0
+        for epoch in range(1, steps + 1):
+            good = best * (1 - 0.9 * math.exp(-epoch / slowness)) + draw.gauss(0, 0.004)
+            score = good if space.direction == "maximize" else -math.log(max(good, 1e-3))
+            if failure and epoch > steps // 3:
+                break
+            trial.report(score, epoch)
+            pruned = epoch < steps and trial.should_prune()
+            if pruned:
+                break
+        pace = 0.6 * float(params.get("model.width", 1.0)) * draw.uniform(0.9, 1.1)
+        _remember(trial, failure, epoch, pace)
+        if pruned or failure:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, score)
+    return study.get_trials()
+
+
+def _remember(trial: optuna.Trial, failure: str, epoch: int, pace: float) -> None:
+    attributes = {
+        "epochs": epoch,
+        "kept_epoch": epoch,
+        "elapsed_s": round(epoch * pace, 3),
+        "images_per_s": round(1000 / pace, 1),
+        "device": "CPU, 2 threads",
+        **({FAILURE: failure} if failure else {}),
+    }
+    for key, item in attributes.items():
+        trial.set_user_attr(key, item)
+
+
+def _with_state(trial: FrozenTrial, *, running: bool) -> FrozenTrial:
+    """The same trial; one that runs has come to half of what it reported."""
+    if not running:
+        return trial
+    reported = dict(list(trial.intermediate_values.items())[: max(1, len(trial.intermediate_values) // 2)])
+    kept = {key: trial.user_attrs[key] for key in (SLOT, BASE) if key in trial.user_attrs}
+    return create_trial(
+        state=TrialState.RUNNING,
+        params=trial.params,
+        distributions=trial.distributions,
+        intermediate_values=reported,
+        user_attrs=kept,
+    )

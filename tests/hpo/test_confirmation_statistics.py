@@ -1,0 +1,681 @@
+"""Who won, and how sure that is: the intervals against scipy's, the race and the verdict on simulated searches.
+
+The simulated scores come from images: a configuration labels each right or not, replicates draw overlapping stratified
+splits of them as real ones do, and a training adds its own luck. The truth is what all images there could be would say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from hpo.confirmation.result import Confirmation, Contender, is_current, read_confirmation, write_confirmation
+from hpo.confirmation.statistics import (
+    MAX_REPLICATES,
+    Interval,
+    Judgement,
+    Scores,
+    allocate,
+    cannot_win,
+    corrected_interval,
+    differences,
+    judge,
+    optimism,
+    own_score,
+)
+from hpo.errors import StudyError
+
+SEEDS = 200
+VALUES = [0.912, 0.907, 0.921, 0.915, 0.899, 0.910]
+
+
+def scores(*values: float) -> Scores:
+    """A value a replicate, without folds."""
+    return {replicate: (value,) for replicate, value in enumerate(values)}
+
+
+class TestInterval:
+    @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+    def test_without_overlap_it_is_the_t_interval(self, confidence: float) -> None:
+        found = corrected_interval(VALUES, test_share=0, confidence=confidence)
+        expected = stats.ttest_1samp(VALUES, 0).confidence_interval(confidence)
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
+        assert found.n == len(VALUES)
+
+    @pytest.mark.parametrize(("test_share", "comparisons"), [(0.25, 1), (1 / 3, 7)])
+    def test_overlap_and_comparisons_widen_it_as_the_formula_says(self, test_share: float, comparisons: int) -> None:
+        found = corrected_interval(VALUES, test_share=test_share, comparisons=comparisons)
+        n = len(VALUES)
+        quantile = stats.t(n - 1).isf(0.05 / 2 / comparisons)
+        expected = quantile * np.sqrt((1 / n + test_share) * np.var(VALUES, ddof=1))
+        assert found.half_width == pytest.approx(expected, rel=1e-12)
+        assert found.mean == pytest.approx(np.mean(VALUES))
+
+    def test_with_folds_every_value_counts_and_n_says_the_replicates(self) -> None:
+        with_folds = corrected_interval(VALUES, test_share=0.5, replicates=2)
+        assert with_folds.half_width == corrected_interval(VALUES, test_share=0.5).half_width
+        assert with_folds.n == 2
+
+    def test_one_replicate_has_no_interval_whatever_its_folds(self) -> None:
+        assert corrected_interval([0.9], test_share=0.25) == Interval(0.9, math.inf, 1)
+        assert corrected_interval([0.9, 0.8, 0.7], test_share=0.5, replicates=1).half_width == math.inf
+        assert not corrected_interval([0.9], test_share=0.25).excludes_zero
+
+    def test_others_lend_their_spread_up_to_as_much_as_its_own(self) -> None:
+        own, other = [0.01, 0.02, 0.03], [0.0, 0.04, 0.01, 0.05, 0.02]
+        found = corrected_interval(own, test_share=0.25, others=[other])
+        variance = (np.var(own, ddof=1) + np.var(other, ddof=1)) / 2
+        assert found.half_width == pytest.approx(stats.t(4).isf(0.025) * np.sqrt((1 / 3 + 0.25) * variance))
+        assert found.mean == pytest.approx(0.02)
+        one_more_of_the_same = corrected_interval(own, test_share=0.25, others=[other, other])
+        assert one_more_of_the_same.half_width == pytest.approx(found.half_width)
+        assert corrected_interval(own, test_share=0.25, others=[[0.5]]) == corrected_interval(own, test_share=0.25)
+
+    @pytest.mark.parametrize("step", [1, 2])
+    def test_equal_values_of_few_images_are_not_certain(self, step: int) -> None:
+        """Three replicates that all differ by an image or two: the spread is taken for one image."""
+        images = 450
+        found = corrected_interval([step / images] * 3, test_share=1 / 3, resolution=1 / images)
+        assert found.half_width == pytest.approx(4.3027 * math.sqrt(2 / 3) / images, rel=1e-4)
+        assert not found.excludes_zero
+
+    def test_equal_values_that_are_many_images_exclude_zero(self) -> None:
+        assert corrected_interval([0.05] * 3, test_share=1 / 3, resolution=1 / 450).excludes_zero
+
+    @pytest.mark.parametrize("values", [[0.0] * 4, [0.1] * 4, [0.9 - 0.8, 0.5 - 0.4, 0.3 - 0.2]])
+    def test_equal_values_of_unknown_resolution_have_no_interval(self, values: list[float]) -> None:
+        found = corrected_interval(values, test_share=0.25)
+        assert found.half_width == math.inf
+        assert not found.excludes_zero
+
+    @pytest.mark.parametrize(
+        ("values", "arguments", "match"),
+        [
+            ([], {}, "at least one value"),
+            ([0.9, math.nan], {}, "finite"),
+            ([0.9, 0.8], {"test_share": -0.1}, "test_share -0.1"),
+            ([0.9, 0.8], {"confidence": 1.0}, "confidence 1.0"),
+            ([0.9, 0.8], {"comparisons": 0}, "0 comparisons"),
+            ([0.9, 0.8], {"replicates": 3}, "3 replicates of 2 values"),
+        ],
+    )
+    def test_it_refuses_what_has_no_interval(self, values: list[float], arguments: dict[str, Any], match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            corrected_interval(values, **{"test_share": 0.25, **arguments})
+
+
+class TestDifferences:
+    def test_only_common_replicates_count_in_their_order(self) -> None:
+        a = {3: (0.9, 0.8), 1: (0.7, 0.7), 2: (0.5, 0.5)}
+        b = {1: (0.6, 0.5), 3: (0.5, 0.5), 7: (0.1, 0.1)}
+        found, replicates = differences(a, b)
+        assert found == pytest.approx([0.1, 0.2, 0.4, 0.3])
+        assert replicates == 2
+
+    def test_different_folds_are_a_fault(self) -> None:
+        with pytest.raises(ValueError, match=r"shorter|longer"):
+            differences({1: (0.9, 0.8)}, {1: (0.9,)})
+
+
+class TestRace:
+    LEADER = scores(0.90, 0.91, 0.92, 0.91)
+
+    def test_who_is_clearly_behind_is_stopped_and_told_by_how_much(self) -> None:
+        behind = scores(0.85, 0.865, 0.87, 0.86)
+        why = cannot_win(behind, {"base": scores(0.86, 0.87, 0.88, 0.87), "trial 3": self.LEADER}, **RULES)
+        assert why is not None
+        assert why.startswith("worse than trial 3 by 0.0488 over 4 replicates, by at least 0.04")
+
+    def test_the_test_is_the_one_sided_paired_one(self) -> None:
+        gaps = np.array([0.01, 0.03, -0.005, 0.025])
+        behind = scores(*(value - gap for (value,), gap in zip(self.LEADER.values(), gaps, strict=True)))
+        statistic = gaps.mean() / np.sqrt((1 / 4 + RULES["test_share"]) * gaps.var(ddof=1))
+        assert stats.t(3).cdf(statistic) < 0.9
+        assert cannot_win(behind, {"trial 3": self.LEADER}, **RULES) is None
+        assert cannot_win(behind, {"trial 3": self.LEADER}, **{**RULES, "test_share": 0.0}) is not None
+        assert stats.t(3).cdf(gaps.mean() / np.sqrt(gaps.var(ddof=1) / 4)) > 0.9
+
+    def test_a_lower_loss_leads(self) -> None:
+        low, high = scores(0.30, 0.31, 0.29), scores(0.50, 0.52, 0.49)
+        rules = {**RULES, "maximize": False}
+        assert cannot_win(low, {"trial 3": high}, **rules) is None
+        assert cannot_win(high, {"trial 3": low}, **rules) is not None
+
+    def test_two_common_replicates_are_no_test(self) -> None:
+        behind = {0: (0.1,), 1: (0.1,), 9: (0.1,), 10: (0.1,)}
+        assert cannot_win(behind, {"trial 3": self.LEADER}, **RULES) is None
+
+    def test_an_image_less_in_each_of_three_replicates_stops_nobody(self) -> None:
+        behind = scores(0.80, 0.81, 0.82, 0.81)
+        ahead = scores(0.81, 0.82, 0.83, 0.82)
+        assert cannot_win(behind, {"trial 3": ahead}, **RULES) is None
+        assert cannot_win(behind, {"trial 3": ahead}, **RULES, resolution=0.01) is None
+        assert cannot_win(behind, {"trial 3": ahead}, **RULES, resolution=0.001) is not None
+
+    def test_failed_trainings_are_out_and_lead_nobody(self) -> None:
+        assert cannot_win(scores(0.9, math.nan, 0.9), {}, **RULES) == "one of its trainings gave no score"
+        behind = scores(0.5, 0.51, 0.52)
+        assert cannot_win(behind, {"trial 3": scores(0.9, 0.91, math.nan)}, **RULES) is None
+
+
+RULES: dict[str, Any] = {"test_share": 0.25, "maximize": True}
+
+
+class TestAllocation:
+    @pytest.mark.parametrize(
+        ("budget", "candidates", "expected"),
+        [
+            (0, 8, (2, 3)),  # the least that says anything, even beyond the budget
+            (7, 8, (2, 3)),
+            (8, 8, (2, 4)),
+            (10, 8, (2, 5)),
+            (14, 8, (2, 7)),
+            (15, 8, (3, 5)),
+            (40, 12, (8, 5)),
+            (47, 12, (8, 5)),
+            (48, 12, (8, 6)),
+            (500, 12, (8, 10)),
+            (500, 3, (3, 10)),
+            (500, 1, (1, 10)),
+        ],
+    )
+    def test_replicates_first_then_candidates_then_replicates(
+        self, budget: int, candidates: int, expected: tuple[int, int]
+    ) -> None:
+        found = allocate(budget_trainings=budget, candidates=candidates)
+        assert (found.candidates, found.replicates) == expected
+        assert found.trainings == found.candidates * found.replicates
+        assert found.trainings <= max(budget, 6)
+
+    def test_nothing_to_confirm_is_a_fault(self) -> None:
+        with pytest.raises(ValueError, match="no configuration"):
+            allocate(budget_trainings=10, candidates=0)
+
+
+def judged(found: dict[str, Scores], *, stopped: Sequence[str] = (), **changes: Any) -> Judgement:
+    return judge(found, base="base", stopped=stopped, **{**RULES, **changes})
+
+
+class TestJudgement:
+    BASE = scores(0.86, 0.87, 0.88, 0.87)
+    GOOD = scores(0.90, 0.915, 0.92, 0.91)
+    FAIR = scores(0.87, 0.875, 0.87, 0.88)
+
+    def test_the_best_that_beats_the_base_wins(self) -> None:
+        found = judged({"base": self.BASE, "trial 3": self.FAIR, "trial 5": self.GOOD})
+        assert (found.leader, found.winner, found.evidence) == ("trial 5", "trial 5", True)
+        assert found.advantage is not None
+        assert found.advantage.mean == pytest.approx(0.04125)
+        assert found.scores["trial 5"] == own_score(self.GOOD, test_share=0.25)
+
+    def test_the_interval_allows_for_every_challenger_that_had_its_chance(self) -> None:
+        alone = judged({"base": self.BASE, "trial 5": self.GOOD}).advantage
+        assert alone == corrected_interval(differences(self.GOOD, self.BASE)[0], test_share=0.25)
+        failed = judged({"base": self.BASE, "trial 5": self.GOOD, "trial 6": scores(math.nan)}).advantage
+        assert failed == corrected_interval(differences(self.GOOD, self.BASE)[0], test_share=0.25, comparisons=2)
+        stopped = judged({"base": self.BASE, "trial 5": self.GOOD, "trial 6": self.FAIR}, stopped=["trial 6"]).advantage
+        assert stopped == corrected_interval(
+            differences(self.GOOD, self.BASE)[0],
+            test_share=0.25,
+            comparisons=2,
+            others=[differences(self.FAIR, self.BASE)[0]],
+        )
+
+    def test_without_evidence_the_base_wins(self) -> None:
+        found = judged({"base": self.BASE, "trial 3": self.FAIR})
+        assert (found.leader, found.winner, found.evidence) == ("trial 3", "base", False)
+
+    def test_worse_than_the_base_is_no_evidence_however_sure(self) -> None:
+        found = judged({"base": self.GOOD, "trial 3": self.BASE})
+        assert (found.leader, found.winner, found.evidence) == ("trial 3", "base", False)
+        assert found.advantage is not None
+        assert found.advantage.excludes_zero
+        assert found.advantage.mean < 0
+
+    def test_a_lower_loss_is_an_advantage(self) -> None:
+        found = judged({"base": self.GOOD, "trial 3": self.BASE}, maximize=False)
+        assert found.winner == "trial 3"
+        assert found.advantage is not None
+        assert found.advantage.mean > 0
+
+    def test_the_stopped_and_the_failed_do_not_lead(self) -> None:
+        found = judged(
+            {"base": self.BASE, "trial 3": self.FAIR, "trial 5": self.GOOD, "trial 6": scores(0.99, math.nan)},
+            stopped=["trial 5"],
+        )
+        assert found.leader == "trial 3"
+        assert "trial 6" not in found.scores
+        assert "trial 5" in found.scores
+
+    def test_nobody_left_leaves_the_base(self) -> None:
+        found = judged({"base": self.BASE, "trial 3": self.FAIR}, stopped=["trial 3"])
+        assert (found.leader, found.winner, found.advantage, found.evidence) == (None, "base", None, False)
+
+    @pytest.mark.parametrize("base", [{}, {"base": scores(0.9, math.nan)}, {"base": {}}])
+    def test_a_base_that_cannot_be_trained_leaves_the_best_challenger_without_evidence(
+        self, base: dict[str, Scores]
+    ) -> None:
+        found = judged({**base, "trial 3": self.FAIR, "trial 5": self.GOOD})
+        assert (found.leader, found.winner, found.advantage, found.evidence) == ("trial 5", "trial 5", None, False)
+
+    def test_nothing_trained_is_a_fault(self) -> None:
+        with pytest.raises(ValueError, match="neither the base nor a challenger"):
+            judged({"base": scores(math.nan), "trial 3": {}})
+
+    def test_one_lucky_training_does_not_lead_what_others_did_three_times(self) -> None:
+        found = judged({"base": self.BASE, "trial 5": self.GOOD, "trial 6": scores(0.99)})
+        assert found.leader == "trial 5"
+
+    def test_scores_that_are_all_equal_are_no_evidence(self) -> None:
+        found = judged({"base": scores(1.0, 1.0, 1.0), "trial 3": scores(1.0, 1.0, 1.0)}, resolution=1 / 30)
+        assert (found.winner, found.evidence) == ("base", False)
+
+    @pytest.mark.parametrize(("maximize", "expected"), [(True, 0.009), (False, -0.009)])
+    def test_optimism_is_positive_where_the_search_flattered(self, maximize: bool, expected: float) -> None:
+        assert optimism(0.9917, Interval(0.9827, 0.01, 3), maximize=maximize) == pytest.approx(expected)
+
+
+def simulated(
+    rng: np.random.Generator,
+    truths: Sequence[float],
+    *,
+    images: int = 2000,
+    val_fraction: float = 0.25,
+    alike: float = 0.7,
+    luck: float = 0.2,
+    noise: Sequence[float] | float = 0.0,
+) -> Iterator[np.ndarray]:
+    """Scores (configurations,) of one replicate after the other: real splits, stratified by ten classes, of images that
+    were drawn once.
+
+    Args:
+        truths: the share of all images there could be that each configuration labels right.
+        alike: how much of an image's difficulty is the same for all configurations.
+        luck: how much of what decides about an image is a training's own.
+        noise: standard deviation that a training adds to its score, of each configuration.
+    """
+    classes, configurations = 10, len(truths)
+    of_a_class, per_class = images // classes, round(images * val_fraction / classes)
+    shared, own = rng.standard_normal((1, images)), rng.standard_normal((configurations, images))
+    difficulty = np.sqrt(alike) * shared + np.sqrt(1 - alike) * own  # (configurations, images)
+    limits = special.ndtri(truths)[:, None]
+    while True:
+        order = rng.random((classes, of_a_class)).argpartition(per_class, axis=1)[:, :per_class]
+        val = (order + np.arange(classes)[:, None] * of_a_class).ravel()
+        chance = rng.standard_normal((configurations, len(val)), dtype=np.float32)
+        right = np.sqrt(1 - luck) * difficulty[:, val] + np.sqrt(luck) * chance < limits
+        yield right.mean(axis=1) + np.asarray(noise) * rng.standard_normal(configurations)
+
+
+def race(
+    replicates: Iterable[np.ndarray], configurations: int, *, budget: int, test_share: float, resolution: float = 0.0
+) -> tuple[dict[str, Scores], set[str], Judgement]:
+    """Confirms as `hpo confirm` does: replicate by replicate, the first configuration being the base."""
+    names = ["base", *(f"trial {number}" for number in range(1, configurations))]
+    plan = allocate(budget_trainings=budget, candidates=configurations)
+    found: dict[str, dict[int, tuple[float, ...]]] = {name: {} for name in names[: plan.candidates]}
+    stopped: set[str] = set()
+    rules: dict[str, Any] = {"test_share": test_share, "maximize": True, "resolution": resolution}
+    left = plan.trainings
+    for replicate, drawn in enumerate(itertools.islice(replicates, MAX_REPLICATES)):
+        running = [name for name in found if name not in stopped]
+        if len(running) < 2 or len(running) > left:
+            break
+        for name in running:
+            found[name][replicate] = (float(drawn[names.index(name)]),)
+        left -= len(running)
+        for name in running[1:]:
+            rivals = {rival: found[rival] for rival in running if rival != name}
+            if cannot_win(found[name], rivals, **rules) is not None:
+                stopped.add(name)
+    return dict(found), stopped, judge(found, base="base", stopped=stopped, **rules)
+
+
+def races(
+    truths: Sequence[float], *, budget: int, val_fraction: float = 0.25, seeds: int = SEEDS, **drawing: Any
+) -> Iterator[tuple[dict[str, Scores], set[str], Judgement]]:
+    test_share = val_fraction / (1 - val_fraction)
+    for seed in range(seeds):
+        replicates = simulated(np.random.default_rng(seed), truths, val_fraction=val_fraction, **drawing)
+        yield race(replicates, len(truths), budget=budget, test_share=test_share)
+
+
+def rate(found: Sequence[bool]) -> float:
+    return sum(found) / len(found)
+
+
+def truth_of(key: str, truths: Sequence[float]) -> float:
+    return truths[0] if key == "base" else truths[int(key.removeprefix("trial "))]
+
+
+def covers(interval: Interval, truth: float) -> bool:
+    return interval.low <= truth <= interval.high
+
+
+class TestSimulatedRaces:
+    """Scores of 500 validation images: the standard deviation of one is 1.3 to 1.5 points."""
+
+    @pytest.mark.parametrize(("candidates", "budget"), [(2, 10), (4, 20), (8, 40)])
+    def test_a_planted_advantage_of_five_points_is_found(self, candidates: int, budget: int) -> None:
+        truths = [0.85, 0.90, *[0.85] * (candidates - 2)]
+        winners = [verdict.winner for _, _, verdict in races(truths, budget=budget, alike=0.85)]
+        assert rate([winner == "trial 1" for winner in winners]) >= 0.9
+
+    @pytest.mark.parametrize(("common", "own"), [(0.014, 0.005), (0.009, 0.009), (0.005, 0.012)])
+    def test_a_planted_advantage_is_found_whatever_part_of_the_noise_is_the_splits(
+        self, common: float, own: float
+    ) -> None:
+        found = []
+        for seed in range(SEEDS):
+            rng = np.random.default_rng(seed)
+            noise = common * rng.standard_normal((MAX_REPLICATES, 1)) + own * rng.standard_normal((MAX_REPLICATES, 6))
+            replicates = np.array([0.85, 0.85, 0.90, 0.85, 0.85, 0.85]) + noise
+            found.append(race(replicates, 6, budget=36, test_share=1 / 3)[2].winner == "trial 2")
+        assert rate(found) >= 0.9
+
+    @pytest.mark.parametrize(("candidates", "budget"), [(2, 6), (4, 20), (8, 40)])
+    def test_among_identical_candidates_a_winner_is_seldom_declared(self, candidates: int, budget: int) -> None:
+        found = [verdict.evidence for _, _, verdict in races([0.85] * candidates, budget=budget)]
+        assert rate(found) <= 0.1
+
+    @pytest.mark.parametrize(("candidates", "budget"), [(2, 6), (4, 20), (8, 40)])
+    def test_the_intervals_cover_the_truth_that_of_the_picked_leader_too(self, candidates: int, budget: int) -> None:
+        truths = [0.85, *(0.88 - 0.03 * rank / candidates for rank in range(candidates - 1))]
+        picked, picked_own, own = [], [], []
+        for _, _, verdict in races(truths, budget=budget):
+            own += [covers(interval, truth_of(key, truths)) for key, interval in verdict.scores.items()]
+            if verdict.leader is not None and verdict.advantage is not None:
+                truth = truth_of(verdict.leader, truths)
+                picked.append(covers(verdict.advantage, truth - truths[0]))
+                picked_own.append(covers(verdict.scores[verdict.leader], truth))
+        assert rate(picked) >= 0.9
+        assert rate(own) >= 0.9
+        assert rate(picked_own) >= 0.9
+
+    def test_the_race_seldom_drops_the_best_and_gives_its_trainings_to_the_others(self) -> None:
+        truths = [0.85, 0.90, *[0.85] * 6]
+        found = list(races(truths, budget=40, alike=0.85, seeds=50))
+        assert rate(["trial 1" in stopped for _, stopped, _ in found]) <= 0.02
+        assert np.mean([len(scored["trial 1"]) for scored, _, _ in found]) > 8
+        assert all(sum(map(len, scored.values())) <= 40 for scored, _, _ in found)
+
+    def test_one_noisy_challenger_does_not_win_by_its_noise(self) -> None:
+        """Its spread is three times that of the others, from which it may borrow."""
+        truths, noise = [0.85, 0.85, 0.85, 0.85], [0.01, 0.03, 0.01, 0.01]
+        found = list(races(truths, budget=20, noise=noise))
+        assert rate([verdict.evidence for _, _, verdict in found]) <= 0.1
+        led = [verdict.advantage for _, _, verdict in found if verdict.leader == "trial 1"]
+        assert len(led) > 50
+        assert rate([covers(advantage, 0) for advantage in led if advantage is not None]) >= 0.9
+
+    @pytest.mark.parametrize("images", [60, 200])
+    def test_tiny_sets_give_no_false_certainty(self, images: int) -> None:
+        """Scores of 20 or 50 validation images, nearly all right, are often the same in every replicate."""
+        false, missed = [], []
+        for seed in range(SEEDS):
+            replicates = simulated(np.random.default_rng(seed), [0.98] * 4, images=images, alike=0.9, luck=0.05)
+            verdict = race(replicates, 4, budget=12, test_share=1 / 3, resolution=4 / images)[2]
+            false.append(verdict.evidence)
+            missed.append(verdict.advantage is not None and not covers(verdict.advantage, 0))
+        assert rate(false) <= 0.1
+        assert rate(missed) <= 0.1
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[np.ndarray]:
+    """Scores (10 replicates, 8 configurations) of every seed, all configurations being equally good."""
+    return [
+        np.stack(list(itertools.islice(simulated(np.random.default_rng(seed), [0.85] * 8, val_fraction=0.2), 10)))
+        for seed in range(SEEDS)
+    ]
+
+
+class TestSimulatedReplicates:
+    """So many replicates of every candidate, nobody stopped."""
+
+    @pytest.mark.parametrize("candidates", [2, 4, 8])
+    @pytest.mark.parametrize("replicates", [3, 5, 10])
+    def test_identical_candidates_win_seldom_and_intervals_cover(
+        self, drawn: list[np.ndarray], candidates: int, replicates: int
+    ) -> None:
+        won, covered, own = [], [], []
+        for scored in drawn:
+            found = {
+                key: scores(*map(float, scored[:replicates, column]))
+                for column, key in enumerate(["base", *(f"trial {n}" for n in range(1, candidates))])
+            }
+            verdict = judge(found, base="base", stopped=[], test_share=0.25, maximize=True)
+            assert verdict.advantage is not None
+            won.append(verdict.evidence)
+            covered.append(covers(verdict.advantage, 0))
+            own.append(covers(verdict.scores["base"], 0.85))
+        assert rate(won) <= 0.1
+        assert rate(covered) >= 0.9
+        assert rate(own) >= 0.9
+
+    def test_without_the_correction_the_interval_would_be_too_narrow(self, drawn: list[np.ndarray]) -> None:
+        plain = [covers(corrected_interval(scored[:, 0].tolist(), test_share=0), 0.85) for scored in drawn]
+        corrected = [covers(corrected_interval(scored[:, 0].tolist(), test_share=0.25), 0.85) for scored in drawn]
+        assert rate(plain) < 0.9 <= rate(corrected)
+
+    def test_five_folds_a_replicate_cover_too(self) -> None:
+        covered = []
+        for seed in range(SEEDS):
+            rng = np.random.default_rng(seed)
+            right = rng.random(1000) < 0.85
+            folds = {r: tuple(right[part].mean() for part in rng.permutation(1000).reshape(5, -1)) for r in range(3)}
+            interval = own_score(folds, test_share=0.25)
+            assert interval is not None
+            assert interval.n == 3
+            covered.append(covers(interval, 0.85))
+        assert rate(covered) >= 0.9
+
+
+INTERVAL = Interval(0.9123, 0.0041, 5)
+
+
+def contender(key: str, **changes: Any) -> Contender:
+    number = int(key.removeprefix("trial ")) if key.startswith("trial") else None
+    about: dict[str, Any] = {
+        "key": key,
+        "trial": 0 if key == "base" else number,
+        "recipe": None,
+        "chosen_for": ("the base",) if key == "base" else ("best validation score", "best at epoch 6"),
+        "config": {"epochs": 20, "data": {"name": "digits"}},
+        "epochs": 20,
+        "search_value": 0.88,
+        "scores": {3: (0.91,), 4: (0.915,)},
+        "stopped": None,
+        "failure": None,
+        "interval": INTERVAL,
+    }
+    return Contender(**{**about, **changes})
+
+
+def confirmation(**changes: Any) -> Confirmation:
+    """Trial 12 beats the base; trial 7 was stopped, and trial 9 failed."""
+    about: dict[str, Any] = {
+        "study": "digits",
+        "metric": "accuracy",
+        "direction": "maximize",
+        "contenders": (
+            contender("trial 12", search_value=0.9213),
+            contender("base", interval=Interval(0.8812, 0.0062, 5)),
+            contender("trial 7", stopped="worse than trial 12 by 0.0410 over 3 replicates", interval=INTERVAL),
+            contender("trial 9", failure="diverged", interval=None, scores={3: (math.nan,)}),
+        ),
+        "leader": "trial 12",
+        "winner": "trial 12",
+        "evidence": True,
+        "advantage": Interval(0.0311, 0.0062, 5),
+        "optimism": 0.009,
+        "search_epochs": 1320,
+        "budget_epochs": 440,
+        "epochs": 408,
+        "trainings": 34,
+        "replicates": 5,
+        "elapsed_s": 754.0,
+        "left_out": ("trial 4: more than the budget allows",),
+        "search_trials": 50,
+        "created": "2025-01-01T12:00:00+00:00",
+        "versions": {"torch": "2.11"},
+    }
+    return Confirmation(**{**about, **changes})
+
+
+NO_EVIDENCE = {"winner": "base", "evidence": False}
+
+
+class TestWords:
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({}, "0.912 ± 0.004 (n = 5), better than the base by 0.031 ± 0.006"),
+            # With three decimals both numbers would be 0.006, and nobody would see that zero is outside.
+            ({"advantage": Interval(0.00624, 0.00581, 5)}, "(n = 5), better than the base by 0.0062 ± 0.0058"),
+            ({"advantage": Interval(0.002, 0.0003, 5)}, "(n = 5), better than the base by 0.0020 ± 0.0003"),
+            (
+                {**NO_EVIDENCE, "advantage": Interval(0.0031, 0.0062, 5)},
+                "no evidence that tuning helped: trial 12, the best of 3 challengers, is ahead of the base by "
+                "0.003 ± 0.006 (n = 5), which may be chance",
+            ),
+            (
+                {**NO_EVIDENCE, "advantage": Interval(-0.031, 0.0062, 5)},
+                "trial 12, the best of 3 challengers, is behind the base by 0.031 ± 0.006 (n = 5)",
+            ),
+            (
+                {**NO_EVIDENCE, "advantage": Interval(0.0001, 0.0062, 5)},
+                "trial 12, the best of 3 challengers, is level with the base, 0.000 ± 0.006 (n = 5)",
+            ),
+            (
+                {**NO_EVIDENCE, "advantage": Interval(0.031, math.inf, 1)},
+                "is ahead of the base by 0.031 (n = 1), and one replicate gives no interval",
+            ),
+            (
+                {**NO_EVIDENCE, "advantage": Interval(0.031, math.inf, 3)},
+                "is ahead of the base by 0.031 (n = 3), and equal differences give no interval",
+            ),
+            (
+                {**NO_EVIDENCE, "leader": None, "advantage": None},
+                "helped: all 3 challengers are out, and the base is left, 0.881 ± 0.006 (n = 5)",
+            ),
+            (
+                {**NO_EVIDENCE, "leader": None, "advantage": None, "contenders": (contender("base"),)},
+                "no evidence that tuning helped: nothing was compared with the base, 0.912 ± 0.004 (n = 5)",
+            ),
+            (
+                {"evidence": False, "advantage": None},
+                "0.912 ± 0.004 (n = 5), but compared with nothing: the base could not be trained",
+            ),
+        ],
+    )
+    def test_the_verdict_says_who_won_by_how_much_and_how_sure(self, changes: dict[str, Any], expected: str) -> None:
+        assert confirmation(**changes).verdict.endswith(expected)
+
+    def test_the_whole_result_is_said(self) -> None:
+        assert confirmation().lines() == [
+            "the winner is trial 12: accuracy 0.912 ± 0.004 (n = 5), better than the base by 0.031 ± 0.006",
+            "  trial 12: 0.912 ± 0.004 (n = 5); best validation score, best at epoch 6",
+            "  the base (trial 0): 0.881 ± 0.006 (n = 5)",
+            "  trial 7: 0.912 ± 0.004 (n = 5); best validation score, best at epoch 6; stopped early: worse than "
+            "trial 12 by 0.0410 over 3 replicates",
+            "  trial 9: no score; best validation score, best at epoch 6; could not be trained: diverged",
+            "the search's own best score, 0.9213 (trial 12), was 0.9 points too high",
+            "it cost 34 trainings, 408 epochs in all, 31 % of the search's 1,320, and 13 min",
+            "left out: trial 4: more than the budget allows",
+            "± is a 95 % interval over n seeds and splits, corrected for overlapping splits (Nadeau and Bengio 2003)",
+            "that of the advantage over the base holds for all 3 challengers at once (Bonferroni)",
+        ]
+
+    def test_without_evidence_the_base_is_named_the_winner(self) -> None:
+        first, second = confirmation(**NO_EVIDENCE, advantage=Interval(0.003, 0.0062, 5)).lines()[:2]
+        assert first.startswith("no evidence that tuning helped")
+        assert second == "the winner is the base (trial 0): accuracy 0.881 ± 0.006 (n = 5)"
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({"optimism": -0.004}, "did not flatter: it was confirmed 0.4 points better"),
+            ({"optimism": 0.0001}, "(trial 12), was confirmed"),
+            ({"metric": "nll", "direction": "minimize", "optimism": 0.0123}, "0.8800 (base), was 0.0123 too low"),
+        ],
+    )
+    def test_the_optimism_of_the_search_is_said(self, changes: dict[str, Any], expected: str) -> None:
+        said = [line for line in confirmation(**changes).lines() if line.startswith("the search's own best score")]
+        assert said[0].replace("the base (trial 0)", "base").endswith(expected)
+
+    def test_more_than_the_budget_is_said(self) -> None:
+        assert any("(the budget was 40)" in line for line in confirmation(budget_epochs=40).lines())
+
+    def test_one_replicate_is_said_to_give_no_interval(self) -> None:
+        once = contender("base", interval=Interval(0.9, math.inf, 1))
+        lines = confirmation(
+            contenders=(once,), winner="base", leader=None, advantage=None, evidence=False, replicates=1
+        ).lines()
+        assert "the winner is the base (trial 0): accuracy 0.900 (n = 1, no interval)" in lines
+        assert lines[-1] == "n = 1: one replicate gives no interval"
+
+
+class TestFile:
+    @pytest.mark.parametrize(
+        "changes", [{}, {"advantage": Interval(0.031, math.inf, 1)}, {"advantage": None, "optimism": None}]
+    )
+    def test_it_is_read_as_it_was_written(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+        path = tmp_path / "confirmation.json"
+        written = confirmation(**changes)
+        write_confirmation(path, written)
+        json.loads(path.read_text(), parse_constant=pytest.fail)  # infinity and NaN are no JSON
+        found = read_confirmation(path)
+        assert found is not None
+        # NaN is no equal of itself.
+        (failed_one,) = [one for one in found.contenders if one.failure is not None]
+        assert math.isnan(failed_one.scores[3][0])
+        assert [replace(one, scores={}) for one in found.contenders] == [
+            replace(one, scores={}) for one in written.contenders
+        ]
+        assert found.contenders[0].scores == {3: (0.91,), 4: (0.915,)}
+        assert replace(found, contenders=()) == replace(written, contenders=())
+        assert [path.name for path in tmp_path.iterdir()] == ["confirmation.json"]
+
+    def test_there_may_be_none(self, tmp_path: Path) -> None:
+        assert read_confirmation(tmp_path / "confirmation.json") is None
+
+    @pytest.mark.parametrize(
+        ("damage", "why"),
+        [
+            (lambda text: text[: len(text) // 2], "Expecting|Unterminated"),
+            (lambda text: "[1, 2]", "dictionary|Confirmation"),
+            (lambda text: text.replace('"winner": "trial 12"', '"winner": "trial 77"'), "winner: 'trial 77'"),
+            (lambda text: text.replace('"trainings": 34', '"trainings": "many"'), "trainings: "),
+            (lambda text: text.replace('"metric"', '"measure"'), "metric: Field required"),
+            (lambda text: text.replace('"maximize"', '"up"'), "direction: 'up'"),
+            (lambda text: text.replace('"key": "base"', '"key": "trial 7"'), "two have the same key"),
+        ],
+    )
+    def test_a_damaged_file_is_one_line_that_says_what_to_do(self, tmp_path: Path, damage: Any, why: str) -> None:
+        path = tmp_path / "digits" / "confirmation.json"
+        path.parent.mkdir()
+        write_confirmation(path, confirmation())
+        path.write_text(damage(path.read_text()))
+        with pytest.raises(StudyError, match=rf"(?s)confirmation\.json: cannot be read \(.*({why})") as raised:
+            read_confirmation(path)
+        assert str(raised.value).endswith("remove it and run `hpo confirm digits` again")
+        assert "\n" not in str(raised.value)
+
+    def test_it_is_out_of_date_when_the_search_went_on(self) -> None:
+        assert is_current(confirmation(search_trials=50), 50)
+        assert not is_current(confirmation(search_trials=50), 51)
+
+    def test_a_contender_is_found_by_its_key(self) -> None:
+        assert confirmation().contender("trial 7").trial == 7
+        with pytest.raises(KeyError, match="trial 99"):
+            confirmation().contender("trial 99")
