@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,12 +53,28 @@ def say(text: str = "") -> None:
 
 def duration(seconds: float) -> str:
     """A length of time as a person says it: 45 s, 3 min, 2 h 10 min."""
-    if seconds < 1:
-        return f"{seconds:.2f} s"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun: 1 trial, 1,320 epochs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def gap(metric: str, size: float, half_width: float = math.inf) -> str:
+    """By how much two scores differ: 3.10 ± 0.60 points, of scores that are shares of one; of a loss, a number.
+
+    Args:
+        half_width: of its interval; infinite where it has none.
+    """
+    scale, digits, unit = (1.0, 4, "") if metric == "nll" else (100.0, 2, " points")
+    spread = f" ± {scale * half_width:.{digits}f}" if math.isfinite(half_width) else ""
+    return f"{scale * size:.{digits}f}{spread}{unit}"
 
 
 def short(value: Any) -> str:

@@ -162,7 +162,7 @@ class StudyPaths:
         return self.trial(number) / f"model{_of_fold(fold)}.safetensors"
 
     def trial_validation(self, number: int, fold: int = 1) -> Path:
-        """What those weights say of their validation images; kept and let go of with them."""
+        """What those weights say of their validation images; it stays where `--keep-gb` alone lets go of them."""
         return self.trial(number) / f"validation{_of_fold(fold)}.safetensors"
 
     def trial_models(self, number: int) -> list[Path]:

@@ -5,6 +5,7 @@ A confirmation is shown by its candidates: the best of its trials is the luckies
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.confirmation.result import BASE as BASE_KEY
-from hpo.confirmation.result import is_current, read_confirmation
+from hpo.confirmation.result import Confirmation, is_current, read_confirmation
+from hpo.confirmation.statistics import MAX_REPLICATES
 from hpo.confirmation.trials import trainings
-from hpo.console import assignments, say, table
+from hpo.console import assignments, count, gap, say, table
 from hpo.dashboard import command as dashboard_command
 from hpo.pictures import study_overview
 from hpo.storage import is_masked
@@ -78,9 +79,8 @@ def standing(study: Study) -> Standing:
 def say_standing(study: Study) -> None:
     """The whole standing: trials by state, the best of them, what they beat, and the next commands."""
     now = standing(study)
-    total = "" if study.total is None else f" of {max(study.total, now.counts.finished)}"
     what = f"space {study.space_name}" if study.confirms is None else f"confirms {study.confirms}"
-    say(f"study {study.name} ({what}): {now.counts.finished}{total} trials finished: {now.states}")
+    say(f"study {study.name} ({what}): {how_far(study, now.counts.finished)}: {now.states}")
     say(f"  data {study.data_name}, objective {study.metric} on the validation images, seed {study.seed}")
     say(f"  storage {study.storage_shown}")
     if study.paths.overview.exists():
@@ -101,6 +101,13 @@ def say_standing(study: Study) -> None:
         say(f"  {command}")
 
 
+def how_far(study: Study, finished: int) -> str:
+    """How far a study has come: "12 of 20 trials finished"; a total that was made smaller since is not shown."""
+    if study.total is None:
+        return f"{count(finished, 'trial')} finished"
+    return f"{finished} of {count(max(study.total, finished), 'trial')} finished"
+
+
 def draw_overview(study: Study) -> None:
     """Draws the study's history into its folder."""
     now = standing(study)
@@ -119,8 +126,7 @@ def margins(now: Standing, metric: str, direction: str) -> list[str]:
             lines.append(f"  {name} could not be trained")
             continue
         gain = sign * (now.best.value - value)
-        # Scores are shares of one, which people compare in points; the loss has a unit of its own.
-        size = f"{abs(gain):.4f}" if metric == "nll" else f"{100 * abs(gain):.2f} points"
+        size = gap(metric, abs(gain))
         if name.endswith(f"(trial {now.best.number})"):
             lines.append(f"  it is {name}: the search found nothing better")
         elif gain == 0:
@@ -137,9 +143,8 @@ def _say_confirmation(study: Study) -> None:
         say("not confirmed yet: the best of many scores is partly luck")
         return
     since = study.counts().finished - confirmation.search_trials
-    ago = f", {since} trial{'' if since == 1 else 's'} ago" if since else ""
-    winner = "the base" if confirmation.winner == BASE_KEY else confirmation.winner
-    say(f"confirmed{ago}: {winner} is the winner")
+    ago = f", {count(since, 'trial')} ago" if since else ""
+    say(f"confirmed{ago}: {confirmation.contender(confirmation.winner).name} is the winner")
     say(f"  {confirmation.verdict}")
 
 
@@ -169,9 +174,7 @@ def _say_best_trials(study: Study) -> None:
 
 def next_commands(study: Study, now: Standing) -> Sequence[str]:
     """What a person may want to type next, ready to copy."""
-    name = shlex.quote(study.name)
-    # A password is never written down, so whoever goes on has to give it again.
-    storage = f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
+    name, storage = shlex.quote(study.name), _storage_option(study)
     commands = []
     if study.total is not None and now.counts.finished < study.total:
         commands.append(run_again(study))
@@ -183,10 +186,32 @@ def next_commands(study: Study, now: Standing) -> Sequence[str]:
             commands.append(f"hpo confirm {name}{storage}")
         commands.append(f"hpo refit best --study {name}{storage}")
         commands.append(f"hpo report {name}{storage}")
+        if confirmation is not None and is_current(confirmation, now.counts.finished):
+            commands += unproven(study, confirmation)
     commands.append(f"hpo dashboard {name}{storage}")
     if study.artifact_dir is not None:
         commands.append(shlex.join(dashboard_command(study.storage_url, study.artifact_dir)))
     return commands
+
+
+def unproven(study: Study, confirmation: Confirmation) -> list[str]:
+    """What there is to do where there is no evidence: refit the leader all the same, or look closer; else nothing."""
+    if confirmation.leader in (None, confirmation.winner):
+        return []
+    name, storage, leader = shlex.quote(study.name), _storage_option(study), confirmation.contender(confirmation.leader)
+    commands = []
+    if confirmation.search_epochs and confirmation.replicates < MAX_REPLICATES:
+        spent = max(confirmation.budget_epochs, confirmation.epochs)
+        share = math.ceil(20 * spent / confirmation.search_epochs) / 10
+        commands.append(f"hpo confirm {name} --budget {share:g}{storage}  # twice the trainings, to be surer")
+    if leader.trial is not None:
+        commands.append(f"hpo refit {leader.trial} --study {name}{storage}  # {leader.name} all the same")
+    return commands
+
+
+def _storage_option(study: Study) -> str:
+    """A password is never written down, so whoever goes on has to give it again."""
+    return f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
 
 
 def run_again(study: Study) -> str:

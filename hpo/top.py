@@ -20,7 +20,7 @@ from hpo.lease import LEASE, is_abandoned
 from hpo.pruner import places_of, spared
 from hpo.slots import BASE, FAILURE, TAKEN_FROM, slot_of, standing
 from hpo.study import Study
-from hpo.summary import run_again
+from hpo.summary import how_far, run_again
 
 _RECENT = 20  # finished trials that the rate is taken from: fewer jump, more remember other days
 _FEWEST = 3  # finished trials before which a rate would be a guess
@@ -157,11 +157,8 @@ def screen(view: View) -> Screen:
 
 
 def _head(view: View) -> list[str]:
-    study, total = view.study, view.study.total
-    of = "" if total is None else f" of {max(total, len(view.finished))}"
-    lines = [
-        f"study {study.name} (space {study.space_name}): {len(view.finished)}{of} trials finished: {_states(view)}"
-    ]
+    study = view.study
+    lines = [f"study {study.name} (space {study.space_name}): {how_far(study, len(view.finished))}: {_states(view)}"]
     best = study.best_trial()
     if best is not None:
         what = ", the base" if best.user_attrs.get(BASE) else ""

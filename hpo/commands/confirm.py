@@ -22,6 +22,7 @@ from hpo.notes import note_study
 from hpo.paths import StudyPaths, confirmation_of
 from hpo.storage import is_masked
 from hpo.study import CONFIRMATION, Study, find_study
+from hpo.summary import unproven
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,9 @@ def confirm_command(
         say(line)
     say()
     say("next:")
-    for command in ("hpo refit best --study", "hpo report"):
-        say(f"  {command} {_named(study)}")
+    usual = [f"{what} {_named(study)}" for what in ("hpo refit best --study", "hpo report")]
+    for command in (*usual, *unproven(study, confirmation)):
+        say(f"  {command}")
 
 
 def confirmed(

@@ -14,7 +14,7 @@ from core.runtime import describe_device, select_device
 from hpo.commands.common import memory_told, open_dataset, say_patience
 from hpo.commands.confirm import confirmed
 from hpo.commands.scores import METRIC_WORDS, say_per_class, training_bars
-from hpo.confirmation.result import Confirmation, Contender, is_current, read_confirmation
+from hpo.confirmation.result import NO_EVIDENCE, Confirmation, is_current, read_confirmation
 from hpo.console import say, table
 from hpo.errors import StudyError
 from hpo.interrupts import Interrupts
@@ -23,10 +23,10 @@ from hpo.paths import refit_label
 from hpo.refitting import Refitted, refit, search_summary
 from hpo.storage import is_masked
 from hpo.study import Study, find_study
+from hpo.summary import unproven
 
 # Networks of an ensemble: what `data.folds` and a bundle allow.
 FEWEST, MOST = 2, 20
-_NO_EVIDENCE = "no evidence that tuning helped"
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ def refit_command(
             raise
         in_folds = folds is not None or (members is None and chosen.config.data.folds is not None)
         _say_refitted(done, study, dataset, validation="out-of-fold" if in_folds else "validation")
+        for command in () if chosen.confirmation is None else unproven(study, chosen.confirmation):
+            say(f"  {command}")
     return done
 
 
@@ -147,16 +149,16 @@ def _winner(study: Study, *, data: Path | None, device_name: str | None, interru
         say(f"first, is the best of study {study.name} better than its base? hpo confirm (--no-confirm leaves it out)")
     confirmation = confirmed(study, data=data, device_name=device_name, interrupts=interrupts)
     winner = confirmation.contender(confirmation.winner)
-    what = _named(winner)
+    what = winner.name
     if not current:
         say()
         for line in confirmation.lines():
             say(line)
         say()
-    if confirmation.verdict.startswith(_NO_EVIDENCE):
-        say(f"{_NO_EVIDENCE}: the base is refitted")
+    if confirmation.verdict.startswith(NO_EVIDENCE):
+        say(f"{NO_EVIDENCE}: the base is refitted")
         if current:
-            say(f"  {confirmation.verdict.removeprefix(_NO_EVIDENCE).removeprefix(': ')}")
+            say(f"  {confirmation.verdict.removeprefix(NO_EVIDENCE).removeprefix(': ')}")
     elif current:
         say(f"confirmed: {what}, {confirmation.metric} {confirmation.verdict}")
     if winner.trial is not None:
@@ -176,12 +178,6 @@ def _of_trial(
     """A complete trial, as the study has it."""
     trained = study.trained(number)
     return _Chosen(what, label, number, recipe, trained.config, trained.epochs, confirmation)
-
-
-def _named(contender: Contender) -> str:
-    if contender.key != "base":
-        return contender.key
-    return "the base" if contender.trial is None else f"the base (trial {contender.trial})"
 
 
 def _how(chosen: _Chosen, folds: int | None, members: int | None) -> str:

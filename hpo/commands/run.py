@@ -18,7 +18,7 @@ from hpo.commands.common import joining, open_dataset, say_data, say_patience
 from hpo.commands.placement import Placement, place
 from hpo.commands.scores import say_folds
 from hpo.commands.work import Work
-from hpo.console import StudyProgress, duration, say
+from hpo.console import StudyProgress, count, duration, say
 from hpo.depot import Depot
 from hpo.driver import estimate_s, keep_best_weights, pending_references, run_references, wait_for_others
 from hpo.interrupts import Interrupts
@@ -183,7 +183,7 @@ class _Run:
         self._say_reaped(study.reap(force=self.options.reclaim))
         study.ensure_slots(total)
         say(
-            f"study {study.name}: {total} trials of {space.base.epochs} epochs, {done} done; sampler "
+            f"study {study.name}: {count(total, 'trial')} of {count(space.base.epochs, 'epoch')}, {done} done; sampler "
             f"{space.sampler.name}, pruner {_pruner(space)}; "
             + ("Ray" if self.options.engine == "ray" else self.placement.described())
         )
@@ -191,6 +191,8 @@ class _Run:
             say(f"{study.waiting()} trials wait for workers; start them, here or elsewhere, with")
             say(f"  {joining(study)}")
             return
+        if done == total:
+            say(f"they are all done; --trials {2 * total} goes on")
         bars = StudyProgress(
             metric=space.metric, direction=space.direction, done=done, total=total, best=before.best_value
         )

@@ -59,10 +59,10 @@ def suggest_command(name: str | None, *, storage: str | None, output: Path | Non
         raise HpoError(f"{output} is there, and is no suggestion of hpo's; give -o another file")
     write_output(output, text)
     changed = [line for line in diff(space.identity(), load_space(output).identity()) if line.startswith("search.")]
-    if not changed:
-        say(f"written to {output}; it searches what study {study.name} does: its comments say why")
-        return
-    say(f"written to {output}, with its reasons:")
+    if changed:
+        say(f"written to {output}, with its reasons:")
+    else:
+        say(f"written to {output}: the ranges of study {study.name} as they are; its comments say why")
     for line in changed:
         say(f"  {line.removeprefix('search.')}")
     say("next:")

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from core.config import TrainConfig
 from hpo.commands.output import write_output
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
-from hpo.console import assignments, duration, say, short_names, table
+from hpo.console import assignments, count, duration, say, short_names, table
 from hpo.errors import StudyError
 from hpo.frame import trials_frame
 from hpo.search_space import dump_yaml, to_yaml
@@ -39,7 +39,7 @@ def trials_command(name: str | None, *, storage: str | None, csv: bool, output: 
     frame = trials_frame(study)
     if output is not None:
         write_output(output, frame.to_csv(index=False))
-        say(f"{len(frame)} trials of study {study.name}, {len(frame.columns)} columns, written to {output}")
+        say(f"{count(len(frame), 'trial')} of study {study.name}, {len(frame.columns)} columns, written to {output}")
     elif csv:
         sys.stdout.write(frame.to_csv(index=False))
     else:
@@ -121,8 +121,11 @@ def _confirmed_recipe(study: Study, confirmation: Confirmation) -> str:
     winner = confirmation.contender(confirmation.winner)
     config = TrainConfig.model_validate_json(json.dumps(winner.config))
     comment = f"Confirmed on other seeds and splits: {confirmation.verdict}."
-    what = f"the winner of study {study.name}: {winner.key}"
-    return _recipe(study, config, what, result=confirmation.verdict, when=confirmation.created, comment=comment)
+    what = f"the winner of study {study.name}: {winner.name}"
+    metric = f"{confirmation.metric} " if confirmation.evidence else ""
+    return _recipe(
+        study, config, what, result=f"{metric}{confirmation.verdict}", when=confirmation.created, comment=comment
+    )
 
 
 def _trial_recipe(study: Study, trial: FrozenTrial, comment: str = "") -> str:
@@ -155,7 +158,7 @@ def _recipe(study: Study, config: TrainConfig, what: str, *, result: str, when: 
     notes = {
         "description": what,
         "source": f"hpo, search space {study.space_name}; {', '.join(filter(None, (when, versions)))}",
-        "result": f"{result} of {study.data_name} (fingerprint {record['data']['fingerprint'][:12]})",
+        "result": f"{result}; data {study.data_name}, fingerprint {record['data']['fingerprint'][:12]}",
     }
     lines = [f"# {line}\n" for line in textwrap.wrap(comment, _WIDTH, break_on_hyphens=False, break_long_words=False)]
     return "".join(lines) + dump_yaml(notes) + to_yaml(config)

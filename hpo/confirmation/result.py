@@ -17,13 +17,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from hpo.confirmation.statistics import Interval
-from hpo.console import duration
+from hpo.console import count, duration, gap
 from hpo.errors import StudyError
 
 __all__ = ["Confirmation", "Contender", "is_current", "read_confirmation", "write_confirmation"]
 
 BASE = "base"
 """The key of the configuration that all others are compared with."""
+
+NO_EVIDENCE = "no evidence that tuning helped"
+"""How the verdict begins where the base wins."""
 
 # Reasons that a contender's name says already.
 _NO_SCORE = "no score"
@@ -59,6 +62,13 @@ class Contender:
     """Why it could not be trained."""
     interval: Interval | None
     """Of its own score; None where it has none."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: "the base (trial 0)", "trial 12", "recipe NAME"."""
+        if self.key != BASE:
+            return self.key
+        return "the base" if self.trial is None else f"the base (trial {self.trial})"
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ class Confirmation:
 
     @property
     def searched_best(self) -> Contender | None:
-        """The contender that the search scored best; None where the search scored none of them."""
+        """The contender that is the search's best trial; None where none of them was a trial of it."""
         return searched_best(self.contenders, maximize=self.direction == "maximize")
 
     @property
@@ -118,29 +128,32 @@ class Confirmation:
             if self.advantage is None:
                 return f"{winner}, but compared with nothing: the base could not be trained"
             return f"{winner}, better than the base by {_plus_minus(self.advantage)}"
-        return f"no evidence that tuning helped: {self._why_not(winner)}"
+        return f"{NO_EVIDENCE}: {self._why_not(winner)}"
 
     def _why_not(self, base: str) -> str:
         """Why the base is the winner, which scored as the words say."""
         challengers = sum(one.key != BASE for one in self.contenders)
         if not challengers:
-            return "nothing was compared with the base" + ("" if base == _NO_SCORE else f", {base}")
+            alone = "nothing was compared with the base"
+            return f"{alone}, since no other trial is complete" if base == _NO_SCORE else f"{alone}, {base}"
         if self.leader is None or self.advantage is None:
             left = "the one challenger is" if challengers == 1 else f"all {challengers} challengers are"
             return f"{left} out, and the base is left, {base}"
-        gap = self.advantage
+        ahead = self.advantage
         best = self.leader if challengers == 1 else f"{self.leader}, the best of {challengers} challengers,"
-        size = _plus_minus(dataclasses.replace(gap, mean=abs(gap.mean)))
+        size = _plus_minus(dataclasses.replace(ahead, mean=abs(ahead.mean)))
         level = float(size.partition(" ")[0]) == 0  # as it is shown
-        how = "level with the base," if level else f"{'ahead of' if gap.mean > 0 else 'behind'} the base by"
-        sized = f"{best} is {how} {size} (n = {gap.n})"
-        if not math.isfinite(gap.half_width):
-            cause = "one replicate gives" if gap.n < 2 else "equal differences give"
+        how = "level with the base," if level else f"{'ahead of' if ahead.mean > 0 else 'behind'} the base by"
+        sized = f"{best} is {how} {size} (n = {ahead.n})"
+        if not math.isfinite(ahead.half_width):
+            cause = "one replicate gives" if ahead.n < 2 else "equal differences give"
             return f"{sized}, and {cause} no interval"
-        return f"{sized}, which may be chance" if gap.mean > 0 and not level else sized
+        return f"{sized}, which may be chance" if ahead.mean > 0 and not level else sized
 
     def lines(self) -> list[str]:
         """The whole result in words, a line each: for a terminal and a model card."""
+        if not self.trainings:
+            return [*self._headline(), "nothing was trained again"]
         return [
             *self._headline(),
             *(f"  {line}" for line in self._standings()),
@@ -153,15 +166,15 @@ class Confirmation:
     def _headline(self) -> Iterator[str]:
         winner = self.contender(self.winner)
         if self.leader == self.winner:
-            yield f"the winner is {_named(winner)}: {self.metric} {self.verdict}"
+            yield f"the winner is {winner.name}: {self.metric} {self.verdict}"
         else:
             yield self.verdict
             scored = "" if winner.interval is None else f": {self.metric} {_score(winner.interval)}"
-            yield f"the winner is {_named(winner)}{scored}"
+            yield f"the winner is {winner.name}{scored}"
 
     def _standings(self) -> Iterator[str]:
         for one in self.contenders:
-            words = [f"{_named(one)}: {_score(one.interval)}"]
+            words = [f"{one.name}: {_score(one.interval)}"]
             reasons = [reason for reason in one.chosen_for if reason not in _SAID_BY_KEY]
             if reasons:
                 words.append(", ".join(reasons))
@@ -175,9 +188,8 @@ class Confirmation:
         best = self.searched_best
         if best is None or best.search_value is None or self.optimism is None:
             return
-        head = f"the search's own best score, {best.search_value:.4f} ({_named(best)}),"
-        gap = abs(self.optimism)
-        size = f"{gap:.4f}" if self.metric == "nll" else f"{100 * gap:.1f} points"
+        head = f"the search's own best score, {best.search_value:.4f} of {best.name},"
+        size = gap(self.metric, abs(self.optimism))
         if float(size.split()[0]) == 0:
             yield f"{head} was confirmed"
         elif self.optimism > 0:
@@ -186,7 +198,7 @@ class Confirmation:
             yield f"{head} did not flatter: it was confirmed {size} better"
 
     def _cost(self) -> str:
-        cost = f"it cost {_count(self.trainings, 'training')}, {_count(self.epochs, 'epoch')} in all"
+        cost = f"it cost {count(self.trainings, 'training')}, {count(self.epochs, 'epoch')} in all"
         if self.search_epochs:
             share = 100 * self.epochs / self.search_epochs
             cost += f", {share:.0f} % of the search's {self.search_epochs:,}"
@@ -239,14 +251,17 @@ _ADAPTER = TypeAdapter(Confirmation)
 
 
 def searched_best(contenders: Iterable[Contender], *, maximize: bool) -> Contender | None:
-    """The one that the search scored best, of equals the one that it trained first; None where it scored none."""
+    """The best trial of the search among these, of equals the first; None where none was one.
+
+    A recipe that was trained beside the search is the best of nothing, so its score is no more flattering than any.
+    """
     sign = 1 if maximize else -1
-
-    def rank(one: Contender) -> tuple[float, float]:
-        return sign * (one.search_value or 0.0), -math.inf if one.trial is None else -one.trial
-
-    scored = [one for one in contenders if one.search_value is not None and math.isfinite(one.search_value)]
-    return max(scored, key=rank, default=None)
+    scored = [
+        (sign * one.search_value, -one.trial, one)
+        for one in contenders
+        if one.trial is not None and one.search_value is not None and math.isfinite(one.search_value)
+    ]
+    return max(scored, key=lambda ranked: ranked[:2], default=(None, None, None))[2]
 
 
 def write_confirmation(path: Path, confirmation: Confirmation) -> None:
@@ -283,17 +298,6 @@ def is_current(confirmation: Confirmation, finished: int) -> bool:
 def _unreadable(path: Path, why: str) -> str:
     first = why.partition("\n")[0]
     return f"{path}: cannot be read ({first}); remove it and run `hpo confirm {path.parent.name}` again"
-
-
-def _named(one: Contender) -> str:
-    """ "the base (trial 0)", "trial 12", "recipe NAME"."""
-    if one.key != BASE:
-        return one.key
-    return "the base" if one.trial is None else f"the base (trial {one.trial})"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _score(interval: Interval | None) -> str:

@@ -30,6 +30,7 @@ from core.models import build_model
 from core.runtime import autocast, derive_seed, make_generator, normalize
 from core.schedule import replayed
 from core.tta import average, predict_logits
+from hpo.console import count
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.training import Watch, fold_label, going_on, of_fold
@@ -184,9 +185,10 @@ class Trainer:
         schedule = replayed(config.schedule, scores, maximize=maximize, epochs=config.epochs)
         config = config.model_copy(update={"schedule": schedule})
         if members is None:
-            logger.info("training on %d images, %d epochs", len(whole.train), epochs)
+            logger.info("training on %s, %s", count(len(whole.train), "image"), count(epochs, "epoch"))
             return [self._train(config, whole, "", "all", None, stop_after=epochs)]
-        logger.info("training %d networks on %d images, %d epochs each", members, len(whole.train), epochs)
+        images = count(len(whole.train), "image")
+        logger.info("training %d networks on %s, %s each", members, images, count(epochs, "epoch"))
         return [
             self._train(of_member(config, n), whole, f"all images, {n} of {members}", f"all{n}", n, stop_after=epochs)
             for n in range(1, members + 1)

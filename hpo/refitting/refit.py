@@ -32,6 +32,7 @@ from hpo import bundle
 from hpo.card import write_card
 from hpo.confirmation.result import Confirmation
 from hpo.confirmation.trials import search_epochs
+from hpo.console import count
 from hpo.errors import StudyError
 from hpo.onnx_export import check_onnx, export_onnx
 from hpo.paths import StudyPaths
@@ -239,7 +240,8 @@ def _trained(trainer: Trainer, dataset: Dataset, *, epochs: int, ensemble: int |
         config = config.override({"data.folds": ensemble})
     splits = on_device(folds(dataset, config.data), trainer.device)
     judged = trainer.folds(config, splits) if members is None else trainer.members(config, splits[0], members)
-    logger.info("choosing views and temperature on %d validation images", sum(len(each.val) for each in splits))
+    images = count(sum(len(each.val) for each in splits), "validation image")
+    logger.info("choosing views and temperature on %s", images)
     choose = decide_folds if ensemble is not None else decide_alone if members is None else decide_members
     decision = choose(judged, trainer.metric)
     rows, elapsed_s = judged[0].rows, sum(network.elapsed_s for network in judged)

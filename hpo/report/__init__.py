@@ -88,10 +88,12 @@ def sections_of(facts: Facts) -> list[Section]:
 
 
 def _under(facts: Facts) -> str:
+    from hpo.summary import how_far
+
     study = facts.study
     return (
-        f"{study.metric.replace('_', ' ')} on the validation images of {study.data_name}; space {study.space_name}; "
-        f"{facts.finished} of {max(study.total or 0, facts.finished)} trials finished"
+        f"{facts.metric_words} on the validation images of {study.data_name}; space {study.space_name}; "
+        f"{how_far(study, facts.finished)}"
     )
 
 

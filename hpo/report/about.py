@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hpo.report.facts import Facts, count
+from hpo.console import count
+from hpo.report.facts import Facts
 from hpo.report.page import Section, code, folded, table
 from hpo.search_space import space_to_yaml
 

@@ -15,22 +15,20 @@ from typing import Any
 import plotly.graph_objects as go
 
 from core.config import TrainConfig
-from hpo.confirmation.result import Confirmation, Contender
-from hpo.console import duration
+from hpo.confirmation.result import BASE, NO_EVIDENCE, Confirmation, Contender
+from hpo.console import count, duration, gap
 from hpo.pictures import BLUE, GREY, INK, ORANGE
 from hpo.report.costs import Cost, saved, spent
-from hpo.report.facts import Facts, count, difference, name_of, number, score, value_of
+from hpo.report.facts import Facts, difference, interval_words, name_of, number, score, value_of
 from hpo.report.page import Section, code, columns, figure, folded, heading, listing, paragraph, table, tiles
 from hpo.storage import is_masked
+from hpo.summary import unproven
 
 Tile = tuple[str, str, Sequence[str]]
 """A question, its answer in large letters, and what there is to say of it."""
 
 MOST_NOTES = 4
 """Notes below the confirmed scores that are shown at once."""
-
-_BASE = "base"
-"""The key of a confirmation's contender that is the base."""
 
 
 def answer(facts: Facts) -> Section:
@@ -94,7 +92,7 @@ def warnings_of(facts: Facts) -> list[str]:
         by = "recipe" if winner.trial is None else "trial"
         if model.get(by) != getattr(winner, by):
             found.append(
-                f"The submission model `best` is of {_refitted(model)}, and the winner is {_named(winner)}; "
+                f"The submission model `best` is of {_refitted(model)}, and the winner is {winner.name}; "
                 f"`{_command(facts, 'refit best --study')}` makes it anew."
             )
     return found
@@ -110,17 +108,17 @@ def _better(facts: Facts) -> Tile:
         gain = _gain(facts)
         if not gain:
             return question, "Not known" if gain is None else "Not so far", [verdict(facts)]
-        lead = difference(facts.metric, gain).removeprefix("+")
+        lead = gap(facts.metric, gain)
         scores = count(len(facts.complete), "noisy score")
         flattering = f"The best of {scores} is partly luck, so this is flattering."
         return question, "Perhaps", [f"The search's best leads by {lead}. {flattering}"]
     if made.advantage is None:
-        return question, "Not known", [f"The winner is {made.winner}."]
+        return question, "Not known", [f"The winner is {made.contender(made.winner).name}."]
     size = difference(facts.metric, made.advantage.mean, made.advantage.half_width)
-    over = f"{made.leader} over the base, {made.metric.replace('_', ' ')} on validation images"
+    over = f"{made.leader} over the base, {facts.metric_words} on validation images"
     if made.evidence:
         return question, f"Yes, {size}", [f"{over}."]
-    return question, "No evidence", [f"{size}: {over}. The winner is {_named(made.contender(made.winner))}."]
+    return question, "No evidence", [f"{size}: {over}. The winner is {made.contender(made.winner).name}."]
 
 
 def _sure(facts: Facts) -> Tile:
@@ -130,18 +128,21 @@ def _sure(facts: Facts) -> Tile:
             "One split and one seed a trial. Other seeds and splits say whether the lead is real: "
             f"`{_command(facts, 'confirm')}`."
         ]  # fmt: skip
-    n = 0 if made.advantage is None else made.advantage.n
+    if made.advantage is None:
+        return question, "Not known", [_sentence(made.verdict.removeprefix(f"{NO_EVIDENCE}: ")) + "."]
+    n = made.advantage.n
     lines = (
         ["± is a 95 % interval, corrected for overlapping splits and for the number of challengers."] if n > 1 else []
     )
     if made.optimism is not None and (best := made.searched_best) is not None:
-        size = difference(facts.metric, abs(made.optimism)).removeprefix("+")
+        size = gap(facts.metric, abs(made.optimism))
         own = f"The search's own best score, {score(best.search_value)},"
         if made.optimism > 0:
             lines.append(f"{own} was flattering: confirmed, it is {size} worse.")
         else:
             lines.append(f"{own} did not flatter: confirmed, it is {size} better.")
-    return question, f"n = {n}", [f"Trained on {count(n, 'other seed')} and splits.", *lines]
+    large = f"95 %, n = {n}" if made.evidence else f"n = {n}"
+    return question, large, [f"Each was trained on {count(n, 'other seed')} and {count(n, 'split')}.", *lines]
 
 
 def _cost(facts: Facts) -> Tile:
@@ -150,7 +151,7 @@ def _cost(facts: Facts) -> Tile:
     trainings = count(sum(each.trainings for each in found), "training")
     epochs = count(sum(each.epochs or 0 for each in found), "epoch")
     device = f", on {', '.join(facts.devices)}" if facts.devices else ""
-    lines = [f"{_sentence(', '.join(times))}.", f"{trainings} of {epochs} in all{device}."]
+    lines = [f"{_sentence(', '.join(times))}.", f"{trainings}, {epochs} in all{device}."]
     if (less := saved(facts)).epochs:
         whole = less.epochs + (found[0].epochs or 0)
         lines.append(f"Pruning saved {count(less.epochs, 'epoch')}, {100 * less.epochs / whole:.0f} % of the search.")
@@ -225,10 +226,8 @@ def confirmed_words(facts: Facts) -> str:
     winner = made.contender(made.winner)
     if winner.interval is None:
         return "no score"
-    half = winner.interval.half_width
-    spread = f" ± {half:.4f}" if math.isfinite(half) else ""
     stale = "" if facts.confirmed else "; older than the study"
-    return f"{score(winner.interval.mean)}{spread} (n = {winner.interval.n}), {_named(winner)}{stale}"
+    return f"{interval_words(winner.interval)} (n = {winner.interval.n}), {winner.name}{stale}"
 
 
 def test_words(facts: Facts) -> str:
@@ -249,12 +248,12 @@ def _contenders(facts: Facts) -> str:
     made = facts.confirmation
     if made is None or not any(contender.interval for contender in made.contenders):
         return ""
-    said = [f"{_named(each)}: {each.failure}" for each in made.contenders if each.failure]
-    said += [f"{_named(each)} was stopped early: {each.stopped}" for each in made.contenders if each.stopped]
+    said = [f"{each.name}: {each.failure}" for each in made.contenders if each.failure]
+    said += [f"{each.name} was stopped early: {each.stopped}" for each in made.contenders if each.stopped]
     said += [f"Left out: {words}" for words in made.left_out]
     fig = contenders_figure(made, facts.metric_words)
     alt = "Confirmed scores with 95 % intervals. " + "; ".join(
-        f"{_named(each)} {score(each.interval.mean)}" for each in made.contenders if each.interval
+        f"{each.name} {score(each.interval.mean)}" for each in made.contenders if each.interval
     )
     return (
         heading("Confirmed on other seeds and splits")
@@ -270,7 +269,7 @@ def _contenders(facts: Facts) -> str:
 def contenders_figure(made: Confirmation, metric_words: str) -> go.Figure:
     """A row a contender, the best on top: every score, their mean and its 95 % interval."""
     rows = [contender for contender in made.contenders if contender.scores]
-    labels = {each.key: f"{_short(_named(each))}<br>n = {len(each.scores)}" for each in rows}
+    labels = {each.key: f"{_short(each.name)}<br>n = {len(each.scores)}" for each in rows}
     fig = go.Figure()
     fig.add_trace(
         go.Scatter(
@@ -285,7 +284,7 @@ def contenders_figure(made: Confirmation, metric_words: str) -> go.Figure:
     for each in rows:
         if each.interval is None:
             continue
-        base = each.key == _BASE
+        base = each.key == BASE
         half = each.interval.half_width
         fig.add_trace(
             go.Scatter(
@@ -311,15 +310,7 @@ def contenders_figure(made: Confirmation, metric_words: str) -> go.Figure:
 
 def _interval_words(contender: Contender) -> str:
     assert contender.interval is not None, "only what has an interval is drawn"
-    half = contender.interval.half_width
-    spread = f" ± {half:.4f}" if math.isfinite(half) else ""
-    return f"{_named(contender)}<br>{contender.interval.mean:.4f}{spread}<br>{', '.join(contender.chosen_for)}"
-
-
-def _named(contender: Contender) -> str:
-    if contender.key != _BASE:
-        return contender.key
-    return "the base" if contender.trial is None else f"the base (trial {contender.trial})"
+    return f"{contender.name}<br>{interval_words(contender.interval)}<br>{', '.join(contender.chosen_for)}"
 
 
 def _short(name: str, longest: int = 22) -> str:
@@ -336,8 +327,8 @@ def _configuration(facts: Facts) -> str:
     made = facts.confirmation
     if made is not None:
         shown_of = [made.contender(key) for key in dict.fromkeys((made.winner, made.leader)) if key is not None]
-        body = [_changes(_named(each), base, _flat(each.config), wins=each.key == made.winner) for each in shown_of]
-        return title + "".join(body if shown_of[0].key == _BASE else body[:1])
+        body = [_changes(each.name, base, _flat(each.config), wins=each.key == made.winner) for each in shown_of]
+        return title + "".join(body if shown_of[0].key == BASE else body[:1])
     if facts.best is None:
         return ""
     return title + _changes(name_of(facts.best), base, facts.study.config_of(facts.best).flat(), wins=True)
@@ -425,6 +416,8 @@ def next_commands(facts: Facts) -> list[str]:
         found.append(_command(facts, "confirm"))
     if facts.complete and not facts.refits:
         found.append(_command(facts, "refit best --study"))
+    if facts.confirmation is not None and facts.confirmed:
+        found += unproven(facts.study, facts.confirmation)
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
-from hpo.console import duration
+from hpo.console import duration, gap
 from hpo.report.answer import confirmed_words, test_words, verdict
 from hpo.report.costs import own, saved
 from hpo.report.facts import Facts, difference, name_of, number, score, value_of
@@ -76,7 +76,7 @@ def _headline(studies: Sequence[Facts]) -> str:
     gain = studies[0].gain(first, second)
     if gain == 0:
         return f"The {what}s score the same: {score(first)}."
-    size = difference(leader.metric, gain).removeprefix("+")
+    size = gap(leader.metric, gain)
     ahead = f"The {what} of {leader.study.name} is ahead by {size}: {score(first)}."
     return ahead if by_confirmation else f"Not confirmed: {ahead[:1].lower()}{ahead[1:]}"
 

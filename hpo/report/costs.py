@@ -18,10 +18,10 @@ from typing import Any
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
-from hpo.console import duration, short
+from hpo.console import count, duration, short
 from hpo.pictures import BLUE, GREEN, GREY, INK, ORANGE, PINK, SKY, YELLOW
 from hpo.report.axes import distinct, grouped, place, set_axis
-from hpo.report.facts import Facts, count, name_of
+from hpo.report.facts import Facts, name_of
 from hpo.report.figures import log_axis
 from hpo.report.page import Section, figure, heading, paragraph, side_by_side, table
 from hpo.report.words import percent, together

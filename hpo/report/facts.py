@@ -20,6 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from core.errors import CoreError
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
+from hpo.confirmation.statistics import Interval
+from hpo.console import gap
 from hpo.paths import cache_root, data_root
 from hpo.pruner import RungPruner, build_pruner
 from hpo.search_space import SearchSpace, space_from_yaml
@@ -253,6 +255,12 @@ def score(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
+def interval_words(interval: Interval) -> str:
+    """A confirmed score in a cell of a table: `0.9123 ± 0.0041`; of one replicate without what it has not."""
+    spread = f" ± {interval.half_width:.4f}" if math.isfinite(interval.half_width) else ""
+    return f"{score(interval.mean)}{spread}"
+
+
 def number(value: float) -> str:
     """A number in few characters: `22.1`, `4.47e-6`, `1e-4`."""
     mantissa, _, exponent = f"{value:.3g}".partition("e")
@@ -262,16 +270,9 @@ def number(value: float) -> str:
     return mantissa + (f"e{int(exponent)}" if exponent else "")
 
 
-def difference(metric: str, gain: float, half_width: float | None = None) -> str:
-    """By how much something is better: `+3.1 ± 0.6 points` of scores, which are shares of one; of a loss, a number."""
-    scale, digits, unit = (1.0, 4, "") if metric == "nll" else (100.0, 2, " points")
-    spread = "" if half_width is None or not math.isfinite(half_width) else f" ± {scale * half_width:.{digits}f}"
-    return f"{scale * gain:+.{digits}f}{spread}{unit}".replace("-", "−")
-
-
-def count(number: int, noun: str) -> str:
-    """A number with its noun: `1 trial`, `12 trials`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def difference(metric: str, gain: float, half_width: float = math.inf) -> str:
+    """By how much something is better: `+3.10 ± 0.60 points`; where it is worse, with a minus."""
+    return ("−" if gain < 0 else "+") + gap(metric, abs(gain), half_width)
 
 
 def gather(study: Study, *, data: Path | None = None) -> Facts:

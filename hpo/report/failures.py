@@ -16,10 +16,10 @@ import plotly.graph_objects as go
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.console import short
+from hpo.console import count, short
 from hpo.pictures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW
 from hpo.report.axes import place, set_axis, spread
-from hpo.report.facts import Facts, count, name_of
+from hpo.report.facts import Facts, name_of
 from hpo.report.page import Section, figure, heading, paragraph, table
 from hpo.report.words import percent
 from hpo.slots import CRASHES, FAILURE, INTERRUPTED, RESUMED_EPOCH

@@ -23,8 +23,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
 
+from hpo.console import count
 from hpo.pictures import BLUE, GREEN, GREY, INK, ORANGE
-from hpo.report.facts import Facts, count, name_of, number, score, value_of
+from hpo.report.facts import Facts, name_of, number, score, value_of
 from hpo.report.page import Section, figure, paragraph, shades, side_by_side
 from hpo.slots import FAILURE
 

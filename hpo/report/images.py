@@ -16,8 +16,9 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from hpo.console import count
 from hpo.pictures import BLUE, INK, ORANGE, PALE
-from hpo.report.facts import Facts, count
+from hpo.report.facts import Facts
 from hpo.report.judged import Judged, Missing, judged, tested, wanted
 from hpo.report.page import Section, figure, folded, heading, paragraph, picture, table
 from hpo.report.samples import augmented_samples

@@ -80,7 +80,7 @@ def judged(facts: Facts) -> Judged | Missing:
     return Missing(
         f"What {why}, trial {number}, said of its validation images is not here "
         f"(`{facts.study.paths.inside(facts.study.paths.trial_validation(number))}`). It is kept with the weights of "
-        "the best trials, on the machine that trained them, unless `--keep-gb` let go of it. Copy the file from there, "
+        "the best trials, on the machine that trained them. Copy the file from there, "
         "or train the trial again as a submission model, whose confusion on the test images is then shown here:",
         (f"hpo refit {number} --study {facts.study.name}",),
     )

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.console import count
 from hpo.pictures import BLUE, GREY, INK, ORANGE
 from hpo.pruner import Place, lets_through, places_of
-from hpo.report.facts import Facts, count, name_of, score, value_of
+from hpo.report.facts import Facts, name_of, score, value_of
 from hpo.report.page import Section, code, figure, heading, listing, paragraph, side_by_side, table
 from hpo.report.words import percent, together
 from hpo.search_space import RungsPruner

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.confirmation.result import Confirmation, Contender
 from hpo.pictures import BLUE, GREY, ORANGE
-from hpo.report.facts import Facts, score, value_of
+from hpo.report.facts import Facts, interval_words, score, value_of
 from hpo.report.page import Section, figure, paragraph, table
 from hpo.report.words import together
 from hpo.slots import BASE, FAILURE, RECIPE
@@ -180,10 +180,9 @@ def _confirmed_cells(facts: Facts, rival: Rival, base: Rival | None) -> tuple[st
     one = rival.contender
     if one is None or one.interval is None:
         return "–", "–", "–"
-    half = one.interval.half_width
-    spread = f" ± {half:.4f}" if math.isfinite(half) else " (no interval)"
+    alone = "" if math.isfinite(one.interval.half_width) else " (no interval)"
     gain = _over(facts, one.interval.mean, None if base is None or base is rival else base.mean)
-    return f"{one.interval.mean:.4f}{spread}", str(one.interval.n), gain
+    return f"{interval_words(one.interval)}{alone}", str(one.interval.n), gain
 
 
 def _over(facts: Facts, value: float | None, other: float | None) -> str:

@@ -63,7 +63,7 @@ def gather(study: Study) -> Evidence:
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
     ]
     over.sort(key=lambda trial: trial.number)
-    length = math.ceil(len(over) / _PARTS)
+    length = max(1, math.ceil(len(over) / _PARTS))
     parts = [over[begin : begin + length] for begin in range(0, len(over), length)]
     sign = -1.0 if study.direction == "maximize" else 1.0
     best = sorted((ranked for part in parts for ranked in _best_of(part, sign)), key=lambda ranked: ranked[:2])

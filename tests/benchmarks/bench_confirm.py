@@ -48,15 +48,15 @@ TRASHNET = """
 description: TrashNet at 32², a small network for two cores
 data: {name: path/to/images, image_size: 32}
 objective: {metric: macro_f1}
-trials: 30
+trials: 24
 sampler: {name: tpe, startup_trials: 8}
 pruner: {name: rungs, rungs: [0.1, 0.25, 0.5], keep: 0.33}
 base:
-  epochs: 16
+  epochs: 12
   batch_size: 64
   data: {name: path/to/images, image_size: 32}
   augment: {flip: 0.5, crop_pad_fraction: 0.125}
-  model: {name: resnet, widths: [16, 32, 64], blocks: [1, 1, 1]}
+  model: {name: resnet, widths: [8, 16, 32], blocks: [1, 1, 1]}
   loss: {smoothing: 0.1}
   optim: {name: adamw, lr_scale: 2.0, weight_decay: 5.0e-5}
   schedule: {name: cosine, warmup_fraction: 0.1}

@@ -7,9 +7,8 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +21,15 @@ from optuna.trial import TrialState, create_trial
 
 from core.config import TrainConfig
 from core.data import Dataset, Division, folds, load_dataset, on_device
+from core.errors import UserError
 from hpo.commands.confirm import confirmed
 from hpo.confirmation.candidates import NEIGHBOURS, candidates, identity_of, predict, unit_cube
 from hpo.confirmation.result import Confirmation, read_confirmation
 from hpo.confirmation.trials import Plan, Training, open_confirmation, replicated, search_epochs, trainings
+from hpo.console import StudyLane
 from hpo.errors import SpaceError, StudyError
 from hpo.interrupts import Interrupts
+from hpo.objective import Outcome
 from hpo.paths import StudyPaths
 from hpo.search_space import ConfirmationSpace, SearchSpace, load_space, space_from_yaml, space_to_yaml
 from hpo.slots import BASE, CONFIG, RECIPE, SLOT, STOPPED
@@ -182,6 +184,32 @@ def test_replicates_never_take_the_split_of_the_search(monkeypatch: pytest.Monke
     assert replicated(TrainConfig(), 0, seed=3) == first
 
 
+def test_replicates_pass_over_splits_that_leave_a_class_without_images(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8)
+    images[40:] = images[[40, 41] * 10]  # of the third class there are two images, ten times each
+    np.savez(tmp_path / "copies.npz", images=images, labels=np.repeat(["a", "b", "c"], 20))
+    config = TrainConfig().override({"data.name": str(tmp_path / "copies.npz")})
+    dataset = load_dataset(config.data)
+
+    def is_possible(replicate: int, **how: Any) -> bool:
+        try:
+            folds(dataset, replicated(config, replicate, seed=0, **how).data)
+        except UserError:
+            return False
+        return True
+
+    assert not all(map(is_possible, range(100)))
+    assert all(is_possible(replicate, dataset=dataset) for replicate in range(100))
+
+
+def test_where_no_split_can_be_trained_on_that_is_an_error(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (12, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", images=images, labels=np.repeat(["a", "b", "c"], 4))
+    config = TrainConfig().override({"data.name": str(tmp_path / "few.npz"), "data.val_fraction": 0.1})
+    with pytest.raises(UserError, match=r"data\.val_fraction"):
+        replicated(config, 0, seed=0, dataset=load_dataset(config.data))
+
+
 def test_a_division_of_the_images_is_the_same_wherever_it_comes_from(digits: Dataset) -> None:
     division = Division(digits)
     for changes in ({}, {"data.split_seed": 5}, {"data.folds": 3}, {"data.split_seed": 5}):
@@ -229,22 +257,22 @@ def test_after_more_trials_and_with_another_budget_what_was_trained_is_kept(
         assert before[training.identity, training.replicate] == training
 
 
-def test_a_confirmation_that_is_killed_goes_on_to_the_same_result(
-    searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_a_confirmation_that_is_cut_off_goes_on_with_two_workers_to_the_same_result(
+    searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hpo.cli", "confirm", "planted", "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-    )
-    assert process.stdout is not None
-    with process, process.stdout:
-        for line in process.stdout:
-            if line.startswith("trial   2"):
-                process.send_signal(signal.SIGKILL)
+    def ended(lane: StudyLane, outcome: Outcome) -> None:
+        trial_ended(lane, outcome)
+        if outcome.number == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    trial_ended = StudyLane.trial_ended
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StudyLane, "trial_ended", ended)
+        assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu") == 130
+    assert "stopped: 3 of 10 trainings are done and safe; go on with\n  hpo confirm planted" in capfd.readouterr().out
     assert not StudyPaths.of("planted").confirmation.exists()
-    assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu") == 0
+    assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu", "--workers", "2") == 0
     after = scores_of(result_of("planted"))
     monkeypatch.setenv("HPO_STUDIES", str(trained / "studies"))
     assert after == scores_of(result_of("planted"))
@@ -270,12 +298,44 @@ def test_a_result_that_was_made_without_some_trainings_is_not_the_last_word(
     assert (study.waiting(), result_of("planted").trainings) == (0, 12)
 
 
-@pytest.mark.slow
-def test_two_workers_at_once_train_the_same(searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu", "--workers", "2") == 0
-    after = scores_of(result_of("planted"))
-    monkeypatch.setenv("HPO_STUDIES", str(trained / "studies"))
-    assert after == scores_of(result_of("planted"))
+def test_what_was_queued_by_one_that_died_before_it_raised_the_total_is_trained_too(
+    searches: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun("planted", digits, share=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Study, "total", property(lambda study: raised(KeyboardInterrupt())))  # read before it is raised
+        begun("planted", digits, share=5)
+    study = find_study("planted.confirm")
+    assert (len(trainings(study)), study.total) == (10, 6)
+    begun("planted", digits, share=5)
+    assert (len(trainings(study)), study.total) == (10, 10)
+
+
+def raised(error: BaseException) -> int:
+    raise error
+
+
+def test_two_that_queue_at_once_queue_everything_once(searches: Path, digits: Dataset) -> None:
+    search = find_study("planted")
+    space = search.space()
+    splits = folds(digits, space.base.data)
+    studies = [open_confirmation(search, space, digits, splits, data_path=None) for _ in range(2)]
+    plans = [Plan(find_study("planted"), space, share=5) for _ in studies]
+    with ThreadPoolExecutor(2) as both:
+        queued = list(both.map(Plan.queue, plans, studies))
+    assert sorted(queued) == [0, 10]
+    assert studies[0].total == len(studies[0].optuna.get_trials()) == 10
+
+
+def test_an_attempt_that_died_while_it_was_stopped_leaves_no_trace_of_that(searches: Path, digits: Dataset) -> None:
+    study, _ = a_field(digits)
+    opened = Study(study.optuna, study.paths, study.record, study.storage_url, study.space())
+    claimed = opened.claim()
+    assert claimed is not None
+    trial, slot = claimed
+    trial.set_user_attr(STOPPED, "cannot win")
+    opened.release(trial)
+    assert next(one for one in trainings(study) if one.slot == slot).stopped is None
 
 
 # Who is stopped

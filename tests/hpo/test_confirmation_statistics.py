@@ -18,7 +18,14 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from hpo.confirmation.result import Confirmation, Contender, is_current, read_confirmation, write_confirmation
+from hpo.confirmation.result import (
+    Confirmation,
+    Contender,
+    is_current,
+    read_confirmation,
+    searched_best,
+    write_confirmation,
+)
 from hpo.confirmation.statistics import (
     MAX_REPLICATES,
     Interval,
@@ -70,8 +77,19 @@ class TestInterval:
         assert corrected_interval([0.9, 0.8, 0.7], test_share=0.5, replicates=1).half_width == math.inf
         assert not corrected_interval([0.9], test_share=0.25).excludes_zero
 
+    @pytest.mark.parametrize("noisy", [[0.0, 0.04, 0.08], [0.0, 0.7, 0.3], [-0.9, 0.9, 0.0]])
+    def test_what_is_lent_is_taken_for_twice_its_own_spread_at_most(self, noisy: list[float]) -> None:
+        own = [0.01, 0.02, 0.03]
+        lent = corrected_interval(own, test_share=0.25, others=[noisy])
+        assert lent == corrected_interval(own, test_share=0.25, others=[[0.0, 0.02, 0.04]])
+
+    def test_a_spread_of_none_is_lent_by_steps(self) -> None:
+        found = corrected_interval([0.0, 0.0, 0.0], test_share=0.25, resolution=0.01, others=[[0.0, 0.7, 0.3]])
+        variance = (0 + 4 * 0.01**2) / 2
+        assert found.half_width == pytest.approx(stats.t(4).isf(0.025) * np.sqrt((1 / 3 + 0.25) * variance))
+
     def test_others_lend_their_spread_up_to_as_much_as_its_own(self) -> None:
-        own, other = [0.01, 0.02, 0.03], [0.0, 0.04, 0.01, 0.05, 0.02]
+        own, other = [0.01, 0.02, 0.03], [0.0, 0.03, 0.01, 0.04, 0.02]
         found = corrected_interval(own, test_share=0.25, others=[other])
         variance = (np.var(own, ddof=1) + np.var(other, ddof=1)) / 2
         assert found.half_width == pytest.approx(stats.t(4).isf(0.025) * np.sqrt((1 / 3 + 0.25) * variance))
@@ -229,6 +247,11 @@ class TestJudgement:
             comparisons=2,
             others=[differences(self.FAIR, self.BASE)[0]],
         )
+
+    def test_a_challenger_whose_trainings_fail_now_and_then_hides_no_clear_winner(self) -> None:
+        wild = scores(0.86, 0.15, 0.52)
+        found = judged({"base": self.BASE, "trial 5": self.GOOD, "trial 6": wild}, stopped=["trial 6"])
+        assert (found.winner, found.evidence) == ("trial 5", True)
 
     def test_without_evidence_the_base_wins(self) -> None:
         found = judged({"base": self.BASE, "trial 3": self.FAIR})
@@ -535,6 +558,28 @@ def confirmation(**changes: Any) -> Confirmation:
 NO_EVIDENCE = {"winner": "base", "evidence": False}
 
 
+@pytest.mark.parametrize(
+    ("contenders", "maximize", "expected"),
+    [
+        ([("trial 7", 7, 0.9), ("base", 0, 0.8)], True, "trial 7"),
+        ([("trial 7", 7, 0.9), ("base", 0, 0.8)], False, "base"),
+        # Of equals the first, as `best_trial` has it, however they stand here.
+        ([("trial 7", 7, 0.9), ("base", 0, 0.9)], True, "base"),
+        ([("base", 0, 0.9), ("trial 7", 7, 0.9)], True, "base"),
+        # Trained once beside the search, it is no best of many.
+        ([("recipe r", None, 0.95), ("trial 7", 7, 0.9), ("base", 0, 0.8)], True, "trial 7"),
+        ([("recipe r", None, 0.95), ("base", None, None)], True, None),
+    ],
+)
+def test_the_searchs_best_is_the_first_of_its_best_trials(
+    contenders: list[tuple[str, int | None, float | None]], maximize: bool, expected: str | None
+) -> None:
+    found = searched_best(
+        [contender(key, trial=trial, search_value=value) for key, trial, value in contenders], maximize=maximize
+    )
+    assert (None if found is None else found.key) == expected
+
+
 class TestWords:
     @pytest.mark.parametrize(
         ("changes", "expected"),
@@ -589,7 +634,7 @@ class TestWords:
             "  trial 7: 0.912 ± 0.004 (n = 5); best validation score, best at epoch 6; stopped early: worse than "
             "trial 12 by 0.0410 over 3 replicates",
             "  trial 9: no score; best validation score, best at epoch 6; could not be trained: diverged",
-            "the search's own best score, 0.9213 (trial 12), was 0.9 points too high",
+            "the search's own best score, 0.9213 of trial 12, was 0.90 points too high",
             "it cost 34 trainings, 408 epochs in all, 31 % of the search's 1,320, and 13 min",
             "left out: trial 4: more than the budget allows",
             "± is a 95 % interval over n seeds and splits, corrected for overlapping splits (Nadeau and Bengio 2003)",
@@ -604,14 +649,17 @@ class TestWords:
     @pytest.mark.parametrize(
         ("changes", "expected"),
         [
-            ({"optimism": -0.004}, "did not flatter: it was confirmed 0.4 points better"),
-            ({"optimism": 0.0001}, "(trial 12), was confirmed"),
-            ({"metric": "nll", "direction": "minimize", "optimism": 0.0123}, "0.8800 (base), was 0.0123 too low"),
+            ({"optimism": -0.004}, "did not flatter: it was confirmed 0.40 points better"),
+            ({"optimism": 0.00001}, "of trial 12, was confirmed"),
+            (
+                {"metric": "nll", "direction": "minimize", "optimism": 0.0123},
+                "0.8800 of the base (trial 0), was 0.0123 too low",
+            ),
         ],
     )
     def test_the_optimism_of_the_search_is_said(self, changes: dict[str, Any], expected: str) -> None:
         said = [line for line in confirmation(**changes).lines() if line.startswith("the search's own best score")]
-        assert said[0].replace("the base (trial 0)", "base").endswith(expected)
+        assert said[0].endswith(expected)
 
     def test_more_than_the_budget_is_said(self) -> None:
         assert any("(the budget was 40)" in line for line in confirmation(budget_epochs=40).lines())

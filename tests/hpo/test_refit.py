@@ -50,7 +50,7 @@ def digits() -> Dataset:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The studies folder of a search `own` of three trials of two epochs."""
     folder = tmp_path_factory.mktemp("refit")
-    (folder / "own.yaml").write_text(SPACE)
+    (folder / "own.yaml").write_text(f"{SPACE}confirm: {{budget: 0.1}}\n")  # the least
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_STUDIES", str(folder / "studies"))
         patch.setenv("HPO_CACHE", str(folder / "cache"))
@@ -355,7 +355,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     weights = tmp_path_factory.mktemp("weights") / "digits.safetensors"
     model = train(config, split(load_dataset(config.data), config.data), device=CPU).model
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
-    found = {"model.pretrained": True, "model.pretrained_file": str(weights), "epochs": 1, "optim.lr_scale": 0.3}
+    found = {"model.pretrained": True, "model.pretrained_file": str(weights), "epochs": 1, "optim.lr_scale": 0.3,
+             "sampling.name": "balanced", "sampling.undersample": 0.4}  # fmt: skip
     return config.override(found)
 
 
@@ -469,6 +470,10 @@ def test_without_evidence_the_base_is_refitted(
     said = capsys.readouterr().out
     assert "no evidence that tuning helped: the base is refitted\n  trial 1 is ahead of the base by 0.010" in said
     assert "refitting the base (trial 0) of study own" in said
+    assert said.endswith(
+        "  hpo confirm own --budget 4  # twice the trainings, to be surer\n"
+        "  hpo refit 1 --study own  # trial 1 all the same\n"
+    )
     assert report_of(study.paths.refit("best"))["trial"] == 0
 
 
@@ -508,9 +513,9 @@ def test_best_is_confirmed_first_where_that_was_not_done(
 # ONNX ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_onnx_file_answers_as_the_members_with_their_views_and_temperature(tmp_path: Path, digits: Dataset) -> None:
+def test_the_onnx_file_answers_as_the_bundle_with_its_views_and_temperature(tmp_path: Path, digits: Dataset) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    done = do_refit(tmp_path, digits, SMALL.override({"epochs": 1}), members=2, onnx=True)
+    done = do_refit(tmp_path, digits, SMALL.override({"epochs": 1}), onnx=True)
     assert done.onnx_difference is not None
     assert done.onnx_difference < 1e-4
     images = digits.open_test().images

@@ -16,7 +16,16 @@ import pytest
 from core.data import load_dataset
 from hpo.errors import StudyError
 from hpo.record import config_of
-from hpo.search_space import Categorical, Integer, Real, SearchSpace, check_file, list_spaces, load_space
+from hpo.search_space import (
+    Categorical,
+    Integer,
+    Real,
+    SearchSpace,
+    check_file,
+    list_spaces,
+    load_space,
+    space_from_yaml,
+)
 from hpo.search_space.fields import config_fields
 from hpo.study import Study, find_study
 from hpo.suggestion import edges, suggest
@@ -160,6 +169,13 @@ def test_of_trials_that_were_nearly_all_pruned_too_few_are_complete(tmp_path: Pa
     add_trials(study, space, lambda params, rng: -len(study.optuna.get_trials(deepcopy=False)), trials=40, pruned=1.0)
     assert edges(study, space) == ()
     assert "fewer than 5 complete trials say too little" in suggest(study, space).replace("\n# ", " ")
+
+
+def test_before_any_trial_is_finished_the_studys_own_space_is_suggested(tmp_path: Path) -> None:
+    space = space_of(tmp_path, SPACE)
+    text = suggest(in_memory(space), space)
+    assert "finished trials say too little, and there are 0" in text.replace("\n# ", " ")
+    assert space_from_yaml(text, "new").identity() == space.identity()
 
 
 # At a bound

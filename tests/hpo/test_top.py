@@ -189,7 +189,7 @@ def test_a_retried_trial_names_its_slot(space: SearchSpace, capsys: pytest.Captu
         total=1,
     )
     lines = shown(study, 2, capsys)
-    assert "0 of 1 trials finished: 1 running" in lines[0]
+    assert "0 of 1 trial finished: 1 running" in lines[0]
     assert lines[4].startswith("1 (slot 0)")
 
 
@@ -315,7 +315,7 @@ def test_once_or_without_a_terminal_it_looks_once(
         monkeypatch.setattr(hpo.commands.top, "console", plain)
     monkeypatch.setattr(hpo.commands.top.time, "sleep", lambda _: pytest.fail("it waits"))
     assert run_hpo(monkeypatch, "study", "top", live.name, *options) == 0
-    assert "0 of 1 trials finished: 1 waiting" in capsys.readouterr().out
+    assert "0 of 1 trial finished: 1 waiting" in capsys.readouterr().out
 
 
 def test_a_study_that_is_not_there_is_one_line(

@@ -187,7 +187,7 @@ def test_on_a_terminal_a_trial_is_a_line(
     monkeypatch.setattr(hpo.console, "console", Console(width=width, force_terminal=True, no_color=True))
     lines = output_of(monkeypatch, capsys, "study", "trials", study.name).splitlines()
     assert len(lines) == 7
-    assert lines[4].split()[:6] == ["4", "complete", "0.9000", "2", "3", "s"]
+    assert lines[4].split()[:6] == ["4", "complete", "0.9000", "2", "3.2", "s"]
     assert "lr_scale=0.5" in lines[4]
     assert "diverged" in lines[3]
     assert "(the base)" in lines[1]
@@ -301,7 +301,7 @@ def test_the_best_is_the_confirmed_winner_and_it_is_said(
     file = study.paths.dir / "winner.yaml"
     file.write_text(text)
     assert load_recipe(file).config == space.base
-    assert load_recipe(file).description == "the winner of study s: base"
+    assert load_recipe(file).description == "the winner of study s: the base (trial 0)"
 
 
 def test_a_confirmation_of_fewer_trials_does_not_count(
