@@ -480,7 +480,7 @@ def parallel_coordinates(facts: Facts) -> Section | None:
         f"Each of the {count(len(facts.complete), 'complete trial')} is a line through its score and its parameters; "
         "the better, the darker. A line through `None` has not that parameter."
     )
-    body = figure(fig, alt=f"Parallel coordinates. {lead}", height=440, min_width=130 * dimensions)
+    body = figure(fig, alt=f"Parallel coordinates. {lead}", height=440, min_width=110 * dimensions)
     return Section("parallel", "Parallel coordinates", lead, body)
 
 

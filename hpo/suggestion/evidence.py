@@ -43,7 +43,8 @@ class Evidence:
         if len(self.finished) < _FEWEST_TRIALS:
             return f"fewer than {_FEWEST_TRIALS} finished trials say too little, and there are {len(self.finished)}"
         if len(self.best) < FEWEST_BEST:
-            return f"fewer than {FEWEST_BEST} complete trials say too little, and there are {self.complete}"
+            best = f"{len(self.best)} of the {self.complete} complete trials"
+            return f"only {best} are among the best of their time, and fewer than {FEWEST_BEST} say too little"
         return ""
 
     def drawn(self, path: str) -> list[Any]:
