@@ -766,9 +766,11 @@ def open_study(
         pruner=build_pruner(space.pruner, space.base.epochs, space.base.data.folds),
     )
     stored = study.user_attrs.get(RECORD)
-    if stored is None:
-        if study.get_trials(deepcopy=False):
+    if stored is None and study.get_trials(deepcopy=False):
+        stored = study.user_attrs.get(RECORD)  # again: another process may have begun it and queued trials in between
+        if stored is None:
             raise StudyError(f"storage {mask(url)} has a study {name} that hpo did not begin; choose another --study")
+    if stored is None:
         stored = new_record(space, dataset, seed=seed or 0, data_path=data_path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # an axis's name in the dashboard hangs on it, no more
