@@ -35,12 +35,13 @@ SHEET, SHEET_COLUMNS = 24, 6  # images of a sheet, and of a row of it
 SHEET_SIDE = 160, 208  # pixels that a side of an image on a sheet is enlarged to, about, and that it has at most
 LOG_FROM = 50.0  # a loss that falls by more than this factor is drawn on a logarithmic axis
 
-_METRIC_WORDS = {
+METRIC_WORDS = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro-F1",
     "nll": "NLL",
 }
+"""A metric's name as a picture says it."""
 _LEGEND: dict[str, Any] = {"fontsize": TEXT - 2, "framealpha": 0.85, "edgecolor": "none", "labelcolor": INK}
 _MIME_TYPES = {".png": "image/png"}  # all else that we attach is text
 
@@ -301,7 +302,7 @@ def study_overview(
         )
     axes.set_ylim(low, high)
     _over(axes, "trial", 0, last)
-    words = _METRIC_WORDS.get(metric, metric)
+    words = METRIC_WORDS.get(metric, metric)
     _decorate(axes, f"validation {words}" + (f": best {best[-1]:.4f}" if best else ""))
     if axes.get_legend_handles_labels()[0]:
         figure.legend(

@@ -19,6 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from core.errors import CoreError
+from hpo import pictures
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.confirmation.statistics import Interval
 from hpo.console import gap
@@ -31,12 +32,7 @@ from hpo.study import Study
 if TYPE_CHECKING:
     from core.data import Dataset
 
-METRIC_WORDS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro-F1",
-    "nll": "NLL (nats)",
-}
+METRIC_WORDS = {**pictures.METRIC_WORDS, "nll": f"{pictures.METRIC_WORDS['nll']} (nats)"}
 """A metric's name on an axis; shares of one have no unit."""
 
 

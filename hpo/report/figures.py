@@ -124,19 +124,24 @@ def _add_base(fig: go.Figure, facts: Facts) -> None:
     )
 
 
-def _epochs_trace(facts: Facts, state: str, trials: Sequence[FrozenTrial]) -> go.Scatter:
+def _mark(state: str, *, size: float, line: float) -> dict[str, Any]:
+    """A state's marker, in pixels: its symbol and its colour, outline included."""
     mark = MARKS[state]
+    return {
+        "color": mark["color"],
+        "symbol": mark["symbol"],
+        "size": size,
+        "line": {"width": line, "color": mark["color"]},
+    }
+
+
+def _epochs_trace(facts: Facts, state: str, trials: Sequence[FrozenTrial]) -> go.Scatter:
     return go.Scatter(
         x=[trial.number for trial in trials],
         y=[facts.epochs(trial) for trial in trials],
         mode="markers",
         name=WORDS[state],
-        marker={
-            "color": mark["color"],
-            "symbol": mark["symbol"],
-            "size": 7,
-            "line": {"width": 1.5, "color": mark["color"]},
-        },
+        marker=_mark(state, size=7, line=1.5),
         text=[_ending(facts, trial) for trial in trials],
         hovertemplate="%{text}<extra></extra>",
     )
@@ -415,18 +420,12 @@ def _shown(distribution: BaseDistribution) -> Callable[[Any], Any]:
 
 
 def _feet(facts: Facts, state: str, trials: Sequence[FrozenTrial], x: Sequence[Any], foot: float) -> go.Scatter:
-    mark = MARKS[state]
     return go.Scatter(
         x=list(x),
         y=[foot] * len(trials),
         mode="markers",
         name=WORDS[state],
-        marker={
-            "color": mark["color"],
-            "symbol": mark["symbol"],
-            "size": 6,
-            "line": {"width": 1, "color": mark["color"]},
-        },
+        marker=_mark(state, size=6, line=1),
         text=[_ending(facts, trial) for trial in trials],
         hovertemplate="%{text}<br>%{x}<extra></extra>",
     )
