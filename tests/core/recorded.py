@@ -52,7 +52,7 @@ class RecordedGraph:
             function()
         return graph.replay
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def replay(self) -> None:
         """Runs the recorded operations, on the recorded tensors."""
         # They were recorded beneath autograd and autocast, so both have had their say.
@@ -81,7 +81,10 @@ class _Call:
 
 
 class _Recorder(TorchDispatchMode):
-    """Appends every operation, those of a backward pass included, to a list."""
+    """Appends every operation, those of a backward pass included, to a list.
+
+    In inference mode those that are made of others come whole, and are taken apart here as autograd does it elsewhere.
+    """
 
     def __init__(self, calls: list[_Call]) -> None:
         super().__init__()
@@ -89,6 +92,10 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         out = func(*args, **kwargs)
         aliases = [result.alias_info for result in func._schema.returns]
         is_view = any(alias is not None and not alias.is_write for alias in aliases)
@@ -157,6 +164,10 @@ class _ReadingOperations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:
+            parts = func.decompose(*args, **kwargs)  # as the recorder does
+        if parts is not NotImplemented:
+            return parts
         if self._waits(func, args, kwargs):
             self._reads.note(str(func))
         return func(*args, **kwargs)

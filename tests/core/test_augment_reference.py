@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from core.augment import geometry, photometry, pipeline
+from core.augment import geometry, photometry, pipeline, scratch
 from core.augment.cropping import draw_crops
 from core.augment.operations import GEOMETRIC_OPS, INTERPOLATED_OPS, PHOTOMETRIC_OPS, STANDARD
 from core.augment.policies import IN_FULL
@@ -125,6 +125,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 
         monkeypatch.setattr(module, name, spy)
 
+    monkeypatch.setattr(scratch, "_CORE_BLOCK_BYTES", 2**30)  # all images in one block, and so in one call
     record(pipeline, "draw_crops", argument=None)
     record(pipeline, "draw_erased", argument=None)
     record(pipeline, "rotation", argument=0)
