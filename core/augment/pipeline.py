@@ -24,7 +24,8 @@ from core.augment.scratch import Scratch, blocks
 from core.config import AugmentConfig
 from core.runtime import normalize_by, scale_and_shift, spread
 
-# What a CPU's chunk would take as float32: it bounds the working memory, which is a half more.
+# What a CPU's chunk would take as float32: it bounds the working memory, which is a half more. Draws are a chunk's, so
+# it is one number everywhere.
 _CPU_CHUNK_BYTES = 32 * 2**20
 
 
@@ -168,7 +169,7 @@ class Augment:
         return normalize_by(images, self._scale, self._shift).to(self.dtype)
 
     def _chunk(self, images: Tensor) -> int:
-        """How many images are worked on at a time: all on a GPU, and on a CPU what stays in its cache."""
+        """How many images are worked on at a time: all on a GPU, and on a CPU what its memory is to bear."""
         if images.device.type != "cpu":
             return len(images)
         chunks = math.ceil(4 * images.numel() / _CPU_CHUNK_BYTES)
