@@ -29,6 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from core.config import TrainConfig
 from core.errors import CoreError
 from hpo.errors import HpoError, StudyError
+from hpo.files import UNFINISHED, replacing
 from hpo.lease import LEASE, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
 from hpo.paths import StudyPaths, cache_root, data_root, is_confirmation, studies_root
 from hpo.record import RECORD, check_weights, read_record, storage_url_of
@@ -46,7 +47,7 @@ _STILL_S = 600
 # The files of weights that a checkpoint is as large as: the network, its average, and two of an optimizer's state.
 _CHECKPOINT_WEIGHTS = 4
 # How files are called until they are whole: checkpoints and weights, and what a depot brings here.
-_UNFINISHED = (".tmp", ".unfinished")
+_UNFINISHED = (UNFINISHED, ".unfinished")
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -302,12 +303,8 @@ def _write_study_yaml(study: Study) -> None:
     own = study.storage_url == str(study.paths.journal)
     content = {"name": study.name, "storage": None if own else study.storage_shown, **study.record}
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as opened:
-        opened.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.replace(file)
+    with replacing(file, synced=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # Its trials ---------------------------------------------------------------------------------------------------------
@@ -414,9 +411,8 @@ def _copy(study: Study, original: Path, target: Path) -> None:
         study.depot.put(original, study.paths.inside(target))
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.copyfile(original, temporary)
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        shutil.copyfile(original, temporary)
 
 
 def _kept_weights(patient: Patient) -> Iterator[Told]:
@@ -475,7 +471,6 @@ def _leftovers(patient: Patient) -> Iterator[Told]:
             )
     found = [
         *(file for file in _files_in(patient.paths.dir) if file.suffix in _UNFINISHED),
-        *patient.paths.dir.glob(".study.*"),
         *patient.paths.dir.glob(f"{patient.paths.journal.name}.lock*.rename"),
         *refits.glob(".*.new-*"),
         *(aside for aside, home in bundles.items() if home.exists()),

@@ -27,6 +27,7 @@ from core.loop import EpochMetrics, TrainResult, seconds_per_epoch
 from core.runtime import derive_seed, describe_device
 from hpo.confirmation.trials import why_stopped
 from hpo.errors import FULL_DISK, HpoError, StudyError
+from hpo.files import replacing
 from hpo.interrupts import Interrupts
 from hpo.notes import note_trial
 from hpo.objective import Divide, Listener, Objective, Outcome, failure_of
@@ -343,15 +344,13 @@ def _keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> N
     """Keeps this trial's weights if it is among the best few, and lets go of those that no longer are."""
     assert outcome.value is not None
     values = _complete_values(study)
-    values[outcome.number] = _sign(study) * outcome.value
+    values[outcome.number] = study.sign * outcome.value
     best = _best_of(values)
     folds = range(1, len(outcome.results) + 1)
     if outcome.number in best:
         for fold, result in zip(folds, outcome.results, strict=True):
-            weights = study.paths.trial_model(outcome.number, fold)
-            temporary = weights.with_suffix(".tmp")
-            save_model(result.model, str(temporary))
-            temporary.replace(weights)
+            with replacing(study.paths.trial_model(outcome.number, fold)) as weights:
+                save_model(result.model, str(weights))
             _write_validation(study.paths.trial_validation(outcome.number, fold), result, splits[fold - 1])
         if study.depot is not None:
             for file in study.paths.needed_by_refit(outcome.number):
@@ -367,9 +366,8 @@ def _write_validation(path: Path, result: TrainResult, splits: Splits) -> None:
     The indices are positions among the data set's images. A report needs no network to show what is mistaken for what.
     """
     assert result.val_logits is not None, "what is judged has validation images"
-    temporary = path.with_suffix(".tmp")
-    save_file({"logits": result.val_logits.cpu().contiguous(), "indices": splits.val.cpu()}, str(temporary))
-    temporary.replace(path)
+    with replacing(path) as file:
+        save_file({"logits": result.val_logits.cpu().contiguous(), "indices": splits.val.cpu()}, str(file))
 
 
 def keep_best_weights(study: Study, *, folds: int, keep_gb: float | None = None) -> None:
@@ -424,14 +422,10 @@ def _size(path: Path) -> int:
 def _complete_values(study: Study) -> dict[int, float]:
     """Trial -> its value, the larger the better."""
     return {
-        trial.number: _sign(study) * trial.value
+        trial.number: study.sign * trial.value
         for trial in study.optuna.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
         if trial.value is not None
     }
-
-
-def _sign(study: Study) -> int:
-    return 1 if study.direction == "maximize" else -1
 
 
 def _best_of(values: Mapping[int, float]) -> list[int]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from core.data import map_images
 from core.data.decode import BrokenImageError, Pixels, read_pixels, to_channels
 from hpo.errors import BundleError
+from hpo.files import replacing
 
 OneImage: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 Images: TypeAlias = OneImage | Sequence[OneImage]
@@ -204,19 +205,18 @@ def write_submission(
     """
     shown = [f"p_{name}" if name in ("id", "label") else name for name in classes]
     header = ["id", "label", *(shown if probabilities is not None else [])]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         # A file name that is no UTF-8 goes through as its bytes.
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             for name, label, row in zip(ids, labels.tolist(), _shares(probabilities, len(ids)), strict=True):
                 writer.writerow([name, classes[label], *row])
-        temporary.replace(path)
     except OSError as error:
         raise BundleError(f"{path}: cannot be written ({error.strerror}); give another file") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _shares(probabilities: Tensor | None, count: int) -> Iterator[list[str]]:

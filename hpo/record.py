@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from ruamel.yaml import YAML
 
 from core.config import TrainConfig
 from hpo.errors import SpaceError, StudyError
+from hpo.files import replacing
 from hpo.paths import StudyPaths
 from hpo.search_space import diff, load_yaml, shown
 from hpo.storage import is_masked, mask
@@ -190,13 +190,8 @@ def write_record(
     yaml.default_flow_style = False
     yaml.width = 120
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=file.parent, prefix=".study.", delete=False, encoding="utf-8"
-    ) as temporary:
+    with replacing(file, synced=True) as temporary:
         yaml.dump(content, temporary)
-        temporary.flush()
-        os.fsync(temporary.fileno())
-    Path(temporary.name).replace(file)
 
 
 def storage_url_of(paths: StudyPaths, record: Mapping[str, Any] | None, given: str | None) -> str:

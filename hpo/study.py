@@ -198,6 +198,11 @@ class Study:
         return str(self.record["direction"])
 
     @property
+    def sign(self) -> int:
+        """1 where more of the metric is better, -1 where less is."""
+        return 1 if self.direction == "maximize" else -1
+
+    @property
     def seed(self) -> int:
         return int(self.record["seed"])
 

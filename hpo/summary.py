@@ -163,8 +163,7 @@ def _say_candidates(study: Study) -> None:
 
 def _say_best_trials(study: Study) -> None:
     complete = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    sign = -1 if study.direction == "maximize" else 1
-    ranked = sorted(complete, key=lambda trial: (sign * _value(trial), trial.number))[:SHOWN]
+    ranked = sorted(complete, key=lambda trial: (-study.sign * _value(trial), trial.number))[:SHOWN]
     table(
         ["trial", study.metric, "parameters"],
         [[trial.number, f"{_value(trial):.4f}", assignments(trial.params)] for trial in ranked],

@@ -25,6 +25,7 @@ from core.errors import CheckpointError
 from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import confusion, per_class
 from core.runtime import derive_seed
+from hpo.files import replacing
 from hpo.paths import TrainingPaths
 from hpo.search_space import to_yaml
 
@@ -177,9 +178,8 @@ def _result(recorded: Recorded, metric: str) -> dict[str, Any]:
 
 def write_result(paths: TrainingPaths, result: dict[str, Any]) -> None:
     """Says what came of a training, whole or not at all: `value`, or `failure` where it could not be trained."""
-    temporary = paths.result.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(paths.result)
+    with replacing(paths.result) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def read_result(paths: TrainingPaths) -> dict[str, Any] | None:

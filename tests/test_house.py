@@ -37,7 +37,7 @@ LAYERS = (
     | {"confirmation", "suggestion", "frame", "top", "notes", "card", "onnx_export"},
     {"objective", "study", "bundle", "predictions", "training"},
     {"record", "takeover", "lease", "slots", "versions"}
-    | {"depot", "packing", "pruner", "samplers", "search_space", "storage", "paths", "interrupts", "errors"},
+    | {"depot", "files", "packing", "pruner", "samplers", "search_space", "storage", "paths", "interrupts", "errors"},
 )
 """The rooms of `hpo`, the highest layer first. A lower layer never imports an upper one; `core` lies below them all."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from hpo.errors import HpoError
+from hpo.files import replacing
 
 
 def write_output(file: Path, text: str) -> None:
@@ -20,13 +20,8 @@ def write_output(file: Path, text: str) -> None:
         if file.exists() and not file.is_file() and not file.is_dir():
             file.write_text(text, encoding="utf-8")
             return
-        target = file.resolve()  # a link stays one
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(file.resolve()) as temporary:  # resolved: a link stays one
             temporary.write_text(text, encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise HpoError(
             f"{file}: cannot be written ({error.strerror or error}); give -o a file in a folder that is there"

@@ -11,16 +11,12 @@ from torch import Tensor
 
 from core.data import Splits
 from core.loop import EpochMetrics
+from hpo import pictures
 from hpo.console import TrainProgress, say, table
 from hpo.interrupts import Interrupts
 from hpo.training import Watch
 
-METRIC_WORDS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro-F1",
-    "nll": "loss",
-}
+METRIC_WORDS = {**pictures.METRIC_WORDS, "nll": "loss"}
 """Every metric of `core.metrics.METRICS`, as a person calls it."""
 
 # Where the largest class has less than this times the images of the smallest, accuracy says what class by class would.

@@ -196,7 +196,7 @@ class _Choice:
                 kept = [row["epoch"] for row in result.get("folds", [result])]
                 epochs = int(float(np.mean(kept)) + 0.5)  # of folds the mean, half an epoch to the longer run
                 found.append(Candidate(f"recipe {name}", None, name, ("a recipe",), config, epochs, value))
-        sign = _sign(self._study)
+        sign = self._study.sign
         found.sort(key=lambda one: (-sign * (one.search_value or 0.0), one.key))
         # One that was edited after it had been a trial is there twice; the better one keeps the name.
         return list({one.key: one for one in reversed(found)}.values())[::-1]
@@ -204,7 +204,7 @@ class _Choice:
     def _best(self, trials: Sequence[FrozenTrial], score: Callable[[FrozenTrial], float]) -> FrozenTrial | None:
         """The trial with the best of these scores; of equals the one with the best value."""
         finite = [trial for trial in trials if math.isfinite(score(trial))]
-        return max(finite, key=lambda trial: _sign(self._study) * score(trial), default=None)
+        return max(finite, key=lambda trial: self._study.sign * score(trial), default=None)
 
 
 def unit_cube(params: Sequence[dict[str, Any]], distributions: dict[str, BaseDistribution]) -> NDArray[np.float64]:
@@ -268,11 +268,7 @@ def _complete(study: Study) -> list[FrozenTrial]:
 
 def _ranked(study: Study, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """The best first; of equals the one that was there first, as `best_trial` has it."""
-    return sorted(trials, key=lambda trial: -_sign(study) * _value(trial))
-
-
-def _sign(study: Study) -> int:
-    return 1 if study.direction == "maximize" else -1
+    return sorted(trials, key=lambda trial: -study.sign * _value(trial))
 
 
 def _value(trial: FrozenTrial) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from hpo.confirmation.statistics import Interval
 from hpo.console import count, duration, gap
 from hpo.errors import StudyError
+from hpo.files import replacing
 
 __all__ = ["Confirmation", "Contender", "is_current", "read_confirmation", "write_confirmation"]
 
@@ -266,10 +266,9 @@ def searched_best(contenders: Iterable[Contender], *, maximize: bool) -> Contend
 
 def write_confirmation(path: Path, confirmation: Confirmation) -> None:
     """Writes the file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two may come to the same result at once
     text = json.dumps(confirmation.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_confirmation(path: Path) -> Confirmation | None:

@@ -384,8 +384,7 @@ def _concluded(
             ) from error
     intervals = {} if judgement is None else judgement.scores
     judged = [replace(one, interval=intervals.get(one.key)) for one in contenders]
-    sign = 1 if maximize else -1
-    judged.sort(key=lambda one: math.inf if one.interval is None else -sign * one.interval.mean)
+    judged.sort(key=lambda one: math.inf if one.interval is None else -search.sign * one.interval.mean)
     return Confirmation(
         study=search.name,
         metric=search.metric,

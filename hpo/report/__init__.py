@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -47,12 +46,12 @@ def write_report(study: Study, path: Path, *, data: Path | None = None, compare:
 def _write(path: Path, text: str) -> None:
     """Writes the file, whole or not at all."""
     from hpo.errors import StudyError
+    from hpo.files import replacing
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StudyError(f"{path} cannot be written ({error.strerror}); give another place by --output") from error
 

@@ -467,7 +467,7 @@ def test_what_nobody_needs_any_more_is_told_with_its_size_and_removed(case: Case
         leave(of_finished),
         leave(of_fold),
         leave(case.paths.checkpoint(3).with_name("00003.pt.tmp")),
-        leave(case.paths.dir / ".study.abc"),
+        leave(case.paths.dir / ".study.yaml.4711.tmp"),
         leave(case.paths.refit("x").with_name(".best.new-99") / "model.safetensors").parent,
     ]
     os.utime(old[-1], (time.time() - 3600,) * 2)
