@@ -65,4 +65,4 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return LOWEST
     if at_high >= 0:
         return HIGHEST
-    return math.exp(float(brentq(slope, low, high)))  # type: ignore[no-untyped-call]
+    return math.exp(float(brentq(slope, low, high)))

@@ -234,7 +234,7 @@ def _draw_parts(labels: Tensor, twins: Tensor, classes: tuple[str, ...], config:
             f"{where}: data.folds={config.folds} needs as many images of every class, and of "
             f"{classes[counts.index(fewest)]} there are {fewest}; lower it, or add images"
         )
-    draw: Any = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)  # type: ignore[no-untyped-call]
+    draw: Any = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
     drawn = torch.empty(len(labels), dtype=torch.int64)
     for part, (_, chosen) in enumerate(draw.split(labels.numpy(), labels.numpy())):
         drawn[torch.from_numpy(chosen)] = part

@@ -242,7 +242,7 @@ def predict(places: NDArray[np.float64], values: Sequence[float]) -> list[float]
     """What each trial's neighbours, itself among them, say of its score: their mean."""
     from sklearn.neighbors import KNeighborsRegressor  # takes a second, which looking at a study does not need
 
-    model: Any = KNeighborsRegressor(n_neighbors=NEIGHBOURS)  # type: ignore[no-untyped-call]
+    model: Any = KNeighborsRegressor(n_neighbors=NEIGHBOURS)
     model.fit(places, values)
     return [float(value) for value in model.predict(places)]
 

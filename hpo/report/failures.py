@@ -119,7 +119,7 @@ def where(facts: Facts, cause: str) -> Pattern | None:
 
 def _number_apart(path: str, theirs: Sequence[float], others: Sequence[float]) -> tuple[float, str, str]:
     """(p, path, words) of a number's difference."""
-    from scipy.stats import mannwhitneyu  # type: ignore[attr-defined]
+    from scipy.stats import mannwhitneyu
 
     p = float(mannwhitneyu(theirs, others).pvalue)
     a, b = statistics.median(theirs), statistics.median(others)

@@ -166,13 +166,26 @@ def wait_for_line(path: Path, process: subprocess.Popen[str], *, seconds: float 
         time.sleep(0.01)
 
 
+INTERRUPTED = ("run", "digits", "--trials", "3", "--seed", "3", "--set", "epochs=16")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Any, ...]]:
+    """What `INTERRUPTED` comes to where nobody interrupts it."""
+    studies = tmp_path_factory.mktemp("twin") / "studies"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_STUDIES", str(studies))
+        patch.setenv("HPO_CACHE", str(studies.parent / "cache"))
+        assert hpo(patch, *INTERRUPTED) == 0
+    return finished_of(studies / "digits")
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda stop: stop.name)
 def test_an_interrupted_study_ends_as_its_uninterrupted_twin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals, uninterrupted: dict[int, tuple[Any, ...]]
 ) -> None:
-    command = ["run", "digits", "--trials", "4", "--seed", "3", "--set", "epochs=20"]
     study = tmp_path / "studies/digits"
-    process = start(*command)
+    process = start(*INTERRUPTED)
     wait_for_line(study / "trials/00001/metrics.jsonl", process)  # one trial finished, one running
     process.send_signal(stop)
     said, _ = process.communicate(timeout=60)
@@ -180,13 +193,10 @@ def test_an_interrupted_study_ends_as_its_uninterrupted_twin(
     if stop != signal.SIGKILL:
         assert "Traceback" not in said
         assert [trial.state.name for trial in trials_of(study)].count("RUNNING") == 0
-    assert hpo(monkeypatch, *command) == 0
+    assert hpo(monkeypatch, *INTERRUPTED) == 0
     resumed = finished_of(study)
-
-    monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "twin"))
-    assert hpo(monkeypatch, *command) == 0
-    assert resumed == finished_of(tmp_path / "twin/digits")
-    assert sorted(resumed) == [0, 1, 2, 3]
+    assert resumed == uninterrupted
+    assert sorted(resumed) == [0, 1, 2]
     assert [trial.state.name for trial in trials_of(study)].count("RUNNING") == 0
 
 
