@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +16,14 @@ UNFINISHED = ".tmp"
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """A path beside `path` to write a file to. When the block ends it takes the place of what was there, in one step.
 
-    After an exception it is gone, and what was there still is. Two processes that write the same file do not meet; the
-    later one's stays. `synced` waits until the disk has it, so that it outlives the machine's power.
+    After an exception it is gone, and what was there still is. Two that write the same file do not meet, though they be
+    processes of one number on two machines; the later one's stays. `synced` waits until the disk has it, so that it
+    outlives the machine's power.
 
     Raises:
         OSError: the folder is not there, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
     try:
         yield temporary
         if synced:

@@ -190,8 +190,8 @@ def write_record(
     yaml.default_flow_style = False
     yaml.width = 120
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file, synced=True) as temporary:
-        yaml.dump(content, temporary)
+    with replacing(file, synced=True) as temporary, temporary.open("w", encoding="utf-8") as opened:
+        yaml.dump(content, opened)
 
 
 def storage_url_of(paths: StudyPaths, record: Mapping[str, Any] | None, given: str | None) -> str:

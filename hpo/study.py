@@ -392,9 +392,8 @@ class Study:
 
     def best_trial(self) -> FrozenTrial | None:
         """The complete trial with the best value, of equals the first slot; None before any is complete."""
-        sign = -1.0 if self.direction == "maximize" else 1.0
         complete = [trial for trial in standing(self._trials()).values() if trial.state == TrialState.COMPLETE]
-        return min(complete, key=lambda trial: (sign * _value(trial), slot_of(trial)), default=None)
+        return min(complete, key=lambda trial: (-self.sign * _value(trial), slot_of(trial)), default=None)
 
     def trained(self, number: int) -> Trained:
         """A complete trial's configuration, seed included, and what came of it.

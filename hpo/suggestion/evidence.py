@@ -66,13 +66,12 @@ def gather(study: Study) -> Evidence:
     over.sort(key=lambda trial: trial.number)
     length = max(1, math.ceil(len(over) / _PARTS))
     parts = [over[begin : begin + length] for begin in range(0, len(over), length)]
-    sign = -1.0 if study.direction == "maximize" else 1.0
-    best = sorted((ranked for part in parts for ranked in _best_of(part, sign)), key=lambda ranked: ranked[:2])
+    best = sorted((ranked for part in parts for ranked in _best_of(part, -study.sign)), key=lambda ranked: ranked[:2])
     complete = sum(trial.state == TrialState.COMPLETE for trial in over)
     return Evidence(tuple(over), complete, tuple(trial for _, _, trial in best))
 
 
-def _best_of(part: Sequence[FrozenTrial], sign: float) -> list[tuple[float, int, FrozenTrial]]:
+def _best_of(part: Sequence[FrozenTrial], sign: int) -> list[tuple[float, int, FrozenTrial]]:
     """The best of a stretch of the study, each behind what it is ranked by."""
     complete = [
         (sign * trial.value, trial.number, trial)

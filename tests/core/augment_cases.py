@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.augment import Augment
 from core.config import AugmentConfig
+from tests.core.recorded import Operations
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -103,14 +103,14 @@ def assert_same_geometry(ours: Tensor, theirs: Tensor) -> None:
     assert (difference > 1).float().mean() < 1e-3
 
 
-class RefuseToWait(TorchDispatchMode):
+class RefuseToWait(Operations):
     """Fails on every call whose result the host would have to wait for, and on numbers copied from the host."""
 
     WAITING = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
         assert not name.startswith(self.WAITING), f"{name} waits for the device"
         if name in ("index", "index_put", "index_put_"):
             assert all(i is None or i.dtype != torch.bool for i in args[1]), "a mask as an index waits for the device"
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)

@@ -80,22 +80,31 @@ class _Call:
                 result.copy_(value)
 
 
-class _Recorder(TorchDispatchMode):
-    """Appends every operation, those of a backward pass included, to a list.
+class Operations(TorchDispatchMode):
+    """Sees every operation that is not made of others, those of a backward pass included.
 
-    In inference mode those that are made of others come whole, and are taken apart here as autograd does it elsewhere.
+    In inference mode those that are come whole, and are taken apart here as autograd does it elsewhere.
     """
-
-    def __init__(self, calls: list[_Call]) -> None:
-        super().__init__()
-        self._calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with self:
             parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
+        return self.run(func, args, kwargs) if parts is NotImplemented else parts
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the operation, and returns its result."""
+        raise NotImplementedError
+
+
+class _Recorder(Operations):
+    """Appends every operation to a list."""
+
+    def __init__(self, calls: list[_Call]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         aliases = [result.alias_info for result in func._schema.returns]
         is_view = any(alias is not None and not alias.is_write for alias in aliases)
@@ -157,17 +166,12 @@ class HostReads:
             mode.__exit__(kind, error, trace)
 
 
-class _ReadingOperations(TorchDispatchMode):
+class _ReadingOperations(Operations):
     def __init__(self, reads: HostReads, device: torch.device) -> None:
         super().__init__()
         self._reads, self._device = reads, device
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with self:
-            parts = func.decompose(*args, **kwargs)  # as the recorder does
-        if parts is not NotImplemented:
-            return parts
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._waits(func, args, kwargs):
             self._reads.note(str(func))
         return func(*args, **kwargs)

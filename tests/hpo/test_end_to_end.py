@@ -166,7 +166,7 @@ def wait_for_line(path: Path, process: subprocess.Popen[str], *, seconds: float 
         time.sleep(0.01)
 
 
-INTERRUPTED = ("run", "digits", "--trials", "3", "--seed", "3", "--set", "epochs=16")
+INTERRUPTED = ("run", "digits", "--trials", "4", "--seed", "3", "--set", "epochs=20")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_an_interrupted_study_ends_as_its_uninterrupted_twin(
     assert hpo(monkeypatch, *INTERRUPTED) == 0
     resumed = finished_of(study)
     assert resumed == uninterrupted
-    assert sorted(resumed) == [0, 1, 2]
+    assert sorted(resumed) == [0, 1, 2, 3]
     assert [trial.state.name for trial in trials_of(study)].count("RUNNING") == 0
 
 

@@ -22,6 +22,15 @@ def test_a_file_takes_the_place_of_what_was_there_when_it_is_finished(tmp_path: 
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_two_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    with replacing(file) as first, replacing(file) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert file.read_text() == "first", "it was finished last"
+    assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_what_was_there_stays_where_the_writer_is_stopped(tmp_path: Path, error: type[BaseException]) -> None:
     file = tmp_path / "result.json"
