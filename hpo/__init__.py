@@ -16,23 +16,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hpo.bundle import LoadedBundle, load_bundle
+    from hpo.api.library import predict, refit, run
     from hpo.errors import HpoError
-    from hpo.frame import trials_frame
-    from hpo.library import predict, refit, run
-    from hpo.predictions import Predictions
     from hpo.study import Study
+    from hpo.study.dataframe import trials_frame
+    from hpo.submission.bundle import LoadedBundle, load_bundle
+    from hpo.submission.predictions import Predictions
 
 _HOMES = {
     "HpoError": "hpo.errors",
-    "LoadedBundle": "hpo.bundle",
-    "Predictions": "hpo.predictions",
+    "LoadedBundle": "hpo.submission.bundle",
+    "Predictions": "hpo.submission.predictions",
     "Study": "hpo.study",
-    "load_bundle": "hpo.bundle",
-    "predict": "hpo.library",
-    "refit": "hpo.library",
-    "run": "hpo.library",
-    "trials_frame": "hpo.frame",
+    "load_bundle": "hpo.submission.bundle",
+    "predict": "hpo.api.library",
+    "refit": "hpo.api.library",
+    "run": "hpo.api.library",
+    "trials_frame": "hpo.study.dataframe",
 }
 
 __all__ = [

@@ -27,11 +27,12 @@ from core.config import DataConfig, TrainConfig
 from core.data import Dataset, folds, load_dataset, split
 from core.loop import train
 from hpo.paths import TrainingPaths
-from hpo.search_space import check_file, load_recipe, load_space
-from hpo.search_space.space import Categorical, Integer, Parameter, Real, SearchSpace
-from hpo.training import read_result, train_recorded
+from hpo.search.training import train_recorded
+from hpo.space import check_file, load_recipe, load_space
+from hpo.space.space import Categorical, Integer, Parameter, Real, SearchSpace
+from hpo.study.results import read_result
 from tests.conftest import SHARED_DATA
-from tests.hpo.test_end_to_end import hpo, rows_of
+from tests.hpo.api.test_end_to_end import hpo, rows_of
 
 SPACES = Path(__file__).resolve().parents[1] / "search_spaces"
 SPACE_NAMES = sorted(path.stem for path in SPACES.glob("*.yaml"))

@@ -19,16 +19,16 @@ import torch
 from core.checkpoint import load_checkpoint
 from core.errors import CoreError
 from hpo import cli, dashboard
-from hpo.bundle import load_bundle
 from hpo.errors import HpoError
 from hpo.paths import StudyPaths
-from hpo.search_space import load_yaml
-from hpo.search_space.document import MAX_BYTES
+from hpo.space import load_yaml
+from hpo.space.document import MAX_BYTES
 from hpo.storage import open_storage
+from hpo.submission.bundle import load_bundle
 from tests.core.test_data import tree, write_folder, write_zip
 from tests.core.test_hostile_data import Evil
-from tests.hpo.postgresql import Server, free_port, running_server
-from tests.hpo.test_bundle import write as write_bundle
+from tests.hpo.storage.postgresql import Server, free_port, running_server
+from tests.hpo.submission.test_bundle import write as write_bundle
 
 CPU = torch.device("cpu")
 SECRET = "correct.horse-battery"
@@ -245,7 +245,7 @@ def test_the_dashboard_says_where_others_can_reach_it(
 
 def test_the_dashboard_listens_to_this_machine_alone_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("hpo.commands.study.dashboard_command", lambda *_, host, **__: asked.append(host))
+    monkeypatch.setattr("hpo.cli.study.dashboard_command", lambda *_, host, **__: asked.append(host))
     for arguments in ([], ["--host", "0.0.0.0"]):
         monkeypatch.setattr(sys, "argv", ["hpo", "dashboard", *arguments])
         with pytest.raises(SystemExit):

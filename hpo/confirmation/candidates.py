@@ -21,15 +21,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
 from hpo.confirmation.result import BASE
-from hpo.pruner import RungPruner, build_pruner
-from hpo.search_space import load_recipe
-from hpo.slots import BASE as BASE_TRIAL
-from hpo.slots import RECIPE, standing
+from hpo.space import load_recipe
+from hpo.space.pruner import RungPruner, build_pruner
 from hpo.study import Study
-from hpo.training import read_result
+from hpo.study.results import read_result
+from hpo.trials import BASE as BASE_TRIAL
+from hpo.trials import RECIPE, standing
 
 if TYPE_CHECKING:
-    from hpo.search_space import SearchSpace
+    from hpo.space import SearchSpace
 
 # A trial's neighbours, itself among them, that predict its score. Of fewer trials than twice as many, most would be
 # everybody's neighbours.

@@ -16,9 +16,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from hpo.confirmation.statistics import Interval
-from hpo.console import count, duration, gap
 from hpo.errors import StudyError
-from hpo.files import replacing
+from hpo.storage.atomic import replacing
+from hpo.text import count, duration, gap
 
 __all__ = ["Confirmation", "Contender", "is_current", "read_confirmation", "write_confirmation"]
 

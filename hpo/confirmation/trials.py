@@ -31,17 +31,17 @@ from hpo.confirmation.result import BASE, Confirmation, Contender, searched_best
 from hpo.confirmation.statistics import GOOD_REPLICATES, MAX_CANDIDATES, MAX_REPLICATES, allocate
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of
-from hpo.record import read_record
-from hpo.search_space import CANDIDATE, REPLICATE, ConfirmationSpace
-from hpo.slots import CONFIG, FAILURE, STOPPED, slot_of, standing
+from hpo.space import CANDIDATE, REPLICATE, ConfirmationSpace
 from hpo.study import Study, open_study
-from hpo.versions import versions
+from hpo.study.metadata import read_record
+from hpo.study.versions import versions
+from hpo.trials import CONFIG, FAILURE, STOPPED, slot_of, standing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from core.data import Splits
-    from hpo.search_space import SearchSpace
+    from hpo.space import SearchSpace
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _SPLIT_SEEDS = 2**31  # what `data.split_seed` may be

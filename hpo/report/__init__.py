@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hpo.report.facts import Facts
+    from hpo.analysis.facts import Facts
     from hpo.report.page import Section
     from hpo.study import Study
 
@@ -26,7 +26,7 @@ def write_report(study: Study, path: Path, *, data: Path | None = None, compare:
     Raises:
         StudyError: the file cannot be written, or what the study's folder holds cannot be read.
     """
-    from hpo.report.facts import gather
+    from hpo.analysis.facts import gather
     from hpo.report.page import page
 
     facts = gather(study, data=data)
@@ -46,7 +46,7 @@ def write_report(study: Study, path: Path, *, data: Path | None = None, compare:
 def _write(path: Path, text: str) -> None:
     """Writes the file, whole or not at all."""
     from hpo.errors import StudyError
-    from hpo.files import replacing
+    from hpo.storage.atomic import replacing
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def sections_of(facts: Facts) -> list[Section]:
 
 
 def _under(facts: Facts) -> str:
-    from hpo.summary import how_far
+    from hpo.analysis.summary import how_far
 
     study = facts.study
     return (
@@ -98,7 +98,7 @@ def _under(facts: Facts) -> str:
 
 def _foot(facts: Facts) -> str:
     from hpo.report.page import paragraph
-    from hpo.versions import versions
+    from hpo.study.versions import versions
 
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     with_what = ", ".join(f"{name} {version}" for name, version in versions().items())

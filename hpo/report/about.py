@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hpo.console import count
-from hpo.report.facts import Facts
+from hpo.analysis.facts import Facts
 from hpo.report.page import Section, code, folded, table
-from hpo.search_space import space_to_yaml
+from hpo.space import space_to_yaml
+from hpo.text import count
 
 
 def about(facts: Facts) -> Section:

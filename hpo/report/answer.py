@@ -15,14 +15,14 @@ from typing import Any
 import plotly.graph_objects as go
 
 from core.config import TrainConfig
+from hpo.analysis.facts import Facts, interval_words, name_of, value_of
+from hpo.analysis.summary import unproven
 from hpo.confirmation.result import BASE, NO_EVIDENCE, Confirmation, Contender
-from hpo.console import count, duration, gap
-from hpo.pictures import BLUE, GREY, INK, ORANGE
+from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
 from hpo.report.costs import Cost, saved, spent
-from hpo.report.facts import Facts, difference, interval_words, name_of, number, score, value_of
 from hpo.report.page import Section, code, columns, figure, folded, heading, listing, paragraph, table, tiles
 from hpo.storage import is_masked
-from hpo.summary import unproven
+from hpo.text import count, difference, duration, gap, number, score
 
 Tile = tuple[str, str, Sequence[str]]
 """A question, its answer in large letters, and what there is to say of it."""

@@ -9,9 +9,9 @@ import plotly.graph_objects as go
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
-from hpo.console import short
 from hpo.report.figures import log_axis
-from hpo.slots import slot_of
+from hpo.text import short
+from hpo.trials import slot_of
 
 GROUPED_UP_TO = 8
 """Numbers of so few different values stand in columns, as choices do."""

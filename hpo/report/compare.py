@@ -14,12 +14,12 @@ from typing import Any
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
-from hpo.console import duration, gap
+from hpo.analysis.facts import Facts, name_of, value_of
 from hpo.report.answer import confirmed_words, test_words, verdict
 from hpo.report.costs import own, saved
-from hpo.report.facts import Facts, difference, name_of, number, score, value_of
 from hpo.report.page import COLORS, DASHES, SYMBOLS, Section, figure, heading, listing, paragraph, side_by_side, table
-from hpo.search_space import diff
+from hpo.space import diff
+from hpo.text import difference, duration, gap, number, score
 
 _APART = ("data.", "objective.")
 """How the parts of a space's identity begin that make two scores something else."""

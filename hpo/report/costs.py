@@ -18,14 +18,13 @@ from typing import Any
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
-from hpo.console import count, duration, short
-from hpo.pictures import BLUE, GREEN, GREY, INK, ORANGE, PINK, SKY, YELLOW
+from hpo.analysis.facts import Facts, name_of
+from hpo.dashboard.pictures import BLUE, GREEN, GREY, INK, ORANGE, PINK, SKY, YELLOW
 from hpo.report.axes import distinct, grouped, place, set_axis
-from hpo.report.facts import Facts, name_of
 from hpo.report.figures import log_axis
 from hpo.report.page import Section, figure, heading, paragraph, side_by_side, table
-from hpo.report.words import percent, together
-from hpo.slots import TAKEN_FROM
+from hpo.text import count, duration, percent, short, together
+from hpo.trials import TAKEN_FROM
 
 FEWEST = 8
 """Trials below which nothing is said of what makes an epoch dear."""

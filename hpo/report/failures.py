@@ -16,13 +16,12 @@ import plotly.graph_objects as go
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.console import count, short
-from hpo.pictures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW
+from hpo.analysis.facts import Facts, name_of
+from hpo.dashboard.pictures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW
 from hpo.report.axes import place, set_axis, spread
-from hpo.report.facts import Facts, name_of
 from hpo.report.page import Section, figure, heading, paragraph, table
-from hpo.report.words import percent
-from hpo.slots import CRASHES, FAILURE, INTERRUPTED, RESUMED_EPOCH
+from hpo.text import count, percent, short
+from hpo.trials import CRASHES, FAILURE, INTERRUPTED, RESUMED_EPOCH
 
 CAUSES = {
     "diverged": "the loss was no number any more: most often too high a learning rate",

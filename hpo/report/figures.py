@@ -23,11 +23,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
 
-from hpo.console import count
-from hpo.pictures import BLUE, GREEN, GREY, INK, ORANGE
-from hpo.report.facts import Facts, name_of, number, score, value_of
+from hpo.analysis.facts import Facts, name_of, value_of
+from hpo.dashboard.pictures import BLUE, GREEN, GREY, INK, ORANGE
 from hpo.report.page import Section, figure, paragraph, shades, side_by_side
-from hpo.slots import FAILURE
+from hpo.text import count, number, score
+from hpo.trials import FAILURE
 
 STATES = ("complete", "pruned", "failed", "running")
 """The states that a trial with something to show can have: names of properties of `Facts`."""

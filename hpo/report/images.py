@@ -1,6 +1,6 @@
 """What is mistaken for what, class by class, and the mistakes themselves.
 
-Validation images are judged by what the winner's or the best trial kept of its predictions (`hpo.report.judged`). What
+Validation images are judged by the predictions that the winner or the best trial kept (`hpo.analysis.outputs`). What
 a refit wrote down of the test images stands beside, and says what it is.
 """
 
@@ -16,13 +16,12 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from hpo.console import count
-from hpo.pictures import BLUE, INK, ORANGE, PALE
-from hpo.report.facts import Facts
-from hpo.report.judged import Judged, Missing, judged, tested, wanted
+from hpo.analysis.facts import Facts
+from hpo.analysis.outputs import Judged, Missing, judged, tested, wanted
+from hpo.dashboard.pictures import BLUE, INK, ORANGE, PALE
 from hpo.report.page import Section, figure, folded, heading, paragraph, picture, table
 from hpo.report.samples import augmented_samples
-from hpo.report.words import percent
+from hpo.text import count, percent
 
 if TYPE_CHECKING:
     from core.data import Dataset
@@ -67,7 +66,7 @@ def _whose(facts: Facts, found: Judged) -> str:
 
 def _classes(facts: Facts) -> tuple[str, ...]:
     """The classes' names; of a study whose images are not here, as study.yaml has them."""
-    from hpo.record import read_record
+    from hpo.study.metadata import read_record
 
     dataset = facts.dataset()
     if dataset is not None:
@@ -250,7 +249,7 @@ def confident_errors(facts: Facts) -> Section | None:
 
 
 def mistakes(found: Judged, ids: Sequence[str], most: int = ERRORS) -> list[dict[str, Any]]:
-    """The most confident mistakes, as `hpo.pictures.confident_errors` takes them, with their `index` among all."""
+    """The most confident mistakes, as `pictures.confident_errors` takes them, with their `index` among all."""
     predicted = found.predicted
     wrong = np.flatnonzero(predicted != found.labels)
     confidence = found.probabilities[wrong, predicted[wrong]]
@@ -281,7 +280,7 @@ def _mistakes_words(found: Judged, errors: Sequence[Mapping[str, Any]]) -> str:
 def _errors_shown(dataset: Dataset, errors: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     import torch
 
-    from hpo.pictures import confident_errors as draw
+    from hpo.dashboard.pictures import confident_errors as draw
 
     images = dataset.images[torch.tensor([error["index"] for error in errors])]
     with tempfile.TemporaryDirectory() as folder:

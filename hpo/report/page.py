@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from hpo.pictures import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, YELLOW
+from hpo.dashboard.pictures import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, YELLOW
 
 DIGITS = 6
 """Significant digits of the numbers in a figure: more than a screen of 10,000 pixels can show."""

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.console import count
-from hpo.pictures import BLUE, GREY, INK, ORANGE
-from hpo.pruner import Place, lets_through, places_of
-from hpo.report.facts import Facts, name_of, score, value_of
+from hpo.analysis.facts import Facts, name_of, value_of
+from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
 from hpo.report.page import Section, code, figure, heading, listing, paragraph, side_by_side, table
-from hpo.report.words import percent, together
-from hpo.search_space import RungsPruner
-from hpo.slots import FAILURE, LET_THROUGH, slot_of
+from hpo.space import RungsPruner
+from hpo.space.pruner import Place, lets_through, places_of
+from hpo.text import count, percent, score, together
+from hpo.trials import FAILURE, LET_THROUGH, slot_of
 
 FEWEST = 4
 """Trials below which a rank correlation has no interval: its variance divides by n - 3."""
@@ -322,8 +321,8 @@ def _points(
 
 def edges(facts: Facts) -> Section | None:
     """The parameters whose best values lie at a bound of the space, each with the line that widens it."""
-    from hpo.suggestion import edges as edges_of
-    from hpo.suggestion.evidence import gather
+    from hpo.analysis.evidence import gather
+    from hpo.analysis.suggest import edges as edges_of
 
     if facts.space is None or not facts.complete:
         return None

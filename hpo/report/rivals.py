@@ -14,12 +14,12 @@ from typing import Any
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.analysis.facts import Facts, interval_words, value_of
 from hpo.confirmation.result import Confirmation, Contender
-from hpo.pictures import BLUE, GREY, ORANGE
-from hpo.report.facts import Facts, interval_words, score, value_of
+from hpo.dashboard.pictures import BLUE, GREY, ORANGE
 from hpo.report.page import Section, figure, paragraph, table
-from hpo.report.words import together
-from hpo.slots import BASE, FAILURE, RECIPE
+from hpo.text import score, together
+from hpo.trials import BASE, FAILURE, RECIPE
 
 
 @dataclass(frozen=True)

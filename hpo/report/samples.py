@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.report.facts import Facts
-from hpo.report.judged import no_images
+from hpo.analysis.facts import Facts
+from hpo.analysis.outputs import no_images
 from hpo.report.page import Section, paragraph, picture
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Engine, event
 
-from hpo.lease import LEASE, own_lease
+from hpo.storage.lease import LEASE, own_lease
 from hpo.storage.outage import Outage, is_no_outage
 from hpo.storage.urls import options_of
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from optuna.storages.journal._file import BaseJournalFileLock
 
-from hpo.lease import machine
+from hpo.storage.lease import machine
 
 # Seconds without a write after which a link is taken for a dead process's, as by Optuna's JournalFileSymlinkLock.
 GRACE_S = 30

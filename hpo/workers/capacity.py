@@ -12,8 +12,8 @@ import torch
 
 from core.errors import UserError
 from core.runtime import free_memory
-from hpo.packing import Limit
 from hpo.workers.messages import Share
+from hpo.workers.packing import Limit
 
 # What a process holds of a GPU beside torch's allocator: CUDA's context and the kernels that it has loaded, 0.3 to
 # 0.6 GB on GPUs from Volta to Hopper (nvidia-smi beside torch.cuda.memory_reserved).

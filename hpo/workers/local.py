@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, cast
 
-from hpo.interrupts import SIGNALS, Interrupts
+from hpo.search.interrupts import SIGNALS, Interrupts
 from hpo.workers.engine import STOPPED, Ending, Engine, Seat, Worker
 from hpo.workers.messages import Event, Job, Order, Share
 

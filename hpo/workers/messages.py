@@ -10,8 +10,8 @@ from pathlib import Path
 
 from core.config import TrainConfig
 from core.loop import EpochMetrics
-from hpo.objective import Outcome
-from hpo.search_space import SearchSpace
+from hpo.space import SearchSpace
+from hpo.trials import Outcome
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hpo.driver import keep_best_weights
 from hpo.errors import StudyError
-from hpo.interrupts import Interrupts
-from hpo.objective import Listener
-from hpo.packing import Limit
+from hpo.reporter import Listener
+from hpo.search.interrupts import Interrupts
+from hpo.search.loop import keep_best_weights
 from hpo.study import Study
 from hpo.workers.engine import Ending, Engine, Seat, Worker
 from hpo.workers.messages import (
@@ -35,6 +34,7 @@ from hpo.workers.messages import (
     TrialEnded,
     TrialStarted,
 )
+from hpo.workers.packing import Limit
 from hpo.workers.tuning import Tuning
 
 logger = logging.getLogger(__name__)

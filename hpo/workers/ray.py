@@ -30,8 +30,8 @@ import torch
 
 from core.data import load_dataset
 from hpo.errors import StudyError
-from hpo.interrupts import Interrupts
 from hpo.paths import StudyPaths, cache_root, data_root, studies_root
+from hpo.search.interrupts import Interrupts
 from hpo.storage import is_journal, mask
 from hpo.workers.capacity import CONTEXT_BYTES
 from hpo.workers.engine import STOPPED, Ending, Engine, Seat, Worker

@@ -1,4 +1,4 @@
-"""Finds the best number of trials at once while the first trials run: `hpo.packing` decides, the workers measure.
+"""Finds the best number of trials at once while the first trials run: `packing` decides, the workers measure.
 
 The new workers of each step load first, which disturbs the others, and wait. Then a window of the old trials alone,
 then the new ones begin, then a window of all.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.loop import EpochMetrics
-from hpo.packing import Limit, Packing, Reading, Window
+from hpo.workers.packing import Limit, Packing, Reading, Window
 
 
 class Workers(Protocol):

@@ -18,13 +18,13 @@ from core.config import TrainConfig
 from core.data import Division, load_dataset
 from core.errors import CoreError
 from core.loop import EpochMetrics
-from hpo.driver import run_study
 from hpo.errors import HpoError
-from hpo.interrupts import Interrupts
-from hpo.objective import Outcome
 from hpo.paths import cache_root, data_root
+from hpo.search.interrupts import Interrupts
+from hpo.search.loop import run_study
 from hpo.storage import mask
 from hpo.study import Study, open_study
+from hpo.trials import Outcome
 from hpo.workers.capacity import occupy, peak_memory_bytes
 from hpo.workers.engine import STOPPED
 from hpo.workers.messages import (

@@ -27,7 +27,7 @@ from common import ROOT, finish, machine, mean_and_deviation, parser, positive, 
 
 from core.config import TrainConfig
 from hpo.paths import StudyPaths
-from hpo.search_space import load_space
+from hpo.space import load_space
 
 LIMIT_S, LIMIT_RATIO, LIMIT_TEST, LIMIT_BASE = 150, 0.5, 0.99, 0.98  # the promises
 

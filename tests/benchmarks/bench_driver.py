@@ -27,20 +27,20 @@ import optuna
 import torch
 from common import finish, machine, parser, positive, spread, table
 
-import hpo.driver
-import hpo.objective
+import hpo.search.loop
+import hpo.search.objective
 from core.data import folds, load_dataset
 from core.runtime import select_device
-from hpo.console import StudyProgress
-from hpo.driver import run_study
-from hpo.interrupts import Interrupts
-from hpo.search_space import load_space
+from hpo.cli.console import StudyProgress
+from hpo.search.interrupts import Interrupts
+from hpo.search.loop import run_study
+from hpo.space import load_space
 from hpo.study import open_study
 
 LIMIT_MS = 50  # the promise, a trial
 PARTS = {
-    "training": [(hpo.objective, "train")],
-    "pictures": [(hpo.driver, name) for name in ("learning_curves", "confusion_matrix", "attach_artifacts")],
+    "training": [(hpo.search.objective, "train")],
+    "pictures": [(hpo.search.loop, name) for name in ("learning_curves", "confusion_matrix", "attach_artifacts")],
 }
 
 
@@ -70,7 +70,7 @@ def clocks() -> Iterator[dict[str, float]]:
 @contextlib.contextmanager
 def reports_apart(spent: dict[str, float]) -> Iterator[None]:
     """Takes the callback after each epoch, which `train` calls, out of the training's time: it is the driver's."""
-    epoch_ended = hpo.objective._Attempt.epoch_ended
+    epoch_ended = hpo.search.objective._Attempt.epoch_ended
 
     def timed(attempt: Any, epoch: Any) -> None:
         started = time.perf_counter()
@@ -79,7 +79,7 @@ def reports_apart(spent: dict[str, float]) -> Iterator[None]:
         finally:
             spent["training"] -= time.perf_counter() - started
 
-    with mock.patch.object(hpo.objective._Attempt, "epoch_ended", timed):
+    with mock.patch.object(hpo.search.objective._Attempt, "epoch_ended", timed):
         yield
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from common import ROOT, finish, machine, mean_and_deviation, parser, positive, table
 from trainings import SHARED, paired
 
-from hpo.search_space import list_spaces, load_recipe, load_space
+from hpo.space import list_spaces, load_recipe, load_space
 
 SPACE = "imbalanced"
 # The rates that a recipe's own is multiplied by. The diary's 1e-6 is so low that its author saw almost nothing happen:

@@ -21,7 +21,7 @@ from typing import Any
 from common import finish, installed, machine, parser, positive, spread, table
 
 from core.data import load_dataset
-from hpo.search_space import load_space
+from hpo.space import load_space
 from tests.hpo.invented import invented_study
 
 LIMIT_S, LIMIT_MB = 10.0, 8.0  # the promises

@@ -30,7 +30,7 @@ import optuna
 from common import finish, machine, parser, positive, spread, table
 from optuna.trial import TrialState
 
-from hpo.search_space import SearchSpace, load_space
+from hpo.space import SearchSpace, load_space
 from hpo.storage import open_storage
 from hpo.study import open_study
 

@@ -14,10 +14,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from core.data import Dataset
-from hpo.pruner import build_pruner
-from hpo.search_space import SearchSpace, space_from_yaml
-from hpo.slots import BASE, FAILURE, SLOT
+from hpo.space import SearchSpace, space_from_yaml
+from hpo.space.pruner import build_pruner
 from hpo.study import Study, open_study
+from hpo.trials import BASE, FAILURE, SLOT
 
 Fails = Callable[[int, Mapping[str, Any]], str]
 """(slot, parameters) -> `diverged`, `oom`, …; empty where the trial can be trained."""

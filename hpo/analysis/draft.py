@@ -1,0 +1,130 @@
+"""A suggestion as a file: the study's own space, with what is changed in it and why."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpo.analysis.evidence import CHANCE, Evidence
+from hpo.analysis.verdicts import Verdict, yaml_line
+from hpo.errors import SpaceError
+from hpo.paths import search_space_dirs
+from hpo.space import SearchSpace, dump_yaml, load_yaml, parse_yaml, space_from_yaml, space_to_yaml
+from hpo.space.document import flow
+from hpo.study import Study
+from hpo.study.metadata import config_of
+
+SUGGESTED = "# Suggested from study"
+"""How a suggestion's file begins."""
+
+_WIDTH = 116  # characters of a comment's line
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is to be written."""
+
+    study: Study
+    space: SearchSpace
+    evidence: Evidence
+    verdicts: Mapping[str, Verdict]
+
+    def search(self) -> str:
+        """The YAML without its recipes and without what can only be said of a space that was checked."""
+        return self._written(self._tree(), head=[], recipes=[])
+
+    def whole(self, checked: SearchSpace) -> str:
+        """The whole file.
+
+        Args:
+            checked: what `search` is read as.
+        """
+        tree, head, fitting = self._tree(), self._sources(), self._fitting(checked)
+        if self.evidence.too_few:
+            head += f" Nothing is changed: {self.evidence.too_few}."
+        else:
+            new = math.ceil((self.study.total or self.space.trials) / 2)
+            tree["trials"] = fitting + new
+            head += (
+                f" The best trials are the best of each fifth of the study, {len(self.evidence.best)} in all, and a "
+                f"change is made only where chance would show as much less than once in {round(1 / CHANCE)} times. "
+                f"The total is {new} new trials and the "
+                f"{fitting} that fit this space, which a study on it begins with: --take-over {self.study.name}"
+            )
+        return self._written(tree, head=[*_comment(head), ""], recipes=self._recipes())
+
+    def _written(self, tree: Mapping[str, Any], *, head: list[str], recipes: list[str]) -> str:
+        lines = [*head, *(f"{key}: {flow(value)}" for key, value in tree.items() if key not in ("base", "search"))]
+        lines += [*dump_yaml({"base": tree["base"]}).splitlines(), "search:"]
+        for path, verdict in self.verdicts.items():
+            why = verdict.why if verdict.found is not None else f"{path}: {verdict.why}"
+            lines += [f"  {line}" for line in _comment(why)]
+            lines += [] if verdict.found is None else [f"  {yaml_line(verdict.found)}"]
+        lines += ["recipes:", *(f"  - {flow(name)}" for name in recipes)] if recipes else []
+        return "\n".join(lines) + "\n"
+
+    def _sources(self) -> str:
+        """What the suggestion rests on."""
+        complete, finished = self.evidence.complete, len(self.evidence.finished)
+        begin = SUGGESTED.removeprefix("# ")
+        return f"{begin} {self.study.name}: {complete} trials complete, {finished - complete} pruned."
+
+    def _fitting(self, checked: SearchSpace) -> int:
+        """How many of the finished trials the new space could have drawn."""
+        configs = (config_of(self.study.record, trial.params) for trial in self.evidence.finished)
+        return sum(checked.express(config) is not None for config in configs)
+
+    def _tree(self) -> dict[str, Any]:
+        """The study's space as plain data, its base and data as they were written where that still means the same."""
+        document, _ = parse_yaml(space_to_yaml(self.space), self.space.name)
+        assert document is not None, "what a space is written as can be read"
+        tree: dict[str, Any] = document.plain()
+        written = _file_of(self.study)
+        if written is None:
+            return tree
+        file, content = written
+        base, data = content.get("base", {}), {"data": content["data"]} if "data" in content else {}
+        as_written = {"base": _nameable(file.parent, base) if isinstance(base, str) else base}
+        short = {"description": tree["description"], **data, **tree, **as_written}
+        try:
+            same = space_from_yaml(dump_yaml(short), self.space.name).base == self.space.base
+        except SpaceError:
+            return tree
+        return short if same else tree
+
+    def _recipes(self) -> list[str]:
+        """The recipes that the study has to beat, as a file elsewhere can name them."""
+        if self.space.recipes:
+            return [_nameable(recipe.path.parent, recipe.path.name) for recipe in self.space.recipes]
+        written = _file_of(self.study)  # the study itself does not hold them
+        if written is None:
+            return []
+        file, content = written
+        return [_nameable(file.parent, name) for name in content.get("recipes") or [] if isinstance(name, str)]
+
+
+def _file_of(study: Study) -> tuple[Path, dict[str, Any]] | None:
+    """The search space's file that the study was begun with, and what is in it; None where it is gone."""
+    begun_with = study.record.get("space_file")
+    named = [folder / f"{study.space_name}.yaml" for folder in search_space_dirs()]
+    for file in [*([Path(begun_with)] if begun_with else []), *named]:
+        if file.is_file():
+            content = load_yaml(file)
+            return (file, content) if isinstance(content, dict) else None
+    return None
+
+
+def _nameable(folder: Path, name: str) -> str:
+    """A recipe's file as any space can name it: within a folder of spaces, or by its whole path."""
+    known = [where.resolve() for where in search_space_dirs()]
+    file = next((at / name for at in (folder, *known) if (at / name).is_file()), folder / name).resolve()
+    within = next((where for where in known if file.is_relative_to(where)), None)
+    return str(file) if within is None else file.relative_to(within).as_posix()
+
+
+def _comment(words: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(words, _WIDTH, break_long_words=False, break_on_hyphens=False)]

@@ -1,0 +1,156 @@
+"""`hpo train --profile`: where an epoch's time goes, as a table on the terminal and among the training's files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from core.config import TrainConfig
+from core.data import Splits
+from core.loop.profile import Profile, profile
+from core.runtime import describe_device
+from hpo.cli.console import say, table
+from hpo.paths import TrainingPaths
+from hpo.study.versions import versions
+
+Row = tuple[str, ...]
+
+
+def profile_training(
+    config: TrainConfig, splits: Splits, paths: TrainingPaths, *, name: str, device: torch.device
+) -> None:
+    """Measures a training before it begins, says where its time goes, and writes that into its folder.
+
+    Args:
+        splits: with folds, the first one's.
+        name: the recipe's.
+    """
+    say(f"profiling {name}: its last steps, timed; {describe_device(device)}")
+    measured = profile(config, splits, device=device)
+    columns, rows = _columns(measured), _rows(measured)
+    table(columns, rows, right=range(1, len(columns)))
+    remarks = _remarks(measured)
+    for remark in remarks:
+        say(remark)
+    paths.dir.mkdir(parents=True, exist_ok=True)
+    text = [f"# Where an epoch of {name} goes", f"{describe_device(device)}, torch {torch.__version__}"]
+    text += [_markdown(columns, rows), "\n".join(f"- {remark}" for remark in remarks)]
+    paths.profile_table.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    numbers = {
+        "recipe": name,
+        "device": describe_device(device),
+        "versions": versions(),
+        "sizes": _sizes(config, splits),
+        **_numbers(measured),
+    }
+    paths.profile.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- in words
+
+
+def _columns(measured: Profile) -> list[str]:
+    by_kernel = [] if measured.replayed is None else ["kernel by kernel, s"]
+    return ["part", "s an epoch", "share", *by_kernel]
+
+
+def _rows(measured: Profile) -> list[Row]:
+    """A row a part, and their sum. Every number of seconds has as many decimals as the sum needs for four digits."""
+    decimals = max(3 - math.floor(math.log10(measured.epoch_s)), 0)
+    trained, launched = measured.parts(measured.trained), measured.parts(measured.launched)
+    parts: list[tuple[str, float, float]] = [(part, seconds, launched[part]) for part, seconds in trained.items()]
+    return [
+        (
+            part,
+            f"{seconds:.{decimals}f}",
+            _percent(seconds / measured.epoch_s),
+            *([] if measured.replayed is None else [f"{by_kernel:.{decimals}f}"]),
+        )
+        for part, seconds, by_kernel in [*parts, ("epoch", measured.epoch_s, sum(launched.values()))]
+    ]
+
+
+def _remarks(measured: Profile) -> list[str]:
+    """What the table does not say, a line each, the largest cost last."""
+    training_s = measured.trained.seconds
+    remarks = [
+        f"images/s: {measured.images_per_s:,.0f}; without evaluation {measured.images / training_s:,.0f}",
+        f"a step: {_milliseconds(training_s / measured.steps)}, {measured.steps:,} an epoch",
+    ]
+    if measured.replayed is not None and measured.graph_saves is not None:
+        by_kernel = _milliseconds(measured.launched.seconds / measured.steps)
+        saved = _percent(measured.graph_saves)
+        remarks.append(f"a step kernel by kernel: {by_kernel}; its CUDA graph saves {saved} of that")
+    peak = measured.peak_flops
+    for what, flops in (("a step", measured.step_flops), ("forward and backward", measured.network_flops)):
+        remarks.append(f"arithmetic of {what}: {_flops(flops)}, {_percent(flops / peak)} of the device's peak")
+    remarks.append(f"the device's peak: {_flops(peak)}, measured here, multiplying {measured.dtype} matrices")
+    if measured.peak_memory_bytes is not None:
+        remarks.append(f"memory: {measured.peak_memory_bytes / 2**30:.2f} GiB at most, images and weights included")
+    remarks.append("host: all else, which is to gather images or wait for them, and Python")
+    largest = measured.largest
+    share = _percent(measured.parts(measured.trained)[largest] / measured.epoch_s)
+    return [*remarks, f"largest cost: {largest}, {share} of an epoch"]
+
+
+def _percent(share: float) -> str:
+    """0.4 % where a whole number would say nothing."""
+    return f"{100 * share:.0f} %" if round(100 * share) else f"{100 * share:.1f} %"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _flops(flops: float) -> str:
+    """As a person says it: 412 TFLOP/s, 9.5 GFLOP/s."""
+    return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """The table, its first column to the left and the others to the right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
+
+
+# ---- in numbers
+
+
+def _sizes(config: TrainConfig, splits: Splits) -> dict[str, Any]:
+    """What of the configuration and the data the times depend on first; `config.yaml` beside it has the rest."""
+    channels, height, width = splits.images.shape[1:]
+    return {
+        "model": config.model.name,
+        "image": [channels, height, width],
+        "classes": len(splits.classes),
+        "train_images": len(splits.train),
+        "val_images": len(splits.val),
+        "batch_size": config.batch_size,
+        "epochs": config.epochs,
+        "optimizer": config.optim.name,
+        "averaging": config.averaging.name,
+        "autocast": config.precision.autocast,
+        "cuda_graphs": config.precision.cuda_graphs,
+        "compile": config.precision.compile,
+    }
+
+
+def _numbers(measured: Profile) -> dict[str, Any]:
+    """Every number that was measured or follows from those: of `core.loop.profile.Profile`, by its names."""
+    return {
+        **asdict(measured),
+        "epoch_s": measured.epoch_s,
+        "shares": {part: s / measured.epoch_s for part, s in measured.parts(measured.trained).items()},
+        "images_per_s": measured.images_per_s,
+        "graph_saves": measured.graph_saves,
+        "step_flops": measured.step_flops,
+        "network_flops": measured.network_flops,
+        "step_share_of_peak": measured.step_flops / measured.peak_flops,
+        "network_share_of_peak": measured.network_flops / measured.peak_flops,
+        "largest": measured.largest,
+    }

@@ -1,0 +1,287 @@
+"""A study as it runs, seen through its storage alone: whoever trains it, here or on other machines.
+
+The time left follows from how fast trials have ended lately, in time in which any trial ran: so workers side by side
+count for what they do together, a night's pause for nothing, and a study that was gone on with is judged by the
+machines that it has now.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.analysis.summary import how_far, run_again
+from hpo.cli.console import Screen, TableOf
+from hpo.space.pruner import places_of, spared
+from hpo.storage.lease import LEASE, is_abandoned
+from hpo.study import Study
+from hpo.text import assignments, duration, short_names
+from hpo.trials import BASE, FAILURE, TAKEN_FROM, slot_of, standing
+
+_RECENT = 20  # finished trials that the rate is taken from: fewer jump, more remember other days
+_FEWEST = 3  # finished trials before which a rate would be a guess
+_LATEST = 5  # finished trials that are shown
+_BAR = 12  # characters
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast a study has lately been."""
+
+    trials_per_h: float
+    images_per_s: float | None
+    """Training images, of all workers together; None where no trial says so."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A study at one moment."""
+
+    study: Study
+    trials: tuple[FrozenTrial, ...]
+    """One a slot."""
+    running: tuple[FrozenTrial, ...]
+    """Those of processes that live, as far as this machine can know."""
+    abandoned: tuple[FrozenTrial, ...]
+    """Those of processes of this machine that are dead."""
+    waiting: int
+    """How many of the total wait."""
+    finished: tuple[FrozenTrial, ...]
+    """The last to end first."""
+    rate: Rate | None
+    """None before it is known."""
+    now: datetime
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing runs or waits any more."""
+        return not self.running and not self.waiting and not self.abandoned
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds to the total at the present rate; None where nobody works, or the rate is unknown."""
+        if self.rate is None or not self.running:
+            return None
+        return 3600 * (len(self.running) + len(self.abandoned) + self.waiting) / self.rate.trials_per_h
+
+
+def look(study: Study, now: datetime | None = None) -> View:
+    """A study as its storage has it.
+
+    Args:
+        now: local time without a zone, as Optuna keeps it; the present where it is None.
+    """
+    now = datetime.now() if now is None else now
+    attempts = study.optuna.get_trials(deepcopy=False)
+    trials = tuple(trial for _, trial in sorted(standing(attempts).items()))
+    claimed = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    abandoned = tuple(trial for trial in claimed if is_abandoned(trial))
+    finished = sorted(
+        (trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)),
+        key=lambda trial: (trial.datetime_complete or datetime.min, trial.number),
+        reverse=True,
+    )
+    return View(
+        study,
+        trials,
+        running=tuple(trial for trial in claimed if trial not in abandoned),
+        abandoned=abandoned,
+        waiting=study.waiting(),
+        finished=tuple(finished),
+        rate=rate_of(attempts, now),
+        now=now,
+    )
+
+
+def rate_of(attempts: Sequence[FrozenTrial], now: datetime) -> Rate | None:
+    """How fast the last trials ended, in time in which any attempt ran; None before three have.
+
+    Args:
+        attempts: all that the storage has, those that were cut off too.
+    """
+    spans = [(trial, trial.datetime_start, trial.datetime_complete) for trial in attempts]
+    own = [
+        (trial, start, end) for trial, start, end in spans if TAKEN_FROM not in trial.user_attrs and start is not None
+    ]
+    ended = sorted(
+        ((end, start, trial) for trial, start, end in own if end is not None and trial.state != TrialState.FAIL),
+        key=lambda item: item[0],
+        reverse=True,
+    )
+    if len(ended) < _FEWEST:
+        return None
+    recent = ended[:_RECENT]
+    begin = ended[_RECENT][0] if len(ended) > _RECENT else min(start for _, start, _ in recent)
+    at_work = ((start, end or (now if trial.state == TrialState.RUNNING else start)) for trial, start, end in own)
+    busy_s = _covered(at_work, begin, now).total_seconds()
+    if busy_s <= 0:
+        return None
+    images = [
+        trial.user_attrs["images_per_s"] * trial.user_attrs["elapsed_s"]
+        for _, _, trial in recent
+        if "images_per_s" in trial.user_attrs
+    ]
+    return Rate(3600 * len(recent) / busy_s, sum(images) / busy_s if images else None)
+
+
+def _covered(spans: Iterable[tuple[datetime, datetime]], begin: datetime, end: datetime) -> timedelta:
+    """How much of the time from `begin` to `end` these spans cover together."""
+    total, reached = timedelta(), begin
+    for start, stop in sorted(spans):
+        start, stop = max(start, reached), min(stop, end)
+        if stop > start:
+            total, reached = total + (stop - start), stop
+    return total
+
+
+# On the screen
+
+
+def screen(view: View) -> Screen:
+    """What a person sees of it."""
+    names = short_names(dict.fromkeys(path for trial in view.trials for path in trial.params))
+    parts: list[str | TableOf] = [*_head(view), ""]
+    if view.running:
+        rows = [_running_row(view, trial, names) for trial in view.running]
+        columns = ["trial", "worker", "device", "epoch", view.study.metric, "rung", "parameters"]
+        parts += [TableOf(columns, rows, right=(0, 4)), ""]
+    if view.finished:
+        rows = [_finished_row(trial, _steps(view.study), names) for trial in view.finished[:_LATEST]]
+        parts += [TableOf(["last", "state", view.study.metric, "time", "parameters"], rows, right=(0, 2, 3)), ""]
+    parts += _foot(view)
+    return parts[:-1] if parts[-1] == "" else parts
+
+
+def _head(view: View) -> list[str]:
+    study = view.study
+    lines = [f"study {study.name} (space {study.space_name}): {how_far(study, len(view.finished))}: {_states(view)}"]
+    best = study.best_trial()
+    if best is not None:
+        what = ", the base" if best.user_attrs.get(BASE) else ""
+        lines.append(f"best {study.metric} {best.value:.4f}: trial {best.number}{what}")
+    starts = [
+        trial.datetime_start for trial in view.trials if trial.datetime_start and TAKEN_FROM not in trial.user_attrs
+    ]
+    if starts:
+        ends = [trial.datetime_complete for trial in view.finished if trial.datetime_complete]
+        until = view.now if view.running else max(ends, default=view.now)
+        since_s = max(0.0, (until - min(starts)).total_seconds())  # another machine's clock may be ahead
+        lines.append(", ".join([f"{duration(since_s)} since it began", *_speed(view)]))
+    return lines
+
+
+def _states(view: View) -> str:
+    failures = sum(FAILURE in trial.user_attrs for trial in view.finished)
+    complete = sum(trial.state == TrialState.COMPLETE for trial in view.finished)
+    counted = (
+        (complete, "complete"),
+        (len(view.finished) - complete - failures, "pruned"),
+        (failures, "failed to train"),
+        (len(view.running), "running"),
+        (len(view.abandoned), "left by a dead process"),
+        (view.waiting, "waiting"),
+    )
+    return ", ".join(f"{number} {state}" for number, state in counted if number) or "none yet"
+
+
+def _speed(view: View) -> list[str]:
+    if view.over:
+        return []
+    if view.rate is None:
+        return ["time left unknown yet"] if view.running else []
+    images = "" if view.rate.images_per_s is None else f", {view.rate.images_per_s:,.0f} images/s"
+    left = [] if view.left_s is None else [f"about {duration(view.left_s)} left"]
+    return [f"{view.rate.trials_per_h:,.0f} trials/h{images}", *left]
+
+
+def _running_row(view: View, trial: FrozenTrial, names: Mapping[str, str]) -> list[Any]:
+    reported = trial.intermediate_values
+    step = trial.last_step or 0
+    value = "" if not reported else f"{reported[step]:.4f}"
+    return [
+        _numbers(trial),
+        _worker(trial),
+        _device(view, trial),
+        _bar(step, _steps(view.study)),
+        value,
+        _rung(trial),
+        _parameters(trial, names),
+    ]
+
+
+def _finished_row(trial: FrozenTrial, steps: int, names: Mapping[str, str]) -> list[Any]:
+    elapsed_s = trial.user_attrs.get("elapsed_s")
+    state = str(trial.user_attrs.get(FAILURE, trial.state.name.lower()))
+    if state == "pruned" and trial.last_step is not None:
+        state = f"pruned at {trial.last_step}/{steps}"
+    value = trial.value if trial.state == TrialState.COMPLETE else None
+    return [
+        _numbers(trial),
+        state,
+        "" if value is None else f"{value:.4f}",
+        "" if elapsed_s is None else duration(elapsed_s),
+        _parameters(trial, names),
+    ]
+
+
+def _foot(view: View) -> list[str]:
+    """How it ended, or what it lacks."""
+    study = view.study
+    if view.running:
+        return []
+    if view.over:
+        lines = ["nothing runs or waits any more"] if view.trials else ["no trial is queued yet"]
+        missing = 0 if study.total is None else study.total - len(view.finished)
+    else:
+        missing = view.waiting + len(view.abandoned)
+        lines = ["no worker trains anything"]
+    if missing <= 0 and view.trials:
+        return lines
+    return [f"{lines[0]}; go on with", f"  {run_again(study)}"]
+
+
+def _numbers(trial: FrozenTrial) -> str:
+    """Its number, and its slot where an attempt before it had another number."""
+    slot = slot_of(trial)
+    return f"{trial.number}" if slot == trial.number else f"{trial.number} (slot {slot})"
+
+
+def _steps(study: Study) -> int:
+    """The epochs of a trial, all its folds together."""
+    base = study.record["base"]
+    return int(base["epochs"]) * int(base["data"].get("folds") or 1)
+
+
+def _worker(trial: FrozenTrial) -> str:
+    """Who trains it; nobody yet where it is just being claimed."""
+    lease = trial.user_attrs.get(LEASE)
+    return "" if lease is None else f"{lease['host']}:{lease['pid']}"
+
+
+def _device(view: View, trial: FrozenTrial) -> str:
+    """What the worker trained its last trial on; a trial says so once it is over."""
+    worker = _worker(trial)
+    before = (other for other in view.finished if worker and _worker(other) == worker)
+    return next((str(other.user_attrs["device"]) for other in before if "device" in other.user_attrs), "")
+
+
+def _bar(done: int, of: int) -> str:
+    full = math.floor(_BAR * min(1.0, done / of))
+    return f"{'█' * full}{'░' * (_BAR - full)} {done}/{of}"
+
+
+def _rung(trial: FrozenTrial) -> str:
+    """How the trial stands among the others: at the last rung that it came to."""
+    if why := spared(trial):
+        return why
+    places = places_of(trial)
+    return f"rung {max(places)}: {places[max(places)]}" if places else ""
+
+
+def _parameters(trial: FrozenTrial, names: Mapping[str, str]) -> str:
+    return assignments({names[path]: value for path, value in trial.params.items()})

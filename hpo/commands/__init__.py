@@ -1,1 +1,0 @@
-"""What each command of `hpo` does: one file a noun or verb."""

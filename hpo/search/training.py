@@ -1,0 +1,175 @@
+"""One training outside a study, recorded in a folder: what `hpo train` does, and what a study does with its recipes.
+
+Where the configuration has folds, they are trained one after the other, and what is said of the training is the mean
+over them. The first fold trains with the configuration's own seed, so that it is the very network that a training
+without folds would give on its images.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor
+
+from core.config import TrainConfig
+from core.data import Splits
+from core.errors import CheckpointError
+from core.loop import EpochMetrics, TrainResult, train
+from core.metrics import confusion, per_class
+from core.runtime import derive_seed
+from hpo.paths import TrainingPaths
+from hpo.space import to_yaml
+from hpo.study.results import json_line, write_result
+
+logger = logging.getLogger(__name__)
+
+Watch = Callable[[str], Callable[[EpochMetrics], None]]
+"""Called before each training, with what tells it from the others, or nothing where it is the only one; returns what
+is called after each of its epochs."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What came of a recorded training."""
+
+    results: tuple[TrainResult, ...]
+    """One, or one a fold."""
+    values: tuple[float, ...]
+    """By the metric, of each."""
+    rows: tuple[dict[str, float | int], ...]
+    """The lines of its `metrics.jsonl`."""
+    per_class: tuple[dict[str, str | float | int], ...]
+    """Class by class, over all validation images; those of every fold together."""
+
+    @property
+    def value(self) -> float:
+        """The mean over the folds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over the folds, as of a sample; None without folds."""
+        return spread(self.values)
+
+
+def train_recorded(
+    config: TrainConfig,
+    splits: Sequence[Splits],
+    paths: TrainingPaths,
+    *,
+    metric: str,
+    device: torch.device,
+    watch: Watch,
+) -> Recorded:
+    """Trains into the folder: its configuration first, then checkpoints to go on from, and at the end what came of it.
+
+    The result file is written last: where it stands, the training is over.
+
+    Args:
+        splits: one, or one a fold.
+        metric: names the value that the result is to be judged by, and that the training itself watches.
+    """
+    paths.dir.mkdir(parents=True, exist_ok=True)
+    paths.config.write_text(to_yaml(config))
+    folds = len(splits)
+    results: list[TrainResult] = []
+    for fold, divided in enumerate(splits, 1):
+        checkpoint = paths.checkpoint(fold)
+        result = train(
+            of_fold(config, fold),
+            divided,
+            device=device,
+            on_epoch_end=watch(fold_label(fold, folds)),
+            resume_from=checkpoint,
+            checkpoint_to=checkpoint,
+            checkpoint_at_end=folds > 1,
+            metric=metric,
+        )
+        # Off the device: the next fold's network, its gradients and its optimizer's state need the room.
+        results.append(result if folds == 1 else replace(result, model=result.model.cpu()))
+    recorded = Recorded(
+        tuple(results),
+        tuple(result.value(metric) for result in results),
+        tuple(fold_rows([result.history for result in results], metric)),
+        tuple(per_class(validation_confusion(results, splits), splits[0].classes)),
+    )
+    paths.metrics.write_text("".join(map(json_line, recorded.rows)))
+    for fold, result in enumerate(results, 1):
+        save_model(result.model, str(paths.model(fold)))
+    write_result(paths, _result(recorded, metric))
+    for checkpoint in paths.checkpoints(folds):
+        checkpoint.unlink(missing_ok=True)
+    return recorded
+
+
+def going_on(checkpoint: Path, name: str, attempt: Callable[[], TrainResult]) -> TrainResult:
+    """What `attempt` trains on from the checkpoint, or anew, with a warning, where that cannot be gone on from."""
+    try:
+        return attempt()
+    except CheckpointError as error:
+        logger.warning("%s begins anew: %s", name, error)
+        checkpoint.unlink()
+        return attempt()
+
+
+def of_fold(config: TrainConfig, fold: int) -> TrainConfig:
+    """The configuration that this fold trains, counted from 1: every fold but the first has a seed of its own."""
+    return config if fold == 1 else config.override({"seed": derive_seed(config.seed, "fold", fold)})
+
+
+def fold_label(fold: int, folds: int) -> str:
+    """What tells a fold's training from the others; empty where there is one."""
+    return "" if folds == 1 else f"fold {fold} of {folds}"
+
+
+def fold_rows(histories: Sequence[Sequence[EpochMetrics]], metric: str) -> list[dict[str, float | int]]:
+    """The lines of `metrics.jsonl`: without folds an epoch's row as it is, else with its fold, and the time running on.
+
+    Args:
+        histories: one, or one a fold, in order; of one that is still training, its epochs so far.
+    """
+    if len(histories) == 1:
+        return [epoch.row(metric) for epoch in histories[0]]
+    rows: list[dict[str, float | int]] = []
+    before_s = 0.0
+    for fold, history in enumerate(histories, 1):
+        rows += [{"fold": fold, **e.row(metric), "elapsed_s": before_s + e.elapsed_s} for e in history]
+        before_s += history[-1].elapsed_s if history else 0.0
+    return rows
+
+
+def validation_confusion(results: Sequence[TrainResult], splits: Sequence[Splits]) -> Tensor:
+    """(K, K) int64 on the CPU: the kept networks' confusion on their validation images, all folds together.
+
+    Every fold's images were kept from its own network, so with folds this counts every image once, out-of-fold.
+    """
+    tables = []
+    for result, divided in zip(results, splits, strict=True):
+        assert result.val_logits is not None, "what is judged has validation images"
+        tables.append(confusion(result.val_logits, divided.labels[divided.val]).cpu())
+    return torch.stack(tables).sum(0)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """The standard deviation of a sample; None of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _result(recorded: Recorded, metric: str) -> dict[str, Any]:
+    """The content of `result.json`: of folds, the means of what the kept epochs scored, and each kept epoch."""
+    kept = [result.kept.row(metric) for result in recorded.results]
+    head: dict[str, Any] = {"metric": metric, "value": recorded.value}
+    classes = {"per_class": list(recorded.per_class)}
+    if len(kept) == 1:
+        return {**head, **kept[0], **classes}
+    scored = [key for key in kept[0] if key.startswith("val_")]
+    means = {key: statistics.fmean(row[key] for row in kept) for key in scored}
+    folds = [{"fold": fold, **row} for fold, row in enumerate(kept, 1)]
+    return {**head, "spread": recorded.spread, **means, "folds": folds, **classes}

@@ -1,0 +1,54 @@
+"""YAML to distributions over `TrainConfig` fields: everything is checked before trial 0.
+
+A space names fields by their dotted path, and nothing else: the YAML, the code, a trial's parameters and `--set` share
+one vocabulary. The package imports neither torch nor, until a space is searched, Optuna.
+"""
+
+from hpo.space.catalogue import Listed, list_spaces
+from hpo.space.confirmation import CANDIDATE, REPLICATE, ConfirmationSpace
+from hpo.space.document import dump as dump_yaml
+from hpo.space.document import load_yaml, shown
+from hpo.space.document import parse as parse_yaml
+from hpo.space.grammar import Objective, Pruner, RungsPruner, Sampler
+from hpo.space.load import (
+    check_file,
+    load_recipe,
+    load_space,
+    recipe_from_yaml,
+    space_from_yaml,
+    space_to_yaml,
+    to_yaml,
+)
+from hpo.space.schema import json_schema
+from hpo.space.space import Categorical, Integer, Parameter, Real, Recipe, SearchSpace, diff
+
+__all__ = [
+    "CANDIDATE",
+    "REPLICATE",
+    "Categorical",
+    "ConfirmationSpace",
+    "Integer",
+    "Listed",
+    "Objective",
+    "Parameter",
+    "Pruner",
+    "Real",
+    "Recipe",
+    "RungsPruner",
+    "Sampler",
+    "SearchSpace",
+    "check_file",
+    "diff",
+    "dump_yaml",
+    "json_schema",
+    "list_spaces",
+    "load_recipe",
+    "load_space",
+    "load_yaml",
+    "parse_yaml",
+    "recipe_from_yaml",
+    "shown",
+    "space_from_yaml",
+    "space_to_yaml",
+    "to_yaml",
+]

@@ -1,0 +1,302 @@
+"""What may stand in a search-space file, as pydantic models, and what their errors mean in plain words.
+
+`base`, `data` and `search` speak of `TrainConfig`, which brings its own models; their content is checked by
+`hpo.space.load` against its fields.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import ErrorDetails
+
+from hpo.space.document import flow
+from hpo.space.fields import did_you_mean, nearest, nearest_field
+
+
+class _Section(BaseModel):
+    """Unknown keys are errors, values are never coerced, nothing changes after."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Metric = Literal["accuracy", "macro_f1", "balanced_accuracy", "nll"]
+
+
+class Objective(_Section):
+    """What a trial is judged by, on the validation images."""
+
+    metric: Metric = "accuracy"
+    """accuracy, macro_f1 and balanced_accuracy are maximized, nll (negative log-likelihood) is minimized."""
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        return "minimize" if self.metric == "nll" else "maximize"
+
+
+class TpeSampler(_Section):
+    """Optuna's tree-structured Parzen estimator, multivariate."""
+
+    name: Literal["tpe"] = "tpe"
+    startup_trials: int = Field(default=10, ge=1)
+    """Random trials before the model decides; 10 is Optuna's default."""
+
+
+class GpSampler(_Section):
+    """Optuna's Gaussian process."""
+
+    name: Literal["gp"]
+    startup_trials: int = Field(default=10, ge=1)
+    """Random trials before the model decides; 10 is Optuna's default."""
+
+
+class CmaEsSampler(_Section):
+    """CMA-ES; it ignores choices, which are drawn at random."""
+
+    name: Literal["cmaes"]
+    startup_trials: int = Field(default=1, ge=1)
+    """Random trials before the model decides; 1 is Optuna's default."""
+
+
+class RandomSampler(_Section):
+    """Independent uniform draws."""
+
+    name: Literal["random"]
+
+
+class QmcSampler(_Section):
+    """A scrambled Sobol sequence: random draws that leave fewer gaps."""
+
+    name: Literal["qmc"]
+
+
+Sampler = Annotated[
+    TpeSampler | GpSampler | CmaEsSampler | RandomSampler | QmcSampler,
+    Field(discriminator="name"),
+]
+
+
+class RungsPruner(_Section):
+    """Ours: a trial goes past a rung if it is among the best of those that reached it."""
+
+    name: Literal["rungs"] = "rungs"
+    rungs: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] = (0.03, 0.1, 0.3)
+    """Fractions of the run's epochs at which trials are compared, increasing."""
+    keep: Fraction = 0.33
+    """Share of the trials at a rung that goes on."""
+    let_through: float = Field(default=0.02, ge=0, le=0.5)
+    """Share of the trials that go on to their end where a rung would cut them, to show what pruning loses; 0 is off.
+    They are chosen by their slot; the default lets through four at most of 200 trials, and none of the first 25."""
+
+    @model_validator(mode="after")
+    def _increasing(self) -> RungsPruner:
+        if any(later <= earlier for earlier, later in zip(self.rungs, self.rungs[1:], strict=False)):
+            raise ValueError(f"rungs must increase, not {flow(self.rungs)}")
+        return self
+
+
+class NoPruner(_Section):
+    """Every trial runs to its end."""
+
+    name: Literal["none"]
+
+
+class MedianPruner(_Section):
+    """Optuna's: a trial below the median of the earlier ones at the same epoch stops."""
+
+    name: Literal["median"]
+    startup_trials: int = Field(default=5, ge=0)
+    """Trials that run before any is pruned; 5 is Optuna's default."""
+    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the run before which nothing is pruned."""
+
+
+class PercentilePruner(_Section):
+    """Optuna's: like the median, at another share."""
+
+    name: Literal["percentile"]
+    keep: Fraction
+    """Share of the trials that goes on: 0.25 keeps the best quarter."""
+    startup_trials: int = Field(default=5, ge=0)
+    """Trials that run before any is pruned; 5 is Optuna's default."""
+    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the run before which nothing is pruned."""
+
+
+class SuccessiveHalvingPruner(_Section):
+    """Optuna's: rungs at min_fraction × reduction_factor ^ k of the run."""
+
+    name: Literal["successive_halving"]
+    min_fraction: Fraction = 0.03
+    """Fraction of the run at the first rung."""
+    reduction_factor: int = Field(default=4, ge=2)
+    """One of this many goes on; 4 is Optuna's default."""
+
+
+class HyperbandPruner(_Section):
+    """Optuna's: several successive halvings side by side, each more patient than the one before."""
+
+    name: Literal["hyperband"]
+    min_fraction: Fraction = 0.03
+    """Fraction of the run at the first rung of the sharpest bracket."""
+    reduction_factor: int = Field(default=3, ge=2)
+    """One of this many goes on; 3 is Optuna's default."""
+
+
+Pruner = Annotated[
+    RungsPruner | NoPruner | MedianPruner | PercentilePruner | SuccessiveHalvingPruner | HyperbandPruner,
+    Field(discriminator="name"),
+]
+
+
+class Confirm(_Section):
+    """How the best configurations are trained again, on other seeds and splits, before one is called best."""
+
+    budget: float | None = Field(default=None, gt=0)
+    """What that may cost, as a share of the epochs that the search has trained; at least two configurations are trained
+    three times. null: a third, and at least enough for two configurations five times."""
+
+
+class Choices(_Section):
+    """One of several values that have no order."""
+
+    choices: list[Any] = Field(min_length=1)
+    """The values; lists are allowed where the field is one, null where the field may be off."""
+    when: dict[str, Any] | None = Field(default=None, min_length=1)
+    """Field: value, or list of values. Searched only while all of these hold; otherwise the base's value is used."""
+
+
+class Range(_Section):
+    """A number between two bounds, both included."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Drawn evenly over its logarithm: for what is meant as a factor."""
+    step: float | None = None
+    """Only low, low + step, low + 2 step, … high."""
+    when: dict[str, Any] | None = Field(default=None, min_length=1)
+    """Field: value, or list of values. Searched only while all of these hold; otherwise the base's value is used."""
+
+
+class SpaceFile(_Section):
+    """A search space: what to search, around which base, judged how."""
+
+    description: str = ""
+    """One line for `hpo space list`."""
+    data: dict[str, Any] = {}
+    """The data set and its split, over whatever the base and the recipes name."""
+    objective: Objective = Objective()
+    trials: int = Field(default=100, ge=1)
+    """The study's total, which `--trials` overrides."""
+    sampler: Sampler = TpeSampler()
+    pruner: Pruner = RungsPruner()
+    confirm: Confirm = Confirm()
+    base: str | dict[str, Any] = {}
+    """Trial 0, and the value of everything that is not searched: a recipe's path, or a configuration."""
+    search: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Fields by dotted path, each with choices or a range."""
+    recipes: list[str] = []
+    """Recipes that the search must beat."""
+
+
+class RecipeNotes(_Section):
+    """What a recipe says of itself, beside the fields of its configuration."""
+
+    description: str = ""
+    """One line for `hpo space list`."""
+    source: str = ""
+    """Whose configuration it is, and where they published it."""
+    result: str = ""
+    """What its author saw, in their words and on their data."""
+    guesses: str = ""
+    """What the source does not say, and what was put in its place."""
+
+
+class ConfirmationText(_Section):
+    """What a worker reads from the storage that joins a confirmation. Nobody writes it by hand."""
+
+    confirms: str
+    train_images: int = Field(ge=1)
+    val_images: int = Field(ge=1)
+    objective: Objective
+    base: dict[str, Any]
+
+
+_IN_QUOTES = re.compile(r"'([^']+)'")
+
+# What pydantic says, and what a person should read.
+_WORDS = {
+    "model_type": "must be a group of fields",
+    "dict_type": "must be a group of fields",
+    "model_attributes_type": "must be a group of fields",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "none_required": "must be null",
+}
+
+
+TAGGED = ("sampler", "pruner")  # unions by name: pydantic puts the name into an error's location
+
+
+def location(error: ErrorDetails) -> tuple[str | int, ...]:
+    """Where an error stands in the file."""
+    loc = error["loc"]
+    return (loc[0], *loc[2:]) if loc and loc[0] in TAGGED else loc
+
+
+def siblings(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
+    """The names that may stand where an error of this model stands."""
+    fields = model.model_fields
+    if len(loc) == 1:
+        return list(fields)
+    info = fields.get(str(loc[0]))
+    arms = [] if info is None else get_args(info.annotation) or (info.annotation,)
+    if loc[0] in TAGGED:
+        arms = [arm for arm in arms if get_args(arm.model_fields["name"].annotation) == (loc[1],)]
+    return [f"{loc[0]}.{name}" for arm in arms if hasattr(arm, "model_fields") for name in arm.model_fields]
+
+
+def explain(error: ErrorDetails, siblings: Iterable[str] = ()) -> str:
+    """An error of pydantic in plain words; `siblings` are the names that an unknown key could have meant."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    match kind:
+        case "extra_forbidden":
+            return f"no such field{did_you_mean(nearest_field(str(error['loc'][-1]), siblings))}"
+        case "missing":
+            return "is missing"
+        case "value_error":
+            return error["msg"].removeprefix("Value error, ")
+        case "literal_error":
+            expected = str(context["expected"])
+            return f"must be {expected}, not {quoted(value)}{_meant(value, _IN_QUOTES.findall(expected))}"
+        case "union_tag_invalid":
+            names = _IN_QUOTES.findall(str(context["expected_tags"]))
+            return f"name must be one of {', '.join(names)}, not {context['tag']}{_meant(context['tag'], names)}"
+        case "union_tag_not_found":
+            return "name is missing"
+        case "string_pattern_mismatch":
+            return f"must match {context['pattern']}, not {quoted(value)}"
+    if kind in _WORDS:
+        return f"{_WORDS[kind]}, not {quoted(value)}"
+    words = re.sub(r"^(Input|String|List|Tuple|Dictionary|Value) should ", "must ", error["msg"])
+    words = words.replace(" after validation", "")
+    return words if ", not " in words else f"{words}, not {quoted(value)}"
+
+
+def quoted(value: Any) -> str:
+    """A value as a message shows it: words in quotes, the rest as YAML writes it."""
+    return f"'{value}'" if isinstance(value, str) else flow(value)
+
+
+def _meant(value: Any, names: list[str]) -> str:
+    return did_you_mean(nearest(value, names)) if isinstance(value, str) else ""

@@ -1,0 +1,333 @@
+"""`SearchSpace`: what `hpo` searches, checked and ready: parameters for Optuna on one side, `TrainConfig` on the other.
+
+Conditions are conjunctions over other fields. A parameter that is inactive is not suggested, and the base's value
+holds; a condition on an inactive parameter does not hold, whatever the base says there, because what does not exist
+cannot have children.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.config import REFERENCE_LR, TrainConfig
+from hpo.space.document import flow
+from hpo.space.grammar import Confirm, Metric, Objective, Pruner, RungsPruner, Sampler
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import BaseTrial
+
+RATES = {"optim.lr": "optim.lr_scale", "optim.lr_scale": "optim.lr"}  # one knob, two names: each with its other
+TOLERANCE = 1e-9  # relative: what the way from lr to lr_scale and back may lose; a float keeps 1e-16
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One searched field: choices, or a range."""
+
+    path: str
+    when: Mapping[str, tuple[Any, ...]]
+    """Field -> the values with which this parameter exists; all of them must hold. Empty: always."""
+
+    def contains(self, value: Any) -> bool:
+        """Whether the search can draw this value of the field."""
+        raise NotImplementedError
+
+    def encode(self, value: Any) -> Any:
+        """The field's value as Optuna keeps it."""
+        return value
+
+    def decode(self, value: Any) -> Any:
+        """Optuna's value as the field keeps it."""
+        return value
+
+    def suggest(self, trial: BaseTrial) -> Any:
+        """Draws a value, as Optuna keeps it."""
+        raise NotImplementedError
+
+    def distribution(self) -> BaseDistribution:
+        """Optuna's description of the parameter."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The parameter as its YAML says it, defaults left out."""
+        return {"when": {path: list(values) for path, values in self.when.items()}} if self.when else {}
+
+
+@dataclass(frozen=True)
+class Categorical(Parameter):
+    """One of several values without order. Lists are kept in Optuna as JSON text, which every storage takes."""
+
+    choices: tuple[Any, ...]
+
+    @cached_property
+    def labels(self) -> tuple[Any, ...]:
+        return tuple(json.dumps(choice) if isinstance(choice, tuple) else choice for choice in self.choices)
+
+    def contains(self, value: Any) -> bool:
+        return value in self.choices
+
+    def encode(self, value: Any) -> Any:
+        return self.labels[self.choices.index(value)]
+
+    def decode(self, value: Any) -> Any:
+        return self.choices[self.labels.index(value)]
+
+    def suggest(self, trial: BaseTrial) -> Any:
+        return trial.suggest_categorical(self.path, self.labels)
+
+    def distribution(self) -> BaseDistribution:
+        from optuna.distributions import CategoricalDistribution
+
+        return CategoricalDistribution(self.labels)
+
+    def describe(self) -> dict[str, Any]:
+        return {"choices": list(self.choices), **super().describe()}
+
+
+@dataclass(frozen=True)
+class Integer(Parameter):
+    """A whole number between two bounds, both included."""
+
+    low: int
+    high: int
+    log: bool = False
+    step: int = 1
+
+    def contains(self, value: Any) -> bool:
+        return isinstance(value, int) and self.low <= value <= self.high and (value - self.low) % self.step == 0
+
+    def suggest(self, trial: BaseTrial) -> Any:
+        return trial.suggest_int(self.path, self.low, self.high, log=self.log, step=self.step)
+
+    def distribution(self) -> BaseDistribution:
+        from optuna.distributions import IntDistribution
+
+        return IntDistribution(self.low, self.high, log=self.log, step=self.step)
+
+    def describe(self) -> dict[str, Any]:
+        return _range(self.low, self.high, self.log, None if self.step == 1 else self.step) | super().describe()
+
+
+@dataclass(frozen=True)
+class Real(Parameter):
+    """A number between two bounds, both included."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+
+    def contains(self, value: Any) -> bool:
+        if value is None or not self.low <= value <= self.high:
+            return False
+        steps = 0.0 if self.step is None else (value - self.low) / self.step
+        return bool(abs(steps - round(steps)) < 1e-8)  # Optuna's own tolerance for a step
+
+    def suggest(self, trial: BaseTrial) -> Any:
+        return trial.suggest_float(self.path, self.low, self.high, log=self.log, step=self.step)
+
+    def distribution(self) -> BaseDistribution:
+        from optuna.distributions import FloatDistribution
+
+        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+
+    def describe(self) -> dict[str, Any]:
+        return _range(self.low, self.high, self.log, self.step) | super().describe()
+
+
+def _range(low: float, high: float, log: bool, step: float | None) -> dict[str, Any]:
+    return {"low": low, "high": high} | ({"log": True} if log else {}) | ({} if step is None else {"step": step})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete configuration, tuned by someone, with what is known of it."""
+
+    name: str
+    path: Path
+    description: str
+    source: str
+    result: str
+    guesses: str
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What to search, around which base, judged how. Made by `load_space`, which checks it whole."""
+
+    name: str
+    path: Path
+    description: str
+    objective: Objective
+    trials: int
+    """The study's total."""
+    sampler: Sampler
+    pruner: Pruner
+    base: TrainConfig
+    """Trial 0, and the value of everything that is not searched."""
+    recipes: tuple[Recipe, ...]
+    """What the search must beat: as long as a trial, on the same data."""
+    search: Mapping[str, Parameter]
+    """By dotted path, a parameter always after those that its condition names."""
+    confirm: Confirm
+    """How the best configurations are confirmed; no part of the identity, since it changes no trial."""
+
+    @property
+    def metric(self) -> Metric:
+        return self.objective.metric
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        return self.objective.direction
+
+    @cached_property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's distribution of every parameter, conditional ones too."""
+        return {path: parameter.distribution() for path, parameter in self.search.items()}
+
+    def suggest(self, trial: BaseTrial) -> dict[str, Any]:
+        """Draws every parameter that exists in this trial. Nothing can fail between the first and the last."""
+        params: dict[str, Any] = {}
+        for path, parameter in self.search.items():
+            if self._holds(parameter.when, self._decode(params)):
+                params[path] = parameter.suggest(trial)
+        return params
+
+    def config(self, params: Mapping[str, Any]) -> TrainConfig:
+        """The configuration that a trial's parameters (`trial.params`) stand for.
+
+        Raises:
+            KeyError: a parameter that this space does not search.
+            ValueError: a value that is none of a parameter's choices; or pydantic.ValidationError, which is one too:
+                values that are each allowed, but not together.
+        """
+        return self.base.override(self._decode(params))
+
+    def shown(self, trial: BaseTrial) -> dict[str, Any]:
+        """A trial's parameters as a person reads them."""
+        return dict(trial.params)
+
+    def base_params(self) -> dict[str, Any]:
+        """The base as a trial's parameters: trial 0."""
+        params = self.express(self.base)
+        assert params is not None, "load_space checks that the search can draw the base"
+        return params
+
+    def express(self, config: TrainConfig) -> dict[str, Any] | None:
+        """The parameters that give exactly this configuration; None where the space cannot say it.
+
+        Its seed and its data set's name are not compared, as in `identity`.
+        """
+        wanted = in_rate_of(config, self.search).flat()
+        values: dict[str, Any] = {}
+        for path, parameter in self.search.items():
+            if self._holds(parameter.when, values):
+                value = snapped(parameter, wanted[path])
+                if not parameter.contains(value):
+                    return None
+                values[path] = value
+        reached = self.base.override(values).flat()
+        compared = wanted.keys() - {"seed", "data.name"}
+        if any(not _same(reached[path], wanted[path]) for path in compared):
+            return None
+        return {path: self.search[path].encode(value) for path, value in values.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two trials comparable, flat and JSON-able: search, base, objective, split, epochs and rungs.
+
+        Not in it: the number of trials, the sampler and what else only steers; the base's seed, since a study seeds
+        its trials; and the data set's name, because the study adds the fingerprint of the data itself.
+        """
+        flat = json.loads(json.dumps(self.base.flat()))
+        split = {path: value for path, value in flat.items() if path.startswith("data.") and path != "data.name"}
+        others = {path: flat[path] for path in flat if not path.startswith("data.") and path not in ("seed", "epochs")}
+        return {
+            "objective.metric": self.metric,
+            "epochs": self.base.epochs,
+            "pruner.rungs": list(self.pruner.rungs) if isinstance(self.pruner, RungsPruner) else None,
+            **split,
+            **{f"base.{path}": value for path, value in others.items()},
+            **{f"search.{path}": json.loads(json.dumps(self.search[path].describe())) for path in sorted(self.search)},
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the identity, in hex."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _decode(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: self.search[path].decode(value) for path, value in params.items()}
+
+    def _holds(self, when: Mapping[str, tuple[Any, ...]], values: Mapping[str, Any]) -> bool:
+        """Whether a condition is met, given the values of the active parameters so far."""
+        return all(
+            (path in values and values[path] in allowed) if path in self.search else self._fixed(path) in allowed
+            for path, allowed in when.items()
+        )
+
+    def _fixed(self, path: str) -> Any:
+        return self.base.flat()[path]
+
+
+def in_rate_of(config: TrainConfig, search: Mapping[str, Any]) -> TrainConfig:
+    """The same configuration with its learning rate under the name that the search uses for it."""
+    peak = config.optim.peak_lr(config.batch_size)
+    if "optim.lr" in search and config.optim.lr is None:
+        return config.override({"optim.lr": peak})
+    if "optim.lr_scale" in search and config.optim.lr_scale is None:
+        reference, power = REFERENCE_LR[config.optim.name]
+        return config.override({"optim.lr_scale": peak / (reference * (config.batch_size / 256) ** power)})
+    return config
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=TOLERANCE)
+    return bool(a == b)
+
+
+def snapped(parameter: Parameter, value: Any) -> Any:
+    """A converted learning rate may miss a bound by a rounding error: the bound itself is meant."""
+    if isinstance(parameter, Real) and isinstance(value, float):
+        for bound in (parameter.low, parameter.high):
+            if _same(value, bound):
+                return bound
+    return value
+
+
+def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """How two identities differ, a line each: `search.optim.lr_scale: high 10 → 20`."""
+    lines: list[str] = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        if key not in new:
+            lines.append(f"{key}: removed (was {_brief(old[key])})")
+        elif key not in old:
+            lines.append(f"{key}: added ({_brief(new[key])})")
+        elif isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
+            was, now = old[key], new[key]
+            parts = [*was, *(part for part in now if part not in was)]
+            changes = [
+                f"{part} {_brief(was.get(part, 'none'))} → {_brief(now.get(part, 'none'))}"
+                for part in parts
+                if was.get(part) != now.get(part)
+            ]
+            lines += [f"{key}: {', '.join(changes)}"] if changes else []
+        elif old[key] != new[key]:
+            lines.append(f"{key}: {_brief(old[key])} → {_brief(new[key])}")
+    return lines
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_brief(item)}" for key, item in value.items())
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else flow(value)

@@ -1,0 +1,153 @@
+"""A study as a table: one row a slot, every column flat, for pandas and for CSV.
+
+What is compared is a study's slots, so an attempt that was cut off has no row: the trial that stands for its slot has
+one (`hpo.trials.standing`). A trial that could not be trained is a row with its `failure`. The columns of a study stand
+in the same order however far it has come, so that a script may count on them, and `value` is that of complete trials
+alone: what a pruned trial last reported was measured after fewer epochs, and stands in `last_value`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.space.pruner import places_of
+from hpo.storage.lease import LEASE
+from hpo.study import Study
+from hpo.trials import (
+    BASE,
+    CRASHES,
+    FAILURE,
+    LET_THROUGH,
+    RECIPE,
+    REPLICATE_OF,
+    RESUMED_EPOCH,
+    SLOT,
+    TAKEN_FROM,
+    slot_of,
+    standing,
+)
+
+if TYPE_CHECKING:
+    import pandas
+
+# Column -> its type in pandas, each able to hold nothing. Every study has them, in this order.
+_FIXED = {
+    "number": "int64",
+    "slot": "int64",
+    "state": "str",
+    "failure": "str",
+    "value": "float64",
+    "last_value": "float64",
+    "base": "bool",
+    "recipe": "str",
+    "epochs": "Int64",
+    "kept_epoch": "Int64",
+    "elapsed_s": "float64",
+    "images_per_s": "float64",
+    "started": "datetime64[us]",
+    "ended": "datetime64[us]",
+    "device": "str",
+    "torch_threads": "Int64",
+    LET_THROUGH: "Int64",
+    REPLICATE_OF: "Int64",
+    TAKEN_FROM: "str",
+    CRASHES: "Int64",
+    RESUMED_EPOCH: "Int64",
+}
+_NOT_SHOWN = {SLOT, LEASE, FAILURE, BASE, RECIPE}
+"""Attributes that are columns by another way, or nobody's but the machinery's."""
+
+
+def trials_frame(study: Study) -> pandas.DataFrame:
+    """The study's trials, one row a slot, in the order of their numbers.
+
+    Columns: `number`, `slot`, `state` (complete, pruned, running, waiting), `failure` (diverged, oom, invalid or
+    crashed; then `state` is pruned), `value`, `last_value`, `base`, `recipe`, `epochs` (trained), `kept_epoch`,
+    `elapsed_s`, `images_per_s`, `started`, `ended` (local time), `device` and what else is known of every study's
+    trials; `params.optim.lr_scale` and so on, one for each searched field; whatever else trials remember, by name; and
+    for each rung that was judged `rungs.6` (the value there), `rungs.6.rank` and `rungs.6.of` (the place among how
+    many).
+    """
+    import pandas  # takes half a second, which nobody else waits for
+
+    trials = sorted(standing(study.optuna.get_trials(deepcopy=False)).values(), key=lambda trial: trial.number)
+    rows = [_row(trial) for trial in trials]
+    searched = _searched(study.record["identity"])
+    more = sorted(dict.fromkeys(name for row in rows for name in row if name not in _FIXED | searched), key=_order)
+    columns = {}
+    for name in (*_FIXED, *searched, *more):
+        values = [row.get(name) for row in rows]
+        columns[name] = pandas.Series(values, dtype=_FIXED.get(name) or searched.get(name) or _kind(values))
+    return pandas.DataFrame(columns)
+
+
+def _searched(identity: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of the searched fields, by the name of the field, each with its type."""
+    found = {}
+    for key, parameter in identity.items():
+        section, _, path = key.partition(".")
+        if section == "search":
+            # A list among the choices is kept as its JSON text, since Optuna takes scalars only.
+            values = parameter.get("choices") or [parameter["low"], parameter["high"]]
+            found[f"params.{path}"] = _kind([str(value) if isinstance(value, list) else value for value in values])
+    return found
+
+
+def _row(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial, flat."""
+    attributes = trial.user_attrs
+    reported = trial.intermediate_values
+    row: dict[str, Any] = {
+        "number": trial.number,
+        "slot": slot_of(trial),
+        "state": trial.state.name.lower(),
+        "failure": attributes.get(FAILURE),
+        "value": trial.value if trial.state == TrialState.COMPLETE else None,
+        "last_value": reported[max(reported)] if reported else None,
+        "base": bool(attributes.get(BASE)),
+        "recipe": attributes.get(RECIPE),
+        "started": trial.datetime_start,
+        "ended": trial.datetime_complete,
+    }
+    row |= {f"params.{path}": value for path, value in trial.params.items()}
+    row |= dict(_flat({name: value for name, value in attributes.items() if name not in _NOT_SHOWN}))
+    for rung, place in places_of(trial).items():
+        row |= {
+            f"rungs.{rung}": reported.get(rung),
+            f"rungs.{rung}.rank": place.rank,
+            f"rungs.{rung}.of": place.of,
+        }
+    return row
+
+
+def _flat(attributes: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """What is nested, under dotted names; the items of a list are counted from 1."""
+    for key, value in attributes.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        elif isinstance(value, (list, tuple)):
+            yield from _flat({str(place): item for place, item in enumerate(value, start=1)}, f"{name}.")
+        else:
+            yield name, value
+
+
+def _order(name: str) -> tuple[bool, list[tuple[int, str]]]:
+    """Rungs last, one after the other, and numbers in a name by their size: item 10 behind item 9."""
+    parts = name.split(".")
+    if parts[0] == "rungs":
+        return True, [(int(parts[1]), "")]
+    return False, [(int(part) if part.isdigit() else 0, part) for part in parts]
+
+
+def _kind(values: Iterable[Any]) -> str:
+    """The type of a column that holds these: whole numbers as such, though a gap would make floats of them."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {int}:
+        return "Int64"
+    if kinds <= {int, float}:
+        return "float64"
+    return "str" if kinds == {str} else "object"

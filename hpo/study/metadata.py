@@ -1,0 +1,212 @@
+"""What is remembered of a study, in its storage and in study.yaml, and what a second run is held against.
+
+What makes two trials comparable must not change under a study: the space's identity, the seed and the images are
+written down when it begins, and every later run is checked against them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from core.config import TrainConfig
+from hpo.errors import SpaceError, StudyError
+from hpo.paths import StudyPaths
+from hpo.space import diff, load_yaml, shown
+from hpo.storage import is_masked, mask
+from hpo.storage.atomic import replacing
+from hpo.study.versions import versions
+
+if TYPE_CHECKING:
+    from core.data import Dataset
+    from hpo.space import SearchSpace
+
+logger = logging.getLogger(__name__)
+
+RECORD = "hpo"
+"""The user attribute of a study that holds its record, for machines without its study.yaml."""
+
+_FILE = "model.pretrained_file"
+
+
+def new_record(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Path | None) -> dict[str, Any]:
+    """What is remembered of a study that begins, as plain JSON."""
+    record = {
+        "space": space.name,
+        "hash": space.hash,
+        "metric": space.metric,
+        "direction": space.direction,
+        "seed": seed,
+        "data": {
+            "name": dataset.name,
+            # Absolute, so that `hpo refit` finds it from another folder.
+            "path": None if data_path is None else str(data_path.resolve()),
+            "fingerprint": dataset.fingerprint,
+            "skip_broken": bool(dataset.report.broken),
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "base": space.base.model_dump(mode="json"),
+        "weights": {file: _weights_fingerprint(file) for file in _weight_files(space)},
+        "identity": space.identity(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(record))
+    return plain
+
+
+def shown_attributes(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dashboard shows of a study with this record: flat user attributes that a person reads at a glance."""
+    return {
+        "data": record["data"]["name"],
+        "data_fingerprint": record["data"]["fingerprint"],
+        "space_name": record["space"],
+        "space_hash": record["hash"],
+        "objective": f"{record['metric']} ({record['direction']})",
+        "seed": record["seed"],
+        "begun": record["created"],
+        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
+
+
+def data_path_of(record: Mapping[str, Any]) -> Path | None:
+    """What `--data` was when the study of this record began."""
+    path = record["data"]["path"]
+    return None if path is None else Path(path)
+
+
+def skips_broken(record: Mapping[str, Any]) -> bool:
+    """Whether broken image files were left out of the data of this record's study."""
+    return bool(record["data"]["skip_broken"])
+
+
+def config_of(record: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that a trial's parameters mean in the study of this record."""
+    base = TrainConfig.model_validate_json(json.dumps(record["base"]))
+    values = {}
+    for path, value in params.items():
+        # The space keeps a list among the choices as its JSON text, since Optuna takes scalars only.
+        choices = record["identity"][f"search.{path}"].get("choices", [])
+        values[path] = next((c for c in choices if isinstance(c, list) and json.dumps(c) == value), value)
+    return base.override(values)
+
+
+def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset, seed: int | None) -> None:
+    """Raises StudyError where this is not what the study was begun with, which holds for all of its trials."""
+    way_out = (
+        "give what it was begun with, --set included, or begin another study: --study NAME, with "
+        f"--take-over {name} if its trials are to count where they fit"
+    )
+    if stored["hash"] != space.hash:
+        lines = "\n".join(f"  {line}" for line in diff(stored["identity"], space.identity()))
+        raise StudyError(f"study {name} was begun with another space:\n{lines}\n{way_out}")
+    check_fingerprint(name, stored, dataset.fingerprint)
+    check_weights(name, stored, _weight_files(space))
+    if seed is not None and seed != stored["seed"]:
+        raise StudyError(
+            f"study {name} was begun with --seed {stored['seed']}, not {seed}; "
+            "leave --seed out, or choose another --study"
+        )
+
+
+def check_weights(name: str, record: Mapping[str, Any], files: Iterable[str | None]) -> None:
+    """Raises StudyError where one of these files of weights is not what it was when the study was begun."""
+    known = record.get("weights") or {}
+    for file in files:
+        if file is not None and file in known and _weights_fingerprint(file) != known[file]:
+            raise StudyError(
+                f"study {name} was begun with other weights: {file} has changed since; "
+                "put the old file back, or choose another --study"
+            )
+
+
+def _weight_files(space: SearchSpace) -> list[str]:
+    """The files of weights that a trial may begin from: the base's, and the choices."""
+    searched = space.search.get(_FILE)
+    choices = searched.describe().get("choices", []) if searched else []
+    return sorted({file for file in (space.base.model.pretrained_file, *choices) if file is not None})
+
+
+def _weights_fingerprint(file: str) -> str:
+    from core.models import weights_fingerprint  # not above: who only looks at a study need not wait for torch
+
+    return weights_fingerprint(file)
+
+
+def check_fingerprint(name: str, record: Mapping[str, Any], fingerprint: str) -> None:
+    """Raises StudyError where these are not the images that the study was begun with."""
+    known = record["data"]["fingerprint"]
+    if fingerprint != known:
+        raise StudyError(
+            f"study {name} was begun with other images ({record['data']['name']}, fingerprint {known[:12]}, "
+            f"not {fingerprint[:12]}); give the same by --data, or choose another --study"
+        )
+
+
+def read_record(paths: StudyPaths) -> dict[str, Any] | None:
+    """What study.yaml holds; None where there is none.
+
+    Raises:
+        StudyError: it cannot be read, or is no study's.
+    """
+    if not paths.study_yaml.exists():
+        return None
+    try:
+        record = load_yaml(paths.study_yaml)
+    except (OSError, SpaceError) as error:
+        raise StudyError(f"{paths.study_yaml} cannot be read ({error}); delete it and run the study again") from error
+    if not isinstance(record, dict) or "hash" not in record:
+        raise StudyError(f"{paths.study_yaml} is no study of hpo's; delete it and run the study again")
+    return record
+
+
+def write_record(
+    paths: StudyPaths, record: Mapping[str, Any], *, storage_url: str, space: SearchSpace, dataset: Dataset
+) -> None:
+    """Writes study.yaml where it is missing, whole or not at all; its time says when the study was last run."""
+    file = paths.study_yaml
+    if file.exists():
+        os.utime(file)
+        return
+    if mask(storage_url) != storage_url:
+        logger.warning(
+            "study %s: the storage's password is not written down; give --storage again to go on", paths.name
+        )
+    content = {
+        "name": paths.name,
+        # The study's own journal moves with its folder, so its path is not written down.
+        "storage": None if storage_url == str(paths.journal) else mask(storage_url),
+        "space_file": shown(space.path),
+        **record,
+        "classes": list(dataset.classes),
+    }
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 120
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file, synced=True) as temporary, temporary.open("w", encoding="utf-8") as opened:
+        yaml.dump(content, opened)
+
+
+def storage_url_of(paths: StudyPaths, record: Mapping[str, Any] | None, given: str | None) -> str:
+    """Where the study lies: what was given, or what its study.yaml says, or its own journal.
+
+    Raises:
+        StudyError: what was given is another place than what is written, or the password is missing.
+    """
+    if given == "":
+        raise StudyError("--storage is empty; give a URL, or leave it out for a journal file")
+    if record is None:
+        return given or str(paths.journal)
+    written = record.get("storage") or str(paths.journal)
+    if given is not None and mask(given) != mask(written):
+        raise StudyError(f"study {paths.name} lies in {mask(written)}; leave --storage out, or choose another --study")
+    if given is None and is_masked(written):
+        raise StudyError(f"study {paths.name}: give --storage {written} with the password, which is never written down")
+    return given or written

@@ -1,0 +1,35 @@
+"""The result files of trainings: `result.json` and the lines of `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hpo.paths import TrainingPaths
+from hpo.storage.atomic import replacing
+
+
+def write_result(paths: TrainingPaths, result: dict[str, Any]) -> None:
+    """Says what came of a training, whole or not at all: `value`, or `failure` where it could not be trained."""
+    with replacing(paths.result) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def read_result(paths: TrainingPaths) -> dict[str, Any] | None:
+    """What came of a training; None where it is not over."""
+    if not paths.result.exists():
+        return None
+    result: dict[str, Any] = json.loads(paths.result.read_text())
+    return result
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """One JSON object as a line."""
+    return json.dumps(row) + "\n"
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Appends one JSON object as a line."""
+    with path.open("a") as file:
+        file.write(json_line(row))

@@ -1,0 +1,440 @@
+"""A submission model's folder: weights, configuration, classes, preprocessing, origin, scores, and how to use them.
+
+Nothing in it is a pickle, so loading one runs no code of its writer. The weights are a plain safetensors file without
+metadata: equal weights give equal bytes. A folder appears whole or not at all: it is written beside its place and then
+renamed, and the weights' checksums tie the files together.
+
+A model is one network or an ensemble of several, trained alike on different parts of the images: the softmax
+probabilities of all are averaged, as those of several views are (`core.tta.average`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from core.calibration import scaled
+from core.config import TrainConfig
+from core.data.layout import printable
+from core.errors import UserError
+from core.loop import EVALUATION_BATCH
+from core.models import build_model
+from core.runtime import autocast, isolated_rng, normalize, select_device
+from core.tta import VIEWS, average, predict_logits
+from hpo.errors import BundleError, SpaceError
+from hpo.space import recipe_from_yaml, to_yaml
+from hpo.submission.predictions import Images, Predictions, predictions_of
+
+WEIGHTS, MEMBER_WEIGHTS = "model.safetensors", "member_{}.safetensors"
+CONFIG, CLASSES = "config.yaml", "classes.json"
+PREPROCESS, ORIGIN, METRICS, README = "preprocess.json", "origin.json", "metrics.json", "README.md"
+ONNX = "model.onnx"
+
+T = TypeVar("T")
+
+# What a bundle from elsewhere may ask for in a few words. A JSON file of a million classes has 16 MB; `hpo refit` makes
+# an ensemble of at most as many networks as `data.folds` allows; no GPU has room for a network on images of more than
+# 4096×4096 pixels, and `data.image_size` ends at 1024.
+MAX_JSON_BYTES = 1 << 24
+MAX_NETWORKS = 20
+MAX_IMAGE_PIXELS = 1 << 24
+
+FORMAT = 3
+"""Of the folder. A reader refuses a number that it does not know."""
+READABLE = (2, FORMAT)
+"""Format 2 knew no temperature."""
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What a network's input is normalised by, one number a channel, of its training pixels in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is known of a submission model beside its weights."""
+
+    config: TrainConfig
+    classes: tuple[str, ...]
+    in_channels: int
+    """1 or 3."""
+    image_size: tuple[int, int]
+    """(height, width) in pixels that images are resized to."""
+    normalizations: tuple[Normalization, ...]
+    """Of each network: one, or one for each member of an ensemble."""
+    views: str
+    """A name in `core.tta.VIEWS`: test-time augmentation."""
+    data_name: str
+    fingerprint: str
+    """Of the images and labels that it was trained on."""
+    versions: dict[str, str]
+    study: str | None = None
+    """The study whose trial was refitted, by name."""
+    trial: int | None = None
+    """The trial's number in that study."""
+    source: str | None = None
+    """Where the data came from, in words or as a path."""
+    temperature: float = 1.0
+    """What the averaged logits are divided by, so that the probabilities are as sure as they are right."""
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the files of weights, in the order of the networks."""
+        return weight_files(len(self.normalizations))
+
+    def write(self, folder: Path, models: Sequence[nn.Module], report: dict[str, Any]) -> None:
+        """Writes what makes the model, and its report, into a folder that exists (see `writing`).
+
+        Pictures, the submission and at last the README, made by `write_card`, are written beside them.
+
+        Args:
+            models: the network, or the members of the ensemble, in the order of `normalizations`.
+            report: becomes `metrics.json`.
+        """
+        for name, model in zip(self.weights, models, strict=True):
+            save_model(model, str(folder / name))
+        (folder / CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
+        _write_json(folder / CLASSES, self.classes)
+        preprocess = {
+            "channels": self.in_channels,
+            "image_size": self.image_size,
+            "tta_views": self.views,
+            "temperature": self.temperature,
+            "networks": [
+                {"weights": name, "mean": normalization.mean, "std": normalization.std}
+                for name, normalization in zip(self.weights, self.normalizations, strict=True)
+            ],
+        }
+        _write_json(folder / PREPROCESS, preprocess)
+        origin = {
+            "format": FORMAT,
+            "study": self.study,
+            "trial": self.trial,
+            "data": {"name": self.data_name, "source": self.source, "fingerprint": self.fingerprint},
+            "versions": self.versions,
+            "weights_sha256": {name: _sha256(folder / name) for name in self.weights},
+        }
+        _write_json(folder / ORIGIN, origin)
+        _write_json(folder / METRICS, report)
+
+
+@dataclass(frozen=True)
+class LoadedBundle:
+    """A submission model, ready to predict."""
+
+    models: tuple[nn.Module, ...]
+    """The network, or the members of the ensemble, on the device, in evaluation mode."""
+    meta: Bundle
+    device: torch.device
+    folder: Path | None = None
+    """Where it was loaded from."""
+
+    def logits(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
+        """The log-probabilities, (N, K) float32 on the CPU; logits, of one network, one view and temperature 1.
+
+        Args:
+            images: (N, C, H, W) uint8, of the bundle's channels and size, N at least 1. They may lie anywhere, and go
+                to the device batch by batch.
+
+        Raises:
+            BundleError: the images are of another shape or type.
+        """
+        channels, (height, width) = self.meta.in_channels, self.meta.image_size
+        if images.dtype != torch.uint8 or images.shape[1:] != (channels, height, width) or not len(images):
+            raise BundleError(
+                f"images are {str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}; "
+                f"this bundle takes uint8 of (N, {channels}, {height}, {width}), N at least 1"
+            )
+        of_each = [
+            self._logits_of(model, normalization, images, batch_size)
+            for model, normalization in zip(self.models, self.meta.normalizations, strict=True)
+        ]
+        return scaled(average(torch.stack(of_each)), self.meta.temperature)
+
+    def _logits_of(self, model: nn.Module, by: Normalization, images: Tensor, batch_size: int) -> Tensor:
+        logits = predict_logits(
+            model,
+            images,
+            prepare=lambda batch: normalize(batch.to(self.device), by.mean, by.std),
+            views=self.meta.views,
+            batch_size=batch_size,
+            autocast=partial(autocast, self.meta.config.precision.autocast, self.device),
+        )
+        return logits.cpu()
+
+    def probabilities(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
+        """The probability of every class, (N, K) float32 on the CPU, of images as `logits` takes them."""
+        return self.logits(images, batch_size=batch_size).softmax(1)
+
+    def predict(self, images: Images, *, batch_size: int = EVALUATION_BATCH, skip_broken: bool = False) -> Predictions:
+        """Labels images of any size, read and resized as those that the model was trained on.
+
+        Args:
+            images: a path or a list of paths, of images, folders, archives, .npz files or CSVs of paths; Pillow images;
+                an array (H, W), (H, W, C) or (N, H, W, C); a tensor (C, H, W) or (N, C, H, W). Pixels are uint8.
+            batch_size: images at once on the device.
+            skip_broken: leaves unreadable images out, where they would otherwise be an error.
+
+        Raises:
+            BundleError: the images are nothing that can be labelled, as floats, whose range nobody knows.
+            UserError: there is no image at a path, or one is broken.
+        """
+        return predictions_of(
+            images,
+            partial(self.probabilities, batch_size=batch_size),
+            classes=self.meta.classes,
+            image_size=self.meta.image_size,
+            channels=self.meta.in_channels,
+            batch_size=batch_size,
+            skip_broken=skip_broken,
+        )
+
+
+def weight_files(networks: int) -> tuple[str, ...]:
+    """The names of the files of weights of so many networks, which make one model."""
+    return (WEIGHTS,) if networks == 1 else tuple(MEMBER_WEIGHTS.format(i) for i in range(1, networks + 1))
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A new folder to write a bundle into, which takes the place of `target` when the block ends well.
+
+    Whatever ends it otherwise leaves what was there before.
+    """
+    _restore(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f".{target.name}.new-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        _replace(target, new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _replace(target: Path, new: Path) -> None:
+    """Two renames, since none replaces a folder with files; `_restore` undoes the first where a crash parts them."""
+    old = _aside(target)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    finally:
+        _restore(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    target = target.resolve()  # "." has no name
+    return target.with_name(f".{target.name}.old")
+
+
+def _restore(target: Path) -> None:
+    """Puts a bundle back that a crash left beside its place."""
+    if not target.exists() and _aside(target).exists():
+        _aside(target).rename(target)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no NaN: a score that does not exist is null."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Loading ------------------------------------------------------------------------------------------------------------
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class _Network(_File):
+    weights: str
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
+
+
+class _Preprocess(_File):
+    channels: Literal[1, 3]
+    image_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    tta_views: str
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    networks: Annotated[tuple[_Network, ...], Field(min_length=1, max_length=MAX_NETWORKS)]
+
+
+class _PreprocessBefore3(_Preprocess):
+    temperature: Literal[1] = 1
+
+
+class _Data(_File):
+    name: str
+    source: str | None = None
+    fingerprint: str
+
+
+class _Origin(_File):
+    format: int
+    study: str | None = None
+    trial: int | None = None
+    data: _Data
+    versions: dict[str, str]
+    weights_sha256: dict[str, str]
+
+
+class _Format(_File):
+    format: int
+
+
+_CLASSES: TypeAdapter[tuple[str, ...]] = TypeAdapter(Annotated[tuple[str, ...], Field(min_length=1)])
+
+
+def load_bundle(folder: Path | str, device: torch.device | str | None = None) -> LoadedBundle:
+    """Loads a submission model. Nothing is downloaded, and no code of the folder is run.
+
+    Args:
+        folder: one that `hpo refit` wrote.
+        device: `cpu`, `cuda` or `cuda:N`; the first CUDA device, or the CPU, where none is given.
+
+    Raises:
+        BundleError: the folder is no bundle, a file of it is missing or damaged, or they do not fit each other.
+        UserError: there is no such device.
+    """
+    folder = Path(folder)
+    _restore(folder)
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder; give one that `hpo refit` wrote")
+    _check_present(folder, ORIGIN, CONFIG, CLASSES, PREPROCESS)
+    meta = _read_meta(folder)
+    device = device if isinstance(device, torch.device) else select_device(device)
+    models = tuple(_load_network(folder, name, meta, device) for name in meta.weights)
+    return LoadedBundle(models, meta, device, folder)
+
+
+def _check_present(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder}: no {name} in it; give a folder that `hpo refit` wrote, with all its files")
+
+
+def _load_network(folder: Path, name: str, meta: Bundle, device: torch.device) -> nn.Module:
+    """The network whose weights lie in the file of that name, on the device, in evaluation mode."""
+    misfit = BundleError(
+        f"{folder / name}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; "
+        "refit the trial again"
+    )
+    if not meta.config.model.name.startswith("timm/"):  # those are as large as their names say
+        # A few words of a configuration may ask for a network of terabytes: it is made without memory first.
+        sketch = _build(folder, meta, torch.device("meta"))
+        if sum(weight.nbytes for weight in sketch.parameters()) > (folder / name).stat().st_size:
+            raise misfit
+    model = _build(folder, meta, torch.device("cpu"))
+    try:
+        load_model(model, folder / name)
+    except (RuntimeError, SafetensorError) as error:
+        raise misfit from error
+    return model.to(device).to(memory_format=torch.channels_last).eval()
+
+
+def _read_meta(folder: Path) -> Bundle:
+    """All but the weights, whose checksums are compared."""
+    made = _read_json(folder / ORIGIN, TypeAdapter(_Format)).format  # first: another format has other keys
+    if made not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise BundleError(f"{folder}: a bundle of format {made}, and this hpo reads {known}; use its version")
+    origin = _read_json(folder / ORIGIN, TypeAdapter(_Origin))
+    preprocess = _read_json(folder / PREPROCESS, TypeAdapter(_Preprocess if made == FORMAT else _PreprocessBefore3))
+    names = weight_files(len(preprocess.networks))
+    if tuple(network.weights for network in preprocess.networks) != names:
+        raise BundleError(f"{folder / PREPROCESS}: the weights of its networks must be {', '.join(names)}, in order")
+    _check_present(folder, *names)
+    for name in names:
+        if _sha256(folder / name) != origin.weights_sha256.get(name):
+            raise BundleError(f"{folder / name}: damaged, or of another bundle; refit the trial again")
+    if any(not len(each.mean) == len(each.std) == preprocess.channels for each in preprocess.networks):
+        raise BundleError(f"{folder / PREPROCESS}: mean and std must have one number for each channel")
+    if math.prod(preprocess.image_size) > MAX_IMAGE_PIXELS:
+        raise BundleError(f"{folder / PREPROCESS}: damaged (image_size: more than 4096×4096); refit the trial again")
+    if preprocess.tta_views not in VIEWS:
+        raise BundleError(f"{folder / PREPROCESS}: tta_views {preprocess.tta_views}: this hpo knows {', '.join(VIEWS)}")
+    try:
+        config = recipe_from_yaml((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG)).config
+    except (SpaceError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"{folder / CONFIG}: damaged ({str(error).splitlines()[0]}); refit the trial again"
+        ) from error
+    return Bundle(
+        config=config,
+        classes=_read_json(folder / CLASSES, _CLASSES),
+        in_channels=preprocess.channels,
+        image_size=preprocess.image_size,
+        normalizations=tuple(Normalization(network.mean, network.std) for network in preprocess.networks),
+        views=preprocess.tta_views,
+        data_name=origin.data.name,
+        fingerprint=origin.data.fingerprint,
+        versions=origin.versions,
+        study=origin.study,
+        trial=origin.trial,
+        source=origin.data.source,
+        temperature=preprocess.temperature,
+    )
+
+
+def _read_json(path: Path, adapter: TypeAdapter[T]) -> T:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise BundleError(f"{path}: damaged (longer than {MAX_JSON_BYTES:,} bytes); refit the trial again")
+    try:
+        return adapter.validate_json(path.read_bytes())
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = printable(".".join(map(str, fault["loc"])))
+        why = f"{where}: {fault['msg']}" if where else fault["msg"]
+        raise BundleError(f"{path}: damaged ({why}); refit the trial again") from error
+
+
+def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:
+    """The network on the device, weights drawn at random. Pretrained ones would be downloaded, to be overwritten."""
+    plain = meta.config.model.model_copy(update={"pretrained": False})
+    try:
+        with isolated_rng(device), device:
+            return build_model(
+                plain, num_classes=len(meta.classes), in_channels=meta.in_channels, image_size=meta.image_size
+            )
+    except UserError as error:
+        raise BundleError(f"{folder / CONFIG}: cannot be built here ({error})") from error

@@ -1,0 +1,173 @@
+"""A submission model as one ONNX file, for whoever has no torch.
+
+The key choice is that the file holds everything between the pixels and the probabilities: it takes uint8 images, and
+normalises, looks at every view, asks every network, averages and calibrates by itself. So whoever runs it can get none
+of it wrong but the resizing. It is made by torch's exporter, which traces the networks on the CPU in 32-bit floats, and
+is kept only if onnxruntime gives torch's probabilities on real images.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.calibration import scaled
+from core.loop import EVALUATION_BATCH
+from core.runtime import scale_and_shift
+from core.tta import VIEWS, average, look
+from hpo.errors import BundleError
+from hpo.submission.bundle import Bundle, LoadedBundle
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+INPUT, OUTPUT = "images", "probabilities"
+
+TOLERANCE = 1e-4
+"""How far a probability may lie from torch's. 32-bit floats, summed in another order, come within 1e-6 mostly."""
+
+# A protobuf ends at 2 GiB; the graph beside the weights takes a few megabytes.
+MAX_BYTES = (1 << 31) - (1 << 25)
+
+CPU = torch.device("cpu")
+
+
+def check_onnx() -> None:
+    """Says what is missing for an export, before hours of training.
+
+    Raises:
+        BundleError: a package is.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BundleError(f"ONNX needs {' and '.join(missing)}; install hpo-vision[onnx]")
+
+
+def export_onnx(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
+    """Writes the model as ONNX: `images` (N, C, H, W) uint8 to `probabilities` (N, K) float32, N free.
+
+    What it was trained on, its classes and its versions stand in the file's metadata.
+
+    Args:
+        path: the file, `model.onnx` in the bundle's folder.
+        check: (M, C, H, W) uint8, M at least 1: images that both are asked about.
+
+    Returns:
+        The largest difference of a probability between onnxruntime and torch, both on the CPU in 32-bit floats.
+
+    Raises:
+        BundleError: the packages are missing, the network cannot be exported, or the two differ by more than 1e-4; then
+            no file is left.
+    """
+    check_onnx()
+    bundle = _on_cpu(bundle)
+    whole = _Whole(bundle).eval()
+    size = sum(weight.nbytes for weight in whole.state_dict().values())
+    if size > MAX_BYTES:
+        raise BundleError(f"an ONNX file holds 2 GB, and the weights take {size / 1e9:.1f} GB; leave --onnx out")
+    program = _export(whole, check[:1].cpu().expand(2, -1, -1, -1))  # two, since one would be taken for a constant
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in the source code it came from, on this machine
+    program.model.metadata_props.update(_metadata(bundle.meta))
+    try:
+        program.save(str(path), external_data=False)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        return _checked(bundle, path, check)
+    except BundleError:
+        path.unlink()
+        raise
+
+
+def onnx_probabilities(path: Path) -> Callable[[Tensor], Tensor]:
+    """What asks the file for the probabilities (N, K) of images (N, C, H, W) uint8, by onnxruntime on the CPU."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+class _Whole(nn.Module):
+    """Everything that `LoadedBundle.probabilities` does, as one network."""
+
+    def __init__(self, bundle: LoadedBundle) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(bundle.models)
+        self.views = VIEWS[bundle.meta.views]
+        self.temperature = bundle.meta.temperature
+        for place, by in enumerate(bundle.meta.normalizations):
+            scale, shift = scale_and_shift(by.mean, by.std, CPU)
+            self.register_buffer(f"scale{place}", scale.clone())
+            self.register_buffer(f"shift{place}", shift.clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images.float()
+        pixels = torch.cat([look(pixels, view) for view in self.views])  # (V·N, C, H, W)
+        of_each = []
+        for place, network in enumerate(self.networks):
+            scale, shift = self.get_buffer(f"scale{place}"), self.get_buffer(f"shift{place}")
+            logits = network(pixels * scale + shift)  # (V·N, K)
+            of_each.append(average(logits.unflatten(0, (len(self.views), -1))))
+        return scaled(average(torch.stack(of_each)), self.temperature).softmax(1)
+
+
+def _on_cpu(bundle: LoadedBundle) -> LoadedBundle:
+    """A copy on the CPU, in 32-bit floats."""
+    models = tuple(copy.deepcopy(model).to(CPU).eval() for model in bundle.models)
+    config = bundle.meta.config.override({"precision.autocast": "off"})
+    return LoadedBundle(models, replace(bundle.meta, config=config), CPU)
+
+
+def _export(whole: nn.Module, example: Tensor) -> Any:
+    try:
+        return torch.onnx.export(
+            whole,
+            (example,),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise BundleError(f"torch cannot export this network to ONNX ({reason}); leave --onnx out") from error
+
+
+def _metadata(meta: Bundle) -> dict[str, str]:
+    """What whoever holds the file alone needs to know, each as JSON or as a word."""
+    facts = {
+        "classes": meta.classes,
+        "channels": meta.in_channels,
+        "image_size": meta.image_size,
+        "tta_views": meta.views,
+        "networks": len(meta.weights),
+        "temperature": meta.temperature,
+        "versions": meta.versions,
+    }
+    origin = {"study": meta.study, "trial": meta.trial, "data": meta.data_name, "fingerprint": meta.fingerprint}
+    return {
+        **{name: json.dumps(fact, ensure_ascii=False) for name, fact in facts.items()},
+        **{name: str(word) for name, word in origin.items() if word is not None},
+    }
+
+
+def _checked(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
+    """The largest difference on these images."""
+    ask = onnx_probabilities(path)
+    largest = 0.0
+    for images in torch.split(check.cpu(), EVALUATION_BATCH):
+        largest = max(largest, float((ask(images) - bundle.probabilities(images)).abs().max()))
+    if not largest <= TOLERANCE:  # a NaN is no agreement
+        raise BundleError(
+            f"{path.name}: its probabilities differ from torch's by up to {largest:.2g}, and {TOLERANCE:g} is allowed; "
+            "it is not kept"
+        )
+    return largest

@@ -1,0 +1,227 @@
+"""Labels for images: what can be labelled, the labels, and how they are written down as a CSV.
+
+Whatever a person has, files or pixels, is read as the images that the model was trained on: upright, opaque, in its
+size and channels. Files are decoded batch by batch and let go of, so ten thousand take no more memory than a thousand.
+What is not 8-bit pixels in a known order is refused: a guess at what was meant would be a wrong label, not an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from core.data import map_images
+from core.data.decode import BrokenImageError, Pixels, read_pixels, to_channels
+from hpo.errors import BundleError
+from hpo.storage.atomic import replacing
+
+OneImage: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
+Images: TypeAlias = OneImage | Sequence[OneImage]
+"""A path, or several, of an image, a folder, an archive, an .npz or a CSV of paths; a Pillow image, or several; an
+array (H, W), (H, W, C) or (N, H, W, C), or several of one image each; a tensor (C, H, W) or (N, C, H, W), or several of
+one image each. Pixels are uint8, and C is 1, 3 or, with transparency, 4."""
+
+Answer = Callable[[Tensor], Tensor]
+"""Images (n, C, H, W) uint8 to their probabilities (n, K) float32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Labels of N images."""
+
+    ids: tuple[str, ...]
+    """Paths within the source, or as they were given where several were; else positions, from 0."""
+    labels: Tensor
+    """(N,) int64, positions in `classes`."""
+    probabilities: Tensor
+    """(N, K) float32."""
+    classes: tuple[str, ...]
+    broken: tuple[str, ...] = ()
+    """Images that could not be read and were left out."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class of each image by name."""
+        return tuple(self.classes[label] for label in self.labels.tolist())
+
+    @property
+    def confidences(self) -> Tensor:
+        """(N,) float32: the probability of each image's label."""
+        return self.probabilities.amax(1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def write(self, path: Path, *, probabilities: bool = False) -> None:
+        """Writes them as `write_submission` does, with a column for each class if asked to."""
+        write_submission(path, self.ids, self.labels, self.classes, self.probabilities if probabilities else None)
+
+
+def predictions_of(
+    images: Images,
+    answer: Answer,
+    *,
+    classes: tuple[str, ...],
+    image_size: tuple[int, int],
+    channels: int,
+    batch_size: int,
+    skip_broken: bool = False,
+) -> Predictions:
+    """Labels images, a batch at a time.
+
+    Args:
+        answer: what is asked about each batch, of `channels` and `image_size` (height, width) in pixels.
+        skip_broken: leaves unreadable images out, where they would otherwise be an error.
+
+    Raises:
+        BundleError: they are nothing that can be labelled.
+        UserError: there is no image at a path, or one is broken.
+    """
+    each = list(images) if isinstance(images, list | tuple) else [images]
+    if not each:
+        raise BundleError("no image in the list; give at least one")
+    paths = [Path(item) for item in each if isinstance(item, str | os.PathLike)]
+    if paths and len(paths) < len(each):
+        raise BundleError("paths and pixels in one list; give them one after the other, or open the paths")
+    if paths:
+        probabilities, ids, broken = map_images(
+            paths if isinstance(images, list | tuple) else paths[0],
+            answer,
+            image_size=image_size,
+            channels=channels,
+            batch_size=batch_size,
+            skip_broken=skip_broken,
+        )
+        return Predictions(ids, probabilities.argmax(1), probabilities, classes, broken)
+    return _of_pixels(list(_pictures(images)), answer, classes, image_size, channels, batch_size, skip_broken)
+
+
+def _of_pixels(
+    pictures: Sequence[Pixels | Image.Image],
+    answer: Answer,
+    classes: tuple[str, ...],
+    image_size: tuple[int, int],
+    channels: int,
+    batch_size: int,
+    skip_broken: bool,
+) -> Predictions:
+    ids: list[str] = []
+    broken: list[str] = []
+    answers: list[Tensor] = []
+    for start in range(0, len(pictures), batch_size):
+        batch: list[Pixels] = []
+        for position, picture in enumerate(pictures[start : start + batch_size], start):
+            try:
+                batch.append(to_channels(read_pixels(picture, image_size), channels))
+                ids.append(str(position))
+            except BrokenImageError as error:
+                if not skip_broken:
+                    raise BundleError(f"image {position} cannot be read: {error}") from error
+                broken.append(str(position))
+        if batch:
+            answers.append(answer(torch.from_numpy(np.stack(batch))))
+    if not answers:
+        raise BundleError(f"none of the {len(broken)} images can be read")
+    probabilities = torch.cat(answers)
+    return Predictions(tuple(ids), probabilities.argmax(1), probabilities, classes, tuple(broken))
+
+
+def _pictures(images: Any) -> Iterator[Pixels | Image.Image]:
+    """Each image by itself: as it is, or (H, W) or (H, W, 1|3|4) uint8."""
+    if not isinstance(images, list | tuple):
+        yield from _stack(images, "the images")
+        return
+    for position, item in enumerate(images):
+        name = f"image {position}"
+        pictures = _stack(item, name)
+        if getattr(item, "ndim", 0) == 4:
+            raise BundleError(f"{name} of the list is itself a stack of {len(pictures)}; give a stack alone")
+        yield from pictures
+
+
+def _stack(item: Any, name: str) -> Sequence[Pixels | Image.Image]:
+    """The images of an array or a tensor; a Pillow image is one.
+
+    Raises:
+        BundleError: it is none of these, no uint8, or of a shape that is not known.
+    """
+    if isinstance(item, Image.Image):
+        return [item]
+    if isinstance(item, Tensor):
+        _check_type(str(item.dtype).removeprefix("torch."), name)
+        shape = tuple(item.shape)
+        if item.ndim not in (3, 4) or shape[-3] not in (1, 3, 4) or 0 in shape:
+            raise BundleError(
+                f"{name}: a tensor of shape {shape}; give (C, H, W) or (N, C, H, W), with C of 1, 3 or 4"
+                + (": channels stand before height and width" if item.ndim > 2 and shape[-1] in (1, 3, 4) else "")
+            )
+        pixels: NDArray[np.uint8] = item.detach().cpu().movedim(-3, -1).numpy()
+        return [pixels] if item.ndim == 3 else list(pixels)
+    if isinstance(item, np.ndarray):
+        _check_type(str(item.dtype), name)
+        known = item.ndim == 2 or (item.ndim in (3, 4) and item.shape[-1] in (1, 3, 4))
+        if not known or 0 in item.shape:
+            raise BundleError(
+                f"{name}: an array of shape {item.shape}; give (H, W), (H, W, C) or (N, H, W, C), with C of 1, 3 or 4"
+                + ("; of N grey images images[..., None]" if item.ndim == 3 else "")
+            )
+        return list(item) if item.ndim == 4 else [item]
+    raise BundleError(
+        f"{name}: {type(item).__name__} is none that can be labelled; "
+        "give paths, Pillow images, numpy arrays or torch tensors"
+    )
+
+
+def _check_type(kind: str, name: str) -> None:
+    if kind != "uint8":
+        raise BundleError(
+            f"{name}: pixels of type {kind}; give uint8 from 0 to 255, not normalised: the model does that"
+        )
+
+
+def write_submission(
+    path: Path, ids: Sequence[str], labels: Tensor, classes: Sequence[str], probabilities: Tensor | None = None
+) -> None:
+    """Writes the columns `id` and `label`, the name of the class, and one column of probabilities for each class.
+
+    A class that is itself called `id` or `label` has its probabilities under `p_id` or `p_label`.
+
+    Args:
+        labels: (N,) int64, positions in `classes`.
+        probabilities: (N, K), written with six digits; None leaves them out.
+
+    Raises:
+        BundleError: the file cannot be written.
+    """
+    shown = [f"p_{name}" if name in ("id", "label") else name for name in classes]
+    header = ["id", "label", *(shown if probabilities is not None else [])]
+    try:
+        # A file name that is no UTF-8 goes through as its bytes.
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            for name, label, row in zip(ids, labels.tolist(), _shares(probabilities, len(ids)), strict=True):
+                writer.writerow([name, classes[label], *row])
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written ({error.strerror}); give another file") from error
+
+
+def _shares(probabilities: Tensor | None, count: int) -> Iterator[list[str]]:
+    """The cells of each row, made one row at a time."""
+    if probabilities is None:
+        yield from ([] for _ in range(count))
+    else:
+        yield from ([f"{share:.6g}" for share in row.tolist()] for row in probabilities)

@@ -1,0 +1,647 @@
+"""`hpo study doctor`: what is wrong is said, looking changes nothing, and mending never touches a finished trial."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from PIL import Image
+
+from core.data import folds, load_dataset
+from hpo.analysis import doctor
+from hpo.paths import StudyPaths, cache_root
+from hpo.search.interrupts import Interrupts
+from hpo.search.loop import run_study
+from hpo.space import load_space
+from hpo.storage.lease import LEASE
+from hpo.study import Study, find_study, open_study
+from tests.hpo.commands import hpo
+from tests.hpo.storage.journals import trials_of
+
+CPU = torch.device("cpu")
+SPACE = """
+data: {name: digits}
+base: {model: {widths: [8], blocks: [1]}, epochs: 2, batch_size: 16, augment: {flip: 0.0}}
+pruner: {name: none}
+sampler: {name: random}
+search:
+  optim.lr_scale: {low: 0.5, high: 20, log: true}
+"""
+TOTAL = 3
+
+
+class Quiet:
+    def trial_started(self, label: str, config: Any) -> None: ...
+
+    def epoch_ended(self, epoch: Any, verdict: str) -> None: ...
+
+    def trial_ended(self, outcome: Any) -> None: ...
+
+    def reference_ended(self, name: str, result: dict[str, Any]) -> None: ...
+
+
+def draw_images(folder: Path, seed: int = 0) -> Path:
+    """Two classes of small pictures."""
+    draw = np.random.default_rng(seed)
+    for label, level in (("dark", 60), ("light", 190)):
+        (folder / label).mkdir(parents=True)
+        for number in range(20):
+            pixels = draw.integers(level - 40, level + 40, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{number:02d}.png")
+    return folder
+
+
+def begin(folder: Path, *, images: Path, total: int, storage: str | None = None) -> Study:
+    """A study whose trials wait."""
+    file = folder / "own.yaml"
+    file.write_text(SPACE)
+    space = load_space(file)
+    dataset = load_dataset(space.base.data, data_path=images, cache_dir=cache_root())
+    study = open_study(space, name="own", dataset=dataset, seed=1, data_path=images, storage_url=storage)
+    study.remember_space(space)
+    study.remember_command("hpo run own.yaml --trials 3")
+    study.ensure_slots(total)
+    return study
+
+
+def work_off(study: Study, images: Path) -> None:
+    space = study._space
+    assert space is not None
+    dataset = load_dataset(space.base.data, data_path=images, cache_dir=cache_root())
+    splits = folds(dataset, space.base.data)
+    run_study(study, space, splits, device=CPU, listener=Quiet(), interrupts=Interrupts())
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images, and a study of them that is finished and refitted."""
+    folder = tmp_path_factory.mktemp("original")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_STUDIES", str(folder / "studies"))
+        patch.setenv("HPO_CACHE", str(folder / "cache"))
+        images = draw_images(folder / "images")
+        work_off(begin(folder, images=images, total=TOTAL), images)
+        assert hpo(patch, "refit", "best", "--no-confirm") == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+class Case(NamedTuple):
+    """A copy of the finished study, to be broken."""
+
+    paths: StudyPaths
+    run: Callable[..., tuple[int, list[str]]]
+    """Runs the command with these options: (exit code, the lines that it said)."""
+
+    @property
+    def study(self) -> Study:
+        """Opened anew, with the space that it was begun with."""
+        found = find_study("own")
+        space = load_space(self.paths.dir.parents[1] / "own.yaml")
+        return Study(found.optuna, found.paths, found.record, found.storage_url, space)
+
+    def finished(self) -> list[FrozenTrial]:
+        return [trial for trial in trials_of(self.paths.dir) if trial.state.name in ("COMPLETE", "PRUNED")]
+
+
+@pytest.fixture
+def case(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Case:
+    shutil.copytree(original / "studies", tmp_path / "studies")
+    shutil.copy(original / "own.yaml", tmp_path / "own.yaml")
+    monkeypatch.setenv("HPO_CACHE", str(original / "cache"))
+
+    def run(*options: str) -> tuple[int, list[str]]:
+        capsys.readouterr()
+        code = hpo(monkeypatch, "study", "doctor", "own", *options)
+        return code, capsys.readouterr().out.splitlines()
+
+    return Case(StudyPaths.of("own"), run)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file's content, by its name."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def found(lines: list[str], match: str) -> str:
+    """The one line that matches."""
+    [line] = [line for line in lines if re.search(match, line)]
+    return line
+
+
+def wrong(lines: list[str]) -> int:
+    """How many things the command said were wrong."""
+    counted = [int(m[1]) for line in lines if (m := re.search(r"(\d+) things? (is|are) wrong", line))]
+    return counted[0] if counted else 0
+
+
+CLAIM = """
+import sys, time
+from hpo.study import Study, find_study
+from hpo.space import load_space
+found = find_study("own")
+study = Study(found.optuna, found.paths, found.record, found.storage_url, load_space(sys.argv[1]))
+study.claim()
+print("claimed", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts a process that claims a trial, and holds it."""
+    started = []
+
+    def claim() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", CLAIM, str(tmp_path / "own.yaml")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "claimed\n"
+        return process
+
+    yield claim
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+# Healthy ------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_wrong_with_a_finished_study_and_looking_changes_nothing(case: Case) -> None:
+    before = tree(case.paths.dir)
+    code, lines = case.run()
+    assert code == 0, lines
+    assert "nothing is wrong with study own" in lines
+    assert re.search(r"on the disk: [\d.]+ [kM]B: .*trials' weights [\d.]+ kB", lines[-1])
+    assert tree(case.paths.dir) == before
+
+
+def test_mending_what_is_whole_changes_nothing(case: Case) -> None:
+    before = tree(case.paths.dir)
+    assert case.run("--mend")[0] == 0
+    assert tree(case.paths.dir) == before
+
+
+def test_without_a_name_it_is_the_study_that_was_run_last(
+    case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "study", "doctor") == 0
+    assert "nothing is wrong with study own" in capsys.readouterr().out
+
+
+# Processes that died ------------------------------------------------------------------------------------------------
+
+
+def test_the_trial_of_a_killed_process_is_found_and_given_back(
+    case: Case, worker: Callable[[], subprocess.Popen[str]]
+) -> None:
+    case.study.ensure_slots(TOTAL + 1)
+    process = worker()
+    process.kill()
+    process.wait()
+    finished, before = case.finished(), tree(case.paths.dir)
+    code, lines = case.run()
+    assert code == 1
+    line = found(lines, "RUNNING")
+    assert line.startswith(f"trial 3 (slot 3) is RUNNING, but its process {process.pid} is dead; --mend gives it back")
+    assert "hpo study doctor own --mend" in found(lines, "can be mended")
+    assert tree(case.paths.dir) == before
+
+    code, lines = case.run("--mend")
+    assert code == 0, lines
+    assert found(lines, "^mended: trial 3")
+    assert [trial.state.name for trial in trials_of(case.paths.dir)] == [*["COMPLETE"] * TOTAL, "FAIL", "WAITING"]
+    assert trials_of(case.paths.dir)[-1].user_attrs["slot"] == 3
+    assert case.finished() == finished
+
+
+def test_a_trial_whose_process_lives_is_never_touched(case: Case, worker: Callable[[], subprocess.Popen[str]]) -> None:
+    case.study.ensure_slots(TOTAL + 1)
+    worker()
+    (case.paths.checkpoint(3)).parent.mkdir(exist_ok=True)
+    case.paths.checkpoint(3).write_bytes(b"its epochs")
+    before = tree(case.paths.dir)
+    assert case.run("--mend")[0] == 0
+    assert tree(case.paths.dir) == before
+    assert trials_of(case.paths.dir)[3].state.name == "RUNNING"
+
+
+def test_what_another_host_holds_is_said_with_its_name_and_left_alone(case: Case) -> None:
+    study = case.study
+    study.ensure_slots(TOTAL + 1)
+    claimed = study.claim()
+    assert claimed is not None
+    claimed[0].set_user_attr(LEASE, {"host": "elsewhere", "boot": "b", "pid": 7, "start": 7})
+    code, lines = case.run("--mend")
+    assert code == 1
+    line = found(lines, "trial 3")
+    assert "is held by a process on elsewhere since 20" in line
+    assert line.endswith("cannot be seen from here; if it is dead: hpo run own.yaml --trials 3 --reclaim")
+    assert trials_of(case.paths.dir)[3].state.name == "RUNNING"
+
+
+def test_a_trial_that_was_claimed_and_never_leased_is_found_once_it_is_late(case: Case) -> None:
+    study = case.study
+    study.ensure_slots(TOTAL + 1)
+    trial = study.optuna.get_trials()[3]
+    study.optuna._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+    assert case.run()[0] == 0  # it is being claimed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hpo.storage.lease._GRACE_S", -1)
+        code, lines = case.run()
+    assert code == 1
+    assert "no process has held it since" in found(lines, "trial 3")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from hpo.storage.lock import JournalLock
+JournalLock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_found_and_a_living_ones_is_not(case: Case) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(case.paths.journal)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    try:
+        assert case.run()[0] == 0
+    finally:
+        process.kill()
+        process.communicate()
+    code, lines = case.run()
+    assert code == 1
+    assert "journal.log.lock: a process that died left it" in found(lines, "journal.log.lock")
+    code, lines = case.run("--mend")
+    assert code == 0, lines
+    assert not os.path.lexists(case.paths.dir / "journal.log.lock")
+
+
+# The storage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("torn", ["tail", "prefix"])
+def test_a_torn_record_is_seen_without_being_mended_and_then_mended(case: Case, torn: str) -> None:
+    case.study.ensure_slots(TOTAL + 1)
+    whole = case.paths.journal.read_bytes()
+    *lines, last = whole.splitlines(keepends=True)
+    half = last[: len(last) // 2]
+    broken = whole + half if torn == "tail" else b"".join(lines) + half + last
+    case.paths.journal.write_bytes(broken)
+    before = tree(case.paths.dir)
+    code, said = case.run()
+    assert code == 1
+    assert f"journal.log: {len(half)} bytes " in found(said, "torn by a crash")
+    assert wrong(said) == 1
+    assert tree(case.paths.dir) == before
+
+    code, said = case.run("--mend")
+    assert code == 0, said
+    assert found(said, r"^mended: .*journal\.log")
+    assert case.paths.dir.joinpath("journal.log.torn").read_bytes() == half + b"\n"
+    assert len(trials_of(case.paths.dir)) == TOTAL + 1
+
+
+def test_other_damage_is_told_with_its_line_and_hides_nothing_else(case: Case) -> None:
+    lines = case.paths.journal.read_bytes().splitlines(keepends=True)
+    lines[4] = b"nonsense\n"
+    case.paths.journal.write_bytes(b"".join(lines))
+    old = leave(case.paths.dir / "trials" / "00001" / "model.tmp")
+    before = case.paths.journal.read_bytes()
+    code, said = case.run("--mend")
+    assert code == 1
+    assert "journal.log:5: damaged, and not by a crash of ours; restore it from a backup" in found(said, "damaged")
+    assert found(said, f"^mended: {old}")
+    assert case.paths.journal.read_bytes() == before
+
+
+def test_a_journal_that_is_gone_is_told(case: Case) -> None:
+    case.paths.journal.unlink()
+    code, lines = case.run("--mend")
+    assert code == 1
+    assert "journal.log is gone, and the study's trials with it; put it back from a backup" in found(lines, "gone")
+    assert not case.paths.journal.exists()
+
+
+def test_a_missing_study_yaml_is_written_from_what_the_storage_knows(case: Case, capsys: Any) -> None:
+    record = find_study("own").record
+    case.paths.study_yaml.unlink()
+    code, lines = case.run()
+    assert code == 1
+    assert "study.yaml is missing, though" in found(lines, "study.yaml")
+    assert case.run("--mend")[0] == 0
+    again = find_study("own")
+    assert {key: again.record[key] for key in ("hash", "identity", "data", "base")} == {
+        key: record[key] for key in ("hash", "identity", "data", "base")
+    }
+    work_off(case.study, Path(record["data"]["path"]))  # it can be gone on with
+
+
+def test_an_unreadable_study_yaml_is_told_and_hides_nothing_else(case: Case) -> None:
+    case.paths.study_yaml.write_text("{no: [yaml")
+    old = leave(case.paths.dir / "trials" / "00001" / "model.tmp")
+    code, lines = case.run()
+    assert code == 1
+    assert found(lines, r"study\.yaml cannot be read")
+    assert found(lines, str(old))
+
+
+def test_slots_that_nobody_would_train_are_queued_and_a_second_one_is_taken_back(case: Case) -> None:
+    study = case.study
+    study.ensure_slots(TOTAL)
+    study.optuna.set_user_attr("trials", TOTAL + 2)  # as a process that is killed while it queues them leaves it
+    study.optuna.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"slot": 1}))
+    finished = case.finished()
+    code, lines = case.run()
+    assert code == 1
+    assert "slots 3, 4 of the total of 5 have no trial; --mend queues them" in found(lines, "of the total")
+    assert "slot 1 is queued though trial 1 has it: as trial 3" in found(lines, "queued though")
+    code, lines = case.run("--mend")
+    assert code == 0, lines
+    assert case.finished() == finished
+    waiting = [trial.user_attrs["slot"] for trial in trials_of(case.paths.dir) if trial.state.name == "WAITING"]
+    assert waiting == [3, 4]
+
+
+def test_a_study_in_a_database_is_mended_too(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path}/own.db"
+    study = begin(tmp_path, images=original / "images", total=1, storage=url)
+    claimed = study.claim()
+    assert claimed is not None
+    dead = claimed[0].user_attrs[LEASE] | {"start": 1}
+    claimed[0].set_user_attr(LEASE, dead)
+    assert hpo(monkeypatch, "study", "doctor", "own") == 1
+    assert "is RUNNING, but its process" in capsys.readouterr().out
+    study.paths.study_yaml.unlink()
+    assert hpo(monkeypatch, "study", "doctor", "own", "--storage", url, "--mend") == 0
+    assert find_study("own").counts().waiting == 1
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def leave(path: Path) -> Path:
+    """A file that was last written an hour ago."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * 1500)
+    os.utime(path, (time.time() - 3600,) * 2)
+    return path
+
+
+def artifacts_of(case: Case) -> dict[str, tuple[Path, Path]]:
+    """artifact id -> (its file, the trial's own)."""
+    known = {}
+    for trial in trials_of(case.paths.dir):
+        for key, value in trial.system_attrs.items():
+            if key.startswith("artifacts:"):
+                meta = json.loads(value)
+                name = meta["artifact_id"]
+                known[name] = (case.paths.artifacts / name, case.paths.trial(trial.number) / meta["filename"])
+    return known
+
+
+def test_a_deleted_artifact_comes_back_from_the_trials_folder(case: Case) -> None:
+    (gone, own), (lost, its_own), *_ = artifacts_of(case).values()
+    content, finished = gone.read_bytes(), case.finished()
+    gone.unlink()
+    lost.unlink()
+    its_own.unlink()
+    code, lines = case.run()
+    assert code == 1
+    assert f"--mend copies it from {own}" in found(lines, gone.name)
+    code, lines = case.run("--mend")
+    assert code == 1
+    assert gone.read_bytes() == content
+    assert "put it back from a backup" in found(lines, lost.name)
+    assert case.finished() == finished
+
+
+def test_what_a_study_keeps_in_a_depot_is_looked_for_and_mended_there(case: Case, tmp_path: Path) -> None:
+    there = tmp_path / "depot" / "own"
+    case.study.optuna.set_user_attr("artifacts", str(there.parent))  # as a run with --artifacts leaves it
+    for folder in (case.paths.artifacts, case.paths.trials):
+        shutil.copytree(folder, there / case.paths.inside(folder))
+    here = sorted(case.paths.artifacts.iterdir())
+    for file in (*here, *case.paths.trials.glob("*/model.safetensors")):
+        file.unlink()  # as on a machine that trained nothing
+    code, lines = case.run()
+    assert code == 0, lines
+    assert not [line for line in lines if line.startswith("note: ")]
+    gone = there / "artifacts" / here[0].name
+    gone.unlink()
+    assert case.run()[0] == 1
+    assert case.run("--mend")[0] == 0
+    assert gone.exists()
+    assert not here[0].exists()
+
+
+def test_what_nobody_needs_any_more_is_told_with_its_size_and_removed(case: Case) -> None:
+    case.study.ensure_slots(TOTAL + 1)
+    of_finished, of_fold = case.paths.checkpoint(1), case.paths.checkpoint(2, fold=2)
+    of_waiting = leave(case.paths.checkpoint(3))
+    old = [
+        leave(of_finished),
+        leave(of_fold),
+        leave(case.paths.checkpoint(3).with_name("00003.pt.tmp")),
+        leave(case.paths.dir / ".study.yaml.4711.tmp"),
+        leave(case.paths.refit("x").with_name(".best.new-99") / "model.safetensors").parent,
+    ]
+    os.utime(old[-1], (time.time() - 3600,) * 2)
+    fresh = leave(case.paths.trial(1) / "model.tmp")
+    os.utime(fresh)
+    code, lines = case.run()
+    assert code == 1
+    assert wrong(lines) == len(old)
+    for path in old:
+        assert f"{path} (1.5 kB) " in found(lines, re.escape(str(path)))
+    code, lines = case.run("--mend")
+    assert code == 0, lines
+    assert [path for path in old if path.exists()] == []
+    assert of_waiting.exists()  # it goes on from there
+    assert fresh.exists()  # it may be being written
+
+
+def test_a_folder_that_no_trial_has_is_told_and_never_deleted(case: Case) -> None:
+    stray = leave(case.paths.trial(17) / "model.safetensors")
+    code, lines = case.run("--mend")
+    assert code == 1
+    assert f"{stray.parent} (1.5 kB) belongs to no trial of the storage" in found(lines, "00017")
+    assert stray.exists()
+
+
+def test_missing_weights_of_the_best_trial_are_no_fault_but_are_said(case: Case) -> None:
+    best = case.study.best_trial()
+    assert best is not None
+    case.paths.trial_model(best.number).unlink()
+    code, lines = case.run()
+    assert code == 0
+    assert "hpo refit best trains it again" in found(lines, "^note: .*model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "preprocess.json"])
+def test_a_submission_model_without_a_file_is_told(case: Case, name: str) -> None:
+    (case.paths.refit("best") / name).unlink()
+    code, lines = case.run("--mend")
+    assert code == 1
+    assert f"no {name} in it" in found(lines, "refit/best")
+
+
+def test_a_submission_model_that_a_crash_left_aside_is_put_back(case: Case) -> None:
+    home = case.paths.refit("best")
+    home.rename(home.with_name(".best.old"))
+    code, lines = case.run()
+    assert code == 1
+    assert "a crash left it as .best.old; --mend puts it back" in found(lines, "refit/best")
+    assert case.run("--mend")[0] == 0
+    assert (home / "model.safetensors").exists()
+
+
+def test_a_disk_that_is_too_full_is_told_with_both_numbers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.study.ensure_slots(TOTAL + 2)
+    assert case.run()[0] == 0
+    usage = shutil.disk_usage(case.paths.dir)
+    monkeypatch.setattr("hpo.analysis.doctor.shutil.disk_usage", lambda path: usage._replace(free=2000))
+    code, lines = case.run()
+    assert code == 1
+    assert re.search(r"2\.0 kB are free on the disk, and [\d.]+ kB are needed", found(lines, "free some space"))
+    assert "the 2 trials that are left" in found(lines, "free some space")
+
+
+# What it was begun with ---------------------------------------------------------------------------------------------
+
+
+def test_images_that_changed_or_are_gone_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = draw_images(tmp_path / "images")
+    begin(tmp_path, images=images, total=1)
+    assert hpo(monkeypatch, "study", "doctor", "own") == 0
+    Image.new("RGB", (8, 8), "red").save(images / "dark" / "00.png")
+    assert hpo(monkeypatch, "study", "doctor", "own") == 1
+    line = found(capsys.readouterr().out.splitlines(), "fingerprint")
+    assert line.startswith(f"the images in {images} are not those that the study was begun with")
+    shutil.rmtree(images)
+    assert hpo(monkeypatch, "study", "doctor", "own", "--mend") == 1
+    assert found(capsys.readouterr().out.splitlines(), "cannot be read").startswith(f"the study's images ({images})")
+
+
+def test_weights_that_changed_or_are_gone_are_told_each(case: Case, tmp_path: Path) -> None:
+    changed, gone = tmp_path / "changed.pth", tmp_path / "gone.pth"
+    changed.write_bytes(b"new")
+    study = case.study
+    known = dict.fromkeys(map(str, (changed, gone)), hashlib.sha256(b"old").hexdigest())
+    study.optuna.set_user_attr("hpo", {**study.record, "weights": known})
+    code, lines = case.run()
+    assert code == 1
+    assert "has changed since" in found(lines, "changed.pth")
+    assert found(lines, "gone.pth")
+
+
+def test_other_versions_are_noted_and_are_no_fault(case: Case) -> None:
+    study = case.study
+    began = {**study.record["versions"], "torch": "1.0"}
+    study.optuna.set_user_attr("hpo", {**study.record, "versions": began})
+    code, lines = case.run()
+    assert code == 0
+    assert re.search(r"torch [\d.]+\S*, not 1\.0", found(lines, "^note: versions"))
+
+
+# However broken it is -----------------------------------------------------------------------------------------------
+
+
+def test_a_check_that_cannot_be_made_is_a_finding_and_hides_no_other(
+    case: Case, worker: Callable[[], subprocess.Popen[str]]
+) -> None:
+    study = case.study
+    study.ensure_slots(TOTAL + 2)
+    study.optuna._storage.set_trial_system_attr(study.optuna.get_trials()[4]._trial_id, "artifacts:x", "nonsense")
+    process = worker()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    leave(case.paths.checkpoint(1))
+    code, lines = case.run()
+    assert code == 1
+    assert "artifacts: cannot be looked at (JSONDecodeError:" in found(lines, "^artifacts")
+    assert found(lines, "is RUNNING, but its process")
+    assert found(lines, "checkpoint of slot 1")
+    code, lines = case.run("--mend")
+    assert code == 1
+    assert wrong(lines) == 1  # the two that can be mended are
+
+
+def test_what_cannot_be_mended_after_all_is_told(
+    case: Case, worker: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.study.ensure_slots(TOTAL + 1)
+    process = worker()
+    process.kill()
+    process.wait()
+    leave(case.paths.checkpoint(1))
+    monkeypatch.setattr(Study, "reap", lambda self: 1 / 0)
+    code, lines = case.run("--mend")
+    assert code == 1
+    assert "division by zero" in found(lines, "^could not be mended: trial 3")
+    assert found(lines, "^mended: .*checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nosuch"], "no study nosuch"),
+        (["../own"], "'../own'"),
+        (["own", "--storage", "other.log"], "study own lies in"),
+        (["nosuch", "--storage", "nowhere.log"], "nowhere.log: there is no such journal"),
+        (["own", "--storage", ""], "--storage is empty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    told: str,
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert hpo(monkeypatch, "study", "doctor", *arguments) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.startswith("hpo: ")
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_without_studies_it_says_how_to_begin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "study", "doctor") == 2
+    assert "begin with: hpo run digits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")]
+)
+def test_sizes_are_said_as_a_person_says_them(size: float, words: str) -> None:
+    assert doctor.in_words(size) == words

@@ -1,0 +1,411 @@
+"""Suggested spaces: what is widened, narrowed and dropped, and that nothing else is."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.data import load_dataset
+from hpo.analysis.evidence import binomial_tail, gather, missing_chance, spread_chance
+from hpo.analysis.ranges import narrowed, outer_share, widened
+from hpo.analysis.suggest import edges, suggest
+from hpo.errors import StudyError
+from hpo.space import (
+    Categorical,
+    Integer,
+    Real,
+    SearchSpace,
+    check_file,
+    list_spaces,
+    load_space,
+    space_from_yaml,
+)
+from hpo.space.fields import config_fields
+from hpo.study import Study, find_study
+from hpo.study.metadata import config_of
+from tests.hpo.commands import hpo
+from tests.hpo.confirmation.simulated import Score, add_trials, in_memory, on_disk, space_of
+
+SPACE = """
+description: a space of every kind of parameter
+data: {name: digits}
+base: {epochs: 10, batch_size: 64, optim: {lr_scale: 1.0}}
+objective: {metric: accuracy}
+trials: 60
+sampler: {name: random}
+pruner: {name: rungs, rungs: [0.2, 0.5], keep: 0.5}
+search:
+  optim.name: {choices: [adamw, sgd, swats]}
+  optim.lr_scale: {low: 0.1, high: 10, log: true}
+  optim.swats.switch_fraction: {low: 0.1, high: 0.6, when: {optim.name: swats}}
+  optim.momentum: {low: 0.8, high: 0.98, when: {optim.name: [sgd, swats]}}
+  augment.ops: {low: 0, high: 3}
+  augment.strength: {low: 0.0, high: 1.0}
+  loss.smoothing: {low: 0.0, high: 0.2}
+  model.width: {low: 0.5, high: 1.5, step: 0.25}
+"""
+
+OVERSAMPLE = Integer("sampling.oversample", {}, 1, 12, log=True)
+DECAY = Real("optim.weight_decay", {}, 1e-6, 1e-3, log=True)
+
+
+def noise(params: Mapping[str, Any], rng: random.Random) -> float:
+    return rng.gauss(0.5, 0.05)
+
+
+def rising(path: str, *, by: float = 1.0) -> Score:
+    """Scores that rise (or fall) with one number, in its logarithm, by far more than their noise."""
+    return lambda params, rng: by * math.log(params[path] + 0.01) + rng.gauss(0, 0.01)
+
+
+def near(path: str, best: float) -> Score:
+    """Scores that are the best at one value of a number."""
+    return lambda params, rng: -abs(params[path] - best) + rng.gauss(0, 0.001)
+
+
+def suggested(
+    tmp_path: Path, score: Score, *, trials: int = 60, text: str = SPACE
+) -> tuple[SearchSpace, SearchSpace, str]:
+    """The space, what is suggested in its place, and the text of it."""
+    space = space_of(tmp_path, text)
+    study = in_memory(space)
+    add_trials(study, space, score, trials=trials)
+    written = suggest(study, space)
+    new = space_of(tmp_path, written, "new")
+    return space, new, written
+
+
+def changed(old: SearchSpace, new: SearchSpace) -> set[str]:
+    """The parameters that are not what they were, but for their conditions."""
+    bare = [{path: {**one.describe(), "when": None} for path, one in space.search.items()} for space in (old, new)]
+    return {path for path in bare[0] if bare[0][path] != bare[1].get(path)}
+
+
+# What every suggestion is
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in list_spaces() if entry.kind == "space"])
+@pytest.mark.parametrize("seed", range(2))
+def test_any_suggestion_can_be_searched_and_keeps_the_base_the_best_and_all_that_is_no_search(
+    name: str, seed: int, tmp_path: Path
+) -> None:
+    space = load_space(name)
+    study = in_memory(space)
+    # Scores that hang on two parameters alone, so that there is something to be seen.
+    always = sorted(path for path, one in space.search.items() if not one.when)
+    weights = dict.fromkeys(space.search, 0.0) | dict.fromkeys(random.Random(seed).sample(always, 2), 1.0)
+    worth = {path: {str(choice): weights[path] * place for place, choice in enumerate(one.labels)}
+             for path, one in space.search.items() if isinstance(one, Categorical)}  # fmt: skip
+
+    def score(params: Mapping[str, Any], rng: random.Random) -> float:
+        found = (worth[path][str(value)] if path in worth else weights[path] * scaled(space, path, value)
+                 for path, value in params.items())  # fmt: skip
+        return sum(found) + rng.gauss(0, 0.05)
+
+    add_trials(study, space, score, trials=60, seed=seed, pruned=0.5)
+    file = tmp_path / "new.yaml"
+    file.write_text(suggest(study, space), encoding="utf-8")
+    assert check_file(file) == []
+    new = load_space(file)
+    for kept in ("objective", "sampler", "pruner", "base", "description"):
+        assert getattr(new, kept) == getattr(space, kept)
+    assert [recipe.name for recipe in new.recipes] == [recipe.name for recipe in space.recipes]
+    assert new.express(space.base) == new.base_params()
+    best = gather(study).best
+    assert all(new.express(config_of(study.record, trial.params)) is not None for trial in best)
+    for path, one in new.search.items():
+        check_bounds(space.search[path], one)
+
+
+def scaled(space: SearchSpace, path: str, value: Any) -> float:
+    one = space.search[path]
+    assert isinstance(one, Integer | Real)
+    return float((value - one.low) / (one.high - one.low))
+
+
+def check_bounds(old: Any, new: Any) -> None:
+    """Within the field's own bounds, and of steps on the old grid."""
+    assert type(old) is type(new)
+    if isinstance(new, Categorical):
+        assert set(new.choices) <= set(old.choices)
+        return
+    for bound in (new.low, new.high):
+        config_fields()[new.path].validate(bound)
+    assert (new.log, new.step) == (old.log, old.step)
+    if new.step is not None:
+        assert (new.low - old.low) / new.step == pytest.approx(round((new.low - old.low) / new.step))
+
+
+def test_noise_changes_no_more_than_chance_would(tmp_path: Path) -> None:
+    space = load_space("stl10_small")
+    count = 0
+    for seed in range(4):
+        study = in_memory(space)
+        add_trials(study, space, noise, trials=40, seed=seed)
+        count += len(changed(space, space_of(tmp_path, suggest(study, space), f"new{seed}")))
+    assert count <= 0.05 * 4 * len(space.search)
+
+
+def test_too_few_trials_change_nothing_and_it_is_said(tmp_path: Path) -> None:
+    old, new, text = suggested(tmp_path, rising("optim.lr_scale"), trials=19)
+    assert new.identity() == old.identity()
+    assert new.trials == old.trials
+    assert "Nothing is changed: fewer than 20 finished trials say too little, and there are 19" in text.replace(
+        "\n# ", " "
+    )
+
+
+def test_of_trials_that_were_nearly_all_pruned_too_few_are_complete(tmp_path: Path) -> None:
+    space = space_of(tmp_path, SPACE)
+    study = in_memory(space)
+    add_trials(study, space, lambda params, rng: -len(study.optuna.get_trials(deepcopy=False)), trials=40, pruned=1.0)
+    assert edges(study, space) == ()
+    assert "and fewer than 5 say too little" in suggest(study, space).replace("\n# ", " ")
+
+
+def test_before_any_trial_is_finished_the_studys_own_space_is_suggested(tmp_path: Path) -> None:
+    space = space_of(tmp_path, SPACE)
+    text = suggest(in_memory(space), space)
+    assert "finished trials say too little, and there are 0" in text.replace("\n# ", " ")
+    assert space_from_yaml(text, "new").identity() == space.identity()
+
+
+# At a bound
+
+
+@pytest.mark.parametrize(
+    ("path", "by", "bound", "limit", "moved"),
+    [
+        ("optim.lr_scale", 1, "high", 10, 100),  # half the range in its logarithm is a factor of ten
+        ("optim.lr_scale", -1, "low", 0.1, 0.01),
+        ("loss.smoothing", 1, "high", 0.2, 0.3),
+        ("augment.ops", 1, "high", 3, 4),  # two steps more would be beyond the field, whose end is 4
+        ("model.width", 1, "high", 1.5, 2.0),
+        ("model.width", -1, "low", 0.5, 0.25),  # 0 would be beyond the field
+    ],
+)
+def test_a_bound_that_the_best_crowd_at_is_moved_by_half_the_range(
+    path: str, by: int, bound: str, limit: float, moved: float, tmp_path: Path
+) -> None:
+    space = space_of(tmp_path, SPACE)
+    study = in_memory(space)
+    add_trials(study, space, rising(path, by=by), trials=60)
+    [edge] = edges(study, space)
+    assert (edge.path, edge.bound, edge.limit) == (path, bound, limit)
+    assert edge.best == study.optuna.best_trial.params[path]
+    assert f"best trials lie in the quarter of the range at its {'upper' if by > 0 else 'lower'} bound" in edge.words
+    text = suggest(study, space)
+    new = space_of(tmp_path, text, "new")
+    assert getattr(new.search[path], bound) == pytest.approx(moved)
+    assert f"  {edge.yaml_line}\n" in text
+    assert f"# widened to {moved:.3g}: " in text
+
+
+@pytest.mark.parametrize(("path", "by"), [("loss.smoothing", -1), ("augment.strength", 1)])
+def test_a_bound_that_is_the_fields_own_stays_and_it_is_said(path: str, by: int, tmp_path: Path) -> None:
+    space = space_of(tmp_path, SPACE)
+    study = in_memory(space)
+    add_trials(study, space, rising(path, by=by), trials=60)
+    assert edges(study, space) == ()
+    assert "the field itself goes no further" in suggest(study, space).replace("\n  # ", " ")
+
+
+def test_an_end_that_the_field_does_not_hold_is_come_nearer_to() -> None:
+    assert widened(Real("optim.momentum", {}, 0.8, 0.98), "high") == Real("optim.momentum", {}, 0.8, 0.99)
+    assert widened(Real("optim.swats.switch_fraction", {}, 0.1, 0.6), "low") == Real(
+        "optim.swats.switch_fraction", {}, 0.05, 0.6
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "bound", "after"),
+    [
+        (OVERSAMPLE, "high", replace(OVERSAMPLE, high=42)),
+        (OVERSAMPLE, "low", None),
+        (Real("augment.flip", {}, 0.5, 0.8, step=0.3), "high", None),  # a step more is 1.1
+        (Real("augment.flip", {}, 0.5, 0.8, step=0.3), "low", Real("augment.flip", {}, 0.2, 0.8, step=0.3)),
+        (DECAY, "high", replace(DECAY, high=0.032)),
+        (replace(DECAY, high=0.1), "high", None),
+        (Real("augment.rotation_degrees", {}, 0, 150), "high", Real("augment.rotation_degrees", {}, 0, 180)),
+    ],
+)  # fmt: skip
+def test_a_range_is_widened_on_its_grid_and_within_its_field(before: Any, bound: Any, after: Any) -> None:
+    assert widened(before, bound) == after
+
+
+# Inside
+
+
+def test_a_range_is_narrowed_to_the_best_with_a_margin_and_keeps_the_base(tmp_path: Path) -> None:
+    old, new, text = suggested(tmp_path, near("augment.strength", 0.4))
+    narrow = new.search["augment.strength"]
+    assert isinstance(narrow, Real)
+    assert 0.1 <= narrow.low < 0.3 < 0.4 < narrow.high <= 0.7  # the base's is 0.3
+    assert changed(old, new) == {"augment.strength"}
+    assert "# narrowed from 0 to 1: the 15 best trials lie between" in text
+
+
+def test_a_base_that_lies_elsewhere_keeps_the_range_wide(tmp_path: Path) -> None:
+    old, new, text = suggested(tmp_path, near("augment.strength", 0.85))
+    assert changed(old, new) == set()
+    assert "and the base at 0.3, which is too much of the range" in text.replace("\n  # ", " ")
+
+
+@pytest.mark.parametrize(
+    ("before", "low", "high", "after"),
+    [
+        (Real("a", {}, 0.0, 1.0), 0.333, 0.5, Real("a", {}, 0.23, 0.6)),  # a tenth more, in two digits, outwards
+        (Real("a", {}, 0.0, 1.0), 0.02, 0.95, Real("a", {}, 0.0, 1.0)),
+        (Real("a", {}, 1e-6, 1e-3, log=True), 1e-5, 2e-5, Real("a", {}, 5.0e-6, 4.0e-5, log=True)),
+        (Real("a", {}, 0.0, 1.0, step=0.1), 0.3, 0.3, Real("a", {}, 0.2, 0.4, step=0.1)),
+        (Real("a", {}, 0.0, 0.5, step=0.25), 0.5, 0.5, Real("a", {}, 0.25, 0.5, step=0.25)),
+        (Integer("a", {}, 0, 10), 4, 5, Integer("a", {}, 3, 6)),
+        (Integer("a", {}, 1, 100_000, log=True), 10, 20, Integer("a", {}, 3, 64, log=True)),
+    ],
+)
+def test_a_range_is_narrowed_outwards_rounded_and_on_its_grid(before: Any, low: float, high: float, after: Any) -> None:
+    assert narrowed(before, low, high) == after
+
+
+# Choices and conditions
+
+
+def test_a_choice_that_the_best_lack_is_dropped_and_so_is_what_hangs_on_it(tmp_path: Path) -> None:
+    _, new, text = suggested(tmp_path, lambda params, rng: rng.gauss(0, 0.1) - 9 * (params["optim.name"] == "swats"))
+    optimizers, momentum = new.search["optim.name"], new.search["optim.momentum"]
+    assert isinstance(optimizers, Categorical)
+    assert optimizers.choices == ("adamw", "sgd")
+    assert re.search(
+        r"# dropped swats \(0 of the 15 best trials, \d+ of all 60\); among the 15 best trials: adamw", text
+    )
+    assert "optim.swats.switch_fraction" not in new.search
+    assert "# optim.swats.switch_fraction: no longer searched: optim.name is never swats any more" in text
+    assert momentum.when == {"optim.name": ("sgd",)}
+    assert "when: {optim.name: sgd}" in text
+
+
+def test_the_bases_own_choice_is_never_dropped(tmp_path: Path) -> None:
+    _, new, _ = suggested(tmp_path, lambda params, rng: rng.gauss(0, 0.1) - 9 * (params["optim.name"] == "adamw"))
+    optimizers = new.search["optim.name"]
+    assert isinstance(optimizers, Categorical)
+    assert "adamw" in optimizers.choices
+
+
+def test_what_a_late_sampler_happens_to_share_is_not_taken_for_good(tmp_path: Path) -> None:
+    # As a sampler that learns does: the second half has the better learning rates, and by chance one width.
+    text = SPACE.replace("optim.lr_scale: {low: 0.1, high: 10", "optim.lr_scale: {low: 0.1, high: 1000")
+    space = space_of(tmp_path, text)
+    study = in_memory(space)
+    add_trials(study, space, rising("optim.lr_scale"), trials=40)
+    late = space_of(tmp_path, text.replace("model.width: {low: 0.5", "model.width: {low: 1.25")
+                    .replace("base: {", "base: {model: {width: 1.25}, ")
+                    .replace("low: 0.1, high: 1000", "low: 1.0, high: 1000"), "late")  # fmt: skip
+    add_trials(study, late, lambda params, rng: 5 + rising("optim.lr_scale")(params, rng), trials=40, seed=1)
+    new = space_of(tmp_path, suggest(study, space), "new")
+    assert new.search["model.width"] == space.search["model.width"]
+
+
+# The probabilities, against drawn numbers
+
+
+def test_the_probabilities_are_those_of_drawn_numbers() -> None:
+    rng = random.Random(0)
+    draws = [sorted(rng.random() for _ in range(6)) for _ in range(4000)]
+    assert spread_chance(0.5, 6) == pytest.approx(sum(d[-1] - d[0] <= 0.5 for d in draws) / 4000, abs=0.02)
+    assert binomial_tail(4, 6, 0.25) == pytest.approx(sum(d[3] <= 0.25 for d in draws) / 4000, abs=0.02)
+    picked = [rng.sample(range(20), 5) for _ in range(4000)]
+    assert missing_chance(8, 20, 5) == pytest.approx(sum(min(p) >= 8 for p in picked) / 4000, abs=0.02)
+    assert missing_chance(20, 20, 5) == 0
+    assert outer_share(OVERSAMPLE, "low") == pytest.approx(math.log(1.5 / 0.5) / math.log(12.5 / 0.5))
+    assert outer_share(Real("augment.flip", {}, 0.5, 0.8, step=0.3), "high") == 0.5
+
+
+# The command, and a study that goes on from it
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Study:
+    space = space_of(tmp_path, SPACE, "old")
+    study = on_disk(space, name="old", dataset=load_dataset(space.base.data))
+    add_trials(study, space, rising("optim.lr_scale"), trials=40)
+    return study
+
+
+def test_the_printed_command_begins_with_the_trials_that_fit(
+    old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "wider.yaml"
+    assert hpo(monkeypatch, "space", "suggest", "old", "-o", str(file)) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"written to {file}, with its reasons:"
+    assert "  optim.lr_scale: high 10 → 100" in said
+    command = shlex.split(said[-1])
+    assert command == ["hpo", "run", str(file), "--take-over", "old"]
+    assert hpo(monkeypatch, *command[1:], "--workers", "0") == 0
+    new = find_study("wider")
+    counts = new.counts()
+    assert counts.finished == 40
+    assert f"The total is 30 new trials and the {counts.finished} that fit" in file.read_text().replace("\n# ", " ")
+    assert counts.waiting == 30
+
+
+def test_a_name_that_is_taken_gives_way_to_a_free_one(
+    old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "new ones"
+    folder.mkdir()
+    assert hpo(monkeypatch, "space", "suggest", "-o", str(folder / "old.yaml")) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("/old.yaml' --study old-2 --take-over old")
+
+
+def test_without_a_file_the_space_alone_goes_to_the_terminal(
+    old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "space", "suggest", "old") == 0
+    text = capsys.readouterr().out
+    assert space_of(tmp_path, text, "piped").base == old.space().base
+    assert "\nbase:\n  epochs: 10\n  batch_size: 64\n  optim:\n    lr_scale: 1.0\nsearch:\n" in text, (
+        "as it was written"
+    )
+
+
+def test_a_base_that_its_file_no_longer_means_is_written_whole(
+    old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.yaml").write_text(SPACE.replace("epochs: 10", "epochs: 11"))
+    assert hpo(monkeypatch, "space", "suggest", "old") == 0
+    text = capsys.readouterr().out
+    assert space_of(tmp_path, text, "piped").base == old.space().base
+    assert "  precision:\n" in text
+
+
+def test_a_file_that_somebody_wrote_is_not_overwritten_but_a_suggestion_is(
+    old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, again = tmp_path / "old.yaml", tmp_path / "again.yaml"
+    assert hpo(monkeypatch, "space", "suggest", "old", "-o", str(own)) == 2
+    assert capsys.readouterr().err == f"hpo: {own} is there, and is no suggestion of hpo's; give -o another file\n"
+    assert own.read_text() == SPACE
+    assert [hpo(monkeypatch, "space", "suggest", "old", "-o", str(again)) for _ in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize("place", ["nodir/space.yaml", "."])
+def test_a_place_that_cannot_be_written_is_one_line(
+    place: str, old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "space", "suggest", "old", "-o", str(tmp_path / place)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_study_that_only_confirms_is_refused(old: Study) -> None:
+    old.record["identity"]["confirms"] = "other"  # type: ignore[index]
+    with pytest.raises(StudyError, match="confirms another one and searches nothing; give that: other"):
+        suggest(old, old.space())

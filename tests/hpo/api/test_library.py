@@ -1,0 +1,195 @@
+"""`hpo` in Python: the same studies and models as by the commands, and exceptions in place of exit codes."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import core
+import hpo
+from core.errors import CoreError, UserError
+from hpo import HpoError, load_bundle, predict, refit, run, trials_frame
+from hpo.cli.console import console
+from hpo.errors import BundleError, SpaceError, StudyError
+from hpo.study import Study
+from hpo.submission.bundle import LoadedBundle
+from tests.hpo.commands import SPACE
+from tests.hpo.commands import hpo as command
+from tests.hpo.submission.test_bundle import write
+
+ROOT = Path(__file__).parents[3]
+
+# Each a type of its own.
+SET: dict[str, Any] = {
+    "epochs": 1,
+    "batch_size": 256,
+    "model.widths": [8],
+    "model.se": True,
+    "optim.grad_clip": 1e-05,
+    "early_stop.patience_fraction": None,
+    "schedule.name": "linear",
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the first calls gave back, and where they wrote it."""
+
+    studies: Path
+    study: Study
+    model: LoadedBundle
+    said: str
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """A search of two trials and its refit, both by functions."""
+    folder = tmp_path_factory.mktemp("library")
+    (folder / "small.yaml").write_text(SPACE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_STUDIES", str(folder / "studies"))
+        patch.setenv("HPO_CACHE", str(folder / "cache"))
+        patch.setattr(console, "_file", said := io.StringIO())
+        study = run(folder / "small.yaml", trials=2, set=SET, device="cpu")
+        model = refit(study, device="cpu", confirm=False, quiet=True)
+        yield Made(folder / "studies", study, model, said.getvalue())
+
+
+@pytest.fixture
+def here(made: Made, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """The same, with the command line and the functions looking there."""
+    monkeypatch.setenv("HPO_STUDIES", str(made.studies))
+    return made
+
+
+# What importing costs
+
+
+def test_importing_hpo_waits_for_no_heavy_library_and_its_names_come_when_asked_for() -> None:
+    code = """
+import sys, hpo
+heavy = {"torch", "optuna", "pandas", "matplotlib", "rich", "numpy"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert set(hpo.__all__) <= set(dir(hpo))
+from hpo import HpoError
+assert not heavy & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_name_is_there_and_no_other() -> None:
+    for name in hpo.__all__:
+        assert getattr(hpo, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'hpo' has no attribute 'predictt'"):
+        _ = hpo.predictt  # type: ignore[attr-defined]
+
+
+def test_both_packages_say_that_they_are_typed() -> None:
+    for package in (core, hpo):
+        assert (Path(package.__file__).parent / "py.typed").is_file()
+
+
+# A search and its refit
+
+
+def test_a_run_gives_back_its_study(made: Made) -> None:
+    study = made.study
+    assert isinstance(study, Study)
+    assert study.counts().finished == 2
+    best = study.best_trial()
+    assert best is not None
+    assert best.value == max(trial.value for trial in study.optuna.get_trials(deepcopy=False))
+    assert list(trials_frame(study)["number"]) == [0, 1]
+
+
+def test_what_is_set_reaches_the_configuration_whatever_its_type(made: Made) -> None:
+    best = made.study.best_trial()
+    assert best is not None
+    config = made.study.config_of(best).flat()
+    for path, value in SET.items():
+        assert config[path] == (tuple(value) if isinstance(value, list) else value), path
+
+
+def test_the_command_line_goes_on_with_it_and_the_function_with_that(
+    here: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    remembered = here.study.command
+    assert remembered is not None
+    assert remembered.startswith("hpo run ")
+    assert "--set model.se=true" in remembered
+    space = here.studies.parent / "small.yaml"
+    assert command(monkeypatch, *shlex.split(remembered)[1:]) == 0, "the same total: nothing is left to do"
+    again = run(space, trials=2, set=SET, device="cpu", quiet=True)
+    assert [trial.value for trial in again.optuna.trials] == [trial.value for trial in here.study.optuna.trials]
+
+
+def test_it_says_what_the_command_says_or_nothing(made: Made) -> None:
+    assert "trial   1  accuracy" in made.said
+    assert "refitting" not in made.said, "that was quiet"
+    assert not console.quiet
+
+
+def test_a_refit_gives_back_the_model_that_it_wrote(here: Made) -> None:
+    assert here.model.folder == here.study.paths.refit("best")
+    images = torch.from_numpy(load_digits().images[:9, None] * 15.9375).to(torch.uint8)
+    again = load_bundle(str(here.model.folder), "cpu")
+    assert torch.equal(again.probabilities(images), here.model.probabilities(images))
+    for bundle in (here.model, here.model.folder, str(here.model.folder)):
+        found = predict(bundle, images, **({} if isinstance(bundle, LoadedBundle) else {"device": "cpu"}))
+        assert torch.equal(found.probabilities, again.probabilities(images))
+
+
+def test_a_study_may_be_named_or_be_the_last_one(here: Made) -> None:
+    for study in (here.study.name, None):
+        with pytest.raises(StudyError, match="99"):
+            refit(study, 99, confirm=False, quiet=True)
+
+
+# A person's mistakes
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: run("digitz"), SpaceError, "no such search space.*did you mean digits"),
+        (lambda: run("digits", set={"epoch": 3}), SpaceError, "epoch"),
+        (lambda: run("digits", trials=0), StudyError, "trials=0: give 1 or more"),
+        (lambda: run("digits", workers=-1), StudyError, "workers=-1: give 0 or more"),
+        (lambda: run("digits", data="no/such/folder"), UserError, "no/such/folder: no such file or folder"),
+        (lambda: run("digits", device="tpu"), CoreError, "tpu"),
+        (lambda: refit("no_such_study"), StudyError, "no study no_such_study"),
+        (lambda: refit(), StudyError, "no studies in"),
+        (lambda: predict("no/such/bundle", "photos"), BundleError, "no/such/bundle: no such folder"),
+    ],
+)
+def test_a_mistake_is_an_exception_with_the_words_of_the_command(call: Any, kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        call()
+    assert issubclass(kind, HpoError | CoreError)
+    assert not console.quiet
+
+
+def test_after_an_error_in_quiet_things_are_said_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError):
+        run("digits", data="no/such/folder", quiet=True)
+    assert not console.quiet
+
+
+def test_a_loaded_model_stays_on_its_device(tmp_path: Path) -> None:
+    model = load_bundle(write(tmp_path / "best"), "cpu")
+    with pytest.raises(ValueError, match="a loaded model lies on its device"):
+        predict(model, np.zeros((12, 16, 3), np.uint8), device="cpu")

@@ -1,0 +1,85 @@
+"""Studies whose trials are scored by a formula in place of a training: for what only reads studies."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState, create_trial
+
+from hpo.paths import StudyPaths
+from hpo.space import SearchSpace, load_space
+from hpo.study import Study, open_study
+from hpo.study.metadata import new_record
+from hpo.trials import BASE, SLOT
+
+Score = Callable[[Mapping[str, Any], random.Random], float]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a study asks of a data set."""
+
+    name: str = "digits"
+    fingerprint: str = "ab" * 32
+    classes: tuple[str, ...] = ("0", "1")
+    report: Any = field(default_factory=lambda: SimpleNamespace(broken=()))
+
+
+def space_of(folder: Path, text: str, name: str = "space") -> SearchSpace:
+    """The search space of this text, in a file of its own."""
+    file = folder / f"{name}.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_space(file)
+
+
+def in_memory(space: SearchSpace, *, name: str = "simulated") -> Study:
+    """A study of the space that no file holds."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    images: Any = Images()
+    record = new_record(space, images, seed=0, data_path=None)
+    return Study(optuna.create_study(direction=space.direction), StudyPaths.of(name), record, "memory", space)
+
+
+def on_disk(space: SearchSpace, *, name: str = "simulated", **options: Any) -> Study:
+    """A study of the space with its journal."""
+    study = open_study(space, name=name, **{"dataset": Images(), **options})
+    study.remember_space(space)
+    return study
+
+
+def add_trials(
+    study: Study, space: SearchSpace, score: Score, *, trials: int, seed: int = 0, pruned: float = 0.0
+) -> None:
+    """Adds finished trials with evenly drawn parameters, the first of them the base.
+
+    Args:
+        pruned: the share of those worse than the median so far that are pruned in their first epoch.
+    """
+    rng = random.Random(seed)
+    sampler = optuna.samplers.RandomSampler(seed=seed)
+    scratch = optuna.create_study(sampler=sampler)
+    sign = 1 if space.direction == "maximize" else -1
+    values: list[float] = []
+    for slot in range(trials):
+        drawn = scratch.ask()
+        params = space.base_params() if slot == 0 else (space.suggest(drawn), drawn.params)[1]
+        value = score(params, rng)
+        worse = bool(values) and sign * value < sorted(sign * known for known in values)[len(values) // 2]
+        values.append(value)
+        cut = slot > 0 and worse and rng.random() < pruned
+        study.optuna.add_trial(
+            create_trial(
+                state=TrialState.PRUNED if cut else TrialState.COMPLETE,
+                value=value,
+                params=params,
+                distributions={path: space.distributions[path] for path in params},
+                intermediate_values={1: value},
+                user_attrs={SLOT: slot, **({BASE: True} if slot == 0 else {})},
+            )
+        )

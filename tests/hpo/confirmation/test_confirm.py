@@ -1,0 +1,842 @@
+"""`hpo confirm`: who is trained again and why, on which seeds and splits, who is stopped, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from core.config import TrainConfig
+from core.data import Dataset, Division, folds, load_dataset, on_device
+from core.errors import UserError
+from hpo.api.confirm import confirmed
+from hpo.cli.console import StudyLane
+from hpo.confirmation.candidates import NEIGHBOURS, candidates, identity_of, predict, unit_cube
+from hpo.confirmation.result import Confirmation, read_confirmation
+from hpo.confirmation.trials import Plan, Training, open_confirmation, replicated, search_epochs, trainings
+from hpo.errors import SpaceError, StudyError
+from hpo.paths import StudyPaths
+from hpo.search.interrupts import Interrupts
+from hpo.space import ConfirmationSpace, SearchSpace, load_space, space_from_yaml, space_to_yaml
+from hpo.study import CONFIRMATION, Study, find_study, list_studies, open_study
+from hpo.study.results import write_result
+from hpo.trials import BASE, CONFIG, RECIPE, SLOT, STOPPED, Outcome
+from tests.hpo.commands import hpo
+
+CPU = torch.device("cpu")
+# Two epochs are enough for the right learning rate (0.6), and far too few for a small one (0.1).
+SPACE = """
+data: {{name: digits}}
+base: {{model: {{widths: [8], blocks: [1]}}, epochs: 2, batch_size: 64, augment: {{flip: 0.0, crop_pad_fraction: 0.0}},
+  optim: {{lr_scale: {base}}}}}
+pruner: {{name: none}}
+sampler: {{name: random}}
+search:
+  optim.lr_scale: {{choices: {choices}}}
+confirm: {{budget: {budget}}}
+"""
+TRIALS = 2
+# Of four epochs, which are ten trainings.
+PLANTED = SPACE.format(base=1, choices="[300, 1]", budget=5)
+HOPELESS = SPACE.format(base=300, choices="[1, 300]", budget=5)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset(TrainConfig().data)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of studies: `planted`, `hopeless`, both confirmed, and `searched`, which is `planted` before that."""
+    folder = tmp_path_factory.mktemp("confirm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_STUDIES", str(folder / "studies"))
+        patch.setenv("HPO_CACHE", str(folder / "cache"))
+        for name, text in {"planted": PLANTED, "hopeless": HOPELESS}.items():
+            (folder / f"{name}.yaml").write_text(text)
+            assert hpo(patch, "run", str(folder / f"{name}.yaml"), "--trials", str(TRIALS), "--device", "cpu") == 0
+        shutil.copytree(folder / "studies", folder / "searched")
+        for name in ("planted", "hopeless"):
+            assert hpo(patch, "confirm", name, "--device", "cpu") == 0
+    return folder
+
+
+@pytest.fixture
+def studies(trained: Path, tmp_path: Path) -> Path:
+    """The confirmed studies, to be changed."""
+    return Path(shutil.copytree(trained / "studies", tmp_path / "studies"))
+
+
+@pytest.fixture
+def searches(trained: Path, tmp_path: Path) -> Path:
+    """The searches before they were confirmed, to be changed."""
+    return Path(shutil.copytree(trained / "searched", tmp_path / "studies"))
+
+
+def result_of(name: str) -> Confirmation:
+    found = read_confirmation(StudyPaths.of(name).confirmation)
+    assert found is not None
+    return found
+
+
+def scores_of(confirmation: Confirmation) -> dict[str, dict[int, tuple[float, ...]]]:
+    return {one.key: one.scores for one in confirmation.contenders}
+
+
+def configs_of(study: Study) -> dict[int, list[TrainConfig]]:
+    """Replicate -> what was trained on it."""
+    found: dict[int, list[TrainConfig]] = defaultdict(list)
+    for training, trial in zip(trainings(study), study.optuna.get_trials(), strict=True):
+        found[training.replicate].append(TrainConfig.model_validate_json(json.dumps(trial.user_attrs[CONFIG])))
+    return found
+
+
+# What comes of it
+
+
+def test_a_planted_better_configuration_is_confirmed(studies: Path) -> None:
+    confirmation = result_of("planted")
+    winner = confirmation.contender(confirmation.winner)
+    assert confirmation.evidence
+    assert confirmation.winner == confirmation.leader
+    assert winner.config["optim"]["lr_scale"] == 300
+    assert "best validation score" in winner.chosen_for
+    assert confirmation.advantage is not None
+    assert confirmation.advantage.low > 0
+    assert "better than the base by" in confirmation.verdict
+
+
+def test_a_search_that_cannot_beat_its_base_ends_with_no_evidence(studies: Path) -> None:
+    confirmation = result_of("hopeless")
+    assert not confirmation.evidence
+    assert confirmation.winner == "base"
+    assert confirmation.verdict.startswith("no evidence that tuning helped")
+
+
+def test_the_verdict_stands_in_the_storage_of_the_search(studies: Path) -> None:
+    for name in ("planted", "hopeless"):
+        assert find_study(name).optuna.user_attrs[CONFIRMATION] == result_of(name).verdict
+
+
+def test_the_result_counts_what_was_trained(studies: Path) -> None:
+    confirmation, study = result_of("planted"), find_study("planted.confirm")
+    complete = [trial for trial in study.optuna.get_trials() if trial.state == TrialState.COMPLETE]
+    assert confirmation.trainings == len(complete) == sum(len(one.scores) for one in confirmation.contenders)
+    assert confirmation.epochs == sum(trial.user_attrs["epochs"] for trial in complete)
+    assert confirmation.search_epochs == search_epochs(find_study("planted")) == 2 * TRIALS
+    assert confirmation.search_trials == TRIALS
+    best = confirmation.contender("trial 1")
+    assert best.interval is not None
+    assert confirmation.optimism == pytest.approx((best.search_value or math.nan) - best.interval.mean)
+
+
+# Seeds and splits
+
+
+def test_all_of_a_replicate_train_on_one_seed_and_one_split_which_no_other_has(studies: Path, digits: Dataset) -> None:
+    search, study = find_study("planted"), find_study("planted.confirm")
+    by_replicate = configs_of(study)
+    assert {len(configs) for configs in by_replicate.values()} == {2}
+    assert len(by_replicate) == 5
+    drawn = [{(config.seed, config.data.split_seed) for config in configs} for configs in by_replicate.values()]
+    assert {len(pairs) for pairs in drawn} == {1}
+    seeds, split_seeds = zip(*(pairs.pop() for pairs in drawn), strict=True)
+    searched = [search.config_of(trial) for trial in search.optuna.get_trials()]
+    assert len({*seeds, *(config.seed for config in searched)}) == len(seeds) + TRIALS
+    assert len({*split_seeds, *(config.data.split_seed for config in searched)}) == len(seeds) + 1
+    validated = {tuple(folds(digits, configs[0].data)[0].val.tolist()) for configs in by_replicate.values()}
+    assert len(validated) == len(by_replicate)
+
+
+def test_a_candidate_is_what_the_search_trained_but_for_seed_and_split(studies: Path) -> None:
+    search, study = find_study("planted"), find_study("planted.confirm")
+    found = {identity_of(trial.user_attrs[CONFIG]) for trial in study.optuna.get_trials()}
+    chosen = result_of("planted").contenders
+    assert found == {identity_of(one.config) for one in chosen}
+    for one in chosen:
+        assert one.trial is not None
+        trained = search.trained(one.trial)
+        assert one.config == trained.config.model_dump(mode="json")
+        assert one.search_value == trained.value
+        assert one.epochs == trained.epochs
+
+
+def test_replicates_never_take_the_split_of_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = replicated(TrainConfig(), 0, seed=3)
+    taken = TrainConfig().override({"data.split_seed": first.data.split_seed})
+    assert replicated(taken, 0, seed=3).data.split_seed != first.data.split_seed
+    assert replicated(TrainConfig(), 0, seed=4).data.split_seed != first.data.split_seed
+    assert replicated(TrainConfig(), 0, seed=3) == first
+
+
+def test_replicates_pass_over_splits_that_leave_a_class_without_images(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8)
+    images[40:] = images[[40, 41] * 10]  # of the third class there are two images, ten times each
+    np.savez(tmp_path / "copies.npz", images=images, labels=np.repeat(["a", "b", "c"], 20))
+    config = TrainConfig().override({"data.name": str(tmp_path / "copies.npz")})
+    dataset = load_dataset(config.data)
+
+    def is_possible(replicate: int, **how: Any) -> bool:
+        try:
+            folds(dataset, replicated(config, replicate, seed=0, **how).data)
+        except UserError:
+            return False
+        return True
+
+    assert not all(map(is_possible, range(100)))
+    assert all(is_possible(replicate, dataset=dataset) for replicate in range(100))
+
+
+def test_where_no_split_can_be_trained_on_that_is_an_error(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (12, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", images=images, labels=np.repeat(["a", "b", "c"], 4))
+    config = TrainConfig().override({"data.name": str(tmp_path / "few.npz"), "data.val_fraction": 0.1})
+    with pytest.raises(UserError, match=r"data\.val_fraction"):
+        replicated(config, 0, seed=0, dataset=load_dataset(config.data))
+
+
+def test_a_division_of_the_images_is_the_same_wherever_it_comes_from(digits: Dataset) -> None:
+    division = Division(digits)
+    for changes in ({}, {"data.split_seed": 5}, {"data.folds": 3}, {"data.split_seed": 5}):
+        config = TrainConfig().override(changes).data
+        expected = on_device(folds(digits, config), CPU)
+        for here, there in ((division.here(config), expected), (division.on(CPU, config), expected)):
+            assert len(here) == len(there)
+            for a, b in zip(here, there, strict=True):
+                assert torch.equal(a.train, b.train)
+                assert torch.equal(a.val, b.val)
+                assert a.mean == b.mean
+                assert a.std == b.std
+        assert division.on(CPU, config) is division.on(CPU, config)
+        assert all(split.images is division.on(CPU, TrainConfig().data)[0].images for split in division.on(CPU, config))
+
+
+# Going on
+
+
+def test_confirming_again_trains_nothing_and_says_the_same(
+    studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = result_of("planted")
+    assert hpo(monkeypatch, "confirm", "planted") == 0
+    said = capfd.readouterr().out
+    assert result_of("planted") == before
+    assert all(line in said for line in before.lines())
+    assert "this will take" not in said
+    with Interrupts() as interrupts:
+        assert confirmed(find_study("planted"), data=None, device_name="cpu", interrupts=interrupts) == before
+
+
+def test_after_more_trials_and_with_another_budget_what_was_trained_is_kept(
+    studies: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {
+        (training.identity, training.replicate): training for training in trainings(find_study("planted.confirm"))
+    }
+    assert hpo(monkeypatch, "run", str(trained / "planted.yaml"), "--trials", "3", "--device", "cpu") == 0
+    assert hpo(monkeypatch, "confirm", "planted", "--budget", "4", "--device", "cpu") == 0
+    after = trainings(find_study("planted.confirm"))
+    assert len(after) == len({(training.identity, training.replicate) for training in after}) == 12
+    assert result_of("planted").replicates == 6  # 4 × 6 epochs are twelve trainings
+    for training in after[:10]:
+        assert before[training.identity, training.replicate] == training
+
+
+@pytest.mark.slow
+def test_a_confirmation_that_is_cut_off_goes_on_with_two_workers_to_the_same_result(
+    searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def ended(lane: StudyLane, outcome: Outcome) -> None:
+        trial_ended(lane, outcome)
+        if outcome.number == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    trial_ended = StudyLane.trial_ended
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StudyLane, "trial_ended", ended)
+        assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu") == 130
+    assert "stopped: 3 of 10 trainings are done and safe; go on with\n  hpo confirm planted" in capfd.readouterr().out
+    assert not StudyPaths.of("planted").confirmation.exists()
+    assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu", "--workers", "2") == 0
+    after = scores_of(result_of("planted"))
+    monkeypatch.setenv("HPO_STUDIES", str(trained / "studies"))
+    assert after == scores_of(result_of("planted"))
+
+
+def test_a_worker_that_joins_trains_the_same(
+    searches: Path, trained: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = begun("planted", digits, share=5)
+    assert hpo(monkeypatch, "worker", "planted.confirm", "--device", "cpu") == 0
+    there = [(training.identity, training.replicate, training.values) for training in trainings(study)]
+    monkeypatch.setenv("HPO_STUDIES", str(trained / "studies"))
+    undisturbed = trainings(find_study("planted.confirm"))
+    assert there == [(training.identity, training.replicate, training.values) for training in undisturbed]
+
+
+def test_a_result_that_was_made_without_some_trainings_is_not_the_last_word(
+    studies: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = begun("planted", digits, share=6)
+    assert (study.waiting(), result_of("planted").trainings) == (2, 10)
+    assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu") == 0
+    assert (study.waiting(), result_of("planted").trainings) == (0, 12)
+
+
+def test_what_was_queued_by_one_that_died_before_it_raised_the_total_is_trained_too(
+    searches: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun("planted", digits, share=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Study, "total", property(lambda study: raised(KeyboardInterrupt())))  # read before it is raised
+        begun("planted", digits, share=5)
+    study = find_study("planted.confirm")
+    assert (len(trainings(study)), study.total) == (10, 6)
+    begun("planted", digits, share=5)
+    assert (len(trainings(study)), study.total) == (10, 10)
+
+
+def raised(error: BaseException) -> int:
+    raise error
+
+
+def test_two_that_queue_at_once_queue_everything_once(searches: Path, digits: Dataset) -> None:
+    search = find_study("planted")
+    space = search.space()
+    splits = folds(digits, space.base.data)
+    studies = [open_confirmation(search, space, digits, splits, data_path=None) for _ in range(2)]
+    plans = [Plan(find_study("planted"), space, share=5) for _ in studies]
+    with ThreadPoolExecutor(2) as both:
+        queued = list(both.map(Plan.queue, plans, studies))
+    assert sorted(queued) == [0, 10]
+    assert studies[0].total == len(studies[0].optuna.get_trials()) == 10
+
+
+def test_an_attempt_that_died_while_it_was_stopped_leaves_no_trace_of_that(searches: Path, digits: Dataset) -> None:
+    study, _ = a_field(digits)
+    opened = Study(study.optuna, study.paths, study.record, study.storage_url, study.space())
+    claimed = opened.claim()
+    assert claimed is not None
+    trial, slot = claimed
+    trial.set_user_attr(STOPPED, "cannot win")
+    opened.release(trial)
+    assert next(one for one in trainings(study) if one.slot == slot).stopped is None
+
+
+# Who is stopped
+
+
+def begun(name: str, dataset: Dataset, *, share: float) -> Study:
+    """The confirmation of a study with what its plan lacks queued, and nothing of that trained."""
+    search = find_study(name)
+    space = search.space()
+    plan = Plan(search, space, share=share)
+    study = open_confirmation(search, space, dataset, folds(dataset, space.base.data), data_path=None)
+    plan.queue(study)
+    return study
+
+
+def test_a_candidate_that_cannot_win_is_not_trained_any_more(studies: Path) -> None:
+    study = find_study("hopeless.confirm")
+    base, challenger = result_of("hopeless").contenders
+    assert len(base.scores) == 5
+    assert base.stopped is None
+    assert len(challenger.scores) == 3
+    assert challenger.stopped is not None
+    assert challenger.stopped.startswith("worse than base by")
+    stopped = [trial for trial in study.optuna.get_trials() if STOPPED in trial.user_attrs]
+    assert [(trial.state, trial.user_attrs[STOPPED]) for trial in stopped] == 2 * [
+        (TrialState.PRUNED, challenger.stopped)
+    ]
+    assert study.counts().finished == study.total == 10
+
+
+def test_what_stopping_saves_goes_to_those_that_are_still_in(searches: Path, digits: Dataset) -> None:
+    study, plan = a_field(digits)
+    assert (plan.allocation.candidates, plan.allocation.replicates) == (3, 5)
+    end_all(study, {"base": 0.5, "trial 1": 0.9, "trial 2": 0.1}, stop={"trial 2": 3})
+    assert plan.queue(study) == 2  # of the two that were saved, one more replicate for each that is left
+    assert [(training.key, training.replicate) for training in trainings(study)[-2:]] == [("trial 1", 5), ("base", 5)]
+    end_all(study, {"base": 0.5, "trial 1": 0.9, "trial 2": 0.1})
+    assert plan.queue(study) == 0
+    confirmation = plan.conclude(study)
+    assert confirmation.trainings == plan.allocation.trainings == 15
+    assert confirmation.contender("trial 2").stopped == "cannot win"
+
+
+def test_when_all_challengers_are_out_nothing_more_is_trained(searches: Path, digits: Dataset) -> None:
+    study, plan = a_field(digits)
+    end_all(study, {"base": 0.5, "trial 1": 0.3, "trial 2": 0.1}, stop={"trial 1": 3, "trial 2": 3})
+    assert plan.queue(study) == 0
+    assert plan.conclude(study).winner == "base"
+
+
+@pytest.mark.parametrize(
+    ("failing", "winner", "words"),
+    [
+        ("base", "trial 1", "the base could not be trained"),
+        ("trial 1", "trial 2", "better than the base"),
+        ("trial 2", "trial 1", "better than the base"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_and_wins_nothing(
+    failing: str, winner: str, words: str, searches: Path, digits: Dataset
+) -> None:
+    study, plan = a_field(digits)
+    end_all(study, {"base": 0.5, "trial 1": 0.9, "trial 2": 0.8}, fail={failing})
+    assert plan.queue(study) == 4  # its first training was its last, of five
+    end_all(study, {"base": 0.5, "trial 1": 0.9, "trial 2": 0.8})
+    confirmation = plan.conclude(study)
+    assert confirmation.winner == winner
+    assert words in confirmation.verdict
+    assert confirmation.contender(failing).failure == "diverged"
+    assert confirmation.contender(failing).interval is None
+
+
+def test_where_nothing_can_be_trained_that_is_an_error(searches: Path, digits: Dataset) -> None:
+    study, plan = a_field(digits)
+    end_all(study, {}, fail={"base", "trial 1", "trial 2"})
+    with pytest.raises(StudyError, match=r"field: nothing could be trained again .*diverged"):
+        plan.conclude(study)
+
+
+def a_field(dataset: Dataset) -> tuple[Study, Plan]:
+    """A confirmation of three whose scores are the test's to say: the base, trial 1 and trial 2."""
+    search, space = invented("field", {1: 0.9, 2: 0.8}, dataset)
+    plan = Plan(search, space, share=5.0)  # of 3 × 10 epochs: 15 trainings
+    study = open_confirmation(search, space, dataset, folds(dataset, space.base.data), data_path=None)
+    plan.queue(study)
+    return study, plan
+
+
+def end_all(
+    study: Study,
+    values: dict[str, float],
+    *,
+    stop: dict[str, int] | None = None,
+    fail: set[str] | frozenset[str] = frozenset(),
+) -> None:
+    """Ends all that waits, as a worker would: with these values, stopped from a replicate on, or failed at once."""
+    space = study.space()
+    opened = Study(study.optuna, study.paths, study.record, study.storage_url, space)
+    failed: set[str] = set()
+    while (claimed := opened.claim()) is not None:
+        trial, _ = claimed
+        space.suggest(trial)
+        key, replicate = trial.user_attrs["candidate"], trial.user_attrs["replicate"]
+        if replicate >= (stop or {}).get(key, math.inf) or key in failed:
+            opened.finish(trial, "pruned", attributes={STOPPED: "cannot win", "epochs": 0})
+        elif key in fail:
+            failed.add(key)
+            opened.finish(trial, "pruned", failure="diverged", attributes={"epochs": 1})
+        else:
+            opened.finish(trial, "complete", values[key] + replicate / 1000, attributes={"epochs": 10})
+
+
+# What it may cost
+
+
+@pytest.mark.parametrize(
+    ("share", "budget", "allocated"),
+    [
+        (None, 100, (2, 5)),
+        (0.33, 9, (2, 3)),  # the least that says anything
+        (2.0, 60, (2, 3)),
+        (8 / 3, 80, (2, 4)),
+        (10 / 3, 100, (2, 5)),
+        (5.0, 150, (3, 5)),
+        (7.0, 210, (3, 7)),
+        (1000.0, 30_000, (3, 10)),
+    ],
+)
+def test_the_budget_is_a_share_of_the_epochs_that_the_search_has_trained(
+    share: float | None, budget: int, allocated: tuple[int, int], digits: Dataset
+) -> None:
+    search, space = invented("s", {1: 0.9, 2: 0.8}, digits)
+    plan = Plan(search, space, share=share)
+    assert (search_epochs(search), plan.cost_epochs, plan.budget_epochs) == (30, 10, budget)
+    assert (plan.allocation.candidates, plan.allocation.replicates) == allocated
+    assert plan.is_over_budget == (budget < 60)
+    assert len(plan.left_out) == 3 - allocated[0]
+
+
+def test_without_a_budget_a_third_is_spent_where_that_is_enough_for_two_configurations(digits: Dataset) -> None:
+    search, space = invented("s", {number: number / 50 for number in range(1, 40)}, digits)
+    plan = Plan(search, space, share=None)
+    assert plan.budget_epochs == search_epochs(search) // 3 == 133
+    assert (plan.allocation.candidates, plan.allocation.replicates) == (2, 6)
+
+
+def test_the_space_says_the_budget_and_it_is_no_part_of_what_a_study_is(tmp_path: Path) -> None:
+    spaces = {}
+    for budget in (0.33, 2.0):
+        (tmp_path / "s.yaml").write_text(SPACE.format(base=1, choices="[1, 300]", budget=budget))
+        spaces[budget] = load_space(tmp_path / "s.yaml")
+        assert spaces[budget].confirm.budget == budget
+        assert space_from_yaml(space_to_yaml(spaces[budget]), "s").confirm.budget == budget
+    assert spaces[0.33].hash == spaces[2.0].hash
+    assert load_space(tmp_path / "s.yaml", ["confirm.budget=0.5"]).confirm.budget == 0.5
+    for wrong in ("0", "-1", "true", "much"):
+        with pytest.raises(SpaceError, match=r"confirm\.budget"):
+            load_space(tmp_path / "s.yaml", [f"confirm.budget={wrong}"])
+
+
+def test_a_space_of_before_the_budget_can_still_be_read(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(PLANTED)
+    lines = space_to_yaml(load_space(tmp_path / "s.yaml")).splitlines(keepends=True)
+    start = next(place for place, line in enumerate(lines) if line.startswith("confirm:"))
+    end = next(place for place in range(start + 1, len(lines)) if not lines[place].startswith(" "))
+    assert space_from_yaml("".join(lines[:start] + lines[end:]), "s").confirm.budget is None
+
+
+def test_what_a_confirmation_trains_is_written_and_read_back(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(PLANTED)
+    space = load_space(tmp_path / "s.yaml")
+    written = ConfirmationSpace.of("s", space.objective, space.base, space.path, train_images=3, val_images=1)
+    read = space_from_yaml(space_to_yaml(written), "s")
+    assert isinstance(read, ConfirmationSpace)
+    assert (read.base, read.objective, read.confirms, read.hash) == (space.base, space.objective, "s", written.hash)
+    assert read.test_share == pytest.approx(1 / 3)
+    assert read.resolution == 1
+
+
+# Who is chosen
+
+RUNGS = """
+base: {epochs: 10, batch_size: 64}
+pruner: {name: rungs, rungs: [0.2, 0.5], keep: 0.5}
+sampler: {name: random}
+search:
+  optim.lr_scale: {low: 0.01, high: 100, log: true}
+"""
+
+
+def invented(
+    name: str,
+    values: dict[int, float],
+    dataset: Any,
+    *,
+    lr_scale: dict[int, float] | None = None,
+    at: dict[int, dict[int, float]] | None = None,
+    attributes: dict[int, dict[str, Any]] | None = None,
+    base: float = 0.5,
+) -> tuple[Study, SearchSpace]:
+    """A search of ten epochs a trial: trial 0 is the base, the others have these values, whatever they would train."""
+    folder = StudyPaths.of(name).dir.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.yaml").write_text(RUNGS)
+    space = load_space(folder / f"{name}.yaml")
+    study = open_study(space, name=name, dataset=dataset)
+    study.remember_space(space)
+    for number, value in {0: base, **values}.items():
+        rate = 1.0 if number == 0 else (lr_scale or {}).get(number, 2.0 + number / 100)
+        study.optuna.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE,
+                value=value,
+                params={"optim.lr_scale": rate},
+                distributions=space.distributions,
+                user_attrs={SLOT: number, "epochs": 10, "kept_epoch": 7}
+                | ({BASE: True} if number == 0 else {})
+                | (attributes or {}).get(number, {}),
+                intermediate_values=(at or {}).get(number, {}),
+            )
+        )
+    return study, space
+
+
+IMAGES: Any = SimpleNamespace(
+    name="digits", fingerprint="ab" * 32, classes=("0", "1"), report=SimpleNamespace(broken=()), images=None
+)
+
+
+def reasons(study: Study, space: SearchSpace) -> dict[str, tuple[str, ...]]:
+    return {one.key: one.chosen_for for one in candidates(study, space)}
+
+
+def test_the_candidates_are_the_best_by_several_criteria_in_the_order_of_preference() -> None:
+    at = {1: {2: 0.2, 5: 0.3}, 2: {2: 0.1, 5: 0.9}, 3: {2: 0.8, 5: 0.4}, 4: {2: 0.1, 5: 0.1}}
+    study, space = invented(
+        "s", {1: 0.9, 2: 0.7, 3: 0.6, 4: 0.65, 5: 0.8}, IMAGES, at=at, attributes={4: {RECIPE: "old"}}
+    )
+    assert reasons(study, space) == {
+        "trial 1": ("best validation score",),
+        "base": ("the base",),
+        "trial 2": ("best at epoch 5", "third best validation score"),
+        "recipe old": ("a recipe",),
+        "trial 5": ("second best validation score",),
+        "trial 3": ("best at epoch 2",),
+    }
+    assert list(reasons(study, space)) == ["trial 1", "base", "trial 2", "recipe old", "trial 5", "trial 3"]
+
+
+def test_of_equal_scores_the_earlier_trial_is_first_as_in_the_search() -> None:
+    study, space = invented("s", {1: 0.8, 2: 0.9, 3: 0.9}, IMAGES)
+    best = study.best_trial()
+    assert best is not None
+    assert best.number == 2
+    assert next(iter(reasons(study, space))) == "trial 2"
+
+
+def test_a_configuration_is_there_once_whatever_it_is_called() -> None:
+    """Trials 2 and 3 are replicates, trial 4 is the base again, and trial 5 is the recipe."""
+    rates = {1: 3.0, 2: 5.0, 3: 5.0, 4: 1.0, 5: 7.0}
+    study, space = invented(
+        "s", {1: 0.9, 2: 0.8, 3: 0.95, 4: 0.7, 5: 0.92}, IMAGES, lr_scale=rates, attributes={5: {RECIPE: "r"}}
+    )
+    assert list(reasons(study, space).items()) == [
+        ("trial 3", ("best validation score",)),
+        ("base", ("the base",)),
+        ("recipe r", ("a recipe", "second best validation score")),
+        ("trial 1", ("third best validation score",)),
+    ]
+
+
+def test_the_base_that_is_the_best_is_the_base() -> None:
+    study, space = invented("s", {1: 0.1, 2: 0.2}, IMAGES, base=0.9)
+    first = candidates(study, space)[0]
+    assert (first.key, first.trial, first.chosen_for) == ("base", 0, ("best validation score", "the base"))
+
+
+def test_a_trial_among_good_neighbours_is_chosen_over_a_lucky_one() -> None:
+    rates = {number: 10 ** (-2 + 0.2 * number) for number in range(1, 20)}
+    values = {number: 0.9 - abs(number - 14) / 50 for number in rates}
+    study, space = invented("s", values | {2: 0.99}, IMAGES, lr_scale=rates)
+    chosen = reasons(study, space)
+    assert chosen["trial 2"] == ("best validation score",)
+    assert "best predicted by its neighbours" in chosen["trial 14"]
+
+
+def test_few_trials_have_no_neighbours() -> None:
+    study, space = invented("s", {number: number / 20 for number in range(1, 2 * NEIGHBOURS - 1)}, IMAGES)
+    assert not any("neighbours" in why for why in sum(reasons(study, space).values(), ()))
+
+
+def test_the_mean_over_the_neighbours_is_that_of_the_nearest_in_the_unit_cube() -> None:
+    generator = np.random.default_rng(0)
+    places, values = generator.random((30, 3)), list(generator.random(30))
+    by_hand = [
+        float(np.mean([values[other] for other in np.argsort(((places - place) ** 2).sum(1))[:NEIGHBOURS]]))
+        for place in places
+    ]
+    assert predict(places, values) == pytest.approx(by_hand)
+
+
+def test_the_unit_cube_is_the_spaces_own() -> None:
+    distributions = {
+        "rate": FloatDistribution(0.01, 100, log=True),
+        "width": IntDistribution(1, 5),
+        "name": CategoricalDistribution(["a", "b", True, 1]),
+    }
+    places = unit_cube(
+        [
+            {"rate": 0.01, "width": 5, "name": "a"},
+            {"rate": 1.0, "width": 2, "name": True},
+            {"rate": 100.0, "name": 1},
+        ],
+        distributions,
+    )
+    half = math.sqrt(0.5)
+    assert places == pytest.approx(
+        np.array([[0, 1, half, 0, 0, 0], [0.5, 0.25, 0, 0, half, 0], [1, 0.5, 0, 0, 0, half]])
+    )
+    assert np.linalg.norm(places[0, 2:] - places[1, 2:]) == pytest.approx(1)
+
+
+def test_a_recipe_that_was_trained_beside_the_study_is_a_candidate() -> None:
+    study, space = invented("s", {1: 0.9}, IMAGES)
+    paths = study.paths.reference("theirs")
+    paths.dir.mkdir(parents=True)
+    paths.config.write_text("epochs: 10\nbatch_size: 16\n")
+    write_result(paths, {"metric": "accuracy", "value": 0.7, "epoch": 4})
+    failed = study.paths.reference("broken")
+    failed.dir.mkdir(parents=True)
+    failed.config.write_text("epochs: 10\n")
+    write_result(failed, {"metric": "accuracy", "failure": "oom", "why": "too large"})
+    found = {one.key: one for one in candidates(study, space)}
+    assert list(found) == ["trial 1", "base", "recipe theirs"]
+    theirs = found["recipe theirs"]
+    assert (theirs.trial, theirs.recipe, theirs.epochs, theirs.search_value) == (None, "theirs", 4, 0.7)
+    assert theirs.config.batch_size == 16
+
+
+def test_with_the_loss_as_objective_less_is_better(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(RUNGS + "objective: {metric: nll}\n")
+    space = load_space(tmp_path / "s.yaml")
+    study = open_study(space, name="s", dataset=IMAGES)
+    for number, value in enumerate((1.0, 0.4, 0.6)):
+        study.optuna.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE,
+                value=value,
+                params={"optim.lr_scale": 1.0 + number},
+                distributions=space.distributions,
+                user_attrs={SLOT: number, **({BASE: True} if number == 0 else {})},
+                intermediate_values={5: -value},
+            )
+        )
+    assert reasons(study, space)["trial 1"] == ("best validation score",)
+    assert "best at epoch 5" in reasons(study, space)["base"]
+
+
+# Beside the search
+
+
+def test_the_confirmation_is_a_study_beside_the_search_and_in_its_storage(
+    studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    confirmation, search = find_study("planted.confirm"), find_study("planted")
+    assert confirmation.confirms == "planted"
+    assert search.confirms is None
+    assert confirmation.storage_url == search.storage_url == str(search.paths.journal)
+    assert {study.name for study in list_studies()} == {"planted", "planted.confirm", "hopeless", "hopeless.confirm"}
+    assert not list(confirmation.paths.dir.rglob("*.safetensors"))
+    assert not list(confirmation.paths.dir.rglob("*.png"))
+    os.utime(confirmation.paths.study_yaml)
+    assert find_study().confirms is None  # the study that was run last is a search
+    for arguments in (
+        ["study", "show"],
+        ["study", "doctor"],
+        ["study", "doctor", "planted.confirm"],
+        ["study", "list"],
+    ):
+        assert hpo(monkeypatch, *arguments) == 0
+        assert "planted.confirm" in capfd.readouterr().out or arguments[-1] in ("show", "doctor")
+
+
+def test_a_confirmation_is_shown_by_its_candidates(
+    studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "study", "show", "hopeless.confirm") == 0
+    said = capfd.readouterr().out
+    assert "study hopeless.confirm (confirms hopeless): 10 of 10 trials finished" in said
+    assert "best:" not in said
+    assert "hpo refit" not in said
+    assert "  hpo confirm hopeless\n" in said
+    assert any(line.split()[:2] == ["base", "5"] for line in said.splitlines())
+
+
+def test_the_search_is_shown_with_its_confirmation(
+    studies: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    verdict = result_of("planted").verdict
+    assert hpo(monkeypatch, "study", "show", "planted") == 0
+    said = capfd.readouterr().out
+    assert verdict in said
+    assert "  hpo confirm" not in said
+    assert "  hpo refit best --study planted\n" in said
+    assert hpo(monkeypatch, "run", str(trained / "planted.yaml"), "--trials", "3", "--device", "cpu") == 0
+    said = capfd.readouterr().out
+    assert "confirmed, 1 trial ago" in said
+    assert "  hpo confirm planted\n" in said
+
+
+def test_a_training_of_a_confirmation_is_trained_again_bit_by_bit(
+    studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "train", "--from", "planted.confirm/3", "--device", "cpu") == 0
+    assert "the 2 epochs of trial 3 came out bit for bit the same" in capfd.readouterr().out
+
+
+# What is not confirmed
+
+
+def test_a_search_that_is_not_over_is_confirmed_as_it_stands(
+    searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ("run", str(trained / "planted.yaml"), "--trials", "9", "--workers", "0")
+    assert hpo(monkeypatch, *run) == 0
+    assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu", "--budget", "0.1") == 0
+    said = capfd.readouterr().out
+    assert "the search has 2 of 9 trials; its result is confirmed as it stands" in said
+    assert "that is more than the budget, and the least that says anything" in said
+    assert result_of("planted").replicates == 3
+
+
+def test_where_the_base_alone_is_complete_it_is_the_winner_and_nothing_is_trained(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    invented("s", {}, IMAGES)
+    assert hpo(monkeypatch, "confirm", "s") == 0
+    assert "nothing was compared with the base" in capfd.readouterr().out
+    confirmation = result_of("s")
+    assert (confirmation.winner, confirmation.leader, confirmation.trainings) == ("base", None, 0)
+    assert not StudyPaths.of("s.confirm").dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("confirm", "planted.confirm"), "study planted.confirm is itself the confirmation of planted; give that one"),
+        (("confirm", "planted", "--budget", "0"), "--budget 0: give a share above 0, such as 0.33"),
+        (("confirm", "plantd"), "no study plantd"),
+        (("run", "digits", "--study", "x.confirm"), "study x.confirm: the ending is reserved for what hpo confirm"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: tuple[str, ...],
+    said: str,
+    studies: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert hpo(monkeypatch, *arguments) == 2
+    error = capfd.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_search_without_a_complete_trial_has_nothing_to_confirm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(RUNGS)
+    space = load_space(tmp_path / "s.yaml")
+    study = open_study(space, name="s", dataset=IMAGES)
+    study.remember_space(space)
+    study.ensure_slots(3)
+    assert hpo(monkeypatch, "confirm") == 2
+    assert "study s has no complete trial yet" in capfd.readouterr().err
+
+
+def test_the_confirmation_of_another_study_of_the_name_is_not_gone_on_with(studies: Path, digits: Dataset) -> None:
+    shutil.rmtree(studies / "planted")
+    shutil.copytree(studies / "hopeless", studies / "planted")
+    (studies / "planted" / "study.yaml").write_text(
+        (studies / "planted" / "study.yaml").read_text().replace("name: hopeless", "name: planted")
+    )
+    search = find_study("hopeless")
+    renamed = Study(search.optuna, StudyPaths.of("planted"), search.record, search.storage_url)
+    with pytest.raises(StudyError, match=r"planted\.confirm confirms another study that was called planted; delete"):
+        open_confirmation(renamed, search.space(), digits, folds(digits, search.space().base.data), data_path=None)
+
+
+# With folds
+
+
+def test_with_folds_every_replicate_has_a_value_for_each_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = PLANTED.replace("{name: digits}", "{name: digits, folds: 2}").replace("epochs: 2", "epochs: 1")
+    (tmp_path / "f.yaml").write_text(text)
+    assert hpo(monkeypatch, "run", str(tmp_path / "f.yaml"), "--trials", "2", "--device", "cpu") == 0
+    assert hpo(monkeypatch, "confirm", "--budget", "0.1", "--device", "cpu") == 0
+    confirmation = result_of("f")
+    assert {len(values) for one in confirmation.contenders for values in one.scores.values()} == {2}
+    assert {len(one.scores) for one in confirmation.contenders} == {3}
+    assert confirmation.epochs == 6 * 2
+    found = [training for training in trainings(find_study("f.confirm")) if isinstance(training, Training)]
+    assert all(training.values is not None and len(training.values) == 2 for training in found)

@@ -1,0 +1,880 @@
+"""The report's analytic sections: what they say equals what can be computed by hand, or by scipy and scikit-learn."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from PIL import Image
+from safetensors.numpy import load_file
+from scipy import stats
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from core.config import TrainConfig
+from core.data import Dataset, folds, load_dataset
+from core.metrics import per_class
+from hpo.analysis import outputs as judged
+from hpo.analysis.facts import Facts, gather
+from hpo.confirmation.result import Confirmation, Contender
+from hpo.confirmation.statistics import Interval
+from hpo.paths import StudyPaths
+from hpo.report import costs, failures, images, pruning, rivals, samples
+from hpo.report.page import Section
+from hpo.space import SearchSpace, load_space, space_to_yaml
+from hpo.space.pruner import build_pruner, places_of
+from hpo.study import Study, find_study
+from hpo.study.metadata import new_record
+from hpo.trials import BASE, FAILURE, INTERRUPTED, LET_THROUGH, RECIPE, RESUMED_EPOCH, SLOT, TAKEN_FROM
+from tests.hpo.commands import hpo
+
+EPOCHS = 20
+SECTIONS: tuple[Callable[[Facts], Section | None], ...] = (
+    rivals.rivals,
+    pruning.pruner_safety,
+    pruning.edges,
+    failures.failures,
+    costs.costs,
+    images.confusion,
+    images.per_class,
+    images.augmented_samples,
+    images.confident_errors,
+)
+
+
+# Studies to look at
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset(load_space("digits").base.data)
+
+
+def a_study(dataset: Dataset, name: str, *overrides: str, space_file: str = "digits") -> tuple[Study, SearchSpace]:
+    """A study in memory, with no trial yet."""
+    space = load_space(space_file, [f"epochs={EPOCHS}", *overrides])
+    found = optuna.create_study(
+        direction=space.direction,
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        pruner=build_pruner(space.pruner, EPOCHS, space.base.data.folds),
+    )
+    found.set_user_attr("space", space_to_yaml(space))
+    record = new_record(space, dataset, seed=0, data_path=None)
+    return Study(found, StudyPaths.of(name), record, "memory", space), space
+
+
+def invented(
+    dataset: Dataset,
+    *overrides: str,
+    trials: int = 60,
+    space_file: str = "digits",
+    best_rate: float = 6.0,
+    fail: Callable[[Mapping[str, Any]], str] = lambda _: "",
+) -> Facts:
+    """A study whose scores are a formula, judged by its own pruner; `fail` says of parameters how they fail."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study, space = a_study(dataset, "invented", *overrides, space_file=space_file)
+    draw = random.Random(7)
+    steps = EPOCHS * (space.base.data.folds or 1)
+    for slot in range(trials):
+        study.optuna.enqueue_trial(space.base_params() if slot == 0 else {}, user_attrs={SLOT: slot})
+        trial = study.optuna.ask()
+        params = space.suggest(trial)
+        if slot == 0:
+            trial.set_user_attr(BASE, True)
+        good = 0.95 - 0.03 * abs(math.log(params["optim.lr_scale"] / best_rate)) - params["loss.smoothing"] / 4
+        slow = draw.uniform(2, 6)
+        pace = 0.5 * params["model.width"] * draw.uniform(0.9, 1.1)
+        failure = fail(params)
+        pruned = False
+        for epoch in range(1, steps + 1):
+            trial.report(good * (1 - math.exp(-epoch / slow)) + draw.gauss(0, 0.01), epoch)
+            pruned = bool(epoch < steps and trial.should_prune())
+            if pruned or (failure and epoch == 3):
+                break
+        for key, value in {
+            "epochs": epoch,
+            "elapsed_s": epoch * pace,
+            "images_per_s": 1000 / pace,
+            "device": "a device",
+        }.items():
+            trial.set_user_attr(key, value)
+        if failure:
+            trial.set_user_attr(FAILURE, failure)
+        if pruned or failure:
+            study.optuna.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.optuna.tell(trial, good + draw.gauss(0, 0.005))
+    return gather(study)
+
+
+def given(dataset: Dataset, trials: Sequence[FrozenTrial], *overrides: str) -> Facts:
+    """A study of these trials."""
+    study, _ = a_study(dataset, "given", *overrides)
+    study.optuna.add_trials(trials)
+    return gather(study)
+
+
+def a_trial(
+    slot: int,
+    reported: Mapping[int, float],
+    value: float | None = None,
+    *,
+    state: TrialState | None = None,
+    places: Mapping[int, tuple[int, int, bool]] | None = None,
+    **attributes: Any,
+) -> FrozenTrial:
+    """A complete trial, or without a value one that was pruned."""
+    return create_trial(
+        state=state or (TrialState.PRUNED if value is None else TrialState.COMPLETE),
+        value=value,
+        intermediate_values=dict(reported),
+        user_attrs={SLOT: slot, **attributes},
+        system_attrs={f"rung:{rung}": list(place) for rung, place in (places or {}).items()},
+    )
+
+
+SPACE = """
+data: {name: digits}
+base:
+  model: {widths: [8], blocks: [1]}
+  epochs: 3
+  batch_size: 64
+  optim: {lr_scale: 6.0}
+  augment: {flip: 0.0, crop_pad_fraction: 0.125}
+pruner: {name: rungs, rungs: [0.34, 0.67], keep: 0.3, let_through: 0.5}
+sampler: {name: random}
+search:
+  optim.lr_scale: {low: 4, high: 60, log: true}
+  batch_size: {choices: [64, 128]}
+"""
+
+
+def searched(folder: Path, trials: int, *options: str) -> Facts:
+    (folder / "small.yaml").write_text(SPACE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_STUDIES", str(folder / "studies"))
+        assert hpo(patch, "run", str(folder / "small.yaml"), "--trials", str(trials), *options) == 0
+        return gather(find_study())
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    """A search of five trials, some of them pruned and some let through."""
+    return searched(tmp_path_factory.mktemp("real"), 5)
+
+
+@pytest.fixture(scope="module")
+def sections(real: Facts) -> dict[str, Section | None]:
+    """All sections of that search, by their functions' names."""
+    return {section.__name__: section(real) for section in SECTIONS}
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    """A search whose trials train two folds of an epoch."""
+    return searched(tmp_path_factory.mktemp("folded"), 2, "--set", "data.folds=2", "--set", "epochs=1")
+
+
+def text_of(section: Section | None) -> str:
+    """All that a person reads of a section."""
+    assert section is not None
+    body = re.sub(r"<script.*?</script>", " ", section.body, flags=re.DOTALL)
+    return f"{section.title} {section.lead} " + html.unescape(re.sub(r"<[^>]+>", " ", body)).replace("\xa0", " ")
+
+
+def figures_of(section: Section | None) -> list[dict[str, Any]]:
+    """The figures' own content."""
+    assert section is not None
+    found = re.findall(r'<script type="application/json">(.*?)</script>', section.body, flags=re.DOTALL)
+    return [json.loads(one) for one in found]
+
+
+def cells_of(section: Section | None, table: int = 0) -> list[list[str]]:
+    """The rows of one of the section's tables, without its head."""
+    assert section is not None
+    body = re.findall(r"<tbody>(.*?)</tbody>", section.body, flags=re.DOTALL)[table]
+    rows = re.findall(r"<tr>(.*?)</tr>", body, flags=re.DOTALL)
+    cell = re.compile(r"<td[^>]*>(.*?)</td>", flags=re.DOTALL)
+    return [[html.unescape(re.sub(r"<[^>]+>", "", c)).replace("\xa0", " ") for c in cell.findall(row)] for row in rows]
+
+
+# Every section
+
+
+@pytest.mark.parametrize("name", [section.__name__ for section in SECTIONS])
+def test_every_section_says_what_is_seen_in_a_sentence_or_few(
+    sections: Mapping[str, Section | None], name: str
+) -> None:
+    found = sections[name]
+    assert found is not None
+    assert re.fullmatch(r"[a-z]+", found.id)
+    assert found.lead.endswith(".")
+    assert len(found.lead) < 600
+    assert "None" not in text_of(found).replace("None: each", "")
+    assert "nan" not in text_of(found)
+
+
+@pytest.mark.parametrize("name", [section.__name__ for section in SECTIONS])
+def test_every_figure_names_its_axes_and_tells_series_apart_without_colour(
+    sections: Mapping[str, Section | None], name: str
+) -> None:
+    for fig in figures_of(sections[name]):
+        assert all(fig["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis"))
+        symbols = [trace["marker"]["symbol"] for trace in fig["data"] if trace["type"] == "scatter"]
+        assert len(set(symbols)) == len(symbols)
+        patterns = [str(trace["marker"]) for trace in fig["data"] if trace["type"] == "bar"]
+        assert len(set(patterns)) == len(patterns)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_a_study_without_a_trial_has_nothing_to_say(
+    digits: Dataset, section: Callable[[Facts], Section | None]
+) -> None:
+    assert section(given(digits, [])) is None
+
+
+# The pruner's safety
+
+
+def test_the_rank_correlation_is_scipys_over_the_complete_trials_alone(digits: Dataset) -> None:
+    facts = invented(digits)
+    assert list(facts.rungs) == [2, 5, 10]
+    for rung in facts.rungs:
+        found = pruning.agreement(facts, rung)
+        complete = [trial for trial in facts.trials if trial.state == TrialState.COMPLETE]
+        early, final = [t.intermediate_values[rung] for t in complete], [t.value for t in complete]
+        assert found.rho == pytest.approx(stats.spearmanr(early, final).statistic)
+        assert len(found.points) == len(complete) < len(facts.trials)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [([0.1, 0.2], [0.1, 0.2]), ([0.5, 0.5, 0.5], [0.1, 0.2, 0.3]), ([0.1, 0.2, 0.3], [0.5, 0.5, 0.5]), ([], [])],
+    ids=["two", "equal at the rung", "equal at the end", "none"],
+)
+def test_what_has_no_order_has_no_rank_correlation(a: list[float], b: list[float]) -> None:
+    assert pruning.spearman(a, b) is None
+
+
+def test_a_value_that_is_no_number_at_a_rung_is_left_out(digits: Dataset) -> None:
+    trials = [a_trial(slot, {2: 0.1 * slot, 5: 0.1, 10: 0.1}, 0.1 * slot) for slot in range(5)]
+    facts = given(digits, [*trials, a_trial(5, {2: math.nan, 5: 0.1, 10: 0.1}, 0.9)])
+    assert pruning.agreement(facts, 2).rho == pytest.approx(1.0)
+    assert len(pruning.agreement(facts, 2).points) == 5
+
+
+@pytest.mark.parametrize("n", [8, 30])
+@pytest.mark.parametrize("r", [0.0, 0.5, 0.9])
+def test_the_interval_of_a_rank_correlation_covers_the_truth(n: int, r: float) -> None:
+    rng = np.random.default_rng(n)
+    truth = 6 / math.pi * math.asin(r / 2)  # Spearman's of two normal variables with correlation r
+    covered = []
+    for _ in range(300):
+        a = rng.standard_normal(n)
+        b = r * a + math.sqrt(1 - r * r) * rng.standard_normal(n)
+        rho = pruning.spearman(list(a), list(b))
+        assert rho is not None
+        interval = pruning.fisher_interval(rho, n)
+        covered.append(interval is None or interval[0] <= truth <= interval[1])
+    assert sum(covered) / 300 >= 0.9
+
+
+def test_few_trials_and_a_perfect_agreement_have_no_interval() -> None:
+    assert pruning.fisher_interval(0.5, 3) is None
+    assert pruning.fisher_interval(1.0, 10) is None
+    assert pruning.fisher_interval(-1.0, 10) is None
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 3), (1, 3), (3, 3), (2, 40)])
+def test_the_interval_of_a_share_is_the_exact_one(k: int, n: int) -> None:
+    exact = stats.binomtest(k, n).proportion_ci(method="exact")
+    assert pruning.share_interval(k, n) == pytest.approx((exact.low, exact.high))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "nll"])
+@pytest.mark.parametrize("off", [-0.05, 0.0, 0.02])
+def test_the_regret_is_what_the_best_of_the_others_lacks_to_one_that_was_let_through(
+    digits: Dataset, metric: str, off: float
+) -> None:
+    sign = 1 if metric == "accuracy" else -1
+    trials = [
+        a_trial(0, {2: 0.5}, 0.5),
+        a_trial(1, {2: 0.1}, 0.5 + sign * off, places={2: (4, 4, False)}, let_through=2),
+        a_trial(2, {2: 0.6}, 0.5 - sign * 0.2),
+        a_trial(3, {2: 0.1}, places={2: (4, 4, False)}),
+        a_trial(4, {2: 0.1}, state=TrialState.RUNNING, let_through=5),
+    ]
+    facts = given(digits, trials, f"objective.metric={metric}")
+    ended, running = pruning.let_through(facts)
+    assert ended.gain == pytest.approx(off)
+    assert (ended.rung, running.rung, running.gain) == (2, 5, None)
+    lead = pruning.pruner_safety(facts)
+    assert lead is not None
+    assert ("1 came out better than all others" in lead.lead) == (off > 0)
+    assert "Of the 1 trial that" in lead.lead  # the one that runs has no final value
+
+
+def test_the_table_counts_who_was_judged_cut_and_let_through(digits: Dataset) -> None:
+    facts = invented(digits, "pruner.let_through=0.2")
+    rows = cells_of(pruning.pruner_safety(facts))
+    assert [row[0] for row in rows] == ["epoch 2", "epoch 5", "epoch 10"]
+    for row, rung in zip(rows, facts.rungs, strict=True):
+        came = [trial for trial in facts.trials if rung in places_of(trial)]
+        through = [trial for trial in facts.trials if trial.user_attrs.get(LET_THROUGH) == rung]
+        cut = [trial for trial in facts.pruned if trial.last_step == rung]
+        assert [int(cell) for cell in row[2:6]] == [len(came), len(cut), len(through), len(facts.complete)]
+    assert sum(int(row[4]) for row in rows) == len(pruning.let_through(facts)) > 0
+
+
+def test_each_figure_of_the_pruner_holds_all_who_finished_and_all_who_were_cut_there(digits: Dataset) -> None:
+    facts = invented(digits, "pruner.let_through=0.2")
+    figures = figures_of(pruning.pruner_safety(facts))
+    cut = 0
+    for fig in figures:
+        at_the_rung, kept, through = (len(trace["x"]) for trace in fig["data"])
+        assert kept + through == len(facts.complete)
+        cut += at_the_rung
+    assert cut == len(facts.pruned)
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        ("0", r"lets none through .*is 0"),
+        ("0.005", "slot 100 is the first"),
+        ("0.02", "slot 25 would go on where a rung cuts it, and none was cut"),
+    ],
+)
+def test_where_none_was_let_through_it_says_why_and_how_to(digits: Dataset, share: str, words: str) -> None:
+    trials = [a_trial(slot, {2: 0.1 * slot}, 0.5) for slot in range(30)]
+    section = pruning.pruner_safety(given(digits, trials, f"pruner.let_through={share}"))
+    assert re.search(words, text_of(section))
+    assert "--set pruner.let_through=0.1" in text_of(section)
+
+
+def test_another_pruner_has_no_rungs_to_be_judged_by(digits: Dataset) -> None:
+    assert pruning.pruner_safety(given(digits, [a_trial(0, {2: 0.1}, 0.5)], "pruner.name=none")) is None
+
+
+def test_with_folds_a_rung_is_named_by_its_fold(folded: Facts, digits: Dataset) -> None:
+    assert pruning.rung_words(folded, 1) == "the end of fold 1"
+    three = given(digits, [], "data.folds=3")
+    words = [pruning.rung_words(three, rung) for rung in three.rungs]
+    assert words == ["epoch 2 of fold 1", "epoch 5 of fold 1", "epoch 10 of fold 1", *_ends(1, 2)]
+
+
+def _ends(*folds: int) -> list[str]:
+    return [f"the end of fold {fold}" for fold in folds]
+
+
+# Edges
+
+
+def test_of_few_trials_it_says_that_edges_cannot_be_told(digits: Dataset) -> None:
+    section = pruning.edges(given(digits, [a_trial(0, {}, 0.5)]))
+    assert "cannot be told" in text_of(section)
+
+
+def with_rates(folder: Path, low: float, high: float) -> str:
+    """The digits' space with other bounds of the learning rate."""
+    here = load_space("digits").path
+    text = here.read_text().replace("recipes/", f"{here.parent}/recipes/")
+    changed = text.replace("optim.lr_scale: {low: 1, high: 30,", f"optim.lr_scale: {{low: {low}, high: {high},")
+    assert changed != text
+    (folder / "rates.yaml").write_text(changed)
+    return str(folder / "rates.yaml")
+
+
+def test_an_edge_is_shown_with_the_line_that_widens_the_space(digits: Dataset, tmp_path: Path) -> None:
+    facts = invented(digits, "pruner.name=none", space_file=with_rates(tmp_path, 0.5, 10), best_rate=30)
+    section = pruning.edges(facts)
+    assert section is not None
+    assert "best values of `optim.lr_scale` lie at its upper bound" in section.lead
+    assert re.search(r"optim\.lr_scale: \{low: .*high: .*\}", text_of(section))
+
+
+def test_where_nothing_lies_at_a_bound_it_is_not_named(digits: Dataset, tmp_path: Path) -> None:
+    facts = invented(digits, "pruner.name=none", space_file=with_rates(tmp_path, 0.5, 60))
+    section = pruning.edges(facts)
+    assert section is not None
+    assert "optim.lr_scale" not in section.lead
+
+
+# Failures
+
+
+def test_failures_are_counted_by_cause_the_most_frequent_first(digits: Dataset) -> None:
+    causes = ["diverged", "oom", "diverged", "invalid", "crashed", "diverged"]
+    trials = [a_trial(slot, {}, failure=cause) for slot, cause in enumerate(causes)]
+    facts = given(digits, [*trials, a_trial(6, {1: 0.5}), a_trial(7, {1: 0.5}, 0.5)])
+    assert {cause: len(found) for cause, found in failures.by_cause(facts).items()} == {
+        "diverged": 3,
+        "oom": 1,
+        "invalid": 1,
+        "crashed": 1,
+    }
+    section = failures.failures(facts)
+    assert cells_of(section)[0][:3] == ["diverged", "3", "38 %"]
+    assert "6 of 8 finished trials could not be trained" in text_of(section)
+
+
+def test_attempts_that_were_cut_off_are_counted_apart(digits: Dataset) -> None:
+    trials = [
+        a_trial(0, {1: 0.1}, state=TrialState.FAIL, interrupted=True),
+        a_trial(0, {1: 0.1, 2: 0.2}, 0.5, resumed_epoch=1, crashes=1),
+        a_trial(1, {1: 0.1}, 0.5),
+    ]
+    facts = given(digits, trials)
+    assert len(failures.interrupted(facts)) == 1
+    text = text_of(failures.failures(facts))
+    assert "None: each of the 2 finished trials" in text
+    assert "1 attempt at a trial ended before the trial did" in text
+    assert "1 of the attempts by the death of their process" in text
+    assert "1 trial went on from a checkpoint, which kept 1 epoch" in text
+    assert {INTERRUPTED, RESUMED_EPOCH} <= {key for t in trials for key in t.user_attrs}
+
+
+def test_a_number_that_failures_come_from_is_found(digits: Dataset) -> None:
+    facts = invented(digits, fail=lambda params: "diverged" if params["optim.lr_scale"] > 20 else "")
+    found = failures.where(facts, "diverged")
+    assert found is not None
+    assert found.path == "optim.lr_scale"
+    assert "a higher `optim.lr_scale`" in found.words
+    fig = figures_of(failures.failures(facts))[0]
+    assert sum(len(trace["x"]) for trace in fig["data"]) == len(facts.trials)
+    assert fig["layout"]["xaxis"]["type"] == "log"
+
+
+def test_a_choice_that_failures_come_from_is_found(digits: Dataset) -> None:
+    facts = invented(digits, fail=lambda params: "oom" if params["batch_size"] == 128 else "")
+    found = failures.where(facts, "oom")
+    assert found is not None
+    assert found.path == "batch_size"
+    assert "`batch_size` = 128, of the others 0 of" in found.words
+
+
+def test_failures_that_come_from_nowhere_are_seldom_given_a_place(digits: Dataset) -> None:
+    told = 0
+    for seed in range(5):
+        draw = random.Random(seed)
+        facts = invented(digits, trials=40, fail=lambda _, draw=draw: "diverged" if draw.random() < 0.2 else "")
+        told += failures.where(facts, "diverged") is not None
+    assert told <= 1
+
+
+def test_of_two_failures_no_place_is_told(digits: Dataset) -> None:
+    facts = invented(digits, trials=30)
+    two = [replace_attributes(trial, failure="diverged") for trial in facts.pruned[:2]]
+    kept = [trial for trial in facts.trials if trial.number not in {t.number for t in two}]
+    assert failures.where(given(digits, [*kept, *two]), "diverged") is None
+
+
+def replace_attributes(trial: FrozenTrial, **attributes: Any) -> FrozenTrial:
+    return create_trial(
+        state=trial.state,
+        value=trial.value,
+        params=trial.params,
+        distributions=trial.distributions,
+        intermediate_values=trial.intermediate_values,
+        user_attrs={**trial.user_attrs, **attributes},
+    )
+
+
+# Costs
+
+
+def test_epochs_and_times_are_the_trials_own_added_up(digits: Dataset) -> None:
+    facts = invented(digits, fail=lambda params: "diverged" if params["optim.lr_scale"] > 25 else "")
+    found = {cost.what: cost for cost in costs.spent(facts)}
+    assert set(found) == {"complete trials", "pruned trials", "failed trials"}
+    assert sum(cost.epochs or 0 for cost in found.values()) == sum(t.user_attrs["epochs"] for t in facts.trials)
+    whole = sum(cost.seconds or 0 for cost in found.values())
+    assert whole == pytest.approx(sum(trial.user_attrs["elapsed_s"] for trial in facts.trials))
+    assert found["complete trials"].epochs == found["complete trials"].in_full == EPOCHS * len(facts.complete)
+
+
+def test_of_real_trials_the_times_are_those_of_their_epochs_files(real: Facts) -> None:
+    whole = sum(cost.seconds or 0 for cost in costs.spent(real) if cost.what.endswith("trials"))
+    last = [real.rows(trial.number)[-1]["elapsed_s"] for trial in real.trials]
+    assert whole == pytest.approx(sum(last), abs=0.01)
+
+
+def test_what_pruning_saved_is_the_epochs_not_trained_at_each_trials_pace(digits: Dataset) -> None:
+    trials = [
+        a_trial(0, {1: 0.1}, 0.5, epochs=20, elapsed_s=40.0),
+        a_trial(1, {1: 0.1}, epochs=2, elapsed_s=6.0),
+        a_trial(2, {1: 0.1}, epochs=5, elapsed_s=5.0),
+        a_trial(3, {1: 0.1}, epochs=1, elapsed_s=1.0, failure="diverged"),  # no saving: nobody wanted it to end
+        a_trial(4, {1: 0.1}, epochs=1, elapsed_s=1.0, taken_from="other/3"),
+    ]
+    less = costs.saved(given(digits, trials))
+    assert less == costs.Saved(18 + 15, 18 * 3.0 + 15 * 1.0)
+
+
+def test_trials_of_another_study_cost_nothing_here(digits: Dataset) -> None:
+    trials = [a_trial(0, {}, 0.5, epochs=20, elapsed_s=40.0, taken_from="other/0"), a_trial(1, {}, 0.5, elapsed_s=8.0)]
+    facts = given(digits, trials)
+    assert [(cost.trainings, cost.seconds) for cost in costs.spent(facts)] == [(1, 8.0)]
+    assert "1 trial taken over" in text_of(costs.costs(facts))
+    assert trials[0].user_attrs[TAKEN_FROM]
+
+
+def test_the_wall_clock_leaves_out_pauses_and_counts_trials_side_by_side_once(digits: Dataset) -> None:
+    begun = datetime(2026, 1, 1)
+    spans = [(0, 10), (5, 20), (8, 9), (100, 130)]
+    trials = []
+    for slot, (start, end) in enumerate(spans):
+        trial = a_trial(slot, {}, 0.5, elapsed_s=1.0)
+        trial.datetime_start, trial.datetime_complete = begun + timedelta(seconds=start), begun + timedelta(seconds=end)
+        trials.append(trial)
+    assert costs.wall_clock(given(digits, trials)) == (130.0, 50.0)
+
+
+def test_what_a_confirmation_and_a_refit_cost_stands_beside(real: Facts) -> None:
+    refits = {"best": {"networks": 2, "epochs": [3, 2], "elapsed_s": 4.0, "test": {}}}
+    found = costs.spent(replace(real, refits=refits, confirmation=a_confirmation(real)))
+    assert [(cost.what, cost.trainings, cost.epochs, cost.seconds) for cost in found[-2:]] == [
+        ("confirmation", 10, 30, 12.0),
+        ("refit best", 2, 5, 4.0),
+    ]
+
+
+def test_what_makes_an_epoch_dear_is_found(digits: Dataset) -> None:
+    facts = invented(digits)
+    found = costs.dearest(facts)
+    assert found[0][0] == "model.width"
+    assert found[0][1] > 0.8
+    assert "model.width" in text_of(costs.costs(facts))
+
+
+@pytest.mark.parametrize("kind", ["groups", "numbers"])
+def test_the_share_explained_is_one_of_what_decides_and_about_none_of_what_does_not(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    values = list(rng.integers(0, 4, 200)) if kind == "groups" else list(rng.random(200))
+    assert costs.explained(values, [2.0 * v + 1 for v in values]) == pytest.approx(1.0)
+    assert costs.explained(values, list(rng.random(200))) < 0.05
+    assert costs.explained(values, [1.0] * 200) == 0.0
+
+
+# Rivals
+
+
+def a_confirmation(facts: Facts) -> Confirmation:
+    """The base and the best trial, confirmed on five seeds and splits."""
+    best = facts.best
+    assert best is not None
+    config = facts.study.config_of(best).model_dump(mode="json")
+
+    def contender(key: str, number: int | None, mean: float, **more: Any) -> Contender:
+        interval = more.pop("interval", Interval(mean, 0.01, 5))
+        common = {"recipe": None, "chosen_for": (), "config": config, "epochs": 3, "search_value": None, "scores": {}}
+        return Contender(
+            key=key, trial=number, interval=interval, **{**common, "stopped": None, "failure": None, **more}
+        )
+
+    return Confirmation(
+        study=facts.study.name,
+        metric=facts.metric,
+        direction=facts.study.direction,
+        contenders=(
+            contender(rivals.key_of(best), best.number, 0.9, search_value=best.value),
+            contender("base", 0, 0.8),
+            contender("recipe theirs", None, 0.7, recipe="theirs", stopped="cannot win: worse by 0.2"),
+        ),
+        leader=rivals.key_of(best),
+        winner=rivals.key_of(best),
+        evidence=True,
+        advantage=Interval(0.1, 0.02, 5),
+        optimism=0.01,
+        search_epochs=30,
+        budget_epochs=30,
+        epochs=30,
+        trainings=10,
+        replicates=5,
+        elapsed_s=12.0,
+        left_out=(),
+        search_trials=facts.finished,
+        created="2026-01-01T00:00:00+00:00",
+        versions={},
+    )
+
+
+def test_rivals_are_the_best_the_base_and_the_recipes_the_best_first(digits: Dataset) -> None:
+    trials = [
+        a_trial(0, {}, 0.5, base=True),
+        a_trial(1, {}, 0.9),
+        a_trial(2, {}, 0.7, recipe="theirs"),
+        a_trial(3, {}, 0.8),  # neither the best, nor to be beaten
+        a_trial(4, {}, failure="oom", recipe="large"),
+    ]
+    facts = replace(given(digits, trials), references={"beside": {"value": 0.95}, "lost": {"failure": "oom"}})
+    found = rivals.compared(facts)
+    assert [(rival.key, rival.search) for rival in found] == [
+        ("recipe beside", 0.95),
+        ("trial 1", 0.9),
+        ("recipe theirs", 0.7),
+        ("base", 0.5),
+        ("recipe large", None),
+        ("recipe lost", None),
+    ]
+    section = rivals.rivals(facts)
+    assert section is not None
+    assert (
+        "no better than recipe beside, 0.2000 better than recipe theirs and 0.4000 better than the base" in section.lead
+    )
+    assert [row[2] for row in cells_of(section)] == ["+0.4500", "+0.4000", "+0.2000", "–", "–", "–"]
+    assert "could not be trained: oom" in text_of(section)
+    assert {BASE, RECIPE} <= {key for trial in trials for key in trial.user_attrs}
+
+
+def test_the_best_that_is_the_base_is_named_once(digits: Dataset) -> None:
+    facts = given(digits, [a_trial(0, {}, 0.9, base=True), a_trial(1, {}, 0.7, recipe="theirs")])
+    assert [rival.key for rival in rivals.compared(facts)] == ["base", "recipe theirs"]
+    section = rivals.rivals(facts)
+    assert section is not None
+    assert section.lead.startswith("The best of the search, the base, has accuracy 0.9000: 0.2000 better than recipe")
+
+
+def test_the_confirmed_scores_stand_beside_with_their_intervals(real: Facts) -> None:
+    confirmed = replace(real, confirmation=a_confirmation(real))
+    section = rivals.rivals(confirmed)
+    assert section is not None
+    assert "0.9000 ± 0.0100" in text_of(section)
+    assert "better than the base by" in section.lead
+    assert "cannot win: worse by 0.2" in text_of(section)
+    [fig] = figures_of(section)
+    searched, squares = fig["data"]
+    assert squares["error_x"]["array"] == [0.01, 0.01, 0.01]
+    assert sorted(squares["x"]) == [0.7, 0.8, 0.9]
+    # Every mark stands in the row of its own name.
+    names = dict(zip(fig["layout"]["yaxis"]["tickvals"], fig["layout"]["yaxis"]["ticktext"], strict=True))
+    assert all(names[y] == text for y, text in zip(searched["y"], searched["text"], strict=True))
+    assert all(names[round(y + 0.22)] == text for y, text in zip(squares["y"], squares["text"], strict=True))
+
+
+def test_one_replicate_has_a_mark_and_no_interval(real: Facts) -> None:
+    made = a_confirmation(real)
+    alone = replace(made.contenders[0], interval=Interval(0.9, math.inf, 1))
+    section = rivals.rivals(replace(real, confirmation=replace(made, contenders=(alone, *made.contenders[1:]))))
+    assert "0.9000 (no interval)" in text_of(section)
+
+
+def test_a_confirmation_of_fewer_trials_is_said_to_be_old(real: Facts) -> None:
+    made = replace(a_confirmation(real), search_trials=3)
+    assert "was made when the search had 3 finished trials" in text_of(rivals.rivals(replace(real, confirmation=made)))
+
+
+# Images
+
+
+def test_the_confusion_and_the_scores_of_classes_are_scikit_learns(
+    real: Facts, sections: Mapping[str, Section | None], digits: Dataset
+) -> None:
+    assert real.best is not None
+    kept = load_file(real.study.paths.trial_validation(real.best.number))
+    labels, predicted = digits.labels.numpy()[kept["indices"]], kept["logits"].argmax(1)
+    found = judged.judged(real)
+    assert isinstance(found, judged.Judged)
+    assert (found.table == confusion_matrix(labels, predicted, labels=range(10))).all()
+    right = int((labels == predicted).sum())
+    assert f"{right:,} of {len(labels)} validation images are right" in text_of(sections["confusion"])
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, predicted, labels=range(10), zero_division=0
+    )
+    rows = cells_of(sections["per_class"])
+    assert [float(row[3]) for row in rows] == pytest.approx(sorted(f1), abs=5e-4)
+    for row in rows:
+        k = digits.classes.index(row[0].removeprefix("▼ "))
+        assert [float(c) for c in row[1:4]] == pytest.approx([precision[k], recall[k], f1[k]], abs=5e-4)
+        assert int(row[4]) == support[k]
+    assert sum(row[0].startswith("▼") for row in rows) == images.MARKED
+
+
+def test_with_folds_every_image_is_counted_once(folded: Facts, digits: Dataset) -> None:
+    found = judged.judged(folded)
+    assert isinstance(found, judged.Judged)
+    assert sorted(found.indices) == list(range(len(digits.images)))
+    assert found.table.sum() == len(digits.images)
+    assert "each by the network of its fold of 2" in text_of(images.confusion(folded))
+
+
+def test_mistakes_are_the_most_confident_ones_and_named(
+    real: Facts, sections: Mapping[str, Section | None], digits: Dataset
+) -> None:
+    found = judged.judged(real)
+    assert isinstance(found, judged.Judged)
+    errors = images.mistakes(found, digits.ids, most=7)
+    confidences = [error["confidence"] for error in errors]
+    assert confidences == sorted(confidences, reverse=True)
+    wrong = found.predicted != found.labels
+    assert confidences[0] == pytest.approx(found.probabilities[wrong].max())
+    for error in errors:
+        assert error["true"] != error["predicted"]
+        assert digits.classes[int(digits.labels[error["index"]])] == error["true"]
+        assert digits.ids[error["index"]] == error["id"]
+    section = sections["confident_errors"]
+    assert section is not None
+    assert section.body.count("data:image/png") == 1
+
+
+def test_a_network_without_a_mistake_has_none_to_show(real: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = judged.judged(real)
+    assert isinstance(found, judged.Judged)
+    perfect = np.eye(10, dtype=np.float32)[found.labels]
+    monkeypatch.setattr(images, "judged", lambda _: replace(found, probabilities=perfect))
+    assert "no mistake at all" in text_of(images.confusion(real))
+    assert "every validation image is right" in text_of(images.confident_errors(real))
+    assert "▼" not in text_of(images.per_class(real))
+
+
+def test_predictions_that_were_not_kept_are_said_to_be_missing(
+    real: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert real.best is not None
+    elsewhere = StudyPaths(tmp_path / "elsewhere")
+    monkeypatch.setattr(real.study, "paths", elsewhere)
+    facts = replace(real, notes=[])
+    text = text_of(images.confusion(facts))
+    assert f"trials/{real.best.number:05d}/validation.safetensors" in text
+    assert f"hpo refit {real.best.number}" in text
+    assert len(facts.notes) == 1
+    assert images.per_class(facts) is None
+    assert images.confident_errors(facts) is None
+    assert images.augmented_samples(facts) is not None  # that needs the images alone
+
+
+def test_images_that_are_elsewhere_are_said_to_be_missing(real: Facts, tmp_path: Path) -> None:
+    facts = replace(real, data=tmp_path / "nowhere", notes=[])
+    for section in (images.confusion(facts), images.augmented_samples(facts)):
+        assert "The images are not here" in text_of(section)
+        assert "--data IMAGES" in text_of(section)
+
+
+def test_the_winners_predictions_are_shown_or_else_the_best_trials_and_it_says_which(real: Facts) -> None:
+    assert real.best is not None
+    base = replace(a_confirmation(real), winner="base", evidence=False)
+    kept = real.study.paths.trial_validation(0).exists()
+    found = judged.judged(replace(real, confirmation=base))
+    assert isinstance(found, judged.Judged)
+    because = "the best trial of the search, for the confirmed winner's predictions were not kept"
+    assert (found.trial, found.why) == ((0, "the confirmed winner") if kept else (real.best.number, because))
+
+
+def test_what_a_refit_wrote_of_the_test_images_stands_beside_and_says_what_it_is(real: Facts, digits: Dataset) -> None:
+    table = torch.eye(10, dtype=torch.int64) * 9
+    table[3, 5] = 4
+    test = {
+        "images": 94,
+        "confusion": table.tolist(),
+        "with_tta": {"per_class": per_class(table, digits.classes)},
+    }
+    facts = replace(real, refits={"best": {"networks": 1, "epochs": 3, "test": test}})
+    text = text_of(images.confusion(facts))
+    assert re.search("Test images, refit +best", text)
+    assert "90 of 94 test images are right (95.7 %); the most frequent mistake: 3 taken for 5 (4)." in text
+    assert len(figures_of(images.confusion(facts))) == 2
+    assert {row[0] for row in cells_of(images.per_class(facts), 1)[:2]} == {"▼ 3", "▼ 5"}
+
+
+@pytest.mark.parametrize("size", [2, 20, 100])
+def test_a_confusion_of_many_classes_has_numbers_where_they_can_be_read(size: int) -> None:
+    counts = np.eye(size, dtype=np.int64) * 5
+    counts[0, 1] = 3
+    fig = json.loads(
+        re.findall(r'json">(.*?)</script>', images._matrix(counts, [f"class {k}" for k in range(size)]))[0]
+    )
+    assert len(fig["layout"].get("annotations", [])) == (size + 1 if size <= 20 else 0)
+    told = [text for trace in fig["data"] for row in trace["text"] for text in row if text]
+    assert len(told) == size + 1
+    assert "class 0 taken for class 1" in "".join(told)
+
+
+# What the network was shown
+
+
+def tiles_of(sheet: bytes, side: int = 64) -> list[list[np.ndarray[Any, Any]]]:
+    """The sheet's tiles, a row an image."""
+    pixels = np.asarray(Image.open(io.BytesIO(sheet)).convert("RGB"))
+    rows = (pixels.shape[0] + 3) // (side + 3)
+    columns = (pixels.shape[1] - 14 + 3) // (side + 3)
+    lefts = [column * (side + 3) + (14 if column else 0) for column in range(columns)]
+    return [[pixels[r * (side + 3) :, left:][:side, :side] for left in lefts] for r in range(rows)]
+
+
+def with_augment(facts: Facts, values: Mapping[str, Any]) -> TrainConfig:
+    assert facts.best is not None
+    off = {"augment.flip": 0.0, "augment.crop_pad_fraction": 0.0}
+    return facts.study.config_of(facts.best).override({**off, **values})
+
+
+def test_the_sheets_first_column_are_the_images_and_the_draws_are_always_the_same(real: Facts, digits: Dataset) -> None:
+    places = samples.examples(digits, 8)
+    config = with_augment(real, {"augment.rotation_degrees": 30.0})
+    sheet = samples.draw_sheet(digits, places, config, 8)
+    tiles = tiles_of(sheet)
+    assert (len(tiles), len(tiles[0])) == (8, 9)
+    for row, place in zip(tiles, places, strict=True):
+        grey = digits.images[place, 0].numpy().repeat(8, 0).repeat(8, 1)
+        assert np.abs(row[0][..., 0].astype(int) - grey).max() <= 4  # the sheet has 256 colours
+        assert all((tile != row[0]).any() for tile in row[1:])
+    assert sheet == samples.draw_sheet(digits, places, config, 8)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"augment.flip": 0.5, "augment.alternate_flip": True},
+        {"augment.apply_to": "repeats", "augment.rotation_degrees": 20.0, "sampling.oversample": 2},
+        {"augment.mixup": 1.0},
+        {"augment.cutmix": 1.0},
+        {"augment.policy": "trivialaugment"},
+        {"augment.erase": 1.0},
+    ],
+    ids=str,
+)
+def test_whatever_a_training_does_to_its_images_is_drawn(real: Facts, digits: Dataset, values: dict[str, Any]) -> None:
+    config = with_augment(real, values)
+    tiles = tiles_of(samples.draw_sheet(digits, samples.examples(digits, 8), config, 8))
+    assert any((tile != row[0]).any() for row in tiles for tile in row[1:])
+    assert samples.augmentations(config.augment)
+
+
+def test_what_is_erased_has_the_colour_that_it_has_for_the_network(real: Facts, digits: Dataset) -> None:
+    config = with_augment(real, {"augment.erase": 1.0})
+    mean = round(255 * folds(digits, config.data)[0].mean[0])
+    for row in tiles_of(samples.draw_sheet(digits, samples.examples(digits, 8), config, 8)):
+        for tile in row[1:]:
+            assert ((tile == mean).all(-1) | (tile == row[0]).all(-1)).all()
+            assert (tile == mean).any()
+
+
+def test_a_configuration_that_augments_nothing_says_so(real: Facts) -> None:
+    assert samples.augmentations(with_augment(real, {}).augment) == []
+
+
+def test_large_images_are_reduced_and_small_ones_enlarged() -> None:
+    assert samples._tile(torch.zeros(3, 224, 224, dtype=torch.uint8)).shape == (96, 96, 3)
+    assert samples._tile(torch.zeros(1, 8, 8, dtype=torch.uint8)).shape == (64, 64, 3)
+    assert samples._tile(torch.zeros(3, 96, 96, dtype=torch.uint8)).shape == (96, 96, 3)
+
+
+def test_examples_are_of_as_many_classes_as_there_is_room_for(digits: Dataset) -> None:
+    eight = samples.examples(digits, 8)
+    assert len({int(digits.labels[place]) for place in eight}) == 8
+    twelve = samples.examples(digits, 12)
+    assert len(set(twelve)) == 12
+    assert {int(digits.labels[place]) for place in twelve} == set(range(10))

@@ -1,0 +1,659 @@
+"""The report: every kind of study gives a page, the page asks for nothing, and every figure shows every trial."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import plotly.graph_objects as go
+import pytest
+
+from core.data import Dataset, load_dataset
+from hpo.analysis.facts import Facts, gather, value_of
+from hpo.cli.report import report_command
+from hpo.confirmation.result import Confirmation, Contender, write_confirmation
+from hpo.confirmation.statistics import Interval, corrected_interval
+from hpo.errors import StudyError
+from hpo.report import sections_of, write_report
+from hpo.report.answer import answer, changed, contenders_figure, next_commands, verdict, warnings_of
+from hpo.report.compare import comparison, progress, progress_figure
+from hpo.report.compare import warnings_of as incomparable
+from hpo.report.figures import (
+    STATES,
+    curves_figure,
+    history_figure,
+    importances,
+    importances_figure,
+    learning_curves,
+    log_axis,
+    parallel_figure,
+    slice_figures,
+    slices,
+    states,
+)
+from hpo.report.page import Section, figure, page, paragraph, picture, plain, table
+from hpo.space import load_space
+from hpo.study import Study
+from hpo.text import count, difference, number
+from hpo.trials import FAILURE
+from tests.hpo.commands import hpo
+from tests.hpo.invented import invented_study
+
+BASE = "base: {model: {widths: [8], blocks: [1]}, epochs: 10, batch_size: 128, augment: {flip: 0.0}"
+SPACE = f"""
+data: {{name: digits}}
+{BASE}}}
+pruner: {{name: rungs, rungs: [0.2, 0.5], keep: 0.5}}
+sampler: {{name: random}}
+search:
+  optim.name: {{choices: [sgd, adamw]}}
+  optim.lr_scale: {{low: 0.5, high: 20, log: true}}
+  optim.momentum: {{low: 0.5, high: 0.95, when: {{optim.name: sgd}}}}
+  loss.smoothing: {{low: 0.0, high: 0.2}}
+"""
+ONE_PARAMETER = f"""
+data: {{name: digits}}
+{BASE}}}
+pruner: {{name: none}}
+search:
+  optim.lr_scale: {{low: 0.5, high: 20, log: true}}
+"""
+FOLDS = SPACE.replace("data: {name: digits}", "data: {name: digits, folds: 3}")
+NLL = SPACE + "objective: {metric: nll}\n"
+
+ALL = {"trials": 12, "running": 2, "waiting": 3, "fails": lambda slot, _: "diverged" if slot in (5, 8) else ""}
+"""A study with trials in every state."""
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset(load_space("digits").base.data)
+
+
+@pytest.fixture
+def everything(digits: Dataset) -> Study:
+    """A study with trials in every state."""
+    return invented_study(SPACE, digits, "everything", **ALL)
+
+
+# Every study gives a page -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("space", "how", "words"),
+    [
+        pytest.param(SPACE, ALL, "The search is not over: 12 of 17 trials finished, 2 trials running", id="all states"),
+        pytest.param(SPACE, {"trials": 1}, "nothing better than the base", id="a single trial"),
+        pytest.param(SPACE, {"trials": 4, "fails": lambda *_: "oom"}, "No trial is complete yet", id="all failed"),
+        pytest.param(SPACE, {"trials": 0, "running": 1, "waiting": 2}, "No trial is complete yet", id="begun"),
+        pytest.param(ONE_PARAMETER, {"trials": 6}, "one parameter is searched", id="one parameter"),
+        pytest.param(SPACE, {"trials": 5, "value": lambda _: 0.9}, "scores best", id="all alike"),
+        pytest.param(FOLDS, {"trials": 8}, "The epochs of the 3 folds follow one another", id="folds"),
+        pytest.param(NLL, {"trials": 8}, "NLL (nats)", id="a loss"),
+        pytest.param("digits", {"trials": 25}, "scores best", id="the digits space"),
+    ],
+)  # fmt: skip
+def test_every_study_gives_a_whole_page(
+    digits: Dataset, tmp_path: Path, space: str, how: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = invented_study(load_space(space) if space == "digits" else space, digits, "shown", **how)
+    capfd.readouterr()
+    write_report(study, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    check_page(text)
+    assert words in re.sub(r"<[^>]+>", "", text)
+    assert capfd.readouterr() == ("", ""), "what Optuna has to say is said in the page"
+
+
+def test_a_study_of_an_older_version_without_its_space_gives_a_page(digits: Dataset, tmp_path: Path) -> None:
+    study = invented_study(SPACE, digits, "old", trials=5)
+    facts = replace(gather(study), space=None)
+    assert facts.rungs == {}
+    check_page(page("old", sections_of(facts)))
+
+
+class _Checker(HTMLParser):
+    """Follows the elements of a page, and notes what is wrong."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.faults: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.headings: list[int] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.links += [found[name] or "" for name in ("href", "src") if name in found]
+        if tag == "img" and not found.get("alt"):
+            self.faults.append("a picture without words")
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}> ends what did not begin, at {self.getpos()}")
+
+
+def check_page(text: str) -> list[dict[str, Any]]:
+    """Asserts that the page is whole and asks for nothing; returns its figures."""
+    checker = _Checker()
+    checker.feed(text)
+    checker.close()
+    assert checker.faults == []
+    assert checker.open == []
+    assert len(set(checker.ids)) == len(checker.ids)
+    assert checker.links, "there is a navigation"
+    for link in checker.links:
+        assert link.startswith(("#", "data:")), f"the page asks for {link}"
+        assert not link.startswith("#") or link[1:] in checker.ids
+    assert "@import" not in text
+    assert not re.search(r"url\(\s*['\"]?http", text.partition("<script>")[0])
+    assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
+    assert '<meta name="viewport"' in text
+    assert checker.headings[0] == 1
+    assert all(b <= a + 1 for a, b in zip(checker.headings, checker.headings[1:], strict=False))
+    assert "Infinity" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    return [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', text, re.S)]
+
+
+# The parts of a page ------------------------------------------------------------------------------------------------
+
+
+HOSTILE = "</script><script>alert(1)</script><b>&\"'"
+
+
+def test_no_text_becomes_markup() -> None:
+    fig = go.Figure(go.Scatter(x=[1], y=[1], text=[HOSTILE], name=HOSTILE))
+    body = figure(fig, alt=HOSTILE) + table([HOSTILE], [[HOSTILE]]) + paragraph(HOSTILE) + picture(b"x", alt=HOSTILE)
+    text = page(HOSTILE, [Section("one", HOSTILE, HOSTILE, body)])
+    drawn = check_page(text)
+    assert drawn[0]["data"][0]["name"] == HOSTILE
+    assert "<b>" not in text.partition("<script>")[0]
+
+
+def test_plotly_is_embedded_once_and_only_where_a_figure_needs_it() -> None:
+    one = Section("one", "One", "Lead.", figure(go.Figure(), alt="nothing"))
+    two = replace(one, id="two")
+    assert page("x", [one, two]).count("plotly.js v") == 1
+    assert len(page("x", [replace(one, body="")])) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.123456789, 0.123457),
+        (1234567.8, 1234570.0),
+        (math.nan, None),
+        (math.inf, None),
+        (np.array([1.0, math.nan]), [1.0, None]),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        ((1, "a", {"b": 0.5}), [1, "a", {"b": 0.5}]),
+    ],
+)
+def test_a_figures_numbers_are_plain_and_short(value: Any, shown: Any) -> None:
+    assert plain(value) == shown
+    json.dumps(plain(value), allow_nan=False)
+
+
+def test_a_figure_stays_as_it_was() -> None:
+    fig = go.Figure(go.Scatter(x=[1.23456789], y=[2]), {"title": "kept", "width": 300})
+    before = fig.to_json()
+    (drawn,) = check_page(page("x", [Section("one", "One", "Lead.", figure(fig, alt="a point"))]))
+    assert fig.to_json() == before
+    assert "title" not in drawn["layout"]
+    assert drawn["layout"]["autosize"] is True
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(22.1234, "22.1"), (4.47e-6, "4.47e-6"), (1e-4, "1e-4"), (0.0, "0"), (0.05, "0.05"), (12345, "1.23e4"), (1, "1")],
+)  # fmt: skip
+def test_numbers_are_written_short(value: float, words: str) -> None:
+    assert number(value) == words
+    assert float(words) == pytest.approx(value, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("metric", "gain", "half", "words"),
+    [
+        ("accuracy", 0.031, 0.006, "+3.10 ± 0.60 points"),
+        ("macro_f1", -0.002, math.inf, "−0.20 points"),
+        ("nll", 0.0123, math.inf, "+0.0123"),
+    ],
+)
+def test_a_difference_of_shares_is_told_in_points(metric: str, gain: float, half: float, words: str) -> None:
+    assert difference(metric, gain, half) == words
+
+
+def test_a_number_has_its_noun() -> None:
+    assert (count(1, "trial"), count(2, "trial"), count(12345, "epoch")) == ("1 trial", "2 trials", "12,345 epochs")
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 30), (1e-6, 1e-3), (0.5, 20), (3, 4), (1e-8, 1), (2, 2)])
+def test_each_tick_of_a_logarithmic_axis_is_named_by_its_value(low: float, high: float) -> None:
+    axis = log_axis(low, high)
+    assert axis["ticktext"] == [number(tick) for tick in axis["tickvals"]]
+    assert [float(text) for text in axis["ticktext"]] == pytest.approx(axis["tickvals"])
+    assert 1 <= len(axis["tickvals"]) <= 10
+    assert all(10 ** axis["range"][0] <= tick <= 10 ** axis["range"][1] for tick in axis["tickvals"])
+
+
+# Figures hold as many points as the study has -----------------------------------------------------------------------
+
+
+def points(fig: go.Figure, *names: str) -> int:
+    """The points of all traces, or of those whose name begins so; gaps are none."""
+    traces = [trace for trace in fig.data if not names or (trace.name or "").startswith(names)]
+    return sum(y is not None for trace in traces for y in trace.y)
+
+
+def test_the_study_of_these_tests_has_trials_in_every_state(everything: Study) -> None:
+    facts = gather(everything)
+    assert all(states(facts)[state] for state in STATES)
+    assert len(facts.waiting) == 3
+    assert sum(map(len, states(facts).values())) + 3 == len(facts.trials) == 17
+
+
+def test_the_history_shows_every_trial_that_has_begun(everything: Study) -> None:
+    facts = gather(everything)
+    fig = history_figure(facts)
+    above = [trace for trace in fig.data if trace.yaxis == "y"]
+    below = [trace for trace in fig.data if trace.yaxis == "y2"]
+    numbers = [t.number for t in facts.trials if t not in facts.waiting]
+    assert sorted(x for trace in below for x in trace.x) == numbers
+    values = next(trace for trace in above if trace.mode == "markers")
+    assert dict(zip(values.x, values.y, strict=True)) == {t.number: t.value for t in facts.complete}
+    best = next(trace for trace in above if trace.name == "best so far")
+    assert [y for y in best.y if math.isfinite(y)][-1] == value_of(facts.best)
+
+
+def test_the_learning_curves_show_every_value_that_was_reported(everything: Study) -> None:
+    facts = gather(everything)
+    fig = curves_figure(facts)
+    for state, name in (("complete", "complete"), ("pruned", "pruned"), ("failed", "failed"), ("running", "running")):
+        assert points(fig, name) == sum(len(trial.intermediate_values) for trial in states(facts)[state])
+    assert {int(line.x0) for line in fig.layout.shapes} == set(facts.rungs) == {2, 5}
+    section = learning_curves(facts)
+    assert section is not None
+    assert "14 curves" in section.lead
+
+
+def test_the_slices_show_every_trial_that_has_the_parameter(everything: Study) -> None:
+    facts = gather(everything)
+    figures = slice_figures(facts)
+    assert list(figures) == ["optim.name", "optim.lr_scale", "optim.momentum", "loss.smoothing"]
+    for path, fig in figures.items():
+        scored = [trial for trial in facts.complete if path in trial.params]
+        assert len(fig.data[0].x) == len(scored)
+        for state, name in (("pruned", "pruned"), ("failed", "failed"), ("running", "running")):
+            assert points(fig, name) == sum(path in trial.params for trial in states(facts)[state])
+    section = slices(facts)
+    assert section is not None
+    assert "these exist only sometimes: optim.momentum" in section.body
+
+
+def test_the_parallel_coordinates_have_a_line_for_every_complete_trial(everything: Study) -> None:
+    facts = gather(everything)
+    fig = parallel_figure(facts)
+    assert fig is not None
+    lines = [trace for trace in fig.data if trace.mode == "lines"]
+    assert len(lines) == len(facts.complete)
+    assert lines[-1].y[0] == max(line.y[0] for line in lines), "the best lies on top"
+    assert [text.replace(".<br>", ".") for text in fig.layout.xaxis.ticktext] == [
+        "accuracy", "loss.smoothing", "optim.lr_scale", "optim.momentum", "optim.name"
+    ]  # fmt: skip
+
+
+def test_the_importances_are_optunas(digits: Dataset) -> None:
+    study = invented_study(load_space("digits"), digits, "many", trials=60)
+    facts = gather(study)
+    fig, warned = importances_figure(facts)
+    assert fig is not None
+    assert warned == []
+    assert dict(zip(fig.data[0].y, fig.data[0].x, strict=True)) == pytest.approx(
+        optuna.importance.get_param_importances(study.optuna)
+    )
+
+
+@pytest.mark.parametrize(
+    ("space", "how", "why"),
+    [
+        (SPACE, {"trials": 1}, "it takes two complete trials, and there is 1"),
+        (SPACE, {"trials": 3, "fails": lambda *_: "oom"}, "it takes two complete trials, and there is none"),
+        (ONE_PARAMETER, {"trials": 4}, "one parameter is searched"),
+    ],
+)
+def test_importances_that_cannot_be_told_say_why(digits: Dataset, space: str, how: dict[str, Any], why: str) -> None:
+    section = importances(gather(invented_study(space, digits, "few", **how)))
+    assert section is not None
+    assert why in section.lead
+    assert section.body == ""
+
+
+def test_what_is_trained_while_the_report_is_written_is_not_in_it(everything: Study) -> None:
+    facts = gather(everything)
+    before = len(facts.complete)
+    everything.optuna.add_trial(optuna.trial.create_trial(value=0.99, user_attrs={"slot": 99}))
+    assert len([trace for trace in parallel_figure(facts).data if trace.mode == "lines"]) == before
+    assert len(gather(everything).complete) == before + 1
+
+
+def test_a_few_broken_values_do_not_flatten_a_losss_curves(digits: Dataset) -> None:
+    study = invented_study(NLL, digits, "loss", trials=10)
+    diverging = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.PRUNED,
+        intermediate_values={1: 1e6, 2: math.nan},
+        user_attrs={"slot": 20, FAILURE: "diverged"},
+    )
+    study.optuna.add_trial(diverging)
+    facts = gather(study)
+    assert curves_figure(facts).layout.yaxis.range[1] < 10
+    section = learning_curves(facts)
+    assert section is not None
+    assert "The axis leaves out the worst values" in section.lead
+
+
+# The answer ---------------------------------------------------------------------------------------------------------
+
+
+def confirmation_of(facts: Facts, *, lead: float, spread: float, evidence: bool) -> Confirmation:
+    """One of five replicates in which the best trial leads the base by so much."""
+    assert facts.best is not None
+    assert facts.base is not None
+    around = [-spread, -spread / 2, 0.0, spread / 2, spread]
+
+    def contender(key: str, trial: Any, mean: float) -> Contender:
+        scores = {at: (mean + each,) for at, each in enumerate(around)}
+        interval = corrected_interval([value for (value,) in scores.values()], test_share=1 / 3)
+        config = facts.study.config_of(trial).model_dump(mode="json")
+        words = ("best validation score",) if key != "base" else ("the base",)
+        return Contender(key, trial.number, None, words, config, 10, trial.value, scores, None, None, interval)
+
+    best = contender(f"trial {facts.best.number}", facts.best, 0.9 + lead)
+    return Confirmation(
+        study=facts.study.name, metric=facts.metric, direction=facts.study.direction,
+        contenders=(best, contender("base", facts.base, 0.9)),
+        leader=best.key, winner=best.key if evidence else "base",
+        evidence=evidence, advantage=Interval(lead, 0.006, 5), optimism=0.011, search_epochs=120, budget_epochs=40,
+        epochs=100, trainings=10, replicates=5, elapsed_s=75.0, left_out=("trial 3, for which it is too small",),
+        search_trials=facts.finished, created="2026-01-01T00:00:00+00:00", versions={},
+    )  # fmt: skip
+
+
+def text_of(section: Section) -> str:
+    """The section's words."""
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", section.lead + " " + section.body)))
+
+
+def test_a_confirmed_winner_is_the_first_thing_said(digits: Dataset) -> None:
+    facts = gather(invented_study(SPACE, digits, "won", trials=12))
+    facts = replace(facts, confirmation=confirmation_of(facts, lead=0.031, spread=0.004, evidence=True))
+    section = answer(facts)
+    assert section.lead.startswith("Tuning helped: accuracy 0.931 ± ")
+    assert "better than the base by 0.031 ± 0.006" in section.lead
+    words = text_of(section)
+    assert "Yes, +3.10 ± 0.60 points" in words
+    assert "95 %, n = 5 Each was trained on 5 other seeds and 5 splits." in words
+    assert "was flattering: confirmed, it is 1.10 points worse" in words
+    assert "confirmation 75 s." in words
+    assert f"22 trainings, {100 + sum(map(facts.epochs, facts.trials))} epochs in all" in words
+    assert "trial 3, for which it is too small" in words
+    assert "hpo confirm" not in words
+    assert next_commands(facts) == ["hpo refit best --study won"]
+
+
+def test_no_evidence_is_said_and_the_base_is_the_winner(digits: Dataset) -> None:
+    facts = gather(invented_study(SPACE, digits, "lost", trials=12))
+    facts = replace(facts, confirmation=confirmation_of(facts, lead=0.002, spread=0.004, evidence=False))
+    section = answer(facts)
+    assert section.lead.startswith("No evidence that tuning helped")
+    assert "The best is the base (trial 0): the space's base as it stands." in text_of(section)
+
+
+def test_without_a_confirmation_the_lead_is_called_flattering(digits: Dataset) -> None:
+    facts = gather(invented_study(SPACE, digits, "open", trials=12))
+    assert facts.best is not None
+    assert facts.base is not None
+    assert facts.best is not facts.base
+    section = answer(facts)
+    gain = difference("accuracy", value_of(facts.best) - value_of(facts.base))
+    assert section.lead.startswith("Not confirmed: ")
+    assert gain in section.lead
+    assert "partly luck, so this is flattering" in text_of(section)
+    assert "hpo confirm open" in text_of(section)
+
+
+def test_a_confirmation_older_than_the_study_is_said_to_be_so(digits: Dataset) -> None:
+    facts = gather(invented_study(SPACE, digits, "more", trials=12))
+    made = replace(confirmation_of(facts, lead=0.03, spread=0.004, evidence=True), search_trials=7)
+    facts = replace(facts, confirmation=made)
+    assert any("made when 7 trials were finished, and now 12 are" in words for words in warnings_of(facts))
+    assert "hpo confirm more" in next_commands(facts)
+
+
+def test_the_contenders_figure_shows_every_score(digits: Dataset) -> None:
+    facts = gather(invented_study(SPACE, digits, "won", trials=12))
+    made = confirmation_of(facts, lead=0.031, spread=0.004, evidence=True)
+    scores, winner, base = contenders_figure(made, "accuracy").data
+    assert len(scores.x) == 10
+    assert winner.error_x.array[0] == pytest.approx(made.contenders[0].interval.half_width)
+    assert base.marker.symbol == "square"
+    assert winner.marker.symbol != base.marker.symbol
+
+
+def test_one_replicate_gives_a_figure_without_a_bar(digits: Dataset) -> None:
+    facts = gather(invented_study(SPACE, digits, "one", trials=12))
+    made = confirmation_of(facts, lead=0.031, spread=0.004, evidence=False)
+    alone = [replace(each, scores={0: (0.9,)}, interval=Interval(0.9, math.inf, 1)) for each in made.contenders]
+    made = replace(made, contenders=tuple(alone), advantage=Interval(0.03, math.inf, 1), replicates=1)
+    text = page("x", [answer(replace(facts, confirmation=made))])
+    check_page(text)
+    assert "n = 1<" in text
+
+
+def test_a_refits_test_score_has_its_interval(digits: Dataset) -> None:
+    scores = {"accuracy": 0.9123, "loss": 0.3}
+    report = {
+        "trial": 3, "epochs": 10, "networks": 1, "val": {"with_tta": scores},
+        "test": {"images": 360, "opened": 2, "with_tta": scores | {"intervals": {"accuracy": [0.88, 0.94]}}},
+    }  # fmt: skip
+    facts = gather(invented_study(SPACE, digits, "refitted", trials=6))
+    words = text_of(answer(replace(facts, refits={"best": report})))
+    assert "0.9123 accuracy of the refit best , trial 3, on 360 images, 95 % between 0.8800 and 0.9400" in words
+    assert "The test set was opened 2 times." in words
+    report["test"]["with_tta"].pop("intervals")
+    assert "on 360 images." in text_of(answer(replace(facts, refits={"best": report})))
+
+
+def test_a_submission_model_that_is_not_the_winners_is_said_to_be_so(digits: Dataset) -> None:
+    facts = gather(invented_study(SPACE, digits, "won", trials=12))
+    assert facts.best is not None
+    facts = replace(facts, confirmation=confirmation_of(facts, lead=0.031, spread=0.004, evidence=True))
+    of_base = {"best": {"trial": 0, "recipe": None}}
+    of_winner = {"best": {"trial": facts.best.number, "recipe": None}}
+    assert any(
+        "`best` is of trial 0, and the winner is trial" in w for w in warnings_of(replace(facts, refits=of_base))
+    )
+    assert warnings_of(replace(facts, refits=of_winner)) == []
+
+
+def test_what_changed_leaves_the_seed_out() -> None:
+    base = {"seed": 1, "a": 8.0, "b": None, "c": (1, 2)}
+    assert changed(base, base | {"seed": 2}) == []
+    assert changed(base, base | {"a": 22.0831, "b": 1e-6, "c": (1, 3)}) == [
+        ("a", "8", "22.1"), ("b", "off", "1e-6"), ("c", "[1, 2]", "[1, 3]")
+    ]  # fmt: skip
+
+
+def test_of_a_loss_less_is_better(digits: Dataset) -> None:
+    facts = gather(invented_study(NLL, digits, "loss", trials=12))
+    assert facts.best is not None
+    assert facts.best.value == min(map(value_of, facts.complete))
+    assert facts.gain(0.1, 0.3) == pytest.approx(0.2)
+    assert "+" in verdict(facts)
+
+
+# Side by side -------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_study_twice_differs_in_nothing(digits: Dataset) -> None:
+    facts = gather(invented_study(SPACE, digits, "same", trials=8))
+    made = {section.id: section for section in comparison([facts, facts])}
+    assert incomparable([facts, facts]) == []
+    assert "Nothing: space, data, seed and versions are the same." in made["differences"].body
+    assert "score the same" in made["answer"].lead
+    check_page(page("same", list(made.values())))
+
+
+def test_progress_is_the_best_of_what_was_complete_so_far(everything: Study) -> None:
+    facts = gather(everything)
+    begun = [trial for trial in facts.trials if trial not in facts.waiting]
+    for along, costs in (("trials", [1.0] * len(begun)), ("epochs", [float(facts.epochs(t)) for t in begun])):
+        spent, best, numbers = progress(facts, along)
+        assert numbers == [trial.number for trial in facts.complete]
+        assert spent == [sum(costs[: at + 1]) for at in numbers]
+        assert best == [max(value_of(t) for t in facts.complete if t.number <= at) for at in numbers]
+        (line,) = progress_figure([facts], along).data
+        assert line.x[-1] == sum(costs)
+        assert line.y[-1] == best[-1]
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        (NLL, "have other objectives: accuracy and nll"),
+        (SPACE.replace("name: digits}", "name: digits, val_fraction: 0.4}"), "divide or read the images otherwise"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_first(digits: Dataset, space: str, words: str) -> None:
+    a = gather(invented_study(SPACE, digits, "a", trials=6))
+    b = gather(invented_study(space, digits, "b", trials=6, seed=1))
+    made = comparison([a, b])
+    assert any(words in line for line in incomparable([a, b]))
+    assert "cannot be compared directly" in made[0].lead
+    assert words in made[0].body
+    assert "seed: 0 → 1" in made[-1].body
+    check_page(page("a and b", made))
+
+
+def test_other_images_are_said(digits: Dataset) -> None:
+    a = gather(invented_study(SPACE, digits, "a", trials=4))
+    b = gather(invented_study(SPACE, replace(digits, fingerprint="f" * 64), "b", trials=4))
+    assert any("were run on other images" in line for line in incomparable([a, b]))
+
+
+def test_confirmed_studies_are_compared_by_what_was_confirmed(digits: Dataset) -> None:
+    a, b = (gather(invented_study(SPACE, digits, name, trials=12)) for name in ("a", "b"))
+    a = replace(a, confirmation=confirmation_of(a, lead=0.02, spread=0.004, evidence=True))
+    b = replace(b, confirmation=confirmation_of(b, lead=0.05, spread=0.004, evidence=True))
+    made = {section.id: section for section in comparison([a, b])}
+    assert made["answer"].lead == "The confirmed winner of b is ahead by 3.00 points: 0.9500."
+    assert "confirmed" in made
+    check_page(page("a and b", list(made.values())))
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_the_page_and_says_where(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = invented_study(SPACE, digits, "told", trials=12)
+    facts = gather(study)
+    made = confirmation_of(facts, lead=0.031, spread=0.004, evidence=True)
+    write_confirmation(study.paths.confirmation, made)
+    assert hpo(monkeypatch, "report", "told") == 0
+    said = capsys.readouterr().out
+    assert re.match(
+        rf"written to {re.escape(str(study.paths.report))} \(\d\.\d MB\) in .* s; open it in a browser", said
+    )
+    text = study.paths.report.read_text(encoding="utf-8")
+    check_page(text)
+    assert "better than the base by 0.031 ± 0.006" in text
+    assert len(text) < 8e6
+    assert not list(study.paths.dir.glob(".report*"))
+
+
+def test_the_command_sets_studies_side_by_side_and_leaves_the_report_alone(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = invented_study(SPACE, digits, "a", trials=6)
+    invented_study(SPACE, digits, "b", trials=6, seed=1)
+    assert hpo(monkeypatch, "report", "a", "--compare", "b") == 0
+    assert f"written to {study.paths.report.with_name('report-b.html')}" in capsys.readouterr().out
+    assert not study.paths.report.exists()
+    assert hpo(monkeypatch, "report", "a", "--compare", "b", "-o", str(tmp_path / "deep" / "both.html")) == 0
+    check_page((tmp_path / "deep" / "both.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nobody"], "no study nobody"),
+        (["empty"], "study empty has no trial yet; begin with: hpo run"),
+        (["full", "--compare", "empty"], "study empty has no trial yet"),
+        (["full", "--compare", "full"], "--compare full: that is the study itself"),
+        (["full", "-o", "."], "--output . is a folder; give the HTML file's name"),
+        (
+            ["full", "-o", "/proc/nothing/page.html"],
+            "/proc/nothing/page.html cannot be written (No such file or directory)",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(
+    digits: Dataset,
+    arguments: Sequence[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    invented_study(SPACE, digits, "full", trials=2)
+    invented_study(SPACE, digits, "empty", trials=0, waiting=2)
+    assert hpo(monkeypatch, "report", *arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("hpo: ")
+    assert words in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_a_confirmations_own_study_has_no_report(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = invented_study(SPACE, digits, "won", trials=2)
+    monkeypatch.setitem(study.record["identity"], "confirms", "search")
+    monkeypatch.setattr("hpo.cli.report.find_study", lambda *_, **__: study)
+    with pytest.raises(StudyError, match="study won confirms search, whose report shows it: hpo report search"):
+        report_command("won", storage=None, data=None, output=None, compare=[])
+
+
+def test_a_report_that_cannot_be_made_leaves_the_old_one(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = invented_study(SPACE, digits, "kept", trials=3)
+    study.paths.report.write_text("the old one")
+    study.paths.confirmation.write_text("{")
+    with pytest.raises(StudyError, match="cannot be read"):
+        write_report(study, study.paths.report)
+    assert study.paths.report.read_text() == "the old one"
+
+
+def test_a_password_is_never_in_the_page(digits: Dataset, tmp_path: Path) -> None:
+    study = invented_study(SPACE, digits, "secret", trials=3)
+    hidden = Study(study.optuna, study.paths, study.record, "postgresql://me:hush-hush@db/hpo")
+    write_report(hidden, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "hush-hush" not in text
+    assert "postgresql://me:***@db/hpo" in text

@@ -1,0 +1,749 @@
+"""k-fold: as an objective, as a recorded training, and as an ensemble at refit. Real digits throughout."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState, create_trial
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+import core.loop.run
+from core.calibration import scaled
+from core.config import TrainConfig
+from core.data import Dataset, folds, load_dataset
+from core.loop import EpochMetrics, TrainResult, train
+from core.metrics import scores, value
+from core.runtime import derive_seed, normalize
+from core.tta import VIEWS, look, predict_logits
+from hpo.paths import StudyPaths, TrainingPaths
+from hpo.search.interrupts import Interrupts
+from hpo.search.loop import estimate_s, run_references, run_study
+from hpo.search.training import Recorded, of_fold, train_recorded, validation_confusion
+from hpo.space import SearchSpace, load_space
+from hpo.study import Study, open_study
+from hpo.submission import refit
+from hpo.submission.bundle import load_bundle
+from hpo.trials import SLOT, Outcome
+from tests.hpo.commands import hpo
+
+CPU = torch.device("cpu")
+FOLDS, EPOCHS = 3, 3
+SPACE = """
+data: {name: digits, folds: 3}
+base: {model: {widths: [8], blocks: [1]}, epochs: 3, batch_size: 128, augment: {flip: 0.0}, optim: {lr_scale: 4.0}}
+sampler: {name: random}
+pruner: {name: rungs, rungs: [0.3], keep: 0.33}
+search:
+"""
+SEARCH = "optim.lr_scale: {low: 0.5, high: 20, log: true}"
+SMALL = "model: {widths: [8], blocks: [1]}\nepochs: 3\nbatch_size: 128\naugment: {flip: 0.0}\n"
+
+
+class Watcher:
+    """A listener that can stop a study after so many epochs, as Ctrl-C would."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.stop_after = stop_after
+        self.labels: list[str] = []
+        self.epochs = 0
+        self.outcomes: list[Outcome] = []
+        self.references: dict[str, dict[str, Any]] = {}
+
+    def trial_started(self, label: str, config: TrainConfig) -> None:
+        self.labels.append(label)
+
+    def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None:
+        self.epochs += 1
+        if self.epochs == self.stop_after:
+            raise KeyboardInterrupt
+
+    def trial_ended(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    def reference_ended(self, name: str, result: dict[str, Any]) -> None:
+        self.references[name] = result
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset(TrainConfig().data)
+
+
+def a_space(
+    folder: Path, *, overrides: list[str] | None = None, recipe: str | None = None, search: str = SEARCH
+) -> SearchSpace:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "own.yaml").write_text(f"{SPACE}  {search}\n" + ("recipes: [outside.yaml]\n" if recipe else ""))
+    if recipe:
+        (folder / "outside.yaml").write_text(SMALL + recipe)
+    return load_space(folder / "own.yaml", overrides or [])
+
+
+def a_study(space: SearchSpace, dataset: Dataset, trials: int) -> Study:
+    study = open_study(space, name="own", dataset=dataset)
+    study.ensure_slots(trials)
+    return study
+
+
+def run(study: Study, space: SearchSpace, dataset: Dataset, *, stop_after: int | None = None) -> Watcher:
+    watcher = Watcher(stop_after)
+    splits = folds(dataset, space.base.data)
+    with Interrupts() as interrupts:
+        run_study(study, space, splits, device=CPU, listener=watcher, interrupts=interrupts)
+        run_references(study, space, splits, device=CPU, listener=watcher, interrupts=interrupts)
+    return watcher
+
+
+def by_hand(config: TrainConfig, dataset: Dataset, metric: str = "accuracy") -> list[TrainResult]:
+    """Every fold's training, written out: the first with the configuration's seed, each other with its own."""
+    results = []
+    for number, splits in enumerate(folds(dataset, config.data), 1):
+        seed = config.seed if number == 1 else derive_seed(config.seed, "fold", number)
+        results.append(train(config.override({"seed": seed}), splits, device=CPU, metric=metric))
+    return results
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# The objective
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "nll"])
+def test_a_trial_is_worth_the_mean_of_its_folds(tmp_path: Path, digits: Dataset, metric: str) -> None:
+    space = a_space(tmp_path, overrides=[f"objective.metric={metric}"])
+    study = a_study(space, digits, 1)
+    run(study, space, digits)
+    [trial] = study.optuna.get_trials()
+    results = by_hand(study.trained(0).config, digits, metric)
+    values = [result.value(metric) for result in results]
+    assert trial.value == statistics.fmean(values)
+    assert trial.user_attrs["fold_values"] == values
+    assert trial.user_attrs["epochs"] == FOLDS * EPOCHS
+    assert trial.user_attrs["kept_epoch"] == study.trained(0).epochs == EPOCHS
+
+
+def test_a_trial_reports_the_mean_of_the_finished_folds_and_the_current_score(tmp_path: Path, digits: Dataset) -> None:
+    space = a_space(tmp_path)
+    study = a_study(space, digits, 1)
+    run(study, space, digits)
+    results = by_hand(study.trained(0).config, digits)
+    expected: dict[int, float] = {}
+    for fold, result in enumerate(results, 1):
+        finished = [earlier.value("accuracy") for earlier in results[: fold - 1]]
+        for epoch in result.history:
+            step = (fold - 1) * EPOCHS + epoch.epoch
+            expected[step] = statistics.fmean([*finished, epoch.score("accuracy")])
+    [trial] = study.optuna.get_trials()
+    assert trial.intermediate_values == expected
+    assert sorted(expected) == list(range(1, FOLDS * EPOCHS + 1))
+
+
+def test_the_first_fold_is_what_a_trial_without_folds_would_be_on_its_images(tmp_path: Path, digits: Dataset) -> None:
+    space = a_space(tmp_path)
+    study = a_study(space, digits, 1)
+    run(study, space, digits)
+    config = study.trained(0).config
+    plain = train(config.override({"data.folds": None}), folds(digits, config.data)[0], device=CPU)
+    kept = load_file(study.paths.trial_model(0))
+    assert all(torch.equal(kept[name], weights) for name, weights in plain.model.state_dict().items())
+
+
+def test_each_fold_has_a_seed_of_its_own() -> None:
+    config = TrainConfig(seed=5)
+    assert of_fold(config, 1) == config
+    assert of_fold(config, 2).seed == derive_seed(5, "fold", 2)
+    assert len({of_fold(config, fold).seed for fold in range(1, 21)}) == 20
+
+
+def test_what_a_folded_trial_leaves_behind(tmp_path: Path, digits: Dataset) -> None:
+    space = a_space(tmp_path)
+    study = a_study(space, digits, 1)
+    watcher = run(study, space, digits)
+    rows = rows_of(study.paths.trial_metrics(0))
+    assert [(row["fold"], row["epoch"]) for row in rows] == [(f, e) for f in (1, 2, 3) for e in (1, 2, 3)]
+    elapsed = [row["elapsed_s"] for row in rows]
+    assert elapsed == sorted(elapsed)  # it runs on over the folds
+    results = by_hand(study.trained(0).config, digits)
+    for fold, result in enumerate(results, 1):
+        kept = load_file(study.paths.trial_model(0, fold))
+        assert all(torch.equal(kept[name], weights) for name, weights in result.model.state_dict().items())
+    for picture in (study.paths.trial_curves(0), study.paths.trial_confusion(0)):
+        assert picture.exists()
+    assert not list((study.paths.dir / "checkpoints").iterdir())
+    assert watcher.labels == [f"trial 0, fold {fold} of 3" for fold in (1, 2, 3)]
+    assert len(watcher.outcomes[0].history) == FOLDS * EPOCHS
+
+
+def test_the_confusion_counts_every_image_of_the_pool_once(digits: Dataset) -> None:
+    config = TrainConfig().override({"data.folds": 3, "epochs": 1, "model.widths": (8,), "model.blocks": (1,)})
+    results = by_hand(config, digits)
+    table = validation_confusion(results, folds(digits, config.data))
+    assert torch.equal(table.sum(1), torch.bincount(digits.labels))
+    right = sum(
+        round(result.value("accuracy") * len(splits.val))
+        for result, splits in zip(results, folds(digits, config.data), strict=True)
+    )
+    assert int(table.trace()) == right
+
+
+def test_only_the_best_few_trials_keep_their_weights_and_those_keep_all_folds(tmp_path: Path, digits: Dataset) -> None:
+    space = a_space(tmp_path, overrides=["epochs=1", "pruner.name=none"])
+    study = a_study(space, digits, 5)
+    run(study, space, digits)
+    found = {
+        number: [study.paths.trial_model(number, fold).exists() for fold in (1, 2, 3)] for number in range(5)
+    }  # fmt: skip
+    assert sorted(found.values()) == [[False] * 3] * 2 + [[True] * 3] * 3
+
+
+# Pruning
+
+
+def with_rivals(study: Study, values: dict[int, float]) -> None:
+    """Adds trials that reported these values, by step, and are over."""
+    for slot in range(50, 58):
+        study.optuna.add_trial(
+            create_trial(state=TrialState.COMPLETE, value=0.0, intermediate_values=values, user_attrs={SLOT: slot})
+        )
+
+
+@pytest.mark.parametrize(
+    ("step", "fold", "epochs"),
+    [(1, 1, 1), (EPOCHS, 1, EPOCHS), (2 * EPOCHS, 2, 2 * EPOCHS)],
+    ids=["at a rung of the first fold", "at the end of the first", "at the end of the second"],
+)
+def test_a_trial_that_falls_behind_is_pruned_and_its_later_folds_are_not_trained(
+    tmp_path: Path, digits: Dataset, step: int, fold: int, epochs: int
+) -> None:
+    space = a_space(tmp_path)
+    study = a_study(space, digits, 2)
+    with_rivals(study, {step: 2.0})
+    watcher = run(study, space, digits)
+    base, other = watcher.outcomes
+    assert base.state == "complete"  # never pruned
+    assert other.state == "pruned"
+    assert other.why.startswith(f"rung {step}: ")
+    assert len(other.history) == epochs
+    assert watcher.labels[-1] == f"trial {other.number}, fold {fold} of 3"
+    trial = study.optuna.get_trials()[other.number]
+    assert trial.last_step == step
+    assert other.value == trial.value == trial.intermediate_values[step]
+    assert trial.user_attrs.get("fold_values", []) == [] or len(trial.user_attrs["fold_values"]) == epochs // EPOCHS
+    assert not list((study.paths.dir / "checkpoints").iterdir())
+
+
+def test_a_trial_is_not_pruned_at_its_very_end(tmp_path: Path, digits: Dataset) -> None:
+    space = a_space(tmp_path)
+    study = a_study(space, digits, 2)
+    with_rivals(study, {FOLDS * EPOCHS: 2.0})
+    assert [outcome.state for outcome in run(study, space, digits).outcomes] == ["complete", "complete"]
+
+
+def test_optunas_own_pruners_get_the_same_steps(tmp_path: Path, digits: Dataset) -> None:
+    space = a_space(tmp_path, overrides=["pruner.name=median", "pruner.startup_trials=0"])
+    study = a_study(space, digits, 2)
+    assert isinstance(study.optuna.pruner, optuna.pruners.MedianPruner)
+    with_rivals(study, {2 * EPOCHS: 2.0})
+    base, other = run(study, space, digits).outcomes
+    assert (base.state, other.state) == ("complete", "pruned")
+    assert (len(other.history), other.why) == (2 * EPOCHS, "pruned at the end of fold 2")
+
+
+def test_a_fold_that_stops_early_reports_its_end_at_the_step_where_all_end(tmp_path: Path, digits: Dataset) -> None:
+    # At so small a rate hardly anything changes, so a patience of one epoch soon runs out.
+    slow = ["epochs=12", "early_stop.patience_fraction=0.1", "optim.lr=1e-7", "pruner.name=none"]
+    space = a_space(tmp_path, overrides=slow, search="loss.smoothing: {low: 0.0, high: 0.2}")
+    study = a_study(space, digits, 1)
+    run(study, space, digits)
+    results = by_hand(study.trained(0).config, digits)
+    assert any(len(result.history) < 12 for result in results)
+    [trial] = study.optuna.get_trials()
+    values = [result.value("accuracy") for result in results]
+    for fold in (1, 2, 3):
+        assert trial.intermediate_values[12 * fold] == statistics.fmean(values[:fold])
+    assert trial.user_attrs["epochs"] == sum(len(result.history) for result in results)
+    mean = statistics.fmean(result.kept.epoch for result in results)
+    assert abs(trial.user_attrs["kept_epoch"] - mean) <= 0.5
+
+
+def test_the_estimate_counts_the_folds(tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpo.search.loop.seconds_per_epoch", lambda *arguments, **options: 2.0)
+    space = a_space(tmp_path, overrides=["epochs=10", "pruner.rungs=[0.1]", "pruner.keep=0.5"])
+    splits = folds(digits, space.base.data)
+    in_full, pruned = estimate_s(space, splits, trials=4, references=1, device=CPU)
+    assert in_full == 5 * 30 * 2.0
+    # All run the first epoch, half of them the rest of fold 1; the ends of folds 1 and 2 halve them together.
+    assert pruned == pytest.approx(2.0 * (4 * (1 + 9 / 2 + 10 / 2**1.5 + 10 / 4) + 30))
+
+
+# Cut off, and going on
+
+
+@pytest.mark.parametrize("stop_after", [1, EPOCHS, EPOCHS + 2, 2 * EPOCHS, 2 * EPOCHS + 1])
+@pytest.mark.parametrize("share", [float("inf"), 1e-9], ids=["checkpoints each epoch", "checkpoints rarely"])
+def test_a_trial_cut_off_in_any_fold_ends_as_its_undisturbed_twin(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, stop_after: int, share: float
+) -> None:
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", share)
+    space = a_space(tmp_path)
+    study = a_study(space, digits, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(study, space, digits, stop_after=stop_after)
+    finished = (stop_after - 1) // EPOCHS
+    left = [study.paths.checkpoint(0, fold).exists() for fold in range(1, finished + 1)]
+    assert all(left)
+    resumed = run(study, space, digits)
+    assert resumed.epochs == FOLDS * EPOCHS - stop_after  # no epoch is trained again
+    first, second = study.optuna.get_trials()
+    assert (first.state, second.state) == (TrialState.FAIL, TrialState.COMPLETE)
+    weights = [study.paths.trial_model(1, fold).read_bytes() for fold in (1, 2, 3)]
+    rows = [row | {"elapsed_s": 0, "images_per_s": 0} for row in rows_of(study.paths.trial_metrics(1))]
+
+    monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "twin"))
+    twin = a_study(space, digits, 1)
+    run(twin, space, digits)
+    [expected] = twin.optuna.get_trials()
+    assert (second.value, second.intermediate_values) == (expected.value, expected.intermediate_values)
+    for key in ("fold_values", "kept_epoch", "epochs", "raw_accuracy"):
+        assert second.user_attrs[key] == expected.user_attrs[key]
+    assert weights == [twin.paths.trial_model(0, fold).read_bytes() for fold in (1, 2, 3)]
+    assert rows == [row | {"elapsed_s": 0, "images_per_s": 0} for row in rows_of(twin.paths.trial_metrics(0))]
+    assert not list((study.paths.dir / "checkpoints").iterdir())
+
+
+def test_a_torn_checkpoint_of_a_fold_costs_that_fold_alone(
+    tmp_path: Path, digits: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    space = a_space(tmp_path)
+    study = a_study(space, digits, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(study, space, digits, stop_after=2 * EPOCHS + 1)
+    study.paths.checkpoint(0, 2).write_bytes(b"torn")
+    resumed = run(study, space, digits)
+    assert "begins anew" in caplog.text
+    assert resumed.epochs == 2 * EPOCHS - 1  # of the third fold, all but the epoch that was interrupted at its end
+    assert study.counts().complete == 1
+
+
+# Recorded trainings
+
+
+def record(config: TrainConfig, dataset: Dataset, paths: TrainingPaths, *, stop_after: int | None = None) -> Recorded:
+    seen: list[int] = []
+
+    def watch(label: str) -> Callable[[EpochMetrics], None]:
+        def ended(epoch: EpochMetrics) -> None:
+            seen.append(epoch.epoch)
+            if len(seen) == stop_after:
+                raise KeyboardInterrupt
+
+        return ended
+
+    return train_recorded(config, folds(dataset, config.data), paths, metric="accuracy", device=CPU, watch=watch)
+
+
+@pytest.fixture
+def small() -> TrainConfig:
+    tiny = {"model.widths": (8,), "model.blocks": (1,), "epochs": 2, "batch_size": 128, "data.folds": 3}
+    return TrainConfig(seed=3).override(tiny)
+
+
+def test_a_recorded_training_reports_mean_and_spread_over_its_folds(
+    tmp_path: Path, digits: Dataset, small: TrainConfig
+) -> None:
+    paths = TrainingPaths(tmp_path / "training")
+    recorded = record(small, digits, paths)
+    values = [result.value("accuracy") for result in by_hand(small, digits)]
+    assert recorded.values == tuple(values)
+    assert recorded.value == statistics.fmean(values)
+    assert recorded.spread == statistics.stdev(values)
+    result = json.loads(paths.result.read_text())
+    assert (result["value"], result["spread"]) == (recorded.value, recorded.spread)
+    assert result["val_accuracy"] == recorded.value
+    assert [fold["val_accuracy"] for fold in result["folds"]] == values
+    assert sum(row["support"] for row in result["per_class"]) == len(digits.labels)
+    assert [(row["fold"], row["epoch"]) for row in rows_of(paths.metrics)] == [
+        (f, e) for f in (1, 2, 3) for e in (1, 2)
+    ]
+    assert sorted(path.name for path in paths.dir.iterdir()) == [
+        "config.yaml", "metrics.jsonl", "model.fold2.safetensors", "model.fold3.safetensors", "model.safetensors",
+        "result.json",
+    ]  # fmt: skip
+
+
+def test_without_folds_there_is_no_spread_and_the_result_is_the_kept_epochs(
+    tmp_path: Path, digits: Dataset, small: TrainConfig
+) -> None:
+    paths = TrainingPaths(tmp_path / "training")
+    recorded = record(small.override({"data.folds": None}), digits, paths)
+    assert recorded.spread is None
+    result = json.loads(paths.result.read_text())
+    assert result["epoch"] == 2
+    assert "spread" not in result
+    assert "fold" not in rows_of(paths.metrics)[0]
+
+
+def test_a_recorded_training_cut_off_in_a_later_fold_goes_on(
+    tmp_path: Path, digits: Dataset, small: TrainConfig
+) -> None:
+    paths, twin = TrainingPaths(tmp_path / "training"), TrainingPaths(tmp_path / "twin")
+    with pytest.raises(KeyboardInterrupt):
+        record(small, digits, paths, stop_after=3)
+    assert paths.checkpoint(1).exists()
+    assert not paths.result.exists()
+    recorded, expected = record(small, digits, paths), record(small, digits, twin)
+    assert recorded.values == expected.values
+    for fold in (1, 2, 3):
+        assert paths.model(fold).read_bytes() == twin.model(fold).read_bytes()
+        assert not paths.checkpoint(fold).exists()
+
+
+def test_a_recipe_beside_the_study_trains_the_studys_folds(tmp_path: Path, digits: Dataset) -> None:
+    space = a_space(tmp_path, recipe="loss: {smoothing: 0.1}\n")
+    study = a_study(space, digits, 1)
+    watcher = run(study, space, digits)
+    assert watcher.labels[-3:] == [f"recipe outside, fold {fold} of 3" for fold in (1, 2, 3)]
+    [recipe] = space.recipes
+    config = recipe.config.override({"seed": derive_seed(study.seed, "reference", "outside")})
+    values = [result.value("accuracy") for result in by_hand(config, digits)]
+    assert watcher.references["outside"]["value"] == statistics.fmean(values)
+    assert watcher.references["outside"]["spread"] == statistics.stdev(values)
+
+
+# Refit
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> tuple[Study, Path]:
+    """A finished study of one folded trial, and the folder of all studies."""
+    root = tmp_path_factory.mktemp("folded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_STUDIES", str(root / "studies"))
+        space = a_space(root)
+        study = a_study(space, digits, 1)
+        run(study, space, digits)
+    return study, root / "studies"
+
+
+def do_refit(study: Study, dataset: Dataset, label: str, **options: Any) -> Any:
+    chosen = study.trained(0)
+    return refit(
+        study.paths,
+        number=0,
+        label=label,
+        config=chosen.config,
+        epochs=chosen.epochs,
+        dataset=dataset,
+        metric="accuracy",
+        device=CPU,
+        **options,
+    )
+
+
+def out_of_fold(results: list[TrainResult], config: TrainConfig, dataset: Dataset, views: str) -> torch.Tensor:
+    """(N, K) for every image of the pool, in its own order, by the one network that had not seen it."""
+    found = torch.zeros(len(dataset.labels), len(dataset.classes))
+    for result, each in zip(results, folds(dataset, config.data), strict=True):
+        prepare = lambda x, each=each: normalize(x, each.mean, each.std)  # noqa: E731
+        found[each.val] = predict_logits(result.model, dataset.images[each.val], prepare=prepare, views=views)
+    return found
+
+
+def test_a_folded_trial_is_refitted_on_everything_with_views_chosen_out_of_fold(
+    folded: tuple[Study, Path], digits: Dataset
+) -> None:
+    study, _ = folded
+    done = do_refit(study, digits, "single")
+    config = study.trained(0).config
+    results = by_hand(config, digits)
+    for views, score in done.candidates.items():
+        expected = value(scores(out_of_fold(results, config, digits, views), digits.labels), "accuracy")
+        assert score == pytest.approx(expected, abs=1e-12)
+    assert done.networks == 1
+    expected = train(config, folds(digits, config.data)[0].whole(), device=CPU, stop_after=study.trained(0).epochs)
+    kept = load_file(done.dir / "model.safetensors")
+    assert all(torch.equal(kept[name], weights) for name, weights in expected.model.state_dict().items())
+    meta = load_bundle(done.dir, CPU).meta
+    assert meta.normalizations[0].mean == folds(digits, config.data)[0].whole().mean
+    report = json.loads((done.dir / "metrics.json").read_text())
+    assert report["val"]["images"] == len(digits.labels)
+
+
+@pytest.mark.parametrize("members", [3, 4], ids=["as many as the trial's folds", "another number"])
+def test_an_ensemble_averages_the_probabilities_of_its_members_over_test_images_and_views(
+    folded: tuple[Study, Path], digits: Dataset, members: int
+) -> None:
+    study, _ = folded
+    done = do_refit(study, digits, f"ensemble{members}", ensemble=members)
+    config = study.trained(0).config.override({"data.folds": members})
+    results, divided = by_hand(config, digits), folds(digits, config.data)
+    for views, score in done.candidates.items():
+        expected = value(scores(out_of_fold(results, config, digits, views), digits.labels), "accuracy")
+        assert score == pytest.approx(expected, abs=1e-12)
+    test = digits.open_test()
+    total = torch.zeros(len(test.labels), 10)
+    for result, each in zip(results, divided, strict=True):
+        result.model.eval()
+        for view in VIEWS[done.views]:
+            with torch.inference_mode():
+                total += result.model(normalize(look(test.images, view), each.mean, each.std)).softmax(1)
+    mean = scaled((total / (members * len(VIEWS[done.views]))).log(), done.temperature).exp()
+    assert done.test.accuracy == (mean.argmax(1) == test.labels).double().mean().item()
+    assert done.test.loss == pytest.approx(-mean[range(len(mean)), test.labels].log().mean().item(), abs=1e-5)
+
+    loaded = load_bundle(done.dir, CPU)
+    torch.testing.assert_close(loaded.probabilities(test.images), mean)
+    assert [each.mean for each in loaded.meta.normalizations] == [each.mean for each in divided]
+    assert loaded.meta.config == config
+    rows = list(csv.DictReader((done.dir / "submission.csv").read_text().splitlines()))
+    assert [row["label"] for row in rows] == [digits.classes[label] for label in mean.argmax(1).tolist()]
+
+
+def test_an_ensemble_that_was_cut_off_goes_on_with_the_members_that_it_has(
+    folded: tuple[Study, Path], digits: Dataset
+) -> None:
+    study, _ = folded
+
+    def cut_off(label: str) -> Callable[[EpochMetrics], None]:
+        def epoch_ended(epoch: EpochMetrics) -> None:
+            if label == "fold 3 of 4":
+                raise KeyboardInterrupt
+
+        return epoch_ended
+
+    trained: list[str] = []
+
+    def count(label: str) -> Callable[[EpochMetrics], None]:
+        return lambda epoch: trained.append(label)
+
+    with pytest.raises(KeyboardInterrupt):
+        do_refit(study, digits, "cut", ensemble=4, watch=cut_off)
+    assert not study.paths.refit("cut").exists()
+    done = do_refit(study, digits, "cut", ensemble=4, watch=count)
+    assert trained == ["fold 3 of 4"] * (EPOCHS - 1) + ["fold 4 of 4"] * EPOCHS
+    whole = do_refit(study, digits, "whole", ensemble=4)
+    assert done.candidates == whole.candidates
+    assert done.test == whole.test
+    assert not study.paths.refit_checkpoints("cut")
+
+
+def test_the_members_that_a_trial_has_trained_are_not_trained_again(
+    folded: tuple[Study, Path], digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, _ = folded
+    monkeypatch.setattr("hpo.submission.networks.train", lambda *arguments, **options: pytest.fail("a training"))
+    done = do_refit(study, digits, "kept", ensemble=3)
+    for fold in (1, 2, 3):
+        kept = (done.dir / f"member_{fold}.safetensors").read_bytes()
+        assert kept == study.paths.trial_model(0, fold).read_bytes()
+
+
+def test_with_the_trials_weights_gone_the_ensemble_is_the_same(
+    folded: tuple[Study, Path], digits: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    study, _ = folded
+    before = do_refit(study, digits, "before", ensemble=3)
+    weights = study.paths.trial_model(0, 2)
+    content = weights.read_bytes()
+    weights.unlink()
+    after = do_refit(study, digits, "after", ensemble=3)
+    weights.write_bytes(content)
+    for fold in (1, 2, 3):
+        name = f"member_{fold}.safetensors"
+        assert (after.dir / name).read_bytes() == (before.dir / name).read_bytes()
+    assert (after.val, after.test) == (before.val, before.test)
+
+
+def test_the_test_set_is_opened_once_when_all_is_decided(
+    folded: tuple[Study, Path], digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, _ = folded
+    events: list[str] = []
+    opened, trained = digits.open_test, train
+    monkeypatch.setattr(
+        "core.data.Dataset.open_test", lambda dataset: events.append("test") or opened()
+    )  # fmt: skip
+    monkeypatch.setattr(
+        "hpo.submission.networks.train",
+        lambda *arguments, **options: events.append("train") or trained(*arguments, **options),
+    )
+    do_refit(study, digits, "watched", ensemble=4)
+    assert events == ["train"] * 4 + ["test"]
+    record = [json.loads(line) for line in study.paths.test_openings.read_text().splitlines()]
+    assert record[-1]["label"] == "watched"
+
+
+def test_the_members_stop_early_by_their_own_validation_images(
+    tmp_path: Path, digits: Dataset, small: TrainConfig
+) -> None:
+    config = small.override({"epochs": 12, "early_stop.patience_fraction": 0.1, "optim.lr_scale": 8.0})
+    paths = StudyPaths(tmp_path / "early")
+    options: dict[str, Any] = {"dataset": digits, "metric": "macro_f1", "device": CPU, "ensemble": 3}
+    done = refit(paths, number=0, label="best", config=config, epochs=12, **options)
+    results = by_hand(config, digits, "macro_f1")
+    assert any(len(result.history) < 12 for result in results)
+    report = json.loads((done.dir / "metrics.json").read_text())
+    assert report["epochs"] == [result.kept.epoch for result in results]
+    for fold, result in enumerate(results, 1):
+        kept = load_file(done.dir / f"member_{fold}.safetensors")
+        assert all(torch.equal(kept[name], weights) for name, weights in result.model.state_dict().items())
+
+
+def test_a_plateau_falls_in_the_refit_where_it_fell_in_the_trial(tmp_path: Path, digits: Dataset) -> None:
+    plateau = {"schedule.name": "plateau", "schedule.patience_fraction": 0.1, "schedule.warmup_fraction": 0.0}
+    config = TrainConfig().override(
+        {"model.widths": (8,), "model.blocks": (1,), "epochs": 10, "batch_size": 64, "optim.lr_scale": 20.0, **plateau}
+    )
+    paths = StudyPaths(tmp_path / "plateau")  # without a trial's files: the refit trains it again
+    rates: dict[str, list[float]] = {}
+
+    def watch(label: str) -> Callable[[EpochMetrics], None]:
+        return lambda epoch: rates.setdefault(label, []).append(epoch.lr)
+
+    done = refit(
+        paths, number=0, label="best", config=config, epochs=10, dataset=digits, metric="accuracy", device=CPU,
+        watch=watch,
+    )  # fmt: skip
+    assert rates["trial 0"] == rates[""]
+    assert len(set(rates[""])) > 1
+    assert load_bundle(done.dir, CPU).meta.config.schedule.name == "pieces"
+
+
+# The commands
+
+
+def test_from_a_folded_search_to_the_predictions_of_an_ensemble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = ["--set", "epochs=2", "--set", "batch_size=64", "--set", "data.folds=3"]
+    assert hpo(monkeypatch, "run", "digits", "--trials", "2", *tiny) == 0
+    told = capsys.readouterr().out
+    assert "in the first of 3 folds; every image validates in one of them" in told
+    assert "and after each of the first 2 folds" in told
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm", "--folds", "3") == 0
+    told = capsys.readouterr().out
+    assert "out-of-fold" in told
+    assert "2 times" in told
+    refits = tmp_path / "studies/digits/refit"
+    assert (refits / "best/model.safetensors").exists()
+    members = {path.name for path in (refits / "best.folds3").glob("*.safetensors")}
+    assert members == {f"member_{fold}.safetensors" for fold in (1, 2, 3)}
+
+    source, photos = load_digits(), tmp_path / "photos"
+    photos.mkdir()
+    for number in range(20):
+        pixels = (source.images[number] * (255 / 16)).round().astype(np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number:03d}.png")
+    for label in ("best", "best.folds3"):
+        out = tmp_path / f"{label}.csv"
+        assert hpo(monkeypatch, "predict", str(refits / label), str(photos), "-o", str(out), "--probabilities") == 0
+        rows = list(csv.DictReader(out.read_text().splitlines()))
+        assert len(rows) == 20
+        for row in rows:
+            chances = {name: float(row[name]) for name in "0123456789"}
+            assert sum(chances.values()) == pytest.approx(1, abs=1e-3)
+            assert row["label"] == max(chances, key=chances.__getitem__)
+
+
+def test_more_folds_than_the_smallest_class_has_images_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = imbalanced_npz(tmp_path / "own.npz", smallest=12)  # a fifth of them is the test set
+    assert hpo(monkeypatch, "train", "digits_base", "--data", str(own), "--set", "data.folds=15") == 2
+    error = capsys.readouterr().err.strip()
+    assert "data.folds=15 needs as many images of every class" in error
+    assert error.startswith("hpo: ")
+    assert len(error.splitlines()) == 1
+
+
+def imbalanced_npz(path: Path, *, smallest: int) -> Path:
+    """Digits of which there are 90 of each class but the last."""
+    source = load_digits()
+    kept = [np.flatnonzero(source.target == digit)[: 90 if digit < 9 else smallest] for digit in range(10)]
+    rows = np.concatenate(kept)
+    np.savez(path, images=(source.images[rows] * (255 / 16)).round().astype(np.uint8), labels=source.target[rows])
+    return path
+
+
+def test_train_reports_the_folds_mean_and_spread_and_every_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "train", "digits_base", "--set", "epochs=1", "--set", "data.folds=3") == 0
+    told = capsys.readouterr().out
+    [folder] = (tmp_path / "studies/trainings").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert f"validation accuracy {result['value']:.4f} ± {result['spread']:.4f}" in told
+    for name in ("balanced accuracy", "macro-F1", "loss"):
+        assert f"{name} " in told
+    assert "class by class" not in told  # the digits are balanced
+    assert (folder / "learning_curves.png").exists()
+
+
+def test_the_metric_is_what_is_reported_and_part_of_the_folder_where_it_is_not_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = ["train", "digits_base", "--set", "epochs=1"]
+    trainings = tmp_path / "studies/trainings"
+    assert hpo(monkeypatch, *tiny) == 0
+    assert hpo(monkeypatch, *tiny, "--metric", "accuracy") == 0
+    assert len(list(trainings.iterdir())) == 1
+    capsys.readouterr()
+    assert hpo(monkeypatch, *tiny, "--metric", "macro_f1") == 0
+    assert len(list(trainings.iterdir())) == 2
+    found = {
+        result["metric"]: result
+        for folder in trainings.iterdir()
+        for result in [json.loads((folder / "result.json").read_text())]
+    }
+    assert found.keys() == {"accuracy", "macro_f1"}
+    assert found["macro_f1"]["value"] == found["macro_f1"]["val_macro_f1"]
+    assert f"validation macro-F1 {found['macro_f1']['value']:.4f}, accuracy" in capsys.readouterr().out
+
+
+def test_early_stopping_of_train_watches_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[str] = []
+
+    def spied(*arguments: Any, metric: str, **options: Any) -> TrainResult:
+        watched.append(metric)
+        return train(*arguments, metric=metric, **options)
+
+    monkeypatch.setattr("hpo.search.training.train", spied)
+    assert hpo(monkeypatch, "train", "digits_base", "--set", "epochs=1", "--metric", "nll") == 0
+    assert watched == ["nll"]
+
+
+def test_an_imbalanced_set_is_told_class_by_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = str(imbalanced_npz(tmp_path / "own.npz", smallest=30))
+    tiny = ["--data", own, "--set", "epochs=2", "--set", "data.folds=3"]
+    assert hpo(monkeypatch, "train", "digits_base", *tiny) == 0
+    told = capsys.readouterr().out
+    assert "class by class, 672 validation images:" in told  # all of the pool: four fifths of 90 × 9 + 30
+    lines = [line.split() for line in told.splitlines() if line.strip()]
+    at = lines.index(["class", "images", "precision", "recall", "F1"])
+    table = lines[at + 1 : at + 11]
+    [folder] = (tmp_path / "studies/trainings").iterdir()
+    rows = json.loads((folder / "result.json").read_text())["per_class"]
+    assert table == [
+        [row["class"], str(row["support"]), *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1"))]
+        for row in rows
+    ]
+    assert hpo(monkeypatch, "run", "digits", "--trials", "1", *tiny) == 0
+    capsys.readouterr()
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm", "--folds", "3") == 0
+    assert "class by class, 168 test images:" in capsys.readouterr().out

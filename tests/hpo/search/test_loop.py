@@ -1,0 +1,212 @@
+"""A study worked off in this process: recipes beside it, failures that teach, and what is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optuna.trial import TrialState
+
+import core.loop.run
+import hpo.search.loop
+from core.config import TrainConfig
+from core.data import folds, load_dataset, split
+from core.errors import ConfigError, DivergedError
+from core.loop import EpochMetrics, train
+from hpo.analysis.summary import margins, standing
+from hpo.search.interrupts import Interrupts
+from hpo.search.loop import KEPT_MODELS, estimate_s, pending_references, run_references, run_study
+from hpo.search.objective import failure_of
+from hpo.space import SearchSpace, load_space
+from hpo.study import Study, open_study
+from hpo.trials import Outcome
+
+CPU = torch.device("cpu")
+SMALL = "model: {widths: [8], blocks: [1]}\nepochs: 2\nbatch_size: 128\naugment: {flip: 0.0}\n"
+SPACE = """
+data: {name: digits}
+base: {model: {widths: [8], blocks: [1]}, epochs: 2, batch_size: 128, augment: {flip: 0.0}}
+pruner: {name: none}
+search:
+  optim.lr_scale: {low: 0.5, high: 20, log: true}
+"""
+
+
+class Quiet:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+        self.references: dict[str, dict[str, Any]] = {}
+        self.epochs = 0
+
+    def trial_started(self, label: str, config: TrainConfig) -> None: ...
+
+    def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None:
+        self.epochs += 1
+
+    def trial_ended(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    def reference_ended(self, name: str, result: dict[str, Any]) -> None:
+        self.references[name] = result
+
+
+def write_space(folder: Path, more: str = "", **recipes: str) -> SearchSpace:
+    folder.mkdir(exist_ok=True)
+    for name, text in recipes.items():
+        (folder / f"{name}.yaml").write_text(SMALL + text)
+    names = ", ".join(f"{name}.yaml" for name in recipes)
+    (folder / "own.yaml").write_text(f"{SPACE}{more}recipes: [{names}]\n")
+    return load_space(folder / "own.yaml")
+
+
+def run(space: SearchSpace, trials: int) -> tuple[Study, Quiet]:
+    dataset = load_dataset(space.base.data)
+    splits = folds(dataset, space.base.data)
+    study = open_study(space, name="own", dataset=dataset)
+    study.ensure_slots(trials)
+    listener = Quiet()
+    with Interrupts() as interrupts:
+        run_study(study, space, splits, device=CPU, listener=listener, interrupts=interrupts)
+        run_references(study, space, splits, device=CPU, listener=listener, interrupts=interrupts)
+    return study, listener
+
+
+def test_a_recipe_that_the_space_can_express_is_a_trial_and_another_is_trained_beside(tmp_path: Path) -> None:
+    space = write_space(
+        tmp_path, inside="optim: {lr_scale: 4.0}\n", outside="optim: {lr_scale: 4.0}\nloss: {smoothing: 0.1}\n"
+    )
+    study, listener = run(space, 3)
+    assert [trial.user_attrs.get("recipe") for trial in study.optuna.get_trials()] == [None, "inside", None]
+    assert listener.references.keys() == {"outside"}
+    names = [name for name, _ in standing(study).rivals]
+    assert names == ["the base (trial 0)", "recipe inside (trial 1)", "recipe outside"]
+    lines = margins(standing(study), "accuracy", "maximize")
+    assert len(lines) == 4
+
+
+def test_a_reference_is_trained_once_and_again_when_its_recipe_changes(tmp_path: Path) -> None:
+    space = write_space(tmp_path, outside="loss: {smoothing: 0.1}\n")
+    study, listener = run(space, 1)
+    first = listener.references["outside"]
+    study, listener = run(space, 1)
+    assert not listener.references
+    space = write_space(tmp_path, outside="loss: {smoothing: 0.3}\n")
+    assert [recipe.name for recipe in pending_references(study, space)] == ["outside"]
+    study, listener = run(space, 1)
+    assert listener.references["outside"]["val_loss"] != first["val_loss"]
+
+
+def test_a_recipe_that_cannot_be_trained_does_not_stop_the_study(tmp_path: Path) -> None:
+    impossible = "model: {widths: [8, 8, 8, 8, 8, 8], blocks: [1, 1, 1, 1, 1, 1]}\n"  # 8×8 images do not shrink so far
+    space = write_space(tmp_path)
+    (tmp_path / "deep.yaml").write_text(impossible + "epochs: 2\n")
+    (tmp_path / "own.yaml").write_text(f"{SPACE}recipes: [deep.yaml]\n")
+    space = load_space(tmp_path / "own.yaml")
+    study, listener = run(space, 1)
+    assert listener.references["deep"]["failure"] == "invalid"
+    assert "  recipe deep could not be trained" in margins(standing(study), "accuracy", "maximize")
+    _, listener = run(space, 1)
+    assert not listener.references  # it is not tried again
+
+
+def test_a_configuration_that_cannot_be_trained_is_pruned_and_counts(tmp_path: Path) -> None:
+    space = write_space(tmp_path, more="")
+    (tmp_path / "own.yaml").write_text(
+        SPACE.replace("widths: [8], blocks: [1]", "widths: [8, 8, 8], blocks: [1, 1, 1]")
+        + "  model.stem_stride: {choices: [1, 2]}\n  model.max_pool: {choices: [false, true]}\n"
+        "sampler: {name: random}\n"
+    )
+    space = load_space(tmp_path / "own.yaml")
+    study, listener = run(space, 8)
+    failed = [outcome for outcome in listener.outcomes if outcome.failure]
+    assert failed
+    assert {outcome.failure for outcome in failed} == {"invalid"}
+    assert study.counts().failures == len(failed)
+    assert study.counts().finished == 8
+
+
+def test_only_the_best_few_trials_keep_their_weights(tmp_path: Path) -> None:
+    study, listener = run(write_space(tmp_path), 6)
+    ranked = sorted(listener.outcomes, key=lambda outcome: (-(outcome.value or 0), outcome.number))
+    kept = {outcome.number for outcome in ranked if study.paths.trial_model(outcome.number).exists()}
+    assert kept == {outcome.number for outcome in ranked[:KEPT_MODELS]}
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full_disk(*arguments: Any, **options: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(hpo.search.loop, "learning_curves", full_disk)
+    study, _ = run(write_space(tmp_path), 2)
+    assert study.counts().complete == 2
+    assert "pictures are missing" in caplog.text
+    assert "No space left" in caplog.text
+
+
+def test_a_fault_of_ours_goes_through_and_the_slot_is_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = write_space(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            hpo.search.loop, "_keep_weights", lambda *arguments: (_ for _ in ()).throw(AssertionError("ours"))
+        )
+        with pytest.raises(AssertionError, match="ours"):
+            run(space, 2)
+    study, _ = run(space, 2)
+    states = [trial.state for trial in study.optuna.get_trials()]
+    assert TrialState.RUNNING not in states
+    assert study.counts().complete == 2
+
+
+def test_a_checkpoint_of_another_configuration_is_left_and_the_trial_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    space = write_space(tmp_path)
+    dataset = load_dataset(space.base.data)
+    study = open_study(space, name="own", dataset=dataset)
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", float("inf"))
+    other = space.base.override({"loss.smoothing": 0.2})
+    train(other, split(dataset, space.base.data), device=CPU, checkpoint_to=study.paths.checkpoint(0))
+    study, _ = run(space, 1)
+    assert study.counts().complete == 1
+    assert "begins anew" in caplog.text
+    assert not study.paths.checkpoint(0).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (DivergedError("nan"), "diverged"),
+        (ConfigError("too deep"), "invalid"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "oom"),
+        (RuntimeError("anything else"), None),
+    ],
+)
+def test_failures_are_told_apart_by_what_is_to_be_learnt_from_them(error: Exception, failure: str | None) -> None:
+    assert failure_of(error) == failure
+
+
+def test_the_estimate_grows_with_trials_and_recipes_and_shrinks_with_pruning(tmp_path: Path) -> None:
+    space = load_space("digits", ["epochs=10", "model.widths=[8]", "model.blocks=[1]"])
+    splits = folds(load_dataset(space.base.data), space.base.data)
+    in_full, pruned = estimate_s(space, splits, trials=10, references=0, device=CPU)
+    assert 0 < pruned < in_full
+    unpruned = load_space("digits", ["epochs=10", "model.widths=[8]", "model.blocks=[1]", "pruner.name=none"])
+    in_full, same = estimate_s(unpruned, splits, trials=10, references=0, device=CPU)
+    assert in_full == same
+
+
+def test_the_lines_of_metrics_are_json_and_one_an_epoch(tmp_path: Path) -> None:
+    study, _ = run(write_space(tmp_path), 2)
+    for number in (0, 1):
+        rows = [json.loads(line) for line in study.paths.trial_metrics(number).read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == [1, 2]

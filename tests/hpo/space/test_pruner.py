@@ -1,0 +1,465 @@
+"""The rung pruner's rule, and the other pruners by name."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from hpo.space import grammar, load_space
+from hpo.space.pruner import RungPruner, build_pruner, lets_through, rung_epochs
+from hpo.trials import BASE, LET_THROUGH, RECIPE, SLOT
+
+NAN = math.nan
+
+
+def study_with(pruner: RungPruner, *, direction: str = "maximize") -> optuna.Study:
+    return optuna.create_study(direction=direction, pruner=pruner)
+
+
+def add(study: optuna.Study, slot: int, values: Mapping[int, float], state: TrialState = TrialState.PRUNED) -> None:
+    """A trial that has reported these values."""
+    value = 0.0 if state == TrialState.COMPLETE else None
+    study.add_trial(create_trial(state=state, value=value, intermediate_values=dict(values), user_attrs={SLOT: slot}))
+
+
+def running(study: optuna.Study, slot: int, **attributes: Any) -> optuna.Trial:
+    study.enqueue_trial({}, user_attrs={SLOT: slot, **attributes})
+    return study.ask()
+
+
+def judge(trial: optuna.Trial, epoch: int, value: float) -> bool:
+    trial.report(value, epoch)
+    return trial.should_prune()
+
+
+@pytest.mark.parametrize(
+    ("fractions", "epochs", "rungs"),
+    [
+        ((0.03, 0.1, 0.3), 60, (2, 6, 18)),
+        ((0.03, 0.1, 0.3), 20, (1, 2, 6)),
+        ((0.03, 0.1, 0.3), 3, (1,)),  # 0.09, 0.3 and 0.9 epochs are all the first
+        ((0.5,), 1, ()),  # the last epoch is no rung: there is nothing left to save
+        ((0.3, 0.1), 60, (6, 18)),
+    ],
+)
+def test_rungs_are_distinct_epochs_before_the_last(
+    fractions: tuple[float, ...], epochs: int, rungs: tuple[int, ...]
+) -> None:
+    assert rung_epochs(fractions, epochs) == rungs
+
+
+@pytest.mark.parametrize(
+    ("epochs", "folds", "steps"),
+    [
+        (20, None, (1, 2, 6)),
+        (20, 2, (1, 2, 6, 20)),
+        (20, 5, (1, 2, 6, 20, 40, 60, 80)),  # not at 100: the last fold's end is the trial's
+        (1, 3, (1, 2)),  # of one epoch, there are no rungs within a fold
+    ],
+)
+def test_with_folds_the_end_of_every_fold_but_the_last_is_a_rung_too(
+    epochs: int, folds: int | None, steps: tuple[int, ...]
+) -> None:
+    pruner = build_pruner(grammar.RungsPruner(), epochs, folds)
+    assert isinstance(pruner, RungPruner)
+    assert pruner.rungs == steps
+
+
+def test_the_ends_of_the_folds_together_cut_as_one_rung() -> None:
+    pruner = build_pruner(grammar.RungsPruner(rungs=(0.1,), keep=0.3), 10, 5)
+    assert isinstance(pruner, RungPruner)
+    assert pruner.keeps[1] == 0.3
+    assert math.prod(pruner.keeps[end] for end in (10, 20, 30, 40)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("rungs", "keep", "match"), [((0, 3), 0.5, "from 1"), ((3,), 0.0, "keep"), ((3,), 1.5, "keep")]
+)
+def test_impossible_rungs_are_refused(rungs: tuple[int, ...], keep: float, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        RungPruner(rungs, keep)
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+@pytest.mark.parametrize("keep", [0.25, 1 / 3, 0.5, 1.0])
+@pytest.mark.parametrize("rivals", [0, 1, 2, 5, 11])
+def test_survivors_are_the_best_ceil_of_keep_times_n(direction: str, keep: float, rivals: int) -> None:
+    sign = 1 if direction == "maximize" else -1
+    kept = [rank for rank in range(1, rivals + 2) if rank <= math.ceil(keep * (rivals + 1) - 1e-9)]
+    survived = []
+    for rank in range(1, rivals + 2):  # the same trial, at each place that it could have
+        study = study_with(RungPruner([3], keep), direction=direction)
+        for rival in range(rivals):
+            add(study, rival, {3: sign * -(rival + 1.0)})
+        if not judge(running(study, 99), 3, sign * -(rank - 0.5)):
+            survived.append(rank)
+    assert survived == kept
+
+
+def test_a_trial_is_compared_to_those_that_have_come_so_far() -> None:
+    study = study_with(RungPruner([2], 1 / 3))
+    trials = [running(study, slot) for slot in range(4)]
+    verdicts = [judge(trial, 2, value) for trial, value in zip(trials, (0.1, 0.5, 0.2, 0.4), strict=True)]
+    # ceil(n/3) of those so far survive: 1 of 1, 1 of 2, 1 of 3, 2 of 4. The first is not called back.
+    assert verdicts == [False, False, True, False]
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING])
+def test_rivals_in_every_state_count_that_have_a_value_at_the_rung(state: TrialState) -> None:
+    study = study_with(RungPruner([2], 0.5))
+    add(study, 0, {2: 0.9}, state)
+    add(study, 1, {1: 0.9}, state)  # has not come to the rung, whatever it reported before
+    trial = running(study, 2)
+    assert judge(trial, 2, 0.1)
+    assert study.pruner.verdict(study, trial) == "rung 2: 2nd of 2, pruned"
+
+
+def test_equals_survive_together() -> None:
+    study = study_with(RungPruner([1], 0.25))
+    for slot in range(4):
+        add(study, slot, {1: 0.7})
+    assert not judge(running(study, 9), 1, 0.7)
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_nan_ranks_worst(direction: str) -> None:
+    study = study_with(RungPruner([1], 0.5), direction=direction)
+    add(study, 0, {1: NAN})
+    assert not judge(running(study, 1), 1, 1000.0 if direction == "minimize" else -1000.0)
+    add(study, 2, {1: 0.0})
+    assert judge(running(study, 3), 1, NAN)
+
+
+def test_the_base_is_never_pruned_but_counts_as_a_rival() -> None:
+    study = study_with(RungPruner([1], 0.5))
+    add(study, 1, {1: 0.9})
+    base = running(study, 0, **{BASE: True})
+    assert not judge(base, 1, 0.5)
+    assert study.pruner.verdict(study, base) == "the base, never pruned"
+    assert judge(running(study, 2), 1, 0.1)
+    assert not judge(running(study, 3), 1, 0.6)  # 2nd of 4: the base is one of them
+
+
+def test_a_recipe_is_never_pruned_either() -> None:
+    study = study_with(RungPruner([1], 0.5))
+    add(study, 1, {1: 0.9})
+    recipe = running(study, 2, **{RECIPE: "theirs"})
+    assert not judge(recipe, 1, 0.5)
+    assert study.pruner.verdict(study, recipe) == "recipe theirs, never pruned"
+
+
+def test_between_rungs_nothing_is_decided() -> None:
+    study = study_with(RungPruner([2, 6], 0.5))
+    add(study, 0, dict.fromkeys(range(1, 9), 0.9))
+    trial = running(study, 1)
+    assert [judge(trial, epoch, 1.0 if epoch == 2 else 0.0) for epoch in range(1, 7)] == [False] * 5 + [True]
+
+
+def test_a_rung_is_judged_once_however_often_it_is_asked() -> None:
+    study = study_with(RungPruner([2], 0.5))
+    trial = running(study, 0)
+    assert not judge(trial, 2, 0.1)
+    for slot in range(1, 9):
+        add(study, slot, {2: 0.9})
+    assert not trial.should_prune()
+    assert not judge(trial, 3, 0.1)
+
+
+def test_a_retried_trial_is_not_judged_again_at_a_rung_that_it_passed() -> None:
+    study = study_with(RungPruner([2, 4], 0.5))
+    first = running(study, 0)
+    assert not judge(first, 2, 0.1)
+    study.tell(first, state=TrialState.FAIL)
+    for slot in range(1, 9):
+        add(study, slot, {2: 0.9, 4: 0.9})
+    marks = study.trials[first.number].system_attrs
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={SLOT: 0}, system_attrs=marks))
+    study.pruner = RungPruner([2, 4], 0.5)  # another process
+    again = study.ask()
+    assert again.number != first.number
+    assert not judge(again, 1, 0.1)
+    assert study.pruner.verdict(study, again) == "first rung: 2"
+    assert not judge(again, 2, 0.1)
+    assert study.pruner.verdict(study, again) == "rung 2: 1st of 1, kept"
+    assert judge(again, 4, 0.1)
+
+
+def test_a_retried_trial_is_pruned_at_the_rung_where_its_first_attempt_fell_behind_and_not_before() -> None:
+    """The process was killed between the rung's mark and the trial's end."""
+    study = study_with(RungPruner([1, 3], 0.5))
+    for slot in range(1, 9):
+        add(study, slot, {1: 0.1, 3: 0.9})
+    first = running(study, 0)
+    assert [judge(first, epoch, 0.5) for epoch in (1, 2, 3)] == [False, False, True]
+    study.tell(first, state=TrialState.FAIL)
+    marks = study.trials[first.number].system_attrs
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={SLOT: 0}, system_attrs=marks))
+    study.pruner = RungPruner([1, 3], 0.5)  # another process
+    again = study.ask()
+    verdicts = []
+    for epoch in (1, 2, 3):
+        pruned = judge(again, epoch, 0.5)
+        verdicts.append((pruned, study.pruner.verdict(study, again)))
+    passed = "rung 1: 1st of 9, kept"
+    assert verdicts == [(False, passed), (False, passed), (True, "rung 3: 9th of 9, pruned")]
+
+
+def test_a_rung_that_was_reported_but_not_judged_is_judged_at_the_next_report() -> None:
+    study = study_with(RungPruner([2], 0.5))
+    add(study, 0, {2: 0.9})
+    trial = running(study, 1)
+    trial.report(0.1, 2)
+    assert judge(trial, 3, 1.0)
+    assert study.pruner.verdict(study, trial) == "rung 2: 2nd of 2, pruned"
+
+
+def test_a_slot_counts_once_with_its_latest_attempt() -> None:
+    study = study_with(RungPruner([1], 0.5))
+    add(study, 0, {1: 0.9}, TrialState.FAIL)
+    add(study, 0, {1: 0.2}, TrialState.COMPLETE)
+    trial = running(study, 1)
+    judge(trial, 1, 0.5)
+    assert study.pruner.verdict(study, trial) == "rung 1: 1st of 2, kept"
+
+
+def test_failed_trials_are_no_rivals() -> None:
+    study = study_with(RungPruner([1], 0.5))
+    add(study, 0, {1: 0.9}, TrialState.FAIL)
+    assert not judge(running(study, 1), 1, 0.1)
+
+
+def test_the_verdict_before_the_first_rung_names_it() -> None:
+    study = study_with(RungPruner([3], 0.5))
+    assert study.pruner.verdict(study, running(study, 0)) == "first rung: 3"
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (22, "22nd")]
+)
+def test_the_verdict_is_a_phrase(rank: int, words: str) -> None:
+    study = study_with(RungPruner([1], 1.0))
+    for slot in range(1, rank):
+        add(study, slot, {1: 0.9})
+    trial = running(study, 0)
+    judge(trial, 1, 0.5)
+    assert study.pruner.verdict(study, trial) == f"rung 1: {words} of {rank}, kept"
+
+
+# Those that are let through on purpose
+
+SHARES = [0.5, 0.3, 1 / 3, 0.1, 0.02, 0.013]
+
+
+def chosen(share: float, slots: int) -> list[int]:
+    return [slot for slot in range(slots) if lets_through(slot, share)]
+
+
+def test_of_the_default_share_these_slots_are_let_through() -> None:
+    assert chosen(grammar.RungsPruner().let_through, 200) == [25, 75, 125, 175]
+
+
+def test_of_no_share_none_is_let_through() -> None:
+    assert chosen(0.0, 1000) == []
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_slots_are_let_through_evenly_and_none_where_a_study_is_short(share: float) -> None:
+    slots = chosen(share, 2000)
+    first = 1 / (2 * share)
+    assert first <= slots[0] < first + 1
+    assert {later - earlier for earlier, later in pairwise(slots)} <= {math.floor(1 / share), math.ceil(1 / share)}
+    assert all(abs(len([s for s in slots if s < n]) - share * n) <= 0.5 + share for n in range(2000))
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.51, NAN])
+def test_an_impossible_share_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="let_through"):
+        RungPruner([3], 0.5, let_through=share)
+
+
+def test_the_share_is_the_spaces_and_does_not_make_it_another_space() -> None:
+    usual, more, off = (load_space("digits", [f"pruner.let_through={share}"]) for share in (0.02, 0.5, 0))
+    assert usual.hash == more.hash == off.hash == load_space("digits").hash
+    pruners = [build_pruner(space.pruner, epochs=20, folds=3) for space in (usual, more, off)]
+    assert [pruner.let_through for pruner in pruners if isinstance(pruner, RungPruner)] == [0.02, 0.5, 0]
+
+
+def test_one_that_is_let_through_goes_on_to_its_end_and_says_so() -> None:
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
+    for slot in (0, 2):
+        add(study, slot, {2: 0.9, 4: 0.9})
+    trial = running(study, 1)
+    assert not judge(trial, 1, 0.1)
+    assert study.pruner.verdict(study, trial) == "first rung: 2"
+    for epoch in (2, 3, 4, 5):
+        assert not judge(trial, epoch, 0.1)
+        assert study.pruner.verdict(study, trial) == "rung 2: 3rd of 3, let through on purpose"
+    frozen = study.trials[trial.number]
+    assert frozen.user_attrs[LET_THROUGH] == 2
+    assert frozen.system_attrs["rung:2"] == [3, 3, False]
+    assert "rung:4" not in frozen.system_attrs
+
+
+def test_one_that_no_rung_would_have_cut_is_like_any_other() -> None:
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
+    add(study, 0, {2: 0.1, 4: 0.1})
+    trial = running(study, 1)
+    assert not any(judge(trial, epoch, 0.5) for epoch in range(1, 6))
+    assert LET_THROUGH not in study.trials[trial.number].user_attrs
+    assert study.pruner.verdict(study, trial) == "rung 4: 1st of 2, kept"
+
+
+@pytest.mark.parametrize("attribute", [{BASE: True}, {RECIPE: "theirs"}])
+def test_the_base_and_the_recipes_are_let_through_by_what_they_are(attribute: Mapping[str, Any]) -> None:
+    study = study_with(RungPruner([2], 0.5, let_through=0.5))
+    add(study, 0, {2: 0.9})
+    trial = running(study, 1, **attribute)
+    assert not judge(trial, 2, 0.1)
+    assert LET_THROUGH not in study.trials[trial.number].user_attrs
+
+
+def test_behind_its_cut_one_that_was_let_through_takes_no_place_from_others() -> None:
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
+    add(study, 0, {2: 0.9, 4: 0.5})
+    late = running(study, 1)
+    assert not any(judge(late, epoch, value) for epoch, value in ((2, 0.1), (3, 0.9), (4, 0.9)))
+    other = running(study, 2)
+    assert not judge(other, 2, 0.95)
+    assert study.pruner.verdict(study, other) == "rung 2: 1st of 3, kept"  # there it counts
+    assert not judge(other, 4, 0.6)
+    assert study.pruner.verdict(study, other) == "rung 4: 1st of 2, kept"  # there it does not
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0], ids=["the same share", "none are let through any more"])
+def test_a_retried_trial_that_was_let_through_goes_on_as_its_first_attempt_did(share: float) -> None:
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
+    add(study, 0, {2: 0.9})
+    first = running(study, 1)
+    assert not judge(first, 2, 0.1)
+    study.tell(first, state=TrialState.FAIL)
+    was = study.trials[first.number]
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=was.user_attrs, system_attrs=was.system_attrs))
+    study.pruner = RungPruner([2, 4], 0.5, let_through=share)  # another process
+    again = study.ask()
+    assert not any(judge(again, epoch, 0.1) for epoch in range(1, 6))
+    assert study.pruner.verdict(study, again) == "rung 2: 2nd of 2, let through on purpose"
+    assert study.trials[again.number].user_attrs[LET_THROUGH] == 2
+
+
+def test_a_trial_whose_process_died_between_its_place_and_the_attribute_has_both_in_the_end() -> None:
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
+    study.add_trial(
+        create_trial(state=TrialState.WAITING, user_attrs={SLOT: 1}, system_attrs={"rung:2": [2, 2, False]})
+    )
+    again = study.ask()
+    assert not any(judge(again, epoch, 0.1) for epoch in (1, 2, 3))
+    assert study.trials[again.number].user_attrs[LET_THROUGH] == 2
+
+
+def played(pruner: RungPruner, curves: list[list[float]], starts: list[float]) -> dict[int, tuple[Any, ...]]:
+    """Trains trials side by side, each a step a tick from when it starts; slot -> the places that it was given."""
+    study = study_with(pruner)
+    trials = [running(study, slot) for slot in range(len(curves))]
+    over = set()
+    steps = sorted((starts[slot] + step, slot, step) for slot, curve in enumerate(curves) for step in range(len(curve)))
+    for _, slot, step in steps:
+        if slot in over:
+            continue
+        pruned = judge(trials[slot], step + 1, curves[slot][step])
+        if pruned or step + 1 == len(curves[slot]):
+            study.tell(trials[slot], state=TrialState.PRUNED if pruned else None, values=None if pruned else 0.0)
+            over.add(slot)
+    return {
+        trial.number: (trial.state, {key: mark for key, mark in trial.system_attrs.items() if "rung" in key})
+        for trial in study.trials
+        if LET_THROUGH not in trial.user_attrs
+    }
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("fold_ends", "steps"), [((), 12), ((12, 24), 36)], ids=["one split", "three folds"])
+def test_every_other_trial_is_judged_as_if_none_were_let_through(
+    seed: int, fold_ends: tuple[int, ...], steps: int
+) -> None:
+    draw = random.Random(seed)
+    # Curves that cross, so that one that is let through would often have been among the best later on.
+    curves = [[draw.random() for _ in range(steps)] for _ in range(60)]
+    starts = [slot * draw.choice((1.0, 4.0, 20.0)) for slot in range(60)]  # one after the other, or many at once
+    without = played(RungPruner([1, 2, 6], 0.5, fold_ends), curves, starts)
+    share = draw.choice((0.1, 0.3, 0.5))
+    others = played(RungPruner([1, 2, 6], 0.5, fold_ends, let_through=share), curves, starts)
+    assert others == {slot: without[slot] for slot in others}
+    missing = without.keys() - others.keys()
+    assert missing == {s for s in chosen(share, 60) if without[s][0] == TrialState.PRUNED} != set()
+
+
+# The others by name
+
+PRUNERS: dict[str, tuple[Any, type[optuna.pruners.BasePruner]]] = {
+    "rungs": (grammar.RungsPruner(), RungPruner),
+    "none": (grammar.NoPruner(name="none"), optuna.pruners.NopPruner),
+    "median": (grammar.MedianPruner(name="median", startup_trials=0), optuna.pruners.MedianPruner),
+    "percentile": (
+        grammar.PercentilePruner(name="percentile", keep=0.25, startup_trials=0),
+        optuna.pruners.PercentilePruner,
+    ),
+    "successive_halving": (
+        grammar.SuccessiveHalvingPruner(name="successive_halving"),
+        optuna.pruners.SuccessiveHalvingPruner,
+    ),
+    "hyperband": (grammar.HyperbandPruner(name="hyperband"), optuna.pruners.HyperbandPruner),
+}
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_pruners_by_name(name: str) -> None:
+    config, kind = PRUNERS[name]
+    assert isinstance(build_pruner(config, epochs=60), kind)
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
+def test_every_pruner_prunes_the_hopeless_and_spares_the_base_and_the_recipes(name: str) -> None:
+    epochs = 30
+    study = optuna.create_study(direction="maximize", pruner=build_pruner(PRUNERS[name][0], epochs), study_name="s")
+    for slot in range(1, 12):
+        good = running(study, slot)
+        for epoch in range(1, epochs + 1):
+            judge(good, epoch, 0.9)
+        study.tell(good, 0.9)
+    for slot, attribute in ((0, {BASE: True}), (12, {RECIPE: "theirs"})):
+        spared = running(study, slot, **attribute)
+        assert not any(judge(spared, epoch, 0.0) for epoch in range(1, epochs + 1))
+    bad = running(study, 99)
+    assert any(judge(bad, epoch, -0.1 * epoch) for epoch in range(1, epochs + 1))
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
+def test_every_pruner_ends_in_a_later_fold_a_trial_that_falls_behind_there(name: str) -> None:
+    epochs, folds = 10, 3
+    # Hyperband puts a trial into a bracket by the study's name: a random one would now and then be too patient.
+    pruner = build_pruner(PRUNERS[name][0], epochs, folds)
+    study = optuna.create_study(direction="maximize", pruner=pruner, study_name="s")
+    for slot in range(1, 12):
+        good = running(study, slot)
+        for step in range(1, epochs * folds + 1):
+            judge(good, step, 0.8 + 0.001 * step)
+        study.tell(good, 0.9)
+    late = running(study, 99)
+    verdicts = [judge(late, s, 0.8 + 0.001 * s if s < epochs else 0.1) for s in range(1, epochs * folds + 1)]
+    assert not any(verdicts[: epochs - 1])
+    assert any(verdicts)
+
+
+def test_the_warm_up_of_the_median_pruner_is_a_fraction_of_the_run() -> None:
+    config = grammar.MedianPruner(name="median", startup_trials=0, warmup_fraction=0.5)
+    study = optuna.create_study(direction="maximize", pruner=build_pruner(config, epochs=10))
+    add(study, 0, dict.fromkeys(range(1, 11), 0.9), TrialState.COMPLETE)
+    trial = running(study, 1)
+    assert [judge(trial, epoch, 0.1) for epoch in range(1, 7)] == [False] * 4 + [True, True]

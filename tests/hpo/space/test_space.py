@@ -1,0 +1,1160 @@
+"""The language of spaces: what a file may say, what every mistake is told, and what a space means to Optuna."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages.journal import JournalFileBackend
+from pydantic import ValidationError
+
+from core.config import TrainConfig
+from hpo.errors import SpaceError
+from hpo.space import (
+    SearchSpace,
+    check_file,
+    diff,
+    dump_yaml,
+    json_schema,
+    list_spaces,
+    load_recipe,
+    load_space,
+    parse_yaml,
+    recipe_from_yaml,
+    to_yaml,
+)
+from hpo.space.fields import config_fields, nearest_field
+
+SPACES = Path(__file__).resolve().parents[3] / "search_spaces"
+FILES = sorted([*SPACES.glob("*.yaml"), *SPACES.glob("recipes/*.yaml")])
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a YAML file into the working directory, so that messages call it by its bare name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "x.yaml") -> Path:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def faults_of(path: Path | str, *overrides: str) -> list[str]:
+    with pytest.raises(SpaceError) as caught:
+        load_space(path, overrides)
+    assert str(caught.value) == "\n".join(map(str, caught.value.faults))
+    return [str(fault) for fault in caught.value.faults]
+
+
+def trials(space: SearchSpace, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The parameters of random trials, as Optuna recorded them."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    rows = []
+    for _ in range(count):
+        trial = study.ask()
+        assert space.suggest(trial) == trial.params
+        assert trial.distributions == {path: space.distributions[path] for path in trial.params}
+        rows.append(trial.params)
+    return rows
+
+
+# YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("5.e3", 5000.0),
+        (".5e3", 500.0),
+        ("-.5", -0.5),
+        ("+12", 12),
+        ("010", 10),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("1_000", "1_000"),
+        ("0b1", "0b1"),
+        ("1:30", "1:30"),
+        ("off", "off"),
+        ("no", "no"),
+        ("Yes", "Yes"),
+        ("TRUE", True),
+        ("tRUE", "tRUE"),
+        ("false", False),
+        ("", None),
+        ("~", None),
+        ("Null", None),
+        ("2026-01-30", "2026-01-30"),
+        ("'1'", "1"),
+        ('"null"', "null"),
+        ("=", "="),
+        ("[1, 2.0, a]", [1, 2.0, "a"]),
+    ],
+)
+def test_scalars_follow_the_core_schema_of_yaml_1_2(text: str, value: Any) -> None:
+    document, faults = parse_yaml(f"key: {text}", "x")
+    assert document is not None
+    assert not faults
+    read = document.plain()["key"]
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("a: [1,", "x:1: not YAML: expected the node content, but found '<stream end>'"),
+        ("a: 1\n b: 2", "x:2: not YAML: mapping values are not allowed here"),
+        ("a: 1\n---\nb: 2", "x:3: a second document; one file holds one"),
+        ("a: 1\n\nb: !!python/object:os.system x", "x:3: the tag tag:yaml.org,2002:python/object:os.system is not"),
+        ("a: !own {b: 1}", "x:1: the tag !own is not allowed: plain data only"),
+        ("a: *b", "x:1: *b stands for no finished &b"),
+        ("a: &b {c: *b}", "x:1: *b stands for no finished &b"),
+        ("a: 1\nb: .inf", "x:2: .inf is not a finite number"),
+        ("a: -.NaN", None),
+        ("a: .nan", "x:1: .nan is not a finite number"),
+        ("a: 1e999", "x:1: 1e999 is not a finite number"),
+        ("a: " + "9" * 5000, "x:1: a number of 5000 characters is too long"),
+        ("a: " + "[" * 100 + "]" * 100, "x:1: nested more than 32 deep"),
+        ("? [a]\n: 1", "x:1: a key must be a word"),
+        ("a: \x00", "x:1: not YAML: unacceptable character #x0000: special characters are not allowed"),
+    ],
+)
+def test_what_is_not_plain_yaml_is_refused_with_its_line(text: str, fault: str | None) -> None:
+    _, faults = parse_yaml(text, "x")
+    if fault is None:
+        assert faults == []
+    else:
+        assert len(faults) == 1
+        assert str(faults[0]).startswith(fault)
+
+
+def test_nested_aliases_cannot_fill_the_memory() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 20)]
+    document, faults = parse_yaml("\n".join(lines), "x")
+    assert document is None
+    assert [fault.message for fault in faults] == ["more than 100000 values"]
+
+
+def test_an_alias_is_a_copy() -> None:
+    document, faults = parse_yaml("a: &w [64, 128]\nb: *w", "x")
+    assert document is not None
+    assert not faults
+    assert document.plain() == {"a": [64, 128], "b": [64, 128]}
+
+
+def test_every_duplicate_key_is_reported() -> None:
+    _, faults = parse_yaml("a: 1\nb: {c: 1, c: 2}\na: 3\na: 4\n", "x")
+    assert list(map(str, faults)) == [
+        "x:2: c: given twice; first on line 2",
+        "x:3: a: given twice; first on line 1",
+        "x:4: a: given twice; first on line 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, 0, -7, 0.1, 1e-05, 1e22, 1e300, 5e-324, 1 / 3, [1, 2], [], ["a", None], "x", "off", "no", "Null",
+        "1e-4", ".5e3", "1_000", "", " ", "a: b", "# x", "a\nb", "tab\t", "ü × 日 𝛼", '"', "'", "\\", "-", "[", "1:30",
+        "2026-01-30", "<<", "/data/a b.zip", "*a", "&a", "!a", "%", "@", "a #b",
+        "\x00\x07\x7f\x85\xa0\u2028\ufeff\uffff",
+    ],
+)  # fmt: skip
+def test_whatever_is_written_is_read_back_exactly(value: Any) -> None:
+    document, faults = parse_yaml(dump_yaml({"key": value, "nested": {"deep": {"key": value}}}), "x")
+    assert document is not None
+    assert not faults
+    assert document.plain() == {"key": value, "nested": {"deep": {"key": value}}}
+    assert type(document.plain()["key"]) is type(value)
+
+
+def test_small_numbers_are_numbers_to_yaml_1_1_readers_too() -> None:
+    assert dump_yaml({"a": 1e-05}) == "a: 1.0e-05\n"
+
+
+# Faults
+
+
+BASE = "base: {epochs: 20}\nsearch:\n"
+
+# (the search section from line 3 on, the fault)
+SEARCH_FAULTS = {
+    "a typo": (
+        "  optim.lrr: {low: 1, high: 2}",
+        "x.yaml:3: search.optim.lrr: no such field; did you mean optim.lr?",
+    ),
+    "a bare name": (
+        "  drop_path: {low: 0, high: 0.5}",
+        "x.yaml:3: search.drop_path: no such field; did you mean model.drop_path?",
+    ),
+    "nothing near": (
+        "  zzzzzzzz: {low: 0, high: 0.5}",
+        "x.yaml:3: search.zzzzzzzz: no such field",
+    ),
+    "a section": (
+        "  loss: {choices: [1]}",
+        "x.yaml:3: search.loss: is a group of fields; name one of them: loss.name, loss.gamma, loss.smoothing, "
+        "loss.smoothing_final, loss.logit_adjustment, loss.class_weights, loss.class_weights_from_fraction",
+    ),
+    "not a mapping": (
+        "  loss.smoothing: 0.1",
+        "x.yaml:3: search.loss.smoothing: must be {choices: […]} or {low: …, high: …}, not 0.1",
+    ),
+    "neither form": (
+        "  loss.smoothing: {log: true}",
+        "x.yaml:3: search.loss.smoothing: needs choices, or low and high",
+    ),
+    "half a range": (
+        "  loss.smoothing: {low: 0.0}",
+        "x.yaml:3: search.loss.smoothing.high: is missing",
+    ),
+    "both forms": (
+        "  loss.smoothing: {choices: [0.0, 0.1], low: 0}",
+        "x.yaml:3: search.loss.smoothing.low: no such field",
+    ),
+    "a misspelt key": (
+        "  loss.smoothing: {low: 0, high: 0.2, stpe: 0.1}",
+        "x.yaml:3: search.loss.smoothing.stpe: no such field; did you mean step?",
+    ),
+    "a word for a number": (
+        "  loss.smoothing: {low: none, high: 0.2}",
+        "x.yaml:3: search.loss.smoothing.low: must be a number, not 'none'",
+    ),
+    "true for a number": (
+        "  loss.smoothing: {low: 0, high: true}",
+        "x.yaml:3: search.loss.smoothing.high: must be a number, not true",
+    ),
+    "outside the field's bounds": (
+        "  loss.smoothing: {low: 0, high: 1.5}",
+        "x.yaml:3: search.loss.smoothing.high: must be less than or equal to 0.9, not 1.5",
+    ),
+    "on the field's open bound": (
+        "  optim.lr_scale: {low: 0, high: 10}",
+        "x.yaml:3: search.optim.lr_scale.low: must be greater than 0, not 0",
+    ),
+    "upside down": (
+        "  optim.lr_scale: {low: 10, high: 0.1}",
+        "x.yaml:3: search.optim.lr_scale.high: must be greater than low, 10, not 0.1",
+    ),
+    "empty": (
+        "  optim.lr_scale: {low: 1, high: 1}",
+        "x.yaml:3: search.optim.lr_scale.high: must be greater than low, 1, not 1",
+    ),
+    "the logarithm of zero": (
+        "  loss.smoothing: {low: 0, high: 0.2, log: true}",
+        "x.yaml:3: search.loss.smoothing.low: must be greater than 0 where log is true, not 0",
+    ),
+    "steps of a logarithm": (
+        "  optim.lr_scale: {low: 0.1, high: 10, log: true, step: 0.1}",
+        "x.yaml:3: search.optim.lr_scale.step: a logarithmic range has no steps; leave out step or log",
+    ),
+    "a step that does not divide": (
+        "  loss.smoothing: {low: 0, high: 0.2, step: 0.15}",
+        "x.yaml:3: search.loss.smoothing.step: 0.15 does not divide the range: it would end at 0.15, not 0.2",
+    ),
+    "a step of nothing": (
+        "  loss.smoothing: {low: 0, high: 0.2, step: 0}",
+        "x.yaml:3: search.loss.smoothing.step: must be greater than 0, not 0",
+    ),
+    "a fraction of an integer": (
+        "  augment.ops: {low: 0, high: 2.5}",
+        "x.yaml:3: search.augment.ops.high: must be a whole number, not 2.5",
+    ),
+    "a fractional step of an integer": (
+        "  augment.ops: {low: 0, high: 2, step: 0.5}",
+        "x.yaml:3: search.augment.ops.step: must be a whole number, not 0.5",
+    ),
+    "a range of words": (
+        "  optim.name: {low: 0, high: 1}",
+        "x.yaml:3: search.optim.name: has no order, so low and high mean nothing here; give choices",
+    ),
+    "an unknown choice": (
+        "  optim.name:\n    choices:\n      - adamw\n      - sdg",
+        "x.yaml:6: search.optim.name.choices.1: must be 'sgd', 'adamw', 'nadam', 'swats' or 'muon', not 'sdg'; "
+        "did you mean sgd?",
+    ),
+    "a choice of another type": (
+        "  model.se: {choices: [false, off]}",
+        "x.yaml:3: search.model.se.choices.1: must be true or false, not 'off'",
+    ),
+    "null where a field is never off": (
+        "  loss.smoothing: {choices: [0.0, null]}",
+        "x.yaml:3: search.loss.smoothing.choices.1: must be a number, not null",
+    ),
+    "a choice given twice": (
+        "  loss.smoothing: {choices: [0, 0.1, 0.0]}",
+        "x.yaml:3: search.loss.smoothing.choices.2: 0.0 is given twice",
+    ),
+    "no choices": (
+        "  loss.smoothing: {choices: []}",
+        "x.yaml:3: search.loss.smoothing.choices: must have at least 1 item, not 0",
+    ),
+    "one knob twice": (
+        "  optim.lr_scale: {low: 0.1, high: 10}\n  optim.lr: {low: 1e-4, high: 1}",
+        "x.yaml:4: search.optim.lr: optim.lr and optim.lr_scale are one knob under two names: search one of them",
+    ),
+    "the seed": (
+        "  seed: {low: 0, high: 9}",
+        "x.yaml:3: search.seed: cannot be searched: a study seeds every trial itself; --seed sets the study's",
+    ),
+    "the length": (
+        "  epochs: {low: 10, high: 90}",
+        "x.yaml:3: search.epochs: cannot be searched: trials of different lengths cannot be compared at their rungs; "
+        "set it in base, or with --set",
+    ),
+    "the data": (
+        "  data.normalize: {choices: [half, train]}",
+        "x.yaml:3: search.data.normalize: cannot be searched: trials on different images cannot be compared; "
+        "set it under data",
+    ),
+    "not around the base": (
+        "  optim.lr_scale: {low: 2, high: 10}",
+        "x.yaml:3: search.optim.lr_scale: must hold the base's 1.0, since trial 0 is the base; "
+        "it has low 2.0, high 10.0",
+    ),
+    "beside the steps": (
+        "  augment.flip: {low: 0.0, high: 0.8, step: 0.2}",
+        "x.yaml:3: search.augment.flip: must hold the base's 0.5, since trial 0 is the base; "
+        "it has low 0.0, high 0.8, step 0.2",
+    ),
+    "without the base's choice": (
+        "  batch_size: {choices: [32, 64]}",
+        "x.yaml:3: search.batch_size: must hold the base's 128, since trial 0 is the base; it has choices [32, 64]",
+    ),
+    "when: an unknown field": (
+        "  optim.beta1: {low: 0.8, high: 0.95, when: {optim.nam: adamw}}",
+        "x.yaml:3: search.optim.beta1.when.optim.nam: no such field; did you mean optim.name?",
+    ),
+    "when: an impossible value": (
+        "  optim.beta1: {low: 0.8, high: 0.95, when: {optim.name: [adamw, admw]}}",
+        "x.yaml:3: search.optim.beta1.when.optim.name: must be 'sgd', 'adamw', 'nadam', 'swats' or 'muon', not 'admw'; "
+        "did you mean adamw?",
+    ),
+    "when: no value": (
+        "  optim.beta1: {low: 0.8, high: 0.95, when: {optim.name: []}}",
+        "x.yaml:3: search.optim.beta1.when.optim.name: names no value",
+    ),
+    "when: not searched, and other in the base": (
+        "  optim.momentum: {low: 0.8, high: 0.95, when: {optim.name: sgd}}",
+        "x.yaml:3: search.optim.momentum.when.optim.name: can never be met: optim.name is not searched, "
+        "and the base's is 'adamw'",
+    ),
+    "when: a choice that is not offered": (
+        "  optim.name: {choices: [adamw, sgd]}\n  optim.momentum:\n    low: 0.8\n    high: 0.95\n    when:\n"
+        "      optim.name: swats",
+        "x.yaml:8: search.optim.momentum.when.optim.name: 'swats' can never be met: search.optim.name does not draw it",
+    ),
+    "when: a point of a continuum": (
+        "  augment.strength: {low: 0, high: 1}\n  augment.ops: {low: 0, high: 2, when: {augment.strength: 0.5}}",
+        "x.yaml:4: search.augment.ops.when.augment.strength: 0.5 can never be met: "
+        "search.augment.strength does not draw it",
+    ),
+    "when: two values at once": (
+        "  optim.name: {choices: [adamw, swats]}\n"
+        "  optim.swats.switch: {choices: [fraction, criterion], when: {optim.name: swats}}\n"
+        "  optim.beta1: {low: 0.8, high: 0.95, when: {optim.swats.switch: criterion, optim.name: adamw}}",
+        "x.yaml:5: search.optim.beta1.when.optim.name: can never be met: all conditions together want optim.name "
+        "to have two values at once",
+    ),
+    "a value that its own section refuses": (
+        "  model.widths: {choices: [[64, 128, 256, 512], [64, 128, 256]]}",
+        "x.yaml:3: search.model.widths.choices.1: model.widths names 3 stages and model.blocks 4: "
+        "give one number a stage in both",
+    ),
+}
+
+
+@pytest.mark.parametrize(("search", "fault"), SEARCH_FAULTS.values(), ids=SEARCH_FAULTS.keys())
+def test_a_fault_of_the_search_is_told_with_its_line_and_what_was_meant(search: str, fault: str, write: Write) -> None:
+    path = write(f"{BASE}{search}\n")
+    assert faults_of(path) == [fault]
+    assert [str(found) for found in check_file(path)] == [fault]
+
+
+SEARCH = "search:\n  model.se: {choices: [false, true]}\n"
+
+# (what stands before a sound search, the fault)
+HEAD_FAULTS = {
+    "an unknown key": ("trails: 3", "x.yaml:1: trails: no such field; did you mean trials?"),
+    "no trials": ("trials: 0", "x.yaml:1: trials: must be greater than or equal to 1, not 0"),
+    "words for a number": ("trials: many", "x.yaml:1: trials: must be a whole number, not 'many'"),
+    "a number for words": ("description: 3", "x.yaml:1: description: must be text, not 3"),
+    "an unknown metric": (
+        "objective: {metric: acuracy}",
+        "x.yaml:1: objective.metric: must be 'accuracy', 'macro_f1', 'balanced_accuracy' or 'nll', not 'acuracy'; "
+        "did you mean accuracy?",
+    ),
+    "an unknown sampler": (
+        "sampler: {name: tpee}",
+        "x.yaml:1: sampler: name must be one of tpe, gp, cmaes, random, qmc, not tpee; did you mean tpe?",
+    ),
+    "a nameless sampler": ("sampler: {startup_trials: 3}", "x.yaml:1: sampler: name is missing"),
+    "a dead option of a sampler": (
+        "sampler: {name: random, startup_trials: 3}",
+        "x.yaml:1: sampler.startup_trials: no such field",
+    ),
+    "a misspelt option of a pruner": (
+        "pruner:\n  name: rungs\n  keeep: 0.5",
+        "x.yaml:3: pruner.keeep: no such field; did you mean pruner.keep?",
+    ),
+    "rungs that fall": (
+        "pruner: {name: rungs, rungs: [0.3, 0.1]}",
+        "x.yaml:1: pruner: rungs must increase, not [0.3, 0.1]",
+    ),
+    "a rung at the end": (
+        "pruner: {name: rungs, rungs: [0.3, 1.0]}",
+        "x.yaml:1: pruner.rungs.1: must be less than 1, not 1.0",
+    ),
+    "no rungs": (
+        "pruner: {name: rungs, rungs: []}",
+        "x.yaml:1: pruner.rungs: must have at least 1 item, not 0",
+    ),
+    "an unknown field of data": (
+        "data: {val_fractoin: 0.1}",
+        "x.yaml:1: data.val_fractoin: no such field; did you mean data.val_fraction?",
+    ),
+    "a bad value of data": ("data: {val_fraction: 1}", "x.yaml:1: data.val_fraction: must be less than 1, not 1"),
+    "data by name": ("data: digits", "x.yaml:1: data: must be a group of fields, not 'digits'"),
+    "a typo in the base": (
+        "base:\n  optim:\n    lrr: 3",
+        "x.yaml:3: base.optim.lrr: no such field; did you mean optim.lr?",
+    ),
+    "a dotted path in the base": (
+        "base: {optim.swats.switch: fraction}",
+        "x.yaml:1: base.optim.swats.switch: must be written nested: optim: {swats: {switch: …}}",
+    ),
+    "a base at odds with itself": (
+        "base:\n  model: {widths: [8, 16]}",
+        "x.yaml:2: base.model: model.widths names 2 stages and model.blocks 4: give one number a stage in both",
+    ),
+    "both rates": (
+        "base: {optim: {lr: 0.1, lr_scale: 1}}",
+        "x.yaml:1: base.optim: optim.lr and optim.lr_scale exclude each other: give one of them",
+    ),
+    "a base that is a number": ("base: 3", "x.yaml:1: base: must be a recipe's path or a configuration, not 3"),
+    "a missing base": (
+        "base: recipes/digits_bse.yaml",
+        "x.yaml:1: base: no such file: recipes/digits_bse.yaml; did you mean recipes/digits_base.yaml?",
+    ),
+    "a missing recipe": (
+        "recipes:\n  - recipes/digits_base.yaml\n  - recipes/none_such.yaml",
+        "x.yaml:3: recipes.1: no such file: recipes/none_such.yaml",
+    ),
+    "a number among the recipes": ("recipes: [3]", "x.yaml:1: recipes.0: must be text, not 3"),
+}
+
+
+@pytest.mark.parametrize(("head", "fault"), HEAD_FAULTS.values(), ids=HEAD_FAULTS.keys())
+def test_a_fault_outside_the_search_is_told_with_its_line(head: str, fault: str, write: Write) -> None:
+    assert faults_of(write(f"{head}\n{SEARCH}")) == [fault]
+
+
+def test_conditions_in_a_circle_are_named_without_those_that_only_wait_for_it(write: Write) -> None:
+    path = write(
+        BASE + "  model.se: {choices: [false, true], when: {model.max_pool: false}}\n"
+        "  model.max_pool: {choices: [false, true], when: {model.se: false}}\n"
+        "  model.dropout: {low: 0, high: 0.5, when: {model.se: true}}\n"
+    )
+    assert faults_of(path) == [
+        "x.yaml:3: search.model.se.when: conditions in a circle: model.se waits for model.max_pool",
+        "x.yaml:4: search.model.max_pool.when: conditions in a circle: model.max_pool waits for model.se",
+    ]
+
+
+def test_what_depends_on_the_unreachable_is_unreachable(write: Write) -> None:
+    path = write(
+        BASE + "  optim.swats.tolerance: {low: 1e-9, high: 1e-3, log: true, when: {optim.swats.switch: criterion}}\n"
+        "  optim.swats.switch: {choices: [fraction, criterion], when: {optim.name: swats}}\n"
+    )
+    assert faults_of(path) == [
+        "x.yaml:3: search.optim.swats.tolerance.when.optim.swats.switch: can never be met: optim.swats.switch itself "
+        "is never searched",
+        "x.yaml:4: search.optim.swats.switch.when.optim.name: can never be met: optim.name is not searched, "
+        "and the base's is 'adamw'",
+    ]
+
+
+def test_a_faulty_entry_does_not_make_its_dependants_look_faulty(write: Write) -> None:
+    path = write(
+        BASE + "  optim.nmae: {choices: [adamw, swats]}\n"
+        "  optim.swats.switch_fraction: {low: 0.1, high: 0.5, when: {optim.name: swats}}\n"
+    )
+    assert faults_of(path) == ["x.yaml:3: search.optim.nmae: no such field; did you mean optim.name?"]
+
+
+def test_a_value_is_fine_where_another_searched_field_can_save_it(write: Write) -> None:
+    path = write(
+        BASE + "  model.widths: {choices: [[64, 128, 256, 512], [64, 128, 256]]}\n"
+        "  model.blocks: {choices: [[2, 2, 2, 2], [2, 2, 2]]}\n"
+    )
+    assert load_space(path).base_params() == {"model.widths": "[64, 128, 256, 512]", "model.blocks": "[2, 2, 2, 2]"}
+
+
+def test_a_timm_model_is_refused_as_a_choice_where_the_base_shapes_resnet(write: Write) -> None:
+    path = write(
+        "base: {model: {widths: [32, 64], blocks: [1, 1]}}\nsearch:\n  model.name: {choices: [resnet, timm/x]}\n"
+    )
+    assert faults_of(path) == [
+        "x.yaml:3: search.model.name.choices.1: model.widths shapes resnet and vgg only; "
+        "model.name is timm/x: leave it out"
+    ]
+
+
+def test_all_faults_are_told_at_once_in_the_order_of_their_lines(write: Write) -> None:
+    write("description: 7\noptim: {nmae: sgd}\n", "recipes/mine.yaml")
+    path = write(
+        "trails: 10\n"
+        "pruner: {name: rungs, keep: 2}\n"
+        "base: recipes/mine.yaml\n"
+        "search:\n"
+        "  optim.lrr: {low: 1, high: 2}\n"
+        "  batch_size: {low: 64, high: 32}\n"
+        "  model.se: {choices: [maybe, 1]}\n"
+        "  model.se: {choices: [false]}\n"
+        "  loss.smoothing: {low: 0, high: 0.2, when: {model.sse: true}}\n"
+        "recipes: [recipes/gone.yaml]\n"
+    )
+    assert faults_of(path, "epochs=few") == [
+        "--set epochs: must be a whole number, not 'few'",
+        "recipes/mine.yaml:1: description: must be text, not 7",
+        "recipes/mine.yaml:2: optim.nmae: no such field; did you mean optim.name?",
+        "x.yaml:1: trails: no such field; did you mean trials?",
+        "x.yaml:2: pruner.keep: must be less than 1, not 2",
+        "x.yaml:5: search.optim.lrr: no such field; did you mean optim.lr?",
+        "x.yaml:6: search.batch_size.high: must be greater than low, 64, not 32",
+        "x.yaml:7: search.model.se.choices.0: must be true or false, not 'maybe'",
+        "x.yaml:7: search.model.se.choices.1: must be true or false, not 1",
+        "x.yaml:8: model.se: given twice; first on line 7",
+        "x.yaml:9: search.loss.smoothing.when.model.sse: no such field; did you mean model.se?",
+        "x.yaml:10: recipes.0: no such file: recipes/gone.yaml",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "x.yaml:1: an empty file"),
+        ("[1]", "x.yaml:1: must be a mapping of keys to values"),
+        ("epochs: 3", "x.yaml:1: a recipe, where a search space is wanted: hpo train x"),
+        ("base: {}", "x.yaml:1: search: must name at least one field, with choices or with low and high"),
+        ("base: {}\nsearch: {}", "x.yaml:2: search: must name at least one field, with choices or with low and high"),
+        ("a: [", "x.yaml:1: not YAML: expected the node content, but found '<stream end>'"),
+    ],
+)
+def test_a_file_that_is_no_space_says_so(text: str, fault: str, write: Write) -> None:
+    assert faults_of(write(text)) == [fault]
+
+
+def test_a_file_that_is_no_text_says_so(write: Write) -> None:
+    path = write("")
+    path.write_bytes(b"a: \xff\xfe")
+    assert faults_of(path) == ["x.yaml:1: not UTF-8 text: invalid start byte at byte 3"]
+
+
+def test_a_misspelt_name_is_met_with_the_nearest_one() -> None:
+    assert faults_of("digts")[0].endswith("did you mean digits?")
+    assert faults_of("digits_base")[0].endswith("digits_base is a recipe: hpo train digits_base")
+    assert faults_of("folder/none.yaml") == ["folder/none.yaml: no such file"]
+    with pytest.raises(SpaceError, match="digits is a space: hpo run digits"):
+        load_recipe("digits")
+    with pytest.raises(SpaceError, match="a search space, where a recipe is wanted"):
+        load_recipe(SPACES / "digits.yaml")
+
+
+@pytest.mark.parametrize(
+    ("meant", "found"),
+    [
+        ("optim.lrr", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("weight_decay", "optim.weight_decay"),
+        ("weigth_decay", "optim.weight_decay"),
+        ("model.smoothing", "loss.smoothing"),
+        ("augment.strenght", "augment.strength"),
+        ("qqqq", None),
+    ],
+)
+def test_the_nearest_field_is_found_by_its_last_part_or_its_spelling(meant: str, found: str | None) -> None:
+    assert nearest_field(meant, config_fields()) == found
+
+
+# What is shipped
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_shipped_file_has_no_fault_and_names_the_schema(path: Path) -> None:
+    assert check_file(path) == []
+    schema = "schema.json" if path.parent == SPACES else "../schema.json"
+    assert path.read_text().startswith(f"# yaml-language-server: $schema={schema}\n")
+
+
+@pytest.mark.parametrize("path", sorted(SPACES.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_says_where_it_is_from_what_it_reached_and_what_is_guessed(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert all([recipe.description, recipe.source, recipe.result, recipe.guesses])
+    assert recipe.name == path.stem
+
+
+def test_the_stl10_space_covers_what_was_tried_by_hand() -> None:
+    space = load_space("stl10_small")
+    assert space.trials == 200
+    assert space.base.epochs == 60
+    assert space.search["optim.name"].describe()["choices"] == ["sgd", "adamw", "nadam", "swats", "muon"]
+    assert space.search["averaging.name"].describe()["choices"] == ["none", "ema", "swa"]
+    assert set(space.search) >= {
+        "optim.lr_scale", "optim.weight_decay", "batch_size", "augment.strength", "augment.ops", "augment.mixup",
+        "augment.cutmix", "augment.rotation_degrees", "augment.color_jitter", "augment.erase", "loss.smoothing",
+        "loss.smoothing_final", "model.width", "model.depth", "model.drop_path", "model.dropout", "model.norm",
+        "model.se", "schedule.name",
+    }  # fmt: skip
+    assert [recipe.name for recipe in space.recipes] == [
+        "stl10_jan30_ema", "stl10_jan29_sgd", "stl10_jan28_swats", "stl10_jan25_resnet18",
+    ]  # fmt: skip
+
+
+def test_the_space_of_imbalanced_images_is_judged_by_macro_f1_and_holds_what_beats_resampling() -> None:
+    space = load_space("imbalanced")
+    assert (space.metric, space.trials) == ("macro_f1", 100)
+    assert space.base.loss.logit_adjustment == 0, (
+        "trial 0 does nothing about imbalance, so that the search can prove it"
+    )
+    assert {"sampling.name", "sampling.oversample", "loss.logit_adjustment", "loss.class_weights"} <= set(space.search)
+    assert space.search["loss.class_weights_from_fraction"].when == {"loss.class_weights": ("inverse", "effective")}
+
+
+def test_the_space_of_scenes_fine_tunes_pretrained_networks() -> None:
+    space = load_space("intel_scenes")
+    assert space.base.model.pretrained
+    assert space.base.data.normalize == "imagenet"
+    assert {"model.name", "optim.backbone_lr_scale", "optim.head_only_fraction"} <= set(space.search)
+
+
+def test_a_field_of_residual_networks_may_be_set_in_every_space_of_them() -> None:
+    """A space's recipes get what is set too, so one of another family would refuse it."""
+    for name in ("digits", "stl10_small", "cifar100", "imbalanced"):
+        assert load_space(name, ["model.stem_stride=2"]).base.model.stem_stride == 2
+
+
+def test_digits_are_never_flipped() -> None:
+    space = load_space("digits")
+    assert space.base.augment.flip == space.base.augment.vertical_flip == 0
+    assert not {"augment.flip", "augment.vertical_flip"} & set(space.search)
+
+
+@pytest.mark.parametrize("name", ["digits", "stl10_small", "cifar100", "imbalanced", "intel_scenes"])
+def test_every_random_trial_of_a_shipped_space_is_a_valid_configuration_that_it_can_express(name: str) -> None:
+    space = load_space(name)
+    for params in trials(space, 100):
+        config = space.config(params)
+        assert space.express(config) == params
+
+
+def test_the_users_own_folder_comes_before_the_installed_one(write: Write) -> None:
+    write("description: mine\n" + SEARCH, "search_spaces/digits.yaml")
+    write("description: my recipe\nepochs: 3\n", "search_spaces/recipes/quick.yaml")
+    write("a: [", "search_spaces/broken.yaml")
+    assert load_space("digits").description == "mine"
+    assert load_space("stl10_small").path.parent == SPACES
+    assert load_recipe("quick").config.epochs == 3
+    listed = {(entry.kind, entry.name): entry for entry in list_spaces()}
+    assert listed["space", "digits"].description == "mine"
+    assert listed["recipe", "quick"].description == "my recipe"
+    assert listed["recipe", "digits_base"].path.parent == SPACES / "recipes"
+    assert listed["space", "broken"].description == "cannot be read: hpo space check"
+    assert check_file("digits") == []
+    assert check_file("broken") != []
+
+
+@pytest.mark.parametrize(
+    ("result", "figure"),
+    [
+        ("92 % on their validation set (10 %); 89.4 % on the test set", "92 %"),
+        ("81.45 % as their best accuracy, after 4 h", "81.45 %"),
+        ("none published; the README says what it reaches here", "none published"),
+        ("curves only, as pictures", "curves only"),
+        ("", ""),
+    ],
+)
+def test_a_result_is_listed_by_its_figure(result: str, figure: str, write: Write) -> None:
+    write(f'result: "{result}"\nepochs: 3\n', "search_spaces/recipes/quick.yaml")
+    assert {entry.name: entry.result for entry in list_spaces()}["quick"] == figure
+
+
+def test_a_base_is_looked_for_beside_the_space_first(write: Write) -> None:
+    write("epochs: 7\n", "mine/recipes/digits_base.yaml")
+    path = write("base: recipes/digits_base.yaml\n" + SEARCH, "mine/x.yaml")
+    assert load_space(path).base.epochs == 7
+    assert load_space(write("base: recipes/digits_base.yaml\n" + SEARCH)).base.epochs != 7
+
+
+# What a space means
+
+
+def test_a_range_takes_its_kind_from_the_field(write: Write) -> None:
+    space = load_space(
+        write(
+            BASE + "  augment.ops: {low: 0, high: 4, step: 2}\n  batch_size: {low: 16, high: 256, log: true}\n"
+            "  model.width: {low: 1, high: 2, step: 0.25}\n  optim.lr_scale: {low: 0.1, high: 10, log: true}\n"
+            "  optim.grad_clip: {choices: [null, 1]}\n  model.se: {choices: [true, false]}\n"
+        )
+    )
+    assert space.distributions == {
+        "augment.ops": optuna.distributions.IntDistribution(0, 4, step=2),
+        "batch_size": optuna.distributions.IntDistribution(16, 256, log=True),
+        "model.width": optuna.distributions.FloatDistribution(1.0, 2.0, step=0.25),
+        "optim.lr_scale": optuna.distributions.FloatDistribution(0.1, 10, log=True),
+        "optim.grad_clip": optuna.distributions.CategoricalDistribution([None, 1.0]),
+        "model.se": optuna.distributions.CategoricalDistribution([True, False]),
+    }
+    config = space.config(trials(space, 1)[0])
+    assert type(config.model.width) is float
+
+
+@pytest.mark.filterwarnings("error")
+def test_lists_go_through_a_storage_and_come_back_exactly(write: Write, tmp_path: Path) -> None:
+    space = load_space(
+        write(
+            "base: {model: {blocks: [1, 1],"
+            " widths: [32, 64]}}\nsearch:\n  model.widths: {choices: [[32, 64], [16, 32]]}\n"
+        )
+    )
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
+    study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(8):
+        space.suggest(study.ask())
+    seen = {space.config(trial.params).model.widths for trial in study.get_trials()}
+    assert seen == {(32, 64), (16, 32)}
+    assert space.base_params() == {"model.widths": "[32, 64]"}
+
+
+CONDITIONAL = (
+    "base: {optim: {swats: {switch: fraction, switch_fraction: 0.4}}}\nsearch:\n"
+    "  optim.swats.switch_fraction: {low: 0.1, high: 0.5, when: {optim.swats.switch: fraction}}\n"
+    "  optim.swats.switch: {choices: [fraction, criterion], when: {optim.name: [swats]}}\n"
+    "  optim.name: {choices: [adamw, swats]}\n"
+)
+
+
+def test_what_does_not_exist_in_a_trial_is_not_suggested_and_keeps_the_bases_value(write: Write) -> None:
+    space = load_space(write(CONDITIONAL))
+    assert list(space.search) == ["optim.name", "optim.swats.switch", "optim.swats.switch_fraction"]
+    seen = set()
+    for params in trials(space, 40):
+        seen.add(tuple(params))
+        swats = params["optim.name"] == "swats"
+        assert ("optim.swats.switch" in params) == swats
+        # The base's switch is `fraction`, but a switch that does not exist has no children.
+        assert ("optim.swats.switch_fraction" in params) == (swats and params["optim.swats.switch"] == "fraction")
+        config = space.config(params)
+        if "optim.swats.switch_fraction" not in params:
+            assert config.optim.swats.switch_fraction == 0.4
+        assert space.express(config) == params
+    assert len(seen) == 3
+    assert space.base_params() == {"optim.name": "adamw"}
+
+
+def test_a_condition_may_name_a_fixed_field_that_the_base_meets(write: Write) -> None:
+    space = load_space(write(BASE + "  optim.beta1: {low: 0.8, high: 0.95, when: {optim.name: adamw}}\n"))
+    assert space.base_params() == {"optim.beta1": 0.9}
+
+
+def test_trial_0_is_the_base() -> None:
+    for name in ("digits", "stl10_small", "cifar100", "imbalanced", "intel_scenes"):
+        space = load_space(name)
+        assert space.config(space.base_params()) == space.base
+        for path, value in space.base_params().items():
+            distribution = space.distributions[path]
+            assert distribution._contains(distribution.to_internal_repr(value))
+
+
+@pytest.mark.parametrize(("low", "high"), [(4.0, 10), (0.1, 4.0)])
+def test_a_base_with_a_rate_is_searched_by_scale_and_the_other_way_round(low: float, high: float, write: Write) -> None:
+    # 2e-3 at batch 64 is 4 × AdamW's reference of 1e-3 × (64 / 256) ** 0.5, here right on a bound.
+    base = "base: {batch_size: 64, optim: {name: adamw, lr: 0.002}}\nsearch:\n"
+    space = load_space(write(f"{base}  optim.lr_scale: {{low: {low}, high: {high}}}\n"))
+    assert space.base_params() == {"optim.lr_scale": 4.0}
+    assert space.base.optim.lr is None
+    assert space.base.optim.peak_lr(64) == pytest.approx(0.002, rel=1e-12)
+    base = "base: {batch_size: 64, optim: {name: adamw, lr_scale: 4}}\nsearch:\n"
+    space = load_space(write(f"{base}  optim.lr: {{low: 1e-4, high: 1e-2, log: true}}\n"))
+    assert space.base_params() == {"optim.lr": pytest.approx(0.002, rel=1e-12)}
+
+
+def test_a_rate_stays_as_the_base_has_it_where_it_is_not_searched(write: Write) -> None:
+    space = load_space(write("base: {optim: {lr: 0.002}}\n" + SEARCH))
+    assert space.base.optim.lr == 0.002
+
+
+def test_only_what_a_space_can_say_exactly_is_expressed(write: Write) -> None:
+    space = load_space(
+        write(BASE + "  optim.lr_scale: {low: 0.5, high: 2}\n  model.width: {low: 0.5, high: 1.5, step: 0.5}\n")
+    )
+    base = space.base
+    assert space.express(base) == {"optim.lr_scale": 1.0, "model.width": 1.0}
+    assert space.express(base.override({"seed": 5, "data.name": "elsewhere"})) == space.base_params()
+    assert space.express(base.override({"optim.lr": base.optim.peak_lr(128) * 2})) == {
+        "optim.lr_scale": 2.0,
+        "model.width": 1.0,
+    }
+    for values in (
+        {"optim.lr_scale": 2.1},
+        {"model.width": 0.75},
+        {"model.se": True},
+        {"epochs": 21},
+        {"data.val_fraction": 0.1},
+        {"data.split_seed": 1},
+        {"optim.grad_clip": 1.0},
+    ):
+        assert space.express(base.override(values)) is None, values
+
+
+def test_values_that_do_not_go_together_are_refused_by_the_configuration(write: Write) -> None:
+    space = load_space(
+        write(
+            BASE + "  model.widths: {choices: [[64, 128, 256, 512], [64, 128, 256]]}\n"
+            "  model.blocks: {choices: [[2, 2, 2, 2], [2, 2, 2]]}\n"
+        )
+    )
+    with pytest.raises(ValidationError, match="one number a stage in both"):
+        space.config({"model.widths": "[64, 128, 256]", "model.blocks": "[2, 2, 2, 2]"})
+    with pytest.raises(KeyError):
+        space.config({"model.se": True})
+
+
+def test_a_recipe_whose_network_refuses_what_is_set_is_left_out_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    named = [recipe.name for recipe in load_space("imbalanced").recipes]
+    assert any("vgg" in name for name in named)
+    assert any("resnet" in name for name in named)
+    left = [recipe.name for recipe in load_space("imbalanced", {"model.se": True}).recipes]
+    assert left == [name for name in named if "vgg" not in name]
+    assert "recipe imbalanced_vgg16_12 is left out: model.se shapes resnet only" in caplog.text
+
+
+def test_recipes_run_on_the_spaces_data_and_as_long_as_its_trials(write: Write) -> None:
+    write(
+        "epochs: 200\ndata: {name: stl10, val_fraction: 0.08, normalize: half}\nmodel: {se: true}\n", "recipes/a.yaml"
+    )
+    space = load_space(
+        write(
+            "data: {val_fraction: 0.2}\nbase: {epochs: 20, data: {normalize: imagenet}}\nrecipes: [recipes/a.yaml]\n"
+            + SEARCH
+        )
+    )
+    (recipe,) = space.recipes
+    assert recipe.config.epochs == 20
+    assert recipe.config.data == space.base.data
+    assert (space.base.data.val_fraction, space.base.data.normalize) == (0.2, "imagenet")
+    assert space.express(recipe.config) == {"model.se": True}
+    assert load_recipe("recipes/a.yaml").config.epochs == 200
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [("accuracy", "maximize"), ("macro_f1", "maximize"), ("balanced_accuracy", "maximize"), ("nll", "minimize")],
+)
+def test_a_metrics_direction_is_its_own(metric: str, direction: str, write: Write) -> None:
+    space = load_space(write(f"objective: {{metric: {metric}}}\n{SEARCH}"))
+    assert (space.metric, space.direction) == (metric, direction)
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "cmaes", "random", "qmc"])
+def test_every_sampler_goes_by_its_name(name: str, write: Write) -> None:
+    assert load_space(write(f"sampler: {{name: {name}}}\n{SEARCH}")).sampler.name == name
+
+
+@pytest.mark.parametrize(
+    ("pruner", "name"),
+    [
+        ("{name: rungs}", "rungs"),
+        ("{name: none}", "none"),
+        ("{name: median, warmup_fraction: 0.1}", "median"),
+        ("{name: percentile, keep: 0.25}", "percentile"),
+        ("{name: successive_halving}", "successive_halving"),
+        ("{name: hyperband, reduction_factor: 3}", "hyperband"),
+    ],
+)
+def test_every_pruner_goes_by_its_name(pruner: str, name: str, write: Write) -> None:
+    assert load_space(write(f"pruner: {pruner}\n{SEARCH}")).pruner.name == name
+
+
+def test_a_space_goes_to_another_process() -> None:
+    space = load_space("stl10_small")
+    assert space.distributions
+    again = pickle.loads(pickle.dumps(space))
+    assert again == space
+    assert again.hash == space.hash
+
+
+# --set
+
+
+def test_set_pins_a_searched_field_and_changes_the_rest() -> None:
+    space = load_space("stl10_small", ["batch_size=48", "epochs=3", "data.val_fraction=0.3", "optim.grad_clip=null"])
+    assert "batch_size" not in space.search
+    assert (space.base.batch_size, space.base.epochs, space.base.data.val_fraction) == (48, 3, 0.3)
+    for recipe in space.recipes:
+        assert (recipe.config.batch_size, recipe.config.epochs, recipe.config.data.val_fraction) == (48, 3, 0.3)
+
+
+def test_set_takes_python_values_too() -> None:
+    as_text = load_space("digits", ["epochs=3", "model.widths=[8, 16]", "augment.flip=0"])
+    assert load_space("digits", {"epochs": 3, "model.widths": (8, 16), "augment.flip": 0.0}) == as_text
+    assert as_text.base.model.widths == (8, 16)
+
+
+def test_text_fields_take_their_text_as_it_is() -> None:
+    assert load_space("digits", ["data.name=2024"]).base.data.name == "2024"
+    assert load_space("digits", ["data.name=a: b=c"]).base.data.name == "a: b=c"
+    assert load_space("digits", ["data.name='quoted'"]).base.data.name == "quoted"
+
+
+def test_pinning_one_name_of_the_rate_pins_the_other() -> None:
+    space = load_space("digits", ["optim.lr=0.01"])
+    assert "optim.lr_scale" not in space.search
+    assert space.base.optim.lr == 0.01
+    assert space.base.optim.lr_scale is None
+
+
+def test_pinning_a_condition_settles_it(write: Write) -> None:
+    path = write(CONDITIONAL)
+    assert list(load_space(path, ["optim.name=swats"]).search) == ["optim.swats.switch", "optim.swats.switch_fraction"]
+    assert load_space(path, ["optim.name=swats"]).base_params() == {
+        "optim.swats.switch": "fraction",
+        "optim.swats.switch_fraction": 0.4,
+    }
+    assert faults_of(path, "optim.name=adamw") == [
+        "--set: leaves nothing to search; one configuration is trained by: hpo train"
+    ]
+
+
+def test_set_reaches_the_studys_settings() -> None:
+    space = load_space("digits", ["pruner.keep=0.5", "sampler.startup_trials=3", "objective.metric=nll", "trials=7"])
+    assert space.pruner.name == "rungs"
+    assert space.pruner.keep == 0.5
+    assert space.sampler.name == "tpe"
+    assert space.sampler.startup_trials == 3
+    assert (space.metric, space.trials) == ("nll", 7)
+
+
+def test_another_pruner_or_sampler_does_not_inherit_the_files_settings() -> None:
+    space = load_space("digits", ["sampler.name=random", "pruner.name=median", "pruner.startup_trials=9"])
+    assert space.sampler.model_dump() == {"name": "random"}
+    assert space.pruner.model_dump() == {"name": "median", "startup_trials": 9, "warmup_fraction": 0.0}
+    assert load_space("digits", ["pruner.name=none"]).pruner.model_dump() == {"name": "none"}
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("optim.nmae=sgd", "--set optim.nmae: no such field; did you mean optim.name?"),
+        ("trails=3", "--set trails: no such field; did you mean trials?"),
+        ("pruner.kep=0.5", "--set pruner.kep: no such field; did you mean pruner.keep?"),
+        ("pruner.keep=5", "--set pruner.keep: must be less than 1, not 5"),
+        ("sampler.name=tp", "--set sampler.name: name must be one of tpe, gp, cmaes, random, qmc, not tp; "
+         "did you mean tpe?"),
+        ("objective.metric=nl", "--set objective.metric: must be 'accuracy', 'macro_f1', 'balanced_accuracy' or 'nll', "
+         "not 'nl'; did you mean nll?"),
+        ("epochs=0", "--set epochs: must be greater than or equal to 1, not 0"),
+        ("epochs=3.0", "--set epochs: must be a whole number, not 3.0"),
+        ("epochs=[", "--set epochs: not YAML: expected the node content, but found '<stream end>'"),
+        ("epochs", "--set epochs: must be key=value"),
+        ("optim=sgd", "--set optim: is a group of fields; name one of them: optim.name, "),
+        ("seed=3", "--set seed: a study seeds every trial itself; --seed sets the study's"),
+        ("model.widths=[8, 16, 32]", "--set model.widths: model.widths names 3 stages and model.blocks 2: "),
+    ],
+)  # fmt: skip
+def test_a_fault_of_set_names_its_key(override: str, fault: str) -> None:
+    (found,) = faults_of("digits", override)
+    assert found.startswith(fault)
+
+
+def test_a_key_set_twice_is_a_fault() -> None:
+    assert faults_of("digits", "epochs=3", "epochs=4") == ["--set epochs: given twice"]
+
+
+def test_what_set_makes_impossible_for_a_recipe_or_the_search_is_told(write: Write) -> None:
+    write("model: {blocks: [1, 1], widths: [8, 16]}\n", "recipes/a.yaml")
+    path = write("base: {}\nrecipes: [recipes/a.yaml]\n" + SEARCH)
+    assert faults_of(path, "model.widths=[8, 8, 8, 8]") == [
+        "--set model.widths: a: model.widths names 4 stages and model.blocks 2: give one number a stage in both"
+    ]
+    path = write(BASE + "  model.width: {low: 0.5, high: 1}\n")
+    assert faults_of(path, "model.name=timm/resnet18") == [
+        "x.yaml:3: search.model.width.low: model.width shapes resnet and vgg only; "
+        "model.name is timm/resnet18: leave it out"
+    ]
+
+
+def test_a_recipe_takes_set_as_well_its_seed_included() -> None:
+    recipe = load_recipe("digits_base", ["epochs=3", "seed=5", "optim.lr=0.01"])
+    assert (recipe.config.epochs, recipe.config.seed, recipe.config.optim.lr) == (3, 5, 0.01)
+    with pytest.raises(SpaceError, match=r"^--set pruner.keep: no such field"):
+        load_recipe("digits_base", ["pruner.keep=0.5"])
+
+
+# Recipes as text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"optim.lr": 1 / 3, "seed": 2**63 - 1},
+        {"data.name": "/a b/c: d.zip", "data.image_size": 96, "optim.grad_clip": 1e-05, "loss.smoothing_final": 0.0},
+        {"data.name": "null"},
+        {"data.name": ".5e3"},
+        {"model.widths": (8, 16), "model.blocks": (1, 3), "model.se": True},
+    ],
+)
+def test_a_configuration_survives_as_text_bit_by_bit(values: dict[str, Any], tmp_path: Path) -> None:
+    config = TrainConfig().override(values)
+    assert recipe_from_yaml(to_yaml(config)).config == config
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_recipe(tmp_path / "config.yaml").config == config
+
+
+def test_a_written_configuration_is_whole_but_for_the_rate_that_is_not_given() -> None:
+    document, _ = parse_yaml(to_yaml(TrainConfig()), "x")
+    assert document is not None
+    written = TrainConfig.model_validate(document.plain()).flat()
+    assert set(written) == set(config_fields())
+    assert "lr" not in document.plain()["optim"]
+    assert document.plain()["optim"]["lr_scale"] == 1.0
+
+
+def test_a_recipes_faults_are_told_with_the_name_it_is_given() -> None:
+    with pytest.raises(SpaceError) as caught:
+        recipe_from_yaml("sorce: me\noptim: {lrr: 1}\nepochs: many\n", "trials/00003/config.yaml")
+    assert list(map(str, caught.value.faults)) == [
+        "trials/00003/config.yaml:1: sorce: no such field; did you mean source?",
+        "trials/00003/config.yaml:2: optim.lrr: no such field; did you mean optim.lr?",
+        "trials/00003/config.yaml:3: epochs: must be a whole number, not 'many'",
+    ]
+
+
+# Identity
+
+
+SPACE = (
+    "description: a\ntrials: 5\nsampler: {name: tpe}\npruner: {name: rungs, rungs: [0.1, 0.3], keep: 0.3}\n"
+    "data: {name: digits, val_fraction: 0.25}\nobjective: {metric: accuracy}\nbase: {epochs: 20, model: {se: true}}\n"
+    "search:\n  optim.lr_scale: {low: 0.1, high: 10, log: true}\n  batch_size: {choices: [64, 128]}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("description: a", "description: b"),
+        ("trials: 5", "trials: 6"),
+        ("{name: tpe}", "{name: random}"),
+        ("keep: 0.3", "keep: 0.4"),
+        ("name: digits", "name: /copy/of/digits"),
+        ("high: 10,", "high: 10.0,"),
+        ("epochs: 20,", "epochs: 20, seed: 3,"),
+        ("objective:", "# a comment\nobjective:"),
+        (
+            "  optim.lr_scale: {low: 0.1, high: 10, log: true}\n  batch_size: {choices: [64, 128]}\n",
+            "  batch_size:\n    choices: [64, 128]\n  optim.lr_scale: {high: 10, low: 0.1, log: true}\n",
+        ),
+    ],
+)
+def test_the_hash_stays_with_what_does_not_make_trials_differ(old: str, new: str, write: Write) -> None:
+    assert old in SPACE
+    before = load_space(write(SPACE))
+    after = load_space(write(SPACE.replace(old, new), "other.yaml"))
+    assert before.hash == after.hash
+    assert diff(before.identity(), after.identity()) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ("high: 10,", "high: 20,", "search.optim.lr_scale: high 10 → 20"),
+        (
+            "low: 0.1, high: 10, log: true",
+            "low: 0.2, high: 10",
+            "search.optim.lr_scale: low 0.1 → 0.2, log true → none",
+        ),
+        ("[64, 128]", "[128, 64]", "search.batch_size: choices [64, 128] → [128, 64]"),
+        ("  batch_size: {choices: [64, 128]}\n", "", "search.batch_size: removed (was choices [64, 128])"),
+        ("search:\n", "search:\n  augment.ops: {low: 0, high: 2}\n", "search.augment.ops: added (low 0, high 2)"),
+        ("se: true", "se: false", "base.model.se: true → false"),
+        ("epochs: 20", "epochs: 30", "epochs: 20 → 30"),
+        ("val_fraction: 0.25", "val_fraction: 0.2", "data.val_fraction: 0.25 → 0.2"),
+        ("rungs: [0.1, 0.3]", "rungs: [0.1]", "pruner.rungs: [0.1, 0.3] → [0.1]"),
+        ("{name: rungs, rungs: [0.1, 0.3], keep: 0.3}", "{name: none}", "pruner.rungs: [0.1, 0.3] → null"),
+        ("metric: accuracy", "metric: nll", "objective.metric: accuracy → nll"),
+    ],
+)
+def test_the_hash_changes_with_what_makes_trials_differ_and_the_difference_is_shown(
+    old: str, new: str, difference: str, write: Write
+) -> None:
+    assert old in SPACE
+    before = load_space(write(SPACE))
+    after = load_space(write(SPACE.replace(old, new), "other.yaml"))
+    assert before.hash != after.hash
+    assert diff(before.identity(), after.identity()) == [difference]
+    # As a study remembers it.
+    assert diff(json.loads(json.dumps(before.identity())), after.identity()) == [difference]
+
+
+def test_set_shows_in_the_identity() -> None:
+    lines = diff(load_space("digits").identity(), load_space("digits", ["epochs=3", "optim.name=sgd"]).identity())
+    assert lines == [
+        "epochs: 20 → 3",
+        "base.optim.name: adamw → sgd",
+        "search.optim.name: removed (was choices [sgd, adamw, nadam, swats])",
+    ]
+
+
+# For editors, and for speed
+
+
+def test_the_schema_knows_every_field_and_its_bounds() -> None:
+    schema = json_schema()
+    assert schema == json.loads(json.dumps(schema))
+    search = schema["definitions"]["SearchSpace"]["properties"]["search"]
+    assert search["additionalProperties"] is False
+    searchable = {path for path in config_fields() if path not in ("seed", "epochs") and not path.startswith("data.")}
+    assert set(search["properties"]) == searchable
+    for path, entry in search["properties"].items():
+        assert entry["description"] == config_fields()[path].info.description, path
+    choices, numbers = search["properties"]["loss.smoothing"]["anyOf"]
+    assert choices["properties"]["choices"]["items"] == {"type": "number", "minimum": 0, "maximum": 0.9}
+    assert numbers["properties"]["low"] == {"type": "number", "minimum": 0, "maximum": 0.9}
+    (choices,) = search["properties"]["optim.name"]["anyOf"]
+    assert choices["properties"]["choices"]["items"]["enum"] == ["sgd", "adamw", "nadam", "swats", "muon"]
+
+
+def test_every_reference_of_the_schema_leads_somewhere() -> None:
+    schema = json_schema()
+    text = json.dumps(schema)
+    for part in text.split('"$ref": "')[1:]:
+        name = part.split('"')[0].removeprefix("#/definitions/")
+        assert name in schema["definitions"], name
+
+
+def test_reading_spaces_imports_neither_torch_nor_optuna() -> None:
+    code = (
+        "import sys; from hpo.space import list_spaces, load_space; list_spaces(); load_space('digits');"
+        "assert not {'torch', 'optuna', 'timm'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=SPACES.parent)

@@ -1,0 +1,537 @@
+"""A refit: what validation decides, the networks that it trains, and what it writes down. Real digits throughout."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import core.loop.step
+from core.averaging import mean_of, recalibrate
+from core.calibration import HIGHEST, LOWEST, fit_temperature, scaled
+from core.config import TrainConfig
+from core.data import Dataset, load_dataset, split
+from core.loop import EpochMetrics, TrainResult, train
+from core.metrics import scores, value
+from core.runtime import derive_seed, make_generator, normalize
+from core.tta import VIEWS, average, predict_logits
+from hpo.confirmation.result import Confirmation, Contender, write_confirmation
+from hpo.confirmation.statistics import Interval
+from hpo.paths import StudyPaths, refit_label
+from hpo.study import Study, find_study
+from hpo.submission import Refitted, refit
+from hpo.submission.bundle import load_bundle
+from hpo.submission.decision import AVERAGED, ENSEMBLE, decided
+from tests.hpo.commands import SPACE, hpo
+
+CPU = torch.device("cpu")
+SMALL = TrainConfig().override(
+    {"model.widths": (16,), "model.blocks": (1,), "epochs": 2, "batch_size": 32, "augment.flip": 0.0,
+     "augment.crop_pad_fraction": 0.0, "optim.lr_scale": 40.0}
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset(SMALL.data)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The studies folder of a search `own` of three trials of two epochs."""
+    folder = tmp_path_factory.mktemp("refit")
+    (folder / "own.yaml").write_text(f"{SPACE}confirm: {{budget: 0.1}}\n")  # the least
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_STUDIES", str(folder / "studies"))
+        patch.setenv("HPO_CACHE", str(folder / "cache"))
+        assert hpo(patch, "run", str(folder / "own.yaml"), "--trials", "3") == 0
+    return folder / "studies"
+
+
+@pytest.fixture
+def study(searched: Path, tmp_path: Path) -> Study:
+    """A copy of that study, to be refitted."""
+    shutil.copytree(searched, tmp_path / "studies")
+    return find_study("own")
+
+
+def do_refit(folder: Path, dataset: Dataset, config: TrainConfig = SMALL, **options: Any) -> Refitted:
+    arguments: dict[str, Any] = {"number": None, "label": "best", "epochs": config.epochs, "metric": "accuracy"}
+    return refit(StudyPaths(folder / "own"), config=config, dataset=dataset, device=CPU, **(arguments | options))
+
+
+def report_of(done: Refitted | Path) -> dict[str, Any]:
+    folder = done.dir if isinstance(done, Refitted) else done
+    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return found
+
+
+def answers(results: list[TrainResult], images: Tensor, splits: Any, views: str = "none") -> Tensor:
+    """(N, K): the log-probabilities of several networks, averaged."""
+    prepare = lambda x: normalize(x, splits.mean, splits.std)  # noqa: E731
+    return average(torch.stack([predict_logits(r.model, images, prepare=prepare, views=views) for r in results]))
+
+
+def mean_by_hand(results: list[TrainResult], config: TrainConfig, splits: Any) -> torch.nn.Module:
+    """The network of the mean weights, its batch norms shown the training images in the order that SWA shows them."""
+    mean = mean_of([result.model for result in results])
+    order = torch.randperm(len(splits.train), generator=make_generator(CPU, config.seed, "recalibrate"))
+    rows = splits.train[order].split(512)
+    recalibrate(mean, (normalize(splits.images[each], splits.mean, splits.std) for each in rows))
+    return mean
+
+
+# What validation decides --------------------------------------------------------------------------------------------
+
+
+def logits_of(*choices: int, sure: float = 3.0) -> Tensor:
+    """(N, 3) whose first choices are these."""
+    return torch.eye(3)[list(choices)] * sure
+
+
+LABELS = torch.tensor([0, 1, 2, 0])
+RIGHT, ONE_WRONG, TWO_WRONG = logits_of(0, 1, 2, 0), logits_of(0, 1, 2, 1), logits_of(0, 1, 1, 1)
+
+
+def everywhere(logits: Tensor, **others: Tensor) -> dict[str, Tensor]:
+    """The same answers with all views, but for these."""
+    return {views: others.get(views, logits) for views in VIEWS}
+
+
+@pytest.mark.parametrize(
+    ("averaged", "ensemble", "form", "views"),
+    [
+        (everywhere(ONE_WRONG), everywhere(TWO_WRONG), AVERAGED, "none"),
+        (everywhere(TWO_WRONG), everywhere(ONE_WRONG), ENSEMBLE, "none"),
+        (everywhere(ONE_WRONG), everywhere(ONE_WRONG), AVERAGED, "none"),  # as good, and cheaper
+        (everywhere(TWO_WRONG, shift=ONE_WRONG), everywhere(TWO_WRONG), AVERAGED, "shift"),
+        (everywhere(TWO_WRONG, flip=ONE_WRONG), everywhere(TWO_WRONG, shift=RIGHT), ENSEMBLE, "shift"),
+        (everywhere(TWO_WRONG, flip=ONE_WRONG, shift=ONE_WRONG), everywhere(TWO_WRONG), AVERAGED, "flip"),
+    ],
+    ids=["averaged better", "ensemble better", "equal", "better by its views", "each by its best views", "equal views"],
+)
+def test_the_form_and_the_views_that_score_best_are_chosen_and_of_equals_the_cheaper(
+    averaged: dict[str, Tensor], ensemble: dict[str, Tensor], form: str, views: str
+) -> None:
+    found = decided({AVERAGED: averaged, ENSEMBLE: ensemble}, LABELS, "accuracy")
+    assert (found.form, found.views) == (form, views)
+    assert found.forms[form] == max(found.forms.values())
+    assert found.candidates[views] == found.forms[form]
+
+
+def test_averaged_weights_that_compute_nothing_are_never_chosen() -> None:
+    broken = everywhere(torch.full((4, 3), math.nan))
+    found = decided({AVERAGED: broken, ENSEMBLE: everywhere(TWO_WRONG)}, LABELS, "nll")
+    assert found.form == ENSEMBLE
+
+
+def test_by_the_loss_views_are_compared_at_the_temperature_of_each() -> None:
+    """Undivided, the plain view loses for being far too sure; at its own temperature it wins, being right oftener."""
+    too_sure, unsure = logits_of(0, 1, 2, 1, sure=40), logits_of(0, 1, 1, 1, sure=1)
+    assert scores(too_sure, LABELS).loss > scores(unsure, LABELS).loss
+    found = decided({"one network": everywhere(too_sure, shift=unsure)}, LABELS, "nll")
+    assert found.views == "none"
+    assert found.candidates["none"] == pytest.approx(found.temperature.after.loss)
+
+
+@pytest.mark.parametrize(
+    ("logits", "averaged_later", "temperature", "why"),
+    [
+        (ONE_WRONG, False, fit_temperature(ONE_WRONG, LABELS), None),
+        (RIGHT, False, 1.0, "no mistake among the validation images"),
+        (logits_of(1, 2, 0, 1), False, HIGHEST, "the bound of 20 or beyond"),
+        (ONE_WRONG / 1000, False, LOWEST, "the bound of 0.05 or beyond"),
+        (ONE_WRONG * 3, True, 1.0, "fits each network by itself, and their average is less sure already"),
+        (ONE_WRONG / 2, True, fit_temperature(ONE_WRONG / 2, LABELS), None),
+    ],
+    ids=["fits", "all right", "all wrong", "hardly any logits", "folds, too sure", "folds, unsure"],
+)  # fmt: skip
+def test_the_temperature_is_the_one_that_fits_unless_that_would_do_harm_which_is_said(
+    logits: Tensor, averaged_later: bool, temperature: float, why: str | None
+) -> None:
+    found = decided({"one network": everywhere(logits)}, LABELS, "accuracy", averaged_later=averaged_later).temperature
+    assert found.value == temperature
+    assert (why is None and found.why is None) or (why is not None and found.why is not None and why in found.why)
+    assert found.before == scores(logits, LABELS)
+    assert found.after == scores(scaled(logits, found.value), LABELS)
+    assert found.after.loss <= found.before.loss
+
+
+# One network --------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_of_a_refit_agrees_with_the_bundle_that_lies_beside_it(
+    study: Study, digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every number of `metrics.json` is computed anew from the loaded bundle, the images and the study."""
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
+    said, best = capsys.readouterr().out, study.best_trial()
+    assert best is not None
+    assert f"not confirmed: trial {best.number} is the best by its one validation score" in said
+    bundle, report = load_bundle(study.paths.refit("best"), CPU), report_of(study.paths.refit("best"))
+    test = digits.open_test()
+    logits, told = bundle.logits(test.images), report["test"]
+    assert told["with_tta"]["loss"] == pytest.approx(scores(logits, test.labels).loss, rel=1e-5)
+    assert told["with_tta"]["accuracy"] == scores(logits, test.labels).accuracy
+    assert bundle.meta.temperature == report["temperature"]["value"]
+    assert report["temperature"]["val_nll_after"] <= report["temperature"]["val_nll_before"]
+    assert report["val"]["with_tta"]["loss"] == report["temperature"]["val_nll_after"]
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "loss"):
+        low, high = told["with_tta"]["intervals"][name]
+        assert low <= told["with_tta"][name] <= high, name
+    assert set(told["with_tta"]["intervals"]) == {"accuracy", "balanced_accuracy", "macro_f1", "loss", "ece"}
+    assert "{:.4f}–{:.4f}".format(*told["with_tta"]["intervals"]["accuracy"]) in said
+
+    table = np.array(told["confusion"])
+    np.testing.assert_array_equal(table.sum(1), torch.bincount(test.labels))
+    assert table.trace() / table.sum() == told["with_tta"]["accuracy"]
+    probabilities, labels = logits.softmax(1), [digits.classes[label] for label in test.labels.tolist()]
+    rows = {
+        row["id"]: row["label"] for row in csv.DictReader((bundle.folder / "submission.csv").read_text().splitlines())
+    }
+    wrong = [name for name, label in zip(test.ids, labels, strict=True) if rows[name] != label]
+    assert len(told["errors"]) == min(24, len(wrong))
+    assert {error["id"] for error in told["errors"]} <= set(wrong)
+    confidences = [error["confidence"] for error in told["errors"]]
+    assert confidences == sorted(confidences, reverse=True)
+    surest = max(float(probabilities[test.ids.index(name)].max()) for name in wrong)
+    assert confidences[0] == pytest.approx(surest, abs=1e-5)
+    for error in told["errors"]:
+        assert (rows[error["id"]], labels[test.ids.index(error["id"])]) == (error["predicted"], error["true"])
+
+    counts = study.counts()
+    assert report["search"] == {
+        "study": "own", "space": "own", "trials": 3, "complete": counts.complete, "pruned": 0, "failures": 0,
+        "epochs": 6, "elapsed_s": pytest.approx(report["search"]["elapsed_s"]), "device": "CPU, 1 thread",
+        "best_value": best.value,
+    } | {"device": report["search"]["device"]}  # fmt: skip
+    assert report["search"]["device"].startswith("CPU")
+    assert (report["averaging"], report["confirmation"], report["recipe"]) == (None, None, None)
+    assert {path.name for path in bundle.folder.iterdir()} >= {"README.md", "confident_errors.png", "confusion.png"}
+
+
+def test_the_schedule_of_a_refit_is_the_trials_in_shares_of_its_own_more_steps(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm-up, falls and the end of mixing: to within one step, the same share of the run without validation images."""
+    config = SMALL.override(
+        {"epochs": 4, "schedule.name": "pieces", "schedule.pieces": ((0.5, 0.1), (0.75, 0.01)),
+         "schedule.warmup_fraction": 0.25, "augment.mixup": 0.2, "augment.mix_off_fraction": 0.6}
+    )  # fmt: skip
+    runs: list[list[tuple[float, bool]]] = []
+    one_step, mixes = core.loop.step.TrainStep.__call__, core.loop.step.mixes
+
+    def step(self: Any, batch: Any, progress: float, factor: float, generator: Any) -> None:
+        if progress == 0:
+            runs.append([])
+        runs[-1].append((factor, mixes(self.config.augment, progress)))
+        one_step(self, batch, progress, factor, generator)
+
+    monkeypatch.setattr(core.loop.step.TrainStep, "__call__", step)
+    do_refit(tmp_path, digits, config)
+    validated, whole = runs
+    images = len(split(digits, config.data).train), len(digits.labels)
+    assert (len(validated), len(whole)) == tuple(4 * math.ceil(count / 32) for count in images)
+    for run in runs:
+        shares = {
+            "warm-up": sum(factor < 1 for factor, _ in run[: len(run) // 2]) / len(run),
+            "at a tenth": sum(factor == 0.1 for factor, _ in run) / len(run),
+            "at a hundredth": sum(factor == 0.01 for factor, _ in run) / len(run),
+            "mixed": sum(mixed for _, mixed in run) / len(run),
+        }
+        expected = {"warm-up": 0.25, "at a tenth": 0.25, "at a hundredth": 0.25, "mixed": 0.6}
+        assert shares == pytest.approx(expected, abs=1.01 / len(run))
+
+
+# Members by seed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three_members(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> tuple[Refitted, list[str]]:
+    """A refit of three members from scratch, cut off in its second one and gone on with; and the trainings it was told
+    of then."""
+    folder, trained = tmp_path_factory.mktemp("members"), []
+
+    def cut_off(label: str) -> Callable[[EpochMetrics], None]:
+        def epoch_ended(epoch: EpochMetrics) -> None:
+            if label == "member 2 of 3":
+                raise KeyboardInterrupt
+
+        return epoch_ended
+
+    def count(label: str) -> Callable[[EpochMetrics], None]:
+        return lambda epoch: trained.append(label)
+
+    with pytest.raises(KeyboardInterrupt):
+        do_refit(folder, digits, label="best.members3", members=3, watch=cut_off)
+    assert not StudyPaths(folder / "own").test_openings.exists()
+    return do_refit(folder, digits, label="best.members3", members=3, watch=count), trained
+
+
+def test_members_are_trained_from_seeds_of_their_own_first_for_validation_and_then_on_all_images(
+    three_members: tuple[Refitted, list[str]], digits: Dataset
+) -> None:
+    done, _ = three_members
+    seeds = [SMALL.seed, *(derive_seed(SMALL.seed, "member", member) for member in (2, 3))]
+    splits = split(digits, SMALL.data)
+    judged = [train(SMALL.override({"seed": seed}), splits, device=CPU) for seed in seeds]
+    val, labels = splits.images[splits.val], splits.labels[splits.val]
+    ensemble = {views: scores(answers(judged, val, splits, views), labels) for views in VIEWS}
+    mean = mean_by_hand(judged, SMALL, splits)
+    prepare = lambda x: normalize(x, splits.mean, splits.std)  # noqa: E731
+    of_mean = [scores(predict_logits(mean, val, prepare=prepare, views=views), labels).accuracy for views in VIEWS]
+    report = report_of(done)
+    assert report["averaging"] == {
+        "chosen": ENSEMBLE,  # from scratch: between networks the loss is high
+        "val": {ENSEMBLE: max(found.accuracy for found in ensemble.values()), AVERAGED: max(of_mean)},
+    }
+    assert max(of_mean) < 0.5 * report["averaging"]["val"][ENSEMBLE]
+    assert report["tta"]["val_candidates"] == {views: found.accuracy for views, found in ensemble.items()}
+    assert report["temperature"]["val_nll_before"] == pytest.approx(ensemble[done.views].loss, rel=1e-5)
+    assert (report["networks"], report["members"], report["epochs"]) == (3, 3, 2)
+
+    whole = splits.whole()
+    for member, seed in enumerate(seeds, 1):
+        expected = train(SMALL.override({"seed": seed}), whole, device=CPU).model.state_dict()
+        kept = load_file(done.dir / f"member_{member}.safetensors")
+        assert all(torch.equal(kept[name], weights) for name, weights in expected.items())
+
+
+def test_members_that_were_cut_off_go_on_with_what_they_have(three_members: tuple[Refitted, list[str]]) -> None:
+    done, trained = three_members
+    assert trained == ["member 2 of 3"] + [
+        name for name in ("member 3 of 3", "all images, 1 of 3", "all images, 2 of 3", "all images, 3 of 3")
+        for _ in range(2)
+    ]  # fmt: skip
+    assert not list(done.dir.parent.glob(".*.pt"))
+    assert done.openings == 1
+
+
+def test_the_loaded_members_answer_as_the_refit_said(
+    three_members: tuple[Refitted, list[str]], digits: Dataset
+) -> None:
+    done, _ = three_members
+    test, bundle = digits.open_test(), load_bundle(done.dir, CPU)
+    assert len(bundle.models) == 3
+    assert scores(bundle.logits(test.images), test.labels).loss == pytest.approx(done.test.loss, rel=1e-5)
+
+
+def test_members_fine_tuned_from_one_set_of_weights_become_one_network_of_their_mean(
+    tmp_path: Path, tuned: TrainConfig
+) -> None:
+    dataset = load_dataset(tuned.data)
+    done = do_refit(tmp_path, dataset, tuned, metric="nll", members=2)
+    report = report_of(done)
+    assert report["averaging"]["chosen"] == AVERAGED
+    assert report["averaging"]["val"][AVERAGED] <= report["averaging"]["val"][ENSEMBLE]
+    assert (report["networks"], report["members"]) == (1, 2)
+    whole = split(dataset, tuned.data).whole()
+    seeds = tuned.seed, derive_seed(tuned.seed, "member", 2)
+    mean = mean_by_hand([train(tuned.override({"seed": s}), whole, device=CPU) for s in seeds], tuned, whole)
+    kept = load_file(done.dir / "model.safetensors")
+    for name, weights in mean.state_dict().items():
+        torch.testing.assert_close(kept[name], weights, msg=name)
+    test, bundle = dataset.open_test(), load_bundle(done.dir, CPU)
+    assert value(scores(bundle.logits(test.images), test.labels), "accuracy") == done.test.accuracy > 0.7
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A configuration that goes on for an epoch from weights that know the digits already."""
+    config = TrainConfig().override(
+        {"model.name": "timm/test_resnet", "data.image_size": 16, "epochs": 2, "batch_size": 64, "augment.flip": 0.0,
+         "optim.lr_scale": 4.0}
+    )  # fmt: skip
+    weights = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    model = train(config, split(load_dataset(config.data), config.data), device=CPU).model
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
+    found = {"model.pretrained": True, "model.pretrained_file": str(weights), "epochs": 1, "optim.lr_scale": 0.3,
+             "sampling.name": "balanced", "sampling.undersample": 0.4}  # fmt: skip
+    return config.override(found)
+
+
+def test_the_first_member_is_the_trials_own_and_folds_give_way_to_the_validation_images(
+    study: Study, digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[TrainConfig] = []
+
+    def counted(config: TrainConfig, *arguments: Any, **options: Any) -> TrainResult:
+        trained.append(config)
+        return train(config, *arguments, **options)
+
+    monkeypatch.setattr("hpo.submission.networks.train", counted)
+    assert hpo(monkeypatch, "refit", "0", "--members", "2") == 0
+    own, other = study.trained(0).config.seed, derive_seed(study.trained(0).config.seed, "member", 2)
+    assert [config.seed for config in trained] == [other, own, other]
+    assert "as 2 networks from 2 seeds" in capsys.readouterr().out
+    assert report_of(study.paths.refit("00000.members2"))["confirmation"] is None
+
+    trained.clear()
+    folded = study.trained(0).config.override({"data.folds": 3})
+    done = do_refit(study.paths.dir.parent, digits, folded, number=0, label="folded", members=2)
+    assert len(trained) == 4
+    assert load_bundle(done.dir, CPU).meta.config.data.folds is None
+
+
+def test_networks_by_fold_are_not_averaged_and_the_record_says_why(tmp_path: Path, digits: Dataset) -> None:
+    done = do_refit(tmp_path, digits, SMALL.override({"epochs": 1}), label="best.folds2", ensemble=2)
+    averaging = report_of(done)["averaging"]
+    assert (averaging["chosen"], averaging["val"]) == (ENSEMBLE, {})
+    assert "seen by the others" in averaging["why"]
+    assert done.temperature <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--folds", "3", "--members", "3"], "give one of them"),
+        (["--members", "1"], "--members 1: an ensemble has 2 to 20 networks"),
+        (["--members", "21"], "--members 21: an ensemble has 2 to 20 networks"),
+    ],
+)
+def test_numbers_of_networks_that_cannot_be_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert hpo(monkeypatch, "refit", "best", *options) == 2
+    [error] = capsys.readouterr().err.strip().splitlines()
+    assert said in error
+
+
+@pytest.mark.parametrize(
+    ("folds", "members", "label"),
+    [(None, None, "best"), (5, None, "best.folds5"), (None, 3, "best.members3")],
+)
+def test_the_folder_says_how_many_networks_there_are(folds: int | None, members: int | None, label: str) -> None:
+    assert refit_label("best", folds, members) == label
+
+
+# The winner of a confirmation ---------------------------------------------------------------------------------------
+
+
+def contender(key: str, config: TrainConfig, mean: float, *, trial: int | None = None) -> Contender:
+    recipe = key.removeprefix("recipe ") if key.startswith("recipe ") else None
+    scored = {1: (mean - 0.01,), 2: (mean,), 3: (mean + 0.01,)}
+    tree = config.model_dump(mode="json")
+    return Contender(key, trial, recipe, ("a test",), tree, 1, mean, scored, None, None, Interval(mean, 0.02, 3))
+
+
+def confirm(study: Study, *contenders: Contender, winner: str, gap: Interval) -> Confirmation:
+    """Writes down that these were confirmed just now."""
+    found = Confirmation(
+        study=study.name, metric="accuracy", direction="maximize", contenders=contenders, leader=contenders[0].key,
+        winner=winner, evidence=winner != "base", advantage=gap, optimism=0.01, search_epochs=6, budget_epochs=2,
+        epochs=12, trainings=6, replicates=3, elapsed_s=1.0, left_out=(), search_trials=study.counts().finished,
+        created="2026-01-01T00:00:00+00:00", versions={},
+    )  # fmt: skip
+    write_confirmation(study.paths.confirmation, found)
+    return found
+
+
+def test_the_confirmed_winner_is_refitted_and_not_the_best_of_the_search(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = study.best_trial()
+    assert best is not None
+    other = next(number for number in (1, 2) if number != best.number)
+    challenger = contender(f"trial {other}", study.trained(other).config, 0.9, trial=other)
+    base = contender("base", study.trained(0).config, 0.8, trial=0)
+    found = confirm(study, challenger, base, winner=challenger.key, gap=Interval(0.1, 0.02, 3))
+    assert hpo(monkeypatch, "refit", "best") == 0
+    said = capsys.readouterr().out
+    assert f"confirmed: trial {other}, accuracy 0.900 ± 0.020 (n = 3), better than the base by 0.100 ± 0.020" in said
+    report = report_of(study.paths.refit("best"))
+    assert report["trial"] == other
+    assert Confirmation.from_json(report["confirmation"]) == found
+    assert load_bundle(study.paths.refit("best"), CPU).meta.config == study.trained(other).config
+
+    assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
+    said = capsys.readouterr().out
+    assert "confirmation.json says is left aside" in said
+    assert report_of(study.paths.refit("best"))["trial"] == best.number
+
+
+def test_without_evidence_the_base_is_refitted(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    challenger = contender("trial 1", study.trained(1).config, 0.81, trial=1)
+    base = contender("base", study.trained(0).config, 0.8, trial=0)
+    confirm(study, challenger, base, winner="base", gap=Interval(0.01, 0.03, 3))
+    assert hpo(monkeypatch, "refit", "best") == 0
+    said = capsys.readouterr().out
+    assert "no evidence that tuning helped: the base is refitted\n  trial 1 is ahead of the base by 0.010" in said
+    assert "refitting the base (trial 0) of study own" in said
+    assert said.endswith(
+        "  hpo confirm own --budget 4  # twice the trainings, to be surer\n"
+        "  hpo refit 1 --study own  # trial 1 all the same\n"
+    )
+    assert report_of(study.paths.refit("best"))["trial"] == 0
+
+
+def test_a_recipe_that_won_and_was_no_trial_is_refitted_by_its_own_configuration_and_epochs(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SMALL.override({"epochs": 3, "seed": 5})
+    recipe, base = contender("recipe borrowed", config, 0.9), contender("base", study.trained(0).config, 0.8, trial=0)
+    confirm(study, recipe, base, winner=recipe.key, gap=Interval(0.1, 0.02, 3))
+    assert hpo(monkeypatch, "refit", "best") == 0
+    assert "refitting recipe borrowed of study own" in capsys.readouterr().out
+    folder = study.paths.refit("best")
+    report, meta = report_of(folder), load_bundle(folder, CPU).meta
+    assert (report["trial"], report["recipe"], report["epochs"], meta.trial) == (None, "borrowed", 1, None)
+    assert meta.config == config
+    [opening] = [json.loads(line) for line in study.paths.test_openings.read_text().splitlines()]
+    assert (opening["label"], opening["trial"]) == ("best", None)
+
+
+def test_best_is_confirmed_first_where_that_was_not_done(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "refit", "best") == 0
+    said = capsys.readouterr().out
+    assert "is the best of study own better than its base?" in said
+    report = report_of(study.paths.refit("best"))
+    confirmation = json.loads(study.paths.confirmation.read_text())
+    assert report["confirmation"] == confirmation
+    winner = next(one for one in confirmation["contenders"] if one["key"] == confirmation["winner"])
+    assert report["trial"] == winner["trial"]
+    assert report["test"]["opened"] == 1
+
+    assert hpo(monkeypatch, "refit", "best", "--study", "own.confirm") == 2
+    assert "study own.confirm is the confirmation of own; give --study own" in capsys.readouterr().err
+
+
+# ONNX ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_onnx_file_answers_as_the_bundle_with_its_views_and_temperature(tmp_path: Path, digits: Dataset) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    done = do_refit(tmp_path, digits, SMALL.override({"epochs": 1}), onnx=True)
+    assert done.onnx_difference is not None
+    assert done.onnx_difference < 1e-4
+    images = digits.open_test().images
+    session = onnxruntime.InferenceSession(str(done.dir / "model.onnx"), providers=["CPUExecutionProvider"])
+    [found] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(
+        torch.from_numpy(found), load_bundle(done.dir, CPU).probabilities(images), atol=1e-4, rtol=0
+    )
+    assert "model.onnx" in (done.dir / "README.md").read_text()
+
+
+def test_a_missing_package_is_told_before_anything_is_trained(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hpo.submission.onnx_export.PACKAGES", ("no_such_package",))
+    assert hpo(monkeypatch, "refit", "best", "--onnx") == 2
+    assert "ONNX needs no_such_package; install hpo-vision[onnx]" in capsys.readouterr().err
+    assert not study.paths.confirmation.exists()
+    assert not study.paths.test_openings.exists()

@@ -1,0 +1,628 @@
+"""Disasters that befall a running study, drawn by a seed, and what has to hold once it is over.
+
+A study of small digits networks runs under `hpo run --workers 2`, as a process of its own, while one `Event` after the
+other strikes it: each while a trial runs that has a checkpoint. Whatever ends the run, the same command is given
+again. `check` says what must be true in the end, beside an undisturbed twin of the study.
+
+Everything is real, processes, signals, a full disk, a database's server, but for one mock: `FAULTS` lies on the path of
+the study's processes as their `sitecustomize`, and on demand makes a network's weights NaN, which diverges for real, or
+raises the error that torch raises when a device's memory is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+import optuna
+import pytest
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.paths import StudyPaths
+from tests.hpo.storage.postgresql import Server, running_server
+
+EPOCHS = 14
+# Every trial's result follows from its slot alone: nothing is learnt from others, and of so few trials the rungs keep
+# all. A checkpoint is always saved at a rung, so that a kill repeats one epoch at most, however long saving takes here.
+SPACE = f"""
+data: {{name: digits}}
+base: {{model: {{widths: [16], blocks: [1]}}, epochs: {EPOCHS}, batch_size: 64, augment: {{flip: 0.0}}}}
+pruner: {{name: rungs, rungs: {[epoch / EPOCHS for epoch in range(1, EPOCHS)]}, keep: 0.999}}
+sampler: {{name: random}}
+search:
+  optim.lr_scale: {{low: 0.5, high: 20, log: true}}
+"""
+
+FAULTS = '''
+"""Makes a process's next epoch behind epoch E fail where $CHAOS_FAULTS/PID says `FAULT E`: the tests' one mock."""
+import os
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "core.loop.run":
+            return None
+        spec = PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (load(module), spoil(module))
+        return spec
+
+
+def spoil(module):
+    import torch
+
+    sound_epoch = module.Run.epoch
+
+    def epoch(self, *, final):
+        order = Path(os.environ["CHAOS_FAULTS"], str(os.getpid()))
+        fault, behind = order.read_text().split() if order.exists() else ("", "0")
+        if fault and len(self.history) >= int(behind):
+            order.unlink()
+            if fault == "oom":
+                raise torch.OutOfMemoryError("out of memory, said the chaos test")
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.fill_(float("nan"))
+        return sound_epoch(self, final=final)
+
+    module.Run.epoch = epoch
+
+
+sys.meta_path.insert(0, Finder())
+'''
+
+# Seconds for whatever must happen at all: this machine may be busy with other things.
+PATIENCE_S = 240.0
+_TMPFS_BYTES = 48 << 20
+# How a run stops on a full disk: while it saves a checkpoint, or writes the journal.
+_FULL = r"hpo: [^\n]+(no space is left on the disk; free some|cannot be written \([^\n]+\); free some)[^\n]+\n\Z"
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+Results = dict[int, tuple[str, float | None, dict[str, Any], dict[int, float], list[dict[str, Any]]]]
+"""slot -> what its trial came to: how, value, parameters, reports, and the rows of its metrics without times."""
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> Any:
+    """The condition's value, once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"in {seconds:g} s, not: {what}"
+        time.sleep(0.05)
+    return value
+
+
+def group_of(head: int) -> set[int]:
+    """The living processes of a process group."""
+    members = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has just ended
+            continue
+        if int(group) == head and state not in "ZX":
+            members.add(int(folder.name))
+    return members
+
+
+# The command
+
+
+class Command:
+    """`hpo run …`, given as often as needed, each time as the head of a process group of its own.
+
+    Args:
+        arguments: behind `hpo run`.
+        folder: where it is run, and what it says is kept.
+        environment: beside this process's.
+    """
+
+    def __init__(self, arguments: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
+        self.arguments, self._folder = list(arguments), folder
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+        self._lives: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Gives the command, once more."""
+        with self._said_in(len(self._lives)).open("wb") as said:
+            self._lives.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "hpo.cli", "run", *self.arguments],
+                    cwd=self._folder,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                    start_new_session=True,
+                )
+            )
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The driver."""
+        return self._lives[-1]
+
+    @property
+    def said(self) -> str:
+        """What the command says, since it was last given."""
+        return self._said_in(len(self._lives) - 1).read_text()
+
+    @property
+    def all_said(self) -> list[str]:
+        """What it said, each time."""
+        return [self._said_in(life).read_text() for life in range(len(self._lives))]
+
+    def ended(self) -> int:
+        """Waits for its end; the exit code."""
+        try:
+            return self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"after {PATIENCE_S:g} s it still runs, and has said:\n{self.said}") from None
+
+    def kill_all(self) -> None:
+        """SIGKILL for every process of every time, and for what a killed driver has left."""
+        for life in self._lives:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(life.pid, signal.SIGKILL)
+        self.process.wait()
+        wait_until(lambda: not any(group_of(life.pid) for life in self._lives), "every process is dead")
+
+    def _said_in(self, life: int) -> Path:
+        return self._folder / f"said.{life}.txt"
+
+
+# The study
+
+
+@dataclass(frozen=True)
+class Victim:
+    """An attempt at a trial that runs, and has a checkpoint, when an event strikes."""
+
+    number: int
+    slot: int
+    pid: int
+    """The worker's."""
+    epoch: int
+    """The last that it had reported."""
+
+
+@dataclass
+class Chaos:
+    """A study that is struck, and what is seen of it meanwhile.
+
+    Args:
+        folder: an empty one; `folder/disk` is to hold the study, and may be a disk of its own.
+        events: a hint at how many trials are needed.
+        server: where the study is stored; None for a journal.
+    """
+
+    folder: Path
+    seed: int
+    events: int
+    server: Server | None = None
+    random: random.Random = field(init=False)
+    total: int = field(init=False)
+    command: Command = field(init=False)
+    struck: list[tuple[Event, Victim]] = field(init=False, default_factory=list)
+    seen: dict[int, FrozenTrial] = field(init=False, default_factory=dict)
+    """Every finished trial, as it was first seen."""
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.began = time.monotonic()
+        self.total = 2 + self.events // 3
+        self.disk = self.folder / "disk"
+        self.paths = StudyPaths(self.disk / "studies" / "chaos")
+        self.faults = self.folder / "faults"
+        for made in (self.disk, self.faults, self.folder / "path"):
+            made.mkdir(parents=True, exist_ok=True)
+        (self.folder / "path" / "sitecustomize.py").write_text(FAULTS)
+        (self.folder / "chaos.yaml").write_text(SPACE)
+        environment = {
+            "HPO_STUDIES": str(self.paths.dir.parent),
+            "PYTHONPATH": f"{self.folder / 'path'}{os.pathsep}{Path(__file__).resolve().parents[3]}",
+            "CHAOS_FAULTS": str(self.faults),
+        }
+        self.command = Command([], self.folder, environment)
+        self._read: BaseStorage | None = None
+
+    # What stands in the storage, read by Optuna alone
+
+    def trials(self) -> list[FrozenTrial]:
+        """All attempts at all trials, by number; remembers those that are finished."""
+        if not self.paths.study_yaml.exists():  # the storage is made before it
+            return []
+        if self._read is None:
+            self._read = self._open()
+        study = optuna.load_study(study_name="chaos", storage=self._read)
+        trials = study.get_trials()
+        for trial in trials:
+            if trial.state in _FINISHED:
+                self.seen.setdefault(trial.number, trial)
+        return trials
+
+    def _open(self) -> BaseStorage:
+        if self.server is not None:
+            return RDBStorage(self.server.url, engine_kwargs={"pool_pre_ping": True})
+        return JournalStorage(JournalFileBackend(str(self.paths.journal)))
+
+    def forget(self) -> None:
+        """Lets go of the storage. What is read next is read anew."""
+        if isinstance(self._read, RDBStorage):
+            self._read.remove_session()
+            self._read.engine.dispose()
+        self._read = None
+
+    def attempt(self, victim: Victim) -> FrozenTrial:
+        """As it stands now."""
+        return self.trials()[victim.number]
+
+    def victim(self) -> Victim:
+        """An attempt that has trained an epoch of its own, has a checkpoint, and is far from its end."""
+        found: list[Victim] = []
+        while not found:
+            found = wait_until(self._victims, "a trial runs that has a checkpoint")
+        return self.random.choice(found)
+
+    def _victims(self) -> list[Victim]:
+        self._see_that_it_runs()
+        return [
+            Victim(trial.number, trial.user_attrs["slot"], trial.user_attrs["lease"]["pid"], epoch)
+            for trial in self.trials()
+            if trial.state == TrialState.RUNNING
+            and "lease" in trial.user_attrs
+            and Path("/proc", str(trial.user_attrs["lease"]["pid"])).exists()
+            and self.paths.checkpoint(trial.user_attrs["slot"]).exists()
+            and max(2, trial.user_attrs.get("resumed_epoch", 0) + 1) <= (epoch := trial.last_step or 0) <= EPOCHS - 3
+        ]
+
+    # The run
+
+    def start(self) -> None:
+        """Gives the command, at first and whenever an event has ended it."""
+        storage = [] if self.server is None else ["--storage", self.server.url]
+        options = ["--trials", str(self.total), "--workers", "2", "--retries", "100", *storage]
+        self.command.arguments = ["chaos.yaml", *options]
+        self.command.start()
+
+    def strike(self, event: Event) -> None:
+        """Lets it happen to a running trial; once more where that trial has ended on its own just before."""
+        while True:
+            victim = self.victim()
+            if event.strike(self, victim):
+                self.struck.append((event, victim))
+                print(f"{time.monotonic() - self.began:6.1f} s: {event.name}: {victim}")  # pytest shows it of a failure
+                return
+
+    def finish(self) -> None:
+        """Until the study is over."""
+        while self.command.ended() != 0:
+            self._see_that_it_runs()
+
+    def _see_that_it_runs(self) -> None:
+        """Gives the command again where the study is over before the events are, or no worker is left."""
+        code = self.command.process.poll()
+        if code is None:
+            return
+        said = self.command.said
+        # A seat is given up that dies thrice without a trial finished: what no person would let happen so soon.
+        assert code == 0 or (code == 2 and "no worker lives for long" in said), said
+        if code == 0:
+            self.total += 2
+        self.start()
+
+    def cut_off(self, victim: Victim) -> bool:
+        """Waits until the attempt is over; whether it was cut off, and not finished just before."""
+        state = wait_until(lambda: self._ended(victim), "the struck attempt is over")
+        return bool(state == TrialState.FAIL)
+
+    def _ended(self, victim: Victim) -> TrialState | None:
+        self._see_that_it_runs()
+        state = self.attempt(victim).state
+        return state if state.is_finished() else None
+
+
+# The events
+
+
+class Event(ABC):
+    """A kind of disaster."""
+
+    name: ClassVar[str]
+    repeats: ClassVar[int] = 1
+    """The epochs that it may cost a trial."""
+
+    @abstractmethod
+    def strike(self, chaos: Chaos, victim: Victim) -> bool:
+        """Happens, and sees to it that the run goes on; False where it came too late for the victim."""
+
+
+class WorkerKilled(Event):
+    name = "SIGKILL of a worker"
+
+    def strike(self, chaos: Chaos, victim: Victim) -> bool:
+        os.kill(victim.pid, signal.SIGKILL)
+        return chaos.cut_off(victim)
+
+
+class DriverKilled(Event):
+    name = "SIGKILL of the driver"
+
+    def strike(self, chaos: Chaos, victim: Victim) -> bool:
+        chaos.command.process.kill()
+        chaos.command.process.wait()
+        chaos.start()  # at once: the workers are still finishing their epochs
+        return chaos.cut_off(victim)
+
+
+class AllKilled(Event):
+    name = "SIGKILL of all"
+
+    def strike(self, chaos: Chaos, victim: Victim) -> bool:
+        chaos.command.kill_all()
+        chaos.start()
+        return chaos.cut_off(victim)
+
+
+class DriverTerminated(Event):
+    name = "SIGTERM of the driver"
+    repeats = 0
+
+    def strike(self, chaos: Chaos, victim: Victim) -> bool:
+        chaos.command.process.terminate()
+        assert chaos.command.ended() == 130, chaos.command.said
+        assert "are done and safe; go on with\n  hpo run chaos.yaml" in chaos.command.said
+        chaos.start()
+        return chaos.cut_off(victim)
+
+
+class JournalTorn(Event):
+    """As a killed writer leaves it: a record without its end. It is the last report, cut in half; where the last record
+    is another, on which somebody may have acted, half a record behind it."""
+
+    name = "torn journal"
+
+    def strike(self, chaos: Chaos, victim: Victim) -> bool:
+        chaos.command.kill_all()
+        journal = chaos.paths.journal
+        before, _, last = journal.read_bytes().rstrip(b"\n").rpartition(b"\n")
+        is_report = "intermediate_value" in json.loads(last)
+        whole = before + b"\n" + (b"" if is_report else last + b"\n")
+        journal.write_bytes(whole + last[: len(last) // 2])
+        chaos.forget()
+        chaos.start()
+        return chaos.cut_off(victim)
+
+
+class DiskFull(Event):
+    name = "full disk"
+
+    def strike(self, chaos: Chaos, victim: Victim) -> bool:
+        ballast = chaos.disk / "ballast"
+        with ballast.open("wb", buffering=0) as file:
+            _fill(file)
+            try:
+                code = chaos.command.process.wait(PATIENCE_S)
+            finally:
+                ballast.unlink()
+        assert code == 2, chaos.command.said
+        assert re.search(_FULL, chaos.command.said), chaos.command.said
+        chaos.start()
+        return chaos.cut_off(victim)
+
+
+def _fill(file: IO[bytes]) -> None:
+    """Writes until not one page is left."""
+    for size in (1 << 20, 4096):
+        with contextlib.suppress(OSError):
+            while file.write(bytes(size)) == size:
+                pass
+
+
+class ServerRestarted(Event):
+    """It costs nothing but waiting: the trial goes on in its process."""
+
+    name = "PostgreSQL restarted"
+
+    def strike(self, chaos: Chaos, victim: Victim) -> bool:
+        assert chaos.server is not None
+        chaos.server.stop(chaos.random.choice(["fast", "immediate"]))
+        time.sleep(chaos.random.uniform(0.2, 2))
+        chaos.server.start()
+        wait_until(
+            lambda: (chaos.attempt(victim).last_step or 0) > victim.epoch,
+            "the trial goes on after the server's restart",
+        )
+        return True
+
+
+class _Fault(Event):
+    """A fault of the configuration's: the trial ends, and is not tried again."""
+
+    failure: ClassVar[str]
+
+    def strike(self, chaos: Chaos, victim: Victim) -> bool:
+        order = chaos.faults / str(victim.pid)
+        written = order.with_suffix(".tmp")
+        written.write_text(f"{self.failure} {victim.epoch}")
+        written.rename(order)
+        assert not chaos.cut_off(victim)
+        order.unlink(missing_ok=True)
+        return chaos.attempt(victim).user_attrs.get("failure") == self.failure
+
+
+class Diverged(_Fault):
+    name, failure = "NaN", "diverged"
+
+
+class OutOfMemory(_Fault):
+    name, failure = "out of memory", "oom"
+
+
+ANYWHERE = (WorkerKilled, DriverKilled, AllKilled, DriverTerminated, Diverged, OutOfMemory)
+"""What needs no journal, no server, and no disk of its own."""
+
+
+def plan(seed: int, events: int, *, disk: bool, server: bool) -> tuple[list[Event], list[Event]]:
+    """So many events, every kind as often as another or once more: those of a journal's study, those of a server's.
+
+    Args:
+        disk: whether studies can have a disk of their own.
+        server: whether there is a server; without one all strike the journal's study.
+    """
+    draw = random.Random(seed)
+    kinds: list[type[Event]] = [*ANYWHERE, JournalTorn]
+    kinds += [DiskFull] if disk else []
+    kinds += [ServerRestarted] if server else []
+    each, rest = divmod(events, len(kinds))
+    drawn = [*(kinds * each), *draw.sample(kinds, rest)]
+    draw.shuffle(drawn)
+    on_server = [
+        kind is ServerRestarted or (server and kind is not JournalTorn and draw.random() < 0.2) for kind in drawn
+    ]
+    return (
+        [kind() for kind, there in zip(drawn, on_server, strict=True) if not there],
+        [kind() for kind, there in zip(drawn, on_server, strict=True) if there],
+    )
+
+
+def run(chaos: Chaos, events: Sequence[Event]) -> Results:
+    """Runs a study to its end through the events, and checks all that does not need its twin.
+
+    Returns:
+        What came of it.
+
+    Raises:
+        AssertionError: with the seed, the events so far, and what the command said last.
+    """
+    try:
+        chaos.start()
+        for event in events:
+            chaos.strike(event)
+        chaos.finish()
+        check(chaos)
+        return results(chaos)
+    except BaseException as error:
+        names = ", ".join(event.name for event in events)
+        error.add_note(f"events: {names}; {len(chaos.struck)} had struck\n{chaos.command.said}")
+        raise
+    finally:
+        chaos.command.kill_all()
+        chaos.forget()
+
+
+# What must hold
+
+
+def check(chaos: Chaos) -> None:
+    """What must hold of a study that is over, whatever struck it."""
+    trials = chaos.trials()
+    finished = [trial for trial in trials if trial.state in _FINISHED]
+
+    # The exact total: each slot finished once, and nothing runs or waits.
+    assert sorted(trial.user_attrs["slot"] for trial in finished) == list(range(chaos.total))
+    assert TrialState.RUNNING not in {trial.state for trial in trials}
+
+    # No finished trial lost, or changed.
+    for number, seen in chaos.seen.items():
+        assert trials[number] == seen
+
+    # Failed are those that were made to, each as it was told; all others are complete.
+    told = {victim.number: event.failure for event, victim in chaos.struck if isinstance(event, _Fault)}
+    assert {t.number: t.user_attrs["failure"] for t in finished if "failure" in t.user_attrs} == told
+    assert {trial.number for trial in finished if trial.state == TrialState.PRUNED} == told.keys()
+
+    for slot in range(chaos.total):
+        check_resumed(chaos, [trial for trial in trials if trial.user_attrs["slot"] == slot])
+    for said in chaos.command.all_said:
+        assert "Traceback" not in said, said
+
+
+def check_resumed(chaos: Chaos, attempts: Sequence[FrozenTrial]) -> None:
+    """That each attempt at a slot went on where the last had come to, but for an epoch a kill."""
+    victims = {victim.number: event for event, victim in chaos.struck}
+    reached, cost, from_checkpoint = 0, 0, False
+    for attempt in attempts:
+        resumed = attempt.user_attrs.get("resumed_epoch", 0)
+        # One that was cut off before it had said where it goes on tells nothing: its successor will.
+        if resumed or attempt.state in _FINISHED:
+            assert reached - resumed <= cost, f"trial {attempt.number}: epoch {reached} was reached, {resumed} resumed"
+            assert resumed > 0 or not from_checkpoint
+            reached, cost, from_checkpoint = attempt.last_step or 0, 0, False
+        else:
+            reached = max(reached, attempt.last_step or 0)
+        event = victims.get(attempt.number)
+        cost += 1 if event is None else event.repeats
+        from_checkpoint |= event is not None
+
+
+def results(chaos: Chaos) -> Results:
+    """What came of a study that is over."""
+    timed = {"elapsed_s", "images_per_s"}
+    return {
+        trial.user_attrs["slot"]: (
+            trial.user_attrs.get("failure", trial.state.name),
+            trial.value,
+            trial.params,
+            trial.intermediate_values,
+            [
+                {name: value for name, value in json.loads(line).items() if name not in timed}
+                for line in chaos.paths.trial_metrics(trial.number).read_text().splitlines()
+            ],
+        )
+        for trial in chaos.trials()
+        if trial.state in _FINISHED
+    }
+
+
+def check_twins(disturbed: Results, undisturbed: Results) -> None:
+    """That every trial came to what its undisturbed twin did; one that was made to fail, up to there."""
+    for slot, (how, value, params, reports, rows) in disturbed.items():
+        _, twins_value, twins_params, twins_reports, twins_rows = undisturbed[slot]
+        assert params == twins_params
+        assert rows == twins_rows[: len(rows)]
+        assert [epoch for epoch in reports if reports[epoch] != twins_reports[epoch]] == []
+        if how == "COMPLETE":
+            assert (value, len(rows)) == (twins_value, EPOCHS), f"slot {slot}"
+
+
+# What the harness needs of the machine
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """The folder is a small disk of its own, where this process may make one; whether it is."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={_TMPFS_BYTES}", "tmpfs", str(folder)]
+    mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def own_server() -> Iterator[Server | None]:
+    """A database's server that may be stopped; None where there is no PostgreSQL."""
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(running_server())
+        except pytest.skip.Exception:
+            server = None
+        yield server

@@ -1,0 +1,114 @@
+"""Where trials are trained follows from a few options, and what contradicts itself is one line."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from core.errors import UserError
+from hpo.workers.local import VISIBLE, _environment, visible_to
+from hpo.workers.placement import place
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs as far as names go: nothing is computed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("device", "devices", "workers", "per_device", "placed"),
+    [
+        (None, None, None, None, {"cuda:0": 1}),
+        ("cpu", None, None, None, {"cpu": 1}),
+        (None, None, None, "3", {"cuda:0": 3}),
+        (None, None, 3, None, {"cuda:0": 3}),
+        (None, None, None, "auto", {"cuda:0": None}),
+        (None, "all", None, None, {"cuda:0": 1, "cuda:1": 1}),
+        (None, "cuda:1, cuda:0", None, "2", {"cuda:1": 2, "cuda:0": 2}),
+        (None, "cuda:0,cuda:1", 5, None, {"cuda:0": 3, "cuda:1": 2}),
+        (None, "cuda:0,cuda:1", 3, "2", {"cuda:0": 2, "cuda:1": 1}),
+        (None, "all", None, "auto", {"cuda:0": None, "cuda:1": None}),
+        (None, "all", 0, None, {"cuda:0": 0, "cuda:1": 0}),
+    ],
+)
+def test_what_is_left_out_follows_from_what_is_said(
+    device: str | None,
+    devices: str | None,
+    workers: int | None,
+    per_device: str | None,
+    placed: dict[str, int | None],
+) -> None:
+    assert {str(name): number for name, number in place(device, devices, workers, per_device)} == placed
+
+
+@pytest.mark.parametrize(
+    ("workers", "per_device", "in_processes"),
+    [(None, None, False), (None, "1", False), (1, None, True), (None, "2", True), (None, "auto", False)],
+)
+def test_one_trial_at_a_time_has_a_process_of_its_own_only_where_a_worker_is_asked_for(
+    workers: int | None, per_device: str | None, in_processes: bool
+) -> None:
+    assert place("cpu", None, workers, per_device).in_processes is in_processes
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("device", "devices", "workers", "per_device", "said"),
+    [
+        ("cpu", "cuda:0", None, None, "--device and --devices: give one of the two"),
+        (None, "cuda:0,cuda:2", None, None, "--devices cuda:2: this machine has 2 CUDA device(s); give cpu or leave it "
+         "out"),
+        (None, "cuda:0,cuda", None, None, "--devices cuda:0,cuda: cuda:0 is there twice; --per-device says how many "
+         "trials it takes"),
+        (None, "all", 1, None, "--workers 1: fewer than the 2 devices; give as many, or fewer --devices"),
+        (None, "all", 5, "2", "--workers 5: 2 device(s) with --per-device 2 take 4; leave one of the two out"),
+        (None, None, 2, "auto", "--workers 2: --per-device auto finds the number out; leave one of the two out"),
+        (None, None, None, "0", "--per-device 0: give a whole number from 1 on, or auto"),
+    ],
+)  # fmt: skip
+def test_a_contradiction_is_one_line(
+    device: str | None, devices: str | None, workers: int | None, per_device: str | None, said: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        place(device, devices, workers, per_device)
+    assert str(refused.value) == said
+
+
+def test_all_devices_of_a_machine_without_any_are_not_silently_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"^--devices all: this machine has no GPU; leave it out for the CPU$"):
+        place(None, "all", None, None)
+
+
+@pytest.mark.parametrize(
+    ("here", "device", "visible"),
+    [
+        (None, "cpu", None),
+        (None, "cuda:1", "1"),
+        (None, "cuda", "0"),
+        ("4,6", "cuda:1", "6"),
+        ("GPU-0a1b,MIG-2c3d", "cuda:1", "MIG-2c3d"),
+    ],
+)
+def test_a_worker_sees_its_own_gpu_alone_by_the_name_that_the_driver_knows(
+    here: str | None, device: str, visible: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VISIBLE, raising=False)
+    if here is not None:
+        monkeypatch.setenv(VISIBLE, here)
+    assert visible_to(device) == visible
+
+
+@pytest.mark.parametrize("before", [None, "0,1"])
+def test_the_parent_still_sees_what_it_saw(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VISIBLE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(VISIBLE, before)
+    with _environment(VISIBLE, "1"):
+        assert os.environ[VISIBLE] == "1"
+    assert os.environ.get(VISIBLE) == before

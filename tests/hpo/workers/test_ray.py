@@ -1,0 +1,331 @@
+"""A study on a Ray cluster: two real nodes on this machine, real deaths, a real PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+import hpo.workers.ray
+from core.data import load_dataset
+from hpo.cli.console import StudyProgress
+from hpo.errors import StudyError
+from hpo.paths import StudyPaths
+from hpo.search.interrupts import Interrupts
+from hpo.space import load_space
+from hpo.storage import open_storage
+from hpo.study import open_study
+from hpo.workers import Crew, Job, run_workers
+from hpo.workers.packing import Limit
+from hpo.workers.ray import Node, RayEngine, _Assignment, _settled, _Words
+from tests.hpo.commands import SPACE, Start, started_runs
+from tests.hpo.storage.postgresql import Server, free_port, running_server
+
+ray = pytest.importorskip("ray")
+
+STORE_BYTES = 80 * 2**20  # the least that Ray takes; nothing of ours lies in it
+
+
+@pytest.fixture
+def space_file(tmp_path: Path) -> str:
+    file = tmp_path / "own.yaml"
+    file.write_text(SPACE)
+    return str(file)
+
+
+class Watched:
+    """A server of the test's own, and what the study in it looks like."""
+
+    def __init__(self, server: Server) -> None:
+        self.url = server.url
+        self.storage = open_storage(server.url)
+
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """The study's trials; none before it is begun."""
+        names = {study.study_name: study._study_id for study in self.storage.get_all_studies()}
+        return self.storage.get_all_trials(names["own"]) if "own" in names else []
+
+    def at_work(self) -> dict[int, optuna.trial.FrozenTrial]:
+        """Process -> the trial that it has trained for some epochs."""
+        return {
+            trial.user_attrs["lease"]["pid"]: trial
+            for trial in self.trials()
+            if trial.state.name == "RUNNING" and "lease" in trial.user_attrs and len(trial.intermediate_values) > 3
+        }
+
+    def finished(self) -> dict[int, float | None]:
+        """Slot -> the value of its finished trial."""
+        done = [trial for trial in self.trials() if trial.state.name in ("COMPLETE", "PRUNED")]
+        slots = [trial.user_attrs["slot"] for trial in done]
+        assert len(slots) == len(set(slots))
+        return {trial.user_attrs["slot"]: trial.value for trial in done}
+
+
+@pytest.fixture
+def server() -> Iterator[Watched]:
+    with running_server() as started:
+        watched = Watched(started)
+        yield watched
+        watched.storage._backend.engine.dispose()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Two nodes of one core each. The first is the head's; the cluster notes within seconds that the other is lost."""
+    from ray.cluster_utils import Cluster
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a socket's path has at most 107 bytes
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        nodes = Cluster()
+        try:
+            soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}
+            nodes.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False, _system_config=soon)
+            nodes.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+            yield nodes
+        finally:
+            nodes.shutdown()
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts `hpo run`, which the test's end ends."""
+    with started_runs() as begin:
+        yield begin
+
+
+def hpo_run(space_file: str, cluster: Any, server: Watched, *arguments: str) -> list[str]:
+    where = ["--engine", "ray", "--address", cluster.address, "--storage", server.url]
+    return [space_file, *where, "--study", "own", "--set", "epochs=60", *arguments]
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 90) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return value
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if parent_of(int(folder.name)) == pid:
+                found.append(int(folder.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def raylet_of(node: Any) -> int:
+    """The process of a node that has started the workers on it."""
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+# Deaths
+
+
+@pytest.mark.slow
+def test_a_study_on_two_nodes_survives_the_loss_of_one(
+    space_file: str, server: Watched, cluster: Any, start: Start
+) -> None:
+    first, second = map(raylet_of, cluster.list_all_nodes())
+    process = start(*hpo_run(space_file, cluster, server, "--trials", "5"))
+    busy = wait_until(lambda: len(found := server.at_work()) == 2 and found, process)
+    alive = [node for node in cluster.global_state.node_table() if node["Alive"]]  # what ray.nodes() asks
+    assert len(alive) == 2
+    assert {parent_of(pid) for pid in busy} == {first, second}  # both ran trials
+    [victim] = [trial for pid, trial in busy.items() if parent_of(pid) == second]
+    before = server.finished()
+
+    for pid in (second, *children_of(second)):
+        os.kill(pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+
+    assert process.returncode == 0, said
+    assert sum(node["Alive"] for node in cluster.global_state.node_table()) == 1
+    after = server.finished()
+    assert sorted(after) == [0, 1, 2, 3, 4]
+    assert before.items() <= after.items()
+    assert {trial.state.name for trial in server.trials()} == {"COMPLETE", "FAIL"}
+    slot = victim.user_attrs["slot"]
+    [again] = [t for t in server.trials() if t.user_attrs["slot"] == slot and t.state.name == "COMPLETE"]
+    assert f"trial {again.number} goes on after epoch" in said
+    assert "was lost with its node" in said
+    assert "(raylet)" not in said  # Ray's own words, at length
+
+
+@pytest.mark.slow
+def test_a_preempted_worker_gives_its_trial_back_a_killed_one_is_replaced_and_ctrl_c_ends_all(
+    space_file: str, server: Watched, cluster: Any, start: Start
+) -> None:
+    process = start(*hpo_run(space_file, cluster, server, "--trials", "6"))
+    busy = wait_until(lambda: len(found := server.at_work()) == 2 and found, process)
+    preempted, killed = busy
+    os.kill(preempted, signal.SIGTERM)
+    os.kill(killed, signal.SIGKILL)
+    others = wait_until(lambda: len(found := server.at_work().keys() - busy.keys()) == 2 and found, process)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 130, said
+    assert "was asked to leave on" in said
+    assert "was killed on" in said
+    assert "of 6 trials are done and safe; go on with" in said
+    assert "Traceback" not in said
+    trials = server.trials()
+    assert not [trial.number for trial in trials if trial.state.name == "RUNNING"]
+    crashes = {t.user_attrs["slot"]: t.user_attrs.get("crashes", 0) for t in trials}  # of the latest attempt
+    assert crashes[busy[preempted].user_attrs["slot"]] == 0
+    assert crashes[busy[killed].user_attrs["slot"]] == 1
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in (*busy, *others)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+# Apart
+
+
+@pytest.mark.slow
+def test_nodes_that_share_no_folder_keep_what_is_to_stay_in_the_depot(
+    tmp_path: Path, space_file: str, server: Watched, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's folder of studies is made unknown to the nodes, which are on one disk with it here."""
+    monkeypatch.setattr(hpo.workers.ray, "_studies_of", lambda job: tmp_path / "not" / "there")
+    space = load_space(space_file)
+    study = open_study(space, name="own", dataset=load_dataset(space.base.data), storage_url=server.url)
+    study.use_depot(str(tmp_path / "depot"))
+    study.ensure_slots(4)
+    job = replace(a_job(space_file, server.url), depot=str(tmp_path / "depot"))
+    bars = StudyProgress(metric=study.metric, direction=study.direction, done=0, total=4, best=None)
+    with Interrupts() as interrupts, bars as progress, closing(RayEngine(cluster.address)) as engine:
+        assert {node.cpus for node in engine.nodes()} == {1.0}
+        assert engine.room() == 2
+        crew = Crew("cpu", "ray", 2, engine.share, Limit(0))
+        run_workers(study, job, engine=engine, crews=[crew], lane=progress.lane, interrupts=interrupts)
+
+    assert sorted(server.finished()) == [0, 1, 2, 3]
+    assert not list(study.paths.dir.glob("trials/*"))
+    depot = StudyPaths(tmp_path / "depot" / "own")
+    best = study.best_trial()
+    assert best is not None
+    assert depot.trial_model(best.number).is_file()
+    assert len(list(depot.artifacts.iterdir())) >= 4 * 2
+    assert not list(depot.checkpoint(0).parent.glob("*"))
+    study.optuna._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+
+
+# What is said
+
+
+def test_what_a_worker_says_comes_in_order_and_again_where_a_reply_was_lost() -> None:
+    words = _Words()
+    for said in "abc":
+        words.say(said)  # type: ignore[arg-type]
+    assert words.beyond(0) == ["a", "b", "c"]
+    assert words.beyond(0) == ["a", "b", "c"]
+    assert words.beyond(2) == ["c"]
+    threading.Timer(0.05, lambda: words.say("d")).start()  # type: ignore[arg-type]
+    assert words.beyond(3) == ["d"]
+
+
+# A person's mistakes
+
+
+def test_an_address_where_no_cluster_answers_is_refused_in_one_line() -> None:
+    port = free_port()
+    with pytest.raises(StudyError, match=rf"^--address 127.0.0.1:{port}: no Ray cluster answers there \(.*refused\); "):
+        RayEngine(f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://head:10001", "give the head's host:port, and run this on a machine of the cluster"),
+        ("head", "give the head's host:port, or auto"),
+    ],
+)
+def test_an_address_of_another_kind_is_refused_in_one_line(address: str, said: str) -> None:
+    with pytest.raises(StudyError) as refused:
+        RayEngine(address)
+    assert str(refused.value) == f"--address {address}: {said}"
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(StudyError, match=r"^--engine ray: Ray is not installed; pip install 'hpo-vision\[ray\]'$"):
+        RayEngine("127.0.0.1:6379")
+
+
+def engine_on(*nodes: Node, num_cpus: float = 1.0, num_gpus: float = 0.0) -> RayEngine:
+    """An engine that is connected to nothing."""
+    engine = object.__new__(RayEngine)
+    engine.num_cpus, engine.num_gpus = num_cpus, num_gpus
+    engine.nodes = lambda: list(nodes)  # type: ignore[method-assign]
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "num_gpus", "room"),
+    [(4, 0, 0.0, 4), (8, 2, 1.0, 2), (8, 2, 0.5, 4), (8, 2, 0.3, 6), (3, 2, 0.5, 3), (8, 5, 2.0, 2), (4, 0, 0.5, 0)],
+)
+def test_the_room_of_a_node_is_what_ray_would_place_on_it(cpus: float, gpus: float, num_gpus: float, room: int) -> None:
+    engine = engine_on(Node("1", "a", cpus, gpus), Node("2", "b", 16, 8), num_gpus=num_gpus)
+    assert engine.room() == room + engine_on(Node("2", "b", 16, 8), num_gpus=num_gpus).room()
+
+
+def test_a_cluster_without_room_for_a_single_worker_is_refused_in_one_line() -> None:
+    with pytest.raises(StudyError) as refused:
+        engine_on(Node("1", "a", 4, 0), num_gpus=0.5).room()
+    assert str(refused.value) == (
+        "--engine ray: no node of the cluster holds a worker, which takes 1 CPUs and 0.5 GPUs (a has 4 and 0); "
+        "give another --device, or add a node"
+    )
+
+
+def a_job(space_file: str, storage: str, depot: str | None = None) -> Job:
+    return Job(load_space(space_file), "own", storage, None, False, Path.cwd(), depot=depot)
+
+
+def test_an_sqlite_file_is_no_storage_of_several_machines(space_file: str) -> None:
+    engine = engine_on(Node("1", "another", 4, 0))
+    with pytest.raises(StudyError, match=r"^--storage sqlite:///a.db: several machines cannot share .* on another; "):
+        engine.check(a_job(space_file, "sqlite:///a.db"))
+    engine.check(a_job(space_file, "postgresql+psycopg://x@h/d"))
+
+
+def test_a_node_without_the_studys_folder_needs_a_depot_and_a_database(
+    tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies, database = tmp_path / "elsewhere", "postgresql+psycopg://x@h/d"
+    for job in (a_job(space_file, database), a_job(space_file, "/x/journal.log", "s3://b")):
+        with pytest.raises(StudyError, match=r"elsewhere/own is not on this machine; .*--artifacts"):
+            _settled(_Assignment(job, "cpu", studies)).__enter__()
+    with _settled(_Assignment(a_job(space_file, database, "s3://b"), "cpu", studies)):
+        scratch = StudyPaths.of("own").dir.parent
+        assert scratch.is_dir()
+    assert not scratch.exists()
+    StudyPaths(studies / "own").dir.mkdir(parents=True)
+    StudyPaths(studies / "own").study_yaml.touch()
+    with _settled(_Assignment(a_job(space_file, database), "cpu", studies)):
+        assert StudyPaths.of("own").dir == studies / "own"

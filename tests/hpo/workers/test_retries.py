@@ -1,0 +1,387 @@
+"""Attempts that die are begun again, up to a limit; what was seen before is a replicate; workers join from anywhere."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from hpo.cli.console import StudyLane
+from hpo.errors import StudyError
+from hpo.space import SearchSpace, load_space, space_from_yaml, space_to_yaml
+from hpo.storage import is_masked, lease, mask, open_storage
+from hpo.storage.lease import LEASE, own_lease
+from hpo.study import Study, find_study, join_study, open_study
+from hpo.trials import CRASHES, FAILURE, REPLICATE_OF, SLOT, first_twin, slot_of
+from tests.hpo.commands import SPACE, hpo
+from tests.hpo.storage.journals import finished_of, trials_of
+
+ONE_CELL = SPACE.replace("{low: 0.5, high: 20, log: true}", "{choices: [4.0]}").replace(
+    "epochs: 2,", "epochs: 2, optim: {lr_scale: 4.0},"
+)
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> SearchSpace:
+    file = tmp_path / "own.yaml"
+    file.write_text(SPACE)
+    return load_space(str(file))
+
+
+@pytest.fixture
+def study(space: SearchSpace) -> Study:
+    images: Any = SimpleNamespace(
+        name="digits", fingerprint="ab" * 32, classes=("0", "1"), report=SimpleNamespace(broken=())
+    )
+    opened = open_study(space, name="own", dataset=images)
+    opened.ensure_slots(1)
+    return opened
+
+
+DEAD = (
+    "import os, signal, sys\n"
+    "from types import SimpleNamespace\n"
+    "from hpo.space import load_space\n"
+    "from hpo.study import open_study\n"
+    "space = load_space(sys.argv[1])\n"
+    "images = SimpleNamespace(\n"
+    "    name='digits', fingerprint='ab' * 32, classes=('0', '1'), report=SimpleNamespace(broken=()))\n"
+    "study = open_study(space, name='own', dataset=images)\n"
+    "trial, slot = study.claim()\n"
+    "if sys.argv[2] == 'training':\n"
+    "    space.suggest(trial)\n"
+    "    trial.report(0.5, 1)\n"
+    "os.kill(os.getpid(), signal.SIGKILL)\n"
+)
+
+
+def die(space: SearchSpace, *, doing: str = "training") -> None:
+    """Claims a trial in a process that is then killed."""
+    ended = subprocess.run([sys.executable, "-c", DEAD, str(space.path), doing], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+# Attempts that die
+
+
+def test_a_slot_is_begun_again_as_often_as_is_allowed_and_then_counts_as_failed_to_train(
+    study: Study, space: SearchSpace, caplog: pytest.LogCaptureFixture
+) -> None:
+    study.remember_retries(2)
+    for crashes in (1, 2):
+        die(space)
+        assert study.reap() == [0]
+        assert study.optuna.trials[-1].user_attrs[CRASHES] == crashes
+    die(space)
+    assert study.reap() == []
+    last = study.optuna.trials[-1]
+    assert (last.state, last.user_attrs[FAILURE], last.user_attrs[CRASHES]) == (TrialState.PRUNED, "crashed", 3)
+    assert last.value == 0.5  # as of any pruned trial: what it had reported
+    assert last.system_attrs["constraints:failure"] > 0  # so that the sampler keeps away
+    assert last.params
+    assert (study.counts().failures, study.counts().finished, study.waiting()) == (1, 1, 0)
+    assert "trial 2: 3 attempt(s) at it died with their process" in caplog.text
+    study.ensure_slots(1)
+    assert study.waiting() == 0  # it counts towards the total
+
+
+def test_what_dies_before_it_has_parameters_is_nobodys_fault(study: Study, space: SearchSpace) -> None:
+    study.remember_retries(0)
+    die(space, doing="nothing")
+    assert study.reap() == [0]
+    assert CRASHES not in study.optuna.trials[-1].user_attrs
+
+
+def test_an_interrupt_is_no_crash_and_a_fault_is_one(study: Study, space: SearchSpace) -> None:
+    for crashed, counted in ((False, None), (True, 1), (False, 1)):
+        claimed = study.claim()
+        assert claimed is not None
+        space.suggest(claimed[0])
+        study.release(claimed[0], crashed=crashed)
+        assert study.optuna.trials[-1].user_attrs.get(CRASHES) == counted
+
+
+def test_a_machine_that_went_down_with_its_processes_is_no_crash(study: Study, space: SearchSpace) -> None:
+    study.remember_retries(0)
+    claimed = study.claim()
+    assert claimed is not None
+    space.suggest(claimed[0])
+    study._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "boot": "another"})
+    assert study.reap() == [0]
+    assert CRASHES not in study.optuna.trials[-1].user_attrs
+
+
+def test_processes_that_were_ended_with_their_parent_are_no_crash(study: Study, space: SearchSpace) -> None:
+    study.remember_retries(0)
+    die(space)
+    [dead] = study._running()
+    lease = {**dead.user_attrs[LEASE], "parent": dead.user_attrs[LEASE]}
+    study._storage.set_trial_user_attr(dead._trial_id, LEASE, lease)
+    assert study.reap() == [0]
+    assert CRASHES not in study.optuna.trials[-1].user_attrs
+
+
+def test_two_that_give_a_trial_up_at_once_end_it_once(
+    study: Study, space: SearchSpace, caplog: pytest.LogCaptureFixture
+) -> None:
+    study.remember_retries(0)
+    die(space)
+    [dead] = study._running()
+    caplog.set_level(logging.WARNING)
+    assert not study._interrupt(dead, crashed=True)
+    assert not study._interrupt(dead, crashed=True)
+    assert len(caplog.records) == 1
+    assert [trial.state for trial in study.optuna.trials] == [TrialState.PRUNED]
+
+
+def test_a_slot_that_was_lost_between_two_writes_is_queued_again_by_whoever_looks_next(
+    study: Study, space: SearchSpace
+) -> None:
+    claimed = study.claim()
+    assert claimed is not None
+    params = space.suggest(claimed[0])
+    study._fail(study._storage.get_trial(claimed[0]._trial_id))  # and the process died, or found the disk full
+    assert study.waiting() == 0
+    assert study.requeue_lost()
+    [waiting] = [trial for trial in study.optuna.trials if trial.state == TrialState.WAITING]
+    assert waiting.params == params
+
+
+def test_a_retried_trial_stands_for_its_slot_before_a_blank_one_that_was_queued_twice(
+    study: Study, space: SearchSpace
+) -> None:
+    study._queue(0, {}, {})  # as two processes do that begin at once
+    claimed = study.claim()
+    assert claimed is not None
+    params = space.suggest(claimed[0])
+    study.release(claimed[0])
+    again = study.claim()
+    assert again is not None
+    assert again[0].params == params
+
+
+def test_a_trial_that_is_taken_away_while_it_runs_is_dropped_and_the_run_goes_on(
+    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown = StudyLane.epoch_ended
+
+    def take_away(lane: StudyLane, epoch: Any, verdict: str) -> None:
+        shown(lane, epoch, verdict)
+        other = find_study("own")
+        [running] = other._running()
+        if CRASHES not in running.user_attrs:
+            assert other._interrupt(running, crashed=True)
+
+    monkeypatch.setattr(StudyLane, "epoch_ended", take_away)
+    assert hpo(monkeypatch, "run", str(space.path), "--trials", "1", "--retries", "5") == 0
+    assert "trial 0 was taken from this process while it ran; it is dropped" in capfd.readouterr().err
+    assert sorted(finished_of(tmp_path / "studies/own")) == [0]
+
+
+def test_another_run_without_a_total_of_its_own_does_not_lower_the_studys(
+    space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = space.trials + 2
+    for arguments in (("--trials", str(more)), ()):
+        assert hpo(monkeypatch, "run", str(space.path), "--workers", "0", *arguments) == 0
+        assert find_study("own").total == more
+
+
+def test_the_number_of_retries_is_remembered_for_all_who_work_on_the_study(study: Study) -> None:
+    assert study.retries == 3
+    study.remember_retries(7)
+    study.remember_retries(None)
+    assert find_study("own").retries == 7
+
+
+def test_only_the_trials_of_living_processes_are_waited_for(study: Study, space: SearchSpace) -> None:
+    claimed = study.claim()
+    assert claimed is not None
+    assert study.at_work() == [0]
+    study._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "host": "another"})
+    assert study.at_work() == []  # a journal keeps no heartbeats: nobody knows whether that one lives
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("postgresql+psycopg://h/db?user=me&password=s%40cret", "s%40cret"),
+        ("redis://h/0?password=x%2By", "x%2By"),
+        ("simplecache::ftp://me:pw1234@host/dir", "pw1234"),
+        ("abfs://box@account.dfs.example/dir?account_key=AAAA", "AAAA"),
+    ],
+)
+def test_a_secret_is_masked_however_a_url_spells_it(url: str, secret: str) -> None:
+    assert secret not in mask(url)
+    assert is_masked(mask(url))
+
+
+def test_processes_of_another_container_with_the_same_name_are_not_taken_for_dead(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of its processes mean nothing here. The mock stands for a container, which is not to be had here."""
+    claimed = study.claim()
+    assert claimed is not None
+    monkeypatch.setattr(lease, "_process_space", lambda: "#17")
+    assert study.reap() == []
+    [held] = study.held_elsewhere()
+    assert held.number == 0
+
+
+# Configurations that were seen before
+
+
+def trial_of(slot: int, state: TrialState = TrialState.PRUNED, **params: Any) -> Any:
+    from optuna.distributions import FloatDistribution
+
+    found = create_trial(
+        state=state,
+        params=params,
+        distributions={name: FloatDistribution(0, 9) for name in params},
+        user_attrs={SLOT: slot},
+        value=1.0 if state == TrialState.COMPLETE else None,
+    )
+    found.number = slot
+    return found
+
+
+def test_the_twin_is_the_lowest_slot_before_with_the_same_parameters() -> None:
+    trials = [trial_of(0, a=1.0), trial_of(1, a=2.0), trial_of(2, TrialState.COMPLETE, a=2.0), trial_of(5, a=3.0)]
+    assert first_twin(trials, {"a": 2.0}, slot=3) == 1
+    assert first_twin(trials, {"a": 2.0}, slot=1) is None
+    assert first_twin(trials, {"a": 3.0}, slot=4) is None  # a later slot decides nothing
+    assert first_twin(trials, {"a": 1.0, "b": 1.0}, slot=4) is None
+
+
+def test_a_space_of_one_cell_ends_and_its_trials_are_replicates_with_seeds_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cell.yaml"
+    file.write_text(ONE_CELL)
+    assert hpo(monkeypatch, "run", str(file), "--trials", "3") == 0
+    trials = sorted(trials_of(tmp_path / "studies/cell"), key=slot_of)
+    assert [trial.user_attrs.get(REPLICATE_OF) for trial in trials] == [None, 0, 0]
+    assert len({trial.value for trial in trials}) > 1  # other seeds
+    assert capsys.readouterr().out.count("(replicate of slot 0)") == 2
+
+
+# Workers that join
+
+
+@pytest.mark.parametrize("name", ["digits", "stl10_small", "cifar100", "intel_scenes", "imbalanced"])
+def test_a_space_survives_the_way_to_a_worker_that_has_not_its_file(name: str) -> None:
+    space = load_space(name)
+    again = space_from_yaml(space_to_yaml(space), space.name)
+    assert again.identity() == space.identity()
+    assert (again.sampler, again.pruner, again.base, again.search) == (
+        space.sampler,
+        space.pruner,
+        space.base,
+        space.search,
+    )
+
+
+def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_knows_only_its_storage(
+    tmp_path: Path, space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, joined = tmp_path / "begun", tmp_path / "joined"
+    monkeypatch.setenv("HPO_STUDIES", str(begun))
+    assert hpo(monkeypatch, "run", str(space.path), "--trials", "2", "--workers", "0") == 0
+    said = capsys.readouterr().out
+    assert "2 trials wait for workers" in said
+    assert "  hpo worker own\n" in said
+    assert [trial.state for trial in trials_of(begun / "own")] == [TrialState.WAITING] * 2
+
+    Path(space.path).unlink()  # the worker's machine has no such file
+    monkeypatch.setenv("HPO_STUDIES", str(joined))
+    storage = str(begun / "own/journal.log")
+    assert hpo(monkeypatch, "worker", "own", "--storage", storage, "--device", "cpu") == 0
+    assert "no trial waits any more: 2 of 2 are finished\n" in capsys.readouterr().out
+    assert sorted(finished_of(begun / "own")) == [0, 1]
+    assert (joined / "own/trials/00001/metrics.jsonl").exists()
+
+
+def test_a_worker_that_finds_nothing_to_do_says_so_and_leaves(
+    space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "run", str(space.path), "--trials", "1") == 0
+    assert hpo(monkeypatch, "worker", "own") == 0
+    assert "no trial waits any more: 1 of 1 are finished\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("worker", "nosuch"), "no study nosuch in "),
+        (("worker", "../x", "--storage", "j.log"), "--study '../x': a name is letters"),
+        (("worker", "own", "--storage", "gone.log"), "storage gone.log: there is no such journal"),
+        (("worker", "own", "--workers", "2", "--per-device", "auto"), "--workers 2: --per-device auto finds"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"hpo: {said}")
+    assert error.count("\n") == 1
+
+
+def test_a_storage_without_the_study_says_how_to_begin_it(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="has no study other; begin it by hpo run, --workers 0"):
+        join_study("other", storage_url=str(study.paths.journal))
+    assert [folder.name for folder in study.paths.dir.parent.iterdir()] == ["own"]
+
+
+def test_a_study_that_no_worker_can_join_says_what_to_do(study: Study) -> None:
+    with pytest.raises(
+        StudyError, match="study own was begun by another version, or not by hpo; run it once by hpo run"
+    ):
+        join_study("own")
+
+
+# Where artifacts are kept
+
+
+def test_artifacts_stay_where_they_are(study: Study, space: SearchSpace, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"^--artifacts is empty; give a folder or a URL, or leave it out$"):
+        study.use_depot("")
+    study.use_depot(str(tmp_path / "depot"))
+    assert study.depot is not None
+    find_study("own").use_depot(str(tmp_path / "depot"))
+    with pytest.raises(
+        StudyError,
+        match=r"^study own keeps its artifacts in .*/depot; leave --artifacts out, or choose another --study$",
+    ):
+        find_study("own").use_depot(str(tmp_path / "other"))
+
+
+def test_a_study_that_has_begun_keeps_its_artifacts_in_its_folder(study: Study, tmp_path: Path) -> None:
+    assert study.claim() is not None
+    with pytest.raises(StudyError, match=r"^study own keeps its artifacts in .*/studies/own; leave --artifacts out"):
+        study.use_depot(str(tmp_path / "depot"))
+    study.use_depot(None)
+    assert study.depot is None
+
+
+def test_a_password_of_the_artifacts_is_not_remembered_and_has_to_be_given_again(study: Study) -> None:
+    study.optuna.set_user_attr("artifacts", mask("ftp://me:secret@host/hpo"))
+    with pytest.raises(
+        StudyError,
+        match=r"^study own: give --artifacts ftp://me:\*\*\*@host/hpo with the password, which is not remembered$",
+    ):
+        find_study("own").use_depot(None)
+
+
+def test_an_sqlite_file_is_not_taken_for_a_journal(tmp_path: Path) -> None:
+    file = tmp_path / "x.db"
+    file.write_bytes(b"SQLite format 3\0" + bytes(100))
+    with pytest.raises(StudyError, match=r"x\.db is an SQLite file; give it as --storage sqlite:///"):
+        open_storage(str(file))
