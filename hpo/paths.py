@@ -181,17 +181,17 @@ class StudyPaths:
         """All files of the trials that grow with the network."""
         return [*self.trials.glob("*/model*.safetensors"), *(self.dir / "checkpoints").glob("*.pt")]
 
-    def checkpoint(self, slot: int, fold: int = 1) -> Path:
+    def checkpoint(self, trial_index: int, fold: int = 1) -> Path:
         """What a running trial needs to go on. It belongs to the slot: a retried trial has a new number."""
-        return self.dir / "checkpoints" / f"{slot:05d}{_of_fold(fold)}.pt"
+        return self.dir / "checkpoints" / f"{trial_index:05d}{_of_fold(fold)}.pt"
 
-    def slots_with_checkpoints(self) -> set[int]:
+    def trial_indices_with_checkpoints(self) -> set[int]:
         """The slots that are begun and not over, and what was saved of them here."""
         return {int(file.name.partition(".")[0]) for file in (self.dir / "checkpoints").glob("*.pt")}
 
-    def checkpoints_of(self, slot: int) -> list[Path]:
+    def checkpoints_of(self, trial_index: int) -> list[Path]:
         """Those of a slot that are here, of each of its folds."""
-        first = self.checkpoint(slot)
+        first = self.checkpoint(trial_index)
         return [*([first] if first.exists() else []), *sorted(first.parent.glob(f"{first.stem}.fold*.pt"))]
 
     @property

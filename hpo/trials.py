@@ -10,16 +10,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 if TYPE_CHECKING:
     from core.config import TrainConfig
     from core.loop import EpochMetrics, TrainResult
 
-SLOT = "slot"
+TRIAL_INDEX = "trial_index"
 """The user attribute of every trial of ours: its place in the study's total. A retried trial keeps it."""
-BASE = "base"
-"""The user attribute of the trial that trains the space's base, which is never pruned."""
+BASELINE = "baseline"
+"""User attribute of the trial that trains the space's baseline, which is never pruned."""
+OLD_NAMES = {TRIAL_INDEX: "slot", BASELINE: "base"}
+"""User attributes by the names that studies of version 0.1.0 gave them; they are read, never written."""
 RECIPE = "recipe"
 """The user attribute of a trial that is a recipe, which is never pruned: the recipe's name."""
 LET_THROUGH = "let_through"
@@ -44,21 +46,27 @@ TAKEN_FROM = "taken_from"
 """The user attribute of a trial that another study ran: `STUDY/NUMBER`."""
 
 
-def slot_of(trial: FrozenTrial) -> int:
-    """The trial's slot; a trial that was added by other means stands for itself, by its number."""
-    return int(trial.user_attrs.get(SLOT, trial.number))
+def trial_index_of(trial: FrozenTrial) -> int:
+    """The trial's index in the study's total; its number, where another program added the trial."""
+    attributes = trial.user_attrs
+    return int(attributes.get(TRIAL_INDEX, attributes.get(OLD_NAMES[TRIAL_INDEX], trial.number)))
 
 
-def standing(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
+def is_baseline(trial: FrozenTrial | Trial) -> bool:
+    """Whether the trial trains the space's baseline."""
+    return bool(trial.user_attrs.get(BASELINE) or trial.user_attrs.get(OLD_NAMES[BASELINE]))
+
+
+def effective_trials(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
     """Slot -> the trial that stands for it: what was not cut off, the earlier of two, but rather what was begun,
     or has the parameters of an attempt before."""
     found: dict[int, FrozenTrial] = {}
     for trial in trials:
         if trial.state == TrialState.FAIL:
             continue
-        other = found.get(slot_of(trial))
+        other = found.get(trial_index_of(trial))
         if other is None or (other.state == TrialState.WAITING and _is_further(trial, other)):
-            found[slot_of(trial)] = trial
+            found[trial_index_of(trial)] = trial
     return found
 
 
@@ -67,7 +75,7 @@ def _is_further(trial: FrozenTrial, waiting: FrozenTrial) -> bool:
     return trial.state != TrialState.WAITING or bool(trial.params and not waiting.params)
 
 
-def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], slot: int) -> int | None:
+def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], trial_index: int) -> int | None:
     """The lowest slot before this one that has these very parameters; None where it is the first.
 
     Only lower slots count, so that whatever runs beside it decides nothing.
@@ -75,8 +83,8 @@ def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], slot: i
     return min(
         (
             other
-            for other, trial in standing(trials).items()
-            if other < slot and trial.state != TrialState.WAITING and trial.params == params
+            for other, trial in effective_trials(trials).items()
+            if other < trial_index and trial.state != TrialState.WAITING and trial.params == params
         ),
         default=None,
     )
@@ -87,7 +95,7 @@ class Outcome:
     """How a trial ended."""
 
     number: int
-    slot: int
+    trial_index: int
     state: Literal["complete", "pruned"]
     value: float | None
     """The objective: the final one of a complete trial, the last reported one of a pruned trial."""

@@ -169,9 +169,9 @@ def test_no_two_recipes_are_the_same_configuration() -> None:
 @pytest.mark.parametrize("name", SPACE_NAMES)
 def test_no_two_recipes_are_the_same_once_a_space_has_put_them_on_its_data_and_epochs(name: str) -> None:
     space = load_space(name)
-    configs = {"base": space.base, **{recipe.name: recipe.config for recipe in space.recipes}}
+    configs = {"base": space.baseline, **{recipe.name: recipe.config for recipe in space.recipes}}
     for config in configs.values():
-        assert (config.epochs, config.data) == (space.base.epochs, space.base.data)
+        assert (config.epochs, config.data) == (space.baseline.epochs, space.baseline.data)
     assert [pair for pair in combinations(configs, 2) if configs[pair[0]] == configs[pair[1]]] == []
 
 
@@ -215,7 +215,7 @@ def one_at_a_time(space: SearchSpace) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "base", {}
     for path, parameter in space.search.items():
         for value in edges(parameter):
-            if value != space.base.flat()[path]:
+            if value != space.baseline.flat()[path]:
                 yield f"{path}={value}", {**conditions(space, parameter), path: value}
 
 
@@ -251,11 +251,11 @@ def test_every_value_that_a_space_names_trains(name: str, datasets: Mapping[str,
     """Each alone, for an epoch of a few steps: what a space offers must never be what a trial fails of."""
     sizes = [] if name == "digits" else ["data.val_fraction=0.3", "data.image_size=32"]
     space = load_space(name, [*TINY[name], *sizes])
-    splits = split(datasets[set_of(name)], space.base.data)
+    splits = split(datasets[set_of(name)], space.baseline.data)
     splits = replace(splits, train=splits.train[:: max(1, len(splits.train) // 24)], val=splits.val[:16])
     tried = 0
     for said, values in one_at_a_time(space):
-        config = space.base.override({"epochs": 4, "batch_size": 8, **values})
+        config = space.baseline.override({"epochs": 4, "batch_size": 8, **values})
         result = train(config, splits, device=CPU, stop_after=1, metric=space.metric)
         assert math.isfinite(result.history[-1].train_loss), said
         assert all(bool(tensor.isfinite().all()) for tensor in result.model.state_dict().values()), said

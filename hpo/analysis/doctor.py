@@ -37,10 +37,10 @@ from hpo.storage.lease import LEASE, has_heartbeat, held_elsewhere, is_abandoned
 from hpo.storage.lock import GRACE_S, JournalLock
 from hpo.storage.urls import words_of
 from hpo.study import Study, find_study, join_study
-from hpo.study.metadata import RECORD, check_weights, read_record, storage_url_of
+from hpo.study.metadata import METADATA, check_weights, read_metadata, storage_url_of
 from hpo.study.versions import versions
 from hpo.text import in_words, some
-from hpo.trials import ARTIFACT, TAKEN_FROM, slot_of, standing
+from hpo.trials import ARTIFACT, TAKEN_FROM, effective_trials, trial_index_of
 
 # A file that is being written grows. One that has not for so many seconds was left behind, even if the last thing that
 # its writer does is a sync on a slow disk.
@@ -104,7 +104,7 @@ class Patient:
         Raises:
             StudyError: it cannot be read.
         """
-        return read_record(self.paths)
+        return read_metadata(self.paths)
 
     @property
     def known(self) -> Study:
@@ -119,7 +119,7 @@ class Patient:
     @property
     def unfinished(self) -> int:
         """How many slots are still to be trained."""
-        states = [trial.state for trial in standing(self.trials).values()]
+        states = [trial.state for trial in effective_trials(self.trials).values()]
         total = len(states) if self.known.total is None else max(self.known.total, len(states))
         return total - sum(state in _FINISHED for state in states)
 
@@ -220,12 +220,12 @@ def _storage(patient: Patient) -> Iterator[Told]:
         raise StudyError(
             f"storage {mask(patient.url)} has no study {patient.name}; give the right one by --storage"
         ) from error
-    record = study.user_attrs.get(RECORD)
-    if record is None:
+    metadata = study.user_attrs.get(METADATA)
+    if metadata is None:
         raise StudyError(
             f"storage {mask(patient.url)} has a study {patient.name} that hpo did not begin; choose another"
         )
-    patient.study = Study(study, patient.paths, record, patient.url)
+    patient.study = Study(study, patient.paths, metadata, patient.url)
 
 
 def _file_of(url: str) -> Path | None:
@@ -302,7 +302,7 @@ def _write_study_yaml(study: Study) -> None:
     """Writes study.yaml from the storage's record, whole or not at all. JSON is YAML too."""
     file = study.paths.study_yaml
     own = study.storage_url == str(study.paths.journal)
-    content = {"name": study.name, "storage": None if own else study.storage_shown, **study.record}
+    content = {"name": study.name, "storage": None if own else study.storage_shown, **study.metadata}
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file, synced=True) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -327,13 +327,13 @@ def _zombies(patient: Patient) -> Iterator[Told]:
             why = f"its process on {lease['host']} has long shown no heartbeat"
         if why:
             yield Finding(
-                f"trial {trial.number} (slot {slot_of(trial)}) is RUNNING, but {why}",
+                f"trial {trial.number} (slot {trial_index_of(trial)}) is RUNNING, but {why}",
                 f"--mend gives it back: the slot goes on from its checkpoint, or ends after {study.retries} retries",
-                lambda: patient.alive().reap(),
+                lambda: patient.alive().queue.reap(),
             )
         elif (held := held_elsewhere(trial)) is not None and not has_heartbeat(storage):
             yield Finding(
-                f"trial {trial.number} (slot {slot_of(trial)}) is held by a process on {held.host} since "
+                f"trial {trial.number} (slot {trial_index_of(trial)}) is held by a process on {held.host} since "
                 f"{held.since:%Y-%m-%d %H:%M}, and whether that lives cannot be seen from here",
                 f"if it is dead: {study.command or 'hpo run'} --reclaim",
             )
@@ -348,10 +348,10 @@ def _how_it_died(trial: FrozenTrial) -> str:
     return f"its process {lease['pid']} " + ("ended with a restart of the machine" if restarted else "is dead")
 
 
-def _slots(patient: Patient) -> Iterator[Told]:
+def _trial_indices(patient: Patient) -> Iterator[Told]:
     """Slots of the total that nobody would train, or that are queued twice."""
-    total, taken = patient.known.total, standing(patient.trials)
-    missing = [slot for slot in range(total or 0) if slot not in taken]
+    total, taken = patient.known.total, effective_trials(patient.trials)
+    missing = [trial_index for trial_index in range(total or 0) if trial_index not in taken]
     if missing:
         yield Finding(
             f"{some('slot', missing)} of the total of {total} {'has' if len(missing) == 1 else 'have'} no trial",
@@ -359,10 +359,10 @@ def _slots(patient: Patient) -> Iterator[Told]:
             partial(_queue_missing, patient),
         )
     for trial in patient.trials:
-        counted = taken.get(slot_of(trial))
+        counted = taken.get(trial_index_of(trial))
         if trial.state == TrialState.WAITING and counted is not None and counted is not trial:
             yield Finding(
-                f"slot {slot_of(trial)} is queued though trial {counted.number} has it: as trial {trial.number}",
+                f"slot {trial_index_of(trial)} is queued though trial {counted.number} has it: as trial {trial.number}",
                 "--mend takes the second from the queue",
                 partial(_queue_missing, patient),
             )
@@ -373,7 +373,7 @@ def _queue_missing(patient: Patient) -> None:
     study = patient.alive()
     assert study.total is not None
     space = join_study(study.name, storage_url=patient.url).space
-    Study(study.optuna, study.paths, study.record, study.storage_url, space).ensure_slots(study.total)
+    Study(study.optuna, study.paths, study.metadata, study.storage_url, space).queue.ensure_trials(study.total)
 
 
 # Its files ----------------------------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def _kept_weights(patient: Patient) -> Iterator[Told]:
     best = study.best_trial()
     if best is None or TAKEN_FROM in best.user_attrs or study.confirms is not None:  # which keeps none
         return
-    folds = study.record["base"]["data"].get("folds") or 1
+    folds = study.metadata["base"]["data"].get("folds") or 1
     files = [patient.paths.trial_model(best.number, fold) for fold in range(1, folds + 1)]
     if gone := [file for file in files if not _is_there(study, file)]:
         yield Note(f"{gone[0]} is not there, of the best trial; hpo refit best trains it again")
@@ -431,12 +431,12 @@ def _kept_weights(patient: Patient) -> Iterator[Told]:
 
 def _checkpoints(patient: Patient) -> Iterator[Told]:
     """Checkpoints that nobody will go on from."""
-    taken = standing(patient.trials)
+    taken = effective_trials(patient.trials)
     for file in sorted(patient.paths.checkpoint(0).parent.glob("*.pt")):
-        slot = file.name.partition(".")[0]
-        if slot.isdecimal() and int(slot) in taken and taken[int(slot)].state in _FINISHED:
+        trial_index = file.name.partition(".")[0]
+        if trial_index.isdecimal() and int(trial_index) in taken and taken[int(trial_index)].state in _FINISHED:
             yield Finding(
-                f"{file} ({_size_in_words(file)}) is the checkpoint of slot {int(slot)}, which is finished",
+                f"{file} ({_size_in_words(file)}) is the checkpoint of slot {int(trial_index)}, which is finished",
                 "--mend removes it",
                 partial(_drop, patient.known, file),
             )
@@ -538,7 +538,7 @@ def _data(patient: Patient) -> Iterator[Told]:
     where = study.data_name if study.data_path is None else str(study.data_path)
     try:
         dataset = load_dataset(
-            TrainConfig.model_validate_json(json.dumps(study.record["base"])).data,
+            TrainConfig.model_validate_json(json.dumps(study.metadata["base"])).data,
             data_path=study.data_path,
             data_root=data_root(),
             cache_dir=cache_root(),
@@ -548,7 +548,7 @@ def _data(patient: Patient) -> Iterator[Told]:
     except CoreError as error:
         yield Finding(f"the study's images ({where}) cannot be read: {error}", "put them back, or give them by --data")
         return
-    known = study.record["data"]["fingerprint"]
+    known = study.metadata["data"]["fingerprint"]
     if dataset.fingerprint != known:
         yield Finding(
             f"the images in {where} are not those that the study was begun with "
@@ -559,18 +559,18 @@ def _data(patient: Patient) -> Iterator[Told]:
 
 def _weights(patient: Patient) -> Iterator[Told]:
     """Whether the files of weights that trials begin from are what they were."""
-    for file in patient.known.record.get("weights") or {}:
+    for file in patient.known.metadata.get("weights") or {}:
         yield from _made(patient, file, partial(_weights_file, file))
 
 
 def _weights_file(file: str, patient: Patient) -> Iterator[Told]:
-    check_weights(patient.name, patient.known.record, [file])
+    check_weights(patient.name, patient.known.metadata, [file])
     yield from ()
 
 
 def _versions(patient: Patient) -> Iterator[Told]:
     """What trains here, where it is not what the study was begun with."""
-    began, here = patient.known.record.get("versions", {}), versions()
+    began, here = patient.known.metadata.get("versions", {}), versions()
     apart = [f"{p} {here.get(p, 'none')}, not {began[p]}" for p in began if here.get(p) != began[p]]
     if apart:
         yield Note(f"versions are not those that the study was begun with: {'; '.join(apart)}")
@@ -643,7 +643,7 @@ _OF_FILES: dict[str, Callable[[Patient], Iterable[Told]]] = {
 }
 _OF_TRIALS: dict[str, Callable[[Patient], Iterable[Told]]] = {
     "running trials": _zombies,
-    "slots": _slots,
+    "slots": _trial_indices,
     "artifacts": _artifacts,
     "kept weights": _kept_weights,
     "checkpoints": _checkpoints,

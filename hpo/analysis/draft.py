@@ -75,7 +75,7 @@ class Draft:
 
     def _fitting(self, checked: SearchSpace) -> int:
         """How many of the finished trials the new space could have drawn."""
-        configs = (config_of(self.study.record, trial.params) for trial in self.evidence.finished)
+        configs = (config_of(self.study.metadata, trial.params) for trial in self.evidence.finished)
         return sum(checked.express(config) is not None for config in configs)
 
     def _tree(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Draft:
         as_written = {"base": _nameable(file.parent, base) if isinstance(base, str) else base}
         short = {"description": tree["description"], **data, **tree, **as_written}
         try:
-            same = space_from_yaml(dump_yaml(short), self.space.name).base == self.space.base
+            same = space_from_yaml(dump_yaml(short), self.space.name).baseline == self.space.baseline
         except SpaceError:
             return tree
         return short if same else tree
@@ -109,7 +109,7 @@ class Draft:
 
 def _file_of(study: Study) -> tuple[Path, dict[str, Any]] | None:
     """The search space's file that the study was begun with, and what is in it; None where it is gone."""
-    begun_with = study.record.get("space_file")
+    begun_with = study.metadata.get("space_file")
     named = [folder / f"{study.space_name}.yaml" for folder in search_space_dirs()]
     for file in [*([Path(begun_with)] if begun_with else []), *named]:
         if file.is_file():

@@ -15,7 +15,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.study import Study
-from hpo.trials import standing
+from hpo.trials import effective_trials
 
 CHANCE = 0.05
 """How probable what is seen may be without any effect."""
@@ -60,7 +60,7 @@ def gather(study: Study) -> Evidence:
     """The trials of a study that are over, and which of them are the best of their time."""
     over = [
         trial
-        for trial in standing(study.optuna.get_trials(deepcopy=False)).values()
+        for trial in effective_trials(study.optuna.get_trials(deepcopy=False)).values()
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
     ]
     over.sort(key=lambda trial: trial.number)

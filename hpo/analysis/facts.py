@@ -27,7 +27,7 @@ from hpo.space import SearchSpace, space_from_yaml
 from hpo.space.pruner import RungPruner, build_pruner
 from hpo.study import Study
 from hpo.text import score
-from hpo.trials import BASE, FAILURE, RECIPE, slot_of, standing
+from hpo.trials import FAILURE, RECIPE, effective_trials, is_baseline, trial_index_of
 
 if TYPE_CHECKING:
     from core.data import Dataset
@@ -114,12 +114,12 @@ class Facts:
     def best(self) -> FrozenTrial | None:
         """The complete trial with the best value, of equals the first; None before any is complete."""
         sign = -1.0 if self.maximize else 1.0
-        return min(self.complete, key=lambda trial: (sign * value_of(trial), slot_of(trial)), default=None)
+        return min(self.complete, key=lambda trial: (sign * value_of(trial), trial_index_of(trial)), default=None)
 
     @cached_property
-    def base(self) -> FrozenTrial | None:
+    def baseline(self) -> FrozenTrial | None:
         """The trial that trains the space's base, whatever its state."""
-        return next((trial for trial in self.trials if trial.user_attrs.get(BASE)), None)
+        return next((trial for trial in self.trials if is_baseline(trial)), None)
 
     def epochs(self, trial: FrozenTrial) -> int:
         """How many epochs the trial has trained so far, in all folds."""
@@ -154,12 +154,12 @@ class Facts:
     @property
     def run_epochs(self) -> int:
         """The epochs of a trial in full, of one fold."""
-        return int(self.study.record["base"]["epochs"])
+        return int(self.study.metadata["base"]["epochs"])
 
     @property
     def folds(self) -> int:
         """The trainings of a trial: 1 without folds."""
-        return int(self.study.record["base"]["data"].get("folds") or 1)
+        return int(self.study.metadata["base"]["data"].get("folds") or 1)
 
     @property
     def steps(self) -> int:
@@ -202,7 +202,7 @@ class Facts:
         from hpo.errors import HpoError
 
         study = self.study
-        config = TrainConfig.model_validate_json(json.dumps(study.record["base"])).data
+        config = TrainConfig.model_validate_json(json.dumps(study.metadata["base"])).data
         try:
             dataset = load_dataset(
                 config,
@@ -241,7 +241,7 @@ def value_of(trial: FrozenTrial) -> float:
 
 def name_of(trial: FrozenTrial) -> str:
     """What a trial is called: `trial 12`, and what else it is."""
-    more = ["the base"] if trial.user_attrs.get(BASE) else []
+    more = ["the base"] if is_baseline(trial) else []
     more += [f"recipe {trial.user_attrs[RECIPE]}"] if RECIPE in trial.user_attrs else []
     return f"trial {trial.number}" + (f" ({', '.join(more)})" if more else "")
 
@@ -267,11 +267,11 @@ def gather(study: Study, *, data: Path | None = None) -> Facts:
         file.parent.name: json.loads(file.read_text())
         for file in sorted(paths.refit("best").parent.glob(f"[!.]*/{METRICS}"))
     }
-    slots = standing(study.optuna.get_trials(deepcopy=False))
+    trial_indices = effective_trials(study.optuna.get_trials(deepcopy=False))
     return Facts(
         study=study,
         space=_space_of(study),
-        trials=tuple(slots[slot] for slot in sorted(slots)),
+        trials=tuple(trial_indices[trial_index] for trial_index in sorted(trial_indices)),
         confirmation=read_confirmation(paths.confirmation),
         references={name: result for name, result in results.items() if result is not None},
         refits=refits,

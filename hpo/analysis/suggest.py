@@ -88,7 +88,7 @@ def suggest(study: Study, space: SearchSpace) -> str:
     """
     if study.confirms is not None:
         raise StudyError(f"study {study.name} confirms another one and searches nothing; give that: {study.confirms}")
-    evidence, base = gather(study), space.base_params()
+    evidence, base = gather(study), space.baseline_params()
     verdicts = {path: judged(one, evidence, base.get(path)) for path, one in space.search.items()}
     while True:  # each turn takes back a change, so that it ends with the space as it was
         verdicts = with_conditions(verdicts, space)

@@ -19,13 +19,13 @@ from hpo.storage import is_masked
 from hpo.study import Counts, Study
 from hpo.study.results import read_result
 from hpo.text import count, gap
-from hpo.trials import BASE, RECIPE
+from hpo.trials import RECIPE, is_baseline
 
 # Trials in the table of the best: what fits a screen beside what was said before.
 
 
 @dataclass(frozen=True)
-class Standing:
+class StudySummary:
     """How a study stands."""
 
     counts: Counts
@@ -55,13 +55,13 @@ class Standing:
         return ", ".join(words) or "none yet"
 
 
-def standing(study: Study) -> Standing:
+def summarize(study: Study) -> StudySummary:
     """How a study stands now."""
     over = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     rivals: list[tuple[str, float | None]] = []
     for trial in over:
         value = trial.value if trial.state == TrialState.COMPLETE else None
-        if trial.user_attrs.get(BASE):
+        if is_baseline(trial):
             rivals.append((f"the base (trial {trial.number})", value))
         if RECIPE in trial.user_attrs:
             rivals.append((f"recipe {trial.user_attrs[RECIPE]} (trial {trial.number})", value))
@@ -70,7 +70,7 @@ def standing(study: Study) -> Standing:
         if result is not None:
             rivals.append((f"recipe {reference.dir.name}", result.get("value")))
     best = study.best_trial() if study.confirms is None else None
-    return Standing(study.counts(), best, tuple(rivals))
+    return StudySummary(study.counts(), best, tuple(rivals))
 
 
 def how_far(study: Study, finished: int) -> str:
@@ -80,7 +80,7 @@ def how_far(study: Study, finished: int) -> str:
     return f"{finished} of {count(max(study.total, finished), 'trial')} finished"
 
 
-def margins(now: Standing, metric: str, direction: str) -> list[str]:
+def margins(now: StudySummary, metric: str, direction: str) -> list[str]:
     """By how much the best trial's validation value beats each rival's, a line each."""
     if now.best is None or now.best.value is None:
         return []
@@ -101,7 +101,7 @@ def margins(now: Standing, metric: str, direction: str) -> list[str]:
     return lines
 
 
-def next_commands(study: Study, now: Standing) -> Sequence[str]:
+def next_commands(study: Study, now: StudySummary) -> Sequence[str]:
     """What a person may want to type next, ready to copy."""
     name, storage = shlex.quote(study.name), _storage_option(study)
     commands = []

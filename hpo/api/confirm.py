@@ -176,14 +176,14 @@ class _Confirm:
             search.check_weights(candidate.config)
         dataset = self._dataset
         if dataset is None:
-            dataset = open_dataset(space.base.data, self._data, skip_broken=search.skip_broken)
+            dataset = open_dataset(space.baseline.data, self._data, skip_broken=search.skip_broken)
         search.check_data(dataset)
         search.use_depot(None)
         division = Division(dataset)
-        splits = division.here(space.base.data)
+        splits = division.here(space.baseline.data)
         study = open_confirmation(search, space, dataset, splits, data_path=self._data)
         study.remember_command(self._command)
-        if study.reap():
+        if study.queue.reap():
             logger.info("what a process that died was training goes on")
         before = study.counts()
         self._plan.queue(study, dataset)
@@ -199,7 +199,7 @@ class _Confirm:
             keep_gb=None,
             interrupts=self._interrupts,
         )
-        if waiting := study.waiting():
+        if waiting := study.queue.waiting():
             self._say_estimate(work, waiting)
         bars = _Bars(
             metric=search.metric,
@@ -215,17 +215,17 @@ class _Confirm:
             say(f"stopped: {study.counts().finished} of {study.total} trainings are done and safe; go on with")
             say(f"  {self._command}")
             raise
-        for number, host, since in study.held_elsewhere():
+        for number, host, since in study.queue.held_elsewhere():
             say(f"training {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}, and is left out")
         return study
 
     def _work_off(self, study: Study, work: Work, bars: StudyProgress, dataset: Dataset) -> None:
         """Trains what waits, and what is queued then: early stopping leaves something over for those still in."""
         while True:
-            while study.waiting() or wait_for_others(study, self._interrupts) or study.requeue_lost():
+            while study.queue.waiting() or wait_for_others(study, self._interrupts) or study.queue.requeue_lost():
                 work.off(bars.lane)
             more = self._plan.queue(study, dataset)
-            if not more and not study.waiting() and not study.at_work():
+            if not more and not study.queue.waiting() and not study.queue.at_work():
                 return
             bars.progress.update(bars.study, total=study.total)
             if more:

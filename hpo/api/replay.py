@@ -106,7 +106,7 @@ class Replay:
 
     def _apart(self, device: torch.device) -> str:
         """What is known to be other here than it was for the trial."""
-        known: dict[str, Any] = self.study.record.get("versions", {})
+        known: dict[str, Any] = self.study.metadata.get("versions", {})
         now = versions()
         attributes = self.trial.user_attrs
         words = [f"{p} {now.get(p)} here, {known[p]} there" for p in _NUMERIC if p in known and known[p] != now.get(p)]

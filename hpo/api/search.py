@@ -13,11 +13,11 @@ from core.data import Dataset, Division, Splits
 from core.errors import UserError
 from core.models import build_model, check_model_name
 from core.runtime import isolated_rng
-from hpo.analysis.summary import standing
+from hpo.analysis.summary import summarize
 from hpo.api.common import joining, open_dataset, say_data, say_patience
 from hpo.cli.console import StudyProgress, say
 from hpo.cli.scores import say_folds
-from hpo.cli.summary import draw_overview, say_standing
+from hpo.cli.summary import draw_overview, print_summary
 from hpo.dashboard.notes import note_study
 from hpo.paths import StudyPaths
 from hpo.search.interrupts import Interrupts
@@ -92,9 +92,9 @@ def run_command(options: RunOptions) -> None:
     check_search_name(options.study or space.name)
     for model in model_names(space):
         check_model_name(model)
-    dataset = open_dataset(space.base.data, options.data, skip_broken=options.skip_broken)
+    dataset = open_dataset(space.baseline.data, options.data, skip_broken=options.skip_broken)
     division = Division(dataset)
-    splits = division.here(space.base.data)
+    splits = division.here(space.baseline.data)
     say_data(dataset, splits[0])
     say_folds(splits)
     _check_network(space, splits[0])
@@ -179,18 +179,18 @@ class _Run:
     def go(self) -> None:
         """Queues what is missing of the total, works it off, and says what came of it."""
         study, space = self.study, self.space
-        before = standing(study)
+        before = summarize(study)
         done = before.counts.finished
         total = max(self.options.trials or max(space.trials, study.total or 0), done)
-        self._say_reaped(study.reap(force=self.options.reclaim))
-        study.ensure_slots(total)
+        self._say_reaped(study.queue.reap(force=self.options.reclaim))
+        study.queue.ensure_trials(total)
         say(
-            f"study {study.name}: {count(total, 'trial')} of {count(space.base.epochs, 'epoch')}, {done} done; sampler "
-            f"{space.sampler.name}, pruner {_pruner(space)}; "
+            f"study {study.name}: {count(total, 'trial')} of {count(space.baseline.epochs, 'epoch')}, {done} done; "
+            f"sampler {space.sampler.name}, pruner {_pruner(space)}; "
             + ("Ray" if self.options.engine == "ray" else self.placement.described())
         )
         if self.placement.none:
-            say(f"{study.waiting()} trials wait for workers; start them, here or elsewhere, with")
+            say(f"{study.queue.waiting()} trials wait for workers; start them, here or elsewhere, with")
             say(f"  {joining(study)}")
             return
         if done == total:
@@ -201,26 +201,27 @@ class _Run:
         try:
             self._work_off(bars, trials=total - done)
         except KeyboardInterrupt:
-            if saved := study.paths.slots_with_checkpoints():
+            if saved := study.paths.trial_indices_with_checkpoints():
                 say(f"{len(saved)} trial(s) are saved in the middle, and go on from there")
             say(f"stopped: {study.counts().finished} of {total} trials are done and safe; go on with")
             say(f"  {self.options.command()}")
             raise
         draw_overview(study)
         say()
-        say_standing(study)
-        for number, host, since in study.held_elsewhere():
+        print_summary(study)
+        for number, host, since in study.queue.held_elsewhere():
             say(f"trial {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}; if that is dead:")
             say(f"  {self.options.command()} --reclaim")
 
-    def _say_reaped(self, slots: Sequence[int]) -> None:
+    def _say_reaped(self, trial_indices: Sequence[int]) -> None:
         """What a dead process had left running, and how far it had come."""
-        if not slots:
+        if not trial_indices:
             return
-        saved = sum(self.study.paths.checkpoint(slot).exists() for slot in slots)
+        which = ", ".join(map(str, trial_indices))
+        saved = sum(self.study.paths.checkpoint(trial_index).exists() for trial_index in trial_indices)
         say(
-            f"{len(slots)} trial(s) were left running by a process that died (slot {', '.join(map(str, slots))}): "
-            f"{saved} go on from a checkpoint, {len(slots) - saved} begin anew"
+            f"{len(trial_indices)} trial(s) were left running by a process that died (slot {which}): "
+            f"{saved} go on from a checkpoint, {len(trial_indices) - saved} begin anew"
         )
 
     def _work_off(self, bars: StudyProgress, *, trials: int) -> None:
@@ -229,9 +230,9 @@ class _Run:
             with interrupts.let_through():
                 self._say_estimate(work.images(), trials=trials)
         with bars as progress:
-            while study.waiting() or wait_for_others(study, interrupts) or study.requeue_lost():
+            while study.queue.waiting() or wait_for_others(study, interrupts) or study.queue.requeue_lost():
                 work.off(progress.lane)
-            keep_best_weights(study, folds=space.base.data.folds or 1, keep_gb=self.options.keep_gb)
+            keep_best_weights(study, folds=space.baseline.data.folds or 1, keep_gb=self.options.keep_gb)
             if pending_references(study, space):
                 run_references(
                     study, space, work.images(), device=work.device, listener=progress.lane(), interrupts=interrupts
@@ -257,22 +258,24 @@ def _check_network(space: SearchSpace, splits: Splits) -> None:
     """
     _, channels, height, width = splits.images.shape
     with isolated_rng(torch.device("cpu")):
-        build_model(space.base.model, num_classes=len(splits.classes), in_channels=channels, image_size=(height, width))
+        build_model(
+            space.baseline.model, num_classes=len(splits.classes), in_channels=channels, image_size=(height, width)
+        )
 
 
 def _pruner(space: SearchSpace) -> str:
     """The pruner in words; the rung pruner with the epochs that its fractions come to."""
     if not isinstance(space.pruner, RungsPruner):
         return space.pruner.name
-    rungs = rung_epochs(space.pruner.rungs, space.base.epochs)
+    rungs = rung_epochs(space.pruner.rungs, space.baseline.epochs)
     places = [f"at epoch {', '.join(map(str, rungs))}"] if rungs else []
-    if space.base.data.folds is not None:
-        places.append(f"after each of the first {space.base.data.folds - 1} folds")
+    if space.baseline.data.folds is not None:
+        places.append(f"after each of the first {space.baseline.data.folds - 1} folds")
     return f"rungs {' and '.join(places)}" if places else "none (the run is too short for its rungs)"
 
 
 def model_names(space: SearchSpace) -> set[str]:
     """Every network that a trial or recipe may ask for."""
-    names = {space.base.model.name, *(recipe.config.model.name for recipe in space.recipes)}
+    names = {space.baseline.model.name, *(recipe.config.model.name for recipe in space.recipes)}
     searched = space.search.get("model.name")
     return names | {str(name) for name in (searched.describe().get("choices", []) if searched else [])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.data import Division
-from hpo.analysis.summary import standing
+from hpo.analysis.summary import summarize
 from hpo.api.common import joining, open_dataset, say_data, say_patience
 from hpo.cli.console import StudyProgress, say
 from hpo.cli.scores import say_folds
@@ -31,20 +31,20 @@ def worker_command(
     placement = place(device_name, devices, workers, per_device)
     joined = join_study(name, storage_url=storage)
     where = data or joined.data_path
-    dataset = open_dataset(joined.space.base.data, where, skip_broken=joined.skip_broken)
+    dataset = open_dataset(joined.space.baseline.data, where, skip_broken=joined.skip_broken)
     study = joined.open(dataset, data_path=data)
     study.use_depot(artifacts)
     division = Division(dataset)
-    splits = division.here(joined.space.base.data)
+    splits = division.here(joined.space.baseline.data)
     say_data(dataset, splits[0])
     say_folds(splits)
     with Interrupts(told=say_patience) as interrupts:
-        study.reap()
-        now = standing(study)
+        study.queue.reap()
+        now = summarize(study)
         total = study.total or 0
         say(
-            f"joined study {study.name}: {now.counts.finished} of {total} trials finished, {study.waiting()} wait; "
-            f"{placement.described()}"
+            f"joined study {study.name}: {now.counts.finished} of {total} trials finished, "
+            f"{study.queue.waiting()} wait; {placement.described()}"
         )
         work = Work(
             study,
@@ -65,9 +65,9 @@ def worker_command(
         )
         try:
             with bars as progress:
-                while study.waiting() or study.requeue_lost():
+                while study.queue.waiting() or study.queue.requeue_lost():
                     work.off(progress.lane)
-                    study.reap()
+                    study.queue.reap()
         except KeyboardInterrupt:
             say("stopped: what this worker trained waits again, and goes on from its checkpoint; join again with")
             say(f"  {joining(study)}")

@@ -21,7 +21,7 @@ from hpo.space.pruner import places_of, spared
 from hpo.storage.lease import LEASE, is_abandoned
 from hpo.study import Study
 from hpo.text import assignments, duration, short_names
-from hpo.trials import BASE, FAILURE, TAKEN_FROM, slot_of, standing
+from hpo.trials import FAILURE, TAKEN_FROM, effective_trials, is_baseline, trial_index_of
 
 _RECENT = 20  # finished trials that the rate is taken from: fewer jump, more remember other days
 _FEWEST = 3  # finished trials before which a rate would be a guess
@@ -78,7 +78,7 @@ def look(study: Study, now: datetime | None = None) -> View:
     """
     now = datetime.now() if now is None else now
     attempts = study.optuna.get_trials(deepcopy=False)
-    trials = tuple(trial for _, trial in sorted(standing(attempts).items()))
+    trials = tuple(trial for _, trial in sorted(effective_trials(attempts).items()))
     claimed = [trial for trial in trials if trial.state == TrialState.RUNNING]
     abandoned = tuple(trial for trial in claimed if is_abandoned(trial))
     finished = sorted(
@@ -91,7 +91,7 @@ def look(study: Study, now: datetime | None = None) -> View:
         trials,
         running=tuple(trial for trial in claimed if trial not in abandoned),
         abandoned=abandoned,
-        waiting=study.waiting(),
+        waiting=study.queue.waiting(),
         finished=tuple(finished),
         rate=rate_of(attempts, now),
         now=now,
@@ -162,7 +162,7 @@ def _head(view: View) -> list[str]:
     lines = [f"study {study.name} (space {study.space_name}): {how_far(study, len(view.finished))}: {_states(view)}"]
     best = study.best_trial()
     if best is not None:
-        what = ", the base" if best.user_attrs.get(BASE) else ""
+        what = ", the base" if is_baseline(best) else ""
         lines.append(f"best {study.metric} {best.value:.4f}: trial {best.number}{what}")
     starts = [
         trial.datetime_start for trial in view.trials if trial.datetime_start and TAKEN_FROM not in trial.user_attrs
@@ -247,13 +247,13 @@ def _foot(view: View) -> list[str]:
 
 def _numbers(trial: FrozenTrial) -> str:
     """Its number, and its slot where an attempt before it had another number."""
-    slot = slot_of(trial)
-    return f"{trial.number}" if slot == trial.number else f"{trial.number} (slot {slot})"
+    trial_index = trial_index_of(trial)
+    return f"{trial.number}" if trial_index == trial.number else f"{trial.number} (slot {trial_index})"
 
 
 def _steps(study: Study) -> int:
     """The epochs of a trial, all its folds together."""
-    base = study.record["base"]
+    base = study.metadata["base"]
     return int(base["epochs"]) * int(base["data"].get("folds") or 1)
 
 

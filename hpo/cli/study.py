@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 
 from hpo.analysis.doctor import Finding, Patient, Told, disk_use, examine, find_patient
-from hpo.analysis.summary import standing
+from hpo.analysis.summary import summarize
 from hpo.cli.console import say, table
-from hpo.cli.summary import say_standing
+from hpo.cli.summary import print_summary
 from hpo.dashboard import serve as dashboard
 from hpo.paths import studies_root
 from hpo.storage import is_masked, mask
@@ -24,7 +24,7 @@ def list_command() -> None:
         return
     rows = []
     for study in studies:
-        now = standing(study)
+        now = summarize(study)
         best = "" if now.best_value is None else f"{now.best_value:.4f}"
         rows.append([study.name, study.space_name, now.states, study.metric, best, study.storage_shown])
     table(["study", "space", "trials", "objective", "best", "storage"], rows, right=(4,))
@@ -33,7 +33,7 @@ def list_command() -> None:
 def show_command(name: str | None, *, storage: str | None) -> None:
     """All that is known of one study."""
     study = find_study(name, storage_url=storage)
-    say_standing(study)
+    print_summary(study)
 
 
 def doctor_command(name: str | None, *, storage: str | None, mend: bool) -> bool:

@@ -6,7 +6,7 @@ import statistics
 
 from optuna.trial import TrialState
 
-from hpo.analysis.summary import _value, how_far, margins, next_commands, standing
+from hpo.analysis.summary import _value, how_far, margins, next_commands, summarize
 from hpo.cli.console import say, table
 from hpo.confirmation.result import read_confirmation
 from hpo.confirmation.trials import trainings
@@ -15,9 +15,9 @@ from hpo.study import Study
 from hpo.text import assignments, count
 
 
-def say_standing(study: Study) -> None:
+def print_summary(study: Study) -> None:
     """The whole standing: trials by state, the best of them, what they beat, and the next commands."""
-    now = standing(study)
+    now = summarize(study)
     what = f"space {study.space_name}" if study.confirms is None else f"confirms {study.confirms}"
     say(f"study {study.name} ({what}): {how_far(study, now.counts.finished)}: {now.states}")
     say(f"  data {study.data_name}, objective {study.metric} on the validation images, seed {study.seed}")
@@ -77,7 +77,7 @@ def _say_best_trials(study: Study) -> None:
 
 def draw_overview(study: Study) -> None:
     """Draws the study's history into its folder."""
-    now = standing(study)
+    now = summarize(study)
     baselines = {name.partition(" (")[0]: value for name, value in now.rivals if value is not None}
     study_overview(study.optuna, study.paths.overview, metric=study.metric, baselines=baselines, title=study.name)
 

@@ -22,7 +22,7 @@ from hpo.space import dump_yaml, to_yaml
 from hpo.study import Study, find_study
 from hpo.study.dataframe import trials_frame
 from hpo.text import assignments, count, duration, short_names
-from hpo.trials import BASE, FAILURE, RECIPE
+from hpo.trials import FAILURE, RECIPE, is_baseline
 
 if TYPE_CHECKING:
     import pandas
@@ -52,22 +52,22 @@ def _say_table(study: Study, frame: pandas.DataFrame) -> None:
         say(f"study {study.name} has no trials yet; run it with: {run_again(study)}")
         return
     names = short_names(column.removeprefix("params.") for column in frame.columns if column.startswith("params."))
-    rows = [_row(record, names) for record in frame.astype(object).where(frame.notna(), None).to_dict("records")]
+    rows = [_row(row, names) for row in frame.astype(object).where(frame.notna(), None).to_dict("records")]
     table(["trial", "state", study.metric, "epochs", "time", "parameters"], rows, right=(0, 2, 3, 4), cut=True)
 
 
-def _row(record: Mapping[str, Any], names: Mapping[str, str]) -> list[Any]:
+def _row(row: Mapping[str, Any], names: Mapping[str, str]) -> list[Any]:
     """A trial's main columns, as the table shows them."""
-    value, elapsed_s = record["value"], record["elapsed_s"]
-    params = {short: record[f"params.{path}"] for path, short in names.items()}
+    value, elapsed_s = row["value"], row["elapsed_s"]
+    params = {short: row[f"params.{path}"] for path, short in names.items()}
     drawn = assignments({name: value for name, value in params.items() if value is not None})
-    what = ["the base"] if record["base"] else []
-    what += [f"recipe {record['recipe']}"] if record["recipe"] else []
+    what = ["the base"] if row["baseline"] else []
+    what += [f"recipe {row['recipe']}"] if row["recipe"] else []
     return [
-        record["number"],
-        record["failure"] or record["state"],
+        row["number"],
+        row["failure"] or row["state"],
         "" if value is None else f"{value:.4f}",
-        "" if record["epochs"] is None else record["epochs"],
+        "" if row["epochs"] is None else row["epochs"],
         "" if elapsed_s is None else duration(elapsed_s),
         f"({', '.join(what)}) {drawn}" if what else drawn,
     ]
@@ -133,7 +133,7 @@ def _trial_recipe(study: Study, trial: FrozenTrial, comment: str = "") -> str:
     if trial.state == TrialState.WAITING and not trial.params:
         raise StudyError(f"study {study.name}: trial {trial.number} waits, and has no configuration yet")
     what = f"trial {trial.number} of study {study.name}"
-    what += ", the base" if trial.user_attrs.get(BASE) else ""
+    what += ", the base" if is_baseline(trial) else ""
     what += f", recipe {trial.user_attrs[RECIPE]}" if RECIPE in trial.user_attrs else ""
     when = "" if trial.datetime_complete is None else f"{trial.datetime_complete:%Y-%m-%d}"
     return _recipe(study, study.config_of(trial), what, result=_result_of(study, trial), when=when, comment=comment)
@@ -154,12 +154,12 @@ def _result_of(study: Study, trial: FrozenTrial) -> str:
 
 def _recipe(study: Study, config: TrainConfig, what: str, *, result: str, when: str, comment: str) -> str:
     """A whole configuration as a recipe's file."""
-    record = study.record
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    metadata = study.metadata
+    versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     notes = {
         "description": what,
         "source": f"hpo, search space {study.space_name}; {', '.join(filter(None, (when, versions)))}",
-        "result": f"{result}; data {study.data_name}, fingerprint {record['data']['fingerprint'][:12]}",
+        "result": f"{result}; data {study.data_name}, fingerprint {metadata['data']['fingerprint'][:12]}",
     }
     lines = [f"# {line}\n" for line in textwrap.wrap(comment, _WIDTH, break_on_hyphens=False, break_long_words=False)]
     return "".join(lines) + dump_yaml(notes) + to_yaml(config)

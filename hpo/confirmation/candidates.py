@@ -25,8 +25,7 @@ from hpo.space import load_recipe
 from hpo.space.pruner import RungPruner, build_pruner
 from hpo.study import Study
 from hpo.study.results import read_result
-from hpo.trials import BASE as BASE_TRIAL
-from hpo.trials import RECIPE, standing
+from hpo.trials import RECIPE, effective_trials, is_baseline
 
 if TYPE_CHECKING:
     from hpo.space import SearchSpace
@@ -137,10 +136,10 @@ class _Choice:
 
     def _base(self) -> Candidate:
         """The base, even where the search has not come to it or could not train it."""
-        trial = next((trial for trial in self._trials if trial.user_attrs.get(BASE_TRIAL)), None)
+        trial = next((trial for trial in self._trials if is_baseline(trial)), None)
         if trial is not None:
             return replace(_of_trial(self._study, trial, "the base"), key=BASE)
-        config = self._space.base
+        config = self._space.baseline
         return Candidate(BASE, None, None, ("the base",), config, config.epochs, None)
 
     def _firsts(self) -> list[Candidate]:
@@ -156,7 +155,7 @@ class _Choice:
 
     def _at_rungs(self) -> Iterator[Candidate]:
         """The best complete trial at each rung, the last rung first."""
-        epochs, folds = self._space.base.epochs, self._space.base.data.folds
+        epochs, folds = self._space.baseline.epochs, self._space.baseline.data.folds
         pruner = build_pruner(self._space.pruner, epochs, folds)
         if not isinstance(pruner, RungPruner):
             return
@@ -258,7 +257,7 @@ def _rank(candidate: Candidate) -> int:
 
 
 def _complete(study: Study) -> list[FrozenTrial]:
-    trials = standing(study.optuna.get_trials(deepcopy=False))
+    trials = effective_trials(study.optuna.get_trials(deepcopy=False))
     return [
         trial
         for _, trial in sorted(trials.items())

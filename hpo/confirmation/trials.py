@@ -33,9 +33,9 @@ from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of
 from hpo.space import CANDIDATE, REPLICATE, ConfirmationSpace
 from hpo.study import Study, open_study
-from hpo.study.metadata import read_record
+from hpo.study.metadata import read_metadata
 from hpo.study.versions import versions
-from hpo.trials import CONFIG, FAILURE, STOPPED, slot_of, standing
+from hpo.trials import CONFIG, FAILURE, STOPPED, effective_trials, trial_index_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +52,7 @@ _TRIED_SPLITS = 100  # of a replicate, before it is said that none can be traine
 class Training:
     """One configuration on one replicate, queued, trained or stopped."""
 
-    slot: int
+    trial_index: int
     key: str
     """The candidate's name when it was queued."""
     identity: str
@@ -77,7 +77,7 @@ class Training:
         elif failure is not None:
             values = (math.nan,) * (config["data"]["folds"] or 1)
         return cls(
-            slot_of(trial),
+            trial_index_of(trial),
             str(attributes[CANDIDATE]),
             identity_of(config),
             int(attributes[REPLICATE]),
@@ -92,7 +92,7 @@ class Training:
 
 def trainings(study: Study) -> list[Training]:
     """All of a confirmation, by slot."""
-    trials = standing(study.optuna.get_trials(deepcopy=False))
+    trials = effective_trials(study.optuna.get_trials(deepcopy=False))
     return [Training.of(trial) for _, trial in sorted(trials.items())]
 
 
@@ -105,14 +105,14 @@ def scores_of(found: Iterable[Training]) -> dict[str, dict[int, tuple[float, ...
     return scores
 
 
-def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, slot: int) -> str | None:
+def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, trial_index: int) -> str | None:
     """Why a claimed trial need not be trained: its candidate cannot win any more. None: it is to be trained.
 
     What is asked is what stands in lower slots, so that a confirmation that is cut off and goes on decides as an
     undisturbed one. The base is compared with all others, and never stopped unless it cannot be trained.
     """
     identity = identity_of(trial.user_attrs[CONFIG])
-    before = [training for training in trainings(study) if training.slot < slot]
+    before = [training for training in trainings(study) if training.trial_index < trial_index]
     stopped = (training.stopped for training in before if training.identity == identity and training.stopped)
     if (known := next(stopped, None)) is not None:
         return known
@@ -158,7 +158,7 @@ def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Datas
 
 def search_epochs(study: Study) -> int:
     """The epochs that the finished trials of a search have trained."""
-    trials = standing(study.optuna.get_trials(deepcopy=False)).values()
+    trials = effective_trials(study.optuna.get_trials(deepcopy=False)).values()
     return sum(int(trial.user_attrs.get("epochs", 0)) for trial in trials if trial.state in _FINISHED)
 
 
@@ -177,14 +177,14 @@ def open_confirmation(
     confirming = ConfirmationSpace.of(
         search.name,
         space.objective,
-        space.base,
+        space.baseline,
         space.path,
         train_images=len(splits[0].train),
         val_images=len(splits[0].val),
     )
     name = confirmation_of(search.name)
     paths = StudyPaths.of(name)
-    written = read_record(paths)
+    written = read_metadata(paths)
     if written is not None and written["hash"] != confirming.hash:
         raise StudyError(
             f"study {name} confirms another study that was called {search.name}; delete {paths.dir}, or give the "
@@ -229,7 +229,7 @@ class Plan:
         if search.best_trial() is None:
             raise StudyError(f"study {search.name} has no complete trial yet; go on with it by hpo run")
         self._search, self._seed = search, search.seed
-        self.cost_epochs = space.base.epochs * (space.base.data.folds or 1)
+        self.cost_epochs = space.baseline.epochs * (space.baseline.data.folds or 1)
         """Of one training, at most."""
         self.search_trials, self.search_epochs = search.counts().finished, search_epochs(search)
         if share is None:
@@ -285,19 +285,21 @@ class Plan:
             config = replicated(candidate.config, replicate, seed=self._seed, dataset=dataset)
             attributes = {CANDIDATE: candidate.key, REPLICATE: replicate, CONFIG: config.model_dump(mode="json")}
             queued.append(({CANDIDATE: place, REPLICATE: replicate}, attributes))
-        study.queue(queued)  # without any too: whoever queued before may have died before the total was raised
+        study.queue.enqueue(queued)  # without any too: whoever queued before may have died before the total was raised
         return len(queued)
 
     def _missing(self, there: Sequence[Training], replicates: Iterable[int]) -> list[tuple[Candidate, int]]:
         """What is neither trained nor queued, of those that are still in."""
         known = {(training.identity, training.replicate) for training in there}
-        standing = self._standing(there)
-        return [(one, number) for number in replicates for one in standing if (one.identity, number) not in known]
+        effective_trials = self._standing(there)
+        return [
+            (one, number) for number in replicates for one in effective_trials if (one.identity, number) not in known
+        ]
 
     def _saved(self, there: Sequence[Training]) -> list[tuple[Candidate, int]]:
         """More replicates of those that are still in, as many as the plan's trainings still allow."""
-        standing, identities = self._standing(there), {candidate.identity for candidate in self.chosen}
-        if len(standing) < 2:
+        effective_trials, identities = self._standing(there), {candidate.identity for candidate in self.chosen}
+        if len(effective_trials) < 2:
             return []
         trained = sum(training.values is not None for training in there if training.identity in identities)
         more: list[tuple[Candidate, int]] = []

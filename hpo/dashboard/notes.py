@@ -20,7 +20,7 @@ from hpo.space.pruner import places_of
 from hpo.storage import is_masked
 from hpo.study import CONFIRMATION, Study
 from hpo.text import duration, short
-from hpo.trials import BASE, LET_THROUGH, RECIPE
+from hpo.trials import LET_THROUGH, RECIPE, is_baseline
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -110,19 +110,19 @@ def _headline(space: SearchSpace, outcome: Outcome) -> str:
 
 def _how_it_ended(space: SearchSpace, outcome: Outcome) -> str:
     """The end in a sentence."""
-    epochs = space.base.epochs * (space.base.data.folds or 1)
+    epochs = space.baseline.epochs * (space.baseline.data.folds or 1)
     trained = f"{len(outcome.history)} of {epochs} epochs"
     if outcome.failure is not None:
         return f"Ended after {trained}: {_plain(outcome.why or outcome.failure)}."
     if outcome.state == "pruned":
         return f"Pruned after {trained}: {_plain(outcome.why.removesuffix(', pruned') or 'by the pruner')}."
     kept = outcome.attributes.get("kept_epoch")
-    each = " of each fold" if space.base.data.folds else ""
+    each = " of each fold" if space.baseline.data.folds else ""
     return f"Trained {trained}" + (f"; its value is that of epoch {kept}{each}, whose weights count." if kept else ".")
 
 
 def _facts(outcome: Outcome, trial: FrozenTrial, device: str) -> Iterator[str]:
-    if trial.user_attrs.get(BASE):
+    if is_baseline(trial):
         yield "it is the base, and never pruned"
     if RECIPE in trial.user_attrs:
         yield f"it is the recipe {_plain(trial.user_attrs[RECIPE])}, and never pruned"
@@ -140,7 +140,7 @@ def _facts(outcome: Outcome, trial: FrozenTrial, device: str) -> Iterator[str]:
 
 def _differences(space: SearchSpace, outcome: Outcome) -> list[tuple[str, Any, Any]]:
     """(field, the base's value, the trial's) where they differ, but for the seed, which every trial has its own of."""
-    base = space.base.flat()
+    base = space.baseline.flat()
     if outcome.config is not None:
         trained = outcome.config.flat()
     else:  # its parameters make no configuration
@@ -171,7 +171,7 @@ def note_study(study: Study, space: SearchSpace) -> None:
 
 def study_note(study: Study, space: SearchSpace) -> str:
     """What a study searches, how it stands with its winner, and how to go on, as Markdown."""
-    record = study.record
+    metadata = study.metadata
     name = shlex.quote(study.name)
     storage = f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
     verdict = study.optuna.user_attrs.get(CONFIRMATION)
@@ -180,15 +180,15 @@ def study_note(study: Study, space: SearchSpace) -> str:
         if verdict is None
         else f"Confirmed on other seeds and splits: **{_plain(verdict)}**."
     )
-    folds = "" if space.base.data.folds is None else f", in {space.base.data.folds} folds"
+    folds = "" if space.baseline.data.folds is None else f", in {space.baseline.data.folds} folds"
     lines = [
         f"## {_plain(study.name)}",
         "",
         *([_plain(space.description), ""] if space.description else []),
         f"- searched: {', '.join(f'`{path}`' for path in space.search)}",
-        f"- data: {_plain(study.data_name)}, fingerprint `{record['data']['fingerprint'][:12]}`{folds}",
+        f"- data: {_plain(study.data_name)}, fingerprint `{metadata['data']['fingerprint'][:12]}`{folds}",
         f"- objective: {_plain(study.metric)} on the validation images, {study.direction}d; seed {study.seed}",
-        f"- {space.base.epochs} epochs a trial; sampler {space.sampler.name}, pruner {space.pruner.name}",
+        f"- {space.baseline.epochs} epochs a trial; sampler {space.sampler.name}, pruner {space.pruner.name}",
         "",
         confirmed,
         "",

@@ -50,7 +50,7 @@ def verdict(facts: Facts) -> str:
     if facts.best is None:
         return "No trial is complete yet, so there is nothing to compare."
     best = f"{name_of(facts.best)} scores best, validation {words} {score(facts.best.value)}"
-    if facts.best is facts.base:
+    if facts.best is facts.baseline:
         return f"The search found nothing better than the base: validation {words} {score(facts.best.value)}."
     return f"Not confirmed: {best}, {_lead_over_base(facts)}."
 
@@ -62,9 +62,9 @@ def _sentence(words: str) -> str:
 
 def _gain(facts: Facts) -> float | None:
     """By how much the search's best leads the base; None where one of them has no value."""
-    if facts.best is None or facts.base is None or facts.base not in facts.complete:
+    if facts.best is None or facts.baseline is None or facts.baseline not in facts.complete:
         return None
-    return facts.gain(value_of(facts.best), value_of(facts.base))
+    return facts.gain(value_of(facts.best), value_of(facts.baseline))
 
 
 def _lead_over_base(facts: Facts) -> str:
@@ -322,7 +322,7 @@ def _short(name: str, longest: int = 22) -> str:
 
 def _configuration(facts: Facts) -> str:
     """The winner's configuration as what it changes of the base; where that is nothing, the leader's as well."""
-    base = _flat(facts.study.record["base"])
+    base = _flat(facts.study.metadata["base"])
     title = heading("The configuration")
     made = facts.confirmation
     if made is not None:

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 
 from hpo.report.figures import log_axis
 from hpo.text import short
-from hpo.trials import slot_of
+from hpo.trials import trial_index_of
 
 GROUPED_UP_TO = 8
 """Numbers of so few different values stand in columns, as choices do."""
@@ -41,7 +41,7 @@ def spread(trial: FrozenTrial, *, turn: int = 1) -> float:
     Args:
         turn: another one places them independently: in a column and a row at the same time.
     """
-    return (slot_of(trial) * _TURNS[turn - 1]) % 1 - 0.5
+    return (trial_index_of(trial) * _TURNS[turn - 1]) % 1 - 0.5
 
 
 def set_axis(fig: go.Figure, path: str, values: Sequence[Any], distribution: BaseDistribution) -> list[Any]:

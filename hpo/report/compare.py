@@ -88,7 +88,7 @@ def warnings_of(studies: Sequence[Facts]) -> list[str]:
         names = f"{first.study.name} and {other.study.name}"
         if other.metric != first.metric:
             found.append(f"{names} have other objectives: {first.metric} and {other.metric}.")
-        ours, theirs = first.study.record["data"], other.study.record["data"]
+        ours, theirs = first.study.metadata["data"], other.study.metadata["data"]
         if ours["fingerprint"] != theirs["fingerprint"]:
             named = f"{ours['name']} ({ours['fingerprint'][:12]}) and {theirs['name']} ({theirs['fingerprint'][:12]})"
             found.append(f"{names} were run on other images: {named}.")
@@ -113,11 +113,11 @@ def _confirmed_mean(facts: Facts) -> float | None:
 
 
 def _over_base(facts: Facts) -> str:
-    if facts.best is None or facts.base is None or facts.base not in facts.complete:
+    if facts.best is None or facts.baseline is None or facts.baseline not in facts.complete:
         return "the base is not trained"
-    if facts.best is facts.base:
+    if facts.best is facts.baseline:
         return "nothing: the base is best"
-    return difference(facts.metric, facts.gain(value_of(facts.best), value_of(facts.base)))
+    return difference(facts.metric, facts.gain(value_of(facts.best), value_of(facts.baseline)))
 
 
 def _states(facts: Facts) -> str:
@@ -296,7 +296,7 @@ def _ranges(studies: Sequence[Facts]) -> Section | None:
 
 def _searched(facts: Facts) -> dict[str, Mapping[str, Any]]:
     """Parameter -> its range, as the space's identity has it."""
-    identity = facts.study.record["identity"]
+    identity = facts.study.metadata["identity"]
     return {key.removeprefix("search."): value for key, value in identity.items() if key.startswith("search.")}
 
 
@@ -325,7 +325,7 @@ def _differences(studies: Sequence[Facts]) -> Section:
     first, body = studies[0], []
     for other in studies[1:]:
         lines = [f"`{line}`" for line in _identity_diff(first, other)]
-        ours, theirs = first.study.record, other.study.record
+        ours, theirs = first.study.metadata, other.study.metadata
         if ours["seed"] != theirs["seed"]:
             lines.append(f"seed: {ours['seed']} → {theirs['seed']}")
         if ours["data"]["fingerprint"] != theirs["data"]["fingerprint"]:
@@ -342,4 +342,4 @@ def _differences(studies: Sequence[Facts]) -> Section:
 
 
 def _identity_diff(first: Facts, other: Facts) -> list[str]:
-    return diff(first.study.record["identity"], other.study.record["identity"])
+    return diff(first.study.metadata["identity"], other.study.metadata["identity"])

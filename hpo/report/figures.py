@@ -107,13 +107,13 @@ def whole_numbers(last: int) -> dict[str, Any]:
 
 def _add_base(fig: go.Figure, facts: Facts) -> None:
     """A line at the base's value, from side to side."""
-    if facts.base is None or facts.base.value is None or facts.base not in facts.complete:
+    if facts.baseline is None or facts.baseline.value is None or facts.baseline not in facts.complete:
         return
     last = max(trial.number for trial in facts.trials)
     fig.add_trace(
         go.Scatter(
             x=[0, last],
-            y=[facts.base.value] * 2,
+            y=[facts.baseline.value] * 2,
             mode="lines",
             name="the base",
             line={"color": ORANGE, "width": 1.5, "dash": "dash"},
@@ -206,8 +206,10 @@ def curves_figure(facts: Facts) -> go.Figure:
                 markers={"symbol": mark["symbol"], "size": size, "line": {"width": 1, "color": mark["color"]}},
             )
         )
-    if facts.base is not None and facts.base.intermediate_values and facts.base is not facts.best:
-        fig.add_trace(_curves([facts.base], name_of(facts.base), {"color": ORANGE, "dash": "dash", "width": 2.5}))
+    if facts.baseline is not None and facts.baseline.intermediate_values and facts.baseline is not facts.best:
+        fig.add_trace(
+            _curves([facts.baseline], name_of(facts.baseline), {"color": ORANGE, "dash": "dash", "width": 2.5})
+        )
     if facts.best is not None and facts.best.intermediate_values:
         fig.add_trace(_curves([facts.best], f"best: {name_of(facts.best)}", {"color": INK, "width": 2.5}))
     for rung in facts.rungs:
@@ -400,7 +402,7 @@ def _slice(facts: Facts, path: str, distribution: BaseDistribution) -> go.Figure
         if trials:
             fig.add_trace(_feet(facts, state, trials, [shown(trial.params[path]) for trial in trials], foot))
             lowest = min(lowest, foot)
-    for trial, symbol, size, color in ((facts.base, "square-open", 14, ORANGE), (facts.best, "star", 14, INK)):
+    for trial, symbol, size, color in ((facts.baseline, "square-open", 14, ORANGE), (facts.best, "star", 14, INK)):
         if trial is not None and trial in facts.complete and path in trial.params:
             fig.add_trace(_singled_out(trial, shown(trial.params[path]), symbol, size, color))
     fig.update_yaxes(title_text=facts.metric_words, range=[lowest - 0.1 * height, max(values) + 0.12 * height])

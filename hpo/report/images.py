@@ -66,13 +66,13 @@ def _whose(facts: Facts, found: Judged) -> str:
 
 def _classes(facts: Facts) -> tuple[str, ...]:
     """The classes' names; of a study whose images are not here, as study.yaml has them."""
-    from hpo.study.metadata import read_record
+    from hpo.study.metadata import read_metadata
 
     dataset = facts.dataset()
     if dataset is not None:
         return dataset.classes
-    record = read_record(facts.study.paths) or {}
-    return tuple(map(str, record.get("classes", ())))
+    metadata = read_metadata(facts.study.paths) or {}
+    return tuple(map(str, metadata.get("classes", ())))
 
 
 def _confusion_words(counts: NDArray[np.int64], classes: Sequence[str], noun: str) -> str:

@@ -23,7 +23,7 @@ from hpo.report.page import Section, code, figure, heading, listing, paragraph, 
 from hpo.space import RungsPruner
 from hpo.space.pruner import Place, lets_through, places_of
 from hpo.text import count, percent, score, together
-from hpo.trials import FAILURE, LET_THROUGH, slot_of
+from hpo.trials import FAILURE, LET_THROUGH, trial_index_of
 
 FEWEST = 4
 """Trials below which a rank correlation has no interval: its variance divides by n - 3."""
@@ -233,20 +233,19 @@ def _certainty(passed: Sequence[Passed]) -> list[str]:
 def _none_let_through(facts: Facts) -> list[str]:
     """Why none was let through, and how to have some."""
     share = facts.space.pruner.let_through if facts.space and isinstance(facts.space.pruner, RungsPruner) else 0.0
-    chosen = [slot for slot in range(len(facts.trials)) if lets_through(slot, share)]
+    chosen = [trial_index for trial_index in range(len(facts.trials)) if lets_through(trial_index, share)]
     if not share:
         why = "This study lets none through (`pruner.let_through` is 0)."
     elif not chosen:
-        first = next(slot for slot in range(math.ceil(1 / share) + 1) if lets_through(slot, share))
+        first = next(trial_index for trial_index in range(math.ceil(1 / share) + 1) if lets_through(trial_index, share))
         why = (
             f"With `pruner.let_through` at {share:g}, slot {first} is the first whose trial would go on where a rung "
             "cuts it: this study is shorter."
         )
     else:
-        slots = ", ".join(map(str, chosen))
-        why = (
-            f"With `pruner.let_through` at {share:g}, slot {slots} would go on where a rung cuts it, and none was cut."
-        )
+        trial_indices = ", ".join(map(str, chosen))
+        rule = f"With `pruner.let_through` at {share:g}, slot {trial_indices} would go on where a rung cuts it"
+        why = f"{rule}, and none was cut."
     command = facts.study.command or f"hpo run {facts.study.space_name} --study {facts.study.name}"
     return [
         paragraph(f"{why} To learn what cutting loses, let more of them go on; this study can, with more `--trials`:"),
@@ -309,7 +308,7 @@ def _points(
             "size": size,
             "line": {"width": 1.2, "color": color if symbol.endswith("open") else "white"},
         },
-        text=[f"{name_of(trial)}, slot {slot_of(trial)}" for trial in trials],
+        text=[f"{name_of(trial)}, slot {trial_index_of(trial)}" for trial in trials],
         hovertemplate="%{text}<br>at the rung %{x}<br>at the end %{y}<extra></extra>"
         if not symbol.endswith("open")
         else "%{text}<br>at the rung %{x}<extra></extra>",

@@ -19,7 +19,7 @@ from hpo.confirmation.result import Confirmation, Contender
 from hpo.dashboard.pictures import BLUE, GREY, ORANGE
 from hpo.report.page import Section, figure, paragraph, table
 from hpo.text import score, together
-from hpo.trials import BASE, FAILURE, RECIPE
+from hpo.trials import FAILURE, RECIPE, is_baseline
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def compared(facts: Facts) -> list[Rival]:
     """
     found: dict[str, Rival] = {}
     for trial in facts.trials:
-        if trial is facts.best or BASE in trial.user_attrs or RECIPE in trial.user_attrs:
+        if trial is facts.best or is_baseline(trial) or RECIPE in trial.user_attrs:
             found[key_of(trial)] = Rival(key_of(trial), *_value_and_note(trial))
     for name, result in facts.references.items():
         failed = f"could not be trained: {result['failure']}" if "failure" in result else ""
@@ -99,7 +99,7 @@ def compared(facts: Facts) -> list[Rival]:
 
 def key_of(trial: FrozenTrial) -> str:
     """What a confirmation calls a trial of the search."""
-    if trial.user_attrs.get(BASE):
+    if is_baseline(trial):
         return "base"
     return f"recipe {trial.user_attrs[RECIPE]}" if RECIPE in trial.user_attrs else f"trial {trial.number}"
 

@@ -63,17 +63,17 @@ def estimate_s(
         splits: one, or one a fold.
     """
     folds = len(splits)
-    steps = space.base.epochs * folds
-    per_step = seconds_per_epoch(space.base, splits[0], device=device)
+    steps = space.baseline.epochs * folds
+    per_step = seconds_per_epoch(space.baseline, splits[0], device=device)
     in_full = (trials + references) * steps * per_step
-    pruner = build_pruner(space.pruner, space.base.epochs, folds)
+    pruner = build_pruner(space.pruner, space.baseline.epochs, folds)
     if not isinstance(pruner, RungPruner):
         return in_full, in_full
     share, before, visited = 1.0, 0, 0.0
     for rung, keep in {**pruner.keeps, steps: 1.0}.items():
         visited += share * (rung - before)
         share, before = share * keep, rung
-    in_full_too = references + sum(lets_through(slot, pruner.let_through) for slot in range(trials))
+    in_full_too = references + sum(lets_through(trial_index, pruner.let_through) for trial_index in range(trials))
     return in_full, ((trials + references - in_full_too) * visited + in_full_too * steps) * per_step
 
 
@@ -122,45 +122,45 @@ def run_study(
         on_checkpoint=saved,
     )
     while wanted():
-        study.reap()
-        if (claimed := study.claim()) is None:
+        study.queue.reap()
+        if (claimed := study.queue.claim()) is None:
             return
-        trial, slot = claimed
+        trial, trial_index = claimed
         try:
-            with full_disk_told(study.paths.dir), study.beating(trial):
-                outcome = _stopped(study, space, trial, slot) or objective(trial, slot)
+            with full_disk_told(study.paths.dir), study.queue.beating(trial):
+                outcome = _stopped(study, space, trial, trial_index) or objective(trial, trial_index)
                 if study.confirms is None:  # a refit takes the search's weights, and pictures of every seed say little
-                    _keep(study, space, divide(space.base.data), outcome, device)
+                    _keep(study, space, divide(space.baseline.data), outcome, device)
                 space_on_disk.keep_within()
                 # One thread and two do not add in the same order: with the same number, a trial's values are the same.
                 where = {"torch_threads": torch.get_num_threads(), "device": describe_device(device)}
-                counted = study.finish(
+                counted = study.queue.finish(
                     trial, outcome.state, outcome.value, failure=outcome.failure, attributes=outcome.attributes | where
                 )
         except UpdateFinishedTrialError:  # its lease was taken for dead, and its slot queued again
             logger.warning("trial %d was taken from this process while it ran; it is dropped", trial.number)
             continue
         except BaseException as error:
-            study.release(trial, crashed=_is_crash(error))
+            study.queue.release(trial, crashed=_is_crash(error))
             raise
         if counted:  # else another process has the slot now, and needs them
-            for fold in range(1, (space.base.data.folds or 1) + 1):
-                study.drop_checkpoint(study.paths.checkpoint(slot, fold))
+            for fold in range(1, (space.baseline.data.folds or 1) + 1):
+                study.drop_checkpoint(study.paths.checkpoint(trial_index, fold))
         listener.trial_ended(outcome)
         del outcome  # the networks, which the next trial's would otherwise have to fit beside
         interrupts.check()
 
 
-def _stopped(study: Study, space: SearchSpace, trial: optuna.Trial, slot: int) -> Outcome | None:
+def _stopped(study: Study, space: SearchSpace, trial: optuna.Trial, trial_index: int) -> Outcome | None:
     """How a confirmation's trial ends that need not be trained, since its candidate can no longer win; None else."""
     if not isinstance(space, ConfirmationSpace):
         return None
     space.suggest(trial)
-    why = why_stopped(study, space, trial, slot)
+    why = why_stopped(study, space, trial, trial_index)
     if why is None:
         return None
     attributes = {STOPPED: why, "epochs": 0}
-    return Outcome(trial.number, slot, "pruned", None, None, space.shown(trial), why=why, attributes=attributes)
+    return Outcome(trial.number, trial_index, "pruned", None, None, space.shown(trial), why=why, attributes=attributes)
 
 
 def _is_crash(error: BaseException) -> bool:
@@ -177,10 +177,10 @@ def wait_for_others(study: Study, interrupts: Interrupts) -> bool:
     """
     told = False
     while True:
-        study.reap()
-        if study.waiting():
+        study.queue.reap()
+        if study.queue.waiting():
             return True
-        if not (others := study.at_work()):
+        if not (others := study.queue.at_work()):
             return False
         if not told:
             numbers = ", ".join(map(str, others))
@@ -218,7 +218,7 @@ def _is_full_disk(error: BaseException) -> bool:
 
 def pending_references(study: Study, space: SearchSpace) -> list[Recipe]:
     """The recipes that are no trial of the study, and have not been trained as they stand now."""
-    unslotted = {recipe.name for recipe in study.unslotted_recipes()}
+    unslotted = {recipe.name for recipe in study.queue.unslotted_recipes()}
     beside = [recipe for recipe in space.recipes if recipe.name in unslotted or space.express(recipe.config) is None]
     return [recipe for recipe in beside if not _is_trained(study, recipe)]
 

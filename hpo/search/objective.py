@@ -71,21 +71,21 @@ class Objective:
         self.seed, self.device, self.listener, self.interrupts = seed, device, listener, interrupts
         self.before_training, self.on_checkpoint = before_training, on_checkpoint
 
-    def __call__(self, trial: optuna.trial.Trial, slot: int) -> Outcome:
+    def __call__(self, trial: optuna.trial.Trial, trial_index: int) -> Outcome:
         """Runs the trial to its end. What is raised is a fault of ours, or a person's Ctrl-C."""
         params = self.space.suggest(trial)  # all of them, before anything can fail
-        twin = first_twin(trial.study.get_trials(deepcopy=False), trial.params, slot)
+        twin = first_twin(trial.study.get_trials(deepcopy=False), trial.params, trial_index)
         if twin is not None:  # with another seed it says how far luck goes, and is no new configuration
             trial.set_user_attr(REPLICATE_OF, twin)
         try:
-            config = self._config(trial, params, slot)
+            config = self._config(trial, params, trial_index)
         except ValidationError as error:
             text = "; ".join(str(fault["msg"]).removeprefix("Value error, ") for fault in error.errors())
             shown = self.space.shown(trial)
-            return Outcome(trial.number, slot, "pruned", None, None, shown, failure="invalid", why=text)
+            return Outcome(trial.number, trial_index, "pruned", None, None, shown, failure="invalid", why=text)
         self.paths.trial(trial.number).mkdir(parents=True, exist_ok=True)
         self.paths.trial_config(trial.number).write_text(to_yaml(config))
-        attempt = _Attempt(self, trial, slot, config, self.divide(config.data), twin)
+        attempt = _Attempt(self, trial, trial_index, config, self.divide(config.data), twin)
         try:
             for fold in range(1, attempt.folds + 1):
                 attempt.begin(fold)
@@ -99,16 +99,16 @@ class Objective:
             return attempt.outcome("pruned", None, failure=failure, why=str(error).partition("\n")[0])
         return attempt.outcome("complete", attempt.value)
 
-    def _config(self, trial: optuna.trial.Trial, params: dict[str, Any], slot: int) -> TrainConfig:
+    def _config(self, trial: optuna.trial.Trial, params: dict[str, Any], trial_index: int) -> TrainConfig:
         """What the trial trains, seed included: what its parameters mean, or the configuration that it brings."""
         brought = trial.user_attrs.get(CONFIG)
         if brought is not None:
             return TrainConfig.model_validate_json(json.dumps(brought))
-        return self.space.config(params).override({"seed": derive_seed(self.seed, "trial", slot)})
+        return self.space.config(params).override({"seed": derive_seed(self.seed, "trial", trial_index)})
 
     def _train(self, attempt: _Attempt) -> TrainResult:
         """Trains a fold on from its checkpoint, or anew where there is none that can be used."""
-        checkpoint = self.paths.checkpoint(attempt.slot, attempt.fold)
+        checkpoint = self.paths.checkpoint(attempt.trial_index, attempt.fold)
         if self.before_training is not None:
             self.before_training(checkpoint)
         with self.interrupts.patient():
@@ -148,12 +148,18 @@ class _Attempt:
         self,
         objective: Objective,
         trial: optuna.trial.Trial,
-        slot: int,
+        trial_index: int,
         config: TrainConfig,
         splits: Sequence[Splits],
         twin: int | None,
     ) -> None:
-        self.objective, self.trial, self.slot, self.config, self.twin = objective, trial, slot, config, twin
+        self.objective, self.trial, self.trial_index, self.config, self.twin = (
+            objective,
+            trial,
+            trial_index,
+            config,
+            twin,
+        )
         self.metric = objective.space.metric
         self.splits, self.folds = splits, len(splits)
         self.fold = 0
@@ -206,7 +212,7 @@ class _Attempt:
             self.trial.number,
             len(history),
             fold,
-            self.slot,
+            self.trial_index,
         )
 
     def epoch_ended(self, epoch: EpochMetrics) -> None:
@@ -269,7 +275,7 @@ class _Attempt:
         """How the attempt ended, with what the storage is to remember of it."""
         return Outcome(
             self.trial.number,
-            self.slot,
+            self.trial_index,
             state,
             value,
             self.config,

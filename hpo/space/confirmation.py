@@ -43,7 +43,7 @@ class ConfirmationSpace(SearchSpace):
         cls,
         confirms: str,
         objective: Objective,
-        base: TrainConfig,
+        baseline: TrainConfig,
         path: Path,
         *,
         train_images: int,
@@ -58,7 +58,7 @@ class ConfirmationSpace(SearchSpace):
             trials=1,
             sampler=RandomSampler(name="random"),
             pruner=NoPruner(name="none"),  # a score of half a training says nothing of the whole one
-            base=base,
+            baseline=baseline,
             recipes=(),
             search={},
             confirm=Confirm(),

@@ -114,7 +114,7 @@ def _tree(config: TrainConfig) -> dict[str, Any]:
 def space_to_yaml(space: SearchSpace) -> str:
     """A checked space, whole, without its recipes: what a worker needs that has not the file."""
     if isinstance(space, ConfirmationSpace):
-        return dump({**space.described(), "base": _tree(space.base)})
+        return dump({**space.described(), "base": _tree(space.baseline)})
     return dump(
         {
             "description": space.description,
@@ -123,7 +123,7 @@ def space_to_yaml(space: SearchSpace) -> str:
             "sampler": space.sampler.model_dump(mode="json"),
             "pruner": space.pruner.model_dump(mode="json"),
             "confirm": space.confirm.model_dump(mode="json"),
-            "base": _tree(space.base),
+            "base": _tree(space.baseline),
             "search": {path: parameter.describe() for path, parameter in space.search.items()},
         }
     )
@@ -323,7 +323,7 @@ class _Loader:
             trials=head.trials,
             sampler=head.sampler,
             pruner=head.pruner,
-            base=in_rate_of(pinned, left),
+            baseline=in_rate_of(pinned, left),
             recipes=tuple(found for one in recipes if one is not None and (found := self._to_beat(one, pinned))),
             search=left,
             confirm=head.confirm,

@@ -36,7 +36,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpo.space import grammar
-from hpo.trials import BASE, LET_THROUGH, RECIPE, slot_of
+from hpo.trials import LET_THROUGH, RECIPE, is_baseline, trial_index_of
 
 __all__ = ["Place", "RungPruner", "build_pruner", "lets_through", "places_of", "rung_epochs", "spared"]
 
@@ -48,7 +48,7 @@ def rung_epochs(fractions: Sequence[float], epochs: int) -> tuple[int, ...]:
     return tuple(sorted({rung for f in fractions if (rung := max(1, round(f * epochs))) < epochs}))
 
 
-def lets_through(slot: int, share: float) -> bool:
+def lets_through(trial_index: int, share: float) -> bool:
     """Whether the trial of a slot goes on where it would be cut: evenly spread over the slots, by their number alone.
 
     Of 0.02 these are slots 25, 75, 125, …: none where a study has so few trials that one in full would count.
@@ -56,7 +56,7 @@ def lets_through(slot: int, share: float) -> bool:
     Args:
         share: of all slots, in [0, 0.5].
     """
-    return math.floor(slot * share + 0.5) > math.floor((slot - 1) * share + 0.5)
+    return math.floor(trial_index * share + 0.5) > math.floor((trial_index - 1) * share + 0.5)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class RungPruner(BasePruner):
 
     def _goes_on(self, trial: FrozenTrial) -> bool:
         """Whether a trial goes on where it is cut; one that did does so under another share too."""
-        return LET_THROUGH in trial.user_attrs or lets_through(slot_of(trial), self.let_through)
+        return LET_THROUGH in trial.user_attrs or lets_through(trial_index_of(trial), self.let_through)
 
     def _let_through(self, study: Study, trial: FrozenTrial, rung: int) -> bool:
         """Whether a trial that is cut at the rung goes on; the storage is told so, once."""
@@ -172,8 +172,8 @@ class RungPruner(BasePruner):
         for other in study.get_trials(deepcopy=False):
             cut_before = other.user_attrs.get(LET_THROUGH, rung) < rung
             if other.state != TrialState.FAIL and rung in other.intermediate_values and not cut_before:
-                rivals[slot_of(other)] = _goodness(other.intermediate_values[rung], sign)
-        rivals.pop(slot_of(trial), None)
+                rivals[trial_index_of(other)] = _goodness(other.intermediate_values[rung], sign)
+        rivals.pop(trial_index_of(trial), None)
         of = len(rivals) + 1
         rank = 1 + sum(goodness > own for goodness in rivals.values())
         # Less a rounding error: 0.07 × 100 is 7.000000000000001, and keeps 7.
@@ -182,7 +182,7 @@ class RungPruner(BasePruner):
 
 def spared(trial: Trial | FrozenTrial) -> str:
     """What a trial is that runs to its end, whatever it reports, since the best one is compared to it; else empty."""
-    if trial.user_attrs.get(BASE):
+    if is_baseline(trial):
         return "the base"
     return f"recipe {trial.user_attrs[RECIPE]}" if RECIPE in trial.user_attrs else ""
 

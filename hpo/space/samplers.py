@@ -22,7 +22,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.space import grammar
-from hpo.trials import slot_of
+from hpo.trials import trial_index_of
 
 
 def sampler_seed(*parts: int | str) -> int:
@@ -30,7 +30,7 @@ def sampler_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
-def build_sampler(config: grammar.Sampler, *, seed: int) -> SlotSampler:
+def build_sampler(config: grammar.Sampler, *, seed: int) -> TrialIndexSampler:
     """The sampler that a search space asks for.
 
     Args:
@@ -39,31 +39,31 @@ def build_sampler(config: grammar.Sampler, *, seed: int) -> SlotSampler:
 
     common = _CommonSpace(include_pruned=isinstance(config, grammar.TpeSampler))
 
-    def build(slot: int, seed_of_slot: int) -> BaseSampler:
+    def build(trial_index: int, seed_of_trial_index: int) -> BaseSampler:
         match config:
             case grammar.TpeSampler():
-                tpe = TPESampler(seed=seed_of_slot, n_startup_trials=config.startup_trials)
+                tpe = TPESampler(seed=seed_of_trial_index, n_startup_trials=config.startup_trials)
                 tpe._search_space = common
                 return tpe
             case grammar.GpSampler():
                 startup = config.startup_trials
-                gp = GPSampler(seed=seed_of_slot, n_startup_trials=startup, warn_independent_sampling=False)
+                gp = GPSampler(seed=seed_of_trial_index, n_startup_trials=startup, warn_independent_sampling=False)
                 gp._intersection_search_space = common
                 return gp
             case grammar.CmaEsSampler():
                 startup = config.startup_trials
-                cma = CmaEsSampler(seed=seed_of_slot, n_startup_trials=startup, warn_independent_sampling=False)
+                cma = CmaEsSampler(seed=seed_of_trial_index, n_startup_trials=startup, warn_independent_sampling=False)
                 cma._search_space = common
                 return cma
             case grammar.QmcSampler():
-                return _SlotQMC(slot, seed=sampler_seed(seed, "qmc"), seed_of_slot=seed_of_slot)
+                return _SlotQMC(trial_index, seed=sampler_seed(seed, "qmc"), seed_of_trial_index=seed_of_trial_index)
             case grammar.RandomSampler():
-                return RandomSampler(seed=seed_of_slot)
+                return RandomSampler(seed=seed_of_trial_index)
 
-    return SlotSampler(build, seed)
+    return TrialIndexSampler(build, seed)
 
 
-class SlotSampler(BaseSampler):
+class TrialIndexSampler(BaseSampler):
     """Asks a fresh sampler for every trial.
 
     Args:
@@ -79,20 +79,20 @@ class SlotSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         sampler = self._relative[trial._trial_id] = self._fresh(trial, "relative")
-        return sampler.infer_relative_search_space(_by_slot(study), _renumbered(trial))
+        return sampler.infer_relative_search_space(_by_trial_index(study), _renumbered(trial))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         sampler = self._relative.pop(trial._trial_id, None) or self._fresh(trial, "relative")
-        return sampler.sample_relative(_by_slot(study), _renumbered(trial), search_space)
+        return sampler.sample_relative(_by_trial_index(study), _renumbered(trial), search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         # By name, so that a value does not depend on how many were drawn before it.
         sampler = self._fresh(trial, param_name)
-        return sampler.sample_independent(_by_slot(study), _renumbered(trial), param_name, param_distribution)
+        return sampler.sample_independent(_by_trial_index(study), _renumbered(trial), param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Nothing: none of the samplers learns here, and `cmaes` would warn of every constraint."""
@@ -101,26 +101,26 @@ class SlotSampler(BaseSampler):
         """Nothing: the seeds follow from the slots."""
 
     def _fresh(self, trial: FrozenTrial, purpose: str) -> BaseSampler:
-        slot = slot_of(trial)
+        trial_index = trial_index_of(trial)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # `qmc` is one, by Optuna's label
-            return self._build(slot, sampler_seed(self._seed, slot, purpose))
+            return self._build(trial_index, sampler_seed(self._seed, trial_index, purpose))
 
 
 class _SlotQMC(QMCSampler):
     """Takes the sequence's point by slot; Optuna counts points in the storage, and a retry would skip one."""
 
-    def __init__(self, slot: int, *, seed: int, seed_of_slot: int) -> None:
+    def __init__(self, trial_index: int, *, seed: int, seed_of_trial_index: int) -> None:
         super().__init__(
             scramble=True,  # unscrambled, the first point is a corner of the space, and every study is the same
             seed=seed,
-            independent_sampler=RandomSampler(seed=seed_of_slot),
+            independent_sampler=RandomSampler(seed=seed_of_trial_index),
             warn_independent_sampling=False,
         )
-        self._slot = slot
+        self._trial_index = trial_index
 
     def _find_sample_id(self, study: Study, search_space: dict[str, BaseDistribution]) -> int:  # noqa: ARG002
-        return self._slot
+        return self._trial_index
 
 
 class _CommonSpace(IntersectionSearchSpace):
@@ -170,15 +170,15 @@ class _BySlot:
         return getattr(self._study, name)
 
 
-def _by_slot(study: Study) -> Study:
+def _by_trial_index(study: Study) -> Study:
     return cast("Study", _BySlot(study))
 
 
 def _renumbered(trial: FrozenTrial) -> FrozenTrial:
     """The trial under its slot's number: itself, unless it was retried."""
-    slot = slot_of(trial)
-    if slot == trial.number:
+    trial_index = trial_index_of(trial)
+    if trial_index == trial.number:
         return trial
     renumbered = copy.copy(trial)
-    renumbered.number = slot
+    renumbered.number = trial_index
     return renumbered

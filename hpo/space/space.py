@@ -172,7 +172,7 @@ class SearchSpace:
     """The study's total."""
     sampler: Sampler
     pruner: Pruner
-    base: TrainConfig
+    baseline: TrainConfig
     """Trial 0, and the value of everything that is not searched."""
     recipes: tuple[Recipe, ...]
     """What the search must beat: as long as a trial, on the same data."""
@@ -210,15 +210,15 @@ class SearchSpace:
             ValueError: a value that is none of a parameter's choices; or pydantic.ValidationError, which is one too:
                 values that are each allowed, but not together.
         """
-        return self.base.override(self._decode(params))
+        return self.baseline.override(self._decode(params))
 
     def shown(self, trial: BaseTrial) -> dict[str, Any]:
         """A trial's parameters as a person reads them."""
         return dict(trial.params)
 
-    def base_params(self) -> dict[str, Any]:
+    def baseline_params(self) -> dict[str, Any]:
         """The base as a trial's parameters: trial 0."""
-        params = self.express(self.base)
+        params = self.express(self.baseline)
         assert params is not None, "load_space checks that the search can draw the base"
         return params
 
@@ -235,7 +235,7 @@ class SearchSpace:
                 if not parameter.contains(value):
                     return None
                 values[path] = value
-        reached = self.base.override(values).flat()
+        reached = self.baseline.override(values).flat()
         compared = wanted.keys() - {"seed", "data.name"}
         if any(not _same(reached[path], wanted[path]) for path in compared):
             return None
@@ -247,12 +247,12 @@ class SearchSpace:
         Not in it: the number of trials, the sampler and what else only steers; the base's seed, since a study seeds
         its trials; and the data set's name, because the study adds the fingerprint of the data itself.
         """
-        flat = json.loads(json.dumps(self.base.flat()))
+        flat = json.loads(json.dumps(self.baseline.flat()))
         split = {path: value for path, value in flat.items() if path.startswith("data.") and path != "data.name"}
         others = {path: flat[path] for path in flat if not path.startswith("data.") and path not in ("seed", "epochs")}
         return {
             "objective.metric": self.metric,
-            "epochs": self.base.epochs,
+            "epochs": self.baseline.epochs,
             "pruner.rungs": list(self.pruner.rungs) if isinstance(self.pruner, RungsPruner) else None,
             **split,
             **{f"base.{path}": value for path, value in others.items()},
@@ -276,7 +276,7 @@ class SearchSpace:
         )
 
     def _fixed(self, path: str) -> Any:
-        return self.base.flat()[path]
+        return self.baseline.flat()[path]
 
 
 def in_rate_of(config: TrainConfig, search: Mapping[str, Any]) -> TrainConfig:

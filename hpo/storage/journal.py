@@ -190,7 +190,7 @@ def _blank(path: Path, start: int, end: int) -> None:
         journal.write(b" " * (end - start))
 
 
-_RECORD = b'{"op_code":'  # how Optuna begins every line
+_METADATA = b'{"op_code":'  # how Optuna begins every line
 
 
 def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
@@ -204,7 +204,7 @@ def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
             torn += [(start, end)] if line else []
         elif not _is_record(line):
             whole = next(
-                (at.start() for at in re.finditer(re.escape(_RECORD), line) if _is_record(line[at.start() :])), 0
+                (at.start() for at in re.finditer(re.escape(_METADATA), line) if _is_record(line[at.start() :])), 0
             )
             if whole:
                 torn.append((start, start + whole))
@@ -217,7 +217,7 @@ def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
 
 
 def _is_record(line: bytes) -> bool:
-    if line.startswith(_RECORD) and line.endswith(b"}") and line.count(_RECORD) == 1:
+    if line.startswith(_METADATA) and line.endswith(b"}") and line.count(_METADATA) == 1:
         return True  # begun and ended by one write; parsing every line would double the time to open a study
     try:
         record = json.loads(line)

@@ -1,17 +1,9 @@
 """A study: its metadata, its trials and their queue, opened, found, resumed and listed."""
 
-from hpo.study.study import (
-    CONFIRMATION,
-    Counts,
-    Held,
-    Study,
-    Trained,
-    check_search_name,
-    find_study,
-    join_study,
-    list_studies,
-    open_study,
-)
+from hpo.storage.lease import Held
+from hpo.study.open import check_search_name, find_study, join_study, list_studies, open_study
+from hpo.study.queue import TrialQueue
+from hpo.study.study import CONFIRMATION, Counts, Study, Trained
 
 __all__ = [
     "CONFIRMATION",
@@ -19,6 +11,7 @@ __all__ = [
     "Held",
     "Study",
     "Trained",
+    "TrialQueue",
     "check_search_name",
     "find_study",
     "join_study",

@@ -17,17 +17,19 @@ from hpo.space.pruner import places_of
 from hpo.storage.lease import LEASE
 from hpo.study import Study
 from hpo.trials import (
-    BASE,
+    BASELINE,
     CRASHES,
     FAILURE,
     LET_THROUGH,
+    OLD_NAMES,
     RECIPE,
     REPLICATE_OF,
     RESUMED_EPOCH,
-    SLOT,
     TAKEN_FROM,
-    slot_of,
-    standing,
+    TRIAL_INDEX,
+    effective_trials,
+    is_baseline,
+    trial_index_of,
 )
 
 if TYPE_CHECKING:
@@ -36,12 +38,12 @@ if TYPE_CHECKING:
 # Column -> its type in pandas, each able to hold nothing. Every study has them, in this order.
 _FIXED = {
     "number": "int64",
-    "slot": "int64",
+    "trial_index": "int64",
     "state": "str",
     "failure": "str",
     "value": "float64",
     "last_value": "float64",
-    "base": "bool",
+    "baseline": "bool",
     "recipe": "str",
     "epochs": "Int64",
     "kept_epoch": "Int64",
@@ -57,7 +59,7 @@ _FIXED = {
     CRASHES: "Int64",
     RESUMED_EPOCH: "Int64",
 }
-_NOT_SHOWN = {SLOT, LEASE, FAILURE, BASE, RECIPE}
+_NOT_SHOWN = {TRIAL_INDEX, LEASE, FAILURE, BASELINE, RECIPE, *OLD_NAMES.values()}
 """Attributes that are columns by another way, or nobody's but the machinery's."""
 
 
@@ -73,9 +75,9 @@ def trials_frame(study: Study) -> pandas.DataFrame:
     """
     import pandas  # takes half a second, which nobody else waits for
 
-    trials = sorted(standing(study.optuna.get_trials(deepcopy=False)).values(), key=lambda trial: trial.number)
+    trials = sorted(effective_trials(study.optuna.get_trials(deepcopy=False)).values(), key=lambda trial: trial.number)
     rows = [_row(trial) for trial in trials]
-    searched = _searched(study.record["identity"])
+    searched = _searched(study.metadata["identity"])
     more = sorted(dict.fromkeys(name for row in rows for name in row if name not in _FIXED | searched), key=_order)
     columns = {}
     for name in (*_FIXED, *searched, *more):
@@ -102,12 +104,12 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     reported = trial.intermediate_values
     row: dict[str, Any] = {
         "number": trial.number,
-        "slot": slot_of(trial),
+        "trial_index": trial_index_of(trial),
         "state": trial.state.name.lower(),
         "failure": attributes.get(FAILURE),
         "value": trial.value if trial.state == TrialState.COMPLETE else None,
         "last_value": reported[max(reported)] if reported else None,
-        "base": bool(attributes.get(BASE)),
+        "baseline": is_baseline(trial),
         "recipe": attributes.get(RECIPE),
         "started": trial.datetime_start,
         "ended": trial.datetime_complete,

@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORD = "hpo"
+METADATA = "hpo"
 """The user attribute of a study that holds its record, for machines without its study.yaml."""
 
 _FILE = "model.pretrained_file"
 
 
-def new_record(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Path | None) -> dict[str, Any]:
+def new_metadata(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Path | None) -> dict[str, Any]:
     """What is remembered of a study that begins, as plain JSON."""
-    record = {
+    metadata = {
         "space": space.name,
         "hash": space.hash,
         "metric": space.metric,
@@ -53,46 +53,46 @@ def new_record(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Pa
         },
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "base": space.base.model_dump(mode="json"),
+        "base": space.baseline.model_dump(mode="json"),
         "weights": {file: _weights_fingerprint(file) for file in _weight_files(space)},
         "identity": space.identity(),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(record))
+    plain: dict[str, Any] = json.loads(json.dumps(metadata))
     return plain
 
 
-def shown_attributes(record: Mapping[str, Any]) -> dict[str, Any]:
+def shown_attributes(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What a dashboard shows of a study with this record: flat user attributes that a person reads at a glance."""
     return {
-        "data": record["data"]["name"],
-        "data_fingerprint": record["data"]["fingerprint"],
-        "space_name": record["space"],
-        "space_hash": record["hash"],
-        "objective": f"{record['metric']} ({record['direction']})",
-        "seed": record["seed"],
-        "begun": record["created"],
-        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        "data": metadata["data"]["name"],
+        "data_fingerprint": metadata["data"]["fingerprint"],
+        "space_name": metadata["space"],
+        "space_hash": metadata["hash"],
+        "objective": f"{metadata['metric']} ({metadata['direction']})",
+        "seed": metadata["seed"],
+        "begun": metadata["created"],
+        "versions": ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()),
     }
 
 
-def data_path_of(record: Mapping[str, Any]) -> Path | None:
+def data_path_of(metadata: Mapping[str, Any]) -> Path | None:
     """What `--data` was when the study of this record began."""
-    path = record["data"]["path"]
+    path = metadata["data"]["path"]
     return None if path is None else Path(path)
 
 
-def skips_broken(record: Mapping[str, Any]) -> bool:
+def skips_broken(metadata: Mapping[str, Any]) -> bool:
     """Whether broken image files were left out of the data of this record's study."""
-    return bool(record["data"]["skip_broken"])
+    return bool(metadata["data"]["skip_broken"])
 
 
-def config_of(record: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:
+def config_of(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:
     """The configuration that a trial's parameters mean in the study of this record."""
-    base = TrainConfig.model_validate_json(json.dumps(record["base"]))
+    base = TrainConfig.model_validate_json(json.dumps(metadata["base"]))
     values = {}
     for path, value in params.items():
         # The space keeps a list among the choices as its JSON text, since Optuna takes scalars only.
-        choices = record["identity"][f"search.{path}"].get("choices", [])
+        choices = metadata["identity"][f"search.{path}"].get("choices", [])
         values[path] = next((c for c in choices if isinstance(c, list) and json.dumps(c) == value), value)
     return base.override(values)
 
@@ -115,9 +115,9 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
         )
 
 
-def check_weights(name: str, record: Mapping[str, Any], files: Iterable[str | None]) -> None:
+def check_weights(name: str, metadata: Mapping[str, Any], files: Iterable[str | None]) -> None:
     """Raises StudyError where one of these files of weights is not what it was when the study was begun."""
-    known = record.get("weights") or {}
+    known = metadata.get("weights") or {}
     for file in files:
         if file is not None and file in known and _weights_fingerprint(file) != known[file]:
             raise StudyError(
@@ -130,7 +130,7 @@ def _weight_files(space: SearchSpace) -> list[str]:
     """The files of weights that a trial may begin from: the base's, and the choices."""
     searched = space.search.get(_FILE)
     choices = searched.describe().get("choices", []) if searched else []
-    return sorted({file for file in (space.base.model.pretrained_file, *choices) if file is not None})
+    return sorted({file for file in (space.baseline.model.pretrained_file, *choices) if file is not None})
 
 
 def _weights_fingerprint(file: str) -> str:
@@ -139,17 +139,17 @@ def _weights_fingerprint(file: str) -> str:
     return weights_fingerprint(file)
 
 
-def check_fingerprint(name: str, record: Mapping[str, Any], fingerprint: str) -> None:
+def check_fingerprint(name: str, metadata: Mapping[str, Any], fingerprint: str) -> None:
     """Raises StudyError where these are not the images that the study was begun with."""
-    known = record["data"]["fingerprint"]
+    known = metadata["data"]["fingerprint"]
     if fingerprint != known:
         raise StudyError(
-            f"study {name} was begun with other images ({record['data']['name']}, fingerprint {known[:12]}, "
+            f"study {name} was begun with other images ({metadata['data']['name']}, fingerprint {known[:12]}, "
             f"not {fingerprint[:12]}); give the same by --data, or choose another --study"
         )
 
 
-def read_record(paths: StudyPaths) -> dict[str, Any] | None:
+def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
     """What study.yaml holds; None where there is none.
 
     Raises:
@@ -158,16 +158,16 @@ def read_record(paths: StudyPaths) -> dict[str, Any] | None:
     if not paths.study_yaml.exists():
         return None
     try:
-        record = load_yaml(paths.study_yaml)
+        metadata = load_yaml(paths.study_yaml)
     except (OSError, SpaceError) as error:
         raise StudyError(f"{paths.study_yaml} cannot be read ({error}); delete it and run the study again") from error
-    if not isinstance(record, dict) or "hash" not in record:
+    if not isinstance(metadata, dict) or "hash" not in metadata:
         raise StudyError(f"{paths.study_yaml} is no study of hpo's; delete it and run the study again")
-    return record
+    return metadata
 
 
-def write_record(
-    paths: StudyPaths, record: Mapping[str, Any], *, storage_url: str, space: SearchSpace, dataset: Dataset
+def write_metadata(
+    paths: StudyPaths, metadata: Mapping[str, Any], *, storage_url: str, space: SearchSpace, dataset: Dataset
 ) -> None:
     """Writes study.yaml where it is missing, whole or not at all; its time says when the study was last run."""
     file = paths.study_yaml
@@ -183,7 +183,7 @@ def write_record(
         # The study's own journal moves with its folder, so its path is not written down.
         "storage": None if storage_url == str(paths.journal) else mask(storage_url),
         "space_file": shown(space.path),
-        **record,
+        **metadata,
         "classes": list(dataset.classes),
     }
     yaml = YAML()
@@ -194,7 +194,7 @@ def write_record(
         yaml.dump(content, opened)
 
 
-def storage_url_of(paths: StudyPaths, record: Mapping[str, Any] | None, given: str | None) -> str:
+def storage_url_of(paths: StudyPaths, metadata: Mapping[str, Any] | None, given: str | None) -> str:
     """Where the study lies: what was given, or what its study.yaml says, or its own journal.
 
     Raises:
@@ -202,9 +202,9 @@ def storage_url_of(paths: StudyPaths, record: Mapping[str, Any] | None, given: s
     """
     if given == "":
         raise StudyError("--storage is empty; give a URL, or leave it out for a journal file")
-    if record is None:
+    if metadata is None:
         return given or str(paths.journal)
-    written = record.get("storage") or str(paths.journal)
+    written = metadata.get("storage") or str(paths.journal)
     if given is not None and mask(given) != mask(written):
         raise StudyError(f"study {paths.name} lies in {mask(written)}; leave --storage out, or choose another --study")
     if given is None and is_masked(written):

@@ -20,7 +20,7 @@ from hpo.errors import StudyError
 from hpo.space import SearchSpace, diff
 from hpo.storage.lease import LEASE
 from hpo.study.metadata import config_of
-from hpo.trials import BASE, RECIPE, SLOT, TAKEN_FROM, slot_of, standing
+from hpo.trials import BASELINE, OLD_NAMES, RECIPE, TAKEN_FROM, TRIAL_INDEX, effective_trials, trial_index_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +30,11 @@ CONSTRAINT = "constraints:"
 
 def take_over_trials(
     new: optuna.Study,
-    record: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     space: SearchSpace,
     *,
     old_name: str,
-    old_record: Mapping[str, Any],
+    old_metadata: Mapping[str, Any],
     old_trials: Iterable[FrozenTrial],
 ) -> int:
     """Copies the finished trials that fit, under the new space's distributions; returns how many.
@@ -52,35 +52,35 @@ def take_over_trials(
     if new.get_trials(deepcopy=False):
         return 0
     apart = [
-        line for line in diff(old_record["identity"], space.identity()) if not line.startswith(("search.", "base."))
+        line for line in diff(old_metadata["identity"], space.identity()) if not line.startswith(("search.", "base."))
     ]
     if apart:
         raise StudyError(f"--take-over {old_name}: its trials are not comparable: {'; '.join(apart)}; leave it out")
-    if old_record["data"]["fingerprint"] != record["data"]["fingerprint"]:
+    if old_metadata["data"]["fingerprint"] != metadata["data"]["fingerprint"]:
         raise StudyError(f"--take-over {old_name}: it was begun with other images; leave it out")
-    weights = old_record.get("weights") or {}
-    if any(weights.get(file, known) != known for file, known in record["weights"].items()):
+    weights = old_metadata.get("weights") or {}
+    if any(weights.get(file, known) != known for file, known in metadata["weights"].items()):
         raise StudyError(f"--take-over {old_name}: it was begun with other weights; leave it out")
-    finished = [t for t in standing(old_trials).values() if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    expressed = [(trial, space.express(config_of(old_record, trial.params))) for trial in finished]
+    finished = [t for t in effective_trials(old_trials).values() if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    expressed = [(trial, space.express(config_of(old_metadata, trial.params))) for trial in finished]
     fitting = [(trial, params) for trial, params in expressed if params is not None]
     if not fitting:
         raise StudyError(f"--take-over {old_name}: none of its {len(finished)} finished trials fits; leave it out")
     parts = _parts(fitting, space)
-    slots = {trial.number: slot_of(trial) for trial, _ in fitting}
-    if not any(BASE in attributes for attributes in parts.values()):
-        free = next(slot for slot in count(1) if slot not in slots.values())
-        slots = {number: slot or free for number, slot in slots.items()}
+    trial_indices = {trial.number: trial_index_of(trial) for trial, _ in fitting}
+    if not any(BASELINE in attributes for attributes in parts.values()):
+        free = next(trial_index for trial_index in count(1) if trial_index not in trial_indices.values())
+        trial_indices = {number: trial_index or free for number, trial_index in trial_indices.items()}
     for trial, params in fitting:
-        attributes = {SLOT: slots[trial.number], **parts.get(trial.number, {})}
-        new.add_trial(_copy_of(trial, old_name, int(old_record["seed"]), params, attributes, space))
+        attributes = {TRIAL_INDEX: trial_indices[trial.number], **parts.get(trial.number, {})}
+        new.add_trial(_copy_of(trial, old_name, int(old_metadata["seed"]), params, attributes, space))
     logger.info("study %s: %d of %d trials taken over from %s", new.study_name, len(fitting), len(finished), old_name)
     return len(fitting)
 
 
 def _parts(fitting: Iterable[tuple[FrozenTrial, Mapping[str, Any]]], space: SearchSpace) -> dict[int, dict[str, Any]]:
     """Trial number -> the attributes that make it the new space's base, a recipe of it, or both; each only once."""
-    wanted: list[tuple[str, Any, Mapping[str, Any] | None]] = [(BASE, True, space.base_params())]
+    wanted: list[tuple[str, Any, Mapping[str, Any] | None]] = [(BASELINE, True, space.baseline_params())]
     wanted += [(RECIPE, recipe.name, space.express(recipe.config)) for recipe in space.recipes]
     parts: dict[int, dict[str, Any]] = {}
     # A pruned trial has no final value for others to be compared to, so the base and the recipes are trained again.
@@ -102,9 +102,9 @@ def _copy_of(
 ) -> FrozenTrial:
     from core.runtime import derive_seed  # with torch, which a study that takes nothing over does not need
 
-    user_attrs = {k: v for k, v in trial.user_attrs.items() if k not in (LEASE, BASE, RECIPE)}
+    user_attrs = {k: v for k, v in trial.user_attrs.items() if k not in (LEASE, BASELINE, RECIPE, *OLD_NAMES.values())}
     user_attrs.setdefault(TAKEN_FROM, f"{old_name}/{trial.number}")
-    user_attrs.setdefault("seed", derive_seed(old_seed, "trial", slot_of(trial)))
+    user_attrs.setdefault("seed", derive_seed(old_seed, "trial", trial_index_of(trial)))
     copied = create_trial(
         state=trial.state,
         value=trial.value,

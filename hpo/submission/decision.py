@@ -38,16 +38,16 @@ class Temperature:
     why: str | None
     """Why it is not the best that was found, in words; None where it is."""
 
-    def record(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """As `metrics.json` has it."""
-        record = {
+        metadata = {
             "value": self.value,
             "val_nll_before": self.before.loss,
             "val_nll_after": self.after.loss,
             "val_ece_before": self.before.ece,
             "val_ece_after": self.after.ece,
         }
-        return record | ({} if self.why is None else {"why": self.why})
+        return metadata | ({} if self.why is None else {"why": self.why})
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Decision:
         """As `metrics.json` has it: which form was chosen of several networks, by which scores; None of one network."""
         if self.form == ALONE:
             return None
-        record: dict[str, Any] = {"chosen": self.form, "val": self.forms}
-        return record if self.forms else record | {"why": _SEEN_BY_THE_OTHERS}
+        metadata: dict[str, Any] = {"chosen": self.form, "val": self.forms}
+        return metadata if self.forms else metadata | {"why": _SEEN_BY_THE_OTHERS}
 
 
 def decide_alone(judged: Sequence[Network], metric: str) -> Decision:

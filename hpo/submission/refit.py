@@ -44,7 +44,7 @@ from hpo.submission.networks import Network, Trainer, averaged, together
 from hpo.submission.onnx_export import check_onnx, export_onnx
 from hpo.submission.predictions import write_submission
 from hpo.text import count
-from hpo.trials import standing
+from hpo.trials import effective_trials
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def search_summary(study: Study) -> dict[str, Any]:
     counts, best = study.counts(), study.best_trial()
     over = [
         trial
-        for trial in standing(study.optuna.get_trials(deepcopy=False)).values()
+        for trial in effective_trials(study.optuna.get_trials(deepcopy=False)).values()
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
     ]
     devices = Counter(str(trial.user_attrs["device"]) for trial in over if "device" in trial.user_attrs)
@@ -343,7 +343,7 @@ class _Tested:
             for position in self.wrong.tolist()
         ]
 
-    def record(self, classes: tuple[str, ...]) -> dict[str, Any]:
+    def metadata(self, classes: tuple[str, ...]) -> dict[str, Any]:
         """As `metrics.json` has it."""
         return {
             "images": len(self.labels),
@@ -387,14 +387,14 @@ def _record(trained: _Trained, tested: _Tested, dataset: Dataset) -> dict[str, A
         },
         "tta": {"chosen": decision.views, "val_candidates": decision.candidates},
         "averaging": decision.averaging_record(),
-        "temperature": decision.temperature.record(),
+        "temperature": decision.temperature.metadata(),
         "val": {
             "trained_on": on_fewer,
             "images": len(decision.labels),
             "without_tta": _full_scores(decision.plain, decision.labels, classes),
             "with_tta": _full_scores(decision.answers, decision.labels, classes),
         },
-        "test": {"trained_on": on_all, **tested.record(classes)},
+        "test": {"trained_on": on_all, **tested.metadata(classes)},
     }
 
 
@@ -408,7 +408,7 @@ def _full_scores(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> di
 
 def _write_down_opening(paths: StudyPaths, label: str, number: int | None) -> int:
     """Adds a line to the record of the test set's openings; returns how many there are."""
-    record = paths.test_openings
-    record.parent.mkdir(parents=True, exist_ok=True)
-    append_line(record, {"opened": datetime.now(UTC).isoformat(timespec="seconds"), "label": label, "trial": number})
-    return sum(1 for line in record.read_text().splitlines() if json.loads(line))
+    metadata = paths.test_openings
+    metadata.parent.mkdir(parents=True, exist_ok=True)
+    append_line(metadata, {"opened": datetime.now(UTC).isoformat(timespec="seconds"), "label": label, "trial": number})
+    return sum(1 for line in metadata.read_text().splitlines() if json.loads(line))

@@ -106,7 +106,7 @@ def run_workers(
             pool.stop()
         finally:
             engine.close()
-    keep_best_weights(study, folds=job.space.base.data.folds or 1, keep_gb=job.keep_gb)
+    keep_best_weights(study, folds=job.space.baseline.data.folds or 1, keep_gb=job.keep_gb)
 
 
 class _Occupied:
@@ -200,7 +200,7 @@ class _Pool:
                 crew.tuning.start()
         while True:
             self._work()
-            self._study.reap()
+            self._study.queue.reap()
             if not self.waiting():
                 return
             if not any(crew.usable() for crew in self._crews):
@@ -224,7 +224,7 @@ class _Pool:
                         self._study.remember_packing(crew.crew.device_name, chosen.trials, chosen.why)
             if time.monotonic() - reaped_at >= REAP_EVERY_S:
                 reaped_at = time.monotonic()
-                if self._study.reap():
+                if self._study.queue.reap():
                     self._fill_seats()
                 if not self.waiting():
                     self._dismiss_idle()
@@ -247,7 +247,7 @@ class _Pool:
 
     def waiting(self) -> int:
         """How many trials wait to be claimed."""
-        return self._study.waiting()
+        return self._study.queue.waiting()
 
     def _occupied(self) -> list[_Occupied]:
         return [seat for crew in self._crews for seat in crew.seats.values() if seat.worker is not None]
@@ -314,7 +314,7 @@ class _Pool:
         seat.deaths += not ending.blameless
         self._last_words = ending.words
         who = seat.seat.name + (f" ({training})" if training else "")
-        again = "; its trial is queued again" if self._study.reap() else ""
+        again = "; its trial is queued again" if self._study.queue.reap() else ""
         if not seat.usable:
             then = "it was replaced before, and is not any more"
         elif seat.seat.number >= seat.crew.number:
@@ -366,7 +366,7 @@ class _Pool:
             seat.worker.kill()
         for seat in self._occupied():
             self._empty(seat, _PATIENCE_S)
-        self._study.reap(blameless=True)
+        self._study.queue.reap(blameless=True)
 
 
 class _WorkerError(Exception):

@@ -515,7 +515,7 @@ def _fill_cache(job: Job) -> None:
     with (root / ".filling").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         load_dataset(
-            job.space.base.data,
+            job.space.baseline.data,
             data_path=job.data_path,
             data_root=data_root(),
             cache_dir=root,

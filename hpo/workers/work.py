@@ -68,7 +68,7 @@ class Work:
 
     def images(self) -> Sequence[Splits]:
         """The base's splits on the first device."""
-        return self._division.on(self.device, self.space.base.data)
+        return self._division.on(self.device, self.space.baseline.data)
 
     def off(self, lane: Callable[[], Lane]) -> None:
         """Runs the trials that wait, until none does.
@@ -124,7 +124,7 @@ def known_best(study: Study, space: SearchSpace, device: torch.device) -> int | 
 
     What an earlier run of the study found best on this device counts as far as the device still has room for it.
     """
-    if space.base.epochs == 1:  # a training's first epoch pays for start-up, so that none of these could be timed
+    if space.baseline.epochs == 1:  # a training's first epoch pays for start-up, so that none of these could be timed
         say(not_found_out("an epoch can only be timed after another one, and the trials have one", 1))
         return 1
     known = study.packing(describe_device(device))

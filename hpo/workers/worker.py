@@ -148,7 +148,7 @@ class _Worker:
         self._take_share()
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        config = job.space.base.data
+        config = job.space.baseline.data
         dataset = load_dataset(
             config,
             data_path=job.data_path,

@@ -52,7 +52,7 @@ def check_same_search() -> None:
         **{f"model.{name}": value for name, value in plain.MODEL.items()},
     }
     differing = TrainConfig().override({**plain.BASE, **fixed}).flat()
-    differing = {path: (value, space.base.flat()[path]) for path, value in differing.items()}
+    differing = {path: (value, space.baseline.flat()[path]) for path, value in differing.items()}
     differing = {path: pair for path, pair in differing.items() if pair[0] != pair[1]}
     if differing:
         raise SystemExit(f"not the same base (plain script, digits.yaml): {differing}")

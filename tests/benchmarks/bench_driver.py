@@ -89,13 +89,13 @@ def run_once(trials: int, assignments: list[str], folder: Path) -> dict[str, flo
     os.environ["HPO_CACHE"] = str(folder / "cache")
     device = select_device("cpu")
     space = load_space("digits", assignments)
-    dataset = load_dataset(space.base.data, cache_dir=folder / "cache")
-    splits = folds(dataset, space.base.data)
+    dataset = load_dataset(space.baseline.data, cache_dir=folder / "cache")
+    splits = folds(dataset, space.baseline.data)
     study = open_study(space, name="bench", dataset=dataset, seed=0)
     progress = StudyProgress(metric=space.metric, direction=space.direction, done=0, total=trials, best=None)
     with contextlib.redirect_stdout(io.StringIO()), progress, clocks() as spent, reports_apart(spent):
         started = time.perf_counter()
-        study.ensure_slots(trials)
+        study.queue.ensure_trials(trials)
         with Interrupts() as interrupts:
             run_study(study, space, splits, device=device, listener=progress.lane(), interrupts=interrupts)
         spent["study"] = time.perf_counter() - started

@@ -27,9 +27,9 @@ from tests.hpo.invented import invented_study
 LIMIT_S, LIMIT_MB = 10.0, 8.0  # the promises
 
 
-def one_in_twenty(slot: int, params: Mapping[str, Any]) -> str:
+def one_in_twenty(trial_index: int, params: Mapping[str, Any]) -> str:
     """Some trials diverge."""
-    return "diverged" if slot % 20 == 13 else ""
+    return "diverged" if trial_index % 20 == 13 else ""
 
 
 def processor_s() -> float:
@@ -49,7 +49,9 @@ def main() -> None:
         root = given.keep or Path(temporary)
         os.environ |= {"HPO_STUDIES": str(root), "HPO_CACHE": str(Path(temporary) / "cache")}
         space = load_space("digits", [f"epochs={given.epochs}"])
-        study = invented_study(space, load_dataset(space.base.data), "bench", trials=given.trials, fails=one_in_twenty)
+        study = invented_study(
+            space, load_dataset(space.baseline.data), "bench", trials=given.trials, fails=one_in_twenty
+        )
         counts = study.counts()
         seconds, busy = [], []
         for _ in range(given.repeats):

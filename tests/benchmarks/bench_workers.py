@@ -75,20 +75,20 @@ def begin_ours(url: str, total: int) -> Any:
     space = the_space()
     study = open_study(space, name=STUDY, dataset=IMAGES, storage_url=url, seed=0)
 
-    if not study.waiting():  # once, by who begins, as `hpo run` does before it starts its workers
-        study.ensure_slots(total)
+    if not study.queue.waiting():  # once, by who begins, as `hpo run` does before it starts its workers
+        study.queue.ensure_trials(total)
 
     def go_on() -> None:
-        while (claimed := study.claim()) is not None:
+        while (claimed := study.queue.claim()) is not None:
             trial, _ = claimed
             params = space.suggest(trial)
             for epoch in range(1, REPORTS + 1):
                 trial.report(score(params, epoch), epoch)
                 if epoch < REPORTS and trial.should_prune():
-                    study.finish(trial, "pruned")
+                    study.queue.finish(trial, "pruned")
                     break
             else:
-                study.finish(trial, "complete", score(params, REPORTS))
+                study.queue.finish(trial, "complete", score(params, REPORTS))
 
     return go_on
 

@@ -17,13 +17,13 @@ from core.data import Dataset
 from hpo.space import SearchSpace, space_from_yaml
 from hpo.space.pruner import build_pruner
 from hpo.study import Study, open_study
-from hpo.trials import BASE, FAILURE, SLOT
+from hpo.trials import BASELINE, FAILURE, TRIAL_INDEX
 
 Fails = Callable[[int, Mapping[str, Any]], str]
 """(slot, parameters) -> `diverged`, `oom`, …; empty where the trial can be trained."""
 
 
-def never_fails(slot: int, params: Mapping[str, Any]) -> str:
+def never_fails(trial_index: int, params: Mapping[str, Any]) -> str:
     """Every trial can be trained."""
     return ""
 
@@ -53,7 +53,7 @@ def invented_study(
     study.remember_space(space)
     study.optuna.add_trials([_with_state(each, running=each.number >= trials) for each in played])
     total = trials + running + waiting
-    study.ensure_slots(total)
+    study.queue.ensure_trials(total)
     study.remember_command(f"hpo run {space.name} --study {name} --trials {total}")
     return study
 
@@ -67,21 +67,21 @@ def _played(
     space: SearchSpace, trials: int, seed: int, fails: Fails, value: Callable[[Mapping[str, Any]], float]
 ) -> list[FrozenTrial]:
     """The trials as a study in memory has run them, judged by the space's own pruner."""
-    folds = space.base.data.folds or 1
-    steps = space.base.epochs * folds
+    folds = space.baseline.data.folds or 1
+    steps = space.baseline.epochs * folds
     study = optuna.create_study(
         direction=space.direction,
         sampler=optuna.samplers.RandomSampler(seed=seed),
-        pruner=build_pruner(space.pruner, space.base.epochs, space.base.data.folds),
+        pruner=build_pruner(space.pruner, space.baseline.epochs, space.baseline.data.folds),
     )
     draw = random.Random(seed)
-    for slot in range(trials):
-        study.enqueue_trial(space.base_params() if slot == 0 else {}, user_attrs={SLOT: slot})
+    for trial_index in range(trials):
+        study.enqueue_trial(space.baseline_params() if trial_index == 0 else {}, user_attrs={TRIAL_INDEX: trial_index})
         trial = study.ask()
         params = space.suggest(trial)
-        if slot == 0:
-            trial.set_user_attr(BASE, True)
-        failure = fails(slot, params)
+        if trial_index == 0:
+            trial.set_user_attr(BASELINE, True)
+        failure = fails(trial_index, params)
         best, slowness = value(params), draw.uniform(0.05, 0.25) * steps
         pruned, score, epoch = False, 0.0, 0
         for epoch in range(1, steps + 1):
@@ -120,7 +120,7 @@ def _with_state(trial: FrozenTrial, *, running: bool) -> FrozenTrial:
     if not running:
         return trial
     reported = dict(list(trial.intermediate_values.items())[: max(1, len(trial.intermediate_values) // 2)])
-    kept = {key: trial.user_attrs[key] for key in (SLOT, BASE) if key in trial.user_attrs}
+    kept = {key: trial.user_attrs[key] for key in (TRIAL_INDEX, BASELINE) if key in trial.user_attrs}
     return create_trial(
         state=TrialState.RUNNING,
         params=trial.params,

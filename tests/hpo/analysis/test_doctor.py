@@ -70,19 +70,19 @@ def begin(folder: Path, *, images: Path, total: int, storage: str | None = None)
     file = folder / "own.yaml"
     file.write_text(SPACE)
     space = load_space(file)
-    dataset = load_dataset(space.base.data, data_path=images, cache_dir=cache_root())
+    dataset = load_dataset(space.baseline.data, data_path=images, cache_dir=cache_root())
     study = open_study(space, name="own", dataset=dataset, seed=1, data_path=images, storage_url=storage)
     study.remember_space(space)
     study.remember_command("hpo run own.yaml --trials 3")
-    study.ensure_slots(total)
+    study.queue.ensure_trials(total)
     return study
 
 
 def work_off(study: Study, images: Path) -> None:
     space = study._space
     assert space is not None
-    dataset = load_dataset(space.base.data, data_path=images, cache_dir=cache_root())
-    splits = folds(dataset, space.base.data)
+    dataset = load_dataset(space.baseline.data, data_path=images, cache_dir=cache_root())
+    splits = folds(dataset, space.baseline.data)
     run_study(study, space, splits, device=CPU, listener=Quiet(), interrupts=Interrupts())
 
 
@@ -114,7 +114,7 @@ class Case(NamedTuple):
         """Opened anew, with the space that it was begun with."""
         found = find_study("own")
         space = load_space(self.paths.dir.parents[1] / "own.yaml")
-        return Study(found.optuna, found.paths, found.record, found.storage_url, space)
+        return Study(found.optuna, found.paths, found.metadata, found.storage_url, space)
 
     def finished(self) -> list[FrozenTrial]:
         return [trial for trial in trials_of(self.paths.dir) if trial.state.name in ("COMPLETE", "PRUNED")]
@@ -158,7 +158,7 @@ from hpo.study import Study, find_study
 from hpo.space import load_space
 found = find_study("own")
 study = Study(found.optuna, found.paths, found.record, found.storage_url, load_space(sys.argv[1]))
-study.claim()
+study.queue.claim()
 print("claimed", flush=True)
 time.sleep(600)
 """
@@ -214,7 +214,7 @@ def test_without_a_name_it_is_the_study_that_was_run_last(
 def test_the_trial_of_a_killed_process_is_found_and_given_back(
     case: Case, worker: Callable[[], subprocess.Popen[str]]
 ) -> None:
-    case.study.ensure_slots(TOTAL + 1)
+    case.study.queue.ensure_trials(TOTAL + 1)
     process = worker()
     process.kill()
     process.wait()
@@ -230,12 +230,12 @@ def test_the_trial_of_a_killed_process_is_found_and_given_back(
     assert code == 0, lines
     assert found(lines, "^mended: trial 3")
     assert [trial.state.name for trial in trials_of(case.paths.dir)] == [*["COMPLETE"] * TOTAL, "FAIL", "WAITING"]
-    assert trials_of(case.paths.dir)[-1].user_attrs["slot"] == 3
+    assert trials_of(case.paths.dir)[-1].user_attrs["trial_index"] == 3
     assert case.finished() == finished
 
 
 def test_a_trial_whose_process_lives_is_never_touched(case: Case, worker: Callable[[], subprocess.Popen[str]]) -> None:
-    case.study.ensure_slots(TOTAL + 1)
+    case.study.queue.ensure_trials(TOTAL + 1)
     worker()
     (case.paths.checkpoint(3)).parent.mkdir(exist_ok=True)
     case.paths.checkpoint(3).write_bytes(b"its epochs")
@@ -247,8 +247,8 @@ def test_a_trial_whose_process_lives_is_never_touched(case: Case, worker: Callab
 
 def test_what_another_host_holds_is_said_with_its_name_and_left_alone(case: Case) -> None:
     study = case.study
-    study.ensure_slots(TOTAL + 1)
-    claimed = study.claim()
+    study.queue.ensure_trials(TOTAL + 1)
+    claimed = study.queue.claim()
     assert claimed is not None
     claimed[0].set_user_attr(LEASE, {"host": "elsewhere", "boot": "b", "pid": 7, "start": 7})
     code, lines = case.run("--mend")
@@ -261,7 +261,7 @@ def test_what_another_host_holds_is_said_with_its_name_and_left_alone(case: Case
 
 def test_a_trial_that_was_claimed_and_never_leased_is_found_once_it_is_late(case: Case) -> None:
     study = case.study
-    study.ensure_slots(TOTAL + 1)
+    study.queue.ensure_trials(TOTAL + 1)
     trial = study.optuna.get_trials()[3]
     study.optuna._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
     assert case.run()[0] == 0  # it is being claimed
@@ -304,7 +304,7 @@ def test_the_lock_of_a_killed_process_is_found_and_a_living_ones_is_not(case: Ca
 
 @pytest.mark.parametrize("torn", ["tail", "prefix"])
 def test_a_torn_record_is_seen_without_being_mended_and_then_mended(case: Case, torn: str) -> None:
-    case.study.ensure_slots(TOTAL + 1)
+    case.study.queue.ensure_trials(TOTAL + 1)
     whole = case.paths.journal.read_bytes()
     *lines, last = whole.splitlines(keepends=True)
     half = last[: len(last) // 2]
@@ -346,17 +346,17 @@ def test_a_journal_that_is_gone_is_told(case: Case) -> None:
 
 
 def test_a_missing_study_yaml_is_written_from_what_the_storage_knows(case: Case, capsys: Any) -> None:
-    record = find_study("own").record
+    metadata = find_study("own").metadata
     case.paths.study_yaml.unlink()
     code, lines = case.run()
     assert code == 1
     assert "study.yaml is missing, though" in found(lines, "study.yaml")
     assert case.run("--mend")[0] == 0
     again = find_study("own")
-    assert {key: again.record[key] for key in ("hash", "identity", "data", "base")} == {
-        key: record[key] for key in ("hash", "identity", "data", "base")
+    assert {key: again.metadata[key] for key in ("hash", "identity", "data", "base")} == {
+        key: metadata[key] for key in ("hash", "identity", "data", "base")
     }
-    work_off(case.study, Path(record["data"]["path"]))  # it can be gone on with
+    work_off(case.study, Path(metadata["data"]["path"]))  # it can be gone on with
 
 
 def test_an_unreadable_study_yaml_is_told_and_hides_nothing_else(case: Case) -> None:
@@ -370,9 +370,9 @@ def test_an_unreadable_study_yaml_is_told_and_hides_nothing_else(case: Case) -> 
 
 def test_slots_that_nobody_would_train_are_queued_and_a_second_one_is_taken_back(case: Case) -> None:
     study = case.study
-    study.ensure_slots(TOTAL)
+    study.queue.ensure_trials(TOTAL)
     study.optuna.set_user_attr("trials", TOTAL + 2)  # as a process that is killed while it queues them leaves it
-    study.optuna.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"slot": 1}))
+    study.optuna.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"trial_index": 1}))
     finished = case.finished()
     code, lines = case.run()
     assert code == 1
@@ -381,7 +381,7 @@ def test_slots_that_nobody_would_train_are_queued_and_a_second_one_is_taken_back
     code, lines = case.run("--mend")
     assert code == 0, lines
     assert case.finished() == finished
-    waiting = [trial.user_attrs["slot"] for trial in trials_of(case.paths.dir) if trial.state.name == "WAITING"]
+    waiting = [trial.user_attrs["trial_index"] for trial in trials_of(case.paths.dir) if trial.state.name == "WAITING"]
     assert waiting == [3, 4]
 
 
@@ -390,7 +390,7 @@ def test_a_study_in_a_database_is_mended_too(
 ) -> None:
     url = f"sqlite:///{tmp_path}/own.db"
     study = begin(tmp_path, images=original / "images", total=1, storage=url)
-    claimed = study.claim()
+    claimed = study.queue.claim()
     assert claimed is not None
     dead = claimed[0].user_attrs[LEASE] | {"start": 1}
     claimed[0].set_user_attr(LEASE, dead)
@@ -460,7 +460,7 @@ def test_what_a_study_keeps_in_a_depot_is_looked_for_and_mended_there(case: Case
 
 
 def test_what_nobody_needs_any_more_is_told_with_its_size_and_removed(case: Case) -> None:
-    case.study.ensure_slots(TOTAL + 1)
+    case.study.queue.ensure_trials(TOTAL + 1)
     of_finished, of_fold = case.paths.checkpoint(1), case.paths.checkpoint(2, fold=2)
     of_waiting = leave(case.paths.checkpoint(3))
     old = [
@@ -521,7 +521,7 @@ def test_a_submission_model_that_a_crash_left_aside_is_put_back(case: Case) -> N
 
 
 def test_a_disk_that_is_too_full_is_told_with_both_numbers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    case.study.ensure_slots(TOTAL + 2)
+    case.study.queue.ensure_trials(TOTAL + 2)
     assert case.run()[0] == 0
     usage = shutil.disk_usage(case.paths.dir)
     monkeypatch.setattr("hpo.analysis.doctor.shutil.disk_usage", lambda path: usage._replace(free=2000))
@@ -554,7 +554,7 @@ def test_weights_that_changed_or_are_gone_are_told_each(case: Case, tmp_path: Pa
     changed.write_bytes(b"new")
     study = case.study
     known = dict.fromkeys(map(str, (changed, gone)), hashlib.sha256(b"old").hexdigest())
-    study.optuna.set_user_attr("hpo", {**study.record, "weights": known})
+    study.optuna.set_user_attr("hpo", {**study.metadata, "weights": known})
     code, lines = case.run()
     assert code == 1
     assert "has changed since" in found(lines, "changed.pth")
@@ -563,8 +563,8 @@ def test_weights_that_changed_or_are_gone_are_told_each(case: Case, tmp_path: Pa
 
 def test_other_versions_are_noted_and_are_no_fault(case: Case) -> None:
     study = case.study
-    began = {**study.record["versions"], "torch": "1.0"}
-    study.optuna.set_user_attr("hpo", {**study.record, "versions": began})
+    began = {**study.metadata["versions"], "torch": "1.0"}
+    study.optuna.set_user_attr("hpo", {**study.metadata, "versions": began})
     code, lines = case.run()
     assert code == 0
     assert re.search(r"torch [\d.]+\S*, not 1\.0", found(lines, "^note: versions"))
@@ -577,7 +577,7 @@ def test_a_check_that_cannot_be_made_is_a_finding_and_hides_no_other(
     case: Case, worker: Callable[[], subprocess.Popen[str]]
 ) -> None:
     study = case.study
-    study.ensure_slots(TOTAL + 2)
+    study.queue.ensure_trials(TOTAL + 2)
     study.optuna._storage.set_trial_system_attr(study.optuna.get_trials()[4]._trial_id, "artifacts:x", "nonsense")
     process = worker()
     process.send_signal(signal.SIGKILL)
@@ -596,7 +596,7 @@ def test_a_check_that_cannot_be_made_is_a_finding_and_hides_no_other(
 def test_what_cannot_be_mended_after_all_is_told(
     case: Case, worker: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case.study.ensure_slots(TOTAL + 1)
+    case.study.queue.ensure_trials(TOTAL + 1)
     process = worker()
     process.kill()
     process.wait()

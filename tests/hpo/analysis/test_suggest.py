@@ -118,9 +118,9 @@ def test_any_suggestion_can_be_searched_and_keeps_the_base_the_best_and_all_that
     for kept in ("objective", "sampler", "pruner", "base", "description"):
         assert getattr(new, kept) == getattr(space, kept)
     assert [recipe.name for recipe in new.recipes] == [recipe.name for recipe in space.recipes]
-    assert new.express(space.base) == new.base_params()
+    assert new.express(space.baseline) == new.baseline_params()
     best = gather(study).best
-    assert all(new.express(config_of(study.record, trial.params)) is not None for trial in best)
+    assert all(new.express(config_of(study.metadata, trial.params)) is not None for trial in best)
     for path, one in new.search.items():
         check_bounds(space.search[path], one)
 
@@ -334,7 +334,7 @@ def test_the_probabilities_are_those_of_drawn_numbers() -> None:
 @pytest.fixture
 def old(tmp_path: Path) -> Study:
     space = space_of(tmp_path, SPACE, "old")
-    study = on_disk(space, name="old", dataset=load_dataset(space.base.data))
+    study = on_disk(space, name="old", dataset=load_dataset(space.baseline.data))
     add_trials(study, space, rising("optim.lr_scale"), trials=40)
     return study
 
@@ -371,7 +371,7 @@ def test_without_a_file_the_space_alone_goes_to_the_terminal(
 ) -> None:
     assert hpo(monkeypatch, "space", "suggest", "old") == 0
     text = capsys.readouterr().out
-    assert space_of(tmp_path, text, "piped").base == old.space().base
+    assert space_of(tmp_path, text, "piped").baseline == old.space().baseline
     assert "\nbase:\n  epochs: 10\n  batch_size: 64\n  optim:\n    lr_scale: 1.0\nsearch:\n" in text, (
         "as it was written"
     )
@@ -383,7 +383,7 @@ def test_a_base_that_its_file_no_longer_means_is_written_whole(
     (tmp_path / "old.yaml").write_text(SPACE.replace("epochs: 10", "epochs: 11"))
     assert hpo(monkeypatch, "space", "suggest", "old") == 0
     text = capsys.readouterr().out
-    assert space_of(tmp_path, text, "piped").base == old.space().base
+    assert space_of(tmp_path, text, "piped").baseline == old.space().baseline
     assert "  precision:\n" in text
 
 
@@ -406,6 +406,6 @@ def test_a_place_that_cannot_be_written_is_one_line(
 
 
 def test_a_study_that_only_confirms_is_refused(old: Study) -> None:
-    old.record["identity"]["confirms"] = "other"  # type: ignore[index]
+    old.metadata["identity"]["confirms"] = "other"  # type: ignore[index]
     with pytest.raises(StudyError, match="confirms another one and searches nothing; give that: other"):
         suggest(old, old.space())

@@ -75,12 +75,14 @@ def run_all(space_text: str, name: str, trials: int, folder: Path, crash: int = 
     file = folder / f"{name}.yaml"
     file.write_text(space_text)
     space = load_space(file)
-    dataset = load_dataset(space.base.data, cache_dir=cache_root())
+    dataset = load_dataset(space.baseline.data, cache_dir=cache_root())
     study = open_study(space, name=name, dataset=dataset, seed=3)
-    study.ensure_slots(trials)
+    study.queue.ensure_trials(trials)
 
     def work(listener: Any) -> None:
-        run_study(study, space, folds(dataset, space.base.data), device=CPU, listener=listener, interrupts=Interrupts())
+        run_study(
+            study, space, folds(dataset, space.baseline.data), device=CPU, listener=listener, interrupts=Interrupts()
+        )
 
     if crash >= 0:
         with pytest.raises(RuntimeError, match="a fault of ours"):
@@ -119,7 +121,8 @@ def one_of(study: str, state: str, *, retried: bool = False) -> Replay:
     trial = next(
         t
         for t in trials
-        if t.state.name == state and (t.user_attrs["slot"] != t.number and t.user_attrs["slot"] == 0) == retried
+        if t.state.name == state
+        and (t.user_attrs["trial_index"] != t.number and t.user_attrs["trial_index"] == 0) == retried
     )
     return replay_of(f"{study}/{trial.number}", storage=None)
 
@@ -206,7 +209,7 @@ def test_what_is_other_here_than_it_was_is_said(there: Path) -> None:
         intermediate_values={1: 0.5},
     )
     trial.number = 99  # it has no folder here
-    study = SimpleNamespace(paths=replay.study.paths, metric="accuracy", record={"versions": {"torch": "1.0"}})
+    study = SimpleNamespace(paths=replay.study.paths, metric="accuracy", metadata={"versions": {"torch": "1.0"}})
     other = replace(replay, trial=trial, study=study)  # type: ignore[arg-type]
     epoch = SimpleNamespace(epoch=1, score=lambda metric: 0.25)
     recorded: Any = SimpleNamespace(results=(SimpleNamespace(history=[epoch]),), values=(0.25,), rows=())
@@ -290,7 +293,7 @@ def test_a_trial_that_has_not_run_cannot_be_replayed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     study = run_all(SPACE, "fresh", 0, tmp_path)
-    study.optuna.add_trial(create_trial(state=TrialState[state], user_attrs={"slot": 0, **attributes}))
+    study.optuna.add_trial(create_trial(state=TrialState[state], user_attrs={"trial_index": 0, **attributes}))
     capsys.readouterr()
     assert hpo(monkeypatch, "train", "--from", "fresh/0") == 2
     error = capsys.readouterr().err
@@ -300,9 +303,9 @@ def test_a_trial_that_has_not_run_cannot_be_replayed(
 
 def test_parameters_that_make_no_configuration_are_told_in_a_line(there: Path) -> None:
     replay = one_of("own", "COMPLETE")
-    trial = create_trial(state=TrialState.PRUNED, user_attrs={"slot": 3, "failure": "invalid"})
-    record = {**replay.study.record, "base": replay.study.record["base"] | {"epochs": 0}}
-    study = Study(replay.study.optuna, replay.study.paths, record, replay.study.storage_url)
+    trial = create_trial(state=TrialState.PRUNED, user_attrs={"trial_index": 3, "failure": "invalid"})
+    metadata = {**replay.study.metadata, "base": replay.study.metadata["base"] | {"epochs": 0}}
+    study = Study(replay.study.optuna, replay.study.paths, metadata, replay.study.storage_url)
     with pytest.raises(StudyError, match="study own: trial -1 has no configuration that can be trained"):
         study.config_of(trial)
 

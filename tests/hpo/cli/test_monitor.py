@@ -20,7 +20,7 @@ from hpo.space import SearchSpace
 from hpo.storage.lease import own_lease
 from hpo.study import Study
 from hpo.text import short_names
-from hpo.trials import SLOT, TAKEN_FROM
+from hpo.trials import TAKEN_FROM, TRIAL_INDEX
 from tests.hpo.commands import hpo as run_hpo
 from tests.hpo.confirmation.simulated import in_memory, on_disk, space_of
 
@@ -117,8 +117,8 @@ def space(tmp_path: Path) -> SearchSpace:
 
 def of(study: Study, *trials: FrozenTrial, total: int) -> Study:
     """The study with these trials, each a slot."""
-    for slot, one in enumerate(trials):
-        one.user_attrs.setdefault(SLOT, slot)
+    for trial_index, one in enumerate(trials):
+        one.user_attrs.setdefault(TRIAL_INDEX, trial_index)
         study.optuna.add_trial(one)
     study.optuna.set_user_attr("trials", total)
     return study
@@ -185,8 +185,8 @@ def test_before_three_trials_are_over_the_time_left_is_unknown(
 def test_a_retried_trial_names_its_slot(space: SearchSpace, capsys: pytest.CaptureFixture[str]) -> None:
     study = of(
         in_memory(space),
-        trial(FAIL, 0, 1, space=space, slot=0, interrupted=True),
-        trial(RUNNING, 1, space=space, lease=own_lease(), slot=0),
+        trial(FAIL, 0, 1, space=space, trial_index=0, interrupted=True),
+        trial(RUNNING, 1, space=space, lease=own_lease(), trial_index=0),
         total=1,
     )
     lines = shown(study, 2, capsys)
@@ -266,7 +266,7 @@ def live(space: SearchSpace, monkeypatch: pytest.MonkeyPatch) -> Study:
     monkeypatch.setattr(hpo.cli.console, "console", terminal)
     monkeypatch.setattr(hpo.cli.top, "console", terminal)
     study = on_disk(space, name="live")
-    study.ensure_slots(1)
+    study.queue.ensure_trials(1)
     return study
 
 
@@ -279,12 +279,12 @@ def test_it_looks_again_until_nothing_runs(
         """The worker's part: claims the trial, and then ends it."""
         looks.append(seconds)
         if len(looks) == 1:
-            claimed = live.claim()
+            claimed = live.queue.claim()
             assert claimed is not None
             claimed_trials.append(claimed[0])
         else:
             claimed_trials[0].report(0.4, 20)
-            live.finish(claimed_trials[0], "complete", 0.4)
+            live.queue.finish(claimed_trials[0], "complete", 0.4)
 
     claimed_trials: list[Any] = []
     monkeypatch.setattr(hpo.cli.top.time, "sleep", sleep)

@@ -20,7 +20,7 @@ from hpo.confirmation.statistics import Interval
 from hpo.space import SearchSpace, check_file, load_recipe, load_space
 from hpo.study import Study
 from hpo.study.dataframe import trials_frame
-from hpo.trials import SLOT
+from hpo.trials import BASELINE, TRIAL_INDEX
 from tests.hpo.commands import hpo as run_hpo
 from tests.hpo.confirmation.simulated import on_disk, space_of
 
@@ -62,17 +62,17 @@ def study(space: SearchSpace) -> Study:
     """One of each: the base, one that was cut off and begun again, pruned, failed, running, waiting."""
     study = on_disk(space, name="s")
     over = {"epochs": 2, "kept_epoch": 2, "elapsed_s": 3.25, "images_per_s": 900.0, "device": "CPU, 1 thread"}
-    add(study, space, TrialState.COMPLETE, space.base_params(), value=0.7, intermediate_values={1: 0.5, 2: 0.7},
-        attributes={SLOT: 0, "base": True, "fold_values": [0.6, 0.8], **over})  # fmt: skip
-    add(study, space, TrialState.FAIL, SGD, attributes={SLOT: 1, "interrupted": True})
+    add(study, space, TrialState.COMPLETE, space.baseline_params(), value=0.7, intermediate_values={1: 0.5, 2: 0.7},
+        attributes={TRIAL_INDEX: 0, BASELINE: True, "fold_values": [0.6, 0.8], **over})  # fmt: skip
+    add(study, space, TrialState.FAIL, SGD, attributes={TRIAL_INDEX: 1, "interrupted": True})
     add(study, space, TrialState.PRUNED, ADAM, value=0.4, intermediate_values={1: 0.4},
         system_attrs={"rung:1": [2, 2, False]},
-        attributes={SLOT: 2, "epochs": 1, "elapsed_s": 1.5, "lease": {"host": "h", "pid": 1}})  # fmt: skip
-    add(study, space, TrialState.PRUNED, ADAM, attributes={SLOT: 3, "failure": "diverged"})
+        attributes={TRIAL_INDEX: 2, "epochs": 1, "elapsed_s": 1.5, "lease": {"host": "h", "pid": 1}})  # fmt: skip
+    add(study, space, TrialState.PRUNED, ADAM, attributes={TRIAL_INDEX: 3, "failure": "diverged"})
     add(study, space, TrialState.COMPLETE, SGD, value=0.9, intermediate_values={1: 0.6, 2: 0.9},
-        system_attrs={"rung:1": [1, 3, True]}, attributes={SLOT: 1, "crashes": 1, **over})  # fmt: skip
-    add(study, space, TrialState.RUNNING, ADAM, intermediate_values={1: 0.2}, attributes={SLOT: 4})
-    add(study, space, TrialState.WAITING, {}, attributes={SLOT: 5})
+        system_attrs={"rung:1": [1, 3, True]}, attributes={TRIAL_INDEX: 1, "crashes": 1, **over})  # fmt: skip
+    add(study, space, TrialState.RUNNING, ADAM, intermediate_values={1: 0.2}, attributes={TRIAL_INDEX: 4})
+    add(study, space, TrialState.WAITING, {}, attributes={TRIAL_INDEX: 5})
     return study
 
 
@@ -87,10 +87,10 @@ def output_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 def test_each_slot_has_one_row_in_the_order_of_the_numbers(study: Study) -> None:
     frame = trials_frame(study)
     assert frame["number"].tolist() == [0, 2, 3, 4, 5, 6], "number 1 was cut off, and 4 has its slot"
-    assert frame["slot"].tolist() == [0, 2, 3, 1, 4, 5]
+    assert frame["trial_index"].tolist() == [0, 2, 3, 1, 4, 5]
     assert frame["state"].tolist() == ["complete", "pruned", "pruned", "complete", "running", "waiting"]
     assert frame["failure"].dropna().to_dict() == {2: "diverged"}
-    assert frame["base"].tolist() == [True, False, False, False, False, False]
+    assert frame["baseline"].tolist() == [True, False, False, False, False, False]
 
 
 def test_the_value_is_that_of_complete_trials_alone(study: Study) -> None:
@@ -233,14 +233,14 @@ def test_an_exported_trial_is_a_whole_recipe_and_a_base(
     assert "fingerprint abababababab" in recipe.result
     assert text.startswith("# The best of the search, not confirmed") == (which == "best")
     based = space_of(tmp_path, "base: mine.yaml\nsearch:\n  loss.smoothing: {low: 0.0, high: 0.2}\n", "based")
-    assert based.base.flat() == recipe.config.flat()
+    assert based.baseline.flat() == recipe.config.flat()
 
 
 def test_an_exported_trial_can_be_trained(
     space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = on_disk(space, name="real", dataset=load_dataset(space.base.data))
-    add(study, space, TrialState.COMPLETE, ADAM, value=0.4, attributes={SLOT: 0})
+    study = on_disk(space, name="real", dataset=load_dataset(space.baseline.data))
+    add(study, space, TrialState.COMPLETE, ADAM, value=0.4, attributes={TRIAL_INDEX: 0})
     file = tmp_path / "mine.yaml"
     said = output_of(monkeypatch, capsys, "study", "export", "best", "--study", "real", "-o", str(file)).splitlines()
     assert said[-1] == f"  hpo train {file}"
@@ -281,7 +281,7 @@ def confirmation(study: Study, space: SearchSpace, *, finished: int) -> Confirma
                          {0: (mean,), 1: (mean,)}, None, None, Interval(mean, 0.01, 2))  # fmt: skip
 
     best = contender("trial 4", study.config_of(study.optuna.trials[4]), 0.6)
-    base = contender("base", space.base, 0.65)
+    base = contender("base", space.baseline, 0.65)
     return Confirmation(
         study.name, "accuracy", "maximize", (base, best), "trial 4", "base", evidence=False,
         advantage=Interval(-0.05, 0.02, 2), optimism=0.3, search_epochs=9, budget_epochs=8, epochs=8, trainings=4,
@@ -300,7 +300,7 @@ def test_the_best_is_the_confirmed_winner_and_it_is_said(
     )
     file = study.paths.dir / "winner.yaml"
     file.write_text(text)
-    assert load_recipe(file).config == space.base
+    assert load_recipe(file).config == space.baseline
     assert load_recipe(file).description == "the winner of study s: the base (trial 0)"
 
 
@@ -321,9 +321,9 @@ def test_the_spaces_that_are_shipped_can_all_be_exported_from(space: SearchSpace
         study,
         shipped,
         TrialState.COMPLETE,
-        shipped.base_params(),
+        shipped.baseline_params(),
         value=0.5,
-        attributes={SLOT: 0, "recipe": "a: b # c"},
+        attributes={TRIAL_INDEX: 0, "recipe": "a: b # c"},
     )
     from hpo.cli.trials import export_command
 

@@ -15,8 +15,8 @@ from optuna.trial import TrialState, create_trial
 from hpo.paths import StudyPaths
 from hpo.space import SearchSpace, load_space
 from hpo.study import Study, open_study
-from hpo.study.metadata import new_record
-from hpo.trials import BASE, SLOT
+from hpo.study.metadata import new_metadata
+from hpo.trials import BASELINE, TRIAL_INDEX
 
 Score = Callable[[Mapping[str, Any], random.Random], float]
 
@@ -42,8 +42,8 @@ def in_memory(space: SearchSpace, *, name: str = "simulated") -> Study:
     """A study of the space that no file holds."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     images: Any = Images()
-    record = new_record(space, images, seed=0, data_path=None)
-    return Study(optuna.create_study(direction=space.direction), StudyPaths.of(name), record, "memory", space)
+    metadata = new_metadata(space, images, seed=0, data_path=None)
+    return Study(optuna.create_study(direction=space.direction), StudyPaths.of(name), metadata, "memory", space)
 
 
 def on_disk(space: SearchSpace, *, name: str = "simulated", **options: Any) -> Study:
@@ -66,13 +66,13 @@ def add_trials(
     scratch = optuna.create_study(sampler=sampler)
     sign = 1 if space.direction == "maximize" else -1
     values: list[float] = []
-    for slot in range(trials):
+    for trial_index in range(trials):
         drawn = scratch.ask()
-        params = space.base_params() if slot == 0 else (space.suggest(drawn), drawn.params)[1]
+        params = space.baseline_params() if trial_index == 0 else (space.suggest(drawn), drawn.params)[1]
         value = score(params, rng)
         worse = bool(values) and sign * value < sorted(sign * known for known in values)[len(values) // 2]
         values.append(value)
-        cut = slot > 0 and worse and rng.random() < pruned
+        cut = trial_index > 0 and worse and rng.random() < pruned
         study.optuna.add_trial(
             create_trial(
                 state=TrialState.PRUNED if cut else TrialState.COMPLETE,
@@ -80,6 +80,6 @@ def add_trials(
                 params=params,
                 distributions={path: space.distributions[path] for path in params},
                 intermediate_values={1: value},
-                user_attrs={SLOT: slot, **({BASE: True} if slot == 0 else {})},
+                user_attrs={TRIAL_INDEX: trial_index, **({BASELINE: True} if trial_index == 0 else {})},
             )
         )

@@ -33,7 +33,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.space import ConfirmationSpace, SearchSpace, load_space, space_from_yaml, space_to_yaml
 from hpo.study import CONFIRMATION, Study, find_study, list_studies, open_study
 from hpo.study.results import write_result
-from hpo.trials import BASE, CONFIG, RECIPE, SLOT, STOPPED, Outcome
+from hpo.trials import BASELINE, CONFIG, RECIPE, STOPPED, TRIAL_INDEX, Outcome
 from tests.hpo.commands import hpo
 
 CPU = torch.device("cpu")
@@ -292,9 +292,9 @@ def test_a_result_that_was_made_without_some_trainings_is_not_the_last_word(
     studies: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = begun("planted", digits, share=6)
-    assert (study.waiting(), result_of("planted").trainings) == (2, 10)
+    assert (study.queue.waiting(), result_of("planted").trainings) == (2, 10)
     assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu") == 0
-    assert (study.waiting(), result_of("planted").trainings) == (0, 12)
+    assert (study.queue.waiting(), result_of("planted").trainings) == (0, 12)
 
 
 def test_what_was_queued_by_one_that_died_before_it_raised_the_total_is_trained_too(
@@ -317,7 +317,7 @@ def raised(error: BaseException) -> int:
 def test_two_that_queue_at_once_queue_everything_once(searches: Path, digits: Dataset) -> None:
     search = find_study("planted")
     space = search.space()
-    splits = folds(digits, space.base.data)
+    splits = folds(digits, space.baseline.data)
     studies = [open_confirmation(search, space, digits, splits, data_path=None) for _ in range(2)]
     plans = [Plan(find_study("planted"), space, share=5) for _ in studies]
     with ThreadPoolExecutor(2) as both:
@@ -328,13 +328,13 @@ def test_two_that_queue_at_once_queue_everything_once(searches: Path, digits: Da
 
 def test_an_attempt_that_died_while_it_was_stopped_leaves_no_trace_of_that(searches: Path, digits: Dataset) -> None:
     study, _ = a_field(digits)
-    opened = Study(study.optuna, study.paths, study.record, study.storage_url, study.space())
-    claimed = opened.claim()
+    opened = Study(study.optuna, study.paths, study.metadata, study.storage_url, study.space())
+    claimed = opened.queue.claim()
     assert claimed is not None
-    trial, slot = claimed
+    trial, trial_index = claimed
     trial.set_user_attr(STOPPED, "cannot win")
-    opened.release(trial)
-    assert next(one for one in trainings(study) if one.slot == slot).stopped is None
+    opened.queue.release(trial)
+    assert next(one for one in trainings(study) if one.trial_index == trial_index).stopped is None
 
 
 # Who is stopped
@@ -345,7 +345,7 @@ def begun(name: str, dataset: Dataset, *, share: float) -> Study:
     search = find_study(name)
     space = search.space()
     plan = Plan(search, space, share=share)
-    study = open_confirmation(search, space, dataset, folds(dataset, space.base.data), data_path=None)
+    study = open_confirmation(search, space, dataset, folds(dataset, space.baseline.data), data_path=None)
     plan.queue(study)
     return study
 
@@ -418,7 +418,7 @@ def a_field(dataset: Dataset) -> tuple[Study, Plan]:
     """A confirmation of three whose scores are the test's to say: the base, trial 1 and trial 2."""
     search, space = invented("field", {1: 0.9, 2: 0.8}, dataset)
     plan = Plan(search, space, share=5.0)  # of 3 × 10 epochs: 15 trainings
-    study = open_confirmation(search, space, dataset, folds(dataset, space.base.data), data_path=None)
+    study = open_confirmation(search, space, dataset, folds(dataset, space.baseline.data), data_path=None)
     plan.queue(study)
     return study, plan
 
@@ -432,19 +432,19 @@ def end_all(
 ) -> None:
     """Ends all that waits, as a worker would: with these values, stopped from a replicate on, or failed at once."""
     space = study.space()
-    opened = Study(study.optuna, study.paths, study.record, study.storage_url, space)
+    opened = Study(study.optuna, study.paths, study.metadata, study.storage_url, space)
     failed: set[str] = set()
-    while (claimed := opened.claim()) is not None:
+    while (claimed := opened.queue.claim()) is not None:
         trial, _ = claimed
         space.suggest(trial)
         key, replicate = trial.user_attrs["candidate"], trial.user_attrs["replicate"]
         if replicate >= (stop or {}).get(key, math.inf) or key in failed:
-            opened.finish(trial, "pruned", attributes={STOPPED: "cannot win", "epochs": 0})
+            opened.queue.finish(trial, "pruned", attributes={STOPPED: "cannot win", "epochs": 0})
         elif key in fail:
             failed.add(key)
-            opened.finish(trial, "pruned", failure="diverged", attributes={"epochs": 1})
+            opened.queue.finish(trial, "pruned", failure="diverged", attributes={"epochs": 1})
         else:
-            opened.finish(trial, "complete", values[key] + replicate / 1000, attributes={"epochs": 10})
+            opened.queue.finish(trial, "complete", values[key] + replicate / 1000, attributes={"epochs": 10})
 
 
 # What it may cost
@@ -506,10 +506,15 @@ def test_a_space_of_before_the_budget_can_still_be_read(tmp_path: Path) -> None:
 def test_what_a_confirmation_trains_is_written_and_read_back(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(PLANTED)
     space = load_space(tmp_path / "s.yaml")
-    written = ConfirmationSpace.of("s", space.objective, space.base, space.path, train_images=3, val_images=1)
+    written = ConfirmationSpace.of("s", space.objective, space.baseline, space.path, train_images=3, val_images=1)
     read = space_from_yaml(space_to_yaml(written), "s")
     assert isinstance(read, ConfirmationSpace)
-    assert (read.base, read.objective, read.confirms, read.hash) == (space.base, space.objective, "s", written.hash)
+    assert (read.baseline, read.objective, read.confirms, read.hash) == (
+        space.baseline,
+        space.objective,
+        "s",
+        written.hash,
+    )
     assert read.test_share == pytest.approx(1 / 3)
     assert read.resolution == 1
 
@@ -550,8 +555,8 @@ def invented(
                 value=value,
                 params={"optim.lr_scale": rate},
                 distributions=space.distributions,
-                user_attrs={SLOT: number, "epochs": 10, "kept_epoch": 7}
-                | ({BASE: True} if number == 0 else {})
+                user_attrs={TRIAL_INDEX: number, "epochs": 10, "kept_epoch": 7}
+                | ({BASELINE: True} if number == 0 else {})
                 | (attributes or {}).get(number, {}),
                 intermediate_values=(at or {}).get(number, {}),
             )
@@ -685,7 +690,7 @@ def test_with_the_loss_as_objective_less_is_better(tmp_path: Path) -> None:
                 value=value,
                 params={"optim.lr_scale": 1.0 + number},
                 distributions=space.distributions,
-                user_attrs={SLOT: number, **({BASE: True} if number == 0 else {})},
+                user_attrs={TRIAL_INDEX: number, **({BASELINE: True} if number == 0 else {})},
                 intermediate_values={5: -value},
             )
         )
@@ -807,7 +812,7 @@ def test_a_search_without_a_complete_trial_has_nothing_to_confirm(
     space = load_space(tmp_path / "s.yaml")
     study = open_study(space, name="s", dataset=IMAGES)
     study.remember_space(space)
-    study.ensure_slots(3)
+    study.queue.ensure_trials(3)
     assert hpo(monkeypatch, "confirm") == 2
     assert "study s has no complete trial yet" in capfd.readouterr().err
 
@@ -819,9 +824,9 @@ def test_the_confirmation_of_another_study_of_the_name_is_not_gone_on_with(studi
         (studies / "planted" / "study.yaml").read_text().replace("name: hopeless", "name: planted")
     )
     search = find_study("hopeless")
-    renamed = Study(search.optuna, StudyPaths.of("planted"), search.record, search.storage_url)
+    renamed = Study(search.optuna, StudyPaths.of("planted"), search.metadata, search.storage_url)
     with pytest.raises(StudyError, match=r"planted\.confirm confirms another study that was called planted; delete"):
-        open_confirmation(renamed, search.space(), digits, folds(digits, search.space().base.data), data_path=None)
+        open_confirmation(renamed, search.space(), digits, folds(digits, search.space().baseline.data), data_path=None)
 
 
 # With folds

@@ -273,7 +273,7 @@ def test_the_studys_note_says_what_how_to_go_on_and_whether_it_is_confirmed(real
     note = get_note(real.optuna)
     for said in (
         "searched: `optim.lr_scale`, `batch_size`",
-        f"data: digits, fingerprint `{real.record['data']['fingerprint'][:12]}`",
+        f"data: digits, fingerprint `{real.metadata['data']['fingerprint'][:12]}`",
         "accuracy on the validation images, maximized; seed 0",
         f"\n{real.command}\n",
         "\nhpo refit best --study demo\n",
@@ -285,7 +285,7 @@ def test_the_studys_note_says_what_how_to_go_on_and_whether_it_is_confirmed(real
 def test_the_studys_attributes_say_at_a_glance_what_it_is(real: Study) -> None:
     attributes = real.optuna.user_attrs
     assert attributes["data"] == "digits"
-    assert attributes["data_fingerprint"] == real.record["data"]["fingerprint"]
+    assert attributes["data_fingerprint"] == real.metadata["data"]["fingerprint"]
     assert (attributes["space_name"], attributes["space_hash"]) == ("demo", real.space().hash)
     assert attributes["objective"] == "accuracy (maximize)"
     assert "torch " in attributes["versions"]
@@ -304,7 +304,7 @@ def test_a_host_with_two_devices_names_both_once(real: Study) -> None:
 def test_a_note_is_kept_as_the_dashboard_keeps_it_however_long(storage: str, real: Study, tmp_path: Path) -> None:
     url = str(tmp_path / "journal.log") if storage == "journal" else f"sqlite:///{tmp_path}/s.db"
     study = optuna.create_study(study_name="s", storage=open_storage(url))
-    own = Study(study, StudyPaths(tmp_path / "s"), real.record, url)
+    own = Study(study, StudyPaths(tmp_path / "s"), real.metadata, url)
     study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING))
     frozen = study.get_trials()[0]
     trial = optuna.Trial(study, frozen._trial_id)

@@ -37,8 +37,8 @@ from hpo.report.page import Section
 from hpo.space import SearchSpace, load_space, space_to_yaml
 from hpo.space.pruner import build_pruner, places_of
 from hpo.study import Study, find_study
-from hpo.study.metadata import new_record
-from hpo.trials import BASE, FAILURE, INTERRUPTED, LET_THROUGH, RECIPE, RESUMED_EPOCH, SLOT, TAKEN_FROM
+from hpo.study.metadata import new_metadata
+from hpo.trials import BASELINE, FAILURE, INTERRUPTED, LET_THROUGH, RECIPE, RESUMED_EPOCH, TAKEN_FROM, TRIAL_INDEX
 from tests.hpo.commands import hpo
 
 EPOCHS = 20
@@ -60,7 +60,7 @@ SECTIONS: tuple[Callable[[Facts], Section | None], ...] = (
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return load_dataset(load_space("digits").base.data)
+    return load_dataset(load_space("digits").baseline.data)
 
 
 def a_study(dataset: Dataset, name: str, *overrides: str, space_file: str = "digits") -> tuple[Study, SearchSpace]:
@@ -69,11 +69,11 @@ def a_study(dataset: Dataset, name: str, *overrides: str, space_file: str = "dig
     found = optuna.create_study(
         direction=space.direction,
         sampler=optuna.samplers.RandomSampler(seed=0),
-        pruner=build_pruner(space.pruner, EPOCHS, space.base.data.folds),
+        pruner=build_pruner(space.pruner, EPOCHS, space.baseline.data.folds),
     )
     found.set_user_attr("space", space_to_yaml(space))
-    record = new_record(space, dataset, seed=0, data_path=None)
-    return Study(found, StudyPaths.of(name), record, "memory", space), space
+    metadata = new_metadata(space, dataset, seed=0, data_path=None)
+    return Study(found, StudyPaths.of(name), metadata, "memory", space), space
 
 
 def invented(
@@ -88,13 +88,15 @@ def invented(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study, space = a_study(dataset, "invented", *overrides, space_file=space_file)
     draw = random.Random(7)
-    steps = EPOCHS * (space.base.data.folds or 1)
-    for slot in range(trials):
-        study.optuna.enqueue_trial(space.base_params() if slot == 0 else {}, user_attrs={SLOT: slot})
+    steps = EPOCHS * (space.baseline.data.folds or 1)
+    for trial_index in range(trials):
+        study.optuna.enqueue_trial(
+            space.baseline_params() if trial_index == 0 else {}, user_attrs={TRIAL_INDEX: trial_index}
+        )
         trial = study.optuna.ask()
         params = space.suggest(trial)
-        if slot == 0:
-            trial.set_user_attr(BASE, True)
+        if trial_index == 0:
+            trial.set_user_attr(BASELINE, True)
         good = 0.95 - 0.03 * abs(math.log(params["optim.lr_scale"] / best_rate)) - params["loss.smoothing"] / 4
         slow = draw.uniform(2, 6)
         pace = 0.5 * params["model.width"] * draw.uniform(0.9, 1.1)
@@ -129,7 +131,7 @@ def given(dataset: Dataset, trials: Sequence[FrozenTrial], *overrides: str) -> F
 
 
 def a_trial(
-    slot: int,
+    trial_index: int,
     reported: Mapping[int, float],
     value: float | None = None,
     *,
@@ -142,7 +144,7 @@ def a_trial(
         state=state or (TrialState.PRUNED if value is None else TrialState.COMPLETE),
         value=value,
         intermediate_values=dict(reported),
-        user_attrs={SLOT: slot, **attributes},
+        user_attrs={TRIAL_INDEX: trial_index, **attributes},
         system_attrs={f"rung:{rung}": list(place) for rung, place in (places or {}).items()},
     )
 
@@ -271,7 +273,9 @@ def test_what_has_no_order_has_no_rank_correlation(a: list[float], b: list[float
 
 
 def test_a_value_that_is_no_number_at_a_rung_is_left_out(digits: Dataset) -> None:
-    trials = [a_trial(slot, {2: 0.1 * slot, 5: 0.1, 10: 0.1}, 0.1 * slot) for slot in range(5)]
+    trials = [
+        a_trial(trial_index, {2: 0.1 * trial_index, 5: 0.1, 10: 0.1}, 0.1 * trial_index) for trial_index in range(5)
+    ]
     facts = given(digits, [*trials, a_trial(5, {2: math.nan, 5: 0.1, 10: 0.1}, 0.9)])
     assert pruning.agreement(facts, 2).rho == pytest.approx(1.0)
     assert len(pruning.agreement(facts, 2).points) == 5
@@ -360,7 +364,7 @@ def test_each_figure_of_the_pruner_holds_all_who_finished_and_all_who_were_cut_t
     ],
 )
 def test_where_none_was_let_through_it_says_why_and_how_to(digits: Dataset, share: str, words: str) -> None:
-    trials = [a_trial(slot, {2: 0.1 * slot}, 0.5) for slot in range(30)]
+    trials = [a_trial(trial_index, {2: 0.1 * trial_index}, 0.5) for trial_index in range(30)]
     section = pruning.pruner_safety(given(digits, trials, f"pruner.let_through={share}"))
     assert re.search(words, text_of(section))
     assert "--set pruner.let_through=0.1" in text_of(section)
@@ -419,7 +423,7 @@ def test_where_nothing_lies_at_a_bound_it_is_not_named(digits: Dataset, tmp_path
 
 def test_failures_are_counted_by_cause_the_most_frequent_first(digits: Dataset) -> None:
     causes = ["diverged", "oom", "diverged", "invalid", "crashed", "diverged"]
-    trials = [a_trial(slot, {}, failure=cause) for slot, cause in enumerate(causes)]
+    trials = [a_trial(trial_index, {}, failure=cause) for trial_index, cause in enumerate(causes)]
     facts = given(digits, [*trials, a_trial(6, {1: 0.5}), a_trial(7, {1: 0.5}, 0.5)])
     assert {cause: len(found) for cause, found in failures.by_cause(facts).items()} == {
         "diverged": 3,
@@ -537,8 +541,8 @@ def test_the_wall_clock_leaves_out_pauses_and_counts_trials_side_by_side_once(di
     begun = datetime(2026, 1, 1)
     spans = [(0, 10), (5, 20), (8, 9), (100, 130)]
     trials = []
-    for slot, (start, end) in enumerate(spans):
-        trial = a_trial(slot, {}, 0.5, elapsed_s=1.0)
+    for trial_index, (start, end) in enumerate(spans):
+        trial = a_trial(trial_index, {}, 0.5, elapsed_s=1.0)
         trial.datetime_start, trial.datetime_complete = begun + timedelta(seconds=start), begun + timedelta(seconds=end)
         trials.append(trial)
     assert costs.wall_clock(given(digits, trials)) == (130.0, 50.0)
@@ -638,7 +642,7 @@ def test_rivals_are_the_best_the_base_and_the_recipes_the_best_first(digits: Dat
     )
     assert [row[2] for row in cells_of(section)] == ["+0.4500", "+0.4000", "+0.2000", "–", "–", "–"]
     assert "could not be trained: oom" in text_of(section)
-    assert {BASE, RECIPE} <= {key for trial in trials for key in trial.user_attrs}
+    assert {BASELINE, RECIPE} <= {key for trial in trials for key in trial.user_attrs}
 
 
 def test_the_best_that_is_the_base_is_named_once(digits: Dataset) -> None:

@@ -70,13 +70,18 @@ search:
 FOLDS = SPACE.replace("data: {name: digits}", "data: {name: digits, folds: 3}")
 NLL = SPACE + "objective: {metric: nll}\n"
 
-ALL = {"trials": 12, "running": 2, "waiting": 3, "fails": lambda slot, _: "diverged" if slot in (5, 8) else ""}
+ALL = {
+    "trials": 12,
+    "running": 2,
+    "waiting": 3,
+    "fails": lambda trial_index, _: "diverged" if trial_index in (5, 8) else "",
+}
 """A study with trials in every state."""
 
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return load_dataset(load_space("digits").base.data)
+    return load_dataset(load_space("digits").baseline.data)
 
 
 @pytest.fixture
@@ -350,7 +355,7 @@ def test_importances_that_cannot_be_told_say_why(digits: Dataset, space: str, ho
 def test_what_is_trained_while_the_report_is_written_is_not_in_it(everything: Study) -> None:
     facts = gather(everything)
     before = len(facts.complete)
-    everything.optuna.add_trial(optuna.trial.create_trial(value=0.99, user_attrs={"slot": 99}))
+    everything.optuna.add_trial(optuna.trial.create_trial(value=0.99, user_attrs={"trial_index": 99}))
     assert len([trace for trace in parallel_figure(facts).data if trace.mode == "lines"]) == before
     assert len(gather(everything).complete) == before + 1
 
@@ -360,7 +365,7 @@ def test_a_few_broken_values_do_not_flatten_a_losss_curves(digits: Dataset) -> N
     diverging = optuna.trial.create_trial(
         state=optuna.trial.TrialState.PRUNED,
         intermediate_values={1: 1e6, 2: math.nan},
-        user_attrs={"slot": 20, FAILURE: "diverged"},
+        user_attrs={"trial_index": 20, FAILURE: "diverged"},
     )
     study.optuna.add_trial(diverging)
     facts = gather(study)
@@ -376,7 +381,7 @@ def test_a_few_broken_values_do_not_flatten_a_losss_curves(digits: Dataset) -> N
 def confirmation_of(facts: Facts, *, lead: float, spread: float, evidence: bool) -> Confirmation:
     """One of five replicates in which the best trial leads the base by so much."""
     assert facts.best is not None
-    assert facts.base is not None
+    assert facts.baseline is not None
     around = [-spread, -spread / 2, 0.0, spread / 2, spread]
 
     def contender(key: str, trial: Any, mean: float) -> Contender:
@@ -389,7 +394,7 @@ def confirmation_of(facts: Facts, *, lead: float, spread: float, evidence: bool)
     best = contender(f"trial {facts.best.number}", facts.best, 0.9 + lead)
     return Confirmation(
         study=facts.study.name, metric=facts.metric, direction=facts.study.direction,
-        contenders=(best, contender("base", facts.base, 0.9)),
+        contenders=(best, contender("base", facts.baseline, 0.9)),
         leader=best.key, winner=best.key if evidence else "base",
         evidence=evidence, advantage=Interval(lead, 0.006, 5), optimism=0.011, search_epochs=120, budget_epochs=40,
         epochs=100, trainings=10, replicates=5, elapsed_s=75.0, left_out=("trial 3, for which it is too small",),
@@ -430,10 +435,10 @@ def test_no_evidence_is_said_and_the_base_is_the_winner(digits: Dataset) -> None
 def test_without_a_confirmation_the_lead_is_called_flattering(digits: Dataset) -> None:
     facts = gather(invented_study(SPACE, digits, "open", trials=12))
     assert facts.best is not None
-    assert facts.base is not None
-    assert facts.best is not facts.base
+    assert facts.baseline is not None
+    assert facts.best is not facts.baseline
     section = answer(facts)
-    gain = difference("accuracy", value_of(facts.best) - value_of(facts.base))
+    gain = difference("accuracy", value_of(facts.best) - value_of(facts.baseline))
     assert section.lead.startswith("Not confirmed: ")
     assert gain in section.lead
     assert "partly luck, so this is flattering" in text_of(section)
@@ -635,7 +640,7 @@ def test_a_mistake_is_one_line(
 
 def test_a_confirmations_own_study_has_no_report(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     study = invented_study(SPACE, digits, "won", trials=2)
-    monkeypatch.setitem(study.record["identity"], "confirms", "search")
+    monkeypatch.setitem(study.metadata["identity"], "confirms", "search")
     monkeypatch.setattr("hpo.cli.report.find_study", lambda *_, **__: study)
     with pytest.raises(StudyError, match="study won confirms search, whose report shows it: hpo report search"):
         report_command("won", storage=None, data=None, output=None, compare=[])
@@ -652,7 +657,7 @@ def test_a_report_that_cannot_be_made_leaves_the_old_one(digits: Dataset, monkey
 
 def test_a_password_is_never_in_the_page(digits: Dataset, tmp_path: Path) -> None:
     study = invented_study(SPACE, digits, "secret", trials=3)
-    hidden = Study(study.optuna, study.paths, study.record, "postgresql://me:hush-hush@db/hpo")
+    hidden = Study(study.optuna, study.paths, study.metadata, "postgresql://me:hush-hush@db/hpo")
     write_report(hidden, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "hush-hush" not in text

@@ -34,7 +34,7 @@ from hpo.space import SearchSpace, load_space
 from hpo.study import Study, open_study
 from hpo.submission import refit
 from hpo.submission.bundle import load_bundle
-from hpo.trials import SLOT, Outcome
+from hpo.trials import TRIAL_INDEX, Outcome
 from tests.hpo.commands import hpo
 
 CPU = torch.device("cpu")
@@ -92,13 +92,13 @@ def a_space(
 
 def a_study(space: SearchSpace, dataset: Dataset, trials: int) -> Study:
     study = open_study(space, name="own", dataset=dataset)
-    study.ensure_slots(trials)
+    study.queue.ensure_trials(trials)
     return study
 
 
 def run(study: Study, space: SearchSpace, dataset: Dataset, *, stop_after: int | None = None) -> Watcher:
     watcher = Watcher(stop_after)
-    splits = folds(dataset, space.base.data)
+    splits = folds(dataset, space.baseline.data)
     with Interrupts() as interrupts:
         run_study(study, space, splits, device=CPU, listener=watcher, interrupts=interrupts)
         run_references(study, space, splits, device=CPU, listener=watcher, interrupts=interrupts)
@@ -214,9 +214,11 @@ def test_only_the_best_few_trials_keep_their_weights_and_those_keep_all_folds(tm
 
 def with_rivals(study: Study, values: dict[int, float]) -> None:
     """Adds trials that reported these values, by step, and are over."""
-    for slot in range(50, 58):
+    for trial_index in range(50, 58):
         study.optuna.add_trial(
-            create_trial(state=TrialState.COMPLETE, value=0.0, intermediate_values=values, user_attrs={SLOT: slot})
+            create_trial(
+                state=TrialState.COMPLETE, value=0.0, intermediate_values=values, user_attrs={TRIAL_INDEX: trial_index}
+            )
         )
 
 
@@ -282,7 +284,7 @@ def test_a_fold_that_stops_early_reports_its_end_at_the_step_where_all_end(tmp_p
 def test_the_estimate_counts_the_folds(tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpo.search.loop.seconds_per_epoch", lambda *arguments, **options: 2.0)
     space = a_space(tmp_path, overrides=["epochs=10", "pruner.rungs=[0.1]", "pruner.keep=0.5"])
-    splits = folds(digits, space.base.data)
+    splits = folds(digits, space.baseline.data)
     in_full, pruned = estimate_s(space, splits, trials=4, references=1, device=CPU)
     assert in_full == 5 * 30 * 2.0
     # All run the first epoch, half of them the rest of fold 1; the ends of folds 1 and 2 halve them together.
@@ -341,7 +343,9 @@ def test_a_torn_checkpoint_of_a_fold_costs_that_fold_alone(
 # Recorded trainings
 
 
-def record(config: TrainConfig, dataset: Dataset, paths: TrainingPaths, *, stop_after: int | None = None) -> Recorded:
+def record_training(
+    config: TrainConfig, dataset: Dataset, paths: TrainingPaths, *, stop_after: int | None = None
+) -> Recorded:
     seen: list[int] = []
 
     def watch(label: str) -> Callable[[EpochMetrics], None]:
@@ -365,7 +369,7 @@ def test_a_recorded_training_reports_mean_and_spread_over_its_folds(
     tmp_path: Path, digits: Dataset, small: TrainConfig
 ) -> None:
     paths = TrainingPaths(tmp_path / "training")
-    recorded = record(small, digits, paths)
+    recorded = record_training(small, digits, paths)
     values = [result.value("accuracy") for result in by_hand(small, digits)]
     assert recorded.values == tuple(values)
     assert recorded.value == statistics.fmean(values)
@@ -388,7 +392,7 @@ def test_without_folds_there_is_no_spread_and_the_result_is_the_kept_epochs(
     tmp_path: Path, digits: Dataset, small: TrainConfig
 ) -> None:
     paths = TrainingPaths(tmp_path / "training")
-    recorded = record(small.override({"data.folds": None}), digits, paths)
+    recorded = record_training(small.override({"data.folds": None}), digits, paths)
     assert recorded.spread is None
     result = json.loads(paths.result.read_text())
     assert result["epoch"] == 2
@@ -401,10 +405,10 @@ def test_a_recorded_training_cut_off_in_a_later_fold_goes_on(
 ) -> None:
     paths, twin = TrainingPaths(tmp_path / "training"), TrainingPaths(tmp_path / "twin")
     with pytest.raises(KeyboardInterrupt):
-        record(small, digits, paths, stop_after=3)
+        record_training(small, digits, paths, stop_after=3)
     assert paths.checkpoint(1).exists()
     assert not paths.result.exists()
-    recorded, expected = record(small, digits, paths), record(small, digits, twin)
+    recorded, expected = record_training(small, digits, paths), record_training(small, digits, twin)
     assert recorded.values == expected.values
     for fold in (1, 2, 3):
         assert paths.model(fold).read_bytes() == twin.model(fold).read_bytes()
@@ -582,8 +586,8 @@ def test_the_test_set_is_opened_once_when_all_is_decided(
     )
     do_refit(study, digits, "watched", ensemble=4)
     assert events == ["train"] * 4 + ["test"]
-    record = [json.loads(line) for line in study.paths.test_openings.read_text().splitlines()]
-    assert record[-1]["label"] == "watched"
+    metadata = [json.loads(line) for line in study.paths.test_openings.read_text().splitlines()]
+    assert metadata[-1]["label"] == "watched"
 
 
 def test_the_members_stop_early_by_their_own_validation_images(

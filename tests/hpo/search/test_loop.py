@@ -16,7 +16,7 @@ from core.config import TrainConfig
 from core.data import folds, load_dataset, split
 from core.errors import ConfigError, DivergedError
 from core.loop import EpochMetrics, train
-from hpo.analysis.summary import margins, standing
+from hpo.analysis.summary import margins, summarize
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import KEPT_MODELS, estimate_s, pending_references, run_references, run_study
 from hpo.search.objective import failure_of
@@ -65,10 +65,10 @@ def write_space(folder: Path, more: str = "", **recipes: str) -> SearchSpace:
 
 
 def run(space: SearchSpace, trials: int) -> tuple[Study, Quiet]:
-    dataset = load_dataset(space.base.data)
-    splits = folds(dataset, space.base.data)
+    dataset = load_dataset(space.baseline.data)
+    splits = folds(dataset, space.baseline.data)
     study = open_study(space, name="own", dataset=dataset)
-    study.ensure_slots(trials)
+    study.queue.ensure_trials(trials)
     listener = Quiet()
     with Interrupts() as interrupts:
         run_study(study, space, splits, device=CPU, listener=listener, interrupts=interrupts)
@@ -83,9 +83,9 @@ def test_a_recipe_that_the_space_can_express_is_a_trial_and_another_is_trained_b
     study, listener = run(space, 3)
     assert [trial.user_attrs.get("recipe") for trial in study.optuna.get_trials()] == [None, "inside", None]
     assert listener.references.keys() == {"outside"}
-    names = [name for name, _ in standing(study).rivals]
+    names = [name for name, _ in summarize(study).rivals]
     assert names == ["the base (trial 0)", "recipe inside (trial 1)", "recipe outside"]
-    lines = margins(standing(study), "accuracy", "maximize")
+    lines = margins(summarize(study), "accuracy", "maximize")
     assert len(lines) == 4
 
 
@@ -109,7 +109,7 @@ def test_a_recipe_that_cannot_be_trained_does_not_stop_the_study(tmp_path: Path)
     space = load_space(tmp_path / "own.yaml")
     study, listener = run(space, 1)
     assert listener.references["deep"]["failure"] == "invalid"
-    assert "  recipe deep could not be trained" in margins(standing(study), "accuracy", "maximize")
+    assert "  recipe deep could not be trained" in margins(summarize(study), "accuracy", "maximize")
     _, listener = run(space, 1)
     assert not listener.references  # it is not tried again
 
@@ -170,11 +170,11 @@ def test_a_checkpoint_of_another_configuration_is_left_and_the_trial_begins_anew
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     space = write_space(tmp_path)
-    dataset = load_dataset(space.base.data)
+    dataset = load_dataset(space.baseline.data)
     study = open_study(space, name="own", dataset=dataset)
     monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", float("inf"))
-    other = space.base.override({"loss.smoothing": 0.2})
-    train(other, split(dataset, space.base.data), device=CPU, checkpoint_to=study.paths.checkpoint(0))
+    other = space.baseline.override({"loss.smoothing": 0.2})
+    train(other, split(dataset, space.baseline.data), device=CPU, checkpoint_to=study.paths.checkpoint(0))
     study, _ = run(space, 1)
     assert study.counts().complete == 1
     assert "begins anew" in caplog.text
@@ -197,7 +197,7 @@ def test_failures_are_told_apart_by_what_is_to_be_learnt_from_them(error: Except
 
 def test_the_estimate_grows_with_trials_and_recipes_and_shrinks_with_pruning(tmp_path: Path) -> None:
     space = load_space("digits", ["epochs=10", "model.widths=[8]", "model.blocks=[1]"])
-    splits = folds(load_dataset(space.base.data), space.base.data)
+    splits = folds(load_dataset(space.baseline.data), space.baseline.data)
     in_full, pruned = estimate_s(space, splits, trials=10, references=0, device=CPU)
     assert 0 < pruned < in_full
     unpruned = load_space("digits", ["epochs=10", "model.widths=[8]", "model.blocks=[1]", "pruner.name=none"])

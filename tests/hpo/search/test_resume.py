@@ -60,15 +60,15 @@ def with_checkpoints(study: Path, command: Command, number: int) -> list[FrozenT
         ready = [
             trial
             for trial in running(study)
-            if (trial.last_step or 0) >= 3 and StudyPaths(study).checkpoint(trial.user_attrs["slot"]).exists()
+            if (trial.last_step or 0) >= 3 and StudyPaths(study).checkpoint(trial.user_attrs["trial_index"]).exists()
         ]
         return ready if len(ready) >= number else []
 
     return list(wait_until(found, f"{number} running trials have a checkpoint"))
 
 
-def attempts(study: Path, slot: int) -> list[FrozenTrial]:
-    return [trial for trial in trials_of(study) if trial.user_attrs["slot"] == slot]
+def attempts(study: Path, trial_index: int) -> list[FrozenTrial]:
+    return [trial for trial in trials_of(study) if trial.user_attrs["trial_index"] == trial_index]
 
 
 @pytest.mark.slow
@@ -85,16 +85,19 @@ def test_after_a_kill_of_everything_the_same_command_ends_at_its_total_and_tells
     assert command.ended() == 0, command.said
     said = command.said
     assert "study digits: 4 trials of 12 epochs, 0 done" in said
-    slots = ", ".join(str(trial.user_attrs["slot"]) for trial in killed)
+    trial_indices = ", ".join(str(trial.user_attrs["trial_index"]) for trial in killed)
     assert (
-        f"2 trial(s) were left running by a process that died (slot {slots}): 2 go on from a checkpoint, 0 begin anew\n"
+        f"2 trial(s) were left running by a process that died (slot {trial_indices}): "
+        "2 go on from a checkpoint, 0 begin anew\n"
     ) in said
     for trial in killed:
-        slot = trial.user_attrs["slot"]
-        again = attempts(study, slot)[1]
+        trial_index = trial.user_attrs["trial_index"]
+        again = attempts(study, trial_index)[1]
         resumed = again.user_attrs["resumed_epoch"]
-        assert 0 < resumed <= (attempts(study, slot)[0].last_step or 0)
-        assert f"trial {again.number} goes on after epoch {resumed}, from the checkpoint of slot {slot}\n" in said
+        assert 0 < resumed <= (attempts(study, trial_index)[0].last_step or 0)
+        assert (
+            f"trial {again.number} goes on after epoch {resumed}, from the checkpoint of slot {trial_index}\n" in said
+        )
     assert "study digits (space digits): 4 of 4 trials finished" in said
     assert sorted(finished_of(study)) == [0, 1, 2, 3]
     assert not running(study)
@@ -116,7 +119,7 @@ def test_sigterm_lets_both_epochs_end_and_none_is_trained_again(tmp_path: Path, 
     assert "were left running" not in command.said
     assert sorted(finished_of(study)) == [0, 1]
     for trial in stopped:
-        before, after = attempts(study, trial.user_attrs["slot"])
+        before, after = attempts(study, trial.user_attrs["trial_index"])
         assert before.state.name == "FAIL"
         assert after.user_attrs["resumed_epoch"] == before.last_step
         assert "crashes" not in after.user_attrs  # nobody but the person was at fault
@@ -142,7 +145,7 @@ def test_a_second_ctrl_c_does_not_wait_for_an_epoch_and_every_trial_is_queued_ag
     assert not group_of(command.process.pid) & set(workers)
     trials = trials_of(study)
     assert not any(trial.intermediate_values for trial in trials)  # no epoch was waited for
-    assert sorted(t.user_attrs["slot"] for t in trials if t.state.name == "WAITING") == [0, 1, 2]
+    assert sorted(t.user_attrs["trial_index"] for t in trials if t.state.name == "WAITING") == [0, 1, 2]
     assert not running(study)
     assert not any("crashes" in trial.user_attrs for trial in trials)  # a person's hurry is no configuration's fault
     assert took_s < 15  # an idle machine: under one
@@ -168,7 +171,7 @@ def test_without_retries_a_trial_whose_process_is_killed_counts_as_failed_and_th
     )
     assert sorted(finished_of(study)) == [0, 1, 2]
     assert len(trials_of(study)) == 3
-    assert not StudyPaths(study).checkpoint(victim.user_attrs["slot"]).exists()
+    assert not StudyPaths(study).checkpoint(victim.user_attrs["trial_index"]).exists()
 
 
 @pytest.mark.slow

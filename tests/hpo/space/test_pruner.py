@@ -14,7 +14,7 @@ from optuna.trial import TrialState, create_trial
 
 from hpo.space import grammar, load_space
 from hpo.space.pruner import RungPruner, build_pruner, lets_through, rung_epochs
-from hpo.trials import BASE, LET_THROUGH, RECIPE, SLOT
+from hpo.trials import BASELINE, LET_THROUGH, RECIPE, TRIAL_INDEX
 
 NAN = math.nan
 
@@ -23,14 +23,18 @@ def study_with(pruner: RungPruner, *, direction: str = "maximize") -> optuna.Stu
     return optuna.create_study(direction=direction, pruner=pruner)
 
 
-def add(study: optuna.Study, slot: int, values: Mapping[int, float], state: TrialState = TrialState.PRUNED) -> None:
+def add(
+    study: optuna.Study, trial_index: int, values: Mapping[int, float], state: TrialState = TrialState.PRUNED
+) -> None:
     """A trial that has reported these values."""
     value = 0.0 if state == TrialState.COMPLETE else None
-    study.add_trial(create_trial(state=state, value=value, intermediate_values=dict(values), user_attrs={SLOT: slot}))
+    study.add_trial(
+        create_trial(state=state, value=value, intermediate_values=dict(values), user_attrs={TRIAL_INDEX: trial_index})
+    )
 
 
-def running(study: optuna.Study, slot: int, **attributes: Any) -> optuna.Trial:
-    study.enqueue_trial({}, user_attrs={SLOT: slot, **attributes})
+def running(study: optuna.Study, trial_index: int, **attributes: Any) -> optuna.Trial:
+    study.enqueue_trial({}, user_attrs={TRIAL_INDEX: trial_index, **attributes})
     return study.ask()
 
 
@@ -105,7 +109,7 @@ def test_survivors_are_the_best_ceil_of_keep_times_n(direction: str, keep: float
 
 def test_a_trial_is_compared_to_those_that_have_come_so_far() -> None:
     study = study_with(RungPruner([2], 1 / 3))
-    trials = [running(study, slot) for slot in range(4)]
+    trials = [running(study, trial_index) for trial_index in range(4)]
     verdicts = [judge(trial, 2, value) for trial, value in zip(trials, (0.1, 0.5, 0.2, 0.4), strict=True)]
     # ceil(n/3) of those so far survive: 1 of 1, 1 of 2, 1 of 3, 2 of 4. The first is not called back.
     assert verdicts == [False, False, True, False]
@@ -123,8 +127,8 @@ def test_rivals_in_every_state_count_that_have_a_value_at_the_rung(state: TrialS
 
 def test_equals_survive_together() -> None:
     study = study_with(RungPruner([1], 0.25))
-    for slot in range(4):
-        add(study, slot, {1: 0.7})
+    for trial_index in range(4):
+        add(study, trial_index, {1: 0.7})
     assert not judge(running(study, 9), 1, 0.7)
 
 
@@ -140,7 +144,7 @@ def test_nan_ranks_worst(direction: str) -> None:
 def test_the_base_is_never_pruned_but_counts_as_a_rival() -> None:
     study = study_with(RungPruner([1], 0.5))
     add(study, 1, {1: 0.9})
-    base = running(study, 0, **{BASE: True})
+    base = running(study, 0, **{BASELINE: True})
     assert not judge(base, 1, 0.5)
     assert study.pruner.verdict(study, base) == "the base, never pruned"
     assert judge(running(study, 2), 1, 0.1)
@@ -166,8 +170,8 @@ def test_a_rung_is_judged_once_however_often_it_is_asked() -> None:
     study = study_with(RungPruner([2], 0.5))
     trial = running(study, 0)
     assert not judge(trial, 2, 0.1)
-    for slot in range(1, 9):
-        add(study, slot, {2: 0.9})
+    for trial_index in range(1, 9):
+        add(study, trial_index, {2: 0.9})
     assert not trial.should_prune()
     assert not judge(trial, 3, 0.1)
 
@@ -177,10 +181,10 @@ def test_a_retried_trial_is_not_judged_again_at_a_rung_that_it_passed() -> None:
     first = running(study, 0)
     assert not judge(first, 2, 0.1)
     study.tell(first, state=TrialState.FAIL)
-    for slot in range(1, 9):
-        add(study, slot, {2: 0.9, 4: 0.9})
+    for trial_index in range(1, 9):
+        add(study, trial_index, {2: 0.9, 4: 0.9})
     marks = study.trials[first.number].system_attrs
-    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={SLOT: 0}, system_attrs=marks))
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={TRIAL_INDEX: 0}, system_attrs=marks))
     study.pruner = RungPruner([2, 4], 0.5)  # another process
     again = study.ask()
     assert again.number != first.number
@@ -194,13 +198,13 @@ def test_a_retried_trial_is_not_judged_again_at_a_rung_that_it_passed() -> None:
 def test_a_retried_trial_is_pruned_at_the_rung_where_its_first_attempt_fell_behind_and_not_before() -> None:
     """The process was killed between the rung's mark and the trial's end."""
     study = study_with(RungPruner([1, 3], 0.5))
-    for slot in range(1, 9):
-        add(study, slot, {1: 0.1, 3: 0.9})
+    for trial_index in range(1, 9):
+        add(study, trial_index, {1: 0.1, 3: 0.9})
     first = running(study, 0)
     assert [judge(first, epoch, 0.5) for epoch in (1, 2, 3)] == [False, False, True]
     study.tell(first, state=TrialState.FAIL)
     marks = study.trials[first.number].system_attrs
-    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={SLOT: 0}, system_attrs=marks))
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={TRIAL_INDEX: 0}, system_attrs=marks))
     study.pruner = RungPruner([1, 3], 0.5)  # another process
     again = study.ask()
     verdicts = []
@@ -245,8 +249,8 @@ def test_the_verdict_before_the_first_rung_names_it() -> None:
 )
 def test_the_verdict_is_a_phrase(rank: int, words: str) -> None:
     study = study_with(RungPruner([1], 1.0))
-    for slot in range(1, rank):
-        add(study, slot, {1: 0.9})
+    for trial_index in range(1, rank):
+        add(study, trial_index, {1: 0.9})
     trial = running(study, 0)
     judge(trial, 1, 0.5)
     assert study.pruner.verdict(study, trial) == f"rung 1: {words} of {rank}, kept"
@@ -257,8 +261,8 @@ def test_the_verdict_is_a_phrase(rank: int, words: str) -> None:
 SHARES = [0.5, 0.3, 1 / 3, 0.1, 0.02, 0.013]
 
 
-def chosen(share: float, slots: int) -> list[int]:
-    return [slot for slot in range(slots) if lets_through(slot, share)]
+def chosen(share: float, trial_indices: int) -> list[int]:
+    return [trial_index for trial_index in range(trial_indices) if lets_through(trial_index, share)]
 
 
 def test_of_the_default_share_these_slots_are_let_through() -> None:
@@ -271,11 +275,14 @@ def test_of_no_share_none_is_let_through() -> None:
 
 @pytest.mark.parametrize("share", SHARES)
 def test_slots_are_let_through_evenly_and_none_where_a_study_is_short(share: float) -> None:
-    slots = chosen(share, 2000)
+    trial_indices = chosen(share, 2000)
     first = 1 / (2 * share)
-    assert first <= slots[0] < first + 1
-    assert {later - earlier for earlier, later in pairwise(slots)} <= {math.floor(1 / share), math.ceil(1 / share)}
-    assert all(abs(len([s for s in slots if s < n]) - share * n) <= 0.5 + share for n in range(2000))
+    assert first <= trial_indices[0] < first + 1
+    assert {later - earlier for earlier, later in pairwise(trial_indices)} <= {
+        math.floor(1 / share),
+        math.ceil(1 / share),
+    }
+    assert all(abs(len([s for s in trial_indices if s < n]) - share * n) <= 0.5 + share for n in range(2000))
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.51, NAN])
@@ -293,8 +300,8 @@ def test_the_share_is_the_spaces_and_does_not_make_it_another_space() -> None:
 
 def test_one_that_is_let_through_goes_on_to_its_end_and_says_so() -> None:
     study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
-    for slot in (0, 2):
-        add(study, slot, {2: 0.9, 4: 0.9})
+    for trial_index in (0, 2):
+        add(study, trial_index, {2: 0.9, 4: 0.9})
     trial = running(study, 1)
     assert not judge(trial, 1, 0.1)
     assert study.pruner.verdict(study, trial) == "first rung: 2"
@@ -316,7 +323,7 @@ def test_one_that_no_rung_would_have_cut_is_like_any_other() -> None:
     assert study.pruner.verdict(study, trial) == "rung 4: 1st of 2, kept"
 
 
-@pytest.mark.parametrize("attribute", [{BASE: True}, {RECIPE: "theirs"}])
+@pytest.mark.parametrize("attribute", [{BASELINE: True}, {RECIPE: "theirs"}])
 def test_the_base_and_the_recipes_are_let_through_by_what_they_are(attribute: Mapping[str, Any]) -> None:
     study = study_with(RungPruner([2], 0.5, let_through=0.5))
     add(study, 0, {2: 0.9})
@@ -356,7 +363,7 @@ def test_a_retried_trial_that_was_let_through_goes_on_as_its_first_attempt_did(s
 def test_a_trial_whose_process_died_between_its_place_and_the_attribute_has_both_in_the_end() -> None:
     study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
     study.add_trial(
-        create_trial(state=TrialState.WAITING, user_attrs={SLOT: 1}, system_attrs={"rung:2": [2, 2, False]})
+        create_trial(state=TrialState.WAITING, user_attrs={TRIAL_INDEX: 1}, system_attrs={"rung:2": [2, 2, False]})
     )
     again = study.ask()
     assert not any(judge(again, epoch, 0.1) for epoch in (1, 2, 3))
@@ -366,16 +373,20 @@ def test_a_trial_whose_process_died_between_its_place_and_the_attribute_has_both
 def played(pruner: RungPruner, curves: list[list[float]], starts: list[float]) -> dict[int, tuple[Any, ...]]:
     """Trains trials side by side, each a step a tick from when it starts; slot -> the places that it was given."""
     study = study_with(pruner)
-    trials = [running(study, slot) for slot in range(len(curves))]
+    trials = [running(study, trial_index) for trial_index in range(len(curves))]
     over = set()
-    steps = sorted((starts[slot] + step, slot, step) for slot, curve in enumerate(curves) for step in range(len(curve)))
-    for _, slot, step in steps:
-        if slot in over:
+    steps = sorted(
+        (starts[trial_index] + step, trial_index, step)
+        for trial_index, curve in enumerate(curves)
+        for step in range(len(curve))
+    )
+    for _, trial_index, step in steps:
+        if trial_index in over:
             continue
-        pruned = judge(trials[slot], step + 1, curves[slot][step])
-        if pruned or step + 1 == len(curves[slot]):
-            study.tell(trials[slot], state=TrialState.PRUNED if pruned else None, values=None if pruned else 0.0)
-            over.add(slot)
+        pruned = judge(trials[trial_index], step + 1, curves[trial_index][step])
+        if pruned or step + 1 == len(curves[trial_index]):
+            study.tell(trials[trial_index], state=TrialState.PRUNED if pruned else None, values=None if pruned else 0.0)
+            over.add(trial_index)
     return {
         trial.number: (trial.state, {key: mark for key, mark in trial.system_attrs.items() if "rung" in key})
         for trial in study.trials
@@ -391,11 +402,13 @@ def test_every_other_trial_is_judged_as_if_none_were_let_through(
     draw = random.Random(seed)
     # Curves that cross, so that one that is let through would often have been among the best later on.
     curves = [[draw.random() for _ in range(steps)] for _ in range(60)]
-    starts = [slot * draw.choice((1.0, 4.0, 20.0)) for slot in range(60)]  # one after the other, or many at once
+    starts = [
+        trial_index * draw.choice((1.0, 4.0, 20.0)) for trial_index in range(60)
+    ]  # one after the other, or many at once
     without = played(RungPruner([1, 2, 6], 0.5, fold_ends), curves, starts)
     share = draw.choice((0.1, 0.3, 0.5))
     others = played(RungPruner([1, 2, 6], 0.5, fold_ends, let_through=share), curves, starts)
-    assert others == {slot: without[slot] for slot in others}
+    assert others == {trial_index: without[trial_index] for trial_index in others}
     missing = without.keys() - others.keys()
     assert missing == {s for s in chosen(share, 60) if without[s][0] == TrialState.PRUNED} != set()
 
@@ -428,13 +441,13 @@ def test_pruners_by_name(name: str) -> None:
 def test_every_pruner_prunes_the_hopeless_and_spares_the_base_and_the_recipes(name: str) -> None:
     epochs = 30
     study = optuna.create_study(direction="maximize", pruner=build_pruner(PRUNERS[name][0], epochs), study_name="s")
-    for slot in range(1, 12):
-        good = running(study, slot)
+    for trial_index in range(1, 12):
+        good = running(study, trial_index)
         for epoch in range(1, epochs + 1):
             judge(good, epoch, 0.9)
         study.tell(good, 0.9)
-    for slot, attribute in ((0, {BASE: True}), (12, {RECIPE: "theirs"})):
-        spared = running(study, slot, **attribute)
+    for trial_index, attribute in ((0, {BASELINE: True}), (12, {RECIPE: "theirs"})):
+        spared = running(study, trial_index, **attribute)
         assert not any(judge(spared, epoch, 0.0) for epoch in range(1, epochs + 1))
     bad = running(study, 99)
     assert any(judge(bad, epoch, -0.1 * epoch) for epoch in range(1, epochs + 1))
@@ -446,8 +459,8 @@ def test_every_pruner_ends_in_a_later_fold_a_trial_that_falls_behind_there(name:
     # Hyperband puts a trial into a bracket by the study's name: a random one would now and then be too patient.
     pruner = build_pruner(PRUNERS[name][0], epochs, folds)
     study = optuna.create_study(direction="maximize", pruner=pruner, study_name="s")
-    for slot in range(1, 12):
-        good = running(study, slot)
+    for trial_index in range(1, 12):
+        good = running(study, trial_index)
         for step in range(1, epochs * folds + 1):
             judge(good, step, 0.8 + 0.001 * step)
         study.tell(good, 0.9)

@@ -503,7 +503,7 @@ def test_a_value_is_fine_where_another_searched_field_can_save_it(write: Write) 
         BASE + "  model.widths: {choices: [[64, 128, 256, 512], [64, 128, 256]]}\n"
         "  model.blocks: {choices: [[2, 2, 2, 2], [2, 2, 2]]}\n"
     )
-    assert load_space(path).base_params() == {"model.widths": "[64, 128, 256, 512]", "model.blocks": "[2, 2, 2, 2]"}
+    assert load_space(path).baseline_params() == {"model.widths": "[64, 128, 256, 512]", "model.blocks": "[2, 2, 2, 2]"}
 
 
 def test_a_timm_model_is_refused_as_a_choice_where_the_base_shapes_resnet(write: Write) -> None:
@@ -613,7 +613,7 @@ def test_a_shipped_recipe_says_where_it_is_from_what_it_reached_and_what_is_gues
 def test_the_stl10_space_covers_what_was_tried_by_hand() -> None:
     space = load_space("stl10_small")
     assert space.trials == 200
-    assert space.base.epochs == 60
+    assert space.baseline.epochs == 60
     assert space.search["optim.name"].describe()["choices"] == ["sgd", "adamw", "nadam", "swats", "muon"]
     assert space.search["averaging.name"].describe()["choices"] == ["none", "ema", "swa"]
     assert set(space.search) >= {
@@ -630,7 +630,7 @@ def test_the_stl10_space_covers_what_was_tried_by_hand() -> None:
 def test_the_space_of_imbalanced_images_is_judged_by_macro_f1_and_holds_what_beats_resampling() -> None:
     space = load_space("imbalanced")
     assert (space.metric, space.trials) == ("macro_f1", 100)
-    assert space.base.loss.logit_adjustment == 0, (
+    assert space.baseline.loss.logit_adjustment == 0, (
         "trial 0 does nothing about imbalance, so that the search can prove it"
     )
     assert {"sampling.name", "sampling.oversample", "loss.logit_adjustment", "loss.class_weights"} <= set(space.search)
@@ -639,20 +639,20 @@ def test_the_space_of_imbalanced_images_is_judged_by_macro_f1_and_holds_what_bea
 
 def test_the_space_of_scenes_fine_tunes_pretrained_networks() -> None:
     space = load_space("intel_scenes")
-    assert space.base.model.pretrained
-    assert space.base.data.normalize == "imagenet"
+    assert space.baseline.model.pretrained
+    assert space.baseline.data.normalize == "imagenet"
     assert {"model.name", "optim.backbone_lr_scale", "optim.head_only_fraction"} <= set(space.search)
 
 
 def test_a_field_of_residual_networks_may_be_set_in_every_space_of_them() -> None:
     """A space's recipes get what is set too, so one of another family would refuse it."""
     for name in ("digits", "stl10_small", "cifar100", "imbalanced"):
-        assert load_space(name, ["model.stem_stride=2"]).base.model.stem_stride == 2
+        assert load_space(name, ["model.stem_stride=2"]).baseline.model.stem_stride == 2
 
 
 def test_digits_are_never_flipped() -> None:
     space = load_space("digits")
-    assert space.base.augment.flip == space.base.augment.vertical_flip == 0
+    assert space.baseline.augment.flip == space.baseline.augment.vertical_flip == 0
     assert not {"augment.flip", "augment.vertical_flip"} & set(space.search)
 
 
@@ -698,8 +698,8 @@ def test_a_result_is_listed_by_its_figure(result: str, figure: str, write: Write
 def test_a_base_is_looked_for_beside_the_space_first(write: Write) -> None:
     write("epochs: 7\n", "mine/recipes/digits_base.yaml")
     path = write("base: recipes/digits_base.yaml\n" + SEARCH, "mine/x.yaml")
-    assert load_space(path).base.epochs == 7
-    assert load_space(write("base: recipes/digits_base.yaml\n" + SEARCH)).base.epochs != 7
+    assert load_space(path).baseline.epochs == 7
+    assert load_space(write("base: recipes/digits_base.yaml\n" + SEARCH)).baseline.epochs != 7
 
 
 # What a space means
@@ -739,7 +739,7 @@ def test_lists_go_through_a_storage_and_come_back_exactly(write: Write, tmp_path
         space.suggest(study.ask())
     seen = {space.config(trial.params).model.widths for trial in study.get_trials()}
     assert seen == {(32, 64), (16, 32)}
-    assert space.base_params() == {"model.widths": "[32, 64]"}
+    assert space.baseline_params() == {"model.widths": "[32, 64]"}
 
 
 CONDITIONAL = (
@@ -765,19 +765,19 @@ def test_what_does_not_exist_in_a_trial_is_not_suggested_and_keeps_the_bases_val
             assert config.optim.swats.switch_fraction == 0.4
         assert space.express(config) == params
     assert len(seen) == 3
-    assert space.base_params() == {"optim.name": "adamw"}
+    assert space.baseline_params() == {"optim.name": "adamw"}
 
 
 def test_a_condition_may_name_a_fixed_field_that_the_base_meets(write: Write) -> None:
     space = load_space(write(BASE + "  optim.beta1: {low: 0.8, high: 0.95, when: {optim.name: adamw}}\n"))
-    assert space.base_params() == {"optim.beta1": 0.9}
+    assert space.baseline_params() == {"optim.beta1": 0.9}
 
 
 def test_trial_0_is_the_base() -> None:
     for name in ("digits", "stl10_small", "cifar100", "imbalanced", "intel_scenes"):
         space = load_space(name)
-        assert space.config(space.base_params()) == space.base
-        for path, value in space.base_params().items():
+        assert space.config(space.baseline_params()) == space.baseline
+        for path, value in space.baseline_params().items():
             distribution = space.distributions[path]
             assert distribution._contains(distribution.to_internal_repr(value))
 
@@ -787,26 +787,26 @@ def test_a_base_with_a_rate_is_searched_by_scale_and_the_other_way_round(low: fl
     # 2e-3 at batch 64 is 4 × AdamW's reference of 1e-3 × (64 / 256) ** 0.5, here right on a bound.
     base = "base: {batch_size: 64, optim: {name: adamw, lr: 0.002}}\nsearch:\n"
     space = load_space(write(f"{base}  optim.lr_scale: {{low: {low}, high: {high}}}\n"))
-    assert space.base_params() == {"optim.lr_scale": 4.0}
-    assert space.base.optim.lr is None
-    assert space.base.optim.peak_lr(64) == pytest.approx(0.002, rel=1e-12)
+    assert space.baseline_params() == {"optim.lr_scale": 4.0}
+    assert space.baseline.optim.lr is None
+    assert space.baseline.optim.peak_lr(64) == pytest.approx(0.002, rel=1e-12)
     base = "base: {batch_size: 64, optim: {name: adamw, lr_scale: 4}}\nsearch:\n"
     space = load_space(write(f"{base}  optim.lr: {{low: 1e-4, high: 1e-2, log: true}}\n"))
-    assert space.base_params() == {"optim.lr": pytest.approx(0.002, rel=1e-12)}
+    assert space.baseline_params() == {"optim.lr": pytest.approx(0.002, rel=1e-12)}
 
 
 def test_a_rate_stays_as_the_base_has_it_where_it_is_not_searched(write: Write) -> None:
     space = load_space(write("base: {optim: {lr: 0.002}}\n" + SEARCH))
-    assert space.base.optim.lr == 0.002
+    assert space.baseline.optim.lr == 0.002
 
 
 def test_only_what_a_space_can_say_exactly_is_expressed(write: Write) -> None:
     space = load_space(
         write(BASE + "  optim.lr_scale: {low: 0.5, high: 2}\n  model.width: {low: 0.5, high: 1.5, step: 0.5}\n")
     )
-    base = space.base
+    base = space.baseline
     assert space.express(base) == {"optim.lr_scale": 1.0, "model.width": 1.0}
-    assert space.express(base.override({"seed": 5, "data.name": "elsewhere"})) == space.base_params()
+    assert space.express(base.override({"seed": 5, "data.name": "elsewhere"})) == space.baseline_params()
     assert space.express(base.override({"optim.lr": base.optim.peak_lr(128) * 2})) == {
         "optim.lr_scale": 2.0,
         "model.width": 1.0,
@@ -859,8 +859,8 @@ def test_recipes_run_on_the_spaces_data_and_as_long_as_its_trials(write: Write) 
     )
     (recipe,) = space.recipes
     assert recipe.config.epochs == 20
-    assert recipe.config.data == space.base.data
-    assert (space.base.data.val_fraction, space.base.data.normalize) == (0.2, "imagenet")
+    assert recipe.config.data == space.baseline.data
+    assert (space.baseline.data.val_fraction, space.baseline.data.normalize) == (0.2, "imagenet")
     assert space.express(recipe.config) == {"model.se": True}
     assert load_recipe("recipes/a.yaml").config.epochs == 200
 
@@ -908,7 +908,7 @@ def test_a_space_goes_to_another_process() -> None:
 def test_set_pins_a_searched_field_and_changes_the_rest() -> None:
     space = load_space("stl10_small", ["batch_size=48", "epochs=3", "data.val_fraction=0.3", "optim.grad_clip=null"])
     assert "batch_size" not in space.search
-    assert (space.base.batch_size, space.base.epochs, space.base.data.val_fraction) == (48, 3, 0.3)
+    assert (space.baseline.batch_size, space.baseline.epochs, space.baseline.data.val_fraction) == (48, 3, 0.3)
     for recipe in space.recipes:
         assert (recipe.config.batch_size, recipe.config.epochs, recipe.config.data.val_fraction) == (48, 3, 0.3)
 
@@ -916,26 +916,26 @@ def test_set_pins_a_searched_field_and_changes_the_rest() -> None:
 def test_set_takes_python_values_too() -> None:
     as_text = load_space("digits", ["epochs=3", "model.widths=[8, 16]", "augment.flip=0"])
     assert load_space("digits", {"epochs": 3, "model.widths": (8, 16), "augment.flip": 0.0}) == as_text
-    assert as_text.base.model.widths == (8, 16)
+    assert as_text.baseline.model.widths == (8, 16)
 
 
 def test_text_fields_take_their_text_as_it_is() -> None:
-    assert load_space("digits", ["data.name=2024"]).base.data.name == "2024"
-    assert load_space("digits", ["data.name=a: b=c"]).base.data.name == "a: b=c"
-    assert load_space("digits", ["data.name='quoted'"]).base.data.name == "quoted"
+    assert load_space("digits", ["data.name=2024"]).baseline.data.name == "2024"
+    assert load_space("digits", ["data.name=a: b=c"]).baseline.data.name == "a: b=c"
+    assert load_space("digits", ["data.name='quoted'"]).baseline.data.name == "quoted"
 
 
 def test_pinning_one_name_of_the_rate_pins_the_other() -> None:
     space = load_space("digits", ["optim.lr=0.01"])
     assert "optim.lr_scale" not in space.search
-    assert space.base.optim.lr == 0.01
-    assert space.base.optim.lr_scale is None
+    assert space.baseline.optim.lr == 0.01
+    assert space.baseline.optim.lr_scale is None
 
 
 def test_pinning_a_condition_settles_it(write: Write) -> None:
     path = write(CONDITIONAL)
     assert list(load_space(path, ["optim.name=swats"]).search) == ["optim.swats.switch", "optim.swats.switch_fraction"]
-    assert load_space(path, ["optim.name=swats"]).base_params() == {
+    assert load_space(path, ["optim.name=swats"]).baseline_params() == {
         "optim.swats.switch": "fraction",
         "optim.swats.switch_fraction": 0.4,
     }

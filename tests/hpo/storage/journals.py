@@ -29,7 +29,7 @@ def finished_of(study: Path) -> dict[int, tuple[Any, ...]]:
     """slot -> what its trial came to; every slot once."""
     done = [trial for trial in trials_of(study) if trial.state.name in ("COMPLETE", "PRUNED")]
     by_slot = {
-        trial.user_attrs["slot"]: (trial.state.name, trial.value, trial.params, trial.intermediate_values)
+        trial.user_attrs["trial_index"]: (trial.state.name, trial.value, trial.params, trial.intermediate_values)
         for trial in done
     }
     assert len(by_slot) == len(done)

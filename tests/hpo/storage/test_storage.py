@@ -454,8 +454,8 @@ def close(storage: BaseStorage) -> None:
 def begin(storage: BaseStorage, waiting: int = 1) -> int:
     """A study with trials that wait; returns its number."""
     study = storage.create_new_study(MAXIMIZE, "s")
-    for slot in range(waiting):
-        template = create_trial(state=TrialState.WAITING, user_attrs={"slot": slot})
+    for trial_index in range(waiting):
+        template = create_trial(state=TrialState.WAITING, user_attrs={"trial_index": trial_index})
         storage.create_new_trial(study, template)
     return study
 
@@ -612,7 +612,7 @@ def test_what_was_done_though_its_answer_was_lost_is_done_once(server: Server, w
     direct = open_storage(server.url)
     (done,) = direct.get_all_trials(study)
     assert (done.state, done.value, done.params) == (TrialState.COMPLETE, 0.75, {"x": 0.5})
-    assert (done.intermediate_values, done.user_attrs) == ({1: 0.25}, {"slot": 0, "seed": 3, LEASE: own_lease()})
+    assert (done.intermediate_values, done.user_attrs) == ({1: 0.25}, {"trial_index": 0, "seed": 3, LEASE: own_lease()})
     close(direct)
     close(storage)
 
@@ -672,7 +672,7 @@ def test_trials_are_seen_as_they_stand_though_those_that_wait_are_not_read_again
     one.set_trial_intermediate_value(numbers[4], 1, 0.5)
     assert one.set_trial_state_values(numbers[1], TrialState.RUNNING)
     assert one.set_trial_state_values(numbers[1], TrialState.COMPLETE, [0.25])
-    one.create_new_trial(study, create_trial(state=TrialState.WAITING, user_attrs={"slot": 6}))
+    one.create_new_trial(study, create_trial(state=TrialState.WAITING, user_attrs={"trial_index": 6}))
     plain = optuna.storages.RDBStorage(database)
     for storage in (one, other):
         for _ in range(2):
@@ -703,16 +703,16 @@ if sys.argv[3] == "first":  # as `hpo run` does before it starts its workers
     study.ensure_slots(int(sys.argv[2]))
 print("ready", flush=True)
 sys.stdin.readline()
-while (claimed := study.claim()) is not None:
+while (claimed := study.queue.claim()) is not None:
     trial, _ = claimed
     params = space.suggest(trial)
     for epoch in range(1, 31):
         trial.report(1 - params["loss.smoothing"] - 1 / (epoch + 2), epoch)
         if epoch < 30 and trial.should_prune():
-            study.finish(trial, "pruned")
+            study.queue.finish(trial, "pruned")
             break
     else:
-        study.finish(trial, "complete", 1 - params["loss.smoothing"])
+        study.queue.finish(trial, "complete", 1 - params["loss.smoothing"])
 assert "torch" not in sys.modules
 """
 
@@ -738,7 +738,7 @@ def work_off(url: str, *, workers: int, total: int, timeout_s: float = 300) -> f
     if "://" in url:
         close(storage)
     results = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    assert sorted(trial.user_attrs["slot"] for trial in results) == list(range(total))
+    assert sorted(trial.user_attrs["trial_index"] for trial in results) == list(range(total))
     assert not any(trial.state == TrialState.RUNNING for trial in trials)
     assert all(
         sorted(trial.intermediate_values) == list(range(1, len(trial.intermediate_values) + 1)) for trial in results

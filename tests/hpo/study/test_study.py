@@ -31,7 +31,7 @@ from hpo.space.pruner import RungPruner
 from hpo.storage import mask, open_storage
 from hpo.study import Study, find_study, list_studies, open_study
 from hpo.study.versions import versions
-from hpo.trials import BASE, FAILURE, INTERRUPTED, RECIPE, SLOT, TAKEN_FROM, slot_of
+from hpo.trials import BASELINE, FAILURE, INTERRUPTED, RECIPE, TAKEN_FROM, TRIAL_INDEX, trial_index_of
 
 SPACE = """
 base: {epochs: 10, batch_size: 64}
@@ -90,10 +90,10 @@ def value_of(params: dict[str, Any], epoch: int = 10) -> float:
 
 def work(study: Study, space: SearchSpace, *, stop_before: int | None = None, prune: bool = True) -> None:
     """Runs trials until the total is reached, or `stop_before` slot is next."""
-    while (claimed := study.claim()) is not None:
-        trial, slot = claimed
-        if slot == stop_before:
-            study.release(trial)
+    while (claimed := study.queue.claim()) is not None:
+        trial, trial_index = claimed
+        if trial_index == stop_before:
+            study.queue.release(trial)
             return
         run(study, space, trial, prune=prune)
 
@@ -103,15 +103,15 @@ def run(study: Study, space: SearchSpace, trial: optuna.Trial, *, prune: bool = 
     for epoch in range(1, 11):
         trial.report(value_of(params, epoch), epoch)
         if prune and epoch < 10 and trial.should_prune():
-            study.finish(trial, "pruned")
+            study.queue.finish(trial, "pruned")
             return
-    study.finish(trial, "complete", value_of(params))
+    study.queue.finish(trial, "complete", value_of(params))
 
 
 def results(study: Study) -> dict[int, tuple[str, dict[str, Any], float | None, dict[int, float]]]:
     """What came of each slot."""
     return {
-        slot_of(trial): (trial.state.name, trial.params, trial.value, trial.intermediate_values)
+        trial_index_of(trial): (trial.state.name, trial.params, trial.value, trial.intermediate_values)
         for trial in study.optuna.trials
         if trial.state != TrialState.FAIL
     }
@@ -122,15 +122,15 @@ def results(study: Study) -> dict[int, tuple[str, dict[str, Any], float | None, 
 
 def test_a_study_writes_down_what_it_searches(open_: Any, space_of: Any) -> None:
     study = open_(seed=7, data_path=Path("some/images.zip"))
-    record = find_study("s").record
-    assert record["name"] == "s"
-    assert record["hash"] == space_of().hash
-    assert record["identity"] == space_of().identity()
-    assert record["seed"] == 7
-    assert record["classes"] == ["0", "1"]
-    assert TrainConfig.model_validate_json(json.dumps(record["base"])) == space_of().base
-    assert record["versions"] == versions()
-    assert record["versions"]["optuna"] == optuna.__version__
+    metadata = find_study("s").metadata
+    assert metadata["name"] == "s"
+    assert metadata["hash"] == space_of().hash
+    assert metadata["identity"] == space_of().identity()
+    assert metadata["seed"] == 7
+    assert metadata["classes"] == ["0", "1"]
+    assert TrainConfig.model_validate_json(json.dumps(metadata["base"])) == space_of().baseline
+    assert metadata["versions"] == versions()
+    assert metadata["versions"]["optuna"] == optuna.__version__
     assert (study.seed, study.metric, study.direction) == (7, "accuracy", "maximize")
     assert (study.data_name, study.skip_broken) == ("digits", False)
 
@@ -165,7 +165,7 @@ def test_study_yaml_names_no_place_but_that_of_the_space(open_: Any) -> None:
 
 def test_a_study_may_be_moved_with_its_folder(open_: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     study = open_()
-    study.ensure_slots(3)
+    study.queue.ensure_trials(3)
     studies_root().rename(tmp_path / "elsewhere")
     monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "elsewhere"))
     assert find_study("s").counts().waiting == 3
@@ -216,13 +216,13 @@ def test_another_file_of_weights_under_the_same_name_is_refused(open_: Any, spac
     )
     open_(text=tuned)
     study = open_(text=tuned)
-    study.check_weights(space_of(tuned).base)
+    study.check_weights(space_of(tuned).baseline)
     weights.write_bytes(b"the new ones")
     said = r"begun with other weights: .*weights.safetensors has changed"
     with pytest.raises(StudyError, match=said):
         open_(text=tuned)
     with pytest.raises(StudyError, match=said):
-        study.check_weights(space_of(tuned).base)  # as `hpo refit` asks
+        study.check_weights(space_of(tuned).baseline)  # as `hpo refit` asks
     with pytest.raises(StudyError, match=r"--take-over s: it was begun with other weights"):
         open_("new", text=tuned, take_over="s")
 
@@ -284,16 +284,16 @@ def test_a_study_that_cannot_be_opened_does_not_hide_the_others(open_: Any, capl
 def test_slot_0_is_the_base_and_the_others_are_free(open_: Any, space_of: Any) -> None:
     study = open_()
     assert study.total is None
-    assert study.ensure_slots(4).waiting == 4
+    assert study.queue.ensure_trials(4).waiting == 4
     assert study.total == 4
     waiting = study.optuna.trials
-    assert [slot_of(trial) for trial in waiting] == [0, 1, 2, 3]
-    assert waiting[0].system_attrs["fixed_params"] == space_of().base_params()
-    assert waiting[0].user_attrs == {SLOT: 0, BASE: True}
+    assert [trial_index_of(trial) for trial in waiting] == [0, 1, 2, 3]
+    assert waiting[0].system_attrs["fixed_params"] == space_of().baseline_params()
+    assert waiting[0].user_attrs == {TRIAL_INDEX: 0, BASELINE: True}
     assert [trial.system_attrs for trial in waiting[1:]] == [{}] * 3
-    trial, slot = study.claim()
-    assert slot == 0
-    assert space_of().config(space_of().suggest(trial)) == space_of().base
+    trial, trial_index = study.queue.claim()
+    assert trial_index == 0
+    assert space_of().config(space_of().suggest(trial)) == space_of().baseline
 
 
 def test_recipes_that_the_space_can_express_are_the_first_slots(open_: Any, tmp_path: Path, space_of: Any) -> None:
@@ -302,12 +302,12 @@ def test_recipes_that_the_space_can_express_are_the_first_slots(open_: Any, tmp_
         (tmp_path / f"{name}.yaml").write_text(f"epochs: 10\nbatch_size: 64\noptim: {{lr_scale: {scale}}}\n")
     text = SPACE + f"recipes: [{', '.join(f'{name}.yaml' for name in same)}]\n"
     study = open_(text=text)
-    study.ensure_slots(4)
-    recipes = {slot_of(trial): trial.user_attrs.get(RECIPE) for trial in study.optuna.trials}
+    study.queue.ensure_trials(4)
+    recipes = {trial_index_of(trial): trial.user_attrs.get(RECIPE) for trial in study.optuna.trials}
     assert recipes == {0: "base", 1: "inside", 2: None, 3: None}
     work(study, space_of(text), prune=False)
     assert study.optuna.trials[1].params["optim.lr_scale"] == 5.0
-    study.ensure_slots(6)
+    study.queue.ensure_trials(6)
     assert [trial.user_attrs.get(RECIPE) for trial in study.optuna.trials].count("inside") == 1
 
 
@@ -322,11 +322,11 @@ def test_recipes_without_a_slot_are_known(open_: Any, tmp_path: Path) -> None:
     text = recipes_of(tmp_path, like_base=1.0, first=5.0, second=6.0, like_second=6.0, third=7.0, outside=50.0)
 
     def unslotted(total: int) -> list[str]:
-        study.ensure_slots(total)
-        return [recipe.name for recipe in study.unslotted_recipes()]
+        study.queue.ensure_trials(total)
+        return [recipe.name for recipe in study.queue.unslotted_recipes()]
 
     study = open_(text=text)
-    assert [recipe.name for recipe in study.unslotted_recipes()] == ["like_base", "first", "second", "third"]
+    assert [recipe.name for recipe in study.queue.unslotted_recipes()] == ["like_base", "first", "second", "third"]
     assert unslotted(2) == ["second", "third"]
     assert unslotted(4) == []
     assert unslotted(6) == []
@@ -337,23 +337,23 @@ def test_recipes_without_a_slot_are_known(open_: Any, tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_comes_after_all_slots_were_queued_has_none(open_: Any, tmp_path: Path) -> None:
-    open_().ensure_slots(3)
+    open_().queue.ensure_trials(3)
     study = open_(text=recipes_of(tmp_path, late=5.0, like_base=1.0))
-    study.ensure_slots(3)
-    assert [recipe.name for recipe in study.unslotted_recipes()] == ["late"]
-    study.ensure_slots(4)
+    study.queue.ensure_trials(3)
+    assert [recipe.name for recipe in study.queue.unslotted_recipes()] == ["late"]
+    study.queue.ensure_trials(4)
     assert study.optuna.trials[3].user_attrs[RECIPE] == "late"
-    assert study.unslotted_recipes() == []
+    assert study.queue.unslotted_recipes() == []
 
 
 def test_the_total_is_a_total(open_: Any, space_of: Any) -> None:
     study = open_()
     for _ in range(2):  # the same command again
-        study.ensure_slots(5)
+        study.queue.ensure_trials(5)
         work(study, space_of())
         assert study.counts().finished == 5
         study = open_()
-    study.ensure_slots(8)
+    study.queue.ensure_trials(8)
     work(study, space_of())
     assert study.counts().finished == 8
     assert len(study.optuna.trials) == 8
@@ -361,8 +361,8 @@ def test_the_total_is_a_total(open_: Any, space_of: Any) -> None:
 
 def test_a_smaller_total_leaves_the_other_slots_waiting(open_: Any, space_of: Any) -> None:
     study = open_()
-    study.ensure_slots(9)
-    study.ensure_slots(3)
+    study.queue.ensure_trials(9)
+    study.queue.ensure_trials(3)
     work(study, space_of())
     assert study.counts().finished == 3
     assert study.counts().waiting == 6
@@ -370,24 +370,24 @@ def test_a_smaller_total_leaves_the_other_slots_waiting(open_: Any, space_of: An
 
 def test_slots_that_two_processes_queued_at_once_are_worked_off_once(open_: Any, space_of: Any) -> None:
     study = open_()
-    study.ensure_slots(3)
-    for slot in (0, 1, 2):  # what a second process adds that had seen none of them
-        study.optuna.enqueue_trial({}, user_attrs={SLOT: slot})
+    study.queue.ensure_trials(3)
+    for trial_index in (0, 1, 2):  # what a second process adds that had seen none of them
+        study.optuna.enqueue_trial({}, user_attrs={TRIAL_INDEX: trial_index})
     work(study, space_of())
     assert study.counts().finished == 3
-    study.ensure_slots(3)
+    study.queue.ensure_trials(3)
     assert [trial.state for trial in study.optuna.trials[3:]] == [TrialState.FAIL] * 3
     assert study.counts().waiting == 0
 
 
 def test_counts_say_how_the_slots_stand(open_: Any, space_of: Any) -> None:
     study = open_()
-    study.ensure_slots(6)
+    study.queue.ensure_trials(6)
     for state, failure in (("complete", None), ("pruned", None), ("pruned", "oom")):
-        trial, _ = study.claim()
+        trial, _ = study.queue.claim()
         space_of().suggest(trial)
-        study.finish(trial, state, 0.5 if state == "complete" else None, failure=failure)
-    study.claim()
+        study.queue.finish(trial, state, 0.5 if state == "complete" else None, failure=failure)
+    study.queue.claim()
     counts = study.counts()
     assert (counts.complete, counts.pruned, counts.failures, counts.running, counts.waiting) == (1, 1, 1, 1, 2)
     assert counts.finished == 3
@@ -397,23 +397,23 @@ def test_counts_say_how_the_slots_stand(open_: Any, space_of: Any) -> None:
 def test_the_best_trial_is_complete_and_of_equals_the_first(open_: Any, metric: str, best: int) -> None:
     study = open_(text=SPACE.replace("metric: accuracy", f"metric: {metric}"))
     assert study.best_trial() is None
-    study.ensure_slots(6)
+    study.queue.ensure_trials(6)
     for value in (0.5, 0.1, 0.9, 0.9, 0.1):
-        trial, _ = study.claim()
-        study.finish(trial, "complete", value)
-    trial, _ = study.claim()
+        trial, _ = study.queue.claim()
+        study.queue.finish(trial, "complete", value)
+    trial, _ = study.queue.claim()
     trial.report(2.0 if metric == "accuracy" else -2.0, 1)
-    study.finish(trial, "pruned")
+    study.queue.finish(trial, "pruned")
     assert study.best_trial().number == best
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_a_complete_trial_has_a_finite_value(open_: Any, value: float | None) -> None:
     study = open_()
-    study.ensure_slots(1)
-    trial, _ = study.claim()
+    study.queue.ensure_trials(1)
+    trial, _ = study.queue.claim()
     with pytest.raises(ValueError, match="complete with the value"):
-        study.finish(trial, "complete", value)
+        study.queue.finish(trial, "complete", value)
 
 
 def test_a_trained_trial_gives_back_its_configuration(open_: Any, space_of: Any) -> None:
@@ -422,14 +422,14 @@ def test_a_trained_trial_gives_back_its_configuration(open_: Any, space_of: Any)
     text = SPACE + "  model.widths: {choices: [[64, 128, 256, 512], [32, 64, 128, 256]]}\n"
     study = open_(text=text, seed=5)
     space = space_of(text)
-    study.ensure_slots(4)
+    study.queue.ensure_trials(4)
     expected = {}
     for _ in range(3):
-        trial, slot = study.claim()
-        config = space.config(space.suggest(trial)).override({"seed": derive_seed(5, "trial", slot)})
+        trial, trial_index = study.queue.claim()
+        config = space.config(space.suggest(trial)).override({"seed": derive_seed(5, "trial", trial_index)})
         expected[trial.number] = config
-        attributes = ({}, {"epochs": 7}, {"epochs": 7, "kept_epoch": 5})[slot]
-        study.finish(trial, "complete", 0.5 + slot / 10, attributes=attributes)
+        attributes = ({}, {"epochs": 7}, {"epochs": 7, "kept_epoch": 5})[trial_index]
+        study.queue.finish(trial, "complete", 0.5 + trial_index / 10, attributes=attributes)
     study = find_study("s")
     for number, config in expected.items():
         trained = study.trained(number)
@@ -447,31 +447,31 @@ def test_a_trained_trial_gives_back_its_configuration(open_: Any, space_of: Any)
 
 def test_a_released_trial_is_queued_again_with_its_parameters(open_: Any, space_of: Any) -> None:
     study = open_()
-    study.ensure_slots(3)
+    study.queue.ensure_trials(3)
     work(study, space_of(), stop_before=1)
-    trial, slot = study.claim()
+    trial, trial_index = study.queue.claim()
     params = space_of().suggest(trial)
     trial.report(0.1, 1)
-    study.release(trial)
+    study.queue.release(trial)
     assert study.optuna.trials[trial.number].state == TrialState.FAIL
     assert study.optuna.trials[trial.number].user_attrs[INTERRUPTED] is True
-    again, same_slot = study.claim()
-    assert same_slot == slot == 1
+    again, same_slot = study.queue.claim()
+    assert same_slot == trial_index == 1
     assert again.number > 2  # after the slots that were queued first, and yet before them in line
     assert space_of().suggest(again) == params
-    assert again.user_attrs[SLOT] == 1
+    assert again.user_attrs[TRIAL_INDEX] == 1
     assert INTERRUPTED not in again.user_attrs
     again.report(0.1, 1)  # by a checkpoint's history: nothing is reported yet
 
 
 def test_a_retried_trial_has_no_pictures_of_the_attempt_before(open_: Any, tmp_path: Path) -> None:
     study = open_()
-    study.ensure_slots(1)
-    trial, _ = study.claim()
+    study.queue.ensure_trials(1)
+    trial, _ = study.queue.claim()
     (tmp_path / "curves.png").write_bytes(b"a picture")
     attach_artifacts(study.optuna, trial.number, [tmp_path / "curves.png"], study.artifact_store())
     study.optuna._storage.set_trial_system_attr(trial._trial_id, "rung:2", [1, 1, True])
-    study.release(trial)
+    study.queue.release(trial)
     before, again = study.optuna.trials
     metas = [
         optuna.artifacts.get_all_artifact_meta(attempt, storage=study.optuna._storage) for attempt in (before, again)
@@ -482,30 +482,30 @@ def test_a_retried_trial_has_no_pictures_of_the_attempt_before(open_: Any, tmp_p
 
 def test_a_trial_that_was_taken_away_is_dropped_quietly(open_: Any, caplog: pytest.LogCaptureFixture) -> None:
     study = open_()
-    study.ensure_slots(2)
-    trial, _ = study.claim()
-    study.release(trial)  # as another process that took it for dead would
-    assert study.finish(trial, "complete", 0.5) is False
+    study.queue.ensure_trials(2)
+    trial, _ = study.queue.claim()
+    study.queue.release(trial)  # as another process that took it for dead would
+    assert study.queue.finish(trial, "complete", 0.5) is False
     assert "was taken from this process" in caplog.text
-    trial, _ = study.claim()
-    study.release(trial)
-    study.finish(trial, "pruned", failure="oom")
+    trial, _ = study.queue.claim()
+    study.queue.release(trial)
+    study.queue.finish(trial, "pruned", failure="oom")
     assert study.counts().finished == 0
     assert study.counts().waiting == 2
 
 
 def test_a_slot_whose_attempts_were_all_cut_off_is_queued_by_the_next_run(open_: Any, space_of: Any) -> None:
     study = open_()
-    study.ensure_slots(2)
-    trial, _ = study.claim()
+    study.queue.ensure_trials(2)
+    trial, _ = study.queue.claim()
     params = space_of().suggest(trial)
     # A process that dies after it has ended the attempt, before it has queued the slot again.
     study.optuna._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-    study.ensure_slots(2)
-    again, slot = study.claim()
-    assert slot == 0
+    study.queue.ensure_trials(2)
+    again, trial_index = study.queue.claim()
+    assert trial_index == 0
     assert space_of().suggest(again) == params
-    assert again.user_attrs[BASE] is True
+    assert again.user_attrs[BASELINE] is True
 
 
 OPEN = """
@@ -518,7 +518,7 @@ images = SimpleNamespace(name="digits", fingerprint="ab" * 32, classes=("0", "1"
 study = open_study(space, name="s", dataset=images, storage_url=sys.argv[2] or None)
 """
 CLAIM = """
-trial, slot = study.claim()
+trial, slot = study.queue.claim()
 space.suggest(trial)
 print(slot, flush=True)
 time.sleep(600)
@@ -531,12 +531,12 @@ here = Path(sys.argv[1]).parent
 (here / f"ready.{os.getpid()}").touch()
 while len(list(here.glob("ready.*"))) < 2:  # neither works the study off before the other is there
     time.sleep(0.01)
-while (claimed := study.claim()) is not None:
+while (claimed := study.queue.claim()) is not None:
     trial, _ = claimed
     params = space.suggest(trial)
     for epoch in range(1, 4):
         trial.report(epoch, epoch)
-    study.finish(trial, "complete", params["augment.strength"])
+    study.queue.finish(trial, "complete", params["augment.strength"])
 assert "torch" not in sys.modules
 """
 
@@ -564,21 +564,21 @@ def test_what_a_killed_process_held_is_reaped_and_what_a_live_one_holds_is_not(
     open_: Any, space_of: Any, claimer: Any
 ) -> None:
     study = open_()
-    study.ensure_slots(3)
-    process, slot = claimer()
-    assert slot == 0
-    assert study.reap() == []
+    study.queue.ensure_trials(3)
+    process, trial_index = claimer()
+    assert trial_index == 0
+    assert study.queue.reap() == []
     assert study.counts().running == 1
     process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while not (reaped := study.reap()):  # dead, though its parent has not waited for it yet
+    while not (reaped := study.queue.reap()):  # dead, though its parent has not waited for it yet
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert reaped == [0]
     work(study, space_of())
     assert study.counts().finished == 3
     assert study.counts().running == 0
-    assert results(study)[0][1] == space_of().base_params()
+    assert results(study)[0][1] == space_of().baseline_params()
 
 
 def lease(study: Study, trial: optuna.Trial, **change: Any) -> None:
@@ -598,10 +598,10 @@ def lease(study: Study, trial: optuna.Trial, **change: Any) -> None:
 )
 def test_a_lease_names_one_process_of_one_boot_of_one_machine(open_: Any, change: dict[str, Any], dead: bool) -> None:
     study = open_()
-    study.ensure_slots(1)
-    trial, _ = study.claim()
+    study.queue.ensure_trials(1)
+    trial, _ = study.queue.claim()
     lease(study, trial, **change)
-    assert study.reap() == ([0] if dead else [])
+    assert study.queue.reap() == ([0] if dead else [])
 
 
 @pytest.mark.parametrize(("age_s", "dead"), [(0, False), (3600, True)])
@@ -609,32 +609,32 @@ def test_a_running_trial_without_a_lease_is_dead_after_a_while(
     open_: Any, monkeypatch: pytest.MonkeyPatch, age_s: float, dead: bool
 ) -> None:
     study = open_()
-    study.ensure_slots(1)
+    study.queue.ensure_trials(1)
     waiting = study.optuna.trials[0]
     study.optuna._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
     monkeypatch.setattr("hpo.storage.lease._GRACE_S", 60 - age_s)
-    assert study.reap() == ([0] if dead else [])
+    assert study.queue.reap() == ([0] if dead else [])
 
 
 def test_a_trial_that_another_host_holds_is_named_and_given_back_by_force_alone(open_: Any) -> None:
     study = open_()
-    study.ensure_slots(3)
-    study.claim()  # by this process, which lives
-    trial, slot = study.claim()
-    assert study.held_elsewhere() == []
+    study.queue.ensure_trials(3)
+    study.queue.claim()  # by this process, which lives
+    trial, trial_index = study.queue.claim()
+    assert study.queue.held_elsewhere() == []
     lease(study, trial, host="container-1f")
-    assert study.held_elsewhere() == [(1, "container-1f", study.optuna.trials[1].datetime_start)]
-    assert study.reap() == []
-    assert study.reap(force=True) == [slot]
-    assert study.held_elsewhere() == []
+    assert study.queue.held_elsewhere() == [(1, "container-1f", study.optuna.trials[1].datetime_start)]
+    assert study.queue.reap() == []
+    assert study.queue.reap(force=True) == [trial_index]
+    assert study.queue.held_elsewhere() == []
     counts = study.counts()
     assert (counts.running, counts.waiting) == (1, 2)
 
 
 def test_two_reapers_queue_a_slot_once(open_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     study = open_()
-    study.ensure_slots(1)
-    study.claim()
+    study.queue.ensure_trials(1)
+    study.queue.claim()
     frozen = study.optuna.trials[0]
     assert study._interrupt(frozen, crashed=False)
     assert not study._interrupt(frozen, crashed=False)  # the other has seen it running a moment ago
@@ -650,30 +650,30 @@ def test_a_stopped_and_an_interrupted_study_equal_an_undisturbed_one(open_: Any,
     space = space_of(text)
 
     twin = open_("twin", text)
-    twin.ensure_slots(12)
+    twin.queue.ensure_trials(12)
     work(twin, space)
     assert twin.counts().finished == 12
     assert twin.counts().pruned > 0
     assert len({trial.params["optim.lr_scale"] for trial in twin.optuna.trials}) == 12  # no point twice
 
     stopped = open_("stopped", text)
-    stopped.ensure_slots(5)
+    stopped.queue.ensure_trials(5)
     work(stopped, space)
     stopped = open_("stopped", text)  # everything rebuilt from the storage
-    stopped.ensure_slots(12)
+    stopped.queue.ensure_trials(12)
     work(stopped, space)
     assert results(stopped) == results(twin)
 
     cut = open_("cut", text)
-    cut.ensure_slots(12)
-    for slot, suggested in ((5, len(space.search)), (8, 2), (10, 0)):
-        work(cut, space, stop_before=slot)
-        trial, claimed = cut.claim()
-        assert claimed == slot
+    cut.queue.ensure_trials(12)
+    for trial_index, suggested in ((5, len(space.search)), (8, 2), (10, 0)):
+        work(cut, space, stop_before=trial_index)
+        trial, claimed = cut.queue.claim()
+        assert claimed == trial_index
         for parameter in list(space.search.values())[:suggested]:
             parameter.suggest(trial)
         trial.report(0.0, 1)
-        cut.release(trial)
+        cut.queue.release(trial)
         cut = open_("cut", text)
     work(cut, space)
     assert results(cut) == results(twin)
@@ -682,7 +682,7 @@ def test_a_stopped_and_an_interrupted_study_equal_an_undisturbed_one(open_: Any,
 def test_another_seed_is_another_search(open_: Any, space_of: Any) -> None:
     studies = [open_(name, seed=seed) for name, seed in (("a", 0), ("b", 1))]
     for study in studies:
-        study.ensure_slots(3)
+        study.queue.ensure_trials(3)
         work(study, space_of())
     first, second = (results(study) for study in studies)
     assert first[0] == second[0]  # the base
@@ -692,7 +692,7 @@ def test_another_seed_is_another_search(open_: Any, space_of: Any) -> None:
 def test_tpe_is_optunas_and_learns(open_: Any, space_of: Any) -> None:
     text = SPACE.replace("{name: random}", "{name: tpe, startup_trials: 10}")
     study = open_(text=text)
-    study.ensure_slots(40)
+    study.queue.ensure_trials(40)
     work(study, space_of(text), prune=False)
     values = [trial.value for trial in study.optuna.trials]
     assert sum(values[-10:]) / 10 > sum(values[1:11]) / 10 + 0.1
@@ -702,16 +702,16 @@ def test_tpe_keeps_away_from_where_trials_fail(open_: Any, space_of: Any) -> Non
     """Half of the space runs out of memory; plain prunes would look like any other early end."""
     text = SPACE.replace("{name: random}", "{name: tpe, startup_trials: 10}")
     study, space = open_(text=text), space_of(text)
-    study.ensure_slots(60)
+    study.queue.ensure_trials(60)
     failures = []
-    while (claimed := study.claim()) is not None:
+    while (claimed := study.queue.claim()) is not None:
         trial, _ = claimed
         params = space.suggest(trial)
         failures.append(params["augment.strength"] > 0.5)
         if failures[-1]:
-            study.finish(trial, "pruned", failure="oom")
+            study.queue.finish(trial, "pruned", failure="oom")
         else:
-            study.finish(trial, "complete", 0.5)  # nothing else to learn
+            study.queue.finish(trial, "complete", 0.5)  # nothing else to learn
     assert study.counts().failures == sum(failures)
     assert sum(failures[-30:]) <= 6  # a sampler that does not learn draws 15
     failed = next(trial for trial in study.optuna.trials if FAILURE in trial.user_attrs)
@@ -723,10 +723,10 @@ def test_tpe_keeps_away_from_where_trials_fail(open_: Any, space_of: Any) -> Non
 def test_constraints_raise_no_warning_under_cmaes(open_: Any, space_of: Any) -> None:
     text = SPACE.replace("{name: random}", "{name: cmaes}")
     study = open_(text=text)
-    study.ensure_slots(3)
-    while (claimed := study.claim()) is not None:
+    study.queue.ensure_trials(3)
+    while (claimed := study.queue.claim()) is not None:
         space_of(text).suggest(claimed[0])
-        study.finish(claimed[0], "pruned", failure="diverged")
+        study.queue.finish(claimed[0], "pruned", failure="diverged")
     assert study.counts().failures == 3
 
 
@@ -781,21 +781,21 @@ def close(study: Study) -> None:
 
 def test_a_database_holds_a_study_as_a_journal_does(open_: Any, space_of: Any, database: str, claimer: Any) -> None:
     journal = open_("journal")
-    journal.ensure_slots(6)
+    journal.queue.ensure_trials(6)
     work(journal, space_of())
 
     study = open_(storage_url=database)
-    study.ensure_slots(6)
+    study.queue.ensure_trials(6)
     work(study, space_of(), stop_before=2)
     close(study)
-    process, slot = claimer()
-    assert slot == 2
+    process, trial_index = claimer()
+    assert trial_index == 2
     process.kill()
     process.wait()
     study = open_()  # study.yaml knows where it lies
     assert study.storage_url == database
-    assert study.reap() == [2]
-    study.ensure_slots(6)
+    assert study.queue.reap() == [2]
+    study.queue.ensure_trials(6)
     work(study, space_of())
     assert results(study) == results(journal)
     close(study)
@@ -817,10 +817,10 @@ def test_another_storage_is_refused(open_: Any, tmp_path: Path) -> None:
 
 
 def test_a_journal_may_lie_elsewhere(open_: Any, tmp_path: Path) -> None:
-    open_(storage_url=str(tmp_path / "shared" / "all.log")).ensure_slots(2)
+    open_(storage_url=str(tmp_path / "shared" / "all.log")).queue.ensure_trials(2)
     assert (tmp_path / "shared" / "all.log").exists()
     assert find_study("s").counts().waiting == 2
-    open_("t", storage_url=str(tmp_path / "shared" / "all.log")).ensure_slots(3)  # two studies in one journal
+    open_("t", storage_url=str(tmp_path / "shared" / "all.log")).queue.ensure_trials(3)  # two studies in one journal
     assert find_study("s").counts().waiting == 2
 
 
@@ -886,7 +886,7 @@ def test_a_password_is_never_written_down(
     secret = database.replace("root@", "root:hunter2@")  # trust authentication takes any
     caplog.set_level(logging.DEBUG)
     study = open_(storage_url=secret)
-    study.ensure_slots(1)
+    study.queue.ensure_trials(1)
     assert "not written down" in caplog.text
     close(study)
     for file in studies_root().rglob("*"):
@@ -906,16 +906,16 @@ def test_a_password_is_never_written_down(
 @pytest.mark.parametrize("cut", [1, 2, 17, 30])
 def test_a_torn_last_line_is_cut_off(open_: Any, space_of: Any, cut: int, caplog: pytest.LogCaptureFixture) -> None:
     study = open_()
-    study.ensure_slots(3)
+    study.queue.ensure_trials(3)
     work(study, space_of(), stop_before=2)
     before = results(study)
     whole = study.paths.journal.read_bytes()
-    record = whole.splitlines(keepends=True)[-1]
-    study.paths.journal.write_bytes(whole + record[:-cut])
+    metadata = whole.splitlines(keepends=True)[-1]
+    study.paths.journal.write_bytes(whole + metadata[:-cut])
     assert results(find_study("s")) == before
     assert study.paths.journal.read_bytes() == whole
     assert "torn by a crash" in caplog.text
-    assert (study.paths.dir / "journal.log.torn").read_bytes() == record[:-cut] + b"\n"
+    assert (study.paths.dir / "journal.log.torn").read_bytes() == metadata[:-cut] + b"\n"
     study = open_()
     work(study, space_of())
     assert study.counts().finished == 3
@@ -923,11 +923,11 @@ def test_a_torn_last_line_is_cut_off(open_: Any, space_of: Any, cut: int, caplog
 
 def test_a_torn_record_with_a_whole_one_behind_it_is_taken_out(open_: Any, space_of: Any) -> None:
     study = open_()
-    study.ensure_slots(3)
+    study.queue.ensure_trials(3)
     work(study, space_of(), stop_before=2)
     whole = study.paths.journal.read_bytes()
-    record = whole.splitlines(keepends=True)[-1]
-    study.paths.journal.write_bytes(whole + record[:20])
+    metadata = whole.splitlines(keepends=True)[-1]
+    study.paths.journal.write_bytes(whole + metadata[:20])
     study.optuna.set_user_attr("note", 'a {"op_code": in a text')  # another process, that had opened it before
     study = find_study("s")
     assert study.optuna.user_attrs["note"] == 'a {"op_code": in a text'
@@ -939,17 +939,17 @@ def test_a_torn_record_with_a_whole_one_behind_it_is_taken_out(open_: Any, space
 @pytest.mark.parametrize("tail", [b"\0" * 50, b'{"op_code":4,"wor\n', b"{"])
 def test_other_tails_of_a_power_cut_are_cut_off_too(open_: Any, tail: bytes) -> None:
     study = open_()
-    study.ensure_slots(2)
+    study.queue.ensure_trials(2)
     with study.paths.journal.open("ab") as journal:
         journal.write(tail)
     assert find_study("s").counts().waiting == 2
-    open_().ensure_slots(3)
+    open_().queue.ensure_trials(3)
     assert find_study("s").counts().waiting == 3
 
 
 def test_damage_in_the_middle_stops_with_its_line_and_changes_nothing(open_: Any) -> None:
     study = open_()
-    study.ensure_slots(3)
+    study.queue.ensure_trials(3)
     lines = study.paths.journal.read_bytes().splitlines(keepends=True)
     lines[1] = b"garbage\n"
     study.paths.journal.write_bytes(b"".join(lines))
@@ -960,14 +960,14 @@ def test_damage_in_the_middle_stops_with_its_line_and_changes_nothing(open_: Any
 
 def test_a_finished_trial_is_synced_to_the_disk(open_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     study = open_()
-    study.ensure_slots(2)
+    study.queue.ensure_trials(2)
     synced = []
     monkeypatch.setattr(os, "fsync", synced.append)
-    trial, _ = study.claim()
+    trial, _ = study.queue.claim()
     for epoch in range(1, 6):
         trial.report(0.1, epoch)
     assert not synced
-    study.finish(trial, "complete", 0.5)
+    study.queue.finish(trial, "complete", 0.5)
     assert len(synced) == 1
 
 
@@ -976,14 +976,14 @@ def test_a_finished_trial_is_synced_to_the_disk(open_: Any, monkeypatch: pytest.
 
 def test_trials_that_fit_are_taken_over_under_the_new_distributions(open_: Any, space_of: Any) -> None:
     old = open_("old", seed=3)
-    old.ensure_slots(20)
-    while (claimed := old.claim()) is not None:
+    old.queue.ensure_trials(20)
+    while (claimed := old.queue.claim()) is not None:
         params = space_of().suggest(claimed[0])
         if claimed[1] % 5 == 4:
-            old.finish(claimed[0], "pruned", failure="oom")
+            old.queue.finish(claimed[0], "pruned", failure="oom")
         else:
             claimed[0].report(value_of(params, 1), 1)
-            old.finish(claimed[0], "complete", value_of(params), attributes={"epochs": 10})
+            old.queue.finish(claimed[0], "complete", value_of(params), attributes={"epochs": 10})
     # A bound is tighter, one parameter is no longer searched (64 remains), one is new.
     text = SPACE.replace("high: 1.0", "high: 0.6").replace("  batch_size: {choices: [32, 64, 128]}\n", "")
     text += "  loss.smoothing: {low: 0.0, high: 0.2}\n"
@@ -995,11 +995,11 @@ def test_trials_that_fit_are_taken_over_under_the_new_distributions(open_: Any, 
     }
     assert 2 < len(fitting) < 20
     new = open_("new", text, take_over="old")
-    assert {slot_of(trial) for trial in new.optuna.trials} == set(fitting)
+    assert {trial_index_of(trial) for trial in new.optuna.trials} == set(fitting)
     for taken in new.optuna.trials:
-        source = fitting[slot_of(taken)]
+        source = fitting[trial_index_of(taken)]
         assert taken.distributions == {path: space.distributions[path] for path in taken.params}
-        assert taken.params["loss.smoothing"] == space.base.loss.smoothing
+        assert taken.params["loss.smoothing"] == space.baseline.loss.smoothing
         assert taken.params["optim.lr_scale"] == source.params["optim.lr_scale"]
         assert (taken.state, taken.value, taken.constraints) == (source.state, source.value, source.constraints)
         assert taken.intermediate_values == source.intermediate_values
@@ -1007,8 +1007,8 @@ def test_trials_that_fit_are_taken_over_under_the_new_distributions(open_: Any, 
         assert taken.user_attrs[TAKEN_FROM] == f"old/{source.number}"
         if taken.state == TrialState.COMPLETE:
             assert new.trained(taken.number).config == old.trained(source.number).config
-    assert new.optuna.trials[0].user_attrs[BASE] is True
-    new.ensure_slots(20)
+    assert new.optuna.trials[0].user_attrs[BASELINE] is True
+    new.queue.ensure_trials(20)
     work(new, space, prune=False)
     assert new.counts().finished == 20
     again = open_("new", text, take_over="old")  # the same command again
@@ -1020,30 +1020,30 @@ NEW_BASE = SPACE.replace("batch_size: 64}", "batch_size: 64, optim: {lr_scale: 2
 
 def test_a_new_base_is_a_trial_beside_those_that_are_taken_over(open_: Any, space_of: Any) -> None:
     old = open_("old")
-    old.ensure_slots(4)
+    old.queue.ensure_trials(4)
     work(old, space_of(), prune=False)
     new = open_("new", NEW_BASE, take_over="old")
-    new.ensure_slots(6)
-    trials = {slot_of(trial): trial for trial in new.optuna.trials}
+    new.queue.ensure_trials(6)
+    trials = {trial_index_of(trial): trial for trial in new.optuna.trials}
     assert sorted(trials) == list(range(6))
-    assert [slot for slot, trial in trials.items() if BASE in trial.user_attrs] == [0]
-    assert trials[0].system_attrs["fixed_params"] == space_of(NEW_BASE).base_params()
+    assert [trial_index for trial_index, trial in trials.items() if BASELINE in trial.user_attrs] == [0]
+    assert trials[0].system_attrs["fixed_params"] == space_of(NEW_BASE).baseline_params()
     assert trials[4].user_attrs[TAKEN_FROM] == "old/0"  # the old base, out of the new one's way
     assert new.trained(trials[4].number).config == old.trained(0).config
     work(new, space_of(NEW_BASE), prune=False)
     assert new.counts().finished == 6
-    assert results(new)[0][1] == space_of(NEW_BASE).base_params()
+    assert results(new)[0][1] == space_of(NEW_BASE).baseline_params()
 
 
 def test_a_new_base_is_trained_though_every_slot_was_taken_over(open_: Any, space_of: Any) -> None:
     old = open_("old")
-    old.ensure_slots(3)
+    old.queue.ensure_trials(3)
     work(old, space_of(), prune=False)
     new = open_("new", NEW_BASE, take_over="old")
-    new.ensure_slots(3)
-    trial, slot = new.claim()
-    assert slot == 0
-    assert trial.user_attrs[BASE] is True
+    new.queue.ensure_trials(3)
+    trial, trial_index = new.queue.claim()
+    assert trial_index == 0
+    assert trial.user_attrs[BASELINE] is True
 
 
 @pytest.mark.parametrize(("state", "is_base"), [("complete", True), ("pruned", False)])
@@ -1051,14 +1051,14 @@ def test_a_trial_that_is_the_new_base_and_complete_stands_for_it(
     open_: Any, space_of: Any, state: Any, is_base: bool
 ) -> None:
     old = open_("old")
-    old.optuna.enqueue_trial(space_of(NEW_BASE).base_params(), user_attrs={SLOT: 1})
-    old.ensure_slots(3)
-    while (claimed := old.claim()) is not None:
+    old.optuna.enqueue_trial(space_of(NEW_BASE).baseline_params(), user_attrs={TRIAL_INDEX: 1})
+    old.queue.ensure_trials(3)
+    while (claimed := old.queue.claim()) is not None:
         space_of().suggest(claimed[0])
-        old.finish(claimed[0], state if claimed[1] == 1 else "complete", 0.5)
+        old.queue.finish(claimed[0], state if claimed[1] == 1 else "complete", 0.5)
     new = open_("new", NEW_BASE, take_over="old")
-    new.ensure_slots(5)
-    bases = {slot_of(trial): trial.state.name for trial in new.optuna.trials if BASE in trial.user_attrs}
+    new.queue.ensure_trials(5)
+    bases = {trial_index_of(trial): trial.state.name for trial in new.optuna.trials if BASELINE in trial.user_attrs}
     assert bases == ({1: "COMPLETE"} if is_base else {0: "WAITING"})
     assert len(new.optuna.trials) == 5
 
@@ -1068,15 +1068,15 @@ def test_a_trial_taken_over_is_a_recipe_if_it_is_one_of_the_new_space(
 ) -> None:
     text = recipes_of(tmp_path, dropped=3.0, retuned=4.0, kept=5.0, cut_short=6.0)
     old = open_("old", text)
-    old.ensure_slots(6)
-    while (claimed := old.claim()) is not None:
+    old.queue.ensure_trials(6)
+    while (claimed := old.queue.claim()) is not None:
         space_of(text).suggest(claimed[0])
         failed = claimed[0].user_attrs.get(RECIPE) == "cut_short"
-        old.finish(claimed[0], "pruned" if failed else "complete", 0.5, failure="oom" if failed else None)
+        old.queue.finish(claimed[0], "pruned" if failed else "complete", 0.5, failure="oom" if failed else None)
     new = open_("new", recipes_of(tmp_path, retuned=4.5, kept=5.0, cut_short=6.0, renamed=3.0), take_over="old")
-    recipes = {slot_of(trial): trial.user_attrs.get(RECIPE) for trial in new.optuna.trials}
+    recipes = {trial_index_of(trial): trial.user_attrs.get(RECIPE) for trial in new.optuna.trials}
     assert recipes == {0: None, 1: "renamed", 2: None, 3: "kept", 4: None, 5: None}
-    new.ensure_slots(8)
+    new.queue.ensure_trials(8)
     queued = [trial for trial in new.optuna.trials if trial.state == TrialState.WAITING]
     assert [trial.user_attrs[RECIPE] for trial in queued] == ["retuned", "cut_short"]
 
@@ -1093,14 +1093,14 @@ def test_trials_that_are_not_comparable_are_not_taken_over(
     open_: Any, space_of: Any, change: tuple[str, str], match: str
 ) -> None:
     old = open_("old")
-    old.ensure_slots(3)
+    old.queue.ensure_trials(3)
     work(old, space_of())
     with pytest.raises(StudyError, match=match):
         open_("new", SPACE.replace(*change), take_over="old")
 
 
 def test_trials_on_other_images_are_not_taken_over(open_: Any) -> None:
-    open_("old").ensure_slots(1)
+    open_("old").queue.ensure_trials(1)
     with pytest.raises(StudyError, match="begun with other images"):
         open_("new", dataset=Images(fingerprint="cd" * 32), take_over="old")
 

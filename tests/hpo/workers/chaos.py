@@ -194,7 +194,7 @@ class Victim:
     """An attempt at a trial that runs, and has a checkpoint, when an event strikes."""
 
     number: int
-    slot: int
+    trial_index: int
     pid: int
     """The worker's."""
     epoch: int
@@ -282,12 +282,12 @@ class Chaos:
     def _victims(self) -> list[Victim]:
         self._see_that_it_runs()
         return [
-            Victim(trial.number, trial.user_attrs["slot"], trial.user_attrs["lease"]["pid"], epoch)
+            Victim(trial.number, trial.user_attrs["trial_index"], trial.user_attrs["lease"]["pid"], epoch)
             for trial in self.trials()
             if trial.state == TrialState.RUNNING
             and "lease" in trial.user_attrs
             and Path("/proc", str(trial.user_attrs["lease"]["pid"])).exists()
-            and self.paths.checkpoint(trial.user_attrs["slot"]).exists()
+            and self.paths.checkpoint(trial.user_attrs["trial_index"]).exists()
             and max(2, trial.user_attrs.get("resumed_epoch", 0) + 1) <= (epoch := trial.last_step or 0) <= EPOCHS - 3
         ]
 
@@ -535,7 +535,7 @@ def check(chaos: Chaos) -> None:
     finished = [trial for trial in trials if trial.state in _FINISHED]
 
     # The exact total: each slot finished once, and nothing runs or waits.
-    assert sorted(trial.user_attrs["slot"] for trial in finished) == list(range(chaos.total))
+    assert sorted(trial.user_attrs["trial_index"] for trial in finished) == list(range(chaos.total))
     assert TrialState.RUNNING not in {trial.state for trial in trials}
 
     # No finished trial lost, or changed.
@@ -547,8 +547,8 @@ def check(chaos: Chaos) -> None:
     assert {t.number: t.user_attrs["failure"] for t in finished if "failure" in t.user_attrs} == told
     assert {trial.number for trial in finished if trial.state == TrialState.PRUNED} == told.keys()
 
-    for slot in range(chaos.total):
-        check_resumed(chaos, [trial for trial in trials if trial.user_attrs["slot"] == slot])
+    for trial_index in range(chaos.total):
+        check_resumed(chaos, [trial for trial in trials if trial.user_attrs["trial_index"] == trial_index])
     for said in chaos.command.all_said:
         assert "Traceback" not in said, said
 
@@ -575,7 +575,7 @@ def results(chaos: Chaos) -> Results:
     """What came of a study that is over."""
     timed = {"elapsed_s", "images_per_s"}
     return {
-        trial.user_attrs["slot"]: (
+        trial.user_attrs["trial_index"]: (
             trial.user_attrs.get("failure", trial.state.name),
             trial.value,
             trial.params,
@@ -592,13 +592,13 @@ def results(chaos: Chaos) -> Results:
 
 def check_twins(disturbed: Results, undisturbed: Results) -> None:
     """That every trial came to what its undisturbed twin did; one that was made to fail, up to there."""
-    for slot, (how, value, params, reports, rows) in disturbed.items():
-        _, twins_value, twins_params, twins_reports, twins_rows = undisturbed[slot]
+    for trial_index, (how, value, params, reports, rows) in disturbed.items():
+        _, twins_value, twins_params, twins_reports, twins_rows = undisturbed[trial_index]
         assert params == twins_params
         assert rows == twins_rows[: len(rows)]
         assert [epoch for epoch in reports if reports[epoch] != twins_reports[epoch]] == []
         if how == "COMPLETE":
-            assert (value, len(rows)) == (twins_value, EPOCHS), f"slot {slot}"
+            assert (value, len(rows)) == (twins_value, EPOCHS), f"slot {trial_index}"
 
 
 # What the harness needs of the machine

@@ -68,9 +68,9 @@ class Watched:
     def finished(self) -> dict[int, float | None]:
         """Slot -> the value of its finished trial."""
         done = [trial for trial in self.trials() if trial.state.name in ("COMPLETE", "PRUNED")]
-        slots = [trial.user_attrs["slot"] for trial in done]
-        assert len(slots) == len(set(slots))
-        return {trial.user_attrs["slot"]: trial.value for trial in done}
+        trial_indices = [trial.user_attrs["trial_index"] for trial in done]
+        assert len(trial_indices) == len(set(trial_indices))
+        return {trial.user_attrs["trial_index"]: trial.value for trial in done}
 
 
 @pytest.fixture
@@ -167,8 +167,8 @@ def test_a_study_on_two_nodes_survives_the_loss_of_one(
     assert sorted(after) == [0, 1, 2, 3, 4]
     assert before.items() <= after.items()
     assert {trial.state.name for trial in server.trials()} == {"COMPLETE", "FAIL"}
-    slot = victim.user_attrs["slot"]
-    [again] = [t for t in server.trials() if t.user_attrs["slot"] == slot and t.state.name == "COMPLETE"]
+    trial_index = victim.user_attrs["trial_index"]
+    [again] = [t for t in server.trials() if t.user_attrs["trial_index"] == trial_index and t.state.name == "COMPLETE"]
     assert f"trial {again.number} goes on after epoch" in said
     assert "was lost with its node" in said
     assert "(raylet)" not in said  # Ray's own words, at length
@@ -194,9 +194,9 @@ def test_a_preempted_worker_gives_its_trial_back_a_killed_one_is_replaced_and_ct
     assert "Traceback" not in said
     trials = server.trials()
     assert not [trial.number for trial in trials if trial.state.name == "RUNNING"]
-    crashes = {t.user_attrs["slot"]: t.user_attrs.get("crashes", 0) for t in trials}  # of the latest attempt
-    assert crashes[busy[preempted].user_attrs["slot"]] == 0
-    assert crashes[busy[killed].user_attrs["slot"]] == 1
+    crashes = {t.user_attrs["trial_index"]: t.user_attrs.get("crashes", 0) for t in trials}  # of the latest attempt
+    assert crashes[busy[preempted].user_attrs["trial_index"]] == 0
+    assert crashes[busy[killed].user_attrs["trial_index"]] == 1
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in (*busy, *others)):
         assert time.monotonic() < deadline
@@ -213,9 +213,9 @@ def test_nodes_that_share_no_folder_keep_what_is_to_stay_in_the_depot(
     """The head's folder of studies is made unknown to the nodes, which are on one disk with it here."""
     monkeypatch.setattr(hpo.workers.ray, "_studies_of", lambda job: tmp_path / "not" / "there")
     space = load_space(space_file)
-    study = open_study(space, name="own", dataset=load_dataset(space.base.data), storage_url=server.url)
+    study = open_study(space, name="own", dataset=load_dataset(space.baseline.data), storage_url=server.url)
     study.use_depot(str(tmp_path / "depot"))
-    study.ensure_slots(4)
+    study.queue.ensure_trials(4)
     job = replace(a_job(space_file, server.url), depot=str(tmp_path / "depot"))
     bars = StudyProgress(metric=study.metric, direction=study.direction, done=0, total=4, best=None)
     with Interrupts() as interrupts, bars as progress, closing(RayEngine(cluster.address)) as engine:

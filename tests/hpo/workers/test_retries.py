@@ -19,7 +19,7 @@ from hpo.space import SearchSpace, load_space, space_from_yaml, space_to_yaml
 from hpo.storage import is_masked, lease, mask, open_storage
 from hpo.storage.lease import LEASE, own_lease
 from hpo.study import Study, find_study, join_study, open_study
-from hpo.trials import CRASHES, FAILURE, REPLICATE_OF, SLOT, first_twin, slot_of
+from hpo.trials import CRASHES, FAILURE, REPLICATE_OF, TRIAL_INDEX, first_twin, trial_index_of
 from tests.hpo.commands import SPACE, hpo
 from tests.hpo.storage.journals import finished_of, trials_of
 
@@ -41,7 +41,7 @@ def study(space: SearchSpace) -> Study:
         name="digits", fingerprint="ab" * 32, classes=("0", "1"), report=SimpleNamespace(broken=())
     )
     opened = open_study(space, name="own", dataset=images)
-    opened.ensure_slots(1)
+    opened.queue.ensure_trials(1)
     return opened
 
 
@@ -54,7 +54,7 @@ DEAD = (
     "images = SimpleNamespace(\n"
     "    name='digits', fingerprint='ab' * 32, classes=('0', '1'), report=SimpleNamespace(broken=()))\n"
     "study = open_study(space, name='own', dataset=images)\n"
-    "trial, slot = study.claim()\n"
+    "trial, slot = study.queue.claim()\n"
     "if sys.argv[2] == 'training':\n"
     "    space.suggest(trial)\n"
     "    trial.report(0.5, 1)\n"
@@ -77,44 +77,44 @@ def test_a_slot_is_begun_again_as_often_as_is_allowed_and_then_counts_as_failed_
     study.remember_retries(2)
     for crashes in (1, 2):
         die(space)
-        assert study.reap() == [0]
+        assert study.queue.reap() == [0]
         assert study.optuna.trials[-1].user_attrs[CRASHES] == crashes
     die(space)
-    assert study.reap() == []
+    assert study.queue.reap() == []
     last = study.optuna.trials[-1]
     assert (last.state, last.user_attrs[FAILURE], last.user_attrs[CRASHES]) == (TrialState.PRUNED, "crashed", 3)
     assert last.value == 0.5  # as of any pruned trial: what it had reported
     assert last.system_attrs["constraints:failure"] > 0  # so that the sampler keeps away
     assert last.params
-    assert (study.counts().failures, study.counts().finished, study.waiting()) == (1, 1, 0)
+    assert (study.counts().failures, study.counts().finished, study.queue.waiting()) == (1, 1, 0)
     assert "trial 2: 3 attempt(s) at it died with their process" in caplog.text
-    study.ensure_slots(1)
-    assert study.waiting() == 0  # it counts towards the total
+    study.queue.ensure_trials(1)
+    assert study.queue.waiting() == 0  # it counts towards the total
 
 
 def test_what_dies_before_it_has_parameters_is_nobodys_fault(study: Study, space: SearchSpace) -> None:
     study.remember_retries(0)
     die(space, doing="nothing")
-    assert study.reap() == [0]
+    assert study.queue.reap() == [0]
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
 
 def test_an_interrupt_is_no_crash_and_a_fault_is_one(study: Study, space: SearchSpace) -> None:
     for crashed, counted in ((False, None), (True, 1), (False, 1)):
-        claimed = study.claim()
+        claimed = study.queue.claim()
         assert claimed is not None
         space.suggest(claimed[0])
-        study.release(claimed[0], crashed=crashed)
+        study.queue.release(claimed[0], crashed=crashed)
         assert study.optuna.trials[-1].user_attrs.get(CRASHES) == counted
 
 
 def test_a_machine_that_went_down_with_its_processes_is_no_crash(study: Study, space: SearchSpace) -> None:
     study.remember_retries(0)
-    claimed = study.claim()
+    claimed = study.queue.claim()
     assert claimed is not None
     space.suggest(claimed[0])
     study._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "boot": "another"})
-    assert study.reap() == [0]
+    assert study.queue.reap() == [0]
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
 
@@ -124,7 +124,7 @@ def test_processes_that_were_ended_with_their_parent_are_no_crash(study: Study, 
     [dead] = study._running()
     lease = {**dead.user_attrs[LEASE], "parent": dead.user_attrs[LEASE]}
     study._storage.set_trial_user_attr(dead._trial_id, LEASE, lease)
-    assert study.reap() == [0]
+    assert study.queue.reap() == [0]
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
 
@@ -144,12 +144,12 @@ def test_two_that_give_a_trial_up_at_once_end_it_once(
 def test_a_slot_that_was_lost_between_two_writes_is_queued_again_by_whoever_looks_next(
     study: Study, space: SearchSpace
 ) -> None:
-    claimed = study.claim()
+    claimed = study.queue.claim()
     assert claimed is not None
     params = space.suggest(claimed[0])
     study._fail(study._storage.get_trial(claimed[0]._trial_id))  # and the process died, or found the disk full
-    assert study.waiting() == 0
-    assert study.requeue_lost()
+    assert study.queue.waiting() == 0
+    assert study.queue.requeue_lost()
     [waiting] = [trial for trial in study.optuna.trials if trial.state == TrialState.WAITING]
     assert waiting.params == params
 
@@ -158,11 +158,11 @@ def test_a_retried_trial_stands_for_its_slot_before_a_blank_one_that_was_queued_
     study: Study, space: SearchSpace
 ) -> None:
     study._queue(0, {}, {})  # as two processes do that begin at once
-    claimed = study.claim()
+    claimed = study.queue.claim()
     assert claimed is not None
     params = space.suggest(claimed[0])
-    study.release(claimed[0])
-    again = study.claim()
+    study.queue.release(claimed[0])
+    again = study.queue.claim()
     assert again is not None
     assert again[0].params == params
 
@@ -202,11 +202,11 @@ def test_the_number_of_retries_is_remembered_for_all_who_work_on_the_study(study
 
 
 def test_only_the_trials_of_living_processes_are_waited_for(study: Study, space: SearchSpace) -> None:
-    claimed = study.claim()
+    claimed = study.queue.claim()
     assert claimed is not None
-    assert study.at_work() == [0]
+    assert study.queue.at_work() == [0]
     study._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "host": "another"})
-    assert study.at_work() == []  # a journal keeps no heartbeats: nobody knows whether that one lives
+    assert study.queue.at_work() == []  # a journal keeps no heartbeats: nobody knows whether that one lives
 
 
 @pytest.mark.parametrize(
@@ -227,37 +227,37 @@ def test_processes_of_another_container_with_the_same_name_are_not_taken_for_dea
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The numbers of its processes mean nothing here. The mock stands for a container, which is not to be had here."""
-    claimed = study.claim()
+    claimed = study.queue.claim()
     assert claimed is not None
     monkeypatch.setattr(lease, "_process_space", lambda: "#17")
-    assert study.reap() == []
-    [held] = study.held_elsewhere()
+    assert study.queue.reap() == []
+    [held] = study.queue.held_elsewhere()
     assert held.number == 0
 
 
 # Configurations that were seen before
 
 
-def trial_of(slot: int, state: TrialState = TrialState.PRUNED, **params: Any) -> Any:
+def trial_of(trial_index: int, state: TrialState = TrialState.PRUNED, **params: Any) -> Any:
     from optuna.distributions import FloatDistribution
 
     found = create_trial(
         state=state,
         params=params,
         distributions={name: FloatDistribution(0, 9) for name in params},
-        user_attrs={SLOT: slot},
+        user_attrs={TRIAL_INDEX: trial_index},
         value=1.0 if state == TrialState.COMPLETE else None,
     )
-    found.number = slot
+    found.number = trial_index
     return found
 
 
 def test_the_twin_is_the_lowest_slot_before_with_the_same_parameters() -> None:
     trials = [trial_of(0, a=1.0), trial_of(1, a=2.0), trial_of(2, TrialState.COMPLETE, a=2.0), trial_of(5, a=3.0)]
-    assert first_twin(trials, {"a": 2.0}, slot=3) == 1
-    assert first_twin(trials, {"a": 2.0}, slot=1) is None
-    assert first_twin(trials, {"a": 3.0}, slot=4) is None  # a later slot decides nothing
-    assert first_twin(trials, {"a": 1.0, "b": 1.0}, slot=4) is None
+    assert first_twin(trials, {"a": 2.0}, trial_index=3) == 1
+    assert first_twin(trials, {"a": 2.0}, trial_index=1) is None
+    assert first_twin(trials, {"a": 3.0}, trial_index=4) is None  # a later slot decides nothing
+    assert first_twin(trials, {"a": 1.0, "b": 1.0}, trial_index=4) is None
 
 
 def test_a_space_of_one_cell_ends_and_its_trials_are_replicates_with_seeds_of_their_own(
@@ -266,7 +266,7 @@ def test_a_space_of_one_cell_ends_and_its_trials_are_replicates_with_seeds_of_th
     file = tmp_path / "cell.yaml"
     file.write_text(ONE_CELL)
     assert hpo(monkeypatch, "run", str(file), "--trials", "3") == 0
-    trials = sorted(trials_of(tmp_path / "studies/cell"), key=slot_of)
+    trials = sorted(trials_of(tmp_path / "studies/cell"), key=trial_index_of)
     assert [trial.user_attrs.get(REPLICATE_OF) for trial in trials] == [None, 0, 0]
     assert len({trial.value for trial in trials}) > 1  # other seeds
     assert capsys.readouterr().out.count("(replicate of slot 0)") == 2
@@ -280,10 +280,10 @@ def test_a_space_survives_the_way_to_a_worker_that_has_not_its_file(name: str) -
     space = load_space(name)
     again = space_from_yaml(space_to_yaml(space), space.name)
     assert again.identity() == space.identity()
-    assert (again.sampler, again.pruner, again.base, again.search) == (
+    assert (again.sampler, again.pruner, again.baseline, again.search) == (
         space.sampler,
         space.pruner,
-        space.base,
+        space.baseline,
         space.search,
     )
 
@@ -364,7 +364,7 @@ def test_artifacts_stay_where_they_are(study: Study, space: SearchSpace, tmp_pat
 
 
 def test_a_study_that_has_begun_keeps_its_artifacts_in_its_folder(study: Study, tmp_path: Path) -> None:
-    assert study.claim() is not None
+    assert study.queue.claim() is not None
     with pytest.raises(StudyError, match=r"^study own keeps its artifacts in .*/studies/own; leave --artifacts out"):
         study.use_depot(str(tmp_path / "depot"))
     study.use_depot(None)

@@ -174,8 +174,8 @@ def test_a_killed_workers_trial_goes_on_from_its_checkpoint_and_the_total_stays(
     assert process.returncode == 0, said
     assert f"(trial {victim.number}, fold 2 of 2) was killed by SIGKILL; its trial is queued again; another" in said
 
-    slot = victim.user_attrs["slot"]
-    [again] = [t for t in trials_of(study) if t.user_attrs["slot"] == slot and t.state.name == "COMPLETE"]
+    trial_index = victim.user_attrs["trial_index"]
+    [again] = [t for t in trials_of(study) if t.user_attrs["trial_index"] == trial_index and t.state.name == "COMPLETE"]
     paths = StudyPaths(study)
     before, after = (
         [json.loads(line) for line in paths.trial_metrics(trial.number).read_text().splitlines()][:25]
@@ -219,8 +219,8 @@ def test_an_interrupt_while_the_workers_load_ends_them_too(tmp_path: Path, space
 
 def own_study(space_file: str, trials: int) -> tuple[Study, Job]:
     space = load_space(space_file)
-    study = open_study(space, name="own", dataset=load_dataset(space.base.data))
-    study.ensure_slots(trials)
+    study = open_study(space, name="own", dataset=load_dataset(space.baseline.data))
+    study.queue.ensure_trials(trials)
     return study, Job(space, "own", study.storage_url, None, False, Path.cwd())
 
 
@@ -277,7 +277,7 @@ def test_where_none_can_live_the_run_ends_with_one_line_and_what_to_do(
         r"--per-device, and run the same command again$",
     ):
         work_off(study, job, 2)
-    assert study.waiting() == 2
+    assert study.queue.waiting() == 2
 
 
 def test_a_crash_that_every_worker_meets_stops_the_run_and_keeps_its_traceback(
@@ -289,7 +289,7 @@ def test_a_crash_that_every_worker_meets_stops_the_run_and_keeps_its_traceback(
     with pytest.raises(RuntimeError, match=r"^worker \d failed: (FileExists|NotADirectory)Error") as caught:
         work_off(study, job, 2)
     assert "hpo/objective.py" in str(caught.value.__cause__)
-    assert study.waiting() == 4
+    assert study.queue.waiting() == 4
     assert study.counts().running == 0
     assert not multiprocessing.active_children()
 
@@ -586,7 +586,7 @@ def test_more_trials_than_cores_are_warned_of(
 ) -> None:
     room = Capacity(threads=1, cores=1, memory_bytes=100 * WORKER_BYTES, gpu_bytes=None)
     monkeypatch.setattr(work, "free_capacity", lambda device: room)
-    monkeypatch.setattr(work, "run_workers", lambda study, *_, **__: study.ensure_slots(0))
+    monkeypatch.setattr(work, "run_workers", lambda study, *_, **__: study.queue.ensure_trials(0))
     assert hpo_run(monkeypatch, space_file, "--trials", "2", "--per-device", "2") == 0
     warning = "--per-device 2: the CPU has 1 core, and more trials at once only wait for each other"
     assert capfd.readouterr().err == f"warning: {warning}\n"
