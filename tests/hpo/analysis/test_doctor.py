@@ -28,7 +28,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
 from hpo.space import load_space
 from hpo.storage.lease import LEASE
-from hpo.study import Study, find_study, open_study
+from hpo.study import Study, TrialQueue, find_study, open_study
 from tests.hpo.commands import hpo
 from tests.hpo.storage.journals import trials_of
 
@@ -157,7 +157,7 @@ import sys, time
 from hpo.study import Study, find_study
 from hpo.space import load_space
 found = find_study("own")
-study = Study(found.optuna, found.paths, found.record, found.storage_url, load_space(sys.argv[1]))
+study = Study(found.optuna, found.paths, found.metadata, found.storage_url, load_space(sys.argv[1]))
 study.queue.claim()
 print("claimed", flush=True)
 time.sleep(600)
@@ -601,7 +601,7 @@ def test_what_cannot_be_mended_after_all_is_told(
     process.kill()
     process.wait()
     leave(case.paths.checkpoint(1))
-    monkeypatch.setattr(Study, "reap", lambda self: 1 / 0)
+    monkeypatch.setattr(TrialQueue, "reap", lambda self: 1 / 0)
     code, lines = case.run("--mend")
     assert code == 1
     assert "division by zero" in found(lines, "^could not be mended: trial 3")

@@ -700,7 +700,7 @@ images = SimpleNamespace(name="digits", fingerprint="0" * 64, classes=("0", "1")
 space = load_space("digits", ["epochs=30"])
 study = open_study(space, name="s", dataset=images, storage_url=sys.argv[1])
 if sys.argv[3] == "first":  # as `hpo run` does before it starts its workers
-    study.ensure_slots(int(sys.argv[2]))
+    study.queue.ensure_trials(int(sys.argv[2]))
 print("ready", flush=True)
 sys.stdin.readline()
 while (claimed := study.queue.claim()) is not None:

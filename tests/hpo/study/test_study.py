@@ -526,7 +526,7 @@ time.sleep(600)
 WORK = """
 import os
 from pathlib import Path
-study.ensure_slots(16)
+study.queue.ensure_trials(16)
 here = Path(sys.argv[1]).parent
 (here / f"ready.{os.getpid()}").touch()
 while len(list(here.glob("ready.*"))) < 2:  # neither works the study off before the other is there
@@ -636,8 +636,8 @@ def test_two_reapers_queue_a_slot_once(open_: Any, monkeypatch: pytest.MonkeyPat
     study.queue.ensure_trials(1)
     study.queue.claim()
     frozen = study.optuna.trials[0]
-    assert study._interrupt(frozen, crashed=False)
-    assert not study._interrupt(frozen, crashed=False)  # the other has seen it running a moment ago
+    assert study.queue._interrupt(frozen, crashed=False)
+    assert not study.queue._interrupt(frozen, crashed=False)  # the other has seen it running a moment ago
     assert len(study.optuna.trials) == 2
 
 

@@ -121,7 +121,7 @@ def test_a_machine_that_went_down_with_its_processes_is_no_crash(study: Study, s
 def test_processes_that_were_ended_with_their_parent_are_no_crash(study: Study, space: SearchSpace) -> None:
     study.remember_retries(0)
     die(space)
-    [dead] = study._running()
+    [dead] = study.queue._running()
     lease = {**dead.user_attrs[LEASE], "parent": dead.user_attrs[LEASE]}
     study._storage.set_trial_user_attr(dead._trial_id, LEASE, lease)
     assert study.queue.reap() == [0]
@@ -133,10 +133,10 @@ def test_two_that_give_a_trial_up_at_once_end_it_once(
 ) -> None:
     study.remember_retries(0)
     die(space)
-    [dead] = study._running()
+    [dead] = study.queue._running()
     caplog.set_level(logging.WARNING)
-    assert not study._interrupt(dead, crashed=True)
-    assert not study._interrupt(dead, crashed=True)
+    assert not study.queue._interrupt(dead, crashed=True)
+    assert not study.queue._interrupt(dead, crashed=True)
     assert len(caplog.records) == 1
     assert [trial.state for trial in study.optuna.trials] == [TrialState.PRUNED]
 
@@ -147,7 +147,7 @@ def test_a_slot_that_was_lost_between_two_writes_is_queued_again_by_whoever_look
     claimed = study.queue.claim()
     assert claimed is not None
     params = space.suggest(claimed[0])
-    study._fail(study._storage.get_trial(claimed[0]._trial_id))  # and the process died, or found the disk full
+    study.queue._fail(study._storage.get_trial(claimed[0]._trial_id))  # and the process died, or found the disk full
     assert study.queue.waiting() == 0
     assert study.queue.requeue_lost()
     [waiting] = [trial for trial in study.optuna.trials if trial.state == TrialState.WAITING]
@@ -157,7 +157,7 @@ def test_a_slot_that_was_lost_between_two_writes_is_queued_again_by_whoever_look
 def test_a_retried_trial_stands_for_its_slot_before_a_blank_one_that_was_queued_twice(
     study: Study, space: SearchSpace
 ) -> None:
-    study._queue(0, {}, {})  # as two processes do that begin at once
+    study.queue._queue(0, {}, {})  # as two processes do that begin at once
     claimed = study.queue.claim()
     assert claimed is not None
     params = space.suggest(claimed[0])
