@@ -175,9 +175,9 @@ def test_a_trial_that_is_taken_away_while_it_runs_is_dropped_and_the_run_goes_on
     def take_away(lane: StudyLane, epoch: Any, verdict: str) -> None:
         shown(lane, epoch, verdict)
         other = find_study("own")
-        [running] = other._running()
+        [running] = other.queue._running()
         if CRASHES not in running.user_attrs:
-            assert other._interrupt(running, crashed=True)
+            assert other.queue._interrupt(running, crashed=True)
 
     monkeypatch.setattr(StudyLane, "epoch_ended", take_away)
     assert hpo(monkeypatch, "run", str(space.path), "--trials", "1", "--retries", "5") == 0
