@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from core.config import TrainConfig
     from core.loop import EpochMetrics, TrainResult
 
+TOTAL = "trials"
+"""Study user attribute: the total number of trials, for workers that join."""
 TRIAL_INDEX = "trial_index"
 """The user attribute of every trial of ours: its place in the study's total. A retried trial keeps it."""
 BASELINE = "baseline"
@@ -115,3 +117,21 @@ class Outcome:
     """The pruner's verdict, or the failure's text."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """What the storage remembers beside the value."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How a study's trials stand. Interrupted attempts are not in it."""
+
+    complete: int
+    pruned: int
+    """By the pruner."""
+    failures: int
+    """Pruned because they could not be trained: `diverged`, `oom`, `invalid`."""
+    running: int
+    waiting: int
+
+    @property
+    def finished(self) -> int:
+        """What counts towards the total."""
+        return self.complete + self.pruned + self.failures

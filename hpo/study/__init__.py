@@ -3,7 +3,8 @@
 from hpo.storage.lease import Held
 from hpo.study.open import check_search_name, find_study, join_study, list_studies, open_study
 from hpo.study.queue import TrialQueue
-from hpo.study.study import CONFIRMATION, Counts, Study, Trained
+from hpo.study.study import CONFIRMATION, Study, Trained
+from hpo.trials import Counts
 
 __all__ = [
     "CONFIRMATION",

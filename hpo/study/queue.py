@@ -30,7 +30,6 @@ from hpo.storage.lease import (
     own_lease,
     stale_elsewhere,
 )
-from hpo.study.study import TOTAL, Counts, Study
 from hpo.study.warm_start import CONSTRAINT
 from hpo.trials import (
     ARTIFACT,
@@ -41,7 +40,9 @@ from hpo.trials import (
     RECIPE,
     RESUMED_EPOCH,
     STOPPED,
+    TOTAL,
     TRIAL_INDEX,
+    Counts,
     effective_trials,
     is_baseline,
     trial_index_of,
@@ -60,7 +61,7 @@ class TrialQueue:
         study: with its space, to enqueue or claim trials; without, its trials can still be released and requeued.
     """
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Any) -> None:  # a Study, which imports this module
         self._study = study
 
     def ensure_trials(self, total: int) -> Counts:
@@ -89,7 +90,8 @@ class TrialQueue:
         for _, attributes in missing:
             what = f"recipe {attributes[RECIPE]}" if RECIPE in attributes else "the base"
             logger.info("%s is no trial of the study: its %d trials were all queued before", what, total)
-        return self._study.counts()
+        counts: Counts = self._study.counts()
+        return counts
 
     def enqueue(self, trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
         """Queues these trials, each (parameters, attributes), behind all that there are, and raises the total to that.
@@ -347,6 +349,6 @@ class TrialQueue:
 
     def _fail(self, trial: FrozenTrial) -> bool:
         try:
-            return self._study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            return bool(self._study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL))
         except UpdateFinishedTrialError:
             return False

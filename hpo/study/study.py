@@ -27,9 +27,12 @@ from hpo.study.metadata import (
     data_path_of,
     skips_broken,
 )
+from hpo.study.queue import TrialQueue
 from hpo.trials import (
     CONFIG,
     FAILURE,
+    TOTAL,
+    Counts,
     effective_trials,
     trial_index_of,
 )
@@ -40,11 +43,8 @@ if TYPE_CHECKING:
     from core.data import Dataset
     from hpo.space import SearchSpace
     from hpo.storage.artifacts import Depot
-    from hpo.study.queue import TrialQueue
 
 
-TOTAL = "trials"
-"""Study user attribute: the total number of trials, for workers that join."""
 _COMMAND = "command"  # study user attribute: what the study was last run by
 _SPACE = "space"  # study user attribute: the space as YAML, for workers that join without its file
 _DEPOT = "artifacts"  # study user attribute: where `--artifacts` keeps files for all machines, without a password
@@ -54,24 +54,6 @@ CONFIRMATION = "confirmation"
 _PACKING = "packing"  # study user attribute: host and device -> how many trials at once were best there, and why
 _DEVICES = "devices:"  # how a study user attribute begins that says what a host's trials are trained on
 _DEFAULT_RETRIES = 3  # one more than a pool fills a seat again, so that a seat is given up before a configuration is
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How a study's trials stand. Interrupted attempts are not in it."""
-
-    complete: int
-    pruned: int
-    """By the pruner."""
-    failures: int
-    """Pruned because they could not be trained: `diverged`, `oom`, `invalid`."""
-    running: int
-    waiting: int
-
-    @property
-    def finished(self) -> int:
-        """What counts towards the total."""
-        return self.complete + self.pruned + self.failures
 
 
 @dataclass(frozen=True)
@@ -308,8 +290,6 @@ class Study:
     @cached_property
     def queue(self) -> TrialQueue:
         """The queue of its trials; what changes them is there."""
-        from hpo.study.queue import TrialQueue  # which imports this module
-
         return TrialQueue(self)
 
     @property
