@@ -1,1 +1,1 @@
-"""Trains one configuration of an image classifier: torch and timm, and nothing of Optuna, YAML or the terminal."""
+"""Training of one image-classifier configuration, on torch and timm."""

@@ -1,9 +1,8 @@
-"""Everything that a training needs to go on after it was killed, in one file that is whole or absent.
+"""Checkpoints: the complete state of a training in one file, written atomically.
 
-Written to a temporary name, synced and renamed, and the folder synced too, so a crash or a power cut at any moment
-leaves the old file or the new one. The temporary name is always the same, so that what a killed writer left is
-overwritten by the next one. Loaded with `weights_only`, so a checkpoint can carry tensors and plain values, and no
-code.
+The file is written to a temporary name, synced and renamed, and the folder is synced, so a crash leaves either the old
+or the new file. The temporary name is fixed, so a file left by a killed process is overwritten. Files are loaded with
+`weights_only` and cannot run code.
 """
 
 from __future__ import annotations
@@ -24,23 +23,21 @@ from core.errors import CheckpointError
 
 FORMAT = 3
 
-# However much a save costs, one is due after these seconds. A disk that stalled once for half a minute would otherwise
-# not be written to again for the next 25. It is about the best interval for a save of 12 s where a machine is taken
-# away every hour: the root of 2 · 12 s · 3600 s (Young 1974, "A first order approximation to the optimum checkpoint
-# interval").
+# Upper limit of the interval, so that one slow save does not stop saving for long. About the optimum for a save of 12 s
+# on a machine that is preempted every hour: sqrt(2 · 12 s · 3600 s) (Young 1974, "A first order approximation to the
+# optimum checkpoint interval").
 LONGEST_INTERVAL_S = 300.0
 
 
 class Checkpoints:
-    """The checkpoints of one training, each in the place of the one before; saved when it is cheap, and when asked.
+    """Saves checkpoints of one training to one file, limiting the time spent on it.
 
     Args:
         path: the file.
-        state: what is to be saved, read anew each time.
-        on_saved: called with the path after each is whole and in place.
-        share: of the training's time, in (0, inf]: how much of it saving may take. One is due as soon as the time since
-            the last makes that a share of what the last has cost, or is `LONGEST_INTERVAL_S`; and due at once before
-            the first, whose cost nobody knows.
+        state: returns the state to save.
+        on_saved: called with the path after each save.
+        share: maximum fraction of the training time spent on saving, in (0, inf]. The next save is due once the time
+            since the last one makes its cost that fraction, or after `LONGEST_INTERVAL_S`. The first is due at once.
     """
 
     def __init__(
@@ -57,14 +54,14 @@ class Checkpoints:
 
     @property
     def due(self) -> bool:
-        """Whether saving has become cheap again."""
+        """Whether enough time has passed since the last save."""
         return time.perf_counter() - self._saved_at >= self._interval_s
 
     def save(self) -> None:
-        """Saves, whether it is due or not.
+        """Save now, whether due or not.
 
         Raises:
-            OSError: the disk is full, or gone. The checkpoint before is still there, whole.
+            OSError: writing failed. The previous checkpoint is intact.
         """
         began = time.perf_counter()
         save_checkpoint(self._path, self._state())
@@ -75,31 +72,35 @@ class Checkpoints:
 
 
 def unfinished(path: Path) -> Path:
-    """What a checkpoint is called while it is written; a killed writer leaves it behind."""
+    """Return the name of a checkpoint while it is being written. A killed process may leave this file behind."""
     return path.with_name(f"{path.name}.tmp")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes the state atomically; tensors on any device. A file has one writer at a time.
+    """Write the state atomically. Only one process may write a file at a time.
+
+    Args:
+        path: the file; its folder is created.
+        state: tensors on any device and plain values.
 
     Raises:
-        OSError: the disk is full, or gone. What was at `path` is still there, whole.
+        OSError: writing failed. The previous file at `path` is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = unfinished(path)
     try:
-        with temporary.open("wb") as file, _told_as_it_was():
+        with temporary.open("wb") as file, _original_error():
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)  # the rename is the folder's content, and may otherwise be lost with the power
+    _sync_folder(path.parent)  # a rename is lost in a power cut otherwise
 
 
 @contextlib.contextmanager
-def _told_as_it_was() -> Iterator[None]:
+def _original_error() -> Iterator[None]:
     """Raises what stopped a save, the disk's error or an interrupt, where torch then fails over the file's length."""
     try:
         yield
@@ -118,21 +119,24 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """The state as it was saved, its tensors on `device`.
+    """Load a saved state with its tensors on `device`.
+
+    Args:
+        path: the file.
+        device: where tensors are placed.
 
     Raises:
-        CheckpointError: the file is torn, damaged, no checkpoint, or one of another format; or it would run code, or
-            unpack to more than it is.
-        OSError: there is no such file, or it cannot be read.
+        CheckpointError: the file is damaged, not a checkpoint, of another format, contains code, or is compressed.
+        OSError: the file does not exist or cannot be read.
     """
     try:
         _check_archive(path)
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # the disk or the device is at fault, and not what the file says
+        raise  # caused by the disk or the device, not by the file
     except pickle.UnpicklingError as error:
         raise _refusal(path, "it holds more than tensors and plain values") from error
-    except Exception as error:  # on torn files zipfile and torch raise anything from KeyError to RuntimeError
+    except Exception as error:  # zipfile and torch raise many types on damaged files
         reason = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
         raise _refusal(path, reason) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -141,15 +145,15 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses what torch would load without a word: damaged tensors, and a small file that unpacks to a huge one.
+    """Refuse damaged tensors and decompression bombs, which torch would load without an error.
 
     Raises:
-        zipfile.BadZipFile: it is damaged, or no archive.
+        zipfile.BadZipFile: it is damaged, or not an archive.
     """
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
             raise zipfile.BadZipFile("it unpacks to more than it is")
-        damaged = archive.testzip()  # compares what torch wrote down of each tensor; a third of a second a gigabyte
+        damaged = archive.testzip()  # verifies checksums; 0.3 s per GB
     if damaged is not None:
         raise zipfile.BadZipFile(f"{damaged} is damaged")
 

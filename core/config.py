@@ -1,11 +1,10 @@
-"""`TrainConfig`: the tree of every knob of one training, typed, bounded and frozen.
+"""`TrainConfig`: every setting of one training as a tree of typed, bounded, frozen models.
 
-A configuration is plain data. It says nothing of how it was found, and the dotted path of a field (`optim.lr`) is its
-only name, in the code, in a search space, in a trial's parameters and on the command line. Every length in time is a
-fraction of the run, so a recipe of 200 epochs is the same recipe at 3: `epochs` lives in one place.
+A field is named by its dotted path (`optim.lr`) everywhere: in code, search spaces, trial parameters and on the command
+line. Every duration is a fraction of the run, so a recipe stays the same at any number of `epochs`.
 
-`None` means off. A field that does not apply to the chosen model or optimizer either has no effect by the definition
-of its choice (`optim.momentum` under `adamw`), or is refused (`model.widths` under a timm model): never half used.
+`None` means off. A field that does not apply to the chosen model or optimizer either has no effect (`optim.momentum`
+under `adamw`) or is refused (`model.widths` under a timm model).
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
-# Optimizer -> (the learning rate that `lr_scale` 1 means at batch 256, the power of batch / 256 it grows with).
-# SGD: linear scaling, Goyal et al. 2017, arXiv 1706.02677; 0.1 at 256 is their reference. The adaptive ones: 1e-3 is
-# the default of Kingma and Ba 2015, and the square root of the batch is the scaling of Malladi et al. 2022,
-# arXiv 2205.10287. SWATS begins as Adam, so its rate is Adam's. Muon's updates are scaled to the size of AdamW's
-# (Liu et al. 2025, arXiv 2502.16982), so that AdamW's rate serves it too.
+# Optimizer -> (learning rate of `lr_scale` 1 at batch 256, exponent of batch / 256 that scales it).
+# SGD: linear scaling from 0.1 (Goyal et al. 2017, arXiv 1706.02677). Adaptive optimizers: the default 1e-3 of Kingma
+# and Ba 2015, with square-root scaling (Malladi et al. 2022, arXiv 2205.10287). SWATS starts as Adam. Muon's updates
+# are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so it uses the same rate.
 REFERENCE_LR: dict[str, tuple[float, float]] = {
     "sgd": (0.1, 1.0),
     "adamw": (1e-3, 0.5),
@@ -30,90 +28,91 @@ REFERENCE_LR: dict[str, tuple[float, float]] = {
 
 
 class _Section(BaseModel):
-    """One branch of the tree: unknown fields are errors, values are never coerced, nothing changes after."""
+    """Base of the configuration sections: unknown fields are errors, values are not coerced, instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class DataConfig(_Section):
-    """Which images, and which of them are held out."""
+    """The data set and its split."""
 
     name: str = Field(default="digits", min_length=1)
     """A built-in data set (`hpo data list`), or the path of a folder, archive, .npz or .csv."""
     val_fraction: float = Field(default=0.25, gt=0, lt=1)
-    """Share of the images that are not test images that validation takes, stratified by class."""
+    """Fraction of the non-test images used for validation, stratified by class."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of all images that the test set takes, where the data set brings none of its own."""
+    """Fraction of all images used as the test set, if the data set has no test images of its own."""
     split_seed: int = Field(default=0, ge=0, lt=2**31)
-    """Draws the validation images. The test images do not depend on it."""
+    """Seed of the validation split. The test set does not depend on it."""
     folds: int | None = Field(default=None, ge=2, le=20)
-    """k-fold: trains this many networks, each validated on another part of the images, and is judged by their mean;
-    None trains one, validated on `val_fraction`."""
+    """k-fold cross-validation: trains this many networks, each validated on another part of the images, and scores
+    their mean. None trains one network, validated on `val_fraction`."""
     image_size: int | None = Field(default=None, ge=4, le=1024)
-    """Height and width in pixels that images are resized to while decoding; None keeps theirs, which must agree."""
+    """Height and width in pixels to which images are resized while decoding. None keeps their size, which must be the
+    same for all."""
     normalize: Literal["train", "half", "imagenet"] = "train"
-    """Mean and standard deviation taken off the pixels: the training images' own, 0.5 and 0.5, or ImageNet's."""
+    """Mean and standard deviation used to normalize pixels: those of the training images, 0.5 and 0.5, or ImageNet's.
+    """
 
 
 class SamplingConfig(_Section):
-    """What one epoch visits."""
+    """The images shown in one epoch."""
 
     name: Literal["shuffled", "balanced"] = "shuffled"
-    """Every image its share of visits in random order, or as many draws with every class equally likely."""
+    """`shuffled` visits every image in random order; `balanced` makes as many draws with every class equally likely."""
     oversample: int = Field(default=1, ge=1, le=100)
-    """Most visits of one image in an epoch: the images of smaller classes are repeated up to this many times, until
-    their class is as large as the largest; 1 is off."""
+    """Maximum visits of an image per epoch. Images of smaller classes are repeated up to this often, until their class
+    is as large as the largest. 1 is off."""
     undersample: float = Field(default=1.0, gt=0, le=1)
-    """Share of the largest class's images that a class may have in an epoch: a larger one shows another random part of
-    its images each time; 1 is off."""
+    """Maximum images of a class per epoch, as a fraction of the largest class. A larger class shows another random part
+    of its images in each epoch. 1 is off."""
 
 
 class AugmentConfig(_Section):
-    """What happens to training images; validation and test images are never augmented."""
+    """Augmentation of training images. Validation and test images are never augmented."""
 
     apply_to: Literal["all", "repeats"] = "all"
-    """Every training image, or only an image's second and later visits in an epoch (`sampling.oversample`): the first
-    is then shown as it is. Mixing is of whole batches, and not concerned."""
+    """Augment every training image, or only repeated visits of an image within an epoch (`sampling.oversample`). Mixing
+    applies to whole batches in either case."""
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     alternate_flip: bool = False
-    """Flips every image in every other epoch, half of the images in the first; `flip` must be 0.5 (Jordan 2024,
+    """Flip every image in every second epoch, half of the images starting in the first; needs `flip` 0.5 (Jordan 2024,
     arXiv 2404.00498)."""
     vertical_flip: float = Field(default=0.0, ge=0, le=1)
     """Probability of a vertical flip."""
     crop_pad_fraction: float = Field(default=0.125, ge=0, le=0.5)
-    """Padding before the random crop, as a fraction of the image's side: 0.125 is the usual 4 pixels of 32."""
+    """Padding before the random crop, as a fraction of the image side: 0.125 is the usual 4 pixels of 32."""
     crop_area_min: float = Field(default=1.0, ge=0.05, le=1)
-    """Smallest share of the area that a crop of random area keeps before it is enlarged to the whole image again, with
-    an aspect ratio from 3:4 to 4:3 (Szegedy et al. 2014, arXiv 1409.4842; torchvision's RandomResizedCrop); 1 is
-    off."""
+    """Minimum area of a random resized crop as a fraction of the image, with aspect ratios from 3:4 to 4:3 (Szegedy et
+    al. 2014, arXiv 1409.4842; torchvision's RandomResizedCrop). 1 is off."""
     rotation_degrees: float = Field(default=0.0, ge=0, le=180)
-    """Rotations are drawn from minus to plus this."""
+    """Rotations are drawn uniformly from minus to plus this angle."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
-    """Brightness, contrast and saturation are each scaled by a factor within 1 minus to 1 plus this."""
+    """Brightness, contrast and saturation are each scaled by a factor drawn from 1 minus to 1 plus this."""
     policy: Literal["randaugment", "six", "trivialaugment", "autoaugment_cifar10"] = "randaugment"
-    """Which operations: `ops` of RandAugment's fourteen, each at `strength` (Cubuk et al. 2020, arXiv 1909.13719);
-    `ops` of six plain ones (rotation, shear, two shifts, brightness, contrast), each at up to `strength`; one at any
-    strength (TrivialAugment, Müller and Hutter 2021, arXiv 2103.10158); or the 25 pairs that AutoAugment found for
-    CIFAR-10 (Cubuk et al. 2019, arXiv 1805.09501)."""
+    """`randaugment`: `ops` of fourteen operations, each at `strength` (Cubuk et al. 2020, arXiv 1909.13719). `six`:
+    `ops` of rotation, shear, two shifts, brightness and contrast, each at up to `strength`. `trivialaugment`: one
+    operation at a random strength (Müller and Hutter 2021, arXiv 2103.10158). `autoaugment_cifar10`: the 25 pairs that
+    AutoAugment found for CIFAR-10 (Cubuk et al. 2019, arXiv 1805.09501)."""
     ops: int = Field(default=0, ge=0, le=4)
-    """`randaugment`, `six`: how many operations each image gets; 0 is off."""
+    """`randaugment`, `six`: operations per image. 0 is off."""
     strength: float = Field(default=0.3, ge=0, le=1)
-    """`randaugment`, `six`: how strong an operation is, 0 nothing and 1 the most of its published range."""
+    """`randaugment`, `six`: strength of an operation, from 0 (none) to 1 (maximum of its published range)."""
     erase: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a rectangle is erased (Zhong et al. 2017, arXiv 1708.04896)."""
+    """Probability of erasing a rectangle (Zhong et al. 2017, arXiv 1708.04896)."""
     mixup: float = Field(default=0.0, ge=0, le=10)
-    """Mixup's alpha (Zhang et al. 2018, arXiv 1710.09412); 0 is off."""
+    """Mixup's alpha (Zhang et al. 2018, arXiv 1710.09412). 0 is off."""
     cutmix: float = Field(default=0.0, ge=0, le=10)
-    """CutMix's alpha (Yun et al. 2019, arXiv 1905.04899); 0 is off. With mixup too, each batch draws one of them."""
+    """CutMix's alpha (Yun et al. 2019, arXiv 1905.04899). 0 is off. With mixup on too, each batch draws one of them."""
     mix_probability: float = Field(default=1.0, ge=0, le=1)
-    """Probability that a batch is mixed at all."""
+    """Probability of mixing a batch."""
     mix_off_fraction: float = Field(default=1.0, ge=0, le=1)
-    """Fraction of the run from which nothing is mixed any more."""
+    """Fraction of the run after which no batch is mixed."""
     start_size_fraction: float = Field(default=1.0, ge=0.25, le=1)
-    """Side of the images that the run begins with, as a fraction of the whole; 1 is off."""
+    """Side of the images at the start of the run, as a fraction of the full side. 1 is off."""
     full_size_from_fraction: float = Field(default=0.5, gt=0, le=1)
-    """Fraction of the run from which images are shown in their whole size, to which their side grows evenly."""
+    """Fraction of the run at which images reach their full size. The side grows linearly until then."""
 
     @model_validator(mode="after")
     def _check_flip(self) -> AugmentConfig:
@@ -125,53 +124,53 @@ class AugmentConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """The network. A family refuses the fields that belong to others (`FAMILY_FIELDS`)."""
+    """The network. Each family refuses the fields of the others (`FAMILY_FIELDS`)."""
 
     name: str = Field(default="resnet", pattern=r"^(resnet|vgg|timm/[\w.\-]+)$")
-    """`resnet` and `vgg`, the networks of `core.models` for small images, or `timm/NAME`, any model that timm has."""
+    """`resnet` or `vgg` (networks for small images, see `core.models`), or `timm/NAME`, any timm model."""
     widths: Annotated[tuple[Annotated[StrictInt, Field(ge=4, le=4096)], ...], Field(strict=False)] = Field(
         default=(64, 128, 256, 512), min_length=1, max_length=6
     )
-    """Channels of each stage, before `width` scales them; every stage after the first halves the image."""
+    """Channels of each stage, before scaling by `width`. Every stage after the first halves the image."""
     blocks: Annotated[tuple[Annotated[StrictInt, Field(ge=1, le=64)], ...], Field(strict=False)] = Field(
         default=(2, 2, 2, 2), min_length=1, max_length=6
     )
-    """Residual blocks (`resnet`) or convolutions (`vgg`) of each stage, before `depth` scales them."""
+    """Residual blocks (`resnet`) or convolutions (`vgg`) of each stage, before scaling by `depth`."""
     width: float = Field(default=1.0, ge=0.125, le=4)
-    """Multiplies `widths` and `hidden`, rounded to multiples of 8."""
+    """Factor for `widths` and `hidden`, rounded to multiples of 8."""
     depth: float = Field(default=1.0, ge=0.25, le=4)
-    """Multiplies `blocks`, rounded, at least 1."""
+    """Factor for `blocks`, rounded, at least 1."""
     block: Literal["basic", "bottleneck"] = "basic"
-    """Two 3×3 convolutions, or 1×1, 3×3, 1×1 with four times the channels at its end (He et al. 2015)."""
+    """Two 3×3 convolutions, or 1×1, 3×3, 1×1 with four times the output channels (He et al. 2015)."""
     stem_kernel: Literal[3, 7] = 3
-    """Side of the first convolution."""
+    """Kernel side of the first convolution."""
     stem_stride: Literal[1, 2] = 1
     """Stride of the first convolution."""
     max_pool: bool = False
-    """A 3×3 max-pool of stride 2 behind the stem."""
+    """A 3×3 max-pool of stride 2 after the stem."""
     se: bool = False
     """Squeeze-and-excitation in every block (Hu et al. 2018, arXiv 1709.01507)."""
     anti_alias: bool = False
-    """Blurs before each step of stride 2 in the blocks and the max-pool (Zhang 2019, arXiv 1904.11486)."""
+    """Blur before each step of stride 2 in the blocks and the max-pool (Zhang 2019, arXiv 1904.11486)."""
     norm: Literal["batch", "group", "none"] = "batch"
-    """Batch norm, group norm with groups of 16 channels or fewer (Wu and He 2018, arXiv 1803.08494), or, of `vgg`,
+    """Batch norm, group norm with at most 16 channels per group (Wu and He 2018, arXiv 1803.08494), or, for `vgg`,
     none."""
     activation: Literal["relu", "silu", "mish"] = "relu"
-    """The activation function, everywhere in the network."""
+    """Activation function of the whole network."""
     hidden: int | None = Field(default=None, ge=8, le=8192)
-    """`vgg`: units of the two hidden layers before the classifier, 4,096 in VGG16, on features pooled to 7×7; None
-    classifies their mean."""
+    """`vgg`: units of the two hidden layers before the classifier (4,096 in VGG16), on features pooled to 7×7. None
+    classifies the mean of the features."""
     drop_path: float = Field(default=0.0, ge=0, le=0.9)
-    """Stochastic depth: probability of the last block's drop (Huang et al. 2016, arXiv 1603.09382)."""
+    """Stochastic depth: probability of dropping the last block (Huang et al. 2016, arXiv 1603.09382)."""
     drop_path_shape: Literal["linear", "uniform"] = "linear"
-    """The probability grows linearly from the first block, or is the same for all."""
+    """The probability grows linearly from the first block, or is the same for every block."""
     dropout: float = Field(default=0.0, ge=0, le=0.9)
-    """Dropout before the classifier, and of `vgg` before each hidden layer's successor."""
+    """Dropout before the classifier and, for `vgg`, after each hidden layer."""
     pretrained: bool = False
-    """Begin from timm's pretrained weights: from `pretrained_file`, the hub's cache, or a download."""
+    """Start from timm's pretrained weights: from `pretrained_file`, the hub's cache, or a download."""
     pretrained_file: str | None = Field(default=None, min_length=1)
-    """A file of weights in timm's format, .safetensors or .pth, in place of the published ones. A classifier in it for
-    other classes is left out."""
+    """Weights file in timm's format, .safetensors or .pth, used instead of the published weights. Its classifier is
+    dropped if it is for other classes."""
 
     @model_validator(mode="after")
     def _check_family(self) -> ModelConfig:
@@ -201,30 +200,30 @@ FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
     "drop_path_shape": ("resnet",), "hidden": ("vgg",), "drop_path": ("resnet", "timm"), "pretrained": ("timm",),
     "pretrained_file": ("timm",),
 }  # fmt: skip
-"""The families that each field belongs to; the others refuse it. A field that is not named here serves all."""
+"""Families that accept each field; the others refuse it. Fields not listed here apply to every family."""
 
 
 class LossConfig(_Section):
-    """What is minimised, against hard or mixed targets."""
+    """The training loss, for hard or mixed targets."""
 
     name: Literal["cross_entropy", "focal", "bce"] = "cross_entropy"
-    """Cross-entropy; focal loss (Lin et al. 2017, arXiv 1708.02002); or a binary cross-entropy of each class (Wightman
-    et al. 2021, arXiv 2110.00476)."""
+    """Cross-entropy; focal loss (Lin et al. 2017, arXiv 1708.02002); or binary cross-entropy per class (Wightman et al.
+    2021, arXiv 2110.00476)."""
     gamma: float = Field(default=2.0, ge=0, le=10)
-    """`focal`: how far images that are right already are discounted; 0 is cross-entropy, 2 the paper's."""
+    """`focal`: how far well-classified images are discounted. 0 is cross-entropy; the paper uses 2."""
     smoothing: float = Field(default=0.0, ge=0, le=0.9)
-    """Label smoothing, applied where a batch's targets are hard: mixed targets are soft already."""
+    """Label smoothing for hard targets. Mixed targets are not smoothed."""
     smoothing_final: float | None = Field(default=None, ge=0, le=0.9)
-    """Smoothing at the end of the run, reached linearly from `smoothing`; None keeps it constant."""
+    """Smoothing at the end of the run, reached linearly from `smoothing`. None keeps it constant."""
     logit_adjustment: float = Field(default=0.0, ge=0, le=3)
-    """Adds this times the logarithm of each class's share of the training images to its logit, in training only: 1 is
-    balanced softmax (Ren et al. 2020, arXiv 2007.10740; Menon et al. 2021, arXiv 2007.07314); 0 is off."""
+    """Adds this times log(class frequency) to each logit, in training only. 1 is balanced softmax (Ren et al. 2020,
+    arXiv 2007.10740; Menon et al. 2021, arXiv 2007.07314); 0 is off."""
     class_weights: Literal["none", "inverse", "effective"] = "none"
-    """Weighs an image by its class: all alike, one over the class's images, or one over their effective number (Cui et
-    al. 2019, arXiv 1901.05555)."""
+    """Weight of an image by its class: equal, inverse class frequency, or inverse effective number (Cui et al. 2019,
+    arXiv 1901.05555)."""
     class_weights_from_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of the run from which `class_weights` hold: deferred re-weighting (Cao et al. 2019, arXiv
-    1906.07413)."""
+    """Fraction of the run from which `class_weights` apply: deferred re-weighting (Cao et al. 2019, arXiv 1906.07413).
+    """
 
     @model_validator(mode="after")
     def _check_name(self) -> LossConfig:
@@ -234,52 +233,52 @@ class LossConfig(_Section):
 
 
 class SwatsConfig(_Section):
-    """When SWATS leaves Adam for SGD (Keskar and Socher 2017, arXiv 1712.07628)."""
+    """Switch of SWATS from Adam to SGD (Keskar and Socher 2017, arXiv 1712.07628)."""
 
     switch: Literal["fraction", "criterion"] = "fraction"
-    """At a fixed fraction of the run, or when the projected SGD rate has settled."""
+    """Switch at a fixed fraction of the run, or when the projected SGD rate has settled."""
     switch_fraction: float = Field(default=0.25, gt=0, lt=1)
-    """`fraction`: the fraction of the run at which it switches."""
+    """`fraction`: the fraction of the run at which to switch."""
     tolerance: float = Field(default=1e-9, gt=0, le=1)
-    """`criterion`: how near the projected rate must be to its own average, as a difference of rates at the schedule's
-    peak. 1e-9 is the paper's."""
+    """`criterion`: maximum difference of the projected rate to its moving average, as a learning rate at the schedule's
+    peak. The paper uses 1e-9."""
 
 
 class OptimConfig(_Section):
-    """The optimizer. Exactly one of `lr` and `lr_scale` is given."""
+    """The optimizer. Exactly one of `lr` and `lr_scale` is set."""
 
     name: Literal["sgd", "adamw", "nadam", "swats", "muon"] = "adamw"
-    """SGD with momentum, AdamW (without weight decay it is Adam), NAdam, SWATS: Adam that becomes SGD, or Muon for
-    filters and matrices, with AdamW for vectors and the classifier (Jordan et al. 2024, timm's)."""
+    """SGD with momentum; AdamW (Adam without weight decay); NAdam; SWATS, which starts as Adam and becomes SGD; or Muon
+    for matrices and filters with AdamW for vectors and the classifier (Jordan et al. 2024, timm's implementation)."""
     lr: float | None = Field(default=None, gt=0, le=100)
     """Peak learning rate."""
     lr_scale: float | None = Field(default=None, gt=0, le=1000)
-    """Peak learning rate as a multiple of the optimizer's own reference at this batch size (`REFERENCE_LR`)."""
+    """Peak learning rate as a multiple of the optimizer's reference at this batch size (`REFERENCE_LR`)."""
     weight_decay: float = Field(default=5e-5, ge=0, le=0.1)
-    """Share of each weight taken off at every step at the schedule's peak: decoupled from the learning rate, so the
-    same number means the same under every optimizer (torch's AdamW calls this lr × weight_decay). Vectors (norms and
-    biases) are not decayed."""
+    """Fraction by which each weight shrinks per step at the schedule's peak. Decoupled from the learning rate, so it
+    means the same under every optimizer (torch's AdamW calls this lr × weight_decay). Norms and biases are not decayed.
+    """
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of SGD and Muon, and of SWATS after its switch."""
     nesterov: bool = True
-    """Nesterov's momentum, for SGD, for Muon and the AdamW beside it (then NAdamW), and for SWATS after its switch."""
+    """Nesterov momentum for SGD, for Muon and its AdamW (then NAdamW), and for SWATS after its switch."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment, for AdamW, NAdam, Muon's vectors, and SWATS before its switch."""
+    """Decay of the first moment for AdamW, NAdam, Muon's vectors, and SWATS before its switch."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the second moment, for AdamW, NAdam, Muon's vectors, and SWATS before its switch."""
+    """Decay of the second moment for AdamW, NAdam, Muon's vectors, and SWATS before its switch."""
     grad_clip: float | None = Field(default=None, gt=0)
-    """Largest norm of all gradients together; None is off."""
+    """Maximum norm of all gradients together. None is off."""
     backbone_lr_scale: float = Field(default=1.0, gt=0, le=1)
-    """The learning rate of everything before the classifier, as a share of the classifier's."""
+    """Learning rate of everything before the classifier, as a fraction of the classifier's."""
     head_only_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of the run in which the classifier alone is trained; 0 is off."""
+    """Fraction of the run in which only the classifier is trained. 0 is off."""
     swats: SwatsConfig = SwatsConfig()
-    """SWATS's switch."""
+    """The switch of SWATS."""
 
     @model_validator(mode="before")
     @classmethod
     def _default_rate(cls, values: Any) -> Any:
-        """Where neither rate is given, the reference itself: `lr_scale` 1."""
+        """Use the reference rate (`lr_scale` 1) if neither rate is given."""
         if isinstance(values, dict) and values.get("lr") is None and values.get("lr_scale") is None:
             return {**values, "lr_scale": 1.0}
         return values
@@ -298,7 +297,7 @@ class OptimConfig(_Section):
         return self
 
     def peak_lr(self, batch_size: int) -> float:
-        """The learning rate at the schedule's factor 1: `lr`, or `lr_scale` × reference × (batch / 256) ** p."""
+        """Peak learning rate: `lr`, or `lr_scale` × reference × (batch_size / 256) ** exponent."""
         if self.lr is not None:
             return self.lr
         assert self.lr_scale is not None
@@ -307,30 +306,31 @@ class OptimConfig(_Section):
 
 
 Piece = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0, le=1)]], Field(strict=False)]
-"""(the fraction of the run from which it holds, the factor of the peak learning rate)"""
+"""(Fraction of the run from which it applies, factor of the peak learning rate)."""
 
 
 class ScheduleConfig(_Section):
     """The learning rate over the run, as a factor of its peak."""
 
     name: Literal["cosine", "linear", "constant", "step", "pieces", "plateau"] = "cosine"
-    """How the factor falls after the warm-up: along half a cosine or a line, not at all, by `gamma` at every
-    `step_fraction`, as `pieces` says, or by `gamma` when validation has not improved for `patience_fraction`."""
+    """Decay after the warm-up: `cosine` or `linear` to `final_factor`; `constant`; `step` by `gamma` every
+    `step_fraction`; `pieces` as listed; or `plateau` by `gamma` when validation has not improved for
+    `patience_fraction`."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Fraction of the run in which the factor rises linearly to 1."""
     warmup_start: float = Field(default=0.01, ge=0, le=1)
-    """The factor that the warm-up begins with."""
+    """Factor at the start of the warm-up."""
     final_factor: float = Field(default=0.0, ge=0, le=1)
-    """The factor that the run ends with, for cosine and linear; the lowest that plateau goes to."""
+    """Factor at the end of the run for cosine and linear; lowest factor of plateau."""
     step_fraction: float = Field(default=0.3, gt=0, le=1)
-    """`step`: the fraction of the run after which the factor falls, again and again (torch's StepLR)."""
+    """`step`: fraction of the run between two reductions (torch's StepLR)."""
     gamma: float = Field(default=0.1, gt=0, le=1)
-    """`step`, `plateau`: what the factor is multiplied by."""
+    """`step`, `plateau`: multiplier of the factor at each reduction."""
     pieces: Annotated[tuple[Piece, ...], Field(strict=False)] = ((0.5, 0.1), (0.75, 0.01))
-    """`pieces`: pairs of the fraction of the run from which a factor holds, increasing, and that factor; before the
-    first it is 1."""
+    """`pieces`: increasing pairs (fraction of the run from which a factor applies, factor). Before the first, the
+    factor is 1."""
     patience_fraction: float = Field(default=0.1, gt=0, le=1)
-    """`plateau`: the fraction of the run without a better validation score after which the factor falls (torch's
+    """`plateau`: fraction of the run without a better validation score that triggers a reduction (torch's
     ReduceLROnPlateau)."""
 
     @model_validator(mode="after")
@@ -342,45 +342,45 @@ class ScheduleConfig(_Section):
 
 
 class AveragingConfig(_Section):
-    """Averages of the weights over time, which are what is evaluated and kept."""
+    """Averaging of the weights over time. The averaged weights are evaluated and kept."""
 
     name: Literal["none", "ema", "swa"] = "none"
-    """None, an exponential moving average, or stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407)."""
+    """None, exponential moving average, or stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407)."""
     half_life_fraction: float = Field(default=0.02, gt=0, le=0.5)
-    """EMA: the fraction of the run after which a weight's share has halved."""
+    """EMA: half-life of a weight's contribution, as a fraction of the run."""
     swa_start_fraction: float = Field(default=0.75, ge=0, lt=1)
-    """SWA: the fraction of the run from which the weights at each epoch's end are averaged."""
+    """SWA: fraction of the run from which the weights at the end of each epoch are averaged."""
 
 
 class EarlyStopConfig(_Section):
-    """Ends a run that no longer improves, and keeps its best epoch."""
+    """Early stopping, which keeps the weights of the best epoch."""
 
     patience_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Fraction of the run without a better validation score that ends it; None is off."""
+    """Fraction of the run without a better validation score that ends it. None is off."""
 
 
 class PrecisionConfig(_Section):
-    """Arithmetic."""
+    """Arithmetic and execution of the training step."""
 
     autocast: Literal["auto", "off", "bf16"] = "auto"
-    """bfloat16 for matrix products and convolutions; `auto` is bf16 on CUDA and off elsewhere."""
+    """bfloat16 for matrix products and convolutions. `auto` is bf16 on CUDA and off elsewhere."""
     compile: bool = False
-    """Compiles the network by torch.compile, with a minute or so of its own before the first step: for long trainings,
-    such as a refit's. What is compiled is kept on disk, and used again for the same architecture."""
+    """Compile the network with torch.compile. The first step takes about a minute longer, so this pays off for long
+    trainings such as a refit. The compiled code is cached on disk per architecture."""
     cuda_graphs: bool = True
-    """On CUDA, records the whole step once and replays it; false launches its kernels one by one, which networks that
-    wait for the host in their forward pass need."""
+    """On CUDA, record the whole step once and replay it. Set to false for networks that synchronize with the host in
+    their forward pass."""
 
 
 class TrainConfig(_Section):
-    """Everything that decides one training, its data included."""
+    """Complete configuration of one training, including its data."""
 
     epochs: int = Field(default=60, ge=1, le=100_000)
     """Passes over the training images."""
     batch_size: int = Field(default=128, ge=2, le=65_536)
-    """Images a step."""
+    """Images per step."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Initial weights, order, augmentation and dropout follow from it. A study sets it trial by trial."""
+    """Seed of the initial weights, order, augmentation and dropout. A study sets it for each trial."""
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -403,13 +403,16 @@ class TrainConfig(_Section):
         return self
 
     def override(self, values: dict[str, Any]) -> TrainConfig:
-        """A copy with the fields at these dotted paths set, validated anew.
+        """Return a validated copy with the fields at these dotted paths replaced.
 
-        Setting one of `optim.lr` and `optim.lr_scale` drops the other, since the two are one knob.
+        Setting one of `optim.lr` and `optim.lr_scale` clears the other.
+
+        Args:
+            values: new values by dotted path.
 
         Raises:
-            KeyError: a path that is no field.
-            pydantic.ValidationError: a value that its field refuses.
+            KeyError: a path is not a field.
+            pydantic.ValidationError: a value is invalid for its field.
         """
         tree = self.model_dump()
         for path, value in values.items():
@@ -426,7 +429,7 @@ class TrainConfig(_Section):
         return TrainConfig.model_validate(tree)
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its dotted path."""
+        """Return every field's value by its dotted path."""
         return dict(_walk(self.model_dump(), ""))
 
 

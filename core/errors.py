@@ -1,21 +1,21 @@
-"""What can go wrong in a training, by what a caller can do about it."""
+"""Exceptions of `core`, grouped by how a caller can react."""
 
 
 class CoreError(Exception):
-    """The base of every error that `core` raises on purpose."""
+    """Base class of the errors that `core` raises on purpose."""
 
 
 class UserError(CoreError):
-    """Something a person can mend: a path, a file, a value. Its text is one line: what, where, what to do."""
+    """An error caused by user input: a path, a file, a value. Its one-line text names the problem and the fix."""
 
 
 class ConfigError(UserError):
-    """A configuration that is valid field by field, but cannot be trained: an image too small for its network, say."""
+    """A configuration whose fields are valid but that cannot be trained, such as images too small for the network."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be gone on from: torn, of another format, or of another configuration."""
+    """A checkpoint that cannot be resumed: damaged, of another format, or of another configuration."""
 
 
 class DivergedError(CoreError):
-    """A loss left the finite numbers, or stayed far above a guess's."""
+    """The loss became non-finite, or stayed far above that of uniform predictions."""

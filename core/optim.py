@@ -1,37 +1,31 @@
-"""Parameter groups and optimizers: SGD, AdamW, NAdam, Muon, and SWATS, which begins as AdamW and becomes SGD.
+"""Optimizers and parameter groups: SGD, AdamW, NAdam, Muon, and SWATS, which starts as AdamW and becomes SGD.
 
-Weight decay has one form for all of them, that of Loshchilov and Hutter (2019, arXiv 1711.05101): every step first
-shrinks each weight, w *= 1 - factor × weight_decay, where `factor` is the schedule's, and then moves it by its
-gradient. The learning rate plays no part, so the same number means the same under every optimizer. Vectors (norms and
-biases) are not decayed. AdamW without decay is Adam.
+Weight decay is decoupled for all of them (Loshchilov and Hutter 2019, arXiv 1711.05101): every step first shrinks each
+weight, w *= 1 - factor × weight_decay, where `factor` is the schedule's. The learning rate has no effect on it. Vectors
+(norms and biases) are not decayed. AdamW without decay is Adam.
 
-Fine-tuning: everything before the classifier can have a lower learning rate (`backbone_lr_scale`), or wait while the
-classifier alone is trained (`head_only_fraction`). What waits takes no part in the backward pass; its batch norms go on
-counting, since the network is in training mode.
+Fine-tuning: everything before the classifier can have a lower learning rate (`backbone_lr_scale`), or be frozen while
+only the classifier is trained (`head_only_fraction`). Frozen batch norms still update their statistics.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is timm's: torch's refuses convolutions. Filters
-are matrices of (out, in × height × width). Their updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv
-2502.16982), so one rate serves both them and what AdamW does: vectors, the classifier, as its author advises, and the
-filters that timm does not take for matrices: of one input channel, say, or very long ones. With `nesterov`, timm does
-these by NAdamW.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is timm's, since torch's does not support
+convolutions. Filters are matrices (out, in × height × width). Updates are scaled to the size of AdamW's (Liu et al.
+2025, arXiv 2502.16982), so one rate serves both Muon and its AdamW, which handles vectors, the classifier, and filters
+that timm excludes (such as those with one input channel). With `nesterov` the latter is NAdamW.
 
-SWATS (Keskar and Socher 2017, arXiv 1712.07628) leaves Adam for SGD with momentum, beginning at v = 0:
+SWATS (Keskar and Socher 2017, arXiv 1712.07628) switches from Adam to SGD with momentum, starting at v = 0:
 
-- `fraction`: at a fixed share of the run. From there on the peak rate is what SGD would have had all along:
-  `lr_scale` × SGD's reference at this batch size. An absolute `lr` is first turned into the `lr_scale` that means it.
-- `criterion`: the paper's Algorithm 1. In each Adam step p for the gradient g, γ = pᵀp / (−pᵀg) is the SGD rate whose
-  step would project onto p; λ is its moving average with Adam's β₂. Once |λ / (1 − β₂ᵏ) − γ| < tolerance the rate
-  has settled, and Λ = λ / (1 − β₂ᵏ) is it. SGD then moves by (1 − momentum) Λ v. Three points where the paper is
-  silent: p is divided by the schedule's factor, so γ, Λ and the tolerance are of the rate at the schedule's peak, and a
-  schedule that falls does not look like a rate that changes; nothing is judged during the warm-up, though λ averages
-  from the first step on; and noise can make γ negative, which λ takes in as the paper has it, but a Λ that is not
-  positive never switches, since it would climb.
-  The verdict is kept on the device and read at the end of an epoch: SGD begins with the next one, at the rate of the
-  step at which the criterion was first met.
+- `fraction`: at a fixed fraction of the run. The peak rate is then that of SGD: `lr_scale` × SGD's reference at this
+  batch size. An absolute `lr` is converted to `lr_scale` first.
+- `criterion`: Algorithm 1 of the paper. In each Adam step p for the gradient g, γ = pᵀp / (−pᵀg) is the SGD rate whose
+  step projects onto p; λ is its moving average with Adam's β₂. Once |λ / (1 − β₂ᵏ) − γ| < tolerance, SGD starts with
+  the rate (1 − momentum) Λ, Λ = λ / (1 − β₂ᵏ). Three details that the paper leaves open: p is divided by the schedule's
+  factor, so that γ, Λ and the tolerance refer to the peak rate; the criterion is not tested during the warm-up, though
+  λ averages from the first step; and a Λ that is not positive never switches. The criterion is evaluated on the device
+  and read at the end of each epoch. SGD starts in the next epoch, at the Λ of the step that first met the criterion.
 
-A step has two halves. What the host decides is in `begin_step` and `end_step`; `step` is the device's half, which never
-waits and can be captured as a CUDA graph: there the schedule's factor is a scalar on the device, and so is all that
-follows from it, the learning rates included. Without capture the factor is a number, which is faster on the CPU.
+A step has two parts. `begin_step` and `end_step` run on the host; `step` runs on the device without waiting and can be
+captured as a CUDA graph, with the schedule's factor and the learning rates as scalars on the device. Without capture
+the factor is a number, which is faster on the CPU.
 """
 
 from __future__ import annotations
@@ -47,30 +41,30 @@ from core.config import REFERENCE_LR, OptimConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-_COUNTERS = {"step", "mu_product"}  # torch's and timm's names for them
+_COUNTERS = {"step", "mu_product"}  # torch's and timm's step counters
 ADAM_EPS = 1e-8  # Kingma and Ba 2015, arXiv 1412.6980; torch's default
-# timm's Muon can be captured from 1.0.28 on, but up to 1.0.30 its fallback then divides 0 by 0 where both the rate and
-# a second moment are 0, as in the first step of a warm-up from 0.
+# timm's Muon is capturable since 1.0.28, but up to 1.0.30 its AdamW divides 0 by 0 if both the rate and a second moment
+# are 0, as in the first step of a warm-up from 0.
 _CAPTURABLE_MUON = (1, 0, 31)
 
 
 class StepOptimizer:
-    """An optimizer that is told at every step where the run stands.
+    """An optimizer driven by the schedule's factor and the progress of the run.
 
     A step is `begin_step`, the forward and backward passes, `step`, `end_step`.
 
     Args:
-        config: the run's.
-        model: on its device already. Parameters that need no gradient are left alone.
-        head: the classifier's parameters, where `needs_head`.
-        capturable: whether `step` shall be fit for a CUDA graph. That costs time where none is captured. torch's NAdam
-            and timm's Muon allow it on CUDA only.
+        config: the run's configuration.
+        model: the network, already on its device. Parameters without gradients are ignored.
+        head: the classifier's parameters, if `needs_head`.
+        capturable: whether `step` can be captured in a CUDA graph, which is slower without capture. torch's NAdam and
+            timm's Muon support it on CUDA only.
     """
 
     switched_at: float | None = None
-    """SWATS: the progress of the first step that SGD made; None before."""
+    """SWATS: progress at the first step of SGD; None before."""
     sgd_lr: float | None = None
-    """SWATS: the peak learning rate of SGD, as torch's SGD takes it; None before the switch."""
+    """SWATS: peak learning rate of torch's SGD; None before the switch."""
 
     def __init__(
         self, config: TrainConfig, model: nn.Module, head: Collection[nn.Parameter] = (), *, capturable: bool = False
@@ -86,35 +80,33 @@ class StepOptimizer:
             )
             self._capturable = False
         self.lr = config.optim.peak_lr(config.batch_size)
-        """The learning rate of the last step, the classifier's; its peak before the first."""
+        """Learning rate of the classifier in the last step; the peak rate before the first."""
         self._begin(config.optim.name, self.lr)
 
     @property
     def capturable(self) -> bool:
-        """Whether `step` may be captured in a CUDA graph, and takes its factor as a tensor."""
+        """Whether `step` can be captured in a CUDA graph and accepts its factor as a tensor."""
         return self._capturable
 
     @property
     def phase(self) -> Hashable:
-        """What decides which kernels `step` launches: a captured step is valid as long as this stays equal.
+        """Key of the kernels that `step` launches. A captured step is valid while the key stays equal.
 
-        The first step of a phase also makes the moments of what moves from then on, so it cannot be the captured one.
-        `load_state_dict` makes them anew: nothing that was captured before is valid after it.
+        The first step of a phase creates the state of newly trained parameters, so it cannot be captured.
+        `load_state_dict` recreates the state and invalidates captured steps.
         """
         return (self._frozen,)
 
     @property
     def moments(self) -> int:
-        """How many tensors of the parameters' sizes its state holds, at most and at any time of the run."""
+        """Maximum number of state tensors per parameter over the run."""
         return int(self._config.momentum > 0) if self._config.name == "sgd" else 2
 
     def begin_step(self, progress: float) -> None:
-        """To be called before a step's forward pass: takes the backbone out of it while the classifier trains alone.
-
-        The host's half; never captured.
+        """Freeze or unfreeze the backbone. Call before the forward pass of a step (host part).
 
         Args:
-            progress: the share of the run's steps that are over, in [0, 1).
+            progress: completed fraction of the run's steps, in [0, 1).
         """
         frozen = progress < self._config.head_only_fraction
         if frozen == self._frozen:
@@ -126,14 +118,14 @@ class StepOptimizer:
         self._frozen = frozen
 
     def step(self, factor: float | Tensor) -> None:
-        """Clips the gradients, shrinks the weights, and moves them: the device's half.
+        """Clip gradients, decay weights and update them (device part).
 
         Args:
-            factor: the schedule's, in [0, 1]: `core.schedule.factor` at this progress; a number, or where this is
-                `capturable` a float32 scalar () on the device.
+            factor: `core.schedule.factor` at this progress, in [0, 1]: a number, or if `capturable` a float32 scalar ()
+                on the device.
 
         Raises:
-            TypeError: the factor is a tensor, but this is not `capturable`: it would have to be read back.
+            TypeError: the factor is a tensor, and the optimizer is not `capturable`.
         """
         self._set_rates(factor)
         if self._config.grad_clip is not None:
@@ -147,24 +139,24 @@ class StepOptimizer:
         self._observe()
 
     def end_step(self, factor: float) -> None:
-        """To be called after a step, with the schedule's factor as a number: the host's record of it."""
+        """Record the schedule's factor, as a number. Call after each step (host part)."""
         self.lr = self._peak_lr * factor
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients, or fills them with zeros."""
+        """Clear the gradients, or fill them with zeros."""
         self._inner.zero_grad(set_to_none)
 
     def end_epoch(self) -> None:
-        """To be called at the end of every epoch. May wait for the device."""
+        """Call at the end of every epoch. May wait for the device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs. The tensors are the live ones: save or copy them before the next step."""
+        """Return the state for `load_state_dict`. Tensors are live: save or copy them before the next step."""
         return {"lr": self.lr, "moments": self._inner.state_dict()["state"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to a state, bitwise. The state is copied, and rates come from the configuration.
+        """Restore a state, bitwise; it is copied. Learning rates are taken from the configuration.
 
-        The state may be of an optimizer on another device, capturable or not.
+        The state may come from an optimizer on another device, capturable or not.
         """
         self.lr = state["lr"]
         moments = {
@@ -172,31 +164,31 @@ class StepOptimizer:
             for index, moment in state["moments"].items()
         }
         self._inner.load_state_dict({"state": moments, "param_groups": self._inner.state_dict()["param_groups"]})
-        self._hold_rates()  # torch has put copies into the groups
+        self._hold_rates()  # torch has copied the groups
         if not self._capturable and not self._inner.defaults.get("fused"):
-            # These count on the CPU, and would wait for the device at each step if a checkpoint had moved their
-            # counters. What is fused or captured counts on the device, and torch has moved its counters there.
+            # These count on the CPU and would wait for the device in each step if `map_location` had moved their
+            # counters. Fused and capturable optimizers count on the device.
             for moment in self._inner.state.values():
                 for name in _COUNTERS & moment.keys():
                     moment[name] = moment[name].cpu()
 
     def _observe(self) -> None:
-        """For an optimizer that watches its own steps; the end of the device's half."""
+        """Hook at the end of the device part."""
 
     def _begin(self, name: str, peak_lr: float) -> None:
-        """From here on steps are made by torch's optimizer of that name, in its fastest form, without moments yet."""
+        """Create torch's optimizer of that name in its fastest form, without state."""
         config = self._config
         self._peak_lr = peak_lr
-        # torch's SGD would send the decay through its momentum, and timm's Muon knows one for all its kinds of update.
+        # torch's SGD passes decay through the momentum, and timm's Muon has a single decay for all its groups.
         self._shrinks_by_hand = name in ("sgd", "muon")
         betas = (config.beta1, config.beta2)
         groups = self._groups(peak_lr, decay=0.0 if self._shrinks_by_hand else config.weight_decay)
         if name == "sgd":
-            # Without momentum Nesterov's form is the same step, and torch refuses it.
+            # Without momentum Nesterov's form is the same step, and torch rejects it.
             nesterov = config.nesterov and config.momentum > 0
             self._inner: torch.optim.Optimizer = torch.optim.SGD(
                 groups, lr=peak_lr, momentum=config.momentum, nesterov=nesterov, fused=True
-            )  # needs no word to be capturable
+            )  # always capturable
         elif name == "nadam":  # has no fused form
             self._inner = torch.optim.NAdam(
                 groups,
@@ -210,7 +202,7 @@ class StepOptimizer:
         elif name == "muon":
             from timm.optim.muon import Muon
 
-            # Versions of timm that know no `capturable` are told nothing of it.
+            # Older versions of timm do not have `capturable`.
             options: dict[str, Any] = {"capturable": True} if self._capturable else {}
             self._inner = Muon(
                 groups, lr=peak_lr, momentum=config.momentum, nesterov=config.nesterov, betas=betas, **options
@@ -222,13 +214,13 @@ class StepOptimizer:
         if self._capturable:
             device = self._params[0].device
             peaks = [peak_lr * group["lr_scale"] for group in self._inner.param_groups]
-            # Filled on the device: copying a list of numbers to it would wait.
+            # Filled on the device: copying numbers from the host would wait.
             self._peak_rates = torch.stack([torch.full((), peak, dtype=torch.float32, device=device) for peak in peaks])
             self._rates = self._peak_rates.clone()
             self._hold_rates()
 
     def _hold_rates(self) -> None:
-        """Where steps are captured, the groups' rates are views of one tensor, which `_set_rates` fills."""
+        """Make the groups' rates views of one tensor that `_set_rates` fills, if capturable."""
         if self._capturable:
             for group, rate in zip(self._inner.param_groups, self._rates.unbind(), strict=True):
                 group["lr"] = rate
@@ -243,13 +235,13 @@ class StepOptimizer:
             group["lr"] = self._peak_lr * factor * group["lr_scale"]
 
     def _groups(self, peak_lr: float, *, decay: float) -> list[dict[str, Any]]:
-        """Parameters by whether they are decayed (matrices and filters) and belong to the classifier; none is empty."""
+        """Non-empty groups of parameters by weight decay and by classifier or backbone."""
         groups = []
         for decayed in (True, False):
             for of_head in (False, True):
                 params = [p for p in self._params if _is_decayed(p) == decayed and (id(p) in self._head) == of_head]
                 scale = 1.0 if of_head else self._config.backbone_lr_scale
-                # torch's AdamW and NAdam shrink by lr × weight_decay = factor × peak_lr × lr_scale × weight_decay.
+                # AdamW and NAdam shrink by lr × weight_decay = factor × peak_lr × lr_scale × weight_decay.
                 per_lr = decay / (peak_lr * scale) if decayed else 0.0
                 group = {"params": params, "weight_decay": per_lr, "lr_scale": scale}
                 if self._config.name == "muon" and (of_head or not decayed):
@@ -260,7 +252,7 @@ class StepOptimizer:
 
 
 class Swats(StepOptimizer):
-    """Adam that becomes SGD; see the module."""
+    """SWATS; see the module docstring."""
 
     def __init__(
         self, config: TrainConfig, model: nn.Module, head: Collection[nn.Parameter] = (), *, capturable: bool = False
@@ -338,29 +330,29 @@ class Swats(StepOptimizer):
 
 
 class _Projection:
-    """Algorithm 1's estimate of SGD's rate, kept on the device in float64.
+    """Estimate of SGD's rate by Algorithm 1, on the device in float64.
 
-    In the paper's letters: a step of Adam at the schedule's peak is p = −α d, so γ = pᵀp / (−pᵀg) = α dᵀd / dᵀg.
+    With an Adam step p = −α d at the schedule's peak, γ = pᵀp / (−pᵀg) = α dᵀd / dᵀg.
     """
 
     def __init__(self, config: OptimConfig, peak_lr: float, device: torch.device) -> None:
         self._beta1, self._beta2 = config.beta1, config.beta2
         self._tolerance, self._peak_lr = config.swats.tolerance, peak_lr
-        # All on the device, even the count, and changed in place, so that a captured step finds them again.
+        # On the device, even the count, and changed in place, so that captured steps can use them.
         self._k = torch.zeros((), dtype=torch.float64, device=device)
         self._average = torch.zeros((), dtype=torch.float64, device=device)  # λ
-        self._settled_lr = torch.zeros((), dtype=torch.float64, device=device)  # Λ where it was met, 0 before
+        self._settled_lr = torch.zeros((), dtype=torch.float64, device=device)  # Λ when met, else 0
 
     @torch.no_grad()
     def observe(self, gradients: list[Tensor], first: list[Tensor], second: list[Tensor], *, judged: bool) -> None:
-        """Takes in one step of Adam: its gradients and both moments after it, a tensor for each parameter."""
+        """Process an Adam step: its gradients and both moments after it, one tensor per parameter."""
         self._k += 1
-        # `torch.pow`: what ** makes of a number and a tensor was not always fit for capture.
+        # `**` of a number and a tensor was not always capturable.
         first_correction, second_correction = (1 - torch.pow(beta, self._k) for beta in (self._beta1, self._beta2))
         roots = torch._foreach_sqrt(second)
         torch._foreach_div_(roots, second_correction.sqrt().to(roots[0].dtype))
         torch._foreach_add_(roots, ADAM_EPS)
-        directions = torch._foreach_div(first, roots)  # d, but for the first moment's correction
+        directions = torch._foreach_div(first, roots)  # d without the first moment's correction
         squares = torch.stack(torch._foreach_norm(directions)).double().square().sum()
         product = _sum(torch._foreach_mul(directions, gradients))
 
@@ -373,7 +365,7 @@ class _Projection:
             self._settled_lr.copy_(torch.where(met, lr, self._settled_lr))
 
     def read(self) -> float | None:
-        """Λ, or None while the criterion has not been met. Waits for the device."""
+        """Return Λ, or None while the criterion has not been met. Waits for the device."""
         return self._settled_lr.item() or None
 
     def state_dict(self) -> dict[str, Any]:
@@ -386,7 +378,7 @@ class _Projection:
 
 
 def needs_head(config: OptimConfig) -> bool:
-    """Whether the optimizer must know which parameters are the classifier's."""
+    """Return whether the optimizer needs to know the classifier's parameters."""
     return config.name == "muon" or config.backbone_lr_scale != 1 or config.head_only_fraction > 0
 
 
@@ -398,7 +390,7 @@ def build_optimizer(
     *,
     capturable: bool = False,
 ) -> StepOptimizer:
-    """The optimizer of a run of that many steps; the other arguments are those of `StepOptimizer`."""
+    """Create the optimizer of a run of `total_steps`; other arguments are those of `StepOptimizer`."""
     if config.optim.name != "swats":
         return StepOptimizer(config, model, head, capturable=capturable)
     swats = config.optim.swats
@@ -422,9 +414,10 @@ def _is_decayed(parameter: Tensor) -> bool:
 
 
 def _sum(tensors: tuple[Tensor, ...]) -> Tensor:
-    """The sum of all elements, a float64 scalar. Overwrites the tensors.
+    """Sum of all elements as a float64 scalar. Overwrites the tensors.
 
-    There is no foreach sum, but a foreach 1-norm, and a sum is twice its positive part's less all absolute values.
+    There is no foreach sum, but a foreach 1-norm: a sum is twice that of its positive part minus that of its absolute
+    values.
     """
     absolute = torch.stack(torch._foreach_norm(tensors, 1)).double().sum()
     torch._foreach_clamp_min_(tensors, 0)

@@ -1,4 +1,4 @@
-"""The machine that a training runs on: its device, its arithmetic, its randomness."""
+"""Device, precision, memory and random number generators of a training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from core.errors import UserError
 
 
 def select_device(name: str | None = None, *, option: str = "--device") -> torch.device:
-    """The device of that name, or the first CUDA device, or the CPU.
+    """Return the named device, or else the first CUDA device, or else the CPU.
 
     Args:
-        option: the one that the name was given by, for what is said of it.
+        name: `cpu`, `cuda` or `cuda:N`; None selects automatically.
+        option: command-line option that supplied the name, for the error message.
 
     Raises:
-        UserError: the name is no device, or this machine lacks it.
+        UserError: the name is invalid, or this machine has no such device.
     """
     if name is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -44,7 +45,7 @@ def select_device(name: str | None = None, *, option: str = "--device") -> torch
 
 
 def describe_device(device: torch.device) -> str:
-    """The device in words: its name and, for the CPU, the threads that torch uses."""
+    """Return the GPU's name, or the number of CPU threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -52,23 +53,23 @@ def describe_device(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given, so that a clock read next tells the truth."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, read once the device has caught up; only their differences mean something."""
+    """Return a time in seconds after waiting for the device. Only differences are meaningful."""
     synchronize(device)
     return time.perf_counter()
 
 
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA, runs what is inside on a stream of its own, after all that was asked of the device, before what will be.
+    """On CUDA, run the body on a separate stream, ordered after earlier and before later work.
 
-    A CUDA graph can be captured on any stream but torch's default one, and what it shares memory with has to run on the
-    same. It is always the same stream, so that memory which one training leaves can be had by the next.
+    CUDA graphs cannot be captured on the default stream, and must share memory with work on the same stream. The stream
+    is reused, so that memory freed by one training is available to the next.
     """
     if device.type != "cuda":
         yield
@@ -89,7 +90,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def forbidden_waits(device: torch.device) -> Iterator[None]:
-    """On CUDA, raises RuntimeError where torch would make the host wait for the device; elsewhere nothing waits."""
+    """On CUDA, raise RuntimeError if torch makes the host wait for the device within the body."""
     if device.type != "cuda":
         yield
         return
@@ -99,7 +100,7 @@ def forbidden_waits(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def allowed_waits() -> Iterator[None]:
-    """Lifts `forbidden_waits` inside of it, on CUDA."""
+    """Suspend `forbidden_waits` within the body, on CUDA."""
     with _sync_debug_mode("default"):
         yield
 
@@ -117,37 +118,32 @@ def _sync_debug_mode(mode: str) -> Iterator[None]:
 
 
 def autocast(mode: str, device: torch.device) -> torch.autocast:
-    """The context for `precision.autocast`: `auto` is bf16 on CUDA and off elsewhere."""
+    """Return the autocast context of `precision.autocast`: `auto` is bf16 on CUDA and off elsewhere."""
     enabled = compute_dtype(mode, device) == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def compute_dtype(mode: str, device: torch.device) -> torch.dtype:
-    """What a network computes in there under that `precision.autocast`: bfloat16 or float32."""
+    """Return the dtype of a network's computations under that `precision.autocast`: bfloat16 or float32."""
     return torch.bfloat16 if mode == "bf16" or (mode == "auto" and device.type == "cuda") else torch.float32
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device could not give what was asked for.
+    """Return whether the error means that a device is out of memory.
 
-    The CPU's allocator says so in a plain RuntimeError, and so do CUDA and its libraries, which ask for memory of their
-    own beside torch's allocator.
+    The CPU allocator raises a plain RuntimeError, and so do CUDA libraries, which allocate outside torch's allocator.
     """
     said = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def free_memory(device: torch.device) -> int:
-    """The bytes that tensors may still take on the device. An upper bound: memory can be free in pieces too small.
+    """Return the bytes that tensors may still use on the device, as an upper bound: memory may be fragmented.
 
-    On CUDA, what the driver has left, as far as `torch.cuda.set_per_process_memory_fraction` lets this process go, and
-    what torch's allocator holds without using it (a live CUDA graph's pool included, which only that graph can use).
+    On CUDA: memory free in the driver, within `torch.cuda.set_per_process_memory_fraction`, plus memory that torch's
+    allocator has reserved but does not use (including the pools of live CUDA graphs).
 
-    On the CPU, the least of what the machine can give without swapping and of what the process's control groups (v1
-    or v2, at their usual mount points) leave it. A system that does not tell what is available, as macOS, counts whole.
-
-    Raises:
-        OSError: the system does not even tell how much memory it has.
+    On the CPU: available memory of the machine, limited by the process's control groups (v1 or v2).
     """
     if device.type == "cpu":
         return _free_host_memory(Path("/"))
@@ -158,7 +154,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_host_memory(root: Path) -> int:
-    """`free_memory` of the CPU, by the files under `root`, which is / but in tests."""
+    """Free CPU memory; `root` is / except in tests."""
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -175,10 +171,10 @@ def _whole_host_memory() -> int:
 
 
 def _left_by_control_groups(root: Path) -> Iterator[int]:
-    """What the limit of each group that this process is in leaves, its own and all above it.
+    """Memory left by the limit of each control group of this process and of its parents.
 
-    The cache of files that are not in use counts as used there, and is given up on demand. A container may see its own
-    group as the root, and yet be told the path from outside; what does not exist there is passed over.
+    Inactive page cache counts as used there but is freed on demand. A container may see its own group as the root while
+    its listed path is the host's, so missing paths are skipped.
     """
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -203,20 +199,20 @@ def _left_by_control_groups(root: Path) -> Iterator[int]:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**63) that depends on all parts: (study seed, trial), (trial seed, "epoch", 7)."""
+    """Return a seed in [0, 2**63) that depends on all parts, such as (trial seed, "epoch", 7)."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def make_generator(device: torch.device, *parts: int | str) -> torch.Generator:
-    """A generator on the device, seeded by `derive_seed(*parts)`."""
+    """Return a generator on the device, seeded with `derive_seed(*parts)`."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
 
 
 def seed_global(device: torch.device, *parts: int | str) -> None:
-    """Seeds torch's global generators of the CPU and of the device by `derive_seed(*parts)`.
+    """Seed torch's global CPU generator and that of the device with `derive_seed(*parts)`.
 
-    torch.manual_seed seeds every kind of device that torch knows, which takes a millisecond.
+    `torch.manual_seed` would seed every device type, which takes a millisecond.
     """
     seed = derive_seed(*parts)
     torch.default_generator.manual_seed(seed)
@@ -227,42 +223,45 @@ def seed_global(device: torch.device, *parts: int | str) -> None:
 
 @contextlib.contextmanager
 def isolated_rng(device: torch.device) -> Iterator[None]:
-    """Lets a training seed torch's global generators, which initialisation and dropout use, and restores them."""
+    """Restore torch's global generators, which initialization and dropout use, after the body."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Turns pixels into network input: (N, C, H, W) uint8 to float32 channels_last, zero mean and unit deviation.
+    """Normalize pixels: (N, C, H, W) uint8 to float32 channels_last with zero mean and unit deviation.
 
-    `mean` and `std` are of pixels in [0, 1], one a channel.
+    Args:
+        images: (N, C, H, W) uint8.
+        mean: one per channel, of pixels in [0, 1].
+        std: one per channel, of pixels in [0, 1].
     """
     return normalize_by(images, *scale_and_shift(mean, std, images.device))
 
 
 def normalize_by(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`normalize`, by what `scale_and_shift` made of its mean and std."""
+    """`normalize` with the result of `scale_and_shift`."""
     pixels = images.to(torch.float32, memory_format=torch.channels_last)
     scale, shift = (spread(constants, images.shape, torch.channels_last) for constants in (scale, shift))
     return torch.addcmul(shift, pixels, scale)
 
 
 def spread(constants: Tensor, shape: Sequence[int], layout: torch.memory_format) -> Tensor:
-    """One constant a channel, (1, C, 1, 1), as one image (1, C, H, W) of a batch of `shape` (N, C, H, W), laid out so.
+    """Expand constants per channel (1, C, 1, 1) to one image (1, C, H, W) for a batch of `shape` (N, C, H, W).
 
-    addcmul walks along with it, where it broadcasts to no stride: ten times as fast on a CPU.
+    On a CPU, addcmul with this operand is ten times as fast as with a broadcast one.
     """
     return constants.expand(1, *shape[1:]).contiguous(memory_format=layout)
 
 
 @functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # whoever asks first: what is made in inference mode can take part in nothing else
+@torch.inference_mode(False)  # inference tensors cannot be used elsewhere
 def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a pixel is multiplied by, and what is then added: (1, C, 1, 1) each.
+    """Return the factor and offset (1, C, 1, 1) that normalize a pixel.
 
-    Kept, since to copy numbers from the host to the device waits for it. What a CUDA graph reads has to be held by
-    whoever captures it: here it may be displaced.
+    Cached, since copying numbers to the device waits for it. The cache may evict them, so the owner of a CUDA graph
+    must keep a reference.
     """
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)

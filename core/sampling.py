@@ -1,13 +1,12 @@
-"""What one epoch visits, and in what order: decided on the device, without a word to the host.
+"""Order of the images in one epoch, computed on the device without host synchronization.
 
-A class of n images has min(k · n, cap) visits in an epoch. The cap is the share `undersample` of the largest class's
-images, and k is `oversample`: so the classes above the cap are cut to it, and the smaller ones raised towards it, no
-image more than k times (over- and undersampling as Buda et al. 2018, arXiv 1710.05381, compare them). With both off,
-every image has one visit.
+A class of n images has min(k · n, cap) visits per epoch, where k is `oversample` and cap is the fraction `undersample`
+of the largest class. So larger classes are cut to the cap and smaller ones raised towards it, no image more than k
+times (over- and undersampling as compared by Buda et al. 2018, arXiv 1710.05381).
 
-`shuffled` spreads a class's visits evenly: v visits show every image floor(v / n) times, and another random part of
-the images once more in each epoch. `balanced` makes as many draws with replacement, every class equally likely: an
-image of a class of n is drawn in proportion to 1 / n, the resampling of Shen et al. 2016 (arXiv 1512.05830).
+`shuffled` spreads a class's visits evenly: v visits show every image floor(v / n) times, plus a random part of the
+images once more. `balanced` draws with replacement with every class equally likely, so an image of a class of n has a
+probability proportional to 1 / n (Shen et al. 2016, arXiv 1512.05830).
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from core.config import SamplingConfig
 
 
 def epoch_length(labels: Tensor, config: SamplingConfig) -> int:
-    """How many visits an epoch makes, the same for every epoch. Waits for the device: ask once a run.
+    """Return the number of visits per epoch. Waits for the device, so call it once per run.
 
     Args:
-        labels: (n,) int64, the training images' classes, each in [0, n).
-        config: how far classes are repeated and cut.
+        labels: (n,) int64 classes of the training images, each in [0, n).
+        config: over- and undersampling of classes.
     """
     if _visits_each_once(config):
         return len(labels)
@@ -31,13 +30,13 @@ def epoch_length(labels: Tensor, config: SamplingConfig) -> int:
 
 
 def epoch_order(labels: Tensor, config: SamplingConfig, generator: torch.Generator, length: int) -> Tensor:
-    """The order of one epoch.
+    """Draw the order of one epoch.
 
     Args:
-        labels: (n,) int64, the training images' classes, each in [0, n).
-        config: which order.
+        labels: (n,) int64 classes of the training images, each in [0, n).
+        config: the sampling scheme.
         generator: on the labels' device.
-        length: what `epoch_length` says of these labels and this config.
+        length: `epoch_length` of these labels and this config.
 
     Returns:
         (length,) int64 positions in [0, n), on the labels' device.
@@ -50,27 +49,27 @@ def epoch_order(labels: Tensor, config: SamplingConfig, generator: torch.Generat
     if _visits_each_once(config):
         return shuffled
     counts = _class_counts(labels)
-    # The images again, by class and at random within it: the first `visits % count` of a class are shown once more.
+    # Images by class, in random order within it: the first `visits % count` of a class are shown once more.
     by_class = shuffled[torch.sort(labels[shuffled], stable=True).indices]
     classes = labels[by_class]
-    rank = torch.arange(n, device=device) - (counts.cumsum(0) - counts)[classes]  # within the class, from 0
+    rank = torch.arange(n, device=device) - (counts.cumsum(0) - counts)[classes]  # rank within the class
     visits, count = _visits(counts, config)[classes], counts[classes]
     times = visits // count + (rank < visits % count)
-    # Without `output_size`, it would wait for the device to learn the sum of `times`.
+    # Without `output_size` this would wait for the device to compute the sum of `times`.
     visited = by_class.repeat_interleave(times, output_size=length)
     return visited[torch.randperm(length, generator=generator, device=device)]
 
 
 def repeats(order: Tensor) -> Tensor:
-    """Which visits show an image that the epoch has shown before.
+    """Mark the visits of images that were already shown in this epoch.
 
     Args:
-        order: (length,) int64 positions, as `epoch_order` gives them.
+        order: (length,) int64 positions, from `epoch_order`.
 
     Returns:
-        (length,) bool, on the order's device: False at the first visit of each position, True at its later ones.
+        (length,) bool on the order's device: False at the first visit of each position, True at later ones.
     """
-    grouped, visits = torch.sort(order, stable=True)  # stable: the visits of a position stay in their order
+    grouped, visits = torch.sort(order, stable=True)  # stable: keeps the visits of a position in order
     again = torch.zeros_like(order, dtype=torch.bool)
     again[1:] = grouped[1:] == grouped[:-1]
     return torch.empty_like(again).scatter_(0, visits, again)
@@ -81,17 +80,14 @@ def _visits_each_once(config: SamplingConfig) -> bool:
 
 
 def _class_counts(labels: Tensor) -> Tensor:
-    """(n,) int64, how many of the n labels each class has; the bins beyond the classes stay empty.
+    """Count the images of each class: (n,) int64, zero beyond the last class.
 
-    By scatter into n bins and not by bincount, which would wait for the device to learn how many it needs.
+    Uses scatter instead of bincount, which would wait for the device to determine the number of bins.
     """
     return torch.zeros_like(labels).scatter_add_(0, labels, torch.ones_like(labels))
 
 
 def _visits(counts: Tensor, config: SamplingConfig) -> Tensor:
-    """(n,) int64, an epoch's visits to each class of so many images: min(k · count, cap), the cap at least 1.
-
-    A class above the cap needs no case of its own: k times its images are above the cap too.
-    """
+    """Visits per epoch of each class: (n,) int64, min(k · count, cap) with a cap of at least 1."""
     cap = (counts.max().double() * config.undersample).round().clamp(min=1).long()
     return torch.minimum(counts * config.oversample, cap)

@@ -1,15 +1,12 @@
-"""The learning rate over a run, as a factor of its peak: a pure function of how much of the run is over.
+"""Learning-rate schedules, as a factor of the peak rate.
 
-A warm-up that rises linearly (Goyal et al. 2017, arXiv 1706.02677), then half a cosine without restarts (Loshchilov and
-Hutter 2017, arXiv 1608.03983), a straight line, nothing, or falls: by the same factor every so often (`step`, torch's
-StepLR), as written down (`pieces`; He et al. 2016, arXiv 1512.03385, divide by 10 at half and three quarters of their
-CIFAR-10 runs), or where validation stops improving (`plateau`, torch's ReduceLROnPlateau; He et al. for ImageNet). The
-warm-up goes first, and the falls are where they would be without it.
+The factor depends on the progress of the run alone: a linear warm-up (Goyal et al. 2017, arXiv 1706.02677), then half a
+cosine (Loshchilov and Hutter 2017, arXiv 1608.03983), a line, a constant, or step-wise reductions: regular (`step`,
+torch's StepLR), listed (`pieces`; He et al. 2016, arXiv 1512.03385, divide by 10 at half and three quarters), or when
+validation stops improving (`plateau`, torch's ReduceLROnPlateau). The warm-up does not shift the reductions.
 
-Being a function of progress alone, a schedule has no state to save, and a run of 200 epochs has the same one at 3.
-`plateau` depends on the scores so far too, and on nothing else: `reductions` counts its falls anew from them, so that
-the history of a run, which a checkpoint holds, is all its state. A run without validation images has no scores, and
-follows instead what they led to elsewhere: `replayed`.
+A schedule has no state. `plateau` is recomputed from the history of scores. A run without validation images uses
+`replayed`, the reductions of an earlier run.
 """
 
 from __future__ import annotations
@@ -20,21 +17,21 @@ from collections.abc import Sequence
 
 from core.config import ScheduleConfig
 
-# Progress is step / steps, rounded: 0.9 / 0.3 may be less than 3. A fall comes this share of the run early, which is
-# less than one step in runs of up to 10⁹ steps, and far more than the rounding.
+# Progress is a rounded quotient: 0.9 / 0.3 may be less than 3. Reductions apply this fraction of the run early, which
+# is more than the rounding error and less than one step of up to 10⁹.
 _ROUNDING = 1e-9
 
 
 def factor(config: ScheduleConfig, progress: float, reductions: int = 0) -> float:
-    """The learning rate as a factor of its peak, in [0, 1].
+    """Return the learning rate as a factor of its peak, in [0, 1].
 
     Args:
         config: the schedule.
-        progress: the share of the run's steps that are over, in [0, 1]; the first step's is 0.
-        reductions: how often a `plateau` schedule has fallen: what `reductions` says. The others do not ask.
+        progress: completed fraction of the run's steps, in [0, 1]; 0 at the first step.
+        reductions: number of reductions so far of a `plateau` schedule, from `reductions`.
 
     Raises:
-        ValueError: `progress` lies outside [0, 1].
+        ValueError: `progress` is outside [0, 1].
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress {progress} lies outside [0, 1]")
@@ -54,33 +51,32 @@ def factor(config: ScheduleConfig, progress: float, reductions: int = 0) -> floa
 
 
 def reductions(config: ScheduleConfig, scores: Sequence[float], *, maximize: bool, epochs: int) -> int:
-    """How often a `plateau` schedule has fallen after these epochs; 0 for the other schedules.
+    """Return the number of reductions of a `plateau` schedule so far; 0 for other schedules.
 
-    It falls after `patience_fraction` of the run, rounded to epochs and at least one, in which no score was better than
-    the best before, and then counts anew against the same best: torch's ReduceLROnPlateau with a `patience` of one
-    epoch fewer, which are the bad epochs that torch still tolerates, a threshold of 0 and no cooldown. Early stopping
-    counts its patience alike.
+    The factor is reduced after `patience_fraction` of the run (rounded to epochs, at least one) without an improvement
+    over the best score. This is torch's ReduceLROnPlateau with a `patience` of one epoch fewer, a threshold of 0 and no
+    cooldown. Early stopping counts its patience in the same way.
 
     Args:
         config: the schedule.
-        scores: the validation score of each epoch so far; one that is not a number is not better.
-        maximize: whether more is better.
-        epochs: those of the whole run.
+        scores: validation score of each epoch so far; NaN is not an improvement.
+        maximize: whether higher is better.
+        epochs: epochs of the whole run.
     """
     return len(_falls(config, scores, maximize, epochs))
 
 
 def replayed(config: ScheduleConfig, scores: Sequence[float], *, maximize: bool, epochs: int) -> ScheduleConfig:
-    """The schedule for a run without validation images: a `plateau` as what it turned out to be in this one.
+    """Return the schedule for a run without validation images: a `plateau` is replaced by its recorded reductions.
 
     Args:
-        config: the schedule of the run that had them; any but `plateau` is returned unchanged.
-        scores: that run's validation scores, as for `reductions`.
-        maximize: whether more is better.
-        epochs: those of that run.
+        config: schedule of the earlier run; any but `plateau` is returned unchanged.
+        scores: validation scores of that run.
+        maximize: whether higher is better.
+        epochs: epochs of that run.
 
     Returns:
-        The `pieces` of the same factor at every step, or `constant` where it never fell; the warm-up is kept.
+        `pieces` with the same factor at every step, or `constant` if it was never reduced; the warm-up is kept.
     """
     if config.name != "plateau":
         return config
@@ -88,7 +84,7 @@ def replayed(config: ScheduleConfig, scores: Sequence[float], *, maximize: bool,
     lowest = 1.0
     for count, epoch in enumerate(_falls(config, scores, maximize, epochs), start=1):
         reduced = _reduced(config, count)
-        if epoch < epochs and reduced < lowest:  # a fall at the run's end, or at the lowest factor, changes nothing
+        if epoch < epochs and reduced < lowest:  # no effect at the end of the run or at the lowest factor
             pieces.append((epoch / epochs, reduced))
             lowest = reduced
     changed = {"name": "pieces", "pieces": tuple(pieces)} if pieces else {"name": "constant"}
@@ -96,7 +92,7 @@ def replayed(config: ScheduleConfig, scores: Sequence[float], *, maximize: bool,
 
 
 def _falls(config: ScheduleConfig, scores: Sequence[float], maximize: bool, epochs: int) -> list[int]:
-    """The epochs, counted from 1, at whose end a `plateau` schedule falls."""
+    """Epochs, counted from 1, at the end of which a `plateau` schedule is reduced."""
     if config.name != "plateau":
         return []
     patience = max(1, round(config.patience_fraction * epochs))
@@ -114,5 +110,5 @@ def _falls(config: ScheduleConfig, scores: Sequence[float], maximize: bool, epoc
 
 
 def _reduced(config: ScheduleConfig, count: int) -> float:
-    """A `plateau`'s factor after that many falls; never quite 0, which no piece of `replayed` could say."""
+    """Factor of a `plateau` after `count` reductions; above 0, since a piece of `replayed` cannot be 0."""
     return max(float(config.gamma**count), config.final_factor, sys.float_info.min)

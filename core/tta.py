@@ -1,11 +1,9 @@
-"""Predictions, over one view of each image or over several: test-time augmentation.
+"""Predictions over one or several views of each image (test-time augmentation).
 
-The key choice is what is averaged: the softmax probabilities of the views, each view with the same weight, whose
-logarithm is returned. So the argmax, the loss and the calibration of several views are computed as those of one.
-
-The views are fixed, none is drawn. `flip` adds the mirror image. `flip_shift` is the six views of the multi-crop
-evaluation of Jordan 2024, arXiv 2404.00498: the image and two diagonal translations, each with its mirror image. A
-translation is 1/32 of a side (there one pixel of 32), and the uncovered edge is filled by reflection, as there.
+The softmax probabilities of the views are averaged with equal weights, and their logarithm is returned, so it can be
+used like logits. Views are fixed: `flip` adds the mirror image; `flip_shift` are the six views of Jordan 2024, arXiv
+2404.00498: the image and two diagonal translations by 1/32 of the side (one pixel of 32), each also mirrored. Uncovered
+edges are filled by reflection.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Jordan 2024: one pixel of CIFAR-10's 32.
+# Jordan 2024: one of CIFAR-10's 32 pixels.
 STEP_FRACTION = 1 / 32
 
 
 class View(NamedTuple):
-    """One way to look at an image: moved by whole steps, down and to the right where positive, then mirrored."""
+    """A transformation of an image: moved down and right by whole steps, then mirrored."""
 
     flip: bool = False
     down: int = 0
@@ -38,7 +36,7 @@ VIEWS: dict[str, tuple[View, ...]] = {
     "shift": (View(), View(down=-1), View(down=1), View(right=-1), View(right=1)),
     "flip_shift": tuple(View(flip, step, step) for flip in (False, True) for step in (0, -1, 1)),
 }
-"""The sets of views by name: the image itself, 2, 5 and 6 views."""
+"""Sets of views by name: 1, 2, 5 and 6 views."""
 
 
 def predict_logits(
@@ -50,18 +48,18 @@ def predict_logits(
     batch_size: int = 512,
     autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Tensor:
-    """The model's answer to each image, in evaluation mode, without gradients; the model's mode is restored.
+    """Predict in evaluation mode, without gradients; the model's mode is restored.
 
     Args:
         model: maps prepared images to logits (n, K).
         images: (N, C, H, W) uint8, N at least 1.
-        prepare: turns (n, C, H, W) uint8 into the model's input: normalises, moves to its device if need be.
+        prepare: turns (n, C, H, W) uint8 into the model's input, such as by normalizing.
         views: a name in `VIEWS`.
-        batch_size: how many images the model sees at once, every view of an image counted.
-        autocast: makes the context that the model runs in.
+        batch_size: images per forward pass, counting every view.
+        autocast: creates the context in which the model runs.
 
     Returns:
-        (N, K) float32: the logits for one view, the logarithm of the mean probabilities for several.
+        (N, K) float32: the logits of a single view, or the logarithm of the mean probabilities of several.
     """
     chosen = VIEWS[views]
     outputs = []
@@ -75,7 +73,7 @@ def predict_logits(
 
 
 def look(images: Tensor, view: View) -> Tensor:
-    """The images as this view shows them: (N, C, H, W) of any type, the same shape."""
+    """Apply a view to images (N, C, H, W) of any dtype."""
     for dim, steps in ((-2, view.down), (-1, view.right)):
         if steps:
             images = images.index_select(dim, _moved(images.shape[dim], steps, images.device))
@@ -83,7 +81,7 @@ def look(images: Tensor, view: View) -> Tensor:
 
 
 def average(logits: Tensor) -> Tensor:
-    """The views' logits (V, n, K) as one (n, K): for one view itself, else the log of the mean of the softmaxes."""
+    """Combine the logits (V, n, K) of views to (n, K): those of a single view, or the log of the mean softmax."""
     if len(logits) == 1:
         return logits[0]
     return F.log_softmax(logits, dim=-1).logsumexp(0) - math.log(len(logits))
@@ -102,6 +100,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _moved(side: int, steps: int, device: torch.device) -> Tensor:
-    """Where each position of a moved side is read: (side,), the positions beyond the edge reflected."""
+    """Source index of each position along a shifted side: (side,), reflected at the edges."""
     source = torch.arange(side, device=device) - steps * max(1, round(side * STEP_FRACTION))
     return (side - 1) - ((side - 1) - source.abs()).abs()

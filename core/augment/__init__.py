@@ -1,15 +1,15 @@
-"""Whole-batch, per-sample augmentation on the device: one geometric pass, one photometric pass, then mixing.
+"""Per-image augmentation of whole batches on the device: a geometric pass, a photometric pass, then mixing.
 
-Its key choice: every shape is known beforehand, so nothing waits for the device, and still each operation touches only
-the images that need it. A policy's operations are *dealt like cards*: a batch is padded to a multiple of the number of
-cards, shuffled, and cut into equal hands. For one image each operation is as likely as any other, and magnitudes, signs
-and everything else are drawn independently for each image; only the operations of two images of a batch (on a CPU, of a
-chunk of it) are a little less alike than by chance. The alternatives are all operations on all images, at fourteen
-times the work, or asking the device which images to work on, at a wait for each operation, and no CUDA graph.
+All shapes are fixed, so nothing waits for the device, and each operation still processes only the images that need it.
+A policy assigns its operations to equal groups: a batch is padded to a multiple of the number of operations, shuffled
+and divided evenly. For each image all operations are equally likely, and magnitudes and signs are drawn independently;
+only the operations of two images of a batch (on a CPU, of a chunk) are slightly anticorrelated. Applying all operations
+to all images would cost fourteen times as much; selecting images by random index would need a synchronization per
+operation and prevent CUDA graphs.
 
-`pipeline` holds `Augment`, which composes the others, a concept each: `geometry` moves pixels, `photometry` changes
-them, `operations` gives both their names and ranges, `policies` deals operations to images, `cropping`, `erasing`,
-`mixing` and `sizing` do what they say, and `draws` draws.
+`pipeline` contains `Augment`, which combines the rest: `geometry` moves pixels, `photometry` changes them, `operations`
+defines names and ranges, `policies` assigns operations to images, `draws` draws random numbers; `cropping`, `erasing`,
+`mixing` and `sizing` are further steps.
 """
 
 from core.augment.mixing import MixPlan, apply_mix, mixes, plan_mix, symmetric_beta

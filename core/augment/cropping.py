@@ -1,4 +1,4 @@
-"""Crops of a random area, enlarged to the whole image (Szegedy et al. 2014, arXiv 1409.4842; RandomResizedCrop)."""
+"""Random resized crops (Szegedy et al. 2014, arXiv 1409.4842; torchvision's RandomResizedCrop)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from core.augment.draws import rectangles, uniform
 from core.augment.geometry import affine
 
-# torchvision's default, which is the paper's: the range of width over height, and as well of height over width.
+# torchvision's default and the paper's: range of width over height.
 _ASPECT = (3 / 4, 4 / 3)
 
 
 class Crops(NamedTuple):
-    """A rectangle in each image, in whole pixels: (n,) float32 each."""
+    """A rectangle per image, in whole pixels: (n,) float32 each."""
 
     top: Tensor
     left: Tensor
@@ -23,23 +23,29 @@ class Crops(NamedTuple):
     width: Tensor
 
     def matrices(self, size: tuple[int, int]) -> Tensor:
-        """Enlarges each rectangle to the image of `size` (H, W) that it lies in: (n, 2, 3)."""
+        """Return the matrices that enlarge each rectangle to an image of `size` (H, W): (n, 2, 3)."""
         height, width = size
         x = self.left + (self.width - width) / 2
         y = self.top + (self.height - height) / 2
         return affine(x, a=self.width / width, x=x, d=self.height / height, y=y)
 
     def frames(self, size: tuple[int, int]) -> Tensor:
-        """The first and last pixel of each rectangle across, then down, from the image's centre: (n, 2, 2)."""
+        """Return the first and last pixel of each rectangle across, then down, from the image's centre: (n, 2, 2)."""
         left, top = self.left - (size[1] - 1) / 2, self.top - (size[0] - 1) / 2
         frames = torch.stack([left, left + self.width - 1, top, top + self.height - 1], dim=1)
         return frames.view(-1, 2, 2)
 
 
 def draw_crops(count: int, size: tuple[int, int], area_min: float, generator: torch.Generator) -> Crops:
-    """A rectangle for each of `count` images of `size` (H, W), of `area_min` in (0, 1] to all of the area.
+    """Draw a rectangle per image.
 
-    Where none of ten draws fits into the image, which a long image brings about, it is the largest one at the centre.
+    If none of ten draws fits the image, as may happen for elongated images, the largest centred rectangle is used.
+
+    Args:
+        count: number of images.
+        size: (H, W) of the images.
+        area_min: minimum fraction of the area, in (0, 1].
+        generator: source of random numbers.
     """
     height, width = size
     high, wide, found = rectangles(count, size, size, generator, area=(area_min, 1), aspect=_ASPECT)

@@ -1,4 +1,4 @@
-"""Random numbers for a batch, from the generator that is passed in, on its device, without a wait for it."""
+"""Random numbers for a batch, drawn from a generator on its device without synchronization."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _TRIES = 10
 
 
 def uniform(shape: int | Sequence[int], generator: torch.Generator, low: float, high: float) -> Tensor:
-    """Draws from [low, high): a tensor float32 of that shape, or of that length."""
+    """Draw float32 from [low, high), of that shape or length."""
     size = (shape,) if isinstance(shape, int) else tuple(shape)
     return torch.rand(size, generator=generator, device=generator.device).mul_(high - low).add_(low)
 
 
 def random_sign(count: int, generator: torch.Generator) -> Tensor:
-    """1 or -1, as often: (count,) float32."""
+    """Draw 1 or -1 with equal probability: (count,) float32."""
     return uniform(count, generator, -1, 1).sign_()
 
 
@@ -31,13 +31,20 @@ def rectangles(
     area: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes of rectangles in images of `size` (H, W), as torchvision draws them for a crop and for erasing.
+    """Draw sizes of rectangles as torchvision does for crops and erasing.
 
-    `area` is the range of shares of an image, drawn evenly; `aspect` that of height over width, its logarithm drawn
-    evenly. Returns heights and widths (count,) float32 of whole pixels, and whether there is one (count,) bool: none of
-    ten tries was within `largest` (h, w).
+    Args:
+        count: number of images.
+        size: (H, W) of the images.
+        largest: maximum (h, w) of a rectangle.
+        generator: source of random numbers.
+        area: range of the area as a fraction of the image, drawn uniformly.
+        aspect: range of height over width, drawn log-uniformly.
+
+    Returns:
+        Heights and widths (count,) float32 in whole pixels, and whether one of ten draws was valid (count,) bool.
     """
-    # torchvision draws again while a rectangle is too large, at most ten times. Here all ten are drawn at once.
+    # torchvision redraws up to ten times. Here all ten are drawn at once.
     tries = (_TRIES, count)
     pixels = uniform(tries, generator, *area) * (size[0] * size[1])
     ratio = uniform(tries, generator, math.log(aspect[0]), math.log(aspect[1])).exp_()
@@ -47,9 +54,9 @@ def rectangles(
     return high.gather(0, first)[0], wide.gather(0, first)[0], fits.any(0)
 
 
-def deal_hands(slots: int, cards: int, generator: torch.Generator) -> Tensor:
-    """The places 0 … slots - 1, shuffled and cut into equal hands, one a card: (cards, slots / cards) int64.
+def assign_evenly(slots: int, choices: int, generator: torch.Generator) -> Tensor:
+    """Shuffle the positions 0 … slots - 1 and divide them evenly: (choices, slots / choices) int64.
 
-    `slots` is a multiple of `cards`.
+    `slots` must be a multiple of `choices`.
     """
-    return uniform(slots, generator, 0, 1).argsort().view(cards, -1)
+    return uniform(slots, generator, 0, 1).argsort().view(choices, -1)

@@ -1,4 +1,4 @@
-"""Random erasing: a rectangle of an image is covered with the mean (Zhong et al. 2017, arXiv 1708.04896)."""
+"""Random erasing: a rectangle of an image is set to the mean (Zhong et al. 2017, arXiv 1708.04896)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from torch import Tensor
 
 from core.augment.draws import rectangles, uniform
 
-# torchvision's defaults, which are the paper's: share of the image, and height over width.
+# torchvision's defaults and the paper's: fraction of the area, and height over width.
 _AREA = (0.02, 0.33)
 _ASPECT = (0.3, 3.3)
 
 
 def draw_erased(shape: Sequence[int], probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A rectangle for some images of a batch of `shape` (N, C, H, W), each with `probability` in [0, 1].
+    """Draw rectangles for a random part of the images.
 
-    Returns rows (N, H) and columns (N, W), float32 of 0 and 1: a pixel is erased where both are 0.
+    Args:
+        shape: (N, C, H, W) of the batch.
+        probability: of erasing in an image, in [0, 1].
+        generator: source of random numbers.
+
+    Returns:
+        Rows (N, H) and columns (N, W), float32 of 0 and 1: a pixel is erased where both are 0.
     """
     count, _, height, width = shape
     largest = (height - 1, width - 1)
@@ -26,7 +32,7 @@ def draw_erased(shape: Sequence[int], probability: float, generator: torch.Gener
     high, wide = high.view(-1, 1), wide.view(-1, 1)
     top = (uniform((count, 1), generator, 0, 1) * (height - high + 1)).floor_()
     left = (uniform((count, 1), generator, 0, 1) * (width - wide + 1)).floor_()
-    # As the distance from the middle: one comparison a line, which a CPU takes its time for.
+    # As a distance from the centre, which needs one comparison per axis.
     y = torch.arange(height, device=top.device) - (top + (high - 1) / 2)
     x = torch.arange(width, device=left.device) - (left + (wide - 1) / 2)
     rows = y.abs_() > torch.where(erased[:, None], high / 2, -1)

@@ -1,8 +1,8 @@
-"""Operations by torchvision's names, of a signed level (n,) in [-1, 1], and how far each goes at level 1.
+"""Augmentation operations by torchvision's names, with a signed level (n,) in [-1, 1].
 
-Level 0 is the identity of every operation, to the bit for the photometric ones and for shifts: so a policy that applies
-an operation with some probability gives the other images level 0, and every shape stays as it is. Definitions and
-ranges are those of torchvision's v2 transforms, but for what a comment says.
+Level 0 is the identity, bitwise for photometric operations and shifts, so a policy that applies an operation with some
+probability uses level 0 for the other images. Definitions and ranges are those of torchvision's v2 transforms unless
+noted.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from core.augment import geometry, photometry
 
 @dataclass(frozen=True)
 class Ranges:
-    """The magnitudes that level 1 stands for."""
+    """Magnitudes at level 1."""
 
     shear: float
     """Slope."""
     translate_fraction: float
-    """Shift as a share of the image's side."""
+    """Shift as a fraction of the image's side."""
     translate_pixels: float
-    """Greatest shift in pixels."""
+    """Maximum shift in pixels."""
     degrees: float
-    """Rotation."""
+    """Rotation angle."""
     factor_change: float
-    """Brightness, saturation, contrast and sharpness are scaled by 1 plus this; at level -1, by 1 minus this."""
+    """Brightness, saturation, contrast and sharpness are scaled by 1 plus this; at level -1 by 1 minus this."""
     bits_lost: int
     """Posterize keeps 8 minus this."""
 
     def translate(self, side: int) -> float:
-        """The shift in pixels along a side of so many pixels, at level 1."""
+        """Return the shift at level 1 in pixels, along a side of that many pixels."""
         return min(self.translate_fraction * side, self.translate_pixels)
 
     def factor(self, level: Tensor) -> Tensor:
-        """What brightness and its like are scaled by: (n,), 1 at level 0."""
+        """Return the factor of brightness and similar operations: (n,), 1 at level 0."""
         return 1 + self.factor_change * level
 
     def bits(self, level: Tensor) -> Tensor:
-        """How many bits a pixel keeps: (n,) whole numbers, 8 at level 0."""
+        """Return the bits that posterize keeps: (n,) whole numbers, 8 at level 0."""
         return 8 - (self.bits_lost * level.abs()).round()
 
 
@@ -55,7 +55,7 @@ STANDARD = Ranges(
     factor_change=0.9,
     bits_lost=4,
 )
-# `TrivialAugmentWide._AUGMENTATION_SPACE`, whose 32 pixels are kept within the image.
+# `TrivialAugmentWide._AUGMENTATION_SPACE`, with shifts limited to the image's side.
 WIDE = Ranges(
     shear=0.99,
     translate_fraction=1.0,
@@ -82,9 +82,9 @@ PHOTOMETRIC_OPS: dict[str, Callable[[Tensor, Tensor, Ranges], Tensor]] = {
     "Contrast": lambda pixels, level, ranges: photometry.contrast(pixels, ranges.factor(level)),
     "Sharpness": lambda pixels, level, ranges: photometry.sharpness(pixels, ranges.factor(level)),
     "Posterize": lambda pixels, level, ranges: photometry.posterize(pixels, ranges.bits(level)),
-    # 256 and not torchvision's 255, as AutoAugment has it (arXiv 1805.09501), so that a low level leaves white white.
+    # 256 as in AutoAugment (arXiv 1805.09501), not torchvision's 255, so that low levels do not change white.
     "Solarize": lambda pixels, level, _ranges: photometry.solarize(pixels, 256 * (1 - level.abs())),
-    # torchvision applies these three in full whatever the magnitude. Here they grow with it, so that 0 is no change.
+    # torchvision ignores the magnitude of these three. Here they are blended by it, so that 0 is the identity.
     "AutoContrast": lambda pixels, level, _ranges: photometry.autocontrast(pixels, level.abs()),
     "Equalize": lambda pixels, level, _ranges: photometry.equalize(pixels, level.abs()),
     "Invert": lambda pixels, level, _ranges: photometry.invert(pixels, level.abs()),
@@ -92,4 +92,4 @@ PHOTOMETRIC_OPS: dict[str, Callable[[Tensor, Tensor, Ranges], Tensor]] = {
 """(pixels (n, C, H, W) float32, level (n,), ranges) -> pixels."""
 
 OPS = ("Identity", *GEOMETRIC_OPS, *(name for name in PHOTOMETRIC_OPS if name != "Invert"))
-"""The fourteen of RandAugment and TrivialAugment, which do not have `Invert`."""
+"""The fourteen operations of RandAugment and TrivialAugment, which exclude `Invert`."""

@@ -1,8 +1,7 @@
-"""What happens to pixels where they are: torchvision's photometric operations, with a magnitude for each image.
+"""torchvision's photometric operations, with a magnitude per image.
 
-Pixels are (n, C, H, W) uint8, or float32 that hold whole numbers from 0 to 255, and results are of the same type;
-magnitudes are (n,). Every operation rounds as torchvision does on uint8, and leaves its input alone. One or three
-channels.
+Pixels are (n, C, H, W) with one or three channels, uint8 or float32 of whole numbers from 0 to 255; results have the
+same dtype. Magnitudes are (n,). Operations round as torchvision does on uint8, and do not modify their input.
 """
 
 from __future__ import annotations
@@ -19,25 +18,25 @@ def _each(magnitude: Tensor) -> Tensor:
 
 
 def _floats(pixels: Tensor) -> Tensor:
-    """A copy in float32, contiguous, to be changed in place."""
+    """A contiguous float32 copy, to be modified in place."""
     return pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def whole(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in [0, 256) float32 without their fraction, as `dtype`; may change `values`."""
+    """Truncate values in [0, 256) float32 to `dtype`; may modify `values`."""
     if dtype == values.dtype:
         return values.floor_()
-    # By way of int16: on a CPU the direct cast to uint8 is not vectorised, and takes 2.5 times as long as these two.
+    # Via int16: a CPU's direct cast to uint8 is not vectorized and takes 2.5 times as long.
     return values.to(torch.int16).to(dtype)
 
 
 def _quantize(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """As a cast to uint8 cuts off the fraction; changes `values`."""
+    """Clamp and truncate as a cast to uint8; modifies `values`."""
     return whole(values.clamp_(0, 255), dtype)
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """float32 to (n, 1, H, W)."""
+    """Greyscale of float32 pixels: (n, 1, H, W)."""
     if pixels.shape[1] == 1:
         return pixels
     red, green, blue = pixels.unbind(1)
@@ -46,19 +45,19 @@ def _grey(pixels: Tensor) -> Tensor:
 
 
 def brightness(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Scales by `factor` >= 0; 0 is black, 1 the image itself."""
+    """Scale by `factor` >= 0; 0 is black, 1 the identity."""
     return _quantize(_floats(pixels).mul_(_each(factor)), pixels.dtype)
 
 
 def contrast(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Moves away from the mean grey by `factor` >= 0; 0 is flat grey, 1 the image itself."""
+    """Blend with the mean grey by `factor` >= 0; 0 is flat grey, 1 the identity."""
     values = _floats(pixels)
     mean = _grey(values).mean(dim=(1, 2, 3), keepdim=True)
     return _quantize(values.mul_(_each(factor)).add_(mean * (1 - _each(factor))), pixels.dtype)
 
 
 def saturation(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Moves away from grey by `factor` >= 0; 0 is greyscale, 1 the image itself. A greyscale image stays as it is."""
+    """Blend with greyscale by `factor` >= 0; 0 is greyscale, 1 the identity."""
     if pixels.shape[1] == 1:
         return pixels
     values = _floats(pixels)
@@ -67,12 +66,11 @@ def saturation(pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def sharpness(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Moves away from a smoothed copy by `factor` >= 0; 1 is the image itself. The outermost pixels stay."""
+    """Blend with a smoothed copy by `factor` >= 0; 1 is the identity. Border pixels are not changed."""
     values = _floats(pixels)
     smooth = torch.zeros_like(values)
-    # PIL's SMOOTH kernel: ones around a five, over 13. Sums of whole numbers, so exact in any order. They run along the
-    # batch as one line of memory, which is three times as fast as row by row, and across the borders, which are then
-    # put back.
+    # PIL's SMOOTH kernel: ones around a five, over 13. Sums of whole numbers are exact in any order. They run along the
+    # batch as one line of memory, three times as fast as row by row; the borders are restored afterwards.
     line, width = values.view(-1), values.shape[-1]
     down = line[: -2 * width] + line[width:-width]
     down += line[2 * width :]
@@ -80,36 +78,36 @@ def sharpness(pixels: Tensor, factor: Tensor) -> Tensor:
     box.add_(down[2:]).add_(line[width + 1 : -width - 1], alpha=4).mul_(1 / 13).round_()
     sharp = _quantize(smooth.lerp_(values, _each(factor)), pixels.dtype)
     down_to, across_to = (max(side - 1, 1) for side in pixels.shape[2:])
-    sharp[:, :, ::down_to] = pixels[:, :, ::down_to]  # the first and the last
+    sharp[:, :, ::down_to] = pixels[:, :, ::down_to]  # first and last row
     sharp[..., ::across_to] = pixels[..., ::across_to]
     return sharp
 
 
 def posterize(pixels: Tensor, bits: Tensor) -> Tensor:
-    """Keeps the highest `bits` of each pixel, whole numbers 0 … 8; 8 is the image itself."""
+    """Keep the highest `bits` of each pixel, whole numbers 0 … 8; 8 is the identity."""
     kept = (256 - (1 << (8 - _each(bits)).int())).to(torch.uint8)
     return (pixels.to(torch.uint8) & kept).to(pixels.dtype)
 
 
 def solarize(pixels: Tensor, threshold: Tensor) -> Tensor:
-    """Inverts pixels at or above `threshold`, 0 … 256; 256 is the image itself."""
+    """Invert pixels at or above `threshold`, 0 … 256; 256 is the identity."""
     levels = pixels.to(torch.uint8)
-    least = _each(threshold).ceil()  # of the levels that are inverted
+    least = _each(threshold).ceil()  # lowest inverted level
     any_level = (least < 256).to(torch.uint8).mul_(255)
-    # On bytes, which wrap around: on a CPU a comparison takes ten times as long, and `where` a hundred times.
+    # In uint8 arithmetic: on a CPU a comparison takes ten times as long, and `where` a hundred times.
     below = torch.maximum(levels, least.clamp(max=255).to(torch.uint8)).sub_(levels).clamp_(max=1)  # 0 or 1
     inverted = below.sub_(1).bitwise_and_(any_level)  # 255 or 0
     return inverted.bitwise_xor_(levels).to(pixels.dtype)
 
 
 def invert(pixels: Tensor, amount: Tensor) -> Tensor:
-    """Goes `amount`, 0 … 1, of the way to the negative."""
+    """Blend with the negative by `amount`, 0 … 1."""
     values = _floats(pixels)
     return whole((255 - 2 * values).mul_(_each(amount)).add_(values).round_(), pixels.dtype)
 
 
 def autocontrast(pixels: Tensor, amount: Tensor) -> Tensor:
-    """Goes `amount`, 0 … 1, of the way to each channel stretched from 0 to 255; a flat channel stays."""
+    """Blend with each channel stretched to 0 … 255 by `amount`, 0 … 1; constant channels are not changed."""
     values = _floats(pixels)
     low, high = (extreme.float() for extreme in (pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)))
     flat = low == high
@@ -119,16 +117,16 @@ def autocontrast(pixels: Tensor, amount: Tensor) -> Tensor:
 
 
 def equalize(pixels: Tensor, amount: Tensor) -> Tensor:
-    """Goes `amount`, 0 … 1, of the way to each channel with an even histogram, by PIL's integer rule."""
+    """Blend with histogram equalization of each channel by `amount`, 0 … 1, by PIL's integer rule."""
     count, channels, height, width = pixels.shape
     index = pixels.view(count, channels, height * width).long()
     histogram = torch.zeros(count, channels, 256, dtype=torch.int32, device=pixels.device)
     histogram.scatter_add_(2, index, histogram.new_ones(1).expand_as(index))
     total = histogram.cumsum(2, dtype=torch.int32)
-    brightest = histogram.gather(2, total.argmax(2, keepdim=True))  # how many pixels have the highest value
+    brightest = histogram.gather(2, total.argmax(2, keepdim=True))  # pixels with the highest value
     step = (height * width - brightest).div_(255, rounding_mode="floor")
     table = (total - histogram + step // 2).div_(step.clamp(min=1), rounding_mode="floor").clamp_(0, 255)
     levels = torch.arange(256, dtype=torch.float32, device=pixels.device)
-    table = torch.where(step == 0, levels, table.float())  # too few pixels to spread
+    table = torch.where(step == 0, levels, table.float())  # too few pixels
     table = torch.lerp(levels.expand_as(table), table, amount.view(-1, 1, 1)).round_()
     return table.to(pixels.dtype).gather(2, index).view_as(pixels)

@@ -1,9 +1,8 @@
-"""`Augment`: everything that happens to a batch of training images between the data set and the network.
+"""`Augment`: augmentation and normalization of a batch of training images.
 
-Geometry is composed into one affine matrix an image, so that pixels are read once. Between the operations pixels are
-uint8, a quarter of float32's memory to move about; within one they are float32 where it needs fractions, and are
-rounded as torchvision does. For each round of a policy the images lie in the order of their operations, so that an
-operation works on one piece of memory, in place.
+Geometric transformations are composed into one affine matrix per image, so pixels are read once. Between operations
+pixels are uint8, a quarter of float32's memory. For each operation of a policy, images are sorted by their assigned
+operation, so that each operation works in place on contiguous memory.
 """
 
 from __future__ import annotations
@@ -19,50 +18,59 @@ from core.augment.draws import uniform
 from core.augment.erasing import draw_erased
 from core.augment.geometry import affine, rotation, shift, then, warp
 from core.augment.operations import GEOMETRIC_OPS, INTERPOLATED_OPS, PHOTOMETRIC_OPS
-from core.augment.policies import Round, build_policy
+from core.augment.policies import Assignment, build_policy
 from core.augment.scratch import Scratch, blocks
 from core.config import AugmentConfig
 from core.runtime import normalize_by, scale_and_shift, spread
 
-# What a CPU's chunk would take as float32: it bounds the working memory, which is a half more. Draws are a chunk's, so
-# it is one number everywhere.
+# Size of a CPU's chunk in float32, which limits the working memory to 1.5 times this. Random numbers are drawn per
+# chunk, so the size is the same on all machines.
 _CPU_CHUNK_BYTES = 32 * 2**20
 
 
 def alternating_flips(first: Tensor, epoch: int) -> Tensor:
-    """Which images are flipped in an epoch, (n,) bool, so that two epochs show every image both ways.
+    """Return which images are flipped in an epoch, so that two epochs show every image both ways.
 
-    `first` (n,) bool, drawn once a run, says which are flipped in the first epoch. Epochs count from 1: odd ones are
-    flipped like the first, even ones the other way round (Jordan 2024, arXiv 2404.00498).
+    Odd epochs flip the images of `first`, even ones the others (Jordan 2024, arXiv 2404.00498).
+
+    Args:
+        first: (n,) bool, drawn once per run.
+        epoch: counted from 1.
     """
     return first if epoch % 2 == 1 else ~first
 
 
 def put_rows(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
-    """pixels[rows] = values, in place; (…, C, H, W) contiguous, and rows that occur twice have equal values."""
+    """Assign pixels[rows] = values in place, for contiguous (…, C, H, W). Repeated rows must have equal values."""
     _wide_rows(pixels).index_copy_(0, rows, _wide_rows(values))
 
 
 def _wide_rows(images: Tensor) -> Tensor:
-    """The memory of images (n, C, H, W) uint8, contiguous, as a row of few wide elements each.
+    """View of images (n, C, H, W) uint8 with the widest elements possible.
 
-    A CPU moves one element at a time: the widest that there is makes it sixteen times as fast.
+    A CPU copies element by element, so this is sixteen times as fast.
     """
     rows = images.view(len(images), -1)
     return rows.view(torch.complex128) if rows.shape[1] % 16 == 0 else rows
 
 
 def _inverse(order: Tensor) -> Tensor:
-    """The place of each number in a permutation (n,) int64."""
+    """Inverse of a permutation (n,) int64."""
     return order.argsort()
 
 
 class Augment:
-    """Turns uint8 training images into augmented, normalised network input.
+    """Turns uint8 training images into augmented, normalized network input.
 
-    `mean` and `std` are of pixels in [0, 1], one a channel; one or three channels. `dtype` is that of the result, which
-    is computed in float32 and rounded once. All random numbers come from the generators that are passed in: the same
-    state gives the same bits. Nothing waits for the device, and a call can be captured in a CUDA graph.
+    Random numbers come from the generators passed to each call, and equal states give equal bits. Nothing waits for the
+    device, and a call can be captured in a CUDA graph.
+
+    Args:
+        config: the augmentation.
+        mean: one per channel, of pixels in [0, 1]; one or three channels.
+        std: one per channel, of pixels in [0, 1].
+        device: device of the images.
+        dtype: of the result, which is computed in float32 and rounded once.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class Augment:
     ) -> None:
         self.config = config
         self.dtype = dtype
-        # Held: a CUDA graph reads them where they lie.
+        # Kept alive for CUDA graphs that read them.
         self._scale, self._shift = scale_and_shift(mean, std, device)
         self._policy = build_policy(config, device)
         self._scratch = Scratch()
@@ -85,7 +93,7 @@ class Augment:
             or config.crop_pad_fraction
             or config.crop_area_min < 1
             or config.rotation_degrees
-            or self._policy.rounds
+            or self._policy.ops
         )
 
     def __call__(
@@ -96,7 +104,7 @@ class Augment:
         flips: Tensor | None = None,
         repeats: Tensor | None = None,
     ) -> Tensor:
-        """Images (N, C, H, W) uint8 to `dtype` (N, C, H, W) channels_last, each augmented on its own, normalised.
+        """Augment and normalize images: (N, C, H, W) uint8 to `dtype`, channels_last.
 
         The order is padded crop, crop by area, flips, rotation, the policy's geometry, colour jitter, the policy's
         photometry, erasing.
@@ -104,13 +112,12 @@ class Augment:
         Args:
             images: (N, C, H, W) uint8.
             generator: the device's.
-            flips: (N,) bool, the images that are flipped sideways this time; read where `alternate_flip` is true, in
-                place of a draw.
-            repeats: (N,) bool, the visits that are an image's second or later one in the epoch; read where `apply_to`
-                is "repeats": the others are only normalised.
+            flips: (N,) bool, images flipped sideways; used instead of a draw if `alternate_flip` is true.
+            repeats: (N,) bool, repeated visits of images within the epoch; used if `apply_to` is "repeats", when other
+                images are only normalized.
 
         Raises:
-            ValueError: the configuration reads `flips` or `repeats`, and it is not given.
+            ValueError: `flips` or `repeats` is needed and not given.
         """
         config = self.config
         if config.alternate_flip and flips is None:
@@ -122,18 +129,15 @@ class Augment:
         augmented = self._augment(images, flips if config.alternate_flip else None, generator)
         if config.apply_to == "all" or repeats is None:
             return augmented
-        # First visits are augmented too, and dropped: how many there are, only the device knows.
+        # First visits are augmented too and discarded, since their number is only known on the device.
         chosen = torch.where(repeats.view(-1, 1, 1, 1), augmented, self._normalize(images))
         return chosen.contiguous(memory_format=torch.channels_last)
 
-    # --- the passes --------------------------------------------------------------------------------------------------
-
     def _augment(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Every image augmented and normalised, chunk by chunk: uint8 to `dtype` (N, C, H, W) channels_last."""
+        """Augment and normalize all images in chunks: uint8 to `dtype` (N, C, H, W) channels_last."""
         out = torch.empty(images.shape, dtype=self.dtype, device=images.device, memory_format=torch.channels_last)
         chunk = self._chunk(images)
-        # A twentieth of a CPU's time is autograd's look at each operation. `out` is made outside, as a network keeps
-        # its input for the backward pass.
+        # Inference mode saves 5 % of a CPU's time. `out` is created outside of it, since the backward pass needs it.
         with torch.inference_mode():
             erased = draw_erased(images.shape, self.config.erase, generator) if self.config.erase else None
             for start in range(0, len(images), chunk):
@@ -145,7 +149,7 @@ class Augment:
         return out
 
     def _finish(self, pixels: Tensor, places: Tensor, shown: tuple[Tensor, Tensor] | None, out: Tensor) -> None:
-        """Writes pixels[places], normalised, to `out` (n, C, H, W), and 0 where neither of `shown` is 1.
+        """Write pixels[places], normalized, to `out` (n, C, H, W), and 0 where neither of `shown` is 1.
 
         `shown` are rows (n, 1, H, 1) and columns (n, 1, 1, W).
         """
@@ -169,48 +173,50 @@ class Augment:
         return normalize_by(images, self._scale, self._shift).to(self.dtype)
 
     def _chunk(self, images: Tensor) -> int:
-        """How many images are worked on at a time: all on a GPU, and on a CPU what its memory is to bear."""
+        """Images processed at once: all on a GPU, limited by `_CPU_CHUNK_BYTES` on a CPU."""
         if images.device.type != "cpu":
             return len(images)
         chunks = math.ceil(4 * images.numel() / _CPU_CHUNK_BYTES)
         return self._slots(math.ceil(len(images) / max(chunks, 1)))
 
     def _slots(self, count: int) -> int:
-        """The images that `count` are padded to, so that each card has an equal hand of them."""
-        cards = self._policy.cards
-        return math.ceil(count / cards) * cards
+        """`count` padded to a multiple of the policy's choices."""
+        choices = self._policy.choices
+        return math.ceil(count / choices) * choices
 
     def _change(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """All but erasing and normalising: (n, C, H, W) uint8 to more of them, and the places (n,) of the n in it."""
-        # The images past the last are worked on and dropped.
-        rounds = self._policy.deal(self._slots(len(images)), generator)
-        pixels = self._move(images, rounds, flips, generator) if self._moves else images
+        """Everything but erasing and normalizing: padded uint8 images, and the places (n,) of the n images in them."""
+        # Padding is augmented too and discarded.
+        assignments = self._policy.assign(self._slots(len(images)), generator)
+        pixels = self._move(images, assignments, flips, generator) if self._moves else images
         if self.config.color_jitter:
-            pixels = self._jitter(pixels, rounds, generator)
+            pixels = self._jitter(pixels, assignments, generator)
         places = torch.arange(len(images), device=images.device)
-        for k, one in enumerate(rounds):
+        for k, assignment in enumerate(assignments):
             if k > 0:
-                pixels = pixels.index_select(0, places.index_select(0, one.order))
-            self._recolour(pixels, one)
-            places = _inverse(one.order)
+                pixels = pixels.index_select(0, places.index_select(0, assignment.order))
+            self._recolour(pixels, assignment)
+            places = _inverse(assignment.order)
         return pixels, places[: len(images)]
 
-    def _recolour(self, pixels: Tensor, one: Round) -> None:
-        """A round's photometry, in place, of pixels in its order."""
-        parts = [(name, size) for name, rows in one.rows.items() for size in blocks(len(rows), pixels)]
+    def _recolour(self, pixels: Tensor, assignment: Assignment) -> None:
+        """Apply an assignment's photometry in place, to pixels in its order."""
+        parts = [(name, size) for name, rows in assignment.rows.items() for size in blocks(len(rows), pixels)]
         sizes = [size for _, size in parts]
-        levels = one.levels.index_select(0, one.order)
+        levels = assignment.levels.index_select(0, assignment.order)
         for (name, _), block, its_levels in zip(
             parts, torch.split(pixels, sizes), torch.split(levels, sizes), strict=True
         ):
             if name in PHOTOMETRIC_OPS:
                 block.copy_(PHOTOMETRIC_OPS[name](block, its_levels, self._policy.ranges))
 
-    def _move(self, images: Tensor, rounds: list[Round], flips: Tensor | None, generator: torch.Generator) -> Tensor:
-        """The geometric pass: (n, C, H, W) uint8, as many as the rounds have, in the order of the first round."""
+    def _move(
+        self, images: Tensor, assignments: list[Assignment], flips: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        """The geometric pass: padded images (slots, C, H, W) uint8, in the order of the first assignment."""
         config = self.config
         count, _, height, width = images.shape
-        slots = len(rounds[0].levels) if rounds else count
+        slots = len(assignments[0].levels) if assignments else count
         sources = torch.arange(slots, device=images.device).clamp_(max=count - 1)
         pad_y, pad_x = (int(config.crop_pad_fraction * side + 0.5) for side in (height, width))
         matrices = affine(self._scale.new_empty(slots))
@@ -231,10 +237,10 @@ class Augment:
         if config.rotation_degrees:
             degrees = uniform(slots, generator, -config.rotation_degrees, config.rotation_degrees)
             matrices = then(matrices, rotation(degrees))
-        for one in rounds:
-            matrices = then(matrices, self._step(one, (height, width)))
-        if rounds:
-            order = rounds[0].order
+        for assignment in assignments:
+            matrices = then(matrices, self._step(assignment, (height, width)))
+        if assignments:
+            order = assignments[0].order
             sources, matrices = sources.index_select(0, order), matrices.index_select(0, order)
             frames = None if frames is None else frames.index_select(0, order)
 
@@ -242,29 +248,33 @@ class Augment:
             return warp(images.index_select(0, sources), matrices, frames, dtype=torch.uint8, scratch=self._scratch)
         reach = pad_x + self._policy.reach(width)
         pixels = shift(images, sources, matrices, reach=reach, mirrored=config.flip > 0, scratch=self._scratch)
-        # An image that two rounds interpolate is listed, and written, twice, with the same values.
-        interpolated = [one.rows[name] for one in rounds for name in INTERPOLATED_OPS if name in one.rows]
+        # An image that two assignments interpolate is written twice, with equal values.
+        interpolated = [
+            assignment.rows[name] for assignment in assignments for name in INTERPOLATED_OPS if name in assignment.rows
+        ]
         if interpolated:
-            places = _inverse(rounds[0].order).index_select(0, torch.cat(interpolated))
+            places = _inverse(assignments[0].order).index_select(0, torch.cat(interpolated))
             seen = images.index_select(0, sources.index_select(0, places))
             seen = warp(seen, matrices.index_select(0, places), dtype=torch.uint8, scratch=self._scratch)
             put_rows(pixels, places, seen)
         return pixels
 
-    def _step(self, one: Round, size: tuple[int, int]) -> Tensor:
-        """The geometry of one round: (slots, 2, 3)."""
-        step = affine(one.levels)
+    def _step(self, assignment: Assignment, size: tuple[int, int]) -> Tensor:
+        """Geometry of one assignment: (slots, 2, 3)."""
+        step = affine(assignment.levels)
         for name, operation in GEOMETRIC_OPS.items():
-            if name in one.rows:
-                step.index_copy_(0, one.rows[name], operation(one.level_of(name), size, self._policy.ranges))
+            if name in assignment.rows:
+                step.index_copy_(
+                    0, assignment.rows[name], operation(assignment.level_of(name), size, self._policy.ranges)
+                )
         return step
 
-    def _jitter(self, pixels: Tensor, rounds: list[Round], generator: torch.Generator) -> Tensor:
-        """Colour jitter of every image, in torchvision's listed order: brightness, contrast, saturation."""
+    def _jitter(self, pixels: Tensor, assignments: list[Assignment], generator: torch.Generator) -> Tensor:
+        """Colour jitter of every image in the order brightness, contrast, saturation."""
         low, high = 1 - self.config.color_jitter, 1 + self.config.color_jitter
         factors = uniform((3, len(pixels)), generator, low, high)
-        if rounds:
-            factors = factors.index_select(1, rounds[0].order)
+        if assignments:
+            factors = factors.index_select(1, assignments[0].order)
         jittered = torch.empty_like(pixels)
         sizes = blocks(len(pixels), pixels)
         for block, its_factors, its_jittered in zip(

@@ -1,11 +1,11 @@
-"""Which operations each image of a batch gets, and how strongly. A policy deals its cards in equal hands.
+"""Policies that select operations and levels for each image of a batch.
 
 RandAugment: Cubuk et al. 2020, arXiv 1909.13719. TrivialAugment: Müller and Hutter 2021, arXiv 2103.10158. AutoAugment:
-Cubuk et al. 2019, arXiv 1805.09501, whose table for CIFAR-10 is that of torchvision.
+Cubuk et al. 2019, arXiv 1805.09501, with torchvision's table for CIFAR-10.
 
-The pipeline composes all of an image's geometry, and does it before the photometry. AutoAugment's table says another
-order once only, a whole-pixel shift after `Color`, which comes out the same. What one move pushes over the border, a
-second one can bring back, where torchvision has lost it.
+The pipeline composes all geometry of an image and applies it before photometry. AutoAugment's table has the opposite
+order only once, a whole-pixel shift after `Color`, which gives the same result. Pixels moved over the border by one
+operation can be moved back by another, while torchvision loses them.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from core.augment.draws import deal_hands, random_sign, uniform
+from core.augment.draws import assign_evenly, random_sign, uniform
 from core.augment.operations import OPS, STANDARD, WIDE, Ranges
 from core.config import AugmentConfig
 
 SIX = ("Rotate", "ShearX", "TranslateX", "TranslateY", "Brightness", "Contrast")
-"""The plain operations, of which each means something on any image, also a grey one."""
+"""Plain operations that also affect grey images."""
 
 IN_FULL = ("AutoContrast", "Equalize")
-"""What of `OPS` TrivialAugment applies in full, whatever it draws."""
+"""Operations that TrivialAugment applies in full, independent of the drawn level."""
 
 # torchvision's `TrivialAugmentWide(num_magnitude_bins=31)`, and the 10 of `AutoAugment`.
 _TRIVIAL_BINS = 31
 _AUTO_BINS = 10
 
 SubPolicy = tuple[tuple[str, float, int | None], ...]
-"""Operations in turn: name, probability, magnitude bin of 10, or None where the operation has no magnitude."""
+"""Operations in order: name, probability, magnitude bin of 10, or None for operations without magnitude."""
 
 AUTOAUGMENT_CIFAR10: tuple[SubPolicy, ...] = (
     (("Invert", 0.1, None), ("Contrast", 0.2, 6)),
@@ -65,148 +65,148 @@ AUTOAUGMENT_CIFAR10: tuple[SubPolicy, ...] = (
 
 
 @dataclass(frozen=True)
-class Round:
-    """One operation for each image: `rows[name]` (k,) are the images that `name` changes, `levels` (slots,)."""
+class Assignment:
+    """One operation per image: `rows[name]` (k,) are the images changed by `name`, `levels` is (slots,)."""
 
     rows: dict[str, Tensor]
     levels: Tensor
 
     def level_of(self, name: str) -> Tensor:
-        """The levels (k,) of the images that `name` changes."""
+        """Return the levels (k,) of the images changed by `name`."""
         return self.levels.index_select(0, self.rows[name])
 
     @cached_property
     def order(self) -> Tensor:
-        """The images, those of one operation after those of another: (slots,) int64."""
+        """The images sorted by operation: (slots,) int64."""
         return torch.cat(list(self.rows.values()))
 
 
 class Policy(Protocol):
-    """Deals operations to the images of a batch."""
+    """Assigns operations to the images of a batch."""
 
     @property
     def ranges(self) -> Ranges:
-        """What the levels that it deals stand for."""
+        """Magnitudes of the assigned levels."""
 
     @property
-    def cards(self) -> int:
-        """A batch has a multiple of this many slots."""
+    def choices(self) -> int:
+        """Number of alternatives; the padded batch size is a multiple of it."""
 
     @property
-    def rounds(self) -> int:
-        """How many operations an image gets; 0 is off."""
+    def ops(self) -> int:
+        """Operations per image; 0 is off."""
 
-    def deal(self, slots: int, generator: torch.Generator) -> list[Round]:
-        """Draws a batch's operations, in their order: `rounds` of them, each for (slots,) images."""
+    def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
+        """Draw `ops` assignments, in order, for `slots` images."""
 
     def reach(self, width: int) -> int:
-        """The farthest that the rounds together move an image of so many pixels sideways, in pixels."""
+        """Return the maximum sideways shift in pixels of all operations together, for images of that width."""
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Each round gives every image one of `OPS`, at `strength` in (0, 1] with a random sign."""
+    """Assigns `ops` of `OPS` to each image, at `strength` in (0, 1] with a random sign."""
 
-    rounds: int
+    ops: int
     strength: float
     ranges: Ranges = STANDARD
-    cards: int = len(OPS)
+    choices: int = len(OPS)
 
-    def deal(self, slots: int, generator: torch.Generator) -> list[Round]:
-        rounds = []
-        for _ in range(self.rounds):
-            hands = deal_hands(slots, self.cards, generator)
+    def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
+        assignments = []
+        for _ in range(self.ops):
+            groups = assign_evenly(slots, self.choices, generator)
             levels = random_sign(slots, generator) * self.strength
-            rounds.append(Round(dict(zip(OPS, hands, strict=True)), levels))
-        return rounds
+            assignments.append(Assignment(dict(zip(OPS, groups, strict=True)), levels))
+        return assignments
 
     def reach(self, width: int) -> int:
-        return self.rounds * int(self.ranges.translate(width) * self.strength)
+        return self.ops * int(self.ranges.translate(width) * self.strength)
 
 
 @dataclass(frozen=True)
 class SixPlain:
-    """Each round gives every image one of `SIX`, at a level drawn evenly from minus to plus `strength`."""
+    """Assigns `ops` of `SIX` to each image, at uniform levels from minus to plus `strength`."""
 
-    rounds: int
+    ops: int
     strength: float
     ranges: Ranges = STANDARD
-    cards: int = len(SIX)
+    choices: int = len(SIX)
 
-    def deal(self, slots: int, generator: torch.Generator) -> list[Round]:
-        rounds = []
-        for _ in range(self.rounds):
-            hands = deal_hands(slots, self.cards, generator)
+    def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
+        assignments = []
+        for _ in range(self.ops):
+            groups = assign_evenly(slots, self.choices, generator)
             levels = uniform(slots, generator, -self.strength, self.strength)
-            rounds.append(Round(dict(zip(SIX, hands, strict=True)), levels))
-        return rounds
+            assignments.append(Assignment(dict(zip(SIX, groups, strict=True)), levels))
+        return assignments
 
     def reach(self, width: int) -> int:
-        return self.rounds * int(self.ranges.translate(width) * self.strength)
+        return self.ops * int(self.ranges.translate(width) * self.strength)
 
 
 @dataclass(frozen=True)
 class TrivialAugment:
-    """Gives every image one of `OPS`, at one of 31 levels from 0 to 1 with a random sign, in the wide ranges."""
+    """Assigns one of `OPS` to each image, at one of 31 levels from 0 to 1 with a random sign, in the wide ranges."""
 
     ranges: Ranges = WIDE
-    cards: int = len(OPS)
-    rounds: int = 1
+    choices: int = len(OPS)
+    ops: int = 1
 
-    def deal(self, slots: int, generator: torch.Generator) -> list[Round]:
-        rows = dict(zip(OPS, deal_hands(slots, self.cards, generator), strict=True))
+    def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
+        rows = dict(zip(OPS, assign_evenly(slots, self.choices, generator), strict=True))
         levels = uniform(slots, generator, 0, _TRIVIAL_BINS).floor_().div_(_TRIVIAL_BINS - 1)
         levels.mul_(random_sign(slots, generator))
         for name in IN_FULL:
             levels.index_fill_(0, rows[name], 1)
-        return [Round(rows, levels)]
+        return [Assignment(rows, levels)]
 
     def reach(self, width: int) -> int:
         return int(self.ranges.translate(width))
 
 
 class AutoAugment:
-    """Gives every image one sub-policy of `table`: its operations in turn, each with its probability.
+    """Assigns a sub-policy of `table` to each image: operations in order, each with its probability.
 
-    An image that the probability leaves out gets the operation at level 0, which is the identity.
+    Operations that are not drawn get level 0, which is the identity.
     """
 
     ranges = STANDARD
 
     def __init__(self, table: tuple[SubPolicy, ...], device: torch.device) -> None:
-        self.cards = len(table)
-        self.rounds = len(table[0])
-        self._turns = tuple(zip(*table, strict=True))  # of each round, the operation of each card
-        in_turn = [[(p, 1.0 if k is None else k / (_AUTO_BINS - 1)) for _, p, k in turn] for turn in self._turns]
-        self._table = torch.tensor(in_turn, device=device)  # (rounds, cards, 2): probability, level
+        self.choices = len(table)
+        self.ops = len(table[0])
+        self._steps = tuple(zip(*table, strict=True))  # for each operation, its alternatives
+        by_step = [[(p, 1.0 if k is None else k / (_AUTO_BINS - 1)) for _, p, k in step] for step in self._steps]
+        self._table = torch.tensor(by_step, device=device)  # (ops, choices, 2): probability, level
 
-    def deal(self, slots: int, generator: torch.Generator) -> list[Round]:
-        hands = deal_hands(slots, self.cards, generator)
-        places = hands.flatten()
-        rounds = []
-        for turn, table in zip(self._turns, self._table, strict=True):
+    def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
+        groups = assign_evenly(slots, self.choices, generator)
+        places = groups.flatten()
+        assignments = []
+        for step, table in zip(self._steps, self._table, strict=True):
             probability, level = table[:, 0:1], table[:, 1:2]
-            applied = uniform(hands.shape, generator, 0, 1) < probability
-            by_hand = applied * level * random_sign(slots, generator).view_as(hands)
-            levels = torch.empty_like(by_hand).view(-1).index_copy_(0, places, by_hand.view(-1))
-            held: dict[str, list[Tensor]] = {}
-            for (name, _, _), hand in zip(turn, hands, strict=True):
-                held.setdefault(name, []).append(hand)
-            rounds.append(Round({name: torch.cat(parts) for name, parts in held.items()}, levels))
-        return rounds
+            applied = uniform(groups.shape, generator, 0, 1) < probability
+            by_group = applied * level * random_sign(slots, generator).view_as(groups)
+            levels = torch.empty_like(by_group).view(-1).index_copy_(0, places, by_group.view(-1))
+            by_name: dict[str, list[Tensor]] = {}
+            for (name, _, _), group in zip(step, groups, strict=True):
+                by_name.setdefault(name, []).append(group)
+            assignments.append(Assignment({name: torch.cat(parts) for name, parts in by_name.items()}, levels))
+        return assignments
 
     def reach(self, width: int) -> int:
-        sideways = [max((k or 0 for name, _, k in turn if name == "TranslateX"), default=0) for turn in self._turns]
+        sideways = [max((k or 0 for name, _, k in step if name == "TranslateX"), default=0) for step in self._steps]
         return sum(int(self.ranges.translate(width) * k / (_AUTO_BINS - 1)) for k in sideways)
 
 
 def build_policy(config: AugmentConfig, device: torch.device) -> Policy:
-    """The policy that `augment.policy` names; its `rounds` are 0 where `ops` or `strength` are and apply."""
+    """Create the policy of `augment.policy`. Its `ops` is 0 if it is switched off by `ops` or `strength`."""
     if config.policy == "trivialaugment":
         return TrivialAugment()
     if config.policy == "autoaugment_cifar10":
         return AutoAugment(AUTOAUGMENT_CIFAR10, device)
-    rounds = config.ops if config.strength > 0 else 0
+    ops = config.ops if config.strength > 0 else 0
     if config.policy == "six":
-        return SixPlain(rounds, config.strength)
-    return RandAugment(rounds, config.strength)
+        return SixPlain(ops, config.strength)
+    return RandAugment(ops, config.strength)

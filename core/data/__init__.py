@@ -1,10 +1,8 @@
-"""Any source of labelled images as uint8 tensors: decoded once, split with a seed, the test set locked.
+"""Labelled images from any source as uint8 tensors: decoded once, split by a seed, with a locked test set.
 
-A data set goes through five steps, a module each: `files` and `arrays` list and read a source, `layout` reads classes
-off paths, `decode` turns bytes into pixels as a person sees them, `ingest` does so in parallel, and `dataset` puts the
-result into a `cache` that is memory-mapped from then on. `splits` draws validation images, and cuts a test set off
-where there is none; `builtin` knows the sets that have a name. Images without labels, to be predicted, go through
-`unlabelled` in place of the last step: nothing of them is kept.
+`files` and `arrays` list and read sources, `layout` derives classes from paths, `decode` turns bytes into pixels,
+`ingest` does so in parallel, and `dataset` stores the result in a memory-mapped `cache`. `splits` draws validation and
+test images; `builtin` has the named data sets. `unlabelled` processes images for prediction without storing them.
 """
 
 from core.data.builtin import DatasetInfo, catalogue

@@ -1,4 +1,4 @@
-"""Images that come as arrays: an .npz of the user's, or a set that another library loads."""
+"""Images stored as arrays: an .npz file, or a data set loaded by another library."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# What numpy raises of a file that is no .npz, or a damaged one: the last three of a header that it cannot parse, and a
-# RuntimeError of an encrypted member, which the NotImplementedError of an unknown compression is one of.
+# Raised by numpy for files that are not valid .npz: the last three for headers that cannot be parsed; RuntimeError for
+# encrypted members, its subclass NotImplementedError for unknown compression.
 TORN_ARRAYS = (
     ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, tokenize.TokenError, SyntaxError,
 )  # fmt: skip
 
 
-# Of the zip format (PKWARE's APPNOTE, 4.3.7 and 4.4.4): bytes of a local header before the name, a bit of the flags.
+# Zip format (PKWARE's APPNOTE, 4.3.7 and 4.4.4): size of a local header before the name, and a flag bit.
 LOCAL_HEADER, ENCRYPTED = 30, 0x1
 
 READ_AT_ONCE = 1 << 20
@@ -41,19 +41,19 @@ _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 
 @dataclass(frozen=True)
 class ArrayPart:
-    """Images in memory that share a place: the training arrays of a file, say."""
+    """Images of one array, such as the training images of a file."""
 
     prefix: str
-    """What their ids begin with."""
+    """Prefix of their ids."""
     images: NDArray[Any]
-    """(N, H, W) or (N, H, W, 1|3|4); uint8, or whatever `to_pixels` understands."""
+    """(N, H, W) or (N, H, W, 1|3|4); uint8, or a type that `_pixel_scale` accepts."""
     labels: tuple[str, ...] | None
-    """A class an image."""
+    """One class per image."""
     test: bool
 
 
 class ArraySource(Source):
-    """Images that come as arrays. They are loaded once, when first asked for."""
+    """Images from arrays, loaded on first use."""
 
     def __init__(self, name: str, where: str) -> None:
         super().__init__(name, where)
@@ -61,7 +61,7 @@ class ArraySource(Source):
 
     @abstractmethod
     def load(self) -> list[ArrayPart]:
-        """Reads the arrays."""
+        """Read the arrays."""
 
     def labelled(self) -> list[Entry]:
         entries = []
@@ -91,7 +91,7 @@ class ArraySource(Source):
 
 
 def _pixel_scale(arrays: list[NDArray[Any]], where: str) -> float:
-    """What values are multiplied by to lie in 0 to 255, one rule for all arrays of a set.
+    """Factor that scales all arrays of a set to 0 to 255.
 
     Raises:
         UserError: the values are neither 8-bit, nor 16-bit, nor in [0, 1].
@@ -110,7 +110,7 @@ def _pixel_scale(arrays: list[NDArray[Any]], where: str) -> float:
         high = max((float(array.max()) for array in arrays if array.size), default=0)
         if kind.kind == "f" and low >= 0 and high <= 1:
             return 255
-        if low >= 0 and high <= 255:  # a NaN fails both
+        if low >= 0 and high <= 255:  # False for NaN
             return 1
         raise UserError(f"{where}: its pixels run from {low:g} to {high:g}; give uint8, uint16, or floats in [0, 1]")
     raise UserError(f"{where}: its images are of type {kind}; give uint8, uint16, or floats in [0, 1]")
@@ -121,7 +121,7 @@ def _to_pixels(image: NDArray[Any], scale: float) -> Pixels:
 
 
 def _mapped(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any] | None:
-    """An array of an .npz, read from the file where it is looked at; None where it is compressed, or not a plain one.
+    """Memory map of an array in an .npz; None if it is compressed or not a plain array.
 
     Raises:
         zipfile.BadZipFile: it is damaged.
@@ -129,7 +129,7 @@ def _mapped(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any] | N
     member = archive.NameToInfo.get(name)
     if member is None or member.compress_type != zipfile.ZIP_STORED or member.flag_bits & ENCRYPTED:
         return None
-    with archive.open(member) as stored:  # whose checksum is compared at its end
+    with archive.open(member) as stored:  # reading to the end verifies the checksum
         version = np.lib.format.read_magic(stored)
         if version not in _READ_HEADER:
             return None
@@ -138,21 +138,21 @@ def _mapped(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any] | N
         while stored.read(READ_AT_ONCE):
             pass
     if kind.hasobject or member.file_size != head + math.prod(shape) * kind.itemsize or 0 in shape:
-        return None  # numpy says what is wrong with it, if anything is
+        return None  # numpy raises the error, if any
     with path.open("rb") as file:
         file.seek(member.header_offset)
         local = file.read(LOCAL_HEADER)
-    # The name and the extra field, as long as the local header says: numpy's own differ from those of the directory.
+    # The local header's name and extra field may differ in length from those of the directory.
     before = LOCAL_HEADER + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
     start = member.header_offset + before + head
     return np.memmap(path, kind, mode="r", offset=start, shape=shape, order="F" if by_columns else "C")
 
 
 class NpzSource(ArraySource):
-    """An .npz of images and labels; pickled objects in it are refused."""
+    """An .npz of images and labels. Pickled objects are refused."""
 
-    # (images, labels, ids begin with, test). The first family whose first key is there is taken: MedMNIST's names
-    # (Yang et al. 2023, https://doi.org/10.1038/s41597-022-01721-8), Keras's, and plain ones.
+    # (images, labels, prefix of ids, test). The first family whose first key is present is used: names of MedMNIST
+    # (Yang et al. 2023, https://doi.org/10.1038/s41597-022-01721-8), Keras, and plain ones.
     FAMILIES = (
         (("train_images", "train_labels", "train/", False), ("val_images", "val_labels", "val/", False),
          ("test_images", "test_labels", "test/", True)),
@@ -187,13 +187,13 @@ class NpzSource(ArraySource):
             ) from error
 
     def _check_unpacked(self) -> None:
-        with zipfile.ZipFile(self.path) as archive:  # which also refuses an .npy, or a pickle, of that name
+        with zipfile.ZipFile(self.path) as archive:  # also refuses an .npy or pickle with this suffix
             unpacked = sum(member.file_size for member in archive.infolist())
             advice = "if you trust it, save it with np.savez, which does not compress"
             check_members(self.where, len(archive.infolist()), unpacked, self.path.stat().st_size, advice)
 
     def unlabelled(self) -> list[Entry]:
-        """All images; of a file with a training and a test part, the test part alone is what is to be predicted."""
+        """Return all images; for a file with training and test arrays, those of the test array only."""
         parts = [part for part in self._parts() if part.test] or self._parts()
         self._loaded = parts
         return super().unlabelled()
@@ -230,7 +230,7 @@ class NpzSource(ArraySource):
         raise UserError(f"{self.where}: {key} is of shape {images.shape}; wanted (N, H, W) or (N, H, W, 1|3|4)")
 
     def _class_names(self, labels: NDArray[Any], key: str) -> tuple[str, ...]:
-        if labels.ndim == 2 and labels.shape[1] == 1:  # MedMNIST's shape
+        if labels.ndim == 2 and labels.shape[1] == 1:  # as in MedMNIST
             labels = labels[:, 0]
         if labels.ndim != 1:
             raise UserError(f"{self.where}: {key} is of shape {labels.shape}; wanted (N,), one class an image")

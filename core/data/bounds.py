@@ -1,7 +1,7 @@
-"""How large an image, an archive and an array file may be, so that a few hostile kilobytes cannot fill a machine.
+"""Size limits for images, archives and array files, against decompression bombs.
 
-A file says itself how much it unpacks to, and a bomb says so truly: what is asked here is asked before anything is
-unpacked. The bounds lie far above every real set of images, and their errors say what to do with one that they hit.
+Sizes are checked as declared in headers, before anything is unpacked. The limits are far above real image sets, and
+error messages say how to proceed if one is reached.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ from pathlib import Path
 from core.data.decode import MAX_PIXELS, BrokenImageError
 from core.errors import UserError
 
-# An encoded image: three bytes for each of the most pixels that one may have. No codec makes it larger on purpose.
+# Encoded image: three bytes per pixel at the maximum number of pixels.
 MAX_IMAGE_BYTES = 3 * MAX_PIXELS
 
-# Members of an archive. Each costs a kilobyte of memory before the first image is read; ImageNet has 1.3 million.
+# Archive members: each takes about a kilobyte of memory to list. ImageNet has 1.3 million.
 MAX_MEMBERS = 2_000_000
 
-# Bytes that an archive unpacks to for one of its own, and the whole below which that is no matter: a label file of one
-# class or a blank page shrinks a thousandfold, but images do not, and never gigabytes of them (deflate ends at 1032:1,
-# bzip2 beyond 1,000,000:1).
+# Maximum ratio of unpacked to packed size, and a size below which the ratio is not checked: label files or blank pages
+# may shrink a thousandfold, but gigabytes of images do not (deflate is limited to 1032:1, bzip2 exceeds 1,000,000:1).
 MAX_RATIO = 100
 HARMLESS_BYTES = 1 << 30
 
-# A link's target: what Linux takes for a path (PATH_MAX).
+# Link target: PATH_MAX of Linux.
 MAX_LINK_BYTES = 4096
 
-# A tar header's own text: paths, dates and attributes. `tarfile` before Python 3.11.10 may search it in a time that
-# grows with its square (CVE-2024-6232), here to a second.
+# Text of a tar header. `tarfile` before Python 3.11.10 may take quadratic time on it (CVE-2024-6232), about a second at
+# this size.
 MAX_HEADER_BYTES = 1 << 15
 
 
 def check_members(where: str, count: int, unpacked: int, packed: int, advice: str) -> None:
-    """Refuses what unpacks to far more than images do, or has too many members.
+    """Raise if an archive has too many members, or unpacks to far more than images do.
 
     Args:
+        where: name of the archive, for the error message.
         count: members so far.
-        unpacked: bytes that they unpack to.
-        packed: bytes of the file that holds them.
-        advice: what to do where it is no attack.
+        unpacked: unpacked size of the members in bytes.
+        packed: size of the archive in bytes.
+        advice: what the user can do if the archive is trusted.
 
     Raises:
-        UserError: it is one, by the bounds above.
+        UserError: a limit is exceeded.
     """
     if count > MAX_MEMBERS:
         raise UserError(f"{where}: more than {MAX_MEMBERS:,} members; {advice}")
@@ -53,16 +53,16 @@ def check_members(where: str, count: int, unpacked: int, packed: int, advice: st
 
 
 def check_image_bytes(size: int) -> None:
-    """Raises BrokenImageError where a file is larger than an image may be."""
+    """Raise BrokenImageError if a file is larger than an image may be."""
     if size > MAX_IMAGE_BYTES:
         raise BrokenImageError(f"{_size(size)}, and an image has {_size(MAX_IMAGE_BYTES)} at most")
 
 
 def read_image_file(path: Path) -> bytes:
-    """The bytes of a file that may be an image.
+    """Read a file that may be an image.
 
     Raises:
-        BrokenImageError: it is a pipe or a device, which may never end, or too large.
+        BrokenImageError: it is a pipe, a device, or too large.
         OSError: it cannot be read.
     """
     status = path.stat()

@@ -1,8 +1,7 @@
-"""The sets that are known by name: scikit-learn's digits, and four that torchvision downloads and reads.
+"""Data sets with a name: scikit-learn's digits, and four that torchvision downloads and reads.
 
-A download is checked against torchvision's checksum. What already lies on disk is checked for what loading it can
-harm: files of other content than the published ones load with a warning, except that a pickled file (CIFAR) is then
-first read by an unpickler that makes arrays and nothing else.
+Downloads are verified by torchvision's checksums. Existing files that differ from the published ones load with a
+warning; pickled files (CIFAR) that differ are first read by an unpickler restricted to arrays.
 """
 
 from __future__ import annotations
@@ -25,33 +24,33 @@ from core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Seconds without an answer after which a download gives up; torchvision itself would wait for ever.
+# Seconds without a response after which a download fails; torchvision has no timeout.
 DOWNLOAD_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What can be said of a built-in set without loading it."""
+    """Facts about a built-in data set."""
 
     images: int
     test_images: int | None
-    """None where the set brings no test images."""
+    """None if the set has no test images."""
     size: str
     classes: int
     torch_class: str = ""
     folder: str = ""
-    """Where torchvision keeps the files, under its root."""
+    """torchvision's folder of the files, under its root."""
     files: tuple[str, ...] = ()
-    """What must lie in `folder`."""
+    """Required files in `folder`."""
     archives: tuple[str, ...] = ()
-    """What is downloaded: the files' names at `url`."""
+    """Downloaded files at `url`."""
     url: str = ""
     archive_folder: str = ""
-    """Where torchvision puts the archives, under its root."""
+    """torchvision's folder of the archives, under its root."""
     download_bytes: int = 0
 
 
-# Sizes are those of the files at the addresses, which are torchvision's.
+# URLs are torchvision's; sizes are those of the files there.
 _KNOWN = {
     "digits": _Known(1797, None, "8×8×1", 10),
     "stl10": _Known(
@@ -79,29 +78,29 @@ _KNOWN = {
 
 NAMES = tuple(_KNOWN)
 
-# STL-10's class_names.txt, for copies that lack that file.
+# Content of STL-10's class_names.txt, which some copies lack.
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A line of `hpo data list`."""
+    """A row of `hpo data list`."""
 
     name: str
     images: int
-    """Training and test images together."""
+    """Training and test images."""
     size: str
-    """Height × width × channels"""
+    """Height × width × channels."""
     classes: int
     download_bytes: int
-    """0 where nothing has to be downloaded"""
+    """0 if nothing is downloaded."""
     path: Path | None
-    """Where it is looked for; None where it comes with a package"""
+    """Where it is searched for; None if it is part of a package."""
     on_disk: bool
 
 
 def catalogue(data_root: Path = Path("data")) -> list[DatasetInfo]:
-    """The built-in data sets, and whether they are on disk under `data_root`."""
+    """List the built-in data sets, and whether they are on disk under `data_root`."""
     return [
         DatasetInfo(
             name=name,
@@ -117,9 +116,10 @@ def catalogue(data_root: Path = Path("data")) -> list[DatasetInfo]:
 
 
 def root_at(name: str, path: Path) -> Path | None:
-    """The root to give torchvision where `path`, or the folder above it, holds the built-in set as it lays it out.
+    """Return torchvision's root if the built-in set is at `path`, or in the folder above it.
 
-    None where `path` is something else: the user's own images, that stand in for the set.
+    Returns:
+        None if `path` contains something else: the user's own images, used instead of the set.
     """
     known = _KNOWN[name]
     if not known.files or not path.is_dir():
@@ -134,7 +134,7 @@ def root_at(name: str, path: Path) -> Path | None:
 
 
 def open_builtin(name: str, root: Path, download: bool) -> Source:
-    """The source of a built-in set, downloaded to `root` first where it is not there and `download` is on.
+    """Open a built-in set, after downloading it to `root` if it is missing and `download` is on.
 
     Raises:
         UserError: it is not on disk and cannot be downloaded.
@@ -152,19 +152,19 @@ def _on_disk(known: _Known, root: Path) -> bool:
 
 
 def _fetch(name: str, known: _Known, root: Path, download: bool) -> None:
-    """Lets torchvision download and unpack the set; it takes archives that are there already, if they are whole."""
+    """Let torchvision download and unpack the set. It reuses complete archives."""
     reason = "and downloading is off"
     if download or _archives_whole(known, root):
         existed = root.exists()
         logger.info("%s: downloading %s to %s", name, _amount(known.download_bytes), root)
         try:
             with _timeout(DOWNLOAD_TIMEOUT_S), warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # how it unpacks a .tar, from Python 3.12 on
+                warnings.simplefilter("ignore", DeprecationWarning)  # tarfile extraction filter, Python 3.12+
                 _torch_class(known)(root, download=True)
         except (OSError, RuntimeError, RecursionError, EOFError) as error:
             reason = f"and downloading it failed ({one_line(error)})"
             if not existed:
-                _remove_empty(root)  # torchvision makes it before it knows that it can fill it
+                _remove_empty(root)  # torchvision creates it before downloading
     if _on_disk(known, root):
         return
     raise UserError(
@@ -175,7 +175,7 @@ def _fetch(name: str, known: _Known, root: Path, download: bool) -> None:
 
 
 def _archives_whole(known: _Known, root: Path) -> bool:
-    """Whether all that would be downloaded lies there already, so that it only has to be unpacked."""
+    """Whether all archives are present and only need to be unpacked."""
     from torchvision.datasets.utils import check_integrity
 
     kind = _torch_class(known)
@@ -231,7 +231,7 @@ class _Digits(ArraySource):
 
 
 class _Torchvision(ArraySource):
-    """A set that torchvision reads from its own files."""
+    """A data set read by torchvision."""
 
     def __init__(self, name: str, known: _Known, root: Path) -> None:
         super().__init__(name, f"{name} in {root / known.folder}")
@@ -256,7 +256,7 @@ class _Torchvision(ArraySource):
             labels = np.asarray(loaded.labels if hasattr(loaded, "labels") else loaded.targets)
             names = tuple(getattr(loaded, "classes", STL10_CLASSES))
             images = np.asarray(loaded.data)
-            if images.shape[1] == 3:  # STL-10 keeps its channels first
+            if images.shape[1] == 3:  # STL-10 is channels first
                 images = images.transpose(0, 2, 3, 1)
             if len(images) != len(labels) or labels.max(initial=0) >= len(names):
                 raise self._damaged(
@@ -267,7 +267,7 @@ class _Torchvision(ArraySource):
         return parts
 
     def _check_files(self, kind: Any) -> None:
-        """Warns where a file is not the published one, and makes sure that unpickling it runs no code."""
+        """Warn about files that are not the published ones, and make sure that unpickling them runs no code."""
         from torchvision.datasets.utils import check_integrity
 
         folder = self._root / self._known.folder
@@ -292,7 +292,7 @@ class _Torchvision(ArraySource):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds numpy arrays and plain containers, and refuses whatever else a pickle may name."""
+    """Unpickles numpy arrays and plain containers only."""
 
     ALLOWED = frozenset({
         ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
@@ -307,9 +307,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _without_checksums(kind: Any) -> Any:
-    """torchvision's class, which then asks of its files only that the labelled ones are there.
+    """Subclass of torchvision's data set that only checks that the labelled files exist.
 
-    STL-10's own check reads 2.6 GB of unlabelled images, which are not used here, each time.
+    STL-10's own check reads 2.6 GB of unlabelled images each time.
     """
     checked = {name: [[file, None] for file, _ in getattr(kind, name)]
                for name in ("train_list", "test_list") if hasattr(kind, name)}  # fmt: skip

@@ -1,8 +1,7 @@
-"""A decoded data set on disk: plain .npy files that are memory-mapped, so that a second start takes no time.
+"""Cache of decoded data sets: plain .npy files, memory-mapped, so that loading takes no time.
 
-What a search may see and what the test set holds are separate files: a search never maps the test images. A cache is
-built in a temporary folder and renamed when it is complete, so one that is there is whole; that its files have the
-length that its description states is checked all the same, since disks fill up and copies break off.
+Test images are in separate files, which a search never maps. A cache is built in a temporary folder and renamed when
+complete. File sizes are still verified against its description, since copies may be incomplete.
 """
 
 from __future__ import annotations
@@ -28,28 +27,32 @@ from core.data.decode import Pixels
 from core.data.source import one_line
 from core.errors import UserError
 
-# Raised whenever the files or the decoding change: older caches are then left alone and new ones built.
+# Incremented when the files or the decoding change; older caches are then ignored.
 FORMAT = 2
 
 META = "meta.json"
 
-# What a cache's folder is called while it is built: a dot, its `cache_key`, and what `tempfile` adds.
+# Name of a cache's folder while it is built: a dot, its `cache_key`, and a suffix of `tempfile`.
 UNFINISHED = re.compile(r"\.[A-Za-z0-9_.-]+-[0-9a-f]{20}-[a-z0-9_]{8}")
-# Seconds after its last change when an unfinished cache is one of a killed process. A build writes all the time.
+# Seconds since the last change after which an unfinished cache counts as abandoned. A build writes continuously.
 ABANDONED_S = 24 * 3600.0
 
 
 def cache_key(name: str, *parts: Any) -> str:
-    """The name of a cache's folder: readable at its start, and different whenever one of the parts is."""
+    """Return the folder name of a cache: readable prefix and a digest of all parts."""
     digest = hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:20]
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:40]}-{digest}"
 
 
 def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-    """The folder of the cache `key` under `root`, and its description; built by `build` where it is not there whole.
+    """Return the folder and description of a cache, building it if it is missing or damaged.
 
-    `build` writes files into the folder it is given and returns the description. Several processes may build the same
-    cache at once: the first to finish wins.
+    Several processes may build the same cache at once; the first to finish wins.
+
+    Args:
+        root: folder of all caches.
+        key: from `cache_key`.
+        build: writes files into the given folder and returns the description.
 
     Raises:
         UserError: the cache cannot be written.
@@ -65,7 +68,7 @@ def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tup
             fresh = Path(temporary) / key
             fresh.mkdir()
             write_meta(fresh, build(fresh))
-            if not _placed(fresh, folder):  # a torn one is in the way
+            if not _placed(fresh, folder):  # replace a damaged one
                 with contextlib.suppress(FileNotFoundError):
                     folder.rename(Path(temporary) / "torn")
                 if not _placed(fresh, folder):
@@ -81,9 +84,9 @@ def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tup
 
 
 def _placed(fresh: Path, folder: Path) -> bool:
-    """Whether `folder` is a whole cache after an attempt to rename `fresh` to it.
+    """Try to rename `fresh` to `folder`; return whether `folder` is now a complete cache.
 
-    Tried before looking: what lies there may be another process's, finished a moment ago and as good as this one.
+    The rename comes first, since another process may have finished the same cache in the meantime.
     """
     try:
         fresh.rename(folder)
@@ -94,17 +97,17 @@ def _placed(fresh: Path, folder: Path) -> bool:
 
 
 def _sweep(root: Path) -> None:
-    """Removes what killed processes left half built under `root`, and nothing that may still be written to."""
+    """Remove unfinished caches of killed processes under `root`."""
     for folder in root.iterdir():
         if UNFINISHED.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
-            with contextlib.suppress(OSError):  # another process may be sweeping too
+            with contextlib.suppress(OSError):  # another process may do the same
                 last_change = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
                 if time.time() - last_change > ABANDONED_S:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Writes the description, with the length of each file, and makes sure that all of it has reached the disk."""
+    """Write the description with the size of each file, and sync all files to disk."""
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     (folder / META).write_text(json.dumps({**meta, "format": FORMAT, "files": files}), encoding="utf-8")
     for file in folder.iterdir():
@@ -113,7 +116,7 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """The description of a whole cache; None where there is none, or a torn one."""
+    """Return the description of a complete cache; None if it is missing or damaged."""
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
         whole = meta["format"] == FORMAT and all(
@@ -126,9 +129,9 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Turns what is wrong with the files of a cache, whose lengths are as its description says, into one line.
+    """Raise UserError for errors while reading a cache's files.
 
-    A crash leaves no such cache: someone wrote into it. Nothing in it can run code, whatever it holds.
+    Crashes do not cause such damage, so the files were changed. Reading them never runs code.
     """
     try:
         yield
@@ -139,9 +142,9 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def write_images(path: Path, shape: tuple[int, int, int, int], images: Iterable[Pixels]) -> None:
-    """Writes images (C, H, W) as one .npy of `shape` (N, C, H, W), one at a time.
+    """Write images (C, H, W) to one .npy of `shape` (N, C, H, W), one at a time.
 
-    Through a file and not a map: on a full disk this raises, where a map would kill the process.
+    Uses a file instead of a memory map: on a full disk this raises, where a map would kill the process.
     """
     with path.open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -151,20 +154,21 @@ def write_images(path: Path, shape: tuple[int, int, int, int], images: Iterable[
 
 
 def open_array(path: Path, mapped: bool, dtype: type[np.generic], shape: tuple[int | None, ...]) -> Tensor:
-    """The tensor in an .npy; mapped copy-on-write, since torch has no read-only tensors, or read into memory.
+    """Open an .npy as a tensor.
 
     Args:
-        dtype: what its numbers must be.
-        shape: what its shape must be, None where any length will do.
+        path: the file.
+        mapped: memory-map it copy-on-write (torch has no read-only tensors) instead of reading it.
+        dtype: required dtype.
+        shape: required shape, with None for any length.
 
     Raises:
-        ValueError: it is another array, or none.
+        ValueError: it is not such an array.
     """
-    # Mapped in either case: numpy then holds the length that the header claims against the file's, and never makes room
-    # for one that is not there.
+    # Mapped in either case, so that numpy checks the declared size against the file before allocating memory.
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except ValueError as error:  # whose words, of a pickle, say how to run it
+    except ValueError as error:  # numpy's message recommends allow_pickle
         raise ValueError(f"{path.name} is no array of plain numbers") from error
     fits = len(array.shape) == len(shape) and all(
         want in (None, have) for want, have in zip(shape, array.shape, strict=True)

@@ -1,9 +1,8 @@
-"""`load_dataset`: any source as uint8 tensors, a fingerprint, a report of what is wrong with it, a locked test set.
+"""`load_dataset`: loads a data set as uint8 tensors with a fingerprint, a report of problems, and a locked test set.
 
-The images that are not test images are at hand as `Dataset.images`. The test images lie behind `Dataset.open_test`,
-and nothing else here or elsewhere leads to them: the number of classes, the channels, mean and deviation and the
-fingerprint that a study remembers are all taken from the rest. A set with its own test images keeps them; another one
-has them cut off by their pixels alone (`core.data.splits.cut_test`).
+`Dataset.images` excludes the test images, which are only accessible through `Dataset.open_test`. Classes, channels,
+mean, deviation and the fingerprint are derived from the other images alone. Without test images of its own, a data
+set's test images are selected by their pixels alone (`core.data.splits.cut_test`).
 """
 
 from __future__ import annotations
@@ -41,29 +40,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is wrong with a data set, and did not stop it."""
+    """Problems of a data set that do not prevent its use."""
 
     broken: tuple[str, ...] = ()
-    """Ids of images that could not be read and were left out."""
+    """Ids of unreadable images, which were left out."""
     leaked: int = 0
-    """Test images that are identical to one outside the test set."""
+    """Number of test images identical to an image outside the test set."""
     conflicting: int = 0
-    """Images that are identical to one of another class."""
+    """Number of images identical to an image of another class."""
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """The images that only a refit may see."""
+    """The test images, for a refit only."""
 
-    __test__ = False  # its name is no test's
+    __test__ = False  # not a test class of pytest
 
     images: Tensor
-    """(N, C, H, W) uint8"""
+    """(N, C, H, W) uint8."""
     labels: Tensor
-    """(N,) int64"""
+    """(N,) int64."""
     ids: tuple[str, ...]
     fingerprint: str
-    """Hex SHA-256 of classes, images and labels"""
+    """Hex SHA-256 of classes, images and labels."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +71,27 @@ class Dataset:
 
     name: str
     source: str
-    """Where it came from, in words or as a path"""
+    """Description or path of its source."""
     classes: tuple[str, ...]
     images: Tensor
-    """(N, C, H, W) uint8: everything but the test set. C is 1 where all of these are grey, else 3"""
+    """(N, C, H, W) uint8, without the test set. C is 1 if all images are grey, else 3."""
     labels: Tensor
-    """(N,) int64"""
+    """(N,) int64."""
     ids: tuple[str, ...]
     fingerprint: str
-    """Hex SHA-256 of classes, images and labels, without the test set: equal for equal data, wherever it lies"""
+    """Hex SHA-256 of classes, images and labels without the test set; independent of the location."""
     report: DataReport
     n_test: int
     has_own_test: bool
-    """Whether the test images are the source's own, or were cut off here"""
+    """Whether the source has its own test images."""
     moments: Tensor = field(repr=False)
-    """(N, C, 2) int64: each image's sums of pixels and of their squares, for mean and deviation"""
+    """(N, C, 2) int64: sums of pixels and of squared pixels of each image."""
     twins: Tensor = field(repr=False)
-    """(N,) int64: for each image the index of the first one that is identical to it, which is mostly its own"""
+    """(N,) int64: index of the first image that is identical to each image."""
     _open_test: Callable[[], TestSet] = field(repr=False)
 
     def open_test(self) -> TestSet:
-        """The test set. Nothing may call this before the model that it judges is final: `hpo refit` alone does."""
+        """Return the test set. Call this only once the model to be evaluated is final, as `hpo refit` does."""
         return self._open_test()
 
 
@@ -105,19 +104,18 @@ def load_dataset(
     download: bool = True,
     data_root: Path = Path("data"),
 ) -> Dataset:
-    """Loads the data set that a configuration names, from its cache where it has one.
+    """Load the data set of a configuration, from its cache if it has one.
 
     Args:
-        config: `name` is a built-in set's, or the path of a folder, archive, .npz or .csv.
-        data_path: images to use in place of the named set; or, for a built-in one, the folder that torchvision keeps
-            it in.
-        cache_dir: where decoded sets are kept, to be memory-mapped; None decodes into memory, anew each time.
-        skip_broken: leaves unreadable images out, where they would otherwise be an error.
-        download: fetches a built-in set that is not on disk.
-        data_root: where built-in sets are looked for and downloaded to, unless `data_path` says so.
+        config: `name` is that of a built-in set, or the path of a folder, archive, .npz or .csv.
+        data_path: images to use instead of the named set; for a built-in one also torchvision's folder of it.
+        cache_dir: folder of decoded data sets, which are memory-mapped; None decodes into memory each time.
+        skip_broken: leave out unreadable images instead of raising an error.
+        download: download a built-in set that is not on disk.
+        data_root: folder of built-in sets, unless `data_path` is given.
 
     Raises:
-        UserError: the data are not there, or cannot be used as they are.
+        UserError: the data are missing or cannot be used.
     """
     source = _find_source(config.name, data_path, data_root, download)
     if cache_dir is None or source.in_memory:
@@ -133,10 +131,10 @@ def load_dataset(
 
 
 def split(dataset: Dataset, config: DataConfig) -> Splits:
-    """Training and validation images by `val_fraction` and `split_seed`, with mean and std by `normalize`.
+    """Split into training and validation images by `val_fraction` and `split_seed`, with mean and std by `normalize`.
 
     Raises:
-        UserError: too few images, or too few that are not copies, for the classes to be in both.
+        UserError: there are too few images, apart from duplicates, to have every class in both.
     """
     return stratified(
         dataset.images, dataset.labels, dataset.moments, dataset.twins, dataset.classes, config, dataset.source
@@ -144,13 +142,13 @@ def split(dataset: Dataset, config: DataConfig) -> Splits:
 
 
 def folds(dataset: Dataset, config: DataConfig) -> tuple[Splits, ...]:
-    """What a configuration trains on, one after the other: k-fold by `folds` and `split_seed`, or `split` alone.
+    """Return the splits that a configuration trains on: k-fold by `folds` and `split_seed`, or `split` alone.
 
-    Every image validates in exactly one fold, and each fold's mean and std are those of its own training images. The
-    folds hold the same tensors of images and labels; `on_device` keeps it so.
+    Every image is validated in exactly one fold. Mean and std are those of each fold's training images. All folds share
+    the same tensors of images and labels, also after `on_device`.
 
     Raises:
-        UserError: as `split`'s, or a class has fewer images than there are folds.
+        UserError: as in `split`, or a class has fewer images than there are folds.
     """
     if config.folds is None:
         return (split(dataset, config),)
@@ -160,10 +158,10 @@ def folds(dataset: Dataset, config: DataConfig) -> tuple[Splits, ...]:
 
 
 class Division:
-    """Divides a data set as each configuration asks, on a device where the images lie once for all divisions.
+    """Splits a data set for different configurations, sharing its images on the device.
 
-    The last division is kept, here and there: a search has one only, and the trainings of a confirmation that follow
-    each other mostly share one.
+    Only the last split is kept on host and device: a search has one, and consecutive trainings of a confirmation mostly
+    share one.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -175,17 +173,17 @@ class Division:
         self._there_of: DataConfig | None = None
 
     def here(self, config: DataConfig) -> tuple[Splits, ...]:
-        """One split, or one a fold, on the host.
+        """Return one split, or one per fold, on the host.
 
         Raises:
-            UserError: as `folds`'.
+            UserError: as in `folds`.
         """
         if config != self._config:
             self._here, self._config = folds(self._dataset, config), config
         return self._here
 
     def on(self, device: torch.device, config: DataConfig) -> tuple[Splits, ...]:
-        """The same on that device, but images that are too many for it."""
+        """Return the same on that device, except images that do not fit it."""
         if device != self._device or not self._there:
             self._there = on_device(self.here(config), device)
         elif config != self._there_of:
@@ -196,8 +194,8 @@ class Division:
         self._device, self._there_of = device, config
         return self._there
 
-    def let_go(self) -> None:
-        """Gives the device's memory back."""
+    def release(self) -> None:
+        """Release the device's memory."""
         self._there = ()
 
 
@@ -293,7 +291,7 @@ def _classes(source: Source, pool: Sequence[Spooled], test: Sequence[Spooled]) -
 
 
 def _some(names: Sequence[str]) -> str:
-    """Up to five names; a set of a thousand classes must not make an error of a thousand words."""
+    """At most five names, so that error messages stay short."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ("class " if len(names) == 1 else "the classes ") + ", ".join(map(printable, names[:5])) + more
 
@@ -301,7 +299,7 @@ def _some(names: Sequence[str]) -> str:
 def _fingerprint(
     classes: Sequence[str], shape: Sequence[int], images: Sequence[Spooled], labels: NDArray[np.int64]
 ) -> str:
-    """Over each image's own digest, which was taken while it was decoded, in place of its bytes."""
+    """Digest of the images' digests, which were computed while decoding."""
     digest = hashlib.sha256(json.dumps([list(classes), list(shape)]).encode())
     for image in images:
         digest.update(image.digest)
@@ -310,7 +308,7 @@ def _fingerprint(
 
 
 def _twins(images: Sequence[Spooled]) -> NDArray[np.int64]:
-    """(N,): for each image the index of the first one that is identical to it."""
+    """(N,): index of the first image that is identical to each image."""
     first: dict[bytes, int] = {}
     return np.array([first.setdefault(image.digest, index) for index, image in enumerate(images)], dtype=np.int64)
 
@@ -350,7 +348,7 @@ def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> D
                 fingerprint=meta["test_fingerprint"],
             )
 
-    in_memory = None if mapped else read_test()  # where nothing is mapped, the folder is about to go
+    in_memory = None if mapped else read_test()  # without a map, the folder is about to be deleted
     with reading(folder):
         images, report = pictures("pool"), meta["report"]
         count, channels = images.shape[:2]

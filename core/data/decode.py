@@ -1,9 +1,8 @@
-"""One image, from its bytes to uint8 pixels as a person sees them.
+"""Decoding of one image to uint8 pixels as displayed.
 
-Files say in many ways how they are meant to look: turned by an EXIF tag, with transparency, in sixteen bits, for
-print. All of that is applied here, once, so that nothing downstream has to know. An image whose three channels are
-equal is grey however it was stored, and comes out with one channel: so the same picture has the same digest as a
-greyscale PNG and as an RGB one, and a set of grey pictures trains on one channel.
+EXIF orientation, transparency, 16-bit samples and colour spaces are applied here. An image with equal channels is
+stored as grey with one channel, so a picture has the same digest as a greyscale or RGB file, and a set of grey pictures
+trains on one channel.
 """
 
 from __future__ import annotations
@@ -20,47 +19,46 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 
-# What a name must end in to be taken for an image. Other files in a class folder (notes, .DS_Store) are left alone.
+# File name suffixes of images. Other files in a class folder (notes, .DS_Store) are ignored.
 IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2", ".avif",
 ))  # fmt: skip
 
-# What an image may be inside, whatever its name says: the formats of those names. Pillow knows forty more; of one, EPS,
-# it has Ghostscript run the program that the file is.
+# Accepted formats, independent of the name. Pillow has forty more; for EPS it runs Ghostscript on the file.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 
-# The most pixels of an image: Pillow's own bound, a quarter of a gigabyte at three bytes each. Pillow warns above it,
-# and refuses above twice as many; here both are refused.
+# Maximum pixels: Pillow's limit, a quarter of a gigabyte at three bytes each. Pillow warns above it and refuses twice
+# as many; here both are refused.
 MAX_PIXELS = 1024**3 // 4 // 3
 
-# Pixels a channel that are widened to 64 bits at once: a large image must not take eight times its own memory.
+# Pixels per channel that are converted to 64 bits at once, to limit memory.
 _AT_ONCE = 1 << 20
 
-# A 16-bit sample v shows as v / 257: 65535 / 255 = 257, so white stays white.
+# 16-bit samples are divided by 65535 / 255 = 257, so white stays white.
 SIXTEEN_TO_EIGHT = 257
 
 
 class BrokenImageError(Exception):
-    """Bytes that are no image, or a torn one, or one whose values have no defined range. Its text is the reason."""
+    """Bytes that are not a complete image, or whose values have no defined range. Its text is the reason."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image and what is measured of it while it is in the processor's cache."""
+    """An image with measurements taken while it is in the CPU cache."""
 
     pixels: Pixels
-    """(C, H, W), C is 1 where the image is grey, else 3."""
+    """(C, H, W); C is 1 if the image is grey, else 3."""
     digest: bytes
-    """SHA-256 of shape and pixels: equal for images that look equal."""
+    """SHA-256 of shape and pixels, equal for images that look the same."""
     moments: NDArray[np.int64]
-    """(C, 2): each channel's sum of pixels and of their squares, from which mean and deviation follow exactly."""
+    """(C, 2): sums of pixels and of squared pixels per channel, for exact mean and deviation."""
 
 
 def decode(payload: bytes | Pixels, size: tuple[int, int] | None) -> Decoded:
-    """`read_pixels`, and what is measured of them.
+    """Read an image with `read_pixels`, and measure it.
 
     Raises:
-        BrokenImageError: the bytes are no image that can be shown.
+        BrokenImageError: the bytes are not a valid image.
     """
     pixels = read_pixels(payload, size)
     digest = hashlib.sha256(repr(pixels.shape).encode())
@@ -69,13 +67,14 @@ def decode(payload: bytes | Pixels, size: tuple[int, int] | None) -> Decoded:
 
 
 def read_pixels(payload: bytes | Pixels | Image.Image, size: tuple[int, int] | None) -> Pixels:
-    """(C, H, W) of a file's bytes, of an array (H, W) or (H, W, 1|3|4), or of a Pillow image, which stays as it is.
+    """Read an image as (C, H, W), where C is 1 if it is grey, else 3.
 
-    Resizing to `size` (H, W), where given, is Pillow's bicubic, whose support grows with the reduction, so that it does
-    not alias. C is 1 where the image is grey, else 3.
+    Args:
+        payload: a file's bytes, an array (H, W) or (H, W, 1|3|4), or a Pillow image, which is not changed.
+        size: (H, W) to resize to by Pillow's antialiased bicubic filter; None keeps the size.
 
     Raises:
-        BrokenImageError: the bytes or the image are none that can be shown.
+        BrokenImageError: it is not a valid image.
     """
     if isinstance(payload, bytes):
         return _drop_equal_channels(_read(payload, size))
@@ -89,7 +88,7 @@ def read_pixels(payload: bytes | Pixels | Image.Image, size: tuple[int, int] | N
 
 
 def to_channels(pixels: Pixels, channels: int) -> Pixels:
-    """(1|3, H, W) as (channels, H, W): grey is repeated, colour becomes its luma (ITU-R 601, as Pillow has it)."""
+    """Convert (1|3, H, W) to (channels, H, W): grey is repeated, colour becomes luma (ITU-R 601, as in Pillow)."""
     if len(pixels) == channels:
         return pixels
     if channels == 3:
@@ -103,12 +102,12 @@ def _read(payload: bytes, size: tuple[int, int] | None) -> Pixels:
             with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
                 _check_pixels(image)
                 return _to_array(_as_seen(image), size)
-        except UnidentifiedImageError as error:  # its own words hold an address in memory
+        except UnidentifiedImageError as error:  # its message contains a memory address
             raise BrokenImageError("not an image" if payload else "an empty file") from error
 
 
 def _show(image: Image.Image, size: tuple[int, int] | None) -> Pixels:
-    """The pixels of an image that somebody opened, and may go on with."""
+    """Pixels of an image opened by the caller, who may use it afterwards."""
     with _refusing():
         _check_pixels(image)
         return _to_array(_as_seen(image.copy()), size)
@@ -116,14 +115,14 @@ def _show(image: Image.Image, size: tuple[int, int] | None) -> Pixels:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Turns whatever Pillow raises of an image into a BrokenImageError."""
+    """Raise BrokenImageError for any error of Pillow."""
     try:
         yield
     except BrokenImageError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a filter may make the warning one
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # if warnings are errors
         raise BrokenImageError(_BOMB) from error
-    except Exception as error:  # on torn files the codecs raise anything from SyntaxError to RuntimeError
+    except Exception as error:  # codecs raise many types on damaged files
         raise BrokenImageError((str(error) or type(error).__name__).splitlines()[0]) from error
 
 
@@ -131,7 +130,7 @@ _BOMB = f"a decompression bomb: it has more than {MAX_PIXELS:,} pixels"
 
 
 def _check_pixels(image: Image.Image) -> None:
-    """Of its header alone, before a pixel is decoded."""
+    """Check the size from the header, before decoding."""
     if image.width * image.height > MAX_PIXELS:
         raise BrokenImageError(_BOMB)
 
@@ -139,7 +138,7 @@ def _check_pixels(image: Image.Image) -> None:
 def _as_seen(image: Image.Image) -> Image.Image:
     """The image upright, opaque, in mode L or RGB."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # I;16, I;16B, and I of 32 bits, which Pillow uses for 16-bit PGM too
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, which Pillow uses for 16-bit PGM too
         samples = np.asarray(image).astype(np.int64)
         low, high = int(samples.min()), int(samples.max())
         if low < 0 or high > 65535:
@@ -160,7 +159,7 @@ def _to_array(image: Image.Image, size: tuple[int, int] | None) -> Pixels:
 
 
 def _drop_equal_channels(pixels: Pixels) -> Pixels:
-    """(H, W) or (H, W, 3) as (1|3, H, W), contiguous."""
+    """(H, W) or (H, W, 3) as contiguous (1|3, H, W)."""
     if pixels.ndim == 3 and _is_grey(pixels):
         pixels = pixels[..., 0]
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))

@@ -1,8 +1,8 @@
-"""Images that lie in files: in folders, in archives, or named by a CSV.
+"""Images in files: in folders, in archives, or listed in a CSV.
 
-Archives are read in place: no member is ever written under its own name, and one whose path or link leads out of the
-archive is refused, as is a row of a CSV whose path leads out of its folder. What an archive unpacks to is bounded
-before it is unpacked (`core.data.bounds`). A link in the user's own folder is the user's word, and followed.
+Archives are read without unpacking. Members and links that point outside an archive are refused, as are CSV rows with
+paths outside the CSV's folder. Unpacked sizes are limited (`core.data.bounds`). Links in the user's own folders are
+followed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# What reading an archive that was cut short, or damaged, raises; recursion, where a header of a .tar announces another
-# for ever, and a NotImplementedError on a way to compress that Python does not know.
+# Raised for damaged archives: RecursionError if headers of a .tar are chained endlessly, NotImplementedError for
+# unknown compression.
 TORN_ARCHIVE = (
     tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RecursionError,
     NotImplementedError,
@@ -57,7 +57,7 @@ UNPACK_IT = "if you trust it, unpack it and give the folder"
 
 
 class _PathSource(Source):
-    """A source that is one file or folder of the user's."""
+    """A source at a path."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(plain_name(path), str(path))
@@ -68,11 +68,11 @@ class _PathSource(Source):
 
 
 class _TreeSource(_PathSource):
-    """A source whose classes are folders."""
+    """A source with a folder per class."""
 
     @abstractmethod
     def tree(self) -> Tree:
-        """All files and folders."""
+        """Return all files and folders."""
 
     def labelled(self) -> list[Entry]:
         return arrange(self.tree(), self.where)
@@ -82,7 +82,7 @@ class _TreeSource(_PathSource):
 
 
 class FolderSource(_TreeSource):
-    """A folder on disk, or one image in it."""
+    """A folder on disk, or a single image in it."""
 
     def __init__(self, path: Path, only: str | None = None) -> None:
         super().__init__(path)
@@ -103,7 +103,7 @@ class FolderSource(_TreeSource):
         seen = set()
         for root, names, leaves in os.walk(self.path, followlinks=True):
             status = Path(root).stat()
-            if (status.st_dev, status.st_ino) in seen:  # a link back up would be walked for ever
+            if (status.st_dev, status.st_ino) in seen:  # a link to a parent would loop forever
                 names.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
@@ -144,7 +144,7 @@ class ZipSource(_TreeSource):
     def _content(archive: zipfile.ZipFile, name: str) -> Payload:
         try:
             info = archive.getinfo(name)
-            check_image_bytes(info.file_size)  # never more is unpacked, whatever the member holds
+            check_image_bytes(info.file_size)  # zipfile unpacks no more than this
             return archive.read(info)
         except (KeyError, BrokenImageError, *TORN_ARCHIVE) as error:
             return error
@@ -156,9 +156,9 @@ class ZipSource(_TreeSource):
             raise _torn(self.where, error) from error
 
     def _members(self, archive: zipfile.ZipFile) -> dict[str, str]:
-        """Path -> the name to read it by, which for a link is that of its target."""
+        """Path -> member name to read, which for a link is its target."""
         infos = archive.infolist()
-        images = sum(info.file_size for info in infos if is_image(info.filename))  # the others are never unpacked
+        images = sum(info.file_size for info in infos if is_image(info.filename))  # only images are unpacked
         check_members(self.where, len(infos), images, self.path.stat().st_size, UNPACK_IT)
         members = {}
         for info in infos:
@@ -173,7 +173,7 @@ class ZipSource(_TreeSource):
         return members
 
     def _target(self, archive: zipfile.ZipFile, link: zipfile.ZipInfo) -> str:
-        """What a link, whose content is a path, points at."""
+        """Target of a link, which is the link's content."""
         if link.file_size > MAX_LINK_BYTES:
             raise UserError(f"{self.where}: its link {printable(link.filename)} is longer than a path; {UNPACK_IT}")
         try:
@@ -182,32 +182,32 @@ class ZipSource(_TreeSource):
             raise _torn(self.where, error) from error
 
 
-class _WholeTarInfo(tarfile.TarInfo):
-    """A member's header, or an error. `tarfile` takes a damaged header, or none, for the end of the archive, and would
-    silently drop the images behind it; an archive that is whole ends with a block of zeros.
+class _StrictTarInfo(tarfile.TarInfo):
+    """A tar header that raises on damage.
 
-    It also believes a header that asks for a text of gigabytes, for a list of holes without end, or for fewer bytes
-    than none, which would be read again and again (CVE-2025-8194). Images have no holes: a member with some is refused.
+    `tarfile` treats a damaged or missing header as the end of the archive and would silently drop the images after it;
+    complete archives end with a block of zeros. It also accepts headers that declare gigabytes of text, endless sparse
+    maps, or negative sizes, which loop forever (CVE-2025-8194). Sparse members are refused.
     """
 
     @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _WholeTarInfo:
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictTarInfo:
         try:
             member = super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the block of zeros
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # end of the archive
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
-        except (ValueError, OverflowError) as error:  # a size or a sparse map that is no number
+        except (ValueError, OverflowError) as error:  # invalid number
             raise tarfile.ReadError(f"a damaged header: {error}") from error
-        return cls._checked(member)  # again: an extended header may have changed its size
+        return cls._checked(member)  # an extended header may have changed its size
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _WholeTarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
         return cls._checked(super().frombuf(buf, encoding, errors))
 
     @staticmethod
-    def _checked(member: _WholeTarInfo) -> _WholeTarInfo:
+    def _checked(member: _StrictTarInfo) -> _StrictTarInfo:
         if member.size < 0:
             raise tarfile.ReadError(f"a member of {member.size} bytes")
         if member.type in _TEXT_TYPES and member.size > MAX_HEADER_BYTES:
@@ -217,18 +217,18 @@ class _WholeTarInfo(tarfile.TarInfo):
         return member
 
     def _proc_gnusparse_10(self, *_: object) -> None:
-        """Where `tarfile` would read the list of holes of a newer sparse member; of the others it is in the header."""
+        """Refuse the newer sparse format, whose map is not in the header."""
         raise tarfile.ReadError("a sparse member")
 
 
-# Members that are text about the next one: its long name, or its extended header.
+# Members with metadata of the next one: a long name or an extended header.
 _TEXT_TYPES = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
 
 
 class TarSource(_TreeSource):
-    """A .tar, compressed or not, read from front to back: a compressed one cannot be entered in the middle."""
+    """A .tar, compressed or not, read sequentially, since compressed ones have no random access."""
 
     def tree(self) -> Tree:
         files: list[str] = []
@@ -253,18 +253,18 @@ class TarSource(_TreeSource):
             check_image_bytes(len(read))
         except RecursionError:
             return BrokenImageError("a link to itself")
-        except (KeyError, BrokenImageError, *TORN_ARCHIVE) as error:  # of which the first is a link to nothing
+        except (KeyError, BrokenImageError, *TORN_ARCHIVE) as error:  # KeyError: a broken link
             return error
         return read
 
     def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
-        """Files, folders and links, each with its path."""
+        """Yield files, folders and links, each with its path."""
         packed, unpacked = self.path.stat().st_size, 0
         try:
-            with tarfile.open(self.path, tarinfo=_WholeTarInfo) as archive:
+            with tarfile.open(self.path, tarinfo=_StrictTarInfo) as archive:
                 for count, member in enumerate(archive, 1):
                     unpacked += tarfile.BLOCKSIZE + member.size
-                    check_members(self.where, count, unpacked, packed, UNPACK_IT)  # before what is behind it is sought
+                    check_members(self.where, count, unpacked, packed, UNPACK_IT)  # before seeking past it
                     path = member_path(member.name, self.where)
                     if member.issym():
                         _link_target(path, member.linkname, self.where)
@@ -277,10 +277,10 @@ class TarSource(_TreeSource):
 
 
 def _link_target(path: str, target: str, where: str) -> str:
-    """The path that a symbolic link at `path` leads to.
+    """Path of a symbolic link's target.
 
     Raises:
-        UserError: it leads out of the archive.
+        UserError: it is outside the archive.
     """
     return member_path(posixpath.join(posixpath.dirname(path), target.replace("\\", "/")), where)
 
@@ -290,7 +290,7 @@ def _torn(where: str, error: Exception) -> UserError:
 
 
 class CsvSource(_PathSource):
-    """A table of paths, relative to its own folder and below it, with a class each and perhaps a split."""
+    """A table with paths below its own folder, a class for each, and optionally a split."""
 
     PATH_COLUMNS = ("path", "file", "filename", "image")
     LABEL_COLUMNS = ("label", "class", "target")
@@ -329,7 +329,7 @@ class CsvSource(_PathSource):
             yield position, _read(self.path.parent / entry.id)
 
     def _rows(self) -> list[tuple[int, dict[str, str]]]:
-        """The rows with their line numbers, column names in lower case."""
+        """Rows with line numbers; column names in lower case."""
         try:
             with self.path.open(newline="", encoding="utf-8-sig") as lines:
                 reader = csv.reader(lines)
@@ -350,11 +350,10 @@ class CsvSource(_PathSource):
         return rows
 
     def _paths(self, rows: list[tuple[int, dict[str, str]]]) -> list[str]:
-        """Each row's path, as it stands there.
+        """Path of each row.
 
         Raises:
-            UserError: one leads out of the folder that the CSV lies in: a table that came with a set of images has no
-                business with other files of this machine.
+            UserError: a path is outside the CSV's folder, so that a downloaded table cannot read other files.
         """
         column = self._column(rows, self.PATH_COLUMNS)
         folder = os.path.abspath(self.path.parent)  # noqa: PTH100 - as text, links left as they are

@@ -1,7 +1,7 @@
-"""Decodes all images of a source, in parallel, into one spool file.
+"""Parallel decoding of all images of a source into one spool file.
 
-Decoding runs in threads and not in processes: Pillow lets go of the interpreter's lock while a codec works, and a
-process would have to send every picture back through a pipe. On two cores and JPEGs of 96² threads were faster.
+Uses threads, since Pillow releases the GIL while decoding and processes would have to send pixels through a pipe.
+Threads were faster on two cores with JPEGs of 96².
 """
 
 from __future__ import annotations
@@ -25,24 +25,22 @@ from core.data.layout import Entry, printable
 from core.data.source import Payload, Readable, Source, one_line
 from core.errors import UserError
 
-# Images, and encoded bytes, that one thread takes at a time: handing over a single 32² image costs more than decoding
-# it, and few large photos are enough.
+# Images, and encoded bytes, per task: submitting a single 32² image costs more than decoding it.
 BATCH, BATCH_BYTES = 64, 1 << 20
 
-# Batches in flight for each thread: none waits for the reader, and little is held in memory.
+# Batches in flight per thread.
 IN_FLIGHT = 2
 
-# After the first image of another size, so many more are looked at to name the smallest and the largest: the set
-# cannot be used as it is, and decoding all of it would only delay saying so.
+# Images to decode after the first of another size, to report the smallest and largest.
 LOOK_ON = 500
 
-# Broken files named in an error; the others are counted.
+# Broken files listed in an error message.
 NAMED = 5
 
 
 @dataclass(frozen=True)
 class Spooled:
-    """A decoded image whose pixels lie in the spool."""
+    """A decoded image whose pixels are in the spool file."""
 
     entry: Entry
     offset: int
@@ -54,12 +52,12 @@ class Spooled:
 def decode_all(
     source: Readable, entries: Sequence[Entry], size: tuple[int, int] | None
 ) -> Iterator[tuple[int, Decoded | Exception]]:
-    """Yields (position in `entries`, image or why it is broken) in the order in which the source reads them."""
-    Image.init()  # its plugins register themselves on first use, which is not safe in threads
+    """Yield (position in `entries`, image or its error) in the order in which the source reads them."""
+    Image.init()  # loading plugins is not thread-safe
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Future[list[tuple[int, Decoded | Exception]]]] = deque()
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        # Pillow warns of odd metadata, file by file, and shows the image all the same.
+        # Pillow warns about unusual metadata of readable images.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         for batch in _batches(source.payloads(entries)):
             waiting.append(pool.submit(_decode_batch, batch, size))
@@ -99,10 +97,17 @@ def _decode(payload: Payload, size: tuple[int, int] | None) -> Decoded | Excepti
 
 def ingest(source: Source, entries: Sequence[Entry], size: tuple[int, int] | None, skip_broken: bool, spool: IO[bytes]
            ) -> tuple[list[Spooled], tuple[str, ...]]:  # fmt: skip
-    """Writes the pixels of all images to the spool, one after the other.
+    """Write the pixels of all images to the spool file.
+
+    Args:
+        source: reads the images.
+        entries: the images.
+        size: (H, W) to resize to, or None.
+        skip_broken: leave out unreadable images instead of raising an error.
+        spool: the file.
 
     Returns:
-        The images in the order of `entries`, and the ids of those that are broken.
+        The images in the order of `entries`, and the ids of broken ones.
 
     Raises:
         UserError: images are broken and `skip_broken` is off, or their sizes differ, or none is left.
@@ -135,7 +140,7 @@ def ingest(source: Source, entries: Sequence[Entry], size: tuple[int, int] | Non
 
 
 def report_broken(where: str, entries: Sequence[Entry], broken: dict[int, Exception], skip_broken: bool) -> None:
-    """Raises UserError where images are broken and may not be skipped, or where all of them are."""
+    """Raise UserError if images are broken and may not be skipped, or if all of them are."""
     if not broken or (skip_broken and len(broken) < len(entries)):
         return
     named = ", ".join(f"{printable(entries[i].id)} ({_reason(broken[i])})" for i in sorted(broken)[:NAMED])
@@ -145,7 +150,7 @@ def report_broken(where: str, entries: Sequence[Entry], broken: dict[int, Except
 
 
 def read_spool(spool: Path, images: Sequence[Spooled]) -> Iterator[Pixels]:
-    """The images' pixels (C, H, W), read through a memory map."""
+    """Yield the pixels (C, H, W) of the images, through a memory map."""
     pixels = np.memmap(spool, dtype=np.uint8, mode="r")
     for image in images:
         length = math.prod(image.shape)

@@ -1,9 +1,8 @@
-"""Which image belongs to which class, and which to the test set: read off the paths of a folder or archive.
+"""Classes and splits of images, derived from their paths in a folder or archive.
 
-Two layouts are known: `train/<class>/…` beside `test/<class>/…`, with `val` as well or without, and `<class>/…` alone.
-One folder wrapped around the whole is looked through, and so is a split wrapped in itself, `train/train/<class>/…`, as
-Kaggle's archives unpack. What does not fit is an error that names the file: a guess here would train on the wrong
-labels.
+Two layouts are supported: `train/<class>/…` with `test/<class>/…` and optionally `val`, or `<class>/…` alone. A single
+enclosing folder is ignored, and so is a doubled split, `train/train/<class>/…`, as in archives from Kaggle. Anything
+else is an error naming the file, since a wrong guess would train on wrong labels.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# The last of the training and test names are those of Intel's scenes, as Kaggle has them.
+# seg_train and seg_test are used by Kaggle's Intel image classification set.
 TRAIN_NAMES = frozenset({"train", "training", "seg_train"})
 VAL_NAMES = frozenset({"val", "valid", "validation"})
 TEST_NAMES = frozenset({"test", "testing", "seg_test"})
@@ -28,26 +27,26 @@ SPLIT_NAMES = TRAIN_NAMES | VAL_NAMES | TEST_NAMES
 
 @dataclass(frozen=True)
 class Entry:
-    """One image of a source, before it is decoded."""
+    """One image of a source, before decoding."""
 
     id: str
-    """Where it lies in its source; unique there, and what a report calls it."""
+    """Its unique name within the source, as used in reports."""
     label: str = ""
-    """Its class; empty where labels were not asked for."""
+    """Its class; empty if labels were not requested."""
     test: bool = False
-    """Whether the source puts it in the test set."""
+    """Whether the source assigns it to the test set."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """The paths in a folder or archive, relative, with forward slashes."""
+    """Relative paths in a folder or archive, with forward slashes."""
 
     files: tuple[str, ...]
     folders: tuple[str, ...]
 
 
 def member_path(name: str, where: str) -> str:
-    """An archive member's name as a relative path with forward slashes.
+    """Return an archive member's name as a relative path with forward slashes.
 
     Raises:
         UserError: the path points outside the archive.
@@ -59,35 +58,40 @@ def member_path(name: str, where: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A name from a file as a message shows it: one that would break the line, or move the cursor, is escaped."""
+    """Return a file name for a message, with unprintable characters escaped."""
     return name if name.isprintable() else ascii(name)
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a part of the path is a dotfile or what macOS adds to archives."""
+    """Return whether a part of the path is a dotfile, or metadata that macOS adds to archives."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
 
 
 def image_files(files: Iterable[str]) -> list[str]:
-    """Those files that are images by their names, sorted."""
+    """Return the files with an image suffix, sorted."""
     return sorted(path for path in files if not is_hidden(path) and is_image(path))
 
 
 def is_image(path: str) -> bool:
+    """Return whether the path has an image suffix."""
     return posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
 def class_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Class names in the order of their indices: whole numbers by value, anything else alphabetically."""
+    """Sort class names: numerically if all are whole numbers, else alphabetically."""
     names = set(labels)
     return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
 
 
 def arrange(tree: Tree, where: str) -> list[Entry]:
-    """The images of a tree with their classes, sorted by path.
+    """Return the images of a tree with their classes, sorted by path.
+
+    Args:
+        tree: all files and folders.
+        where: name of the source, for error messages.
 
     Raises:
-        UserError: no image, no class folder, an empty class folder, or an image outside the class folders.
+        UserError: there is no image, no class folder, an empty class folder, or an image outside the class folders.
     """
     files = image_files(tree.files)
     if not files:
@@ -97,7 +101,7 @@ def arrange(tree: Tree, where: str) -> list[Entry]:
     doubled = _doubled(paths.values())
     paths = {file: _once(parts, doubled) for file, parts in paths.items()}
     tops = {parts[0].casefold() for parts in paths.values()}
-    # A class may be called train, so train is a split only if it holds folders, or has nothing but splits beside it.
+    # A class may be called train, so train is a split only if it contains folders, or if all folders are splits.
     nested = {parts[0].casefold() for parts in paths.values() if len(parts) > 2} & SPLIT_NAMES
     has_splits = tops <= SPLIT_NAMES or bool(nested & TRAIN_NAMES)
     if nested and not has_splits:
@@ -113,9 +117,9 @@ def arrange(tree: Tree, where: str) -> list[Entry]:
 
 
 def _doubled(paths: Iterable[tuple[str, ...]]) -> frozenset[str]:
-    """The splits that are wrapped in themselves: all their images lie in `train/train/<class>/`.
+    """Splits nested in themselves: all their images are in `train/train/<class>/`.
 
-    An image in `train/train/` itself is one of a class called train.
+    An image directly in `train/train/` belongs to a class called train.
     """
     found: dict[str, bool] = {}
     for parts in paths:
@@ -126,12 +130,12 @@ def _doubled(paths: Iterable[tuple[str, ...]]) -> frozenset[str]:
 
 
 def _once(parts: tuple[str, ...], doubled: frozenset[str]) -> tuple[str, ...]:
-    """A path without the second of two equal splits."""
+    """The path without the second of two equal splits."""
     return parts[1:] if len(parts) > 1 and parts[0] in doubled and parts[1] == parts[0] else parts
 
 
 def _wrapper(files: list[str]) -> str:
-    """The prefix, ending in a slash or empty, that all files share and that is neither a split nor a class."""
+    """Common prefix of all files that is neither a split nor a class; empty or ending in a slash."""
     prefix = ""
     while True:
         rest = [file.removeprefix(prefix).split("/") for file in files]
@@ -187,8 +191,8 @@ def _from_splits(paths: dict[str, tuple[str, ...]], where: str) -> list[Entry]:
 def _check_no_empty_class(
     paths: Iterable[tuple[str, ...]], folders: Mapping[str, tuple[str, ...]], has_splits: bool, where: str
 ) -> None:
-    """A class folder without an image is a mistake: the model would never learn that class."""
-    depth = 2 if has_splits else 1  # of class folders, as in train/cat and cat
+    """Raise if a class folder has no image: the model would never learn that class."""
+    depth = 2 if has_splits else 1  # depth of class folders
     full = {parts[:depth] for parts in paths}
     for folder, parts in sorted(folders.items()):
         if len(parts) != depth or (has_splits and parts[0].casefold() not in SPLIT_NAMES):

@@ -1,4 +1,4 @@
-"""What a source of images is: something that can be listed, stamped and read."""
+"""Interface of image sources, which can be listed, stamped and read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from core.data.decode import Pixels
 from core.data.layout import Entry
 
 Payload = bytes | Pixels | Exception
-"""An encoded image, an array (H, W) or (H, W, C), or why it could not be read."""
+"""An encoded image, an array (H, W) or (H, W, C), or the error of reading it."""
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 
 
 class Readable(Protocol):
-    """Whatever gives the images of entries, as `Source.payloads` does."""
+    """Anything that yields images of entries like `Source.payloads`."""
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]: ...
 
@@ -26,10 +26,10 @@ class Source(ABC):
     """A set of images that can be listed and read."""
 
     classes: tuple[str, ...] | None = None
-    """Class names in their official order, where the set has one."""
+    """Class names in their official order, if there is one."""
 
     in_memory: bool = False
-    """Whether the set is so small and so quick to load that no cache is kept of it."""
+    """Whether the set is so small that it is not cached."""
 
     def __init__(self, name: str, where: str) -> None:
         self.name = name
@@ -37,24 +37,23 @@ class Source(ABC):
 
     @abstractmethod
     def stamp(self) -> str:
-        """Changes whenever the files that the images are read from change."""
+        """Return a string that changes whenever the source files change."""
 
     @abstractmethod
     def labelled(self) -> list[Entry]:
-        """All images with their classes, in an order that depends on the data alone."""
+        """Return all images with their classes, in an order that depends on the data alone."""
 
     @abstractmethod
     def unlabelled(self) -> list[Entry]:
-        """All images, whatever the folders that they lie in."""
+        """Return all images, ignoring folders."""
 
     @abstractmethod
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
-        """The images of these entries as (position in `entries`, payload), in any order; a later one replaces an
-        earlier one of the same position."""
+        """Yield (position in `entries`, payload) in any order; later payloads of a position replace earlier ones."""
 
 
 def plain_name(path: Path) -> str:
-    """`photos` of `/data/photos.tar.gz`."""
+    """Return the name without known suffixes: `photos` for `/data/photos.tar.gz`."""
     name = path.resolve().name
     for suffix in sorted((*TAR_SUFFIXES, ".zip", ".npz", ".csv"), key=len, reverse=True):
         if name.lower().endswith(suffix):
@@ -63,7 +62,7 @@ def plain_name(path: Path) -> str:
 
 
 def file_stamp(path: Path) -> str:
-    """Changes whenever the file at the path does, as far as its size and time of change tell."""
+    """Return a string that changes with the file's size or modification time."""
     try:
         status = path.stat()
     except OSError:
@@ -72,5 +71,5 @@ def file_stamp(path: Path) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another library says, on one line."""
+    """Return the message of an error as one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Which kind of source a path is."""
+"""Selection of the source type for a path."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ KNOWN_KINDS = "a folder, .zip, .tar, .tar.gz, .tar.xz, .tar.bz2, .npz or .csv"
 
 
 def open_source(path: Path) -> Source:
-    """The source at a path, by what it is: a folder, or a file with a known ending.
+    """Open the source at a path: a folder, or a file with a known suffix.
 
     Raises:
-        UserError: nothing is there, or nothing that is known.
+        UserError: the path does not exist or is of an unknown type.
     """
     if path.is_dir():
         return FolderSource(path)

@@ -1,10 +1,9 @@
-"""Who is in which set: the locked cut of the test images, and the seeded draw of the validation images.
+"""Selection of test images by content, and seeded selection of validation images.
 
-The test cut depends on the images alone. Within each class they are ordered by a hash of their pixels, and the first
-ones are the test set: no seed, no file name and no order of files has a say, images that look equal stay on one
-side, and adding an image moves hardly any other. The validation draw is scikit-learn's stratified one, once or into
-folds, after which identical images go where the first of them was drawn to: a training image in validation would
-flatter every score.
+The test set depends on the images alone. Within each class they are ordered by a hash of their pixels, and the first
+ones form the test set: seeds, names and order of files have no effect, identical images stay together, and adding an
+image moves hardly any other. Validation images are drawn by scikit-learn, stratified, once or in folds; identical
+images are then moved to the set of the first of them, since duplicates across sets inflate scores.
 """
 
 from __future__ import annotations
@@ -25,51 +24,51 @@ from core.runtime import free_memory
 
 logger = logging.getLogger(__name__)
 
-# Part of the hash that orders images for the test cut. Changing it would change every test set that was cut so far.
+# Salt of the hash for the test set. Changing it changes all test sets.
 CUT_SALT = b"hpo test cut 1"
 
-# Mean and deviation of ImageNet's training images in [0, 1], as torchvision and timm use them.
+# Mean and deviation of ImageNet in [0, 1], as in torchvision and timm.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# Share of a device's free memory that images may fill; the rest is for networks and what they compute.
+# Maximum fraction of a device's free memory for images; the rest is for training.
 RESIDENT_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and validation images. `images` and `labels` hold both; indices tell them apart.
+    """Training and validation images, selected by indices.
 
-    All lie on one device, or the images alone on the host where they are too many for it.
+    All tensors are on one device, except that images may stay on the host if they do not fit the device.
     """
 
     images: Tensor
-    """(N, C, H, W) uint8"""
+    """(N, C, H, W) uint8."""
     labels: Tensor
-    """(N,) int64"""
+    """(N,) int64."""
     train: Tensor
-    """(n,) int64, indices of the training images"""
+    """(n,) int64 indices of the training images."""
     val: Tensor
-    """(m,) int64, indices of the validation images; may be empty"""
+    """(m,) int64 indices of the validation images; may be empty."""
     classes: tuple[str, ...]
     mean: tuple[float, ...]
-    """One a channel, of pixels in [0, 1]"""
+    """One per channel, of pixels in [0, 1]."""
     std: tuple[float, ...]
-    """One a channel, of pixels in [0, 1]"""
+    """One per channel, of pixels in [0, 1]."""
     moments: Tensor | None = None
-    """(N, C, 2) int64, each image's sums of pixels and of their squares, on the CPU. None where mean and std are
-    constants, which then stay as they are."""
+    """(N, C, 2) int64 sums of pixels and squared pixels of each image, on the CPU; None for constant mean and std."""
 
     def to(self, device: torch.device | str) -> Splits:
-        """The same on that device; no copy of what is there already."""
+        """Return the splits on that device, copying only if needed."""
         return replace(self.on(device), images=self.images.to(device))
 
     def on(self, device: torch.device | str) -> Splits:
-        """All but the images on that device; they stay where they lie."""
+        """Return the splits on that device, with images where they are."""
         return replace(self, labels=self.labels.to(device), train=self.train.to(device), val=self.val.to(device))
 
     def whole(self) -> Splits:
-        """All images for training and none for validation; mean and std follow where they come from the data."""
+        """Return all images for training and none for validation, with mean and std recomputed if they are from the
+        data."""
         train = torch.cat([self.train, self.val]).sort().values
         merged = replace(self, train=train, val=train[:0])
         if self.moments is None:
@@ -138,10 +137,9 @@ def stratified_folds(
 
 
 def on_device(folds: Sequence[Splits], device: torch.device | str) -> tuple[Splits, ...]:
-    """Folds of the same images on that device, where the images lie once for all of them.
+    """Move folds of the same images to a device, sharing one copy of the images.
 
-    Images that would take more than `RESIDENT_FRACTION` of a GPU's free memory stay on the host, from where a training
-    sends them batch by batch.
+    Images that would take more than `RESIDENT_FRACTION` of a GPU's free memory stay on the host and are streamed.
     """
     images, device = folds[0].images, torch.device(device)
     if device.type == "cuda" and images.device.type == "cpu":
@@ -167,7 +165,7 @@ def _normalized(
     classes: tuple[str, ...],
     config: DataConfig,
 ) -> Splits:
-    """The split with its mean and std: measured on its training images, or the constants that were asked for."""
+    """The split with mean and std measured on its training images, or constants."""
     channels = images.shape[1]
     measured = None
     if config.normalize == "train":
@@ -223,7 +221,7 @@ def _draw(
 
 
 def _draw_parts(labels: Tensor, twins: Tensor, classes: tuple[str, ...], config: DataConfig, where: str) -> Tensor:
-    """Which fold validates each image: (N,) int64, counted from 0."""
+    """Validation fold of each image, counted from 0: (N,) int64."""
     from sklearn.model_selection import StratifiedKFold
 
     assert config.folds is not None
@@ -262,24 +260,28 @@ def _absent(labels: Tensor, classes: tuple[str, ...]) -> list[str]:
 
 
 def _statistics(moments: Tensor, indices: Tensor, shape: torch.Size) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation a channel of these images' pixels in [0, 1], exact: sums of integers, divided once.
+    """Exact mean and deviation per channel of these images' pixels in [0, 1].
 
-    A channel that never varies has no deviation to divide by, and gets 1.
+    A constant channel gets a deviation of 1.
     """
     pixels = len(indices) * shape[2] * shape[3]
-    sums = moments[indices.cpu()].sum(dim=0).tolist()  # (C, 2), at most 65025 × pixels: far below 2**63
+    sums = moments[indices.cpu()].sum(dim=0).tolist()  # (C, 2), at most 65025 × pixels, below 2**63
     mean = tuple(total / pixels / 255 for total, _ in sums)
-    # pixels × squares − total² is the variance × pixels², in whole numbers: nothing cancels.
+    # pixels × squares − total² is variance × pixels², exact in integers.
     std = tuple((pixels * squares - total * total) ** 0.5 / pixels / 255 or 1.0 for total, squares in sums)
     return mean, std
 
 
 def cut_test(digests: Sequence[bytes], labels: Sequence[str], fraction: float) -> list[bool]:
-    """Which images are the test set: about `fraction` of each class, at least one, and at least two left of it.
+    """Select the test images: about `fraction` of each class, at least one, leaving at least two.
 
     Args:
-        digests: one an image, equal for images that look equal.
-        labels: their classes.
+        digests: one per image, equal for identical images.
+        labels: class of each image.
+        fraction: fraction of each class.
+
+    Returns:
+        Whether each image is in the test set.
     """
     quota = {label: max(min(max(round(n * fraction), 1), n - 2), 0) for label, n in Counter(labels).items()}
     groups: dict[bytes, list[int]] = defaultdict(list)

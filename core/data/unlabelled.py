@@ -1,8 +1,7 @@
-"""Images without labels, to be predicted: decoded, asked about and let go of, batch by batch.
+"""Processing of unlabelled images batch by batch, for prediction.
 
-The key choice is that a function goes along the images, in place of the images to the function: however many there are,
-a few batches of pixels are in memory at a time, and what the function says of each. The decoder's threads read ahead
-while it works.
+A function is applied to each batch, so that only a few batches of pixels and the function's results are in memory.
+Decoding threads read ahead.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from core.data.source import Payload, Source
 from core.data.sources import open_source
 from core.errors import UserError
 
-# Images that `load_images` copies at once.
+# Batch size of `load_images`.
 LOADED_AT_ONCE = 256
 
 
@@ -36,24 +35,25 @@ def map_images(
     batch_size: int,
     skip_broken: bool = False,
 ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
-    """What a function says of every image of a folder, a .zip, a tar, an .npz, a CSV of paths, one file, or several.
+    """Apply a function to every image of a folder, .zip, tar, .npz, CSV of paths, single file, or several of these.
 
-    An .npz is mapped where it is not compressed, and otherwise lies in memory whole.
+    An uncompressed .npz is memory-mapped, a compressed one is loaded into memory.
 
     Args:
-        paths: where they lie; folders within do not matter.
-        function: takes images (n, channels, H, W) uint8, n at most `batch_size`, which hold until it returns, and gives
-            (n, …) on the CPU. It meets an image of a tar that holds it twice twice, and the later one counts.
-        image_size: (height, width) that they are resized to.
+        paths: the source or sources; folder structure is ignored.
+        function: maps images (n, channels, H, W) uint8, n at most `batch_size`, to (n, …) on the CPU. The images are
+            only valid during the call. If a tar contains a path twice, both are passed and the later result is used.
+        image_size: (height, width) to resize to.
         channels: 1 or 3.
-        skip_broken: leaves unreadable images out, where they would otherwise be an error, after the last was looked at.
+        batch_size: maximum images per call.
+        skip_broken: leave out unreadable images instead of raising an error at the end.
 
     Returns:
-        (N, …) of the images in the order of their ids: sorted, or as the CSV or .npz has them; the ids, within the one
-        source, or of several as paths; and the ids of those left out.
+        Results (N, …) in the order of ids: sorted, or as in the CSV or .npz; ids within a single source, or as paths
+        for several; ids of the images left out.
 
     Raises:
-        UserError: there is no image, or one is broken, or the memory has no room for all answers.
+        UserError: there is no image, or one is broken, or the results do not fit the memory.
     """
     images = _Single(open_source(paths)) if isinstance(paths, Path) else _Several(tuple(paths))
     entries = images.entries
@@ -68,7 +68,7 @@ def map_images(
         answer = function(torch.from_numpy(batch[: len(results)])).numpy()
         if answers is None:
             answers = _room(images.where, (len(entries), *answer.shape[1:]), answer.dtype)
-        answers[positions] = answer  # of two at the same position the last stays
+        answers[positions] = answer  # later results of a position replace earlier ones
     report_broken(images.where, entries, broken, skip_broken)
     assert answers is not None, "where all are broken, that is an error"
     kept = [position for position in range(len(entries)) if position not in broken]
@@ -79,10 +79,7 @@ def map_images(
 def load_images(
     path: Path, *, image_size: tuple[int, int], channels: int, skip_broken: bool = False
 ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
-    """The images themselves, (N, channels, H, W) uint8, their ids, and the ids of those left out.
-
-    Args and errors are those of `map_images`.
-    """
+    """Load the images (N, channels, H, W) uint8, their ids, and the ids of those left out; see `map_images`."""
     return map_images(
         path, _themselves, image_size=image_size, channels=channels, batch_size=LOADED_AT_ONCE, skip_broken=skip_broken
     )
@@ -102,9 +99,9 @@ def _room(where: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> ND
 def _in_batches(
     decoded: Iterator[tuple[int, Decoded | Exception]], size: int, broken: dict[int, Exception]
 ) -> Iterator[tuple[list[int], list[Decoded]]]:
-    """(positions, images) of those that can be read, up to so many at a time; `broken` gets the others.
+    """Yield (positions, images) of readable images in batches of `size`; collect errors in `broken`.
 
-    Of two at the same position the later one decides whether it is broken.
+    Of two images at the same position, the later one counts.
     """
     positions: list[int] = []
     images: list[Decoded] = []
@@ -123,7 +120,7 @@ def _in_batches(
 
 
 class _Single:
-    """The images of one source, under their ids there."""
+    """The images of one source, with their ids there."""
 
     def __init__(self, source: Source) -> None:
         self.where = source.where
@@ -136,14 +133,14 @@ class _Single:
 
 @dataclass(frozen=True)
 class _Part:
-    """A source among several."""
+    """One of several sources."""
 
     source: Source
     entries: list[Entry]
 
 
 class _Several:
-    """The images of several sources, one source after the other, each under its path."""
+    """The images of several sources in order, with their paths as ids."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.where = f"{len(paths)} paths"

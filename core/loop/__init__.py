@@ -1,12 +1,11 @@
-"""Trains one configuration: the only room that composes its siblings.
+"""The training loop, which combines the other modules of `core`.
 
-The data set lies on the device as uint8. An epoch permutes indices there, and for each batch gathers, augments,
-mixes, goes forward and back, steps and averages; the host reads one number back when the epoch is over. There is no
-DataLoader.
+The images are on the device as uint8. Each epoch permutes indices there, and for each batch gathers, augments, mixes,
+trains and averages; the host reads one number per epoch. There is no DataLoader.
 
-`run` holds `train`, the loop over epochs; `step` one step of it; `graphs` replays steps as CUDA graphs; `memory` finds
-out beforehand whether a step fits; `divergence` gives up what learns nothing; `results` is what a training tells;
-`profile` says where its time goes.
+`run` contains `train`, the loop over epochs; `step` is one optimizer step; `graphs` replays steps as CUDA graphs;
+`memory` checks whether a step fits the memory; `divergence` detects diverged runs; `results` defines the results;
+`profile` measures time.
 """
 
 from core.loop.results import EpochMetrics, TrainResult

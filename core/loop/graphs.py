@@ -1,14 +1,12 @@
-"""The whole step, from augmentation to averaging, as a CUDA graph: captured once for each shape, then replayed.
+"""Training steps as CUDA graphs, captured once per shape and then replayed.
 
-A small network's step is hundreds of kernels of a few microseconds each, which the host cannot launch as fast as the
-device finishes them; a replay launches them all at once. A captured step reads its batch and its values from tensors
-that stay where they are, and that are filled before each replay; its random numbers come from generators that are
-registered with the graph and go on from replay to replay as they would without.
+A small network's step is hundreds of kernels of a few microseconds, which the host cannot launch as fast as the device
+runs them. A replay launches them all at once. A captured step reads its batch and values from fixed tensors, filled
+before each replay; random numbers come from generators registered with the graph, and continue as without capture.
 
-The last, smaller batch of an epoch is a shape of its own, and captured like any other: padding it would change what
-batch norm sees. The first steps of each shape are made kernel by kernel, since libraries set themselves up in them and
-optimizers make their moments. Nothing is repeated for the capture's sake: capturing runs nothing, and the replay that
-follows is the step itself.
+The smaller last batch of an epoch has its own shape, since padding would change batch norm. The first steps of each
+shape are run without capture, since libraries initialize themselves and optimizers create their state in them.
+Capturing runs nothing; the replay that follows is the step itself.
 """
 
 from __future__ import annotations
@@ -25,34 +23,33 @@ from core.errors import ConfigError
 from core.loop.step import Batch, Launch, StepShape, StepValues
 from core.runtime import allowed_waits, forbidden_waits, is_out_of_memory
 
-# Steps of a shape that are launched kernel by kernel before one is captured. The second is watched for waits, which a
-# capture could not hold; in the first, a network may still make constants.
+# Steps of a shape before a capture. The second is checked for host synchronization, which cannot be captured; in the
+# first, a network may still create constants.
 WARM_UP_STEPS = 2
-# The step of a shape that is captured. A capture takes the host as long as some ten steps, so a shape that is seen a
-# few times only, such as the last batch of one size of images with one kind of mixing, is not worth one.
+# The captured step of a shape. A capture takes as long as ten steps, so rare shapes are not worth one.
 CAPTURED_STEP = 8
 
-# What torch and CUDA say where a capture, or the watch before it, is at fault: "called a synchronizing CUDA operation",
-# "operation not permitted when stream is capturing", "cudaErrorStreamCapture…".
+# Errors of torch and CUDA in a capture: "called a synchronizing CUDA operation", "operation not permitted when stream
+# is capturing", "cudaErrorStreamCapture…".
 _OF_CAPTURES = re.compile("synchroniz|captur", re.IGNORECASE)
 
 
-# Since torch 2.14 a capture finds its generators by itself, and registering one warns.
+# Since torch 2.14 generators are registered automatically, and doing so explicitly warns.
 GENERATORS_REGISTER_THEMSELVES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
 class Capture(Protocol):
-    """Turns a function that launches kernels into one that launches the same kernels on the same memory."""
+    """Records a function's kernels and replays them on the same memory."""
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Runs the function, once, and returns what runs it again."""
+        """Run the function once, and return a function that runs it again."""
 
 
 class CudaCapture:
-    """CUDA graphs that share one pool of memory, which is right as long as they run one after the other.
+    """CUDA graphs with a shared memory pool; they must run one after the other.
 
     Args:
-        generators: the CUDA generators that are drawn from, but for torch's own, which registers itself.
+        generators: the CUDA generators in use, except torch's default one.
     """
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
@@ -64,9 +61,9 @@ class CudaCapture:
         if not GENERATORS_REGISTER_THEMSELVES:
             for generator in self._generators:
                 graph.register_generator_state(generator)
-        # `thread_local`: another thread may be allocating pinned memory, or waiting for a copy.
+        # `thread_local`: another thread may allocate pinned memory or wait for a copy.
         with (
-            allowed_waits(),  # a generator's first number in a capture waits for its stream, outside of the capture
+            allowed_waits(),  # the first use of a generator in a capture waits for its stream
             torch.cuda.graph(
                 graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             ),
@@ -77,13 +74,13 @@ class CudaCapture:
 
 
 class CapturedSteps:
-    """Launches steps as captured graphs.
+    """Runs steps as captured graphs.
 
     Args:
-        run: the device's half of a step.
-        capture: how it is captured.
-        device: where its inputs lie.
-        name: the network's, for an error's words.
+        run: the device part of a step.
+        capture: records it.
+        device: device of its inputs.
+        name: the network's name, for error messages.
     """
 
     def __init__(self, run: Launch, capture: Capture, device: torch.device, name: str) -> None:
@@ -96,7 +93,7 @@ class CapturedSteps:
         self._values = StepValues(factor, average, smoothing, keep, self._row[4:])
 
     def __call__(self, batch: Batch, shape: StepShape, values: StepValues) -> None:
-        """Makes a step, a replayed one where its shape has been captured.
+        """Make a step, replayed if its shape was captured.
 
         Raises:
             ConfigError: the network's step cannot be captured.
@@ -108,7 +105,7 @@ class CapturedSteps:
             return
         self._seen[shape] += 1
         if self._seen[shape] == WARM_UP_STEPS:
-            with self._unless_captured("waits for the host"), forbidden_waits(self._device):
+            with self._capture_errors("waits for the host"), forbidden_waits(self._device):
                 self._run(batch, shape, self._values)
         elif self._seen[shape] < CAPTURED_STEP:
             self._run(batch, shape, self._values)
@@ -116,22 +113,22 @@ class CapturedSteps:
             held = self._inputs.setdefault(len(batch), batch.like())
             torch._foreach_copy_(held.tensors, batch.tensors)
             run, values = self._run, self._values
-            with self._unless_captured("cannot be recorded"):
+            with self._capture_errors("cannot be recorded"):
                 self._replays[shape] = self._capture.capture(lambda: run(held, shape, values))
 
     def _fill(self, values: StepValues) -> None:
-        """Sends the step's numbers to the device without a wait, which a copy from pinned memory is."""
+        """Copy the step's values to the device from pinned memory, which does not wait."""
         numbers = [values.factor, values.average, values.smoothing, values.keep, *values.box]
         row = torch.tensor(numbers, dtype=torch.float32, pin_memory=self._device.type == "cuda")
         self._row.copy_(row, non_blocking=True)
 
     @contextlib.contextmanager
-    def _unless_captured(self, why: str) -> Iterator[None]:
-        """Turns a failure to capture into a word on what to do; any other is one of its own."""
+    def _capture_errors(self, why: str) -> Iterator[None]:
+        """Raise ConfigError with a fix for capture errors; other errors propagate."""
         try:
             yield
         except RuntimeError as error:
-            # Ending a capture that failed raises once more, and with less to say.
+            # Ending a failed capture raises a second, less specific error.
             cause = error.__context__ or error
             if is_out_of_memory(error) or is_out_of_memory(cause) or not _OF_CAPTURES.search(f"{error} {cause}"):
                 raise

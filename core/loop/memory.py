@@ -1,9 +1,8 @@
-"""Whether a step fits the device's memory, found out before the training begins, and what is done where it does not.
+"""Probe of whether a step fits the device's memory, and splitting of batches that do not.
 
-One step's forward and backward pass is tried on the largest batch at the images' whole size, with room held for what
-the optimizer will keep. Where that is too much, the batch goes through the network in two halves, four quarters, and so
-on: the gradients, and so the step, are the whole batch's. Only batch norm then sees fewer images at once, which is
-recorded with the result.
+The forward and backward passes of the largest batch at full image size are tried, with memory reserved for the
+optimizer's state. If they do not fit, the batch is passed through the network in 2, 4, … parts. Gradients are still
+those of the whole batch; only batch norm sees fewer images at once, which is recorded in the results.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from core.runtime import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-# Batch norm over fewer images than this is another network (Wu and He 2018, arXiv 1803.08494, figure 1: its error
-# climbs below 8 images).
+# The error of batch norm climbs below 8 images (Wu and He 2018, arXiv 1803.08494, figure 1).
 SMALLEST_MICRO_BATCH = 8
 
 
@@ -31,17 +29,18 @@ def micro_batch_that_fits(
     batch_size: int,
     moments: int,
 ) -> int | None:
-    """The largest micro-batch, halving from the whole batch, whose step the device has memory for; None: the whole.
+    """Return the largest micro-batch that fits, halving from the whole batch; None: the whole batch.
 
-    The model is left as it was, without gradients.
+    The model's buffers are restored and its gradients cleared.
 
     Args:
-        try_step: goes forward and back through a whole batch, in micro-batches of that size.
-        batch_size: the whole batch's.
-        moments: how many tensors of the parameters' sizes the optimizer will keep.
+        try_step: runs the passes of a whole batch in micro-batches of that size.
+        model: the network.
+        batch_size: size of the whole batch.
+        moments: state tensors per parameter that the optimizer will need.
 
     Raises:
-        torch.OutOfMemoryError: not even `SMALLEST_MICRO_BATCH` images fit, or a plain RuntimeError on a CPU.
+        torch.OutOfMemoryError: not even `SMALLEST_MICRO_BATCH` images fit; on a CPU a RuntimeError.
     """
     buffers = list(model.buffers())
     before = [buffer.clone() for buffer in buffers]
@@ -60,43 +59,43 @@ def micro_batch_that_fits(
             logger.info("a pass of %d images does not fit the device's memory: trying %d", size or batch_size, smaller)
             size = smaller
             model.zero_grad(set_to_none=True)
-            _let_go()
+            _free_cache()
         return size
     finally:
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-        _let_go()
+        _free_cache()
 
 
 def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int) -> int:
-    """The largest number of images, halving from `batch_size`, that `try_batch` has memory for.
+    """Return the largest number of images that `try_batch` has memory for, halving from `batch_size`.
 
     Raises:
-        torch.OutOfMemoryError: not even one image fits, or a plain RuntimeError on a CPU.
+        torch.OutOfMemoryError: not even one image fits; on a CPU a RuntimeError.
     """
     while (error := _out_of_memory(partial(try_batch, batch_size))) is not None:
         if batch_size == 1:
             raise error
         batch_size //= 2
-        _let_go()
+        _free_cache()
     return batch_size
 
 
 def _out_of_memory(attempt: Callable[[], object]) -> BaseException | None:
-    """What the attempt dies of, if it is a lack of memory."""
+    """The out-of-memory error of the attempt, or None."""
     try:
         attempt()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        # Its traceback holds the attempt's tensors, which the next one needs the room of.
+        # The traceback keeps the attempt's tensors alive.
         return error.with_traceback(None)
     return None
 
 
-def _let_go() -> None:
-    """Gives back what torch's allocator keeps, so that the next attempt finds it in one piece."""
+def _free_cache() -> None:
+    """Free torch's cached memory, so that the next attempt is not affected by fragmentation."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

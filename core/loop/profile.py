@@ -1,9 +1,8 @@
-"""Where a training's time goes: what each part of its steps takes, and how near it comes to what the device can do.
+"""Time of each part of a training step, and utilization of the device.
 
-It is measured on a `Run` of its own, so the training itself is not disturbed. Every step is made as the run's last one:
-its images are whole, and no layer waits any more; what is mixed then is mixed. On a GPU a clock of the host would see
-how long it takes to launch kernels, so parts are told apart by events on the device. Where steps are captured, the
-events are captured with them, and the parts of the replayed step are measured, which is the one that a training makes.
+Times are measured on a separate `Run`, repeating the run's last step: full image size, no frozen layers, mixing if it
+is on at the end. On a GPU, parts are timed by events on the device, since a host clock would measure kernel launches.
+Captured steps are timed by events captured with them.
 """
 
 from __future__ import annotations
@@ -30,16 +29,15 @@ from core.loop.step import Batch, Section, batch_sizes
 from core.runtime import clock, compute_dtype, isolated_rng, own_stream
 
 Part = Literal[Section, "evaluation", "host"]
-"""What an epoch's time is spent on; `Times.host_s` says what `host` is."""
+"""Parts of an epoch's time; see `Times.host_s` for `host`."""
 
 SECTIONS: tuple[Section, ...] = get_args(Section)
 
-# Long enough to even out a busy machine, short enough to wait for. The fewest steps are those of `seconds_per_epoch`;
-# more than the most would say no more.
+# Limits of the measured time and number of steps.
 MEASURED_S = 2.0
 FEWEST_STEPS, MOST_STEPS = 3, 200
-# The side of the largest matrices multiplied: 8192 fills an H200, and takes 0.4 GB in bf16. How long a product may take
-# lets a CPU stop at smaller ones, which keep it as busy.
+# Largest side of multiplied matrices: 8192 saturates an H200 and takes 0.4 GB in bf16. The time limit stops a CPU at
+# smaller ones.
 LARGEST_SIDE, LONGEST_PRODUCT_S = 8192, 0.2
 
 USUAL = Execution()
@@ -47,87 +45,85 @@ USUAL = Execution()
 
 @dataclass(frozen=True)
 class Times:
-    """What an epoch's steps take, one way of launching them. Seconds are an epoch's."""
+    """Time of an epoch's steps for one way of launching them, in seconds per epoch."""
 
     sections_s: dict[Section, float]
-    """Seconds by part, in a step's order; without `averaging` where there is none.
+    """Seconds by part, in order; `averaging` only if it is on.
 
-    On the CPU, between a part's beginning and its end. On CUDA, from the end of the work before it to the end of its
-    own on the device's timeline: where the host launches kernels more slowly than the device finishes them, the pauses
-    in between are the part's as well. A replayed step has no such pauses.
+    On the CPU, the time between start and end of a part. On CUDA, the time on the device's timeline from the end of the
+    previous work; if the host launches kernels more slowly than the device runs them, this includes the gaps, which
+    replayed steps do not have.
     """
     host_s: float
-    """What no part accounts for: on the CPU all that is done between parts, which is to gather the images, to draw what
-    is drawn once a batch, and Python. On CUDA the time in which the device works on no part: it gathers images or waits
-    for them, or waits for the host to begin the step."""
+    """Remaining time. On the CPU: gathering images, random numbers per batch, and Python. On CUDA: time in which the
+    device runs no part, but gathers images, or waits for images or the host."""
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Total time."""
         return sum(self.sections_s.values()) + self.host_s
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a training's epochs goes.
+    """Time of a training's epochs, by part.
 
-    What is done once an epoch, as to draw its order, counts as often as it was met between the timed steps, which is
-    not at all where an epoch has more steps than were timed. Evaluation always counts.
+    Work done once per epoch, such as drawing its order, counts only if the timed steps cross an epoch's end. Evaluation
+    always counts.
     """
 
     launched: Times
-    """Its steps, launched kernel by kernel."""
+    """Steps without capture."""
     replayed: Times | None
-    """Its steps, replayed as CUDA graphs; None where they are not captured."""
+    """Steps replayed as CUDA graphs; None if they are not captured."""
     evaluation_s: float
-    """An epoch's passes over the validation images: two under EMA, which is judged beside the weights themselves. SWA
-    judges and recalibrates its average once, at the end of the run, which is not counted."""
+    """Passes over the validation images per epoch: two with EMA, which is evaluated besides the weights. Recalibrating
+    and evaluating SWA once per run is not included."""
     images: int
-    """Training images that an epoch shows."""
+    """Training images shown per epoch."""
     steps: int
-    """An epoch's."""
+    """Steps per epoch."""
     timed_steps: int
-    """How many steps the times are the mean of."""
+    """Number of steps over which times are averaged."""
     parameters: int
-    """The network's."""
+    """Parameters of the network."""
     flops_per_image: int
-    """Of one image's forward and backward pass: see `flops_per_image`."""
+    """Forward and backward pass of one image: see `flops_per_image`."""
     dtype: Literal["bfloat16", "float32"]
-    """What the network computes in: bfloat16 under autocast."""
+    """Dtype of the network's computations: bfloat16 under autocast."""
     peak_flops: float
-    """FLOP/s: the device's `measured_peak_flops` in that type."""
+    """FLOP/s: `measured_peak_flops` of that dtype."""
     peak_memory_bytes: int | None
-    """The most that tensors took of the device while steps were launched kernel by kernel, images and weights
-    included; None on a CPU."""
+    """Peak memory of tensors on the device for steps without capture, including images and weights; None on a CPU."""
 
     @property
     def trained(self) -> Times:
-        """The steps as a training makes them: replayed where they are captured."""
+        """Steps as in a training: replayed if they are captured."""
         return self.launched if self.replayed is None else self.replayed
 
     @property
     def epoch_s(self) -> float:
-        """Seconds of an epoch of training and evaluation."""
+        """Seconds per epoch of training and evaluation."""
         return self.trained.seconds + self.evaluation_s
 
     @property
     def images_per_s(self) -> float:
-        """Training images a second, evaluation counted."""
+        """Training images per second, including evaluation time."""
         return self.images / self.epoch_s
 
     @property
     def graph_saves(self) -> float | None:
-        """The share of a step's time that replaying it saves; None where steps are not captured."""
+        """Fraction of a step's time saved by replaying it; None if steps are not captured."""
         return None if self.replayed is None else 1 - self.replayed.seconds / self.launched.seconds
 
     @property
     def step_flops(self) -> float:
-        """FLOP/s over whole steps, without evaluation."""
+        """FLOP/s of whole steps, without evaluation."""
         return self.flops_per_image * self.images / self.trained.seconds
 
     @property
     def network_flops(self) -> float:
-        """FLOP/s over the forward and backward passes alone."""
+        """FLOP/s of the forward and backward passes only."""
         took_s = self.trained.sections_s["forward"] + self.trained.sections_s["backward"]
         return self.flops_per_image * self.images / took_s
 
@@ -138,7 +134,7 @@ class Profile:
         return max(parts, key=lambda part: parts[part])
 
     def parts(self, times: Times) -> dict[Part, float]:
-        """Seconds of an epoch by part, of steps launched that way."""
+        """Return the seconds per epoch of each part, for `launched` or `replayed`."""
         parts: dict[Part, float] = {"evaluation": self.evaluation_s, "host": times.host_s}
         return {name: times.sections_s[name] for name in SECTIONS if name in times.sections_s} | parts
 
@@ -151,44 +147,48 @@ def profile(
     steps: int | None = None,
     execution: Execution = USUAL,
 ) -> Profile:
-    """Measures where the time of a training's epochs goes, on a run of its own; torch's generators stay as they are.
+    """Measure the time of a training's epochs on a separate run; torch's generators are restored.
 
     Args:
-        steps: how many are timed, at least 1, each way of launching them; None: as many as take `MEASURED_S`.
-        execution: how the training is run.
+        config: the configuration.
+        splits: training and validation images.
+        device: where to train.
+        steps: timed steps for each way of launching them, at least 1; None: as many as take `MEASURED_S`.
+        execution: how the training is executed.
 
     Raises:
-        ConfigError: the data and the network do not fit each other, or a step cannot be captured.
+        ConfigError: the data do not fit the network, or a step cannot be captured.
         torch.OutOfMemoryError: not even a small part of a batch fits the device's memory; on a CPU a RuntimeError.
     """
     with isolated_rng(device), own_stream(device):
         measured = _measure(config, splits, device, steps, execution)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the memory of graphs that are gone is of use to no others
+        torch.cuda.empty_cache()  # frees the graphs' memory
     return measured
 
 
 def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int:
-    """Floating-point operations of one image's forward and backward pass through the network.
+    """Count the floating-point operations of a forward and backward pass of one image.
 
-    Convolutions, matrix products and attention are counted, a multiplication and an addition as two; what is done
-    element by element is not, nor is augmentation. Counted on tensors without memory; the network is left as it is.
+    Includes convolutions, matrix products and attention, with a multiply-add as two operations, but neither
+    element-wise operations nor augmentation. Counted on meta tensors; the network is not changed.
 
     Args:
-        image: its channels, height and width.
+        model: the network.
+        image: channels, height and width.
     """
     network = copy.deepcopy(model).to("meta")
-    images = torch.empty(2, *image, device="meta")  # two: batch norm needs them
+    images = torch.empty(2, *image, device="meta")  # batch norm needs two
     with FlopCounterMode(display=False) as counter:
         network(images).sum().backward()
     return int(counter.get_total_flops()) // len(images)
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest product of two square matrices of that type, among sides from 256 to `LARGEST_SIDE`.
+    """Measure the FLOP/s of the fastest product of square matrices with sides from 256 to `LARGEST_SIDE`.
 
-    Measured for as large a side as takes `LONGEST_PRODUCT_S`. On CUDA, float32 is multiplied as convolutions are, which
-    is in TF32 unless torch is told otherwise. It is what can be had of the device here and now, below its data sheet.
+    The side grows until a product takes `LONGEST_PRODUCT_S`. On CUDA, float32 uses the same precision as convolutions,
+    which is TF32 by default. The result is below the data sheet's value.
     """
     fastest, side = 0.0, 256
     with products_as_precise_as_convolutions():
@@ -214,7 +214,7 @@ def _measure(
         run.model.train()
         captured = isinstance(run.one_step.launch, CapturedSteps)
         run.one_step.launch = None
-        steps = steps or _worth_timing(run)
+        steps = steps or _steps_to_time(run)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         launched = _launched(run, steps)
@@ -237,58 +237,59 @@ def _measure(
         )
 
 
-def _worth_timing(run: Run) -> int:
-    """How many steps take `MEASURED_S`, within bounds. Pays for what the first steps set up."""
-    _walk(run, 1)
-    return min(max(round(MEASURED_S / _walk(run, 1).seconds), FEWEST_STEPS), MOST_STEPS)
+def _steps_to_time(run: Run) -> int:
+    """Number of steps that take `MEASURED_S`, within bounds. Also warms up."""
+    _run_steps(run, 1)
+    return min(max(round(MEASURED_S / _run_steps(run, 1).seconds), FEWEST_STEPS), MOST_STEPS)
 
 
 def _launched(run: Run, steps: int) -> Times:
-    """The run's steps, launched kernel by kernel."""
+    """Time steps without capture."""
     stopwatch = stopwatch_of(run.device)
     run.one_step.section = stopwatch.section
     run.one_step.launch = None
-    return _times(run, _walk(run, steps, stopwatch), stopwatch)
+    return _times(run, _run_steps(run, steps, stopwatch), stopwatch)
 
 
 def _replayed(run: Run, steps: int, capture: Callable[[], Capture]) -> Times:
-    """The run's steps, replayed: their whole time as a training makes them, and their parts' with events in between.
+    """Time replayed steps: in total without events, and by part with events.
 
     Args:
-        capture: makes how they are captured. Both times anew, as torch captures nothing more into the memory of graphs
-            that are gone.
+        run: the run.
+        steps: number of timed steps.
+        capture: creates a capture. Called twice, since torch cannot reuse the memory pool of deleted graphs.
     """
     run.one_step.section = lambda _: contextlib.nullcontext()
     _capture_all(run, steps, capture())
-    untimed = _walk(run, steps)
+    untimed = _run_steps(run, steps)
     stopwatch = stopwatch_of(run.device)
     run.one_step.section = stopwatch.section
     _capture_all(run, steps, TimedCapture(capture(), stopwatch))
-    _walk(run, steps, stopwatch)
+    _run_steps(run, steps, stopwatch)
     return _times(run, untimed, stopwatch)
 
 
 def _capture_all(run: Run, steps: int, capture: Capture) -> None:
-    """Captures each shape of step that a walk of so many steps makes, and forgets what was captured before."""
+    """Replace the captured steps by captures of every shape within so many steps."""
     run.one_step.launch = CapturedSteps(run.one_step.run, capture, run.device, run.config.model.name)
     if run.device.type == "cuda":
-        torch.cuda.empty_cache()  # the memory of those graphs is of use to no others
+        torch.cuda.empty_cache()  # frees the graphs' memory
     for _ in range(CAPTURED_STEP):
-        _walk(run, steps)
+        _run_steps(run, steps)
 
 
-class Walk(NamedTuple):
-    """So many of a run's steps."""
+class TimedSteps(NamedTuple):
+    """Result of `_run_steps`."""
 
     seconds: float
     images: int
 
 
-def _walk(run: Run, steps: int, stopwatch: Stopwatch | None = None) -> Walk:
-    """Makes so many steps, of which the stopwatch counts the parts, after one that is not timed.
+def _run_steps(run: Run, steps: int, stopwatch: Stopwatch | None = None) -> TimedSteps:
+    """Make so many steps after an untimed one, counting their parts on the stopwatch.
 
-    Every walk makes the same steps: the first epoch's, and on through the next ones', with the same draws. The step
-    before them draws the epoch's order, and lets images that stream get ahead.
+    Every call makes the same steps, from the first epoch on, with the same random numbers. The untimed step draws the
+    epoch's order and lets streamed images get ahead.
     """
     batches = chain.from_iterable(map(run.batches, count(1)))
     _step(run, next(batches))
@@ -302,36 +303,35 @@ def _walk(run: Run, steps: int, stopwatch: Stopwatch | None = None) -> Walk:
     seconds = clock(run.device) - started
     if stopwatch is not None:
         stopwatch.read(stopwatch.take())
-    return Walk(seconds, images)
+    return TimedSteps(seconds, images)
 
 
 def _step(run: Run, batch: Batch) -> None:
-    """Makes the run's last step, however often it was made."""
+    """Make the run's last step, however often."""
     run.step_count = run.total_steps - 1
     run.step(batch)
 
 
-def _times(run: Run, walk: Walk, stopwatch: Stopwatch) -> Times:
-    """Of an epoch. The parts of replayed steps are of another walk, and might come to a little more than the whole."""
-    epochs = walk.images / run.visits
+def _times(run: Run, timed: TimedSteps, stopwatch: Stopwatch) -> Times:
+    """Convert to times per epoch. The parts of replayed steps are measured separately and may exceed their total."""
+    epochs = timed.images / run.visits
     sections = {name: stopwatch.seconds[name] / epochs for name in SECTIONS if name in stopwatch.seconds}
-    return Times(sections, max(walk.seconds / epochs - sum(sections.values()), 0.0))
+    return Times(sections, max(timed.seconds / epochs - sum(sections.values()), 0.0))
 
 
 def _evaluation_s(run: Run) -> float:
-    """A pass over the validation images; where it would take longer than `MEASURED_S`, as much for each as the first
-    ones take."""
+    """Seconds of a pass over the validation images; extrapolated from one batch if longer than `MEASURED_S`."""
     val = run.splits.val
     if not len(val):
         return 0.0
     first = val[:EVALUATION_BATCH]
-    _judge(run, first)  # pays for start-up
-    pass_s = _judge(run, first) * len(val) / len(first)
-    return pass_s if pass_s > MEASURED_S else _judge(run, val)
+    _score_s(run, first)  # warm-up
+    pass_s = _score_s(run, first) * len(val) / len(first)
+    return pass_s if pass_s > MEASURED_S else _score_s(run, val)
 
 
-def _judge(run: Run, rows: Tensor) -> float:
-    """Seconds that it takes to score the weights on these images."""
+def _score_s(run: Run, rows: Tensor) -> float:
+    """Seconds to score the weights on these images."""
     started = clock(run.device)
     metrics.scores(run.logits(run.model, rows), run.splits.labels[rows])
     return clock(run.device) - started
@@ -341,12 +341,12 @@ def _judge(run: Run, rows: Tensor) -> float:
 
 
 def _product_s(side: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the fastest of a few products of two matrices of that side."""
+    """Seconds of the fastest of three products of two matrices of that side."""
     generator = torch.Generator(device).manual_seed(0)
     one, other = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(one)
     fastest = math.inf
-    for _ in range(3):  # the first pays for start-up
+    for _ in range(3):  # the first is a warm-up
         started = clock(device)
         torch.mm(one, other, out=product)
         fastest = min(fastest, clock(device) - started)
@@ -355,15 +355,14 @@ def _product_s(side: int, device: torch.device, dtype: torch.dtype) -> float:
 
 @contextlib.contextmanager
 def products_as_precise_as_convolutions() -> Iterator[None]:
-    """Lets CUDA multiply float32 matrices in TF32 where it convolves in it, which is torch's default for convolutions
-    alone; the setting is restored."""
+    """Within the body, CUDA multiplies float32 matrices as precisely as it convolves, in TF32 by default."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if before == "tf32" or convolutions.fp32_precision != "tf32":
         yield
         return
-    # By the older name, which sets the newer too: torch refuses to read one where only the other was set.
+    # The older name also sets the newer: torch refuses to read one if only the other was set.
     products.allow_tf32 = True
     try:
         yield
@@ -376,39 +375,39 @@ def products_as_precise_as_convolutions() -> Iterator[None]:
 
 
 class Stopwatch:
-    """Adds up the seconds that the parts of steps take, by the host's clock."""
+    """Sums the time of the parts of steps by the host's clock."""
 
     def __init__(self) -> None:
         self.seconds: dict[Section, float] = {}
-        """By part, since the reset."""
+        """Seconds by part since the reset."""
 
     def reset(self) -> None:
-        """Begins at nothing."""
+        """Set all times to zero."""
         self.seconds.clear()
 
     @contextlib.contextmanager
     def section(self, name: Section) -> Iterator[None]:
-        """What a part of a step runs in; for `TrainStep.section`."""
+        """Time a part of a step; for `TrainStep.section`."""
         started = time.perf_counter()
         yield
         self._add(name, time.perf_counter() - started)
 
     def take(self) -> list[Span]:
-        """The spans since they were last taken, which `read` is yet to count: none, as they are counted at once."""
+        """Return the spans since the last call, to be counted by `read`: none here."""
         return []
 
     def read(self, spans: list[Span]) -> None:
-        """Waits for the device, and counts these spans."""
+        """Wait for the device, and count these spans."""
 
     def _add(self, name: Section, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 class DeviceStopwatch(Stopwatch):
-    """Adds up what the parts of steps take on a CUDA device, by events before and behind each.
+    """Sums the time of the parts of steps on a CUDA device, by events.
 
-    The events can be captured in a graph, and are recorded anew by each of its replays. A graph does not keep them
-    alive, so whoever replays it keeps its spans.
+    Events can be captured in a graph, and each replay records them again. A graph does not own its events, so the
+    caller must keep the spans.
     """
 
     def __init__(self) -> None:
@@ -435,9 +434,9 @@ class DeviceStopwatch(Stopwatch):
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.current_stream().synchronize()
         if spans:
-            spans[-1].end.synchronize()  # the last of the stream's
+            spans[-1].end.synchronize()  # the last one in the stream
         for span in spans:
-            self._add(span.name, span.begin.elapsed_time(span.end) / 1000)  # of milliseconds
+            self._add(span.name, span.begin.elapsed_time(span.end) / 1000)  # milliseconds
 
 
 class Span(NamedTuple):
@@ -449,11 +448,13 @@ class Span(NamedTuple):
 
 
 class TimedCapture:
-    """A `Capture` whose replays a stopwatch counts. Each waits for the device, so their whole time means nothing.
+    """A `Capture` whose replays are counted on a stopwatch.
+
+    Each replay waits for the device, so total times are invalid.
 
     Args:
-        capture: how steps are captured.
-        stopwatch: whose `section` the steps' parts run in.
+        capture: records steps.
+        stopwatch: its `section` is the context of the steps' parts.
     """
 
     def __init__(self, capture: Capture, stopwatch: Stopwatch) -> None:
@@ -461,7 +462,7 @@ class TimedCapture:
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """See `Capture`."""
-        self._stopwatch.take()  # of the steps before it, which were launched kernel by kernel
+        self._stopwatch.take()  # discard steps without capture
         replay = self._capture.capture(function)
         spans = self._stopwatch.take()
 
@@ -473,10 +474,10 @@ class TimedCapture:
 
 
 def _event() -> torch.cuda.Event:
-    """One that tells the time. External: a capture makes it a node of the graph, and not an order between streams."""
+    """A timing event. `external` makes it a node of a captured graph."""
     return torch.cuda.Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]
 
 
 def stopwatch_of(device: torch.device) -> Stopwatch:
-    """The one that tells the truth there."""
+    """Return the stopwatch for the device."""
     return DeviceStopwatch() if device.type == "cuda" else Stopwatch()

@@ -1,4 +1,4 @@
-"""What a training tells: an epoch's figures, and what is left when it is over."""
+"""Results of a training, per epoch and at its end."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from core.metrics import Scores
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """What is known at the end of an epoch, counted from 1."""
+    """Metrics of one epoch, counted from 1."""
 
     epoch: int
     step: int
     lr: float
     train_loss: float
     raw: Scores | None
-    """Validation scores of the weights themselves; None without validation images."""
+    """Validation scores of the weights; None without validation images."""
     averaged: Scores | None
-    """Validation scores of the averaged weights; None where there are none yet."""
+    """Validation scores of the averaged weights; None while there are none."""
     averaged_counts: bool
-    """Whether the average has caught up: from then on it alone is judged."""
+    """Whether the average has caught up, so that its scores alone count."""
     images: int
-    """Training images shown in it."""
+    """Training images shown in the epoch."""
     images_per_s: float
-    """Of those, while it trained: validation is not counted."""
+    """Training throughput, without validation."""
     elapsed_s: float
-    """Since the training began, validation and what was before a resumption included."""
+    """Seconds since the start of the training, including validation and the time before a resumption."""
     micro_batch: int | None = None
-    """Images of one pass through the network, where a whole batch did not fit the device's memory: the steps are the
-    same but for batch norm, which saw that many images at once. None: whole batches."""
+    """Images per pass through the network if a whole batch did not fit the device's memory, which only affects batch
+    norm. None: whole batches."""
 
     def score(self, metric: str) -> float:
-        """The value that this epoch is judged by.
+        """Return the score of this epoch by that metric.
 
-        That of the averaged weights once they have caught up, and before that the better of both: an average that
-        still remembers the first weights must not decide a rung.
+        This is the averaged weights' score once the average has caught up, and before that the better of both, so that
+        a lagging average does not get a trial pruned.
 
         Raises:
             ValueError: there were no validation images.
@@ -46,7 +46,7 @@ class EpochMetrics:
         return metrics.value(self.counted(metric), metric)
 
     def counted(self, metric: str = "accuracy") -> Scores:
-        """The scores that `score` takes its value from."""
+        """Return the scores that `score` uses."""
         if self.raw is None:
             raise ValueError("there were no validation images to score")
         if self.averaged is None:
@@ -57,7 +57,7 @@ class EpochMetrics:
         return better(self.averaged, self.raw, key=lambda scores: metrics.value(scores, metric))
 
     def row(self, metric: str = "accuracy") -> dict[str, float | int]:
-        """One line of `metrics.jsonl`: flat, and without what does not apply. `val_` is what counts by that metric."""
+        """Return one flat row of `metrics.jsonl`; `val_` columns are the scores counted by that metric."""
         row: dict[str, float | int] = {
             "epoch": self.epoch,
             "step": self.step,
@@ -83,16 +83,16 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished training."""
+    """Result of a finished training."""
 
     model: nn.Module
-    """The network that is kept, in evaluation mode: averaged where there is averaging."""
+    """The kept network, in evaluation mode: the average if there is one."""
     history: tuple[EpochMetrics, ...]
     kept: EpochMetrics
-    """The epoch whose weights are kept: the last one, or the best one under early stopping."""
+    """The epoch of the kept weights: the last, or the best with early stopping."""
     val_logits: Tensor | None
     """(M, K) float32 of the kept network on the validation images, in the order of `Splits.val`."""
 
     def value(self, metric: str) -> float:
-        """The result by that metric."""
+        """Return the final score by that metric."""
         return self.kept.score(metric)

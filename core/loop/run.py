@@ -1,8 +1,8 @@
-"""`train`: epoch after epoch of steps, judged, remembered, and saved.
+"""`train`: the loop over epochs, with validation, early stopping and checkpoints.
 
-The randomness of an epoch depends on the seed and the epoch's number alone, so a training that goes on from a
-checkpoint is the one that was never interrupted, and no generator's state has to be saved: bitwise on a CPU, and on
-CUDA as far as its kernels add in one order.
+Random numbers of an epoch depend on the seed and the epoch's number only, so a resumed training continues exactly, and
+checkpoints contain no generator states. The result is bitwise equal on a CPU, and on CUDA up to the order of sums in
+its kernels.
 """
 
 from __future__ import annotations
@@ -57,26 +57,27 @@ from core.tta import predict_logits
 
 logger = logging.getLogger(__name__)
 
-# Images of one forward pass without gradients: large enough to fill a GPU, small enough for 224² on a small one.
+# Images per forward pass without gradients: fills a GPU, yet fits a small one at 224².
 EVALUATION_BATCH = 512
-# Of a training's time, how much saving checkpoints may take. A kill then costs at most an epoch, or the time of twenty
-# saves where that is longer. The smallest of networks, saved in 4 ms after an epoch of 0.14 s, is saved every epoch.
+# Maximum fraction of a training's time spent on saving checkpoints. A killed process loses at most an epoch or the time
+# of twenty saves. The smallest network takes 4 ms to save after an epoch of 0.14 s, so it is saved every epoch.
 CHECKPOINT_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a training is run. It computes the same, but for the order of sums, and for what batch norm sees where a
-    probe divides batches."""
+    """How a training is executed.
+
+    Results are equal up to the order of sums, and to batch norm's statistics if a memory probe splits batches.
+    """
 
     streamed: bool | None = None
-    """Whether images are sent to the device batch by batch; None: where they do not lie there."""
+    """Whether images are streamed to the device; None: if they are not on it."""
     capture: Capture | None = None
-    """How steps are captured, unless `precision.cuda_graphs` is false; None: as CUDA graphs on CUDA, and elsewhere not
-    at all."""
+    """How steps are captured, unless `precision.cuda_graphs` is false; None: as CUDA graphs on CUDA, else not."""
     probe: bool | None = None
-    """Whether one step is tried before the training, and batches that do not fit the memory are divided; None: on CUDA,
-    since a CPU's memory gives way long before its allocator does."""
+    """Whether a step is tried before the training, and batches that do not fit the memory are split. None: on CUDA
+    only, since a CPU runs short of memory long before its allocator fails."""
 
 
 def train(
@@ -95,28 +96,31 @@ def train(
     metric: str = "accuracy",
     execution: Execution = Execution(),
 ) -> TrainResult:
-    """Trains from the first epoch, or from a checkpoint, to the last.
+    """Train from the first epoch, or from a checkpoint, to the last.
 
     Args:
-        on_epoch_end: called after every epoch. What it raises ends the training and goes through. A KeyboardInterrupt
-            leaves a checkpoint of that epoch first; what else it raises leaves none.
-        on_resume: called once with the history of a checkpoint before going on from it.
-        resume_from: a checkpoint of the same configuration; a path without a file begins anew.
-        checkpoint_to: where to save one after the first epoch, and then after an epoch whenever saving would have taken
-            no more than `CHECKPOINT_SHARE` of the time since the last, or that was five minutes ago.
-        checkpoint_at: epochs after which one is always saved, once `on_epoch_end` has returned.
-        checkpoint_at_end: saves one after the last epoch too: gone on from, it is the finished training.
-        on_checkpoint: called with its path after each checkpoint is whole and in place.
-        stop_after: ends after this epoch, on the schedule of the whole run.
-        metric: what early stopping watches; one of `core.metrics.METRICS`.
-        execution: how it is run.
+        config: the configuration.
+        splits: training and validation images; they may be on the device or the host.
+        device: where to train.
+        on_epoch_end: called after every epoch. Its exceptions end the training and propagate. A KeyboardInterrupt saves
+            a checkpoint of that epoch first; other exceptions do not.
+        on_resume: called once with the history of the checkpoint before resuming.
+        resume_from: a checkpoint of the same configuration; if the file does not exist, training starts anew.
+        checkpoint_to: file for checkpoints, saved after the first epoch and then whenever saving takes at most
+            `CHECKPOINT_SHARE` of the time since the last, or five minutes after it.
+        checkpoint_at: epochs after which a checkpoint is always saved, once `on_epoch_end` has returned.
+        checkpoint_at_end: also save one after the last epoch; resuming from it returns the finished training.
+        on_checkpoint: called with the path after each save.
+        stop_after: end after this epoch, on the schedule of the whole run.
+        metric: metric of early stopping; one of `core.metrics.METRICS`.
+        execution: how the training is executed.
 
     Raises:
-        ConfigError: the data and the network do not fit each other, or a step cannot be captured.
+        ConfigError: the data do not fit the network, or a step cannot be captured.
         torch.OutOfMemoryError: not even a small part of a batch fits the device's memory; on a CPU a RuntimeError.
-        DivergedError: a loss of an epoch, in training or validation, is not finite, or long far above a guess's.
-        CheckpointError: the checkpoint is torn or damaged, or of another configuration, metric, or data set.
-        OSError: the disk is full, or gone. The checkpoint before is still there, whole.
+        DivergedError: a training or validation loss is not finite, or stays far above that of uniform predictions.
+        CheckpointError: the checkpoint is damaged, or of another configuration, metric or data set.
+        OSError: writing failed. The previous checkpoint is intact.
     """
     with isolated_rng(device), own_stream(device), Run(config, splits, device, metric, execution) as run:
         if resume_from is not None and resume_from.exists():
@@ -130,7 +134,7 @@ def train(
         while len(run.history) < last_epoch and not run.ran_out_of_patience():
             now = run.epoch(final=len(run.history) + 1 == last_epoch)
             if on_epoch_end is not None:
-                with _saving_what_is_interrupted(checkpoints):
+                with _saving_on_interrupt(checkpoints):
                     on_epoch_end(now)
             if checkpoints is not None and (now.epoch in checkpoint_at or checkpoints.due):
                 checkpoints.save()
@@ -140,8 +144,8 @@ def train(
 
 
 @contextlib.contextmanager
-def _saving_what_is_interrupted(checkpoints: Checkpoints | None) -> Iterator[None]:
-    """Where a person interrupts at the end of an epoch, which is whole, that epoch is not to be trained again."""
+def _saving_on_interrupt(checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Save the completed epoch if the user interrupts at its end."""
     try:
         yield
     except KeyboardInterrupt:
@@ -151,24 +155,30 @@ def _saving_what_is_interrupted(checkpoints: Checkpoints | None) -> Iterator[Non
 
 
 def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.device, steps: int = 3) -> float:
-    """How long one epoch of training and validation takes on this device, from a few timed steps.
+    """Estimate the time of one epoch of training and validation from a few timed steps.
 
-    They are launched kernel by kernel, and not compiled, also where a training would be faster by that.
+    The steps are neither captured nor compiled, even if a training would be.
+
+    Args:
+        config: the configuration.
+        splits: training and validation images.
+        device: where to train.
+        steps: number of timed steps.
     """
     plain = config.override({"precision.compile": False, "precision.cuda_graphs": False})
     with isolated_rng(device), own_stream(device), Run(plain, splits, device) as run:
-        # The run's last steps: its images are whole and no layer waits any more.
+        # The last steps of the run: images have their full size and no layer is frozen.
         run.step_count = max(0, run.total_steps - steps - 2)
         sizes: list[int] = []
         batches = run.batches(epoch=1)
-        run.step(next(batches))  # pays for start-up
+        run.step(next(batches))  # warm-up
         started = clock(device)
         for batch in batches:
             run.step(batch)
             sizes.append(len(batch))
             if len(sizes) == steps:
                 break
-        if not sizes:  # an epoch of one batch: time it again
+        if not sizes:  # an epoch of one batch
             batch = next(run.batches(epoch=2))
             run.step(batch)
             sizes.append(len(batch))
@@ -182,7 +192,7 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
 
 
 class Run:
-    """One training in flight."""
+    """State of one training."""
 
     def __init__(
         self,
@@ -207,7 +217,7 @@ class Run:
         _, channels, height, width = splits.images.shape
         self.model = build_model(
             config.model, num_classes=self.num_classes, in_channels=channels, image_size=(height, width)
-        ).to(device)  # build_model laid it out in channels_last
+        ).to(device)  # build_model made it channels_last
         self.train_labels = self.splits.labels[self.splits.train]
         self.train_counts = torch.bincount(self.train_labels, minlength=self.num_classes)
         self.visits = epoch_length(self.train_labels, config.sampling)
@@ -227,20 +237,20 @@ class Run:
             capture = execution.capture or CudaCapture([self.generator])
             self.one_step.launch = CapturedSteps(self.one_step.run, capture, device, config.model.name)
         self.step_count = 0
-        self.reductions = 0  # how often a plateau schedule has fallen
+        self.reductions = 0  # reductions of a plateau schedule so far
         self.elapsed_s = 0.0
         self.history: list[EpochMetrics] = []
-        self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # under early stopping only
-        self.last_logits: Tensor | None = None  # of the last epoch's average, or of its weights where there is none
+        self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # with early stopping only
+        self.last_logits: Tensor | None = None  # of the last epoch's average, else of its weights
         self._check_sizes(channels, (height, width))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Lets go of the graphs, which the run refers to and which refer to it.
+        """Release the CUDA graphs, which form a reference cycle with the run.
 
-        Left to the collector, their memory would be missing to the next training's probe.
+        Until garbage collection, their memory would be missing in the next training's probe.
         """
         self.one_step.launch = None
 
@@ -265,10 +275,10 @@ class Run:
         )
 
     def _fit_memory(self) -> None:
-        """Divides batches where a step on a whole one does not fit the device's memory."""
+        """Split batches if a step on a whole one does not fit the device's memory."""
         largest = max(batch_sizes(self.visits, self.config.batch_size))
         rows = self.splits.train[torch.arange(largest, device=self.device) % len(self.splits.train)]
-        self.generator.manual_seed(0)  # an epoch seeds it anew
+        self.generator.manual_seed(0)  # each epoch seeds it again
 
         def try_step(micro_batch: int | None) -> None:
             self.one_step.micro_batch = micro_batch
@@ -283,7 +293,7 @@ class Run:
             try_step, self.model, batch_size=largest, moments=self.optimizer.moments
         )
         if cuda:
-            # What a graph holds, nothing else can use: steps of other shapes, and evaluation, need as much beside it.
+            # A graph's memory is not available to anything else: other steps and evaluation need as much again.
             needed = torch.cuda.max_memory_allocated(self.device) - held
             self._graphs_fit = self.one_step.micro_batch is None and free_memory(self.device) >= 2 * needed
             if self._captures and not self._graphs_fit:
@@ -300,7 +310,7 @@ class Run:
             )
 
     def _check_sizes(self, channels: int, size: tuple[int, int]) -> None:
-        """Refuses a network that cannot take each of the sizes through which images grow."""
+        """Raise ConfigError if the network does not support every size of progressive resizing."""
         if self.config.augment.start_size_fraction == 1:
             return
         sizes = {size_at(self.config.augment, step / self.total_steps, size) for step in range(self.total_steps)}
@@ -316,7 +326,7 @@ class Run:
     # ---- an epoch
 
     def epoch(self, *, final: bool) -> EpochMetrics:
-        """Trains and judges the next epoch."""
+        """Train and validate the next epoch."""
         number = len(self.history) + 1
         started = clock(self.device)
         self.model.train()
@@ -333,7 +343,7 @@ class Run:
         trained_s = clock(self.device) - started
         if not math.isfinite(train_loss):
             raise _diverged("training", number, train_loss)
-        raw, averaged = self._judge(final=final)
+        raw, averaged = self._validate(final=final)
         for scores in (raw, averaged):
             if scores is not None and not math.isfinite(scores.loss):
                 raise _diverged("validation", number, scores.loss)
@@ -357,7 +367,7 @@ class Run:
         return now
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The epoch's batches. Seeds all that the epoch draws."""
+        """Yield the batches of an epoch, after seeding its random numbers."""
         self.generator.manual_seed(derive_seed(self.config.seed, "epoch", epoch))
         self.host_generator = make_generator(torch.device("cpu"), self.config.seed, "mix", epoch)
         seed_global(self.device, self.config.seed, "dropout", epoch)
@@ -370,13 +380,13 @@ class Run:
         if self.config.augment.apply_to == "repeats":
             again = torch.split(repeats(order), sizes)
         if self.config.augment.alternate_flip:
-            drawn = make_generator(self.device, self.config.seed, "flips")  # once a run, so the same for every epoch
+            drawn = make_generator(self.device, self.config.seed, "flips")  # the same in every epoch
             first = torch.rand(len(self.train_labels), generator=drawn, device=self.device) < 0.5
             flips = torch.split(alternating_flips(first, epoch)[order], sizes)
         yield from map(Batch, self.feed.batches(rows), labels, again, flips)
 
     def step(self, batch: Batch) -> None:
-        """The run's next step."""
+        """Make the run's next step."""
         progress = self.step_count / self.total_steps
         self.one_step(batch, progress, factor(self.config.schedule, progress, self.reductions), self.host_generator)
         self.step_count += 1
@@ -384,7 +394,7 @@ class Run:
     # ---- judging
 
     def logits(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """(M, K) float32 of the images at these rows, which are never augmented."""
+        """Return the logits of the images at these rows, without augmentation: (M, K) float32."""
         chunks = torch.split(rows, self.evaluation_batch)
         outputs = [
             predict_logits(model, images, prepare=self.prepare, batch_size=len(images), autocast=self.autocast)
@@ -392,8 +402,8 @@ class Run:
         ]
         return torch.cat(outputs)
 
-    def _judge(self, *, final: bool) -> tuple[Scores | None, Scores | None]:
-        """The validation scores of the weights and of their average, where there are such."""
+    def _validate(self, *, final: bool) -> tuple[Scores | None, Scores | None]:
+        """Validation scores of the weights and of their average, if available."""
         val, average = self.splits.val, self._average(final=final)
         if not len(val):
             return None, None
@@ -406,10 +416,10 @@ class Run:
         return raw, metrics.scores(self.last_logits, labels)
 
     def _average(self, *, final: bool) -> nn.Module | None:
-        """The averaged network, fit for evaluation.
+        """The averaged network, ready for evaluation.
 
-        SWA's batch norms have to see the training images again before it can be judged, a third of an epoch, so that
-        is done once, when the run ends.
+        SWA needs a pass over the training images to recalibrate batch norms, a third of an epoch, so it is evaluated
+        only once, at the end of the run.
         """
         if self.averaging is None or not self.averaging.ready:
             return None
@@ -420,7 +430,7 @@ class Run:
         return self.averaging.module
 
     def _recalibrate(self, average: nn.Module) -> None:
-        """Shows the average the training images, shuffled: sorted by class, a batch's variance would be too small."""
+        """Recalibrate on shuffled training images: sorted by class, the variance of a batch would be too small."""
         generator = make_generator(self.device, self.config.seed, "recalibrate")
         order = torch.randperm(len(self.splits.train), generator=generator, device=self.device)
         rows = torch.split(self.splits.train[order], batch_sizes(len(order), self.evaluation_batch))
@@ -442,16 +452,16 @@ class Run:
             self.best = (now, {name: tensor.clone() for name, tensor in counted.state_dict().items()})
 
     def ran_out_of_patience(self) -> bool:
-        """Whether early stopping ends the run here."""
+        """Return whether early stopping ends the run now."""
         patience = self.config.early_stop.patience_fraction
         if patience is None or self.best is None:
             return False
         return len(self.history) - self.best[0].epoch >= max(1, round(patience * self.config.epochs))
 
-    # ---- the end, and going on
+    # ---- result and checkpoints
 
     def result(self) -> TrainResult:
-        """What is kept: the last epoch's average or weights, or the best epoch's under early stopping."""
+        """Return the kept network: the last epoch's average or weights, or the best epoch's with early stopping."""
         if self.best is not None:
             kept, weights = self.best
             model = copy.deepcopy(self.model)
@@ -462,14 +472,14 @@ class Run:
             average = self.averaging.module if self.averaging is not None and self.averaging.ready else None
             model = self.model if average is None else average
         for parameter in model.parameters():
-            parameter.grad = None  # as large as the weights, and of no use any more
+            parameter.grad = None  # frees as much memory as the weights take
         return TrainResult(model.eval(), tuple(self.history), kept, logits)
 
     def state(self) -> dict[str, Any]:
-        """All that `load` needs, after an epoch's end.
+        """Return the state for `load` at the end of an epoch.
 
-        The schedule is where the count of steps says, and on a plateau where the history does. Generators are seeded by
-        the epoch, and bfloat16 has float32's range, so that there is no scaler of gradients.
+        The schedule follows from the step count and the history, generators are seeded per epoch, and bfloat16 needs no
+        gradient scaler, so none of them is included.
         """
         return {
             "identity": self._identity,
@@ -485,7 +495,7 @@ class Run:
 
     @cached_property
     def _identity(self) -> dict[str, str]:
-        """What has to be the same for a training to be the same, by the words for it."""
+        """Properties that a checkpoint must share with this run, by name."""
         return {
             "configuration": self.config.model_dump_json(),
             "metric": self.metric,
@@ -493,10 +503,14 @@ class Run:
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """Goes back to the state that the file at `path` held.
+        """Restore the state of the checkpoint at `path`.
+
+        Args:
+            state: from `load_checkpoint`.
+            path: the file, for error messages.
 
         Raises:
-            CheckpointError: it is another configuration's, of other data, or was judged by another metric.
+            CheckpointError: it is of another configuration, data set or metric.
         """
         for what, ours in self._identity.items():
             if state["identity"][what] != ours:
@@ -513,7 +527,7 @@ class Run:
 
 
 def _digest(splits: Splits) -> str:
-    """Tells data sets and their splits apart: by labels, rows, and the pixels' statistics, but not pixel by pixel."""
+    """Digest of a data set and its split: labels, rows and pixel statistics, not the pixels themselves."""
     digest = hashlib.sha256(repr((splits.images.shape, splits.classes, splits.mean, splits.std)).encode())
     for rows in (splits.labels, splits.train, splits.val):
         digest.update(rows.cpu().numpy().tobytes())

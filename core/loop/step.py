@@ -1,9 +1,8 @@
-"""One optimizer step, in two halves: what the host decides beforehand, and what the device then does.
+"""One optimizer step, in two parts: decisions on the host, and work on the device.
 
-The halves are apart so that the device's half can be captured once as a CUDA graph and replayed: whatever is a Python
-number while it is captured stays as it is for ever. So all that decides which kernels run stands in a `StepShape`,
-for each of which a step is captured, and all that changes from step to step with the same kernels is a `StepValues`,
-which are scalars on the device there, and plain numbers, which cost nothing, where nothing is captured.
+The device part can be captured as a CUDA graph and replayed. Python numbers are constants in a graph, so everything
+that selects kernels is in `StepShape`, with one captured step per shape, and everything else that changes between steps
+is in `StepValues`: scalars on the device when captured, else plain numbers.
 """
 
 from __future__ import annotations
@@ -24,32 +23,32 @@ from core.losses import Criterion, Stage
 from core.optim import StepOptimizer
 
 Section = Literal["augment", "forward", "backward", "optimizer", "averaging"]
-"""The parts of a step, in their order."""
+"""Parts of a step, in order."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step is made on, on the device."""
+    """Input of one step, on the device."""
 
     images: Tensor
     """(B, C, H, W) uint8"""
     labels: Tensor
     """(B,) int64"""
     repeats: Tensor | None
-    """(B,) bool, whether the image was shown before in this epoch; None where nothing depends on it"""
+    """(B,) bool, whether the image was already shown in this epoch; None if unused."""
     flips: Tensor | None
-    """(B,) bool, whether the image is flipped; None where that is drawn"""
+    """(B,) bool, whether the image is flipped; None if flips are drawn."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that are there, always in the same order."""
+        """The tensors that are not None, in a fixed order."""
         return [tensor for tensor in (self.images, self.labels, self.repeats, self.flips) if tensor is not None]
 
     def like(self) -> Batch:
-        """Room for another batch of its kind."""
+        """Return an uninitialized batch of the same shapes."""
         images, labels = torch.empty_like(self.images), torch.empty_like(self.labels)
         repeats, flips = (None if t is None else torch.empty_like(t) for t in (self.repeats, self.flips))
         return Batch(images, labels, repeats, flips)
@@ -57,36 +56,36 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What decides which kernels a step launches: those of two steps of one shape differ in numbers only."""
+    """Everything that selects a step's kernels. Steps of one shape differ in values only."""
 
     images: int
     size: tuple[int, int]
-    """Height and width in pixels that the network sees."""
+    """Height and width in pixels of the network's input."""
     mix: Literal["mixup", "cutmix"] | None
     weighted: bool
-    """Whether class weights hold."""
+    """Whether class weights apply."""
     optimizer: Hashable
-    """Its `phase`."""
+    """The optimizer's `phase`."""
 
 
 @dataclass(frozen=True)
 class StepValues:
-    """What changes from step to step: numbers, or scalars on the device. 0 where nothing reads it."""
+    """Values that change between steps: numbers, or scalars on the device. 0 if unused."""
 
     factor: float | Tensor
-    """The learning rate as a factor of its peak."""
+    """Learning rate as a factor of its peak."""
     average: float | Tensor
-    """The share of the new weights in their average."""
+    """Weight of the new weights in their average."""
     smoothing: float | Tensor
-    """Of the labels."""
+    """Label smoothing."""
     keep: float | Tensor
-    """How much of an image stays when it is mixed."""
+    """Fraction of an image that is kept when it is mixed."""
     box: tuple[int, int, int, int] | Tensor
-    """(4,) pixels: the box that CutMix takes from another image; top, bottom, left, right."""
+    """(4,) box of CutMix in pixels: top, bottom, left, right."""
 
 
 class Launch(Protocol):
-    """Runs the device's half of a step, or replays it."""
+    """Runs or replays the device part of a step."""
 
     def __call__(self, batch: Batch, shape: StepShape, values: StepValues) -> None: ...
 
@@ -95,8 +94,15 @@ class TrainStep:
     """Makes the steps of one training.
 
     Args:
-        network: maps normalised images to logits: the model, or what a compiler made of it.
-        generator: the device's; seeded anew by the loop at every epoch, and always this object.
+        config: the configuration.
+        network: maps normalized images to logits: the model, or its compiled form.
+        augment: augments and normalizes training images.
+        criterion: the loss.
+        optimizer: updates the weights.
+        averaging: averages the weights, or None.
+        num_classes: K, for mixed targets.
+        autocast: creates the context of the forward pass.
+        generator: the device's; the loop reseeds this object every epoch.
     """
 
     def __init__(
@@ -116,22 +122,22 @@ class TrainStep:
         self.augment, self.criterion, self.optimizer, self.averaging = augment, criterion, optimizer, averaging
         self.num_classes, self.autocast, self.generator = num_classes, autocast, generator
         self.micro_batch: int | None = None
-        """The images of one pass through the network; None: the whole batch."""
+        """Images per pass through the network; None: the whole batch."""
         self.loss_sum = torch.zeros((), device=generator.device)
-        """The losses of the images since it was last set to zero."""
+        """Sum of the losses of the images since it was last zeroed."""
         self.launch: Launch | None = None
-        """How the device's half is run; None: as it is."""
+        """Runs the device part; None: `run`."""
         self.section: Callable[[Section], AbstractContextManager[object]] = lambda _: contextlib.nullcontext()
-        """What each part of the step runs in: a stopwatch, where the time is taken."""
+        """Creates the context of each part of a step, for timing."""
 
     def __call__(self, batch: Batch, progress: float, factor: float, host_generator: torch.Generator) -> None:
-        """Makes one step, and adds the losses of its images to `loss_sum`.
+        """Make one step, and add the losses of its images to `loss_sum`.
 
         Args:
-            batch: what it is made on.
-            progress: the share of the run's steps that are over, in [0, 1).
-            factor: the learning rate as a factor of its peak.
-            host_generator: the CPU's, for what is drawn once a batch.
+            batch: the input.
+            progress: completed fraction of the run's steps, in [0, 1).
+            factor: learning rate as a factor of its peak.
+            host_generator: CPU generator of random numbers per batch.
         """
         self.optimizer.begin_step(progress)
         height, width = batch.images.shape[-2:]
@@ -155,7 +161,7 @@ class TrainStep:
             self.averaging.end_update()
 
     def run(self, batch: Batch, shape: StepShape, values: StepValues) -> None:
-        """The device's half. Nothing in it waits for the device, or depends on more of Python than the shape."""
+        """The device part. It never waits for the device, and depends on Python values only through the shape."""
         with self.section("augment"):
             images, targets = self.inputs(batch, shape, values)
         self.optimizer.zero_grad()
@@ -167,16 +173,18 @@ class TrainStep:
                 self.averaging.update(values.average)
 
     def try_memory(self, images: Tensor, labels: Tensor) -> None:
-        """Goes forward and back as a step would at its most: no weight moves, but gradients and batch norm's counts do.
+        """Run the passes of a step with maximum memory. Changes gradients and batch-norm statistics only.
 
-        `images` (B, C, H, W) uint8 and `labels` (B,) on the device.
+        Args:
+            images: (B, C, H, W) uint8.
+            labels: (B,) int64.
         """
         flags = torch.zeros_like(labels, dtype=torch.bool)
         seen = self.augment(images, self.generator, flips=flags, repeats=flags)
         self.forward_and_back(seen, labels, self.criterion.stage(1.0))
 
     def inputs(self, batch: Batch, shape: StepShape, values: StepValues) -> tuple[Tensor, Tensor]:
-        """What the network sees, (B, C, h, w), and what it is to say: labels (B,), or mixtures (B, K)."""
+        """Return the network's input (B, C, h, w) and its targets: labels (B,), or mixtures (B, K)."""
         images = self.augment(batch.images, self.generator, flips=batch.flips, repeats=batch.repeats)
         images = resize(images, shape.size)
         if shape.mix is None:
@@ -185,9 +193,9 @@ class TrainStep:
         return apply_mix(images, batch.labels, self.num_classes, plan, self.generator)
 
     def forward_and_back(self, images: Tensor, targets: Tensor, stage: Stage) -> None:
-        """Adds the gradients of the batch's loss, micro-batch by micro-batch where it does not fit as a whole.
+        """Accumulate the gradients of the batch's loss, by micro-batches if the batch is too large.
 
-        Mixing, class weights and the loss are the whole batch's either way. Batch norm is not: it sees a micro-batch.
+        Mixing, class weights and the loss are those of the whole batch; batch norm sees micro-batches.
         """
         parts = [(images, targets)]
         if self.micro_batch is not None:
@@ -205,15 +213,15 @@ class TrainStep:
             self.loss_sum += loss.detach() * len(images)
 
     def _smoothing(self, values: StepValues) -> float | Tensor:
-        """A number where it is the same for the whole run: torch's own loss takes only that."""
+        """A number if constant over the run, as torch's own loss requires."""
         constant = self.config.loss.smoothing_final is None
         return self.config.loss.smoothing if constant else values.smoothing
 
 
 def batch_sizes(images: int, batch_size: int) -> list[int]:
-    """Sizes of an epoch's batches: all full but the last; a last one of a single image joins the one before.
+    """Return the sizes of an epoch's batches; a remainder of one image joins the batch before it.
 
-    No image is dropped, and batch norm cannot normalise one image by itself.
+    No image is dropped, and batch norm needs at least two images.
     """
     sizes = [batch_size] * (images // batch_size)
     rest = images % batch_size

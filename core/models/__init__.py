@@ -1,9 +1,7 @@
-"""`build_model`: the network that a configuration names, one family a file; `check_model_name`: whether there is one;
-`check_smaller_images`: whether it takes those; `weights_fingerprint`: which weights a file holds; `head_parameters`:
-its classifier.
+"""Construction of networks by configuration, with one family per file.
 
-The families are imported when one of theirs is built: they need timm, whose import costs half a second over torch's
-and the optimizers', and twice as much without them.
+Families are imported when used: they need timm, whose import takes half a second after torch and the optimizers, and
+twice as long without them.
 """
 
 from __future__ import annotations
@@ -22,22 +20,22 @@ from core.runtime import is_out_of_memory
 
 
 def check_model_name(name: str) -> None:
-    """Looks a `model.name` up, without building the network or asking for its weights, in the hub or in a file.
+    """Check that a `model.name` exists, without building the network or looking for weights.
 
     Raises:
-        UserError: timm has no model of this name, or no weights of its tag; the nearest names are said.
+        UserError: timm has no model of this name, or no weights with its tag; the message suggests similar names.
     """
     if name.startswith("timm/"):
         from core.models import timm_models
 
-        timm_models.find_card(name)
+        timm_models.find_model(name)
 
 
 def weights_fingerprint(pretrained_file: str) -> str:
-    """The hex SHA-256 of the file that `model.pretrained_file` names.
+    """Return the hex SHA-256 of the file of `model.pretrained_file`.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     from core.models.weight_files import locate_weights
 
@@ -46,15 +44,21 @@ def weights_fingerprint(pretrained_file: str) -> str:
 
 
 def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
-    """Builds the network, on the CPU, in training mode, channels_last, its weights drawn from torch's global generator.
+    """Build the network on the CPU, in training mode, channels_last, with weights from torch's global generator.
 
-    It maps normalised images, (N, in_channels, H, W) floats, to logits, (N, num_classes). `image_size` is (H, W) in
-    pixels.
+    Args:
+        config: the network.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        image_size: (H, W) in pixels.
+
+    Returns:
+        A module that maps normalized images (N, in_channels, H, W) to logits (N, num_classes).
 
     Raises:
-        ConfigError: the network cannot take images of this size, refuses a field that is set, or is not the one that
-            `model.pretrained_file` was saved from.
-        UserError: timm has no model of this name, or its pretrained weights are not at hand, or not readable.
+        ConfigError: the network does not support this image size or a field that is set, or the weights of
+            `model.pretrained_file` belong to another model.
+        UserError: timm has no such model, or its pretrained weights are unavailable or unreadable.
     """
     model: nn.Module
     if config.name == "resnet":
@@ -75,14 +79,15 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, imag
 
 
 def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Tensor) -> None:
-    """Refuses a size of images that a built network cannot take, where a training shows it smaller ones.
+    """Check that a built network supports images of a smaller size.
 
     Args:
-        model: what `build_model` made of `config`; its mode is restored.
+        model: from `build_model`; its mode is restored.
+        config: its configuration.
         images: (N, C, H, W) floats on its device.
 
     Raises:
-        ConfigError: the network cannot take images of this size.
+        ConfigError: the network does not support images of this size.
     """
     height, width = images.shape[-2:]
     if config.name == "resnet":
@@ -106,13 +111,17 @@ def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Te
 
 
 def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Tensor], torch.Tensor]:
-    """The network compiled by torch.compile, which shares its weights: for training steps on batches of few shapes.
+    """Compile the network with torch.compile, sharing its weights, for training on batches of few shapes.
 
-    What is compiled is kept in torch's cache on disk, by the architecture and the shapes, and in the process for the
-    next network of the same architecture.
+    Compiled code is cached on disk per architecture and shapes, and in the process for the next network of the same
+    architecture.
+
+    Args:
+        model: the network.
+        backend: torch.compile's backend.
 
     Raises:
-        UserError: the network lies on the CPU, and there is no compiler.
+        UserError: the network is on the CPU, and there is no C++ compiler.
     """
     global _architecture
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
@@ -122,8 +131,8 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Ten
         and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     ):
         raise UserError("precision.compile: on a CPU torch.compile needs a C++ compiler; install g++, or leave it off")
-    # All networks share the code that torch keeps its compilations of, at most 8, and it would run the rest uncompiled.
-    # A run has up to 16 shapes: eight sizes through which images grow, and two batches of each.
+    # All networks share one code object, whose limit of 8 compilations would be exceeded. A run has up to 16 shapes:
+    # eight image sizes with two batch sizes each.
     torch._dynamo.config.recompile_limit = 32
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     if str(model) != _architecture:
@@ -133,17 +142,17 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Ten
 
 
 _architecture = ""
-"""Of the network that was compiled last."""
+"""Architecture of the last compiled network."""
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the classifier, which alone begins untrained when the rest is pretrained.
+    """Return the parameters of the classifier, which is not pretrained.
 
-    That is our networks' last linear layer, `fc`, and what timm calls a model's classifier: nearly always its last
-    linear layer too; two of them in a distilled model, and in a few with a norm of its own.
+    This is `fc` of our networks, and timm's classifier otherwise: usually the last linear layer, two of them in a
+    distilled model, sometimes with a norm.
 
     Raises:
-        ConfigError: the model has no classifier apart from its backbone.
+        ConfigError: the model has no separate classifier.
     """
     find = getattr(model, "get_classifier", None)
     heads = find() if find is not None else getattr(model, "fc", None)

@@ -1,16 +1,14 @@
-"""The small residual network for small images: timm's residual blocks behind a stem that keeps the resolution.
+"""Residual network for small images, from timm's blocks and a stem that keeps the resolution.
 
-The key choice is that every part which ResNet-18 fixes is a field. The default stem is 3×3 with stride 1 and no
-pooling, since 7×7 with stride 2 and pooling leaves one position in 16 before the first block. Set as He et al. set it
-(`stem_kernel: 7, stem_stride: 2, max_pool: true`) this is their ResNet-18, parameter for parameter, under the names of
-torchvision's and timm's.
+The default stem is 3×3 with stride 1 and no pooling, since that of ResNet-18 leaves one position in 16 before the first
+block. With `stem_kernel: 7, stem_stride: 2, max_pool: true` this is ResNet-18, with the parameter names of torchvision
+and timm.
 
-`anti_alias` blurs what stride 2 would alias: behind the 3×3 convolution of each block that halves the image, and
-behind the max-pool (Zhang 2019, arXiv 1904.11486). The 1×1 shortcuts and the stem's own stride are left sharp, which
-makes it timm's `resnetblur18`. The blur has no weights.
+`anti_alias` blurs after the 3×3 convolution of each downsampling block and after the max-pool (Zhang 2019, arXiv
+1904.11486), but not in the shortcuts and the stem, as in timm's `resnetblur18`. The blur has no weights.
 
-He et al. 2015, arXiv 1512.03385. Convolutions begin Kaiming normal over their fan-out (arXiv 1502.01852), and each
-block's last norm begins at zero, so that every block begins as its shortcut (Goyal et al. 2017, arXiv 1706.02677).
+He et al. 2015, arXiv 1512.03385. Convolutions are initialized Kaiming normal over fan-out (arXiv 1502.01852), and each
+block's last norm at zero, so that blocks start as identities (Goyal et al. 2017, arXiv 1706.02677).
 """
 
 from __future__ import annotations
@@ -31,18 +29,18 @@ from torch import nn
 from core.config import ModelConfig
 from core.models.stages import ACTIVATIONS, NORMS, check_image_size, stage_blocks, stage_widths
 
-# oneDNN 3.13 (torch 2.15) crashes in the backward pass of 1×1 convolutions of stride 2 in channels_last with fewer
-# input channels than an AVX-512 register has floats: a segmentation fault with 4, 8 and 12 channels of 48×48, none
-# with 16.
+# oneDNN 3.13 (torch 2.15) segfaults in the backward pass of 1×1 convolutions of stride 2 in channels_last with fewer
+# input channels than an AVX-512 register has floats: with 4, 8 and 12 channels of 48×48, but not with 16.
 FEWEST_STRIDED_CHANNELS = 16
 
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 class SubsampledConv(nn.Conv2d):
-    """A 1×1 convolution of stride s as one of stride 1 on every s-th pixel: the same numbers, by another kernel."""
+    """A 1×1 convolution of stride s, computed with stride 1 on every s-th pixel."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the convolution of (N, C, H, W)."""
         rows, columns = self.stride
         return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)
 
@@ -50,10 +48,10 @@ class SubsampledConv(nn.Conv2d):
 def build_resnet(
     config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int]
 ) -> nn.Sequential:
-    """Builds the network: (N, in_channels, H, W) floats to logits (N, num_classes). `image_size` is (H, W) in pixels.
+    """Build the network; see `core.models.build_model`.
 
     Raises:
-        ConfigError: a step of stride 2 would meet a side of one pixel.
+        ConfigError: a step of stride 2 would apply to a side of one pixel.
     """
     check_resnet_size(config, image_size)
     widths, blocks = stage_widths(config), stage_blocks(config)
@@ -85,9 +83,12 @@ def build_resnet(
 
 
 def drop_path_rates(last: float, blocks: int, shape: str = "linear") -> list[float]:
-    """The probability that each block is dropped.
+    """Return the drop probability of each block.
 
-    `linear`: from 0 at the first to `last` at the last (or only) one. `uniform`: `last` for every one.
+    Args:
+        last: probability of the last or only block.
+        blocks: number of blocks.
+        shape: `linear` grows from 0 at the first block; `uniform` is the same for all.
     """
     if shape == "uniform" or blocks == 1:
         return [last] * blocks
@@ -101,7 +102,7 @@ def _max_pool(config: ModelConfig, channels: int) -> nn.Module:
 
 
 def _block(config: ModelConfig, channels: int, width: int, stride: int, *, drop_path: float) -> nn.Module:
-    """One residual block, with a 1×1 projection as its shortcut where the shape changes."""
+    """A residual block, with a 1×1 projection as shortcut if the shape changes."""
     kind, norm, activation = _BLOCKS[config.block], NORMS[config.norm], ACTIVATIONS[config.activation]
     out_channels = width * kind.expansion
     shortcut: nn.Module | None = None
@@ -132,11 +133,7 @@ def _initialise(network: nn.Module) -> None:
 
 
 def check_resnet_size(config: ModelConfig, image_size: tuple[int, int]) -> None:
-    """Refuses images, (H, W) in pixels, that a step of stride 2 would meet at a side of one pixel.
-
-    Raises:
-        ConfigError: so it is.
-    """
+    """Raise ConfigError if a step of stride 2 would apply to a side of one pixel, for images (H, W)."""
     stem = ["model.stem_stride: 2"] if config.stem_stride == 2 else []
     stem += ["model.max_pool: true"] if config.max_pool else []
     later = (f"stage {stage} of model.widths" for stage in range(2, len(config.widths) + 1))

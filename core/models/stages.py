@@ -1,7 +1,7 @@
-"""What the families for small images share: stages scaled by `width` and `depth`, norms, activations, the least image.
+"""Common parts of the families for small images: scaled stages, norms, activations, minimum image size.
 
-The key choice is that a network is scaled by two numbers, as He et al. (2015, arXiv 1512.03385) and Zagoruyko and
-Komodakis (2016, arXiv 1605.07146) scale theirs, so that a search can order networks by size.
+A network is scaled by width and depth, as by He et al. (2015, arXiv 1512.03385) and Zagoruyko and Komodakis (2016,
+arXiv 1605.07146).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import nn
 from core.config import ModelConfig
 from core.errors import ConfigError
 
-# Wu and He 2018, arXiv 1803.08494, table 3: the best of their fixed numbers of channels a group.
+# Wu and He 2018, arXiv 1803.08494, table 3: best fixed number of channels per group.
 GROUP_CHANNELS = 16
-# Tensor cores and vector units want channels in eights.
+# Tensor cores and vector units prefer multiples of eight channels.
 WIDTH_MULTIPLE = 8
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "mish": nn.Mish}
 
 
 class FixedGroupNorm(nn.GroupNorm):
-    """Group norm by the size of a group: 16 channels, or the largest number below it that divides them."""
+    """Group norm with 16 channels per group, or the largest smaller number that divides the channels."""
 
     def __init__(self, channels: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         size = max(size for size in range(1, GROUP_CHANNELS + 1) if channels % size == 0)
@@ -35,17 +35,17 @@ NORMS: dict[str, type[nn.BatchNorm2d] | type[FixedGroupNorm]] = {"batch": nn.Bat
 
 
 def stage_widths(config: ModelConfig) -> list[int]:
-    """Channels of each stage: `widths` as they stand at `width` 1, else scaled to the nearest multiple of 8."""
+    """Return the channels of each stage, scaled by `width`."""
     return [scale_width(width, config.width) for width in config.widths]
 
 
 def stage_blocks(config: ModelConfig) -> list[int]:
-    """Blocks of each stage: `blocks` scaled by `depth`, a half rounded up, at least 1."""
+    """Return the blocks of each stage: `blocks` times `depth`, rounded half up, at least 1."""
     return [max(1, math.floor(count * config.depth + 0.5)) for count in config.blocks]
 
 
 def scale_width(width: int, factor: float) -> int:
-    """`width` as it stands at a factor of 1, else scaled to the nearest multiple of 8, at least 8."""
+    """Return `width` if the factor is 1, else scaled to the nearest multiple of 8, at least 8."""
     if factor == 1:
         return width
     return WIDTH_MULTIPLE * max(1, math.floor(width * factor / WIDTH_MULTIPLE + 0.5))
@@ -54,13 +54,16 @@ def scale_width(width: int, factor: float) -> int:
 def check_image_size(
     image_size: tuple[int, int], steps: Iterable[str], *, halve: Callable[[int], int], remedy: str = ""
 ) -> None:
-    """Refuses a network with a step of stride 2 that meets a side of one pixel: it would compute nothing of worth.
+    """Check that no step of stride 2 applies to a side of one pixel.
 
-    `image_size` is (H, W) in pixels; `steps` names each step of stride 2 in order, and `halve` gives the side that one
-    leaves, which depends on its padding. `remedy` is what else than fewer stages would help.
+    Args:
+        image_size: (H, W) in pixels.
+        steps: names of the steps of stride 2, in order.
+        halve: side after a step, which depends on its padding.
+        remedy: an alternative to fewer stages, for the error message.
 
     Raises:
-        ConfigError: so it is.
+        ConfigError: a step does.
     """
     height, width = image_size
     side = min(image_size)

@@ -1,14 +1,13 @@
-"""VGG for small images: plain 3×3 convolutions in stages, each with a max-pool behind it, and a classifier.
+"""VGG for small images: stages of 3×3 convolutions, each followed by a max-pool, and a classifier.
 
-The key choice is the classifier. The published one flattens 7×7 positions into two layers of 4,096 units, which hold
-124 of VGG16's 138 million weights: `hidden` builds it, and without it the mean over positions is classified, as
-later families do. Set as published (`hidden: 4096, norm: none`, no `width` or `depth`) this is torchvision's
-`vgg16`, and with `norm: batch` its `vgg16_bn`, weight for weight under the same names but for the classifier's layers:
-theirs are `classifier.0`, `classifier.3` and `classifier.6`, ours `hidden1`, `hidden2` and `fc`.
+The published classifier has two hidden layers of 4,096 units on 7×7 positions, with 124 of VGG16's 138 million weights.
+`hidden` builds it; by default the mean over positions is classified. With `hidden: 4096, norm: none` this is
+torchvision's `vgg16`, and with `norm: batch` its `vgg16_bn`, with the same parameter names except `classifier.0`,
+`classifier.3` and `classifier.6`, which are `hidden1`, `hidden2` and `fc` here.
 
-Simonyan and Zisserman 2015, arXiv 1409.1556. Weights begin as torchvision draws them: convolutions Kaiming normal over
-their fan-out (arXiv 1502.01852), linear layers normal with a deviation of 0.01, biases at zero. The
-convolutions keep their bias before a norm, where it changes nothing, as in torchvision's.
+Simonyan and Zisserman 2015, arXiv 1409.1556. Initialization as in torchvision: convolutions Kaiming normal over fan-out
+(arXiv 1502.01852), linear layers normal with deviation 0.01, zero biases. Convolutions before a norm keep their bias,
+as in torchvision's.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from torch import nn
 from core.config import ModelConfig
 from core.models.stages import ACTIVATIONS, NORMS, check_image_size, scale_width, stage_blocks, stage_widths
 
-# The side that features are pooled to before the hidden layers: what five halvings leave of the paper's 224.
+# Pooled side of the features before the hidden layers: 224 after five halvings.
 POOLED_SIDE = 7
-# torchvision's. Section 3.1 of the paper draws from a normal distribution too, but calls 0.01 its variance.
+# torchvision's. Section 3.1 of the paper calls 0.01 the variance.
 LINEAR_STD = 0.01
 
 
 def build_vgg(config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Sequential:
-    """Builds the network: (N, in_channels, H, W) floats to logits (N, num_classes). `image_size` is (H, W) in pixels.
+    """Build the network; see `core.models.build_model`.
 
     Raises:
-        ConfigError: a max-pool would meet a side of one pixel.
+        ConfigError: a max-pool would apply to a side of one pixel.
     """
     check_vgg_size(config, image_size)
     widths = stage_widths(config)
@@ -59,17 +58,13 @@ def build_vgg(config: ModelConfig, *, num_classes: int, in_channels: int, image_
 
 
 def check_vgg_size(config: ModelConfig, image_size: tuple[int, int]) -> None:
-    """Refuses images, (H, W) in pixels, that a max-pool would meet at a side of one pixel.
-
-    Raises:
-        ConfigError: so it is.
-    """
+    """Raise ConfigError if a max-pool would apply to a side of one pixel, for images (H, W)."""
     pools = [f"the max-pool of stage {stage} of model.widths" for stage in range(1, len(config.widths) + 1)]
     check_image_size(image_size, pools, halve=lambda side: side // 2)
 
 
 def _features(config: ModelConfig, in_channels: int, widths: list[int]) -> nn.Sequential:
-    """The stages in one row, as torchvision numbers them: (N, in_channels, H, W) to (N, widths[-1], H', W')."""
+    """The stages in sequence, numbered as in torchvision: (N, in_channels, H, W) to (N, widths[-1], H', W')."""
     layers: list[nn.Module] = []
     channels = in_channels
     for width, count in zip(widths, stage_blocks(config), strict=True):

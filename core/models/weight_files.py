@@ -1,9 +1,7 @@
-"""A file of weights: found, read without running code in it, and held against the model that it is for.
+"""Weights files: located, read without running code, and compared with the model.
 
-The key choice is that a file either is the model's whole state dict or is refused by the names of its layers: a network
-that silently begins half untrained looks like a bad configuration, and a search would believe it.
-
-The formats are timm's: safetensors, or what `torch.save` wrote of a state dict or of a training's checkpoint.
+A file is used only if it is the complete state dict of the model: a partly untrained network would look like a bad
+configuration. Formats are timm's: safetensors, or `torch.save` of a state dict or checkpoint.
 """
 
 from __future__ import annotations
@@ -17,14 +15,14 @@ from core.errors import UserError
 
 
 def locate_weights(file: str) -> Path:
-    """The file's absolute path, with `~` as the user's home.
+    """Return the file's absolute path, with `~` expanded.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     try:
         path = Path(file).expanduser().absolute()
-    except RuntimeError as error:  # `~nobody`
+    except RuntimeError as error:  # unknown user
         raise UserError(f"model.pretrained_file: {file}: no such home; give the file's whole path") from error
     if not path.is_file():
         found = "a folder, and no file" if path.is_dir() else "no such file"
@@ -36,22 +34,26 @@ def locate_weights(file: str) -> Path:
 
 
 def read_weights(path: Path, field: str, advice: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a torch file: a state dict, or a checkpoint of timm's with one in it.
+    """Read the tensors of a .safetensors file, or of a torch file with a state dict or a checkpoint of timm's.
 
-    Of a checkpoint with averaged weights, those are taken, as timm does. A file with anything in it that could run
-    code is refused.
+    Averaged weights of a checkpoint are preferred, as in timm. Files that could run code are refused.
+
+    Args:
+        path: the file.
+        field: configuration field, for error messages.
+        advice: fix, for error messages.
 
     Raises:
-        UserError: the file cannot be read, or holds no state dict.
+        UserError: the file cannot be read, or has no state dict.
     """
     try:
-        # Said here, because timm's releases differ in what they do by default.
+        # timm's default varies between releases.
         weights: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
     except MemoryError:
         raise
     except OSError as error:
         raise UserError(f"{field}: {path} cannot be read ({error.strerror or type(error).__name__})") from error
-    except Exception as error:  # on what is no such file the readers raise anything from KeyError to RuntimeError
+    except Exception as error:  # readers raise many types on invalid files
         kind = "whole .safetensors file" if path.suffix == ".safetensors" else "torch file of tensors and plain values"
         raise UserError(f"{field}: {path} is no {kind}; {advice}") from error
     others = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
@@ -62,13 +64,20 @@ def read_weights(path: Path, field: str, advice: str) -> dict[str, Tensor]:
 
 
 def state_dict_faults(weights: dict[str, Tensor], model: dict[str, Tensor], *, file: str, name: str) -> list[str]:
-    """What keeps `weights` from being the state dict of `model`, in words that name the `file` and the model.
+    """Describe the differences of `weights` to the state dict `model`, naming the file and the model.
 
-    Other shapes, missing layers and surplus layers are each told by the first and the number of the others; nothing is
-    said where there are none.
+    Args:
+        weights: tensors of the file.
+        model: state dict of the model.
+        file: name of the file.
+        name: name of the model.
+
+    Returns:
+        The first of the layers with other shapes, missing layers and surplus layers, each with the number of others;
+        empty if there are none.
     """
     shapes = [key for key in model if key in weights and weights[key].shape != model[key].shape]
-    # Files from before torch 0.4.1 do not count batches; torch fills that in.
+    # Files from before torch 0.4.1 lack the number of batches, which torch fills in.
     missing = [key for key in model if key not in weights and not key.endswith("num_batches_tracked")]
     surplus = [key for key in weights if key not in model]
     faults = []

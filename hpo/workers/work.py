@@ -92,7 +92,7 @@ class Work:
             engine, crew = self._cluster(self._job)
             crews = [crew]
         else:
-            self._division.let_go()  # their room on the device is the workers'
+            self._division.release()  # frees device memory for the workers
             engine = LocalProcesses()
             crews = [self._crew(device, size) for device, size in zip(self.placement.devices, self._sizes, strict=True)]
         run_workers(self.study, self._job, engine=engine, crews=crews, lane=lane, interrupts=self.interrupts)

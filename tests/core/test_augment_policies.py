@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import AutoAugmentPolicy, InterpolationMode
 
 from core.augment import geometry, operations, photometry, policies
 from core.augment.operations import GEOMETRIC_OPS, OPS, PHOTOMETRIC_OPS, STANDARD, WIDE, Ranges
-from core.augment.policies import AUTOAUGMENT_CIFAR10, SIX, Round, build_policy
+from core.augment.policies import AUTOAUGMENT_CIFAR10, SIX, Assignment, build_policy
 from core.config import AugmentConfig
 from core.runtime import normalize
 from tests.core.augment_cases import CPU, MEAN, NOTHING, STD, build, generator, hard_cases, pictures, pixels_of
@@ -37,11 +37,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def deal(slots: int, seed: int = 0, **fields: Any) -> list[Round]:
-    return build_policy(AugmentConfig(**fields), CPU).deal(slots, generator(seed))
+def assign(slots: int, seed: int = 0, **fields: Any) -> list[Assignment]:
+    return build_policy(AugmentConfig(**fields), CPU).assign(slots, generator(seed))
 
 
-def operation_of(one: Round, slot: int) -> tuple[str, float]:
+def operation_of(one: Assignment, slot: int) -> tuple[str, float]:
     """The operation that a round gives to an image, and its level."""
     names = [name for name, rows in one.rows.items() if slot in rows.tolist()]
     assert len(names) == 1
@@ -175,15 +175,15 @@ def test_autoaugments_table_is_torchvisions() -> None:
 def test_every_image_comes_out_as_torchvision_makes_it(policy: str, channels: int, size: tuple[int, int]) -> None:
     """Its operations, one after the other, at the magnitudes of torchvision's table."""
     fields = SETTINGS[policy]
-    count = 111  # no multiple of any number of cards
+    count = 111  # no multiple of any number of choices
     images = torch.cat([pictures(105, channels, *size), torch.zeros(2, channels, *size, dtype=torch.uint8)])
     images = torch.cat([images, torch.full((2, channels, *size), 77, dtype=torch.uint8), 255 - images[-2:]])
     out = pixels_of(build(channels, **NOTHING, **fields)(images, generator()))
-    cards = build_policy(AugmentConfig(**fields), CPU).cards
-    rounds = deal(-(-count // cards) * cards, **fields)  # the first that `Augment` draws
+    choices = build_policy(AugmentConfig(**fields), CPU).choices
+    assignments = assign(-(-count // choices) * choices, **fields)  # the first that `Augment` draws
     for k, image in enumerate(images):
         expected, comparable = image, torch.full_like(image, 255)
-        steps = [operation_of(one, k) for one in rounds]
+        steps = [operation_of(one, k) for one in assignments]
         for name, level in steps:
             if level != 0 or policy == "trivialaugment":
                 expected = apply_theirs(policy, expected, name, level)
@@ -205,16 +205,16 @@ def test_the_one_shift_behind_a_colour_change_may_go_before_it() -> None:
     assert late == [("Color", "TranslateX")]
 
 
-# --- how cards are dealt ---------------------------------------------------------------------------------------------
+# --- assignment of operations ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "six", "trivialaugment"])
 def test_each_operation_has_its_equal_share(policy: str) -> None:
     names = SIX if policy == "six" else OPS
     fields = {**SETTINGS[policy], "ops": 3}
-    rounds = deal(5 * len(names), **fields)
-    assert len(rounds) == (1 if policy == "trivialaugment" else 3)
-    for one in rounds:
+    assignments = assign(5 * len(names), **fields)
+    assert len(assignments) == (1 if policy == "trivialaugment" else 3)
+    for one in assignments:
         assert {name: len(rows) for name, rows in one.rows.items()} == dict.fromkeys(names, 5)
         assert sorted(torch.cat(list(one.rows.values())).tolist()) == list(range(5 * len(names)))
 
@@ -247,14 +247,14 @@ def test_every_operation_is_equally_likely_at_every_place_of_a_batch() -> None:
 
 
 def test_randaugments_levels_are_its_strength_with_either_sign() -> None:
-    levels = torch.cat([one.levels for one in deal(2800, ops=2, strength=0.3)])
+    levels = torch.cat([one.levels for one in assign(2800, ops=2, strength=0.3)])
     assert set(levels.abs().tolist()) == {torch.tensor(0.3).item()}
     assert float((levels > 0).float().mean()) == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize("name", SIX)
 def test_the_levels_of_the_six_are_drawn_evenly_up_to_the_strength(name: str) -> None:
-    (one,) = deal(6 * 2000, policy="six", ops=1, strength=0.6)
+    (one,) = assign(6 * 2000, policy="six", ops=1, strength=0.6)
     levels = one.level_of(name)
     assert levels.abs().max() <= 0.6
     counts = torch.histc(levels, bins=6, min=-0.6, max=0.6)
@@ -263,7 +263,7 @@ def test_the_levels_of_the_six_are_drawn_evenly_up_to_the_strength(name: str) ->
 
 @pytest.mark.parametrize("name", OPS)
 def test_trivialaugments_levels_are_its_31_bins_equally_likely_with_either_sign(name: str) -> None:
-    (one,) = deal(14 * 3100, policy="trivialaugment")
+    (one,) = assign(14 * 3100, policy="trivialaugment")
     levels = one.level_of(name)
     if name in policies.IN_FULL:
         assert torch.equal(levels, torch.ones(3100))
@@ -276,8 +276,8 @@ def test_trivialaugments_levels_are_its_31_bins_equally_likely_with_either_sign(
 
 
 def test_each_image_gets_a_whole_sub_policy_and_each_sub_policy_its_equal_share() -> None:
-    rounds = deal(25 * 4, policy="autoaugment_cifar10")
-    held = [tuple(operation_of(one, k)[0] for one in rounds) for k in range(100)]
+    assignments = assign(25 * 4, policy="autoaugment_cifar10")
+    held = [tuple(operation_of(one, k)[0] for one in assignments) for k in range(100)]
     expected = [tuple(name for name, _, _ in pair) for pair in AUTOAUGMENT_CIFAR10 for _ in range(4)]
     assert sorted(held) == sorted(expected)
 
@@ -287,8 +287,10 @@ def test_autoaugments_operations_come_with_their_probabilities_independently(
 ) -> None:
     """Hands in order, so that each sub-policy's images are known."""
     share = 4000
-    monkeypatch.setattr(policies, "deal_hands", lambda slots, cards, _generator: torch.arange(slots).view(cards, -1))
-    first, second = (one.levels.view(25, share) for one in deal(25 * share, policy="autoaugment_cifar10"))
+    monkeypatch.setattr(
+        policies, "assign_evenly", lambda slots, choices, _generator: torch.arange(slots).view(choices, -1)
+    )
+    first, second = (one.levels.view(25, share) for one in assign(25 * share, policy="autoaugment_cifar10"))
     for k, pair in enumerate(AUTOAUGMENT_CIFAR10):
         for levels, (_name, probability, magnitude) in zip((first[k], second[k]), pair, strict=True):
             level = torch.tensor(1.0 if magnitude is None else magnitude / 9)
@@ -358,8 +360,8 @@ def test_no_shift_goes_beyond_its_reach(policy: str) -> None:
         for width in (8, 28, 33, 96):
             fields = {"ops": 2, **SETTINGS[policy], "strength": strength}
             dealer = build_policy(AugmentConfig(**fields), CPU)
-            moves = torch.zeros(dealer.cards * 40)
-            for one in dealer.deal(len(moves), generator()):
+            moves = torch.zeros(dealer.choices * 40)
+            for one in dealer.assign(len(moves), generator()):
                 if "TranslateX" in one.rows:
                     step = GEOMETRIC_OPS["TranslateX"](one.level_of("TranslateX"), (width, width), dealer.ranges)
                     moves[one.rows["TranslateX"]] += step[:, 0, 2]

@@ -20,7 +20,7 @@ from torch import nn
 from core.config import ModelConfig
 from core.errors import ConfigError, UserError
 from core.models import build_model, check_model_name
-from core.models.timm_models import _check_first_layer, find_card
+from core.models.timm_models import _check_first_layer, find_model
 
 
 def _build(
@@ -199,9 +199,9 @@ def test_published_weights_that_do_not_go_into_the_model_are_refused_in_one_line
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet152", "wide_resnet101_2", "resnext101_32x8d"])
 def test_the_networks_that_torchvision_published_are_known_with_their_weights(name: str) -> None:
-    card = find_card(f"timm/{name}.tv_in1k")
-    assert card.hf_hub_id == f"timm/{name}.tv_in1k"
-    assert f"/models/{name}-" in card.url  # torchvision's own file
+    cfg = find_model(f"timm/{name}.tv_in1k")
+    assert cfg.hf_hub_id == f"timm/{name}.tv_in1k"
+    assert f"/models/{name}-" in cfg.url  # torchvision's own file
     check_model_name(f"timm/{name}.tv_in1k")
 
 
@@ -355,7 +355,7 @@ def test_the_hub_is_not_asked_for_a_file(tmp_path: Path, hub_cache: Path) -> Non
 
 def test_a_model_without_published_weights_takes_a_file_too(tmp_path: Path) -> None:
     name = "resnetblur18"
-    assert not find_card(f"timm/{name}").has_weights
+    assert not find_model(f"timm/{name}").has_weights
     source = _source(name, num_classes=7)
     ours = _load(name, _save(source, tmp_path / "weights.pth"), num_classes=7)
     assert torch.equal(_logits(ours), _logits(source))
