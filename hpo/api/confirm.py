@@ -196,7 +196,6 @@ class _Confirm:
             self._placement,
             data=self._data,
             skip_broken=search.skip_broken,
-            keep_gb=None,
             interrupts=self._interrupts,
         )
         if waiting := study.queue.waiting():

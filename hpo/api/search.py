@@ -22,6 +22,7 @@ from hpo.dashboard.notes import note_study
 from hpo.paths import StudyPaths
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate_s, keep_best_weights, pending_references, run_references, wait_for_others
+from hpo.search.options import TrialOptions
 from hpo.space import RungsPruner, SearchSpace, load_space
 from hpo.space.pruner import rung_epochs
 from hpo.storage import mask
@@ -161,7 +162,7 @@ class _Run:
             placement,
             data=options.data,
             skip_broken=options.skip_broken,
-            keep_gb=options.keep_gb,
+            options=TrialOptions(keep_gb=options.keep_gb),
             interrupts=interrupts,
             cluster=self._cluster if options.engine == "ray" else None,
         )
@@ -232,7 +233,9 @@ class _Run:
         with bars as progress:
             while study.queue.waiting() or wait_for_others(study, interrupts) or study.queue.requeue_lost():
                 work.off(progress.lane)
-            keep_best_weights(study, folds=space.baseline.data.folds or 1, keep_gb=self.options.keep_gb)
+            keep_best_weights(
+                study, folds=space.baseline.data.folds or 1, options=TrialOptions(keep_gb=self.options.keep_gb)
+            )
             if pending_references(study, space):
                 run_references(
                     study, space, work.images(), device=work.device, listener=progress.lane(), interrupts=interrupts

@@ -10,6 +10,7 @@ from hpo.api.common import joining, open_dataset, say_data, say_patience
 from hpo.cli.console import StudyProgress, say
 from hpo.cli.scores import say_folds
 from hpo.search.interrupts import Interrupts
+from hpo.search.options import TrialOptions
 from hpo.study import join_study
 from hpo.workers.placement import place
 from hpo.workers.work import Work
@@ -53,7 +54,7 @@ def worker_command(
             placement,
             data=where,
             skip_broken=joined.skip_broken,
-            keep_gb=keep_gb,
+            options=TrialOptions(keep_gb=keep_gb),
             interrupts=interrupts,
         )
         bars = StudyProgress(

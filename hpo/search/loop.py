@@ -33,6 +33,7 @@ from hpo.paths import TrainingPaths
 from hpo.reporter import Listener
 from hpo.search.interrupts import Interrupts
 from hpo.search.objective import Divide, Objective, failure_of
+from hpo.search.options import TrialOptions
 from hpo.search.training import Watch, train_recorded, validation_confusion
 from hpo.space import ConfirmationSpace, Recipe, SearchSpace, to_yaml
 from hpo.space.pruner import RungPruner, build_pruner, lets_through
@@ -48,6 +49,8 @@ KEPT_MODELS = 3
 
 # Between two looks at what other processes train.
 _LOOK_S = 0.5
+
+DEFAULTS = TrialOptions()
 
 
 def estimate_s(
@@ -86,21 +89,20 @@ def run_study(
     listener: Listener,
     interrupts: Interrupts,
     wanted: Callable[[], bool] = lambda: True,
-    keep_gb: float | None = None,
+    options: TrialOptions = DEFAULTS,
 ) -> None:
     """Runs the trials that wait, until none is left of the total.
 
     Args:
         splits: on the device: one, or one a fold; or what divides the images as a trial's configuration asks.
         wanted: asked before each trial whether it is to be run.
-        keep_gb: what the study's weights and checkpoints may take, in 10^9 bytes; None for any.
 
     Raises:
         KeyboardInterrupt: a person's Ctrl-C, or SIGTERM; the running trial is back in the queue.
         HpoError: something that a person has to mend, a full disk for instance; the running trial is back in the queue.
         Exception: a crash; the running trial is back in the queue, as often as `study.retries` allows.
     """
-    space_on_disk, depot = _SpaceOnDisk(study, keep_gb), study.depot
+    space_on_disk, depot = _SpaceOnDisk(study, options.keep_gb), study.depot
 
     def saved(checkpoint: Path) -> None:
         if depot is not None:
@@ -372,11 +374,11 @@ def _write_validation(path: Path, result: TrainResult, splits: Splits) -> None:
         save_file({"logits": result.val_logits.cpu().contiguous(), "indices": splits.val.cpu()}, str(file))
 
 
-def keep_best_weights(study: Study, *, folds: int, keep_gb: float | None = None) -> None:
+def keep_best_weights(study: Study, *, folds: int, options: TrialOptions = DEFAULTS) -> None:
     """Lets go of weights that two workers both kept, which ended a trial at the same time, and of those too large."""
     values = _complete_values(study)
     _let_go(study, values.keys() - set(_best_of(values)), folds=folds)
-    _SpaceOnDisk(study, keep_gb).keep_within()
+    _SpaceOnDisk(study, options.keep_gb).keep_within()
 
 
 class _SpaceOnDisk:

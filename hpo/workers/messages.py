@@ -10,6 +10,7 @@ from pathlib import Path
 
 from core.config import TrainConfig
 from core.loop import EpochMetrics
+from hpo.search.options import TrialOptions
 from hpo.space import SearchSpace
 from hpo.trials import Outcome
 
@@ -27,8 +28,7 @@ class Job:
     skip_broken: bool
     folder: Path
     """Where the parent works, which relative paths start from."""
-    keep_gb: float | None = None
-    """What all kept weights and checkpoints of the study may take, in 10^9 bytes; None for any."""
+    options: TrialOptions = field(default_factory=TrialOptions)
     depot: str | None = field(default=None, repr=False)
     """The URL or path where checkpoints and artifacts are shared with other machines; None: in the study's folder."""
 

@@ -106,7 +106,7 @@ def run_workers(
             pool.stop()
         finally:
             engine.close()
-    keep_best_weights(study, folds=job.space.baseline.data.folds or 1, keep_gb=job.keep_gb)
+    keep_best_weights(study, folds=job.space.baseline.data.folds or 1, options=job.options)
 
 
 class _Occupied:

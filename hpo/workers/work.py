@@ -15,7 +15,8 @@ from core.data import Division, Splits
 from core.runtime import describe_device
 from hpo.cli.console import say
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import run_study
+from hpo.search.loop import DEFAULTS, run_study
+from hpo.search.options import TrialOptions
 from hpo.space import SearchSpace
 from hpo.study import Study
 from hpo.workers import Crew, Engine, Job, Lane, LocalProcesses, free_capacity, not_found_out, run_workers
@@ -31,7 +32,6 @@ class Work:
     Args:
         division: the images.
         data: what `--data` is.
-        keep_gb: what the study's weights and checkpoints may take, in 10^9 bytes; None for any.
         cluster: connects to where the workers are to run, if that is not here.
     """
 
@@ -44,13 +44,13 @@ class Work:
         *,
         data: Path | None,
         skip_broken: bool,
-        keep_gb: float | None,
         interrupts: Interrupts,
+        options: TrialOptions = DEFAULTS,
         cluster: Callable[[Job], tuple[Engine, Crew]] | None = None,
     ) -> None:
         self.study, self.space, self.placement, self.interrupts = study, space, placement, interrupts
         self.device = placement.devices[0]
-        self._division, self._keep_gb = division, keep_gb
+        self._division, self._options = division, options
         self._job = Job(
             space,
             study.name,
@@ -58,7 +58,7 @@ class Work:
             data,
             skip_broken,
             folder=Path.cwd(),
-            keep_gb=keep_gb,
+            options=options,
             depot=None if study.depot is None else study.depot.url,
         )
         self._cluster = cluster
@@ -84,7 +84,7 @@ class Work:
                 device=self.device,
                 listener=lane(),
                 interrupts=self.interrupts,
-                keep_gb=self._keep_gb,
+                options=self._options,
             )
             return
         engine: Engine

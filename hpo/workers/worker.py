@@ -128,7 +128,7 @@ class _Worker:
                 listener=self,
                 interrupts=self._interrupts,
                 wanted=lambda: not self._orders.retired,
-                keep_gb=self._job.keep_gb,
+                options=self._job.options,
             )
         except KeyboardInterrupt:
             return STOPPED

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 
 from hpo.paths import StudyPaths
 from hpo.search.loop import keep_best_weights
+from hpo.search.options import TrialOptions
 from hpo.study import find_study
 from tests.hpo.storage.journals import finished_of, trials_of
 from tests.hpo.workers.chaos import Command, group_of, wait_until
@@ -186,7 +187,7 @@ def test_what_is_too_much_for_the_disk_is_let_go_of_the_best_last_and_never_a_ru
     best = max(trials_of(study), key=lambda trial: trial.value or 0).number
 
     enough_for_one = 1.5 * weights[0].stat().st_size / 1e9
-    keep_best_weights(find_study("own"), folds=1, keep_gb=enough_for_one)
+    keep_best_weights(find_study("own"), folds=1, options=TrialOptions(keep_gb=enough_for_one))
     assert [file.parent.name for file in study.glob("trials/*/model.safetensors")] == [f"{best:05d}"]
 
     command = start(*arguments, "5", "--workers", "1", "--keep-gb", "1e-9")
