@@ -19,7 +19,7 @@ class TrialOptions(BaseModel):
         float | None,
         Field(
             ge=0,
-            description="Disk space for kept weights and checkpoints; the weights of the worst trials are deleted first.",
+            description="Disk space for kept weights and checkpoints; the worst trials lose their weights first.",
             json_schema_extra={"metavar": "GB"},
         ),
     ] = None
