@@ -204,6 +204,59 @@ def test_the_import_rules_catch_what_they_should(module: str, source: str, fault
     assert len((core_faults if is_within(module, "core") else hpo_faults)(module, found)) == faults
 
 
+# Private names ------------------------------------------------------------------------------------------------------
+
+
+def private_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Underscore names that the tree reads from other objects or imports from Optuna, with the line.
+
+    A module's own private names are those it defines as functions, classes, fields or attributes of `self`.
+    """
+    own = {"_exit"}  # of os
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            own.add(node.target.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+            own.add(node.attr)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            names = [node.attr] if node.attr not in own else []
+        elif isinstance(node, ast.ImportFrom) and is_within(node.module or "", "optuna"):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names if is_within(alias.name, "optuna") for part in alias.name.split(".")]
+        else:
+            names = []
+        yield from ((name, node.lineno) for name in names if re.fullmatch(r"_[^_].*", name))
+
+
+def test_private_names_of_optuna_are_used_in_the_storage_package_only() -> None:
+    faults = [
+        f"{relative(path)}:{line}: {name}"
+        for module, path in MODULES.items()
+        if is_within(module, "hpo") and room(module) != "storage"
+        for name, line in private_names(tree_of(path))
+    ]
+    assert not faults, f"use or add a helper in hpo.storage.optuna_access: {faults}"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("study._storage", ["_storage"]),
+        ("study.optuna._thread_local.cached = 1", ["_thread_local"]),
+        ("from optuna.storages._rdb import models", ["_rdb"]),
+        ("import optuna.artifacts._protocol", ["_protocol"]),
+        ("class A:\n    def __init__(self, other):\n        self._x = other._x", []),
+        ("from __future__ import annotations\nself._storage.__name__", []),
+    ],
+)
+def test_the_rule_on_private_names_finds_attributes_and_imports(source: str, names: list[str]) -> None:
+    assert [name for name, _ in private_names(ast.parse(source))] == names
+
+
 # What is locked, and what is never used -----------------------------------------------------------------------------
 
 

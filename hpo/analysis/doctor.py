@@ -23,7 +23,6 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.storages.journal._file import get_lock_file
 from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
@@ -35,6 +34,7 @@ from hpo.storage.atomic import UNFINISHED, replacing
 from hpo.storage.journal import torn_records
 from hpo.storage.lease import LEASE, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
 from hpo.storage.lock import GRACE_S, JournalLock
+from hpo.storage.optuna_access import id_of, storage_of
 from hpo.storage.urls import words_of
 from hpo.study import Study, find_study, join_study
 from hpo.study.metadata import METADATA, check_weights, read_metadata, storage_url_of
@@ -279,7 +279,7 @@ def _is_dead(link: Path, journal: Path) -> bool:
 
 
 def _take_lock(journal: Path) -> None:
-    with get_lock_file(JournalLock(journal)):  # whoever takes it finds that its holder is dead, and leaves nothing
+    with JournalLock(journal):  # whoever takes it finds that its holder is dead, and leaves nothing
         pass
 
 
@@ -314,8 +314,8 @@ def _write_study_yaml(study: Study) -> None:
 def _zombies(patient: Patient) -> Iterator[Told]:
     """Trials that seem to run, and whose process is dead."""
     study = patient.known
-    storage = study.optuna._storage
-    silent = stale_elsewhere(storage, study.optuna._study_id)
+    storage = storage_of(study.optuna)
+    silent = stale_elsewhere(storage, id_of(study.optuna))
     for trial in patient.trials:
         if trial.state != TrialState.RUNNING:
             continue

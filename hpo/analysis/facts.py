@@ -25,6 +25,7 @@ from hpo.confirmation.statistics import Interval
 from hpo.paths import cache_root, data_root
 from hpo.space import SearchSpace, space_from_yaml
 from hpo.space.pruner import RungPruner, build_pruner
+from hpo.storage.optuna_access import storage_of
 from hpo.study import Study
 from hpo.text import score
 from hpo.trials import FAILURE, RECIPE, effective_trials, is_baseline, trial_index_of
@@ -221,7 +222,7 @@ class _Still(optuna.Study):
     """A study that shows the trials that it was given."""
 
     def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-        super().__init__(study.study_name, study._storage)
+        super().__init__(study.study_name, storage_of(study))
         self._shown = sorted(trials, key=lambda trial: trial.number)
 
     def get_trials(

@@ -18,6 +18,7 @@ from optuna.storages import BaseStorage
 from hpo.space import Parameter, SearchSpace
 from hpo.space.pruner import places_of
 from hpo.storage import is_masked
+from hpo.storage.optuna_access import id_of, storage_of, trial_by_number, trial_id
 from hpo.study import CONFIRMATION, Study
 from hpo.text import duration, short
 from hpo.trials import LET_THROUGH, RECIPE, is_baseline
@@ -36,7 +37,7 @@ _YOURS = "\n---\n*The above is written by hpo; what is written below stays.*\n"
 
 def save_note(study: Study, body: str, trial: FrozenTrial | None = None) -> None:
     """Writes the study's note, or a trial's, in place of the one before."""
-    storage, study_id = study.optuna._storage, study.optuna._study_id
+    storage, study_id = storage_of(study.optuna), id_of(study.optuna)
     attributes = storage.get_study_system_attrs(study_id)
     version, text = _keys(trial)
     parts = [body[begin : begin + _ATTRIBUTE] for begin in range(0, len(body), _ATTRIBUTE)]
@@ -49,7 +50,7 @@ def save_note(study: Study, body: str, trial: FrozenTrial | None = None) -> None
 
 def read_note(study: Study, trial: FrozenTrial | None = None) -> str:
     """The study's note, or a trial's; empty where there is none."""
-    attributes = study.optuna._storage.get_study_system_attrs(study.optuna._study_id)
+    attributes = storage_of(study.optuna).get_study_system_attrs(id_of(study.optuna))
     _, text = _keys(trial)
     count = sum(key.startswith(text) for key in attributes)
     return "".join(str(attributes[f"{text}{number}"]) for number in range(count))
@@ -57,7 +58,7 @@ def read_note(study: Study, trial: FrozenTrial | None = None) -> str:
 
 def _keys(trial: FrozenTrial | None) -> tuple[str, str]:
     """The attribute of a note's version, and how those of its text begin."""
-    prefix = "dashboard:" if trial is None else f"dashboard:{trial._trial_id}:"
+    prefix = "dashboard:" if trial is None else f"dashboard:{trial_id(trial)}:"
     return f"{prefix}note_ver", f"{prefix}note_str:"
 
 
@@ -70,8 +71,8 @@ def note_trial(study: Study, space: SearchSpace, outcome: Outcome, *, device: st
     Args:
         device: what it trained on, in words.
     """
-    storage, study_id = study.optuna._storage, study.optuna._study_id
-    trial = storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study_id, outcome.number))
+    storage, study_id = storage_of(study.optuna), id_of(study.optuna)
+    trial = trial_by_number(study.optuna, outcome.number)
     body = trial_note(space, outcome, trial, device=device, links=_links(storage, study_id, trial))
     written = read_note(study, trial)
     save_note(study, f"{body}\n---\n{written}" if written else body, trial)
@@ -79,7 +80,7 @@ def note_trial(study: Study, space: SearchSpace, outcome: Outcome, *, device: st
 
 def _links(storage: BaseStorage, study_id: int, trial: FrozenTrial) -> dict[str, str]:
     """A file's name -> where the dashboard serves it."""
-    root = f"/artifacts/{study_id}/{trial._trial_id}"
+    root = f"/artifacts/{study_id}/{trial_id(trial)}"
     return {meta.filename: f"{root}/{meta.artifact_id}" for meta in get_all_artifact_meta(trial, storage=storage)}
 
 

@@ -14,6 +14,7 @@ from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpo.storage.optuna_access import storage_of, trial_by_number
 from hpo.text import METRIC_WORDS
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
-    from optuna.artifacts._protocol import ArtifactStore
     from torch import Tensor
+
+    from hpo.storage.optuna_access import OptunaArtifactStore
 
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 INK, GREY, PALE = "#222222", "#767676", "#DDDDDD"
@@ -317,7 +319,7 @@ def _focus(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def attach_artifacts(study: optuna.Study, number: int, paths: Sequence[Path], store: ArtifactStore) -> None:
+def attach_artifacts(study: optuna.Study, number: int, paths: Sequence[Path], store: OptunaArtifactStore) -> None:
     """Puts files into the artifact store, so that the dashboard shows them on the trial's page.
 
     Pictures are shown there; text (the configuration) is offered with its name. The trial must not be finished yet:
@@ -329,14 +331,13 @@ def attach_artifacts(study: optuna.Study, number: int, paths: Sequence[Path], st
     """
     from optuna.artifacts import upload_artifact
 
-    storage = study._storage
-    trial = storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
+    trial = trial_by_number(study, number)
     for path in paths:
         upload_artifact(
             artifact_store=store,
             file_path=str(path),
             study_or_trial=trial,
-            storage=storage,
+            storage=storage_of(study),
             mimetype=_MIME_TYPES.get(path.suffix, "text/plain"),
         )
 

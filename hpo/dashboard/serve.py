@@ -26,7 +26,7 @@ from hpo.errors import StudyError
 from hpo.storage import is_journal, mask, open_storage
 
 if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore
+    from hpo.storage.optuna_access import OptunaArtifactStore
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def command(storage_url: str, artifacts: Path) -> list[str]:
     return ["optuna-dashboard", mask(storage_url), "--artifact-dir", str(artifacts)]
 
 
-def serve(storage_url: str, artifacts: ArtifactStore, *, study_name: str, host: str, port: int) -> None:
+def serve(storage_url: str, artifacts: OptunaArtifactStore, *, study_name: str, host: str, port: int) -> None:
     """Serves the dashboard until Ctrl-C, having said where the study's page is.
 
     Args:
@@ -81,7 +81,7 @@ class _DashboardServer6(DashboardServer):
 
 
 def make_server(
-    storage_url: str, artifacts: ArtifactStore, *, study_name: str, host: str, port: int
+    storage_url: str, artifacts: OptunaArtifactStore, *, study_name: str, host: str, port: int
 ) -> DashboardServer:
     """Opens the study's storage and listens on the address, without answering yet.
 
@@ -107,7 +107,7 @@ def _is_loopback(server: DashboardServer) -> bool:
     return ipaddress.ip_address(server.server_name).is_loopback
 
 
-def _application(storage: BaseStorage, artifacts: ArtifactStore) -> Callable[..., Any]:
+def _application(storage: BaseStorage, artifacts: OptunaArtifactStore) -> Callable[..., Any]:
     import optuna_dashboard  # takes a second
 
     application: Callable[..., Any] = optuna_dashboard.wsgi(storage, artifacts)  # type: ignore[attr-defined]

@@ -36,6 +36,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpo.space import grammar
+from hpo.storage.optuna_access import storage_of, trial_id
 from hpo.trials import LET_THROUGH, RECIPE, is_baseline, trial_index_of
 
 __all__ = ["Place", "RungPruner", "build_pruner", "lets_through", "places_of", "rung_epochs", "spared"]
@@ -123,7 +124,7 @@ class RungPruner(BasePruner):
             if rung not in places and rung in trial.intermediate_values:
                 places[rung] = place = self._judge(study, trial, rung)
                 mark = [place.rank, place.of, place.kept]
-                study._storage.set_trial_system_attr(trial._trial_id, f"{_RUNG}{rung}", mark)
+                storage_of(study).set_trial_system_attr(trial_id(trial), f"{_RUNG}{rung}", mark)
             if rung in places and not places[rung].kept:
                 # Behind its cut a trial is not judged any more: it takes no place from others.
                 return not self._let_through(study, trial, rung)
@@ -133,7 +134,7 @@ class RungPruner(BasePruner):
         """What the pruner thinks of the trial, for a progress display: "rung 6: 3rd of 14, kept"."""
         if why := spared(trial):
             return f"{why}, never pruned"
-        frozen = study._storage.get_trial(trial._trial_id)
+        frozen = storage_of(study).get_trial(trial_id(trial))
         places = _reached(self._judged(study, trial), frozen.last_step or 0)
         if not places:
             return f"first rung: {self.rungs[0]}" if self.rungs else ""
@@ -150,20 +151,20 @@ class RungPruner(BasePruner):
         """Whether a trial that is cut at the rung goes on; the storage is told so, once."""
         if not self._goes_on(trial):
             return False
-        if trial._trial_id not in self._told and LET_THROUGH not in trial.user_attrs:
-            study._storage.set_trial_user_attr(trial._trial_id, LET_THROUGH, rung)
-        self._told.add(trial._trial_id)
+        if trial_id(trial) not in self._told and LET_THROUGH not in trial.user_attrs:
+            storage_of(study).set_trial_user_attr(trial_id(trial), LET_THROUGH, rung)
+        self._told.add(trial_id(trial))
         return True
 
     def _judged(self, study: Study, trial: Trial | FrozenTrial) -> dict[int, Place]:
         """The places that the trial, or the attempts before it, have been given."""
-        if trial._trial_id not in self._places:
-            self._places[trial._trial_id] = {
+        if trial_id(trial) not in self._places:
+            self._places[trial_id(trial)] = {
                 int(key.removeprefix(_RUNG)): Place(*mark)
-                for key, mark in study._storage.get_trial_system_attrs(trial._trial_id).items()
+                for key, mark in storage_of(study).get_trial_system_attrs(trial_id(trial)).items()
                 if key.startswith(_RUNG)
             }
-        return self._places[trial._trial_id]
+        return self._places[trial_id(trial)]
 
     def _judge(self, study: Study, trial: FrozenTrial, rung: int) -> Place:
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0

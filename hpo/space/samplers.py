@@ -22,6 +22,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.space import grammar
+from hpo.storage.optuna_access import get_trials_cached, set_qmc_point, set_search_space, trial_id
 from hpo.trials import trial_index_of
 
 
@@ -43,20 +44,27 @@ def build_sampler(config: grammar.Sampler, *, seed: int) -> TrialIndexSampler:
         match config:
             case grammar.TpeSampler():
                 tpe = TPESampler(seed=seed_of_trial_index, n_startup_trials=config.startup_trials)
-                tpe._search_space = common
+                set_search_space(tpe, common)
                 return tpe
             case grammar.GpSampler():
                 startup = config.startup_trials
                 gp = GPSampler(seed=seed_of_trial_index, n_startup_trials=startup, warn_independent_sampling=False)
-                gp._intersection_search_space = common
+                set_search_space(gp, common)
                 return gp
             case grammar.CmaEsSampler():
                 startup = config.startup_trials
                 cma = CmaEsSampler(seed=seed_of_trial_index, n_startup_trials=startup, warn_independent_sampling=False)
-                cma._search_space = common
+                set_search_space(cma, common)
                 return cma
             case grammar.QmcSampler():
-                return _SlotQMC(trial_index, seed=sampler_seed(seed, "qmc"), seed_of_trial_index=seed_of_trial_index)
+                qmc = QMCSampler(
+                    scramble=True,  # unscrambled, the first point is a corner of the space in every study
+                    seed=sampler_seed(seed, "qmc"),
+                    independent_sampler=RandomSampler(seed=seed_of_trial_index),
+                    warn_independent_sampling=False,
+                )
+                set_qmc_point(qmc, trial_index)
+                return qmc
             case grammar.RandomSampler():
                 return RandomSampler(seed=seed_of_trial_index)
 
@@ -78,13 +86,13 @@ class TrialIndexSampler(BaseSampler):
         self._relative: dict[int, BaseSampler] = {}
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        sampler = self._relative[trial._trial_id] = self._fresh(trial, "relative")
+        sampler = self._relative[trial_id(trial)] = self._fresh(trial, "relative")
         return sampler.infer_relative_search_space(_by_trial_index(study), _renumbered(trial))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        sampler = self._relative.pop(trial._trial_id, None) or self._fresh(trial, "relative")
+        sampler = self._relative.pop(trial_id(trial), None) or self._fresh(trial, "relative")
         return sampler.sample_relative(_by_trial_index(study), _renumbered(trial), search_space)
 
     def sample_independent(
@@ -107,22 +115,6 @@ class TrialIndexSampler(BaseSampler):
             return self._build(trial_index, sampler_seed(self._seed, trial_index, purpose))
 
 
-class _SlotQMC(QMCSampler):
-    """Takes the sequence's point by slot; Optuna counts points in the storage, and a retry would skip one."""
-
-    def __init__(self, trial_index: int, *, seed: int, seed_of_trial_index: int) -> None:
-        super().__init__(
-            scramble=True,  # unscrambled, the first point is a corner of the space, and every study is the same
-            seed=seed,
-            independent_sampler=RandomSampler(seed=seed_of_trial_index),
-            warn_independent_sampling=False,
-        )
-        self._trial_index = trial_index
-
-    def _find_sample_id(self, study: Study, search_space: dict[str, BaseDistribution]) -> int:  # noqa: ARG002
-        return self._trial_index
-
-
 class _CommonSpace(IntersectionSearchSpace):
     """The parameters that all finished trials share, as Optuna's own, but in any order of trials.
 
@@ -137,10 +129,10 @@ class _CommonSpace(IntersectionSearchSpace):
         self._common: dict[str, BaseDistribution] | None = None
 
     def calculate(self, study: Study, use_cache: bool = False) -> dict[str, BaseDistribution]:
-        for trial in study._get_trials(deepcopy=False, use_cache=use_cache):
-            if trial.state not in self._states or trial._trial_id in self._seen:
+        for trial in get_trials_cached(study, use_cache=use_cache):
+            if trial.state not in self._states or trial_id(trial) in self._seen:
                 continue
-            self._seen.add(trial._trial_id)
+            self._seen.add(trial_id(trial))
             if self._common is None:
                 self._common = dict(sorted(trial.distributions.items()))
             else:

@@ -26,7 +26,7 @@ from hpo.storage import mask
 from hpo.storage.urls import missing_module, words_of
 
 if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore
+    from hpo.storage.optuna_access import OptunaArtifactStore
 
 # Where an upload is one operation of the service: its object is the old one until the whole new one is there.
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss"}
@@ -177,13 +177,13 @@ class Depot:
 
     # What all of it needs
 
-    def artifacts(self, folder: Path) -> ArtifactStore:
+    def artifacts(self, folder: Path) -> OptunaArtifactStore:
         """The dashboard's artifacts, as Optuna asks for them.
 
         Args:
             folder: theirs in the study's folder.
         """
-        return cast("ArtifactStore", _Artifacts(self, folder.relative_to(self._folder).as_posix()))
+        return cast("OptunaArtifactStore", _Artifacts(self, folder.relative_to(self._folder).as_posix()))
 
     def open(self, name: str) -> BinaryIO:
         """A file of the depot, to be read.

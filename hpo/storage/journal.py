@@ -19,7 +19,6 @@ from typing import Any
 
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import get_lock_file
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
@@ -71,6 +70,7 @@ class _Journal(JournalFileBackend):
     """
 
     def __init__(self, path: Path) -> None:
+        self._lock: JournalLock
         super().__init__(str(path), JournalLock(path))
         self._path = path
 
@@ -81,7 +81,7 @@ class _Journal(JournalFileBackend):
             StudyError: there is no room for them, or the file cannot be written.
         """
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with _said(self._path, "written"), get_lock_file(self._lock), _opened(self._path) as descriptor:
+        with _said(self._path, "written"), self._lock, _opened(self._path) as descriptor:
             _cut_torn_tail(descriptor, self._path)
             _write_whole(descriptor, text.encode())
             if any(_is_lasting(log) for log in logs):
@@ -167,7 +167,7 @@ def repair_journal(path: Path) -> None:
     """
     if not torn_records(path.read_bytes(), path):
         return
-    with get_lock_file(JournalLock(path)), _opened(path) as descriptor:
+    with JournalLock(path), _opened(path) as descriptor:
         content = path.read_bytes()  # anew: without the lock, someone may just have been writing
         for start, end in torn_records(content, path):
             _keep(path, content[start:end])

@@ -69,6 +69,12 @@ class JournalLock(BaseJournalFileLock):
         finally:
             os.close(descriptor)
 
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def is_left_by_the_dead(self) -> bool:
         """Whether a link of this machine's is there: for who holds the kernel's lock, which then its maker does not."""
         return self._holder() == _spelling(self._path.name)

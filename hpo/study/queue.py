@@ -30,6 +30,7 @@ from hpo.storage.lease import (
     own_lease,
     stale_elsewhere,
 )
+from hpo.storage.optuna_access import forget_cached_trials, id_of, storage_of, trial_id
 from hpo.study.warm_start import CONSTRAINT
 from hpo.trials import (
     ARTIFACT,
@@ -49,7 +50,7 @@ from hpo.trials import (
 )
 
 if TYPE_CHECKING:
-    from hpo.space import Recipe
+    from hpo.space import Recipe, SearchSpace
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,10 @@ class TrialQueue:
         study: with its space, to enqueue or claim trials; without, its trials can still be released and requeued.
     """
 
-    def __init__(self, study: Any) -> None:  # a Study, which imports this module
+    def __init__(self, study: Any, space: SearchSpace | None) -> None:  # a Study, which imports this module
         self._study = study
+        self._space = space
+        self._storage = storage_of(study.optuna)
 
     def ensure_trials(self, total: int) -> Counts:
         """Queues what is missing of slots 0 to `total` - 1: the base, the recipes that the space can express, others.
@@ -70,10 +73,10 @@ class TrialQueue:
         The base takes the first slot that is free: 0, but where trials of another study were taken over. A slot whose
         attempts were all cut off is queued with the parameters of the last one.
         """
-        assert self._study._space is not None, "only a study that was opened with its space can queue trials"
+        assert self._space is not None, "only a study that was opened with its space can queue trials"
         if self._study.total != total:
             self._study.optuna.set_user_attr(TOTAL, total)
-        trials = self._study._trials()
+        trials = self._trials()
         taken = effective_trials(trials)
         for trial in trials:
             if trial.state == TrialState.WAITING and taken[trial_index_of(trial)] is not trial:
@@ -99,7 +102,7 @@ class TrialQueue:
         The total comes last, so that whoever dies here, or queues at the same time, leaves no slot without a trial.
         Without any trials it still rises to those that are there: whoever died may not have come to it.
         """
-        known = [trial_index_of(trial) for trial in self._study._trials()]
+        known = [trial_index_of(trial) for trial in self._trials()]
         first = max(known, default=-1) + 1
         for trial_index, (params, attributes) in enumerate(trials, first):
             self._queue(trial_index, params, attributes)
@@ -112,25 +115,25 @@ class TrialQueue:
         A recipe that is the base, or another recipe, is a trial where that is one. One that waits beyond the total is
         none, since no worker will claim it.
         """
-        assert self._study._space is not None, "only a study that was opened with its space knows its recipes"
+        assert self._space is not None, "only a study that was opened with its space knows its recipes"
         total = self._study.total
         trials = [
             trial
-            for trial in effective_trials(self._study._trials()).values()
+            for trial in effective_trials(self._trials()).values()
             if trial.state != TrialState.WAITING or total is None or trial_index_of(trial) < total
         ]
         names = {attributes.get(RECIPE) for _, attributes in self._missing(trials)}
-        return [recipe for recipe in self._study._space.recipes if recipe.name in names]
+        return [recipe for recipe in self._space.recipes if recipe.name in names]
 
     def _missing(self, trials: Iterable[FrozenTrial]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """(parameters, attributes) of the base and of each recipe that the space can express, if not among these."""
-        assert self._study._space is not None
+        assert self._space is not None
         if self._study.confirms is not None:  # it has what was queued for it, and nothing of its own
             return []
         known = list(trials)
         names = {trial.user_attrs.get(RECIPE) for trial in known}
-        base = self._study._space.baseline_params()
-        expressed = [(recipe.name, self._study._space.express(recipe.config)) for recipe in self._study._space.recipes]
+        base = self._space.baseline_params()
+        expressed = [(recipe.name, self._space.express(recipe.config)) for recipe in self._space.recipes]
         seen = [params for name, params in expressed if name in names]
         missing: list[tuple[dict[str, Any], dict[str, Any]]] = []
         if any(map(is_baseline, known)):
@@ -183,23 +186,19 @@ class TrialQueue:
         The trial is RUNNING and this process holds its lease. Its parameters are the sampler's to suggest, as after
         `ask()`, but for those that are fixed.
         """
-        assert self._study._space is not None, (
-            "only a study that was opened with its space can run trials: it has the sampler"
-        )
-        self._study.optuna._thread_local.cached_all_trials = (
-            None  # as `ask()` does: the trial shall see the latest history
-        )
+        assert self._space is not None, "only a study that was opened with its space can run trials: it has the sampler"
+        forget_cached_trials(self._study.optuna)
         total = self._study.total
-        for trial_index, trial in sorted(effective_trials(self._study._trials()).items()):
+        for trial_index, trial in sorted(effective_trials(self._trials()).items()):
             if trial.state != TrialState.WAITING or (total is not None and trial_index >= total):
                 continue
             try:
-                won = self._study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+                won = self._storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
             except UpdateFinishedTrialError:
                 continue
             if won:
-                self._study._storage.set_trial_user_attr(trial._trial_id, LEASE, own_lease())
-                return optuna.Trial(self._study.optuna, trial._trial_id), trial_index
+                self._storage.set_trial_user_attr(trial_id(trial), LEASE, own_lease())
+                return optuna.Trial(self._study.optuna, trial_id(trial)), trial_index
         return None
 
     def finish(
@@ -232,7 +231,7 @@ class TrialQueue:
             else:
                 self._study.optuna.tell(trial, state=TrialState.PRUNED)
         except (UpdateFinishedTrialError, ValueError):
-            if self._study._storage.get_trial(trial._trial_id).state == TrialState.RUNNING:
+            if self._storage.get_trial(trial_id(trial)).state == TrialState.RUNNING:
                 raise
             # Its lease was taken for dead, and its slot queued again: the result of the other attempt will count.
             logger.warning("trial %d was taken from this process while it ran; its result is dropped", trial.number)
@@ -245,7 +244,7 @@ class TrialQueue:
         Args:
             crashed: whether the attempt counts against `retries`.
         """
-        frozen = self._study._storage.get_trial(trial._trial_id)
+        frozen = self._storage.get_trial(trial_id(trial))
         if frozen.state == TrialState.RUNNING:
             self._interrupt(frozen, crashed=crashed)
 
@@ -262,7 +261,9 @@ class TrialQueue:
         running = self._running()
         if not running:
             return []
-        silent = stale_elsewhere(self._study._storage, self._study._id) if any(map(held_elsewhere, running)) else set()
+        silent = (
+            stale_elsewhere(self._storage, id_of(self._study.optuna)) if any(map(held_elsewhere, running)) else set()
+        )
         queued = []
         for trial in running:
             if is_abandoned(trial):
@@ -292,23 +293,27 @@ class TrialQueue:
             trial.number
             for trial in self._running()
             if (total is None or trial_index_of(trial) < total)
-            and (held_elsewhere(trial) is None or has_heartbeat(self._study._storage))
+            and (held_elsewhere(trial) is None or has_heartbeat(self._storage))
         ]
 
     def beating(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
         """While in it, other hosts can see that the claimed trial's process lives, where the storage keeps that."""
-        return beating(self._study._storage, trial._trial_id)
+        return beating(self._storage, trial_id(trial))
 
     def waiting(self) -> int:
         """How many slots of the total wait to be claimed."""
         total = self._study.total
         return sum(
             trial.state == TrialState.WAITING and (total is None or trial_index < total)
-            for trial_index, trial in effective_trials(self._study._trials()).items()
+            for trial_index, trial in effective_trials(self._trials()).items()
         )
 
+    def _trials(self) -> list[FrozenTrial]:
+        trials: list[FrozenTrial] = self._study.optuna.get_trials(deepcopy=False)
+        return trials
+
     def _running(self) -> list[FrozenTrial]:
-        return [trial for trial in self._study._trials() if trial.state == TrialState.RUNNING]
+        return [trial for trial in self._trials() if trial.state == TrialState.RUNNING]
 
     def _interrupt(self, trial: FrozenTrial, *, crashed: bool) -> bool:
         """Ends an attempt and queues its slot again; False where another process did, or where it crashes too often."""
@@ -318,7 +323,7 @@ class TrialQueue:
             self._give_up(trial, crashes)
             return False
         try:
-            self._study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
+            self._storage.set_trial_user_attr(trial_id(trial), INTERRUPTED, True)
         except UpdateFinishedTrialError:
             return False
         # A process that dies between these two leaves a slot without a trial, which `ensure_slots` queues again.
@@ -332,10 +337,10 @@ class TrialQueue:
         reported = trial.intermediate_values
         values = [reported[max(reported)]] if reported else None  # as `tell` does with a pruned trial
         try:
-            self._study._storage.set_trial_user_attr(trial._trial_id, CRASHES, crashes)
-            self._study._storage.set_trial_user_attr(trial._trial_id, FAILURE, "crashed")
-            self._study._storage.set_trial_system_attr(trial._trial_id, f"{CONSTRAINT}{FAILURE}", 1.0)
-            self._study._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED, values)
+            self._storage.set_trial_user_attr(trial_id(trial), CRASHES, crashes)
+            self._storage.set_trial_user_attr(trial_id(trial), FAILURE, "crashed")
+            self._storage.set_trial_system_attr(trial_id(trial), f"{CONSTRAINT}{FAILURE}", 1.0)
+            self._storage.set_trial_state_values(trial_id(trial), TrialState.PRUNED, values)
         except UpdateFinishedTrialError:  # another process was faster
             return
         for checkpoint in self._study.paths.checkpoints_of(trial_index_of(trial)):
@@ -349,6 +354,6 @@ class TrialQueue:
 
     def _fail(self, trial: FrozenTrial) -> bool:
         try:
-            return bool(self._study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL))
+            return bool(self._storage.set_trial_state_values(trial_id(trial), TrialState.FAIL))
         except UpdateFinishedTrialError:
             return False

@@ -19,6 +19,7 @@ from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.space import space_from_yaml, space_to_yaml
 from hpo.storage import is_masked, mask
+from hpo.storage.optuna_access import id_of, storage_of
 from hpo.study.metadata import (
     METADATA,
     check_fingerprint,
@@ -38,11 +39,10 @@ from hpo.trials import (
 )
 
 if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore
-
     from core.data import Dataset
     from hpo.space import SearchSpace
     from hpo.storage.artifacts import Depot
+    from hpo.storage.optuna_access import OptunaArtifactStore
 
 
 _COMMAND = "command"  # study user attribute: what the study was last run by
@@ -223,7 +223,7 @@ class Study:
             return self.paths.artifacts
         return None if "://" in known else Path(known) / self.paths.dir.name / self.paths.inside(self.paths.artifacts)
 
-    def artifact_store(self) -> ArtifactStore:
+    def artifact_store(self) -> OptunaArtifactStore:
         """Where the pictures of trials are kept for the dashboard; its folder is made where it is missing."""
         if self.depot is not None:
             return self.depot.artifacts(self.paths.artifacts)
@@ -290,15 +290,15 @@ class Study:
     @cached_property
     def queue(self) -> TrialQueue:
         """The queue of its trials; what changes them is there."""
-        return TrialQueue(self)
+        return TrialQueue(self, self._space)
 
     @property
     def _storage(self) -> optuna.storages.BaseStorage:
-        return self.optuna._storage
+        return storage_of(self.optuna)
 
     @property
     def _id(self) -> int:
-        return self.optuna._study_id
+        return id_of(self.optuna)
 
     def _trials(self) -> list[FrozenTrial]:
         """Every trial, by number. Not copies: do not change them."""

@@ -1,0 +1,81 @@
+"""Access to parts of Optuna that have no public name. No other package of `hpo` uses Optuna's private names.
+
+Optuna 5 has no public way to a study's storage, to the ids of studies and trials that every storage method takes, or
+to the state that its samplers keep between trials.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.artifacts._protocol import ArtifactStore as OptunaArtifactStore
+    from optuna.samplers import CmaEsSampler, GPSampler, QMCSampler, TPESampler
+    from optuna.search_space import IntersectionSearchSpace
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial, Trial
+
+__all__ = [
+    "OptunaArtifactStore",
+    "forget_cached_trials",
+    "get_trials_cached",
+    "id_of",
+    "set_qmc_point",
+    "set_search_space",
+    "storage_of",
+    "trial_by_number",
+    "trial_id",
+]
+
+
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """Return the storage of a study."""
+    return study._storage
+
+
+def id_of(study: optuna.Study) -> int:
+    """Return the id of a study in its storage."""
+    return study._study_id
+
+
+def trial_id(trial: FrozenTrial | Trial) -> int:
+    """Return the id of a trial in its storage, which is not its number in the study."""
+    return trial._trial_id
+
+
+def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial:
+    """Return a trial as it is in the storage now.
+
+    Raises:
+        KeyError: The study has no trial of this number.
+    """
+    storage = study._storage
+    return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
+
+
+def get_trials_cached(study: optuna.Study, *, use_cache: bool) -> list[FrozenTrial]:
+    """Return all trials, without copying them.
+
+    Args:
+        study: Any study.
+        use_cache: Return the trials of the last call in this thread, until `forget_cached_trials` is called.
+    """
+    return study._get_trials(deepcopy=False, use_cache=use_cache)
+
+
+def forget_cached_trials(study: optuna.Study) -> None:
+    """Let the sampler read the trials anew, as `Study.ask` does."""
+    study._thread_local.cached_all_trials = None
+
+
+def set_search_space(sampler: TPESampler | CmaEsSampler | GPSampler, space: IntersectionSearchSpace) -> None:
+    """Let a sampler take its relative search space from `space`, which several samplers may share."""
+    name = "_search_space" if hasattr(sampler, "_search_space") else "_intersection_search_space"
+    assert hasattr(sampler, name), f"{type(sampler).__name__} has no search space of this name in this Optuna"
+    setattr(sampler, name, space)
+
+
+def set_qmc_point(sampler: QMCSampler, index: int) -> None:
+    """Let a QMC sampler draw the point of this index; Optuna counts points in the storage, and a retry skips one."""
+    sampler._find_sample_id = lambda study, search_space: index  # type: ignore[method-assign]  # noqa: ARG005
