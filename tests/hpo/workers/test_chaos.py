@@ -37,7 +37,7 @@ def told_how_to_repeat(events: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        chosen = "-m chaos" if events == 50 else "tests/hpo/test_chaos.py"
+        chosen = "-m chaos" if events == 50 else "tests/hpo/workers/test_chaos.py"
         again = f"HPO_CHAOS_SEED={SEED} uv run pytest {chosen}"
         error.add_note(f"seed {SEED}; again by\n    {again}")
         raise

@@ -144,7 +144,7 @@ def test_one_trial_at_once_needs_no_process(space_file: str, tmp_path: Path, mon
 def test_relative_paths_and_the_images_of_a_person_reach_the_workers(
     tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder is changed after Python's own spawn has noted where it began."""
+    """The folder is changed after Python has noted where the process began."""
     source = load_digits()
     np.savez(tmp_path / "own.npz", x_train=source.images.astype(np.uint8), y_train=source.target)
     monkeypatch.chdir(tmp_path)
@@ -288,7 +288,7 @@ def test_a_crash_that_every_worker_meets_stops_the_run_and_keeps_its_traceback(
     study.paths.trials.write_text("a file where a folder should be")
     with pytest.raises(RuntimeError, match=r"^worker \d failed: (FileExists|NotADirectory)Error") as caught:
         work_off(study, job, 2)
-    assert "hpo/objective.py" in str(caught.value.__cause__)
+    assert "hpo/search/objective.py" in str(caught.value.__cause__)
     assert study.queue.waiting() == 4
     assert study.counts().running == 0
     assert not multiprocessing.active_children()
