@@ -26,7 +26,7 @@ SOURCES = sorted([*ROOT.glob("core/**/*.py"), *ROOT.glob("hpo/**/*.py")])
 CORE_FOUNDATION = {"config", "errors", "runtime"}
 """What every room of `core` may import. Only `core.loop` imports the other rooms."""
 
-CORE_NEVER = {"hpo", "optuna", "optuna_dashboard", "yaml", "ruamel", "rich", "typer"}
+CORE_NEVER = {"hpo", "optuna", "optuna_dashboard", "yaml", "rich", "typer"}
 """`core` trains one configuration; it knows nothing of searches, files of search spaces, or the terminal."""
 
 LAYERS = (
@@ -49,12 +49,12 @@ NOT_YET = {"hpo.cli.console", "hpo.cli.scores", "hpo.cli.summary"}
 ONLY_IN = {
     "typer": {"cli"},
     "rich": {"cli"},
-    "ruamel": {"space", "study"},
+    "yaml": {"space"},
 }
 """Libraries that have one owner among the rooms: the command line, the progress display, who reads and writes YAML."""
 
-NEVER_IMPORTED = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
-"""Formats that run code when they are read, and PyYAML, whose YAML 1.1 takes `1e-4` for a word and `off` for false."""
+NEVER_IMPORTED = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+"""Formats that run code when they are read. PyYAML's unsafe loaders are one more."""
 
 STUDY_NAMES = {"journal.log", "study.yaml", "artifacts", "trials", "metrics.jsonl", "checkpoints", "references"}
 """Names under `studies/` that `hpo/paths.py` alone spells as a path; elsewhere they come from `StudyPaths`."""
@@ -293,6 +293,39 @@ def test_nothing_reads_a_format_that_runs_code() -> None:
         if target.split(".")[0] in NEVER_IMPORTED and not (target == "pickle" and uses_pickle_safely(MODULES[module]))
     ]
     assert not faults, "\n".join(faults)
+
+
+def unsafe_yaml(tree: ast.Module) -> list[str]:
+    """Names of PyYAML that load YAML 1.1 or any object; passed to `yaml.parse`, the safe loaders only parse."""
+    used = [
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "yaml"
+    ]
+    used += [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and is_within(node.module or "", "yaml")
+        for alias in node.names
+    ]
+    return [name for name in used if "load" in name.lower() and name not in ("SafeLoader", "CSafeLoader")]
+
+
+def test_yaml_is_never_loaded_by_pyyaml_itself() -> None:
+    faults = [f"{relative(path)}: {name}" for path in SOURCES for name in unsafe_yaml(tree_of(path))]
+    assert not faults, f"hpo.space.load_yaml reads YAML 1.2: {faults}"
+
+
+@pytest.mark.parametrize(
+    ("source", "faults"),
+    [
+        ("yaml.load(text, Loader=yaml.SafeLoader)", ["load"]),
+        ("yaml.safe_load(text)", ["safe_load"]),
+        ("yaml.parse(text, Loader=yaml.UnsafeLoader)", ["UnsafeLoader"]),
+        ("from yaml import full_load", ["full_load"]),
+        ("yaml.parse(text, Loader=yaml.CSafeLoader)", []),
+    ],
+)
+def test_every_loader_of_pyyaml_but_the_safe_parser_is_caught(source: str, faults: list[str]) -> None:
+    assert unsafe_yaml(ast.parse(source)) == faults
 
 
 def uses_pickle_safely(path: Path) -> bool:

@@ -21,7 +21,7 @@ from core.errors import CoreError
 from hpo import cli, dashboard
 from hpo.errors import HpoError
 from hpo.paths import StudyPaths
-from hpo.space import load_yaml
+from hpo.space import dump_yaml, load_yaml
 from hpo.space.document import MAX_BYTES
 from hpo.storage import open_storage
 from hpo.submission.bundle import load_bundle
@@ -121,10 +121,11 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
     ("text", "told"),
     [
         (LAUGHS, ":6: more than 100000 values"),
-        ("a: " + "[" * 10_000, ":1: nested more than 32 deep"),
-        ("#" * (MAX_BYTES + 1), ": longer than 1,048,576 bytes, which no configuration is; give another file"),
+        ("a: " + "[" * 100, ":1: nested more than 32 deep"),
+        ("a: " + "[" * 10_000, ":1: not YAML: exceeded maximum nesting depth"),  # libyaml's own bound
+        ("#" * (MAX_BYTES + 1), ": longer than 1,048,576 bytes, too long for a configuration; choose another file"),
     ],
-    ids=["aliases", "depth", "size"],
+    ids=["aliases", "depth", "more depth than libyaml parses", "size"],
 )
 class TestYaml:
     def test_of_a_space_or_recipe(
@@ -147,16 +148,49 @@ class TestYaml:
         assert str(raised.value).isprintable()
 
 
-def test_a_file_of_ours_is_read_as_it_was_written(tmp_path: Path) -> None:
-    from ruamel.yaml import YAML
+WRITTEN_BY_RUAMEL = """\
+name: '0x1F'
+hash: '012345678901234567890123456789012345678901234567890123456789'
+none:
+created: '2026-01-30T10:00:00+00:00'
+numbers:
+- 1
+- 1e-05
+- -2.5e+300
+- true
+words:
+- off
+- '1_000'
+- '~'
+- é
+- 'a: b'
+- ''
+- ' '
+- '1e3'
+- 12:30:00
+- it's
+- "a\\nb"
+- 'folded
+  here'
+paths:
+  optim.lr:
+    choices:
+    - - 8
+    - - 16
+      - 32
+"""
 
+
+def test_a_study_yaml_written_by_an_older_version_is_read_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(WRITTEN_BY_RUAMEL, encoding="utf-8")
     content = {
         "name": "0x1F", "hash": "0123456789" * 6, "none": None, "created": "2026-01-30T10:00:00+00:00",
-        "numbers": [1, 1e-05, -2.5e300, True], "words": ["off", "1_000", "~", "é", "a: b", "", " ", "1e3", "12:30:00"],
+        "numbers": [1, 1e-05, -2.5e300, True],
+        "words": ["off", "1_000", "~", "é", "a: b", "", " ", "1e3", "12:30:00", "it's", "a\nb", "folded here"],
         "paths": {"optim.lr": {"choices": [[8], [16, 32]]}},
     }  # fmt: skip
-    with (tmp_path / "study.yaml").open("w", encoding="utf-8") as file:
-        YAML().dump(content, file)
+    assert load_yaml(tmp_path / "study.yaml") == content
+    (tmp_path / "study.yaml").write_text(dump_yaml(content), encoding="utf-8")
     assert load_yaml(tmp_path / "study.yaml") == content
 
 

@@ -1,26 +1,22 @@
-"""YAML 1.2 as plain data with a line for every value, and back.
+"""YAML 1.2 as plain data with a line number for every value, and back.
 
-The text is read from ruamel's event stream rather than through its constructor, for three reasons: every duplicate key
-is reported and not only the first; a value keeps its line; and scalars follow YAML 1.2's core schema to the letter
-(https://yaml.org/spec/1.2.2/#103-core-schema), where `1e-4` and `.5e3` are numbers, `off`, `1_000` and `2026-01-30`
-are words. Tags are refused, so nothing but plain data can come out of a file, and its size, its depth and what its
-aliases come to are bounded, so that a hostile one ends in a line as well.
+PyYAML only parses and emits the syntax. Its own constructors are not used, because they resolve scalars by YAML 1.1
+(`1e-4` is a string, `off` is false), keep the last of two equal keys without a warning, and recurse without a bound.
+Here scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), every duplicate key is a
+fault, tags are refused, and the size, the depth and the expansion of aliases are bounded.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, Event, MappingStartEvent, NodeEvent, ScalarEvent, SequenceStartEvent
+import yaml
+from yaml.events import AliasEvent, Event, MappingStartEvent, NodeEvent, ScalarEvent, SequenceStartEvent
 
 from hpo.errors import Fault, SpaceError
 
@@ -30,21 +26,25 @@ INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
-MAX_BYTES = 1 << 20  # of a file: the longest space here has 5,000, and a megabyte takes ten seconds to read
-MAX_DEPTH = 32  # a configuration nests 4 deep; this only keeps a hostile file from exhausting the stack
-MAX_NODES = 100_000  # counted with aliases written out, against the "billion laughs" of nested aliases
-MAX_DIGITS = 40  # a 64-bit integer has 20; Python refuses to read more than 4,300
+MAX_BYTES = 1 << 20  # the longest shipped space has 5,000
+MAX_DEPTH = 32  # a configuration nests 4 deep; protects the stack from a hostile file
+MAX_NODES = 100_000  # counted with aliases expanded, against nested aliases ("billion laughs")
+MAX_DIGITS = 40  # a 64-bit integer has 20 digits; Python refuses more than 4,300
+
+# libyaml is ten times as fast; PyYAML's wheels have it on every platform that torch supports.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_BaseDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 @dataclass(frozen=True)
 class Node:
-    """A value and the line that it begins on, from 1."""
+    """A value and the line it begins on, counted from 1."""
 
     value: Any
     """A scalar, a `list[Node]`, or a `dict[str, Entry]`."""
     line: int
     size: int = 1
-    """Nodes below and including this one, aliases written out."""
+    """Number of nodes from this one down, aliases expanded."""
 
     def plain(self) -> Any:
         """The value as plain Python data."""
@@ -57,7 +57,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of a mapping: where the key stands, and its value."""
+    """The value of a mapping's key, and the key's line."""
 
     line: int
     node: Node
@@ -65,14 +65,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file's content."""
+    """The content of a YAML file."""
 
     name: str
-    """How the file is called in messages."""
+    """The file's name in messages."""
     root: Node
 
     def at(self, *path: str | int) -> str:
-        """`file:line` of the key or item at this path, or of the nearest thing around it that exists."""
+        """`file:line` of the key or item at this path, or of its nearest existing parent."""
         node, line = self.root, self.root.line
         for step in path:
             if isinstance(node.value, dict) and step in node.value:
@@ -86,27 +86,37 @@ class Document:
         return f"{self.name}:{line}"
 
     def plain(self) -> Any:
+        """The content as plain Python data."""
         return self.root.plain()
 
 
 def parse(text: str, name: str) -> tuple[Document | None, list[Fault]]:
-    """Reads one YAML document: None where it is not YAML at all, and every fault in either case."""
+    """Parse one YAML document.
+
+    Args:
+        text: the YAML.
+        name: the file's name in messages.
+
+    Returns:
+        The document, or None if the text is not YAML or exceeds a bound; and every fault found.
+    """
     if len(text) > MAX_BYTES:
         return None, [_too_long(name)]
     try:
-        reader = _Reader(_events(text), name)
+        reader = _Reader(yaml.parse(text, Loader=_Loader), name)
         return Document(name, reader.document()), reader.faults
     except _Unreadable as error:
         return None, [error.fault]
-    except MarkedYAMLError as error:
+    except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        line = min(line, text.count("\n") + 1)  # libyaml places an error at the end of the text one line too far
         return None, [Fault(f"{name}:{line}", f"not YAML: {error.problem or error.context}")]
-    except YAMLError as error:
+    except (yaml.YAMLError, UnicodeEncodeError) as error:  # libyaml encodes the text; a lone surrogate fails there
         return None, [Fault(f"{name}:1", f"not YAML: {str(error).splitlines()[0]}")]
 
 
 def read(path: Path) -> tuple[Document | None, list[Fault]]:
-    """Reads a YAML file, as `parse` does."""
+    """Read a YAML file; otherwise like `parse`."""
     name = shown(path)
     try:
         with path.open("rb") as file:
@@ -121,14 +131,14 @@ def read(path: Path) -> tuple[Document | None, list[Fault]]:
 
 
 def _too_long(name: str) -> Fault:
-    return Fault(name, f"longer than {MAX_BYTES:,} bytes, which no configuration is; give another file")
+    return Fault(name, f"longer than {MAX_BYTES:,} bytes, too long for a configuration; choose another file")
 
 
 def load_yaml(path: Path) -> Any:
-    """The plain data in a YAML file, within the same bounds as a search space: for files that `hpo` wrote itself.
+    """Read a YAML file as plain data, within the same bounds as a search space.
 
     Raises:
-        SpaceError: its first fault, in one line.
+        SpaceError: the first fault, on one line.
     """
     document, faults = read(path)
     if document is None or faults:
@@ -137,7 +147,7 @@ def load_yaml(path: Path) -> Any:
 
 
 def shown(path: Path) -> str:
-    """A path as messages show it: relative to the working directory where it lies below it."""
+    """A path as messages show it: relative to the working directory if it is inside it."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
@@ -145,7 +155,7 @@ def shown(path: Path) -> str:
 
 
 def scalar(text: str) -> Any:
-    """The value of a plain scalar by YAML 1.2's core schema.
+    """Resolve a plain scalar by YAML 1.2's core schema.
 
     Raises:
         ValueError: a number that is not finite, or too long.
@@ -166,20 +176,14 @@ def scalar(text: str) -> Any:
     raise ValueError(f"{text} is not a finite number")
 
 
-class _Unreadable(Exception):  # noqa: N818  (a way out of the recursion, never seen outside)
+class _Unreadable(Exception):  # noqa: N818  (leaves the recursion; never raised outside)
     def __init__(self, fault: Fault) -> None:
         super().__init__(str(fault))
         self.fault = fault
 
 
-def _events(text: str) -> Iterator[Event]:
-    yaml = YAML(typ="safe", pure=True)
-    yaml.version = (1, 2)
-    yield from yaml.parse(StringIO(text))
-
-
 class _Reader:
-    """Builds nodes from events, and collects what is wrong with single values on the way."""
+    """Builds nodes from parser events and collects the faults of single values."""
 
     def __init__(self, events: Iterator[Event], name: str) -> None:
         self.events = events
@@ -193,7 +197,7 @@ class _Reader:
         for event in self.events:
             if isinstance(event, NodeEvent):
                 if found is not None:
-                    raise self._unreadable(event, "a second document; one file holds one")
+                    raise _Unreadable(self._fault(event, "a second document; one file holds one"))
                 found = self._node(event, depth=0)
         return found if found is not None else Node({}, 1)
 
@@ -201,13 +205,13 @@ class _Reader:
         line = event.start_mark.line + 1
         if isinstance(event, AliasEvent):
             if event.anchor not in self.anchors:
-                raise self._unreadable(event, f"*{event.anchor} stands for no finished &{event.anchor}")
+                raise _Unreadable(self._fault(event, f"*{event.anchor} has no complete &{event.anchor} before it"))
             return self.anchors[event.anchor]
         if depth > MAX_DEPTH:
-            raise self._unreadable(event, f"nested more than {MAX_DEPTH} deep")
+            raise _Unreadable(self._fault(event, f"nested more than {MAX_DEPTH} deep"))
         assert isinstance(event, ScalarEvent | MappingStartEvent | SequenceStartEvent)
         if event.tag is not None:
-            self._fault(event, f"the tag {event.tag} is not allowed: plain data only")
+            self.faults.append(self._fault(event, f"the tag {event.tag} is not allowed: plain data only"))
         if isinstance(event, ScalarEvent):
             node = Node(self._scalar(event), line)
         elif isinstance(event, MappingStartEvent):
@@ -216,7 +220,7 @@ class _Reader:
             items = [self._node(item, depth + 1) for item in self._until_end()]
             node = Node(items, line, 1 + sum(item.size for item in items))
         if node.size > MAX_NODES:
-            raise self._unreadable(event, f"more than {MAX_NODES} values")
+            raise _Unreadable(self._fault(event, f"more than {MAX_NODES} values"))
         if event.anchor is not None:
             self.anchors[event.anchor] = node
         return node
@@ -226,82 +230,75 @@ class _Reader:
         size = 1
         for event in self._until_end():
             if not isinstance(event, ScalarEvent):
-                raise self._unreadable(event, "a key must be a word")
+                raise _Unreadable(self._fault(event, "a key must be a word"))
             key, key_line = event.value, event.start_mark.line + 1
             node = self._node(next(self.events), depth + 1)
             size += node.size
             if key in entries:
-                self._fault(event, f"{key}: given twice; first on line {entries[key].line}")
+                self.faults.append(self._fault(event, f"{key}: given twice; first on line {entries[key].line}"))
             else:
                 entries[key] = Entry(key_line, node)
         return Node(entries, line, size)
 
     def _until_end(self) -> Iterator[Event]:
-        """The events that begin each item of the collection just entered."""
+        """The first event of each item of the current collection."""
         for event in self.events:
             if not isinstance(event, NodeEvent):
                 return
             yield event
 
     def _scalar(self, event: ScalarEvent) -> Any:
-        quoted = bool(event.style) and event.style in "\"'|>"
-        if quoted:
+        if event.style:  # quoted, literal or folded
             return event.value
         try:
             return scalar(event.value)
         except ValueError as error:
-            self._fault(event, str(error))
+            self.faults.append(self._fault(event, str(error)))
             return None
 
-    def _fault(self, event: Event, message: str) -> None:
-        self.faults.append(Fault(f"{self.name}:{event.start_mark.line + 1}", message))
-
-    def _unreadable(self, event: Event, message: str) -> _Unreadable:
-        return _Unreadable(Fault(f"{self.name}:{event.start_mark.line + 1}", message))
+    def _fault(self, event: Event, message: str) -> Fault:
+        return Fault(f"{self.name}:{event.start_mark.line + 1}", message)
 
 
 # Writing
 
 
+class _Dumper(_BaseDumper):  # type: ignore[misc, valid-type]
+    """Writes block mappings and flow sequences that YAML 1.1 and 1.2 readers read alike."""
+
+    # Quoted though YAML 1.2 reads them as strings: words that are booleans in YAML 1.1.
+    WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
+
+    def string(self, value: Any) -> yaml.ScalarNode:
+        text = str(value)
+        plain = re.fullmatch(r"[A-Za-z][\w./\-]*", text, re.ASCII) and text.lower() not in self.WORDS
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+    def sequence(self, values: Sequence[Any]) -> yaml.SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+
+
+_Dumper.add_representer(str, _Dumper.string)
+_Dumper.add_representer(list, _Dumper.sequence)
+_Dumper.add_representer(tuple, _Dumper.sequence)
+_Dumper.add_multi_representer(Mapping, _Dumper.represent_dict)
+_Dumper.add_multi_representer(object, _Dumper.string)  # for messages about a wrong value, such as a Path
+
+
 def dump(tree: Mapping[str, Any]) -> str:
-    """Nested mappings of scalars and flat lists as block YAML that `parse` reads back exactly."""
-    return "".join(f"{line}\n" for line in _lines(tree, ""))
-
-
-def _lines(tree: Mapping[str, Any], indent: str) -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield f"{indent}{flow(key)}:"
-            yield from _lines(value, indent + "  ")
-        else:
-            yield f"{indent}{flow(key)}: {flow(value)}"
+    """Write plain data as block YAML that `parse` reads back exactly; lists in flow style, key order kept."""
+    return _emit(tree, flow_style=False)
 
 
 def flow(value: Any) -> str:
-    """A value in YAML's flow form, on one line."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ", ".join(map(flow, value)) + "]"
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        # YAML 1.1 readers take a number without a point for a word: 1e-05 must be written 1.0e-05.
-        return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))
-    if isinstance(value, str):
-        bare = re.fullmatch(r"[A-Za-z][\w./\-]*", value, re.ASCII) and value.lower() not in YAML_1_1_WORDS
-        return value if bare else UNPRINTABLE.sub(_escaped, json.dumps(value, ensure_ascii=False))
-    return str(value)
+    """A value in YAML's flow style, on one line."""
+    return _emit([value], flow_style=True)[1:-2]
 
 
-def _escaped(character: re.Match[str]) -> str:
-    return f"\\u{ord(character[0]):04x}"
-
-
-# What a YAML text may not hold, or folds, and JSON leaves as it is.
-UNPRINTABLE = re.compile(r"[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
-
-# Words that YAML 1.2's core schema or an older reader takes for something else.
-YAML_1_1_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+def _emit(data: Any, *, flow_style: bool) -> str:
+    options = {"default_flow_style": flow_style, "sort_keys": False, "allow_unicode": True, "width": 1 << 30}
+    text: str = yaml.dump(data, Dumper=_Dumper, **options)
+    return text

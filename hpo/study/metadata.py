@@ -14,12 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruamel.yaml import YAML
-
 from core.config import TrainConfig
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths
-from hpo.space import diff, load_yaml, shown
+from hpo.space import diff, dump_yaml, load_yaml, shown
 from hpo.storage import is_masked, mask
 from hpo.storage.atomic import replacing
 from hpo.study.versions import versions
@@ -186,12 +184,9 @@ def write_metadata(
         **metadata,
         "classes": list(dataset.classes),
     }
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.width = 120
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file, synced=True) as temporary, temporary.open("w", encoding="utf-8") as opened:
-        yaml.dump(content, opened)
+    with replacing(file, synced=True) as temporary:
+        temporary.write_text(dump_yaml(content), encoding="utf-8")
 
 
 def storage_url_of(paths: StudyPaths, metadata: Mapping[str, Any] | None, given: str | None) -> str:
