@@ -1,19 +1,14 @@
 """Averages of weights over time and over networks.
 
-EMA: an exponential moving average of parameters and batch-norm statistics after every step. The half-life is a fraction
-of the run. The decay warms up as min(d, (1 + t) / (10 + t)) at update t, as in TensorFlow's
-`ExponentialMovingAverage(num_updates=)`, so that the initial weights are forgotten at once; a constant decay of 0.999
-would still retain 70 % of them after 350 steps.
+EMA: an exponential moving average of parameters and batch-norm statistics after every step. The decay warms up as
+min(d, (1 + t) / (10 + t)) at update t, as in TensorFlow's `ExponentialMovingAverage(num_updates=)`, so that the initial
+weights are forgotten at once: a constant 0.999 would retain 70 % of them after 350 steps.
 
 SWA: the mean of the weights at the ends of the last epochs (Izmailov et al. 2018, arXiv 1803.05407). Batch-norm
 statistics must be recomputed before use: `recalibrate`.
 
-`mean_of`: the mean over networks (uniform soup, Wortsman et al. 2022, arXiv 2203.05482). It is accurate only if the
-loss is low between the networks, as is typical after fine-tuning from the same weights but not after training from
-scratch.
-
-An update has two parts, so that the device's part, `update`, can be captured as a CUDA graph with the weight as a
-scalar on the device. `next_weight` and `end_update` are the host's part.
+`mean_of`: a uniform soup of networks (Wortsman et al. 2022, arXiv 2203.05482), accurate only if the loss is low between
+them, as after fine-tuning from the same weights.
 """
 
 from __future__ import annotations
@@ -29,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from core.config import AveragingConfig
+from core.runtime import evaluating
 
-# Fraction of the run from which the EMA is used for decisions. With the warm-up the average covers about the last tenth
-# of the steps, so it lags only while accuracy climbs fast. Measured on digits (60 epochs of 16 steps, 3 seeds, 797
-# validation images, half-lives from 0.005 to 0.5 of the run): its accuracy is lower than that of the weights by 0.09
-# after 2 epochs of AdamW, 0.008 after 6, 0.005 after 12, 0.002 after 18; with SGD by 0.001 after 6.
+# Fraction of the run from which the EMA is used for decisions. Its accuracy on digits (60 epochs of 16 steps, 3 seeds,
+# half-lives from 0.005 to 0.5 of the run) is lower than that of the weights by 0.09 after 2 epochs of AdamW, 0.008
+# after 6, 0.005 after 12, 0.002 after 18; with SGD by 0.001 after 6.
 CAUGHT_UP_FRACTION = 0.25
 # (1 + t) / (10 + t), as in TensorFlow's `ExponentialMovingAverage`.
 WARMUP_OFFSET = 10
@@ -62,14 +57,14 @@ class Averaging(ABC):
 
     @abstractmethod
     def next_weight(self) -> float | None:
-        """Return the weight of the network in the next update, in (0, 1]; None if steps are not averaged."""
+        """Return the share of the network in the next update, in (0, 1]; None if steps are not averaged."""
 
     @abstractmethod
     def update(self, weight: float | Tensor) -> None:
-        """Average the current weights. Call after every optimizer step (device part).
+        """Average the current weights after an optimizer step (device part, which can be captured).
 
         Args:
-            weight: `next_weight()`, as a number or as a float32 scalar () on the device. Ignored if that is None.
+            weight: `next_weight()`, or that as a float32 scalar () on the device.
         """
 
     @abstractmethod
@@ -164,14 +159,7 @@ class StochasticAveraging(Averaging):
 
 
 def build_averaging(config: AveragingConfig, model: nn.Module, total_steps: int, epochs: int) -> Averaging | None:
-    """Create the averaging of a run, or return None if it is off.
-
-    Args:
-        config: the averaging.
-        model: the network, already on its device.
-        total_steps: optimizer steps of the run.
-        epochs: epochs of the run.
-    """
+    """Create the averaging of a run of that length, or None; the model must already be on its device."""
     if config.name == "ema":
         return ExponentialAveraging(config, model, total_steps, epochs)
     if config.name == "swa":
@@ -181,14 +169,10 @@ def build_averaging(config: AveragingConfig, model: nn.Module, total_steps: int,
 
 @torch.no_grad()
 def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Recompute the running statistics of all batch norms as the mean over these batches.
+    """Recompute the running statistics of all batch norms as the mean over batches (N, C, H, W).
 
-    Like `torch.optim.swa_utils.update_bn`, but only batch norms are in training mode: dropout and drop path stay off
-    and no random numbers are drawn. Without batch norms, no batch is read.
-
-    Args:
-        module: the network; its modes are restored.
-        batches: normalized images, each (N, C, H, W), with equal weights.
+    Like `torch.optim.swa_utils.update_bn`, but dropout and drop path stay off, and modes are restored. Without batch
+    norms, no batch is read.
 
     Raises:
         ValueError: there is no batch.
@@ -196,39 +180,33 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
     norms = _batch_norms(module)
     if not norms:
         return
-    modes = {child: child.training for child in module.modules()}
     momenta = {norm: norm.momentum for norm in norms}
-    module.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # cumulative mean over batches
+    seen = 0
     try:
-        seen = 0
-        for images in batches:
-            module(images)
-            seen += 1
+        with evaluating(module):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train()
+                norm.momentum = None  # cumulative mean over batches
+            for images in batches:
+                module(images)
+                seen += 1
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        for child, training in modes.items():
-            child.training = training
     if not seen:
         raise ValueError("no batch to recalibrate batch norm with")
 
 
 @torch.no_grad()
 def mean_of(models: Sequence[nn.Module]) -> nn.Module:
-    """Return a network with the mean weights of several networks, in evaluation mode, on the first one's device.
+    """Return a new network with the mean weights of several, in evaluation mode, on the first one's device.
 
     Floating-point buffers are averaged too; integer buffers are the first network's. `recalibrate` batch norms before
     use.
 
-    Args:
-        models: at least one, of the same architecture and on the same device. They are not changed.
-
     Raises:
-        ValueError: there is none, or their tensors differ in names or shapes.
+        ValueError: there is no model, or their tensors differ in names or shapes.
     """
     if not models:
         raise ValueError("no networks to average")

@@ -1,8 +1,8 @@
 """Temperature scaling of a model's confidence (Guo et al. 2017, arXiv 1706.04599).
 
-All logits are divided by one number, so predicted labels do not change. The temperature minimizes the negative
-log-likelihood of held-out images, which is convex in 1/T. If every image is classified correctly, the likelihood grows
-without limit as T falls, so the search is bounded; a result at a bound means that there is no fit.
+All logits are divided by the temperature that minimizes the negative log-likelihood of held-out images, which is convex
+in 1/T. If every image is classified correctly, the likelihood grows without limit as T falls, so the search is bounded;
+a result at a bound means that there is no fit.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ LOWEST, HIGHEST = 0.05, 20.0
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Return calibrated log-probabilities (N, K).
-
-    Args:
-        logits: (N, K) logits or averaged log-probabilities.
-        temperature: above 0; 1 returns the input unchanged.
-    """
+    """Return calibrated log-probabilities of logits (N, K); a temperature of 1 returns the input unchanged."""
     return logits if temperature == 1 else F.log_softmax(logits / temperature, dim=-1)
 
 
@@ -36,8 +31,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: (N,) int64 in [0, K), on the same device.
 
     Returns:
-        1 if no temperature makes a difference. `LOWEST` or `HIGHEST` if the optimum is there or beyond: if all
-        predictions are correct, or uniform predictions would be better than the logits.
+        1 if no temperature makes a difference; a bound if all predictions are correct, or worse than uniform ones.
 
     Raises:
         ValueError: some logits are not finite.

@@ -1,8 +1,7 @@
 """Checkpoints: the complete state of a training in one file, written atomically.
 
-The file is written to a temporary name, synced and renamed, and the folder is synced, so a crash leaves either the old
-or the new file. The temporary name is fixed, so a file left by a killed process is overwritten. Files are loaded with
-`weights_only` and cannot run code.
+The file is written to a fixed temporary name, synced and renamed, and the folder is synced, so a crash leaves either
+the old or the new file. Files are loaded with `weights_only` and cannot run code.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ from core.errors import CheckpointError
 
 FORMAT = 3
 
-# Upper limit of the interval, so that one slow save does not stop saving for long. About the optimum for a save of 12 s
-# on a machine that is preempted every hour: sqrt(2 · 12 s · 3600 s) (Young 1974, "A first order approximation to the
-# optimum checkpoint interval").
+# Upper limit of the interval: about the optimum for a save of 12 s on a machine that is preempted every hour, sqrt(2 ·
+# 12 s · 3600 s) (Young 1974, "A first order approximation to the optimum checkpoint interval").
 LONGEST_INTERVAL_S = 300.0
 
 
@@ -36,8 +34,8 @@ class Checkpoints:
         path: the file.
         state: returns the state to save.
         on_saved: called with the path after each save.
-        share: maximum fraction of the training time spent on saving, in (0, inf]. The next save is due once the time
-            since the last one makes its cost that fraction, or after `LONGEST_INTERVAL_S`. The first is due at once.
+        share: maximum fraction of the training time spent on saving, in (0, inf]. The first save is due at once, and
+            later ones after at most `LONGEST_INTERVAL_S`.
     """
 
     def __init__(
@@ -77,11 +75,7 @@ def unfinished(path: Path) -> Path:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write the state atomically. Only one process may write a file at a time.
-
-    Args:
-        path: the file; its folder is created.
-        state: tensors on any device and plain values.
+    """Write tensors and plain values atomically. Only one process may write a file at a time.
 
     Raises:
         OSError: writing failed. The previous file at `path` is intact.
@@ -111,7 +105,9 @@ def _original_error() -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    if os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -120,10 +116,6 @@ def _sync_folder(folder: Path) -> None:
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     """Load a saved state with its tensors on `device`.
-
-    Args:
-        path: the file.
-        device: where tensors are placed.
 
     Raises:
         CheckpointError: the file is damaged, not a checkpoint, of another format, contains code, or is compressed.

@@ -1,9 +1,8 @@
 """Delivery of image batches to the device, from device memory or streamed from the host.
 
-A data set that fits is kept on the device, where a batch is one gather. A larger one stays on the host, memory-mapped:
-while the device works on a batch, a thread gathers the next into pinned memory and sends it. Two buffers are filled
-alternately in a fixed order, so both feeds deliver bitwise equal batches. The host waits for the device once per epoch,
-for the order of the rows.
+A data set that fits is kept on the device. A larger one stays on the host, memory-mapped: while the device works on a
+batch, a thread gathers the next into pinned memory and sends it. Both feeds deliver bitwise equal batches. The host
+waits for the device once per epoch, for the order of the rows.
 """
 
 from __future__ import annotations
@@ -29,20 +28,13 @@ class Feed(ABC):
 
     @abstractmethod
     def take(self, rows: Tensor) -> Tensor:
-        """Return a new tensor of the images at these rows: (B, C, H, W) uint8 on the device.
-
-        Args:
-            rows: (B,) int64 on the device, in [0, N), in any order, repeats allowed.
-        """
+        """Return a copy of the images (B, C, H, W) at these rows: (B,) int64 on the device."""
 
     @abstractmethod
     def batches(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield the images of each batch of rows: (B, C, H, W) uint8 on the device.
+        """Yield the images (B, C, H, W) of each batch of rows, (B,) int64 on the device.
 
         A batch may be modified, and is valid until the next one is requested.
-
-        Args:
-            rows: for each batch (B,) int64 on the device, in [0, N), in any order, repeats allowed.
         """
 
 
@@ -63,16 +55,9 @@ class Resident(Feed):
 class Streamed(Feed):
     """Images on the host, in memory or memory-mapped, sent batch by batch.
 
-    Each iterator of `batches` has its own thread and two buffers, so several may run concurrently, also with `take`.
-    The thread ends with the iterator: at the last batch, on close or garbage collection, or on an exception in the
-    loop. Buffers are reused.
-
-    Errors of the thread are raised when the batch is requested: IndexError for an invalid row, OSError, MemoryError.
-    Truncating a memory-mapped file kills the process (SIGBUS).
-
-    Args:
-        images: (N, C, H, W) uint8 on the CPU. Only read, so several processes may map one file.
-        device: device of the delivered batches.
+    Each iterator of `batches` has its own thread, which ends with the iterator: at the last batch, on close or garbage
+    collection, or on an exception in the loop. Its errors are raised when the batch is requested: IndexError for an
+    invalid row, OSError, MemoryError. Truncating a memory-mapped file kills the process (SIGBUS).
 
     Raises:
         ValueError: the images are not on the host.
@@ -80,7 +65,7 @@ class Streamed(Feed):
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
         if images.device.type != "cpu":
-            raise ValueError(f"images that stream lie on the host, and these on {images.device}")
+            raise ValueError(f"only images on the host can be streamed, these are on {images.device}")
         self.images, self.device = images, device
         # At most one pair: allocating pinned memory takes longer than filling it.
         self._idle: deque[tuple[_Buffer, _Buffer]] = deque(maxlen=1)
@@ -121,13 +106,12 @@ class Streamed(Feed):
 
 
 def open_feed(images: Tensor, device: torch.device, *, streamed: bool | None = None) -> Feed:
-    """Create the feed of these images to a device.
+    """Create the feed of images (N, C, H, W) uint8 to a device.
 
     Args:
-        images: (N, C, H, W) uint8.
+        images: on the host or a device.
         device: device of the delivered batches.
-        streamed: True keeps the images on the host, False moves them to the device. None keeps them in place, and
-            streams if that is not the device.
+        streamed: True keeps the images on the host, False moves them to the device; None streams if they are not there.
 
     Raises:
         ValueError: `streamed` is true and the images are not on the host.
@@ -174,10 +158,10 @@ class _Buffer:
 
 
 class _PinnedBuffer(_Buffer):
-    """Pinned host memory and CUDA memory for one batch, and the copy between them.
+    """Pinned host memory and CUDA memory for one batch, and the copy between them on its own stream.
 
-    The copy runs on its own stream, after the work on the previous batch in this buffer. The thread waits for the copy
-    before it overwrites pinned memory, and the caller's stream waits for the copy.
+    The copy waits for the work on the previous batch in this buffer, the thread waits for the copy before it overwrites
+    pinned memory, and the caller's stream waits for the copy.
     """
 
     def __init__(self, images: Tensor, device: torch.device) -> None:

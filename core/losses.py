@@ -1,20 +1,18 @@
 """Training losses for class labels and for mixtures of classes, computed in float32.
 
-Cross-entropy is torch's. Focal loss (Lin et al. 2017, arXiv 1708.02002) is sum over k of t_k (1 - p_k)^gamma (-log
-p_k). `bce` is binary cross-entropy per class (Wightman et al. 2021, arXiv 2110.00476), summed over classes where timm
-averages, so that learning rates are comparable to cross-entropy. Label smoothing (Szegedy et al. 2016, arXiv
-1512.00567) applies to class labels only.
+Focal loss (Lin et al. 2017, arXiv 1708.02002) is sum over k of t_k (1 - p_k)^gamma (-log p_k). `bce` is binary
+cross-entropy (Wightman et al. 2021, arXiv 2110.00476), summed over classes where timm averages, so that learning rates
+are comparable to cross-entropy. Label smoothing (Szegedy et al. 2016, arXiv 1512.00567) applies to class labels only.
 
-Two options for imbalanced classes. Logit adjustment adds tau · log(class frequency) to each logit in training, so that
-the plain logits are those of balanced classes (Menon et al. 2021, arXiv 2007.07314, equation 10; tau 1 is the balanced
-softmax of Ren et al. 2020, arXiv 2007.10740). Class weights are inverse class frequencies or inverse effective numbers
-(Cui et al. 2019, arXiv 1901.05555), optionally for the end of the run only (deferred re-weighting, Cao et al. 2019,
-arXiv 1906.07413). Classes without training images count as having one.
+For imbalanced classes, logit adjustment adds tau · log(class frequency) to each logit in training, so that the plain
+logits are those of balanced classes (Menon et al. 2021, arXiv 2007.07314, equation 10; tau 1 is the balanced softmax of
+Ren et al. 2020, arXiv 2007.10740). Class weights are inverse class frequencies or inverse effective numbers (Cui et al.
+2019, arXiv 1901.05555), optionally for the end of the run only (Cao et al. 2019, arXiv 1906.07413). Classes without
+training images count as having one.
 
-Weights follow torch's `weight=` for hard targets. In cross-entropy and focal loss they multiply each class's term; in
-`bce` they multiply the image's loss, by its label or by the mean weight under its mixture. The batch's sum is divided
-by the sum of its weights, also for mixtures. torch divides mixtures by the number of images instead, which would shrink
-the gradient of batches of common classes (to a twelfth, for inverse weights of 900, 90 and 10 images).
+Weights multiply each class's term in cross-entropy and focal loss, and the image's loss in `bce`. The batch's sum is
+divided by the sum of its weights, as torch does for hard targets. For mixtures torch divides by the number of images,
+which shrinks the gradient of batches of common classes (to a twelfth, for inverse weights of 900, 90 and 10 images).
 """
 
 from __future__ import annotations
@@ -40,14 +38,11 @@ def smoothing_at(config: LossConfig, progress: float) -> float:
 
 
 def class_weights(config: LossConfig, class_counts: Tensor) -> Tensor | None:
-    """Return the weight of an image of each class.
+    """Return the weight of each class, (K,) positive float32 of mean 1, or None for equal weights.
 
     Args:
         config: `class_weights` selects the formula.
         class_counts: (K,) int64 training images of each class; 0 counts as 1.
-
-    Returns:
-        (K,) positive float32 of mean 1, on the counts' device; None for equal weights.
     """
     if config.class_weights == "none":
         return None
@@ -90,15 +85,12 @@ class Criterion:
         return Stage(smoothing_at(self.config, progress), weighted)
 
     def __call__(self, logits: Tensor, labels: Tensor, stage: Stage) -> Tensor:
-        """Return the batch's loss for class labels.
+        """Return the batch's mean loss, weighted if class weights apply, as a float32 scalar.
 
         Args:
             logits: (N, K) of any floating type.
             labels: (N,) int64 in [0, K).
             stage: the step's.
-
-        Returns:
-            A float32 scalar: the mean over the batch, weighted if class weights apply.
         """
         smoothing, weights = stage.smoothing, self.weights if stage.weighted else None
         logits = self._adjusted(logits)
@@ -114,16 +106,12 @@ class Criterion:
         return losses.mean() if weights is None else losses.sum() / self._weight(labels)
 
     def mixed(self, logits: Tensor, targets: Tensor, stage: Stage) -> Tensor:
-        """Return the batch's loss for a distribution over classes per image, without smoothing.
+        """Return the batch's mean loss for mixtures, without smoothing, as a float32 scalar.
 
         Args:
             logits: (N, K) of any floating type.
             targets: (N, K), non-negative, each row of sum 1.
             stage: the step's.
-
-        Returns:
-            A float32 scalar: the mean over the batch, weighted by the mean weight of each mixture if class weights
-                apply.
         """
         targets, weights = targets.float(), self.weights if stage.weighted else None
         logits = self._adjusted(logits)
@@ -135,13 +123,7 @@ class Criterion:
         return losses.mean() if weights is None else losses.sum() / self._weight(targets)
 
     def share(self, part: Tensor, whole: Tensor, stage: Stage) -> Tensor | float:
-        """Return the weight of a part of a batch in the loss of the whole; the shares of all parts sum to 1.
-
-        Args:
-            part: labels (n,) int64 or mixtures (n, K) of a part of the batch.
-            whole: those of the whole batch.
-            stage: the step's.
-        """
+        """Return the weight of the labels (n,) or mixtures (n, K) of a part of a batch in the loss of the whole."""
         if not stage.weighted:
             return len(part) / len(whole)
         return self._weight(part) / self._weight(whole)
@@ -164,13 +146,9 @@ class Criterion:
 
 
 def focal_terms(logits: Tensor, gamma: float) -> Tensor:
-    """Return (1 - p)^gamma (-log p) of each class: (N, K).
+    """Return (1 - p)^gamma (-log p) of each class for float32 logits: (N, K).
 
     1 - p is clamped to the smallest float32, since the gradient at p = 1 is NaN for gamma below 1.
-
-    Args:
-        logits: (N, K) float32.
-        gamma: at least 0.
     """
     log_p = F.log_softmax(logits, dim=1)
     wrong = -torch.expm1(log_p)  # 1 - p, exact where p is near 1

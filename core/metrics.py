@@ -1,10 +1,8 @@
 """Classification metrics: accuracy, balanced accuracy, macro-F1, log loss, calibration, confusion, and their intervals.
 
 Everything is computed on the logits' device and transferred once. Definitions are scikit-learn's; the expected
-calibration error is that of Guo et al. 2017, arXiv 1706.04599.
-
-Confidence intervals are bootstrap intervals (Efron 1979) over images. Each score is a function of sums over images, so
-a resample is a row of counts and many resamples are one matrix product.
+calibration error is that of Guo et al. 2017, arXiv 1706.04599. Confidence intervals are bootstrap intervals (Efron
+1979) over images: a resample is a row of counts, and many resamples are one matrix product.
 """
 
 from __future__ import annotations
@@ -46,12 +44,7 @@ class Scores:
 
 
 def scores(logits: Tensor, labels: Tensor) -> Scores:
-    """Compute every score of these predictions.
-
-    Args:
-        logits: (N, K) logits or log-probabilities, N at least 1. NaN yields a NaN loss.
-        labels: (N,) int64 in [0, K), on the same device.
-    """
+    """Compute every score of logits (N, K) for labels (N,) int64 in [0, K); N is at least 1. NaN yields a NaN loss."""
     logits = logits.double()  # float64: sums over many images
     counts = confusion(logits, labels).double()
     hits, support, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
@@ -151,18 +144,13 @@ class _Terms:
 def value(scores: Scores, metric: str) -> float:
     """Return the score of a metric in `METRICS`; `nll` is the loss."""
     if metric not in METRICS:
-        raise ValueError(f"{metric!r} is no metric; there are {', '.join(METRICS)}")
+        raise ValueError(f"{metric!r} is not a metric; choose from {', '.join(METRICS)}")
     found: float = getattr(scores, "loss" if metric == "nll" else metric)
     return found
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:
-    """Count predictions of each class for each true class: (K, K) int64 on the device, rows are the true classes.
-
-    Args:
-        logits: (N, K).
-        labels: (N,) int64 in [0, K).
-    """
+    """Count predictions (columns) of each true class (rows) for logits (N, K) and labels (N,): (K, K) int64."""
     classes = logits.shape[1]
     cells = labels * classes + logits.argmax(1)  # (N,)
     # Not bincount, which waits for the device. Integer sums are exact in any order.
@@ -171,12 +159,7 @@ def confusion(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def per_class(confusion: Tensor, classes: tuple[str, ...]) -> list[dict[str, str | float | int]]:
-    """Return `class`, `precision`, `recall`, `f1` (0 if undefined) and `support` (number of images) of each class.
-
-    Args:
-        confusion: (K, K), from `confusion`.
-        classes: the K names.
-    """
+    """Return the precision, recall, F1 (0 if undefined) and support of each class, from a confusion matrix (K, K)."""
     rows: list[list[int]] = confusion.tolist()
     table: list[dict[str, str | float | int]] = []
     for index, (name, row, column) in enumerate(zip(classes, rows, zip(*rows, strict=True), strict=True)):

@@ -1,31 +1,24 @@
 """Optimizers and parameter groups: SGD, AdamW, NAdam, Muon, and SWATS, which starts as AdamW and becomes SGD.
 
-Weight decay is decoupled for all of them (Loshchilov and Hutter 2019, arXiv 1711.05101): every step first shrinks each
-weight, w *= 1 - factor × weight_decay, where `factor` is the schedule's. The learning rate has no effect on it. Vectors
-(norms and biases) are not decayed. AdamW without decay is Adam.
-
-Fine-tuning: everything before the classifier can have a lower learning rate (`backbone_lr_scale`), or be frozen while
-only the classifier is trained (`head_only_fraction`). Frozen batch norms still update their statistics.
+Weight decay is decoupled from the learning rate (Loshchilov and Hutter 2019, arXiv 1711.05101): every step first
+shrinks each weight, w *= 1 - factor × weight_decay, where `factor` is the schedule's. Vectors (norms and biases) are
+not decayed.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is timm's, since torch's does not support
-convolutions. Filters are matrices (out, in × height × width). Updates are scaled to the size of AdamW's (Liu et al.
-2025, arXiv 2502.16982), so one rate serves both Muon and its AdamW, which handles vectors, the classifier, and filters
-that timm excludes (such as those with one input channel). With `nesterov` the latter is NAdamW.
+convolutions. Updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one rate serves both
+Muon and its AdamW for vectors, the classifier, and filters that timm excludes. With `nesterov` the latter is NAdamW.
 
 SWATS (Keskar and Socher 2017, arXiv 1712.07628) switches from Adam to SGD with momentum, starting at v = 0:
 
-- `fraction`: at a fixed fraction of the run. The peak rate is then that of SGD: `lr_scale` × SGD's reference at this
-  batch size. An absolute `lr` is converted to `lr_scale` first.
+- `fraction`: at a fixed fraction of the run, to `lr_scale` × SGD's reference rate.
 - `criterion`: Algorithm 1 of the paper. In each Adam step p for the gradient g, γ = pᵀp / (−pᵀg) is the SGD rate whose
   step projects onto p; λ is its moving average with Adam's β₂. Once |λ / (1 − β₂ᵏ) − γ| < tolerance, SGD starts with
-  the rate (1 − momentum) Λ, Λ = λ / (1 − β₂ᵏ). Three details that the paper leaves open: p is divided by the schedule's
-  factor, so that γ, Λ and the tolerance refer to the peak rate; the criterion is not tested during the warm-up, though
-  λ averages from the first step; and a Λ that is not positive never switches. The criterion is evaluated on the device
-  and read at the end of each epoch. SGD starts in the next epoch, at the Λ of the step that first met the criterion.
+  the rate (1 − momentum) Λ, Λ = λ / (1 − β₂ᵏ), in the next epoch. Open in the paper: p is divided by the schedule's
+  factor, so all rates refer to the peak; the criterion is not tested during the warm-up; and a Λ that is not positive
+  never switches.
 
-A step has two parts. `begin_step` and `end_step` run on the host; `step` runs on the device without waiting and can be
-captured as a CUDA graph, with the schedule's factor and the learning rates as scalars on the device. Without capture
-the factor is a number, which is faster on the CPU.
+`begin_step` and `end_step` run on the host. `step` runs on the device without waiting and can be captured as a CUDA
+graph, with the schedule's factor as a scalar on the device; without capture a number is faster on the CPU.
 """
 
 from __future__ import annotations
@@ -75,9 +68,7 @@ class StepOptimizer:
         self._frozen = False
         self._capturable = capturable
         if capturable and config.optim.name == "muon" and not _muon_is_capturable():
-            logger.info(
-                "timm's Muon can be captured in a CUDA graph from timm 1.0.31 on: its steps are launched singly"
-            )
+            logger.info("timm's Muon can be captured in a CUDA graph from timm 1.0.31 on: steps are not captured")
             self._capturable = False
         self.lr = config.optim.peak_lr(config.batch_size)
         """Learning rate of the classifier in the last step; the peak rate before the first."""
@@ -103,11 +94,7 @@ class StepOptimizer:
         return int(self._config.momentum > 0) if self._config.name == "sgd" else 2
 
     def begin_step(self, progress: float) -> None:
-        """Freeze or unfreeze the backbone. Call before the forward pass of a step (host part).
-
-        Args:
-            progress: completed fraction of the run's steps, in [0, 1).
-        """
+        """Freeze or unfreeze the backbone before the forward pass, at `progress` in [0, 1) of the run (host part)."""
         frozen = progress < self._config.head_only_fraction
         if frozen == self._frozen:
             return
@@ -154,10 +141,7 @@ class StepOptimizer:
         return {"lr": self.lr, "moments": self._inner.state_dict()["state"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state, bitwise; it is copied. Learning rates are taken from the configuration.
-
-        The state may come from an optimizer on another device, capturable or not.
-        """
+        """Restore a state, bitwise, also from another device; learning rates are taken from the configuration."""
         self.lr = state["lr"]
         moments = {
             index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in moment.items()}
@@ -325,7 +309,7 @@ class Swats(StepOptimizer):
         self.switched_at = progress
         self._begin("sgd", self.sgd_lr)
         logger.debug(
-            "SWATS goes on as SGD at %.3g of the run, with a peak learning rate of %.3g", progress, self.sgd_lr
+            "SWATS switches to SGD at %.3g of the run, with a peak learning rate of %.3g", progress, self.sgd_lr
         )
 
 
@@ -345,7 +329,7 @@ class _Projection:
 
     @torch.no_grad()
     def observe(self, gradients: list[Tensor], first: list[Tensor], second: list[Tensor], *, judged: bool) -> None:
-        """Process an Adam step: its gradients and both moments after it, one tensor per parameter."""
+        """Process the gradients and both moments after an Adam step, one tensor per parameter."""
         self._k += 1
         # `**` of a number and a tensor was not always capturable.
         first_correction, second_correction = (1 - torch.pow(beta, self._k) for beta in (self._beta1, self._beta2))
@@ -414,11 +398,7 @@ def _is_decayed(parameter: Tensor) -> bool:
 
 
 def _sum(tensors: tuple[Tensor, ...]) -> Tensor:
-    """Sum of all elements as a float64 scalar. Overwrites the tensors.
-
-    There is no foreach sum, but a foreach 1-norm: a sum is twice that of its positive part minus that of its absolute
-    values.
-    """
+    """Sum of all elements as a float64 scalar, from 1-norms, since there is no foreach sum. Overwrites the tensors."""
     absolute = torch.stack(torch._foreach_norm(tensors, 1)).double().sum()
     torch._foreach_clamp_min_(tensors, 0)
     return 2 * torch.stack(torch._foreach_norm(tensors, 1)).double().sum() - absolute

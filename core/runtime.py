@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import UserError
 
@@ -39,7 +39,7 @@ def select_device(name: str | None = None, *, option: str = "--device") -> torch
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             has = f"{count} CUDA device(s)" if count else "no GPU"
-            raise UserError(f"{option} {name}: this machine has {has}; give cpu or leave it out")
+            raise UserError(f"{option} {name}: this machine has {has}; give cpu or omit it")
         return torch.device("cuda", device.index or 0)
     return device
 
@@ -68,8 +68,8 @@ def clock(device: torch.device) -> float:
 def own_stream(device: torch.device) -> Iterator[None]:
     """On CUDA, run the body on a separate stream, ordered after earlier and before later work.
 
-    CUDA graphs cannot be captured on the default stream, and must share memory with work on the same stream. The stream
-    is reused, so that memory freed by one training is available to the next.
+    CUDA graphs cannot be captured on the default stream. The stream is reused, so that memory freed by one training is
+    available to the next.
     """
     if device.type != "cuda":
         yield
@@ -140,10 +140,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that tensors may still use on the device, as an upper bound: memory may be fragmented.
 
-    On CUDA: memory free in the driver, within `torch.cuda.set_per_process_memory_fraction`, plus memory that torch's
-    allocator has reserved but does not use (including the pools of live CUDA graphs).
-
-    On the CPU: available memory of the machine, limited by the process's control groups (v1 or v2).
+    On CUDA, includes memory that torch's allocator has reserved but does not use, within
+    `torch.cuda.set_per_process_memory_fraction`. On the CPU, limited by the process's control groups (v1 or v2).
     """
     if device.type == "cpu":
         return _free_host_memory(Path("/"))
@@ -155,26 +153,15 @@ def free_memory(device: torch.device) -> int:
 
 def _free_host_memory(root: Path) -> int:
     """Free CPU memory; `root` is / except in tests."""
-    try:
-        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        machine = _whole_host_memory()
-    return max(min([machine, *_left_by_control_groups(root)]), 0)
-
-
-def _whole_host_memory() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError) as error:
-        raise OSError("this system does not tell how much memory it has") from error
+    available = int(psutil.virtual_memory().available)
+    return max(min([available, *_left_by_control_groups(root)]), 0)
 
 
 def _left_by_control_groups(root: Path) -> Iterator[int]:
     """Memory left by the limit of each control group of this process and of its parents.
 
-    Inactive page cache counts as used there but is freed on demand. A container may see its own group as the root while
-    its listed path is the host's, so missing paths are skipped.
+    Inactive page cache is freed on demand. A container may see its own group as the root while its listed path is the
+    host's, so missing paths are skipped.
     """
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -222,6 +209,18 @@ def seed_global(device: torch.device, *parts: int | str) -> None:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set the model to evaluation mode in the body, then restore the mode of each module."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
 def isolated_rng(device: torch.device) -> Iterator[None]:
     """Restore torch's global generators, which initialization and dropout use, after the body."""
     devices = [device] if device.type == "cuda" else []
@@ -230,12 +229,9 @@ def isolated_rng(device: torch.device) -> Iterator[None]:
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalize pixels: (N, C, H, W) uint8 to float32 channels_last with zero mean and unit deviation.
+    """Normalize pixels (N, C, H, W) uint8 to float32 channels_last.
 
-    Args:
-        images: (N, C, H, W) uint8.
-        mean: one per channel, of pixels in [0, 1].
-        std: one per channel, of pixels in [0, 1].
+    `mean` and `std` have one number per channel, of pixels in [0, 1].
     """
     return normalize_by(images, *scale_and_shift(mean, std, images.device))
 

@@ -1,8 +1,7 @@
 """Order of the images in one epoch, computed on the device without host synchronization.
 
 A class of n images has min(k · n, cap) visits per epoch, where k is `oversample` and cap is the fraction `undersample`
-of the largest class. So larger classes are cut to the cap and smaller ones raised towards it, no image more than k
-times (over- and undersampling as compared by Buda et al. 2018, arXiv 1710.05381).
+of the largest class (compare Buda et al. 2018, arXiv 1710.05381).
 
 `shuffled` spreads a class's visits evenly: v visits show every image floor(v / n) times, plus a random part of the
 images once more. `balanced` draws with replacement with every class equally likely, so an image of a class of n has a
@@ -18,28 +17,20 @@ from core.config import SamplingConfig
 
 
 def epoch_length(labels: Tensor, config: SamplingConfig) -> int:
-    """Return the number of visits per epoch. Waits for the device, so call it once per run.
-
-    Args:
-        labels: (n,) int64 classes of the training images, each in [0, n).
-        config: over- and undersampling of classes.
-    """
+    """Return the number of visits per epoch for labels (n,) int64 in [0, n). Waits for the device."""
     if _visits_each_once(config):
         return len(labels)
     return int(_visits(_class_counts(labels), config).sum())
 
 
 def epoch_order(labels: Tensor, config: SamplingConfig, generator: torch.Generator, length: int) -> Tensor:
-    """Draw the order of one epoch.
+    """Draw the order of one epoch: (length,) int64 positions in [0, n), on the labels' device.
 
     Args:
         labels: (n,) int64 classes of the training images, each in [0, n).
         config: the sampling scheme.
         generator: on the labels' device.
         length: `epoch_length` of these labels and this config.
-
-    Returns:
-        (length,) int64 positions in [0, n), on the labels' device.
     """
     n, device = len(labels), labels.device
     if config.name == "balanced":
@@ -61,14 +52,7 @@ def epoch_order(labels: Tensor, config: SamplingConfig, generator: torch.Generat
 
 
 def repeats(order: Tensor) -> Tensor:
-    """Mark the visits of images that were already shown in this epoch.
-
-    Args:
-        order: (length,) int64 positions, from `epoch_order`.
-
-    Returns:
-        (length,) bool on the order's device: False at the first visit of each position, True at later ones.
-    """
+    """Mark the visits after the first one of each position in the order of an epoch: (length,) bool."""
     grouped, visits = torch.sort(order, stable=True)  # stable: keeps the visits of a position in order
     again = torch.zeros_like(order, dtype=torch.bool)
     again[1:] = grouped[1:] == grouped[:-1]

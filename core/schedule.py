@@ -1,12 +1,9 @@
-"""Learning-rate schedules, as a factor of the peak rate.
+"""Learning-rate schedules, as a factor of the peak rate that depends on the progress of the run alone.
 
-The factor depends on the progress of the run alone: a linear warm-up (Goyal et al. 2017, arXiv 1706.02677), then half a
-cosine (Loshchilov and Hutter 2017, arXiv 1608.03983), a line, a constant, or step-wise reductions: regular (`step`,
-torch's StepLR), listed (`pieces`; He et al. 2016, arXiv 1512.03385, divide by 10 at half and three quarters), or when
-validation stops improving (`plateau`, torch's ReduceLROnPlateau). The warm-up does not shift the reductions.
-
-A schedule has no state. `plateau` is recomputed from the history of scores. A run without validation images uses
-`replayed`, the reductions of an earlier run.
+A linear warm-up (Goyal et al. 2017, arXiv 1706.02677) is followed by half a cosine (Loshchilov and Hutter 2017, arXiv
+1608.03983), a line, a constant, or reductions: regular (`step`, torch's StepLR), listed (`pieces`; He et al. 2016,
+arXiv 1512.03385), or when validation stops improving (`plateau`, torch's ReduceLROnPlateau), recomputed from the
+history of scores. A run without validation images uses `replayed`, the reductions of an earlier run.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ def factor(config: ScheduleConfig, progress: float, reductions: int = 0) -> floa
         ValueError: `progress` is outside [0, 1].
     """
     if not 0 <= progress <= 1:
-        raise ValueError(f"progress {progress} lies outside [0, 1]")
+        raise ValueError(f"progress {progress} is outside [0, 1]")
     if progress < config.warmup_fraction:
         return config.warmup_start + (1 - config.warmup_start) * progress / config.warmup_fraction
     if config.name == "constant":
@@ -55,7 +52,7 @@ def reductions(config: ScheduleConfig, scores: Sequence[float], *, maximize: boo
 
     The factor is reduced after `patience_fraction` of the run (rounded to epochs, at least one) without an improvement
     over the best score. This is torch's ReduceLROnPlateau with a `patience` of one epoch fewer, a threshold of 0 and no
-    cooldown. Early stopping counts its patience in the same way.
+    cooldown.
 
     Args:
         config: the schedule.
@@ -67,16 +64,10 @@ def reductions(config: ScheduleConfig, scores: Sequence[float], *, maximize: boo
 
 
 def replayed(config: ScheduleConfig, scores: Sequence[float], *, maximize: bool, epochs: int) -> ScheduleConfig:
-    """Return the schedule for a run without validation images: a `plateau` is replaced by its recorded reductions.
+    """Return the schedule for a run without validation images, from the scores of an earlier run.
 
-    Args:
-        config: schedule of the earlier run; any but `plateau` is returned unchanged.
-        scores: validation scores of that run.
-        maximize: whether higher is better.
-        epochs: epochs of that run.
-
-    Returns:
-        `pieces` with the same factor at every step, or `constant` if it was never reduced; the warm-up is kept.
+    A `plateau` becomes the `pieces` with the same factor at every step, or `constant` if it was never reduced. Other
+    schedules are unchanged.
     """
     if config.name != "plateau":
         return config

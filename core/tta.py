@@ -1,22 +1,23 @@
 """Predictions over one or several views of each image (test-time augmentation).
 
-The softmax probabilities of the views are averaged with equal weights, and their logarithm is returned, so it can be
-used like logits. Views are fixed: `flip` adds the mirror image; `flip_shift` are the six views of Jordan 2024, arXiv
-2404.00498: the image and two diagonal translations by 1/32 of the side (one pixel of 32), each also mirrored. Uncovered
-edges are filled by reflection.
+The softmax probabilities of the views are averaged, and their logarithm is returned. Views are fixed: `flip` adds the
+mirror image; `flip_shift` are the six views of Jordan 2024, arXiv 2404.00498: the image and two diagonal translations
+by 1/32 of the side, filled by reflection, each also mirrored.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from core.runtime import evaluating
 
 # Jordan 2024: one of CIFAR-10's 32 pixels.
 STEP_FRACTION = 1 / 32
@@ -85,18 +86,6 @@ def average(logits: Tensor) -> Tensor:
     if len(logits) == 1:
         return logits[0]
     return F.log_softmax(logits, dim=-1).logsumexp(0) - math.log(len(logits))
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards each of its modules in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _moved(side: int, steps: int, device: torch.device) -> Tensor:

@@ -244,7 +244,7 @@ def test_images_from_elsewhere_are_refused_by_every_command(
         path, wanted = write_zip(tmp_path / "set.zip", tree() | {"../evil.png": b""}), "points outside the archive"
     else:
         write_folder(tmp_path / "set", tree(test=0))
-        path, wanted = tmp_path / "set" / "set.csv", "set.csv:3: ../../secret.png leads out of"
+        path, wanted = tmp_path / "set" / "set.csv", "set.csv:3: ../../secret.png is outside"
         path.write_text("path,label\ncat/00.png,cat\n../../secret.png,dog\n", encoding="utf-8")
     bundle = write_bundle(tmp_path / "best")
     assert wanted in refused(monkeypatch, capsys, "run", "digits", "--data", str(path))

@@ -37,15 +37,9 @@ class Crops(NamedTuple):
 
 
 def draw_crops(count: int, size: tuple[int, int], area_min: float, generator: torch.Generator) -> Crops:
-    """Draw a rectangle per image.
+    """Draw a rectangle in each of `count` images of `size` (H, W), with an area of at least `area_min` in (0, 1].
 
     If none of ten draws fits the image, as may happen for elongated images, the largest centred rectangle is used.
-
-    Args:
-        count: number of images.
-        size: (H, W) of the images.
-        area_min: minimum fraction of the area, in (0, 1].
-        generator: source of random numbers.
     """
     height, width = size
     high, wide, found = rectangles(count, size, size, generator, area=(area_min, 1), aspect=_ASPECT)

@@ -31,18 +31,12 @@ def rectangles(
     area: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw sizes of rectangles as torchvision does for crops and erasing.
+    """Draw sizes of rectangles in images of `size` (H, W) as torchvision does for crops and erasing.
 
-    Args:
-        count: number of images.
-        size: (H, W) of the images.
-        largest: maximum (h, w) of a rectangle.
-        generator: source of random numbers.
-        area: range of the area as a fraction of the image, drawn uniformly.
-        aspect: range of height over width, drawn log-uniformly.
+    `area`, as a fraction of the image, is drawn uniformly, and `aspect`, height over width, log-uniformly.
 
     Returns:
-        Heights and widths (count,) float32 in whole pixels, and whether one of ten draws was valid (count,) bool.
+        Heights and widths (count,) float32 in whole pixels, and whether one of ten draws was within `largest` (h, w).
     """
     # torchvision redraws up to ten times. Here all ten are drawn at once.
     tries = (_TRIES, count)

@@ -15,12 +15,7 @@ _ASPECT = (0.3, 3.3)
 
 
 def draw_erased(shape: Sequence[int], probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw rectangles for a random part of the images.
-
-    Args:
-        shape: (N, C, H, W) of the batch.
-        probability: of erasing in an image, in [0, 1].
-        generator: source of random numbers.
+    """Draw a rectangle with that probability for each image of a batch of `shape` (N, C, H, W).
 
     Returns:
         Rows (N, H) and columns (N, W), float32 of 0 and 1: a pixel is erased where both are 0.

@@ -1,8 +1,8 @@
 """Affine transformations of images, one matrix (n, 2, 3) per image.
 
-A matrix maps output positions to input positions, in pixels from the image's centre, so pixels are read once for any
-number of transformations. Flips and whole-pixel shifts are exact copies; only shears, rotations and crops are
-interpolated. Definitions are those of torchvision's v2 transforms.
+A matrix maps output positions to input positions, in pixels from the image's centre, so pixels are read once. Flips and
+whole-pixel shifts are exact copies; only shears, rotations and crops are interpolated. Definitions are those of
+torchvision's v2 transforms.
 """
 
 from __future__ import annotations
@@ -120,18 +120,15 @@ def warp(
 
 
 def shift(images: Tensor, sources: Tensor, matrices: Tensor, *, reach: int, mirrored: bool, scratch: Scratch) -> Tensor:
-    """Flip images and move them by whole pixels, exactly, black outside.
+    """Flip images (n, C, H, W) uint8 and move them by whole pixels, exactly, black outside: (m, C, H, W) uint8.
 
     Args:
-        images: (n, C, H, W) uint8.
+        images: the input.
         sources: (m,) image shown by each output.
         matrices: (m, 2, 3), of which the signs of the diagonal and the whole-pixel shift are used.
         reach: maximum sideways shift in pixels.
         mirrored: whether any matrix flips sideways.
         scratch: memory for intermediate images.
-
-    Returns:
-        (m, C, H, W) uint8.
     """
     count, channels, height, width = images.shape
     reach = min(reach, width)

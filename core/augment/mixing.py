@@ -37,16 +37,7 @@ def mixes(config: AugmentConfig, progress: float) -> bool:
 
 
 def plan_mix(config: AugmentConfig, generator: torch.Generator, shape: Sequence[int]) -> MixPlan | None:
-    """Draw the mixing of the next batch.
-
-    Args:
-        config: probabilities and alphas.
-        generator: a CPU generator, so that the device is not synchronized.
-        shape: (N, C, H, W) of the batch.
-
-    Returns:
-        None if the batch is not mixed.
-    """
+    """Draw the mixing of the next batch of `shape` (N, C, H, W), or None, with a CPU generator."""
     chance, choice, row, column = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
     if chance >= config.mix_probability or not (config.mixup or config.cutmix):
         return None
@@ -67,14 +58,7 @@ def plan_mix(config: AugmentConfig, generator: torch.Generator, shape: Sequence[
 def apply_mix(
     images: Tensor, labels: Tensor, num_classes: int, plan: MixPlan, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Mix each image with another one of the batch, and their labels likewise, without waiting for the device.
-
-    Args:
-        images: (N, C, H, W) float.
-        labels: (N,) int64.
-        num_classes: K.
-        plan: from `plan_mix`.
-        generator: the device's.
+    """Mix each image (N, C, H, W) float and its label (N,) with another one of the batch.
 
     Returns:
         Mixed images, channels_last in the images' dtype, and targets (N, K) float32 whose rows sum to 1.

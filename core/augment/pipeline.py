@@ -1,8 +1,7 @@
 """`Augment`: augmentation and normalization of a batch of training images.
 
-Geometric transformations are composed into one affine matrix per image, so pixels are read once. Between operations
-pixels are uint8, a quarter of float32's memory. For each operation of a policy, images are sorted by their assigned
-operation, so that each operation works in place on contiguous memory.
+Geometry is composed into one affine matrix per image. Between operations pixels are uint8, a quarter of float32's
+memory. Images are sorted by their assigned operation, so that each operation works in place on contiguous memory.
 """
 
 from __future__ import annotations
@@ -29,13 +28,9 @@ _CPU_CHUNK_BYTES = 32 * 2**20
 
 
 def alternating_flips(first: Tensor, epoch: int) -> Tensor:
-    """Return which images are flipped in an epoch, so that two epochs show every image both ways.
+    """Return which images are flipped in an epoch, counted from 1, so that two epochs show every image both ways.
 
-    Odd epochs flip the images of `first`, even ones the others (Jordan 2024, arXiv 2404.00498).
-
-    Args:
-        first: (n,) bool, drawn once per run.
-        epoch: counted from 1.
+    Odd epochs flip the images of `first` (n,) bool, even ones the others (Jordan 2024, arXiv 2404.00498).
     """
     return first if epoch % 2 == 1 else ~first
 

@@ -1,11 +1,11 @@
 """Policies that select operations and levels for each image of a batch.
 
 RandAugment: Cubuk et al. 2020, arXiv 1909.13719. TrivialAugment: Müller and Hutter 2021, arXiv 2103.10158. AutoAugment:
-Cubuk et al. 2019, arXiv 1805.09501, with torchvision's table for CIFAR-10.
+Cubuk et al. 2019, arXiv 1805.09501.
 
-The pipeline composes all geometry of an image and applies it before photometry. AutoAugment's table has the opposite
-order only once, a whole-pixel shift after `Color`, which gives the same result. Pixels moved over the border by one
-operation can be moved back by another, while torchvision loses them.
+Geometry is applied before photometry. AutoAugment's table has the opposite order only once, a whole-pixel shift after
+`Color`, which gives the same result. Pixels moved over the border by one operation can be moved back by another, while
+torchvision loses them.
 """
 
 from __future__ import annotations

@@ -18,21 +18,16 @@ _PIXELS_A_STEP = 4
 
 
 def size_at(config: AugmentConfig, progress: float, size: tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) in pixels of the training images at this progress of the run.
+    """Return (height, width) of the training images at this progress of the run in [0, 1], for full images of `size`.
 
     The side grows linearly from `start_size_fraction` to 1 at `full_size_from_fraction`, in eighths, or in whole pixels
     of the shorter side if an eighth is less than 4 pixels. Both sides shrink alike.
-
-    Args:
-        config: the augmentation.
-        progress: completed fraction of the run, in [0, 1].
-        size: (H, W) of the full images.
 
     Raises:
         ValueError: `progress` is outside [0, 1].
     """
     if not 0 <= progress <= 1:
-        raise ValueError(f"progress {progress} lies outside [0, 1]")
+        raise ValueError(f"progress {progress} is outside [0, 1]")
     if progress >= config.full_size_from_fraction:
         return size
     grown = progress / config.full_size_from_fraction

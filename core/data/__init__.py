@@ -1,9 +1,4 @@
-"""Labelled images from any source as uint8 tensors: decoded once, split by a seed, with a locked test set.
-
-`files` and `arrays` list and read sources, `layout` derives classes from paths, `decode` turns bytes into pixels,
-`ingest` does so in parallel, and `dataset` stores the result in a memory-mapped `cache`. `splits` draws validation and
-test images; `builtin` has the named data sets. `unlabelled` processes images for prediction without storing them.
-"""
+"""Labelled images from any source as uint8 tensors: decoded once, split by a seed, with a locked test set."""
 
 from core.data.builtin import DatasetInfo, catalogue
 from core.data.dataset import DataReport, Dataset, Division, TestSet, folds, load_dataset, split

@@ -31,7 +31,7 @@ TORN_ARRAYS = (
 )  # fmt: skip
 
 
-# Zip format (PKWARE's APPNOTE, 4.3.7 and 4.4.4): size of a local header before the name, and a flag bit.
+# Zip format (PKWARE's APPNOTE, 4.3.7 and 4.4.4): bytes of a local header before the name, and a flag.
 LOCAL_HEADER, ENCRYPTED = 30, 0x1
 
 READ_AT_ONCE = 1 << 20
@@ -67,7 +67,7 @@ class ArraySource(Source):
         entries = []
         for part in self._parts():
             if part.labels is None:
-                raise UserError(f"{self.where}: images without labels; wanted {NpzSource.KEYS}")
+                raise UserError(f"{self.where}: images without labels; expected {NpzSource.KEYS}")
             entries += [Entry(f"{part.prefix}{i}", label, part.test) for i, label in enumerate(part.labels)]
         return entries
 
@@ -178,7 +178,7 @@ class NpzSource(ArraySource):
                     return self._read(arrays)
         except TORN_ARRAYS as error:
             raise UserError(
-                f"{self.where}: cannot be read as an .npz of plain arrays ({one_line(error)}); save it anew"
+                f"{self.where}: cannot be read as an .npz of plain arrays ({one_line(error)}); save it again"
             ) from error
         except MemoryError as error:
             raise UserError(
@@ -208,7 +208,7 @@ class NpzSource(ArraySource):
                 logger.warning("%s: its validation images join the training pool; validation is drawn from both",
                                self.where)  # fmt: skip
             return [self._part(arrays, *row) for row in present]
-        raise UserError(f"{self.where}: its keys are {', '.join(sorted(keys)) or 'none'}; wanted {self.KEYS}")
+        raise UserError(f"{self.where}: its keys are {', '.join(sorted(keys)) or 'none'}; expected {self.KEYS}")
 
     def _part(self, arrays: Any, images_key: str, labels_key: str, prefix: str, test: bool) -> ArrayPart:
         mapped = _mapped(self.path, arrays.zip, f"{images_key}.npy")
@@ -227,13 +227,13 @@ class NpzSource(ArraySource):
             return images
         if images.ndim == 4 and images.shape[1] in (1, 3, 4):
             return images.transpose(0, 2, 3, 1)
-        raise UserError(f"{self.where}: {key} is of shape {images.shape}; wanted (N, H, W) or (N, H, W, 1|3|4)")
+        raise UserError(f"{self.where}: {key} is of shape {images.shape}; expected (N, H, W) or (N, H, W, 1|3|4)")
 
     def _class_names(self, labels: NDArray[Any], key: str) -> tuple[str, ...]:
         if labels.ndim == 2 and labels.shape[1] == 1:  # as in MedMNIST
             labels = labels[:, 0]
         if labels.ndim != 1:
-            raise UserError(f"{self.where}: {key} is of shape {labels.shape}; wanted (N,), one class an image")
+            raise UserError(f"{self.where}: {key} is of shape {labels.shape}; expected (N,), one class per image")
         if labels.dtype.kind == "f" and (labels == np.rint(labels)).all():
             labels = labels.astype(np.int64)
         if labels.dtype.kind == "S":

@@ -1,7 +1,6 @@
 """Size limits for images, archives and array files, against decompression bombs.
 
-Sizes are checked as declared in headers, before anything is unpacked. The limits are far above real image sets, and
-error messages say how to proceed if one is reached.
+Sizes are checked as declared in headers, before anything is unpacked.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ MAX_IMAGE_BYTES = 3 * MAX_PIXELS
 # Archive members: each takes about a kilobyte of memory to list. ImageNet has 1.3 million.
 MAX_MEMBERS = 2_000_000
 
-# Maximum ratio of unpacked to packed size, and a size below which the ratio is not checked: label files or blank pages
-# may shrink a thousandfold, but gigabytes of images do not (deflate is limited to 1032:1, bzip2 exceeds 1,000,000:1).
+# Maximum ratio of unpacked to packed size, checked above the given size. Images never exceed it for gigabytes; deflate
+# is limited to 1032:1, bzip2 exceeds 1,000,000:1.
 MAX_RATIO = 100
 HARMLESS_BYTES = 1 << 30
 

@@ -1,7 +1,7 @@
-"""Cache of decoded data sets: plain .npy files, memory-mapped, so that loading takes no time.
+"""Cache of decoded data sets: plain .npy files, memory-mapped.
 
 Test images are in separate files, which a search never maps. A cache is built in a temporary folder and renamed when
-complete. File sizes are still verified against its description, since copies may be incomplete.
+complete. File sizes are still verified, since copies may be incomplete.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     (folder / META).write_text(json.dumps({**meta, "format": FORMAT, "files": files}), encoding="utf-8")
     for file in folder.iterdir():
-        with file.open("rb") as written:
+        with file.open("r+b") as written:
             os.fsync(written.fileno())
 
 
@@ -169,7 +169,7 @@ def open_array(path: Path, mapped: bool, dtype: type[np.generic], shape: tuple[i
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
     except ValueError as error:  # numpy's message recommends allow_pickle
-        raise ValueError(f"{path.name} is no array of plain numbers") from error
+        raise ValueError(f"{path.name} is not an array of plain numbers") from error
     fits = len(array.shape) == len(shape) and all(
         want in (None, have) for want, have in zip(shape, array.shape, strict=True)
     )

@@ -1,8 +1,7 @@
 """`load_dataset`: loads a data set as uint8 tensors with a fingerprint, a report of problems, and a locked test set.
 
-`Dataset.images` excludes the test images, which are only accessible through `Dataset.open_test`. Classes, channels,
-mean, deviation and the fingerprint are derived from the other images alone. Without test images of its own, a data
-set's test images are selected by their pixels alone (`core.data.splits.cut_test`).
+Test images are only accessible through `Dataset.open_test`; classes, channels, mean, deviation and the fingerprint are
+derived from the other images alone.
 """
 
 from __future__ import annotations
@@ -136,9 +135,7 @@ def split(dataset: Dataset, config: DataConfig) -> Splits:
     Raises:
         UserError: there are too few images, apart from duplicates, to have every class in both.
     """
-    return stratified(
-        dataset.images, dataset.labels, dataset.moments, dataset.twins, dataset.classes, config, dataset.source
-    )
+    return stratified(dataset, config)
 
 
 def folds(dataset: Dataset, config: DataConfig) -> tuple[Splits, ...]:
@@ -150,11 +147,7 @@ def folds(dataset: Dataset, config: DataConfig) -> tuple[Splits, ...]:
     Raises:
         UserError: as in `split`, or a class has fewer images than there are folds.
     """
-    if config.folds is None:
-        return (split(dataset, config),)
-    return stratified_folds(
-        dataset.images, dataset.labels, dataset.moments, dataset.twins, dataset.classes, config, dataset.source
-    )
+    return (split(dataset, config),) if config.folds is None else stratified_folds(dataset, config)
 
 
 class Division:
@@ -265,7 +258,7 @@ def _divide(
         raise UserError(f"{where}: no image outside its test set; training images are needed too")
     counts = Counter(image.entry.label for image in pool)
     if len(counts) < 2:
-        raise UserError(f"{where}: a single class, {next(iter(counts))}; at least two are needed to tell apart")
+        raise UserError(f"{where}: a single class, {next(iter(counts))}; at least two are needed")
     lone = [name for name, count in sorted(counts.items()) if count < 2]
     if lone:
         raise UserError(
@@ -282,7 +275,7 @@ def _classes(source: Source, pool: Sequence[Spooled], test: Sequence[Spooled]) -
     unknown = {image.entry.label for image in test} - present
     if unknown:
         raise UserError(
-            f"{source.where}: the test set has {_some(sorted(unknown))}, which training has not; "
+            f"{source.where}: the test set has {_some(sorted(unknown))}, missing in the training images; "
             "add training images or remove the class from the test set"
         )
     if source.classes is None:
@@ -372,9 +365,9 @@ def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> D
 def _warn(dataset: Dataset) -> None:
     report = dataset.report
     if report.broken:
-        logger.warning("%s: %d unreadable images are left out", dataset.source, len(report.broken))
+        logger.warning("%s: %d unreadable images are skipped", dataset.source, len(report.broken))
     if report.leaked:
-        logger.warning("%s: %d test images are identical to training images; the test score will flatter",
+        logger.warning("%s: %d test images are identical to training images; the test score will be too high",
                        dataset.source, report.leaked)  # fmt: skip
     if report.conflicting:
         logger.warning("%s: %d images are identical to one of another class", dataset.source, report.conflicting)

@@ -1,8 +1,7 @@
 """Decoding of one image to uint8 pixels as displayed.
 
 EXIF orientation, transparency, 16-bit samples and colour spaces are applied here. An image with equal channels is
-stored as grey with one channel, so a picture has the same digest as a greyscale or RGB file, and a set of grey pictures
-trains on one channel.
+stored as grey, so a picture has the same digest as a greyscale or RGB file.
 """
 
 from __future__ import annotations

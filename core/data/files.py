@@ -248,7 +248,7 @@ class TarSource(_TreeSource):
         try:
             content = archive.extractfile(member)
             if content is None:
-                return BrokenImageError("a link to something that is no file")
+                return BrokenImageError("a link to something other than a file")
             read = content.read(MAX_IMAGE_BYTES + 1)
             check_image_bytes(len(read))
         except RecursionError:
@@ -346,7 +346,7 @@ class CsvSource(_PathSource):
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{self.where}: cannot be read as CSV in UTF-8 ({error})") from error
         if not rows:
-            raise UserError(f"{self.where}: no row in it; wanted a header such as path,label and a row an image")
+            raise UserError(f"{self.where}: it has no rows; expected a header such as path,label and one row per image")
         return rows
 
     def _paths(self, rows: list[tuple[int, dict[str, str]]]) -> list[str]:
@@ -361,10 +361,10 @@ class CsvSource(_PathSource):
         paths = [row[column] for _, row in rows]
         for (number, _), path in zip(rows, paths, strict=True):
             if "\0" in path:
-                raise UserError(f"{self.where}:{number}: {path!r} is no path; mend it or remove the row")
+                raise UserError(f"{self.where}:{number}: {path!r} is not a path; fix it or remove the row")
             if not os.path.normpath(os.path.join(folder, path)).startswith(inside):  # noqa: PTH118
                 raise UserError(
-                    f"{self.where}:{number}: {printable(path)} leads out of {folder}; "
+                    f"{self.where}:{number}: {printable(path)} is outside {folder}; "
                     "put the CSV into a folder above all its images, and give paths from there"
                 )
         return paths

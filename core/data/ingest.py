@@ -1,7 +1,6 @@
 """Parallel decoding of all images of a source into one spool file.
 
-Uses threads, since Pillow releases the GIL while decoding and processes would have to send pixels through a pipe.
-Threads were faster on two cores with JPEGs of 96².
+Uses threads: Pillow releases the GIL while decoding, and processes would have to send pixels through a pipe.
 """
 
 from __future__ import annotations
@@ -97,14 +96,7 @@ def _decode(payload: Payload, size: tuple[int, int] | None) -> Decoded | Excepti
 
 def ingest(source: Source, entries: Sequence[Entry], size: tuple[int, int] | None, skip_broken: bool, spool: IO[bytes]
            ) -> tuple[list[Spooled], tuple[str, ...]]:  # fmt: skip
-    """Write the pixels of all images to the spool file.
-
-    Args:
-        source: reads the images.
-        entries: the images.
-        size: (H, W) to resize to, or None.
-        skip_broken: leave out unreadable images instead of raising an error.
-        spool: the file.
+    """Write the pixels of all images to the spool file, resized to `size` (H, W) if given.
 
     Returns:
         The images in the order of `entries`, and the ids of broken ones.
@@ -145,7 +137,7 @@ def report_broken(where: str, entries: Sequence[Entry], broken: dict[int, Except
         return
     named = ", ".join(f"{printable(entries[i].id)} ({_reason(broken[i])})" for i in sorted(broken)[:NAMED])
     more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-    advice = "none is left" if skip_broken else "mend them, or leave them out with --skip-broken"
+    advice = "none is left" if skip_broken else "fix them, or skip them with --skip-broken"
     raise UserError(f"{where}: {len(broken)} of {len(entries)} images cannot be read: {named}{more}; {advice}")
 
 
@@ -170,5 +162,5 @@ def _different_sizes(where: str, sizes: dict[tuple[int, int], str]) -> UserError
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     return UserError(
         f"{where}: its images differ in size (width×height), from {describe(by_area[0])} to {describe(by_area[-1])}; "
-        "have them resized to a square with --set data.image_size=96"
+        "resize them to a square with --set data.image_size=96"
     )

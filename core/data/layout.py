@@ -2,7 +2,7 @@
 
 Two layouts are supported: `train/<class>/…` with `test/<class>/…` and optionally `val`, or `<class>/…` alone. A single
 enclosing folder is ignored, and so is a doubled split, `train/train/<class>/…`, as in archives from Kaggle. Anything
-else is an error naming the file, since a wrong guess would train on wrong labels.
+else is an error, since a wrong guess would train on wrong labels.
 """
 
 from __future__ import annotations
@@ -86,16 +86,12 @@ def class_order(labels: Iterable[str]) -> tuple[str, ...]:
 def arrange(tree: Tree, where: str) -> list[Entry]:
     """Return the images of a tree with their classes, sorted by path.
 
-    Args:
-        tree: all files and folders.
-        where: name of the source, for error messages.
-
     Raises:
         UserError: there is no image, no class folder, an empty class folder, or an image outside the class folders.
     """
     files = image_files(tree.files)
     if not files:
-        raise UserError(f"{where}: no image in it; wanted train/<class>/… and test/<class>/…, or <class>/…")
+        raise UserError(f"{where}: no images found; expected train/<class>/… and test/<class>/…, or <class>/…")
     wrapper = _wrapper(files)
     paths = {file: tuple(file.removeprefix(wrapper).split("/")) for file in files}
     doubled = _doubled(paths.values())
@@ -105,7 +101,7 @@ def arrange(tree: Tree, where: str) -> list[Entry]:
     nested = {parts[0].casefold() for parts in paths.values() if len(parts) > 2} & SPLIT_NAMES
     has_splits = tops <= SPLIT_NAMES or bool(nested & TRAIN_NAMES)
     if nested and not has_splits:
-        raise UserError(f"{where}: class folders beside its folder {nested.pop()}; put them into a folder train")
+        raise UserError(f"{where}: class folders next to its folder {nested.pop()}; put them into a folder train")
     entries = _from_splits(paths, where) if has_splits else _from_classes(paths, where)
     folders = {
         folder: _once(tuple(folder.removeprefix(wrapper).split("/")), doubled)
@@ -149,8 +145,8 @@ def _from_classes(paths: dict[str, tuple[str, ...]], where: str) -> list[Entry]:
     stray = [file for file, parts in paths.items() if len(parts) < 2]
     if stray:
         raise UserError(
-            f"{where}: {_several(stray)} in no class folder; "
-            "wanted <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
+            f"{where}: {_several(stray)} outside the class folders; "
+            "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
         )
     return [Entry(file, label=parts[0]) for file, parts in paths.items()]
 
@@ -171,17 +167,17 @@ def _from_splits(paths: dict[str, tuple[str, ...]], where: str) -> list[Entry]:
             entries.append(Entry(file, label=parts[1], test=top in TEST_NAMES))
             from_val += top in VAL_NAMES
     if stray:
-        raise UserError(f"{where}: {_several(stray)} in no class folder; wanted train/<class>/<image>")
+        raise UserError(f"{where}: {_several(stray)} outside the class folders; expected train/<class>/<image>")
     if unlabelled and any(entry.test for entry in entries):
-        raise UserError(f"{where}: {_several(unlabelled)} in no class folder, others of test are; sort them in")
+        raise UserError(f"{where}: {_several(unlabelled)} outside the class folders, others of test are not; move them")
     if all(entry.test for entry in entries):
-        raise UserError(f"{where}: a test folder and no train folder; wanted train/<class>/<image> too")
+        raise UserError(f"{where}: a test folder without a train folder; expected train/<class>/<image> too")
     if unlabelled:
         logger.warning(
-            "%s: %d images in test have no class and are left out; predict labels them", where, len(unlabelled)
+            "%s: %d images in test have no class and are skipped; label them with predict", where, len(unlabelled)
         )
     if beside:
-        logger.warning("%s: beside train, these folders are left out: %s", where, ", ".join(sorted(beside)))
+        logger.warning("%s: these folders next to train are skipped: %s", where, ", ".join(sorted(beside)))
     if from_val:
         logger.warning("%s: the %d images of its validation folder join the training pool; "
                        "validation is drawn from both", where, from_val)  # fmt: skip
@@ -199,11 +195,11 @@ def _check_no_empty_class(
             continue
         if parts not in full:
             raise UserError(
-                f"{where}: the class folder {printable(folder)} holds no image "
+                f"{where}: the class folder {printable(folder)} has no image "
                 f"({' '.join(sorted(IMAGE_SUFFIXES))} are known); fill it or remove it"
             )
 
 
 def _several(files: list[str]) -> str:
     first = printable(files[0])
-    return f"{first} lies" if len(files) == 1 else f"{first} and {len(files) - 1} more images lie"
+    return f"{first} is" if len(files) == 1 else f"{first} and {len(files) - 1} more images are"

@@ -1,9 +1,9 @@
 """Selection of test images by content, and seeded selection of validation images.
 
-The test set depends on the images alone. Within each class they are ordered by a hash of their pixels, and the first
-ones form the test set: seeds, names and order of files have no effect, identical images stay together, and adding an
-image moves hardly any other. Validation images are drawn by scikit-learn, stratified, once or in folds; identical
-images are then moved to the set of the first of them, since duplicates across sets inflate scores.
+Within each class, images are ordered by a hash of their pixels, and the first ones form the test set: seeds, names and
+order of files have no effect, identical images stay together, and adding an image moves hardly any other. Validation
+images are drawn by scikit-learn; identical images are then moved to the set of the first of them, since duplicates
+across sets inflate scores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,10 +37,7 @@ RESIDENT_FRACTION = 0.5
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and validation images, selected by indices.
-
-    All tensors are on one device, except that images may stay on the host if they do not fit the device.
-    """
+    """Training and validation images, selected by indices, on one device or with the images on the host."""
 
     images: Tensor
     """(N, C, H, W) uint8."""
@@ -67,8 +64,7 @@ class Splits:
         return replace(self, labels=self.labels.to(device), train=self.train.to(device), val=self.val.to(device))
 
     def whole(self) -> Splits:
-        """Return all images for training and none for validation, with mean and std recomputed if they are from the
-        data."""
+        """Return all images for training and none for validation; measured mean and std are recomputed."""
         train = torch.cat([self.train, self.val]).sort().values
         merged = replace(self, train=train, val=train[:0])
         if self.moments is None:
@@ -77,63 +73,61 @@ class Splits:
         return replace(merged, mean=mean, std=std)
 
 
-def stratified(
-    images: Tensor,
-    labels: Tensor,
-    moments: Tensor,
-    twins: Tensor,
-    classes: tuple[str, ...],
-    config: DataConfig,
-    where: str,
-) -> Splits:
-    """Draws `val_fraction` of the images for validation, every class in proportion, by `split_seed`.
+class Labelled(Protocol):
+    """Images to split, such as a `Dataset`."""
 
-    Identical images stay together, so where there are some, the fraction and the proportions hold on average only.
+    @property
+    def images(self) -> Tensor:
+        """(N, C, H, W) uint8."""
 
-    Args:
-        images: (N, C, H, W) uint8.
-        labels: (N,) int64.
-        moments: (N, C, 2) int64, see `Splits`.
-        twins: (N,) int64, for each image the index of the first one that is identical to it.
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+
+    @property
+    def moments(self) -> Tensor:
+        """(N, C, 2) int64, see `Splits`."""
+
+    @property
+    def twins(self) -> Tensor:
+        """(N,) int64: index of the first image that is identical to each image."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names."""
+
+    @property
+    def source(self) -> str:
+        """Name of the data, for error messages."""
+
+
+def stratified(data: Labelled, config: DataConfig) -> Splits:
+    """Draw `val_fraction` of the images for validation, stratified by class, with `split_seed`.
+
+    Identical images stay together, so with duplicates the fraction and the proportions are approximate.
 
     Raises:
         UserError: a class would have no training image, or validation fewer images than classes, or none.
     """
-    train, val = _draw(labels, twins, classes, config, where)
-    return _normalized(images, labels, moments, train, val, classes, config)
+    return _normalized(data, *_draw(data, config), config)
 
 
-def stratified_folds(
-    images: Tensor,
-    labels: Tensor,
-    moments: Tensor,
-    twins: Tensor,
-    classes: tuple[str, ...],
-    config: DataConfig,
-    where: str,
-) -> tuple[Splits, ...]:
-    """Divides the images into `folds` parts, every class in proportion, by `split_seed`; each validates once.
+def stratified_folds(data: Labelled, config: DataConfig) -> tuple[Splits, ...]:
+    """Divide the images into `folds` parts, stratified by class, with `split_seed`; each part validates once.
 
-    Identical images stay together, so where there are some, the parts are of one size and the classes in proportion on
-    average only. All folds hold the same `images` and `labels`.
-
-    Args:
-        images: (N, C, H, W) uint8.
-        labels: (N,) int64.
-        moments: (N, C, 2) int64, see `Splits`.
-        twins: (N,) int64, for each image the index of the first one that is identical to it.
-        config: its `folds` is a number.
+    Identical images stay together, so with duplicates sizes and proportions are approximate. All folds share the same
+    `images` and `labels`.
 
     Raises:
         UserError: a class has fewer images than there are folds, or would have no training image in one; or a fold
-            would have nothing to validate.
+            would have no validation image.
     """
-    parts = _draw_parts(labels, twins, classes, config, where)
-    divided = []
-    for part in range(int(config.folds or 1)):
-        train, val = (parts != part).nonzero().squeeze(1), (parts == part).nonzero().squeeze(1)
-        divided.append(_normalized(images, labels, moments, train, val, classes, config))
-    return tuple(divided)
+    assert config.folds is not None
+    parts = _draw_parts(data, config)
+    return tuple(
+        _normalized(data, (parts != part).nonzero().squeeze(1), (parts == part).nonzero().squeeze(1), config)
+        for part in range(config.folds)
+    )
 
 
 def on_device(folds: Sequence[Splits], device: torch.device | str) -> tuple[Splits, ...]:
@@ -156,35 +150,26 @@ def on_device(folds: Sequence[Splits], device: torch.device | str) -> tuple[Spli
     return (first, *(replace(fold.on(device), images=first.images, labels=first.labels) for fold in folds[1:]))
 
 
-def _normalized(
-    images: Tensor,
-    labels: Tensor,
-    moments: Tensor,
-    train: Tensor,
-    val: Tensor,
-    classes: tuple[str, ...],
-    config: DataConfig,
-) -> Splits:
+def _normalized(data: Labelled, train: Tensor, val: Tensor, config: DataConfig) -> Splits:
     """The split with mean and std measured on its training images, or constants."""
-    channels = images.shape[1]
+    channels = data.images.shape[1]
     measured = None
     if config.normalize == "train":
-        mean, std = _statistics(moments, train, images.shape)
-        measured = moments
+        mean, std = _statistics(data.moments, train, data.images.shape)
+        measured = data.moments
     elif config.normalize == "half":
         mean, std = (0.5,) * channels, (0.5,) * channels
     else:
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         if channels == 1:
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    return Splits(images, labels, train, val, classes, mean, std, measured)
+    return Splits(data.images, data.labels, train, val, data.classes, mean, std, measured)
 
 
-def _draw(
-    labels: Tensor, twins: Tensor, classes: tuple[str, ...], config: DataConfig, where: str
-) -> tuple[Tensor, Tensor]:
+def _draw(data: Labelled, config: DataConfig) -> tuple[Tensor, Tensor]:
     from sklearn.model_selection import train_test_split
 
+    labels, classes, where = data.labels, data.classes, data.source
     count = len(labels)
     n_val = round(count * config.val_fraction)
     for part, size, cure in (("validation", n_val, "raise"), ("training", count - n_val, "lower")):
@@ -198,7 +183,7 @@ def _draw(
     )
     in_val = torch.zeros(count, dtype=torch.bool)
     in_val[torch.from_numpy(drawn)] = True
-    together = in_val[twins]
+    together = in_val[data.twins]
     cure = (
         "lower it" if torch.equal(together, in_val) else "remove copies of its images, or try another data.split_seed"
     )
@@ -220,11 +205,12 @@ def _draw(
     return train, val
 
 
-def _draw_parts(labels: Tensor, twins: Tensor, classes: tuple[str, ...], config: DataConfig, where: str) -> Tensor:
+def _draw_parts(data: Labelled, config: DataConfig) -> Tensor:
     """Validation fold of each image, counted from 0: (N,) int64."""
     from sklearn.model_selection import StratifiedKFold
 
     assert config.folds is not None
+    labels, classes, where = data.labels, data.classes, data.source
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     fewest = min(counts)
     if fewest < config.folds:
@@ -236,7 +222,7 @@ def _draw_parts(labels: Tensor, twins: Tensor, classes: tuple[str, ...], config:
     drawn = torch.empty(len(labels), dtype=torch.int64)
     for part, (_, chosen) in enumerate(draw.split(labels.numpy(), labels.numpy())):
         drawn[torch.from_numpy(chosen)] = part
-    parts = drawn[twins]
+    parts = drawn[data.twins]
     for part in range(config.folds):
         inside = parts == part
         which = f"{where}: data.folds={config.folds}: fold {part + 1}"
@@ -275,13 +261,7 @@ def _statistics(moments: Tensor, indices: Tensor, shape: torch.Size) -> tuple[tu
 def cut_test(digests: Sequence[bytes], labels: Sequence[str], fraction: float) -> list[bool]:
     """Select the test images: about `fraction` of each class, at least one, leaving at least two.
 
-    Args:
-        digests: one per image, equal for identical images.
-        labels: class of each image.
-        fraction: fraction of each class.
-
-    Returns:
-        Whether each image is in the test set.
+    `digests` are equal for identical images; `labels` are the classes. Returns whether each image is in the test set.
     """
     quota = {label: max(min(max(round(n * fraction), 1), n - 2), 0) for label, n in Counter(labels).items()}
     groups: dict[bytes, list[int]] = defaultdict(list)

@@ -1,8 +1,4 @@
-"""Processing of unlabelled images batch by batch, for prediction.
-
-A function is applied to each batch, so that only a few batches of pixels and the function's results are in memory.
-Decoding threads read ahead.
-"""
+"""Processing of unlabelled images batch by batch, for prediction, without keeping their pixels in memory."""
 
 from __future__ import annotations
 
@@ -37,12 +33,10 @@ def map_images(
 ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
     """Apply a function to every image of a folder, .zip, tar, .npz, CSV of paths, single file, or several of these.
 
-    An uncompressed .npz is memory-mapped, a compressed one is loaded into memory.
-
     Args:
         paths: the source or sources; folder structure is ignored.
-        function: maps images (n, channels, H, W) uint8, n at most `batch_size`, to (n, …) on the CPU. The images are
-            only valid during the call. If a tar contains a path twice, both are passed and the later result is used.
+        function: maps images (n, channels, H, W) uint8 to (n, …) on the CPU. The images are only valid during the call.
+            If a tar contains a path twice, the later result is used.
         image_size: (height, width) to resize to.
         channels: 1 or 3.
         batch_size: maximum images per call.
@@ -58,7 +52,7 @@ def map_images(
     images = _Single(open_source(paths)) if isinstance(paths, Path) else _Several(tuple(paths))
     entries = images.entries
     if not entries:
-        raise UserError(f"{images.where}: no image in it")
+        raise UserError(f"{images.where}: no images found")
     answers: NDArray[np.generic] | None = None
     broken: dict[int, Exception] = {}
     batch = np.empty((min(batch_size, len(entries)), channels, *image_size), dtype=np.uint8)
@@ -150,7 +144,7 @@ class _Several:
             source = open_source(path)
             entries = source.unlabelled()
             if not entries:
-                raise UserError(f"{path}: no image in it")
+                raise UserError(f"{path}: no images found")
             self._parts.append(_Part(source, entries))
             alone = path.is_file() and is_image(path.name)
             self.entries += [Entry(str(path if alone else path / entry.id)) for entry in entries]

@@ -1,11 +1,10 @@
 """Detection of diverged trainings whose losses are finite.
 
-An epoch counts as diverged if all of this holds: training and validation loss are far above those of uniform
-predictions, accuracy and balanced accuracy are no better than chance, and so are those of the averaged weights. The
-validation loss alone is not enough: it may be high for an overfitted network with good accuracy, and for some epochs
-after a start at a high rate, while batch norm's running statistics lag behind. Validation is compared by cross-entropy.
-The training loss is compared with its own value for uniform predictions, since focal loss, binary cross-entropy and
-logit adjustment differ in scale; mixing, smoothing and class weights leave that value unchanged or lower it.
+An epoch counts as diverged if its training and validation losses are far above those of uniform predictions, and
+accuracy and balanced accuracy are no better than chance, also for the averaged weights. The validation loss alone is
+not enough: it may be high for an overfitted network with good accuracy, and while batch norm's running statistics lag
+behind. Validation is compared by cross-entropy, the training loss with its own value for uniform predictions, since the
+losses differ in scale.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from core.losses import Criterion, Stage
 from core.metrics import Scores
 
 # Loss relative to uniform predictions, and its duration: a quarter of the run, and five epochs. In 264 trainings on
-# digits (8 to 32 epochs of all optimizers, schedules and losses, with and without batch norm, averaging and class
-# weights; on whole, long-tailed and mislabelled data) at learning rates up to 100, this would have stopped 33, each of
-# which ended with a balanced accuracy of at most 0.11 of ten classes.
+# digits (8 to 32 epochs of all optimizers, schedules and losses, on whole, long-tailed and mislabelled data) at
+# learning rates up to 100, this would have stopped 33, each of which ended with a balanced accuracy of at most 0.11 of
+# ten classes.
 FACTOR = 2.0
 FRACTION = 0.25
 FEWEST_EPOCHS = 5
@@ -56,10 +55,7 @@ class Divergence:
         self.accuracy, self.balanced_accuracy = _best_guesses(support[support > 0].tolist())
 
     def check(self, history: Sequence[EpochMetrics]) -> None:
-        """Raise if the training has diverged. Call after every epoch.
-
-        Args:
-            history: all epochs so far.
+        """Raise if the training has diverged, given all epochs so far. Call after every epoch.
 
         Raises:
             DivergedError: every epoch of the last quarter of a run, and of the last five, has diverged.
@@ -88,11 +84,7 @@ class Divergence:
 
 
 def _best_guesses(support: list[int]) -> tuple[float, float]:
-    """Highest accuracy and balanced accuracy that chance explains.
-
-    Args:
-        support: validation images of each class that has any.
-    """
+    """Highest accuracy and balanced accuracy that chance explains, for validation images per class."""
     if not support:
         return 0.0, 0.0
     images, classes = sum(support), len(support)

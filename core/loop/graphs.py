@@ -1,12 +1,11 @@
 """Training steps as CUDA graphs, captured once per shape and then replayed.
 
 A small network's step is hundreds of kernels of a few microseconds, which the host cannot launch as fast as the device
-runs them. A replay launches them all at once. A captured step reads its batch and values from fixed tensors, filled
-before each replay; random numbers come from generators registered with the graph, and continue as without capture.
+runs them. A captured step reads its batch and values from fixed tensors, filled before each replay; random numbers come
+from generators registered with the graph, and continue as without capture.
 
 The smaller last batch of an epoch has its own shape, since padding would change batch norm. The first steps of each
-shape are run without capture, since libraries initialize themselves and optimizers create their state in them.
-Capturing runs nothing; the replay that follows is the step itself.
+shape are not captured, since libraries and optimizers initialize themselves in them.
 """
 
 from __future__ import annotations
@@ -134,6 +133,6 @@ class CapturedSteps:
                 raise
             reason = str(cause).partition("\n")[0]
             raise ConfigError(
-                f"model.name {self._name}: its step {why}, so it is no CUDA graph ({reason}); "
+                f"model.name {self._name}: its step {why}, so it cannot be a CUDA graph ({reason}); "
                 "set precision.cuda_graphs to false"
             ) from error

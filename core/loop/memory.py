@@ -1,8 +1,8 @@
 """Probe of whether a step fits the device's memory, and splitting of batches that do not.
 
-The forward and backward passes of the largest batch at full image size are tried, with memory reserved for the
-optimizer's state. If they do not fit, the batch is passed through the network in 2, 4, … parts. Gradients are still
-those of the whole batch; only batch norm sees fewer images at once, which is recorded in the results.
+The passes of the largest batch at full image size are tried, with memory reserved for the optimizer's state. If they do
+not fit, the batch is processed in 2, 4, … parts. Gradients are still those of the whole batch; only batch norm sees
+fewer images at once, which is recorded in the results.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ def micro_batch_that_fits(
 ) -> int | None:
     """Return the largest micro-batch that fits, halving from the whole batch; None: the whole batch.
 
-    The model's buffers are restored and its gradients cleared.
-
     Args:
         try_step: runs the passes of a whole batch in micro-batches of that size.
-        model: the network.
+        model: the network; its buffers are restored and its gradients cleared.
         batch_size: size of the whole batch.
         moments: state tensors per parameter that the optimizer will need.
 

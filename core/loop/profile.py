@@ -1,8 +1,7 @@
 """Time of each part of a training step, and utilization of the device.
 
-Times are measured on a separate `Run`, repeating the run's last step: full image size, no frozen layers, mixing if it
-is on at the end. On a GPU, parts are timed by events on the device, since a host clock would measure kernel launches.
-Captured steps are timed by events captured with them.
+Times are measured on a separate `Run`, repeating the run's last step: full image size, no frozen layers. On a GPU,
+parts are timed by events on the device, which are captured with captured steps.
 """
 
 from __future__ import annotations
@@ -50,13 +49,12 @@ class Times:
     sections_s: dict[Section, float]
     """Seconds by part, in order; `averaging` only if it is on.
 
-    On the CPU, the time between start and end of a part. On CUDA, the time on the device's timeline from the end of the
-    previous work; if the host launches kernels more slowly than the device runs them, this includes the gaps, which
-    replayed steps do not have.
+    On CUDA, the time from the end of the previous work on the device, including gaps while the host launches kernels;
+    replayed steps have none.
     """
     host_s: float
-    """Remaining time. On the CPU: gathering images, random numbers per batch, and Python. On CUDA: time in which the
-    device runs no part, but gathers images, or waits for images or the host."""
+    """Remaining time: gathering images, random numbers per batch, Python; on CUDA also waiting for images or the host.
+    """
 
     @property
     def seconds(self) -> float:
@@ -68,8 +66,7 @@ class Times:
 class Profile:
     """Time of a training's epochs, by part.
 
-    Work done once per epoch, such as drawing its order, counts only if the timed steps cross an epoch's end. Evaluation
-    always counts.
+    Work done once per epoch, such as drawing its order, counts only if the timed steps cross an epoch's end.
     """
 
     launched: Times
@@ -77,8 +74,7 @@ class Profile:
     replayed: Times | None
     """Steps replayed as CUDA graphs; None if they are not captured."""
     evaluation_s: float
-    """Passes over the validation images per epoch: two with EMA, which is evaluated besides the weights. Recalibrating
-    and evaluating SWA once per run is not included."""
+    """Passes over the validation images per epoch: two with EMA. SWA's only evaluation is not included."""
     images: int
     """Training images shown per epoch."""
     steps: int
@@ -94,7 +90,7 @@ class Profile:
     peak_flops: float
     """FLOP/s: `measured_peak_flops` of that dtype."""
     peak_memory_bytes: int | None
-    """Peak memory of tensors on the device for steps without capture, including images and weights; None on a CPU."""
+    """Peak memory of tensors on the device without capture, including images and weights; None on a CPU."""
 
     @property
     def trained(self) -> Times:
@@ -168,14 +164,9 @@ def profile(
 
 
 def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int:
-    """Count the floating-point operations of a forward and backward pass of one image.
+    """Count the floating-point operations of both passes of one image (C, H, W), a multiply-add as two.
 
-    Includes convolutions, matrix products and attention, with a multiply-add as two operations, but neither
-    element-wise operations nor augmentation. Counted on meta tensors; the network is not changed.
-
-    Args:
-        model: the network.
-        image: channels, height and width.
+    Includes convolutions, matrix products and attention, but neither element-wise operations nor augmentation.
     """
     network = copy.deepcopy(model).to("meta")
     images = torch.empty(2, *image, device="meta")  # batch norm needs two
@@ -185,10 +176,9 @@ def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int:
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of the fastest product of square matrices with sides from 256 to `LARGEST_SIDE`.
+    """Measure the FLOP/s of the fastest product of square matrices, with sides from 256 to `LARGEST_SIDE`.
 
-    The side grows until a product takes `LONGEST_PRODUCT_S`. On CUDA, float32 uses the same precision as convolutions,
-    which is TF32 by default. The result is below the data sheet's value.
+    The side grows until a product takes `LONGEST_PRODUCT_S`. On CUDA, float32 uses the precision of convolutions.
     """
     fastest, side = 0.0, 256
     with products_as_precise_as_convolutions():
@@ -254,10 +244,7 @@ def _launched(run: Run, steps: int) -> Times:
 def _replayed(run: Run, steps: int, capture: Callable[[], Capture]) -> Times:
     """Time replayed steps: in total without events, and by part with events.
 
-    Args:
-        run: the run.
-        steps: number of timed steps.
-        capture: creates a capture. Called twice, since torch cannot reuse the memory pool of deleted graphs.
+    `capture` creates a capture. It is called twice, since torch cannot reuse the memory pool of deleted graphs.
     """
     run.one_step.section = lambda _: contextlib.nullcontext()
     _capture_all(run, steps, capture())
@@ -288,8 +275,7 @@ class TimedSteps(NamedTuple):
 def _run_steps(run: Run, steps: int, stopwatch: Stopwatch | None = None) -> TimedSteps:
     """Make so many steps after an untimed one, counting their parts on the stopwatch.
 
-    Every call makes the same steps, from the first epoch on, with the same random numbers. The untimed step draws the
-    epoch's order and lets streamed images get ahead.
+    Every call makes the same steps, from the first epoch on. The untimed step draws the epoch's order.
     """
     batches = chain.from_iterable(map(run.batches, count(1)))
     _step(run, next(batches))
@@ -406,8 +392,7 @@ class Stopwatch:
 class DeviceStopwatch(Stopwatch):
     """Sums the time of the parts of steps on a CUDA device, by events.
 
-    Events can be captured in a graph, and each replay records them again. A graph does not own its events, so the
-    caller must keep the spans.
+    Each replay of a graph records its events again. A graph does not own its events, so the caller must keep the spans.
     """
 
     def __init__(self) -> None:
@@ -448,14 +433,7 @@ class Span(NamedTuple):
 
 
 class TimedCapture:
-    """A `Capture` whose replays are counted on a stopwatch.
-
-    Each replay waits for the device, so total times are invalid.
-
-    Args:
-        capture: records steps.
-        stopwatch: its `section` is the context of the steps' parts.
-    """
+    """A `Capture` whose replays are counted on a stopwatch. Each replay waits for the device."""
 
     def __init__(self, capture: Capture, stopwatch: Stopwatch) -> None:
         self._capture, self._stopwatch = capture, stopwatch

@@ -1,8 +1,7 @@
 """`train`: the loop over epochs, with validation, early stopping and checkpoints.
 
-Random numbers of an epoch depend on the seed and the epoch's number only, so a resumed training continues exactly, and
-checkpoints contain no generator states. The result is bitwise equal on a CPU, and on CUDA up to the order of sums in
-its kernels.
+Random numbers of an epoch depend on the seed and the epoch's number only, so a resumed training continues exactly:
+bitwise on a CPU, and on CUDA up to the order of sums in its kernels.
 """
 
 from __future__ import annotations
@@ -100,16 +99,16 @@ def train(
 
     Args:
         config: the configuration.
-        splits: training and validation images; they may be on the device or the host.
+        splits: training and validation images, on the device or the host.
         device: where to train.
-        on_epoch_end: called after every epoch. Its exceptions end the training and propagate. A KeyboardInterrupt saves
-            a checkpoint of that epoch first; other exceptions do not.
+        on_epoch_end: called after every epoch. Its exceptions end the training and propagate; a KeyboardInterrupt saves
+            a checkpoint of that epoch first.
         on_resume: called once with the history of the checkpoint before resuming.
-        resume_from: a checkpoint of the same configuration; if the file does not exist, training starts anew.
-        checkpoint_to: file for checkpoints, saved after the first epoch and then whenever saving takes at most
-            `CHECKPOINT_SHARE` of the time since the last, or five minutes after it.
+        resume_from: a checkpoint of the same configuration; ignored if the file does not exist.
+        checkpoint_to: file for checkpoints, saved after the first epoch and then as often as `CHECKPOINT_SHARE`
+            permits, at least every five minutes.
         checkpoint_at: epochs after which a checkpoint is always saved, once `on_epoch_end` has returned.
-        checkpoint_at_end: also save one after the last epoch; resuming from it returns the finished training.
+        checkpoint_at_end: also save one after the last epoch.
         on_checkpoint: called with the path after each save.
         stop_after: end after this epoch, on the schedule of the whole run.
         metric: metric of early stopping; one of `core.metrics.METRICS`.
@@ -118,7 +117,7 @@ def train(
     Raises:
         ConfigError: the data do not fit the network, or a step cannot be captured.
         torch.OutOfMemoryError: not even a small part of a batch fits the device's memory; on a CPU a RuntimeError.
-        DivergedError: a training or validation loss is not finite, or stays far above that of uniform predictions.
+        DivergedError: a loss is not finite, or stays far above that of uniform predictions.
         CheckpointError: the checkpoint is damaged, or of another configuration, metric or data set.
         OSError: writing failed. The previous checkpoint is intact.
     """
@@ -155,16 +154,7 @@ def _saving_on_interrupt(checkpoints: Checkpoints | None) -> Iterator[None]:
 
 
 def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.device, steps: int = 3) -> float:
-    """Estimate the time of one epoch of training and validation from a few timed steps.
-
-    The steps are neither captured nor compiled, even if a training would be.
-
-    Args:
-        config: the configuration.
-        splits: training and validation images.
-        device: where to train.
-        steps: number of timed steps.
-    """
+    """Estimate the time of one epoch of training and validation from a few timed steps, without capture."""
     plain = config.override({"precision.compile": False, "precision.cuda_graphs": False})
     with isolated_rng(device), own_stream(device), Run(plain, splits, device) as run:
         # The last steps of the run: images have their full size and no layer is frozen.
@@ -205,9 +195,7 @@ class Run:
         if len(splits.train) < 2:
             raise ConfigError(f"{len(splits.train)} training image(s): batch norm needs at least 2")
         if config.schedule.name == "plateau" and not len(splits.val):
-            raise ConfigError(
-                "schedule.name: plateau waits for a better validation score, and there are no validation images"
-            )
+            raise ConfigError("schedule.name: plateau needs validation images, and there are none")
         self.config, self.device, self.metric = config, device, metric
         self.maximize = metrics.METRICS[metric] == "maximize"
         self.splits = splits.on(device)
@@ -248,10 +236,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the CUDA graphs, which form a reference cycle with the run.
-
-        Until garbage collection, their memory would be missing in the next training's probe.
-        """
+        """Release the CUDA graphs, whose reference cycle with the run would keep their memory."""
         self.one_step.launch = None
 
     def _build_step(self) -> TrainStep:
@@ -260,7 +245,7 @@ class Run:
         self.optimizer = build_optimizer(config, self.model, self.total_steps, head, capturable=self._captures)
         self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
         if config.precision.compile:
-            logger.info("compiling the network, which takes a minute or so where it was not compiled before")
+            logger.info("compiling the network, which takes about a minute unless it is cached")
         seen_in = compute_dtype(config.precision.autocast, device)
         return TrainStep(
             config,
@@ -297,7 +282,9 @@ class Run:
             needed = torch.cuda.max_memory_allocated(self.device) - held
             self._graphs_fit = self.one_step.micro_batch is None and free_memory(self.device) >= 2 * needed
             if self._captures and not self._graphs_fit:
-                logger.info("a step takes %.1f GB, more than half of what is free: it is no CUDA graph", needed / 1e9)
+                logger.info(
+                    "a step takes %.1f GB, more than half of the free memory: CUDA graphs are off", needed / 1e9
+                )
         self.evaluation_batch = batch_that_fits(
             lambda size: self.logits(self.model, rows[torch.arange(size, device=self.device) % len(rows)]),
             batch_size=EVALUATION_BATCH,
@@ -418,8 +405,8 @@ class Run:
     def _average(self, *, final: bool) -> nn.Module | None:
         """The averaged network, ready for evaluation.
 
-        SWA needs a pass over the training images to recalibrate batch norms, a third of an epoch, so it is evaluated
-        only once, at the end of the run.
+        SWA needs a pass over the training images to recalibrate batch norms, so it is only evaluated at the end of the
+        run.
         """
         if self.averaging is None or not self.averaging.ready:
             return None
@@ -478,8 +465,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Return the state for `load` at the end of an epoch.
 
-        The schedule follows from the step count and the history, generators are seeded per epoch, and bfloat16 needs no
-        gradient scaler, so none of them is included.
+        The schedule follows from the step count and the history, and generators are seeded per epoch.
         """
         return {
             "identity": self._identity,
@@ -504,10 +490,6 @@ class Run:
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Restore the state of the checkpoint at `path`.
-
-        Args:
-            state: from `load_checkpoint`.
-            path: the file, for error messages.
 
         Raises:
             CheckpointError: it is of another configuration, data set or metric.

@@ -1,8 +1,8 @@
 """One optimizer step, in two parts: decisions on the host, and work on the device.
 
-The device part can be captured as a CUDA graph and replayed. Python numbers are constants in a graph, so everything
-that selects kernels is in `StepShape`, with one captured step per shape, and everything else that changes between steps
-is in `StepValues`: scalars on the device when captured, else plain numbers.
+The device part can be captured as a CUDA graph. Python numbers are constants in a graph, so everything that selects
+kernels is in `StepShape`, with one captured step per shape, and everything else that changes between steps is in
+`StepValues`: scalars on the device when captured, else plain numbers.
 """
 
 from __future__ import annotations
@@ -93,16 +93,7 @@ class Launch(Protocol):
 class TrainStep:
     """Makes the steps of one training.
 
-    Args:
-        config: the configuration.
-        network: maps normalized images to logits: the model, or its compiled form.
-        augment: augments and normalizes training images.
-        criterion: the loss.
-        optimizer: updates the weights.
-        averaging: averages the weights, or None.
-        num_classes: K, for mixed targets.
-        autocast: creates the context of the forward pass.
-        generator: the device's; the loop reseeds this object every epoch.
+    `network` is the model or its compiled form. `generator` is the device's, which the loop reseeds in every epoch.
     """
 
     def __init__(
@@ -173,12 +164,7 @@ class TrainStep:
                 self.averaging.update(values.average)
 
     def try_memory(self, images: Tensor, labels: Tensor) -> None:
-        """Run the passes of a step with maximum memory. Changes gradients and batch-norm statistics only.
-
-        Args:
-            images: (B, C, H, W) uint8.
-            labels: (B,) int64.
-        """
+        """Run the passes of a step with maximum memory, on images (B, C, H, W) uint8 and labels (B,)."""
         flags = torch.zeros_like(labels, dtype=torch.bool)
         seen = self.augment(images, self.generator, flips=flags, repeats=flags)
         self.forward_and_back(seen, labels, self.criterion.stage(1.0))

@@ -1,7 +1,6 @@
 """Construction of networks by configuration, with one family per file.
 
-Families are imported when used: they need timm, whose import takes half a second after torch and the optimizers, and
-twice as long without them.
+Families are imported when used, since importing timm takes half a second.
 """
 
 from __future__ import annotations
@@ -113,12 +112,7 @@ def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Te
 def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Tensor], torch.Tensor]:
     """Compile the network with torch.compile, sharing its weights, for training on batches of few shapes.
 
-    Compiled code is cached on disk per architecture and shapes, and in the process for the next network of the same
-    architecture.
-
-    Args:
-        model: the network.
-        backend: torch.compile's backend.
+    Compiled code is cached on disk, and in the process for the next network of the same architecture.
 
     Raises:
         UserError: the network is on the CPU, and there is no C++ compiler.
@@ -130,7 +124,9 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Ten
         and on_cpu
         and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     ):
-        raise UserError("precision.compile: on a CPU torch.compile needs a C++ compiler; install g++, or leave it off")
+        raise UserError(
+            "precision.compile: on a CPU torch.compile needs a C++ compiler; install g++, or set it to false"
+        )
     # All networks share one code object, whose limit of 8 compilations would be exceeded. A run has up to 16 shapes:
     # eight image sizes with two batch sizes each.
     torch._dynamo.config.recompile_limit = 32
@@ -160,7 +156,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     parameters = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
     if not parameters:
         raise ConfigError(
-            "optim.backbone_lr_scale, optim.head_only_fraction and optim.name: muon tell the classifier from the rest, "
-            f"and {type(model).__name__} has no classifier of its own; leave them out, or choose another model.name"
+            "optim.backbone_lr_scale, optim.head_only_fraction and optim.name: muon need a separate classifier, "
+            f"which {type(model).__name__} does not have; remove them, or choose another model.name"
         )
     return list(parameters)

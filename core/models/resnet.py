@@ -1,14 +1,11 @@
 """Residual network for small images, from timm's blocks and a stem that keeps the resolution.
 
-The default stem is 3×3 with stride 1 and no pooling, since that of ResNet-18 leaves one position in 16 before the first
-block. With `stem_kernel: 7, stem_stride: 2, max_pool: true` this is ResNet-18, with the parameter names of torchvision
-and timm.
+With `stem_kernel: 7, stem_stride: 2, max_pool: true` this is ResNet-18 (He et al. 2015, arXiv 1512.03385), with the
+parameter names of torchvision and timm. `anti_alias` blurs after the 3×3 convolution of each downsampling block and
+after the max-pool (Zhang 2019, arXiv 1904.11486), as in timm's `resnetblur18`.
 
-`anti_alias` blurs after the 3×3 convolution of each downsampling block and after the max-pool (Zhang 2019, arXiv
-1904.11486), but not in the shortcuts and the stem, as in timm's `resnetblur18`. The blur has no weights.
-
-He et al. 2015, arXiv 1512.03385. Convolutions are initialized Kaiming normal over fan-out (arXiv 1502.01852), and each
-block's last norm at zero, so that blocks start as identities (Goyal et al. 2017, arXiv 1706.02677).
+Convolutions are initialized Kaiming normal over fan-out (arXiv 1502.01852), and each block's last norm at zero, so that
+blocks start as identities (Goyal et al. 2017, arXiv 1706.02677).
 """
 
 from __future__ import annotations
@@ -83,13 +80,7 @@ def build_resnet(
 
 
 def drop_path_rates(last: float, blocks: int, shape: str = "linear") -> list[float]:
-    """Return the drop probability of each block.
-
-    Args:
-        last: probability of the last or only block.
-        blocks: number of blocks.
-        shape: `linear` grows from 0 at the first block; `uniform` is the same for all.
-    """
+    """Return the drop probability of each block: `linear` from 0 to `last`, or `uniform`."""
     if shape == "uniform" or blocks == 1:
         return [last] * blocks
     return [last * index / (blocks - 1) for index in range(blocks)]

@@ -1,8 +1,8 @@
 """timm's models by name: `timm/convnext_atto`, `timm/vit_small_patch16_224.augreg_in21k`.
 
 Unsupported options (drop path, image size) are errors when the model is built. Pretrained weights in the hub's cache
-are read without network access. A weights file is compared with the complete model first: if the classifier differs,
-timm skips layers that do not match and only logs it.
+are read without network access. A weights file must match the complete model: if the classifier differs, timm skips
+layers that do not match and only logs it.
 
 timm: Wightman 2019, https://github.com/huggingface/pytorch-image-models.
 """
@@ -232,8 +232,8 @@ def _check_first_layer(name: str, model: nn.Module, in_channels: int) -> None:
     channels = described.get("input_size", (in_channels,))[0]
     if layer and channels != in_channels and not isinstance(model.get_submodule(layer), nn.Conv2d):
         raise ConfigError(
-            f"model.pretrained: the first layer of timm/{name}, {layer}, is no convolution, so that its weights for "
-            f"{channels} channels cannot be turned into those for {in_channels}; choose another model"
+            f"model.pretrained: the first layer of timm/{name}, {layer}, is not a convolution, so its weights for "
+            f"{channels} channels cannot be adapted to {in_channels}; choose another model"
         )
 
 

@@ -1,13 +1,11 @@
 """VGG for small images: stages of 3×3 convolutions, each followed by a max-pool, and a classifier.
 
-The published classifier has two hidden layers of 4,096 units on 7×7 positions, with 124 of VGG16's 138 million weights.
-`hidden` builds it; by default the mean over positions is classified. With `hidden: 4096, norm: none` this is
-torchvision's `vgg16`, and with `norm: batch` its `vgg16_bn`, with the same parameter names except `classifier.0`,
-`classifier.3` and `classifier.6`, which are `hidden1`, `hidden2` and `fc` here.
+`hidden` builds the published classifier, with 124 of VGG16's 138 million weights; by default the mean over positions is
+classified. With `hidden: 4096, norm: none` this is torchvision's `vgg16`, and with `norm: batch` its `vgg16_bn`, with
+the same parameter names except `hidden1`, `hidden2` and `fc`, which are `classifier.0`, `.3` and `.6` there.
 
 Simonyan and Zisserman 2015, arXiv 1409.1556. Initialization as in torchvision: convolutions Kaiming normal over fan-out
-(arXiv 1502.01852), linear layers normal with deviation 0.01, zero biases. Convolutions before a norm keep their bias,
-as in torchvision's.
+(arXiv 1502.01852), linear layers normal with deviation 0.01, zero biases.
 """
 
 from __future__ import annotations

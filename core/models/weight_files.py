@@ -1,7 +1,7 @@
 """Weights files: located, read without running code, and compared with the model.
 
 A file is used only if it is the complete state dict of the model: a partly untrained network would look like a bad
-configuration. Formats are timm's: safetensors, or `torch.save` of a state dict or checkpoint.
+configuration.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def locate_weights(file: str) -> Path:
     except RuntimeError as error:  # unknown user
         raise UserError(f"model.pretrained_file: {file}: no such home; give the file's whole path") from error
     if not path.is_file():
-        found = "a folder, and no file" if path.is_dir() else "no such file"
+        found = "a folder, not a file" if path.is_dir() else "no such file"
         raise UserError(
-            f"model.pretrained_file: {path}: {found}; give the path of a .safetensors or .pth file, or leave it out "
-            "to take the published weights"
+            f"model.pretrained_file: {path}: {found}; give the path of a .safetensors or .pth file, or remove it "
+            "to use the published weights"
         )
     return path
 
@@ -58,7 +58,7 @@ def read_weights(path: Path, field: str, advice: str) -> dict[str, Tensor]:
         raise UserError(f"{field}: {path} is no {kind}; {advice}") from error
     others = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
     if others or not weights:
-        found = f"{others[0]!r} in it is no tensor" if others else "it is empty"
+        found = f"{others[0]!r} in it is not a tensor" if others else "it is empty"
         raise UserError(f"{field}: {path} holds no state dict, since {found}; {advice}")
     return weights
 
@@ -66,15 +66,8 @@ def read_weights(path: Path, field: str, advice: str) -> dict[str, Tensor]:
 def state_dict_faults(weights: dict[str, Tensor], model: dict[str, Tensor], *, file: str, name: str) -> list[str]:
     """Describe the differences of `weights` to the state dict `model`, naming the file and the model.
 
-    Args:
-        weights: tensors of the file.
-        model: state dict of the model.
-        file: name of the file.
-        name: name of the model.
-
-    Returns:
-        The first of the layers with other shapes, missing layers and surplus layers, each with the number of others;
-        empty if there are none.
+    Returns one entry each for other shapes, missing layers and surplus layers, with the first layer and the number of
+    others.
     """
     shapes = [key for key in model if key in weights and weights[key].shape != model[key].shape]
     # Files from before torch 0.4.1 lack the number of batches, which torch fills in.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
-from core.config import FAMILY_FIELDS, REFERENCE_LR, TrainConfig
+from core.config import FAMILY_FIELDS, REFERENCE_LR, DataConfig, TrainConfig
 from core.data import Splits, load_dataset, split
 from core.loop import train
 
@@ -120,20 +122,15 @@ def trained() -> dict[str, dict[str, torch.Tensor]]:
     return {}
 
 
+@functools.cache
+def few(data: DataConfig) -> Splits:
+    """150 training and 60 validation images of a data set."""
+    splits = split(load_dataset(data), data)
+    return dataclasses.replace(splits, train=splits.train[:150], val=splits.val[:60])
+
+
 def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """What 150 of the digits teach the network."""
-    dataset = load_dataset(config.data)
-    splits = split(dataset, config.data)
-    few = Splits(
-        images=splits.images,
-        labels=splits.labels,
-        train=splits.train[:150],
-        val=splits.val[:60],
-        classes=splits.classes,
-        mean=splits.mean,
-        std=splits.std,
-    )
-    return train(config, few, device=CPU).model.state_dict()
+    return train(config, few(config.data), device=CPU).model.state_dict()
 
 
 @pytest.mark.parametrize(("field", "context", "value"), [(name, *row) for name, row in WEIGHTS.items()], ids=WEIGHTS)

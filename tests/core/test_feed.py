@@ -292,7 +292,7 @@ def test_a_resident_feed_copies_no_images_that_are_there_already(images: Tensor)
 
 
 def test_images_that_stream_lie_on_the_host() -> None:
-    with pytest.raises(ValueError, match="lie on the host, and these on meta"):
+    with pytest.raises(ValueError, match="only images on the host can be streamed, these are on meta"):
         Streamed(torch.empty(1, 1, 1, 1, dtype=torch.uint8, device="meta"), CPU)
 
 

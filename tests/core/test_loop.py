@@ -306,7 +306,7 @@ def test_a_plateau_lets_the_rate_fall_when_the_score_stalls(digits: Splits, tiny
 
 
 def test_a_plateau_without_validation_images_is_refused(digits: Splits, tiny: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match="plateau waits for a better validation score"):
+    with pytest.raises(ConfigError, match="plateau needs validation images"):
         train(tiny.override({"schedule.name": "plateau"}), digits.whole(), device=CPU)
 
 

@@ -130,7 +130,7 @@ def test_a_metric_names_a_score_and_its_direction(metric: str, field: str, direc
 
 
 def test_an_unknown_metric_is_refused() -> None:
-    with pytest.raises(ValueError, match="'recall' is no metric; there are accuracy"):
+    with pytest.raises(ValueError, match="'recall' is not a metric; choose from accuracy"):
         value(scores(LOGITS, LABELS), "recall")
 
 

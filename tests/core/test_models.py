@@ -336,8 +336,11 @@ def test_a_model_without_a_classifier_is_refused_by_the_fields_that_need_one(kin
 # --- start-up
 
 
-def test_importing_the_package_loads_no_architecture() -> None:
-    code = "import sys, core.models; sys.exit('timm' in sys.modules)"
+def test_importing_models_and_listing_data_sets_loads_no_heavy_library() -> None:
+    code = (
+        "import sys, core.models, core.data; core.data.catalogue(); "
+        "sys.exit(bool({'timm', 'torchvision', 'sklearn'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

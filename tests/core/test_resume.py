@@ -30,7 +30,7 @@ from core.loop import EpochMetrics, train
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-EPOCHS = 8
+EPOCHS = 6
 KILLS = 3
 
 # Each has something that a resumed training could lose; together, all that a checkpoint holds.
@@ -186,8 +186,12 @@ def same(one: Life, other: Life) -> bool:
     return all(equal) and torch.equal(ours["logits"], theirs["logits"]) and ours["history"] == theirs["history"]
 
 
-@pytest.mark.parametrize("share", [math.inf, core.loop.run.CHECKPOINT_SHARE], ids=["each epoch", "when it is cheap"])
-@pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [(changes, math.inf) for changes in CONFIGURATIONS.values()]
+    + [(CONFIGURATIONS["sgd, swa, growing images, smoothing"], core.loop.run.CHECKPOINT_SHARE)],
+    ids=[*CONFIGURATIONS, "checkpoints limited by time"],
+)
 def test_a_training_killed_again_and_again_ends_bitwise_as_its_undisturbed_twin(
     server: Server, tiny: TrainConfig, tmp_path: Path, changes: dict[str, Any], share: float
 ) -> None:

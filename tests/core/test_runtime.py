@@ -1,11 +1,12 @@
-"""What the machine says of itself: how much memory a tensor may still take."""
+"""Free memory of a device, within the limits of control groups and processes."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -13,21 +14,18 @@ from core.runtime import _free_host_memory, free_memory
 
 CPU = torch.device("cpu")
 GIB = 2**30
-UNLIMITED_V1 = 9223372036854771712  # what version 1 writes where there is no limit
+UNLIMITED_V1 = 9223372036854771712  # written by version 1 without a limit
 
 Machine = Callable[..., Path]
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    """Writes what Linux would say of a machine with 8 GiB available."""
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Writes the control group files of a machine with 8 GiB available."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
 
     def write(cgroup: str = "", **files: str | int) -> Path:
-        written: dict[str, str | int] = {
-            "proc/meminfo": "MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB\n"
-        }
-        written["proc/self/cgroup"] = cgroup
-        for name, text in (written | files).items():
+        for name, text in ({"proc/self/cgroup": cgroup} | files).items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(str(text), encoding="ascii")
@@ -54,7 +52,7 @@ def group_v1(path: str, limit: int, used: int, cache: int = 0) -> dict[str, str 
     }
 
 
-def test_without_control_groups_it_is_what_the_machine_has_available(machine: Machine) -> None:
+def test_without_control_groups_all_available_memory_is_free(machine: Machine) -> None:
     assert _free_host_memory(machine()) == 8 * GIB
 
 
@@ -78,26 +76,14 @@ def test_without_control_groups_it_is_what_the_machine_has_available(machine: Ma
     ids=[
         "v2", "v2 counts cache as free", "v2 without a limit", "v2 limited above the machine", "v2 limited further up",
         "v2 over its limit", "v2 at the root", "v1", "v1 counts cache as free", "v1 without a limit",
-        "v1 limited further up", "v1 in a container that is told a path from outside",
-        "v2 in a container that is told a path from outside",
+        "v1 limited further up", "v1 in a container with the path of its host",
+        "v2 in a container with the path of its host",
     ],
 )  # fmt: skip
-def test_a_control_group_may_leave_less(machine: Machine, cgroup: str, files: dict[str, str | int], free: int) -> None:
-    assert _free_host_memory(machine(cgroup, **files)) == free
-
-
-def test_a_system_that_does_not_tell_what_is_available_counts_whole(tmp_path: Path) -> None:
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert _free_host_memory(tmp_path) == whole
-    assert 0 < free_memory(CPU) < whole
-
-
-def test_a_system_that_tells_nothing_is_an_error_and_not_a_guess(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_control_group_may_limit_free_memory(
+    machine: Machine, cgroup: str, files: dict[str, str | int], free: int
 ) -> None:
-    monkeypatch.delattr(os, "sysconf")
-    with pytest.raises(OSError, match="does not tell how much memory it has"):
-        _free_host_memory(tmp_path)
+    assert _free_host_memory(machine(cgroup, **files)) == free
 
 
 @pytest.mark.gpu
@@ -107,15 +93,15 @@ class TestOnCuda:
         torch.cuda.empty_cache()
 
     @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-    def test_what_the_allocator_holds_unused_counts_as_free(self, name: str) -> None:
+    def test_unused_memory_of_the_allocator_counts_as_free(self, name: str) -> None:
         device = torch.device(name)
         before = free_memory(device)
         held = torch.empty(2**28, dtype=torch.uint8, device=device)
         assert free_memory(device) <= before - 2**28 + 2**24
-        del held  # back to the allocator, which keeps it: the driver has no more than it had
+        del held  # stays reserved by the allocator
         assert free_memory(device) == pytest.approx(before, abs=2**24)
 
-    def test_a_process_with_a_share_of_the_device_has_no_more_than_that(self) -> None:
+    def test_a_process_is_limited_to_its_fraction_of_the_device(self) -> None:
         device, total = torch.device("cuda:0"), torch.cuda.mem_get_info(0)[1]
         before = torch.cuda.get_per_process_memory_fraction(device)
         torch.cuda.set_per_process_memory_fraction(0.05, device)

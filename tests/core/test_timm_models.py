@@ -400,7 +400,7 @@ def test_a_file_that_is_missing_is_named_by_its_whole_path(tmp_path: Path, monke
     (tmp_path / "folder").mkdir()
     missing = _refusal("test_resnet", "weights.pth", UserError)
     assert f"{tmp_path / 'weights.pth'}: no such file; give the path" in missing
-    assert f"{tmp_path / 'folder'}: a folder, and no file; give" in _refusal("test_resnet", "folder", UserError)
+    assert f"{tmp_path / 'folder'}: a folder, not a file; give" in _refusal("test_resnet", "folder", UserError)
     assert "no such home" in _refusal("test_resnet", "~nobody-of-this-name/weights.pth", UserError)
 
 
@@ -417,7 +417,7 @@ class _Code:
         ("notes.pth", lambda path: path.write_text("no weights"), "is no torch file of tensors and plain values"),
         ("code.pth", lambda path: torch.save({"fc.weight": _Code()}, path), "is no torch file of tensors"),
         ("list.pth", lambda path: torch.save([torch.ones(3)], path), "is no torch file of tensors"),
-        ("nested.pth", lambda path: torch.save({"net": {"w": torch.ones(3)}}, path), "'net' in it is no tensor"),
+        ("nested.pth", lambda path: torch.save({"net": {"w": torch.ones(3)}}, path), "'net' in it is not a tensor"),
         ("nothing.pth", lambda path: torch.save({}, path), "holds no state dict, since it is empty"),
     ],
 )

@@ -276,7 +276,7 @@ def test_several_paths_are_labelled_in_their_order_under_their_names(bundle: Pat
 def test_a_path_among_several_that_holds_nothing_is_named(bundle: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     model = load_bundle(bundle, CPU)
-    with pytest.raises(UserError, match=r"empty: no image in it"):
+    with pytest.raises(UserError, match=r"empty: no images found"):
         model.predict([photos, tmp_path / "empty"])
     with pytest.raises(UserError, match=r"gone\.png: no such file"):
         model.predict([photos, tmp_path / "gone.png"])
