@@ -33,12 +33,12 @@ from tests.core.augment_cases import (
 )
 
 
-def test_everything_off_is_normalisation_to_the_bit() -> None:
+def test_everything_off_is_bitwise_normalization() -> None:
     images = hard_cases()
     assert torch.equal(build(**NOTHING)(images, generator()), normalize(images, MEAN, STD))
 
 
-def test_certain_flips_flip() -> None:
+def test_flip_probability_1_flips_every_image() -> None:
     images = pictures(5)
     across = build(flip=1.0, crop_pad_fraction=0.0)(images, generator())
     down = build(flip=0.0, vertical_flip=1.0, crop_pad_fraction=0.0)(images, generator())
@@ -46,14 +46,14 @@ def test_certain_flips_flip() -> None:
     torch.testing.assert_close(down, normalize(images.flip(-2), MEAN, STD))
 
 
-def test_flips_come_as_often_as_asked() -> None:
+def test_flips_have_the_configured_probability() -> None:
     images = pictures(1).expand(2000, -1, -1, -1)
     out = build(flip=0.3, crop_pad_fraction=0.0)(images, generator())
     flipped = (out - normalize(images, MEAN, STD)).abs().amax((1, 2, 3)) > 0.1
     assert float(flipped.float().mean()) == pytest.approx(0.3, abs=0.04)
 
 
-def test_crops_are_torchvisions_crops_all_equally_likely() -> None:
+def test_crops_match_torchvision_and_are_equally_likely() -> None:
     picture = pictures(1, height=16, width=24)
     out = pixels_of(build(flip=0.0, crop_pad_fraction=0.125)(picture.expand(3500, -1, -1, -1), generator()))
     padded = tv.pad(picture[0], [3, 2])
@@ -64,7 +64,7 @@ def test_crops_are_torchvisions_crops_all_equally_likely() -> None:
     assert max(counts) < 160
 
 
-def test_rotation_leaves_a_round_picture_and_stays_within_its_range() -> None:
+def test_rotation_preserves_a_round_picture_and_stays_within_its_range() -> None:
     y, x = torch.meshgrid(torch.arange(33) - 16, torch.arange(33) - 16, indexing="ij")
     round_picture = (200 * torch.exp(-(x**2 + y**2) / 60)).to(torch.uint8).expand(64, 3, 33, 33)
     out = pixels_of(build(**NOTHING, rotation_degrees=180.0)(round_picture, generator()))
@@ -79,7 +79,7 @@ def test_rotation_leaves_a_round_picture_and_stays_within_its_range() -> None:
     assert abs(float(angle.mean())) < 4
 
 
-def test_colour_jitter_is_torchvisions_three_in_turn_each_image_with_its_own_factors(
+def test_colour_jitter_matches_torchvision_with_factors_per_image(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: dict[str, Tensor] = {}
@@ -108,7 +108,7 @@ def test_colour_jitter_is_torchvisions_three_in_turn_each_image_with_its_own_fac
 # --- flips in turn, and repeats only ----------------------------------------------------------------------------------
 
 
-def test_flips_alternate_from_the_first_epoch_on() -> None:
+def test_flips_alternate_between_epochs() -> None:
     first = torch.rand(50, generator=generator()) < 0.5
     for epoch in (1, 3, 99):
         assert torch.equal(alternating_flips(first, epoch), first)
@@ -118,7 +118,7 @@ def test_flips_alternate_from_the_first_epoch_on() -> None:
 
 @pytest.mark.parametrize("count", [5, 57])
 @pytest.mark.parametrize("rest", [{}, {"ops": 1, "strength": 0.0}, {"policy": "autoaugment_cifar10"}])
-def test_given_flips_are_done_and_nothing_else_depends_on_them(
+def test_given_flips_are_applied_and_affect_nothing_else(
     count: int, rest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "_CPU_CHUNK_BYTES", 2**18)  # several chunks
@@ -137,7 +137,7 @@ def test_given_flips_are_done_and_nothing_else_depends_on_them(
         assert torch.equal(out, normalize(turned, MEAN, STD))
 
 
-def test_flips_are_read_only_where_they_alternate() -> None:
+def test_flips_are_only_used_if_they_alternate() -> None:
     images = pictures(20)
     all_of_them = torch.ones(20, dtype=torch.bool)
     drawn = build()(images, generator())
@@ -146,9 +146,7 @@ def test_flips_are_read_only_where_they_alternate() -> None:
 
 @pytest.mark.parametrize("fields", [EVERYTHING, {"policy": "trivialaugment"}, {"erase": 0.9, **NOTHING}, NOTHING])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_first_visits_are_normalised_only_to_the_bit_and_repeats_as_if_all_were(
-    fields: dict[str, Any], channels: int
-) -> None:
+def test_first_visits_are_only_normalized_and_repeats_are_augmented(fields: dict[str, Any], channels: int) -> None:
     images = torch.cat([hard_cases(channels), pictures(60, channels)])
     repeats = torch.rand(len(images), generator=generator(4)) < 0.4
     out = build(channels, apply_to="repeats", **fields)(images, generator(), repeats=repeats)
@@ -160,7 +158,7 @@ def test_first_visits_are_normalised_only_to_the_bit_and_repeats_as_if_all_were(
     assert out.dtype == torch.float32
 
 
-def test_a_first_visit_is_not_flipped_in_its_turn_either() -> None:
+def test_first_visits_are_not_flipped() -> None:
     images = pictures(8)
     yes, no = torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
     augment = build(apply_to="repeats", alternate_flip=True, crop_pad_fraction=0.0)
@@ -168,7 +166,7 @@ def test_a_first_visit_is_not_flipped_in_its_turn_either() -> None:
     assert torch.equal(augment(images, generator(), flips=yes, repeats=yes), normalize(images.flip(-1), MEAN, STD))
 
 
-def test_repeats_are_read_only_where_they_matter() -> None:
+def test_repeats_are_only_used_if_configured() -> None:
     images = pictures(20)
     none = torch.zeros(20, dtype=torch.bool)
     assert torch.equal(build()(images, generator(), repeats=none), build()(images, generator()))
@@ -178,7 +176,7 @@ def test_repeats_are_read_only_where_they_matter() -> None:
     ("fields", "message"),
     [({"alternate_flip": True}, "give `flips`"), ({"apply_to": "repeats"}, "give `repeats`")],
 )
-def test_what_the_configuration_reads_must_be_given(fields: dict[str, Any], message: str) -> None:
+def test_missing_flips_or_repeats_are_an_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**fields)(pictures(2), generator())
 
@@ -186,7 +184,7 @@ def test_what_the_configuration_reads_must_be_given(fields: dict[str, Any], mess
 # --- any batch, the same bits -----------------------------------------------------------------------------------------
 
 
-def test_256_copies_of_an_image_come_out_as_at_least_250() -> None:
+def test_256_copies_of_an_image_give_at_least_250_different_results() -> None:
     images = pictures(1, height=96, width=96).expand(256, -1, -1, -1)
 
     def different(seed: int, **fields: Any) -> int:
@@ -202,7 +200,7 @@ def test_256_copies_of_an_image_come_out_as_at_least_250() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("rotation", [0.0, 15.0])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_any_size_comes_out_float32_channels_last_and_the_input_stays(
+def test_any_size_gives_float32_channels_last_and_keeps_its_input(
     size: tuple[int, int], channels: int, rotation: float, policy: str
 ) -> None:
     images = pictures(3, channels, *size)
@@ -217,7 +215,7 @@ def test_any_size_comes_out_float32_channels_last_and_the_input_stays(
 
 @pytest.mark.parametrize("count", [1, 2, 13, 14, 15, 57])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_any_batch_size_works_in_chunks_or_at_once(count: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_batch_size_works_with_and_without_chunks(count: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(count)
     augment = build(**EVERYTHING, policy=policy)
     for chunk_bytes in (1, 2**16, 2**30):
@@ -229,7 +227,7 @@ def test_any_batch_size_works_in_chunks_or_at_once(count: int, policy: str, monk
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("rotation", [0.0, 10.0])
-def test_the_same_generator_state_gives_the_same_bits_and_another_other_ones(policy: str, rotation: float) -> None:
+def test_results_depend_on_the_generator_state_alone(policy: str, rotation: float) -> None:
     images = pictures(64)
     augment = build(**EVERYTHING, policy=policy, rotation_degrees=rotation)
     first, again, other = (augment(images, generator(seed)) for seed in (0, 0, 1))
@@ -240,7 +238,7 @@ def test_the_same_generator_state_gives_the_same_bits_and_another_other_ones(pol
 
 
 @pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
-def test_the_size_of_a_cpus_blocks_changes_no_bit(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_does_not_change_results(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     images, some = torch.cat([hard_cases(), pictures(50)]), torch.arange(60) % 3 == 0
     outs = []
     for block_bytes in (1, 2**16, 2**30):
@@ -260,7 +258,7 @@ def test_memory_layout_of_the_input_does_not_matter(policy: str) -> None:
 
 @pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_another_dtype_is_float32_rounded_once_to_the_bit(fields: dict[str, Any], dtype: torch.dtype) -> None:
+def test_other_dtypes_are_float32_rounded_once(fields: dict[str, Any], dtype: torch.dtype) -> None:
     images, some = torch.cat([hard_cases(), pictures(50)]), torch.arange(60) % 3 == 0
     full = build(**fields)(images, generator(), flips=some, repeats=some)
     half = build(**fields, dtype=dtype)(images, generator(), flips=some, repeats=some)
@@ -269,7 +267,7 @@ def test_another_dtype_is_float32_rounded_once_to_the_bit(fields: dict[str, Any]
     assert torch.equal(half, full.to(dtype))
 
 
-def test_the_table_of_options_uses_every_field_that_augmentation_reads() -> None:
+def test_the_table_of_options_covers_every_augmentation_field() -> None:
     elsewhere = {"mixup", "cutmix", "mix_probability", "mix_off_fraction", "start_size_fraction"}
     used = {name for fields in EVERY_OPTION.values() for name in fields}
     assert used == AugmentConfig.model_fields.keys() - elsewhere - {"full_size_from_fraction"}
@@ -278,7 +276,7 @@ def test_the_table_of_options_uses_every_field_that_augmentation_reads() -> None
 # --- erasing --------------------------------------------------------------------------------------------------------
 
 
-def test_erasing_draws_torchvisions_rectangles() -> None:
+def test_erased_rectangles_match_torchvision() -> None:
     images = torch.full((3000, 3, 32, 24), 255, dtype=torch.uint8)
     erased = build(**NOTHING, erase=0.5)(images, generator()) == 0
     assert torch.equal(erased[:, 0], erased[:, 2])
@@ -295,7 +293,7 @@ def test_erasing_draws_torchvisions_rectangles() -> None:
         assert torch.equal(mask, rows[:, None] & columns[None, :]), "a rectangle"
 
 
-def test_certain_erasing_fills_with_the_mean_which_is_0() -> None:
+def test_erased_pixels_are_0() -> None:
     images = pictures(200)
     out = build(**NOTHING, erase=1.0)(images, generator())
     same = out == normalize(images, MEAN, STD)
@@ -317,7 +315,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
-def test_nothing_waits_for_the_device_or_brings_it_numbers(fields: dict[str, Any]) -> None:
+def test_augmentation_does_not_synchronize(fields: dict[str, Any]) -> None:
     images, some = pictures(30), torch.arange(30) % 3 == 0
     augment = build(**fields)
     with RefuseToWait():
@@ -325,7 +323,7 @@ def test_nothing_waits_for_the_device_or_brings_it_numbers(fields: dict[str, Any
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_mixing_does_not_wait_for_the_device_either(plan: Any) -> None:
+def test_mixing_does_not_synchronize(plan: Any) -> None:
     images, labels, made = torch.randn(30, 3, 32, 32), torch.arange(30) % 5, plan("cpu")
     with RefuseToWait():
         apply_mix(images, labels, 5, made, generator())
@@ -340,13 +338,13 @@ def test_mixing_does_not_wait_for_the_device_either(plan: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("inference", [False, True])  # as most of an augmentation is
-def test_what_waits_would_be_noticed(waiting: Any, name: str, inference: bool) -> None:
+def test_the_check_detects_synchronization(waiting: Any, name: str, inference: bool) -> None:
     with pytest.raises(AssertionError, match=name), torch.inference_mode(inference), RefuseToWait():
         waiting(torch.randn(9))
 
 
 @pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
-def test_reads_no_value_back(fields: dict[str, Any]) -> None:
+def test_does_not_synchronize(fields: dict[str, Any]) -> None:
     augment, rng = build(**fields), generator()
     with FakeTensorMode(allow_non_fake_inputs=True):  # its tensors have no values, so that whatever asks for one raises
         images = torch.zeros(30, 3, 32, 32, dtype=torch.uint8)
@@ -369,7 +367,7 @@ def cuda() -> torch.device:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
-def test_cuda_never_waits(cuda: torch.device, fields: dict[str, Any]) -> None:
+def test_cuda_does_not_synchronize(cuda: torch.device, fields: dict[str, Any]) -> None:
     images, labels, some = pictures(30).to(cuda), (torch.arange(30) % 5).to(cuda), (torch.arange(30) % 3 == 0).to(cuda)
     augment, rng = build(**fields, device=cuda, dtype=torch.bfloat16), torch.Generator(cuda).manual_seed(0)
     plans = [plan(cuda) for plan in PLANS.values()]
@@ -387,9 +385,7 @@ def test_cuda_never_waits(cuda: torch.device, fields: dict[str, Any]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 @pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
-def test_a_captured_graph_replays_what_eager_steps_do_to_the_bit(
-    cuda: torch.device, fields: dict[str, Any], kind: str
-) -> None:
+def test_a_captured_graph_equals_eager_steps_bitwise(cuda: torch.device, fields: dict[str, Any], kind: str) -> None:
     batches = [pictures(30, seed=seed).to(cuda) for seed in range(3)]
     images, labels, some = batches[0].clone(), (torch.arange(30) % 5).to(cuda), (torch.arange(30) % 3 == 0).to(cuda)
     augment, rng = build(**fields, device=cuda, dtype=torch.bfloat16), torch.Generator(cuda).manual_seed(7)
@@ -428,7 +424,7 @@ def test_a_captured_graph_replays_what_eager_steps_do_to_the_bit(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
-def test_cuda_augments_within_the_ranges_of_the_cpu(cuda: torch.device, fields: dict[str, Any]) -> None:
+def test_cuda_results_are_within_the_ranges_of_the_cpu(cuda: torch.device, fields: dict[str, Any]) -> None:
     """The devices' generators differ, and so do the draws; the layout, the dtype and the range do not."""
     images, some = hard_cases(), torch.arange(10) % 3 == 0
     augment = build(**fields, device=cuda)

@@ -23,7 +23,7 @@ def tv_affine(image: Tensor, *, shear: tuple[float, float], center: list[float] 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 44)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_rotation_is_torchvisions_within_a_level(size: tuple[int, int], channels: int) -> None:
+def test_rotation_matches_torchvision_within_one_level(size: tuple[int, int], channels: int) -> None:
     images = pictures(12, channels, *size)
     degrees = torch.linspace(-180, 180, 12)
     rotate = lambda image, angle: tv.rotate(image, angle, v2.InterpolationMode.BILINEAR)  # noqa: E731
@@ -31,7 +31,7 @@ def test_rotation_is_torchvisions_within_a_level(size: tuple[int, int], channels
 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 44)])
-def test_shears_are_randaugments_within_a_level(size: tuple[int, int]) -> None:
+def test_shears_match_randaugment_within_one_level(size: tuple[int, int]) -> None:
     images = pictures(9, 3, *size)
     slopes = torch.linspace(-0.3, 0.3, 9)
     along_x = each(lambda image, s: tv_affine(image, shear=(s, 0.0), center=[0, 0]), images, slopes)

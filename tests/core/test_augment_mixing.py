@@ -13,7 +13,7 @@ from tests.core.augment_cases import generator
 
 
 @pytest.mark.parametrize("alpha", [0.001, 0.1, 0.5, 1.0, 3.0, 10.0])
-def test_beta_has_its_mean_and_variance(alpha: float) -> None:
+def test_symmetric_beta_has_its_mean_and_variance(alpha: float) -> None:
     rng = generator()
     draws = torch.tensor([symmetric_beta(alpha, rng) for _ in range(4000)], dtype=torch.float64)
     assert ((draws >= 0) & (draws <= 1)).all()
@@ -21,7 +21,7 @@ def test_beta_has_its_mean_and_variance(alpha: float) -> None:
     assert float(draws.var()) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
 
 
-def test_mixup_is_the_weighted_mean_of_images_and_targets_alike() -> None:
+def test_mixup_is_the_weighted_mean_of_images_and_targets() -> None:
     images, labels = torch.randn(8, 3, 6, 6), torch.arange(8)
     mixed, targets = apply_mix(images, labels, 8, MixPlan("mixup", 0.7), generator())
     assert targets.dtype == torch.float32
@@ -30,7 +30,7 @@ def test_mixup_is_the_weighted_mean_of_images_and_targets_alike() -> None:
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_cutmix_pastes_the_box_and_weighs_the_targets_by_its_area() -> None:
+def test_cutmix_pastes_the_box_and_weights_targets_by_area() -> None:
     images, labels = torch.randn(8, 3, 10, 10), torch.arange(8)
     config, rng = AugmentConfig(cutmix=1.0), generator()
     plan = next(p for p in (plan_mix(config, rng, images.shape) for _ in range(99)) if p and 0.2 < p.keep < 0.8)
@@ -53,7 +53,7 @@ KEEPS = [0.0, 0.3, 0.5, 0.87, 1.0]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep", KEEPS)
-def test_mixup_by_a_tensor_is_mixup_by_its_number(keep: float, dtype: torch.dtype) -> None:
+def test_mixup_accepts_a_tensor(keep: float, dtype: torch.dtype) -> None:
     images, labels = torch.randn(16, 3, 9, 7).to(dtype), torch.arange(16) % 5
     plans = MixPlan("mixup", keep), MixPlan("mixup", torch.tensor(keep))
     (number, its_targets), (tensor, targets) = (apply_mix(images, labels, 5, plan, generator()) for plan in plans)
@@ -65,9 +65,7 @@ def test_mixup_by_a_tensor_is_mixup_by_its_number(keep: float, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("box", [(0, 9, 0, 7), (2, 5, 1, 4), (4, 4, 3, 3), (0, 1, 6, 7)])
-def test_cutmix_by_a_tensor_is_cutmix_by_its_numbers_to_the_bit(
-    box: tuple[int, int, int, int], dtype: torch.dtype
-) -> None:
+def test_cutmix_accepts_a_tensor(box: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     images, labels = torch.randn(16, 3, 9, 7).to(dtype, memory_format=torch.channels_last), torch.arange(16) % 5
     keep = 1 - (box[1] - box[0]) * (box[3] - box[2]) / 63
     plans = MixPlan("cutmix", keep, box), MixPlan("cutmix", torch.tensor(keep), torch.tensor(box).float())
@@ -79,14 +77,14 @@ def test_cutmix_by_a_tensor_is_cutmix_by_its_numbers_to_the_bit(
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-def test_targets_are_the_same_whatever_the_images_dtype_is(keep: float) -> None:
+def test_targets_do_not_depend_on_the_images_dtype(keep: float) -> None:
     images, labels = torch.randn(16, 3, 4, 4), torch.arange(16) % 5
     _, targets = apply_mix(images, labels, 5, MixPlan("mixup", keep), generator())
     _, of_half = apply_mix(images.bfloat16(), labels, 5, MixPlan("mixup", keep), generator())
     assert torch.equal(targets, of_half)
 
 
-def test_partners_are_a_permutation_and_images_stay() -> None:
+def test_partners_are_a_permutation_and_images_are_unchanged() -> None:
     images, labels = torch.randn(50, 1, 4, 4), torch.arange(50)
     before = images.clone()
     _, targets = apply_mix(images, labels, 50, MixPlan("mixup", 0.25), generator())
@@ -94,7 +92,7 @@ def test_partners_are_a_permutation_and_images_stay() -> None:
     assert torch.equal(images, before)
 
 
-def test_an_image_mixed_with_its_own_class_has_that_class_whole() -> None:
+def test_mixing_within_a_class_keeps_the_label() -> None:
     images, labels = torch.randn(4, 1, 4, 4), torch.full((4,), 2)
     _, targets = apply_mix(images, labels, 3, MixPlan("mixup", 0.3), generator())
     torch.testing.assert_close(targets, torch.tensor([[0.0, 0.0, 1.0]]).expand(4, 3))
@@ -110,7 +108,7 @@ def test_an_image_mixed_with_its_own_class_has_that_class_whole() -> None:
         ({"mix_probability": 1.0}, 1.0, 0.0),
     ],
 )
-def test_batches_are_mixed_as_often_as_asked_in_the_way_asked(fields: dict[str, Any], none: float, cut: float) -> None:
+def test_batches_are_mixed_with_the_configured_probabilities(fields: dict[str, Any], none: float, cut: float) -> None:
     config, rng = AugmentConfig(**fields), generator()
     plans = [plan_mix(config, rng, (8, 3, 32, 32)) for _ in range(2000)]
     mixed = [plan for plan in plans if plan]
@@ -121,7 +119,7 @@ def test_batches_are_mixed_as_often_as_asked_in_the_way_asked(fields: dict[str, 
         assert all((plan.box is None) == (plan.kind == "mixup") for plan in mixed)
 
 
-def test_plans_follow_the_generator_alone() -> None:
+def test_plans_depend_on_the_generator_alone() -> None:
     config = AugmentConfig(mixup=0.2, cutmix=1.0)
     first, again = ([plan_mix(config, rng, (8, 3, 32, 32)) for _ in range(20)] for rng in (generator(), generator()))
     assert first == again

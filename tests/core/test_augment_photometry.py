@@ -24,7 +24,7 @@ from tests.core.augment_cases import each, hard_cases
         (photometry.sharpness, tv.adjust_sharpness),
     ],
 )
-def test_factors_are_torchvisions_within_a_level_in_a_thousandth_of_the_pixels(
+def test_factors_match_torchvision_up_to_one_level_in_a_thousandth_of_the_pixels(
     ours: Callable[[Tensor, Tensor], Tensor], theirs: Callable[[Tensor, float], Tensor], channels: int
 ) -> None:
     images = hard_cases(channels)
@@ -38,7 +38,7 @@ def test_factors_are_torchvisions_within_a_level_in_a_thousandth_of_the_pixels(
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_posterize_is_torchvisions_exactly(channels: int) -> None:
+def test_posterize_equals_torchvision(channels: int) -> None:
     images = hard_cases(channels)
     bits = torch.arange(len(images)) % 9
     expected = each(lambda image, b: tv.posterize(image, int(b)), images, bits)
@@ -46,7 +46,7 @@ def test_posterize_is_torchvisions_exactly(channels: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_solarize_is_torchvisions_exactly(channels: int) -> None:
+def test_solarize_equals_torchvision(channels: int) -> None:
     images = hard_cases(channels)
     thresholds = torch.linspace(0, 255, len(images))
     expected = each(tv.solarize, images, thresholds)
@@ -57,7 +57,7 @@ def test_solarize_is_torchvisions_exactly(channels: int) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs"), [(photometry.autocontrast, tv.autocontrast), (photometry.equalize, tv.equalize)]
 )
-def test_autocontrast_and_equalize_are_torchvisions_exactly_at_full_amount(
+def test_autocontrast_and_equalize_equal_torchvision_at_full_amount(
     ours: Callable[[Tensor, Tensor], Tensor], theirs: Callable[[Tensor], Tensor], channels: int
 ) -> None:
     images = hard_cases(channels)
@@ -65,14 +65,14 @@ def test_autocontrast_and_equalize_are_torchvisions_exactly_at_full_amount(
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_inversion_is_torchvisions_exactly_at_full_amount(channels: int) -> None:
+def test_inversion_equals_torchvision_at_full_amount(channels: int) -> None:
     images = hard_cases(channels)
     inverted = photometry.invert(images.float(), torch.ones(len(images)))
     torch.testing.assert_close(inverted, tv.invert(images).float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("operation", [photometry.autocontrast, photometry.equalize, photometry.invert])
-def test_half_the_amount_goes_half_the_way(operation: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_half_the_amount_blends_half(operation: Callable[[Tensor, Tensor], Tensor]) -> None:
     images = hard_cases().float()
     full = operation(images, torch.ones(len(images)))
     half = operation(images, torch.full((len(images),), 0.5))
@@ -86,7 +86,7 @@ def test_saturation_does_nothing_to_greyscale() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", list(PHOTOMETRIC_OPS))
-def test_bytes_come_out_as_bytes_and_as_floats_do(name: str, channels: int) -> None:
+def test_uint8_and_float_input_give_equal_results(name: str, channels: int) -> None:
     images = hard_cases(channels)
     levels = torch.linspace(-1, 1, len(images))
     ours = PHOTOMETRIC_OPS[name](images, levels, STANDARD)
@@ -95,7 +95,7 @@ def test_bytes_come_out_as_bytes_and_as_floats_do(name: str, channels: int) -> N
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 2), (2, 2), (3, 3)])
-def test_sharpness_leaves_borders_alone_also_where_there_is_hardly_anything_else(size: tuple[int, int]) -> None:
+def test_sharpness_keeps_borders_of_tiny_images(size: tuple[int, int]) -> None:
     images = hard_cases()[..., : size[0], : size[1]].contiguous()
     sharp = photometry.sharpness(images, torch.full((len(images),), 1.9))
     border = torch.ones(size, dtype=torch.bool)

@@ -86,14 +86,14 @@ def apply_theirs(policy: str, image: Tensor, name: str, level: float) -> Tensor:
 @pytest.mark.parametrize("ranges", [STANDARD, WIDE])
 @pytest.mark.parametrize("name", list(PHOTOMETRIC_OPS))
 @pytest.mark.parametrize("channels", [1, 3])
-def test_level_0_changes_no_bit(name: str, channels: int, ranges: Ranges) -> None:
+def test_level_0_is_the_identity(name: str, channels: int, ranges: Ranges) -> None:
     images = hard_cases(channels).float()
     assert torch.equal(PHOTOMETRIC_OPS[name](images, torch.zeros(len(images)), ranges), images)
 
 
 @pytest.mark.parametrize("ranges", [STANDARD, WIDE])
 @pytest.mark.parametrize("name", list(GEOMETRIC_OPS))
-def test_level_0_moves_nothing(name: str, ranges: Ranges) -> None:
+def test_level_0_is_the_identity_matrix(name: str, ranges: Ranges) -> None:
     for zero in (torch.zeros(1), -torch.zeros(1)):
         matrix = GEOMETRIC_OPS[name](zero, (20, 44), ranges)
         assert torch.equal(matrix, geometry.affine(zero))
@@ -101,9 +101,7 @@ def test_level_0_moves_nothing(name: str, ranges: Ranges) -> None:
 
 @pytest.mark.parametrize("ranges", [STANDARD, WIDE])
 @pytest.mark.parametrize("name", list(PHOTOMETRIC_OPS))
-def test_an_operation_does_not_depend_on_the_rest_of_the_batch_and_leaves_its_input_alone(
-    name: str, ranges: Ranges
-) -> None:
+def test_operations_are_independent_per_image_and_keep_their_input(name: str, ranges: Ranges) -> None:
     images = hard_cases().float()
     before = images.clone()
     levels = torch.linspace(-1, 1, len(images))
@@ -122,7 +120,7 @@ def test_an_operation_does_not_depend_on_the_rest_of_the_batch_and_leaves_its_in
     [(STANDARD, "randaugment", 31), (STANDARD, "autoaugment_cifar10", 10), (WIDE, "trivialaugment", 31)],
 )
 @pytest.mark.parametrize("sign", [1, -1])
-def test_every_bin_of_every_range_is_torchvisions(
+def test_every_bin_of_every_range_matches_torchvision(
     ranges: Ranges, policy: str, bins: int, sign: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Strength 0.3 of RandAugment is its magnitude 9 of 30, the default."""
@@ -153,26 +151,26 @@ def test_every_bin_of_every_range_is_torchvisions(
 
 
 @pytest.mark.parametrize(("side", "pixels"), [(8, 8), (28, 28), (32, 32), (96, 32)])
-def test_wide_shifts_are_32_pixels_but_stay_within_the_image(side: int, pixels: int) -> None:
+def test_wide_shifts_are_32_pixels_within_the_image(side: int, pixels: int) -> None:
     assert WIDE.translate(side) == pixels
 
 
 # --- policies against torchvision, image by image --------------------------------------------------------------------
 
 
-def test_the_operations_are_torchvisions() -> None:
+def test_the_operations_match_torchvision() -> None:
     assert set(OPS) == set(v2.RandAugment._AUGMENTATION_SPACE) == set(v2.TrivialAugmentWide._AUGMENTATION_SPACE)
     assert {*GEOMETRIC_OPS, *PHOTOMETRIC_OPS} == set(v2.AutoAugment._AUGMENTATION_SPACE)
     assert set(operations.INTERPOLATED_OPS) < set(GEOMETRIC_OPS)
 
 
-def test_autoaugments_table_is_torchvisions() -> None:
+def test_autoaugments_table_matches_torchvision() -> None:
     assert list(AUTOAUGMENT_CIFAR10) == THEIRS["autoaugment_cifar10"][0]._policies
 
 
 @pytest.mark.parametrize("policy", list(SETTINGS))
 @pytest.mark.parametrize(("channels", "size"), [(3, (32, 32)), (1, (28, 28)), (3, (20, 44)), (3, (64, 64))])
-def test_every_image_comes_out_as_torchvision_makes_it(policy: str, channels: int, size: tuple[int, int]) -> None:
+def test_every_image_matches_torchvision(policy: str, channels: int, size: tuple[int, int]) -> None:
     """Its operations, one after the other, at the magnitudes of torchvision's table."""
     fields = SETTINGS[policy]
     count = 111  # no multiple of any number of choices
@@ -196,7 +194,7 @@ def test_every_image_comes_out_as_torchvision_makes_it(policy: str, channels: in
         assert wrong.float().mean() < 0.01, (k, steps)
 
 
-def test_the_one_shift_behind_a_colour_change_may_go_before_it() -> None:
+def test_only_one_sub_policy_shifts_after_a_colour_change() -> None:
     """The premise of the pipeline's order, geometry first, read from the table."""
     late = [
         (first, second) for (first, *_), (second, *_) in AUTOAUGMENT_CIFAR10
@@ -209,7 +207,7 @@ def test_the_one_shift_behind_a_colour_change_may_go_before_it() -> None:
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "six", "trivialaugment"])
-def test_each_operation_has_its_equal_share(policy: str) -> None:
+def test_operations_are_assigned_to_equal_groups(policy: str) -> None:
     names = SIX if policy == "six" else OPS
     fields = {**SETTINGS[policy], "ops": 3}
     assignments = assign(5 * len(names), **fields)
@@ -219,7 +217,7 @@ def test_each_operation_has_its_equal_share(policy: str) -> None:
         assert sorted(torch.cat(list(one.rows.values())).tolist()) == list(range(5 * len(names)))
 
 
-def test_every_image_gets_one_whole_operation_and_each_operation_its_equal_share() -> None:
+def test_every_image_gets_one_operation_from_equal_groups() -> None:
     picture = pictures(1)
     count = 4 * len(OPS)
     images = picture.expand(count, -1, -1, -1)
@@ -238,7 +236,7 @@ def test_every_image_gets_one_whole_operation_and_each_operation_its_equal_share
     assert {sign for name, sign in drawn if name == "Rotate"} | {s for n, s in drawn if n == "Color"} == {-1.0, 1.0}
 
 
-def test_every_operation_is_equally_likely_at_every_place_of_a_batch() -> None:
+def test_every_operation_is_equally_likely_at_every_position() -> None:
     """Black pictures with one grey level: only `Solarize` at full strength makes them bright, by 255."""
     images = torch.full((5, 3, 8, 8), 10, dtype=torch.uint8)
     augment, rng = build(**NOTHING, ops=1, strength=1.0), generator()
@@ -246,14 +244,14 @@ def test_every_operation_is_equally_likely_at_every_place_of_a_batch() -> None:
     assert hits.mean(0).tolist() == pytest.approx([1 / 14] * 5, abs=0.03)
 
 
-def test_randaugments_levels_are_its_strength_with_either_sign() -> None:
+def test_randaugments_levels_are_its_strength_with_random_signs() -> None:
     levels = torch.cat([one.levels for one in assign(2800, ops=2, strength=0.3)])
     assert set(levels.abs().tolist()) == {torch.tensor(0.3).item()}
     assert float((levels > 0).float().mean()) == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize("name", SIX)
-def test_the_levels_of_the_six_are_drawn_evenly_up_to_the_strength(name: str) -> None:
+def test_levels_of_six_are_uniform_up_to_the_strength(name: str) -> None:
     (one,) = assign(6 * 2000, policy="six", ops=1, strength=0.6)
     levels = one.level_of(name)
     assert levels.abs().max() <= 0.6
@@ -262,7 +260,7 @@ def test_the_levels_of_the_six_are_drawn_evenly_up_to_the_strength(name: str) ->
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_trivialaugments_levels_are_its_31_bins_equally_likely_with_either_sign(name: str) -> None:
+def test_trivialaugments_levels_are_31_equally_likely_bins_with_random_signs(name: str) -> None:
     (one,) = assign(14 * 3100, policy="trivialaugment")
     levels = one.level_of(name)
     if name in policies.IN_FULL:
@@ -275,14 +273,14 @@ def test_trivialaugments_levels_are_its_31_bins_equally_likely_with_either_sign(
     assert float((levels > 0).float().mean()) == pytest.approx(0.5 * 30 / 31, abs=0.04)
 
 
-def test_each_image_gets_a_whole_sub_policy_and_each_sub_policy_its_equal_share() -> None:
+def test_sub_policies_are_assigned_to_equal_groups() -> None:
     assignments = assign(25 * 4, policy="autoaugment_cifar10")
     held = [tuple(operation_of(one, k)[0] for one in assignments) for k in range(100)]
     expected = [tuple(name for name, _, _ in pair) for pair in AUTOAUGMENT_CIFAR10 for _ in range(4)]
     assert sorted(held) == sorted(expected)
 
 
-def test_autoaugments_operations_come_with_their_probabilities_independently(
+def test_autoaugments_operations_are_independent_with_their_probabilities(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Hands in order, so that each sub-policy's images are known."""
@@ -304,7 +302,7 @@ def test_autoaugments_operations_come_with_their_probabilities_independently(
             assert both == pytest.approx(pair[0][1] * pair[1][1], abs=0.03)
 
 
-def test_autoaugment_leaves_as_many_images_alone_as_its_table_says() -> None:
+def test_autoaugment_leaves_the_expected_fraction_of_images_unchanged() -> None:
     """On coloured noise without black and white, which no operation leaves as it is."""
     picture = torch.randint(1, 255, (1, 3, 32, 32), dtype=torch.uint8, generator=generator(1))
     images = picture.expand(5000, -1, -1, -1)
@@ -331,7 +329,7 @@ def test_strength_0_changes_nothing(policy: str, ops: int) -> None:
 
 
 @pytest.mark.parametrize("policy", ["trivialaugment", "autoaugment_cifar10"])
-def test_ops_and_strength_do_not_apply_to_policies_of_their_own_number_and_levels(policy: str) -> None:
+def test_ops_and_strength_do_not_affect_other_policies(policy: str) -> None:
     images = pictures(60)
     plain = build(**NOTHING, policy=policy, ops=0, strength=0.0)(images, generator())
     other = build(**NOTHING, policy=policy, ops=3, strength=0.9)(images, generator())
@@ -354,7 +352,7 @@ def test_images_differ_more_at_greater_strength(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", list(SETTINGS))
-def test_no_shift_goes_beyond_its_reach(policy: str) -> None:
+def test_shifts_stay_within_the_declared_reach(policy: str) -> None:
     """What `geometry.shift` is told to make room for."""
     for strength in (0.3, 1.0):
         for width in (8, 28, 33, 96):

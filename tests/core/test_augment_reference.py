@@ -83,12 +83,12 @@ def photos(shared_data: Path) -> Tensor:
     return photographs(shared_data, 26)
 
 
-def test_the_table_names_every_operation() -> None:
+def test_the_table_covers_every_operation() -> None:
     assert OPERATIONS.keys() == GEOMETRIC_OPS.keys() | PHOTOMETRIC_OPS.keys()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_torchvisions(name: str, photos: Tensor) -> None:
+def test_operations_match_torchvision(name: str, photos: Tensor) -> None:
     reference, tolerance = OPERATIONS[name]
     levels = torch.linspace(-1, 1, len(photos))
     if name in (*IN_FULL, "Invert"):
@@ -172,13 +172,13 @@ STEPS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Drawn], Tensor], Tolera
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_is_torchvisions(name: str, photos: Tensor, drawn: Drawn) -> None:
+def test_steps_match_torchvision(name: str, photos: Tensor, drawn: Drawn) -> None:
     fields, reference, tolerance = STEPS[name]
     out = build(**{**NOTHING, **fields})(photos, generator())
     tolerance.check(pixels_of(out), reference(photos, drawn))
 
 
-def test_a_padded_crop_is_one_of_torchvisions_to_the_bit(photos: Tensor) -> None:
+def test_padded_crops_equal_torchvision(photos: Tensor) -> None:
     """Which one, is tried: three pixels to each side make 49 of them."""
     out = pixels_of(build(flip=0.0, crop_pad_fraction=3 / SIDE)(photos, generator()))
     padded = tv.pad(photos, [3])
@@ -188,7 +188,7 @@ def test_a_padded_crop_is_one_of_torchvisions_to_the_bit(photos: Tensor) -> None
     assert same.any(1).sum() > 10
 
 
-def test_normalisation_is_torchvisions_within_float32(photos: Tensor) -> None:
+def test_normalization_matches_torchvision_within_float32(photos: Tensor) -> None:
     expected = tv.normalize(tv.to_dtype(photos, torch.float32, scale=True), list(MEAN), list(STD))
     for fields in (NOTHING, {**NOTHING, "vertical_flip": 1.0}):
         ours = build(**fields)(photos, generator())
@@ -201,7 +201,7 @@ def test_normalisation_is_torchvisions_within_float32(photos: Tensor) -> None:
 @pytest.mark.parametrize("size", [(32, 32), (20, 44), (64, 28)])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("area_min", [0.05, 0.5, 0.95])
-def test_a_crop_by_area_is_torchvisions_at_any_size(size: tuple[int, int], channels: int, area_min: float) -> None:
+def test_crops_by_area_match_torchvision_at_any_size(size: tuple[int, int], channels: int, area_min: float) -> None:
     images = torch.cat([pictures(30, channels, *size), torch.full((2, channels, *size), 255, dtype=torch.uint8)])
     crops = draw_crops(len(images), size, area_min, generator())
     ours = geometry.warp(images, crops.matrices(size), crops.frames(size))
@@ -212,7 +212,7 @@ def test_a_crop_by_area_is_torchvisions_at_any_size(size: tuple[int, int], chann
 
 @pytest.mark.parametrize("size", [(96, 96), (48, 40), (20, 44), (64, 28), (90, 30)])
 @pytest.mark.parametrize("area_min", [0.08, 0.5, 0.9])
-def test_areas_aspects_and_places_are_spread_as_torchvisions(size: tuple[int, int], area_min: float) -> None:
+def test_areas_aspects_and_positions_are_distributed_as_in_torchvision(size: tuple[int, int], area_min: float) -> None:
     """The last size is longer than any aspect, so that some of its crops are the central one."""
     height, width = size
     ours = torch.stack(draw_crops(3000, size, area_min, generator()), dim=1)
@@ -234,7 +234,7 @@ def test_areas_aspects_and_places_are_spread_as_torchvisions(size: tuple[int, in
     torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.02 * max(size), rtol=0)
 
 
-def test_a_crop_by_area_of_a_padded_crop_is_torchvisions_one_after_the_other(drawn: Drawn) -> None:
+def test_a_crop_by_area_of_a_padded_crop_matches_torchvision(drawn: Drawn) -> None:
     """Also where it takes in the black of the padding."""
     images = 255 - pictures(56) // 2
     out = pixels_of(build(flip=0.0, crop_pad_fraction=0.25, crop_area_min=0.5)(images, generator()))

@@ -27,13 +27,13 @@ def config(start: float = 0.5, full_from: float = 0.5) -> AugmentConfig:
         (8, 0.0, 4), (8, 0.25, 6), (28, 0.0, 14), (28, 0.02, 15), (28, 0.25, 21), (28, 0.49, 28),
     ],
 )  # fmt: skip
-def test_the_side_grows_in_eighths_or_of_small_images_in_pixels(side: int, progress: float, expected: int) -> None:
+def test_the_side_grows_in_eighths_or_in_pixels_for_small_images(side: int, progress: float, expected: int) -> None:
     assert size_at(config(), progress, (side, side)) == (expected, expected)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (28, 28), (32, 32), (96, 96), (224, 160), (20, 300)])
 @pytest.mark.parametrize(("start", "full_from"), [(0.25, 1.0), (0.6, 0.3), (1.0, 0.5)])
-def test_the_size_never_falls_lies_near_the_line_and_is_whole_when_it_should_be(
+def test_the_size_is_monotonic_near_the_line_and_full_at_its_end(
     size: tuple[int, int], start: float, full_from: float
 ) -> None:
     seen = [size_at(config(start, full_from), k / 1000, size) for k in range(1001)]
@@ -60,9 +60,7 @@ def test_progress_outside_the_run_is_refused(progress: float) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(96, 96), (28, 28), (8, 8), (20, 44)])
-def test_smaller_images_are_torchvisions_antialiased_ones_in_channels_last(
-    channels: int, size: tuple[int, int]
-) -> None:
+def test_resized_images_match_torchvisions_antialiased_ones(channels: int, size: tuple[int, int]) -> None:
     images = torch.randn(5, channels, *size).contiguous(memory_format=torch.channels_last)
     for progress in (0.0, 0.2, 0.3):
         smaller = size_at(config(), progress, size)
@@ -74,14 +72,14 @@ def test_smaller_images_are_torchvisions_antialiased_ones_in_channels_last(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_smaller_images_of_another_dtype_are_float32s_rounded_once(dtype: torch.dtype) -> None:
+def test_resized_images_of_other_dtypes_are_float32_rounded_once(dtype: torch.dtype) -> None:
     images = torch.randn(5, 3, 32, 32).to(dtype, memory_format=torch.channels_last)
     small = resize(images, (20, 24))
     assert small.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(small, resize(images.float(), (20, 24)).to(dtype))
 
 
-def test_what_is_finer_than_the_smaller_image_averages_out() -> None:
+def test_fine_patterns_average_out() -> None:
     stripes = (torch.arange(64) % 2 * 2.0 - 1).expand(1, 1, 64, 64).contiguous(memory_format=torch.channels_last)
     aliased = F.interpolate(stripes, size=(40, 40), mode="bilinear")
     small = resize(stripes, (40, 40))
@@ -89,18 +87,18 @@ def test_what_is_finer_than_the_smaller_image_averages_out() -> None:
     assert small[..., 2:-2].abs().max() < 0.5 * aliased.abs().max()
 
 
-def test_flat_images_stay_as_they_are() -> None:
+def test_constant_images_are_unchanged() -> None:
     flat = torch.full((2, 3, 96, 96), 0.7).contiguous(memory_format=torch.channels_last)
     small = resize(flat, (36, 36))
     torch.testing.assert_close(small, torch.full_like(small, 0.7))
 
 
-def test_the_whole_size_is_the_same_tensor() -> None:
+def test_full_size_returns_the_same_tensor() -> None:
     images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     assert resize(images, (32, 32)) is images
 
 
-def test_shrinking_does_not_wait_for_the_device() -> None:
+def test_resizing_does_not_synchronize() -> None:
     images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     with RefuseToWait():
         resize(images, (20, 20))

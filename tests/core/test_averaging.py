@@ -76,14 +76,14 @@ def follow(model: nn.Module, averaging: Averaging, each_step: Callable[[int], No
             averaging.end_epoch((step + 1) // PER_EPOCH)
 
 
-def test_none_is_none() -> None:
+def test_averaging_none_builds_nothing() -> None:
     assert build_averaging(AveragingConfig(name="none"), network(), STEPS, EPOCHS) is None
 
 
 # ---- EMA
 
 
-def test_ema_is_timms_under_the_same_decays() -> None:
+def test_ema_matches_timm_with_the_same_decays() -> None:
     model = network()
     averaging, theirs = ema(model), ModelEmaV3(model)
     decay = 0.5 ** (1 / (SHORT * STEPS))
@@ -97,7 +97,7 @@ def test_ema_is_timms_under_the_same_decays() -> None:
         torch.testing.assert_close(averaging.module.state_dict()[name], tensor, rtol=0, atol=0)
 
 
-def test_after_the_warmup_ema_is_torchs_with_its_half_life() -> None:
+def test_ema_matches_torch_after_the_warmup() -> None:
     model = network()
     averaging = ema(model)
     generator = torch.Generator().manual_seed(1)
@@ -116,7 +116,7 @@ def test_after_the_warmup_ema_is_torchs_with_its_half_life() -> None:
         torch.testing.assert_close(ours, reference, rtol=0, atol=0)
 
 
-def test_a_weight_on_the_device_replayed_through_the_warmup_is_a_numbers_average() -> None:
+def test_a_replayed_update_with_a_tensor_weight_matches_numbers() -> None:
     """Within float32's rounding of numbers up to about 10: an update is recorded once, and its weight changes."""
     model = network()
     of_numbers, of_tensors, recorded = ema(model, 0.05), ema(model, 0.05), ema(model, 0.05)
@@ -147,7 +147,7 @@ def test_a_weight_on_the_device_replayed_through_the_warmup_is_a_numbers_average
         torch.testing.assert_close(tensor, of_numbers.module.state_dict()[name], rtol=1e-6, atol=1e-6)
 
 
-def test_a_weights_share_halves_in_a_half_life() -> None:
+def test_a_contribution_halves_in_a_half_life() -> None:
     model = nn.Linear(1, 1, bias=False)
     half_life = 30
     averaging = ema(model, half_life / STEPS)
@@ -160,7 +160,7 @@ def test_a_weights_share_halves_in_a_half_life() -> None:
     assert next(averaging.module.parameters()).item() == pytest.approx(0.5, abs=1e-4)
 
 
-def test_the_warmup_forgets_the_first_weights_where_a_plain_decay_keeps_them() -> None:
+def test_the_warmup_forgets_the_initial_weights() -> None:
     """A short run: what is averaged after it must be near the weights that it ended with."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)  # the untrained weight is 0, the trained one 1
@@ -175,7 +175,7 @@ def test_the_warmup_forgets_the_first_weights_where_a_plain_decay_keeps_them() -
     assert next(plain.module.parameters()).item() < 0.15
 
 
-def test_the_warmup_bounds_the_lag_by_about_a_tenth_of_the_steps_so_far() -> None:
+def test_the_warmup_limits_the_lag_to_a_tenth_of_the_steps() -> None:
     model = nn.Linear(1, 1, bias=False)
     averaging = ema(model, half_life_fraction=0.5)  # without a warm-up it would lag by 87 steps
     for step in range(STEPS):
@@ -204,7 +204,7 @@ def test_ema_has_caught_up_after_a_quarter_of_the_run(epoch: int, expected: bool
 
 
 @pytest.mark.parametrize("start", [0.0, 0.75, 0.8])
-def test_swa_is_torchs_mean_over_the_last_epochs(start: float) -> None:
+def test_swa_matches_torchs_mean_over_the_last_epochs(start: float) -> None:
     model = network()
     averaging, theirs = swa(model, start), AveragedModel(model)
 
@@ -217,7 +217,7 @@ def test_swa_is_torchs_mean_over_the_last_epochs(start: float) -> None:
         torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
 
 
-def test_swas_first_epoch_is_the_weights_themselves() -> None:
+def test_swas_first_epoch_equals_the_weights() -> None:
     model = network()
     averaging = swa(model, start=0.99)
     follow(model, averaging)
@@ -237,7 +237,7 @@ def test_swa_is_ready_from_its_start_and_caught_up_with_two_epochs() -> None:
     assert [swa(model, start=0.0).caught_up(epoch) for epoch in (1, 2)] == [False, True]
 
 
-def test_swa_has_no_weight_for_a_step_and_ema_has_one_from_the_first_on() -> None:
+def test_only_ema_has_a_weight_for_each_step() -> None:
     model = network()
     averaging = swa(model, start=0.0)
     before = copy.deepcopy(averaging.module.state_dict())
@@ -266,7 +266,7 @@ def wandered(seed: int, model: nn.Module | None = None) -> nn.Module:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_the_mean_of_networks_is_torchs_averaged_model_fed_with_them(count: int) -> None:
+def test_mean_of_matches_torchs_averaged_model(count: int) -> None:
     models = [wandered(seed) for seed in range(count)]
     theirs = AveragedModel(models[0], use_buffers=True)
     for model in models:
@@ -277,13 +277,13 @@ def test_the_mean_of_networks_is_torchs_averaged_model_fed_with_them(count: int)
             torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
 
 
-def test_the_mean_of_equal_networks_is_bitwise_one_of_them() -> None:
+def test_the_mean_of_equal_networks_is_bitwise_equal() -> None:
     models = [wandered(4) for _ in range(7)]
     for name, tensor in mean_of(models).state_dict().items():
         assert torch.equal(tensor, models[0].state_dict()[name]), name
 
 
-def test_the_mean_is_a_network_of_its_own_fit_for_evaluation() -> None:
+def test_the_mean_is_an_independent_network_in_evaluation_mode() -> None:
     models = [wandered(seed).train() for seed in (1, 2)]
     before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
     mean = mean_of(models)
@@ -297,7 +297,7 @@ def test_the_mean_is_a_network_of_its_own_fit_for_evaluation() -> None:
     assert mean(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
 
 
-def test_the_recalibrated_mean_has_the_statistics_of_its_own_activations() -> None:
+def test_the_recalibrated_mean_has_statistics_of_its_activations() -> None:
     """The mean of two networks' statistics is not what their mean computes: here the second's channels are swapped."""
     one, other = wandered(1), wandered(1)
     with torch.no_grad():
@@ -316,12 +316,12 @@ def test_the_recalibrated_mean_has_the_statistics_of_its_own_activations() -> No
 
 
 @pytest.mark.parametrize("other", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 9, 3))])
-def test_networks_of_several_architectures_have_no_mean(other: nn.Module) -> None:
+def test_different_architectures_cannot_be_averaged(other: nn.Module) -> None:
     with pytest.raises(ValueError, match="not of one architecture"):
         mean_of([network(), other])
 
 
-def test_no_networks_have_no_mean() -> None:
+def test_an_empty_list_cannot_be_averaged() -> None:
     with pytest.raises(ValueError, match="no networks"):
         mean_of([])
 
@@ -334,7 +334,7 @@ def batches() -> list[Tensor]:
     return [2 + 3 * torch.randn(16, 3, 8, 8, generator=generator) for _ in range(5)]
 
 
-def test_recalibration_is_torchs_update_bn() -> None:
+def test_recalibration_matches_torchs_update_bn() -> None:
     model = network()
     model[3].p = 0.0
     theirs = copy.deepcopy(model)
@@ -344,7 +344,7 @@ def test_recalibration_is_torchs_update_bn() -> None:
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
 
 
-def test_recalibration_forgets_what_was_there_before() -> None:
+def test_recalibration_discards_old_statistics() -> None:
     one, other = network(), network()
     wander(other[1], torch.Generator().manual_seed(0))
     other[1].load_state_dict({**other[1].state_dict(), "weight": one[1].weight, "bias": one[1].bias})
@@ -354,7 +354,7 @@ def test_recalibration_forgets_what_was_there_before() -> None:
     assert torch.equal(one[1].running_var, other[1].running_var)
 
 
-def test_recalibration_draws_no_random_number_and_leaves_modes_and_momentum() -> None:
+def test_recalibration_keeps_random_state_modes_and_momentum() -> None:
     model = network().train()
     model[3].eval()
     random_state = torch.get_rng_state()
@@ -377,7 +377,7 @@ def test_recalibration_without_batches_is_refused() -> None:
 
 
 @pytest.mark.parametrize("build", [ema, swa])
-def test_the_average_is_a_network_of_its_own_fit_for_evaluation(build: Callable[[nn.Module], Averaging]) -> None:
+def test_the_average_is_an_independent_network_in_evaluation_mode(build: Callable[[nn.Module], Averaging]) -> None:
     model = network()
     averaging = build(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -391,7 +391,7 @@ def test_the_average_is_a_network_of_its_own_fit_for_evaluation(build: Callable[
 
 
 @pytest.mark.parametrize("build", [ema, swa])
-def test_a_resumed_average_is_bitwise_the_uninterrupted_one(build: Callable[[nn.Module], Averaging]) -> None:
+def test_a_resumed_average_equals_the_uninterrupted_one_bitwise(build: Callable[[nn.Module], Averaging]) -> None:
     model = network()
     whole = build(model)
     saved: list[tuple[dict[str, object], dict[str, object]]] = []

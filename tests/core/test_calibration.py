@@ -29,7 +29,7 @@ def loss(logits: Tensor, labels: Tensor, temperature: float) -> float:
 
 @pytest.mark.parametrize("distortion", [0.2, 0.5, 1.0, 3.0, 8.0])
 @pytest.mark.parametrize(("n", "classes"), [(60, 3), (500, 10), (300, 100)])
-def test_the_temperature_is_the_one_that_scipy_finds_without_the_slope(n: int, classes: int, distortion: float) -> None:
+def test_the_temperature_matches_scipys_minimizer(n: int, classes: int, distortion: float) -> None:
     logits, labels = drawn(n, classes)
     logits = logits * distortion
     bounds = (math.log(LOWEST), math.log(HIGHEST))
@@ -40,14 +40,14 @@ def test_the_temperature_is_the_one_that_scipy_finds_without_the_slope(n: int, c
 
 
 @pytest.mark.parametrize("distortion", [0.1, 0.5, 1.0, 2.0, 10.0])
-def test_it_takes_back_by_how_much_calibrated_logits_were_multiplied(distortion: float) -> None:
+def test_the_temperature_recovers_the_scale_of_calibrated_logits(distortion: float) -> None:
     """Within 5 %, of 20,000 images."""
     logits, labels = drawn(20_000, 10)
     assert fit_temperature(logits * distortion, labels) == pytest.approx(distortion, rel=0.05)
 
 
 @pytest.mark.parametrize("distortion", [0.3, 4.0])
-def test_scaled_by_it_the_loss_and_the_calibration_error_fall_on_images_that_it_was_not_fitted_on(
+def test_scaling_lowers_loss_and_calibration_error_on_held_out_images(
     distortion: float,
 ) -> None:
     logits, labels = drawn(4_000, 10)
@@ -58,7 +58,7 @@ def test_scaled_by_it_the_loss_and_the_calibration_error_fall_on_images_that_it_
     assert after.ece < 0.5 * before.ece
 
 
-def test_logits_and_their_log_probabilities_have_one_temperature() -> None:
+def test_logits_and_log_probabilities_have_the_same_temperature() -> None:
     logits, labels = drawn(500, 10)
     from_logs = fit_temperature((3 * logits).log_softmax(1), labels)
     assert from_logs == pytest.approx(fit_temperature(3 * logits, labels), rel=1e-5)
@@ -74,7 +74,7 @@ def test_half_precision_is_fitted_as_its_float_values() -> None:
     ("case", "expected"),
     [("all right", LOWEST), ("all wrong", HIGHEST), ("all alike", 1.0), ("one image that is right", LOWEST)],
 )
-def test_where_no_temperature_is_the_best_the_answer_is_a_bound_or_1(case: str, expected: float) -> None:
+def test_without_an_optimum_the_result_is_a_bound_or_1(case: str, expected: float) -> None:
     logits, labels = drawn(200, 5)
     if case == "all right":
         labels = logits.argmax(1)
@@ -99,14 +99,14 @@ def test_logits_that_are_not_finite_are_refused(broken: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [LOWEST, 0.7, 1.0, 1.6, HIGHEST])
-def test_no_label_changes_and_the_probabilities_are_the_softmax_of_the_divided_logits(temperature: float) -> None:
+def test_scaling_keeps_labels_and_divides_logits(temperature: float) -> None:
     logits, _ = drawn(2_000, 10)
     found = scaled(logits, temperature)
     assert torch.equal(found.argmax(1), logits.argmax(1))
     torch.testing.assert_close(found.softmax(1), (logits / temperature).softmax(1))
 
 
-def test_averaged_log_probabilities_are_divided_and_sum_to_one_again() -> None:
+def test_scaled_log_probabilities_sum_to_one() -> None:
     views = torch.stack([drawn(50, 4, seed=seed)[0] for seed in (1, 2, 3)])
     found = scaled(average(views), 2.5)
     torch.testing.assert_close(found.exp().sum(1), torch.ones(50))
@@ -114,6 +114,6 @@ def test_averaged_log_probabilities_are_divided_and_sum_to_one_again() -> None:
     torch.testing.assert_close(found.exp(), powers / powers.sum(1, keepdim=True))
 
 
-def test_a_temperature_of_1_gives_back_what_it_was_given() -> None:
+def test_a_temperature_of_1_returns_its_input() -> None:
     logits, _ = drawn(20, 5)
     assert scaled(logits, 1.0) is logits

@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "trial.pt"
 
 
-def test_what_is_saved_is_what_is_loaded(path: Path) -> None:
+def test_saved_state_is_loaded_unchanged(path: Path) -> None:
     save_checkpoint(path, {"weights": torch.arange(3), "epoch": 2})
     state = load_checkpoint(path, CPU)
     assert torch.equal(state["weights"], torch.arange(3))
@@ -42,7 +42,7 @@ def test_what_is_saved_is_what_is_loaded(path: Path) -> None:
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, OSError])
-def test_an_interrupted_save_leaves_the_old_checkpoint_and_nothing_else(
+def test_an_interrupted_save_keeps_only_the_old_checkpoint(
     path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
 ) -> None:
     def torn(state: dict[str, Any], file: Any) -> None:
@@ -58,7 +58,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_and_nothing_else(
     assert load_checkpoint(path, CPU)["epoch"] == 1
 
 
-def test_what_a_killed_writer_left_is_overwritten_by_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_killed_process_are_overwritten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     save = torch.save
 
@@ -74,7 +74,7 @@ def test_what_a_killed_writer_left_is_overwritten_by_the_next(path: Path, monkey
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_checkpoint_cut_anywhere_is_named_in_one_line(path: Path) -> None:
+def test_a_truncated_checkpoint_is_a_one_line_error(path: Path) -> None:
     save_checkpoint(path, {"weights": torch.arange(100), "epoch": 2})
     whole = path.read_bytes()
     for length in range(0, len(whole), 97):
@@ -85,13 +85,13 @@ def test_a_checkpoint_cut_anywhere_is_named_in_one_line(path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", [{"format": 99}, {"epoch": 1}, [1, 2]])
-def test_a_checkpoint_of_another_format_is_named(path: Path, state: Any) -> None:
+def test_a_checkpoint_of_another_format_is_refused(path: Path, state: Any) -> None:
     torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"trial\.pt: not a checkpoint of this version; delete it"):
         load_checkpoint(path, CPU)
 
 
-def test_a_device_without_room_is_no_fault_of_the_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_not_blamed_on_the_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
@@ -131,9 +131,7 @@ def small_files(folder: Path) -> Iterator[int]:
 
 @pytest.mark.parametrize("limited", [small_disk, small_files])
 @pytest.mark.parametrize("tensors", [1, 1000], ids=["in a tensor", "between tensors"])
-def test_a_full_disk_leaves_the_old_checkpoint_and_tells_its_own_error(
-    tmp_path: Path, limited: Any, tensors: int
-) -> None:
+def test_a_full_disk_keeps_the_old_checkpoint_and_raises_oserror(tmp_path: Path, limited: Any, tensors: int) -> None:
     folder = tmp_path / "disk"
     folder.mkdir()
     path = folder / "trial.pt"
@@ -149,7 +147,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_tells_its_own_error(
         assert load_checkpoint(path, CPU)["epoch"] == 3
 
 
-def test_an_interrupt_in_the_middle_of_writing_stays_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_writing_is_propagated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(io.FileIO):
         def write(self, data: Any) -> int:
             raise KeyboardInterrupt
@@ -191,7 +189,7 @@ class Code:
 
 
 @pytest.mark.parametrize("kind", ["torch's archive", "torch's old format", "a plain pickle"])
-def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(path: Path, tmp_path: Path, kind: str) -> None:
+def test_a_checkpoint_with_code_is_refused(path: Path, tmp_path: Path, kind: str) -> None:
     state = {"format": 3, "weights": Code(f"touch {tmp_path / 'ran'}")}
     if kind == "a plain pickle":
         path.write_bytes(pickle.dumps(state))
@@ -203,7 +201,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(path: Path, t
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_small_file_that_unpacks_to_a_huge_one_is_refused(path: Path) -> None:
+def test_a_decompression_bomb_is_refused(path: Path) -> None:
     save_checkpoint(path, {"weights": torch.zeros(10_000_000)})
     members = zipfile.ZipFile(path)
     bomb = path.with_name("bomb.pt")
@@ -214,7 +212,7 @@ def test_a_small_file_that_unpacks_to_a_huge_one_is_refused(path: Path) -> None:
         load_checkpoint(bomb, CPU)
 
 
-def test_a_flipped_bit_in_a_tensor_is_found(path: Path) -> None:
+def test_a_flipped_bit_in_a_tensor_is_detected(path: Path) -> None:
     save_checkpoint(path, {"weights": torch.full((1000,), 7.0)})
     content = bytearray(path.read_bytes())
     content[content.index(torch.full((2,), 7.0).numpy().tobytes()) + 100] ^= 1
@@ -228,7 +226,7 @@ def test_a_flipped_bit_in_a_tensor_is_found(path: Path) -> None:
 
 @pytest.mark.parametrize("cost_s", [0.001, 0.1, 5.0, 60.0])
 @pytest.mark.parametrize("epoch_s", [0.02, 3.0, 400.0])
-def test_saving_takes_its_share_of_the_time_and_a_kill_costs_what_that_allows(
+def test_saving_takes_at_most_its_share_of_the_time(
     path: Path, monkeypatch: pytest.MonkeyPatch, cost_s: float, epoch_s: float
 ) -> None:
     now = 0.0
@@ -253,7 +251,7 @@ def test_saving_takes_its_share_of_the_time_and_a_kill_costs_what_that_allows(
         assert len(saved[1:]) * cost_s <= 0.02 * now
 
 
-def test_an_infinite_share_makes_one_due_always(path: Path) -> None:
+def test_an_infinite_share_is_always_due(path: Path) -> None:
     checkpoints = Checkpoints(path, lambda: {"epoch": 1}, share=math.inf)
     assert checkpoints.due
     checkpoints.save()

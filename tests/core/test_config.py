@@ -112,7 +112,7 @@ ELSEWHERE = {"data.name", "data.folds", "model.pretrained", "model.pretrained_fi
 ELSEWHERE |= {"precision.compile", "precision.cuda_graphs"}
 
 
-def test_the_tables_name_every_field() -> None:
+def test_the_tables_cover_every_field() -> None:
     assert WEIGHTS.keys() | ELSEWHERE == TrainConfig().flat().keys()
 
 
@@ -134,7 +134,7 @@ def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("field", "context", "value"), [(name, *row) for name, row in WEIGHTS.items()], ids=WEIGHTS)
-def test_the_field_alone_changes_the_trained_weights(
+def test_each_field_changes_the_trained_weights(
     tiny: TrainConfig,
     trained: dict[str, dict[str, torch.Tensor]],
     field: str,
@@ -161,7 +161,7 @@ def test_another_data_set_changes_the_trained_weights(tiny: TrainConfig, tmp_pat
 
 
 @pytest.mark.parametrize("field", TrainConfig().flat())
-def test_every_field_says_what_it_is_for(field: str) -> None:
+def test_every_field_has_a_description(field: str) -> None:
     node: Any = TrainConfig
     *parents, leaf = field.split(".")
     for name in parents:
@@ -201,35 +201,35 @@ def test_every_field_says_what_it_is_for(field: str) -> None:
         ({"augment.flip": 1.5}, "less than or equal to 1"),
     ],
 )
-def test_what_cannot_be_used_is_refused(values: dict[str, Any], fault: str) -> None:
+def test_invalid_values_are_refused(values: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValidationError, match=fault):
         TrainConfig().override(values)
 
 
 @pytest.mark.parametrize("path", ["optim.lrr", "optim", "lr", "optim.lr.x", "epochs.x"])
-def test_a_path_that_is_no_field_is_refused(path: str) -> None:
+def test_unknown_paths_are_refused(path: str) -> None:
     with pytest.raises(KeyError, match=path):
         TrainConfig().override({path: 1})
 
 
-def test_one_of_the_two_rates_drops_the_other() -> None:
+def test_setting_one_rate_clears_the_other() -> None:
     absolute = TrainConfig().override({"optim.lr": 0.3})
     assert absolute.optim.lr_scale is None
     assert absolute.override({"optim.lr_scale": 2.0}).optim.lr is None
 
 
 @pytest.mark.parametrize("name", REFERENCE_LR)
-def test_a_scale_of_one_at_batch_256_is_the_optimizers_reference(name: str) -> None:
+def test_lr_scale_1_at_batch_256_is_the_reference_rate(name: str) -> None:
     optim = TrainConfig().override({"optim.name": name}).optim
     reference, power = REFERENCE_LR[name]
     assert optim.peak_lr(256) == reference
     assert optim.peak_lr(64) == pytest.approx(reference * 0.25**power)
 
 
-def test_the_fields_that_belong_to_families_are_fields() -> None:
+def test_family_fields_exist() -> None:
     assert set(FAMILY_FIELDS) < set(TrainConfig.model_fields["model"].annotation.model_fields)  # type: ignore[union-attr]
 
 
-def test_a_configuration_survives_its_own_json() -> None:
+def test_a_configuration_round_trips_through_json() -> None:
     config = TrainConfig().override({"optim.lr": 0.3, "model.widths": (8, 16), "model.blocks": (1, 1)})
     assert TrainConfig.model_validate_json(config.model_dump_json()) == config

@@ -48,7 +48,7 @@ def judge(epochs: int = 40, loss: LossConfig | None = None, support: tuple[int, 
     return Divergence(config, Criterion(loss or LossConfig(), counts), counts, labels)
 
 
-def test_a_quarter_of_the_run_on_end_is_given_up() -> None:
+def test_a_run_is_stopped_after_a_diverged_quarter() -> None:
     history = [epoch(number) for number in range(11, 21)]
     judge().check(history[:-1])
     with pytest.raises(DivergedError, match=r"for 10 epochs up to epoch 20 the losses were more than 2 times"):
@@ -57,7 +57,7 @@ def test_a_quarter_of_the_run_on_end_is_given_up() -> None:
     judge().check(interrupted)
 
 
-def test_a_short_run_is_given_five_epochs() -> None:
+def test_a_short_run_has_at_least_five_epochs() -> None:
     history = [epoch(number) for number in range(3, 8)]
     judge(epochs=8).check(history[:4])
     with pytest.raises(DivergedError, match="for 5 epochs"):
@@ -89,7 +89,7 @@ def test_a_short_run_is_given_five_epochs() -> None:
         "nothing to validate on",
     ],
 )
-def test_an_epoch_is_not_lost(now: EpochMetrics) -> None:
+def test_epochs_that_have_not_diverged(now: EpochMetrics) -> None:
     assert judge().is_lost(epoch(11))
     assert not judge().is_lost(now)
 
@@ -105,7 +105,7 @@ def test_an_epoch_is_not_lost(now: EpochMetrics) -> None:
     ],
     ids=["smoothing", "class weights", "focal", "bce", "logit adjustment"],
 )
-def test_the_training_loss_is_measured_against_the_same_loss_of_a_guess(loss: LossConfig, guess: float) -> None:
+def test_the_training_loss_is_compared_with_that_of_uniform_predictions(loss: LossConfig, guess: float) -> None:
     support = tuple(2**power for power in range(CLASSES))
     own = judge(loss=loss, support=support)
     assert own.train_loss == pytest.approx(guess)
@@ -117,7 +117,7 @@ def test_the_training_loss_is_measured_against_the_same_loss_of_a_guess(loss: Lo
         assert criterion(torch.zeros(64, CLASSES), targets.argmax(1), stage) <= own.train_loss * (1 + 1e-6)
 
 
-def test_on_long_tailed_data_the_largest_class_is_what_a_guess_may_reach() -> None:
+def test_on_long_tailed_data_chance_accuracy_is_the_largest_class() -> None:
     support = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
     assert judge(support=support).is_lost(epoch(11, raw=scores(loss=12.0, accuracy=512 / 1023, balanced=0.1)))
     assert not judge(support=support).is_lost(epoch(11, raw=scores(loss=12.0, accuracy=0.3, balanced=0.5)))
@@ -132,7 +132,7 @@ def test_on_long_tailed_data_the_largest_class_is_what_a_guess_may_reach() -> No
         {"optim.name": "muon", "optim.lr": 100.0, "loss.name": "bce", "augment.mixup": 0.4},
     ],
 )
-def test_an_absurd_rate_is_stopped_though_no_loss_is_infinite(
+def test_an_excessive_rate_is_stopped_with_finite_losses(
     digits: Splits, tiny: TrainConfig, absurd: dict[str, Any]
 ) -> None:
     with pytest.raises(DivergedError, match="the accuracy was no better than chance; a lower"):
@@ -166,9 +166,7 @@ def mislabelled(splits: Splits) -> Splits:
         {"loss.name": "bce", "augment.mixup": 0.4, "optim.lr_scale": 0.1},
     ],
 )
-def test_ordinary_trainings_have_no_five_lost_epochs(
-    digits: Splits, tiny: TrainConfig, changes: dict[str, Any], of: Any
-) -> None:
+def test_ordinary_trainings_do_not_diverge(digits: Splits, tiny: TrainConfig, changes: dict[str, Any], of: Any) -> None:
     config = tiny.override({"epochs": 12, "schedule.warmup_fraction": 0.0, **changes})
     data = of(digits)
     judge = Run(config, data, CPU).divergence

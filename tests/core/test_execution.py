@@ -81,7 +81,7 @@ class TestACapturedTraining:
     learning rate, the average and the mixture, and drift apart from there.
     """
 
-    def test_equals_the_launched_one_bitwise_and_the_plain_one_in_its_losses(
+    def test_equals_launched_steps_bitwise_and_plain_ones_in_loss(
         self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         let_the_cpu_capture(monkeypatch)
@@ -92,9 +92,7 @@ class TestACapturedTraining:
         assert losses(replayed) == pytest.approx(losses(train(config, digits, device=CPU)), rel=1e-3)
 
 
-def test_a_captured_training_goes_on_from_its_checkpoint_bitwise(
-    digits: Splits, tiny: TrainConfig, tmp_path: Path
-) -> None:
+def test_a_captured_training_resumes_bitwise(digits: Splits, tiny: TrainConfig, tmp_path: Path) -> None:
     config = tiny.override({"epochs": 8, "averaging.name": "ema", "augment.mixup": 0.4})
     execution = Execution(capture=EveryStepByPython)
     whole = train(config, digits, device=CPU, execution=execution)
@@ -104,7 +102,7 @@ def test_a_captured_training_goes_on_from_its_checkpoint_bitwise(
     assert same(whole, train(config, digits, device=CPU, execution=recorded, resume_from=half))
 
 
-def test_another_fault_while_capturing_is_no_word_on_captures(digits: Splits, tiny: TrainConfig) -> None:
+def test_other_errors_while_capturing_propagate(digits: Splits, tiny: TrainConfig) -> None:
     class Faulty:
         @staticmethod
         def capture(function: Callable[[], None]) -> Callable[[], None]:
@@ -115,7 +113,7 @@ def test_another_fault_while_capturing_is_no_word_on_captures(digits: Splits, ti
 
 
 @pytest.mark.parametrize("capture", [None, EveryStepByPython], ids=["as it is", "captured"])
-def test_a_training_that_is_over_holds_no_memory(
+def test_a_finished_training_holds_no_memory(
     digits: Splits, tiny: TrainConfig, capture: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a word from the collector, whose delay the next training's probe would take for a lack of memory."""
@@ -148,7 +146,7 @@ def test_the_estimate_of_an_epoch_captures_nothing(
     assert seconds_per_epoch(tiny, digits, device=CPU) > 0
 
 
-def test_more_architectures_and_shapes_than_torch_keeps_by_itself_are_all_compiled() -> None:
+def test_more_architectures_and_shapes_than_torchs_limit_are_compiled() -> None:
     """By a backend that compiles nothing, which is quick; beyond the limit torch would go on uncompiled, silently."""
     for width in range(1, 13):
         network = compiled(nn.Sequential(nn.Conv2d(1, width, 3)), backend="eager")
@@ -160,7 +158,7 @@ def test_more_architectures_and_shapes_than_torch_keeps_by_itself_are_all_compil
             network(torch.zeros(2, 1, side, side))
 
 
-def test_nothing_is_captured_where_the_configuration_says_no(digits: Splits, tiny: TrainConfig) -> None:
+def test_cuda_graphs_can_be_switched_off(digits: Splits, tiny: TrainConfig) -> None:
     class Forbidden:
         @staticmethod
         def capture(function: Callable[[], None]) -> Callable[[], None]:
@@ -172,7 +170,7 @@ def test_nothing_is_captured_where_the_configuration_says_no(digits: Splits, tin
     )
 
 
-def test_each_shape_of_a_step_is_captured_once_the_last_batch_too(digits: Splits, tiny: TrainConfig) -> None:
+def test_each_shape_of_a_step_is_captured_once(digits: Splits, tiny: TrainConfig) -> None:
     captured: list[Callable[[], None]] = []
 
     class Counting(EveryStepByPython):
@@ -187,9 +185,7 @@ def test_each_shape_of_a_step_is_captured_once_the_last_batch_too(digits: Splits
     assert [epoch.images for epoch in result.history] == [192] * config.epochs
 
 
-def test_a_network_that_waits_for_the_host_is_told_how_to_train(
-    digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_capture_error_names_the_fix(digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing:
         @staticmethod
         def capture(function: Callable[[], None]) -> Callable[[], None]:
@@ -203,12 +199,12 @@ def test_a_network_that_waits_for_the_host_is_told_how_to_train(
 
 @pytest.mark.parametrize("changes", STATEFUL.values(), ids=STATEFUL.keys())
 class TestAStreamedTraining:
-    def test_is_bitwise_the_resident_one(self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any]) -> None:
+    def test_equals_the_resident_one_bitwise(self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any]) -> None:
         config = tiny.override(changes)
         streamed = train(config, digits, device=CPU, execution=Execution(streamed=True))
         assert same(streamed, train(config, digits, device=CPU))
 
-    def test_is_bitwise_the_resident_one_when_both_are_captured(
+    def test_equals_the_resident_one_bitwise_when_captured(
         self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         let_the_cpu_capture(monkeypatch)
@@ -220,7 +216,7 @@ class TestAStreamedTraining:
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
-class TestNothingInAnEpochWaitsForTheDevice:
+class TestNoSynchronization:
     """All that a step does on the device, in the form that a GPU runs; what the host draws by itself is apart."""
 
     def watched(self, config: TrainConfig, splits: Splits) -> Run:
@@ -235,7 +231,7 @@ class TestNothingInAnEpochWaitsForTheDevice:
         run.model.train()
         return run
 
-    def test_as_it_is(
+    def test_an_epoch_does_not_synchronize(
         self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         let_the_cpu_capture(monkeypatch)
@@ -250,7 +246,7 @@ class TestNothingInAnEpochWaitsForTheDevice:
                 run.step(batch)
         assert run.step_count >= 9
 
-    def test_and_a_single_item_would_be_found(
+    def test_a_single_item_is_detected(
         self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         let_the_cpu_capture(monkeypatch)
@@ -270,7 +266,7 @@ class TestABatchThatDoesNotFit:
         ],
         ids=["plain", "mixed and weighted", "focal and weighted"],
     )
-    def test_is_one_step_in_parts_where_no_batch_norm_sees_them(
+    def test_gives_the_gradients_of_the_whole_batch(
         self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any]
     ) -> None:
         config = tiny.override({"model.norm": "group", **changes})
@@ -285,7 +281,7 @@ class TestABatchThatDoesNotFit:
             assert theirs.grad is not None
             assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
-    def test_is_halved_until_it_does(self) -> None:
+    def test_is_halved_until_it_fits(self) -> None:
         model = nn.BatchNorm2d(3)
         before = model.running_mean.clone() if model.running_mean is not None else None
         tried: list[int | None] = []
@@ -302,7 +298,7 @@ class TestABatchThatDoesNotFit:
         assert torch.equal(model.running_mean, before)  # type: ignore[arg-type]
         assert model.weight.grad is None
 
-    def test_not_even_in_small_parts_is_out_of_memory(self) -> None:
+    def test_smallest_part_too_large_is_out_of_memory(self) -> None:
         tried: list[int | None] = []
 
         def step(size: int | None) -> None:
@@ -313,20 +309,20 @@ class TestABatchThatDoesNotFit:
             micro_batch_that_fits(step, nn.Linear(2, 2), batch_size=32, moments=1)
         assert tried == [None, 16, SMALLEST_MICRO_BATCH]
 
-    def test_other_faults_go_through(self) -> None:
+    def test_other_errors_propagate(self) -> None:
         def step(size: int | None) -> None:
             raise RuntimeError("size mismatch")
 
         with pytest.raises(RuntimeError, match="size mismatch"):
             micro_batch_that_fits(step, nn.Linear(2, 2), batch_size=32, moments=1)
 
-    def test_a_probe_leaves_no_trace(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_a_probe_does_not_change_the_training(self, digits: Splits, tiny: TrainConfig) -> None:
         config = tiny.override({"averaging.name": "ema", "augment.ops": 2, "model.dropout": 0.2})
         probed = train(config, digits, device=CPU, execution=Execution(probe=True))
         assert probed.kept.micro_batch is None
         assert same(probed, train(config, digits, device=CPU))
 
-    def test_is_found_out_in_a_process_that_has_too_little_memory(self) -> None:
+    def test_is_split_in_a_process_with_too_little_memory(self) -> None:
         """A real lack of memory: of the address space that the system lets the process have."""
         if sys.platform != "linux":
             pytest.skip("limits of the address space are Linux's")
@@ -362,7 +358,7 @@ class TestABatchThatDoesNotFit:
 
 
 @pytest.mark.slow
-def test_a_compiled_training_has_the_same_losses_and_the_next_of_its_architecture_compiles_nothing(
+def test_a_compiled_training_has_equal_losses_and_is_compiled_once(
     tmp_path: Path,
 ) -> None:
     """In a process of its own, with an empty cache: what this machine has compiled before would hide a miss."""
@@ -454,7 +450,7 @@ class TestOnCuda:
         assert divided.kept.micro_batch is not None
         assert divided.kept.micro_batch < 150
 
-    def test_trainings_leave_no_memory_behind(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_trainings_release_their_memory(self, digits: Splits, tiny: TrainConfig) -> None:
         device = torch.device("cuda:0")
         splits = digits.to(device)
         train(tiny, splits, device=device)  # libraries keep workspaces of their own

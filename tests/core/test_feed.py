@@ -97,9 +97,7 @@ class Watched(Tensor):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("where", ["in memory", "mapped"])
-def test_streamed_and_resident_batches_are_the_rows_asked_for(
-    images: Tensor, file: Path, where: str, seed: int
-) -> None:
+def test_streamed_and_resident_batches_are_equal(images: Tensor, file: Path, where: str, seed: int) -> None:
     rows = draw(seed=seed)
     assert len(torch.cat(rows).unique()) < sum(SIZES)  # there are repeats
     source = images if where == "in memory" else mapped(file)
@@ -115,7 +113,7 @@ def test_any_number_of_batches_of_any_size(images: Tensor, sizes: tuple[int, ...
     assert_same(clones(Streamed(images, CPU).batches(rows)), [images[batch] for batch in rows])
 
 
-def test_images_that_do_not_lie_in_one_piece_stream_too(images: Tensor) -> None:
+def test_non_contiguous_images_can_be_streamed(images: Tensor) -> None:
     rows = draw()
     strided = images.transpose(2, 3)[:, 1:]
     assert_same(clones(Streamed(strided, CPU).batches(rows)), [strided[batch] for batch in rows])
@@ -128,7 +126,7 @@ def test_epochs_of_larger_and_smaller_batches_follow_one_another(images: Tensor)
         assert_same(clones(feed.batches(rows)), [images[batch] for batch in rows])
 
 
-def test_a_batch_may_be_written_to_and_neither_images_nor_file_change(images: Tensor, file: Path) -> None:
+def test_modifying_a_batch_does_not_change_images_or_file(images: Tensor, file: Path) -> None:
     before = file.read_bytes()
     source = mapped(file)
     for feed in (Streamed(source, CPU), Resident(source, CPU)):
@@ -138,7 +136,7 @@ def test_a_batch_may_be_written_to_and_neither_images_nor_file_change(images: Te
     assert file.read_bytes() == before
 
 
-def test_a_feed_opened_in_inference_mode_goes_on_outside_and_the_other_way_round(images: Tensor) -> None:
+def test_a_feed_works_across_inference_mode(images: Tensor) -> None:
     rows = draw()
     expected = [images[batch] for batch in rows]
     with torch.inference_mode():
@@ -157,7 +155,7 @@ def test_a_feed_opened_in_inference_mode_goes_on_outside_and_the_other_way_round
 
 
 @pytest.mark.parametrize("held", range(len(SIZES)))
-def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(images: Tensor, held: int) -> None:
+def test_a_batch_is_valid_until_the_next_is_requested(images: Tensor, held: int) -> None:
     """The thread has gathered the next batch, and ended, when the batch is looked at."""
     gathered: queue.SimpleQueue[None] = queue.SimpleQueue()
     rows = draw()
@@ -173,7 +171,7 @@ def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(images: Tensor, 
     assert torch.equal(batch, images[rows[held]])
 
 
-def test_two_buffers_take_turns_and_serve_the_next_epoch_too(images: Tensor) -> None:
+def test_two_buffers_alternate_and_are_reused(images: Tensor) -> None:
     feed = Streamed(images, CPU)
     first, second, smaller = (
         [batch.data_ptr() for batch in feed.batches(draw(sizes))] for sizes in (SIZES, SIZES, (32, 32, 5))
@@ -183,7 +181,7 @@ def test_two_buffers_take_turns_and_serve_the_next_epoch_too(images: Tensor) -> 
     assert set(first) == set(second) == set(smaller)
 
 
-def test_two_iterators_at_once_and_take_between_them_do_not_disturb_each_other(images: Tensor) -> None:
+def test_concurrent_iterators_are_independent(images: Tensor) -> None:
     feed = Streamed(images, CPU)
     ours, theirs, single = draw(seed=1), draw(seed=2), draw(seed=3)
     both = zip(feed.batches(ours), feed.batches(theirs), strict=True)
@@ -197,7 +195,7 @@ def test_two_iterators_at_once_and_take_between_them_do_not_disturb_each_other(i
 # ---- How it ends
 
 
-def test_the_thread_is_there_while_batches_are_and_ends_after_the_last(images: Tensor) -> None:
+def test_the_thread_ends_after_the_last_batch(images: Tensor) -> None:
     batches = Streamed(images, CPU).batches(draw())
     assert threads_of_feeds() == []
     for _ in batches:
@@ -225,7 +223,7 @@ def test_an_exception_in_the_loop_over_batches_ends_the_thread(images: Tensor, k
     assert caught.tb is not None  # though what it holds is alive
 
 
-def test_a_forgotten_iterator_leaves_neither_thread_nor_buffers(images: Tensor) -> None:
+def test_a_deleted_iterator_frees_thread_and_buffers(images: Tensor) -> None:
     feed = Streamed(images, CPU)
     batches = feed.batches(draw())
     memory = weakref.ref(next(batches)._base)
@@ -238,7 +236,7 @@ def test_a_forgotten_iterator_leaves_neither_thread_nor_buffers(images: Tensor) 
 
 
 @pytest.mark.parametrize("faulty", [0, 1, 3, len(SIZES) - 1])
-def test_a_row_out_of_range_is_an_index_error_at_its_batch(images: Tensor, faulty: int) -> None:
+def test_an_invalid_row_raises_indexerror_at_its_batch(images: Tensor, faulty: int) -> None:
     rows = draw()
     rows[faulty][-1] = N
     feed = Streamed(images, CPU)
@@ -252,7 +250,7 @@ def test_a_row_out_of_range_is_an_index_error_at_its_batch(images: Tensor, fault
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError("no room")], ids=repr)
-def test_what_fails_in_the_thread_is_raised_in_the_loop(images: Tensor, error: Exception) -> None:
+def test_errors_in_the_thread_are_raised_in_the_loop(images: Tensor, error: Exception) -> None:
     def fail() -> None:
         raise error
 
@@ -262,7 +260,7 @@ def test_what_fails_in_the_thread_is_raised_in_the_loop(images: Tensor, error: E
     assert threads_of_feeds() == []
 
 
-def test_an_interpreter_that_ends_amid_batches_does_not_hang_or_crash(file: Path) -> None:
+def test_interpreter_exit_between_batches_does_not_hang(file: Path) -> None:
     code = f"""
 import numpy, torch
 from core.feed import Streamed
@@ -280,18 +278,18 @@ print(next(batches).shape[0])
 # ---- Which feed
 
 
-def test_images_stream_exactly_where_they_do_not_lie_on_the_device(images: Tensor) -> None:
+def test_images_stream_unless_they_are_on_the_device(images: Tensor) -> None:
     assert isinstance(open_feed(images, CPU), Resident)
     assert isinstance(open_feed(images, torch.device("cuda:0"), streamed=None), Streamed)
     assert isinstance(open_feed(images, CPU, streamed=True), Streamed)
     assert isinstance(open_feed(images, CPU, streamed=False), Resident)
 
 
-def test_a_resident_feed_copies_no_images_that_are_there_already(images: Tensor) -> None:
+def test_a_resident_feed_does_not_copy_images_on_its_device(images: Tensor) -> None:
     assert Resident(images, CPU).images.data_ptr() == images.data_ptr()
 
 
-def test_images_that_stream_lie_on_the_host() -> None:
+def test_only_host_images_can_be_streamed() -> None:
     with pytest.raises(ValueError, match="only images on the host can be streamed, these are on meta"):
         Streamed(torch.empty(1, 1, 1, 1, dtype=torch.uint8, device="meta"), CPU)
 
@@ -417,7 +415,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return machine
 
 
-def test_whatever_order_the_device_works_in_each_batch_is_read_whole(images: Tensor, machine: Machine) -> None:
+def test_batches_are_intact_for_any_order_of_device_work(images: Tensor, machine: Machine) -> None:
     """Three epochs, some left early and on another stream, with every read still to come when the host goes on."""
     feed, draws, read = Streamed(images, CPU), machine.random, []
     for _ in range(3):
@@ -508,7 +506,9 @@ class TestOnCuda:
         stream.synchronize()
         assert_same([batch.cpu() for batch in found], self.expected(images, rows))
 
-    def test_a_slow_producer_is_waited_for(self, images: Tensor, device: torch.device, rows: list[Tensor]) -> None:
+    def test_a_slow_producer_does_not_corrupt_batches(
+        self, images: Tensor, device: torch.device, rows: list[Tensor]
+    ) -> None:
         """Copies are queued behind other work of their stream, so that the consumer's kernels come first."""
 
         def delay() -> None:
@@ -518,7 +518,7 @@ class TestOnCuda:
         found = clones(Streamed(Watched.of(images, delay), device).batches(rows))
         assert_same([batch.cpu() for batch in found], self.expected(images, rows))
 
-    def test_stopping_early_and_going_on_does_not_overwrite_what_is_still_read(
+    def test_stopping_early_does_not_overwrite_a_batch_in_use(
         self, images: Tensor, device: torch.device, rows: list[Tensor]
     ) -> None:
         feed, stream = Streamed(images, device), torch.cuda.Stream(device)
@@ -533,7 +533,7 @@ class TestOnCuda:
         assert torch.equal(late.cpu(), images[rows[0].cpu()])
         assert_same([b.cpu() for b in following], self.expected(images, rows[1:]))
 
-    def test_buffers_that_are_given_up_are_not_reused_while_they_are_read(
+    def test_freed_buffers_are_not_reused_while_in_use(
         self, images: Tensor, device: torch.device, rows: list[Tensor]
     ) -> None:
         found = []
@@ -543,7 +543,7 @@ class TestOnCuda:
                 found.append(batch.clone())
         assert_same([batch.cpu() for batch in found], self.expected(images, rows[:3]) * 5)
 
-    def test_a_row_out_of_range_is_an_index_error_and_no_assertion_of_the_device(
+    def test_an_invalid_row_raises_indexerror_on_the_host(
         self, images: Tensor, device: torch.device, rows: list[Tensor]
     ) -> None:
         faulty = [*rows[:2], torch.tensor([N], device=device)]

@@ -78,7 +78,7 @@ def test_the_same_seed_gives_bitwise_the_same_training(
 
 
 @pytest.mark.parametrize("changes", STATEFUL.values(), ids=STATEFUL.keys())
-def test_a_training_resumed_from_its_checkpoint_is_bitwise_the_uninterrupted_one(
+def test_a_resumed_training_equals_the_uninterrupted_one_bitwise(
     digits: Splits, tiny: TrainConfig, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", float("inf"))
@@ -114,9 +114,7 @@ def _rarely(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_rarely")
-def test_after_the_rungs_a_checkpoint_is_saved_and_each_is_told_when_it_is_whole(
-    digits: Splits, tiny: TrainConfig, tmp_path: Path
-) -> None:
+def test_checkpoints_are_saved_at_given_epochs_and_reported(digits: Splits, tiny: TrainConfig, tmp_path: Path) -> None:
     told: list[str] = []
     path = tmp_path / "trial.pt"
     train(
@@ -157,9 +155,7 @@ def test_an_interrupted_epoch_is_saved_and_a_pruned_one_is_not(
     assert set(saved) == {path}
 
 
-def test_what_a_resumed_training_tells_first_is_what_had_been_told(
-    digits: Splits, tiny: TrainConfig, tmp_path: Path
-) -> None:
+def test_on_resume_receives_the_history(digits: Splits, tiny: TrainConfig, tmp_path: Path) -> None:
     config = tiny.override({"averaging.name": "ema"})
     told: list[EpochMetrics] = []
     again: list[EpochMetrics] = []
@@ -193,14 +189,14 @@ def test_a_checkpoint_of_another_configuration_is_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
-def test_a_torn_checkpoint_is_named(digits: Splits, tiny: TrainConfig, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_checkpoint_is_refused(digits: Splits, tiny: TrainConfig, tmp_path: Path, content: bytes) -> None:
     torn = tmp_path / "trial.pt"
     torn.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"trial\.pt: not a checkpoint"):
         train(tiny, digits, device=CPU, resume_from=torn)
 
 
-def test_the_generators_of_the_caller_are_left_alone(digits: Splits, tiny: TrainConfig) -> None:
+def test_the_callers_generators_are_restored(digits: Splits, tiny: TrainConfig) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -208,7 +204,7 @@ def test_the_generators_of_the_caller_are_left_alone(digits: Splits, tiny: Train
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_what_the_callback_raises_ends_the_training_and_goes_through(digits: Splits, tiny: TrainConfig) -> None:
+def test_exceptions_of_the_callback_propagate(digits: Splits, tiny: TrainConfig) -> None:
     class PrunedError(Exception):
         pass
 
@@ -223,7 +219,7 @@ def test_what_the_callback_raises_ends_the_training_and_goes_through(digits: Spl
     assert seen == [1]
 
 
-def test_a_run_stopped_early_is_the_beginning_of_the_whole_run(digits: Splits, tiny: TrainConfig) -> None:
+def test_stop_after_keeps_the_schedule_of_the_whole_run(digits: Splits, tiny: TrainConfig) -> None:
     whole = train(tiny, digits, device=CPU)
     part = train(tiny, digits, device=CPU, stop_after=2)
     assert [epoch.train_loss for epoch in part.history] == [epoch.train_loss for epoch in whole.history[:2]]
@@ -239,13 +235,13 @@ def test_training_without_validation_images_keeps_the_last_weights(digits: Split
         result.value("accuracy")
 
 
-def test_a_loss_that_is_no_number_is_told_as_divergence(digits: Splits, tiny: TrainConfig) -> None:
+def test_a_nan_loss_raises_divergederror(digits: Splits, tiny: TrainConfig) -> None:
     without_contrast = dataclasses.replace(digits, std=(1e-42,))  # the normalised pixels overflow
     with pytest.raises(DivergedError, match="training loss of epoch 1 is nan"):
         train(tiny, without_contrast, device=CPU)
 
 
-def test_the_kept_network_is_the_one_that_was_scored(digits: Splits, tiny: TrainConfig) -> None:
+def test_the_kept_network_has_the_reported_score(digits: Splits, tiny: TrainConfig) -> None:
     for averaging in ("none", "ema", "swa"):
         result = train(tiny.override({"averaging.name": averaging}), digits, device=CPU)
         assert result.val_logits is not None
@@ -261,7 +257,7 @@ def test_early_stopping_ends_the_run_and_keeps_its_best_epoch(digits: Splits, ti
     assert len(result.history) == result.kept.epoch + 3 < 12
 
 
-def test_an_average_decides_alone_only_once_it_has_caught_up() -> None:
+def test_the_average_counts_once_it_has_caught_up() -> None:
     def scores(accuracy: float) -> Scores:
         return Scores(loss=1 - accuracy, accuracy=accuracy, balanced_accuracy=0.5, macro_f1=0.5, ece=0.0)
 
@@ -275,7 +271,7 @@ def test_an_average_decides_alone_only_once_it_has_caught_up() -> None:
     assert epoch.row()["averaged_val_accuracy"] == 0.3
 
 
-def test_a_line_of_metrics_has_the_contracts_keys(digits: Splits, tiny: TrainConfig) -> None:
+def test_rows_of_metrics_have_the_documented_keys(digits: Splits, tiny: TrainConfig) -> None:
     result = train(tiny, digits, device=CPU)
     keys = {"epoch", "step", "lr", "train_loss", "val_loss", "val_accuracy", "val_macro_f1"}
     keys |= {"images_per_s", "elapsed_s"}
@@ -286,7 +282,7 @@ def test_a_line_of_metrics_has_the_contracts_keys(digits: Splits, tiny: TrainCon
         assert row["step"] == number * 3  # 192 images in batches of 64
 
 
-def test_an_epoch_visits_what_the_sampling_says(digits: Splits, tiny: TrainConfig) -> None:
+def test_an_epoch_has_the_configured_visits(digits: Splits, tiny: TrainConfig) -> None:
     counts = digits.labels[digits.train].bincount()
     config = tiny.override({"epochs": 1, "sampling.oversample": 2, "sampling.undersample": 0.9})
     cap = round(0.9 * counts.max().item())
@@ -294,7 +290,7 @@ def test_an_epoch_visits_what_the_sampling_says(digits: Splits, tiny: TrainConfi
     assert train(config, digits, device=CPU).history[0].step == len(batch_sizes(visits, 64))
 
 
-def test_a_plateau_lets_the_rate_fall_when_the_score_stalls(digits: Splits, tiny: TrainConfig) -> None:
+def test_a_plateau_reduces_the_rate(digits: Splits, tiny: TrainConfig) -> None:
     stalled = {"schedule.name": "plateau", "schedule.patience_fraction": 0.25, "schedule.warmup_fraction": 0.0}
     config = tiny.override({"epochs": 8, "optim.lr_scale": 1e-6, "schedule.gamma": 0.5, **stalled})
     history = train(config, digits, device=CPU).history
@@ -310,7 +306,7 @@ def test_a_plateau_without_validation_images_is_refused(digits: Splits, tiny: Tr
         train(tiny.override({"schedule.name": "plateau"}), digits.whole(), device=CPU)
 
 
-def test_a_network_that_the_first_small_images_do_not_fit_is_refused(digits: Splits, tiny: TrainConfig) -> None:
+def test_images_too_small_at_the_start_are_refused(digits: Splits, tiny: TrainConfig) -> None:
     config = tiny.override(
         {"model.name": "vgg", "model.widths": (8, 8, 8), "model.blocks": (1, 1, 1), "augment.start_size_fraction": 0.5}
     )
@@ -318,7 +314,7 @@ def test_a_network_that_the_first_small_images_do_not_fit_is_refused(digits: Spl
         train(config, digits, device=CPU)
 
 
-def test_a_network_that_a_size_on_the_way_does_not_fit_is_refused(digits: Splits, tiny: TrainConfig) -> None:
+def test_an_unsupported_intermediate_size_is_refused(digits: Splits, tiny: TrainConfig) -> None:
     """It takes 32 and 64 pixels, and fails at 40."""
     large = dataclasses.replace(digits, images=digits.images[:8].repeat_interleave(8, 2).repeat_interleave(8, 3))
     few = dataclasses.replace(large, labels=digits.labels[:8], train=torch.arange(6), val=torch.arange(6, 8))
@@ -328,7 +324,7 @@ def test_a_network_that_a_size_on_the_way_does_not_fit_is_refused(digits: Splits
         train(config, few, device=CPU)
 
 
-def test_a_finished_training_is_gone_on_from_as_it_ended(digits: Splits, tiny: TrainConfig, tmp_path: Path) -> None:
+def test_resuming_a_finished_training_returns_its_result(digits: Splits, tiny: TrainConfig, tmp_path: Path) -> None:
     ended = train(tiny, digits, device=CPU, checkpoint_to=tmp_path / "end.pt", checkpoint_at_end=True)
     again = train(tiny, digits, device=CPU, resume_from=tmp_path / "end.pt")
     assert same(ended, again)
@@ -347,16 +343,16 @@ def test_a_finished_training_is_gone_on_from_as_it_ended(digits: Splits, tiny: T
         (6, 5, [6]),
     ],
 )
-def test_no_image_is_dropped_and_none_is_alone(images: int, batch: int, sizes: list[int]) -> None:
+def test_no_batch_has_a_single_image(images: int, batch: int, sizes: list[int]) -> None:
     assert batch_sizes(images, batch) == sizes
 
 
-def test_one_image_cannot_be_trained_on(digits: Splits, tiny: TrainConfig) -> None:
+def test_a_single_training_image_is_refused(digits: Splits, tiny: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="at least 2"):
         train(tiny, dataclasses.replace(digits, train=torch.tensor([0])), device=CPU)
 
 
-def test_a_short_ema_follows_the_weights_from_the_start(digits: Splits, tiny: TrainConfig) -> None:
+def test_a_short_ema_follows_the_weights(digits: Splits, tiny: TrainConfig) -> None:
     """Without a warm-up of its decay, an average over a short run would still be its first weights."""
     result = train(tiny.override({"epochs": 15, "averaging.name": "ema"}), digits, device=CPU)
     assert result.kept.raw is not None
@@ -364,6 +360,6 @@ def test_a_short_ema_follows_the_weights_from_the_start(digits: Splits, tiny: Tr
     assert result.kept.averaged.accuracy > result.kept.raw.accuracy - 0.05
 
 
-def test_the_estimate_of_an_epoch_is_of_the_order_of_an_epoch(digits: Splits, tiny: TrainConfig) -> None:
+def test_seconds_per_epoch_is_plausible(digits: Splits, tiny: TrainConfig) -> None:
     estimate = seconds_per_epoch(tiny, digits, device=CPU)
     assert 0 < estimate < 10

@@ -58,16 +58,16 @@ def gradient(loss: Tensor, logits: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
-def test_cross_entropy_is_torchs(logits: Tensor, labels: Tensor, smoothing: float) -> None:
+def test_cross_entropy_equals_torch(logits: Tensor, labels: Tensor, smoothing: float) -> None:
     theirs = F.cross_entropy(logits, labels, label_smoothing=smoothing)
     assert torch.equal(hard(logits, labels, smoothing=smoothing), theirs)
 
 
-def test_mixed_cross_entropy_is_timms(logits: Tensor, targets: Tensor) -> None:
+def test_mixed_cross_entropy_equals_timm(logits: Tensor, targets: Tensor) -> None:
     torch.testing.assert_close(mixed(logits, targets), SoftTargetCrossEntropy()(logits, targets))
 
 
-def test_gradients_are_softmax_less_target(logits: Tensor, targets: Tensor) -> None:
+def test_gradients_are_softmax_minus_target(logits: Tensor, targets: Tensor) -> None:
     logits.requires_grad_()
     expected = (logits.detach().softmax(1) - targets) / len(logits)
     torch.testing.assert_close(gradient(mixed(logits, targets), logits), expected)
@@ -99,12 +99,12 @@ def test_mixed_targets_are_not_smoothed(logits: Tensor, targets: Tensor, name: s
         (LossConfig(smoothing=0.0, smoothing_final=0.1), 1.0, 0.1),
     ],
 )
-def test_smoothing_runs_on_a_line(config: LossConfig, progress: float, expected: float) -> None:
+def test_smoothing_is_interpolated_linearly(config: LossConfig, progress: float, expected: float) -> None:
     assert smoothing_at(config, progress) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
-def test_the_loss_takes_its_smoothing_from_that_line(logits: Tensor, labels: Tensor, name: str) -> None:
+def test_the_loss_uses_the_interpolated_smoothing(logits: Tensor, labels: Tensor, name: str) -> None:
     falling = hard(logits, labels, progress=0.25, name=name, smoothing=0.2, smoothing_final=0.0)
     torch.testing.assert_close(falling, hard(logits, labels, name=name, smoothing=0.15))
 
@@ -120,14 +120,14 @@ def test_focal_is_the_papers_formula(logits: Tensor, labels: Tensor, gamma: floa
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
-def test_mixed_focal_sums_the_papers_formula_over_the_classes(logits: Tensor, targets: Tensor, gamma: float) -> None:
+def test_mixed_focal_is_the_papers_formula(logits: Tensor, targets: Tensor, gamma: float) -> None:
     p = logits.double().softmax(1)
     expected = (targets * (1 - p) ** gamma * -p.log()).sum(1).mean()
     torch.testing.assert_close(mixed(logits, targets, name="focal", gamma=gamma).double(), expected)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
-def test_focal_of_two_classes_is_torchvisions(gamma: float) -> None:
+def test_focal_of_two_classes_equals_torchvision(gamma: float) -> None:
     generator = torch.Generator().manual_seed(0)
     difference = 5 * torch.randn(64, generator=generator)
     labels = torch.randint(0, 2, (64,), generator=generator)
@@ -155,7 +155,7 @@ def test_mixed_focal_with_gamma_0_is_cross_entropy(logits: Tensor, targets: Tens
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-def test_focals_gradient_is_finite_where_an_image_is_certain(gamma: float) -> None:
+def test_focals_gradient_is_finite_for_certain_predictions(gamma: float) -> None:
     logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)  # the first is right, the second wrong
     loss = hard(logits, torch.tensor([0, 0]), torch.tensor([9, 9]), name="focal", gamma=gamma)
     assert loss.item() == pytest.approx(100)
@@ -166,17 +166,17 @@ def test_focals_gradient_is_finite_where_an_image_is_certain(gamma: float) -> No
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_bce_is_timms(logits: Tensor, labels: Tensor, smoothing: float) -> None:
+def test_bce_equals_timm(logits: Tensor, labels: Tensor, smoothing: float) -> None:
     theirs = BinaryCrossEntropy(smoothing=smoothing, sum_classes=True)(logits, labels)
     torch.testing.assert_close(hard(logits, labels, name="bce", smoothing=smoothing), theirs)
 
 
-def test_mixed_bce_is_timms(logits: Tensor, targets: Tensor) -> None:
+def test_mixed_bce_equals_timm(logits: Tensor, targets: Tensor) -> None:
     theirs = BinaryCrossEntropy(smoothing=0.1, sum_classes=True)(logits, targets)
     torch.testing.assert_close(mixed(logits, targets, name="bce", smoothing=0.1), theirs)
 
 
-def test_bces_gradients_are_sigmoid_less_target(logits: Tensor, targets: Tensor) -> None:
+def test_bces_gradients_are_sigmoid_minus_target(logits: Tensor, targets: Tensor) -> None:
     logits.requires_grad_()
     expected = (logits.detach().sigmoid() - targets) / len(logits)
     torch.testing.assert_close(gradient(mixed(logits, targets, name="bce"), logits), expected)
@@ -213,14 +213,14 @@ def test_logit_adjustment_is_the_loss_of_shifted_logits(
     torch.testing.assert_close(ours, mixed(shifted, targets, name=name))
 
 
-def test_logit_adjustment_is_indifferent_to_classes_of_one_size(logits: Tensor, labels: Tensor) -> None:
+def test_logit_adjustment_has_no_effect_on_balanced_classes(logits: Tensor, labels: Tensor) -> None:
     torch.testing.assert_close(hard(logits, labels, EVEN, logit_adjustment=1.0), hard(logits, labels, EVEN))
 
 
 # ---- class weights
 
 
-def test_inverse_weights_are_one_over_the_images_of_mean_1() -> None:
+def test_inverse_weights_are_inverse_frequencies_of_mean_1() -> None:
     weights = class_weights(LossConfig(class_weights="inverse"), torch.tensor([100, 50, 25]))
     assert weights is not None
     assert weights.tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
@@ -244,7 +244,7 @@ def test_class_weights_average_1_and_favour_the_small(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["inverse", "effective"])
 @pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
-def test_class_weights_are_indifferent_to_classes_of_one_size(
+def test_class_weights_have_no_effect_on_balanced_classes(
     logits: Tensor, labels: Tensor, targets: Tensor, name: str, scheme: str
 ) -> None:
     weighted = hard(logits, labels, EVEN, name=name, smoothing=0.1, class_weights=scheme)
@@ -255,7 +255,7 @@ def test_class_weights_are_indifferent_to_classes_of_one_size(
 
 @pytest.mark.parametrize("scheme", ["inverse", "effective"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_weighted_cross_entropy_is_torchs(
+def test_weighted_cross_entropy_equals_torch(
     logits: Tensor, labels: Tensor, targets: Tensor, scheme: str, smoothing: float
 ) -> None:
     weights = class_weights(LossConfig(class_weights=scheme), COUNTS)  # type: ignore[arg-type]
@@ -285,13 +285,13 @@ def test_weighted_bce_is_the_mean_weighted_by_the_labels(logits: Tensor, labels:
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
-def test_a_mixture_of_one_class_weighs_as_its_label(logits: Tensor, labels: Tensor, name: str) -> None:
+def test_a_one_hot_mixture_is_weighted_as_its_label(logits: Tensor, labels: Tensor, name: str) -> None:
     pure = F.one_hot(labels, logits.shape[1]).float()
     fields = {"name": name, "class_weights": "inverse"}
     torch.testing.assert_close(mixed(logits, pure, **fields), hard(logits, labels, **fields))
 
 
-def test_weighted_mixed_bce_weighs_an_image_by_its_mixture(logits: Tensor, targets: Tensor) -> None:
+def test_weighted_mixed_bce_uses_the_mean_weight_of_the_mixture(logits: Tensor, targets: Tensor) -> None:
     weights = class_weights(LossConfig(class_weights="inverse"), COUNTS)
     assert weights is not None
     timms = BinaryCrossEntropy(sum_classes=True)
@@ -301,9 +301,7 @@ def test_weighted_mixed_bce_weighs_an_image_by_its_mixture(logits: Tensor, targe
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
-def test_deferred_weights_hold_from_their_fraction_on(
-    logits: Tensor, labels: Tensor, targets: Tensor, name: str
-) -> None:
+def test_deferred_weights_apply_from_their_fraction(logits: Tensor, labels: Tensor, targets: Tensor, name: str) -> None:
     deferred = {"name": name, "class_weights": "inverse", "class_weights_from_fraction": 0.8}
     always = {"name": name, "class_weights": "inverse"}
     assert torch.equal(hard(logits, labels, progress=0.79, **deferred), hard(logits, labels, name=name))
@@ -325,7 +323,7 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize("fields", COMBINATIONS, ids=lambda fields: "-".join(map(str, fields.values())))
 class TestEveryCombination:
-    def test_is_finite_with_a_class_that_has_no_images(
+    def test_is_finite_with_an_empty_class(
         self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
     ) -> None:
         assert COUNTS[-1] == 0
@@ -341,7 +339,7 @@ class TestEveryCombination:
             assert loss.isfinite()
             assert gradient(loss, logits).isfinite().all()
 
-    def test_counts_a_class_without_images_as_one_of_one(
+    def test_counts_an_empty_class_as_one_image(
         self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
     ) -> None:
         assert torch.equal(hard(logits, labels, COUNTS, **fields), hard(logits, labels, COUNTS.clamp(min=1), **fields))
@@ -351,7 +349,7 @@ class TestEveryCombination:
 
     @pytest.mark.parametrize("autocast", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_is_float32_whatever_the_logits_are(
+    def test_is_float32_for_any_logits(
         self,
         logits: Tensor,
         labels: Tensor,
@@ -368,14 +366,16 @@ class TestEveryCombination:
             assert loss.dtype == torch.float32
             assert torch.equal(loss, reference)
 
-    def test_reads_no_value_back(self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]) -> None:
+    def test_does_not_synchronize(
+        self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
+    ) -> None:
         # Tensors on the meta device have no values, so that whatever asks for one raises.
         loss = criterion(COUNTS.to("meta"), **fields)
         stage = loss.stage(0.5)
         assert loss(logits.to("meta"), labels.to("meta"), stage).shape == ()
         assert loss.mixed(logits.to("meta"), targets.to("meta"), stage).shape == ()
 
-    def test_is_the_same_with_its_smoothing_on_the_device(
+    def test_accepts_smoothing_as_a_tensor(
         self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
     ) -> None:
         """Where steps are captured, what changes from one to the next must not be a number of Python's."""
@@ -387,7 +387,7 @@ class TestEveryCombination:
         assert torch.allclose(found, expected, rtol=1e-6, atol=0)
         assert torch.allclose(gradient(found, y), gradient(expected, x), rtol=1e-5, atol=1e-8)
 
-    def test_of_a_batch_is_the_sum_of_its_parts_by_their_shares(
+    def test_is_the_weighted_sum_of_parts_of_a_batch(
         self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
     ) -> None:
         loss = criterion(**fields)
@@ -401,7 +401,7 @@ class TestEveryCombination:
         assert torch.allclose(torch.as_tensor(mixed_parts), loss.mixed(logits, targets, stage), rtol=1e-5)
 
     @pytest.mark.gpu
-    def test_never_waits_for_the_device(
+    def test_does_not_synchronize_on_cuda(
         self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
     ) -> None:
         loss = criterion(COUNTS.cuda(), **fields)

@@ -49,7 +49,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_scores_are_those_of_scikit_learn(case: str) -> None:
+def test_scores_equal_scikit_learn(case: str) -> None:
     logits, labels = CASES[case]
     got = scores(logits, labels)
     truth, predicted = labels.numpy(), logits.argmax(1).numpy()
@@ -64,7 +64,7 @@ def test_scores_are_those_of_scikit_learn(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_confusion_and_the_table_of_classes_are_those_of_scikit_learn(case: str) -> None:
+def test_confusion_and_per_class_equal_scikit_learn(case: str) -> None:
     logits, labels = CASES[case]
     truth, predicted = labels.numpy(), logits.argmax(1).numpy()
     counts = confusion(logits, labels)
@@ -82,7 +82,7 @@ def test_the_rows_of_the_confusion_are_the_true_classes() -> None:
     assert confusion(logits, torch.tensor([0, 0, 0])).tolist() == [[1, 2], [0, 0]]
 
 
-def test_calibration_error_is_that_of_guo_et_al_written_out() -> None:
+def test_calibration_error_matches_guo_et_al() -> None:
     confidence, predicted = LOGITS.double().softmax(1).max(1)
     expected = 0.0
     for index in range(15):
@@ -93,18 +93,18 @@ def test_calibration_error_is_that_of_guo_et_al_written_out() -> None:
     assert scores(LOGITS, LABELS).ece == pytest.approx(float(expected))
 
 
-def test_certainty_that_is_always_right_is_calibrated_and_always_wrong_is_off_by_one() -> None:
+def test_calibration_error_of_certain_predictions_is_0_or_1() -> None:
     certain = torch.eye(CLASSES)[LABELS] * 1e3
     assert scores(certain, LABELS).ece == 0
     assert scores(certain, (LABELS + 1) % CLASSES).ece == 1
 
 
-def test_log_probabilities_score_as_the_logits_that_they_came_from() -> None:
+def test_log_probabilities_score_as_their_logits() -> None:
     from_logits, from_logs = scores(LOGITS, LABELS), scores(LOGITS.double().log_softmax(1), LABELS)
     assert dataclasses.astuple(from_logs) == pytest.approx(dataclasses.astuple(from_logits))
 
 
-def test_a_diverged_network_has_no_finite_loss_and_raises_nothing() -> None:
+def test_a_diverged_network_has_a_nan_loss() -> None:
     assert np.isnan(scores(torch.full((4, CLASSES), float("nan")), LABELS[:4]).loss)
 
 
@@ -135,7 +135,7 @@ def test_an_unknown_metric_is_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_on_cuda_the_scores_are_those_of_the_cpu_and_only_their_transfer_waits() -> None:
+def test_on_cuda_scores_equal_the_cpus_with_a_single_transfer() -> None:
     logits, labels = LOGITS.cuda(), LABELS.cuda()
     assert dataclasses.astuple(scores(logits, labels)) == pytest.approx(dataclasses.astuple(scores(LOGITS, LABELS)))
     with warnings.catch_warnings(record=True) as caught:
@@ -158,7 +158,7 @@ def _seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("at_once", [1, 1_000_000], ids=["drawing by drawing", "all at once"])
-def test_the_intervals_are_the_percentiles_of_the_scores_of_the_images_drawn(
+def test_intervals_are_percentiles_of_resampled_scores(
     case: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against every drawing's images gathered, scored as any others, and numpy's percentiles."""
@@ -172,7 +172,7 @@ def test_the_intervals_are_the_percentiles_of_the_scores_of_the_images_drawn(
     np.testing.assert_allclose(np.array(list(found.values())), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_intervals_are_scipys_but_for_chance() -> None:
+def test_intervals_match_scipy() -> None:
     """Of 4,000 drawings each: the ends lie within a tenth of the width, of accuracy, loss and macro-F1."""
     logits, labels = CASES["all classes"]
     hits = (logits.argmax(1) == labels).double().numpy()
@@ -196,7 +196,7 @@ def test_the_intervals_are_scipys_but_for_chance() -> None:
         assert ours[name] == pytest.approx((low, high), abs=(high - low) / 10), name
 
 
-def test_the_interval_of_an_accuracy_holds_the_truth_nineteen_times_in_twenty() -> None:
+def test_intervals_cover_the_true_accuracy_at_95_percent() -> None:
     """Of 200 sets of 300 images that are right with probability 0.9, each on its own: at least 180 (binomial, 1 %)."""
     generator, held = _seeded(1), 0
     for _ in range(200):
@@ -226,13 +226,13 @@ def test_one_seed_gives_one_interval() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"resamples": 0}, {"confidence": 1.0}, {"confidence": 0.0}])
-def test_no_drawings_or_no_share_is_refused(wrong: dict[str, float]) -> None:
+def test_invalid_resamples_or_confidence_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="resamples with a confidence"):
         bootstrap_intervals(LOGITS, LABELS, generator=_seeded(), **wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
-def test_on_cuda_the_intervals_are_those_of_the_cpu() -> None:
+def test_on_cuda_intervals_equal_the_cpus() -> None:
     on_cuda = bootstrap_intervals(LOGITS.cuda(), LABELS.cuda(), generator=_seeded(), resamples=50)
     on_cpu = bootstrap_intervals(LOGITS, LABELS, generator=_seeded(), resamples=50)
     for name, ends in on_cpu.items():

@@ -56,7 +56,7 @@ def _kinds(model: nn.Module) -> set[type[nn.Module]]:
     ],
     ids=["torchvision resnet18", "timm resnet18", "torchvision resnet50"],
 )
-def test_with_their_stem_it_is_the_published_network_weight_for_weight(block: str, reference: Any) -> None:
+def test_with_the_published_stem_it_equals_the_published_network(block: str, reference: Any) -> None:
     theirs = reference().eval()
     blocks = (2, 2, 2, 2) if block == "basic" else (3, 4, 6, 3)
     ours = _build(num_classes=1000, in_channels=3, image_size=(64, 64), block=block, blocks=blocks, **RESNET18).eval()
@@ -67,7 +67,7 @@ def test_with_their_stem_it_is_the_published_network_weight_for_weight(block: st
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
 
 
-def test_initial_weights_are_drawn_as_timm_draws_them() -> None:
+def test_initial_weights_match_timm() -> None:
     ours = _build(num_classes=10, in_channels=3, image_size=(64, 64), **RESNET18).state_dict()
     theirs = timm.create_model("resnet18", num_classes=10).state_dict()
     for name, weight in theirs.items():
@@ -78,7 +78,7 @@ def test_initial_weights_are_drawn_as_timm_draws_them() -> None:
 
 
 @pytest.mark.parametrize(("block", "reference"), [("basic", "resnetblur18"), ("bottleneck", "resnetblur50")])
-def test_anti_aliased_it_is_timms_network_weight_for_weight(block: str, reference: str) -> None:
+def test_anti_aliased_it_equals_timms_network(block: str, reference: str) -> None:
     theirs = timm.create_model(reference).eval()
     blocks = (2, 2, 2, 2) if block == "basic" else (3, 4, 6, 3)
     fields = {"block": block, "blocks": blocks, "anti_alias": True, **RESNET18}
@@ -102,9 +102,7 @@ def test_anti_aliased_it_is_timms_network_weight_for_weight(block: str, referenc
         ((20, 36), 1.0, [20, 36]),
     ],
 )
-def test_width_scales_to_the_nearest_multiple_of_8_and_leaves_widths_alone_at_1(
-    widths: tuple[int, ...], width: float, expected: list[int]
-) -> None:
+def test_width_scales_to_multiples_of_8(widths: tuple[int, ...], width: float, expected: list[int]) -> None:
     config = ModelConfig(widths=widths, blocks=(1,) * len(widths), width=width)
     assert stage_widths(config) == expected
     assert [scale_width(each, width) for each in widths] == expected
@@ -114,13 +112,11 @@ def test_width_scales_to_the_nearest_multiple_of_8_and_leaves_widths_alone_at_1(
     ("blocks", "depth", "expected"),
     [((2, 2), 1.0, [2, 2]), ((2, 3), 0.5, [1, 2]), ((1, 2), 0.25, [1, 1]), ((3, 4), 2.0, [6, 8])],
 )
-def test_depth_scales_blocks_with_a_half_rounded_up_and_at_least_one(
-    blocks: tuple[int, ...], depth: float, expected: list[int]
-) -> None:
+def test_depth_scales_blocks(blocks: tuple[int, ...], depth: float, expected: list[int]) -> None:
     assert stage_blocks(ModelConfig(widths=(16, 32), blocks=blocks, depth=depth)) == expected
 
 
-def test_the_scaled_widths_and_blocks_are_those_of_the_network() -> None:
+def test_the_network_has_the_scaled_widths_and_blocks() -> None:
     model = _build(widths=(16, 32), blocks=(1, 2), width=1.5, depth=2.0)
     assert [len(stage) for stage in (model.layer1, model.layer2)] == [2, 4]
     assert [stage[-1].bn2.num_features for stage in (model.layer1, model.layer2)] == [24, 48]
@@ -130,9 +126,7 @@ def test_the_scaled_widths_and_blocks_are_those_of_the_network() -> None:
     ("fields", "side"),
     [({}, 16), ({"stem_stride": 2}, 8), ({"max_pool": True}, 8), (RESNET18, 4), ({"stem_kernel": 7}, 16)],
 )
-def test_the_first_stage_sees_the_image_as_the_stem_leaves_it_and_each_later_one_half(
-    fields: dict[str, Any], side: int
-) -> None:
+def test_each_stage_after_the_first_halves_the_image(fields: dict[str, Any], side: int) -> None:
     model = _build(image_size=(16, 16), **SMALL, **fields)
     stem = model[: list(dict(model.named_children())).index("layer1")]
     first = model.layer1(stem(_images(2, 1, 16, 16)))
@@ -141,7 +135,7 @@ def test_the_first_stage_sees_the_image_as_the_stem_leaves_it_and_each_later_one
     assert model.conv1.kernel_size == (fields.get("stem_kernel", 3),) * 2
 
 
-def test_anti_aliasing_takes_every_stride_from_the_3x3_convolutions_and_the_max_pool_and_leaves_every_shape() -> None:
+def test_anti_aliasing_replaces_strides_and_keeps_shapes() -> None:
     fields = {"widths": (16, 32, 48), "blocks": (2, 2, 2), "max_pool": True, "image_size": (17, 24)}
     sharp, blurred = _build(**fields).eval(), _build(anti_alias=True, **fields).eval()
     assert sharp.state_dict().keys() == blurred.state_dict().keys()
@@ -167,22 +161,20 @@ def test_an_anti_aliased_max_pool_changes_less_when_the_image_is_shifted() -> No
     assert change(_build(anti_alias=True, **fields)) < 0.75 * change(_build(**fields))
 
 
-def test_every_block_has_squeeze_and_excitation_or_none_has() -> None:
+def test_squeeze_and_excitation_is_in_every_block_or_none() -> None:
     with_se, without = _build(se=True, widths=(16, 32), blocks=(2, 2)), _build(widths=(16, 32), blocks=(2, 2))
     assert sum(isinstance(module, SEModule) for module in with_se.modules()) == 4
     assert SEModule not in _kinds(without)
 
 
 @pytest.mark.parametrize(("activation", "kind"), [("relu", nn.ReLU), ("silu", nn.SiLU), ("mish", nn.Mish)])
-def test_the_activation_is_the_same_everywhere_in_squeeze_and_excitation_too(
-    activation: str, kind: type[nn.Module]
-) -> None:
+def test_the_activation_is_used_everywhere(activation: str, kind: type[nn.Module]) -> None:
     used = _kinds(_build(activation=activation, se=True, **SMALL)) & {nn.ReLU, nn.SiLU, nn.Mish}
     assert used == {kind}
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(64, 4), (16, 1), (8, 1), (24, 2), (20, 2), (17, 17)])
-def test_group_norm_has_groups_of_16_channels_or_the_most_below_that_divide(channels: int, groups: int) -> None:
+def test_group_norm_has_at_most_16_channels_per_group(channels: int, groups: int) -> None:
     model = _build(norm="group", widths=(channels,), blocks=(1,))
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
     assert {norm.num_groups for norm in norms} == {groups}
@@ -195,7 +187,7 @@ def test_with_group_norm_an_image_does_not_depend_on_the_rest_of_its_batch() -> 
     torch.testing.assert_close(model(images)[:1], model(images[:1]))
 
 
-def test_drop_path_grows_linearly_over_all_blocks_to_its_value_at_the_last() -> None:
+def test_drop_path_grows_linearly() -> None:
     model = _build(drop_path=0.3, widths=(16, 32), blocks=(2, 2))
     rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
     assert rates == pytest.approx([0.1, 0.2, 0.3])  # the first block is never dropped
@@ -210,7 +202,7 @@ def test_uniform_drop_path_is_the_same_for_every_block() -> None:
 
 
 @pytest.mark.parametrize("field", ["drop_path", "dropout"])
-def test_dropping_is_at_work_in_training_only(field: str) -> None:
+def test_dropout_is_only_active_in_training(field: str) -> None:
     model, images = _build(**{field: 0.5}, **SMALL), _images(8, 1, 8, 8)
     for block in (model.layer1, model.layer2):
         nn.init.ones_(block[0].bn2.weight)  # which begins at zero, and would hide a dropped path
@@ -220,7 +212,7 @@ def test_dropping_is_at_work_in_training_only(field: str) -> None:
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_each_block_begins_as_its_shortcut(block: str, norm: str) -> None:
+def test_each_block_starts_as_its_shortcut(block: str, norm: str) -> None:
     last = "bn2" if block == "basic" else "bn3"
     model = _build(block=block, norm=norm, **SMALL)
     assert all(not getattr(stage[0], last).weight.any() for stage in (model.layer1, model.layer2))
@@ -228,9 +220,7 @@ def test_each_block_begins_as_its_shortcut(block: str, norm: str) -> None:
 
 @pytest.mark.parametrize("in_channels", [1, 3, 5])
 @pytest.mark.parametrize("image_size", [(8, 8), (9, 13)])
-def test_any_number_of_channels_and_any_shape_of_image_gives_one_logit_a_class(
-    in_channels: int, image_size: tuple[int, int]
-) -> None:
+def test_any_channels_and_image_shape_give_one_logit_per_class(in_channels: int, image_size: tuple[int, int]) -> None:
     model = _build(num_classes=7, in_channels=in_channels, image_size=image_size, **SMALL)
     assert model.training
     assert model(_images(2, in_channels, *image_size)).shape == (2, 7)
@@ -268,7 +258,7 @@ def test_every_convolution_works_in_channels_last_also_on_greyscale(in_channels:
     assert all(seen)
 
 
-def test_the_global_generator_alone_decides_the_weights() -> None:
+def test_weights_depend_on_the_global_generator_alone() -> None:
     first, second = _build(**SMALL).state_dict(), _build(**SMALL).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = build_model(ModelConfig(**SMALL), num_classes=10, in_channels=1, image_size=(8, 8)).state_dict()
@@ -312,7 +302,7 @@ def test_a_network_that_ends_at_one_pixel_is_built() -> None:
         ({"name": "timm/mobilenetv3_small_050"}, {"classifier.weight", "classifier.bias"}),
     ],
 )
-def test_the_parameters_of_the_head_are_the_last_linear_layers(fields: dict[str, Any], names: set[str]) -> None:
+def test_head_parameters_are_the_last_linear_layers(fields: dict[str, Any], names: set[str]) -> None:
     model = _build(image_size=(32, 32), **fields)
     head = {id(parameter) for parameter in head_parameters(model)}
     assert {name for name, parameter in model.named_parameters() if id(parameter) in head} == names
@@ -324,10 +314,10 @@ def test_a_distilled_model_has_two_heads() -> None:
 
 
 @pytest.mark.parametrize("kind", ["no classifier", "Identity"])
-def test_a_model_without_a_classifier_is_refused_by_the_fields_that_need_one(kind: str) -> None:
+def test_a_model_without_a_classifier_is_refused(kind: str) -> None:
     model = nn.Flatten() if kind == "no classifier" else timm.create_model("test_resnet", num_classes=0)
     with pytest.raises(
-        ConfigError, match=r"^optim\.backbone_lr_scale, optim\.head_only_fraction and .* leave them out"
+        ConfigError, match=r"^optim\.backbone_lr_scale, optim\.head_only_fraction and .* remove them"
     ) as caught:
         head_parameters(model)
     assert "\n" not in str(caught.value)
@@ -345,7 +335,7 @@ def test_importing_models_and_listing_data_sets_loads_no_heavy_library() -> None
 
 
 @pytest.mark.parametrize("anti_alias", [False, True])
-def test_narrow_networks_train_on_the_cpu_without_crashing_it(anti_alias: bool) -> None:
+def test_narrow_networks_train_on_the_cpu(anti_alias: bool) -> None:
     """oneDNN's kernel for the shortcut of fewer than 16 channels ends the process: see `FEWEST_STRIDED_CHANNELS`."""
     narrow = ModelConfig(widths=(8, 16), blocks=(1, 1), anti_alias=anti_alias)
     network = build_model(narrow, num_classes=10, in_channels=3, image_size=(96, 96))
@@ -354,7 +344,7 @@ def test_narrow_networks_train_on_the_cpu_without_crashing_it(anti_alias: bool) 
     assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
 
 
-def test_a_subsampled_convolution_is_the_strided_one() -> None:
+def test_a_subsampled_convolution_equals_the_strided_one() -> None:
     torch.manual_seed(0)
     ours = SubsampledConv(8, 16, 1, 2, bias=False)
     theirs = torch.nn.Conv2d(8, 16, 1, 2, bias=False)

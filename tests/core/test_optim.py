@@ -67,7 +67,7 @@ def run(optimizer: StepOptimizer, model: nn.Module, steps: Iterable[int], total:
 
 @pytest.mark.parametrize("lr", [1e-4, 1.0])
 @pytest.mark.parametrize("name", KINDS)
-def test_without_gradients_every_optimizer_shrinks_weights_alike_and_spares_vectors(name: str, lr: float) -> None:
+def test_weight_decay_is_equal_for_all_optimizers(name: str, lr: float) -> None:
     model = network()
     before = copy.deepcopy(model)
     optimizer = build_optimizer(config(name, lr=lr, weight_decay=0.01, swats__switch_fraction=0.5), model, STEPS)
@@ -98,7 +98,7 @@ def by_hand(name: str, model: nn.Module, lr: float, decay: float) -> torch.optim
 
 @pytest.mark.parametrize("grad_clip", [None, 1.0])
 @pytest.mark.parametrize("name", ["adamw", "nadam"])
-def test_adaptive_optimizers_are_torchs_with_the_decay_divided_by_the_peak(name: str, grad_clip: float | None) -> None:
+def test_adaptive_optimizers_match_torch(name: str, grad_clip: float | None) -> None:
     ours, theirs = network(), network()
     run(
         build_optimizer(
@@ -120,7 +120,7 @@ def test_adaptive_optimizers_are_torchs_with_the_decay_divided_by_the_peak(name:
 
 @pytest.mark.parametrize("grad_clip", [None, 1.0])
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.9, False), (0.0, True), (0.0, False)])
-def test_sgd_is_torchs_behind_a_decay_of_its_own(momentum: float, nesterov: bool, grad_clip: float | None) -> None:
+def test_sgd_matches_torch_with_decoupled_decay(momentum: float, nesterov: bool, grad_clip: float | None) -> None:
     ours, theirs = network(), network()
     run(
         build_optimizer(
@@ -148,7 +148,7 @@ def test_sgd_is_torchs_behind_a_decay_of_its_own(momentum: float, nesterov: bool
     assert_same(ours, theirs)
 
 
-def test_without_decay_adamw_is_torchs_adam() -> None:
+def test_adamw_without_decay_matches_adam() -> None:
     ours, theirs = network(), network()
     run(build_optimizer(config("adamw", lr=0.02, weight_decay=0.0), ours, STEPS), ours, range(STEPS))
     reference = torch.optim.Adam(theirs.parameters(), lr=1.0, foreach=False, fused=False)
@@ -160,7 +160,7 @@ def test_without_decay_adamw_is_torchs_adam() -> None:
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_is_timms_behind_a_decay_of_its_own_with_the_classifier_left_to_its_fallback(nesterov: bool) -> None:
+def test_muon_matches_timm_with_decoupled_decay(nesterov: bool) -> None:
     ours, theirs = network(), network()
     chosen = config("muon", lr=0.02, weight_decay=0.01, momentum=0.8, nesterov=nesterov)
     run(build_optimizer(chosen, ours, STEPS, head=list(ours[5].parameters())), ours, range(STEPS))
@@ -180,7 +180,7 @@ def test_muon_is_timms_behind_a_decay_of_its_own_with_the_classifier_left_to_its
     assert_same(ours, theirs)
 
 
-def test_muons_first_step_turns_a_filter_along_its_gradients_singular_vectors() -> None:
+def test_muons_first_step_orthogonalizes_the_gradient() -> None:
     """The post's definition: the update is UVᵀ of the gradient's UΣVᵀ, here times Liu et al.'s 0.2 √max(out, in)."""
     model = network()
     before = model[0].weight.detach().clone()
@@ -205,7 +205,7 @@ def test_muons_first_step_turns_a_filter_along_its_gradients_singular_vectors() 
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_backbone_moves_as_it_would_alone_at_its_own_rate(name: str) -> None:
+def test_the_backbone_has_its_own_rate(name: str) -> None:
     model, slow, fast = network(), network(), network()
     fields: dict[str, Any] = {"weight_decay": 0.01, "swats__switch_fraction": 0.5}
     for net, more in ((model, {"lr": 0.01, "backbone_lr_scale": 0.1}), (slow, {"lr": 0.001}), (fast, {"lr": 0.01})):
@@ -215,7 +215,7 @@ def test_the_backbone_moves_as_it_would_alone_at_its_own_rate(name: str) -> None
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_head_alone_is_trained_first_and_then_everything(name: str) -> None:
+def test_only_the_head_is_trained_at_first(name: str) -> None:
     model = network()
     before = copy.deepcopy(model)
     chosen = config(name, weight_decay=0.01, head_only_fraction=0.5, swats__switch_fraction=0.75)
@@ -239,7 +239,7 @@ def test_the_head_alone_is_trained_first_and_then_everything(name: str) -> None:
     ("fields", "needed"),
     [({}, False), ({"backbone_lr_scale": 0.1}, True), ({"head_only_fraction": 0.1}, True), ({"name": "muon"}, True)],
 )
-def test_the_classifier_is_asked_for_where_it_matters(fields: dict[str, Any], needed: bool) -> None:
+def test_needs_head_depends_on_the_configuration(fields: dict[str, Any], needed: bool) -> None:
     assert (
         needs_head(TrainConfig().override({f"optim.{name}": value for name, value in fields.items()}).optim) is needed
     )
@@ -264,7 +264,7 @@ def test_the_learning_rate_is_the_peak_times_the_factor(name: str) -> None:
     assert optimizer.lr == pytest.approx(peak / 4)
 
 
-def test_clipping_bounds_the_norm_of_all_gradients_together_and_raises_on_none() -> None:
+def test_clipping_limits_the_norm_of_all_gradients() -> None:
     model = network()
     optimizer = build_optimizer(config("sgd", grad_clip=0.5), model, STEPS)
     set_gradients(model, 0)
@@ -276,7 +276,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_together_and_raises_on_none()
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_has_no_gradient_is_left_alone(name: str) -> None:
+def test_parameters_without_gradients_are_not_changed(name: str) -> None:
     model = network()
     model[0].weight.requires_grad_(False)  # frozen
     before = copy.deepcopy(model)
@@ -298,7 +298,7 @@ def test_a_network_of_matrices_only_trains(name: str) -> None:
     assert torch.isfinite(model.weight).all()
 
 
-def test_zero_grad_forgets_or_fills() -> None:
+def test_zero_grad_clears_or_zeroes() -> None:
     model = network()
     optimizer = build_optimizer(config("adamw"), model, STEPS)
     set_gradients(model, 0)
@@ -337,7 +337,7 @@ def resumed(chosen: TrainConfig, stop: int, forms: tuple[bool, bool]) -> tuple[S
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("stop", [2, 5, 12])
 @pytest.mark.parametrize(("name", "fields"), RESUMED)
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(
     name: str, fields: dict[str, Any], stop: int, capturable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_the_cpu_capture(monkeypatch)
@@ -354,7 +354,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 
 @pytest.mark.parametrize("forms", [(False, True), (True, False)])
 @pytest.mark.parametrize(("name", "fields"), RESUMED)
-def test_a_run_that_is_captured_goes_on_from_one_that_was_not_and_the_other_way_round(
+def test_states_can_be_exchanged_between_captured_and_plain_runs(
     name: str, fields: dict[str, Any], forms: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_the_cpu_capture(monkeypatch)
@@ -370,9 +370,7 @@ def test_a_run_that_is_captured_goes_on_from_one_that_was_not_and_the_other_way_
 
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("name", ["nadam", "muon"])
-def test_counters_that_are_kept_on_the_cpu_come_back_to_it_and_those_of_a_captured_step_stay(
-    name: str, capturable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cpu_counters_return_to_the_cpu(name: str, capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint is loaded onto the device, where reading a counter at each step would wait."""
     let_the_cpu_capture(monkeypatch)
     model = network()
@@ -417,7 +415,7 @@ def test_loading_copies_the_state() -> None:
     ("name", "switch"),
     [("sgd", "fraction"), ("adamw", "fraction"), ("swats", "fraction"), ("swats", "criterion")],
 )
-def test_a_step_reads_nothing_back(name: str, switch: str) -> None:
+def test_a_step_does_not_synchronize(name: str, switch: str) -> None:
     model = network()
     optimizer = build_optimizer(config(name, grad_clip=1.0, swats__switch=switch), model, STEPS)
     for step in range(STEPS):
@@ -520,7 +518,7 @@ def trajectory(
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_recorded_step_replayed_is_bitwise_the_eager_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replayed_step_equals_the_eager_one_bitwise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step of each phase makes the moments and is not recorded; one more is, and stands for the rest."""
     let_the_cpu_capture(monkeypatch)
     recorded, replays = trajectory(name, capturable=True, capture=RecordedGraph.capture)
@@ -531,7 +529,7 @@ def test_a_recorded_step_replayed_is_bitwise_the_eager_one(name: str, monkeypatc
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_factor_on_the_device_makes_the_steps_of_a_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_factor_matches_a_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for float32, see `rounding`."""
     let_the_cpu_capture(monkeypatch)
     of_tensors, _ = trajectory(name, capturable=True)
@@ -541,7 +539,7 @@ def test_a_factor_on_the_device_makes_the_steps_of_a_number(name: str, monkeypat
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_phase_tells_apart_the_steps_that_launch_other_operations(name: str) -> None:
+def test_the_phase_distinguishes_steps_with_other_operations(name: str) -> None:
     kind, fields = RUNS[name]
     model = network()
     chosen = config(kind, **fields).override({"schedule.warmup_fraction": 0.1})
@@ -557,7 +555,7 @@ def test_the_phase_tells_apart_the_steps_that_launch_other_operations(name: str)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_moments_that_it_says_are_those_that_it_holds_at_most(name: str) -> None:
+def test_moments_is_the_maximum_number_of_state_tensors(name: str) -> None:
     kind, fields = RUNS[name]
     model = network()
     optimizer = build_optimizer(config(kind, **fields), model, STEPS, list(model[5].parameters()))
@@ -572,7 +570,7 @@ def test_the_moments_that_it_says_are_those_that_it_holds_at_most(name: str) -> 
     assert held <= said if kind == "muon" else held == said
 
 
-def test_a_factor_on_the_device_is_refused_where_it_would_have_to_be_read() -> None:
+def test_a_tensor_factor_is_refused_unless_capturable() -> None:
     model = network()
     optimizer = build_optimizer(config("sgd"), model, STEPS)
     assert not optimizer.capturable
@@ -582,7 +580,7 @@ def test_a_factor_on_the_device_is_refused_where_it_would_have_to_be_read() -> N
 
 
 @pytest.mark.parametrize(("version", "capturable"), [("1.0.22", False), ("1.0.30", False), ("1.0.31", True)])
-def test_an_older_muon_of_timms_says_that_it_cannot_be_captured(
+def test_older_timm_versions_cannot_capture_muon(
     version: str, capturable: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(timm, "__version__", version)
@@ -606,7 +604,7 @@ def cuda_capture(function: Callable[[], None]) -> Callable[[], None]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", RUNS)
-def test_on_cuda_a_captured_step_is_the_eager_one(name: str) -> None:
+def test_on_cuda_a_captured_step_equals_the_eager_one(name: str) -> None:
     with own_stream(torch.device("cuda", 0)):
         captured, replays = trajectory(name, capturable=True, capture=cuda_capture, device="cuda")
         eager, _ = trajectory(name, capturable=True, device="cuda")
@@ -621,7 +619,7 @@ def test_on_cuda_a_captured_step_is_the_eager_one(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("name", RUNS)
-def test_on_cuda_a_step_never_waits_for_the_device(name: str, capturable: bool) -> None:
+def test_on_cuda_a_step_does_not_synchronize(name: str, capturable: bool) -> None:
     kind, fields = RUNS[name]
     model = network().cuda()
     gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
@@ -645,7 +643,7 @@ def test_on_cuda_a_step_never_waits_for_the_device(name: str, capturable: bool) 
 # ---- SWATS at a fraction of the run
 
 
-def test_swats_is_adamw_and_then_sgd_from_rest_at_sgds_reference() -> None:
+def test_swats_is_adamw_then_sgd_at_its_reference_rate() -> None:
     ours, theirs = network(), network()
     swats = build_optimizer(config("swats", lr_scale=2.0, weight_decay=0.01, swats__switch_fraction=0.5), ours, STEPS)
     adamw = build_optimizer(config("adamw", lr_scale=2.0, weight_decay=0.01), theirs, STEPS)
@@ -664,7 +662,7 @@ def test_swats_is_adamw_and_then_sgd_from_rest_at_sgds_reference() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [64, 256, 1024])
-def test_an_absolute_rate_switches_as_the_scale_that_means_it(batch_size: int) -> None:
+def test_an_absolute_rate_is_converted_to_its_scale(batch_size: int) -> None:
     scaled = config("swats", lr_scale=0.3).override({"batch_size": batch_size})
     absolute = scaled.override({"optim.lr": scaled.optim.peak_lr(batch_size)})
     rates = []
@@ -677,7 +675,7 @@ def test_an_absolute_rate_switches_as_the_scale_that_means_it(batch_size: int) -
     assert rates == pytest.approx([expected, expected])
 
 
-def test_a_run_too_short_to_switch_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_too_short_to_switch_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         build_optimizer(config("swats", swats__switch_fraction=0.9), network(), 10)
         assert not caplog.records
@@ -743,7 +741,7 @@ def criterion(**fields: Any) -> TrainConfig:
     return config("swats", swats__switch="criterion", **{"weight_decay": 0.0, "nesterov": False, **fields})
 
 
-def test_swats_is_algorithm_1_on_a_quadratic() -> None:
+def test_swats_matches_algorithm_1_on_a_quadratic() -> None:
     steps = 300
     paper = Algorithm1(alpha=0.05, beta1=0.9, beta2=0.99, tolerance=3e-3)
     model = Weights(START)
@@ -763,7 +761,7 @@ def test_swats_is_algorithm_1_on_a_quadratic() -> None:
     assert optimizer.sgd_lr == pytest.approx(0.1 * paper.big_lambda, rel=1e-9)
 
 
-def test_the_projected_rate_under_a_constant_gradient_is_the_rate_over_the_mean_gradient() -> None:
+def test_the_projected_rate_of_a_constant_gradient() -> None:
     """Adam then moves every weight by lr × sign(g), so γ = lr² n / (lr Σ|g|), and it never changes."""
     gradient = torch.tensor([1.0, -2.0, 0.5, 4.0, -1.0, 3.5], dtype=torch.float64)
     model = Weights(START)
@@ -790,14 +788,14 @@ def follow(
 
 
 @pytest.mark.parametrize(("warmup_fraction", "switched"), [(0.0, 5), (0.2, 5), (0.25, 10), (0.3, 10), (0.5, 15)])
-def test_nothing_is_judged_during_the_warmup(warmup_fraction: float, switched: int) -> None:
+def test_the_criterion_is_not_tested_during_the_warmup(warmup_fraction: float, switched: int) -> None:
     model = Weights(START)
     chosen = criterion(lr=0.01, swats__tolerance=1e-6).override({"schedule.warmup_fraction": warmup_fraction})
     optimizer = build_optimizer(chosen, model, STEPS)
     assert follow(optimizer, model, lambda _: torch.ones(6, dtype=torch.float64)) == switched
 
 
-def test_sgd_goes_on_at_the_rate_of_the_step_where_the_criterion_was_first_met() -> None:
+def test_sgd_uses_the_rate_of_the_first_step_that_met_the_criterion() -> None:
     """Met at the second step, with γ = lr / 1; what the rest of the epoch shows is another rate."""
     model = Weights(START)
     optimizer = build_optimizer(criterion(lr=0.01, momentum=0.0, swats__tolerance=1e-6), model, STEPS)
@@ -816,7 +814,7 @@ def test_an_estimate_that_is_not_positive_never_switches() -> None:
     assert follow(optimizer, model, lambda step: -1000 * turn if step == 0 else turn) is None
 
 
-def test_a_step_across_its_gradient_leaves_the_average_as_it_is() -> None:
+def test_a_step_orthogonal_to_its_gradient_keeps_the_average() -> None:
     """pᵀg = 0 where the gradient is 0: the paper keeps λ, and the run goes on."""
     model = Weights(START)
     optimizer = build_optimizer(criterion(lr=0.01, swats__tolerance=1e-12), model, STEPS)
@@ -828,7 +826,7 @@ def test_a_step_across_its_gradient_leaves_the_average_as_it_is() -> None:
     assert optimizer.state_dict()["projection"]["average"] == before > 0
 
 
-def test_the_papers_tolerance_is_kept_to() -> None:
+def test_the_papers_tolerance_is_used() -> None:
     """On a quadratic the projected rate moves by more than 1e-9 at every step of a short run."""
     model = Weights(START)
     optimizer = build_optimizer(criterion(lr=0.05), model, STEPS)

@@ -69,7 +69,7 @@ class Ticking:
 
 
 class TestTheTimesOfAnEpoch:
-    def test_are_the_sum_of_every_part_and_the_rest_is_the_hosts(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_are_the_sum_of_all_parts(self, digits: Splits, tiny: TrainConfig) -> None:
         measured = profile(tiny, digits, device=CPU, steps=4)
         assert list(measured.launched.sections_s) == STEP
         assert all(seconds > 0 for seconds in measured.launched.sections_s.values())
@@ -79,13 +79,11 @@ class TestTheTimesOfAnEpoch:
         assert measured.graph_saves is None
 
     @pytest.mark.parametrize(("averaging", "parts"), [("none", STEP), ("ema", [*STEP, "averaging"])])
-    def test_have_averaging_where_there_is_such(
-        self, digits: Splits, tiny: TrainConfig, averaging: str, parts: list[str]
-    ) -> None:
+    def test_include_averaging_if_on(self, digits: Splits, tiny: TrainConfig, averaging: str, parts: list[str]) -> None:
         measured = profile(tiny.override({"averaging.name": averaging}), digits, device=CPU, steps=2)
         assert list(measured.parts(measured.trained)) == [*parts, "evaluation", "host"]
 
-    def test_are_those_of_the_timed_steps_for_all_of_its_images(
+    def test_are_extrapolated_from_the_timed_steps(
         self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """By a clock that ticks when it is read: at a walk's two ends, and at each part's two."""
@@ -99,7 +97,7 @@ class TestTheTimesOfAnEpoch:
         assert measured.images_per_s == pytest.approx(192 / (31.5 + 2))
         assert (measured.images, measured.steps, measured.timed_steps) == (192, 3, 2)
 
-    def test_go_on_over_the_epochs_ends_and_count_smaller_batches_for_what_they_are(
+    def test_continue_over_epochs_and_count_images(
         self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         Ticking(monkeypatch)
@@ -107,12 +105,12 @@ class TestTheTimesOfAnEpoch:
         measured = profile(config, digits, device=CPU, steps=5)  # 80, 32, 80, 80, 32
         assert measured.launched.seconds == pytest.approx((5 * 8 + 1) * 192 / 304)
 
-    def test_are_of_an_epoch_of_one_batch_too(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_support_an_epoch_of_one_batch(self, digits: Splits, tiny: TrainConfig) -> None:
         measured = profile(tiny.override({"epochs": 1, "batch_size": 512}), digits, device=CPU, steps=2)
         assert measured.steps == 1
         assert measured.launched.seconds > 0
 
-    def test_are_of_so_many_steps_as_are_worth_it(
+    def test_are_of_at_least_the_minimum_number_of_steps(
         self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(profile_module, "MEASURED_S", 0.0)
@@ -121,20 +119,20 @@ class TestTheTimesOfAnEpoch:
     def test_without_validation_images_have_no_evaluation(self, digits: Splits, tiny: TrainConfig) -> None:
         assert profile(tiny, digits.whole(), device=CPU, steps=1).evaluation_s == 0
 
-    def test_a_long_evaluation_is_reckoned_from_its_first_images(
+    def test_a_long_evaluation_is_extrapolated(
         self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         Ticking(monkeypatch)  # every pass takes a second, whatever it shows
         monkeypatch.setattr(profile_module, "EVALUATION_BATCH", 24)
         assert profile(tiny, digits, device=CPU, steps=1).evaluation_s == 96 / 24
 
-    def test_what_cannot_be_trained_is_told_as_by_the_training(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_raise_the_errors_of_a_training(self, digits: Splits, tiny: TrainConfig) -> None:
         with pytest.raises(ConfigError, match=r"^1 training image"):
             profile(tiny, dataclasses.replace(digits, train=digits.train[:1]), device=CPU)
 
 
-class TestWhatFollowsFromThem:
-    def test_whole_steps_and_passes_alone_are_set_against_the_peak(self) -> None:
+class TestDerivedNumbers:
+    def test_derived_numbers(self) -> None:
         assert KNOWN.trained is KNOWN.launched
         assert KNOWN.epoch_s == 12
         assert KNOWN.images_per_s == 5
@@ -142,7 +140,7 @@ class TestWhatFollowsFromThem:
         assert KNOWN.network_flops == 10 * 60 / 6
         assert KNOWN.largest == "backward"
 
-    def test_where_steps_are_replayed_those_are_what_counts(self) -> None:
+    def test_replayed_steps_count(self) -> None:
         replayed = Times({"augment": 3.0, "forward": 0.5, "backward": 0.5, "optimizer": 0.5}, host_s=0.5)
         measured = dataclasses.replace(KNOWN, replayed=replayed)
         assert measured.trained is replayed
@@ -160,14 +158,14 @@ class TestWhatFollowsFromThem:
 
 
 class TestReplayedSteps:
-    def test_are_measured_beside_those_that_are_launched(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_are_measured_besides_launched_steps(self, digits: Splits, tiny: TrainConfig) -> None:
         config = tiny.override({"averaging.name": "ema"})
         measured = profile(config, digits, device=CPU, steps=3, execution=Execution(capture=EveryStepByPython))
         assert measured.replayed is not None
         assert measured.replayed.sections_s.keys() == measured.launched.sections_s.keys()
         assert measured.graph_saves is not None
 
-    def test_are_counted_by_a_walk_in_which_nothing_else_is_done(
+    def test_are_timed_without_captures_or_launches(
         self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A replay reads no clock, so by one that ticks when it is read, the whole walk takes a second."""
@@ -176,7 +174,7 @@ class TestReplayedSteps:
         assert measured.replayed is not None
         assert measured.replayed.seconds == 1  # three steps, an epoch: none is launched by Python, none is captured
 
-    def test_have_all_shapes_captured_before_they_are_timed(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_are_captured_in_all_shapes_before_timing(self, digits: Splits, tiny: TrainConfig) -> None:
         captures = []
 
         class Counting(EveryStepByPython):
@@ -240,7 +238,7 @@ class TestTheStopwatchOfADevice:
     def _events(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "Event", RecordedEvent)
 
-    def test_counts_what_was_launched_when_it_is_read(self) -> None:
+    def test_counts_launched_sections_on_read(self) -> None:
         stopwatch = DeviceStopwatch()
         for _ in range(3):
             with stopwatch.section("forward"):
@@ -254,7 +252,7 @@ class TestTheStopwatchOfADevice:
         stopwatch.reset()
         assert not stopwatch.seconds
 
-    def test_counts_every_replay_of_what_was_captured_and_nothing_before(self) -> None:
+    def test_counts_every_replay(self) -> None:
         stopwatch = DeviceStopwatch()
 
         def step() -> None:
@@ -271,7 +269,7 @@ class TestTheStopwatchOfADevice:
         stopwatch.read(stopwatch.take())
         assert stopwatch.seconds == pytest.approx({"augment": 0.005})
 
-    def test_is_not_the_hosts(self) -> None:
+    def test_is_chosen_by_device(self) -> None:
         assert type(profile_module.stopwatch_of(CPU)) is Stopwatch
         assert type(profile_module.stopwatch_of(torch.device("cuda", 0))) is DeviceStopwatch
 
@@ -284,7 +282,7 @@ class TestTheOperationsOfANetwork:
         forward = 2 * (3 * 5 * 5) * 8 * (16 * 12)
         assert flops_per_image(network, (3, 16, 12)) == 2 * forward  # its images need no gradient
 
-    def test_are_those_of_a_linear_layer_behind_another(self) -> None:
+    def test_are_those_of_linear_layers(self) -> None:
         network = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.BatchNorm1d(7), nn.Linear(7, 5))
         assert flops_per_image(network, (3, 2, 2)) == 2 * (2 * 12 * 7) + 3 * (2 * 7 * 5)
 
@@ -295,7 +293,7 @@ class TestTheOperationsOfANetwork:
         assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
         assert all(parameter.grad is None for parameter in network.parameters())
 
-    def test_are_the_profiles(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_are_in_the_profile(self, digits: Splits, tiny: TrainConfig) -> None:
         """The two blocks of `tiny` on digits of 8×8, written out; the second halves the image by a 1×1 shortcut too."""
         measured = profile(tiny, digits, device=CPU, steps=1)
         stem = 2 * 64 * (1 * 9 * 8)
@@ -325,7 +323,7 @@ class TestThePeak:
         measured_peak_flops(CPU, torch.float32)
         assert sides == [256, 512, 1024, 2048, 4096, 8192]
 
-    def test_is_measured_in_the_type_that_the_network_computes_in(
+    def test_is_measured_in_the_networks_dtype(
         self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         types = []
@@ -339,7 +337,7 @@ class TestThePeak:
             assert profile(tiny.override({"precision.autocast": mode}), digits, device=CPU, steps=1).peak_flops > 0
         assert types == [torch.float32, torch.bfloat16]
 
-    def test_leaves_the_precision_of_products_as_it_was(self) -> None:
+    def test_restores_the_precision_of_products(self) -> None:
         products = torch.backends.cuda.matmul
         before = (products.fp32_precision, products.allow_tf32, torch.get_float32_matmul_precision())
         with products_as_precise_as_convolutions():
@@ -351,10 +349,10 @@ CAPTURES = {"launched": None, "captured": EveryStepByPython}
 
 
 @pytest.mark.parametrize("capture", CAPTURES.values(), ids=CAPTURES.keys())
-class TestNothingIsDisturbed:
+class TestSideEffects:
     CHANGES = {"averaging.name": "ema", "augment.cutmix": 1.0, "augment.ops": 2, "model.dropout": 0.2}  # noqa: RUF012
 
-    def test_neither_generators_nor_images_nor_a_later_training_change(
+    def test_generators_images_and_later_trainings_are_unchanged(
         self, digits: Splits, tiny: TrainConfig, capture: Any
     ) -> None:
         config, execution = tiny.override(self.CHANGES), Execution(capture=capture)
@@ -372,7 +370,7 @@ class TestNothingIsDisturbed:
 class TestOnCuda:
     DEVICE = torch.device("cuda", 0)
 
-    def test_the_parts_of_launched_and_of_replayed_steps_are_told(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_launched_and_replayed_steps_are_measured(self, digits: Splits, tiny: TrainConfig) -> None:
         changes = {"averaging.name": "ema", "batch_size": 80, "augment.mixup": 1.0, "augment.cutmix": 1.0}
         measured = profile(tiny.override(changes), digits, device=self.DEVICE, steps=20)
         assert measured.replayed is not None
@@ -388,12 +386,12 @@ class TestOnCuda:
     def test_without_graphs_there_are_no_replayed_steps(self, digits: Splits, tiny: TrainConfig) -> None:
         assert profile(tiny.override({"precision.cuda_graphs": False}), digits, device=self.DEVICE).replayed is None
 
-    def test_images_may_stream(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_images_can_be_streamed(self, digits: Splits, tiny: TrainConfig) -> None:
         measured = profile(tiny, digits, device=self.DEVICE, steps=8, execution=Execution(streamed=True))
         assert measured.replayed is not None
         assert measured.epoch_s > 0
 
-    def test_an_event_in_a_graph_times_every_replay_anew(self) -> None:
+    def test_an_event_in_a_graph_times_every_replay(self) -> None:
         """A step of long products, and then of the same graph on a device that has nothing else to do."""
         matrix = torch.randn(2048, 2048, device=self.DEVICE)
         stopwatch = DeviceStopwatch()
@@ -416,13 +414,13 @@ class TestOnCuda:
         assert stopwatch.seconds["forward"] > once["forward"]
         assert stopwatch.seconds["backward"] > once["backward"]
 
-    def test_it_leaves_the_memory_to_the_training(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_memory_is_released(self, digits: Splits, tiny: TrainConfig) -> None:
         profile(tiny, digits, device=self.DEVICE, steps=4)
         before = torch.cuda.memory_allocated(self.DEVICE)
         profile(tiny, digits, device=self.DEVICE, steps=4)
         assert torch.cuda.memory_allocated(self.DEVICE) == before
 
-    def test_torchs_generators_stay_as_they_are(self, digits: Splits, tiny: TrainConfig) -> None:
+    def test_torchs_generators_are_restored(self, digits: Splits, tiny: TrainConfig) -> None:
         torch.cuda.manual_seed(5)
         before = torch.cuda.get_rng_state(self.DEVICE)
         profile(tiny.override({"model.dropout": 0.2}), digits, device=self.DEVICE, steps=4)

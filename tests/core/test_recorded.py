@@ -38,7 +38,7 @@ def test_capturing_runs_the_function_once_and_replaying_does_not_run_python() ->
     assert len(runs) == 1
 
 
-def test_a_python_number_is_frozen_and_a_tensor_is_followed() -> None:
+def test_python_numbers_are_frozen_and_tensors_are_not() -> None:
     out = torch.zeros(2)
     number, tensor = 2.0, torch.tensor(2.0)
 
@@ -53,7 +53,7 @@ def test_a_python_number_is_frozen_and_a_tensor_is_followed() -> None:
     assert out.tolist() == [2.0, 5.0]
 
 
-def test_a_branch_that_python_took_is_taken_again() -> None:
+def test_branches_are_frozen() -> None:
     value, positive = torch.zeros(()), True
 
     def function() -> None:
@@ -65,7 +65,7 @@ def test_a_branch_that_python_took_is_taken_again() -> None:
     assert value == 2
 
 
-def test_results_come_out_in_the_very_tensors_of_the_recording_and_through_their_views() -> None:
+def test_results_are_written_to_the_recorded_tensors() -> None:
     source = torch.arange(6.0)
     kept: list[Tensor] = []
 
@@ -92,7 +92,7 @@ def test_out_arguments_are_written_again() -> None:
     assert out.tolist() == [6, 6, 6]
 
 
-def test_memory_without_values_keeps_what_was_written_to_it() -> None:
+def test_uninitialized_memory_keeps_its_content() -> None:
     """As in a graph: `empty` launches nothing."""
     made: list[Tensor] = []
     replay = RecordedGraph.capture(lambda: made.append(torch.empty(1000)))
@@ -102,7 +102,7 @@ def test_memory_without_values_keeps_what_was_written_to_it() -> None:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_random_numbers_are_drawn_anew_as_without_a_recording(own: bool) -> None:
+def test_random_numbers_continue_as_without_a_recording(own: bool) -> None:
     generator = torch.Generator() if own else torch.default_generator
     out = torch.zeros(3, 50)
 
@@ -124,7 +124,7 @@ def test_random_numbers_are_drawn_anew_as_without_a_recording(own: bool) -> None
         assert torch.equal(out, values)
 
 
-def test_dropout_draws_anew() -> None:
+def test_dropout_is_redrawn() -> None:
     images, out = torch.ones(1000), torch.zeros(1000)
     replay = RecordedGraph.capture(lambda: out.copy_(F.dropout(images, 0.5)))
     first = out.clone()
@@ -133,7 +133,7 @@ def test_dropout_draws_anew() -> None:
     assert 400 < (out == 2).sum() < 600
 
 
-def test_batch_norm_goes_on_counting() -> None:
+def test_batch_norm_continues_counting() -> None:
     """Its running statistics are written by an operation that does not say so, or that makes new tensors besides."""
     norm = nn.BatchNorm2d(3)
     expected = copy.deepcopy(norm)
@@ -148,7 +148,7 @@ def test_batch_norm_goes_on_counting() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_whole_training_step_replayed_is_bitwise_the_eager_one(autocast: bool) -> None:
+def test_a_replayed_training_step_equals_the_eager_one_bitwise(autocast: bool) -> None:
     """Forward with dropout and batch norm, backward, fused AdamW, EMA; inputs and the rate change between steps."""
     generator = torch.Generator().manual_seed(1)
     batches = [(torch.randn(6, 3, 8, 8, generator=generator), torch.randint(4, (6,))) for _ in range(7)]
@@ -188,7 +188,7 @@ def test_a_whole_training_step_replayed_is_bitwise_the_eager_one(autocast: bool)
             assert torch.equal(replayed[name], tensor), name
 
 
-def test_a_value_that_is_read_cannot_be_recorded() -> None:
+def test_reading_a_value_cannot_be_recorded() -> None:
     value = torch.ones(3)
     with pytest.raises(HostReadError, match="_local_scalar_dense"):
         RecordedGraph.capture(lambda: value.mul_(value.sum().item()))
@@ -236,7 +236,7 @@ FREE: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("name", READS)
-def test_what_reads_a_value_raises_or_is_counted(name: str) -> None:
+def test_host_reads_raise_or_are_counted(name: str) -> None:
     with pytest.raises(HostReadError, match="makes the host wait"), HostReads():
         READS[name]()
     with HostReads(raises=False) as reads:
@@ -245,13 +245,13 @@ def test_what_reads_a_value_raises_or_is_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_what_reads_no_value_is_let_through(name: str) -> None:
+def test_other_operations_are_allowed(name: str) -> None:
     with HostReads() as reads:
         FREE[name]()
     assert reads.found == []
 
 
-def test_a_training_step_reads_nothing_until_an_item_is_inserted() -> None:
+def test_a_training_step_is_free_of_host_reads() -> None:
     model, images = network(), torch.randn(6, 3, 8, 8)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
@@ -269,7 +269,7 @@ def test_a_training_step_reads_nothing_until_an_item_is_inserted() -> None:
         step(lambda loss: loss.item())
 
 
-def test_a_read_within_the_backward_pass_is_seen() -> None:
+def test_host_reads_in_the_backward_pass_are_detected() -> None:
     weight = torch.ones(3, requires_grad=True)
     weight.register_hook(lambda gradient: gradient * gradient.sum().item())
     with HostReads(raises=False) as reads:

@@ -192,7 +192,7 @@ def same(one: Life, other: Life) -> bool:
     + [(CONFIGURATIONS["sgd, swa, growing images, smoothing"], core.loop.run.CHECKPOINT_SHARE)],
     ids=[*CONFIGURATIONS, "checkpoints limited by time"],
 )
-def test_a_training_killed_again_and_again_ends_bitwise_as_its_undisturbed_twin(
+def test_a_repeatedly_killed_training_equals_the_undisturbed_one_bitwise(
     server: Server, tiny: TrainConfig, tmp_path: Path, changes: dict[str, Any], share: float
 ) -> None:
     config = tiny.override({"epochs": EPOCHS, **changes}).model_dump_json()

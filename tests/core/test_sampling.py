@@ -45,19 +45,19 @@ def order(config: SamplingConfig, seed: int = 0, labels: Tensor = LABELS) -> Ten
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_shuffled_alone_is_torchs_permutation(seed: int) -> None:
+def test_shuffled_equals_torchs_permutation(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     assert torch.equal(order(SamplingConfig(), seed), torch.randperm(len(LABELS), generator=generator))
 
 
-def test_shuffled_alone_does_not_ask_for_the_classes() -> None:
+def test_shuffled_does_not_use_the_classes() -> None:
     labels = torch.tensor([70, 3, 99])  # more classes than images
     assert order(SamplingConfig(), labels=labels).sort().values.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("setting", VISITS)
 @pytest.mark.parametrize("seed", range(3))
-def test_every_class_has_its_visits(setting: tuple[int, float], seed: int) -> None:
+def test_every_class_has_the_configured_visits(setting: tuple[int, float], seed: int) -> None:
     config = SamplingConfig(oversample=setting[0], undersample=setting[1])
     visited = IMBALANCED[order(config, seed, IMBALANCED)]
     assert torch.bincount(visited, minlength=9).tolist() == list(VISITS[setting])
@@ -65,7 +65,7 @@ def test_every_class_has_its_visits(setting: tuple[int, float], seed: int) -> No
 
 @pytest.mark.parametrize("setting", VISITS)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_visits_of_a_class_are_spread_evenly_over_its_images(setting: tuple[int, float], seed: int) -> None:
+def test_visits_are_spread_evenly_over_the_images_of_a_class(setting: tuple[int, float], seed: int) -> None:
     config = SamplingConfig(oversample=setting[0], undersample=setting[1])
     times = torch.bincount(order(config, seed, IMBALANCED), minlength=len(IMBALANCED))
     for label, (images, visits) in enumerate(zip(IMAGES, VISITS[setting], strict=True)):
@@ -74,19 +74,19 @@ def test_the_visits_of_a_class_are_spread_evenly_over_its_images(setting: tuple[
         assert of_class.tolist() == [whole] * (images - rest) + [whole + 1] * rest
 
 
-def test_no_image_is_shown_more_often_than_oversample_says() -> None:
+def test_no_image_is_shown_more_often_than_oversample() -> None:
     for oversample in (1, 2, 7, 12):
         config = SamplingConfig(oversample=oversample, undersample=0.8)
         assert torch.bincount(order(config, labels=IMBALANCED)).max() == oversample
 
 
-def test_classes_of_one_size_are_neither_repeated_nor_cut() -> None:
+def test_balanced_classes_are_neither_repeated_nor_cut() -> None:
     labels = torch.arange(4).repeat(50)
     visited = order(SamplingConfig(oversample=7), labels=labels)
     assert torch.equal(visited.sort().values, torch.arange(200))
 
 
-def test_every_epoch_shows_another_part_of_a_cut_class_and_all_of_it_in_time() -> None:
+def test_a_cut_class_is_shown_completely_over_several_epochs() -> None:
     config = SamplingConfig(undersample=0.6)
     generator = torch.Generator().manual_seed(0)
     epochs = [epoch_order(LABELS, config, generator, epoch_length(LABELS, config)) for _ in range(200)]
@@ -100,7 +100,7 @@ def test_every_epoch_shows_another_part_of_a_cut_class_and_all_of_it_in_time() -
     assert (shown[:, LABELS != 0] == 1).all()
 
 
-def test_the_images_that_are_repeated_once_more_change_too() -> None:
+def test_additional_repeats_vary_between_epochs() -> None:
     config = SamplingConfig(oversample=7)
     labels = torch.tensor([0] * 90 + [1] * 60)  # the 60 are raised to 90 visits: half of them are shown twice
     more = [torch.bincount(order(config, seed, labels))[90:] == 2 for seed in range(2)]
@@ -108,7 +108,7 @@ def test_the_images_that_are_repeated_once_more_change_too() -> None:
     assert not torch.equal(more[0], more[1])
 
 
-def test_the_visits_come_in_random_order() -> None:
+def test_the_order_is_random() -> None:
     config = SamplingConfig(oversample=7, undersample=0.8)
     visited = IMBALANCED[order(config, labels=IMBALANCED)]
     halves = [torch.bincount(half, minlength=9)[:4].double() for half in visited.chunk(2)]
@@ -136,7 +136,7 @@ def test_balanced_draws_the_images_of_a_class_equally_often() -> None:
     assert counts.tolist() == pytest.approx([counts.mean().item()] * 10, rel=0.07)
 
 
-def test_balanced_has_the_balance_of_torchs_weighted_random_sampler() -> None:
+def test_balanced_matches_torchs_weighted_random_sampler() -> None:
     config = SamplingConfig(name="balanced", oversample=7, undersample=0.8)
     ours = torch.cat([order(config, seed, IMBALANCED) for seed in range(20)])
     weights = 1 / torch.bincount(IMBALANCED)[IMBALANCED].double()
@@ -148,7 +148,7 @@ def test_balanced_has_the_balance_of_torchs_weighted_random_sampler() -> None:
     assert ours_shares.tolist() == pytest.approx(theirs_shares.tolist(), abs=0.0057)
 
 
-def test_balanced_is_indifferent_to_a_set_that_is_balanced_already() -> None:
+def test_balanced_draws_a_balanced_set_uniformly() -> None:
     labels = torch.arange(4).repeat(5000)
     shares = torch.bincount(labels[order(SamplingConfig(name="balanced"), labels=labels)]).double() / len(labels)
     assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.01)
@@ -159,7 +159,7 @@ def test_balanced_is_indifferent_to_a_set_that_is_balanced_already() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-{c.oversample}-{c.undersample}")
 class TestEveryOrder:
-    def test_is_as_long_as_was_said(self, config: SamplingConfig) -> None:
+    def test_has_the_length_of_epoch_length(self, config: SamplingConfig) -> None:
         visits = VISITS.get((config.oversample, config.undersample), IMAGES)
         assert epoch_length(IMBALANCED, config) == sum(visits)
         positions = order(config, labels=IMBALANCED)
@@ -168,26 +168,26 @@ class TestEveryOrder:
         assert positions.min() >= 0
         assert positions.max() < len(IMBALANCED)
 
-    def test_follows_from_the_generator_alone(self, config: SamplingConfig) -> None:
+    def test_depends_on_the_generator_alone(self, config: SamplingConfig) -> None:
         torch.manual_seed(1)
         first = order(config, seed=7)
         torch.manual_seed(2)
         assert torch.equal(first, order(config, seed=7))
         assert not torch.equal(first, order(config, seed=8))
 
-    def test_leaves_the_global_generator_alone(self, config: SamplingConfig) -> None:
+    def test_does_not_use_the_global_generator(self, config: SamplingConfig) -> None:
         before = torch.get_rng_state()
         order(config)
         assert torch.equal(before, torch.get_rng_state())
 
-    def test_reads_no_value_back(self, config: SamplingConfig) -> None:
+    def test_does_not_synchronize(self, config: SamplingConfig) -> None:
         length, generator = epoch_length(IMBALANCED, config), torch.Generator().manual_seed(0)
         with FakeTensorMode():  # its tensors have no values, so that whatever asks for one raises
             positions = epoch_order(torch.zeros(len(IMBALANCED), dtype=torch.int64), config, generator, length)
             assert positions.shape == repeats(positions).shape == (length,)
 
     @pytest.mark.gpu
-    def test_never_waits_for_the_device(self, config: SamplingConfig) -> None:
+    def test_does_not_synchronize_on_cuda(self, config: SamplingConfig) -> None:
         labels = IMBALANCED.cuda()
         generator = torch.Generator("cuda").manual_seed(0)
         length = epoch_length(labels, config)
@@ -211,14 +211,14 @@ class TestEveryOrder:
         ([0], [False]),
     ],
 )
-def test_repeats_are_the_visits_after_an_images_first(positions: list[int], expected: list[bool]) -> None:
+def test_repeats_are_visits_after_the_first(positions: list[int], expected: list[bool]) -> None:
     again = repeats(torch.tensor(positions))
     assert again.dtype == torch.bool
     assert again.tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["shuffled", "balanced"])
-def test_repeats_are_those_of_a_loop_that_remembers(name: str) -> None:
+def test_repeats_match_a_plain_loop(name: str) -> None:
     positions = order(SamplingConfig(name=name, oversample=7, undersample=0.8), labels=IMBALANCED)  # type: ignore[arg-type]
     seen: set[int] = set()
     expected = []

@@ -46,7 +46,7 @@ def torch_factors(decay: type[LRScheduler], **options: float) -> list[float]:
 
 
 @pytest.mark.parametrize("final_factor", [0.0, 0.25])
-def test_cosine_is_torchs(final_factor: float) -> None:
+def test_cosine_matches_torch(final_factor: float) -> None:
     config = ScheduleConfig(
         name="cosine", warmup_fraction=WARMUP_STEPS / STEPS, warmup_start=0.1, final_factor=final_factor
     )
@@ -56,7 +56,7 @@ def test_cosine_is_torchs(final_factor: float) -> None:
 
 
 @pytest.mark.parametrize("final_factor", [0.0, 0.25])
-def test_linear_is_torchs(final_factor: float) -> None:
+def test_linear_matches_torch(final_factor: float) -> None:
     config = ScheduleConfig(
         name="linear", warmup_fraction=WARMUP_STEPS / STEPS, warmup_start=0.1, final_factor=final_factor
     )
@@ -74,7 +74,7 @@ def test_linear_is_torchs(final_factor: float) -> None:
 )
 @pytest.mark.parametrize("steps_per_epoch", [1, 7, 40])
 @pytest.mark.parametrize("gamma", [0.1, 0.97])
-def test_step_is_torchs(epochs: int, every: int, step_fraction: float, steps_per_epoch: int, gamma: float) -> None:
+def test_step_matches_torch(epochs: int, every: int, step_fraction: float, steps_per_epoch: int, gamma: float) -> None:
     config = ScheduleConfig(name="step", warmup_fraction=0.0, step_fraction=step_fraction, gamma=gamma)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     scheduler = StepLR(optimizer, step_size=every, gamma=gamma)
@@ -86,7 +86,7 @@ def test_step_is_torchs(epochs: int, every: int, step_fraction: float, steps_per
         scheduler.step()
 
 
-def test_step_falls_at_the_first_step_of_its_epochs_however_progress_is_rounded() -> None:
+def test_step_is_reduced_exactly_at_epoch_boundaries() -> None:
     for steps_per_epoch in range(1, 400):
         config = ScheduleConfig(name="step", warmup_fraction=0.0, step_fraction=0.3)
         total = 10 * steps_per_epoch
@@ -95,7 +95,7 @@ def test_step_falls_at_the_first_step_of_its_epochs_however_progress_is_rounded(
         assert falls == [3 * steps_per_epoch, 6 * steps_per_epoch, 9 * steps_per_epoch]
 
 
-def test_step_counts_from_the_beginning_of_the_run_and_not_of_its_fall() -> None:
+def test_step_counts_from_the_start_of_the_run() -> None:
     config = ScheduleConfig(name="step", warmup_fraction=0.2, step_fraction=0.3, gamma=0.5)
     assert [factor(config, progress) for progress in (0.2, 0.29, 0.3, 0.59, 0.6)] == [1, 1, 0.5, 0.5, 0.25]
 
@@ -103,7 +103,7 @@ def test_step_counts_from_the_beginning_of_the_run_and_not_of_its_fall() -> None
 # ---- pieces
 
 
-def test_pieces_are_a_diary_written_down() -> None:
+def test_pieces_follow_the_list() -> None:
     # 3e-6 for 30 epochs, 2e-6 for 50, 1e-6 for 100
     config = ScheduleConfig(name="pieces", warmup_fraction=0.0, pieces=((30 / 180, 2 / 3), (80 / 180, 1 / 3)))
     for steps_per_epoch in (1, 13, 50):
@@ -113,13 +113,13 @@ def test_pieces_are_a_diary_written_down() -> None:
         assert rates == pytest.approx(diary, rel=1e-12)
 
 
-def test_pieces_may_rise_and_the_last_holds_to_the_end() -> None:
+def test_pieces_may_rise_and_the_last_lasts() -> None:
     config = ScheduleConfig(name="pieces", warmup_fraction=0.0, pieces=((0.2, 0.1), (0.4, 0.9), (0.6, 0.01)))
     factors = [factor(config, progress / 10) for progress in range(11)]
     assert factors == [1, 1, 0.1, 0.1, 0.9, 0.9, 0.01, 0.01, 0.01, 0.01, 0.01]
 
 
-def test_without_pieces_nothing_falls() -> None:
+def test_empty_pieces_are_constant() -> None:
     config = ScheduleConfig(name="pieces", warmup_fraction=0.0, pieces=())
     assert factor(config, 0) == factor(config, 1) == 1
 
@@ -143,7 +143,7 @@ def noisy_scores(seed: int, epochs: int) -> list[float]:
 @pytest.mark.parametrize("maximize", [True, False])
 @pytest.mark.parametrize(("epochs", "patience"), [(10, 1), (50, 2), (100, 10)])
 @pytest.mark.parametrize("seed", range(10))
-def test_plateau_is_torchs(seed: int, epochs: int, patience: int, maximize: bool) -> None:
+def test_plateau_matches_torch(seed: int, epochs: int, patience: int, maximize: bool) -> None:
     config = plateau(warmup_fraction=0.0, patience_fraction=patience / epochs, gamma=0.3, final_factor=0.001)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     scheduler = ReduceLROnPlateau(
@@ -164,7 +164,7 @@ def test_plateau_is_torchs(seed: int, epochs: int, patience: int, maximize: bool
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
 
 
-def test_plateau_falls_after_its_patience_without_a_better_score_and_counts_anew() -> None:
+def test_plateau_is_reduced_after_each_patience() -> None:
     config = plateau(patience_fraction=0.3)  # three of ten epochs
     scores = [0.5, 0.6, 0.6, 0.5, 0.6, 0.1, 0.2, 0.3, 0.7, 0.7]
     counts = [reductions(config, scores[:epoch], maximize=True, epochs=10) for epoch in range(11)]
@@ -176,27 +176,27 @@ def test_patience_is_at_least_one_epoch() -> None:
     assert reductions(config, [0.5, 0.4, 0.3], maximize=True, epochs=3) == 2
 
 
-def test_what_is_better_depends_on_the_metric() -> None:
+def test_the_direction_depends_on_the_metric() -> None:
     config = plateau(patience_fraction=0.1)
     assert reductions(config, [3.0, 2.0, 1.0], maximize=False, epochs=10) == 0
     assert reductions(config, [3.0, 2.0, 1.0], maximize=True, epochs=10) == 2
 
 
 @pytest.mark.parametrize("maximize", [True, False])
-def test_a_score_that_is_not_a_number_is_not_better(maximize: bool) -> None:
+def test_nan_is_not_an_improvement(maximize: bool) -> None:
     config = plateau(patience_fraction=0.2)
     nan = float("nan")
     assert reductions(config, [nan, nan, nan, nan], maximize=maximize, epochs=10) == 2
     assert reductions(config, [nan, 0.5, nan, 0.5], maximize=maximize, epochs=10) == 1
 
 
-def test_plateau_never_goes_below_its_final_factor() -> None:
+def test_plateau_stays_above_its_final_factor() -> None:
     config = plateau(warmup_fraction=0.0, gamma=0.5, final_factor=0.2)
     assert [factor(config, 0.5, count) for count in range(5)] == [1, 0.5, 0.25, 0.2, 0.2]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "plateau"])
-def test_other_schedules_know_no_reductions(name: str) -> None:
+def test_other_schedules_have_no_reductions(name: str) -> None:
     config = ScheduleConfig(name=name, patience_fraction=0.1)  # type: ignore[arg-type]
     assert reductions(config, [0.5] * 10, maximize=True, epochs=10) == 0
     assert factor(config, 0.7, reductions=5) == factor(config, 0.7)
@@ -223,7 +223,7 @@ def test_a_replayed_plateau_has_the_same_factor_at_every_step(
             assert factor(again, progress) == factor(config, progress, fallen)
 
 
-def test_a_replayed_plateau_is_its_falls_as_pieces() -> None:
+def test_a_replayed_plateau_consists_of_its_reductions() -> None:
     config = plateau(warmup_fraction=0.1, patience_fraction=0.2, gamma=0.5, final_factor=0.2)
     again = replayed(config, [0.5] + [0.4] * 9, maximize=True, epochs=10)
     # The fourth fall, at 0.9, is to the same 0.2 as the third.
@@ -238,20 +238,20 @@ def test_a_replayed_plateau_is_its_falls_as_pieces() -> None:
 
 
 @pytest.mark.parametrize("scores", [[], [0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.2]])
-def test_a_plateau_that_never_fell_before_the_end_is_replayed_as_constant(scores: list[float]) -> None:
+def test_a_plateau_without_reductions_is_replayed_as_constant(scores: list[float]) -> None:
     config = plateau(warmup_fraction=0.2, patience_fraction=0.25)
     again = replayed(config, scores, maximize=True, epochs=4)
     assert again == config.model_copy(update={"name": "constant"})
 
 
-def test_a_plateau_that_fell_to_nothing_can_still_be_replayed() -> None:
+def test_a_plateau_reduced_to_zero_can_be_replayed() -> None:
     config = plateau(gamma=1e-9, patience_fraction=0.01)
     again = replayed(config, [0.5] * 100, maximize=True, epochs=100)  # (1e-9)⁹⁹ is no float
     assert 0 < factor(again, 0.99) == factor(config, 0.99, 98) < 1e-300
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "plateau"])
-def test_other_schedules_are_replayed_as_they_are(name: str) -> None:
+def test_other_schedules_are_replayed_unchanged(name: str) -> None:
     config = ScheduleConfig(name=name)  # type: ignore[arg-type]
     assert replayed(config, [0.5] * 10, maximize=True, epochs=10) is config
 
@@ -280,7 +280,7 @@ def test_the_run_ends_at_the_final_factor_unless_constant(name: str, end: float)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_never_rises_after_the_warmup(name: str) -> None:
+def test_the_factor_never_rises_after_the_warmup(name: str) -> None:
     config = ScheduleConfig(name=name, final_factor=0.3)  # type: ignore[arg-type]
     factors = [factor(config, progress / 1000) for progress in range(50, 1001)]
     assert factors == sorted(factors, reverse=True)

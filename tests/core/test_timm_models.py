@@ -44,7 +44,7 @@ def _parameters(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("in_channels", [1, 3])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_a_timm_model_is_timms_with_our_channels_and_classes(name: str, in_channels: int) -> None:
+def test_a_timm_model_has_our_channels_and_classes(name: str, in_channels: int) -> None:
     ours = _build(name=f"timm/{name}", num_classes=7, in_channels=in_channels, image_size=(160, 160))
     theirs = timm.create_model(name, num_classes=7, in_chans=in_channels)
     assert type(ours) is type(theirs)
@@ -54,13 +54,13 @@ def test_a_timm_model_is_timms_with_our_channels_and_classes(name: str, in_chann
 
 
 @pytest.mark.parametrize("image_size", [(96, 96), (64, 96)])
-def test_a_model_of_a_fixed_size_is_built_for_the_size_at_hand(image_size: tuple[int, int]) -> None:
+def test_a_model_of_fixed_size_is_built_for_the_image_size(image_size: tuple[int, int]) -> None:
     model = _build(name="timm/test_vit", in_channels=3, image_size=image_size)
     assert model.patch_embed.img_size == image_size
     assert model(_images(2, 3, *image_size)).shape == (2, 10)
 
 
-def test_building_draws_the_weights_only_and_leaves_batch_statistics_alone() -> None:
+def test_building_draws_weights_only() -> None:
     model = _build(name="timm/test_resnet", image_size=(32, 32), in_channels=3)
     after = torch.rand(1)
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def test_dropout_and_drop_path_reach_a_timm_model() -> None:
     assert model.head_drop.p == 0.25
 
 
-def test_a_timm_model_without_drop_path_is_refused_where_it_is_set() -> None:
+def test_drop_path_is_refused_for_models_without_it() -> None:
     with pytest.raises(ConfigError, match=r"^model\.drop_path: timm/ghostnet_050 has none; set it to 0"):
         _build(name="timm/ghostnet_050", image_size=(32, 32), in_channels=3, drop_path=0.1)
 
@@ -84,9 +84,7 @@ def test_a_timm_model_without_drop_path_is_refused_where_it_is_set() -> None:
     ("name", "side", "reason"),
     [("test_convnext", 8, "Kernel size"), ("test_vit", 8, "divisible"), ("test_vit", 100, "divisible")],
 )
-def test_a_timm_model_that_cannot_take_such_images_is_refused_with_its_own_size(
-    name: str, side: int, reason: str
-) -> None:
+def test_an_unsupported_image_size_is_refused(name: str, side: int, reason: str) -> None:
     own = timm.get_pretrained_cfg(name).input_size[-1]
     with pytest.raises(
         ConfigError, match=rf"^data\.image_size: timm/{name} cannot .*{side}×{side} \(.*{reason}.*\); .* {own}: set"
@@ -98,12 +96,12 @@ def test_a_timm_model_that_cannot_take_such_images_is_refused_with_its_own_size(
 @pytest.mark.parametrize(
     ("name", "nearest"), [("resnet_18", "resnet18"), ("vit_tiny_patch16_224_in21k", "vit_tiny_patch16_224")]
 )
-def test_an_unknown_or_deprecated_timm_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
+def test_an_unknown_or_deprecated_name_suggests_similar_ones(name: str, nearest: str) -> None:
     with pytest.raises(UserError, match=rf"^model\.name: timm .* has no model '{name}'; did you mean .*{nearest}"):
         _build(name=f"timm/{name}")
 
 
-def test_an_unknown_tag_is_answered_with_those_there_are() -> None:
+def test_an_unknown_tag_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"^model\.name: timm's resnet18 has no weights 'nope'; it has .*a1_in1k"):
         _build(name="timm/resnet18.nope")
 
@@ -147,7 +145,7 @@ def _publish(hub_cache: Path, repository: str) -> Path:
 
 
 @pytest.mark.parametrize("in_channels", [1, 3])
-def test_weights_in_the_cache_are_used_without_asking_the_network(hub_cache: Path, in_channels: int) -> None:
+def test_weights_in_the_cache_are_used_without_network(hub_cache: Path, in_channels: int) -> None:
     source = timm.create_model("test_resnet")
     save_file(source.state_dict(), _publish(hub_cache, "test_resnet.r160_in1k") / "model.safetensors")
 
@@ -160,7 +158,7 @@ def test_weights_in_the_cache_are_used_without_asking_the_network(hub_cache: Pat
     assert model.fc.out_features == 7
 
 
-def test_weights_that_are_not_at_hand_are_named_with_where_they_were_sought(hub_cache: Path) -> None:
+def test_missing_weights_are_reported_with_their_location(hub_cache: Path) -> None:
     with pytest.raises(UserError, match=r"^model\.pretrained: the weights of timm/resnet18, ") as caught:
         _build(name="timm/resnet18", pretrained=True, in_channels=3, image_size=(32, 32))
     for part in (
@@ -173,13 +171,13 @@ def test_weights_that_are_not_at_hand_are_named_with_where_they_were_sought(hub_
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_timm_has_not_are_refused() -> None:
+def test_models_without_published_weights_are_refused() -> None:
     with pytest.raises(UserError, match=r"^model\.pretrained: timm has no weights for convnext_atto_rms;"):
         _build(name="timm/convnext_atto_rms", pretrained=True, in_channels=3, image_size=(32, 32))
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_a_torn_file_in_the_cache_is_named_with_what_to_delete(hub_cache: Path, file: str) -> None:
+def test_a_damaged_cached_file_is_reported_with_the_folder_to_delete(hub_cache: Path, file: str) -> None:
     snapshot = _publish(hub_cache, "test_resnet.r160_in1k")
     (snapshot / file).write_bytes(b"torn")
     with pytest.raises(UserError, match=r"^model\.pretrained: .* is no .*; delete .*, and the next run") as caught:
@@ -188,7 +186,7 @@ def test_a_torn_file_in_the_cache_is_named_with_what_to_delete(hub_cache: Path, 
     assert f"delete {snapshot.parents[1]}," in str(caught.value)
 
 
-def test_published_weights_that_do_not_go_into_the_model_are_refused_in_one_line(hub_cache: Path) -> None:
+def test_published_weights_that_do_not_fit_are_refused(hub_cache: Path) -> None:
     weights = timm.create_model("test_resnet").state_dict() | {"layer1.0.conv1.weight": torch.ones(8, 8, 3, 3)}
     save_file(weights, _publish(hub_cache, "test_resnet.r160_in1k") / "model.safetensors")
     with pytest.raises(ConfigError, match=r"^model\.pretrained: .* timm/test_resnet for 3 channels and 10") as caught:
@@ -198,14 +196,14 @@ def test_published_weights_that_do_not_go_into_the_model_are_refused_in_one_line
 
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet152", "wide_resnet101_2", "resnext101_32x8d"])
-def test_the_networks_that_torchvision_published_are_known_with_their_weights(name: str) -> None:
+def test_torchvisions_networks_have_published_weights(name: str) -> None:
     cfg = find_model(f"timm/{name}.tv_in1k")
     assert cfg.hf_hub_id == f"timm/{name}.tv_in1k"
     assert f"/models/{name}-" in cfg.url  # torchvision's own file
     check_model_name(f"timm/{name}.tv_in1k")
 
 
-def test_a_first_layer_that_timm_cannot_turn_to_other_channels_is_refused() -> None:
+def test_a_first_layer_that_timm_cannot_adapt_is_refused() -> None:
     model = timm.create_model("naflexvit_base_patch16_gap", in_chans=1, depth=1, embed_dim=64, num_heads=2)
     with pytest.raises(
         ConfigError, match=r"^model\.pretrained: the first layer of timm/.*, embeds\.proj, .* 3 channels"
@@ -256,7 +254,7 @@ def _logits(model: nn.Module, channels: int = 3, side: int = 64) -> torch.Tensor
 
 
 @pytest.mark.parametrize("file", FORMATS)
-def test_a_file_of_our_classes_gives_timms_logits_bit_for_bit_in_every_format(tmp_path: Path, file: str) -> None:
+def test_a_file_of_our_classes_gives_timms_logits_in_every_format(tmp_path: Path, file: str) -> None:
     source = _source("test_resnet", num_classes=7)
     FORMATS[file](source.state_dict(), tmp_path / file)
     theirs = timm.create_model("test_resnet", num_classes=7, checkpoint_path=str(tmp_path / file))
@@ -266,7 +264,7 @@ def test_a_file_of_our_classes_gives_timms_logits_bit_for_bit_in_every_format(tm
 
 
 @pytest.mark.parametrize("name", [*SMALL_MODELS, "test_vit", "test_convnext"])
-def test_every_kind_of_model_takes_its_own_file_whole(tmp_path: Path, name: str) -> None:
+def test_every_kind_of_model_loads_its_own_file(tmp_path: Path, name: str) -> None:
     source = _source(name, num_classes=7)
     side = 160 if name == "test_vit" else 64
     ours = _load(name, _save(source, tmp_path / "weights.safetensors"), num_classes=7, side=side)
@@ -274,7 +272,7 @@ def test_every_kind_of_model_takes_its_own_file_whole(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("name", SMALL_MODELS)
-def test_a_classifier_of_other_classes_is_left_out_and_all_else_is_loaded(tmp_path: Path, name: str) -> None:
+def test_a_classifier_of_other_classes_is_not_loaded(tmp_path: Path, name: str) -> None:
     source = _source(name, num_classes=13)
     ours = _load(name, _save(source, tmp_path / "weights.pth"), num_classes=7)
     fresh, theirs = _build(name=f"timm/{name}", num_classes=7, in_channels=3).state_dict(), source.state_dict()
@@ -283,7 +281,7 @@ def test_a_classifier_of_other_classes_is_left_out_and_all_else_is_loaded(tmp_pa
         assert torch.equal(tensor, (fresh if is_head else theirs)[key]), key
 
 
-def test_a_file_without_a_classifier_is_loaded_and_the_classifier_begins_anew(tmp_path: Path) -> None:
+def test_a_file_without_a_classifier_is_loaded(tmp_path: Path) -> None:
     source = _source("test_resnet", num_classes=0)
     ours = _load("test_resnet", _save(source, tmp_path / "weights.safetensors"), num_classes=7).state_dict()
     assert all(torch.equal(ours[key], tensor) for key, tensor in source.state_dict().items())
@@ -292,7 +290,7 @@ def test_a_file_without_a_classifier_is_loaded_and_the_classifier_begins_anew(tm
 
 @pytest.mark.parametrize("num_classes", [7, 13])
 @pytest.mark.parametrize("name", SMALL_MODELS)
-def test_a_first_layer_is_turned_to_greyscale_as_timm_turns_it(tmp_path: Path, name: str, num_classes: int) -> None:
+def test_a_first_layer_is_adapted_to_greyscale_as_in_timm(tmp_path: Path, name: str, num_classes: int) -> None:
     file = _save(_source(name, num_classes=7), tmp_path / "weights.pth")
     torch.manual_seed(0)
     theirs = timm.create_model(
@@ -306,13 +304,13 @@ def test_a_first_layer_is_turned_to_greyscale_as_timm_turns_it(tmp_path: Path, n
     assert torch.equal(_logits(ours, channels=1), _logits(theirs, channels=1))
 
 
-def test_a_model_that_was_trained_on_greyscale_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_greyscale_model_is_loaded_unchanged(tmp_path: Path) -> None:
     source = _source("test_resnet", num_classes=7, in_chans=1)
     ours = _load("test_resnet", _save(source, tmp_path / "weights.pth"), num_classes=7, in_channels=1)
     assert torch.equal(_logits(ours, channels=1), _logits(source, channels=1))
 
 
-def test_position_embeddings_are_resized_as_timm_resizes_them(tmp_path: Path) -> None:
+def test_position_embeddings_are_resized_as_in_timm(tmp_path: Path) -> None:
     file = _save(_source("test_vit", num_classes=7), tmp_path / "weights.safetensors")
     theirs = timm.create_model(
         "test_vit",
@@ -325,7 +323,7 @@ def test_position_embeddings_are_resized_as_timm_resizes_them(tmp_path: Path) ->
     assert torch.equal(_logits(ours, side=96), _logits(theirs, side=96))
 
 
-def test_torchvisions_resnet_is_timms_by_every_name(tmp_path: Path) -> None:
+def test_torchvisions_resnet_has_timms_names(tmp_path: Path) -> None:
     torch.manual_seed(7)
     source = torchvision.models.resnet18(num_classes=7)
     ours = _load("resnet18", _save(source, tmp_path / "resnet18.pth"), num_classes=7)
@@ -333,27 +331,27 @@ def test_torchvisions_resnet_is_timms_by_every_name(tmp_path: Path) -> None:
     assert all(torch.equal(ours.state_dict()[key], tensor) for key, tensor in source.state_dict().items())
 
 
-def test_averaged_weights_in_a_checkpoint_are_preferred_as_timm_prefers_them(tmp_path: Path) -> None:
+def test_averaged_weights_in_a_checkpoint_are_preferred(tmp_path: Path) -> None:
     raw, averaged = timm.create_model("test_resnet", num_classes=7), _source("test_resnet", num_classes=7)
     states = {"state_dict": raw.state_dict(), "state_dict_ema": averaged.state_dict()}
     torch.save(states, tmp_path / "checkpoint.pth")
     assert torch.equal(_logits(_load("test_resnet", tmp_path / "checkpoint.pth", num_classes=7)), _logits(averaged))
 
 
-def test_a_home_is_expanded_in_the_files_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     source = _source("test_resnet", num_classes=7)
     _save(source, tmp_path / "weights.pth")
     assert torch.equal(_load("test_resnet", "~/weights.pth", num_classes=7).fc.weight, source.fc.weight)
 
 
-def test_the_hub_is_not_asked_for_a_file(tmp_path: Path, hub_cache: Path) -> None:
+def test_a_file_needs_no_hub(tmp_path: Path, hub_cache: Path) -> None:
     source = _source("test_resnet", num_classes=7)
     _load("test_resnet", _save(source, tmp_path / "weights.pth"), num_classes=7)
     assert not (hub_cache / "models--timm--test_resnet.r160_in1k").exists()
 
 
-def test_a_model_without_published_weights_takes_a_file_too(tmp_path: Path) -> None:
+def test_a_model_without_published_weights_loads_a_file(tmp_path: Path) -> None:
     name = "resnetblur18"
     assert not find_model(f"timm/{name}").has_weights
     source = _source(name, num_classes=7)
@@ -361,20 +359,20 @@ def test_a_model_without_published_weights_takes_a_file_too(tmp_path: Path) -> N
     assert torch.equal(_logits(ours), _logits(source))
 
 
-def test_the_file_is_not_asked_for_where_the_weights_follow_from_elsewhere() -> None:
+def test_the_file_is_not_needed_without_pretraining() -> None:
     """So a submission model is loaded: it holds its weights, and the file may be gone."""
     config = ModelConfig(name="timm/test_resnet", pretrained=True, pretrained_file="gone.pth")
     plain = config.model_copy(update={"pretrained": False})
     build_model(plain, num_classes=7, in_channels=3, image_size=(32, 32))
 
 
-def test_the_model_keeps_no_second_copy_of_its_weights(tmp_path: Path) -> None:
+def test_the_model_has_one_copy_of_its_weights(tmp_path: Path) -> None:
     model = _load("test_resnet", _save(_source("test_resnet", num_classes=7), tmp_path / "weights.pth"), num_classes=7)
     assert "state_dict" not in model.pretrained_cfg
     assert "state_dict" not in model.default_cfg
 
 
-def test_checking_a_file_leaves_the_random_numbers_where_they_would_be(tmp_path: Path) -> None:
+def test_checking_a_file_does_not_change_random_numbers(tmp_path: Path) -> None:
     file = _save(_source("test_resnet", num_classes=13), tmp_path / "weights.pth")
     _load("test_resnet", file, num_classes=7)
     after = torch.rand(1)
@@ -395,7 +393,7 @@ def _refusal(name: str, path: Path | str, error: type[UserError], **arguments: A
     return text
 
 
-def test_a_file_that_is_missing_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_reported_with_its_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     missing = _refusal("test_resnet", "weights.pth", UserError)
@@ -421,7 +419,7 @@ class _Code:
         ("nothing.pth", lambda path: torch.save({}, path), "holds no state dict, since it is empty"),
     ],
 )
-def test_a_file_that_holds_no_weights_is_named_with_the_reason(
+def test_a_file_without_weights_is_reported_with_the_reason(
     tmp_path: Path, name: str, write: Callable[[Path], Any], reason: str
 ) -> None:
     write(tmp_path / name)
@@ -432,9 +430,7 @@ def test_a_file_that_holds_no_weights_is_named_with_the_reason(
 
 
 @pytest.mark.parametrize("num_classes", [7, 13])
-def test_the_weights_of_another_model_are_refused_by_the_first_layer_of_another_shape(
-    tmp_path: Path, num_classes: int
-) -> None:
+def test_weights_of_another_model_are_refused_naming_a_layer(tmp_path: Path, num_classes: int) -> None:
     with torch.device("meta"):
         shapes = timm.create_model("resnet50", num_classes=7).state_dict()
     file = tmp_path / "resnet50.pth"
@@ -458,7 +454,7 @@ def test_the_weights_of_another_model_are_refused_by_the_first_layer_of_another_
         ),
     ],
 )
-def test_a_missing_or_surplus_layer_is_named_whatever_the_classes(
+def test_missing_and_surplus_layers_are_named(
     tmp_path: Path, num_classes: int, change: Callable[[dict[str, Any]], Any], fault: str
 ) -> None:
     state = dict(_source("test_resnet", num_classes=7).state_dict())
@@ -467,26 +463,26 @@ def test_a_missing_or_surplus_layer_is_named_whatever_the_classes(
     assert re.search(fault, _refusal("test_resnet", tmp_path / "weights.pth", ConfigError, num_classes=num_classes))
 
 
-def test_a_model_that_timm_loads_loosely_is_refused_as_strictly(tmp_path: Path) -> None:
+def test_models_that_timm_loads_loosely_are_checked_strictly(tmp_path: Path) -> None:
     """timm loads its DLA models with `strict=False`: a file of another model would leave them untrained."""
     file = _save(_source("test_resnet", num_classes=7), tmp_path / "weights.pth")
     text = _refusal("dla46x_c", file, ConfigError, num_classes=7)
     assert "is missing in weights.pth (and " in text
 
 
-def test_greyscale_weights_for_colour_images_are_refused_by_the_first_layer(tmp_path: Path) -> None:
+def test_greyscale_weights_for_colour_images_are_refused(tmp_path: Path) -> None:
     file = _save(_source("test_resnet", num_classes=7, in_chans=1), tmp_path / "weights.pth")
     text = _refusal("test_resnet", file, ConfigError, num_classes=7)
     assert "conv1.0.weight is (16, 1, 3, 3) in weights.pth and (16, 3, 3, 3) in timm/test_resnet;" in text
 
 
-def test_a_file_from_before_batches_were_counted_is_taken(tmp_path: Path) -> None:
+def test_a_file_without_batch_counters_is_accepted(tmp_path: Path) -> None:
     source = _source("test_resnet", num_classes=7)
     state = {key: tensor for key, tensor in source.state_dict().items() if not key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "weights.pth")
     assert torch.equal(_logits(_load("test_resnet", tmp_path / "weights.pth", num_classes=7)), _logits(source))
 
 
-def test_the_name_is_checked_without_the_file() -> None:
+def test_the_name_is_checked_without_the_weights_file() -> None:
     ModelConfig(name="timm/test_resnet", pretrained=True, pretrained_file="nowhere.pth")
     check_model_name("timm/test_resnet")

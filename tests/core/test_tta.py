@@ -34,14 +34,14 @@ class Net(nn.Sequential):
 
 
 @pytest.mark.parametrize(("name", "number"), [("none", 1), ("flip", 2), ("shift", 5), ("flip_shift", 6)])
-def test_a_name_stands_for_so_many_different_views_and_the_image_is_one(name: str, number: int) -> None:
+def test_each_set_has_distinct_views_including_the_image(name: str, number: int) -> None:
     images = _images()
     seen = [look(images, view) for view in VIEWS[name]]
     assert torch.equal(seen[0], images)
     assert len({view.numpy().tobytes() for view in seen}) == len(seen) == number
 
 
-def test_no_set_of_views_prefers_a_direction() -> None:
+def test_sets_of_views_are_symmetric() -> None:
     for views in VIEWS.values():
         assert sum(view.down for view in views) == sum(view.right for view in views) == 0
 
@@ -52,7 +52,7 @@ def test_each_view_has_its_mirror_image(views: str) -> None:
     assert {look(_images(), view).flip(-1).contiguous().numpy().tobytes() for view in VIEWS[views]} == shown
 
 
-def test_a_step_moves_the_content_and_fills_the_edge_by_reflection() -> None:
+def test_a_step_moves_the_image_with_reflection() -> None:
     image = torch.arange(4, dtype=torch.uint8).expand(1, 1, 4, 4)
     assert look(image, View(right=1))[0, 0, 0].tolist() == [1, 0, 1, 2]
     assert look(image, View(right=-1))[0, 0, 0].tolist() == [1, 2, 3, 2]
@@ -88,19 +88,19 @@ def test_several_views_return_the_log_of_the_mean_of_their_probabilities(views: 
     torch.testing.assert_close(got.exp().sum(1), torch.ones(len(images)))
 
 
-def test_views_that_agree_change_no_probability() -> None:
+def test_agreeing_views_do_not_change_probabilities() -> None:
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(average(logits.expand(3, 5, 4)).exp(), logits.softmax(1))
 
 
-def test_the_average_stays_finite_where_a_probability_rounds_to_zero() -> None:
+def test_the_average_is_finite_for_zero_probabilities() -> None:
     logits = torch.tensor([[0.0, 1e4]]).expand(2, 1, 2)
     assert average(logits).isfinite().all()
 
 
 @pytest.mark.parametrize("views", VIEWS)
 @pytest.mark.parametrize("batch_size", [1, 4, 13, 512])
-def test_the_batch_size_changes_nothing_and_counts_every_view(views: str, batch_size: int) -> None:
+def test_the_batch_size_counts_every_view(views: str, batch_size: int) -> None:
     model, images = Net(), _images()
     torch.testing.assert_close(
         predict_logits(model, images, prepare=_prepare, views=views, batch_size=batch_size),
@@ -117,7 +117,7 @@ def test_several_views_are_one_batch() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_prediction_is_in_evaluation_mode_and_leaves_model_and_modes_as_they_were(training: bool) -> None:
+def test_prediction_is_in_evaluation_mode_and_restores_it(training: bool) -> None:
     model = Net().train(training)
     model[0].eval()  # a frozen batch norm in a model that trains
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -128,7 +128,7 @@ def test_prediction_is_in_evaluation_mode_and_leaves_model_and_modes_as_they_wer
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_modes_are_restored_where_the_model_fails() -> None:
+def test_modes_are_restored_on_errors() -> None:
     model = Net()
     model.append(nn.Linear(5, 5))  # which four logits do not fit
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -136,14 +136,14 @@ def test_the_modes_are_restored_where_the_model_fails() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_the_result_is_float32_and_may_be_trained_upon() -> None:
+def test_the_result_is_float32_and_usable_with_autograd() -> None:
     got = predict_logits(Net(), _images(), prepare=_prepare, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     assert got.dtype == torch.float32
     assert not got.requires_grad
     assert not got.is_inference()
 
 
-def test_the_model_runs_inside_the_context_that_it_is_given() -> None:
+def test_the_model_runs_in_the_given_context() -> None:
     entered = []
 
     @contextlib.contextmanager

@@ -59,9 +59,7 @@ def _layers(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...
         ("vgg19_bn", "batch", (2, 2, 4, 4, 4)),
     ],
 )
-def test_as_published_it_has_torchvisions_weights_shape_for_shape(
-    reference: str, norm: str, blocks: tuple[int, ...]
-) -> None:
+def test_as_published_it_has_torchvisions_shapes(reference: str, norm: str, blocks: tuple[int, ...]) -> None:
     with torch.device("meta"):  # 138 million weights, none of them drawn
         theirs = torchvision.models.get_model(reference)
         ours = _build(num_classes=1000, in_channels=3, image_size=(224, 224), norm=norm, **VGG16 | {"blocks": blocks})
@@ -102,7 +100,7 @@ def test_with_torchvisions_weights_it_gives_torchvisions_logits(norm: str, side:
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 
 
-def test_initial_weights_are_drawn_as_torchvision_draws_them() -> None:
+def test_initial_weights_match_torchvision() -> None:
     ours = _as_torchvision(_build(in_channels=3, widths=(64, 128), blocks=(1, 1), hidden=64).state_dict())
     for layer, channels in {"features.0": 64, "features.4": 128}.items():
         kaiming = math.sqrt(2 / (9 * channels))  # over the fan-out of a 3×3 convolution
@@ -116,7 +114,7 @@ def test_initial_weights_are_drawn_as_torchvision_draws_them() -> None:
 # --- each field
 
 
-def test_a_stage_is_its_convolutions_of_3x3_each_with_a_norm_and_an_activation_and_a_max_pool_behind() -> None:
+def test_a_stage_consists_of_convolutions_and_a_max_pool() -> None:
     model = _build(**SMALL)
     conv = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
     assert [type(layer) for layer in model.features] == [*conv, nn.MaxPool2d, *conv, *conv, nn.MaxPool2d]
@@ -133,7 +131,7 @@ def test_without_hidden_layers_the_mean_over_all_positions_is_classified() -> No
     torch.testing.assert_close(model(images), model.fc(model.features(images).mean((2, 3))))
 
 
-def test_hidden_layers_see_7x7_positions_and_have_a_dropout_behind_each() -> None:
+def test_hidden_layers_use_7x7_positions_and_dropout() -> None:
     model = _build(hidden=24, dropout=0.25, activation="silu", **SMALL)
     head = [type(layer) for layer in list(model)[3:]]
     assert head == [nn.Linear, nn.SiLU, nn.Dropout, nn.Linear, nn.SiLU, nn.Dropout, nn.Linear]
@@ -149,7 +147,7 @@ def test_width_scales_the_hidden_layers_too_and_depth_the_convolutions() -> None
 
 
 @pytest.mark.parametrize(("norm", "kind"), [("batch", nn.BatchNorm2d), ("group", FixedGroupNorm), ("none", None)])
-def test_every_convolution_has_the_norm_or_none_has(norm: str, kind: type[nn.Module] | None) -> None:
+def test_the_norm_is_used_everywhere_or_nowhere(norm: str, kind: type[nn.Module] | None) -> None:
     norms = _layers(_build(norm=norm, **SMALL), (nn.BatchNorm2d, nn.GroupNorm))
     assert [type(layer) for layer in norms] == ([kind] * 3 if kind else [])
 
@@ -174,7 +172,7 @@ def test_dropout_is_at_work_in_training_only(hidden: int | None) -> None:
 @pytest.mark.parametrize("in_channels", [1, 3, 5])
 @pytest.mark.parametrize("hidden", [None, 16])
 @pytest.mark.parametrize("image_size", [(8, 8), (9, 13)])
-def test_any_number_of_channels_and_any_shape_of_image_gives_one_logit_a_class(
+def test_any_channels_and_image_shape_give_one_logit_per_class(
     in_channels: int, hidden: int | None, image_size: tuple[int, int]
 ) -> None:
     model = _build(num_classes=7, in_channels=in_channels, image_size=image_size, hidden=hidden, **SMALL)
@@ -201,7 +199,7 @@ def test_every_convolution_works_in_channels_last_also_on_greyscale(in_channels:
     assert seen == [True] * 3
 
 
-def test_the_global_generator_alone_decides_the_weights() -> None:
+def test_weights_depend_on_the_global_generator_alone() -> None:
     first, second = _build(**SMALL).state_dict(), _build(**SMALL).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
