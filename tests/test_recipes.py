@@ -156,9 +156,9 @@ def test_adam_is_adamw_without_weight_decay_and_a_recipe_that_uses_it_says_so() 
         assert ("(here adamw" in recipe.guesses) == is_adam, recipe.name
 
 
-def test_the_readme_maps_a_diarys_lines_to_every_recipe() -> None:
-    said = (SPACES / "README.md").read_text(encoding="utf-8")
-    assert [name for name in [*RECIPE_NAMES, *SPACE_NAMES] if f"`{name}`" not in said] == []
+def test_the_docs_describe_every_space_and_recipe() -> None:
+    text = (SPACES.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [name for name in [*RECIPE_NAMES, *SPACE_NAMES] if f"`{name}`" not in text] == []
 
 
 def test_no_two_recipes_are_the_same_configuration() -> None:

@@ -5,7 +5,7 @@ configuration again on training and validation images, and the test set once. It
 `search_spaces/digits.yaml` searches, from the same base (`bench_digits.py` checks that), with as many trials and
 epochs, on the same network: `build_model` is all that it borrows. Nothing in it is slow on purpose: fused optimizers
 where torch has them, channels_last, validation images transformed once, no gradients in evaluation, and of the
-DataLoader's settings the fastest (README.md).
+DataLoader's settings the fastest (docs/benchmarks.md).
 
 Prints one JSON object on its last line.
 """
