@@ -205,6 +205,10 @@ class StudyPaths:
     def trial_confusion(self, number: int) -> Path:
         return self.trial(number) / "confusion.png"
 
+    def trial_counts(self, number: int) -> Path:
+        """Counts on the validation images that the confusion matrix is drawn from."""
+        return self.trial(number) / "confusion.json"
+
     def reference(self, name: str) -> TrainingPaths:
         """A recipe that was trained beside the study, to be beaten."""
         return TrainingPaths(self.dir / "references" / name)

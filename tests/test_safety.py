@@ -12,21 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import optuna
 import pytest
 import torch
 
 from core.checkpoint import load_checkpoint
 from core.errors import CoreError
-from hpo import cli, dashboard
+from hpo import cli
+from hpo.dashboard import serve
 from hpo.errors import HpoError
-from hpo.paths import StudyPaths
 from hpo.space import dump_yaml, load_yaml
 from hpo.space.document import MAX_BYTES
-from hpo.storage import open_storage
 from hpo.submission.bundle import load_bundle
 from tests.core.test_data import tree, write_folder, write_zip
 from tests.core.test_hostile_data import Evil
+from tests.hpo.commands import SPACE
+from tests.hpo.confirmation.simulated import on_disk, space_of
 from tests.hpo.storage.postgresql import Server, free_port, running_server
 from tests.hpo.submission.test_bundle import write as write_bundle
 
@@ -255,26 +255,17 @@ def test_images_from_elsewhere_are_refused_by_every_command(
 # The dashboard
 
 
-def make_study(paths: StudyPaths) -> None:
-    optuna.create_study(study_name=paths.name, storage=open_storage(str(paths.journal)))
-
-
 @pytest.mark.parametrize(
     ("host", "open_to_others"),
     [("127.0.0.1", False), ("localhost", False), ("127.8.8.8", False), ("0.0.0.0", True), ("", True)],
 )
-def test_the_dashboard_says_where_others_can_reach_it(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    host: str,
-    open_to_others: bool,
+def test_the_dashboard_warns_where_others_can_reach_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, open_to_others: bool
 ) -> None:
-    paths = StudyPaths(tmp_path / "demo")
-    make_study(paths)
-    monkeypatch.setattr(dashboard.DashboardServer, "serve_forever", lambda _: None)
-    dashboard.serve(str(paths.journal), paths, study_name="demo", host=host, port=0)
-    assert ("the dashboard asks for no password" in capsys.readouterr().out) == open_to_others
+    monkeypatch.setattr(serve.DashboardServer, "serve_forever", lambda _: None)
+    said: list[str] = []
+    serve.serve(on_disk(space_of(tmp_path, SPACE)), host=host, port=0, say=said.append)
+    assert any("the dashboard asks for no password" in line for line in said) == open_to_others
 
 
 def test_the_dashboard_listens_to_this_machine_alone_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def dashboard_command(name: str | None, *, storage: str | None, port: int, host:
     """Serves optuna-dashboard on a study until Ctrl-C."""
     study = find_study(name, storage_url=storage)
     if study.artifact_dir is not None:
-        command = dashboard.command(study.storage_url, study.artifact_dir)
-        say(f"the same without hpo: {shlex.join(command)}")
+        plain = shlex.join(dashboard.command(study.storage_url, study.artifact_dir))
+        say(f"without hpo, showing the pictures that were opened here or drawn by a run: {plain}")
     study.use_depot(None)
-    dashboard.serve(study.storage_url, study.artifact_store(), study_name=study.name, host=host, port=port)
+    dashboard.serve(study, host=host, port=port, say=say)

@@ -1,8 +1,7 @@
-"""What the dashboard says of a trial and of a study in words: Markdown notes, with links to the pictures.
+"""Markdown notes of trials and studies in optuna-dashboard, with links to the pictures.
 
-Optuna-dashboard keeps a note in the study's system attributes, a trial's too. What it stores is written here as it
-writes it, because importing it takes a second of every worker's start; a test holds the two against each other. What a
-person has written stays: below a trial's note, and below the line that ends a study's.
+Text that the user has written stays: below the note of a trial, and below the closing line of the note of a study.
+optuna-dashboard is imported when the first note is written: alone it takes a second, nearly all of it scikit-learn.
 """
 
 from __future__ import annotations
@@ -13,96 +12,70 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from optuna.artifacts import get_all_artifact_meta
-from optuna.storages import BaseStorage
 
 from hpo.space import Parameter, SearchSpace
 from hpo.space.pruner import places_of
 from hpo.storage import is_masked
-from hpo.storage.optuna_access import id_of, storage_of, trial_by_number, trial_id
+from hpo.storage.optuna_access import trial_by_number
 from hpo.study import CONFIRMATION, Study
 from hpo.text import duration, short
 from hpo.trials import LET_THROUGH, RECIPE, is_baseline
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, Trial
 
     from hpo.trials import Outcome
 
-_ATTRIBUTE = 2045  # characters: what a database takes as one attribute, and optuna-dashboard splits a note by
-_YOURS = "\n---\n*The above is written by hpo; what is written below stays.*\n"
+_CLOSING = "\n---\n*hpo writes the text above; text below this line stays.*\n"
+_OLD_CLOSING = "\n---\n*The above is written by hpo; what is written below stays.*\n"
 
 
-# Where notes are kept
-
-
-def save_note(study: Study, body: str, trial: FrozenTrial | None = None) -> None:
-    """Writes the study's note, or a trial's, in place of the one before."""
-    storage, study_id = storage_of(study.optuna), id_of(study.optuna)
-    attributes = storage.get_study_system_attrs(study_id)
-    version, text = _keys(trial)
-    parts = [body[begin : begin + _ATTRIBUTE] for begin in range(0, len(body), _ATTRIBUTE)]
-    stale = sum(key.startswith(text) for key in attributes) - len(parts)
-    for number, part in enumerate([*parts, *[""] * stale]):
-        storage.set_study_system_attr(study_id, f"{text}{number}", part)
-    # Last: a browser takes the text for new only where the version is.
-    storage.set_study_system_attr(study_id, version, int(attributes.get(version, 0)) + 1)
-
-
-def read_note(study: Study, trial: FrozenTrial | None = None) -> str:
-    """The study's note, or a trial's; empty where there is none."""
-    attributes = storage_of(study.optuna).get_study_system_attrs(id_of(study.optuna))
-    _, text = _keys(trial)
-    count = sum(key.startswith(text) for key in attributes)
-    return "".join(str(attributes[f"{text}{number}"]) for number in range(count))
-
-
-def _keys(trial: FrozenTrial | None) -> tuple[str, str]:
-    """The attribute of a note's version, and how those of its text begin."""
-    prefix = "dashboard:" if trial is None else f"dashboard:{trial_id(trial)}:"
-    return f"{prefix}note_ver", f"{prefix}note_str:"
-
-
-# A trial
-
-
-def note_trial(study: Study, space: SearchSpace, outcome: Outcome, *, device: str) -> None:
-    """Writes a trial's note, with links to the artifacts that it has by now.
+def note_trial(study: Study, space: SearchSpace, trial: Trial, outcome: Outcome, *, device: str) -> None:
+    """Write the note of a running trial, with links to the artifacts attached so far.
 
     Args:
-        device: what it trained on, in words.
+        study: The trial's study.
+        space: The study's search space.
+        trial: The running trial.
+        outcome: Its result.
+        device: Description of the device that trained it.
     """
-    storage, study_id = storage_of(study.optuna), id_of(study.optuna)
-    trial = trial_by_number(study.optuna, outcome.number)
-    body = trial_note(space, outcome, trial, device=device, links=_links(storage, study_id, trial))
-    written = read_note(study, trial)
-    save_note(study, f"{body}\n---\n{written}" if written else body, trial)
+    from optuna_dashboard import get_note, save_note  # type: ignore[attr-defined]
+    from optuna_dashboard.artifact import get_artifact_path  # type: ignore[attr-defined]
 
-
-def _links(storage: BaseStorage, study_id: int, trial: FrozenTrial) -> dict[str, str]:
-    """A file's name -> where the dashboard serves it."""
-    root = f"/artifacts/{study_id}/{trial_id(trial)}"
-    return {meta.filename: f"{root}/{meta.artifact_id}" for meta in get_all_artifact_meta(trial, storage=storage)}
+    links = {meta.filename: get_artifact_path(trial, meta.artifact_id) for meta in get_all_artifact_meta(trial)}
+    body = trial_note(space, outcome, trial_by_number(study.optuna, trial.number), device=device, links=links)
+    written = get_note(trial)
+    save_note(trial, f"{body}\n---\n{written}" if written else body)
 
 
 def trial_note(
     space: SearchSpace, outcome: Outcome, trial: FrozenTrial, *, device: str, links: Mapping[str, str]
 ) -> str:
-    """What a trial trained, what came of it and why it ended, as Markdown."""
+    """Describe a trial as Markdown: its result, why it ended, and its differences from the baseline.
+
+    Args:
+        space: The study's search space.
+        outcome: The trial's result.
+        trial: The trial, with its attributes.
+        device: Description of the device that trained it.
+        links: URL of each attached file, by name.
+    """
     lines = [f"## Trial {outcome.number}: {_headline(space, outcome)}", "", _how_it_ended(space, outcome), ""]
     lines += [f"- {fact}" for fact in _facts(outcome, trial, device)]
     if links:
         lines.append(f"- files: {', '.join(f'[{name}]({link})' for name, link in links.items())}")
     differences = _differences(space, outcome)
     if not differences:
-        return "\n".join([*lines, "", "It trained the base."]) + "\n"
-    lines += ["", "| differs from the base in | base | here |", "|---|---|---|"]
+        return "\n".join([*lines, "", "It trained the baseline."]) + "\n"
+    lines += ["", "| differs from the baseline in | baseline | here |", "|---|---|---|"]
     lines += [f"| `{path}` | {_plain(old)} | {_plain(new)} |" for path, old, new in differences]
     return "\n".join(lines) + "\n"
 
 
 def _headline(space: SearchSpace, outcome: Outcome) -> str:
     if outcome.failure is not None:
-        return f"could not be trained, {outcome.failure}"
+        return f"failed, {outcome.failure}"
     if outcome.value is None:
         return outcome.state
     at_end = "" if outcome.state == "complete" else ", pruned"
@@ -110,7 +83,6 @@ def _headline(space: SearchSpace, outcome: Outcome) -> str:
 
 
 def _how_it_ended(space: SearchSpace, outcome: Outcome) -> str:
-    """The end in a sentence."""
     epochs = space.baseline.epochs * (space.baseline.data.folds or 1)
     trained = f"{len(outcome.history)} of {epochs} epochs"
     if outcome.failure is not None:
@@ -119,34 +91,36 @@ def _how_it_ended(space: SearchSpace, outcome: Outcome) -> str:
         return f"Pruned after {trained}: {_plain(outcome.why.removesuffix(', pruned') or 'by the pruner')}."
     kept = outcome.attributes.get("kept_epoch")
     each = " of each fold" if space.baseline.data.folds else ""
-    return f"Trained {trained}" + (f"; its value is that of epoch {kept}{each}, whose weights count." if kept else ".")
+    return f"Trained {trained}" + (f"; value and weights are those of epoch {kept}{each}." if kept else ".")
 
 
 def _facts(outcome: Outcome, trial: FrozenTrial, device: str) -> Iterator[str]:
     if is_baseline(trial):
-        yield "it is the base, and never pruned"
+        yield "the baseline, which is never pruned"
     if RECIPE in trial.user_attrs:
-        yield f"it is the recipe {_plain(trial.user_attrs[RECIPE])}, and never pruned"
+        yield f"the recipe {_plain(trial.user_attrs[RECIPE])}, which is never pruned"
     if LET_THROUGH in trial.user_attrs:
-        yield f"let through on purpose at rung {trial.user_attrs[LET_THROUGH]}, which would have cut it"
+        yield f"exempt from pruning at rung {trial.user_attrs[LET_THROUGH]}, to check the pruner"
     if outcome.replicate_of is not None:
-        yield f"the same parameters as slot {outcome.replicate_of}, with another seed"
+        yield f"the same parameters as trial index {outcome.replicate_of}, with another seed"
     kept = {rung: place for rung, place in places_of(trial).items() if place.kept}
     if kept:
-        yield "went past " + ", ".join(f"rung {rung} as {place.standing}" for rung, place in kept.items())
+        yield "passed " + ", ".join(f"rung {rung} as {place.standing}" for rung, place in kept.items())
     if outcome.history:
         last = outcome.history[-1]
         yield f"{duration(last.elapsed_s)} on {_plain(device)}, {last.images_per_s:,.0f} images/s"
 
 
 def _differences(space: SearchSpace, outcome: Outcome) -> list[tuple[str, Any, Any]]:
-    """(field, the base's value, the trial's) where they differ, but for the seed, which every trial has its own of."""
-    base = space.baseline.flat()
+    """(field, value in the baseline, value in the trial) where they differ, without the seed."""
+    baseline = space.baseline.flat()
     if outcome.config is not None:
         trained = outcome.config.flat()
-    else:  # its parameters make no configuration
-        trained = base | {path: _decoded(space.search.get(path), value) for path, value in outcome.params.items()}
-    return [(path, base[path], value) for path, value in trained.items() if path != "seed" and value != base[path]]
+    else:  # the parameters make no valid configuration
+        trained = baseline | {path: _decoded(space.search.get(path), value) for path, value in outcome.params.items()}
+    return [
+        (path, baseline[path], value) for path, value in trained.items() if path != "seed" and value != baseline[path]
+    ]
 
 
 def _decoded(parameter: Parameter | None, value: Any) -> Any:
@@ -154,30 +128,33 @@ def _decoded(parameter: Parameter | None, value: Any) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """A value as text that Markdown takes for nothing else."""
+    """A value as text without Markdown markup."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", short(value))
 
 
-# A study
-
-
 def note_study(study: Study, space: SearchSpace) -> None:
-    """Writes the study's note as things stand now; what a person wrote below it stays."""
-    written = read_note(study)
-    _, line, yours = written.rpartition(_YOURS)
-    body = study_note(study, space) + _YOURS + (yours if line else written)
+    """Write the note of a study, in place of the one before; text of the user below it stays.
+
+    Args:
+        study: The study.
+        space: Its search space.
+    """
+    from optuna_dashboard import get_note, save_note  # type: ignore[attr-defined]
+
+    written = get_note(study.optuna).replace(_OLD_CLOSING, _CLOSING)
+    _, closing, users = written.rpartition(_CLOSING)
+    body = study_note(study, space) + _CLOSING + (users if closing else written)
     if body != written:
-        save_note(study, body)
+        save_note(study.optuna, body)
 
 
 def study_note(study: Study, space: SearchSpace) -> str:
-    """What a study searches, how it stands with its winner, and how to go on, as Markdown."""
-    metadata = study.metadata
+    """Describe a study as Markdown: what it searches, whether its winner is confirmed, and the next commands."""
     name = shlex.quote(study.name)
     storage = f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
     verdict = study.optuna.user_attrs.get(CONFIRMATION)
     confirmed = (
-        "The best value is the best of many, and so partly luck; `hpo confirm` says whether it is better than the base."
+        "The best value is the best of many, and so partly luck; `hpo confirm` compares it with the baseline."
         if verdict is None
         else f"Confirmed on other seeds and splits: **{_plain(verdict)}**."
     )
@@ -187,9 +164,9 @@ def study_note(study: Study, space: SearchSpace) -> str:
         "",
         *([_plain(space.description), ""] if space.description else []),
         f"- searched: {', '.join(f'`{path}`' for path in space.search)}",
-        f"- data: {_plain(study.data_name)}, fingerprint `{metadata['data']['fingerprint'][:12]}`{folds}",
+        f"- data: {_plain(study.data_name)}, fingerprint `{study.metadata['data']['fingerprint'][:12]}`{folds}",
         f"- objective: {_plain(study.metric)} on the validation images, {study.direction}d; seed {study.seed}",
-        f"- {space.baseline.epochs} epochs a trial; sampler {space.sampler.name}, pruner {space.pruner.name}",
+        f"- {space.baseline.epochs} epochs per trial; sampler {space.sampler.name}, pruner {space.pruner.name}",
         "",
         confirmed,
         "",

@@ -1,8 +1,8 @@
-"""Pictures of trainings and studies, and their place in the dashboard.
+"""Pictures of trainings and studies: learning curves, confusion matrices, mistakes, and a study's history.
 
-Matplotlib's Agg canvas is used without pyplot: no display, no global state, nothing to close. Matplotlib is imported
-when the first picture is drawn. The dashboard shows a picture 200 pixels wide before it is opened, so lines are thick,
-letters large, and every colour is from the palette of Okabe and Ito (2008), which colour-blind people can tell apart.
+Matplotlib draws on its Agg canvas without pyplot, so there is no display, no global state and nothing to close. It is
+imported with the first picture. The dashboard's thumbnails are 200 pixels wide, so lines are thick and letters large.
+Colours are from the palette of Okabe and Ito (2008), which colour-blind people can distinguish.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.storage.optuna_access import storage_of, trial_by_number
 from hpo.text import METRIC_WORDS
 
 if TYPE_CHECKING:
@@ -22,37 +21,37 @@ if TYPE_CHECKING:
     import optuna
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
+    from optuna.trial import TrialState
     from torch import Tensor
-
-    from hpo.storage.optuna_access import OptunaArtifactStore
 
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 INK, GREY, PALE = "#222222", "#767676", "#DDDDDD"
 
 DPI = 100
 TITLE, TEXT = 14.0, 12.0  # points
-NUMBERS_UP_TO = 20  # classes: a cell of more than 20 × 20 is too small for a number
-NAMES_UP_TO = 100  # classes: a side of 12 inches holds so many names of 6 points
+NUMBERS_UP_TO = 20  # classes; with more, the cells are too small for numbers
+NAMES_UP_TO = 100  # classes; a side of 12 inches holds as many names of 6 points
 LONGEST_NAME = 18  # characters
-SHEET, SHEET_COLUMNS = 24, 6  # images of a sheet, and of a row of it
-SHEET_SIDE = 160, 208  # pixels that a side of an image on a sheet is enlarged to, about, and that it has at most
-LOG_FROM = 50.0  # a loss that falls by more than this factor is drawn on a logarithmic axis
+SHEET, SHEET_COLUMNS = 24, 6  # images on a sheet, and in a row
+SHEET_SIDE = 160, 208  # pixels of an enlarged image's side: the aim and the maximum
+LOG_FROM = 50.0  # a loss that falls by more than this factor gets a logarithmic axis
 
 _LEGEND: dict[str, Any] = {"fontsize": TEXT - 2, "framealpha": 0.85, "edgecolor": "none", "labelcolor": INK}
-_MIME_TYPES = {".png": "image/png"}  # all else that we attach is text
 
 
 def learning_curves(
     rows: Sequence[Mapping[str, float]], path: Path, *, title: str = "", metric: str = "accuracy"
 ) -> None:
-    """Draws losses on the left and validation scores on the right, over epochs, as PNG.
+    """Draw losses (left) and validation scores (right) over epochs, as PNG.
 
-    Folds lie over each other, each a faint line, and their mean is the line that stands out, as far as all have come.
+    Each fold is a faint line; their mean is a bold line, up to the last epoch that all folds have.
 
     Args:
-        rows: lines of a `metrics.jsonl`; without validation scores only the training loss is drawn.
-        metric: the study's objective; balanced accuracy is drawn where it is the objective.
+        rows: Lines of a `metrics.jsonl`; without validation scores only the training loss is drawn.
+        path: The file to write.
+        title: Title of the picture.
+        metric: The study's objective; balanced accuracy is drawn only if it is the objective.
     """
     scored = any("val_accuracy" in row for row in rows)
     width = 8.4 if scored else 5.6
@@ -79,7 +78,7 @@ def _draw_losses(axes: Axes, rows: Sequence[Mapping[str, float]]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     epochs, rates = _series(_folds(rows)[0], "lr")
     if rates:
-        # Its shape alone, in the panel's height: a second scale would be one too many.
+        # Only the shape, scaled to the panel's height, since a second axis would clutter the panel.
         peak = max(rates) or 1.0
         heights = [0.97 * rate / peak for rate in rates]
         label = f"lr, up to {max(rates):.2g}"
@@ -104,25 +103,22 @@ def _draw_scores(axes: Axes, rows: Sequence[Mapping[str, float]], metric: str) -
     axes.legend(loc="lower right", **_LEGEND)
 
 
-def confusion_matrix(confusion: Tensor, classes: Sequence[str], path: Path, *, title: str = "") -> None:
-    """Draws a confusion matrix as PNG: numbers are counts, colours are shares of the true class.
+def confusion_matrix(confusion: ArrayLike, classes: Sequence[str], path: Path, *, title: str = "") -> None:
+    """Draw a confusion matrix as PNG: numbers are counts, colours are shares of the true class.
 
-    What is right is blue. Mistakes are orange, and grow dark with the root of their share, so that one in forty shows.
+    Correct predictions are blue. Mistakes are orange and darken with the square root of their share, so that one in
+    forty is visible.
 
     Args:
-        confusion: (K, K) int64 counts, rows are true classes.
-        classes: K names; numbers stand in the cells up to 20 classes, and names at the sides up to 100.
+        confusion: Counts (K, K) on the CPU, rows are true classes.
+        classes: K names. Cells have numbers up to 20 classes, sides have names up to 100.
+        path: The file to write.
+        title: Title of the picture.
     """
     import numpy as np
-    from matplotlib.colors import to_rgb
 
-    counts = confusion.cpu().numpy()
+    counts = np.asarray(confusion)
     size = len(classes)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # a class without images has a row of zeros
-    right = np.eye(size, dtype=bool)
-    depth = np.where(right, shares, np.sqrt(shares))[..., None]  # (K, K, 1): 0 is white, 1 the full colour
-    colors = 1 - depth * (1 - np.where(right[..., None], to_rgb(BLUE), to_rgb(ORANGE)))
-
     cell = min(max(2.8 / size, 0.45), 12 / size)  # inches, as all lengths here
     letters = min(TEXT, 0.72 * 72 * cell)  # points
     names = [_short(name) for name in classes] if size <= NAMES_UP_TO else []
@@ -135,22 +131,8 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], path: Path, *, t
     figure = _figure(width, height)
     left = beside + (width - beside - matrix - 0.15) / 2
     axes = figure.add_axes((left / width, below / height, matrix / width, matrix / height))
-    axes.imshow(colors, interpolation="nearest")
-    if size <= NUMBERS_UP_TO:
-        digits = len(str(counts.max()))
-        fitting = min(letters, 0.85 * cell * 72 / (0.64 * digits))
-        for row, column in np.argwhere(counts):
-            dark = depth[row, column, 0] > 0.6
-            axes.text(
-                column,
-                row,
-                str(counts[row, column]),
-                ha="center",
-                va="center",
-                color="white" if dark else INK,
-                fontsize=fitting,
-            )
-    # Texts in place of ticks: a hundred of those take a second.
+    _draw_cells(axes, counts, cell, letters)
+    # Texts instead of tick labels, which take a second for 100 classes.
     axes.set_xticks([])
     axes.set_yticks([])
     style: dict[str, Any] = {"fontsize": letters, "color": INK}
@@ -166,6 +148,24 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], path: Path, *, t
     _save(figure, path, title)
 
 
+def _draw_cells(axes: Axes, counts: NDArray[np.int64], cell: float, letters: float) -> None:
+    """Colour the cells of a confusion matrix, and write the counts into them if they fit."""
+    import numpy as np
+    from matplotlib.colors import to_rgb
+
+    right = np.eye(len(counts), dtype=bool)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # a class without images has a row of zeros
+    depth = np.where(right, shares, np.sqrt(shares))[..., None]  # (K, K, 1): 0 is white, 1 the full colour
+    colors = 1 - depth * (1 - np.where(right[..., None], to_rgb(BLUE), to_rgb(ORANGE)))
+    axes.imshow(colors, interpolation="nearest")
+    if len(counts) > NUMBERS_UP_TO:
+        return
+    fitting = min(letters, 0.85 * cell * 72 / (0.64 * len(str(counts.max()))))
+    for row, column in np.argwhere(counts):
+        color = "white" if depth[row, column, 0] > 0.6 else INK
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=fitting)
+
+
 def confident_errors(
     images: Tensor | NDArray[np.uint8],
     errors: Sequence[Mapping[str, Any]],
@@ -174,14 +174,19 @@ def confident_errors(
     *,
     title: str = "",
 ) -> None:
-    """Draws the first 24 images under what they are, what they were taken for, and how surely, as PNG.
+    """Draw the first 24 images with their true class, predicted class and confidence, as PNG.
 
-    Small images are enlarged pixel by pixel, by a whole factor: nothing is drawn that the network did not see.
+    Small images are enlarged by a whole factor without interpolation.
 
     Args:
-        images: (n, C, H, W) uint8, C 1 or 3, one for each of the errors.
-        errors: `true` and `predicted`, each a class's name or its position in `classes`, and `confidence`, in [0, 1].
+        images: Pixels (n, C, H, W) uint8, C 1 or 3, one image for each error.
+        errors: `true` and `predicted`, each a class name or an index into `classes`, and `confidence` in [0, 1].
         classes: K names.
+        path: The file to write.
+        title: Title of the picture.
+
+    Raises:
+        ValueError: There are fewer errors than images.
     """
     tiles = [_tile(image) for image in images[:SHEET]]
     if len(errors) < len(tiles):
@@ -191,7 +196,7 @@ def confident_errors(
         return
     captions = [_caption(error, classes) for error in errors[: len(tiles)]]
     height, width = (side / DPI for side in tiles[0].shape[:2])  # inches, as all lengths here
-    room = 72 / 0.58 * (width + 0.1)  # points of letters beside each other
+    room = 72 / 0.58 * (width + 0.1)  # sum of the letters' sizes in a line, in points
     one_line = max(len(f"{true} {guess}") for true, guess in captions) * TEXT < room
     lines = [f"{true} {guess}" if one_line else f"{true}\n{guess}" for true, guess in captions]
     letters = min(TEXT, room / max(len(part) for line in lines for part in line.split("\n")))
@@ -209,13 +214,13 @@ def confident_errors(
         axes.set_axis_off()
         beneath = (left + width / 2) / whole[0], (bottom - 0.05) / whole[1]
         figure.text(*beneath, _plain(line), ha="center", va="top", fontsize=letters, color=INK)
-    key = "mistakes, the surest first: true → predicted, how sure"
+    key = "mistakes by confidence: true → predicted, confidence"
     figure.text(0.5, 1 - 0.34 / whole[1], key, ha="center", va="top", fontsize=TEXT - 1, color=GREY)
     _save(figure, path, title)
 
 
 def _tile(image: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(C, H, W) as an image of a sheet, (h, w) or (h, w, 3): enlarged by a whole factor, or reduced."""
+    """Resize an image (C, H, W) for a sheet: (h, w) or (h, w, 3), enlarged by a whole factor or reduced."""
     import numpy as np
     from PIL import Image
 
@@ -231,17 +236,17 @@ def _tile(image: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _caption(error: Mapping[str, Any], classes: Sequence[str]) -> tuple[str, str]:
-    """What it is, and what it was taken for: ("cat", "→ dog, 98 %")."""
+    """Format the true class and the prediction: ("cat", "→ dog, 98 %")."""
     true, predicted = (
         _one_line(classes[named] if isinstance(named, int) else named) for named in (error["true"], error["predicted"])
     )
     percent = 100 * error["confidence"]
-    surely = "> 99 %" if percent > 99.5 else f"{percent:.0f} %"  # a mistake is never made with certainty
+    surely = "> 99 %" if percent > 99.5 else f"{percent:.0f} %"  # never 100 % for a mistake
     return true, f"→ {predicted}, {surely}"
 
 
 def _note(words: str) -> Figure:
-    """A small figure of a few words, where there is nothing to draw."""
+    """A small figure with a text, for a sheet without images."""
     figure = _figure(4.4, 1.1)
     figure.text(0.5, 0.3, words, ha="center", va="center", fontsize=TEXT, color=INK)
     return figure
@@ -250,24 +255,19 @@ def _note(words: str) -> Figure:
 def study_overview(
     study: optuna.Study, path: Path, *, metric: str, baselines: Mapping[str, float] | None = None, title: str = ""
 ) -> None:
-    """Draws every trial's value, the best so far, and what was to be beaten, as PNG.
+    """Draw the value of each trial, the best so far, and the baselines, as PNG.
 
     Args:
-        metric: the name of the objective.
-        baselines: values to draw as horizontal lines: the base, the recipes.
+        study: The study.
+        path: The file to write.
+        metric: Name of the objective.
+        baselines: Values to draw as horizontal lines: the baseline, the recipes.
+        title: Title of the picture.
     """
     from optuna.study import StudyDirection
     from optuna.trial import TrialState
 
-    values = {
-        state: {
-            trial.number: trial.value
-            for trial in study.get_trials(deepcopy=False, states=(state,))
-            if trial.value is not None and math.isfinite(trial.value)
-        }
-        for state in (TrialState.COMPLETE, TrialState.PRUNED)
-    }
-    complete, pruned = values[TrialState.COMPLETE], values[TrialState.PRUNED]
+    complete, pruned = _values(study, TrialState.COMPLETE), _values(study, TrialState.PRUNED)
     better = min if study.direction == StudyDirection.MINIMIZE else max
     best = list(accumulate(complete.values(), better))
     lines = dict(baselines or {})
@@ -281,22 +281,15 @@ def study_overview(
     if best:
         axes.step([*complete, last], [*best, best[-1]], where="post", color=BLUE, linewidth=2.4, label="best so far")
         label = f"complete ({len(complete)})"
-        axes.scatter(*_columns(complete), s=36, color=SKY, edgecolors="white", label=label, zorder=3)
-    # Pruned trials must not flatten what matters: those far below (or above) stand at the edge.
+        axes.scatter(
+            list(complete), list(complete.values()), s=36, color=SKY, edgecolors="white", label=label, zorder=3
+        )
+    # The axis fits the complete trials; pruned trials outside it are drawn at the edge.
     low, high = _focus([*complete.values(), *lines.values()] or [*pruned.values(), 0.0])
     if pruned:
-        numbers, heights = _columns(pruned)
-        heights = [min(max(value, low), high) for value in heights]
-        axes.scatter(
-            numbers,
-            heights,
-            s=32,
-            marker="x",
-            color=GREY,
-            linewidths=1.3,
-            clip_on=False,
-            label=f"pruned ({len(pruned)})",
-        )
+        heights = [min(max(value, low), high) for value in pruned.values()]
+        style: dict[str, Any] = {"s": 32, "marker": "x", "color": GREY, "linewidths": 1.3, "clip_on": False}
+        axes.scatter(list(pruned), heights, label=f"pruned ({len(pruned)})", **style)
     axes.set_ylim(low, high)
     _over(axes, "trial", 0, last)
     words = METRIC_WORDS.get(metric, metric)
@@ -308,45 +301,24 @@ def study_overview(
     _save(figure, path, title)
 
 
-def _columns(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
-    return list(points), list(points.values())
+def _values(study: optuna.Study, state: TrialState) -> dict[int, float]:
+    """The finite values of the trials in a state, by trial number."""
+    trials = study.get_trials(deepcopy=False, states=(state,))
+    return {t.number: t.value for t in trials if t.value is not None and math.isfinite(t.value)}
 
 
 def _focus(values: Sequence[float]) -> tuple[float, float]:
-    """Limits of an axis with some room around the values."""
+    """Limits of an axis, with a margin around the values."""
     low, high = min(values), max(values)
     room = 0.25 * (high - low) or 0.05 * (abs(high) or 1.0)
     return low - room, high + room
 
 
-def attach_artifacts(study: optuna.Study, number: int, paths: Sequence[Path], store: OptunaArtifactStore) -> None:
-    """Puts files into the artifact store, so that the dashboard shows them on the trial's page.
-
-    Pictures are shown there; text (the configuration) is offered with its name. The trial must not be finished yet:
-    Optuna's storages change nothing in a finished one.
-
-    Args:
-        number: the trial's.
-        store: the one that the dashboard reads, `Study.artifact_store`.
-    """
-    from optuna.artifacts import upload_artifact
-
-    trial = trial_by_number(study, number)
-    for path in paths:
-        upload_artifact(
-            artifact_store=store,
-            file_path=str(path),
-            study_or_trial=trial,
-            storage=storage_of(study),
-            mimetype=_MIME_TYPES.get(path.suffix, "text/plain"),
-        )
-
-
-# What all pictures share --------------------------------------------------------------------------------------------
+# Parts of all pictures ---------------------------------------------------------------------------------------------
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, drawn by Agg."""
+    """An empty figure of a size in inches, drawn by Agg."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -356,20 +328,20 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _folds(rows: Sequence[Mapping[str, float]]) -> list[list[Mapping[str, float]]]:
-    """The rows of each fold; those without folds, and no rows at all, are one."""
+    """The rows of each fold; one list, possibly empty, if there are no folds."""
     numbers = sorted({row.get("fold", 1) for row in rows}) or [1]
     return [[row for row in rows if row.get("fold", 1) == number] for number in numbers]
 
 
 def _mean_series(folds: Sequence[Sequence[Mapping[str, float]]], key: str) -> tuple[list[float], list[float]]:
-    """Epochs and the folds' mean, where every fold has a finite value."""
+    """Epochs at which all folds have a finite value, and the mean of the folds."""
     each = [dict(zip(*_series(fold, key), strict=True)) for fold in folds]
     epochs = [epoch for epoch in each[0] if all(epoch in fold for fold in each)]
     return epochs, [sum(fold[epoch] for fold in each) / len(each) for epoch in epochs]
 
 
 def _series(rows: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values where the rows have a finite one."""
+    """The finite values of a column, with their epochs."""
     found = [(row["epoch"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
     return [epoch for epoch, _ in found], [value for _, value in found]
 
@@ -384,7 +356,7 @@ def _line(
     width: float = 2.4,
     style: str = "-",
 ) -> list[float]:
-    """Draws a column of the rows, with dots where there are too few for a line; returns its values."""
+    """Draw a column of the rows, with dots if there are few, and return its values."""
     folds = _folds(rows)
     for fold in folds if len(folds) > 1 else ():
         axes.plot(*_series(fold, key), style, color=color, linewidth=1.0, alpha=0.4)
@@ -395,14 +367,14 @@ def _line(
     return values
 
 
-def _over(axes: Axes, what: str, first: float, last: float) -> None:
-    """The horizontal axis of whole numbers from first to last."""
+def _over(axes: Axes, name: str, first: float, last: float) -> None:
+    """Set the horizontal axis to whole numbers from first to last."""
     from matplotlib.ticker import MaxNLocator
 
     room = max(0.5, 0.02 * (last - first))
     axes.set_xlim(first - room, last + room)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    axes.set_xlabel(what, fontsize=TEXT, color=INK)
+    axes.set_xlabel(name, fontsize=TEXT, color=INK)
 
 
 def _decorate(axes: Axes, title: str) -> None:
@@ -414,7 +386,7 @@ def _decorate(axes: Axes, title: str) -> None:
 
 
 def _short(name: str) -> str:
-    """A name on one line, of at most `LONGEST_NAME` characters, as matplotlib takes it."""
+    """A name on one line of at most `LONGEST_NAME` characters, escaped for matplotlib."""
     return _plain(_one_line(name))
 
 
@@ -424,12 +396,12 @@ def _one_line(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Keeps matplotlib from taking dollar signs for mathematics."""
+    """Escape dollar signs, which matplotlib would read as mathematics."""
     return text.replace("$", r"\$")
 
 
 def _save(figure: Figure, path: Path, title: str) -> None:
-    """Writes the PNG. A letter that the font lacks is a box, and no warning."""
+    """Write the PNG. Letters missing from the font are drawn as boxes, without a warning."""
     if title:
         top = 1 - 0.08 / figure.get_figheight()
         size = min(TITLE, 72 * figure.get_figwidth() / (0.7 * len(title)))

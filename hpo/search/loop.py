@@ -26,8 +26,7 @@ from core.errors import CoreError
 from core.loop import EpochMetrics, TrainResult, seconds_per_epoch
 from core.runtime import derive_seed, describe_device
 from hpo.confirmation.trials import why_stopped
-from hpo.dashboard.notes import note_trial
-from hpo.dashboard.pictures import attach_artifacts, confusion_matrix, learning_curves
+from hpo.dashboard import artifacts
 from hpo.errors import FULL_DISK, HpoError, StudyError
 from hpo.paths import TrainingPaths
 from hpo.reporter import Listener
@@ -132,7 +131,7 @@ def run_study(
             with full_disk_told(study.paths.dir), study.queue.beating(trial):
                 outcome = _stopped(study, space, trial, trial_index) or objective(trial, trial_index)
                 if study.confirms is None:  # a refit takes the search's weights, and pictures of every seed say little
-                    _keep(study, space, divide(space.baseline.data), outcome, device)
+                    _keep(study, space, divide(space.baseline.data), trial, outcome, device)
                 space_on_disk.keep_within()
                 # One thread and two do not add in the same order: with the same number, a trial's values are the same.
                 where = {"torch_threads": torch.get_num_threads(), "device": describe_device(device)}
@@ -313,35 +312,26 @@ def _is_trained(study: Study, recipe: Recipe) -> bool:
     return paths.result.exists() and paths.config.read_text() == to_yaml(_reference_config(study, recipe))
 
 
-def _keep(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: Outcome, device: torch.device) -> None:
-    """Writes what outlives a trial: the weights of the best few, and what the dashboard shows, pictures and a note."""
+def _keep(
+    study: Study,
+    space: SearchSpace,
+    splits: Sequence[Splits],
+    trial: optuna.Trial,
+    outcome: Outcome,
+    device: torch.device,
+) -> None:
+    """Keep the weights of the best few trials, and record the trial for the dashboard."""
     if outcome.results:
         _keep_weights(study, splits, outcome)
-    try:
-        attach_artifacts(study.optuna, outcome.number, _draw(study, space, splits, outcome), study.artifact_store())
-    except Exception as error:  # a picture is not worth a trial
-        logger.warning("trial %d: its pictures are missing (%s: %s)", outcome.number, type(error).__name__, error)
-    try:
-        study.remember_device(describe_device(device))
-        note_trial(study, space, outcome, device=describe_device(device))
-    except Exception as error:  # nor is a note
-        logger.warning("trial %d: its note is missing (%s: %s)", outcome.number, type(error).__name__, error)
-
-
-def _draw(study: Study, space: SearchSpace, splits: Sequence[Splits], outcome: Outcome) -> list[Path]:
-    """Draws a trial's pictures; returns all its files that the dashboard is to show."""
-    number, files = outcome.number, []
-    if outcome.rows:
-        files.append(study.paths.trial_curves(number))
-        learning_curves(outcome.rows, files[-1], title=f"trial {number}", metric=space.metric)
-    if outcome.results:
-        files.append(study.paths.trial_confusion(number))
-        whose = "validation images" if len(splits) == 1 else f"validation images of {len(splits)} folds"
-        table = validation_confusion(outcome.results, splits)
-        confusion_matrix(table, splits[0].classes, files[-1], title=f"trial {number}, {whose}")
-    if outcome.config is not None:
-        files.append(study.paths.trial_config(number))
-    return files
+    artifacts.record(
+        study,
+        space,
+        trial,
+        outcome,
+        confusion=validation_confusion(outcome.results, splits) if outcome.results else None,
+        classes=splits[0].classes,
+        device=describe_device(device),
+    )
 
 
 def _keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> None:

@@ -33,3 +33,8 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     """Appends one JSON object as a line."""
     with path.open("a") as file:
         file.write(json_line(row))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a `metrics.jsonl`; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -13,12 +13,10 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from optuna.artifacts import FileSystemArtifactStore
 from PIL import Image
 
 from hpo.dashboard import pictures
-from hpo.dashboard.pictures import attach_artifacts, confident_errors, confusion_matrix, learning_curves, study_overview
-from hpo.storage import open_storage
+from hpo.dashboard.pictures import confident_errors, confusion_matrix, learning_curves, study_overview
 
 CLASSES = ("cat", "dog")
 
@@ -311,29 +309,3 @@ def test_a_trials_pictures_take_at_most_three_tenths_of_a_second_each(tmp_path: 
     table = min(seconds(lambda: confusion_matrix(counts, names, tmp_path / "c.png")) for _ in range(5))
     assert curves < 0.3
     assert table < 0.3
-
-
-# Artifacts
-
-
-def test_artifacts_carry_their_names_and_types_and_content(tmp_path: Path) -> None:
-    study = optuna.create_study(storage=open_storage(str(tmp_path / "journal.log")))
-    trials = [study.ask(), study.ask()]
-    picture, text = tmp_path / "learning_curves.png", tmp_path / "config.yaml"
-    learning_curves(history(3), picture)
-    text.write_text("epochs: 3\n")
-    (tmp_path / "artifacts").mkdir()
-    attach_artifacts(study, trials[1].number, [picture, text], FileSystemArtifactStore(tmp_path / "artifacts"))
-    study.tell(trials[1], 0.5)
-
-    again = optuna.load_study(study_name=study.study_name, storage=open_storage(str(tmp_path / "journal.log")))
-    first, second = again.get_trials(deepcopy=False)
-    assert optuna.artifacts.get_all_artifact_meta(first, storage=again._storage) == []
-    metas = optuna.artifacts.get_all_artifact_meta(second, storage=again._storage)
-    assert {(meta.filename, meta.mimetype) for meta in metas} == {
-        ("learning_curves.png", "image/png"),
-        ("config.yaml", "text/plain"),
-    }
-    for meta in metas:
-        stored = tmp_path / "artifacts" / meta.artifact_id
-        assert stored.read_bytes() == (tmp_path / meta.filename).read_bytes()

@@ -26,6 +26,7 @@ from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import scores, value
 from core.runtime import derive_seed, normalize
 from core.tta import VIEWS, look, predict_logits
+from hpo.dashboard import artifacts
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate_s, run_references, run_study
@@ -180,6 +181,7 @@ def test_what_a_folded_trial_leaves_behind(tmp_path: Path, digits: Dataset) -> N
     for fold, result in enumerate(results, 1):
         kept = load_file(study.paths.trial_model(0, fold))
         assert all(torch.equal(kept[name], weights) for name, weights in result.model.state_dict().items())
+    artifacts.draw(study, [0])
     for picture in (study.paths.trial_curves(0), study.paths.trial_confusion(0)):
         assert picture.exists()
     assert not list((study.paths.dir / "checkpoints").iterdir())

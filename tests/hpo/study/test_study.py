@@ -23,7 +23,7 @@ import pytest
 from optuna.trial import TrialState
 
 from core.config import TrainConfig
-from hpo.dashboard.pictures import attach_artifacts
+from hpo.dashboard.artifacts import attach
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, studies_root
 from hpo.space import SearchSpace, load_space
@@ -469,7 +469,7 @@ def test_a_retried_trial_has_no_pictures_of_the_attempt_before(open_: Any, tmp_p
     study.queue.ensure_trials(1)
     trial, _ = study.queue.claim()
     (tmp_path / "curves.png").write_bytes(b"a picture")
-    attach_artifacts(study.optuna, trial.number, [tmp_path / "curves.png"], study.artifact_store())
+    attach(trial, tmp_path / "curves.png", study.artifact_store())
     study.optuna._storage.set_trial_system_attr(trial._trial_id, "rung:2", [1, 1, True])
     study.queue.release(trial)
     before, again = study.optuna.trials
