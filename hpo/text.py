@@ -1,9 +1,9 @@
-"""Formatting of numbers, names and durations for people. Every view of a study formats them with these functions."""
+"""Formatting of numbers, names and durations, shared by all views of a study."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 METRIC_WORDS = {
@@ -12,11 +12,11 @@ METRIC_WORDS = {
     "macro_f1": "macro-F1",
     "nll": "NLL",
 }
-"""A metric's name as a picture says it."""
+"""The name of a metric in a figure or a sentence."""
 
 
 def duration(seconds: float) -> str:
-    """A length of time as a person says it: 45 s, 3 min, 2 h 10 min."""
+    """Format a duration: `45 s`, `3 min`, `2 h 10 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 100:
@@ -26,15 +26,17 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun: 1 trial, 1,320 epochs."""
+    """Format a number with its noun: `1 trial`, `1,320 epochs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def gap(metric: str, size: float, half_width: float = math.inf) -> str:
-    """By how much two scores differ: 3.10 ± 0.60 points, of scores that are shares of one; of a loss, a number.
+    """Format the difference of two scores: `3.10 ± 0.60 points`, or a plain number for a loss.
 
     Args:
-        half_width: of its interval; infinite where it has none.
+        metric: `nll`, or a fraction of one.
+        size: of the difference.
+        half_width: of its interval; infinite if it has none.
     """
     scale, digits, unit = (1.0, 4, "") if metric == "nll" else (100.0, 2, " points")
     spread = f" ± {scale * half_width:.{digits}f}" if math.isfinite(half_width) else ""
@@ -42,21 +44,21 @@ def gap(metric: str, size: float, half_width: float = math.inf) -> str:
 
 
 def short(value: Any) -> str:
-    """A parameter's value in few characters."""
+    """Format a parameter's value with three significant digits."""
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value)
 
 
 def assignments(params: Mapping[str, Any]) -> str:
-    """Parameters in one line, rounded for the eye."""
+    """Format parameters in one line, rounded."""
     return " ".join(f"{name}={short(value)}" for name, value in params.items())
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Dotted paths by as few of their last parts as tell them apart: `optim.lr_scale` is `lr_scale`.
+    """Map dotted paths to their shortest unique endings: `optim.lr_scale` to `lr_scale`.
 
-    A last part that says nothing alone keeps the one before: `optim.name`.
+    `name` alone means nothing, and keeps the part before it: `optim.name`.
     """
     names = list(paths)
     found = {}
@@ -71,12 +73,12 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def score(value: float | None) -> str:
-    """A metric's value, as every table and sentence of the report shows it."""
+    """Format a metric's value with four decimals; None is a dash."""
     return "–" if value is None else f"{value:.4f}"
 
 
 def number(value: float) -> str:
-    """A number in few characters: `22.1`, `4.47e-6`, `1e-4`."""
+    """Format a number with three significant digits: `22.1`, `4.47e-6`, `1e-4`."""
     mantissa, _, exponent = f"{value:.3g}".partition("e")
     if not exponent and 0 < abs(value) < 0.001:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
@@ -85,12 +87,12 @@ def number(value: float) -> str:
 
 
 def difference(metric: str, gain: float, half_width: float = math.inf) -> str:
-    """By how much something is better: `+3.10 ± 0.60 points`; where it is worse, with a minus."""
+    """Format a gain with its sign: `+3.10 ± 0.60 points`; negative if it is worse."""
     return ("−" if gain < 0 else "+") + gap(metric, abs(gain), half_width)
 
 
 def in_words(size: float) -> str:
-    """Bytes as a person says them: 812 B, 1.2 MB."""
+    """Format a number of bytes: `812 B`, `1.2 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
@@ -98,17 +100,27 @@ def in_words(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def some(noun: str, numbers: list[int]) -> str:
-    """Up to five numbers."""
-    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:5]))}{more}"
+def some(noun: str, numbers: Sequence[int], *, most: int = 5) -> str:
+    """Format a list of numbers, cut where it is long: `trials 1, 2, 3, 4, 5 and 2 more`."""
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:most]))}{more}"
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share of one as `33 %`, its number and its sign on one line."""
+    """Format a fraction of one: `33 %`, not broken between lines."""
     return f"{100 * share:.{digits}f}\u00a0%"
 
 
 def together(text: str) -> str:
-    """A short text that is not broken into lines, for the first column of a table on a narrow screen."""
+    """Keep a short text on one line, for the first column of a table on a narrow screen."""
     return text.replace(" ", "\u00a0")
+
+
+def joined(words: Sequence[str]) -> str:
+    """Join words in a sentence: `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
+
+
+def sentence(words: str) -> str:
+    """Capitalize the first letter and leave the rest."""
+    return words[:1].upper() + words[1:]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from core.data import Dataset, Division
 from core.errors import UserError
-from hpo.analysis.summary import unproven
 from hpo.api.common import joining, open_dataset, say_data, say_patience
 from hpo.cli.console import StudyProgress, say, table
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation, write_confirmation
@@ -17,6 +16,7 @@ from hpo.confirmation.trials import Plan, open_confirmation
 from hpo.dashboard.notes import note_study
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of
+from hpo.report.words import unproven
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate_s, wait_for_others
 from hpo.storage import is_masked

@@ -11,7 +11,6 @@ from core.config import TrainConfig
 from core.data import Dataset
 from core.metrics import Scores
 from core.runtime import describe_device, select_device
-from hpo.analysis.summary import unproven
 from hpo.api.common import memory_told, open_dataset, say_patience
 from hpo.api.confirm import confirmed
 from hpo.cli.console import say, table
@@ -19,6 +18,7 @@ from hpo.cli.scores import METRIC_WORDS, say_per_class, training_bars
 from hpo.confirmation.result import NO_EVIDENCE, Confirmation, is_current, read_confirmation
 from hpo.errors import StudyError
 from hpo.paths import refit_label
+from hpo.report.words import unproven
 from hpo.search.interrupts import Interrupts
 from hpo.storage import is_masked
 from hpo.study import Study, find_study

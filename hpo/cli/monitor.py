@@ -15,8 +15,8 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.analysis.summary import how_far, run_again
 from hpo.cli.console import Screen, TableOf
+from hpo.report.words import progress_text, run_again
 from hpo.space.pruner import places_of, spared
 from hpo.storage.lease import LEASE, is_abandoned
 from hpo.study import Study
@@ -159,7 +159,9 @@ def screen(view: View) -> Screen:
 
 def _head(view: View) -> list[str]:
     study = view.study
-    lines = [f"study {study.name} (space {study.space_name}): {how_far(study, len(view.finished))}: {_states(view)}"]
+    lines = [
+        f"study {study.name} (space {study.space_name}): {progress_text(study, len(view.finished))}: {_states(view)}"
+    ]
     best = study.best_trial()
     if best is not None:
         what = ", the base" if is_baseline(best) else ""

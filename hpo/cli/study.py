@@ -10,6 +10,7 @@ from hpo.cli.console import say, table
 from hpo.cli.summary import print_summary
 from hpo.dashboard import serve as dashboard
 from hpo.paths import studies_root
+from hpo.report.words import states_text
 from hpo.storage import is_masked, mask
 from hpo.storage.urls import words_of
 from hpo.study import find_study, list_studies
@@ -26,7 +27,7 @@ def list_command() -> None:
     for study in studies:
         now = summarize(study)
         best = "" if now.best_value is None else f"{now.best_value:.4f}"
-        rows.append([study.name, study.space_name, now.states, study.metric, best, study.storage_shown])
+        rows.append([study.name, study.space_name, states_text(now.counts), study.metric, best, study.storage_shown])
     table(["study", "space", "trials", "objective", "best", "storage"], rows, right=(4,))
 
 

@@ -6,11 +6,13 @@ import statistics
 
 from optuna.trial import TrialState
 
-from hpo.analysis.summary import _value, how_far, margins, next_commands, summarize
+from hpo.analysis.study_data import value_of
+from hpo.analysis.summary import summarize
 from hpo.cli.console import say, table
 from hpo.confirmation.result import read_confirmation
 from hpo.confirmation.trials import trainings
 from hpo.dashboard.pictures import study_overview
+from hpo.report.words import entry_name, margins, next_commands, progress_text, states_text
 from hpo.study import Study
 from hpo.text import assignments, count
 
@@ -19,7 +21,7 @@ def print_summary(study: Study) -> None:
     """The whole standing: trials by state, the best of them, what they beat, and the next commands."""
     now = summarize(study)
     what = f"space {study.space_name}" if study.confirms is None else f"confirms {study.confirms}"
-    say(f"study {study.name} ({what}): {how_far(study, now.counts.finished)}: {now.states}")
+    say(f"study {study.name} ({what}): {progress_text(study, now.counts.finished)}: {states_text(now.counts)}")
     say(f"  data {study.data_name}, objective {study.metric} on the validation images, seed {study.seed}")
     say(f"  storage {study.storage_shown}")
     if study.paths.overview.exists():
@@ -67,10 +69,10 @@ def _say_candidates(study: Study) -> None:
 
 def _say_best_trials(study: Study) -> None:
     complete = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    ranked = sorted(complete, key=lambda trial: (-study.sign * _value(trial), trial.number))[:SHOWN]
+    ranked = sorted(complete, key=lambda trial: (-study.sign * value_of(trial), trial.number))[:SHOWN]
     table(
         ["trial", study.metric, "parameters"],
-        [[trial.number, f"{_value(trial):.4f}", assignments(trial.params)] for trial in ranked],
+        [[trial.number, f"{value_of(trial):.4f}", assignments(trial.params)] for trial in ranked],
         right=(0, 1),
     )
 
@@ -78,7 +80,7 @@ def _say_best_trials(study: Study) -> None:
 def draw_overview(study: Study) -> None:
     """Draws the study's history into its folder."""
     now = summarize(study)
-    baselines = {name.partition(" (")[0]: value for name, value in now.rivals if value is not None}
+    baselines = {entry_name(entry): entry.value for entry in now.baselines if entry.value is not None}
     study_overview(study.optuna, study.paths.overview, metric=study.metric, baselines=baselines, title=study.name)
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
-from hpo.analysis.summary import run_again
 from hpo.cli.console import say, table
 from hpo.cli.output import write_output
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.errors import StudyError
+from hpo.report.words import run_again
 from hpo.space import dump_yaml, to_yaml
 from hpo.study import Study, find_study
 from hpo.study.dataframe import trials_frame

@@ -1,37 +1,46 @@
-"""Studies side by side: which found the better configuration, how soon, and at what cost.
+"""Several studies side by side: which found the better configuration, how soon, and at what cost.
 
-Scores can only be compared where they mean the same: the same metric, on the same images, divided alike. Where they do
-not, the page says so first, and what has no common axis is drawn on axes of its own.
+Scores can only be compared if they have the same meaning: the same metric, on the same images, split alike. Otherwise
+the page begins with a warning, and metrics without a common axis have figures of their own.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, cycle
 from typing import Any
 
 import plotly.graph_objects as go
+from markupsafe import Markup
 from optuna.trial import FrozenTrial
 
-from hpo.analysis.facts import Facts, name_of, value_of
-from hpo.report.answer import confirmed_words, test_words, verdict
-from hpo.report.costs import own, saved
-from hpo.report.page import COLORS, DASHES, SYMBOLS, Section, figure, heading, listing, paragraph, side_by_side, table
+from hpo.analysis.costs import own, saved
+from hpo.analysis.study_data import StudyData, value_of
+from hpo.confirmation.result import BASE
+from hpo.report.answer import confirmed_text, tested_text, verdict
+from hpo.report.charts import Look, error_bars, marks, time_unit
+from hpo.report.page import (  # fmt: skip
+    COLORS,
+    DASHES,
+    SYMBOLS,
+    Section,
+    figure,
+    heading,
+    listing,
+    paragraph,
+    section,
+    side_by_side,
+    table,
+)
+from hpo.report.words import metric_label, trial_name
 from hpo.space import diff
 from hpo.text import difference, duration, gap, number, score
 
-_APART = ("data.", "objective.")
-"""How the parts of a space's identity begin that make two scores something else."""
+_ALONG = {"trials": "trials", "epochs": "epochs trained", "time": "training time"}
 
 
-def title_of(studies: Sequence[Facts]) -> str:
-    """The page's title."""
-    return " and ".join(each.study.name for each in studies)
-
-
-def comparison(studies: Sequence[Facts]) -> list[Section]:
-    """The sections of the page; the first study is the one that the others are held against."""
+def comparison(studies: Sequence[StudyData]) -> list[Section]:
+    """The sections of the page; the others are compared with the first study."""
     made = (_answers(studies), _progress(studies), _confirmed(studies), _ranges(studies), _differences(studies))
     return [section for section in made if section is not None]
 
@@ -39,50 +48,55 @@ def comparison(studies: Sequence[Facts]) -> list[Section]:
 # Side by side -------------------------------------------------------------------------------------------------------
 
 
-def _answers(studies: Sequence[Facts]) -> Section:
-    rows: list[tuple[str, Callable[[Facts], object]]] = [
-        ("objective", lambda facts: f"{facts.metric}, to {facts.study.direction}"),
-        ("the search's best", _best_words),
-        ("over its base", _over_base),
-        ("confirmed", confirmed_words),
-        ("on the test images", test_words),
-        ("trials finished", lambda facts: facts.finished),
-        ("complete / pruned / failed", _states),
-        ("epochs trained", lambda facts: f"{_epochs(facts):,}"),
-        ("epochs saved by pruning", lambda facts: f"{saved(facts).epochs:,}"),
-        ("training time", lambda facts: duration(sum(map(facts.elapsed_s, own(facts.trials))))),
-        ("device", lambda facts: ", ".join(facts.devices)),
-    ]
-    body = [paragraph(words, kind="warning") for words in warnings_of(studies)]
-    body.append(
-        table(["", *(each.study.name for each in studies)], [(name, *map(tell, studies)) for name, tell in rows])
+def _answers(studies: Sequence[StudyData]) -> Section:
+    rows: dict[str, Callable[[StudyData], object]] = {
+        "objective": lambda data: f"{data.metric}, to {data.study.direction}",
+        "the search's best": _best_text,
+        "over its baseline": _gain_text,
+        "confirmed": confirmed_text,
+        "on the test images": tested_text,
+        "trials finished": lambda data: data.finished,
+        "complete / pruned / failed": lambda data: " / ".join(
+            str(len(trials)) for trials in (data.complete, data.pruned, data.failed)
+        ),
+        "epochs trained": lambda data: f"{sum(map(data.epochs, own(data.trials))):,}",
+        "epochs saved by pruning": lambda data: f"{saved(data).epochs:,}",
+        "training time": lambda data: duration(sum(map(data.elapsed_s, own(data.trials)))),
+        "device": lambda data: ", ".join(data.devices),
+    }
+    names = [data.study.name for data in studies]
+    return section(
+        "answer",
+        "Side by side",
+        _headline(studies),
+        [paragraph(words, kind="warning") for words in warnings_of(studies)],
+        table(["", *names], [(name, *map(cell, studies)) for name, cell in rows.items()]),
+        listing([f"{data.study.name}: {verdict(data)}" for data in studies]),
+        short="Answer",
     )
-    body.append(listing([f"{each.study.name}: {verdict(each)}" for each in studies]))
-    return Section("answer", "Side by side", _headline(studies), "\n".join(body), short="Answer")
 
 
-def _headline(studies: Sequence[Facts]) -> str:
-    """Who leads, as far as that can be said."""
+def _headline(studies: Sequence[StudyData]) -> str:
+    """The study that leads, if there is one."""
     if warnings_of(studies):
         return "These studies' scores cannot be compared directly."
-    by_confirmation = all(_confirmed_mean(each) is not None for each in studies)
-    score_of = _confirmed_mean if by_confirmation else _best_value
-    scored = [(found, each) for each in studies if (found := score_of(each)) is not None]
+    confirmed = all(_confirmed_mean(data) is not None for data in studies)
+    value = _confirmed_mean if confirmed else _search_value
+    scored = [(found, data.study.name) for data in studies if (found := value(data)) is not None]
     if len(scored) < len(studies):
         return "Not every study has a complete trial yet."
     scored.sort(key=lambda pair: studies[0].gain(pair[0], 0.0), reverse=True)
     (first, leader), (second, _) = scored[:2]
-    what = "confirmed winner" if by_confirmation else "search's best"
     gain = studies[0].gain(first, second)
+    what = "confirmed winner" if confirmed else "search's best"
     if gain == 0:
         return f"The {what}s score the same: {score(first)}."
-    size = gap(leader.metric, gain)
-    ahead = f"The {what} of {leader.study.name} is ahead by {size}: {score(first)}."
-    return ahead if by_confirmation else f"Not confirmed: {ahead[:1].lower()}{ahead[1:]}"
+    the = "The" if confirmed else "Not confirmed: the"
+    return f"{the} {what} of {leader} is ahead by {gap(studies[0].metric, gain)}: {score(first)}."
 
 
-def warnings_of(studies: Sequence[Facts]) -> list[str]:
-    """What makes two scores something else, a sentence each."""
+def warnings_of(studies: Sequence[StudyData]) -> list[str]:
+    """Why the scores cannot be compared, a sentence each."""
     first, found = studies[0], []
     for other in studies[1:]:
         names = f"{first.study.name} and {other.study.name}"
@@ -90,217 +104,175 @@ def warnings_of(studies: Sequence[Facts]) -> list[str]:
             found.append(f"{names} have other objectives: {first.metric} and {other.metric}.")
         ours, theirs = first.study.metadata["data"], other.study.metadata["data"]
         if ours["fingerprint"] != theirs["fingerprint"]:
-            named = f"{ours['name']} ({ours['fingerprint'][:12]}) and {theirs['name']} ({theirs['fingerprint'][:12]})"
-            found.append(f"{names} were run on other images: {named}.")
-        elif split := [line for line in _identity_diff(first, other) if line.startswith("data.")]:
-            found.append(f"{names} divide or read the images otherwise: {'; '.join(split)}.")
+            images = " and ".join(f"{each['name']} ({each['fingerprint'][:12]})" for each in (ours, theirs))
+            found.append(f"{names} were run on other images: {images}.")
+        elif split := [line for line in _space_diff(first, other) if line.startswith("data.")]:
+            found.append(f"{names} split or read the images differently: {'; '.join(split)}.")
     return found
 
 
-def _best_words(facts: Facts) -> str:
-    return "no complete trial" if facts.best is None else f"{score(facts.best.value)}, {name_of(facts.best)}"
+def _best_text(data: StudyData) -> str:
+    return "no complete trial" if data.best is None else f"{score(data.best.value)}, {trial_name(data.best)}"
 
 
-def _best_value(facts: Facts) -> float | None:
-    return None if facts.best is None else facts.best.value
+def _gain_text(data: StudyData) -> str:
+    if data.best_gain is None:
+        return "the baseline is not trained"
+    if data.best is data.baseline:
+        return "nothing: the baseline is best"
+    return difference(data.metric, data.best_gain)
 
 
-def _confirmed_mean(facts: Facts) -> float | None:
-    if facts.confirmation is None:
+def _search_value(data: StudyData) -> float | None:
+    return None if data.best is None else data.best.value
+
+
+def _confirmed_mean(data: StudyData) -> float | None:
+    if data.confirmation is None:
         return None
-    interval = facts.confirmation.contender(facts.confirmation.winner).interval
+    interval = data.confirmation.contender(data.confirmation.winner).interval
     return None if interval is None else interval.mean
-
-
-def _over_base(facts: Facts) -> str:
-    if facts.best is None or facts.baseline is None or facts.baseline not in facts.complete:
-        return "the base is not trained"
-    if facts.best is facts.baseline:
-        return "nothing: the base is best"
-    return difference(facts.metric, facts.gain(value_of(facts.best), value_of(facts.baseline)))
-
-
-def _states(facts: Facts) -> str:
-    return f"{len(facts.complete)} / {len(facts.pruned)} / {len(facts.failed)}"
-
-
-def _epochs(facts: Facts) -> int:
-    return sum(map(facts.epochs, own(facts.trials)))
 
 
 # Progress -----------------------------------------------------------------------------------------------------------
 
 
-def _progress(studies: Sequence[Facts]) -> Section | None:
+def _progress(studies: Sequence[StudyData]) -> Section | None:
     """The best so far of each study, by trials, by epochs and by time."""
-    shown = [each for each in studies if each.complete]
+    shown = [data for data in studies if data.complete]
     if not shown:
         return None
-    metrics = list(dict.fromkeys(each.metric for each in shown))
-    body = []
+    metrics = list(dict.fromkeys(data.metric for data in shown))
+    body: list[Markup] = []
     for metric in metrics:
-        alike = [each for each in shown if each.metric == metric]
-        body += [heading(alike[0].metric_words)] if len(metrics) > 1 else []
+        alike = [data for data in shown if data.metric == metric]
+        body += [heading(metric_label(metric))] if len(metrics) > 1 else []
+        figures = {along: progress_figure(alike, along) for along in _ALONG}
         body.append(
             side_by_side(
-                [
-                    figure(progress_figure(alike, along), alt=f"Best {metric} so far, by {along}", height=340)
-                    for along in ("trials", "epochs", "time")
-                ]
+                [figure(fig, alt=f"Best {metric} so far, by {along}", height=340) for along, fig in figures.items()]
             )
         )
     lead = "The best complete trial so far, after so many trials, so many epochs, and so much training time."
-    return Section("progress", "Progress", lead, "\n".join(body))
+    return section("progress", "Progress", lead, body)
 
 
-_COSTS: Mapping[str, Callable[[Facts], Callable[[FrozenTrial], float]]] = {
-    "trials": lambda _: lambda _: 1.0,
-    "epochs": lambda facts: lambda trial: float(facts.epochs(trial)),
-    "time": lambda facts: facts.elapsed_s,
-}
-"""What is counted -> what one trial adds to it."""
-
-
-def progress_figure(studies: Sequence[Facts], along: str) -> go.Figure:
-    """A line a study: the best value so far, with a mark at each trial that was complete.
+def progress_figure(studies: Sequence[StudyData], along: str) -> go.Figure:
+    """A line per study: the best value so far, with a mark at each complete trial, up to all that was spent.
 
     Args:
-        along: `trials`, `epochs` or `time`: what is counted up to each trial, in the order in which they began.
+        studies: with complete trials and one metric.
+        along: `trials`, `epochs` or `time`, added up in the order in which the trials began.
     """
     fig = go.Figure()
-    size, unit = _unit_of_time(studies) if along == "time" else (1.0, "")
+    longest = max(sum(map(data.elapsed_s, data.trials)) for data in studies)
+    unit, size = time_unit(longest) if along == "time" else ("", 1.0)
     looks = zip(cycle(COLORS), cycle(DASHES), cycle(SYMBOLS), strict=False)
-    for facts, (color, dash, symbol) in zip(studies, looks, strict=False):
-        spent, best, numbers = progress(facts, along)
-        spent, best, numbers = _to_the_end(facts, along, spent, best, numbers)
+    for data, (color, dash, symbol) in zip(studies, looks, strict=False):
+        spent, best, numbers, end = progress(data, along)
+        if end > spent[-1]:
+            spent, best, numbers = [*spent, end], [*best, best[-1]], [*numbers, numbers[-1]]
         fig.add_trace(
             go.Scatter(
                 x=[each / size for each in spent],
                 y=best,
                 text=numbers,
-                name=facts.study.name,
+                name=data.study.name,
                 mode="lines+markers",
                 line={"shape": "hv", "dash": dash, "color": color, "width": 2},
                 marker={"symbol": symbol, "size": 7},
-                hovertemplate=f"{facts.study.name}, trial %{{text}}<br>best so far %{{y:.4f}}<extra></extra>",
+                hovertemplate=f"{data.study.name}, trial %{{text}}<br>best so far %{{y:.4f}}<extra></extra>",
             )
         )
-    words = {"trials": "trials", "epochs": "epochs trained", "time": f"training time ({unit})"}
-    fig.update_xaxes(title_text=words[along], rangemode="tozero")
-    fig.update_yaxes(title_text=f"validation {studies[0].metric_words}")
+    fig.update_xaxes(title_text=_ALONG[along] + (f" ({unit})" if unit else ""), rangemode="tozero")
+    fig.update_yaxes(title_text=f"validation {metric_label(studies[0].metric)}")
     return fig
 
 
-def progress(facts: Facts, along: str) -> tuple[list[float], list[float], list[int]]:
-    """(what was spent, the best so far, the trial's number) at each complete trial, in the order of their numbers."""
-    begun = sorted((t for t in facts.trials if t not in facts.waiting), key=lambda trial: trial.number)
-    spent = list(accumulate(map(_COSTS[along](facts), begun)))
-    ended = [(so_far, trial) for so_far, trial in zip(spent, begun, strict=True) if trial in facts.complete]
-    best = list(accumulate((value_of(trial) for _, trial in ended), max if facts.maximize else min))
-    return [so_far for so_far, _ in ended], best, [trial.number for _, trial in ended]
-
-
-def _to_the_end(
-    facts: Facts, along: str, spent: list[float], best: list[float], numbers: list[int]
-) -> tuple[list[float], list[float], list[int]]:
-    """The same with a point where the study ended, or has come to, so that its line shows all that was spent."""
-    begun = sorted((t for t in facts.trials if t not in facts.waiting), key=lambda trial: trial.number)
-    end = sum(map(_COSTS[along](facts), begun))
-    return (
-        ([*spent, end], [*best, best[-1]], [*numbers, begun[-1].number]) if end > spent[-1] else (spent, best, numbers)
-    )
-
-
-def _unit_of_time(studies: Sequence[Facts]) -> tuple[float, str]:
-    """(seconds, name) of the unit in which the longest study has a number of few digits."""
-    longest = max(sum(map(each.elapsed_s, each.trials)) for each in studies)
-    return (1.0, "s") if longest < 300 else (60.0, "min") if longest < 3 * 3600 else (3600.0, "h")
+def progress(data: StudyData, along: str) -> tuple[list[float], list[float], list[int], float]:
+    """(spent so far, best so far, trial number) at each complete trial, and all that was spent."""
+    costs: Mapping[str, Callable[[FrozenTrial], float]] = {
+        "trials": lambda _: 1.0,
+        "epochs": lambda trial: float(data.epochs(trial)),
+        "time": data.elapsed_s,
+    }
+    begun = sorted((trial for trial in data.trials if trial not in data.waiting), key=lambda trial: trial.number)
+    spent = list(accumulate(map(costs[along], begun)))
+    ended = [(so_far, trial) for so_far, trial in zip(spent, begun, strict=True) if trial in data.complete]
+    best = list(accumulate((value_of(trial) for _, trial in ended), max if data.maximize else min))
+    return [so_far for so_far, _ in ended], best, [trial.number for _, trial in ended], spent[-1]
 
 
 # Confirmed ----------------------------------------------------------------------------------------------------------
 
 
-def _confirmed(studies: Sequence[Facts]) -> Section | None:
-    """The confirmed winner and base of each study, with their intervals."""
-    shown = [each for each in studies if each.confirmation is not None and _confirmed_mean(each) is not None]
+def _confirmed(studies: Sequence[StudyData]) -> Section | None:
+    """The confirmed winner and baseline of each study, with their intervals."""
+    shown = [data for data in studies if _confirmed_mean(data) is not None]
     if not shown:
         return None
-    missing = [each.study.name for each in studies if each not in shown]
-    metrics = list(dict.fromkeys(each.metric for each in shown))
-    body = "".join(
-        figure(
-            confirmed_figure([each for each in shown if each.metric == metric]),
-            alt=f"Confirmed {metric} of each study's winner and base, with 95 % intervals",
-            height=90 + 80 * sum(each.metric == metric for each in shown),
-        )
-        for metric in metrics
-    )
+    body = []
+    for metric in dict.fromkeys(data.metric for data in shown):
+        alike = [data for data in shown if data.metric == metric]
+        alt = f"Confirmed {metric} of each study's winner and baseline, with 95 % intervals"
+        body.append(figure(confirmed_figure(alike), alt=alt, height=90 + 80 * len(alike)))
+    missing = [data.study.name for data in studies if data not in shown]
     if missing:
-        body += paragraph(f"Not confirmed, and so not here: {', '.join(missing)}.", kind="note")
-    lead = "Each study's winner and base on other seeds and splits, with 95 % intervals; squares are bases."
-    return Section("confirmed", "Confirmed", lead, body)
+        body.append(paragraph(f"Not confirmed, and so not here: {', '.join(missing)}.", kind="note"))
+    lead = "Each study's winner and baseline on other seeds and splits, with 95 % intervals; squares are baselines."
+    return section("confirmed", "Confirmed", lead, body)
 
 
-def confirmed_figure(studies: Sequence[Facts]) -> go.Figure:
-    """A row for each study's winner, and one for its base."""
+def confirmed_figure(studies: Sequence[StudyData]) -> go.Figure:
+    """A row for each study's winner, and one for its baseline."""
     fig = go.Figure()
-    for place, facts in enumerate(studies):
-        made = facts.confirmation
+    for data, color in zip(studies, cycle(COLORS), strict=False):
+        made = data.confirmation
         assert made is not None, "only confirmed studies are drawn"
-        for key in dict.fromkeys((made.winner, "base")):
-            contender = next((each for each in made.contenders if each.key == key), None)
-            if contender is None or contender.interval is None:
+        for contender in made.contenders:
+            if contender.key not in (made.winner, BASE) or contender.interval is None:
                 continue
-            half = contender.interval.half_width
-            fig.add_trace(
-                go.Scatter(
-                    x=[contender.interval.mean],
-                    y=[f"{facts.study.name}:<br>{'the base' if key == 'base' else key}"],
-                    mode="markers",
-                    marker={
-                        "symbol": "square" if key == "base" else "circle",
-                        "size": 11,
-                        "color": COLORS[place % len(COLORS)],
-                    },
-                    error_x={"type": "data", "array": [half if math.isfinite(half) else 0], "thickness": 2, "width": 5},
-                    hovertemplate=f"%{{y}}<br>%{{x:.4f}}, n = {contender.interval.n}<extra></extra>",
-                )
-            )
-    fig.update_xaxes(title_text=f"validation {studies[0].metric_words}, confirmed", nticks=5)
+            name = "the baseline" if contender.key == BASE else contender.key
+            hover = f"%{{y}}<br>%{{x:.4f}}, n = {contender.interval.n}"
+            look = Look(color, "square" if contender.key == BASE else "circle", 11)
+            bars = error_bars([contender.interval.half_width])
+            row = f"{data.study.name}:<br>{name}"
+            fig.add_trace(marks([contender.interval.mean], [row], hover, look, error_x=bars))
+    fig.update_xaxes(title_text=f"validation {metric_label(studies[0].metric)}, confirmed", nticks=5)
     fig.update_yaxes(autorange="reversed", type="category")
     fig.update_layout(showlegend=False)
     return fig
 
 
-# What differs -------------------------------------------------------------------------------------------------------
+# Differences --------------------------------------------------------------------------------------------------------
 
 
-def _ranges(studies: Sequence[Facts]) -> Section | None:
-    """Each study's range of each parameter, and the best trial's value in it."""
-    paths = list(dict.fromkeys(path for each in studies for path in _searched(each)))
+def _ranges(studies: Sequence[StudyData]) -> Section | None:
+    """Each study's range of each parameter, and the best trial's value."""
+    ranges = [_searched(data.study.metadata["identity"]) for data in studies]
+    paths = list(dict.fromkeys(path for each in ranges for path in each))
     if not paths:
         return None
     columns = ["parameter"]
-    for each in studies:
-        columns += [f"{each.study.name}: range", "best"]
+    for data in studies:
+        columns += [f"{data.study.name}: range", "best"]
     rows = []
     for path in paths:
-        row: list[object] = [path]
-        for each in studies:
-            row += [_range_words(_searched(each).get(path)), _best_of(each, path)]
+        row = [path]
+        for data, searched in zip(studies, ranges, strict=True):
+            row += [_range_text(searched.get(path)), _best_value(data, path)]
         rows.append(row)
-    lead = "What each study searched, and the value of its best trial; a dash: the parameter is not searched."
-    right = range(2, len(columns), 2)
-    return Section("ranges", "Parameter ranges", lead, table(columns, rows, right=right), short="Ranges")
+    lead = "The searched ranges, and the values of the best trials; a dash: the parameter is not searched."
+    body = table(columns, rows, right=range(2, len(columns), 2))
+    return section("ranges", "Parameter ranges", lead, body, short="Ranges")
 
 
-def _searched(facts: Facts) -> dict[str, Mapping[str, Any]]:
-    """Parameter -> its range, as the space's identity has it."""
-    identity = facts.study.metadata["identity"]
+def _searched(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameter -> its range."""
     return {key.removeprefix("search."): value for key, value in identity.items() if key.startswith("search.")}
 
 
-def _range_words(described: Mapping[str, Any] | None) -> str:
+def _range_text(described: Mapping[str, Any] | None) -> str:
     if described is None:
         return "–"
     if "choices" in described:
@@ -313,33 +285,30 @@ def _range_words(described: Mapping[str, Any] | None) -> str:
     return f"{words} (when {when})" if when else words
 
 
-def _best_of(facts: Facts, path: str) -> str:
-    if facts.best is None or path not in facts.best.params:
+def _best_value(data: StudyData, path: str) -> str:
+    if data.best is None or path not in data.best.params:
         return "–"
-    value = facts.best.params[path]
+    value = data.best.params[path]
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _differences(studies: Sequence[Facts]) -> Section:
-    """What else differs between the first study and each other one."""
+def _differences(studies: Sequence[StudyData]) -> Section:
+    """Other differences between the first study and each other one."""
     first, body = studies[0], []
     for other in studies[1:]:
-        lines = [f"`{line}`" for line in _identity_diff(first, other)]
         ours, theirs = first.study.metadata, other.study.metadata
-        if ours["seed"] != theirs["seed"]:
-            lines.append(f"seed: {ours['seed']} → {theirs['seed']}")
+        pairs = {"seed": (ours["seed"], theirs["seed"])}
         if ours["data"]["fingerprint"] != theirs["data"]["fingerprint"]:
-            lines.append(f"images: {ours['data']['name']} → {theirs['data']['name']}")
-        lines += [
-            f"{name}: {ours['versions'].get(name, 'none')} → {theirs['versions'].get(name, 'none')}"
-            for name in dict.fromkeys([*ours["versions"], *theirs["versions"]])
-            if ours["versions"].get(name) != theirs["versions"].get(name)
-        ]
+            pairs["images"] = (ours["data"]["name"], theirs["data"]["name"])
+        for name in dict.fromkeys([*ours["versions"], *theirs["versions"]]):
+            pairs[name] = (ours["versions"].get(name, "none"), theirs["versions"].get(name, "none"))
+        lines = [f"`{line}`" for line in _space_diff(first, other)]
+        lines += [f"{name}: {a} → {b}" for name, (a, b) in pairs.items() if a != b or name == "images"]
         body.append(heading(f"{first.study.name} → {other.study.name}"))
         body.append(listing(lines) if lines else paragraph("Nothing: space, data, seed and versions are the same."))
-    lead = "What differs in the space, the data, the seed and the versions; the number of trials is not in it."
-    return Section("differences", "Differences", lead, "\n".join(body))
+    lead = "Differences in the space, the data, the seed and the versions; the number of trials is not compared."
+    return section("differences", "Differences", lead, body)
 
 
-def _identity_diff(first: Facts, other: Facts) -> list[str]:
+def _space_diff(first: StudyData, other: StudyData) -> list[str]:
     return diff(first.study.metadata["identity"], other.study.metadata["identity"])

@@ -1,8 +1,7 @@
-"""A sheet of training images as the winner's configuration shows them to its network.
+"""The section on augmentation: training images as the winner's configuration augments them.
 
-They go through the very pipeline of the training (`core.augment.Augment`, and its mixing), with random numbers of their
-own that are the same for every report. What is normalised is turned back into pixels by the same mean and deviation, so
-that an erased part has the colour that it has for the network: the mean.
+They pass through the training's own pipeline (`core.augment.Augment` and its mixing), with random numbers that are the
+same for every report. Normalization is undone, so that erased parts have the color that the network sees: the mean.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.analysis.facts import Facts
-from hpo.analysis.outputs import no_images
-from hpo.report.page import Section, paragraph, picture
+from hpo.analysis.study_data import StudyData
+from hpo.report.images import no_images
+from hpo.report.page import Section, paragraph, picture, section
+from hpo.text import sentence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,69 +25,62 @@ if TYPE_CHECKING:
     from core.config import AugmentConfig, TrainConfig
     from core.data import Dataset, Splits
 
-SHEET_IMAGES, SHEET_DRAWS = 8, 8
-TILE = (64, 96)
-"""Pixels of an image on the sheet: smaller ones are enlarged, larger ones reduced, so that the file stays small."""
+_IMAGES, _DRAWS = 8, 8
+_TILE = (64, 96)  # pixels; smaller images are enlarged and larger ones reduced, so that the file stays small
 
 
-def augmented_samples(facts: Facts) -> Section | None:
-    """A sheet of training images as the winner's configuration shows them; None before any trial is complete."""
-    chosen = _configuration(facts)
+def augmented_samples(data: StudyData) -> Section | None:
+    """A sheet of augmented training images; None before any trial is complete."""
+    chosen = _configuration(data)
     if chosen is None:
         return None
-    config, whose = chosen
-    title = "Augmentation"
-    dataset = facts.dataset()
-    if dataset is None:
-        return Section("augment", title, "The images are not at hand.", "\n".join(no_images(facts).body))
+    config, owner = chosen
+    if data.dataset is None:
+        return section("augment", "Augmentation", "The images are not available.", no_images(data))
     on = augmentations(config.augment)
     if not on:
-        lead = f"{whose[0].upper()}{whose[1:]} augments nothing: its network saw every image as it is."
-        return Section("augment", title, lead, "")
-    lead = (
-        f"Training images as {whose} has them augmented: {', '.join(on)}. A row is an image, its first tile as it is."
-    )
-    places = examples(dataset, SHEET_IMAGES)
-    sheet = draw_sheet(dataset, places, config, SHEET_DRAWS)
-    names = [dataset.classes[int(dataset.labels[place])] for place in places]
-    body = [
-        picture(sheet, alt=f"{len(places)} images, and {SHEET_DRAWS} augmented draws of each"),
-        paragraph(f"From above: {', '.join(names)}.", kind="note"),
-    ]
+        return section(
+            "augment", "Augmentation", f"{sentence(owner)} augments nothing: its network saw unchanged images."
+        )
+    lead = f"Training images as {owner} augments them: {', '.join(on)}. Each row begins with the unchanged image."
+    places = examples(data.dataset, _IMAGES)
+    names = [data.dataset.classes[int(data.dataset.labels[place])] for place in places]
+    notes = [f"From above: {', '.join(names)}."]
     if config.augment.start_size_fraction < 1:
-        body.append(paragraph("Their smaller size at the beginning of the run is not shown.", kind="note"))
-    return Section("augment", title, lead, "\n".join(body))
+        notes.append("The smaller size at the beginning of the run is not shown.")
+    sheet = picture(
+        draw_sheet(data.dataset, places, config, _DRAWS),
+        alt=f"{len(places)} images, and {_DRAWS} augmented draws of each",
+    )
+    return section("augment", "Augmentation", lead, sheet, [paragraph(note, kind="note") for note in notes])
 
 
-def _configuration(facts: Facts) -> tuple[TrainConfig, str] | None:
-    """The configuration whose augmentation is shown, and whose it is in words."""
+def _configuration(data: StudyData) -> tuple[TrainConfig, str] | None:
+    """The configuration whose augmentation is shown, and its owner in words."""
     from core.config import TrainConfig
 
-    one = facts.confirmation
-    if one is not None:
-        winner = one.contender(one.winner)
-        return TrainConfig.model_validate(winner.config, strict=False), f"the confirmed winner, {winner.key},"
-    if facts.best is None:
-        return None
-    return facts.study.config_of(facts.best), f"the best trial, {facts.best.number},"
+    if data.confirmation is not None:
+        winner = data.confirmation.contender(data.confirmation.winner)
+        return TrainConfig.model_validate(winner.config, strict=False), f"the confirmed winner, {winner.name},"
+    return None if data.best is None else (data.study.config_of(data.best), f"the best trial, {data.best.number},")
 
 
 def augmentations(config: AugmentConfig) -> list[str]:
-    """What of the augmentation is on, in words."""
+    """The enabled augmentations, in words."""
     per_image = [
         (config.flip, "alternate flips" if config.alternate_flip else f"flip {config.flip:g}"),
         (config.vertical_flip, f"vertical flip {config.vertical_flip:g}"),
         (config.crop_pad_fraction, f"crop after padding {config.crop_pad_fraction:g}"),
         (config.crop_area_min < 1, f"crop of at least {config.crop_area_min:g} of the area"),
         (config.rotation_degrees, f"rotation ±{config.rotation_degrees:.3g}°"),
-        (config.color_jitter, f"colour jitter ±{config.color_jitter:.3g}"),
+        (config.color_jitter, f"color jitter ±{config.color_jitter:.3g}"),
         (_policy(config), _policy(config)),
         (config.erase, f"erasing {config.erase:g}"),
     ]
     mixing = [(config.mixup, f"mixup α {config.mixup:.3g}"), (config.cutmix, f"CutMix α {config.cutmix:.3g}")]
     found = [words for on, words in per_image if on]
     if found and config.apply_to == "repeats":
-        found[-1] += " (on an image's repeats alone)"
+        found[-1] += " (on repeats of an image only)"
     return found + [words for on, words in mixing if on and config.mix_probability]
 
 
@@ -98,8 +91,7 @@ def _policy(config: AugmentConfig) -> str:
 
 
 def examples(dataset: Dataset, n: int) -> list[int]:
-    """Positions of the first image of each class, of as many classes as there is room for, evenly chosen; of fewer
-    classes, of further images of each."""
+    """Positions of n images: the first of evenly chosen classes; with fewer classes, further images of each."""
     labels = dataset.labels.numpy()
     by_class = [np.flatnonzero(labels == k) for k in range(len(dataset.classes))]
     filled = [places for places in by_class if len(places)]
@@ -109,12 +101,12 @@ def examples(dataset: Dataset, n: int) -> list[int]:
 
 
 def draw_sheet(dataset: Dataset, places: Sequence[int], config: TrainConfig, draws: int) -> bytes:
-    """A PNG: a row an image, the first tile as it is, behind a gap so many augmented draws; always the same draws."""
+    """Draw a PNG with a row per image: the unchanged image, a gap, and the augmented draws, always the same."""
     import torch
 
     from core.data import folds
 
-    splits = folds(dataset, config.data)[0]  # for its mean and deviation
+    splits = folds(dataset, config.data)[0]  # for the mean and deviation of its pixels
     chosen = torch.tensor(places)
     images, labels = dataset.images[chosen], dataset.labels[chosen]  # (n, C, H, W) uint8, (n,)
     columns = [images, *(_draw(images, labels, splits, config.augment, draw) for draw in range(draws))]
@@ -122,7 +114,7 @@ def draw_sheet(dataset: Dataset, places: Sequence[int], config: TrainConfig, dra
 
 
 def _draw(images: Tensor, labels: Tensor, splits: Splits, augment: AugmentConfig, draw: int) -> Tensor:
-    """(n, C, H, W) uint8 as one step of the training would see them, mixed with each other where it mixes."""
+    """Augment and mix images as one training step does: (n, C, H, W) uint8."""
     import torch
 
     from core.augment import Augment, apply_mix, plan_mix
@@ -140,22 +132,22 @@ def _draw(images: Tensor, labels: Tensor, splits: Splits, augment: AugmentConfig
 
 
 def _tile(image: Tensor) -> NDArray[np.uint8]:
-    """(C, H, W) uint8 as (h, w, 3): small ones enlarged by a whole factor, pixel by pixel, large ones reduced."""
+    """Convert (C, H, W) uint8 to (h, w, 3): small images enlarged by a whole factor, large ones reduced."""
     from PIL import Image
 
     pixels = np.moveaxis(image.numpy(), 0, -1)
     pixels = pixels.repeat(3, 2) if pixels.shape[2] == 1 else pixels
     side = max(pixels.shape[:2])
-    if side > TILE[1]:
+    if side > _TILE[1]:
         small = Image.fromarray(np.ascontiguousarray(pixels))
-        small.thumbnail((TILE[1], TILE[1]))
+        small.thumbnail((_TILE[1], _TILE[1]))
         return np.asarray(small)
-    factor = max(1, math.ceil(TILE[0] / side))
+    factor = max(1, math.ceil(_TILE[0] / side))
     return pixels.repeat(factor, 0).repeat(factor, 1)
 
 
 def _sheet(tiles: Sequence[Sequence[NDArray[np.uint8]]]) -> NDArray[np.uint8]:
-    """The tiles in rows on white, the first column apart."""
+    """Arrange the tiles in rows on white, with a gap behind the first column."""
     height, width = tiles[0][0].shape[:2]
     gap, apart = 3, 14  # pixels
     down, across = height + gap, width + gap
@@ -168,7 +160,7 @@ def _sheet(tiles: Sequence[Sequence[NDArray[np.uint8]]]) -> NDArray[np.uint8]:
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
-    """(H, W, 3) as PNG, of 256 colours where there are more: a quarter of the file, and no more than a sheet needs."""
+    """Encode (H, W, 3) as PNG with at most 256 colors, which takes a quarter of the size."""
     from PIL import Image
 
     image: Any = Image.fromarray(pixels)

@@ -27,12 +27,16 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from core.config import TrainConfig
 from core.data import Dataset, folds, load_dataset
 from core.metrics import per_class
-from hpo.analysis import outputs as judged
-from hpo.analysis.facts import Facts, gather
+from hpo.analysis import baselines as ranked
+from hpo.analysis import costs as spent
+from hpo.analysis import failures as failed
+from hpo.analysis import outputs
+from hpo.analysis import pruning as rungs
+from hpo.analysis.study_data import StudyData, read_study_data
 from hpo.confirmation.result import Confirmation, Contender
 from hpo.confirmation.statistics import Interval
 from hpo.paths import StudyPaths
-from hpo.report import costs, failures, images, pruning, rivals, samples
+from hpo.report import baselines, costs, failures, images, pruning, samples
 from hpo.report.page import Section
 from hpo.space import SearchSpace, load_space, space_to_yaml
 from hpo.space.pruner import build_pruner, places_of
@@ -42,15 +46,15 @@ from hpo.trials import BASELINE, FAILURE, INTERRUPTED, LET_THROUGH, RECIPE, RESU
 from tests.hpo.commands import hpo
 
 EPOCHS = 20
-SECTIONS: tuple[Callable[[Facts], Section | None], ...] = (
-    rivals.rivals,
+SECTIONS: tuple[Callable[[StudyData], Section | None], ...] = (
+    baselines.baselines,
     pruning.pruner_safety,
     pruning.edges,
     failures.failures,
     costs.costs,
     images.confusion,
     images.per_class,
-    images.augmented_samples,
+    samples.augmented_samples,
     images.confident_errors,
 )
 
@@ -83,7 +87,7 @@ def invented(
     space_file: str = "digits",
     best_rate: float = 6.0,
     fail: Callable[[Mapping[str, Any]], str] = lambda _: "",
-) -> Facts:
+) -> StudyData:
     """A study whose scores are a formula, judged by its own pruner; `fail` says of parameters how they fail."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study, space = a_study(dataset, "invented", *overrides, space_file=space_file)
@@ -120,14 +124,14 @@ def invented(
             study.optuna.tell(trial, state=TrialState.PRUNED)
         else:
             study.optuna.tell(trial, good + draw.gauss(0, 0.005))
-    return gather(study)
+    return read_study_data(study)
 
 
-def given(dataset: Dataset, trials: Sequence[FrozenTrial], *overrides: str) -> Facts:
+def given(dataset: Dataset, trials: Sequence[FrozenTrial], *overrides: str) -> StudyData:
     """A study of these trials."""
     study, _ = a_study(dataset, "given", *overrides)
     study.optuna.add_trials(trials)
-    return gather(study)
+    return read_study_data(study)
 
 
 def a_trial(
@@ -165,28 +169,28 @@ search:
 """
 
 
-def searched(folder: Path, trials: int, *options: str) -> Facts:
+def searched(folder: Path, trials: int, *options: str) -> StudyData:
     (folder / "small.yaml").write_text(SPACE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_STUDIES", str(folder / "studies"))
         assert hpo(patch, "run", str(folder / "small.yaml"), "--trials", str(trials), *options) == 0
-        return gather(find_study())
+        return read_study_data(find_study())
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+def real(tmp_path_factory: pytest.TempPathFactory) -> StudyData:
     """A search of five trials, some of them pruned and some let through."""
     return searched(tmp_path_factory.mktemp("real"), 5)
 
 
 @pytest.fixture(scope="module")
-def sections(real: Facts) -> dict[str, Section | None]:
+def sections(real: StudyData) -> dict[str, Section | None]:
     """All sections of that search, by their functions' names."""
     return {section.__name__: section(real) for section in SECTIONS}
 
 
 @pytest.fixture(scope="module")
-def folded(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+def folded(tmp_path_factory: pytest.TempPathFactory) -> StudyData:
     """A search whose trials train two folds of an epoch."""
     return searched(tmp_path_factory.mktemp("folded"), 2, "--set", "data.folds=2", "--set", "epochs=1")
 
@@ -244,7 +248,7 @@ def test_every_figure_names_its_axes_and_tells_series_apart_without_colour(
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_a_study_without_a_trial_has_nothing_to_say(
-    digits: Dataset, section: Callable[[Facts], Section | None]
+    digits: Dataset, section: Callable[[StudyData], Section | None]
 ) -> None:
     assert section(given(digits, [])) is None
 
@@ -253,14 +257,14 @@ def test_a_study_without_a_trial_has_nothing_to_say(
 
 
 def test_the_rank_correlation_is_scipys_over_the_complete_trials_alone(digits: Dataset) -> None:
-    facts = invented(digits)
-    assert list(facts.rungs) == [2, 5, 10]
-    for rung in facts.rungs:
-        found = pruning.agreement(facts, rung)
-        complete = [trial for trial in facts.trials if trial.state == TrialState.COMPLETE]
+    data = invented(digits)
+    assert list(data.rungs) == [2, 5, 10]
+    for rung in data.rungs:
+        found = rungs.agreement(data, rung)
+        complete = [trial for trial in data.trials if trial.state == TrialState.COMPLETE]
         early, final = [t.intermediate_values[rung] for t in complete], [t.value for t in complete]
         assert found.rho == pytest.approx(stats.spearmanr(early, final).statistic)
-        assert len(found.points) == len(complete) < len(facts.trials)
+        assert len(found.points) == len(complete) < len(data.trials)
 
 
 @pytest.mark.parametrize(
@@ -269,16 +273,16 @@ def test_the_rank_correlation_is_scipys_over_the_complete_trials_alone(digits: D
     ids=["two", "equal at the rung", "equal at the end", "none"],
 )
 def test_what_has_no_order_has_no_rank_correlation(a: list[float], b: list[float]) -> None:
-    assert pruning.spearman(a, b) is None
+    assert rungs.spearman(a, b) is None
 
 
 def test_a_value_that_is_no_number_at_a_rung_is_left_out(digits: Dataset) -> None:
     trials = [
         a_trial(trial_index, {2: 0.1 * trial_index, 5: 0.1, 10: 0.1}, 0.1 * trial_index) for trial_index in range(5)
     ]
-    facts = given(digits, [*trials, a_trial(5, {2: math.nan, 5: 0.1, 10: 0.1}, 0.9)])
-    assert pruning.agreement(facts, 2).rho == pytest.approx(1.0)
-    assert len(pruning.agreement(facts, 2).points) == 5
+    data = given(digits, [*trials, a_trial(5, {2: math.nan, 5: 0.1, 10: 0.1}, 0.9)])
+    assert rungs.agreement(data, 2).rho == pytest.approx(1.0)
+    assert len(rungs.agreement(data, 2).points) == 5
 
 
 @pytest.mark.parametrize("n", [8, 30])
@@ -290,23 +294,23 @@ def test_the_interval_of_a_rank_correlation_covers_the_truth(n: int, r: float) -
     for _ in range(300):
         a = rng.standard_normal(n)
         b = r * a + math.sqrt(1 - r * r) * rng.standard_normal(n)
-        rho = pruning.spearman(list(a), list(b))
+        rho = rungs.spearman(list(a), list(b))
         assert rho is not None
-        interval = pruning.fisher_interval(rho, n)
+        interval = rungs.fisher_interval(rho, n)
         covered.append(interval is None or interval[0] <= truth <= interval[1])
     assert sum(covered) / 300 >= 0.9
 
 
 def test_few_trials_and_a_perfect_agreement_have_no_interval() -> None:
-    assert pruning.fisher_interval(0.5, 3) is None
-    assert pruning.fisher_interval(1.0, 10) is None
-    assert pruning.fisher_interval(-1.0, 10) is None
+    assert rungs.fisher_interval(0.5, 3) is None
+    assert rungs.fisher_interval(1.0, 10) is None
+    assert rungs.fisher_interval(-1.0, 10) is None
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 3), (1, 3), (3, 3), (2, 40)])
 def test_the_interval_of_a_share_is_the_exact_one(k: int, n: int) -> None:
     exact = stats.binomtest(k, n).proportion_ci(method="exact")
-    assert pruning.share_interval(k, n) == pytest.approx((exact.low, exact.high))
+    assert rungs.fraction_interval(k, n) == pytest.approx((exact.low, exact.high))
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "nll"])
@@ -322,45 +326,45 @@ def test_the_regret_is_what_the_best_of_the_others_lacks_to_one_that_was_let_thr
         a_trial(3, {2: 0.1}, places={2: (4, 4, False)}),
         a_trial(4, {2: 0.1}, state=TrialState.RUNNING, let_through=5),
     ]
-    facts = given(digits, trials, f"objective.metric={metric}")
-    ended, running = pruning.let_through(facts)
+    data = given(digits, trials, f"objective.metric={metric}")
+    ended, running = rungs.let_through(data)
     assert ended.gain == pytest.approx(off)
     assert (ended.rung, running.rung, running.gain) == (2, 5, None)
-    lead = pruning.pruner_safety(facts)
+    lead = pruning.pruner_safety(data)
     assert lead is not None
-    assert ("1 came out better than all others" in lead.lead) == (off > 0)
+    assert ("1 ended better than all others" in lead.lead) == (off > 0)
     assert "Of the 1 trial that" in lead.lead  # the one that runs has no final value
 
 
 def test_the_table_counts_who_was_judged_cut_and_let_through(digits: Dataset) -> None:
-    facts = invented(digits, "pruner.let_through=0.2")
-    rows = cells_of(pruning.pruner_safety(facts))
+    data = invented(digits, "pruner.let_through=0.2")
+    rows = cells_of(pruning.pruner_safety(data))
     assert [row[0] for row in rows] == ["epoch 2", "epoch 5", "epoch 10"]
-    for row, rung in zip(rows, facts.rungs, strict=True):
-        came = [trial for trial in facts.trials if rung in places_of(trial)]
-        through = [trial for trial in facts.trials if trial.user_attrs.get(LET_THROUGH) == rung]
-        cut = [trial for trial in facts.pruned if trial.last_step == rung]
-        assert [int(cell) for cell in row[2:6]] == [len(came), len(cut), len(through), len(facts.complete)]
-    assert sum(int(row[4]) for row in rows) == len(pruning.let_through(facts)) > 0
+    for row, rung in zip(rows, data.rungs, strict=True):
+        came = [trial for trial in data.trials if rung in places_of(trial)]
+        through = [trial for trial in data.trials if trial.user_attrs.get(LET_THROUGH) == rung]
+        cut = [trial for trial in data.pruned if trial.last_step == rung]
+        assert [int(cell) for cell in row[2:6]] == [len(came), len(cut), len(through), len(data.complete)]
+    assert sum(int(row[4]) for row in rows) == len(rungs.let_through(data)) > 0
 
 
 def test_each_figure_of_the_pruner_holds_all_who_finished_and_all_who_were_cut_there(digits: Dataset) -> None:
-    facts = invented(digits, "pruner.let_through=0.2")
-    figures = figures_of(pruning.pruner_safety(facts))
+    data = invented(digits, "pruner.let_through=0.2")
+    figures = figures_of(pruning.pruner_safety(data))
     cut = 0
     for fig in figures:
         at_the_rung, kept, through = (len(trace["x"]) for trace in fig["data"])
-        assert kept + through == len(facts.complete)
+        assert kept + through == len(data.complete)
         cut += at_the_rung
-    assert cut == len(facts.pruned)
+    assert cut == len(data.pruned)
 
 
 @pytest.mark.parametrize(
     ("share", "words"),
     [
-        ("0", r"lets none through .*is 0"),
-        ("0.005", "slot 100 is the first"),
-        ("0.02", "slot 25 would go on where a rung cuts it, and none was cut"),
+        ("0", r"lets no trial through .*is 0"),
+        ("0.005", "index 100 is the first"),
+        ("0.02", "index 25 would continue past a rung that prunes them, and none was pruned"),
     ],
 )
 def test_where_none_was_let_through_it_says_why_and_how_to(digits: Dataset, share: str, words: str) -> None:
@@ -374,10 +378,10 @@ def test_another_pruner_has_no_rungs_to_be_judged_by(digits: Dataset) -> None:
     assert pruning.pruner_safety(given(digits, [a_trial(0, {2: 0.1}, 0.5)], "pruner.name=none")) is None
 
 
-def test_with_folds_a_rung_is_named_by_its_fold(folded: Facts, digits: Dataset) -> None:
-    assert pruning.rung_words(folded, 1) == "the end of fold 1"
+def test_with_folds_a_rung_is_named_by_its_fold(folded: StudyData, digits: Dataset) -> None:
+    assert pruning.rung_text(folded, 1) == "the end of fold 1"
     three = given(digits, [], "data.folds=3")
-    words = [pruning.rung_words(three, rung) for rung in three.rungs]
+    words = [pruning.rung_text(three, rung) for rung in three.rungs]
     assert words == ["epoch 2 of fold 1", "epoch 5 of fold 1", "epoch 10 of fold 1", *_ends(1, 2)]
 
 
@@ -390,7 +394,7 @@ def _ends(*folds: int) -> list[str]:
 
 def test_of_few_trials_it_says_that_edges_cannot_be_told(digits: Dataset) -> None:
     section = pruning.edges(given(digits, [a_trial(0, {}, 0.5)]))
-    assert "cannot be told" in text_of(section)
+    assert "is unknown" in text_of(section)
 
 
 def with_rates(folder: Path, low: float, high: float) -> str:
@@ -404,16 +408,16 @@ def with_rates(folder: Path, low: float, high: float) -> str:
 
 
 def test_an_edge_is_shown_with_the_line_that_widens_the_space(digits: Dataset, tmp_path: Path) -> None:
-    facts = invented(digits, "pruner.name=none", space_file=with_rates(tmp_path, 0.5, 10), best_rate=30)
-    section = pruning.edges(facts)
+    data = invented(digits, "pruner.name=none", space_file=with_rates(tmp_path, 0.5, 10), best_rate=30)
+    section = pruning.edges(data)
     assert section is not None
-    assert "best values of `optim.lr_scale` lie at its upper bound" in section.lead
+    assert "best values of `optim.lr_scale` are at its upper bound" in section.lead
     assert re.search(r"optim\.lr_scale: \{low: .*high: .*\}", text_of(section))
 
 
 def test_where_nothing_lies_at_a_bound_it_is_not_named(digits: Dataset, tmp_path: Path) -> None:
-    facts = invented(digits, "pruner.name=none", space_file=with_rates(tmp_path, 0.5, 60))
-    section = pruning.edges(facts)
+    data = invented(digits, "pruner.name=none", space_file=with_rates(tmp_path, 0.5, 60))
+    section = pruning.edges(data)
     assert section is not None
     assert "optim.lr_scale" not in section.lead
 
@@ -424,14 +428,14 @@ def test_where_nothing_lies_at_a_bound_it_is_not_named(digits: Dataset, tmp_path
 def test_failures_are_counted_by_cause_the_most_frequent_first(digits: Dataset) -> None:
     causes = ["diverged", "oom", "diverged", "invalid", "crashed", "diverged"]
     trials = [a_trial(trial_index, {}, failure=cause) for trial_index, cause in enumerate(causes)]
-    facts = given(digits, [*trials, a_trial(6, {1: 0.5}), a_trial(7, {1: 0.5}, 0.5)])
-    assert {cause: len(found) for cause, found in failures.by_cause(facts).items()} == {
+    data = given(digits, [*trials, a_trial(6, {1: 0.5}), a_trial(7, {1: 0.5}, 0.5)])
+    assert {cause: len(found) for cause, found in failed.by_cause(data).items()} == {
         "diverged": 3,
         "oom": 1,
         "invalid": 1,
         "crashed": 1,
     }
-    section = failures.failures(facts)
+    section = failures.failures(data)
     assert cells_of(section)[0][:3] == ["diverged", "3", "38 %"]
     assert "6 of 8 finished trials could not be trained" in text_of(section)
 
@@ -442,49 +446,49 @@ def test_attempts_that_were_cut_off_are_counted_apart(digits: Dataset) -> None:
         a_trial(0, {1: 0.1, 2: 0.2}, 0.5, resumed_epoch=1, crashes=1),
         a_trial(1, {1: 0.1}, 0.5),
     ]
-    facts = given(digits, trials)
-    assert len(failures.interrupted(facts)) == 1
-    text = text_of(failures.failures(facts))
+    data = given(digits, trials)
+    assert len(failed.interrupted(data)) == 1
+    text = text_of(failures.failures(data))
     assert "None: each of the 2 finished trials" in text
-    assert "1 attempt at a trial ended before the trial did" in text
-    assert "1 of the attempts by the death of their process" in text
-    assert "1 trial went on from a checkpoint, which kept 1 epoch" in text
+    assert "1 attempt ended before the trial did" in text
+    assert "1 of them when their process died" in text
+    assert "1 trial resumed from a checkpoint, which saved 1 epoch" in text
     assert {INTERRUPTED, RESUMED_EPOCH} <= {key for t in trials for key in t.user_attrs}
 
 
 def test_a_number_that_failures_come_from_is_found(digits: Dataset) -> None:
-    facts = invented(digits, fail=lambda params: "diverged" if params["optim.lr_scale"] > 20 else "")
-    found = failures.where(facts, "diverged")
+    data = invented(digits, fail=lambda params: "diverged" if params["optim.lr_scale"] > 20 else "")
+    found = failed.pattern_of(data, "diverged")
     assert found is not None
     assert found.path == "optim.lr_scale"
-    assert "a higher `optim.lr_scale`" in found.words
-    fig = figures_of(failures.failures(facts))[0]
-    assert sum(len(trace["x"]) for trace in fig["data"]) == len(facts.trials)
+    assert "a higher `optim.lr_scale`" in failures._pattern_text(found)
+    fig = figures_of(failures.failures(data))[0]
+    assert sum(len(trace["x"]) for trace in fig["data"]) == len(data.trials)
     assert fig["layout"]["xaxis"]["type"] == "log"
 
 
 def test_a_choice_that_failures_come_from_is_found(digits: Dataset) -> None:
-    facts = invented(digits, fail=lambda params: "oom" if params["batch_size"] == 128 else "")
-    found = failures.where(facts, "oom")
+    data = invented(digits, fail=lambda params: "oom" if params["batch_size"] == 128 else "")
+    found = failed.pattern_of(data, "oom")
     assert found is not None
     assert found.path == "batch_size"
-    assert "`batch_size` = 128, of the others 0 of" in found.words
+    assert "`batch_size` = 128, of the others 0 of" in failures._pattern_text(found)
 
 
 def test_failures_that_come_from_nowhere_are_seldom_given_a_place(digits: Dataset) -> None:
     told = 0
     for seed in range(5):
         draw = random.Random(seed)
-        facts = invented(digits, trials=40, fail=lambda _, draw=draw: "diverged" if draw.random() < 0.2 else "")
-        told += failures.where(facts, "diverged") is not None
+        data = invented(digits, trials=40, fail=lambda _, draw=draw: "diverged" if draw.random() < 0.2 else "")
+        told += failed.pattern_of(data, "diverged") is not None
     assert told <= 1
 
 
 def test_of_two_failures_no_place_is_told(digits: Dataset) -> None:
-    facts = invented(digits, trials=30)
-    two = [replace_attributes(trial, failure="diverged") for trial in facts.pruned[:2]]
-    kept = [trial for trial in facts.trials if trial.number not in {t.number for t in two}]
-    assert failures.where(given(digits, [*kept, *two]), "diverged") is None
+    data = invented(digits, trials=30)
+    two = [replace_attributes(trial, failure="diverged") for trial in data.pruned[:2]]
+    kept = [trial for trial in data.trials if trial.number not in {t.number for t in two}]
+    assert failed.pattern_of(given(digits, [*kept, *two]), "diverged") is None
 
 
 def replace_attributes(trial: FrozenTrial, **attributes: Any) -> FrozenTrial:
@@ -502,17 +506,17 @@ def replace_attributes(trial: FrozenTrial, **attributes: Any) -> FrozenTrial:
 
 
 def test_epochs_and_times_are_the_trials_own_added_up(digits: Dataset) -> None:
-    facts = invented(digits, fail=lambda params: "diverged" if params["optim.lr_scale"] > 25 else "")
-    found = {cost.what: cost for cost in costs.spent(facts)}
+    data = invented(digits, fail=lambda params: "diverged" if params["optim.lr_scale"] > 25 else "")
+    found = {cost.kind: cost for cost in spent.costs_of(data)}
     assert set(found) == {"complete trials", "pruned trials", "failed trials"}
-    assert sum(cost.epochs or 0 for cost in found.values()) == sum(t.user_attrs["epochs"] for t in facts.trials)
+    assert sum(cost.epochs or 0 for cost in found.values()) == sum(t.user_attrs["epochs"] for t in data.trials)
     whole = sum(cost.seconds or 0 for cost in found.values())
-    assert whole == pytest.approx(sum(trial.user_attrs["elapsed_s"] for trial in facts.trials))
-    assert found["complete trials"].epochs == found["complete trials"].in_full == EPOCHS * len(facts.complete)
+    assert whole == pytest.approx(sum(trial.user_attrs["elapsed_s"] for trial in data.trials))
+    assert found["complete trials"].epochs == found["complete trials"].full_epochs == EPOCHS * len(data.complete)
 
 
-def test_of_real_trials_the_times_are_those_of_their_epochs_files(real: Facts) -> None:
-    whole = sum(cost.seconds or 0 for cost in costs.spent(real) if cost.what.endswith("trials"))
+def test_of_real_trials_the_times_are_those_of_their_epochs_files(real: StudyData) -> None:
+    whole = sum(cost.seconds or 0 for cost in spent.costs_of(real) if cost.kind.endswith("trials"))
     last = [real.rows(trial.number)[-1]["elapsed_s"] for trial in real.trials]
     assert whole == pytest.approx(sum(last), abs=0.01)
 
@@ -525,15 +529,15 @@ def test_what_pruning_saved_is_the_epochs_not_trained_at_each_trials_pace(digits
         a_trial(3, {1: 0.1}, epochs=1, elapsed_s=1.0, failure="diverged"),  # no saving: nobody wanted it to end
         a_trial(4, {1: 0.1}, epochs=1, elapsed_s=1.0, taken_from="other/3"),
     ]
-    less = costs.saved(given(digits, trials))
-    assert less == costs.Saved(18 + 15, 18 * 3.0 + 15 * 1.0)
+    less = spent.saved(given(digits, trials))
+    assert less == spent.Saved(18 + 15, 18 * 3.0 + 15 * 1.0)
 
 
 def test_trials_of_another_study_cost_nothing_here(digits: Dataset) -> None:
     trials = [a_trial(0, {}, 0.5, epochs=20, elapsed_s=40.0, taken_from="other/0"), a_trial(1, {}, 0.5, elapsed_s=8.0)]
-    facts = given(digits, trials)
-    assert [(cost.trainings, cost.seconds) for cost in costs.spent(facts)] == [(1, 8.0)]
-    assert "1 trial taken over" in text_of(costs.costs(facts))
+    data = given(digits, trials)
+    assert [(cost.trainings, cost.seconds) for cost in spent.costs_of(data)] == [(1, 8.0)]
+    assert "1 trial imported" in text_of(costs.costs(data))
     assert trials[0].user_attrs[TAKEN_FROM]
 
 
@@ -545,43 +549,43 @@ def test_the_wall_clock_leaves_out_pauses_and_counts_trials_side_by_side_once(di
         trial = a_trial(trial_index, {}, 0.5, elapsed_s=1.0)
         trial.datetime_start, trial.datetime_complete = begun + timedelta(seconds=start), begun + timedelta(seconds=end)
         trials.append(trial)
-    assert costs.wall_clock(given(digits, trials)) == (130.0, 50.0)
+    assert spent.wall_clock(given(digits, trials)) == (130.0, 50.0)
 
 
-def test_what_a_confirmation_and_a_refit_cost_stands_beside(real: Facts) -> None:
+def test_what_a_confirmation_and_a_refit_cost_stands_beside(real: StudyData) -> None:
     refits = {"best": {"networks": 2, "epochs": [3, 2], "elapsed_s": 4.0, "test": {}}}
-    found = costs.spent(replace(real, refits=refits, confirmation=a_confirmation(real)))
-    assert [(cost.what, cost.trainings, cost.epochs, cost.seconds) for cost in found[-2:]] == [
+    found = spent.costs_of(replace(real, refits=refits, confirmation=a_confirmation(real)))
+    assert [(cost.kind, cost.trainings, cost.epochs, cost.seconds) for cost in found[-2:]] == [
         ("confirmation", 10, 30, 12.0),
         ("refit best", 2, 5, 4.0),
     ]
 
 
 def test_what_makes_an_epoch_dear_is_found(digits: Dataset) -> None:
-    facts = invented(digits)
-    found = costs.dearest(facts)
+    data = invented(digits)
+    found = spent.pace_parameters(data)
     assert found[0][0] == "model.width"
     assert found[0][1] > 0.8
-    assert "model.width" in text_of(costs.costs(facts))
+    assert "model.width" in text_of(costs.costs(data))
 
 
 @pytest.mark.parametrize("kind", ["groups", "numbers"])
 def test_the_share_explained_is_one_of_what_decides_and_about_none_of_what_does_not(kind: str) -> None:
     rng = np.random.default_rng(0)
     values = list(rng.integers(0, 4, 200)) if kind == "groups" else list(rng.random(200))
-    assert costs.explained(values, [2.0 * v + 1 for v in values]) == pytest.approx(1.0)
-    assert costs.explained(values, list(rng.random(200))) < 0.05
-    assert costs.explained(values, [1.0] * 200) == 0.0
+    assert spent.explained(values, [2.0 * v + 1 for v in values]) == pytest.approx(1.0)
+    assert spent.explained(values, list(rng.random(200))) < 0.05
+    assert spent.explained(values, [1.0] * 200) == 0.0
 
 
 # Rivals
 
 
-def a_confirmation(facts: Facts) -> Confirmation:
+def a_confirmation(data: StudyData) -> Confirmation:
     """The base and the best trial, confirmed on five seeds and splits."""
-    best = facts.best
+    best = data.best
     assert best is not None
-    config = facts.study.config_of(best).model_dump(mode="json")
+    config = data.study.config_of(best).model_dump(mode="json")
 
     def contender(key: str, number: int | None, mean: float, **more: Any) -> Contender:
         interval = more.pop("interval", Interval(mean, 0.01, 5))
@@ -591,16 +595,16 @@ def a_confirmation(facts: Facts) -> Confirmation:
         )
 
     return Confirmation(
-        study=facts.study.name,
-        metric=facts.metric,
-        direction=facts.study.direction,
+        study=data.study.name,
+        metric=data.metric,
+        direction=data.study.direction,
         contenders=(
-            contender(rivals.key_of(best), best.number, 0.9, search_value=best.value),
+            contender(ranked.key_of(best), best.number, 0.9, search_value=best.value),
             contender("base", 0, 0.8),
             contender("recipe theirs", None, 0.7, recipe="theirs", stopped="cannot win: worse by 0.2"),
         ),
-        leader=rivals.key_of(best),
-        winner=rivals.key_of(best),
+        leader=ranked.key_of(best),
+        winner=ranked.key_of(best),
         evidence=True,
         advantage=Interval(0.1, 0.02, 5),
         optimism=0.01,
@@ -611,7 +615,7 @@ def a_confirmation(facts: Facts) -> Confirmation:
         replicates=5,
         elapsed_s=12.0,
         left_out=(),
-        search_trials=facts.finished,
+        search_trials=data.finished,
         created="2026-01-01T00:00:00+00:00",
         versions={},
     )
@@ -619,15 +623,15 @@ def a_confirmation(facts: Facts) -> Confirmation:
 
 def test_rivals_are_the_best_the_base_and_the_recipes_the_best_first(digits: Dataset) -> None:
     trials = [
-        a_trial(0, {}, 0.5, base=True),
+        a_trial(0, {}, 0.5, baseline=True),
         a_trial(1, {}, 0.9),
         a_trial(2, {}, 0.7, recipe="theirs"),
         a_trial(3, {}, 0.8),  # neither the best, nor to be beaten
         a_trial(4, {}, failure="oom", recipe="large"),
     ]
-    facts = replace(given(digits, trials), references={"beside": {"value": 0.95}, "lost": {"failure": "oom"}})
-    found = rivals.compared(facts)
-    assert [(rival.key, rival.search) for rival in found] == [
+    data = replace(given(digits, trials), recipe_runs={"beside": {"value": 0.95}, "lost": {"failure": "oom"}})
+    found = ranked.ranked_entries(data)
+    assert [(entry.key, entry.value) for entry in found] == [
         ("recipe beside", 0.95),
         ("trial 1", 0.9),
         ("recipe theirs", 0.7),
@@ -635,7 +639,7 @@ def test_rivals_are_the_best_the_base_and_the_recipes_the_best_first(digits: Dat
         ("recipe large", None),
         ("recipe lost", None),
     ]
-    section = rivals.rivals(facts)
+    section = baselines.baselines(data)
     assert section is not None
     assert (
         "no better than recipe beside, 0.2000 better than recipe theirs and 0.4000 better than the base" in section.lead
@@ -646,16 +650,18 @@ def test_rivals_are_the_best_the_base_and_the_recipes_the_best_first(digits: Dat
 
 
 def test_the_best_that_is_the_base_is_named_once(digits: Dataset) -> None:
-    facts = given(digits, [a_trial(0, {}, 0.9, base=True), a_trial(1, {}, 0.7, recipe="theirs")])
-    assert [rival.key for rival in rivals.compared(facts)] == ["base", "recipe theirs"]
-    section = rivals.rivals(facts)
+    data = given(digits, [a_trial(0, {}, 0.9, baseline=True), a_trial(1, {}, 0.7, recipe="theirs")])
+    assert [entry.key for entry in ranked.ranked_entries(data)] == ["base", "recipe theirs"]
+    section = baselines.baselines(data)
     assert section is not None
-    assert section.lead.startswith("The best of the search, the base, has accuracy 0.9000: 0.2000 better than recipe")
+    assert section.lead.startswith(
+        "The best of the search, the baseline, has accuracy 0.9000: 0.2000 better than recipe"
+    )
 
 
-def test_the_confirmed_scores_stand_beside_with_their_intervals(real: Facts) -> None:
+def test_the_confirmed_scores_stand_beside_with_their_intervals(real: StudyData) -> None:
     confirmed = replace(real, confirmation=a_confirmation(real))
-    section = rivals.rivals(confirmed)
+    section = baselines.baselines(confirmed)
     assert section is not None
     assert "0.9000 ± 0.0100" in text_of(section)
     assert "better than the base by" in section.lead
@@ -670,30 +676,31 @@ def test_the_confirmed_scores_stand_beside_with_their_intervals(real: Facts) -> 
     assert all(names[round(y + 0.22)] == text for y, text in zip(squares["y"], squares["text"], strict=True))
 
 
-def test_one_replicate_has_a_mark_and_no_interval(real: Facts) -> None:
+def test_one_replicate_has_a_mark_and_no_interval(real: StudyData) -> None:
     made = a_confirmation(real)
     alone = replace(made.contenders[0], interval=Interval(0.9, math.inf, 1))
-    section = rivals.rivals(replace(real, confirmation=replace(made, contenders=(alone, *made.contenders[1:]))))
+    section = baselines.baselines(replace(real, confirmation=replace(made, contenders=(alone, *made.contenders[1:]))))
     assert "0.9000 (no interval)" in text_of(section)
 
 
-def test_a_confirmation_of_fewer_trials_is_said_to_be_old(real: Facts) -> None:
+def test_a_confirmation_of_fewer_trials_is_said_to_be_old(real: StudyData) -> None:
     made = replace(a_confirmation(real), search_trials=3)
-    assert "was made when the search had 3 finished trials" in text_of(rivals.rivals(replace(real, confirmation=made)))
+    section = baselines.baselines(replace(real, confirmation=made))
+    assert "was made when 3 trials were finished, and now 5 are" in text_of(section)
 
 
 # Images
 
 
 def test_the_confusion_and_the_scores_of_classes_are_scikit_learns(
-    real: Facts, sections: Mapping[str, Section | None], digits: Dataset
+    real: StudyData, sections: Mapping[str, Section | None], digits: Dataset
 ) -> None:
     assert real.best is not None
     kept = load_file(real.study.paths.trial_validation(real.best.number))
     labels, predicted = digits.labels.numpy()[kept["indices"]], kept["logits"].argmax(1)
-    found = judged.judged(real)
-    assert isinstance(found, judged.Judged)
-    assert (found.table == confusion_matrix(labels, predicted, labels=range(10))).all()
+    found = outputs.read_outputs(real)
+    assert found is not None
+    assert (found.confusion == confusion_matrix(labels, predicted, labels=range(10))).all()
     right = int((labels == predicted).sum())
     assert f"{right:,} of {len(labels)} validation images are right" in text_of(sections["confusion"])
     precision, recall, f1, support = precision_recall_fscore_support(
@@ -708,19 +715,19 @@ def test_the_confusion_and_the_scores_of_classes_are_scikit_learns(
     assert sum(row[0].startswith("▼") for row in rows) == images.MARKED
 
 
-def test_with_folds_every_image_is_counted_once(folded: Facts, digits: Dataset) -> None:
-    found = judged.judged(folded)
-    assert isinstance(found, judged.Judged)
+def test_with_folds_every_image_is_counted_once(folded: StudyData, digits: Dataset) -> None:
+    found = outputs.read_outputs(folded)
+    assert found is not None
     assert sorted(found.indices) == list(range(len(digits.images)))
-    assert found.table.sum() == len(digits.images)
+    assert found.confusion.sum() == len(digits.images)
     assert "each by the network of its fold of 2" in text_of(images.confusion(folded))
 
 
 def test_mistakes_are_the_most_confident_ones_and_named(
-    real: Facts, sections: Mapping[str, Section | None], digits: Dataset
+    real: StudyData, sections: Mapping[str, Section | None], digits: Dataset
 ) -> None:
-    found = judged.judged(real)
-    assert isinstance(found, judged.Judged)
+    found = outputs.read_outputs(real)
+    assert found is not None
     errors = images.mistakes(found, digits.ids, most=7)
     confidences = [error["confidence"] for error in errors]
     assert confidences == sorted(confidences, reverse=True)
@@ -735,50 +742,57 @@ def test_mistakes_are_the_most_confident_ones_and_named(
     assert section.body.count("data:image/png") == 1
 
 
-def test_a_network_without_a_mistake_has_none_to_show(real: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = judged.judged(real)
-    assert isinstance(found, judged.Judged)
+def test_a_network_without_a_mistake_has_none_to_show(real: StudyData, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = outputs.read_outputs(real)
+    assert found is not None
     perfect = np.eye(10, dtype=np.float32)[found.labels]
-    monkeypatch.setattr(images, "judged", lambda _: replace(found, probabilities=perfect))
+    monkeypatch.setattr(images, "read_outputs", lambda _: replace(found, probabilities=perfect))
     assert "no mistake at all" in text_of(images.confusion(real))
     assert "every validation image is right" in text_of(images.confident_errors(real))
     assert "▼" not in text_of(images.per_class(real))
 
 
 def test_predictions_that_were_not_kept_are_said_to_be_missing(
-    real: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real: StudyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert real.best is not None
     elsewhere = StudyPaths(tmp_path / "elsewhere")
     monkeypatch.setattr(real.study, "paths", elsewhere)
-    facts = replace(real, notes=[])
-    text = text_of(images.confusion(facts))
+    data = replace(real, notes=[])
+    text = text_of(images.confusion(data))
     assert f"trials/{real.best.number:05d}/validation.safetensors" in text
     assert f"hpo refit {real.best.number}" in text
-    assert len(facts.notes) == 1
-    assert images.per_class(facts) is None
-    assert images.confident_errors(facts) is None
-    assert images.augmented_samples(facts) is not None  # that needs the images alone
+    assert len(data.notes) == 1
+    assert images.per_class(data) is None
+    assert images.confident_errors(data) is None
+    assert samples.augmented_samples(data) is not None  # that needs the images alone
 
 
-def test_images_that_are_elsewhere_are_said_to_be_missing(real: Facts, tmp_path: Path) -> None:
-    facts = replace(real, data=tmp_path / "nowhere", notes=[])
-    for section in (images.confusion(facts), images.augmented_samples(facts)):
+def test_images_that_are_elsewhere_are_said_to_be_missing(real: StudyData, tmp_path: Path) -> None:
+    data = replace(real, images_path=tmp_path / "nowhere", notes=[])
+    for section in (images.confusion(data), samples.augmented_samples(data)):
         assert "The images are not here" in text_of(section)
         assert "--data IMAGES" in text_of(section)
 
 
-def test_the_winners_predictions_are_shown_or_else_the_best_trials_and_it_says_which(real: Facts) -> None:
+def test_the_winners_predictions_are_shown_or_else_the_best_trials_and_it_says_which(real: StudyData) -> None:
     assert real.best is not None
     base = replace(a_confirmation(real), winner="base", evidence=False)
     kept = real.study.paths.trial_validation(0).exists()
-    found = judged.judged(replace(real, confirmation=base))
-    assert isinstance(found, judged.Judged)
-    because = "the best trial of the search, for the confirmed winner's predictions were not kept"
-    assert (found.trial, found.why) == ((0, "the confirmed winner") if kept else (real.best.number, because))
+    found = outputs.read_outputs(replace(real, confirmation=base))
+    assert found is not None
+    shown = text_of(images.confusion(replace(real, confirmation=base)))
+    if kept:
+        assert found.choice.trial == 0
+        assert "trial 0 (the confirmed winner)" in shown
+    else:
+        assert found.choice.trial == real.best.number
+        assert "the best trial of the search, because the confirmed winner's outputs were not stored" in shown
 
 
-def test_what_a_refit_wrote_of_the_test_images_stands_beside_and_says_what_it_is(real: Facts, digits: Dataset) -> None:
+def test_the_recorded_scores_of_the_test_images_are_shown_with_the_name_of_the_refit(
+    real: StudyData, digits: Dataset
+) -> None:
     table = torch.eye(10, dtype=torch.int64) * 9
     table[3, 5] = 4
     test = {
@@ -786,12 +800,12 @@ def test_what_a_refit_wrote_of_the_test_images_stands_beside_and_says_what_it_is
         "confusion": table.tolist(),
         "with_tta": {"per_class": per_class(table, digits.classes)},
     }
-    facts = replace(real, refits={"best": {"networks": 1, "epochs": 3, "test": test}})
-    text = text_of(images.confusion(facts))
+    data = replace(real, refits={"best": {"networks": 1, "epochs": 3, "test": test}})
+    text = text_of(images.confusion(data))
     assert re.search("Test images, refit +best", text)
     assert "90 of 94 test images are right (95.7 %); the most frequent mistake: 3 taken for 5 (4)." in text
-    assert len(figures_of(images.confusion(facts))) == 2
-    assert {row[0] for row in cells_of(images.per_class(facts), 1)[:2]} == {"▼ 3", "▼ 5"}
+    assert len(figures_of(images.confusion(data))) == 2
+    assert {row[0] for row in cells_of(images.per_class(data), 1)[:2]} == {"▼ 3", "▼ 5"}
 
 
 @pytest.mark.parametrize("size", [2, 20, 100])
@@ -819,13 +833,13 @@ def tiles_of(sheet: bytes, side: int = 64) -> list[list[np.ndarray[Any, Any]]]:
     return [[pixels[r * (side + 3) :, left:][:side, :side] for left in lefts] for r in range(rows)]
 
 
-def with_augment(facts: Facts, values: Mapping[str, Any]) -> TrainConfig:
-    assert facts.best is not None
+def with_augment(data: StudyData, values: Mapping[str, Any]) -> TrainConfig:
+    assert data.best is not None
     off = {"augment.flip": 0.0, "augment.crop_pad_fraction": 0.0}
-    return facts.study.config_of(facts.best).override({**off, **values})
+    return data.study.config_of(data.best).override({**off, **values})
 
 
-def test_the_sheets_first_column_are_the_images_and_the_draws_are_always_the_same(real: Facts, digits: Dataset) -> None:
+def test_the_sheet_begins_with_the_images_and_its_draws_are_reproducible(real: StudyData, digits: Dataset) -> None:
     places = samples.examples(digits, 8)
     config = with_augment(real, {"augment.rotation_degrees": 30.0})
     sheet = samples.draw_sheet(digits, places, config, 8)
@@ -850,14 +864,16 @@ def test_the_sheets_first_column_are_the_images_and_the_draws_are_always_the_sam
     ],
     ids=str,
 )
-def test_whatever_a_training_does_to_its_images_is_drawn(real: Facts, digits: Dataset, values: dict[str, Any]) -> None:
+def test_whatever_a_training_does_to_its_images_is_drawn(
+    real: StudyData, digits: Dataset, values: dict[str, Any]
+) -> None:
     config = with_augment(real, values)
     tiles = tiles_of(samples.draw_sheet(digits, samples.examples(digits, 8), config, 8))
     assert any((tile != row[0]).any() for row in tiles for tile in row[1:])
     assert samples.augmentations(config.augment)
 
 
-def test_what_is_erased_has_the_colour_that_it_has_for_the_network(real: Facts, digits: Dataset) -> None:
+def test_what_is_erased_has_the_colour_that_it_has_for_the_network(real: StudyData, digits: Dataset) -> None:
     config = with_augment(real, {"augment.erase": 1.0})
     mean = round(255 * folds(digits, config.data)[0].mean[0])
     for row in tiles_of(samples.draw_sheet(digits, samples.examples(digits, 8), config, 8)):
@@ -866,7 +882,7 @@ def test_what_is_erased_has_the_colour_that_it_has_for_the_network(real: Facts, 
             assert (tile == mean).any()
 
 
-def test_a_configuration_that_augments_nothing_says_so(real: Facts) -> None:
+def test_a_configuration_that_augments_nothing_says_so(real: StudyData) -> None:
     assert samples.augmentations(with_augment(real, {}).augment) == []
 
 

@@ -16,7 +16,8 @@ from core.config import TrainConfig
 from core.data import folds, load_dataset, split
 from core.errors import ConfigError, DivergedError
 from core.loop import EpochMetrics, train
-from hpo.analysis.summary import margins, summarize
+from hpo.analysis.summary import summarize
+from hpo.report.words import margins
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import KEPT_MODELS, estimate_s, pending_references, run_references, run_study
 from hpo.search.objective import failure_of
@@ -83,8 +84,8 @@ def test_a_recipe_that_the_space_can_express_is_a_trial_and_another_is_trained_b
     study, listener = run(space, 3)
     assert [trial.user_attrs.get("recipe") for trial in study.optuna.get_trials()] == [None, "inside", None]
     assert listener.references.keys() == {"outside"}
-    names = [name for name, _ in summarize(study).rivals]
-    assert names == ["the base (trial 0)", "recipe inside (trial 1)", "recipe outside"]
+    found = [(entry.key, entry.trial) for entry in summarize(study).baselines]
+    assert found == [("base", 0), ("recipe inside", 1), ("recipe outside", None)]
     lines = margins(summarize(study), "accuracy", "maximize")
     assert len(lines) == 4
 

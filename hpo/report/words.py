@@ -1,0 +1,140 @@
+"""Sentences and names that several views of a study share: terminal, report and comparison."""
+
+from __future__ import annotations
+
+import math
+import shlex
+
+from optuna.trial import FrozenTrial
+
+from hpo import text
+from hpo.analysis.baselines import Entry
+from hpo.analysis.summary import StudySummary
+from hpo.confirmation.result import Confirmation, is_current, read_confirmation
+from hpo.confirmation.statistics import MAX_REPLICATES, Interval
+from hpo.dashboard.serve import command as dashboard_command
+from hpo.storage import is_masked
+from hpo.study import Counts, Study
+from hpo.text import count, gap, score
+from hpo.trials import RECIPE, is_baseline
+
+
+def metric_label(metric: str) -> str:
+    """The name of a metric on an axis, with its unit if it has one."""
+    name = text.METRIC_WORDS.get(metric, metric)
+    return f"{name} (nats)" if metric == "nll" else name
+
+
+def trial_name(trial: FrozenTrial) -> str:
+    """`trial 12`, with its role in parentheses."""
+    roles = ["the baseline"] if is_baseline(trial) else []
+    roles += [f"recipe {trial.user_attrs[RECIPE]}"] if RECIPE in trial.user_attrs else []
+    return f"trial {trial.number}" + (f" ({', '.join(roles)})" if roles else "")
+
+
+def entry_name(entry: Entry) -> str:
+    """`the baseline`, `trial 12` or `recipe NAME`."""
+    return "the baseline" if entry.is_baseline else entry.key
+
+
+def interval_text(interval: Interval) -> str:
+    """A score with its interval if it has one: `0.9123 ± 0.0041`."""
+    spread = f" ± {interval.half_width:.4f}" if math.isfinite(interval.half_width) else ""
+    return f"{score(interval.mean)}{spread}"
+
+
+def states_text(counts: Counts) -> str:
+    """The number of trials in each state: `12 complete, 3 pruned`."""
+    states = {
+        "complete": counts.complete,
+        "pruned": counts.pruned,
+        "failed to train": counts.failures,
+        "running": counts.running,
+        "waiting": counts.waiting,
+    }
+    return ", ".join(f"{number} {state}" for state, number in states.items() if number) or "none yet"
+
+
+def progress_text(study: Study, finished: int) -> str:
+    """`12 of 20 trials finished`; a total that was reduced below the finished trials is not shown."""
+    if study.total is None:
+        return f"{count(finished, 'trial')} finished"
+    return f"{finished} of {count(max(study.total, finished), 'trial')} finished"
+
+
+def margins(summary: StudySummary, metric: str, direction: str) -> list[str]:
+    """Lines with the best trial's value and by how much it beats each baseline."""
+    if summary.best is None or summary.best.value is None:
+        return []
+    best, lines = summary.best, [f"best: trial {summary.best.number}, validation {metric} {summary.best.value:.4f}"]
+    for entry in summary.baselines:
+        name = entry_name(entry) + ("" if entry.trial is None else f" (trial {entry.trial})")
+        if entry.value is None:
+            lines.append(f"  {name} could not be trained")
+            continue
+        gain = (summary.best.value - entry.value) * (1 if direction == "maximize" else -1)
+        if entry.trial == best.number:
+            lines.append(f"  it is {name}: the search found nothing better")
+        elif gain == 0:
+            lines.append(f"  no better than {name}, {entry.value:.4f}")
+        else:
+            better = "better" if gain > 0 else "worse"
+            lines.append(f"  {gap(metric, abs(gain))} {better} than {name}, {entry.value:.4f}")
+    return lines
+
+
+def outdated(study: Study, confirmation: Confirmation, finished: int) -> str:
+    """The sentence about a confirmation that is older than the study's last trials."""
+    return (
+        f"The confirmation was made when {count(confirmation.search_trials, 'trial')} were finished, and now "
+        f"{finished} are; `{command(study, 'confirm')}` repeats it."
+    )
+
+
+# Commands to continue with ------------------------------------------------------------------------------------------
+
+
+def command(study: Study, words: str, *, name: str | None = None, option: str = "") -> str:
+    """`hpo WORDS STUDY OPTION`; a masked password has to be given again, by `--storage`."""
+    storage = f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
+    return f"hpo {words} {shlex.quote(name or study.name)}{option}{storage}"
+
+
+def run_again(study: Study) -> str:
+    """The command that resumes the study."""
+    return study.command or shlex.join(["hpo", "run", study.space_name, "--study", study.name])
+
+
+def next_commands(study: Study, summary: StudySummary) -> list[str]:
+    """The commands that may follow, ready to copy."""
+    commands = []
+    if study.total is not None and summary.counts.finished < study.total:
+        commands.append(run_again(study))
+    elif study.confirms is not None:
+        commands.append(command(study, "confirm", name=study.confirms))
+    if summary.best is not None:
+        confirmation = read_confirmation(study.paths.confirmation)
+        confirmed = confirmation is not None and is_current(confirmation, summary.counts.finished)
+        commands += [] if confirmed else [command(study, "confirm")]
+        commands += [command(study, "refit best --study"), command(study, "report")]
+        commands += unproven(study, confirmation) if confirmation is not None and confirmed else []
+    commands.append(command(study, "dashboard"))
+    if study.artifact_dir is not None:
+        commands.append(shlex.join(dashboard_command(study.storage_url, study.artifact_dir)))
+    return commands
+
+
+def unproven(study: Study, confirmation: Confirmation) -> list[str]:
+    """The commands that may follow if the leader is not the winner: more replicates, or its refit."""
+    if confirmation.leader in (None, confirmation.winner):
+        return []
+    leader = confirmation.contender(confirmation.leader)
+    commands = []
+    if confirmation.search_epochs and confirmation.replicates < MAX_REPLICATES:
+        spent = max(confirmation.budget_epochs, confirmation.epochs)
+        budget = math.ceil(20 * spent / confirmation.search_epochs) / 10
+        more = command(study, "confirm", option=f" --budget {budget:g}")
+        commands.append(f"{more}  # twice the trainings, for more certainty")
+    if leader.trial is not None:
+        commands.append(f"{command(study, f'refit {leader.trial} --study')}  # {leader.name} without proof")
+    return commands
