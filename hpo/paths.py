@@ -1,6 +1,6 @@
 """Where things lie: the only place that knows names under `studies/`.
 
-The layout of a study's folder is a public contract (studies/README.md).
+The layout of a study's folder is a public contract (docs/studies.md).
 """
 
 from __future__ import annotations
