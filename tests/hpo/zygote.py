@@ -1,0 +1,224 @@
+"""Starts `hpo` commands as processes of their own, forked from a server that has imported torch, timm and Optuna.
+
+A command that a test starts, interrupts and kills is a real process with its own group, pipes and exit status, but does
+not spend five seconds of processor time on imports. Its workers are forked from a server that all of these commands
+share. Tests of imports, of start-up and of command lines start `python -m hpo.cli` themselves.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_STREAMS = 3
+_PRELOADED = (
+    *("matplotlib.figure", "optuna", "pandas", "scipy.stats", "sklearn.datasets", "sqlalchemy", "timm", "typer"),
+    *("hpo.workers.worker", "hpo.submission"),  # and not hpo.cli, whose console keeps the width of its first terminal
+)
+
+
+class Hpo(subprocess.Popen[str]):
+    """`subprocess.Popen` of `python -m hpo.cli ARGUMENTS`, forked instead of executed."""
+
+    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
+        self._status: socket.socket | None = None
+        super().__init__([sys.executable, "-m", "hpo.cli", *arguments], text=True, **options)
+
+    def _execute_child(
+        self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any, env: Any,
+        startupinfo: Any, creationflags: Any, shell: Any, p2cread: int, p2cwrite: int, c2pread: int, c2pwrite: int,
+        errread: int, errwrite: int, restore_signals: Any, gid: Any, gids: Any, uid: Any, umask: Any,
+        start_new_session: bool, *rest: Any,
+    ) -> None:  # fmt: skip
+        """Asks the server for a fork, in place of fork and exec. Called by `subprocess.Popen`."""
+        assert preexec_fn is None
+        request = {
+            "arguments": args[3:],
+            "cwd": os.fspath(cwd or Path.cwd()),
+            "environment": dict(os.environ if env is None else env),
+            "session": start_new_session,
+        }
+        theirs = (p2cread, c2pwrite, errwrite)
+        text = json.dumps(request).encode()
+        self._status = socket.socket(socket.AF_UNIX)
+        self._status.connect(_server())
+        streams = [number if stream == -1 else stream for number, stream in enumerate(theirs)]
+        socket.send_fds(self._status, [len(text).to_bytes(8, "little")], streams)
+        self._status.sendall(text)
+        self.pid = int.from_bytes(self._status.recv(8), "little")
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        assert self._status is not None
+        if wait_flags == os.WNOHANG and not select.select([self._status], [], [], 0)[0]:
+            return 0, 0
+        answer = self._status.recv(8)
+        return self.pid, int.from_bytes(answer, "little") if answer else signal.SIGKILL
+
+    def _internal_poll(self, _deadstate: int | None = None, **_: Any) -> int | None:
+        if self.returncode is None and self._status is not None:
+            pid, status = self._try_wait(os.WNOHANG)
+            if pid == self.pid:
+                self._handle_exitstatus(status)
+        return self.returncode
+
+
+_address: str | None = None
+
+
+def _server() -> str:
+    """The address of this process's server, which ends with this process."""
+    global _address
+    if _address is None:
+        folder = tempfile.mkdtemp(prefix="hpo-tests-")
+        _address = f"{folder}/socket"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.hpo.zygote", _address],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        atexit.register(process.kill)
+    return _address
+
+
+# In the server --------------------------------------------------------------------------------------------------------
+
+
+def serve(address: str) -> list[str]:
+    """Forks a command for each request. Returns the arguments, in the command's process only."""
+    _preload()
+    children: dict[int, socket.socket] = {}
+    woken, waker = socket.socketpair()
+    for end in (woken, waker):
+        end.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(32)
+    print("ready", flush=True)
+    while True:
+        ready, _, _ = select.select([listener, woken, sys.stdin], [], [])
+        if sys.stdin in ready:  # the tests' process is gone
+            os._exit(0)
+        if woken in ready:
+            woken.recv(4096)
+            _report_ended(children)
+        if listener in ready:
+            connection, _ = listener.accept()
+            head, streams, _, _ = socket.recv_fds(connection, 8, _STREAMS)
+            text = b""
+            while len(text) < int.from_bytes(head, "little"):
+                text += connection.recv(1 << 16)
+            pid = os.fork()
+            if pid == 0:
+                for held in (listener, woken, waker, connection, *children.values()):
+                    held.close()
+                return _enter(json.loads(text), streams)
+            for stream in streams:
+                os.close(stream)
+            children[pid] = connection
+            connection.sendall(pid.to_bytes(8, "little"))
+
+
+def _preload() -> None:
+    """Imports what a command needs, and starts the server that the workers of all commands are forked from."""
+    for module in (
+        "matplotlib.figure",
+        "optuna",
+        "pandas",
+        "scipy.stats",
+        "sklearn.datasets",
+        "sqlalchemy",
+        "timm",
+        "typer",
+    ):
+        importlib.import_module(module)
+    importlib.import_module("hpo.workers.worker")
+    importlib.import_module("hpo.submission")
+
+    from hpo.workers.local import start_method
+
+    start_method()
+    gc.freeze()
+
+
+def _report_ended(children: dict[int, socket.socket]) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        if pid in children:
+            connection = children.pop(pid)
+            with contextlib.suppress(OSError):  # of a test that does not wait for it
+                connection.sendall(status.to_bytes(8, "little"))
+            connection.close()
+
+
+def _enter(request: dict[str, Any], streams: list[int]) -> list[str]:
+    """Makes this fork the command's process."""
+    from multiprocessing import forkserver
+
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if request["session"]:
+        os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    sys.stdin = open(0)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1 if "PYTHONUNBUFFERED" in os.environ else -1)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    # The server of the workers runs already, and is not this process's child.
+    forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
+    return list(request["arguments"])
+
+
+def _run(arguments: list[str]) -> None:
+    """Runs the command and ends its process."""
+    from hpo.cli import main
+
+    sys.argv = ["hpo", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        # The interpreter's own end would write to every page that the fork shares: a second of processor time.
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _run(serve(sys.argv[1]))
