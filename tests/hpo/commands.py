@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from hpo import cli
+from tests.hpo.zygote import Hpo
 
 # Trials that know nothing of each other, so that they are the same whatever runs beside them.
 SPACE = """
@@ -41,11 +42,10 @@ def started_runs() -> Iterator[Start]:
 
     def begin(*arguments: str) -> subprocess.Popen[str]:
         processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "hpo.cli", "run", *arguments],
+            Hpo(
+                ["run", *arguments],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )

@@ -67,7 +67,8 @@ class Hpo(subprocess.Popen[str]):
         assert self._status is not None
         if wait_flags == os.WNOHANG and not select.select([self._status], [], [], 0)[0]:
             return 0, 0
-        answer = self._status.recv(8)
+        with self._status:
+            answer = self._status.recv(8)
         return self.pid, int.from_bytes(answer, "little") if answer else signal.SIGKILL
 
     def _internal_poll(self, _deadstate: int | None = None, **_: Any) -> int | None:

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from sklearn.datasets import load_digits
 
 from tests.hpo.commands import hpo
 from tests.hpo.storage.journals import finished_of, trials_of
+from tests.hpo.zygote import Hpo
 
 # A study small enough for a test: three epochs, and rungs after the first and the second.
 SMALL = ["--set", "epochs=3", "--set", "batch_size=64", "--set", "pruner.rungs=[0.3, 0.6]"]
@@ -148,13 +148,7 @@ def test_a_changed_space_shows_the_difference_and_the_way_out(
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "hpo.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
+    return Hpo(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 
 
 def wait_for_line(path: Path, process: subprocess.Popen[str], *, seconds: float = 120) -> None:

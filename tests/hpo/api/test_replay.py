@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -31,6 +30,7 @@ from hpo.search.loop import run_study
 from hpo.space import load_space
 from hpo.study import Study, open_study
 from tests.hpo.commands import hpo
+from tests.hpo.zygote import Hpo
 
 CPU = torch.device("cpu")
 SPACE = """
@@ -333,11 +333,10 @@ def start(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     processes = []
 
     def begin(*arguments: str, until: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hpo.cli", "train", *arguments],
+        process = Hpo(
+            ["train", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
         )
         processes.append(process)

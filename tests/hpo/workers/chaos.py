@@ -34,6 +34,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.paths import StudyPaths
 from tests.hpo.storage.postgresql import Server, running_server
+from tests.hpo.zygote import Hpo
 
 EPOCHS = 14
 # Every trial's result follows from its slot alone: nothing is learnt from others, and of so few trials the rungs keep
@@ -135,15 +136,19 @@ class Command:
 
     def __init__(self, arguments: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
         self.arguments, self._folder = list(arguments), folder
+        self._given = environment
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
-        self._lives: list[subprocess.Popen[bytes]] = []
+        self._lives: list[subprocess.Popen[Any]] = []
 
     def start(self) -> None:
         """Gives the command, once more."""
+        # A fork of the tests' server has read no `sitecustomize.py` of its own PYTHONPATH.
+        start: Callable[..., subprocess.Popen[Any]] = subprocess.Popen if "PYTHONPATH" in self._given else Hpo
+        command = ["run", *self.arguments]
         with self._said_in(len(self._lives)).open("wb") as said:
             self._lives.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "hpo.cli", "run", *self.arguments],
+                start(
+                    command if start is Hpo else [sys.executable, "-m", "hpo.cli", *command],
                     cwd=self._folder,
                     stdout=said,
                     stderr=subprocess.STDOUT,
@@ -153,7 +158,7 @@ class Command:
             )
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> subprocess.Popen[Any]:
         """The driver."""
         return self._lives[-1]
 
