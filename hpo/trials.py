@@ -1,7 +1,7 @@
-"""What stands in a trial's user attributes, and which trial stands for a slot.
+"""Trials of a study: their user attributes, and the effective trial of each trial index.
 
-A study's total is made of slots. A trial that was cut off leaves its slot to another trial, so that whoever counts or
-compares trials counts slots.
+A study's total consists of trial indices. An interrupted attempt is followed by another trial of the same index, so
+trials are counted and compared by index, each once.
 """
 
 from __future__ import annotations
@@ -16,52 +16,69 @@ if TYPE_CHECKING:
     from core.config import TrainConfig
     from core.loop import EpochMetrics, TrainResult
 
-TOTAL = "trials"
-"""Study user attribute: the total number of trials, for workers that join."""
+# User attributes of a trial
+
 TRIAL_INDEX = "trial_index"
-"""The user attribute of every trial of ours: its place in the study's total. A retried trial keeps it."""
+"""Place in the study's total. A retried trial keeps it."""
 BASELINE = "baseline"
-"""User attribute of the trial that trains the space's baseline, which is never pruned."""
+"""True for the trial that trains the space's baseline, which is never pruned."""
 OLD_NAMES = {TRIAL_INDEX: "slot", BASELINE: "base"}
-"""User attributes by the names that studies of version 0.1.0 gave them; they are read, never written."""
+"""Names of these attributes in studies of version 0.1.0; read, never written."""
 RECIPE = "recipe"
-"""The user attribute of a trial that is a recipe, which is never pruned: the recipe's name."""
+"""Name of the recipe that the trial trains. Recipes are never pruned."""
 LET_THROUGH = "let_through"
-"""The user attribute of a trial that a rung would have cut and that went on, on purpose: the step of that rung."""
+"""Step of the rung that would have pruned the trial, which continued on purpose."""
 FAILURE = "failure"
-"""The user attribute of a trial that could not be trained to its end: `diverged`, `oom`, `invalid` or `crashed`."""
+"""Why the trial could not be trained: `diverged`, `oom`, `invalid` or `crashed`."""
 CRASHES = "crashes"
-"""The user attribute of a trial: how many attempts at its slot ended with their process, so far."""
+"""Number of attempts at the trial index that ended with the death of their process."""
 REPLICATE_OF = "replicate_of"
-"""The user attribute of a trial with an earlier slot's parameters, which it trains with another seed: that slot."""
+"""Lower trial index with the same parameters, which this trial trains with another seed."""
 RESUMED_EPOCH = "resumed_epoch"
-"""The user attribute of an attempt that went on from a checkpoint: the epoch that was in it; with folds, the step."""
+"""Epoch of the checkpoint that an attempt resumed from; with folds, the step."""
 INTERRUPTED = "interrupted"
-"""The user attribute of an attempt that was cut off; its slot was queued again."""
-ARTIFACT = "artifacts:"
-"""How Optuna begins the system attribute of a trial by which an uploaded artifact is known."""
+"""True for an attempt that was interrupted; its trial index was queued again."""
 CONFIG = "config"
-"""The user attribute of a confirmation's trial: the whole configuration that it trains, seed and split included."""
+"""Whole configuration that the trial trains, seed and split included, as in a confirmation."""
 STOPPED = "stopped"
-"""The user attribute of a confirmation's trial that was not trained, since its candidate can no longer win: why."""
+"""Why a confirmation's trial was not trained: its candidate can no longer win."""
 TAKEN_FROM = "taken_from"
-"""The user attribute of a trial that another study ran: `STUDY/NUMBER`."""
+"""Origin of a trial that another study ran: `STUDY/NUMBER`."""
+
+# Prefixes of Optuna's system attributes
+
+ARTIFACT = "artifacts:"
+"""Before the id of an uploaded artifact."""
+CONSTRAINT = "constraints:"
+"""Before the name of a constraint that `Trial.set_constraint` set."""
 
 
 def trial_index_of(trial: FrozenTrial) -> int:
-    """The trial's index in the study's total; its number, where another program added the trial."""
+    """Return the trial's index in the study's total; its number if another program added the trial."""
     attributes = trial.user_attrs
     return int(attributes.get(TRIAL_INDEX, attributes.get(OLD_NAMES[TRIAL_INDEX], trial.number)))
 
 
 def is_baseline(trial: FrozenTrial | Trial) -> bool:
-    """Whether the trial trains the space's baseline."""
+    """Return whether the trial trains the space's baseline."""
     return bool(trial.user_attrs.get(BASELINE) or trial.user_attrs.get(OLD_NAMES[BASELINE]))
 
 
+def with_current_names(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a trial's user attributes with those of version 0.1.0 renamed."""
+    current = {old: new for new, old in OLD_NAMES.items()}
+    return {current.get(name, name): value for name, value in attributes.items()}
+
+
 def effective_trials(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
-    """Slot -> the trial that stands for it: what was not cut off, the earlier of two, but rather what was begun,
-    or has the parameters of an attempt before."""
+    """Return the trial that counts for each trial index.
+
+    Failed attempts never count. Of several trials of an index the earliest counts, unless it is waiting and a later one
+    has started or has the parameters of an earlier attempt.
+
+    Args:
+        trials: All trials of a study, in the order of their numbers.
+    """
     found: dict[int, FrozenTrial] = {}
     for trial in trials:
         if trial.state == TrialState.FAIL:
@@ -73,14 +90,13 @@ def effective_trials(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
 
 
 def _is_further(trial: FrozenTrial, waiting: FrozenTrial) -> bool:
-    """Whether a trial stands for its slot before an earlier one that waits: it was begun, or has its parameters."""
     return trial.state != TrialState.WAITING or bool(trial.params and not waiting.params)
 
 
 def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], trial_index: int) -> int | None:
-    """The lowest slot before this one that has these very parameters; None where it is the first.
+    """Return the lowest trial index before this one with the same parameters, or None.
 
-    Only lower slots count, so that whatever runs beside it decides nothing.
+    Only lower indices count, so that the result does not depend on the trials that run at the same time.
     """
     return min(
         (
@@ -94,44 +110,58 @@ def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], trial_i
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended."""
+    """Result of a finished trial."""
 
     number: int
     trial_index: int
     state: Literal["complete", "pruned"]
     value: float | None
-    """The objective: the final one of a complete trial, the last reported one of a pruned trial."""
+    """Final objective of a complete trial, last reported one of a pruned trial."""
     config: TrainConfig | None
     params: dict[str, Any]
     history: tuple[EpochMetrics, ...] = ()
-    """Of all folds, one after the other; the elapsed time runs on."""
+    """Epochs of all folds, one fold after the other; the elapsed time is that of the whole trial."""
     rows: tuple[dict[str, float | int], ...] = ()
-    """The lines of its `metrics.jsonl`."""
+    """Lines of `metrics.jsonl`."""
     results: tuple[TrainResult, ...] = ()
-    """Of a complete trial: one, or one a fold, whose networks then wait on the host."""
+    """One result per fold of a complete trial, or a single one; their networks are in host memory."""
     failure: str | None = None
-    """`diverged`, `oom` or `invalid`, of a trial that could not be trained to its end."""
+    """`diverged`, `oom` or `invalid`, if the trial could not be trained to its end."""
     replicate_of: int | None = None
-    """The earlier slot that has the same parameters."""
+    """Lower trial index with the same parameters."""
     why: str = ""
-    """The pruner's verdict, or the failure's text."""
+    """The pruner's verdict, or the error message."""
     attributes: dict[str, Any] = field(default_factory=dict)
-    """What the storage remembers beside the value."""
+    """User attributes to store."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How a study's trials stand. Interrupted attempts are not in it."""
+    """Number of a study's trials by state, without interrupted attempts."""
 
     complete: int
     pruned: int
     """By the pruner."""
     failures: int
-    """Pruned because they could not be trained: `diverged`, `oom`, `invalid`."""
+    """Pruned because they could not be trained, see `FAILURE`."""
     running: int
     waiting: int
 
     @property
     def finished(self) -> int:
-        """What counts towards the total."""
+        """Number of trials that count towards the total."""
         return self.complete + self.pruned + self.failures
+
+
+def count_trials(trials: Iterable[FrozenTrial]) -> Counts:
+    """Count the effective trials by state."""
+    counted = list(effective_trials(trials).values())
+    states = [trial.state for trial in counted]
+    failures = sum(trial.state == TrialState.PRUNED and FAILURE in trial.user_attrs for trial in counted)
+    return Counts(
+        complete=states.count(TrialState.COMPLETE),
+        pruned=states.count(TrialState.PRUNED) - failures,
+        failures=failures,
+        running=states.count(TrialState.RUNNING),
+        waiting=states.count(TrialState.WAITING),
+    )

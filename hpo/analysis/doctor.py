@@ -8,7 +8,6 @@ touches. A finished trial is never changed, and nothing is deleted but what can 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -251,31 +250,12 @@ def _lock(patient: Patient) -> Iterator[Told]:
         return
     journal = Path(patient.url)
     link = journal.with_name(journal.name + ".lock")
-    if os.path.lexists(link) and _is_dead(link, journal):
+    if os.path.lexists(link) and JournalLock(journal).is_left_by_dead():
         yield Finding(
             f"{link}: a process that died left it; optuna's own commands wait {GRACE_S} s for it",
             "--mend takes it away",
             partial(_take_lock, journal),
         )
-
-
-def _is_dead(link: Path, journal: Path) -> bool:
-    """Whether nobody holds the journal's lock whose link is there."""
-    flock = journal.with_name(journal.name + ".flock")
-    if flock.exists():
-        with flock.open("r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            # While we hold it, no process of this machine holds the link.
-            if JournalLock(journal).is_left_by_the_dead():
-                return True
-    try:
-        last = max(link.lstat().st_mtime, journal.stat().st_mtime)
-    except FileNotFoundError:  # its holder lives: it has just let go
-        return False
-    return time.time() - last > GRACE_S
 
 
 def _take_lock(journal: Path) -> None:

@@ -68,6 +68,11 @@ class ConfirmationSpace(SearchSpace):
         )
 
     @property
+    def trains_baseline(self) -> bool:
+        """False: a confirmation queues the trials that it needs."""
+        return False
+
+    @property
     def test_share(self) -> float:
         """Validation images / training images of one split, by which overlapping splits depend on each other."""
         return self.val_images / self.train_images

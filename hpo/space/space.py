@@ -189,6 +189,11 @@ class SearchSpace:
     def direction(self) -> Literal["maximize", "minimize"]:
         return self.objective.direction
 
+    @property
+    def trains_baseline(self) -> bool:
+        """Whether a study of this space begins with the baseline and the recipes."""
+        return True
+
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's distribution of every parameter, conditional ones too."""

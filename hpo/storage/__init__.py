@@ -1,8 +1,7 @@
-"""Opens what a study is stored in: Optuna's journal file by default, or any storage that a URL names.
+"""Storages of studies: Optuna's journal file by default, or any storage that a URL names.
 
-What can be wrong with a storage is a person's to mend, so it is said in one line, without the password. What nobody
-needs to be asked about is mended: a record torn by a crash, the lock of a killed process. A server that is restarted is
-waited for.
+Problems that the user can fix are reported in one line, without the password. A record torn by a crash and the lock of
+a killed process are repaired without asking. A database server that restarts is waited for.
 """
 
 from __future__ import annotations
@@ -22,23 +21,24 @@ __all__ = ["is_journal", "is_masked", "mask", "open_storage", "repair_journal"]
 
 
 def open_storage(url: str, *, patient: bool = False) -> BaseStorage:
-    """Opens the storage, and makes its tables or its file where there are none.
+    """Open a storage, and create its tables or its file if they do not exist.
 
     Args:
-        patient: waits for a database that does not answer, as every operation does afterwards: for a process that a
-            running study has started. A person who mistyped a host shall not wait.
+        url: An Optuna storage URL, or the path of a journal.
+        patient: Wait for a database that does not answer, as all later operations do. For processes that a running
+            study starts; users who mistyped a host should not wait.
 
     Raises:
-        StudyError: the URL, the driver, the server or the file will not do.
+        StudyError: The URL, the driver, the server or the file does not work.
     """
     if is_journal(url):
         return open_journal(Path(url))
     try:
         if url.startswith(("redis://", "rediss://")):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna's label on its Redis backend
+                warnings.simplefilter("ignore", ExperimentalWarning)
                 return JournalStorage(JournalRedisBackend(url))
-        from hpo.storage.database import open_database  # with SQLAlchemy, which a journal does not need
+        from hpo.storage.database import open_database  # imports SQLAlchemy
 
         return open_database(url, patient=patient)
     except StudyError:

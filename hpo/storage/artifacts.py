@@ -1,13 +1,12 @@
-"""The depot: a place that all machines of a study reach, for what must outlive the one it was made on.
+"""Artifact store: files of a study that all of its machines can reach, and that outlive each machine.
 
-Checkpoints, kept weights and the dashboard's pictures go there under the names that they have in the study's folder. It
-is a shared folder, or whatever fsspec has a driver for: `s3://…`, `gs://…`. A reader finds a file whole or not at all,
-and the old one until the new one is whole: object stores give that by themselves, elsewhere a file is written under
-another name and moved.
+Checkpoints, kept weights and the dashboard's artifacts are stored under their names in the study's folder. The store is
+a shared folder or any URL that fsspec supports: `s3://…`, `gs://…`. Readers see complete files only: object stores
+replace objects atomically, elsewhere a file is written under another name and moved.
 
-Which of two checkpoints is the later one is not asked of clocks, since machines differ. Beside its own copy a machine
-notes the mark of the depot's (an ETag, or what a file system knows of it) at the time when both were the same. As long
-as that mark stays, nobody else has put one since.
+The later of two checkpoints is not found by clocks, since those of machines differ. Beside its copy a machine keeps the
+tag of the stored file (an ETag, or what a file system has instead) from the time when both were equal. While the tag is
+the same, no other machine has stored a later one.
 """
 
 from __future__ import annotations
@@ -28,22 +27,23 @@ from hpo.storage.urls import missing_module, words_of
 if TYPE_CHECKING:
     from hpo.storage.optuna_access import OptunaArtifactStore
 
-# Where an upload is one operation of the service: its object is the old one until the whole new one is there.
+# Protocols of object stores, which replace an object atomically.
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss"}
-# What a file is called while it is written: a dot, its own name, and this.
+# Suffix of a file while it is written; its prefix is a dot.
 _UNFINISHED = ".unfinished"
 
 
-class Depot:
+class ArtifactStore:
     """A study's files at a path or URL, by their names in the study's folder: `checkpoints/00007.pt`.
 
+    Every method raises StudyError if the store cannot be reached, is full, or denies access.
+
     Args:
-        url: of all studies; the study's folder lies in it, under the study's name.
-        folder: the study's, on this machine.
+        url: A path or URL; the files are in a folder of the study's name there.
+        folder: The study's folder on this machine.
 
     Raises:
-        StudyError: there is no driver for the URL, or it leads nowhere. So does every method where the place cannot be
-            reached, is full, or lets nobody write.
+        StudyError: The URL is invalid, or there is no driver for it.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -51,8 +51,8 @@ class Depot:
         from fsspec.implementations.local import LocalFileSystem
 
         self.url, self._folder = url, folder
-        with self._saying("opened"):
-            # Without a cache of listings: other machines put files there too.
+        with self._explained("opened"):
+            # No cache of listings: other machines store files too.
             self._files, root = url_to_fs(url, use_listings_cache=False)
         self._root = f"{root.rstrip('/')}/{folder.name}"
         self._local = isinstance(self._files, LocalFileSystem)
@@ -64,12 +64,12 @@ class Depot:
         """The URL without its password."""
         return mask(self.url)
 
-    # A file by its name
+    # Files by name
 
     def put(self, local: Path, name: str) -> None:
-        """Puts a file there, in place of an older one."""
+        """Store a file, in place of an older one."""
         target = self._at(name)
-        with self._saying("written"):
+        with self._explained("written"):
             if self._atomic:
                 self._files.put_file(str(local), target)
                 return
@@ -80,7 +80,7 @@ class Depot:
                 self._write(local, unfinished)
                 self._move(unfinished, target)
             except BaseException:
-                with contextlib.suppress(Exception):  # what went wrong before is what is to be told
+                with contextlib.suppress(Exception):  # the first error is the one to report
                     self._files.rm_file(unfinished)
                 raise
 
@@ -100,12 +100,16 @@ class Depot:
             self._files.mv(source, target)
 
     def fetch(self, name: str, local: Path) -> bool:
-        """Brings a file here, in place of what `local` is; False where the depot has none of that name."""
+        """Fetch a file, in place of `local`.
+
+        Returns:
+            False if the store has no such file.
+        """
         source = self._at(name)
         local.parent.mkdir(parents=True, exist_ok=True)
         unfinished = local.with_name(f".{local.name}.{uuid.uuid4().hex}{_UNFINISHED}")
         try:
-            with self._saying("read"):
+            with self._explained("read"):
                 try:
                     self._files.get_file(source, str(unfinished))
                 except FileNotFoundError:
@@ -116,9 +120,9 @@ class Depot:
         return True
 
     def remove(self, name: str) -> None:
-        """Lets go of a file, and of what killed processes left half written of it; nothing where there is none."""
+        """Delete a file if it exists, and incomplete copies that killed processes have left."""
         target = self._at(name)
-        with self._saying("written"):
+        with self._explained("written"):
             parent, _, last = target.rpartition("/")
             left = [] if self._atomic else self._files.glob(f"{parent}/.{last}.*{_UNFINISHED}")
             for path in [target, *left]:
@@ -126,47 +130,47 @@ class Depot:
                     self._files.rm_file(path)
 
     def exists(self, name: str) -> bool:
-        """Whether a file of that name is there, whole."""
+        """Return whether the store has a file."""
         target = self._at(name)
-        with self._saying("read"):
+        with self._explained("read"):
             return bool(self._files.exists(target))
 
     def size(self) -> int:
-        """The bytes of all the study's files there."""
-        with self._saying("read"):
+        """Return the size of all the study's files in bytes."""
+        with self._explained("read"):
             try:
                 return sum(int(info["size"] or 0) for info in self._files.find(self._root, detail=True).values())
             except FileNotFoundError:
                 return 0
 
-    # A checkpoint by its file on this machine
+    # Checkpoints
 
     def bring(self, checkpoint: Path) -> None:
-        """Brings a checkpoint here, if another machine has put it there since this one did; before a training."""
-        if (mark := self._mark(checkpoint)) is None:
+        """Fetch a checkpoint before a training, if another machine has stored a later one."""
+        if (tag := self._tag(checkpoint)) is None:
             return
-        noted = _note_of(checkpoint)
-        if checkpoint.exists() and noted.exists() and noted.read_text(encoding="utf-8") == mark:
+        tag_file = _tag_file(checkpoint)
+        if checkpoint.exists() and tag_file.exists() and tag_file.read_text(encoding="utf-8") == tag:
             return
         if self.fetch(self._name(checkpoint), checkpoint):
-            # The mark of before: were another one put meanwhile, it would be fetched again, and not be missed.
-            noted.write_text(mark, encoding="utf-8")
+            # The earlier tag: a checkpoint that was stored in between is fetched again, not missed.
+            tag_file.write_text(tag, encoding="utf-8")
 
     def send(self, checkpoint: Path) -> None:
-        """Puts a checkpoint there that has just been saved."""
+        """Store a checkpoint that has just been saved."""
         self.put(checkpoint, self._name(checkpoint))
-        _note_of(checkpoint).write_text(self._mark(checkpoint) or "", encoding="utf-8")
+        _tag_file(checkpoint).write_text(self._tag(checkpoint) or "", encoding="utf-8")
 
     def drop(self, checkpoint: Path) -> None:
-        """Lets go of the checkpoint of a finished trial, there and here."""
+        """Delete the checkpoint of a finished trial, in the store and on this machine."""
         self.remove(self._name(checkpoint))
         checkpoint.unlink(missing_ok=True)
-        _note_of(checkpoint).unlink(missing_ok=True)
+        _tag_file(checkpoint).unlink(missing_ok=True)
 
-    def _mark(self, checkpoint: Path) -> str | None:
-        """What changes with every checkpoint that is put there in place of this; None where there is none."""
+    def _tag(self, checkpoint: Path) -> str | None:
+        """A tag that changes with every stored version of the checkpoint; None if there is none."""
         there = self._at(self._name(checkpoint))
-        with self._saying("read"):
+        with self._explained("read"):
             try:
                 return str(self._files.ukey(there))
             except FileNotFoundError:
@@ -175,21 +179,21 @@ class Depot:
     def _name(self, file: Path) -> str:
         return file.relative_to(self._folder).as_posix()
 
-    # What all of it needs
+    # Shared
 
-    def artifacts(self, folder: Path) -> OptunaArtifactStore:
-        """The dashboard's artifacts, as Optuna asks for them.
+    def for_optuna(self, folder: Path) -> OptunaArtifactStore:
+        """Return an artifact store for Optuna and its dashboard.
 
         Args:
-            folder: theirs in the study's folder.
+            folder: The folder of the dashboard's artifacts in the study's folder.
         """
         return cast("OptunaArtifactStore", _Artifacts(self, folder.relative_to(self._folder).as_posix()))
 
     def open(self, name: str) -> BinaryIO:
-        """A file of the depot, to be read.
+        """Open a file for reading.
 
         Raises:
-            FileNotFoundError: there is none of that name.
+            FileNotFoundError: The store has no such file.
         """
         return cast("BinaryIO", self._files.open(self._at(name), "rb"))
 
@@ -200,48 +204,48 @@ class Depot:
         return f"{self._root}/{name}"
 
     @contextlib.contextmanager
-    def _saying(self, done: str) -> Iterator[None]:
-        """Turns what a driver says into one line. `done`: what the place cannot be."""
+    def _explained(self, done: str) -> Iterator[None]:
+        """Turn a driver's error into one line. `done` completes "cannot be …"."""
         try:
             yield
         except (AssertionError, AttributeError, NameError, TypeError):
-            raise  # a fault of ours
+            raise  # a bug
         except Exception as error:
             raise StudyError(f"--artifacts {self.shown}: {_advice(self.url, error, done)}") from error
 
 
 class _Artifacts:
-    """An artifact store of Optuna's in a depot."""
+    """The interface that Optuna and its dashboard expect of an artifact store."""
 
-    def __init__(self, depot: Depot, folder: str) -> None:
-        self._depot, self._folder = depot, folder
+    def __init__(self, store: ArtifactStore, folder: str) -> None:
+        self._store, self._folder = store, folder
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         from optuna.artifacts.exceptions import ArtifactNotFound
 
         try:
-            return self._depot.open(f"{self._folder}/{artifact_id}")
+            return self._store.open(f"{self._folder}/{artifact_id}")
         except FileNotFoundError as error:
-            raise ArtifactNotFound(f"artifact {artifact_id} is not in {self._depot.shown}") from error
+            raise ArtifactNotFound(f"artifact {artifact_id} is not in {self._store.shown}") from error
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         with tempfile.TemporaryDirectory(prefix="hpo-") as folder:
             whole = Path(folder) / "artifact"
             with whole.open("wb") as file:
                 shutil.copyfileobj(content_body, file)
-            self._depot.put(whole, f"{self._folder}/{artifact_id}")
+            self._store.put(whole, f"{self._folder}/{artifact_id}")
 
     def remove(self, artifact_id: str) -> None:
-        self._depot.remove(f"{self._folder}/{artifact_id}")
+        self._store.remove(f"{self._folder}/{artifact_id}")
 
 
-def _note_of(checkpoint: Path) -> Path:
-    """Where the depot's mark is noted beside a checkpoint."""
+def _tag_file(checkpoint: Path) -> Path:
+    """The file beside a checkpoint that holds its tag in the store."""
     return checkpoint.with_name(checkpoint.name + ".mark")
 
 
 def _advice(url: str, error: Exception, done: str) -> str:
-    """What is wrong with the place, and what to do about it."""
+    """The problem with the store, and how to fix it."""
     scheme = url.partition("://")[0]
     if (module := missing_module(error)) is not None:
         return f"{scheme}:// needs {module}: pip install {module}"
@@ -253,3 +257,6 @@ def _advice(url: str, error: Exception, done: str) -> str:
     if isinstance(error, PermissionError):
         return f"cannot be {done}: no permission ({words}); check the keys, or the folder's owner"
     return f"cannot be {done} ({words}); check the address, and that it is reached from here"
+
+
+Depot = ArtifactStore  # earlier name, until its callers use the new one

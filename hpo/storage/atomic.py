@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 UNFINISHED = ".tmp"
-"""What the name of a file ends with while it is written; a killed writer leaves it behind."""
+"""Suffix of a file while it is written; a killed writer leaves such a file."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
-    """A path beside `path` to write a file to. When the block ends it takes the place of what was there, in one step.
+    """Replace a file atomically by the one that the block writes.
 
-    After an exception it is gone, and what was there still is. Two that write the same file do not meet, though they be
-    processes of one number on two machines; the later one's stays. `synced` waits until the disk has it, so that it
-    outlives the machine's power.
+    After an exception the old file stays. If several processes on any machine replace the same file, the last one wins.
+
+    Args:
+        path: The file to replace or create.
+        synced: Sync the new file to the disk first, so that it survives a power failure.
+
+    Yields:
+        A path in the same folder to write to.
 
     Raises:
-        OSError: the folder is not there, or the disk is full.
+        OSError: The folder does not exist, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
     try:

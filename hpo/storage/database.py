@@ -1,4 +1,4 @@
-"""A study in a database: Optuna's RDBStorage, which outlasts its server's restart and claims a trial in one piece."""
+"""Studies in a database: Optuna's RDBStorage, with retries during outages and atomic claims."""
 
 from __future__ import annotations
 
@@ -24,33 +24,34 @@ from hpo.storage.outage import Outage, is_no_outage
 from hpo.storage.urls import options_of
 
 HEARTBEAT_S = 30
-"""Seconds between two heartbeats of a running trial: small beside the grace, and a write a trial, as a report is."""
+"""Seconds between two heartbeats of a running trial; each is one write."""
 GRACE_S = 360
-"""Seconds without a heartbeat after which a trial is dead. More than the patience, a heartbeat and a pause together:
-after an outage that workers of another host survive, none of theirs is taken for dead before it has spoken."""
+"""Seconds without a heartbeat after which a trial is dead. More than `PATIENCE_S`, a heartbeat and a pause, so that the
+workers that survive an outage can send a heartbeat before they are taken for dead."""
 
-# Seconds until a server that does not answer a connection is given up, and until a locked SQLite file is.
+# Timeouts of a connection to a server, and of a locked SQLite file.
 _CONNECT_TIMEOUT_S = 10
 _SQLITE_TIMEOUT_S = 60
-# Seconds after which a machine that vanished without a word is noticed; a system's own idea is two hours.
+# Seconds until a lost machine is noticed; the default of most systems is two hours.
 _SILENCE_S = 60
-# Trials that are asked for one by one, at most: SQLite before 3.32 takes 999 values in a statement.
+# Most trials that are read by id: SQLite before 3.32 takes 999 values in a statement.
 _MOST_BY_NUMBER = 900
-_LAST_TRIAL = 2**31 - 1  # the largest that the column of a trial's identity holds
-# Attempts at a schema that another process is making, and the seconds between them: it takes about a second.
+_LAST_TRIAL = 2**31 - 1  # largest value of the id column
+# Attempts to open a schema that another process is creating, which takes about a second.
 _SCHEMA_ATTEMPTS = 20
 _SCHEMA_PAUSE_S = 0.25
 
 
 def open_database(url: str, *, patient: bool = False) -> BaseStorage:
-    """Opens a database, and makes its tables where there are none.
+    """Open a database, and create its tables if they do not exist.
 
     Args:
-        patient: waits for a server that does not answer, as every operation afterwards does.
+        url: URL of the database.
+        patient: Wait for a server that does not answer, as all later operations do.
 
     Raises:
-        StudyError: the server did not answer in time.
-        Exception: whatever else SQLAlchemy, the driver or Optuna has to say.
+        StudyError: The server did not answer in time.
+        Exception: Any other error of SQLAlchemy, the driver or Optuna.
     """
     database = Outage(url).outlast(lambda _: _with_tables(url)) if patient else _with_tables(url)
     return get_storage(database)
@@ -61,7 +62,7 @@ def _with_tables(url: str) -> _Database:
         try:
             return _Database(url)
         except Exception as error:
-            # Two processes that begin at once both make the tables, and one of them finds them half made.
+            # Of two processes that create the tables at once, one finds them incomplete.
             if not re.search(r"already exists|duplicate|UNIQUE", str(error)):
                 raise
             time.sleep(_SCHEMA_PAUSE_S)
@@ -71,11 +72,11 @@ def _with_tables(url: str) -> _Database:
 def _engine_options(url: str) -> dict[str, Any]:
     if url.startswith("sqlite"):
         return {"connect_args": {"timeout": _SQLITE_TIMEOUT_S}}
-    # A connection that the server dropped is not looked for before each transaction, which would take a sixth longer:
-    # what fails on it is done again on a new one.
+    # Dropped connections are not checked for before each transaction, which would take a sixth longer: a failed
+    # operation is repeated on a new connection.
     options: dict[str, Any] = {"pool_pre_ping": False}
-    # A worker's own thread keeps its connection; its heartbeat borrows one every half minute. So 32 workers stay far
-    # below the 100 connections that PostgreSQL allows unless told.
+    # A worker keeps one connection, and its heartbeat uses another every half minute. So 32 workers stay far below the
+    # 100 connections that PostgreSQL allows by default.
     options |= {"pool_size": 1, "max_overflow": 9}
     if url.startswith("postgresql"):
         known = {"keepalives_idle": _SILENCE_S // 2, "keepalives_interval": _SILENCE_S // 6, "keepalives_count": 3}
@@ -89,17 +90,17 @@ def _engine_options(url: str) -> dict[str, Any]:
 
 
 class _Database(RDBStorage):
-    """Optuna's storage in a database, each operation tried again while the server does not answer.
+    """Optuna's database storage, which repeats operations while the server does not answer.
 
-    Doing it twice is doing it once: attributes, values of epochs, parameters and heartbeats are written over with
-    themselves. The end of a trial that is in place already is taken for ours. A claim carries our lease in the same
-    transaction, by which we know it again. A trial that is created twice is two waiting trials of one slot, of which
-    the second is never run.
+    Repeated operations are harmless: attributes, reported values, parameters and heartbeats are overwritten with the
+    same. If a trial has already ended as requested, the earlier attempt ended it. A claim writes this process's lease
+    in the same transaction, so that it can be recognized. A trial that is created twice gives two waiting trials of the
+    same index, of which the second is never run.
     """
 
     def __init__(self, url: str) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna's label on its heartbeat
+            warnings.simplefilter("ignore", ExperimentalWarning)
             super().__init__(
                 url, engine_kwargs=_engine_options(url), heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S
             )
@@ -107,11 +108,11 @@ class _Database(RDBStorage):
         self._waiting: dict[int, FrozenTrial] = {}
         if self.engine.name in _SET_UPS:
             _SET_UPS[self.engine.name](self.engine)
-            self.engine.dispose()  # the connections that were made before
+            self.engine.dispose()  # connections from before the set-up
         logging.getLogger("optuna.storages._rdb.storage").addFilter(is_no_outage)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's. A trial that is made RUNNING gets our lease and a first heartbeat with it."""
+        """Set the state as Optuna does; with RUNNING, also store this process's lease and a first heartbeat."""
         if state == TrialState.RUNNING:
             return self.outage.outlast(lambda again: self._claim(trial_id, again=again))
         return self.outage.outlast(lambda again: self._end(trial_id, state, values, again=again))
@@ -121,7 +122,7 @@ class _Database(RDBStorage):
             trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
             self.check_trial_is_updatable(trial_id, trial.state)
             if trial.state != TrialState.WAITING:
-                # Another process has it; or we, if the attempt before was done and its answer lost.
+                # Another process has it, or this one, if the earlier attempt succeeded and its answer was lost.
                 leases = [json.loads(item.value_json) for item in trial.user_attributes if item.key == LEASE]
                 return again and leases == [own_lease()]
             self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, LEASE, own_lease())
@@ -148,19 +149,19 @@ class _Database(RDBStorage):
         included_trial_ids: set[int],
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
-        """As Optuna's, but trials that were read waiting and still wait are not read again.
+        """Read trials as Optuna does, but do not read waiting trials again that are still waiting.
 
-        A study's slots all wait from its beginning, and a worker reads the trials several times for each that it runs.
-        What is changed about a waiting trial is seen once it runs.
+        All trials of a study wait from its beginning, and a worker reads the trials several times for each one that it
+        runs. Changes to a waiting trial are seen once it runs.
         """
         if states is not None:
             return super()._get_trials(study_id, states, included_trial_ids, trial_id_greater_than)
         with _create_scoped_session(self.scoped_session) as session:
             known = session.query(models.TrialModel.trial_id, models.TrialModel.state)
-            stands = dict(known.filter(models.TrialModel.study_id == study_id).all())
+            states_now = dict(known.filter(models.TrialModel.study_id == study_id).all())
         found = {
             number: state
-            for number, state in stands.items()
+            for number, state in states_now.items()
             if number > trial_id_greater_than or number in included_trial_ids
         }
         waiting = [trial for number, trial in self._waiting.items() if found.get(number) == TrialState.WAITING]
@@ -186,21 +187,21 @@ for _name in (
     *("get_all_studies", "_create_new_trial", "_set_trial_param", "get_trial_id_from_study_id_trial_number"),
     *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "get_trial", "_get_trials"),
     *("_get_best_trial_id", "record_heartbeat", "_get_stale_trial_ids"),
-):  # what Optuna's cache, which lies on top, asks of a database
+):  # the methods that Optuna's cache calls
     setattr(_Database, _name, _outlasting(getattr(_Database, _name)))
 
 
 def _serialise(engine: Engine) -> None:
-    """Makes every transaction of a SQLite storage exclusive from its beginning.
+    """Make every transaction of a SQLite storage exclusive from its start.
 
-    SQLite knows no SELECT … FOR UPDATE, so with its deferred transactions two processes both read that a trial waits,
-    and both claim it; or both want to write after reading, and one gets "database is locked" at once. The write-ahead
-    log saves most of the syncs.
+    SQLite has no SELECT … FOR UPDATE, so with its deferred transactions two processes could both read that a trial is
+    waiting and claim it, or one that writes after reading would get "database is locked" at once. The write-ahead log
+    saves most of the syncs.
     """
 
     @event.listens_for(engine, "connect")
     def set_up(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # BEGIN is ours to say
+        connection.isolation_level = None  # no implicit BEGIN
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
 
@@ -210,14 +211,14 @@ def _serialise(engine: Engine) -> None:
 
 
 def _in_utc(engine: Engine, statement: str) -> None:
-    """Keeps heartbeats by a clock without summer time, in which every trial would look dead for an hour a year."""
+    """Store heartbeats in UTC; with summer time, every trial would look dead for an hour a year."""
 
     @event.listens_for(engine, "connect")
     def set_up(connection: Any, _: Any) -> None:
         cursor = connection.cursor()
         cursor.execute(statement)
         cursor.close()
-        connection.commit()  # else the pool's first rollback takes it back
+        connection.commit()  # else the pool's first rollback reverts it
 
 
 _SET_UPS: dict[str, Callable[[Engine], None]] = {

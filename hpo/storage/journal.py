@@ -1,8 +1,8 @@
-"""The journal file: Optuna's, and what a crash, a full disk or a killed writer may do to it.
+"""Optuna's journal file, protected against crashes, full disks and killed writers.
 
-A record counts once its newline stands. So what a write leaves that fails or is killed is a torn tail, which nobody has
-acted upon: whoever holds the lock next cuts it off. Optuna 5.0 itself writes behind it, and then cannot read the
-journal any more; that is mended too. Any other damage stops with its line.
+A record counts once its newline is written. So a failed or killed write leaves a torn tail that no process has read;
+the next holder of the lock cuts it off. Optuna 5.0 itself appends to the tail, and then cannot read the journal any
+more; that is repaired too. Any other damage is an error with its line.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from hpo.storage.lock import JournalLock
 
 logger = logging.getLogger(__name__)
 
-_FULL = FULL_DISK | {errno.EFBIG}  # of a file that may not grow any more
+_FULL = FULL_DISK | {errno.EFBIG}  # the limit of a file's size
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """Opens a journal, made where there is none, and mends what a crash left of it.
+    """Open a journal, create it if it does not exist, and repair what a crash has left.
 
     Raises:
-        StudyError: the file cannot be opened, or is damaged in another way.
+        StudyError: The file cannot be opened, or is damaged in another way.
     """
-    with _said(path, "opened"):
+    with _explained(path, "opened"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             repair_journal(path)
@@ -45,8 +45,8 @@ def open_journal(path: Path) -> JournalStorage:
 
 
 @contextmanager
-def _said(path: Path, what: str) -> Iterator[None]:
-    """Says in one line what the system does not let us do with the journal."""
+def _explained(path: Path, what: str) -> Iterator[None]:
+    """Turn an error of the system into one line. `what` completes "cannot be …"."""
     try:
         yield
     except OSError as error:
@@ -62,11 +62,11 @@ def _said(path: Path, what: str) -> Iterator[None]:
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal file, safe against a killed writer and a full disk, and synced once a trial, not once a record.
+    """Optuna's journal file with atomic appends, synced once a trial instead of once a record.
 
-    A killed process loses nothing that it had written, synced or not. A power cut may take the records since the last
-    sync, so whatever ends a trial is synced, and all before it with it. What a running trial has reported may go: it is
-    cut off anyway. A trial writes about 25 records, and a sync takes 0.5 to 6 ms.
+    A killed process loses nothing that it has written. A power failure may lose the records since the last sync, so the
+    record that ends a trial is synced, with all before it. Reports of a running trial may be lost: the trial is
+    interrupted anyway. A trial writes about 25 records, and a sync takes 0.5 to 6 ms.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,32 +75,32 @@ class _Journal(JournalFileBackend):
         self._path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Appends all of the records or none.
+        """Append all of the records or none.
 
         Raises:
-            StudyError: there is no room for them, or the file cannot be written.
+            StudyError: There is no space for them, or the file cannot be written.
         """
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with _said(self._path, "written"), self._lock, _opened(self._path) as descriptor:
+        with _explained(self._path, "written"), self._lock, _opened(self._path) as descriptor:
             _cut_torn_tail(descriptor, self._path)
             _write_whole(descriptor, text.encode())
             if any(_is_lasting(log) for log in logs):
-                # Where this fails, the record stands, for others may have read it: it is not taken back.
+                # If this fails, the record stays, since other processes may have read it.
                 os.fsync(descriptor)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """The records from that number on.
+        """Yield the records from this number on.
 
         Raises:
-            StudyError: the journal cannot be read, or is damaged, and not by a crash.
+            StudyError: The journal cannot be read, or is damaged, and not by a crash.
         """
         number = log_number_from
-        with _said(self._path, "read"):
+        with _explained(self._path, "read"):
             try:
                 for log in super().read_logs(log_number_from):
                     number += 1
                     yield log
-            except ValueError:  # not JSON: a writer was killed, and Optuna's dashboard wrote behind what it left
+            except ValueError:  # not JSON: Optuna's dashboard appended to the torn tail of a killed writer
                 repair_journal(self._path)
                 self._log_number_offset = {n: at for n, at in self._log_number_offset.items() if n <= number}
                 yield from super().read_logs(number)
@@ -116,21 +116,21 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _write_whole(descriptor: int, record: bytes) -> None:
-    """Appends the bytes; where that fails, the file is as it was."""
+    """Append the bytes; restore the file if that fails."""
     before = os.fstat(descriptor).st_size
     written = 0
     try:
-        while written < len(record):  # a disk that is nearly full takes a part first, and then says so
+        while written < len(record):  # a nearly full disk takes a part before the error
             written += os.write(descriptor, record[written:])
     except BaseException:
-        # By the size, not by `written`: an interrupt may come between the system's writing and ours counting it.
+        # By the size, not by `written`: an interrupt may come between the write and the count.
         if os.fstat(descriptor).st_size < before + len(record):
             os.ftruncate(descriptor, before)
         raise
 
 
 def _is_lasting(log: dict[str, Any]) -> bool:
-    """Whether a record ends a trial, adds an ended one, or is about the study."""
+    """Whether a record ends a trial, adds a finished one, or is about the study."""
     match log["op_code"]:
         case JournalOperation.SET_TRIAL_STATE_VALUES | JournalOperation.CREATE_TRIAL:
             return TrialState(log.get("state", TrialState.RUNNING)).is_finished()
@@ -141,11 +141,11 @@ def _is_lasting(log: dict[str, Any]) -> bool:
     return True
 
 
-# What a crash leaves
+# Repair
 
 
 def _cut_torn_tail(descriptor: int, path: Path) -> None:
-    """Cuts off what stands behind the last newline. Who calls it holds the lock, so its writer is dead."""
+    """Cut off the text after the last newline. The caller holds the lock, so its writer is dead."""
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return
@@ -156,19 +156,19 @@ def _cut_torn_tail(descriptor: int, path: Path) -> None:
 
 
 def repair_journal(path: Path) -> None:
-    """Mends what a crash while writing leaves: a torn last line, or a torn record with a whole one behind it.
+    """Repair a torn last line, or a torn record in front of a complete one.
 
-    A torn record was never acted upon by anyone, so it is taken out (and kept beside the journal in `*.torn`): the tail
-    is cut off, and before a whole record it becomes spaces, which keeps every byte's place for others who are reading.
+    No process has read a torn record, so it is removed, and kept beside the journal in `*.torn`. The tail is cut off.
+    In front of a complete record it is overwritten by spaces, which does not move the bytes that others are reading.
 
     Raises:
-        StudyError: any other damage; skipping a whole line would re-number every trial behind it.
-        OSError: the file cannot be read or written.
+        StudyError: Any other damage; without a complete line, all later trials would have other numbers.
+        OSError: The file cannot be read or written.
     """
     if not torn_records(path.read_bytes(), path):
         return
     with JournalLock(path), _opened(path) as descriptor:
-        content = path.read_bytes()  # anew: without the lock, someone may just have been writing
+        content = path.read_bytes()  # again: without the lock, another process may have been writing
         for start, end in torn_records(content, path):
             _keep(path, content[start:end])
             if end == len(content):
@@ -184,27 +184,38 @@ def _keep(path: Path, torn: bytes) -> None:
 
 
 def _blank(path: Path, start: int, end: int) -> None:
-    # Not by a descriptor that appends: it would write at the end, whatever place it is told.
+    # A descriptor opened for appending would write at the end.
     with path.open("r+b") as journal:
         journal.seek(start)
         journal.write(b" " * (end - start))
 
 
-_METADATA = b'{"op_code":'  # how Optuna begins every line
+_RECORD = b'{"op_code":'  # start of each of Optuna's lines
 
 
 def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
-    """The torn records: (first byte, byte behind the last)."""
+    """Find torn records.
+
+    Args:
+        content: The content of a journal.
+        path: Its path, for messages.
+
+    Returns:
+        The first byte and the byte after the last of each.
+
+    Raises:
+        StudyError: The journal is damaged, and not by a crash.
+    """
     if content.startswith(b"SQLite format 3"):
         raise StudyError(f"{path} is an SQLite file; give it as --storage sqlite:///{path}")
     torn, start = [], 0
     for number, line in enumerate(content.split(b"\n"), 1):
         end = start + len(line)
-        if end == len(content):  # what stands behind the last newline is nothing, or a tail
+        if end == len(content):  # the text after the last newline is empty or a torn tail
             torn += [(start, end)] if line else []
         elif not _is_record(line):
             whole = next(
-                (at.start() for at in re.finditer(re.escape(_METADATA), line) if _is_record(line[at.start() :])), 0
+                (at.start() for at in re.finditer(re.escape(_RECORD), line) if _is_record(line[at.start() :])), 0
             )
             if whole:
                 torn.append((start, start + whole))
@@ -217,8 +228,8 @@ def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
 
 
 def _is_record(line: bytes) -> bool:
-    if line.startswith(_METADATA) and line.endswith(b"}") and line.count(_METADATA) == 1:
-        return True  # begun and ended by one write; parsing every line would double the time to open a study
+    if line.startswith(_RECORD) and line.endswith(b"}") and line.count(_RECORD) == 1:
+        return True  # parsing every line would double the time to open a study
     try:
         record = json.loads(line)
     except ValueError:  # not JSON, or not UTF-8

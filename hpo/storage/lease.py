@@ -1,8 +1,8 @@
-"""Leases: who runs a trial, so that a dead process's trial can be told from a live one's.
+"""Leases: which process runs a trial, so that trials of dead processes can be reclaimed.
 
-A lease names the host, the boot, the process and its start. The kernel of the machine that the process ran on knows at
-once, and for certain, whether it lives; only that machine can ask it. Of other machines' processes a database knows by
-their heartbeats, judged by its server's clock alone; a journal does not, and leaves them to a person's word.
+A lease names the host, the boot, the process and its start time. On the same host, the kernel tells for certain whether
+that process is alive. Processes of other hosts are judged by their heartbeats in a database, timed by its server's
+clock only; a journal has none, and such trials are reclaimed only if the user asks.
 """
 
 from __future__ import annotations
@@ -20,37 +20,39 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 from optuna.storages import BaseStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.storage.optuna_access import trial_id
+
 logger = logging.getLogger(__name__)
 
 LEASE = "lease"
-"""The user attribute of a trial that was claimed: host, boot, process and its start."""
+"""User attribute of a claimed trial: host, boot, process and its start time."""
 
-# A claim is two writes, the state and the lease. A trial without a lease is being claimed right now, or its process
-# died in between; a write takes milliseconds, under a storm of workers a few seconds.
+# A claim is two writes, the state and the lease. A running trial without a lease is being claimed, or its process died
+# in between. A write takes milliseconds, a few seconds under many workers.
 _GRACE_S = 60
 
-# The inode of the process space that a machine boots with: PROC_PID_INIT_INO of Linux (include/linux/proc_ns.h).
-_FIRST_PROCESS_SPACE = "4026531836"
+# Inode of the pid namespace that a machine boots with: PROC_PID_INIT_INO of Linux (include/linux/proc_ns.h).
+_FIRST_PID_NAMESPACE = "4026531836"
 
-# Seconds that the end of a trial waits for a heartbeat that is being written.
-_LAST_BEAT_S = 1.0
+_LAST_BEAT_S = 1.0  # how long the end of a trial waits for a heartbeat that is being written
 
 
 class Held(NamedTuple):
-    """A running trial that another host holds."""
+    """A running trial of a process on another host."""
 
     number: int
     host: str
     since: datetime
-    """When it was claimed, as Optuna keeps it: local time without a zone."""
+    """When it was claimed, in local time without a zone, as Optuna stores it."""
 
 
 def own_lease() -> dict[str, Any]:
-    """Names this process so that no other, later or elsewhere, can be taken for it."""
+    """Return a lease of this process, which no later process and no process of another host has."""
     lease = {"host": host(), "boot": _boot_id(), **_process(os.getpid())}
     parent = multiprocessing.parent_process()
     return lease if parent is None or parent.pid is None else {**lease, "parent": _process(parent.pid)}
@@ -61,7 +63,7 @@ def _process(pid: int) -> dict[str, int | None]:
 
 
 def held_elsewhere(trial: FrozenTrial) -> Held | None:
-    """Who holds a running trial, if it is another host: whether its process lives cannot be seen from here."""
+    """Return the holder of a running trial if it is another host, whose processes cannot be checked from here."""
     lease = trial.user_attrs.get(LEASE)
     if lease is None or lease["host"] == host():
         return None
@@ -70,7 +72,7 @@ def held_elsewhere(trial: FrozenTrial) -> Held | None:
 
 
 def is_abandoned(trial: FrozenTrial) -> bool:
-    """Whether the process that claimed a running trial is dead, as far as this machine can know."""
+    """Return whether the process that claimed a running trial is dead, as far as this host can check."""
     lease = trial.user_attrs.get(LEASE)
     if lease is None:
         begun = trial.datetime_start
@@ -79,30 +81,42 @@ def is_abandoned(trial: FrozenTrial) -> bool:
         return False
     if lease["boot"] != _boot_id():
         return True
-    if lease["start"] is not None:
-        return bool(_process_start(lease["pid"]) != lease["start"])
-    try:  # a system without /proc
-        os.kill(lease["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+    if lease["start"] is None:  # of a process that the system would not let the version before look at
+        return not psutil.pid_exists(lease["pid"])
+    return bool(_process_start(lease["pid"]) != lease["start"])
+
+
+def died_alone(trial: FrozenTrial) -> bool:
+    """Return whether an abandoned trial's process died by itself, so that its configuration may be the cause.
+
+    A process that ended with its machine or with its parent did not.
+    """
+    lease = trial.user_attrs.get(LEASE)
+    if lease is None or lease["host"] != host() or lease["boot"] != _boot_id():
+        return False
+    parent = lease.get("parent")
+    return parent is None or _process_start(parent["pid"]) == parent["start"]
+
+
+# Heartbeats
 
 
 def has_heartbeat(storage: BaseStorage) -> bool:
-    """Whether the storage keeps heartbeats, by which hosts know of each other's processes."""
-    return _heart_of(storage) is not None
+    """Return whether the storage keeps heartbeats, by which hosts can check each other's processes."""
+    return _heartbeat_of(storage) is not None
+
+
+def _heartbeat_of(storage: BaseStorage) -> BaseHeartbeat | None:
+    return storage if isinstance(storage, BaseHeartbeat) and storage.get_heartbeat_interval() is not None else None
 
 
 @contextmanager
-def beating(storage: BaseStorage, trial_id: int) -> Iterator[None]:
-    """Lets other hosts know that the trial's process lives, by a thread; nothing in storages without heartbeats.
+def heartbeat(storage: BaseStorage, trial_id: int) -> Iterator[None]:
+    """Record heartbeats of a trial in a thread while the block runs, if the storage keeps heartbeats.
 
-    The thread beats on whatever becomes of a beat. Whether to wait for a storage that is lost is for those to say who
-    write results to it.
+    Errors are logged and do not stop the thread: the writers of results handle a storage that is lost.
     """
-    heart = _heart_of(storage)
+    heart = _heartbeat_of(storage)
     if heart is None:
         yield
         return
@@ -131,51 +145,37 @@ def _beat(heart: BaseHeartbeat, trial_id: int, done: threading.Event) -> None:
 
 
 def stale_elsewhere(storage: BaseStorage, study_id: int) -> set[int]:
-    """The numbers of the running trials that other hosts hold and whose processes have long shown no heartbeat.
+    """Return the numbers of the running trials of other hosts whose heartbeats have stopped.
 
-    This host's are not among them: here the lease knows better, and a process that was stopped for long is not dead.
+    Trials of this host are judged by their leases only, since a suspended process is not dead.
     """
-    heart = _heart_of(storage)
+    heart = _heartbeat_of(storage)
     if heart is None:
         return set()
     stale = set(heart._get_stale_trial_ids(study_id))
     running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
-    return {trial.number for trial in running if trial._trial_id in stale and held_elsewhere(trial) is not None}
+    return {trial.number for trial in running if trial_id(trial) in stale and held_elsewhere(trial) is not None}
 
 
-def _heart_of(storage: BaseStorage) -> BaseHeartbeat | None:
-    """The storage, if it keeps heartbeats."""
-    return storage if isinstance(storage, BaseHeartbeat) and storage.get_heartbeat_interval() is not None else None
+# Hosts and processes
 
 
 def machine() -> str:
-    """Names the kernel that this process runs on, which containers of one machine share."""
+    """Return an id of the running kernel, which the containers of a machine share."""
     return _boot_id() or socket.gethostname()
 
 
-def died_alone(trial: FrozenTrial) -> bool:
-    """Whether an abandoned trial's process died by itself, which its configuration may be to blame for.
-
-    One that went down with its machine was none, nor one whose parent is dead too: somebody ended them all.
-    """
-    lease = trial.user_attrs.get(LEASE)
-    if lease is None or lease["host"] != host() or lease["boot"] != _boot_id():
-        return False
-    parent = lease.get("parent")
-    return parent is None or _process_start(parent["pid"]) == parent["start"]
-
-
 def host() -> str:
-    """This machine, or the container on it that sees the same processes: several may share its name and boot."""
-    return socket.gethostname() + _process_space()
+    """Return an id of this machine or container, whose processes see each other."""
+    return socket.gethostname() + _pid_namespace()
 
 
 @cache
-def _process_space() -> str:
-    """What tells a container's numbers of processes from its machine's; empty where they are the machine's."""
-    space = Path("/proc/self/ns/pid")
-    number = re.sub(r"\D", "", space.readlink().name) if space.is_symlink() else ""
-    return "" if number in ("", _FIRST_PROCESS_SPACE) else f"#{number}"
+def _pid_namespace() -> str:
+    """The pid namespace of a container; empty outside of containers."""
+    namespace = Path("/proc/self/ns/pid")
+    number = re.sub(r"\D", "", namespace.readlink().name) if namespace.is_symlink() else ""
+    return "" if number in ("", _FIRST_PID_NAMESPACE) else f"#{number}"
 
 
 @cache
@@ -185,11 +185,19 @@ def _boot_id() -> str | None:
 
 
 def _process_start(pid: int) -> int | None:
-    """Clock ticks from the boot to the start of the process; None where no such process runs."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    # Behind the command's name, which may hold anything, stand the state and, 19 fields on, the start: proc_pid_stat.
-    state, *fields = stat.rpartition(b")")[2].split()
-    return None if state in (b"Z", b"X") else int(fields[18])
+    """Start of a process in hundredths of a second; None if it is not running, or belongs to another user.
+
+    On Linux it counts from the boot and does not change with the clock: the ticks of /proc/PID/stat, which leases of
+    version 0.1.0 hold too. On other systems the kernel keeps the time of day at which the process was started.
+    """
+    while True:
+        boot_s = psutil.boot_time() if psutil.LINUX else 0.0
+        try:
+            process = psutil.Process(pid)
+            if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return None
+            start_s: float = process.create_time() - boot_s
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return None
+        if not psutil.LINUX or psutil.boot_time() == boot_s:  # else the clock was set in between
+            return round(100 * start_s)

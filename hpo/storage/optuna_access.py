@@ -6,7 +6,7 @@ to the state that its samplers keep between trials.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import optuna
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OptunaArtifactStore",
+    "attributes_of",
     "forget_cached_trials",
     "get_trials_cached",
     "id_of",
@@ -37,6 +38,11 @@ def storage_of(study: optuna.Study) -> BaseStorage:
 def id_of(study: optuna.Study) -> int:
     """Return the id of a study in its storage."""
     return study._study_id
+
+
+def attributes_of(study: optuna.Study) -> dict[str, Any]:
+    """Return the user attributes of a study as they are in the storage now, without copying them."""
+    return study._storage.get_study_user_attrs(study._study_id)
 
 
 def trial_id(trial: FrozenTrial | Trial) -> int:

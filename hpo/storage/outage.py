@@ -1,7 +1,7 @@
-"""Waits for a database's server that does not answer.
+"""Wait for a database server that does not answer.
 
-A server that is restarted, or cannot be reached for a while, costs a run some waiting and nothing else. Which errors
-mean that is read from the codes of PostgreSQL, MySQL and SQLite, for their words change with version and language.
+A server that is restarted, or unreachable for a while, delays a run and does nothing else. Such errors are recognized
+by the codes of PostgreSQL, MySQL and SQLite, since their messages change with version and language.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from hpo.storage.urls import mask, words_of
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
-"""Seconds for which a server that does not answer is asked again: a machine's restart and a database's recovery."""
+"""Seconds to retry: enough for the restart of a machine and the recovery of a database."""
 
-# Pauses between two attempts: from the first, doubled up to the longest, and each by chance up to half shorter, so that
-# 32 workers do not all knock at the same moment.
+# Pauses between two attempts, doubled from the first to the longest, and each randomly up to half shorter, so that many
+# workers do not retry at the same moment.
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 10.0
 
 _CODES = {
-    # No connection, or one that broke; too many of them; a shutdown, a start; a standby that is not the primary yet.
+    # No connection, or a broken one; too many of them; a shutdown, a start; a standby that is not the primary yet.
     "lost": re.compile(r"08\w{3}|53300|57P0[1235]|25006|1040|1053|2002|2003|2006|2013|2055"),
-    # A deadlock, or a lock that was waited for too long: the other transaction went on, and this one may again.
+    # A deadlock or a lock timeout: the other transaction succeeded, and this one can be repeated.
     "busy": re.compile(r"40001|40P01|55P03|1205|1213|SQLITE_(BUSY|LOCKED)\w*"),
     "full": re.compile(r"53100|1021|1114|SQLITE_(FULL|IOERR\w*)"),
 }
@@ -45,7 +45,11 @@ _T = TypeVar("_T")
 
 
 class Outage:
-    """Whether the server answers, as all threads of this process have found: said once, and waited for once."""
+    """State of a server that all threads of this process share, so that an outage is logged once.
+
+    Args:
+        url: URL of the storage.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -54,36 +58,39 @@ class Outage:
         self._lock = threading.Lock()
 
     def outlast(self, operation: Callable[[bool], _T]) -> _T:
-        """Does it, again and again while the server does not answer.
+        """Run an operation, and repeat it while the server does not answer.
 
         Args:
-            operation: its argument says whether it may have been done before, with only the answer lost.
+            operation: Takes whether an earlier attempt may have succeeded, with only the answer lost.
+
+        Returns:
+            The operation's result.
 
         Raises:
-            StudyError: the server has not answered for `PATIENCE_S`, or has no room left.
+            StudyError: The server has not answered for `PATIENCE_S`, or has no space left.
         """
         pause_s, again, begun = _FIRST_PAUSE_S, False, time.monotonic()
         while True:
             try:
                 result = operation(again)
             except (StorageInternalError, DBAPIError) as error:
-                ailment = _ailment_of(error)
-                if ailment == "lost":
-                    self._lasts(error, again=again)
-                elif ailment == "full":
+                kind = _kind_of(error)
+                if kind == "lost":
+                    self._continue(error, again=again)
+                elif kind == "full":
                     raise StudyError(
                         f"storage {mask(self._url)}: cannot be written ({self._words(error)}); free some space there,"
                         " and run the same command again: nothing that was written is lost"
                     ) from error
-                elif ailment is None or time.monotonic() - begun > PATIENCE_S:
+                elif kind is None or time.monotonic() - begun > PATIENCE_S:
                     raise
             else:
-                self._is_over()
+                self._end()
                 return result
             time.sleep(pause_s * random.uniform(0.5, 1))
             pause_s, again = min(2 * pause_s, _LONGEST_PAUSE_S), True
 
-    def _lasts(self, error: BaseException, *, again: bool) -> None:
+    def _continue(self, error: BaseException, *, again: bool) -> None:
         with self._lock:
             now = time.monotonic()
             self._since = now if self._since is None else self._since
@@ -92,7 +99,7 @@ class Outage:
                     f"storage {mask(self._url)}: has not answered for {(now - self._since) / 60:.0f} minutes"
                     f" ({self._words(error)}); when the server runs again, run the same command again: it goes on"
                 ) from error
-            if again and not self._said:  # the first time, it may be a connection that was dropped while it was idle
+            if again and not self._said:  # the first error may be that of a connection that was dropped while idle
                 self._said = True
                 words, minutes = self._words(error), PATIENCE_S / 60
                 shown = mask(self._url)
@@ -100,7 +107,7 @@ class Outage:
                     "storage %s does not answer (%s); trying again for up to %g minutes", shown, words, minutes
                 )
 
-    def _is_over(self) -> None:
+    def _end(self) -> None:
         if self._since is None:
             return
         with self._lock:
@@ -114,29 +121,29 @@ class Outage:
 
 
 def is_no_outage(_record: logging.LogRecord) -> bool:
-    """A filter of what is logged while an error is handled: nothing of what `Outage` says already."""
+    """Filter for log records about outages, which `Outage` logs itself."""
     error = sys.exc_info()[1]
-    return error is None or _ailment_of(error) != "lost"
+    return error is None or _kind_of(error) != "lost"
 
 
-def _ailment_of(error: BaseException) -> Literal["lost", "busy", "full"] | None:
-    """What ails the server, if it is the server that does."""
+def _kind_of(error: BaseException) -> Literal["lost", "busy", "full"] | None:
+    """The kind of a server's problem; None for all other errors."""
     cause = _cause_of(error)
     if cause is None or cause.orig is None:
         return None
     if cause.connection_invalidated:
         return "lost"
     code = _code_of(cause)
-    for ailment in ("lost", "busy", "full"):
-        if _CODES[ailment].fullmatch(code):
-            return ailment
+    for kind in ("lost", "busy", "full"):
+        if _CODES[kind].fullmatch(code):
+            return kind
     return None
 
 
 def _cause_of(error: BaseException | None) -> DBAPIError | None:
-    """The driver's error, which Optuna's hides."""
+    """The driver's error behind Optuna's."""
     while error is not None and not isinstance(error, DBAPIError):
-        # Where Optuna tried another query in the same transaction, SQLAlchemy's refusal hides the first one's error.
+        # If Optuna tried another query in the same transaction, SQLAlchemy's error hides the first one.
         error = error.__context__ if isinstance(error, PendingRollbackError) else error.__cause__
     return error
 

@@ -1,4 +1,4 @@
-"""How a storage is named, how that is shown without its password, and what to say of one that will not do."""
+"""URLs of storages: their passwords, and advice for one that cannot be opened."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _DRIVERS = {
     "MySQLdb": ("mysql", "mysql+pymysql://"),
     "redis": ("redis", "redis://"),
 }
-"""Module that a driver is -> (the extra of ours that brings it, the URL that asks for it)."""
+"""Module of a driver -> the extra of this package that installs it, and its URL."""
 _URLS = "a journal's path, sqlite:///FILE, postgresql+psycopg://…, mysql+pymysql://… or redis://…"
 
 
 def is_journal(url: str) -> bool:
-    """Whether a storage is named by the path of a journal file."""
+    """Return whether a storage is the path of a journal file."""
     return "://" not in url
 
 
 _SECRET_PARAMETERS = "password|sslpassword|account_key|sas_token|sig|secret|token"
-"""What is secret in a URL's query, of databases and of what fsspec reaches."""
+"""Secret parameters in the query of a URL, of databases and of fsspec."""
 
 
 def mask(url: str) -> str:
-    """The URL as it may be shown and written down: `***` for its password."""
+    """Return the URL with `***` for its password, to be shown and stored."""
     if is_journal(url):
         return url
     for secret in _secrets(url):
@@ -36,27 +36,27 @@ def mask(url: str) -> str:
 
 
 def is_masked(url: str) -> bool:
-    """Whether the URL has lost its password."""
+    """Return whether `mask` has removed the URL's password."""
     return MASK in _secrets(url)
 
 
 def options_of(url: str) -> set[str]:
-    """The names of the options that stand behind a URL's `?`."""
+    """Return the names of the options after a URL's `?`."""
     return {name for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)}
 
 
 def _secrets(url: str) -> list[str]:
-    """What of a URL is secret, as it is spelt there; nothing where it cannot be read as one."""
+    """The secret parts of a URL as they are written there."""
     if is_journal(url):
         return []
-    # Not urlsplit's password: that one stops at a `/` or `#`, which people forget to quote. In front of the scheme may
-    # stand others, as in `simplecache::ftp://`.
+    # The password of urlsplit stops at a `/` or `#`, which users forget to quote. There may be several schemes, as in
+    # `simplecache::ftp://`.
     found = re.search(r"://[^:@/]*:(.+)@", url)
     return ([found[1]] if found else []) + re.findall(rf"(?i)[?&](?:{_SECRET_PARAMETERS})=([^&#]+)", url)
 
 
 def advice(url: str, error: BaseException) -> str:
-    """What is wrong with a storage that cannot be opened, and what to do about it."""
+    """Describe the problem with a storage that cannot be opened, and how to fix it."""
     missing = missing_module(error)
     if missing in _DRIVERS:
         extra, scheme = _DRIVERS[missing]
@@ -71,7 +71,7 @@ def advice(url: str, error: BaseException) -> str:
 
 
 def words_of(url: str, error: BaseException) -> str:
-    """What a driver says of an error: on one line, without secrets."""
+    """Return the message of a driver's error, on one line and without secrets."""
     words = " ".join(str(error).split())
     for secret in _secrets(url):
         words = words.replace(secret, MASK).replace(unquote_plus(secret), MASK)
@@ -80,6 +80,7 @@ def words_of(url: str, error: BaseException) -> str:
 
 
 def missing_module(error: BaseException | None) -> str | None:
+    """Return the name of the module whose import failed, if that is the cause of an error."""
     while error is not None:
         if isinstance(error, ModuleNotFoundError):
             return error.name

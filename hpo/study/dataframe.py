@@ -1,9 +1,8 @@
-"""A study as a table: one row a slot, every column flat, for pandas and for CSV.
+"""A study as a dataframe: one row per trial index, every column flat, for pandas and CSV.
 
-What is compared is a study's slots, so an attempt that was cut off has no row: the trial that stands for its slot has
-one (`hpo.trials.standing`). A trial that could not be trained is a row with its `failure`. The columns of a study stand
-in the same order however far it has come, so that a script may count on them, and `value` is that of complete trials
-alone: what a pruned trial last reported was measured after fewer epochs, and stands in `last_value`.
+Interrupted attempts have no row (see `hpo.trials.effective_trials`). The order of the columns is the same for every
+study, so that scripts can rely on it. `value` is that of complete trials only; the last value of a pruned trial was
+measured after fewer epochs, and is in `last_value`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.space.pruner import places_of
 from hpo.storage.lease import LEASE
-from hpo.study import Study
 from hpo.trials import (
     BASELINE,
     CRASHES,
@@ -35,7 +33,9 @@ from hpo.trials import (
 if TYPE_CHECKING:
     import pandas
 
-# Column -> its type in pandas, each able to hold nothing. Every study has them, in this order.
+    from hpo.study.study import Study
+
+# Column -> nullable type in pandas. Every study has them, in this order.
 _FIXED = {
     "number": "int64",
     "trial_index": "int64",
@@ -60,20 +60,23 @@ _FIXED = {
     RESUMED_EPOCH: "Int64",
 }
 _NOT_SHOWN = {TRIAL_INDEX, LEASE, FAILURE, BASELINE, RECIPE, *OLD_NAMES.values()}
-"""Attributes that are columns by another way, or nobody's but the machinery's."""
+"""Attributes that other columns show, or that are internal."""
 
 
 def trials_frame(study: Study) -> pandas.DataFrame:
-    """The study's trials, one row a slot, in the order of their numbers.
+    """Return a study's trials as a dataframe, one row per trial index, in the order of their numbers.
 
-    Columns: `number`, `slot`, `state` (complete, pruned, running, waiting), `failure` (diverged, oom, invalid or
-    crashed; then `state` is pruned), `value`, `last_value`, `base`, `recipe`, `epochs` (trained), `kept_epoch`,
-    `elapsed_s`, `images_per_s`, `started`, `ended` (local time), `device` and what else is known of every study's
-    trials; `params.optim.lr_scale` and so on, one for each searched field; whatever else trials remember, by name; and
-    for each rung that was judged `rungs.6` (the value there), `rungs.6.rank` and `rungs.6.of` (the place among how
-    many).
+    Args:
+        study: Any study.
+
+    Returns:
+        Columns: `number`, `trial_index`, `state` (complete, pruned, running, waiting), `failure` (diverged, oom,
+        invalid or crashed; then `state` is pruned), `value`, `last_value`, `baseline`, `recipe`, `epochs` (trained),
+        `kept_epoch`, `elapsed_s`, `images_per_s`, `started`, `ended` (local time), `device` and other attributes of
+        every study's trials; `params.optim.lr_scale` etc., one for each searched field; all other attributes by name;
+        and for each rung `rungs.6` (the value there), `rungs.6.rank` and `rungs.6.of` (the place among how many).
     """
-    import pandas  # takes half a second, which nobody else waits for
+    import pandas  # takes half a second
 
     trials = sorted(effective_trials(study.optuna.get_trials(deepcopy=False)).values(), key=lambda trial: trial.number)
     rows = [_row(trial) for trial in trials]
@@ -87,19 +90,19 @@ def trials_frame(study: Study) -> pandas.DataFrame:
 
 
 def _searched(identity: Mapping[str, Any]) -> dict[str, str]:
-    """The columns of the searched fields, by the name of the field, each with its type."""
+    """Column of each searched field -> its type."""
     found = {}
     for key, parameter in identity.items():
         section, _, path = key.partition(".")
         if section == "search":
-            # A list among the choices is kept as its JSON text, since Optuna takes scalars only.
+            # Optuna takes scalars only, so a list among the choices is stored as its JSON text.
             values = parameter.get("choices") or [parameter["low"], parameter["high"]]
             found[f"params.{path}"] = _kind([str(value) if isinstance(value, list) else value for value in values])
     return found
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial, flat."""
+    """The columns of a trial."""
     attributes = trial.user_attrs
     reported = trial.intermediate_values
     row: dict[str, Any] = {
@@ -126,7 +129,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _flat(attributes: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """What is nested, under dotted names; the items of a list are counted from 1."""
+    """Nested values under dotted names; the items of a list are counted from 1."""
     for key, value in attributes.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
@@ -138,7 +141,7 @@ def _flat(attributes: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
 
 
 def _order(name: str) -> tuple[bool, list[tuple[int, str]]]:
-    """Rungs last, one after the other, and numbers in a name by their size: item 10 behind item 9."""
+    """Sort key: rungs last, and numbers in a name by size, so that item 10 follows item 9."""
     parts = name.split(".")
     if parts[0] == "rungs":
         return True, [(int(parts[1]), "")]
@@ -146,7 +149,7 @@ def _order(name: str) -> tuple[bool, list[tuple[int, str]]]:
 
 
 def _kind(values: Iterable[Any]) -> str:
-    """The type of a column that holds these: whole numbers as such, though a gap would make floats of them."""
+    """The type of a column of these values; integers stay integers even if values are missing."""
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int}:
         return "Int64"

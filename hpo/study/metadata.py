@@ -1,7 +1,7 @@
-"""What is remembered of a study, in its storage and in study.yaml, and what a second run is held against.
+"""The metadata of a study, in its storage and in study.yaml, and the checks of later runs against it.
 
-What makes two trials comparable must not change under a study: the space's identity, the seed and the images are
-written down when it begins, and every later run is checked against them.
+Trials of a study must be comparable: the identity of the space, the seed and the images are stored when the study is
+created, and every later run is checked against them.
 """
 
 from __future__ import annotations
@@ -29,22 +29,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METADATA = "hpo"
-"""The user attribute of a study that holds its record, for machines without its study.yaml."""
+"""Study user attribute of the metadata, for machines without study.yaml."""
 
 _FILE = "model.pretrained_file"
 
 
-def new_metadata(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: Path | None) -> dict[str, Any]:
-    """What is remembered of a study that begins, as plain JSON."""
+def new_metadata(space: SearchSpace, dataset: Dataset, *, seed: int | None, data_path: Path | None) -> dict[str, Any]:
+    """Build the metadata of a new study as plain JSON.
+
+    Args:
+        space: What the study searches.
+        dataset: The images that it trains on.
+        seed: The study's seed; None for 0.
+        data_path: The `--data` to store.
+    """
     metadata = {
         "space": space.name,
         "hash": space.hash,
         "metric": space.metric,
         "direction": space.direction,
-        "seed": seed,
+        "seed": seed or 0,
         "data": {
             "name": dataset.name,
-            # Absolute, so that `hpo refit` finds it from another folder.
+            # Absolute, for commands that run in another folder.
             "path": None if data_path is None else str(data_path.resolve()),
             "fingerprint": dataset.fingerprint,
             "skip_broken": bool(dataset.report.broken),
@@ -60,7 +67,7 @@ def new_metadata(space: SearchSpace, dataset: Dataset, *, seed: int, data_path: 
 
 
 def shown_attributes(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dashboard shows of a study with this record: flat user attributes that a person reads at a glance."""
+    """Return flat user attributes of a study with this metadata, to be read in a dashboard."""
     return {
         "data": metadata["data"]["name"],
         "data_fingerprint": metadata["data"]["fingerprint"],
@@ -74,36 +81,52 @@ def shown_attributes(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_path_of(metadata: Mapping[str, Any]) -> Path | None:
-    """What `--data` was when the study of this record began."""
+    """Return the `--data` that the study was created with."""
     path = metadata["data"]["path"]
     return None if path is None else Path(path)
 
 
 def skips_broken(metadata: Mapping[str, Any]) -> bool:
-    """Whether broken image files were left out of the data of this record's study."""
+    """Return whether broken image files were left out of the study's data."""
     return bool(metadata["data"]["skip_broken"])
 
 
 def config_of(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that a trial's parameters mean in the study of this record."""
-    base = TrainConfig.model_validate_json(json.dumps(metadata["base"]))
+    """Return the configuration that a trial's parameters stand for.
+
+    Args:
+        metadata: The study's metadata.
+        params: The trial's parameters by dotted path.
+    """
+    baseline = TrainConfig.model_validate_json(json.dumps(metadata["base"]))
     values = {}
     for path, value in params.items():
-        # The space keeps a list among the choices as its JSON text, since Optuna takes scalars only.
+        # Optuna takes scalars only, so a list among the choices is stored as its JSON text.
         choices = metadata["identity"][f"search.{path}"].get("choices", [])
         values[path] = next((c for c in choices if isinstance(c, list) and json.dumps(c) == value), value)
-    return base.override(values)
+    return baseline.override(values)
 
 
 def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset, seed: int | None) -> None:
-    """Raises StudyError where this is not what the study was begun with, which holds for all of its trials."""
-    way_out = (
+    """Check that a run has the space, images, weights and seed of the study.
+
+    Args:
+        name: The study's name.
+        stored: The study's metadata.
+        space: The space of this run.
+        dataset: The images of this run.
+        seed: The seed of this run; None for the study's own.
+
+    Raises:
+        StudyError: One of them differs; all of the study's trials have the same.
+    """
+    advice = (
         "give what it was begun with, --set included, or begin another study: --study NAME, with "
         f"--take-over {name} if its trials are to count where they fit"
     )
     if stored["hash"] != space.hash:
         lines = "\n".join(f"  {line}" for line in diff(stored["identity"], space.identity()))
-        raise StudyError(f"study {name} was begun with another space:\n{lines}\n{way_out}")
+        raise StudyError(f"study {name} was begun with another space:\n{lines}\n{advice}")
     check_fingerprint(name, stored, dataset.fingerprint)
     check_weights(name, stored, _weight_files(space))
     if seed is not None and seed != stored["seed"]:
@@ -114,7 +137,11 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
 
 
 def check_weights(name: str, metadata: Mapping[str, Any], files: Iterable[str | None]) -> None:
-    """Raises StudyError where one of these files of weights is not what it was when the study was begun."""
+    """Check that these files of pretrained weights are as they were when the study was created.
+
+    Raises:
+        StudyError: One of them has changed.
+    """
     known = metadata.get("weights") or {}
     for file in files:
         if file is not None and file in known and _weights_fingerprint(file) != known[file]:
@@ -125,20 +152,24 @@ def check_weights(name: str, metadata: Mapping[str, Any], files: Iterable[str | 
 
 
 def _weight_files(space: SearchSpace) -> list[str]:
-    """The files of weights that a trial may begin from: the base's, and the choices."""
+    """Files of pretrained weights that trials may start from."""
     searched = space.search.get(_FILE)
     choices = searched.describe().get("choices", []) if searched else []
     return sorted({file for file in (space.baseline.model.pretrained_file, *choices) if file is not None})
 
 
 def _weights_fingerprint(file: str) -> str:
-    from core.models import weights_fingerprint  # not above: who only looks at a study need not wait for torch
+    from core.models import weights_fingerprint  # imports torch
 
     return weights_fingerprint(file)
 
 
 def check_fingerprint(name: str, metadata: Mapping[str, Any], fingerprint: str) -> None:
-    """Raises StudyError where these are not the images that the study was begun with."""
+    """Check that a data set has the fingerprint of the study's images.
+
+    Raises:
+        StudyError: It has another one.
+    """
     known = metadata["data"]["fingerprint"]
     if fingerprint != known:
         raise StudyError(
@@ -148,10 +179,10 @@ def check_fingerprint(name: str, metadata: Mapping[str, Any], fingerprint: str) 
 
 
 def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
-    """What study.yaml holds; None where there is none.
+    """Return the content of study.yaml, or None if there is no such file.
 
     Raises:
-        StudyError: it cannot be read, or is no study's.
+        StudyError: It cannot be read, or is not the file of a study.
     """
     if not paths.study_yaml.exists():
         return None
@@ -167,18 +198,18 @@ def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
 def write_metadata(
     paths: StudyPaths, metadata: Mapping[str, Any], *, storage_url: str, space: SearchSpace, dataset: Dataset
 ) -> None:
-    """Writes study.yaml where it is missing, whole or not at all; its time says when the study was last run."""
+    """Write study.yaml atomically if it is missing, else set its time, by which `find_study` finds the last run."""
     file = paths.study_yaml
     if file.exists():
         os.utime(file)
         return
     if mask(storage_url) != storage_url:
         logger.warning(
-            "study %s: the storage's password is not written down; give --storage again to go on", paths.name
+            "study %s: the storage's password is not written down; give --storage again to continue", paths.name
         )
     content = {
         "name": paths.name,
-        # The study's own journal moves with its folder, so its path is not written down.
+        # The path of the study's own journal changes with its folder.
         "storage": None if storage_url == str(paths.journal) else mask(storage_url),
         "space_file": shown(space.path),
         **metadata,
@@ -190,10 +221,15 @@ def write_metadata(
 
 
 def storage_url_of(paths: StudyPaths, metadata: Mapping[str, Any] | None, given: str | None) -> str:
-    """Where the study lies: what was given, or what its study.yaml says, or its own journal.
+    """Return the URL of the study's storage: the given one, the stored one, or its own journal.
+
+    Args:
+        paths: Names in the study's folder.
+        metadata: The content of study.yaml, if there is one.
+        given: The `--storage` of this run.
 
     Raises:
-        StudyError: what was given is another place than what is written, or the password is missing.
+        StudyError: The given URL differs from the stored one, or the password is missing.
     """
     if given == "":
         raise StudyError("--storage is empty; give a URL, or leave it out for a journal file")

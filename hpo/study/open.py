@@ -1,4 +1,4 @@
-"""Creates, finds, resumes, joins and lists studies."""
+"""Create, resume, find, join and list studies."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from optuna.exceptions import ExperimentalWarning
 
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmed_by, is_confirmation, studies_root
-from hpo.space import ConfirmationSpace
-from hpo.space.pruner import build_pruner
-from hpo.space.samplers import build_sampler
 from hpo.storage import is_journal, mask, open_storage
 from hpo.study.metadata import (
     METADATA,
@@ -30,13 +27,12 @@ from hpo.study.metadata import (
     storage_url_of,
     write_metadata,
 )
-from hpo.study.warm_start import take_over_trials
+from hpo.study.study import Study, stored_space
+from hpo.study.warm_start import import_trials
 
 if TYPE_CHECKING:
     from core.data import Dataset
     from hpo.space import SearchSpace
-
-from hpo.study.study import Study, space_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,106 +50,128 @@ def open_study(
     take_over: str | None = None,
     patient: bool = False,
 ) -> Study:
-    """Creates the study, or goes on to it.
+    """Create a study to run trials in, or resume it.
 
     Args:
-        storage_url: an Optuna storage URL or a journal's path; None is the study's own, for a new study a journal file.
-        seed: the study's; None is the study's own, for a new study 0.
-        data_path: what `--data` is, to be remembered.
-        take_over: a study whose trials begin this one, where they fit.
-        patient: whether a database's server that does not answer is waited for, as it is later on.
+        space: What to search.
+        name: The study's name.
+        dataset: The images to train on.
+        storage_url: An Optuna storage URL or a journal's path; None for the study's own, in a new study a journal.
+        seed: The study's seed; None for its own, in a new study 0.
+        data_path: The `--data` to store.
+        take_over: Name of a study whose fitting trials are imported into a new one.
+        patient: Wait for a database server that does not answer yet.
 
     Raises:
-        StudyError: the study was begun with another space, seed, storage or data; or the storage cannot be opened.
+        StudyError: The study has another space, seed, storage or data; or the storage cannot be opened.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # `hpo` has a progress display of its own
-    if not isinstance(space, ConfirmationSpace):
-        check_search_name(name)
+    from hpo.space.samplers import build_sampler
+
     paths = StudyPaths.of(_checked(name))
     written = read_metadata(paths)
     url = storage_url_of(paths, written, storage_url)
     if written is not None and is_journal(url) and not Path(url).exists():
         raise StudyError(f"{url} is gone, but {paths.study_yaml} is there; put the journal back, or delete {paths.dir}")
-    study = optuna.create_study(
+    study = _create_or_load(name, url, space, patient=patient)
+    metadata = _metadata_of(study, url) or _begin(study, new_metadata(space, dataset, seed=seed, data_path=data_path))
+    check_same(name, metadata, space, dataset, seed)
+    study.sampler = build_sampler(space.sampler, seed=metadata["seed"])
+    if take_over is not None:
+        other = find_study(take_over)
+        import_trials(study, metadata, space, source=other.optuna, source_metadata=other.metadata)
+    write_metadata(paths, metadata, storage_url=url, space=space, dataset=dataset)
+    return Study(study, paths, metadata, url, space)
+
+
+def _create_or_load(name: str, url: str, space: SearchSpace, *, patient: bool) -> optuna.Study:
+    from hpo.space.pruner import build_pruner
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna would log every trial into the progress display
+    return optuna.create_study(
         study_name=name,
         storage=open_storage(url, patient=patient),
         direction=space.direction,
         load_if_exists=True,
-        sampler=build_sampler(space.sampler, seed=seed or 0),
         pruner=build_pruner(space.pruner, space.baseline.epochs, space.baseline.data.folds),
     )
-    stored = study.user_attrs.get(METADATA)
+
+
+def _metadata_of(study: optuna.Study, url: str) -> dict[str, Any] | None:
+    """The metadata in the storage; None of a study that has just been created."""
+    stored: dict[str, Any] | None = study.user_attrs.get(METADATA)
     if stored is None and study.get_trials(deepcopy=False):
         stored = study.user_attrs.get(METADATA)  # again: another process may have begun it and queued trials in between
         if stored is None:
-            raise StudyError(f"storage {mask(url)} has a study {name} that hpo did not begin; choose another --study")
-    if stored is None:
-        stored = new_metadata(space, dataset, seed=seed or 0, data_path=data_path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # an axis's name in the dashboard hangs on it, no more
-            study.set_metric_names([space.metric])
-        for key, value in shown_attributes(stored).items():
-            study.set_user_attr(key, value)
-        study.set_user_attr(METADATA, stored)  # last: with it the study has begun
-    check_same(name, stored, space, dataset, seed)
-    study.sampler = build_sampler(space.sampler, seed=stored["seed"])
-    opened = Study(study, paths, stored, url, space)
-    if take_over is not None:
-        old = find_study(take_over)
-        take_over_trials(
-            study,
-            stored,
-            space,
-            old_name=old.name,
-            old_metadata=old.metadata,
-            old_trials=old.optuna.get_trials(deepcopy=False),
-        )
-    write_metadata(paths, stored, storage_url=url, space=space, dataset=dataset)
-    return opened
+            raise StudyError(
+                f"storage {mask(url)} has a study {study.study_name} that hpo did not begin; choose another --study"
+            )
+    return stored
+
+
+def _begin(study: optuna.Study, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Store the metadata of a new study."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # set_metric_names only labels an axis in the dashboard
+        study.set_metric_names([metadata["metric"]])
+    for key, value in shown_attributes(metadata).items():
+        study.set_user_attr(key, value)
+    study.set_user_attr(METADATA, metadata)  # last: a study with metadata has begun
+    return metadata
 
 
 def find_study(name: str | None = None, *, storage_url: str | None = None) -> Study:
-    """The study of that name, or the one that was run last, to be looked at.
+    """Find a study to look at.
+
+    Args:
+        name: Its name; None for the search that was run last.
+        storage_url: URL of its storage, if the stored one lacks the password.
 
     Raises:
-        StudyError: there is none, or its storage cannot be opened.
+        StudyError: There is no such study, or its storage cannot be opened.
     """
-    if name is None:
-        names = [known for known in _by_last_run() if not is_confirmation(known)]
-        if not names:
-            raise StudyError(f"no studies in {studies_root()} yet; begin with: hpo run digits")
-        name = names[0]
+    name = _last_search() if name is None else name
     paths = StudyPaths.of(_checked(name))
     metadata = read_metadata(paths)
     if metadata is None:
         known = sorted(_by_last_run())
         there = f"there are {', '.join(known)}" if known else "there are none; begin with: hpo run digits"
         raise StudyError(f"no study {name} in {studies_root()}; {there}")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = storage_url_of(paths, metadata, storage_url)
     if is_journal(url) and not Path(url).exists():
         raise StudyError(f"study {name}: its journal {url} is gone; put it back, or delete {paths.dir}")
+    return Study(_load(name, url, "give the right one by --storage"), paths, metadata, url)
+
+
+def _last_search() -> str:
+    names = [name for name in _by_last_run() if not is_confirmation(name)]
+    if not names:
+        raise StudyError(f"no studies in {studies_root()} yet; begin with: hpo run digits")
+    return names[0]
+
+
+def _load(name: str, url: str, advice: str) -> optuna.Study:
+    """The study in the storage; `advice` ends the error message if there is none."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = open_storage(url)
     try:
-        study = optuna.load_study(study_name=name, storage=storage)
+        return optuna.load_study(study_name=name, storage=storage)
     except KeyError as error:
-        raise StudyError(f"storage {mask(url)} has no study {name}; give the right one by --storage") from error
-    return Study(study, paths, metadata, url)
+        raise StudyError(f"storage {mask(url)} has no study {name}; {advice}") from error
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A study that another process has begun, before its images are here."""
+    """A study that another process has begun, before its images are loaded here."""
 
     name: str
     storage_url: str = field(repr=False)
-    """It may hold a password."""
+    """URL of the storage; it may contain a password."""
     metadata: Mapping[str, Any]
     space: SearchSpace
 
     @property
     def data_path(self) -> Path | None:
-        """What `--data` was when the study began."""
+        """The `--data` that the study was created with."""
         return data_path_of(self.metadata)
 
     @property
@@ -162,10 +180,10 @@ class Joined:
         return skips_broken(self.metadata)
 
     def open(self, dataset: Dataset, *, data_path: Path | None) -> Study:
-        """The study, ready to be worked on.
+        """Open the study to run trials in.
 
         Raises:
-            StudyError: these are not the images that it was begun with.
+            StudyError: These are not the images that it was created with.
         """
         return open_study(
             self.space, name=self.name, dataset=dataset, storage_url=self.storage_url, data_path=data_path
@@ -173,10 +191,10 @@ class Joined:
 
 
 def join_study(name: str, *, storage_url: str | None = None) -> Joined:
-    """A study that was begun here or, with its storage's URL, anywhere.
+    """Find a study that was begun here or, given the URL of its storage, on any machine.
 
     Raises:
-        StudyError: there is none, or its storage cannot be opened.
+        StudyError: There is no such study, or its storage cannot be opened.
     """
     if storage_url is None or read_metadata(StudyPaths.of(_checked(name))) is not None:
         found = find_study(name, storage_url=storage_url)
@@ -185,18 +203,13 @@ def join_study(name: str, *, storage_url: str | None = None) -> Joined:
         url = storage_url
         if is_journal(url) and not Path(url).exists():
             raise StudyError(f"storage {url}: there is no such journal; give the one that the study was begun with")
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        try:
-            study = optuna.load_study(study_name=name, storage=open_storage(url))
-        except KeyError as error:
-            raise StudyError(f"storage {mask(url)} has no study {name}; begin it by hpo run, --workers 0") from error
-    attributes = study.user_attrs
-    space = space_of(name, attributes)
-    return Joined(name, url, attributes[METADATA], space)
+        study = _load(name, url, "begin it by hpo run, --workers 0")
+    space = stored_space(study)
+    return Joined(name, url, study.user_attrs[METADATA], space)
 
 
 def list_studies() -> list[Study]:
-    """Every study that can be opened, the one that was run last first; the others are warned of."""
+    """Return all studies, the last run first. Log a warning for each one that cannot be opened."""
     studies = []
     for name in _by_last_run():
         try:
@@ -207,7 +220,7 @@ def list_studies() -> list[Study]:
 
 
 def _by_last_run() -> list[str]:
-    """The names of all studies, the one that was run last first."""
+    """Names of all studies, the last run first."""
     root = studies_root()
     files = [StudyPaths(folder).study_yaml for folder in root.iterdir()] if root.is_dir() else []
     found = sorted((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, reverse=True)
@@ -215,13 +228,17 @@ def _by_last_run() -> list[str]:
 
 
 def check_search_name(name: str) -> None:
-    """Raises StudyError where a search may not have this name."""
+    """Check that a search may have this name.
+
+    Raises:
+        StudyError: It may not.
+    """
     if is_confirmation(_checked(name)):
         raise StudyError(f"study {name}: the ending is reserved for what hpo confirm trains; choose another --study")
 
 
 def _checked(name: str) -> str:
-    if not _NAME.fullmatch(confirmed_by(name)):  # which may be as long as any, and its confirmation's is longer
+    if not _NAME.fullmatch(confirmed_by(name)):  # the name of a confirmation is longer than that of its search
         raise StudyError(
             f"--study {name!r}: a name is letters, digits, _ . - and begins with no . or -; choose another"
         )

@@ -1,10 +1,10 @@
-"""The queue of a study's trials: enqueue, claim, finish, release, and requeue those of dead processes.
+"""The queue of a study's trials: enqueue, claim, finish, release and reclaim.
 
-A study's total consists of trial indices. Index k is a waiting trial with the user attribute `trial_index`. A worker
-claims it by a compare-and-set on its state in the storage, never by Optuna's `ask()`, which creates trials: so the
-total is exact under any number of workers. A claimed trial holds a lease; when its process is dead, the attempt is
-marked failed and its index queued again with the same parameters. Where two processes queue the same index at once,
-the earlier trial counts and the later one is never claimed.
+A study's total consists of trial indices; index k is a waiting trial with the user attribute `trial_index`. A worker
+claims it by a compare-and-set on its state in the storage, not by Optuna's `ask`, which creates trials: so the total is
+exact under any number of workers. A claimed trial holds a lease. When its process is dead, the attempt is marked failed
+and its index queued again with the same parameters. If two processes queue the same index at once, the earlier trial
+counts and the later one is never claimed.
 """
 
 from __future__ import annotations
@@ -22,124 +22,151 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from hpo.storage.lease import (
     LEASE,
     Held,
-    beating,
     died_alone,
     has_heartbeat,
+    heartbeat,
     held_elsewhere,
     is_abandoned,
     own_lease,
     stale_elsewhere,
 )
 from hpo.storage.optuna_access import forget_cached_trials, id_of, storage_of, trial_id
-from hpo.study.warm_start import CONSTRAINT
 from hpo.trials import (
     ARTIFACT,
     BASELINE,
+    CONSTRAINT,
     CRASHES,
     FAILURE,
     INTERRUPTED,
     RECIPE,
     RESUMED_EPOCH,
     STOPPED,
-    TOTAL,
     TRIAL_INDEX,
     Counts,
+    count_trials,
     effective_trials,
     is_baseline,
     trial_index_of,
+    with_current_names,
 )
 
 if TYPE_CHECKING:
+    from hpo.paths import StudyPaths
     from hpo.space import Recipe, SearchSpace
+    from hpo.study.files import StudyFiles
+    from hpo.study.settings import StudySettings
 
 logger = logging.getLogger(__name__)
 
 
 class TrialQueue:
-    """Changes a study's trials, where `Study` only reads them.
+    """Changes a study's trials, which `Study` only reads.
 
     Args:
-        study: with its space, to enqueue or claim trials; without, its trials can still be released and requeued.
+        study: The study, with its sampler if trials are to be claimed.
+        settings: The study's settings: its total and the number of retries.
+        files: The study's files, for the checkpoints of trials that are given up.
+        paths: Names in the study's folder.
+        space: The search space, to enqueue or claim trials; None if trials are only released or reclaimed.
     """
 
-    def __init__(self, study: Any, space: SearchSpace | None) -> None:  # a Study, which imports this module
+    def __init__(
+        self,
+        study: optuna.Study,
+        settings: StudySettings,
+        files: StudyFiles,
+        paths: StudyPaths,
+        space: SearchSpace | None,
+    ) -> None:
         self._study = study
+        self._settings = settings
+        self._files = files
+        self._paths = paths
         self._space = space
-        self._storage = storage_of(study.optuna)
+
+    @property
+    def _storage(self) -> optuna.storages.BaseStorage:
+        return storage_of(self._study)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    # Enqueue
 
     def ensure_trials(self, total: int) -> Counts:
-        """Queues what is missing of slots 0 to `total` - 1: the base, the recipes that the space can express, others.
+        """Queue the missing trial indices from 0 to `total` - 1: the baseline, recipes of the space, then free trials.
 
-        The base takes the first slot that is free: 0, but where trials of another study were taken over. A slot whose
-        attempts were all cut off is queued with the parameters of the last one.
+        The baseline gets the first free index, which is 0 unless trials were imported. An index whose attempts were all
+        interrupted is queued with the parameters of the last one.
         """
-        assert self._space is not None, "only a study that was opened with its space can queue trials"
-        if self._study.total != total:
-            self._study.optuna.set_user_attr(TOTAL, total)
+        self._settings.total = total
         trials = self._trials()
-        taken = effective_trials(trials)
+        effective = effective_trials(trials)
         for trial in trials:
-            if trial.state == TrialState.WAITING and taken[trial_index_of(trial)] is not trial:
-                self._fail(trial)  # two processes queued the same slot: this one was second
+            if trial.state == TrialState.WAITING and effective[trial_index_of(trial)] is not trial:
+                self._fail(trial)  # two processes queued the same index, this one later
         last_attempt = {trial_index_of(trial): trial for trial in trials}
-        for trial_index in sorted(last_attempt.keys() - taken.keys()):
+        for trial_index in sorted(last_attempt.keys() - effective.keys()):
             if trial_index < total:
                 self._queue_again(last_attempt[trial_index])
-        missing = self._missing({**last_attempt, **taken}.values())
+        missing = self._missing({**last_attempt, **effective}.values())
         for trial_index in range(total):
             if trial_index not in last_attempt:
                 params, attributes = missing.pop(0) if missing else ({}, {})
                 self._queue(trial_index, params, attributes)
         for _, attributes in missing:
-            what = f"recipe {attributes[RECIPE]}" if RECIPE in attributes else "the base"
-            logger.info("%s is no trial of the study: its %d trials were all queued before", what, total)
-        counts: Counts = self._study.counts()
-        return counts
+            name = f"recipe {attributes[RECIPE]}" if RECIPE in attributes else "the baseline"
+            logger.info("%s is no trial of the study: all of its %d trials were queued before", name, total)
+        return count_trials(self._trials())
 
     def enqueue(self, trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
-        """Queues these trials, each (parameters, attributes), behind all that there are, and raises the total to that.
+        """Queue these trials after all others, and raise the total accordingly.
 
-        The total comes last, so that whoever dies here, or queues at the same time, leaves no slot without a trial.
-        Without any trials it still rises to those that are there: whoever died may not have come to it.
+        The total is raised last: if the process dies before, or another one queues at the same time, no index is left
+        without a trial. Without any trials the total still rises to the existing ones.
+
+        Args:
+            trials: Parameters and user attributes of each trial.
         """
-        known = [trial_index_of(trial) for trial in self._trials()]
-        first = max(known, default=-1) + 1
+        first = max(map(trial_index_of, self._trials()), default=-1) + 1
         for trial_index, (params, attributes) in enumerate(trials, first):
             self._queue(trial_index, params, attributes)
-        if first + len(trials) > (self._study.total or 0):
-            self._study.optuna.set_user_attr(TOTAL, first + len(trials))
+        self._settings.total = max(self._settings.total or 0, first + len(trials))
 
-    def unslotted_recipes(self) -> list[Recipe]:
-        """The recipes that the space can express and that are no trial of the study, in the space's order.
+    def missing_recipes(self) -> list[Recipe]:
+        """Return the recipes that the space can express and that no trial trains, in the space's order.
 
-        A recipe that is the base, or another recipe, is a trial where that is one. One that waits beyond the total is
-        none, since no worker will claim it.
+        A recipe with the parameters of the baseline or of another recipe is trained with that. Trials beyond the total
+        do not count, since no worker claims them.
         """
-        assert self._space is not None, "only a study that was opened with its space knows its recipes"
-        total = self._study.total
+        total = self._settings.total
         trials = [
             trial
             for trial in effective_trials(self._trials()).values()
             if trial.state != TrialState.WAITING or total is None or trial_index_of(trial) < total
         ]
         names = {attributes.get(RECIPE) for _, attributes in self._missing(trials)}
-        return [recipe for recipe in self._space.recipes if recipe.name in names]
+        return [recipe for recipe in self._known_space().recipes if recipe.name in names]
+
+    def _known_space(self) -> SearchSpace:
+        assert self._space is not None, "only a study that was opened with its space can queue or claim trials"
+        return self._space
 
     def _missing(self, trials: Iterable[FrozenTrial]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """(parameters, attributes) of the base and of each recipe that the space can express, if not among these."""
-        assert self._space is not None
-        if self._study.confirms is not None:  # it has what was queued for it, and nothing of its own
+        """Parameters and attributes of the baseline and the expressible recipes that are not among these trials."""
+        space = self._known_space()
+        if not space.trains_baseline:
             return []
         known = list(trials)
         names = {trial.user_attrs.get(RECIPE) for trial in known}
-        base = self._space.baseline_params()
-        expressed = [(recipe.name, self._space.express(recipe.config)) for recipe in self._space.recipes]
+        baseline = space.baseline_params()
+        expressed = [(recipe.name, space.express(recipe.config)) for recipe in space.recipes]
         seen = [params for name, params in expressed if name in names]
         missing: list[tuple[dict[str, Any], dict[str, Any]]] = []
         if any(map(is_baseline, known)):
-            seen.append(base)
+            seen.append(baseline)
         else:
-            missing.append((base, {BASELINE: True}))
+            missing.append((baseline, {BASELINE: True}))
         for name, params in expressed:
             if params is None or params in seen:
                 continue
@@ -151,7 +178,7 @@ class TrialQueue:
         return missing
 
     def _queue(self, trial_index: int, params: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
-        self._study.optuna.add_trial(
+        self._study.add_trial(
             create_trial(
                 state=TrialState.WAITING,
                 system_attrs={"fixed_params": dict(params)} if params else None,
@@ -159,46 +186,49 @@ class TrialQueue:
             )
         )
 
-    def _queue_again(self, attempt: FrozenTrial, *, crashes: int | None = None) -> None:
-        """Queues the slot of an attempt that was cut off: same parameters, same rungs judged, values to be reported.
+    def _queue_again(self, attempt: FrozenTrial, *, crashes: int = 0) -> None:
+        """Queue the index of an interrupted attempt, with its parameters and its places at the pruner's rungs.
 
         Args:
-            crashes: how many attempts died so far; None leaves it at what the attempt says.
+            attempt: The interrupted trial.
+            crashes: New number of crashed attempts; 0 leaves the attempt's.
         """
-        cut_off = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, STOPPED, "error"}
-        # What the sampler and the pruner remember of a trial stands in its system attributes, and stays. The attempt's
-        # pictures do not: the next one draws them anew.
-        dropped = (CONSTRAINT, ARTIFACT)
-        self._study.optuna.add_trial(
+        dropped = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, STOPPED, "error"}
+        attributes = {key: value for key, value in with_current_names(attempt.user_attrs).items() if key not in dropped}
+        # The sampler's and the pruner's system attributes stay; the artifacts belong to the attempt.
+        system = {k: v for k, v in attempt.system_attrs.items() if not k.startswith((CONSTRAINT, ARTIFACT))}
+        self._study.add_trial(
             create_trial(
                 state=TrialState.WAITING,
                 params=attempt.params,
                 distributions=attempt.distributions,
-                user_attrs={key: value for key, value in attempt.user_attrs.items() if key not in cut_off}
-                | ({CRASHES: crashes} if crashes else {}),
-                system_attrs={k: v for k, v in attempt.system_attrs.items() if not k.startswith(dropped)},
+                user_attrs=attributes | ({CRASHES: crashes} if crashes else {}),
+                system_attrs=system,
             )
         )
 
-    def claim(self) -> tuple[optuna.Trial, int] | None:
-        """Takes the waiting trial of the lowest slot: (trial, slot), or None where nothing is left of the total.
+    # Claim, finish, release
 
-        The trial is RUNNING and this process holds its lease. Its parameters are the sampler's to suggest, as after
-        `ask()`, but for those that are fixed.
+    def claim(self) -> tuple[optuna.Trial, int] | None:
+        """Claim the waiting trial with the lowest index.
+
+        Returns:
+            The running trial, whose lease this process holds, and its index; None if no trial of the total is waiting.
+            The sampler suggests its parameters, as after Optuna's `ask`, except for fixed ones.
         """
-        assert self._space is not None, "only a study that was opened with its space can run trials: it has the sampler"
-        forget_cached_trials(self._study.optuna)
-        total = self._study.total
+        self._known_space()
+        forget_cached_trials(self._study)
+        total = self._settings.total
         for trial_index, trial in sorted(effective_trials(self._trials()).items()):
             if trial.state != TrialState.WAITING or (total is not None and trial_index >= total):
                 continue
             try:
-                won = self._storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
+                claimed = self._storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
             except UpdateFinishedTrialError:
                 continue
-            if won:
+            if claimed:
                 self._storage.set_trial_user_attr(trial_id(trial), LEASE, own_lease())
-                return optuna.Trial(self._study.optuna, trial_id(trial)), trial_index
+                return optuna.Trial(self._study, trial_id(trial)), trial_index
         return None
 
     def finish(
@@ -210,13 +240,21 @@ class TrialQueue:
         failure: str | None = None,
         attributes: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Ends a claimed trial; False where it was taken from this process before, and its result is dropped.
+        """End a claimed trial.
 
         Args:
-            state: `complete`, with a value, or `pruned`; both count towards the total.
-            failure: `diverged`, `oom` or `invalid`, of a pruned trial that could not be trained: a constraint, so that
-                the sampler keeps away from it. Trials without one count as feasible.
-            attributes: what to remember of the trial.
+            trial: A trial that `claim` returned.
+            state: `complete` or `pruned`; both count towards the total.
+            value: The objective of a complete trial.
+            failure: `diverged`, `oom` or `invalid`, if a pruned trial could not be trained. It becomes a constraint, so
+                that the sampler avoids the region; trials without one count as feasible.
+            attributes: User attributes to store.
+
+        Returns:
+            False if the trial was taken from this process before; then the result is dropped.
+
+        Raises:
+            ValueError: A complete trial has no finite value.
         """
         if state == "complete" and (value is None or not math.isfinite(value)):
             raise ValueError(f"trial {trial.number} is complete with the value {value}")
@@ -227,43 +265,54 @@ class TrialQueue:
                 trial.set_user_attr(FAILURE, failure)
                 trial.set_constraint(FAILURE, 1.0)
             if state == "complete":
-                self._study.optuna.tell(trial, value, state=TrialState.COMPLETE)
+                self._study.tell(trial, value, state=TrialState.COMPLETE)
             else:
-                self._study.optuna.tell(trial, state=TrialState.PRUNED)
+                self._study.tell(trial, state=TrialState.PRUNED)
         except (UpdateFinishedTrialError, ValueError):
             if self._storage.get_trial(trial_id(trial)).state == TrialState.RUNNING:
                 raise
-            # Its lease was taken for dead, and its slot queued again: the result of the other attempt will count.
+            # This process seemed dead, and the index was queued again: the result of the other attempt counts.
             logger.warning("trial %d was taken from this process while it ran; its result is dropped", trial.number)
             return False
         return True
 
     def release(self, trial: optuna.Trial, *, crashed: bool = False) -> None:
-        """Gives a claimed trial back: the attempt is marked as interrupted, and its slot queued again.
+        """Give a claimed trial back: the attempt is marked as interrupted, and its index queued again.
 
         Args:
-            crashed: whether the attempt counts against `retries`.
+            trial: A trial that `claim` returned.
+            crashed: Count the attempt against the retries.
         """
         frozen = self._storage.get_trial(trial_id(trial))
         if frozen.state == TrialState.RUNNING:
             self._interrupt(frozen, crashed=crashed)
 
-    def reap(self, *, force: bool = False, blameless: bool = False) -> list[int]:
-        """Gives back what dead processes had claimed, and returns the slots that are queued again.
+    def heartbeat(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
+        """Context in which other hosts can see that the trial's process is alive, if the storage keeps heartbeats."""
+        return heartbeat(self._storage, trial_id(trial))
 
-        Whether a process of another host lives cannot be seen from here, but by the heartbeats that a database keeps;
-        without them its trials are left alone, and `held_elsewhere` names them.
+    # Reclaim
+
+    def reclaim(self, *, force: bool = False, blameless: bool = False) -> list[int]:
+        """Queue the trials of dead processes again.
+
+        Processes of other hosts count as dead if the storage keeps heartbeats and theirs has stopped. Without
+        heartbeats their trials stay; `held_elsewhere` returns them.
 
         Args:
-            force: gives those back too. One that lives after all loses its trial, and its result is dropped.
-            blameless: counts no death against `retries`: it was we who killed.
+            force: Reclaim those trials too. A process that is alive after all loses its trial, and its result is
+                dropped.
+            blameless: Count no death against the retries, because the caller killed the processes.
+
+        Returns:
+            The indices that were queued again.
         """
         running = self._running()
         if not running:
             return []
-        silent = (
-            stale_elsewhere(self._storage, id_of(self._study.optuna)) if any(map(held_elsewhere, running)) else set()
-        )
+        silent: set[int] = set()
+        if any(map(held_elsewhere, running)):
+            silent = stale_elsewhere(self._storage, id_of(self._study))
         queued = []
         for trial in running:
             if is_abandoned(trial):
@@ -276,19 +325,24 @@ class TrialQueue:
                 queued.append(trial_index_of(trial))
         return queued
 
-    def held_elsewhere(self) -> list[Held]:
-        """The running trials that other hosts hold: at work there, or left behind, by a container with another name."""
-        return [held for trial in self._running() if (held := held_elsewhere(trial)) is not None]
+    # Earlier names, until their callers use the new ones
+    reap = reclaim
+    beating = heartbeat
+    unslotted_recipes = missing_recipes
 
     def requeue_lost(self) -> bool:
-        """Queues again what a process left behind that died while it gave a trial back; whether anything waits then."""
-        if self._study.total is not None:
-            self.ensure_trials(self._study.total)
+        """Requeue the trials of processes that died while they gave one back. Return whether any trial is waiting."""
+        if self._settings.total is not None:
+            self.ensure_trials(self._settings.total)
         return self.waiting() > 0
 
+    def held_elsewhere(self) -> list[Held]:
+        """Return the running trials of processes on other hosts or in other containers, which may be dead."""
+        return [held for trial in self._running() if (held := held_elsewhere(trial)) is not None]
+
     def at_work(self) -> list[int]:
-        """The running trials of the total that are waited for: of living processes, as far as that can be seen."""
-        total = self._study.total
+        """Return the numbers of the total's running trials, without those whose process cannot be checked from here."""
+        total = self._settings.total
         return [
             trial.number
             for trial in self._running()
@@ -296,55 +350,48 @@ class TrialQueue:
             and (held_elsewhere(trial) is None or has_heartbeat(self._storage))
         ]
 
-    def beating(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
-        """While in it, other hosts can see that the claimed trial's process lives, where the storage keeps that."""
-        return beating(self._storage, trial_id(trial))
-
     def waiting(self) -> int:
-        """How many slots of the total wait to be claimed."""
-        total = self._study.total
+        """Return how many trials of the total are waiting."""
+        total = self._settings.total
         return sum(
             trial.state == TrialState.WAITING and (total is None or trial_index < total)
             for trial_index, trial in effective_trials(self._trials()).items()
         )
 
-    def _trials(self) -> list[FrozenTrial]:
-        trials: list[FrozenTrial] = self._study.optuna.get_trials(deepcopy=False)
-        return trials
-
     def _running(self) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if trial.state == TrialState.RUNNING]
 
     def _interrupt(self, trial: FrozenTrial, *, crashed: bool) -> bool:
-        """Ends an attempt and queues its slot again; False where another process did, or where it crashes too often."""
+        """End an attempt and queue its index again; False if another process did, or if it crashed too often."""
         # An attempt without parameters died before its configuration could be at fault.
         crashes = int(trial.user_attrs.get(CRASHES, 0)) + bool(crashed and trial.params)
-        if crashes > self._study.retries:
+        if crashes > self._settings.retries:
             self._give_up(trial, crashes)
             return False
         try:
             self._storage.set_trial_user_attr(trial_id(trial), INTERRUPTED, True)
         except UpdateFinishedTrialError:
             return False
-        # A process that dies between these two leaves a slot without a trial, which `ensure_slots` queues again.
+        # If the process dies between these two, `ensure_trials` queues the index again.
         if not self._fail(trial):
             return False
         self._queue_again(trial, crashes=crashes)
         return True
 
     def _give_up(self, trial: FrozenTrial, crashes: int) -> None:
-        """Ends a trial whose process died again and again: its configuration cannot be trained here."""
+        """End a trial whose process died too often: its configuration cannot be trained here."""
         reported = trial.intermediate_values
-        values = [reported[max(reported)]] if reported else None  # as `tell` does with a pruned trial
+        values = [reported[max(reported)]] if reported else None  # as `Study.tell` does with a pruned trial
+        storage, number = self._storage, trial_id(trial)
         try:
-            self._storage.set_trial_user_attr(trial_id(trial), CRASHES, crashes)
-            self._storage.set_trial_user_attr(trial_id(trial), FAILURE, "crashed")
-            self._storage.set_trial_system_attr(trial_id(trial), f"{CONSTRAINT}{FAILURE}", 1.0)
-            self._storage.set_trial_state_values(trial_id(trial), TrialState.PRUNED, values)
+            storage.set_trial_user_attr(number, CRASHES, crashes)
+            storage.set_trial_user_attr(number, FAILURE, "crashed")
+            storage.set_trial_system_attr(number, f"{CONSTRAINT}{FAILURE}", 1.0)
+            storage.set_trial_state_values(number, TrialState.PRUNED, values)
         except UpdateFinishedTrialError:  # another process was faster
             return
-        for checkpoint in self._study.paths.checkpoints_of(trial_index_of(trial)):
-            self._study.drop_checkpoint(checkpoint)
+        for checkpoint in self._paths.checkpoints_of(trial_index_of(trial)):
+            self._files.drop_checkpoint(checkpoint)
         logger.warning(
             "trial %d: %d attempt(s) at it died with their process, so it counts as failed to train; "
             "--retries N allows more",
@@ -353,6 +400,7 @@ class TrialQueue:
         )
 
     def _fail(self, trial: FrozenTrial) -> bool:
+        """Mark an attempt as failed; False if another process has ended it."""
         try:
             return bool(self._storage.set_trial_state_values(trial_id(trial), TrialState.FAIL))
         except UpdateFinishedTrialError:

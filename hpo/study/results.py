@@ -11,13 +11,18 @@ from hpo.storage.atomic import replacing
 
 
 def write_result(paths: TrainingPaths, result: dict[str, Any]) -> None:
-    """Says what came of a training, whole or not at all: `value`, or `failure` where it could not be trained."""
+    """Write `result.json` atomically.
+
+    Args:
+        paths: The training's folder.
+        result: Its `value`, or `failure` if it could not be trained, and more.
+    """
     with replacing(paths.result) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def read_result(paths: TrainingPaths) -> dict[str, Any] | None:
-    """What came of a training; None where it is not over."""
+    """Read `result.json`; None if the training has not ended."""
     if not paths.result.exists():
         return None
     result: dict[str, Any] = json.loads(paths.result.read_text())
@@ -25,12 +30,12 @@ def read_result(paths: TrainingPaths) -> dict[str, Any] | None:
 
 
 def json_line(row: dict[str, Any]) -> str:
-    """One JSON object as a line."""
+    """Format a JSON object as a line."""
     return json.dumps(row) + "\n"
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Appends one JSON object as a line."""
+    """Append a JSON object as a line."""
     with path.open("a") as file:
         file.write(json_line(row))
 

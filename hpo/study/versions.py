@@ -1,4 +1,4 @@
-"""The versions that a result depends on, read from the packages' metadata: nothing is imported for it."""
+"""The versions that a result depends on, read from the packages' metadata without importing them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACKAGES = ("hpo-vision", "torch", "torchvision", "timm", "optuna", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Python's version, and that of each package that is installed, by name."""
+    """Return the versions of Python and of the installed packages, by name."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):

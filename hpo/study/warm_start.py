@@ -1,9 +1,8 @@
-"""Takes over another study's trials, where the new space could have drawn them.
+"""Import the trials of another study that the new space can express.
 
-A trial fits if the new space can express the very configuration that it trained. Everything but the search and the
-base must be the same: what is measured, how, and on which images. What a trial meant to the old study, its base or a
-recipe, does not hold for the new one by itself: a complete trial is the base or a recipe here if it is what these are
-here.
+A trial fits if the new space can express the configuration that it trained. Everything except the search and the
+baseline must be the same: objective, training and images. A trial that was the baseline or a recipe in the other study
+is not one here for that reason; a complete trial becomes one if it has the parameters of this space's.
 """
 
 from __future__ import annotations
@@ -11,100 +10,129 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.errors import StudyError
-from hpo.space import SearchSpace, diff
 from hpo.storage.lease import LEASE
 from hpo.study.metadata import config_of
-from hpo.trials import BASELINE, OLD_NAMES, RECIPE, TAKEN_FROM, TRIAL_INDEX, effective_trials, trial_index_of
+from hpo.trials import (
+    BASELINE,
+    CONSTRAINT,
+    RECIPE,
+    TAKEN_FROM,
+    TRIAL_INDEX,
+    effective_trials,
+    trial_index_of,
+    with_current_names,
+)
+
+if TYPE_CHECKING:
+    from hpo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
 
-CONSTRAINT = "constraints:"
-"""How Optuna begins the system attribute that `Trial.set_constraint` writes."""
 
-
-def take_over_trials(
-    new: optuna.Study,
+def import_trials(
+    study: optuna.Study,
     metadata: Mapping[str, Any],
     space: SearchSpace,
     *,
-    old_name: str,
-    old_metadata: Mapping[str, Any],
-    old_trials: Iterable[FrozenTrial],
+    source: optuna.Study,
+    source_metadata: Mapping[str, Any],
 ) -> int:
-    """Copies the finished trials that fit, under the new space's distributions; returns how many.
+    """Copy the fitting finished trials of another study, with the new space's distributions.
 
-    A trial keeps its slot. Where none is the new base, slot 0 is left for it, and the trial that had it moves to the
-    first free one. A study that has trials already is left as it is, so that the same command again goes on.
+    A trial keeps its index. If none of them is the new baseline, index 0 is left to that, and the trial with index 0
+    gets the first free one. A study that has trials already is not changed, so that the same command can resume it.
 
     Args:
-        record: what the new study searches.
-        old_record: what the old one does.
+        study: The study to import into.
+        metadata: Its metadata.
+        space: Its search space.
+        source: The study to import from.
+        source_metadata: The metadata of that.
+
+    Returns:
+        The number of imported trials.
 
     Raises:
-        StudyError: the trials are not comparable, or none fits.
+        StudyError: The trials are not comparable, or none fits.
     """
-    if new.get_trials(deepcopy=False):
+    if study.get_trials(deepcopy=False):
         return 0
-    apart = [
-        line for line in diff(old_metadata["identity"], space.identity()) if not line.startswith(("search.", "base."))
+    name = source.study_name
+    _check_comparable(name, source_metadata, metadata, space)
+    finished = [
+        trial
+        for trial in effective_trials(source.get_trials(deepcopy=False)).values()
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
     ]
-    if apart:
-        raise StudyError(f"--take-over {old_name}: its trials are not comparable: {'; '.join(apart)}; leave it out")
-    if old_metadata["data"]["fingerprint"] != metadata["data"]["fingerprint"]:
-        raise StudyError(f"--take-over {old_name}: it was begun with other images; leave it out")
-    weights = old_metadata.get("weights") or {}
-    if any(weights.get(file, known) != known for file, known in metadata["weights"].items()):
-        raise StudyError(f"--take-over {old_name}: it was begun with other weights; leave it out")
-    finished = [t for t in effective_trials(old_trials).values() if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    expressed = [(trial, space.express(config_of(old_metadata, trial.params))) for trial in finished]
+    expressed = [(trial, space.express(config_of(source_metadata, trial.params))) for trial in finished]
     fitting = [(trial, params) for trial, params in expressed if params is not None]
     if not fitting:
-        raise StudyError(f"--take-over {old_name}: none of its {len(finished)} finished trials fits; leave it out")
-    parts = _parts(fitting, space)
+        raise StudyError(f"--take-over {name}: none of its {len(finished)} finished trials fits; leave it out")
+    roles = _roles(fitting, space)
     trial_indices = {trial.number: trial_index_of(trial) for trial, _ in fitting}
-    if not any(BASELINE in attributes for attributes in parts.values()):
+    if not any(BASELINE in attributes for attributes in roles.values()):
         free = next(trial_index for trial_index in count(1) if trial_index not in trial_indices.values())
         trial_indices = {number: trial_index or free for number, trial_index in trial_indices.items()}
     for trial, params in fitting:
-        attributes = {TRIAL_INDEX: trial_indices[trial.number], **parts.get(trial.number, {})}
-        new.add_trial(_copy_of(trial, old_name, int(old_metadata["seed"]), params, attributes, space))
-    logger.info("study %s: %d of %d trials taken over from %s", new.study_name, len(fitting), len(finished), old_name)
+        attributes = {TRIAL_INDEX: trial_indices[trial.number], **roles.get(trial.number, {})}
+        study.add_trial(_copy_of(trial, name, int(source_metadata["seed"]), params, attributes, space))
+    logger.info("study %s: %d of %d trials taken over from %s", study.study_name, len(fitting), len(finished), name)
     return len(fitting)
 
 
-def _parts(fitting: Iterable[tuple[FrozenTrial, Mapping[str, Any]]], space: SearchSpace) -> dict[int, dict[str, Any]]:
-    """Trial number -> the attributes that make it the new space's base, a recipe of it, or both; each only once."""
+def _check_comparable(
+    name: str, source_metadata: Mapping[str, Any], metadata: Mapping[str, Any], space: SearchSpace
+) -> None:
+    from hpo.space import diff
+
+    differences = [
+        line
+        for line in diff(source_metadata["identity"], space.identity())
+        if not line.startswith(("search.", "base."))
+    ]
+    if differences:
+        raise StudyError(f"--take-over {name}: its trials are not comparable: {'; '.join(differences)}; leave it out")
+    if source_metadata["data"]["fingerprint"] != metadata["data"]["fingerprint"]:
+        raise StudyError(f"--take-over {name}: it was begun with other images; leave it out")
+    weights = source_metadata.get("weights") or {}
+    if any(weights.get(file, known) != known for file, known in metadata["weights"].items()):
+        raise StudyError(f"--take-over {name}: it was begun with other weights; leave it out")
+
+
+def _roles(fitting: Iterable[tuple[FrozenTrial, Mapping[str, Any]]], space: SearchSpace) -> dict[int, dict[str, Any]]:
+    """Trial number -> the attributes that make it the baseline, a recipe of the space, or both; each only once."""
     wanted: list[tuple[str, Any, Mapping[str, Any] | None]] = [(BASELINE, True, space.baseline_params())]
     wanted += [(RECIPE, recipe.name, space.express(recipe.config)) for recipe in space.recipes]
-    parts: dict[int, dict[str, Any]] = {}
-    # A pruned trial has no final value for others to be compared to, so the base and the recipes are trained again.
+    roles: dict[int, dict[str, Any]] = {}
+    # The baseline and the recipes must be complete: other trials are compared to their final value.
     complete = [(trial, params) for trial, params in fitting if trial.state == TrialState.COMPLETE]
     for key, value, meant in wanted:
         number = next((trial.number for trial, params in complete if params == meant), None)
         if number is not None:
-            parts.setdefault(number, {}).setdefault(key, value)
-    return parts
+            roles.setdefault(number, {}).setdefault(key, value)
+    return roles
 
 
 def _copy_of(
     trial: FrozenTrial,
-    old_name: str,
-    old_seed: int,
+    source: str,
+    source_seed: int,
     params: Mapping[str, Any],
     attributes: Mapping[str, Any],
     space: SearchSpace,
 ) -> FrozenTrial:
-    from core.runtime import derive_seed  # with torch, which a study that takes nothing over does not need
+    from core.runtime import derive_seed  # imports torch
 
-    user_attrs = {k: v for k, v in trial.user_attrs.items() if k not in (LEASE, BASELINE, RECIPE, *OLD_NAMES.values())}
-    user_attrs.setdefault(TAKEN_FROM, f"{old_name}/{trial.number}")
-    user_attrs.setdefault("seed", derive_seed(old_seed, "trial", trial_index_of(trial)))
+    known = with_current_names(trial.user_attrs)
+    user_attrs = {key: value for key, value in known.items() if key not in (LEASE, BASELINE, RECIPE)}
+    user_attrs.setdefault(TAKEN_FROM, f"{source}/{trial.number}")
+    user_attrs.setdefault("seed", derive_seed(source_seed, "trial", trial_index_of(trial)))
     copied = create_trial(
         state=trial.state,
         value=trial.value,

@@ -79,7 +79,7 @@ def begin(folder: Path, *, images: Path, total: int, storage: str | None = None)
 
 
 def work_off(study: Study, images: Path) -> None:
-    space = study._space
+    space = study.queue._space
     assert space is not None
     dataset = load_dataset(space.baseline.data, data_path=images, cache_dir=cache_root())
     splits = folds(dataset, space.baseline.data)

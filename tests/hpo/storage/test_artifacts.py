@@ -211,7 +211,7 @@ def test_a_finished_trials_checkpoint_is_let_go_of_there_and_here(tmp_path: Path
 
 def test_the_dashboards_pictures_can_lie_in_the_depot(tmp_path: Path, url: str) -> None:
     depot, paths = machine(tmp_path, url)
-    store = depot.artifacts(paths.artifacts)
+    store = depot.for_optuna(paths.artifacts)
     study = optuna.create_study()
     picture = a_file(tmp_path, b"picture")
     artifact = upload_artifact(artifact_store=store, file_path=str(picture), study_or_trial=study)

@@ -31,7 +31,7 @@ import hpo.storage.lock
 import hpo.storage.outage
 from hpo.errors import StudyError
 from hpo.storage import open_storage
-from hpo.storage.lease import LEASE, beating, has_heartbeat, own_lease, stale_elsewhere
+from hpo.storage.lease import LEASE, heartbeat, has_heartbeat, own_lease, stale_elsewhere
 from hpo.storage.lock import JournalLock
 from tests.hpo.storage.postgresql import Server, Wire, running_server
 
@@ -126,9 +126,9 @@ def test_a_link_that_may_be_a_live_ones_is_waited_for(
     else:
         with monkeypatch.context() as there:
             there.setattr(hpo.storage.lock, "machine", lambda: "another")
-            hpo.storage.lock._spelling.cache_clear()
+            hpo.storage.lock._link_text.cache_clear()
             JournalLock(journal)._make_link()
-        hpo.storage.lock._spelling.cache_clear()
+        hpo.storage.lock._link_text.cache_clear()
     storage = open_storage(str(journal))
     started = time.monotonic()
     storage.set_study_user_attr(0, "after", 1)
@@ -770,7 +770,7 @@ socket.gethostname = lambda: "elsewhere"
 import hpo.storage.database
 hpo.storage.database.HEARTBEAT_S, hpo.storage.database.GRACE_S = 1, 2
 from optuna.trial import TrialState
-from hpo.storage.lease import beating
+from hpo.storage.lease import heartbeat
 from hpo.storage import open_storage
 storage, study, number = open_storage(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 trial = storage.get_trial_id_from_study_id_trial_number(study, number)
@@ -778,7 +778,7 @@ assert storage.set_trial_state_values(trial, TrialState.RUNNING)
 if sys.argv[4] == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 print("claimed", flush=True)
-with beating(storage, trial):
+with heartbeat(storage, trial):
     time.sleep(600)
 """
 
@@ -824,7 +824,7 @@ def test_a_heart_beats_on_after_a_lost_server(
     study = begin(storage)
     trial = first_trial(storage, study)._trial_id
     assert storage.set_trial_state_values(trial, TrialState.RUNNING)
-    with beating(storage, trial):
+    with heartbeat(storage, trial):
         server.stop()
         time.sleep(2.5)  # longer than the patience: the thread has been told that the storage is given up
         server.start()
@@ -843,7 +843,7 @@ def test_a_journal_has_no_heart(journal: Path) -> None:
     storage.set_trial_user_attr(trial, LEASE, {**own_lease(), "host": "elsewhere"})
     assert not has_heartbeat(storage)
     threads = threading.active_count()
-    with beating(storage, trial):
+    with heartbeat(storage, trial):
         assert threading.active_count() == threads
     assert stale_elsewhere(storage, 0) == set()
 

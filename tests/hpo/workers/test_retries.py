@@ -113,7 +113,7 @@ def test_a_machine_that_went_down_with_its_processes_is_no_crash(study: Study, s
     claimed = study.queue.claim()
     assert claimed is not None
     space.suggest(claimed[0])
-    study._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "boot": "another"})
+    study.optuna._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "boot": "another"})
     assert study.queue.reap() == [0]
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
@@ -123,7 +123,7 @@ def test_processes_that_were_ended_with_their_parent_are_no_crash(study: Study, 
     die(space)
     [dead] = study.queue._running()
     lease = {**dead.user_attrs[LEASE], "parent": dead.user_attrs[LEASE]}
-    study._storage.set_trial_user_attr(dead._trial_id, LEASE, lease)
+    study.optuna._storage.set_trial_user_attr(dead._trial_id, LEASE, lease)
     assert study.queue.reap() == [0]
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
@@ -147,7 +147,7 @@ def test_a_slot_that_was_lost_between_two_writes_is_queued_again_by_whoever_look
     claimed = study.queue.claim()
     assert claimed is not None
     params = space.suggest(claimed[0])
-    study.queue._fail(study._storage.get_trial(claimed[0]._trial_id))  # and the process died, or found the disk full
+    study.queue._fail(study.optuna._storage.get_trial(claimed[0]._trial_id))  # and the process died, or found the disk full
     assert study.queue.waiting() == 0
     assert study.queue.requeue_lost()
     [waiting] = [trial for trial in study.optuna.trials if trial.state == TrialState.WAITING]
@@ -205,7 +205,7 @@ def test_only_the_trials_of_living_processes_are_waited_for(study: Study, space:
     claimed = study.queue.claim()
     assert claimed is not None
     assert study.queue.at_work() == [0]
-    study._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "host": "another"})
+    study.optuna._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "host": "another"})
     assert study.queue.at_work() == []  # a journal keeps no heartbeats: nobody knows whether that one lives
 
 
@@ -229,7 +229,7 @@ def test_processes_of_another_container_with_the_same_name_are_not_taken_for_dea
     """The numbers of its processes mean nothing here. The mock stands for a container, which is not to be had here."""
     claimed = study.queue.claim()
     assert claimed is not None
-    monkeypatch.setattr(lease, "_process_space", lambda: "#17")
+    monkeypatch.setattr(lease, "_pid_namespace", lambda: "#17")
     assert study.queue.reap() == []
     [held] = study.queue.held_elsewhere()
     assert held.number == 0
@@ -375,7 +375,7 @@ def test_a_password_of_the_artifacts_is_not_remembered_and_has_to_be_given_again
     study.optuna.set_user_attr("artifacts", mask("ftp://me:secret@host/hpo"))
     with pytest.raises(
         StudyError,
-        match=r"^study own: give --artifacts ftp://me:\*\*\*@host/hpo with the password, which is not remembered$",
+        match=r"^study own: give --artifacts ftp://me:\*\*\*@host/hpo with the password, which is not stored$",
     ):
         find_study("own").use_depot(None)
 

@@ -1,0 +1,106 @@
+"""Settings that a study's runs store as its user attributes, for every process that works on it later."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+from hpo.storage.optuna_access import attributes_of
+
+if TYPE_CHECKING:
+    import optuna
+
+CONFIRMATION = "confirmation"
+"""Study user attribute: the result of the confirmation in words."""
+_DEFAULT_RETRIES = 3  # one more than a pool restarts a worker, so that a worker is given up before a configuration is
+
+
+class StudySettings:
+    """Settings of a study in its storage. Assigning one stores it, unless the storage has the value already.
+
+    Args:
+        study: Any study; one that was never run has the default settings.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a user attribute of the study; do not change it."""
+        return attributes_of(self._study).get(key, default)
+
+    def set(self, key: str, value: Any) -> None:
+        """Store a user attribute of the study if it differs."""
+        if self.get(key) != value:
+            self._study.set_user_attr(key, value)
+
+    @property
+    def total(self) -> int | None:
+        """Number of trials that the study was last run for; None before its first run."""
+        total = self.get("trials")
+        return None if total is None else int(total)
+
+    @total.setter
+    def total(self, total: int) -> None:
+        self.set("trials", total)
+
+    @property
+    def command(self) -> str | None:
+        """Command that last ran the study, without any password; None before its first run."""
+        command = self.get("command")
+        return None if command is None else str(command)
+
+    @command.setter
+    def command(self, command: str) -> None:
+        self.set("command", command)
+
+    @property
+    def retries(self) -> int:
+        """How often a trial is retried after the death of its process, until it counts as failed."""
+        return int(self.get("retries", _DEFAULT_RETRIES))
+
+    @retries.setter
+    def retries(self, retries: int) -> None:
+        if retries != self.retries:
+            self.set("retries", retries)
+
+    @property
+    def space(self) -> str | None:
+        """The search space as YAML, for workers that have no file of it."""
+        text = self.get("space")
+        return None if text is None else str(text)
+
+    @space.setter
+    def space(self, text: str) -> None:
+        self.set("space", text)
+
+    @property
+    def verdict(self) -> str | None:
+        """Result of the confirmation in words; None of a study that was not confirmed."""
+        verdict = self.get(CONFIRMATION)
+        return None if verdict is None else str(verdict)
+
+    @verdict.setter
+    def verdict(self, verdict: str) -> None:
+        self.set(CONFIRMATION, verdict)
+
+    def packing(self, device: str) -> tuple[int, str] | None:
+        """Return the best number of simultaneous trials on a device of this host, and the reason; None if unknown."""
+        known = self.get("packing", {}).get(_on_this_host(device))
+        return None if known is None else (int(known["trials"]), str(known["why"]))
+
+    def set_packing(self, device: str, trials: int, why: str) -> None:
+        """Store the best number of simultaneous trials on a device of this host, and the reason."""
+        self.set("packing", {**self.get("packing", {}), _on_this_host(device): {"trials": trials, "why": why}})
+
+    def add_device(self, device: str) -> None:
+        """Store a device that trains on this host, to be shown in the dashboard. A host may have several."""
+        key = f"devices:{socket.gethostname()}"
+        known = str(self.get(key, ""))
+        if device not in known.split("; "):
+            self.set(key, f"{known}; {device}" if known else device)
+
+
+def _on_this_host(device: str) -> str:
+    """Hosts of a study may have devices of the same name, but other processors and memory."""
+    return f"{socket.gethostname()}: {device}"
