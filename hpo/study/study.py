@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hpo.paths import StudyPaths
     from hpo.space import SearchSpace
     from hpo.storage.artifacts import ArtifactStore
+    from hpo.storage.optuna_access import OptunaArtifactStore
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class Study:
     def drop_checkpoint(self, checkpoint: Path) -> None:
         self.files.drop_checkpoint(checkpoint)
 
-    def artifact_store(self) -> Any:
+    def artifact_store(self) -> OptunaArtifactStore:
         return self.files.dashboard_store()
 
     def bring_trial(self, number: int, *, folds: int) -> None:

@@ -33,6 +33,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.space import ConfirmationSpace, SearchSpace, load_space, space_from_yaml, space_to_yaml
 from hpo.study import CONFIRMATION, Study, find_study, list_studies, open_study
 from hpo.study.results import write_result
+from hpo.study.settings import StudySettings
 from hpo.trials import BASELINE, CONFIG, RECIPE, STOPPED, TRIAL_INDEX, Outcome
 from tests.hpo.commands import hpo
 
@@ -302,7 +303,7 @@ def test_what_was_queued_by_one_that_died_before_it_raised_the_total_is_trained_
 ) -> None:
     begun("planted", digits, share=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Study, "total", property(lambda study: raised(KeyboardInterrupt())))  # read before it is raised
+        patch.setattr(StudySettings, "total", property(lambda _: raised(KeyboardInterrupt())))
         begun("planted", digits, share=5)
     study = find_study("planted.confirm")
     assert (len(trainings(study)), study.total) == (10, 6)

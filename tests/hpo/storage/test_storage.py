@@ -31,7 +31,7 @@ import hpo.storage.lock
 import hpo.storage.outage
 from hpo.errors import StudyError
 from hpo.storage import open_storage
-from hpo.storage.lease import LEASE, heartbeat, has_heartbeat, own_lease, stale_elsewhere
+from hpo.storage.lease import LEASE, has_heartbeat, heartbeat, own_lease, stale_elsewhere
 from hpo.storage.lock import JournalLock
 from tests.hpo.storage.postgresql import Server, Wire, running_server
 

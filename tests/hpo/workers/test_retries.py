@@ -147,7 +147,7 @@ def test_a_slot_that_was_lost_between_two_writes_is_queued_again_by_whoever_look
     claimed = study.queue.claim()
     assert claimed is not None
     params = space.suggest(claimed[0])
-    study.queue._fail(study.optuna._storage.get_trial(claimed[0]._trial_id))  # and the process died, or found the disk full
+    study.queue._fail(study.optuna._storage.get_trial(claimed[0]._trial_id))  # and the process died
     assert study.queue.waiting() == 0
     assert study.queue.requeue_lost()
     [waiting] = [trial for trial in study.optuna.trials if trial.state == TrialState.WAITING]
