@@ -232,7 +232,7 @@ def test_the_name_of_a_recipe_becomes_no_other_folder(
         "data: {name: digits}\nrecipes: [...yaml]\nbase: {epochs: 1}\nsearch: {optim.lr_scale: {low: 0.5, high: 2}}\n"
     )
     told = refused(monkeypatch, capsys, "run", str(space))
-    assert "a file of the name ...yaml gives the recipe no name; rename it" in told
+    assert "a file named ...yaml gives the recipe no name; rename it" in told
 
 
 @pytest.mark.parametrize("kind", ["zip", "csv"])

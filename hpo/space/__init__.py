@@ -1,7 +1,7 @@
-"""YAML to distributions over `TrainConfig` fields: everything is checked before trial 0.
+"""Search spaces and recipes: from YAML to Optuna distributions over `TrainConfig` fields, checked before trial 0.
 
-A space names fields by their dotted path, and nothing else: the YAML, the code, a trial's parameters and `--set` share
-one vocabulary. The package imports neither torch nor, until a space is searched, Optuna.
+The YAML, the code, a trial's parameters and `--set` all name fields by their dotted path in `TrainConfig`. Importing
+this package imports neither torch nor Optuna; a space imports Optuna when it builds distributions.
 """
 
 from hpo.space.catalogue import Listed, list_spaces

@@ -1,10 +1,9 @@
-"""What a confirmation trains: no search, but whole configurations, each again and again.
+"""The space of a confirmation: no search, but given configurations, each trained several times.
 
-Every trial brings its configuration with it, seed and split included, as a user attribute. So a worker that joined
-earlier can train a candidate that was chosen later, and what stands in the storage is exactly what was trained. Its two
-Optuna parameters only say which trial is which: `candidate`, the place in the list of all candidates so far, 0 first,
-and `replicate`. A candidate's name stands in an attribute, since Optuna fixes the choices of a categorical parameter
-with a study's first trial, and the candidates of a study that goes on change.
+Every trial carries its configuration, with seed and split, as a user attribute. A worker that joined earlier can
+therefore train a candidate chosen later. The two Optuna parameters only identify the trial: `candidate`, an index into
+all candidates so far, and `replicate`. The candidate's name is an attribute, because Optuna fixes the choices of a
+categorical parameter with the first trial and a resumed study may have new candidates.
 """
 
 from __future__ import annotations
@@ -21,22 +20,23 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 CANDIDATE = "candidate"
-"""The parameter and the user attribute of a confirmation's trial: the place of what it trains, and its name."""
+"""A confirmation trial's parameter: the candidate's index; and user attribute: the candidate's name."""
 REPLICATE = "replicate"
-"""The parameter of a confirmation's trial: which of the seeds and splits it trains with, from 0 on."""
+"""A confirmation trial's parameter: the index of its seed and split, from 0."""
 
-MOST = 9999  # bounds that a parameter has to have; a confirmation has 8 candidates and 20 replicates at once
+MOST = 9999  # Optuna needs a bound; a confirmation has at most 8 candidates and 20 replicates at a time
 
 
 @dataclass(frozen=True)
 class ConfirmationSpace(SearchSpace):
-    """The place of a search space in the confirmation of a study; its `base` is the search's."""
+    """The space of a confirmation study; its baseline is that of the confirmed search."""
 
     confirms: str
-    """The study whose configurations are trained again."""
+    """Name of the study whose configurations are trained again."""
     train_images: int
-    """Of one split, or of one fold."""
+    """Training images of one split or fold."""
     val_images: int
+    """Validation images of one split or fold."""
 
     @classmethod
     def of(
@@ -49,7 +49,7 @@ class ConfirmationSpace(SearchSpace):
         train_images: int,
         val_images: int,
     ) -> ConfirmationSpace:
-        """That of a study whose space has this objective and base."""
+        """Build the space that confirms the study `confirms`."""
         return cls(
             name=path.stem,
             path=path,
@@ -57,7 +57,7 @@ class ConfirmationSpace(SearchSpace):
             objective=objective,
             trials=1,
             sampler=RandomSampler(name="random"),
-            pruner=NoPruner(name="none"),  # a score of half a training says nothing of the whole one
+            pruner=NoPruner(name="none"),  # only complete trainings are compared
             baseline=baseline,
             recipes=(),
             search={},
@@ -74,28 +74,28 @@ class ConfirmationSpace(SearchSpace):
 
     @property
     def test_share(self) -> float:
-        """Validation images / training images of one split, by which overlapping splits depend on each other."""
+        """Validation images / training images of one split: the correlation term of overlapping splits."""
         return self.val_images / self.train_images
 
     @property
     def resolution(self) -> float:
-        """The step in which a score can change: one validation image; 0 for the loss, which has none."""
+        """Smallest change of a score: one validation image; 0 for the loss, which is continuous."""
         return 0.0 if self.metric == "nll" else 1 / self.val_images
 
     def suggest(self, trial: BaseTrial) -> dict[str, Any]:
-        """The two parameters, which were fixed when the trial was queued."""
+        """Return the two parameters, which were fixed when the trial was queued."""
         return {name: trial.suggest_int(name, 0, MOST) for name in (CANDIDATE, REPLICATE)}
 
     def shown(self, trial: BaseTrial) -> dict[str, Any]:
-        """The candidate by its name."""
+        """The parameters as views show them, the candidate by its name."""
         return {**trial.params, CANDIDATE: trial.user_attrs[CANDIDATE]}
 
     def identity(self) -> dict[str, Any]:
-        """That of the search, as far as what it searches does not matter, and which study it is."""
+        """The search's identity without its parameters, and the confirmed study."""
         return {"confirms": self.confirms, **super().identity()}
 
     def described(self) -> dict[str, Any]:
-        """All but the base, as plain data."""
+        """Everything but the baseline, as plain data."""
         return {
             "confirms": self.confirms,
             "train_images": self.train_images,

@@ -45,6 +45,8 @@ class Node:
     line: int
     size: int = 1
     """Number of nodes from this one down, aliases expanded."""
+    height: int = 0
+    """Levels below this node, aliases expanded."""
 
     def plain(self) -> Any:
         """The value as plain Python data."""
@@ -105,8 +107,8 @@ def parse(text: str, name: str) -> tuple[Document | None, list[Fault]]:
     try:
         reader = _Reader(yaml.parse(text, Loader=_Loader), name)
         return Document(name, reader.document()), reader.faults
-    except _Unreadable as error:
-        return None, [error.fault]
+    except SpaceError as error:
+        return None, error.faults
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         line = min(line, text.count("\n") + 1)  # libyaml places an error at the end of the text one line too far
@@ -176,12 +178,6 @@ def scalar(text: str) -> Any:
     raise ValueError(f"{text} is not a finite number")
 
 
-class _Unreadable(Exception):  # noqa: N818  (leaves the recursion; never raised outside)
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(str(fault))
-        self.fault = fault
-
-
 class _Reader:
     """Builds nodes from parser events and collects the faults of single values."""
 
@@ -197,7 +193,7 @@ class _Reader:
         for event in self.events:
             if isinstance(event, NodeEvent):
                 if found is not None:
-                    raise _Unreadable(self._fault(event, "a second document; one file holds one"))
+                    raise SpaceError(self._faults(event, "a second document; one file holds one"))
                 found = self._node(event, depth=0)
         return found if found is not None else Node({}, 1)
 
@@ -205,40 +201,45 @@ class _Reader:
         line = event.start_mark.line + 1
         if isinstance(event, AliasEvent):
             if event.anchor not in self.anchors:
-                raise _Unreadable(self._fault(event, f"*{event.anchor} has no complete &{event.anchor} before it"))
-            return self.anchors[event.anchor]
-        if depth > MAX_DEPTH:
-            raise _Unreadable(self._fault(event, f"nested more than {MAX_DEPTH} deep"))
+                raise SpaceError(self._faults(event, f"*{event.anchor} has no complete &{event.anchor} before it"))
+            node = self.anchors[event.anchor]
+            self._check_depth(event, depth + node.height)
+            return node
+        self._check_depth(event, depth)
         assert isinstance(event, ScalarEvent | MappingStartEvent | SequenceStartEvent)
         if event.tag is not None:
-            self.faults.append(self._fault(event, f"the tag {event.tag} is not allowed: plain data only"))
+            self.faults += self._faults(event, f"the tag {event.tag} is not allowed: plain data only")
         if isinstance(event, ScalarEvent):
             node = Node(self._scalar(event), line)
         elif isinstance(event, MappingStartEvent):
             node = self._mapping(line, depth)
         else:
             items = [self._node(item, depth + 1) for item in self._until_end()]
-            node = Node(items, line, 1 + sum(item.size for item in items))
+            node = Node(items, line, *_extent(items))
         if node.size > MAX_NODES:
-            raise _Unreadable(self._fault(event, f"more than {MAX_NODES} values"))
+            raise SpaceError(self._faults(event, f"more than {MAX_NODES} values"))
         if event.anchor is not None:
             self.anchors[event.anchor] = node
         return node
 
     def _mapping(self, line: int, depth: int) -> Node:
         entries: dict[str, Entry] = {}
-        size = 1
+        nodes = []
         for event in self._until_end():
             if not isinstance(event, ScalarEvent):
-                raise _Unreadable(self._fault(event, "a key must be a word"))
+                raise SpaceError(self._faults(event, "a key must be a word"))
             key, key_line = event.value, event.start_mark.line + 1
             node = self._node(next(self.events), depth + 1)
-            size += node.size
+            nodes.append(node)
             if key in entries:
-                self.faults.append(self._fault(event, f"{key}: given twice; first on line {entries[key].line}"))
+                self.faults += self._faults(event, f"{key}: given twice; first on line {entries[key].line}")
             else:
                 entries[key] = Entry(key_line, node)
-        return Node(entries, line, size)
+        return Node(entries, line, *_extent(nodes))
+
+    def _check_depth(self, event: Event, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise SpaceError(self._faults(event, f"nested more than {MAX_DEPTH} deep"))
 
     def _until_end(self) -> Iterator[Event]:
         """The first event of each item of the current collection."""
@@ -253,11 +254,16 @@ class _Reader:
         try:
             return scalar(event.value)
         except ValueError as error:
-            self.faults.append(self._fault(event, str(error)))
+            self.faults += self._faults(event, str(error))
             return None
 
-    def _fault(self, event: Event, message: str) -> Fault:
-        return Fault(f"{self.name}:{event.start_mark.line + 1}", message)
+    def _faults(self, event: Event, message: str) -> list[Fault]:
+        return [Fault(f"{self.name}:{event.start_mark.line + 1}", message)]
+
+
+def _extent(nodes: Sequence[Node]) -> tuple[int, int]:
+    """Size and height of a collection of these nodes."""
+    return 1 + sum(node.size for node in nodes), 1 + max((node.height for node in nodes), default=0)
 
 
 # Writing

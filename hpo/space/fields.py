@@ -1,10 +1,10 @@
-"""The fields of `TrainConfig` by their dotted path: the only names that a space, a recipe or `--set` may use."""
+"""The fields of `TrainConfig` by dotted path: the only names that a space, a recipe or `--set` may use."""
 
 from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -17,14 +17,14 @@ from core.config import TrainConfig
 
 @dataclass(frozen=True)
 class ConfigField:
-    """One leaf of the tree."""
+    """A leaf field of `TrainConfig`."""
 
     path: str
     info: FieldInfo
 
     @cached_property
     def kind(self) -> Literal["int", "float", "str", "other"]:
-        """What a range over it would be of; `other` for what has no order, which takes choices only."""
+        """The type of a range over the field; `str` and `other` have no order and take choices only."""
         annotation = self.info.annotation
         if get_origin(annotation) in (Union, types.UnionType):
             annotation, *more = [arm for arm in get_args(annotation) if arm is not type(None)]
@@ -34,32 +34,32 @@ class ConfigField:
 
     @property
     def annotated(self) -> Any:
-        """The field's type with its bounds, for pydantic."""
+        """The field's type with its bounds, as pydantic takes it."""
         return Annotated[(self.info.annotation, *self.info.metadata)] if self.info.metadata else self.info.annotation
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
-        """Validates a value by the field's own type and bounds, as strictly as `TrainConfig` does."""
+        """Validates values as strictly as `TrainConfig` does."""
         return TypeAdapter(self.annotated, config=ConfigDict(strict=True))
 
     def validate(self, value: Any) -> Any:
-        """The value as the field keeps it (a whole number becomes a float where the field is one).
+        """Return the value as the field stores it: an int becomes a float in a float field.
 
         Raises:
-            pydantic.ValidationError: the field refuses it.
+            pydantic.ValidationError: wrong type, or out of bounds.
         """
         return self.adapter.validate_python(value)
 
 
 @cache
 def config_fields() -> dict[str, ConfigField]:
-    """Every field of `TrainConfig` by its dotted path, in the order of the tree."""
+    """All fields of `TrainConfig` by dotted path, in declaration order."""
     return {field.path: field for field in _leaves(TrainConfig, "")}
 
 
 @cache
 def config_sections() -> dict[str, tuple[str, ...]]:
-    """Every section of `TrainConfig` (`optim`, `optim.swats`) with the paths below it."""
+    """All sections of `TrainConfig` (`optim`, `optim.swats`), each with the paths of its fields."""
     found: dict[str, tuple[str, ...]] = {}
     for path in config_fields():
         parts = path.split(".")
@@ -78,13 +78,13 @@ def _leaves(model: type[BaseModel], prefix: str) -> Iterable[ConfigField]:
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The closest spelling, if any is close; of close ones rather one that the word begins, as adam does adamw."""
+    """The closest spelling, if any is close; preferably one that starts with the word, such as adamw for adam."""
     close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.6)  # 0.6 is difflib's own
     return next((name for name in close if name.startswith(word)), close[0] if close else None)
 
 
 def nearest_field(path: str, names: Iterable[str]) -> str | None:
-    """The dotted path that was probably meant: the same last part elsewhere, or the closest spelling."""
+    """The path probably meant: a field with the same last part, or the closest spelling."""
     names = list(names)
     by_leaf = {name.rpartition(".")[2]: name for name in reversed(names)}
     leaf = path.rpartition(".")[2]
@@ -94,14 +94,15 @@ def nearest_field(path: str, names: Iterable[str]) -> str | None:
     return nearest(path, names) or (None if near is None else by_leaf[near])
 
 
-def did_you_mean(found: str | None) -> str:
-    """The tail of a message: `; did you mean optim.lr?`, or nothing where no name is near."""
+def did_you_mean(word: Any, names: Iterable[str], find: Callable[[str, Iterable[str]], str | None] = nearest) -> str:
+    """The end of a message: `; did you mean optim.lr?`; empty if no name is near, or `word` is not a string."""
+    found = find(word, names) if isinstance(word, str) else None
     return "" if found is None else f"; did you mean {found}?"
 
 
 def no_such_field(path: str, more: Iterable[str] = ()) -> str:
-    """What is wrong with a path that is no field of `TrainConfig`; `more` are other names allowed in its place."""
+    """The message for a path that is not a field of `TrainConfig`; `more` are other names to suggest."""
     sections = config_sections()
     if path in sections:
         return f"is a group of fields; name one of them: {', '.join(sections[path])}"
-    return f"no such field{did_you_mean(nearest_field(path, [*config_fields(), *more]))}"
+    return f"no such field{did_you_mean(path, [*config_fields(), *more], nearest_field)}"

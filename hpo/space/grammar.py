@@ -1,7 +1,6 @@
-"""What may stand in a search-space file, as pydantic models, and what their errors mean in plain words.
+"""The keys of a search-space file as pydantic models, and their validation errors in plain words.
 
-`base`, `data` and `search` speak of `TrainConfig`, which brings its own models; their content is checked by
-`hpo.space.load` against its fields.
+`base`, `data` and `search` refer to `TrainConfig`; `hpo.space.load` checks their content against its fields.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import ErrorDetails
 
+from core.config import DataConfig
 from hpo.space.document import flow
-from hpo.space.fields import did_you_mean, nearest, nearest_field
+from hpo.space.fields import did_you_mean, nearest_field
 
 
 class _Section(BaseModel):
-    """Unknown keys are errors, values are never coerced, nothing changes after."""
+    """Unknown keys are errors, values are not coerced, instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -28,7 +28,7 @@ Metric = Literal["accuracy", "macro_f1", "balanced_accuracy", "nll"]
 
 
 class Objective(_Section):
-    """What a trial is judged by, on the validation images."""
+    """The score of a trial, measured on the validation images."""
 
     metric: Metric = "accuracy"
     """accuracy, macro_f1 and balanced_accuracy are maximized, nll (negative log-likelihood) is minimized."""
@@ -81,16 +81,16 @@ Sampler = Annotated[
 
 
 class RungsPruner(_Section):
-    """Ours: a trial goes past a rung if it is among the best of those that reached it."""
+    """A trial passes a rung if it is among the best of those that reached it (`hpo.space.pruner.RungPruner`)."""
 
     name: Literal["rungs"] = "rungs"
     rungs: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] = (0.03, 0.1, 0.3)
     """Fractions of the run's epochs at which trials are compared, increasing."""
     keep: Fraction = 0.33
-    """Share of the trials at a rung that goes on."""
+    """Fraction of the trials at a rung that continue."""
     let_through: float = Field(default=0.02, ge=0, le=0.5)
-    """Share of the trials that go on to their end where a rung would cut them, to show what pruning loses; 0 is off.
-    They are chosen by their slot; the default lets through four at most of 200 trials, and none of the first 25."""
+    """Fraction of the trials that continue to their end though a rung would prune them, to measure the loss by pruning;
+    0 is off. Chosen by trial index; the default affects at most four of 200 trials, and none of the first 25."""
 
     @model_validator(mode="after")
     def _increasing(self) -> RungsPruner:
@@ -106,7 +106,7 @@ class NoPruner(_Section):
 
 
 class MedianPruner(_Section):
-    """Optuna's: a trial below the median of the earlier ones at the same epoch stops."""
+    """Optuna's: prunes a trial below the median of the earlier ones at the same epoch."""
 
     name: Literal["median"]
     startup_trials: int = Field(default=5, ge=0)
@@ -116,11 +116,11 @@ class MedianPruner(_Section):
 
 
 class PercentilePruner(_Section):
-    """Optuna's: like the median, at another share."""
+    """Optuna's: like the median, at another fraction."""
 
     name: Literal["percentile"]
     keep: Fraction
-    """Share of the trials that goes on: 0.25 keeps the best quarter."""
+    """Fraction of the trials that continue: 0.25 keeps the best quarter."""
     startup_trials: int = Field(default=5, ge=0)
     """Trials that run before any is pruned; 5 is Optuna's default."""
     warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
@@ -134,17 +134,17 @@ class SuccessiveHalvingPruner(_Section):
     min_fraction: Fraction = 0.03
     """Fraction of the run at the first rung."""
     reduction_factor: int = Field(default=4, ge=2)
-    """One of this many goes on; 4 is Optuna's default."""
+    """One in this many continues; 4 is Optuna's default."""
 
 
 class HyperbandPruner(_Section):
-    """Optuna's: several successive halvings side by side, each more patient than the one before."""
+    """Optuna's: several successive halvings in parallel, from early to late first rungs."""
 
     name: Literal["hyperband"]
     min_fraction: Fraction = 0.03
-    """Fraction of the run at the first rung of the sharpest bracket."""
+    """Fraction of the run at the first rung of the bracket that prunes first."""
     reduction_factor: int = Field(default=3, ge=2)
-    """One of this many goes on; 3 is Optuna's default."""
+    """One in this many continues; 3 is Optuna's default."""
 
 
 Pruner = Annotated[
@@ -154,20 +154,20 @@ Pruner = Annotated[
 
 
 class Confirm(_Section):
-    """How the best configurations are trained again, on other seeds and splits, before one is called best."""
+    """How the best configurations are trained again on new seeds and splits, before one is called best."""
 
     budget: float | None = Field(default=None, gt=0)
-    """What that may cost, as a share of the epochs that the search has trained; at least two configurations are trained
-    three times. null: a third, and at least enough for two configurations five times."""
+    """Cost as a fraction of the epochs trained by the search; at least two configurations are trained three times.
+    null: a third, and at least enough to train two configurations five times."""
 
 
 class Choices(_Section):
-    """One of several values that have no order."""
+    """One of several values without order."""
 
     choices: list[Any] = Field(min_length=1)
-    """The values; lists are allowed where the field is one, null where the field may be off."""
+    """The values; a list for a field that is a list, null for a field that can be off."""
     when: dict[str, Any] | None = Field(default=None, min_length=1)
-    """Field: value, or list of values. Searched only while all of these hold; otherwise the base's value is used."""
+    """Field: value, or list of values. Searched only if all of these hold; otherwise the baseline's value is used."""
 
 
 class Range(_Section):
@@ -176,49 +176,49 @@ class Range(_Section):
     low: float
     high: float
     log: bool = False
-    """Drawn evenly over its logarithm: for what is meant as a factor."""
+    """Draw uniformly over the logarithm: for factors, such as learning rates."""
     step: float | None = None
-    """Only low, low + step, low + 2 step, … high."""
+    """Draw only low, low + step, low + 2 step, … high."""
     when: dict[str, Any] | None = Field(default=None, min_length=1)
-    """Field: value, or list of values. Searched only while all of these hold; otherwise the base's value is used."""
+    """Field: value, or list of values. Searched only if all of these hold; otherwise the baseline's value is used."""
 
 
 class SpaceFile(_Section):
-    """A search space: what to search, around which base, judged how."""
+    """A search space: the searched fields, the baseline, and the score."""
 
     description: str = ""
     """One line for `hpo space list`."""
-    data: dict[str, Any] = {}
-    """The data set and its split, over whatever the base and the recipes name."""
+    data: DataConfig = DataConfig()
+    """The data set and its split; overrides the data of the baseline and of the recipes."""
     objective: Objective = Objective()
     trials: int = Field(default=100, ge=1)
-    """The study's total, which `--trials` overrides."""
+    """Total number of trials; `--trials` overrides it."""
     sampler: Sampler = TpeSampler()
     pruner: Pruner = RungsPruner()
     confirm: Confirm = Confirm()
     base: str | dict[str, Any] = {}
-    """Trial 0, and the value of everything that is not searched: a recipe's path, or a configuration."""
+    """The baseline, a recipe's path or a configuration: trial 0, and the values of all fields that are not searched."""
     search: dict[str, dict[str, Any]] = Field(min_length=1)
     """Fields by dotted path, each with choices or a range."""
     recipes: list[str] = []
-    """Recipes that the search must beat."""
+    """Recipes to compare the search with."""
 
 
 class RecipeNotes(_Section):
-    """What a recipe says of itself, beside the fields of its configuration."""
+    """The notes in a recipe, beside the fields of its configuration."""
 
     description: str = ""
     """One line for `hpo space list`."""
     source: str = ""
-    """Whose configuration it is, and where they published it."""
+    """The configuration's author, and where it was published."""
     result: str = ""
-    """What its author saw, in their words and on their data."""
+    """The result that its author reported, on their data."""
     guesses: str = ""
-    """What the source does not say, and what was put in its place."""
+    """Values missing in the source, and the ones used instead."""
 
 
 class ConfirmationText(_Section):
-    """What a worker reads from the storage that joins a confirmation. Nobody writes it by hand."""
+    """The space of a confirmation, as workers read it from the storage. Not written by hand."""
 
     confirms: str
     train_images: int = Field(ge=1)
@@ -229,7 +229,7 @@ class ConfirmationText(_Section):
 
 _IN_QUOTES = re.compile(r"'([^']+)'")
 
-# What pydantic says, and what a person should read.
+# pydantic's error type -> message.
 _WORDS = {
     "model_type": "must be a group of fields",
     "dict_type": "must be a group of fields",
@@ -245,17 +245,17 @@ _WORDS = {
 }
 
 
-TAGGED = ("sampler", "pruner")  # unions by name: pydantic puts the name into an error's location
+TAGGED = ("sampler", "pruner")  # tagged unions: pydantic puts the tag into an error's location
 
 
 def location(error: ErrorDetails) -> tuple[str | int, ...]:
-    """Where an error stands in the file."""
+    """The path of an error in the file."""
     loc = error["loc"]
     return (loc[0], *loc[2:]) if loc and loc[0] in TAGGED else loc
 
 
 def siblings(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
-    """The names that may stand where an error of this model stands."""
+    """The allowed names at the location of an error of this model."""
     fields = model.model_fields
     if len(loc) == 1:
         return list(fields)
@@ -267,21 +267,21 @@ def siblings(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
 
 
 def explain(error: ErrorDetails, siblings: Iterable[str] = ()) -> str:
-    """An error of pydantic in plain words; `siblings` are the names that an unknown key could have meant."""
+    """Describe a pydantic error in plain words; `siblings` are the names to suggest for an unknown key."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     match kind:
         case "extra_forbidden":
-            return f"no such field{did_you_mean(nearest_field(str(error['loc'][-1]), siblings))}"
+            return f"no such field{did_you_mean(str(error['loc'][-1]), siblings, nearest_field)}"
         case "missing":
             return "is missing"
         case "value_error":
             return error["msg"].removeprefix("Value error, ")
         case "literal_error":
             expected = str(context["expected"])
-            return f"must be {expected}, not {quoted(value)}{_meant(value, _IN_QUOTES.findall(expected))}"
+            return f"must be {expected}, not {quoted(value)}{did_you_mean(value, _IN_QUOTES.findall(expected))}"
         case "union_tag_invalid":
             names = _IN_QUOTES.findall(str(context["expected_tags"]))
-            return f"name must be one of {', '.join(names)}, not {context['tag']}{_meant(context['tag'], names)}"
+            return f"name must be one of {', '.join(names)}, not {context['tag']}{did_you_mean(context['tag'], names)}"
         case "union_tag_not_found":
             return "name is missing"
         case "string_pattern_mismatch":
@@ -294,9 +294,5 @@ def explain(error: ErrorDetails, siblings: Iterable[str] = ()) -> str:
 
 
 def quoted(value: Any) -> str:
-    """A value as a message shows it: words in quotes, the rest as YAML writes it."""
+    """A value as messages show it: strings in quotes, the rest as YAML."""
     return f"'{value}'" if isinstance(value, str) else flow(value)
-
-
-def _meant(value: Any, names: list[str]) -> str:
-    return did_you_mean(nearest(value, names)) if isinstance(value, str) else ""

@@ -1,7 +1,7 @@
-"""From files and `--set` to a checked `SearchSpace` or `Recipe`. Faults are collected, never stopped at.
+"""Builds checked `SearchSpace`s and `Recipe`s from files and `--set`. All faults are collected before any is raised.
 
-A space is read in layers: its base (a recipe's file, or a configuration in place), its own `data`, then `--set`. What
-`--set` names is pinned: it is no longer searched, and the recipes get it too.
+A space has three layers: its baseline (a recipe's file, or a configuration in place), its own `data`, then `--set`. A
+field in `--set` is pinned: it is no longer searched, and recipes get its value too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from core.config import DataConfig, TrainConfig
+from core.config import TrainConfig
 from hpo.errors import Fault, SpaceError
 from hpo.paths import search_space_dirs
 from hpo.space import parameters
@@ -22,37 +22,27 @@ from hpo.space.catalogue import find, kind_of, list_spaces
 from hpo.space.confirmation import ConfirmationSpace
 from hpo.space.document import Document, dump, parse, read
 from hpo.space.fields import config_fields, did_you_mean, nearest, nearest_field, no_such_field
-from hpo.space.grammar import (
-    ConfirmationText,
-    RecipeNotes,
-    SpaceFile,
-    explain,
-    location,
-    quoted,
-    siblings,
-)
+from hpo.space.grammar import ConfirmationText, RecipeNotes, SpaceFile, explain, location, quoted, siblings
 from hpo.space.space import RATES, Parameter, Recipe, SearchSpace, in_rate_of
 
 Overrides = Mapping[str, Any] | Iterable[str]
-"""`{"epochs": 3}`, or `["epochs=3"]` as `--set` has them."""
+"""`{"epochs": 3}`, or `["epochs=3"]` as given to `--set`."""
 
 Model = TypeVar("Model", bound=BaseModel)
+Result = TypeVar("Result", SearchSpace, Recipe)
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = (
-    "objective",
-    "sampler",
-    "pruner",
-    "confirm",
-)  # the sections of a space, beside TrainConfig's, that --set may reach
+SETTINGS = ("objective", "sampler", "pruner", "confirm")
+"""The sections of a space, beside those of `TrainConfig`, that `--set` can change."""
 
 
 def load_space(name_or_path: str | Path, overrides: Overrides = ()) -> SearchSpace:
-    """Reads and checks a search space: a name in `search_spaces/`, or a path.
+    """Read and check a search space.
 
     Args:
-        overrides: fields to pin, and settings of objective, sampler, pruner and trials to change.
+        name_or_path: a name in `search_spaces/`, or a path.
+        overrides: fields to pin, and settings of objective, sampler, pruner, confirm and trials to change.
 
     Raises:
         SpaceError: all faults of the file, of its recipes, and of the overrides.
@@ -60,59 +50,71 @@ def load_space(name_or_path: str | Path, overrides: Overrides = ()) -> SearchSpa
     path = find(str(name_or_path), "space")
     loader = _Loader(_parsed(overrides))
     document = loader.read(path)
-    space = None if document is None else loader.space(document, path)
-    if loader.faults or space is None:
-        raise SpaceError(loader.sorted_faults())
-    return space
+    return loader.checked(None if document is None else loader.space(document, path))
 
 
 def load_recipe(name_or_path: str | Path, overrides: Overrides = ()) -> Recipe:
-    """Reads and checks a recipe: a name in `search_spaces/recipes/`, or a path, a trial's `config.yaml` for one.
+    """Read and check a recipe.
+
+    Args:
+        name_or_path: a name in `search_spaces/recipes/`, or a path, such as a trial's `config.yaml`.
+        overrides: fields to change.
 
     Raises:
-        SpaceError: all its faults.
+        SpaceError: all faults of the file and of the overrides.
     """
     path = find(str(name_or_path), "recipe")
     loader = _Loader(_parsed(overrides), settings=False)
     document = loader.read(path)
     recipe = None if document is None else loader.recipe(document, path)
-    if recipe is not None:
-        recipe = loader.overridden(recipe)
-    if loader.faults or recipe is None:
-        raise SpaceError(loader.sorted_faults())
-    return recipe
+    return loader.checked(None if recipe is None else loader.overridden(recipe))
 
 
 def recipe_from_yaml(text: str, name: str = "config.yaml") -> Recipe:
-    """A recipe from its text: the inverse of `to_yaml`. `name` is how messages call it.
+    """Read a recipe from text written by `to_yaml`.
+
+    Args:
+        text: the YAML.
+        name: the file's name in messages.
 
     Raises:
         SpaceError: all its faults.
     """
     loader = _Loader({})
-    document, loader.faults = parse(text, name)
-    recipe = None if document is None else loader.recipe(document, Path(name))
-    if loader.faults or recipe is None:
-        raise SpaceError(loader.sorted_faults())
-    return recipe
+    document = loader.mapping(*parse(text, name))
+    return loader.checked(None if document is None else loader.recipe(document, Path(name)))
+
+
+def space_from_yaml(text: str, name: str) -> SearchSpace:
+    """Read a space from text written by `space_to_yaml`.
+
+    Args:
+        text: the YAML.
+        name: the space's name.
+
+    Raises:
+        SpaceError: all its faults.
+    """
+    loader = _Loader({})
+    document = loader.mapping(*parse(text, name))
+    return loader.checked(None if document is None else loader.written_space(document, Path(f"{name}.yaml")))
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """A configuration, whole, as a recipe that `load_recipe` reads back exactly."""
+    """Write a complete configuration as a recipe that `load_recipe` reads back exactly."""
     return dump(_tree(config))
 
 
 def _tree(config: TrainConfig) -> dict[str, Any]:
-    """A configuration as a recipe has it."""
     tree = config.model_dump(mode="json")
-    for rate in ("lr", "lr_scale"):  # exactly one is given; the other would only invite to fill it in as well
+    for rate in ("lr", "lr_scale"):  # exactly one of the two may be given
         if tree["optim"][rate] is None:
             del tree["optim"][rate]
     return tree
 
 
 def space_to_yaml(space: SearchSpace) -> str:
-    """A checked space, whole, without its recipes: what a worker needs that has not the file."""
+    """Write a space without its recipes, for workers that do not have its file."""
     if isinstance(space, ConfirmationSpace):
         return dump({**space.described(), "base": _tree(space.baseline)})
     return dump(
@@ -129,44 +131,24 @@ def space_to_yaml(space: SearchSpace) -> str:
     )
 
 
-def space_from_yaml(text: str, name: str) -> SearchSpace:
-    """A space from its text: the inverse of `space_to_yaml`.
-
-    Raises:
-        SpaceError: all its faults.
-    """
-    loader = _Loader({})
-    document, loader.faults = parse(text, name)
-    space = None if document is None else loader.space_of_text(document, Path(f"{name}.yaml"))
-    if loader.faults or space is None:
-        raise SpaceError(loader.sorted_faults())
-    return space
-
-
 def check_file(name_or_path: str | Path) -> list[Fault]:
-    """Every fault of a search space or recipe, by path or by name; none where it is fine."""
+    """Return all faults of a search space or recipe, given by path or by name."""
     path = Path(name_or_path)
     if not path.is_file():
-        known = {entry.name: entry.path for entry in reversed(list_spaces())}  # of one name, the space
+        known = {entry.name: entry.path for entry in reversed(list_spaces())}  # a space before a recipe of its name
         path = known.get(str(name_or_path), path)
     loader = _Loader({})
     document = loader.read(path)
     if document is not None:
-        if kind_of(document) == "space":
-            loader.space(document, path)
-        else:
-            loader.recipe(document, path)
+        (loader.space if kind_of(document) == "space" else loader.recipe)(document, path)
     return loader.sorted_faults()
 
 
-# --set
-
-
 def _parsed(overrides: Overrides) -> dict[str, Any]:
-    """`--set key=value` by key, values read as YAML; the text itself where the field is one of text.
+    """Parse `--set key=value`. Values are YAML, but the text itself for a field of text.
 
     Raises:
-        SpaceError: something is not `key=value`, is given twice, or its value is not YAML.
+        SpaceError: an item is not `key=value`, is given twice, or its value is not YAML.
     """
     if isinstance(overrides, Mapping):
         return dict(overrides)
@@ -183,31 +165,32 @@ def _parsed(overrides: Overrides) -> dict[str, Any]:
             continue
         field = config_fields().get(key)
         document, wrong = parse(text, where)
-        value = document.plain() if document is not None and text.strip() else None
+        found[key] = document.plain() if document is not None and text.strip() else None
         if field is not None and field.kind == "str":
-            found[key] = value if isinstance(value, str) else text
-        elif wrong:
-            faults += [Fault(where, fault.message) for fault in wrong]
+            found[key] = found[key] if isinstance(found[key], str) else text
         else:
-            found[key] = value
+            faults += [Fault(where, fault.message) for fault in wrong]
     if faults:
         raise SpaceError(faults)
     return found
 
 
-# Building
-
-
 class _Loader:
-    """Reads files with one set of overrides, and collects what is wrong."""
+    """Reads files with one set of overrides and collects their faults."""
 
     def __init__(self, overrides: Mapping[str, Any], settings: bool = True) -> None:
         self.faults: list[Fault] = []
         self.settings = {key: value for key, value in overrides.items() if settings and _is_setting(key)}
         self.fields = self._field_values({key: value for key, value in overrides.items() if key not in self.settings})
 
+    def checked(self, result: Result | None) -> Result:
+        """Return the result; raise SpaceError if there are faults."""
+        if self.faults or result is None:
+            raise SpaceError(self.sorted_faults())
+        return result
+
     def sorted_faults(self) -> list[Fault]:
-        """Each once, in the order of the lines of each file."""
+        """The faults without repetitions, by file and line."""
 
         def place(fault: Fault) -> tuple[str, int]:
             name, _, line = fault.where.rpartition(":")
@@ -216,8 +199,11 @@ class _Loader:
         return sorted(dict.fromkeys(self.faults), key=place)
 
     def read(self, path: Path) -> Document | None:
-        """The file's mapping; None where it has none."""
-        document, faults = read(path)
+        """Read a file that must contain a mapping."""
+        return self.mapping(*read(path))
+
+    def mapping(self, document: Document | None, faults: list[Fault]) -> Document | None:
+        """Collect a document's faults; None unless it is a mapping."""
         self.faults += faults
         if document is not None and not isinstance(document.root.value, dict):
             self._fault(document.at(), "must be a mapping of keys to values")
@@ -227,63 +213,50 @@ class _Loader:
     # Recipes
 
     def recipe(self, document: Document, path: Path) -> Recipe | None:
-        """The recipe in a file, nothing overridden."""
+        """The recipe in a file, without overrides."""
         if kind_of(document) == "space":
             self._fault(document.at(), f"a search space, where a recipe is wanted: hpo run {path.stem}")
             return None
         tree = document.plain()
-        said = {key: tree.pop(key) for key in list(tree) if key in RecipeNotes.model_fields}
-        notes = self._validated(RecipeNotes, said, document)
-        config = self._config(tree, document, more=RecipeNotes.model_fields)
-        if not path.stem.strip("."):  # `...yaml`: a recipe's name becomes a folder, and that would be the one above
-            self._fault(document.at(), f"a file of the name {path.name} gives the recipe no name; rename it")
+        given_notes = {key: tree.pop(key) for key in list(tree) if key in RecipeNotes.model_fields}
+        notes = self._validated(RecipeNotes, given_notes, document)
+        config = self._validated(TrainConfig, tree, document, more=RecipeNotes.model_fields)
+        if not path.stem.strip("."):  # `...yaml`: the name becomes a folder, which would be the parent folder
+            self._fault(document.at(), f"a file named {path.name} gives the recipe no name; rename it")
             return None
         if notes is None or config is None:
             return None
         return Recipe(path.stem, path, notes.description, notes.source, notes.result, notes.guesses, config)
 
     def overridden(self, recipe: Recipe) -> Recipe:
-        """The recipe with --set applied."""
+        """The recipe with the overrides applied."""
         config = self._override(recipe.config, f"{recipe.name}: ")
         return recipe if config is None else replace(recipe, config=config)
 
-    def _to_beat(self, recipe: Recipe, base: TrainConfig) -> Recipe | None:
-        """A recipe that a space names, with --set applied, on the base's data and as long as the base.
+    def _to_beat(self, recipe: Recipe, baseline: TrainConfig) -> Recipe | None:
+        """A space's recipe with the overrides applied, on the baseline's data and epochs.
 
-        None, with a warning, where it is of another family than the base, and its network has no such field as --set
-        gives: that is no reason not to search.
+        None, with a warning, if an override does not exist for the recipe's network and the baseline has another kind
+        of network: that must not prevent the search.
         """
-        same = {path: value for path, value in base.flat().items() if path.startswith("data.") or path == "epochs"}
+        same = {path: value for path, value in baseline.flat().items() if path.startswith("data.") or path == "epochs"}
         try:
             return replace(recipe, config=recipe.config.override({**self.fields, **same}))
         except ValidationError as error:
-            if _family(recipe.config) != _family(base):
+            if _family(recipe.config) != _family(baseline):
                 logger.warning("recipe %s is left out: %s", recipe.name, explain(error.errors()[0]))
             else:
-                self.overridden(recipe)  # which tells the fault
+                self.overridden(recipe)  # collects the fault
             return None
 
-    def _config(
-        self, tree: Mapping[str, Any], document: Document, *prefix: str, more: Iterable[str] = ()
-    ) -> TrainConfig | None:
-        """A configuration that stands in a file below `prefix`; `more` are other keys allowed beside its fields."""
-        try:
-            return TrainConfig.model_validate(tree)
-        except ValidationError as error:
-            for detail in error.errors():
-                loc = detail["loc"]
-                text = _unknown(loc, more) if detail["type"] == "extra_forbidden" else explain(detail)
-                self._fault(document.at(*prefix, *loc), _said(prefix + loc, text))
-        return None
-
     def _recipe_at(self, name: str, document: Document, space: Path, *place: str | int) -> Recipe | None:
-        """A recipe that a space names: beside the space, or in one of the folders of spaces."""
+        """A recipe named in a space: relative to the space, or to a folder of spaces."""
         folders = [space.parent, *search_space_dirs()]
         found = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if found is None:
             there = {path.stem: f"recipes/{path.name}" for folder in folders for path in folder.glob("recipes/*.yaml")}
-            near = there.get(nearest(Path(name).stem, there) or "")
-            self._fault(document.at(*place), _said(place, f"no such file: {name}{did_you_mean(near)}"))
+            meant = did_you_mean(Path(name).stem, there, lambda stem, names: there.get(nearest(stem, names) or ""))
+            self._fault(document.at(*place), _with_path(place, f"no such file: {name}{meant}"))
             return None
         recipe = self.read(found)
         return None if recipe is None else self.recipe(recipe, found)
@@ -291,31 +264,26 @@ class _Loader:
     # Spaces
 
     def space(self, document: Document, path: Path) -> SearchSpace | None:
-        """The search space in a file; None where anything is wrong with it."""
+        """The search space in a file; None if there is a fault."""
         if kind_of(document) == "recipe":
-            recipe = f"a recipe, where a search space is wanted: hpo train {path.stem}"
-            self._fault(document.at(), recipe if document.root.value else "an empty file")
+            message = f"a recipe, where a search space is wanted: hpo train {path.stem}"
+            self._fault(document.at(), message if document.root.value else "an empty file")
             return None
         if "seed" in self.fields:
             self._fault("--set seed", parameters.FIXED["seed"])
         tree = document.plain()
         head = self._head(tree, document)
-        data = self._data(tree, document)
-        base = self._base(tree, document, path)
-        if base is not None and data is not None:
-            base = base.override({f"data.{key}": value for key, value in data.items()})
-        search = self._search(tree, document, base)
-        named = tree["recipes"] if isinstance(tree.get("recipes"), list) else []
-        recipes = [
-            self._recipe_at(name, document, path, "recipes", index)
-            for index, name in enumerate(named)
-            if isinstance(name, str)
-        ]
-        pinned = None if base is None else self._override(base)
+        baseline = self._baseline(tree, document, path)
+        if baseline is not None and head is not None:
+            data = {f"data.{key}": getattr(head.data, key) for key in head.data.model_fields_set}
+            baseline = baseline.override(data)
+        search = self._search(tree, document, baseline)
+        recipes = self._recipes(tree, document, path)
+        pinned = None if baseline is None else self._override(baseline)
         if self.faults or head is None or pinned is None:
             return None
-        left = self._left(search, pinned, document)
-        space = SearchSpace(
+        searched = self._not_pinned(search, pinned, document)
+        return SearchSpace(
             name=path.stem,
             path=path,
             description=head.description,
@@ -323,29 +291,28 @@ class _Loader:
             trials=head.trials,
             sampler=head.sampler,
             pruner=head.pruner,
-            baseline=in_rate_of(pinned, left),
-            recipes=tuple(found for one in recipes if one is not None and (found := self._to_beat(one, pinned))),
-            search=left,
+            baseline=in_rate_of(pinned, searched),
+            recipes=tuple(found for recipe in recipes if (found := self._to_beat(recipe, pinned))),
+            search=searched,
             confirm=head.confirm,
         )
-        return None if self.faults else space
 
-    def space_of_text(self, document: Document, path: Path) -> SearchSpace | None:
-        """What `space_to_yaml` has written: a space, or what a confirmation trains."""
-        if not isinstance(document.root.value, dict) or "confirms" not in document.root.value:
-            return self.space(document, path)
+    def written_space(self, document: Document, path: Path) -> SearchSpace | None:
+        """The space in a text of `space_to_yaml`, which may be a confirmation's."""
         tree = document.plain()
+        if "confirms" not in tree:
+            return self.space(document, path)
         text = self._validated(ConfirmationText, tree, document)
-        base = self._config(tree["base"], document, "base") if text is not None else None
-        if text is None or base is None:
+        baseline = None if text is None else self._validated(TrainConfig, text.base, document, "base")
+        if text is None or baseline is None:
             return None
         return ConfirmationSpace.of(
-            text.confirms, text.objective, base, path, train_images=text.train_images, val_images=text.val_images
+            text.confirms, text.objective, baseline, path, train_images=text.train_images, val_images=text.val_images
         )
 
     def _head(self, tree: Mapping[str, Any], document: Document) -> SpaceFile | None:
-        """Everything but data, base and search, with the settings of --set in it."""
-        given = {key: value for key, value in tree.items() if key not in ("data", "base", "search")}
+        """Everything but base and search, with the overridden settings."""
+        given = {key: value for key, value in tree.items() if key not in ("base", "search")}
         for key, value in self.settings.items():
             section, _, name = key.partition(".")
             if not name:
@@ -353,71 +320,75 @@ class _Loader:
                 continue
             default = SpaceFile.model_fields[section].default.model_dump(include={"name"})
             old = given[section] if isinstance(given.get(section), dict) else default
-            # Another sampler or pruner has other settings: the file's belong to the one that the file names.
+            # The other settings in the file belong to the sampler or pruner that the file names.
             if name == "name" and old.get("name") != value:
                 old = {k: v for k, v in old.items() if f"{section}.{k}" in self.settings}
             given[section] = {**old, name: value}
         return self._validated(SpaceFile, {**given, "search": {"": {}}}, document)
 
-    def _data(self, tree: Mapping[str, Any], document: Document) -> dict[str, Any] | None:
-        given = tree.get("data", {})
-        if not isinstance(given, dict):
-            self._fault(document.at("data"), f"data: must be a group of fields, not {quoted(given)}")
-            return None
-        config = self._validated(DataConfig, given, document, "data")
-        return None if config is None else {key: getattr(config, key) for key in given}
-
-    def _base(self, tree: Mapping[str, Any], document: Document, path: Path) -> TrainConfig | None:
+    def _baseline(self, tree: Mapping[str, Any], document: Document, path: Path) -> TrainConfig | None:
         given = tree.get("base", {})
         if isinstance(given, str):
             recipe = self._recipe_at(given, document, path, "base")
             return None if recipe is None else recipe.config
         if isinstance(given, dict):
-            return self._config(given, document, "base")
+            return self._validated(TrainConfig, given, document, "base")
         self._fault(document.at("base"), f"base: must be a recipe's path or a configuration, not {quoted(given)}")
         return None
 
-    def _search(self, tree: Mapping[str, Any], document: Document, base: TrainConfig | None) -> dict[str, Parameter]:
-        """The parameters as the file has them, checked one by one and together; the faulty ones left out."""
+    def _recipes(self, tree: Mapping[str, Any], document: Document, path: Path) -> list[Recipe]:
+        named = tree["recipes"] if isinstance(tree.get("recipes"), list) else []
+        found = [
+            self._recipe_at(name, document, path, "recipes", index)
+            for index, name in enumerate(named)
+            if isinstance(name, str)
+        ]
+        return [recipe for recipe in found if recipe is not None]
+
+    def _search(
+        self, tree: Mapping[str, Any], document: Document, baseline: TrainConfig | None
+    ) -> dict[str, Parameter]:
+        """The file's parameters without the faulty ones, checked one by one and together."""
         given = tree.get("search")
         if not isinstance(given, dict) or not given:
-            self._fault(
-                document.at("search"), "search: must name at least one field, with choices or with low and high"
-            )
+            message = "search: must name at least one field, with choices or with low and high"
+            self._fault(document.at("search"), message)
             return {}
         report = self._reporter(document)
         found = {path: parameters.parameter(path, entry, report) for path, entry in given.items()}
         sound = {path: one for path, one in found.items() if one is not None}
-        # What a faulty entry, or a misspelt one, was meant to search must not be called unsearched on top.
+        # The fields that faulty or misspelt entries were meant for must not be reported as unsearched as well.
         broken = {nearest_field(path, config_fields()) or path for path, one in found.items() if one is None}
         if parameters.clashing_rates(given, report):
             sound.pop("optim.lr", None)
         sound = parameters.ordered(sound, report)
-        if base is None:
+        if baseline is None:
             return sound
-        base = in_rate_of(base, sound)
-        sound = parameters.without_unreachable(sound, base, report, broken)
-        parameters.check_values(sound, base, report, broken)
-        parameters.check_base(sound, base, report)
+        baseline = in_rate_of(baseline, sound)
+        sound = parameters.without_unreachable(sound, baseline, report, broken)
+        parameters.check_values(sound, baseline, report, broken)
+        parameters.check_baseline(sound, baseline, report)
         return sound
 
-    def _left(self, search: dict[str, Parameter], base: TrainConfig, document: Document) -> dict[str, Parameter]:
-        """What --set leaves to be searched, checked against what it made of the base."""
+    def _not_pinned(
+        self, search: dict[str, Parameter], baseline: TrainConfig, document: Document
+    ) -> dict[str, Parameter]:
+        """The parameters that the overrides do not pin, checked against the overridden baseline."""
         if not self.fields:
             return search
         left = {path: one for path, one in search.items() if not {path, RATES.get(path)} & set(self.fields)}
-        base = in_rate_of(base, left)
-        left = parameters.without_unreachable(left, base, None)
-        parameters.check_values(left, base, self._reporter(document))
-        parameters.check_base(left, base, self._reporter(document))
+        baseline = in_rate_of(baseline, left)
+        left = parameters.without_unreachable(left, baseline, None)
+        parameters.check_values(left, baseline, self._reporter(document))
+        parameters.check_baseline(left, baseline, self._reporter(document))
         if not left:
             self._fault("--set", "leaves nothing to search; one configuration is trained by: hpo train")
         return left
 
-    # --set
+    # Overrides
 
     def _field_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The overrides of `TrainConfig`, each checked alone."""
+        """The overrides of `TrainConfig`, each checked on its own."""
         values: dict[str, Any] = {}
         for key, value in given.items():
             field = config_fields().get(key)
@@ -430,49 +401,59 @@ class _Loader:
                 self._fault(f"--set {key}", explain(error.errors()[0]))
         return values
 
-    def _override(self, config: TrainConfig, whose: str = "") -> TrainConfig | None:
-        """A configuration with --set applied; None where its fields do not go together then."""
+    def _override(self, config: TrainConfig, prefix: str = "") -> TrainConfig | None:
+        """The configuration with the overrides applied; None if its fields then contradict each other."""
         try:
             return config.override(self.fields)
         except ValidationError as error:
             for detail in error.errors():
                 section = ".".join(map(str, detail["loc"]))
                 keys = [key for key in self.fields if key.startswith(section)] or list(self.fields)
-                self._fault(f"--set {', '.join(keys)}", f"{whose}{explain(detail)}")
+                self._fault(f"--set {', '.join(keys)}", f"{prefix}{explain(detail)}")
         return None
 
     # Reporting
 
     def _validated(
-        self, model: type[Model], given: Mapping[str, Any], document: Document, *prefix: str
+        self,
+        model: type[Model],
+        given: Mapping[str, Any],
+        document: Document,
+        *prefix: str,
+        more: Iterable[str] = (),
     ) -> Model | None:
+        """Validate the mapping at `prefix` of a document; `more` are names to suggest for an unknown field."""
         try:
             return model.model_validate(given)
         except ValidationError as error:
             for detail in error.errors():
                 loc = (*prefix, *location(detail))
+                if detail["type"] == "extra_forbidden" and model is TrainConfig:
+                    text = _unknown_field(detail["loc"], more)
+                else:
+                    text = explain(detail, [".".join((*prefix, name)) for name in siblings(model, detail["loc"])])
                 path = ".".join(map(str, loc))
-                names = [".".join((*prefix, name)) for name in siblings(model, detail["loc"])]
-                text = explain(detail, names)
                 cause = [key for key in self.settings if key == path or key.startswith(f"{path}.")]
-                where = f"--set {', '.join(cause)}" if cause else document.at(*loc)
-                self._fault(where, text if cause else _said(loc, text))
+                if cause:
+                    self._fault(f"--set {', '.join(cause)}", text)
+                else:
+                    self._fault(document.at(*loc), _with_path(loc, text))
         return None
 
     def _reporter(self, document: Document) -> parameters.Report:
-        return lambda path, message: self._fault(document.at(*path), _said(path, message))
+        return lambda path, message: self._fault(document.at(*path), _with_path(path, message))
 
     def _fault(self, where: str, message: str) -> None:
         self.faults.append(Fault(where, message))
 
 
-def _said(path: Sequence[str | int], message: str) -> str:
-    """`search.optim.lr: …`; what is wrong with a whole file has no path."""
+def _with_path(path: Sequence[str | int], message: str) -> str:
+    """`search.optim.lr: …`; a fault of a whole file has no path."""
     return f"{'.'.join(map(str, path))}: {message}" if path else message
 
 
-def _unknown(loc: Sequence[str | int], more: Iterable[str]) -> str:
-    """What is wrong with a key in a configuration's tree that is no field there."""
+def _unknown_field(loc: Sequence[str | int], more: Iterable[str]) -> str:
+    """The message for an unknown key in a configuration."""
     path = ".".join(map(str, loc))
     if path in config_fields():
         return f"must be written nested: {path.replace('.', ': {')}: …{'}' * path.count('.')}"

@@ -1,4 +1,4 @@
-"""The `search:` section: each entry checked against the field that it names, then all of them against each other."""
+"""Checks the `search:` section: each entry against the field it names, then all entries against each other."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from pydantic import ValidationError
 
 from core.config import TrainConfig
 from hpo.space.document import flow
-from hpo.space.fields import ConfigField, config_fields, did_you_mean, nearest, no_such_field
+from hpo.space.fields import ConfigField, config_fields, did_you_mean, no_such_field
 from hpo.space.grammar import Choices, Range, explain, quoted
 from hpo.space.space import Categorical, Integer, Parameter, Real, in_rate_of, snapped
 
-Report = Callable[[tuple[str | int, ...], str], None]
-"""Takes a place in the file (`("search", "optim.lr", "low")`) and what is wrong there."""
+Place = tuple[str | int, ...]
+"""A path in the file, such as `("search", "optim.lr", "low")`."""
+Report = Callable[[Place, str], None]
+"""Takes the place of a fault and its message."""
+Conditions = Mapping[str, tuple[Any, ...]]
+"""Field -> the values of which it must have one."""
 
-# What a search may not vary, and why.
+# Fields that a search may not vary, and why.
 FIXED = {
     "seed": "a study seeds every trial itself; --seed sets the study's",
     "epochs": "trials of different lengths cannot be compared at their rungs; set it in base, or with --set",
 }
 FIXED_DATA = "trials on different images cannot be compared; set it under data"
 
-MAX_COMBINATIONS = 2_000  # a validation takes some 20 µs: 40 ms
+MAX_COMBINATIONS = 2_000  # a validation takes about 20 µs: 40 ms
 
 
 def parameter(path: str, entry: Any, report: Report) -> Parameter | None:
-    """One entry of `search:`; None where it has a fault, which is reported."""
+    """Build the parameter of one entry of `search:`; None if it has a fault, which is reported."""
     place = ("search", path)
     field = config_fields().get(path)
     if field is None:
@@ -59,68 +63,59 @@ def parameter(path: str, entry: Any, report: Report) -> Parameter | None:
     return None if when is None else found
 
 
-def _conditions(path: str, when: Mapping[str, Any], report: Report) -> dict[str, tuple[Any, ...]] | None:
-    """A condition with its values as their fields keep them; None where it has a fault."""
+def _fault(field: ConfigField, value: Any) -> str | None:
+    """The message if the field refuses the value."""
+    try:
+        field.validate(value)
+    except ValidationError as error:
+        return explain(error.errors()[0])
+    return None
+
+
+def _conditions(path: str, when: Mapping[str, Any], report: Report) -> Conditions | None:
+    """The conditions with their values as the fields store them; None if there is a fault."""
     found: dict[str, tuple[Any, ...]] = {}
-    sound = True
-    for name, allowed in when.items():
-        place = ("search", path, "when", name)
+    faults: list[tuple[str, str]] = []
+    for name, value in when.items():
+        allowed = value if isinstance(value, list) else [value]
         field = config_fields().get(name)
         if field is None:
-            report(place, no_such_field(name))
-            sound = False
+            faults.append((name, no_such_field(name)))
             continue
-        values = []
-        for value in allowed if isinstance(allowed, list) else [allowed]:
-            try:
-                values.append(field.validate(value))
-            except ValidationError as error:
-                report(place, explain(error.errors()[0]))
-                sound = False
-        if isinstance(allowed, list) and not allowed:
-            report(place, "names no value")
-            sound = False
-        found[name] = tuple(values)
-    return found if sound else None
+        wrong = [fault for one in allowed if (fault := _fault(field, one))]
+        faults += [(name, fault) for fault in wrong] if allowed else [(name, "names no value")]
+        if not wrong:
+            found[name] = tuple(map(field.validate, allowed))
+    for name, fault in faults:
+        report(("search", path, "when", name), fault)
+    return None if faults else found
 
 
-def _categorical(
-    field: ConfigField, written: Choices, when: Mapping[str, tuple[Any, ...]], report: Report
-) -> Parameter | None:
+def _categorical(field: ConfigField, written: Choices, when: Conditions, report: Report) -> Parameter | None:
     kept: list[Any] = []
     sound = True
     for index, choice in enumerate(written.choices):
-        place = ("search", field.path, "choices", index)
-        try:
+        fault = _fault(field, choice)
+        if fault is None:
             value = field.validate(choice)
-        except ValidationError as error:
-            report(place, explain(error.errors()[0]))
+            fault = f"{quoted(choice)} is given twice" if value in kept else None
+            kept.append(value)
+        if fault is not None:
+            report(("search", field.path, "choices", index), fault)
             sound = False
-            continue
-        if value in kept:
-            report(place, f"{quoted(choice)} is given twice")
-            sound = False
-        kept.append(value)
     return Categorical(field.path, when, tuple(kept)) if sound else None
 
 
 def _number(
-    field: ConfigField,
-    written: Range,
-    entry: Mapping[str, Any],
-    when: Mapping[str, tuple[Any, ...]],
-    report: Report,
+    field: ConfigField, written: Range, entry: Mapping[str, Any], when: Conditions, report: Report
 ) -> Parameter | None:
     place = ("search", field.path)
     if field.kind not in ("int", "float"):
         report(place, "has no order, so low and high mean nothing here; give choices")
         return None
     faults = dict(_range_faults(written, entry))
-    for bound in ("low", "high"):
-        try:
-            field.validate(entry[bound])
-        except ValidationError as error:
-            faults[bound] = explain(error.errors()[0])  # the field's own word comes before the range's
+    # The field's own message takes precedence over the range's.
+    faults |= {bound: fault for bound in ("low", "high") if (fault := _fault(field, entry[bound]))}
     if field.kind == "int" and written.step is not None and not isinstance(entry["step"], int):
         faults["step"] = f"must be a whole number, not {quoted(written.step)}"
     for name, message in faults.items():
@@ -146,51 +141,51 @@ def _range_faults(written: Range, entry: Mapping[str, Any]) -> Iterator[tuple[st
         # In decimal, because 0.1 × 3 is not 0.3 in binary.
         low_, high_, step_ = (Decimal(str(number)) for number in (low, high, step))
         if (high_ - low_) % step_ != 0:
-            last = low_ + (high_ - low_) // step_ * step_
-            yield (
-                "step",
-                f"{flow(step)} does not divide the range: it would end at {last.normalize():f}, not {flow(high)}",
-            )
+            last = (low_ + (high_ - low_) // step_ * step_).normalize()
+            yield "step", f"{flow(step)} does not divide the range: it would end at {last:f}, not {flow(high)}"
 
 
 # All of them together
 
 
 def ordered(search: Mapping[str, Parameter], report: Report) -> dict[str, Parameter]:
-    """The parameters, each behind those that its condition names. Conditions in a circle are reported and left out."""
+    """Sort the parameters so that each comes after those in its condition; report and leave out circles.
+
+    Otherwise the order of the file is kept, so `graphlib` does not fit.
+    """
     done: dict[str, Parameter] = {}
     waiting = dict(search)
-    while ready := [path for path in waiting if not _asked(path, waiting)]:
-        # One at a time, the first ready one: the order of the file is kept wherever it can be.
+    while ready := [path for path in waiting if not _parents(path, waiting)]:
         done[ready[0]] = waiting.pop(ready[0])
     circle = dict(waiting)
-    while idle := [path for path in circle if not any(path in _asked(other, circle) for other in circle)]:
-        del circle[idle[0]]  # it only waits for the circle, and nothing waits for it
+    while idle := [path for path in circle if not any(path in _parents(other, circle) for other in circle)]:
+        del circle[idle[0]]  # depends on the circle without being part of it
     for path in circle:
-        report(("search", path, "when"), f"conditions in a circle: {path} waits for {', '.join(_asked(path, circle))}")
+        parents = ", ".join(_parents(path, circle))
+        report(("search", path, "when"), f"conditions in a circle: {path} waits for {parents}")
     return done
 
 
-def _asked(path: str, among: Mapping[str, Parameter]) -> list[str]:
-    """Which of these parameters the condition of one of them names."""
+def _parents(path: str, among: Mapping[str, Parameter]) -> list[str]:
+    """The parameters among these that a parameter's condition names."""
     return [name for name in among[path].when if name in among]
 
 
-Needs = dict[str, tuple[Any, ...]]
-"""Field -> the values that it must have one of."""
-
-
 def without_unreachable(
-    search: Mapping[str, Parameter], base: TrainConfig, report: Report | None, broken: Container[str] = ()
+    search: Mapping[str, Parameter], baseline: TrainConfig, report: Report | None, broken: Container[str] = ()
 ) -> dict[str, Parameter]:
-    """The parameters, as ordered, whose condition can be met.
+    """Return the parameters whose condition can be met.
 
-    The others are reported; or dropped in silence where `report` is None: `--set optim.name=sgd` does away with what
-    belongs to the other optimizers. What conditions say of the fields in `broken`, faulty already, is not judged.
+    Args:
+        search: sorted by `ordered`.
+        baseline: has the values of the fields that are not searched.
+        report: receives the others; if None they are dropped silently, since `--set optim.name=sgd` is meant to remove
+            the parameters of the other optimizers.
+        broken: fields whose entries are faulty; conditions on them are not checked.
     """
     kept: dict[str, Parameter] = {}
-    needs: dict[str, Needs] = {}  # of each parameter kept, its ancestors' conditions included
-    fixed = base.flat()
+    needs: dict[str, dict[str, tuple[Any, ...]]] = {}  # of each parameter, with the conditions of its ancestors
+    fixed = baseline.flat()
     for path, found in search.items():
         wrong = None
         needs[path] = {}
@@ -205,7 +200,7 @@ def without_unreachable(
             elif name in search:
                 wrong = f"can never be met: {name} itself is never searched"
             elif fixed[name] not in allowed:
-                wrong = f"can never be met: {name} is not searched, and the base's is {quoted(fixed[name])}"
+                wrong = f"can never be met: {name} is not searched, and the baseline's is {quoted(fixed[name])}"
             if wrong is not None:
                 if report is not None:
                     report(("search", path, "when", name), wrong)
@@ -216,56 +211,48 @@ def without_unreachable(
 
 
 def _undrawn(found: Parameter, allowed: tuple[Any, ...]) -> str | None:
-    """What is wrong with a condition on a searched field: a value that it never has.
-
-    A range without steps never meets one value exactly.
-    """
+    """The message if a condition requires a value that the search never draws, as from a continuous range."""
     for value in allowed:
         if not found.contains(value) or (isinstance(found, Real) and found.step is None):
             names = [choice for choice in getattr(found, "choices", ()) if isinstance(choice, str)]
-            meant = did_you_mean(nearest(value, names)) if isinstance(value, str) else ""
+            meant = did_you_mean(value, names)
             return f"{quoted(value)} can never be met: search.{found.path} does not draw it{meant}"
     return None
 
 
-def _narrow(needs: Needs, more: Needs) -> str | None:
-    """Narrows the needs by more of them; names a field for which nothing is left."""
+def _narrow(needs: dict[str, tuple[Any, ...]], more: Conditions) -> str | None:
+    """Add conditions to `needs`; return a field that has no possible value left."""
     for name, values in more.items():
         needs[name] = tuple(value for value in needs.get(name, values) if value in values)
     return next((name for name, values in needs.items() if not values), None)
 
 
 def clashing_rates(search: Container[str], report: Report) -> bool:
-    """Whether both `optim.lr` and `optim.lr_scale` are searched, which is reported: they are one knob."""
+    """Report a search of both `optim.lr` and `optim.lr_scale`, which are one parameter; return whether it was."""
     if "optim.lr" in search and "optim.lr_scale" in search:
         report(("search", "optim.lr"), "optim.lr and optim.lr_scale are one knob under two names: search one of them")
         return True
     return False
 
 
-def check_base(search: Mapping[str, Parameter], base: TrainConfig, report: Report) -> None:
-    """Trial 0 is the base, so the search must be able to draw it. Parameters that the base does without are skipped."""
-    values = in_rate_of(base, search).flat()
+def check_baseline(search: Mapping[str, Parameter], baseline: TrainConfig, report: Report) -> None:
+    """Report active parameters that cannot draw the baseline's value: trial 0 is the baseline."""
+    values = in_rate_of(baseline, search).flat()
     active: set[str] = set()
     for path, found in search.items():
-        asked = [name for name in found.when if name in search]
-        if active.issuperset(asked) and all(values[name] in allowed for name, allowed in found.when.items()):
+        if active.issuperset(_parents(path, search)) and all(values[name] in found.when[name] for name in found.when):
             active.add(path)
             if not found.contains(snapped(found, values[path])):
-                text = (
-                    f"must hold the base's {quoted(values[path])}, since trial 0 is the base; it has {_domain(found)}"
-                )
+                domain = ", ".join(f"{key} {flow(value)}" for key, value in found.describe().items() if key != "when")
+                value = quoted(values[path])
+                text = f"must contain the baseline's {value}, because trial 0 is the baseline; it has {domain}"
                 report(("search", path), text)
 
 
-def _domain(found: Parameter) -> str:
-    return ", ".join(f"{key} {flow(value)}" for key, value in found.describe().items() if key != "when")
-
-
 def check_values(
-    search: Mapping[str, Parameter], base: TrainConfig, report: Report, broken: Iterable[str] = ()
+    search: Mapping[str, Parameter], baseline: TrainConfig, report: Report, broken: Iterable[str] = ()
 ) -> None:
-    """Reports each choice, low and high that `TrainConfig` refuses whatever the rest of its section draws."""
+    """Report each choice, low and high that `TrainConfig` refuses for all values of the other parameters."""
     uncertain = {_section(path) for path in broken}
     for path, found in search.items():
         if _section(path) in uncertain:
@@ -274,40 +261,39 @@ def check_values(
         given = {name: allowed[0] for name, allowed in found.when.items()}
         for place, value in _edges(found):
             values = {**given, path: value}
-            refusal = _refusal(base, values)
-            if refusal is not None and not _saved(base, values, [other for other in others if _fits(other, values)]):
-                report(("search", path, *place), refusal)
+            refusal = _refusal(baseline, values)
+            if refusal is not None and not _valid_with(baseline, values, others):
+                report(("search", path, *place), explain(refusal.errors()[0]))
 
 
-def _edges(found: Parameter) -> list[tuple[tuple[str | int, ...], Any]]:
+def _edges(found: Parameter) -> list[tuple[Place, Any]]:
     if isinstance(found, Categorical):
         return [(("choices", index), choice) for index, choice in enumerate(found.choices)]
     assert isinstance(found, Integer | Real)
     return [(("low",), found.low), (("high",), found.high)]
 
 
-def _fits(found: Parameter, values: Mapping[str, Any]) -> bool:
-    """Whether the parameter may exist beside these values."""
-    return all(name not in values or values[name] in allowed for name, allowed in found.when.items())
-
-
 def _section(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _refusal(base: TrainConfig, values: dict[str, Any]) -> str | None:
+def _refusal(baseline: TrainConfig, values: dict[str, Any]) -> ValidationError | None:
     try:
-        base.override(values)
+        baseline.override(values)
     except ValidationError as error:
-        return explain(error.errors()[0])
+        return error
     return None
 
 
-def _saved(base: TrainConfig, values: dict[str, Any], others: list[Parameter]) -> bool:
-    """Whether some values of the others make these acceptable; True as well where there are too many to try."""
-    spaces = [[(other.path, value) for _, value in _edges(other)] for other in others if other.path not in values]
-    combinations = itertools.product(*spaces)
-    for count, combination in enumerate(combinations):
-        if count == MAX_COMBINATIONS or _refusal(base, {**values, **dict(combination)}) is None:
+def _valid_with(baseline: TrainConfig, values: dict[str, Any], others: list[Parameter]) -> bool:
+    """Whether `TrainConfig` accepts these values with some values of the others; True if there are too many to try."""
+    free = [
+        [(other.path, value) for _, value in _edges(other)]
+        for other in others
+        if other.path not in values
+        and all(name not in values or values[name] in allowed for name, allowed in other.when.items())
+    ]
+    for count, combination in enumerate(itertools.product(*free)):
+        if count == MAX_COMBINATIONS or _refusal(baseline, {**values, **dict(combination)}) is None:
             return True
     return False

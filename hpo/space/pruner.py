@@ -1,21 +1,16 @@
-"""Compares trials at their rungs, and stops those that fall behind.
+"""Prunes trials at rungs by asynchronous successive halving; also builds Optuna's pruners by name.
 
-A rung is an epoch, counted from 1. At a rung a trial survives if it is among the best ceil(keep × n) of the n trials
-that have come so far (asynchronous successive halving, Li et al. 2018, arXiv 1810.05934). Optuna's own form knows only
-the rungs min_resource · η^k, fills every lower rung from a first late report, and counts a retried trial twice; this
-one takes any rungs, judges each once, and counts slots. Optuna's pruners stay available by name.
+A rung is an epoch, counted from 1. A trial survives a rung if it is among the best ceil(keep × n) of the n trials that
+have reached it so far (Li et al. 2018, arXiv 1810.05934). Unlike Optuna's implementation this one takes any rungs,
+decides once at each, from the value of that epoch, and counts a retried trial once.
 
-A trial of several folds reports its steps through: epoch e of fold j is step (j - 1) × epochs + e. It is compared at
-the rungs of its first fold, and at the end of every fold but the last, where its value is the mean over the finished
-folds: there all trials have trained the same folds, and what one fold's images make easy or hard is the same for all.
-The ends of the folds together cut as one rung does: each keeps the n-th root of `keep`. With `keep` at every end, three
-rungs and five folds, one trial in 2,300 would see its last fold.
+With folds, epoch e of fold j is step (j - 1) × epochs + e. Trials are also compared at the end of every fold but the
+last, by their mean over the finished folds, which are the same for all trials. The fold ends together prune as much as
+one rung: each keeps the n-th root of `keep`. With `keep` at each end, one trial in 2,300 would reach the last of five.
 
-What pruning loses cannot be seen in trials that were cut. So a few, `let_through` of them, chosen by their slot before
-anything is known of them, go on to their end from the rung that would have cut them: of those their final value is
-known, and they are a fair sample of what is cut. For all others the search is what it would have been without them:
-such a trial counts at the rungs up to its cut, and at no later one. The sampler alone sees a complete trial, with its
-final value, where it would have seen a pruned one.
+A few trials (`let_through`) continue to their end from the rung that would prune them, to measure the loss by pruning.
+They are chosen by trial index alone, so they are a fair sample. They count at the rungs up to their cut and at no later
+one, so other trials are pruned as if there were none; only the sampler sees them complete.
 """
 
 from __future__ import annotations
@@ -23,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from optuna.pruners import (
     BasePruner,
@@ -45,29 +41,30 @@ _RUNG = "rung:"
 
 
 def rung_epochs(fractions: Sequence[float], epochs: int) -> tuple[int, ...]:
-    """The epochs that these fractions of the run are: at least 1, each once, ascending, before the last epoch."""
+    """Convert fractions of a run to distinct epochs, ascending, from 1 to the one before the last."""
     return tuple(sorted({rung for f in fractions if (rung := max(1, round(f * epochs))) < epochs}))
 
 
-def lets_through(trial_index: int, share: float) -> bool:
-    """Whether the trial of a slot goes on where it would be cut: evenly spread over the slots, by their number alone.
+def lets_through(trial_index: int, fraction: float) -> bool:
+    """Whether a trial continues where it would be pruned.
 
-    Of 0.02 these are slots 25, 75, 125, …: none where a study has so few trials that one in full would count.
+    The chosen trial indices are evenly spaced; with 0.02 they are 25, 75, 125, …
 
     Args:
-        share: of all slots, in [0, 0.5].
+        trial_index: from 0.
+        fraction: of all trial indices, in [0, 0.5].
     """
-    return math.floor(trial_index * share + 0.5) > math.floor((trial_index - 1) * share + 0.5)
+    return math.floor(trial_index * fraction + 0.5) > math.floor((trial_index - 1) * fraction + 0.5)
 
 
 @dataclass(frozen=True)
 class Place:
-    """How a trial stood at a rung, when it was judged there."""
+    """The rank of a trial at a rung, at the time of the decision."""
 
     rank: int
     """1 is the best; equals share the better rank."""
     of: int
-    """How many trials had come to the rung, this one included."""
+    """Number of trials that had reached the rung, including this one."""
     kept: bool
 
     def __str__(self) -> str:
@@ -75,23 +72,25 @@ class Place:
 
     @property
     def standing(self) -> str:
-        """The rank in words: "3rd of 14"."""
+        """The rank as words: "3rd of 14"."""
         return f"{_ordinal(self.rank)} of {self.of}"
 
 
 class RungPruner(BasePruner):
-    """Prunes a trial that at a rung is not among the best `keep` of the trials that have come so far.
+    """Prunes a trial that at a rung is not among the best `keep` of the trials that have reached it so far.
 
-    Reports may come at every epoch; the decision falls when a rung is reached, from the value reported at exactly that
-    epoch. It is written into the trial (one small system attribute a rung), so that an attempt that goes on from a
-    checkpoint is not judged again among more rivals than its undisturbed twin had. NaN ranks worst, equals survive
-    together, and a slot counts once, however often it was retried.
+    Reports may come at every epoch. The decision uses the value reported at the rung's epoch and is stored in the trial
+    (one small system attribute per rung), so that an attempt resumed from a checkpoint is not compared again, with more
+    trials than before. NaN ranks worst, equals survive together, and a retried trial counts once.
 
     Args:
         rungs: epochs, counted from 1.
-        keep: the fraction that survives each rung, in (0, 1].
-        fold_ends: steps that are rungs too, of which each keeps so much that all of them together keep `keep`.
-        let_through: the share of slots whose trials go on where they would be cut, in [0, 0.5].
+        keep: fraction that survives each rung, in (0, 1].
+        fold_ends: steps that are rungs too; all of them together keep `keep`.
+        let_through: fraction of the trial indices whose trials continue where they would be pruned, in [0, 0.5].
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -100,104 +99,100 @@ class RungPruner(BasePruner):
         if any(rung < 1 for rung in (*rungs, *fold_ends)):
             raise ValueError(f"rungs are epochs, counted from 1, not {[*rungs, *fold_ends]}")
         if not 0 < keep <= 1:
-            raise ValueError(f"keep must lie in (0, 1], not {keep}")
+            raise ValueError(f"keep must be in (0, 1], not {keep}")
         if not 0 <= let_through <= 0.5:
-            raise ValueError(f"let_through must lie in [0, 0.5], not {let_through}")
+            raise ValueError(f"let_through must be in [0, 0.5], not {let_through}")
         self.keeps = dict.fromkeys(sorted(set(rungs)), keep)
-        """Rung -> the fraction that survives it, in the order of the rungs."""
+        """Rung -> the fraction that survives it, ascending by rung."""
         self.keeps |= {rung: keep ** (1 / len(fold_ends)) for rung in sorted(set(fold_ends))}
         self.rungs = tuple(self.keeps)
         self.let_through = let_through
-        # Trial id -> rung -> place: what the storage knows too, so that an epoch between rungs costs no access to it.
+        # Trial id -> rung -> place: a cache of the storage, so that epochs between rungs do not read it.
         self._places: dict[int, dict[int, Place]] = {}
-        # The trials of which the storage has been told that they were let through.
-        self._told: set[int] = set()
+        self._stored_let_through: set[int] = set()  # ids of trials whose attribute is in the storage
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Whether the trial has fallen behind at a rung that it has reached."""
+        """Whether the trial was outranked at a rung that it has reached."""
         if spared(trial) or trial.last_step is None:
             return False
-        places = self._judged(study, trial)
+        places = self._stored_places(study, trial)
         for rung in self.rungs:
             if rung > trial.last_step:
                 break
             if rung not in places and rung in trial.intermediate_values:
-                places[rung] = place = self._judge(study, trial, rung)
+                places[rung] = place = self._place_at(study, trial, rung)
                 mark = [place.rank, place.of, place.kept]
                 storage_of(study).set_trial_system_attr(trial_id(trial), f"{_RUNG}{rung}", mark)
             if rung in places and not places[rung].kept:
-                # Behind its cut a trial is not judged any more: it takes no place from others.
+                # No later rung is decided for this trial, so that it takes no place from others.
                 return not self._let_through(study, trial, rung)
         return False
 
     def verdict(self, study: Study, trial: Trial | FrozenTrial) -> str:
-        """What the pruner thinks of the trial, for a progress display: "rung 6: 3rd of 14, kept"."""
+        """The trial's last decision for a progress display: "rung 6: 3rd of 14, kept"."""
         if why := spared(trial):
             return f"{why}, never pruned"
         frozen = storage_of(study).get_trial(trial_id(trial))
-        places = _reached(self._judged(study, trial), frozen.last_step or 0)
+        places = _reached(self._stored_places(study, trial), frozen.last_step or 0)
         if not places:
             return f"first rung: {self.rungs[0]}" if self.rungs else ""
         rung = max(places)
-        if not places[rung].kept and self._goes_on(frozen):
+        if not places[rung].kept and self._continues(frozen):
             return f"rung {rung}: {places[rung].standing}, let through on purpose"
         return f"rung {rung}: {places[rung]}"
 
-    def _goes_on(self, trial: FrozenTrial) -> bool:
-        """Whether a trial goes on where it is cut; one that did does so under another share too."""
+    def _continues(self, trial: FrozenTrial) -> bool:
+        # An earlier attempt may have been let through under another fraction.
         return LET_THROUGH in trial.user_attrs or lets_through(trial_index_of(trial), self.let_through)
 
     def _let_through(self, study: Study, trial: FrozenTrial, rung: int) -> bool:
-        """Whether a trial that is cut at the rung goes on; the storage is told so, once."""
-        if not self._goes_on(trial):
+        """Whether a trial continues that is cut at the rung; if so, store it once."""
+        if not self._continues(trial):
             return False
-        if trial_id(trial) not in self._told and LET_THROUGH not in trial.user_attrs:
+        if trial_id(trial) not in self._stored_let_through and LET_THROUGH not in trial.user_attrs:
             storage_of(study).set_trial_user_attr(trial_id(trial), LET_THROUGH, rung)
-        self._told.add(trial_id(trial))
+        self._stored_let_through.add(trial_id(trial))
         return True
 
-    def _judged(self, study: Study, trial: Trial | FrozenTrial) -> dict[int, Place]:
-        """The places that the trial, or the attempts before it, have been given."""
+    def _stored_places(self, study: Study, trial: Trial | FrozenTrial) -> dict[int, Place]:
+        """The places of the trial and of its earlier attempts."""
         if trial_id(trial) not in self._places:
-            self._places[trial_id(trial)] = {
-                int(key.removeprefix(_RUNG)): Place(*mark)
-                for key, mark in storage_of(study).get_trial_system_attrs(trial_id(trial)).items()
-                if key.startswith(_RUNG)
-            }
+            self._places[trial_id(trial)] = _marks(storage_of(study).get_trial_system_attrs(trial_id(trial)))
         return self._places[trial_id(trial)]
 
-    def _judge(self, study: Study, trial: FrozenTrial, rung: int) -> Place:
+    def _place_at(self, study: Study, trial: FrozenTrial, rung: int) -> Place:
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
         own = _goodness(trial.intermediate_values[rung], sign)
-        rivals: dict[int, float] = {}  # slot -> its goodness at the rung; a later attempt overwrites an earlier
+        others: dict[int, float] = {}  # trial index -> goodness; a later attempt replaces an earlier one
         for other in study.get_trials(deepcopy=False):
             cut_before = other.user_attrs.get(LET_THROUGH, rung) < rung
             if other.state != TrialState.FAIL and rung in other.intermediate_values and not cut_before:
-                rivals[trial_index_of(other)] = _goodness(other.intermediate_values[rung], sign)
-        rivals.pop(trial_index_of(trial), None)
-        of = len(rivals) + 1
-        rank = 1 + sum(goodness > own for goodness in rivals.values())
+                others[trial_index_of(other)] = _goodness(other.intermediate_values[rung], sign)
+        others.pop(trial_index_of(trial), None)
+        of = len(others) + 1
+        rank = 1 + sum(goodness > own for goodness in others.values())
         # Less a rounding error: 0.07 × 100 is 7.000000000000001, and keeps 7.
         return Place(rank, of, rank <= math.ceil(self.keeps[rung] * of - 1e-9))
 
 
 def spared(trial: Trial | FrozenTrial) -> str:
-    """What a trial is that runs to its end, whatever it reports, since the best one is compared to it; else empty."""
+    """The name of a trial that is never pruned, since others are compared with it; empty for other trials."""
     if is_baseline(trial):
-        return "the base"
+        return "the baseline"
     return f"recipe {trial.user_attrs[RECIPE]}" if RECIPE in trial.user_attrs else ""
 
 
 def places_of(trial: FrozenTrial) -> dict[int, Place]:
-    """Rung -> the place that a trial was given there, of the rungs that it has come to, in their order."""
-    marks = {key: mark for key, mark in trial.system_attrs.items() if key.startswith(_RUNG)}
-    places = {int(key.removeprefix(_RUNG)): Place(*mark) for key, mark in marks.items()}
-    return dict(sorted(_reached(places, trial.last_step or 0).items()))
+    """The trial's place at each rung that it has reached, ascending by rung."""
+    return dict(sorted(_reached(_marks(trial.system_attrs), trial.last_step or 0).items()))
+
+
+def _marks(attributes: Mapping[str, Any]) -> dict[int, Place]:
+    return {int(key.removeprefix(_RUNG)): Place(*mark) for key, mark in attributes.items() if key.startswith(_RUNG)}
 
 
 def _reached(places: Mapping[int, Place], epoch: int) -> dict[int, Place]:
-    """The places at the rungs up to an epoch: the marks of a later one are an interrupted attempt's, which this one has
-    still to come to."""
+    """The places at the rungs up to an epoch; later ones belong to an interrupted attempt that got further."""
     return {rung: place for rung, place in places.items() if rung <= epoch}
 
 
@@ -211,13 +206,13 @@ def _ordinal(n: int) -> str:
 
 
 class _Sparing(BasePruner):
-    """Before an Optuna pruner in the order of classes: the base and the recipes run to their end."""
+    """Mixin before an Optuna pruner: the baseline and the recipes are not pruned."""
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         return not spared(trial) and super().prune(study, trial)  # type: ignore[safe-super]
 
 
-# Subclasses, not wrappers: Optuna asks `isinstance(study.pruner, HyperbandPruner)` to give brackets their own history.
+# Subclasses, not wrappers: Optuna checks isinstance(study.pruner, HyperbandPruner) to separate the brackets' trials.
 class _Median(_Sparing, MedianPruner): ...
 
 
@@ -231,10 +226,14 @@ class _Hyperband(_Sparing, HyperbandPruner): ...
 
 
 def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) -> BasePruner:
-    """The pruner that a search space asks for, for runs of that many epochs in each fold.
+    """Build the pruner of a search space.
 
-    What it has as a fraction of the run is one of the first fold's epochs. A trial that was retried counts twice for
-    Optuna's pruners, which know no slots.
+    Optuna's pruners count a retried trial twice.
+
+    Args:
+        config: the space's `pruner` section; its fractions refer to the epochs of the first fold.
+        epochs: of a run, or of each fold.
+        folds: number of folds; None without folds.
     """
     match config:
         case grammar.RungsPruner():

@@ -1,9 +1,8 @@
-"""Optuna's samplers, made to propose the same values for a slot whatever happened around it.
+"""Optuna's samplers with proposals that depend only on the study's seed and the trial index.
 
-A sampler's generator advances with every draw, so a study that was stopped and resumed, or whose worker was killed,
-would go on differently from its undisturbed twin. Here every slot gets a fresh sampler, seeded from the study's seed
-and the slot (for values drawn one by one, from the parameter's name too), and the sampler sees the study by slots: each
-once, under the slot's number, in the slots' order, without the attempts that were cut off.
+The random generator of an Optuna sampler advances with every draw, so an interrupted study would continue differently
+from an uninterrupted one. Here every trial gets a new sampler that sees each trial index once, without interrupted
+attempts. It is seeded from the study's seed, the trial index and, for values drawn one by one, the parameter's name.
 """
 
 from __future__ import annotations
@@ -27,62 +26,57 @@ from hpo.trials import trial_index_of
 
 
 def sampler_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**32), all that NumPy's RandomState takes, that depends on all parts."""
+    """Derive a seed in [0, 2**32), the range of NumPy's RandomState, from all parts."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
 def build_sampler(config: grammar.Sampler, *, seed: int) -> TrialIndexSampler:
-    """The sampler that a search space asks for.
+    """Build the sampler of a search space.
 
     Args:
+        config: the space's `sampler` section.
         seed: the study's.
     """
-
     common = _CommonSpace(include_pruned=isinstance(config, grammar.TpeSampler))
 
-    def build(trial_index: int, seed_of_trial_index: int) -> BaseSampler:
+    def build(trial_index: int, trial_seed: int) -> BaseSampler:
+        sampler: TPESampler | GPSampler | CmaEsSampler
         match config:
-            case grammar.TpeSampler():
-                tpe = TPESampler(seed=seed_of_trial_index, n_startup_trials=config.startup_trials)
-                set_search_space(tpe, common)
-                return tpe
-            case grammar.GpSampler():
-                startup = config.startup_trials
-                gp = GPSampler(seed=seed_of_trial_index, n_startup_trials=startup, warn_independent_sampling=False)
-                set_search_space(gp, common)
-                return gp
-            case grammar.CmaEsSampler():
-                startup = config.startup_trials
-                cma = CmaEsSampler(seed=seed_of_trial_index, n_startup_trials=startup, warn_independent_sampling=False)
-                set_search_space(cma, common)
-                return cma
+            case grammar.RandomSampler():
+                return RandomSampler(seed=trial_seed)
             case grammar.QmcSampler():
                 qmc = QMCSampler(
                     scramble=True,  # unscrambled, the first point is a corner of the space in every study
                     seed=sampler_seed(seed, "qmc"),
-                    independent_sampler=RandomSampler(seed=seed_of_trial_index),
+                    independent_sampler=RandomSampler(seed=trial_seed),
                     warn_independent_sampling=False,
                 )
                 set_qmc_point(qmc, trial_index)
                 return qmc
-            case grammar.RandomSampler():
-                return RandomSampler(seed=seed_of_trial_index)
+            case grammar.TpeSampler(startup_trials=startup):
+                sampler = TPESampler(seed=trial_seed, n_startup_trials=startup)
+            case grammar.GpSampler(startup_trials=startup):
+                sampler = GPSampler(seed=trial_seed, n_startup_trials=startup, warn_independent_sampling=False)
+            case grammar.CmaEsSampler(startup_trials=startup):
+                sampler = CmaEsSampler(seed=trial_seed, n_startup_trials=startup, warn_independent_sampling=False)
+        set_search_space(sampler, common)
+        return sampler
 
     return TrialIndexSampler(build, seed)
 
 
 class TrialIndexSampler(BaseSampler):
-    """Asks a fresh sampler for every trial.
+    """Delegates each trial to a new sampler.
 
     Args:
-        build: (slot, seed) -> an Optuna sampler.
+        build: (trial index, seed) -> an Optuna sampler.
         seed: the study's.
     """
 
     def __init__(self, build: Callable[[int, int], BaseSampler], seed: int) -> None:
         self._build = build
         self._seed = seed
-        # Between `infer_relative_search_space` and `sample_relative` of one trial, since samplers keep state there.
+        # Trial id -> sampler: samplers keep state between `infer_relative_search_space` and `sample_relative`.
         self._relative: dict[int, BaseSampler] = {}
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -98,28 +92,28 @@ class TrialIndexSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        # By name, so that a value does not depend on how many were drawn before it.
+        # Seeded by name, so that a value does not depend on the number of earlier draws.
         sampler = self._fresh(trial, param_name)
         return sampler.sample_independent(_by_trial_index(study), _renumbered(trial), param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        """Nothing: none of the samplers learns here, and `cmaes` would warn of every constraint."""
+        """Do nothing: none of the samplers learns here, and `cmaes` would warn about constraints."""
 
     def reseed_rng(self) -> None:
-        """Nothing: the seeds follow from the slots."""
+        """Do nothing: the seeds follow from the trial indices."""
 
     def _fresh(self, trial: FrozenTrial, purpose: str) -> BaseSampler:
         trial_index = trial_index_of(trial)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # `qmc` is one, by Optuna's label
+            warnings.simplefilter("ignore", ExperimentalWarning)  # of `qmc`
             return self._build(trial_index, sampler_seed(self._seed, trial_index, purpose))
 
 
 class _CommonSpace(IntersectionSearchSpace):
-    """The parameters that all finished trials share, as Optuna's own, but in any order of trials.
+    """The parameters common to all finished trials, updated in any order of trials.
 
-    Optuna's remembers how far it has come by the trials' numbers, so it would miss a slot that was retried late; and a
-    fresh one compares every distribution of every trial again, 20 ms at 1,000 trials.
+    Optuna's class remembers the last trial number it has seen, so it would miss a trial that was retried late; a new
+    instance per trial takes 20 ms at 1,000 trials.
     """
 
     def __init__(self, *, include_pruned: bool) -> None:
@@ -141,8 +135,8 @@ class _CommonSpace(IntersectionSearchSpace):
         return dict(self._common or {})
 
 
-class _BySlot:
-    """A study seen by its slots. Everything but the trials is the study's own."""
+class _ByTrialIndex:
+    """A study whose trials are numbered and sorted by trial index; everything else is the study's own."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -150,10 +144,11 @@ class _BySlot:
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
+        """Optuna's samplers call this method."""
         trials = [
             _renumbered(trial)
-            for trial in self._study._get_trials(deepcopy=False, states=states, use_cache=use_cache)
-            if trial.state not in (TrialState.FAIL, TrialState.WAITING)
+            for trial in get_trials_cached(self._study, use_cache=use_cache)
+            if trial.state not in (TrialState.FAIL, TrialState.WAITING) and (states is None or trial.state in states)
         ]
         trials.sort(key=lambda trial: trial.number)
         return copy.deepcopy(trials) if deepcopy else trials
@@ -163,11 +158,11 @@ class _BySlot:
 
 
 def _by_trial_index(study: Study) -> Study:
-    return cast("Study", _BySlot(study))
+    return cast("Study", _ByTrialIndex(study))
 
 
 def _renumbered(trial: FrozenTrial) -> FrozenTrial:
-    """The trial under its slot's number: itself, unless it was retried."""
+    """The trial with its trial index as its number; the same object unless it was retried."""
     trial_index = trial_index_of(trial)
     if trial_index == trial.number:
         return trial

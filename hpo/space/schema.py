@@ -1,6 +1,6 @@
-"""The JSON Schema of spaces and recipes, for editors: they complete field names, show what they mean, and check bounds.
+"""The JSON Schema of spaces and recipes, with which editors complete field names and check values.
 
-One schema serves both kinds of file: what has a `search` is a space, everything else a recipe.
+One schema serves both kinds of file: a file with a `search` key is a space, any other is a recipe.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from hpo.space.fields import ConfigField, config_fields
 from hpo.space.grammar import Choices, Range, RecipeNotes, SpaceFile
 from hpo.space.parameters import FIXED
 
-DRAFT = "http://json-schema.org/draft-07/schema#"  # the draft that editors' YAML servers know best
+DRAFT = "http://json-schema.org/draft-07/schema#"  # the draft that editors' YAML servers support best
 TEMPLATE = "#/definitions/{model}"
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of any YAML under `search_spaces/`."""
-    space = _schema_of(SpaceFile)
-    config = _schema_of(TrainConfig)
-    notes = _schema_of(RecipeNotes)
+    """Build the schema of all YAML files under `search_spaces/`."""
+    space, config, notes = (_schema_of(model) for model in (SpaceFile, TrainConfig, RecipeNotes))
     definitions: dict[str, Any] = {}
     for schema in (space, config, notes):
         definitions |= schema.pop("definitions", {})
@@ -31,10 +29,9 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "minProperties": 1,
         "propertyNames": {"enum": list(config_fields())},
-        "description": "Field: value, or list of values. Searched only while all of these hold.",
+        "description": "Field: value, or list of values. Searched only if all of these hold.",
     }
     properties = space["properties"]
-    properties["data"] = {**_reference("DataConfig"), "description": properties["data"]["description"]}
     properties["base"] = {
         "anyOf": [{"type": "string"}, _reference("TrainConfig")],
         "description": properties["base"]["description"],
@@ -50,7 +47,7 @@ def json_schema() -> dict[str, Any]:
     definitions["Recipe"] = {
         **config,
         "title": "Recipe",
-        "description": "A complete configuration, with what is known of it.",
+        "description": "A complete configuration, with notes on its source and result.",
         "properties": {**notes["properties"], **config["properties"]},
     }
     return {
@@ -72,7 +69,7 @@ def _schema_of(model: type[Any]) -> dict[str, Any]:
 
 
 def _for_draft_7(schema: Any) -> Any:
-    """Pydantic describes unions by name with OpenAPI's `discriminator`, which JSON Schema does not know."""
+    """Drop OpenAPI's `discriminator`, which pydantic adds to tagged unions and JSON Schema does not have."""
     if isinstance(schema, dict):
         return {key: _for_draft_7(value) for key, value in schema.items() if key != "discriminator"}
     return [_for_draft_7(item) for item in schema] if isinstance(schema, list) else schema
@@ -87,24 +84,16 @@ def _searchable(path: str) -> bool:
 
 
 def _entry(field: ConfigField) -> dict[str, Any]:
-    """What may stand behind one field's path in `search`."""
+    """The schema of one field's entry in `search`, its values described by the field's own type and bounds."""
     value = TypeAdapter(field.annotated).json_schema()
-    forms = [_form(Choices, choices=value)]
+    choices, number = (model.model_json_schema() for model in (Choices, Range))
+    choices["properties"]["choices"]["items"] = value
+    forms = [choices]
     if field.kind in ("int", "float"):
-        number = next((arm for arm in value.get("anyOf", []) if arm.get("type") != "null"), value)
-        step = {"type": number["type"], "exclusiveMinimum": 0}
-        forms.append(_form(Range, low=number, high=number, step=step))
+        bound = next((arm for arm in value.get("anyOf", []) if arm.get("type") != "null"), value)
+        step = {"type": bound["type"], "exclusiveMinimum": 0}
+        number["properties"] |= {"low": bound, "high": bound, "step": step}
+        forms.append(number)
+    for form in forms:
+        form["properties"]["when"] = _reference("When")
     return {"description": field.info.description, "anyOf": forms}
-
-
-def _form(model: type[Choices] | type[Range], **parts: dict[str, Any]) -> dict[str, Any]:
-    """The schema of choices or of a range, its values described by the field's own type and bounds."""
-    schema = model.model_json_schema()
-    for name, part in parts.items():
-        described = schema["properties"][name]
-        if name == "choices":
-            described["items"] = part
-        else:
-            schema["properties"][name] = part
-    schema["properties"]["when"] = _reference("When")
-    return schema

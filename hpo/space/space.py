@@ -1,8 +1,7 @@
-"""`SearchSpace`: what `hpo` searches, checked and ready: parameters for Optuna on one side, `TrainConfig` on the other.
+"""`SearchSpace`: a checked search space, which maps between Optuna's parameters and `TrainConfig`.
 
-Conditions are conjunctions over other fields. A parameter that is inactive is not suggested, and the base's value
-holds; a condition on an inactive parameter does not hold, whatever the base says there, because what does not exist
-cannot have children.
+A parameter's condition is a conjunction over other fields. An inactive parameter is not suggested and keeps the
+baseline's value. A condition on an inactive parameter is never met, even if the baseline's value would meet it.
 """
 
 from __future__ import annotations
@@ -24,51 +23,54 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import BaseTrial
 
-RATES = {"optim.lr": "optim.lr_scale", "optim.lr_scale": "optim.lr"}  # one knob, two names: each with its other
-TOLERANCE = 1e-9  # relative: what the way from lr to lr_scale and back may lose; a float keeps 1e-16
+RATES = {"optim.lr": "optim.lr_scale", "optim.lr_scale": "optim.lr"}
+"""The two names of the learning rate, each with the other one."""
+TOLERANCE = 1e-9
+"""Relative rounding error allowed in a conversion from `lr` to `lr_scale` and back; a float's own is 1e-16."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One searched field: choices, or a range."""
+    """A searched field, with choices or a range."""
 
     path: str
     when: Mapping[str, tuple[Any, ...]]
-    """Field -> the values with which this parameter exists; all of them must hold. Empty: always."""
+    """Field -> values. The parameter is active only if every field has one of its values."""
 
     def contains(self, value: Any) -> bool:
         """Whether the search can draw this value of the field."""
         raise NotImplementedError
 
     def encode(self, value: Any) -> Any:
-        """The field's value as Optuna keeps it."""
+        """Convert the field's value to Optuna's."""
         return value
 
     def decode(self, value: Any) -> Any:
-        """Optuna's value as the field keeps it."""
+        """Convert Optuna's value to the field's."""
         return value
 
     def suggest(self, trial: BaseTrial) -> Any:
-        """Draws a value, as Optuna keeps it."""
+        """Draw one of Optuna's values."""
         raise NotImplementedError
 
     def distribution(self) -> BaseDistribution:
-        """Optuna's description of the parameter."""
+        """Optuna's distribution of the parameter."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """The parameter as its YAML says it, defaults left out."""
+        """The parameter's YAML entry as plain data, without defaults."""
         return {"when": {path: list(values) for path, values in self.when.items()}} if self.when else {}
 
 
 @dataclass(frozen=True)
 class Categorical(Parameter):
-    """One of several values without order. Lists are kept in Optuna as JSON text, which every storage takes."""
+    """One of several values without order. In Optuna, lists are JSON text, which every storage supports."""
 
     choices: tuple[Any, ...]
 
     @cached_property
     def labels(self) -> tuple[Any, ...]:
+        """The choices as Optuna's values."""
         return tuple(json.dumps(choice) if isinstance(choice, tuple) else choice for choice in self.choices)
 
     def contains(self, value: Any) -> bool:
@@ -149,7 +151,7 @@ def _range(low: float, high: float, log: bool, step: float | None) -> dict[str, 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete configuration, tuned by someone, with what is known of it."""
+    """A complete configuration, with notes on its source and result."""
 
     name: str
     path: Path
@@ -162,24 +164,24 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What to search, around which base, judged how. Made by `load_space`, which checks it whole."""
+    """The searched fields, the baseline, and the settings of a search. Built and checked by `load_space`."""
 
     name: str
     path: Path
     description: str
     objective: Objective
     trials: int
-    """The study's total."""
+    """Total number of trials of a study."""
     sampler: Sampler
     pruner: Pruner
     baseline: TrainConfig
-    """Trial 0, and the value of everything that is not searched."""
+    """Trial 0, and the values of all fields that are not searched."""
     recipes: tuple[Recipe, ...]
-    """What the search must beat: as long as a trial, on the same data."""
+    """Configurations to compare the search with, on the data and epochs of its trials."""
     search: Mapping[str, Parameter]
-    """By dotted path, a parameter always after those that its condition names."""
+    """Parameters by dotted path, each after those that its condition names."""
     confirm: Confirm
-    """How the best configurations are confirmed; no part of the identity, since it changes no trial."""
+    """How the best configurations are confirmed; not part of the identity, since it changes no trial."""
 
     @property
     def metric(self) -> Metric:
@@ -196,11 +198,11 @@ class SearchSpace:
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's distribution of every parameter, conditional ones too."""
+        """Optuna's distributions of all parameters, including conditional ones."""
         return {path: parameter.distribution() for path, parameter in self.search.items()}
 
     def suggest(self, trial: BaseTrial) -> dict[str, Any]:
-        """Draws every parameter that exists in this trial. Nothing can fail between the first and the last."""
+        """Draw the active parameters of a trial; the values as Optuna stores them."""
         params: dict[str, Any] = {}
         for path, parameter in self.search.items():
             if self._holds(parameter.when, self._decode(params)):
@@ -208,29 +210,29 @@ class SearchSpace:
         return params
 
     def config(self, params: Mapping[str, Any]) -> TrainConfig:
-        """The configuration that a trial's parameters (`trial.params`) stand for.
+        """Build the configuration of a trial's parameters (`trial.params`).
 
         Raises:
-            KeyError: a parameter that this space does not search.
-            ValueError: a value that is none of a parameter's choices; or pydantic.ValidationError, which is one too:
-                values that are each allowed, but not together.
+            KeyError: a parameter is not searched by this space.
+            ValueError: a value is not among a parameter's choices; or its subclass pydantic.ValidationError: values
+                are allowed on their own but not together.
         """
         return self.baseline.override(self._decode(params))
 
     def shown(self, trial: BaseTrial) -> dict[str, Any]:
-        """A trial's parameters as a person reads them."""
+        """A trial's parameters as views show them."""
         return dict(trial.params)
 
     def baseline_params(self) -> dict[str, Any]:
-        """The base as a trial's parameters: trial 0."""
+        """The baseline as the parameters of trial 0."""
         params = self.express(self.baseline)
-        assert params is not None, "load_space checks that the search can draw the base"
+        assert params is not None, "load_space checks that the search can draw the baseline"
         return params
 
     def express(self, config: TrainConfig) -> dict[str, Any] | None:
-        """The parameters that give exactly this configuration; None where the space cannot say it.
+        """Return the parameters that give exactly this configuration, or None if the space cannot express it.
 
-        Its seed and its data set's name are not compared, as in `identity`.
+        Seed and data set name are not compared, as in `identity`.
         """
         wanted = in_rate_of(config, self.search).flat()
         values: dict[str, Any] = {}
@@ -247,10 +249,10 @@ class SearchSpace:
         return {path: self.search[path].encode(value) for path, value in values.items()}
 
     def identity(self) -> dict[str, Any]:
-        """What makes two trials comparable, flat and JSON-able: search, base, objective, split, epochs and rungs.
+        """The search, baseline, objective, split, epochs and rungs as flat JSON data, equal for comparable trials.
 
-        Not in it: the number of trials, the sampler and what else only steers; the base's seed, since a study seeds
-        its trials; and the data set's name, because the study adds the fingerprint of the data itself.
+        Settings that only steer the search, such as the sampler, are left out; also the baseline's seed, since a study
+        seeds its trials, and the data set's name, since the study adds the fingerprint of the data.
         """
         flat = json.loads(json.dumps(self.baseline.flat()))
         split = {path: value for path, value in flat.items() if path.startswith("data.") and path != "data.name"}
@@ -285,7 +287,7 @@ class SearchSpace:
 
 
 def in_rate_of(config: TrainConfig, search: Mapping[str, Any]) -> TrainConfig:
-    """The same configuration with its learning rate under the name that the search uses for it."""
+    """The same configuration with its learning rate given by the name that is searched, `lr` or `lr_scale`."""
     peak = config.optim.peak_lr(config.batch_size)
     if "optim.lr" in search and config.optim.lr is None:
         return config.override({"optim.lr": peak})
@@ -302,7 +304,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def snapped(parameter: Parameter, value: Any) -> Any:
-    """A converted learning rate may miss a bound by a rounding error: the bound itself is meant."""
+    """The value, or the parameter's bound if it differs only by the rounding error of a converted learning rate."""
     if isinstance(parameter, Real) and isinstance(value, float):
         for bound in (parameter.low, parameter.high):
             if _same(value, bound):
@@ -311,7 +313,7 @@ def snapped(parameter: Parameter, value: Any) -> Any:
 
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """How two identities differ, a line each: `search.optim.lr_scale: high 10 → 20`."""
+    """The differences of two identities, one per line: `search.optim.lr_scale: high 10 → 20`."""
     lines: list[str] = []
     for key in [*old, *(key for key in new if key not in old)]:
         if key not in new:

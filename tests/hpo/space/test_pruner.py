@@ -146,7 +146,7 @@ def test_the_base_is_never_pruned_but_counts_as_a_rival() -> None:
     add(study, 1, {1: 0.9})
     base = running(study, 0, **{BASELINE: True})
     assert not judge(base, 1, 0.5)
-    assert study.pruner.verdict(study, base) == "the base, never pruned"
+    assert study.pruner.verdict(study, base) == "the baseline, never pruned"
     assert judge(running(study, 2), 1, 0.1)
     assert not judge(running(study, 3), 1, 0.6)  # 2nd of 4: the base is one of them
 

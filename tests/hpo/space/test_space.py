@@ -349,17 +349,17 @@ SEARCH_FAULTS = {
     ),
     "not around the base": (
         "  optim.lr_scale: {low: 2, high: 10}",
-        "x.yaml:3: search.optim.lr_scale: must hold the base's 1.0, since trial 0 is the base; "
+        "x.yaml:3: search.optim.lr_scale: must contain the baseline's 1.0, because trial 0 is the baseline; "
         "it has low 2.0, high 10.0",
     ),
     "beside the steps": (
         "  augment.flip: {low: 0.0, high: 0.8, step: 0.2}",
-        "x.yaml:3: search.augment.flip: must hold the base's 0.5, since trial 0 is the base; "
+        "x.yaml:3: search.augment.flip: must contain the baseline's 0.5, because trial 0 is the baseline; "
         "it has low 0.0, high 0.8, step 0.2",
     ),
     "without the base's choice": (
         "  batch_size: {choices: [32, 64]}",
-        "x.yaml:3: search.batch_size: must hold the base's 128, since trial 0 is the base; it has choices [32, 64]",
+        "x.yaml:3: search.batch_size: must contain the baseline's 128, because trial 0 is the baseline; it has choices [32, 64]",
     ),
     "when: an unknown field": (
         "  optim.beta1: {low: 0.8, high: 0.95, when: {optim.nam: adamw}}",
@@ -377,7 +377,7 @@ SEARCH_FAULTS = {
     "when: not searched, and other in the base": (
         "  optim.momentum: {low: 0.8, high: 0.95, when: {optim.name: sgd}}",
         "x.yaml:3: search.optim.momentum.when.optim.name: can never be met: optim.name is not searched, "
-        "and the base's is 'adamw'",
+        "and the baseline's is 'adamw'",
     ),
     "when: a choice that is not offered": (
         "  optim.name: {choices: [adamw, sgd]}\n  optim.momentum:\n    low: 0.8\n    high: 0.95\n    when:\n"
@@ -510,7 +510,7 @@ def test_what_depends_on_the_unreachable_is_unreachable(write: Write) -> None:
         "x.yaml:3: search.optim.swats.tolerance.when.optim.swats.switch: can never be met: optim.swats.switch itself "
         "is never searched",
         "x.yaml:4: search.optim.swats.switch.when.optim.name: can never be met: optim.name is not searched, "
-        "and the base's is 'adamw'",
+        "and the baseline's is 'adamw'",
     ]
 
 
