@@ -359,7 +359,8 @@ SEARCH_FAULTS = {
     ),
     "without the base's choice": (
         "  batch_size: {choices: [32, 64]}",
-        "x.yaml:3: search.batch_size: must contain the baseline's 128, because trial 0 is the baseline; it has choices [32, 64]",
+        "x.yaml:3: search.batch_size: must contain the baseline's 128, because trial 0 is the baseline; "
+        "it has choices [32, 64]",
     ),
     "when: an unknown field": (
         "  optim.beta1: {low: 0.8, high: 0.95, when: {optim.nam: adamw}}",
