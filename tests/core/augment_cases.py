@@ -1,4 +1,4 @@
-"""What the tests of augmentation share: pictures, hard cases, and torchvision image by image."""
+"""Helpers of the augmentation tests: pictures, edge cases, and torchvision applied image by image."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EVERY_OPTION: dict[str, dict[str, Any]] = {
     },
     **{policy: {**EVERYTHING, "policy": policy} for policy in POLICIES},
 }  # fmt: skip
-"""Configurations which together use every field that `Augment` reads."""
+"""Configurations that together use every field of augmentation."""
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -54,7 +54,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def pictures(count: int, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
-    """(N, C, H, W) uint8: smooth shapes of differing contrast with a little noise, as photographs have."""
+    """Smooth random shapes with noise: (N, C, H, W) uint8."""
     rng = generator(seed)
     coarse = torch.rand(count, channels, 4, 4, generator=rng) * torch.rand(count, 1, 1, 1, generator=rng)
     smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
@@ -62,7 +62,7 @@ def pictures(count: int, channels: int = 3, height: int = 32, width: int = 32, s
 
 
 def hard_cases(channels: int = 3) -> Tensor:
-    """(N, C, 32, 32) uint8: pictures, all levels at random, flat ones, two levels only, black and white."""
+    """Pictures, random levels, constant images, two levels, black and white: (N, C, 32, 32) uint8."""
     noise = torch.randint(0, 256, (2, channels, 32, 32), dtype=torch.uint8, generator=generator(1))
     flat = torch.full((1, channels, 32, 32), 77, dtype=torch.uint8)
     two = torch.where(noise[:1] > 200, 90, 60).to(torch.uint8)
@@ -70,7 +70,7 @@ def hard_cases(channels: int = 3) -> Tensor:
 
 
 def photographs(shared_data: Path, count: int) -> Tensor:
-    """(N, 3, 96, 96) uint8: photographs of buildings, forests, glaciers, mountains, seas and streets."""
+    """Photographs of the scenes data set: (N, 3, 96, 96) uint8."""
     with zipfile.ZipFile(shared_data / "scenes5k.zip") as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
         chosen = names[:: len(names) // count][:count]
@@ -85,7 +85,7 @@ def build(
 
 
 def pixels_of(out: Tensor) -> Tensor:
-    """Undoes the normalisation: (N, C, H, W) uint8."""
+    """Undo the normalization: (N, C, H, W) uint8."""
     channels = out.shape[1]
     mean = torch.tensor(MEAN[:channels]).view(1, -1, 1, 1)
     std = torch.tensor(STD[:channels]).view(1, -1, 1, 1)
@@ -93,18 +93,18 @@ def pixels_of(out: Tensor) -> Tensor:
 
 
 def each(function: Callable[[Tensor, float], Tensor], images: Tensor, magnitudes: Tensor) -> Tensor:
-    """torchvision's function image by image, each with its own magnitude."""
+    """Apply torchvision's function image by image, each with its own magnitude."""
     return torch.stack([function(image, float(m)) for image, m in zip(images, magnitudes, strict=True)])
 
 
 def assert_same_geometry(ours: Tensor, theirs: Tensor) -> None:
-    """Within a level, but for the few pixels whose place float32 puts on either side of the border."""
+    """Compare within one level, except for a few pixels at borders that float32 rounds differently."""
     difference = (ours - theirs.float()).abs()
     assert (difference > 1).float().mean() < 1e-3
 
 
 class RefuseToWait(Operations):
-    """Fails on every call whose result the host would have to wait for, and on numbers copied from the host."""
+    """Fails on calls that synchronize with the host or copy numbers from it."""
 
     WAITING = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
 

@@ -1,4 +1,4 @@
-"""A data set and a network small enough to train in a tenth of a second."""
+"""A data set and a network that train in a tenth of a second."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from core.data import Splits
 
 @pytest.fixture(scope="session")
 def digits() -> Splits:
-    """192 real digits to train on, 96 to validate on."""
+    """192 training and 96 validation images of real digits."""
     source = load_digits()
     images = torch.tensor(source.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)[:288]
     labels = torch.tensor(source.target, dtype=torch.int64)[:288]

@@ -1,16 +1,12 @@
-"""What a CUDA graph asks of a training step, on the CPU: a stand-in for the graph, and a watch for waits.
+"""CPU stand-ins for CUDA graphs (`RecordedGraph`), and detection of host synchronization (`HostReads`).
 
-`RecordedGraph` records the operations that a function runs, with their tensors, and runs the same ones on the same
-tensors again. Python is not run again, so whatever was a Python number stays what it was, exactly as in a graph:
-a test that changes such numbers between replays finds those that should have been tensors. It differs from a graph in
-two ways. A tensor made from the host's numbers (`torch.tensor(...)`) is recorded as a constant, which a real capture
-refuses, since it copies from the host; here the device is the host. And memory that an operation allocates is never
-used for another, so nothing shows that a tensor of the recording was needed after its memory had gone to another.
+`RecordedGraph` records the operations of a function with their tensors, and repeats them on the same tensors. Python is
+not run again, so its numbers are frozen as in a graph. In contrast to a graph, tensors made from host numbers are
+recorded as constants instead of being refused, and freed memory is never reused.
 
-`HostReads` finds what makes the host wait for a value of the device: a copy to it, or a result whose size depends on
-values. It sees torch's operations and the calls of a tensor's methods. It cannot see what is read beneath them: the
-buffer protocol, a data pointer, a kernel that looks at its arguments (fused optimizers do on the CPU, with a learning
-rate that is a tensor), nor a method called by torch's own Python functions, nor `x.to("cpu")` where that is the device.
+`HostReads` sees torch's operations and tensor methods that copy to the host or whose result size depends on values. It
+does not see the buffer protocol, data pointers, kernels that read their arguments (fused optimizers with a tensor
+learning rate on the CPU), methods called by torch's own Python functions, or `x.to("cpu")` on the CPU.
 """
 
 from __future__ import annotations
@@ -35,17 +31,17 @@ aten = torch.ops.aten
 
 
 class RecordedGraph:
-    """The operations of one run of a function, to be run again."""
+    """Recorded operations of a function."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
 
     @classmethod
     def capture(cls, function: Callable[[], object]) -> Callable[[], None]:
-        """Runs the function, once, and returns what runs its operations again.
+        """Run the function once, and return a function that repeats its operations.
 
         Raises:
-            HostReadError: the function reads a value that its operations compute, which no graph can hold.
+            HostReadError: the function reads a computed value.
         """
         graph = cls()
         with HostReads(), _Recorder(graph._calls):
@@ -54,8 +50,8 @@ class RecordedGraph:
 
     @torch.inference_mode()
     def replay(self) -> None:
-        """Runs the recorded operations, on the recorded tensors."""
-        # They were recorded beneath autograd and autocast, so both have had their say.
+        """Repeat the recorded operations on the recorded tensors."""
+        # Autograd and autocast were already applied when recording.
         with torch._C._AutoDispatchBelowAutograd(), torch.autocast("cpu", enabled=False):
             for call in self._calls:
                 call.repeat()
@@ -67,9 +63,9 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: list[Tensor]
-    """New memory that the operation made, in the order of its results."""
+    """Newly allocated results."""
     repeated: bool
-    """False for what is not repeated, but whose tensors must live: views, and memory without values."""
+    """False for views and uninitialized memory, which only need to stay alive."""
 
     def repeat(self) -> None:
         if not self.repeated:
@@ -81,9 +77,9 @@ class _Call:
 
 
 class Operations(TorchDispatchMode):
-    """Sees every operation that is not made of others, those of a backward pass included.
+    """Intercepts every primitive operation, including backward passes.
 
-    In inference mode those that are come whole, and are taken apart here as autograd does it elsewhere.
+    In inference mode composite operations arrive undecomposed, and are decomposed here.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,7 +89,7 @@ class Operations(TorchDispatchMode):
         return self.run(func, args, kwargs) if parts is NotImplemented else parts
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the operation, and returns its result."""
+        """Run the operation and return its result."""
         raise NotImplementedError
 
 
@@ -109,10 +105,10 @@ class _Recorder(Operations):
         aliases = [result.alias_info for result in func._schema.returns]
         is_view = any(alias is not None and not alias.is_write for alias in aliases)
         writes_all = bool(aliases) and all(alias is not None and alias.is_write for alias in aliases)
-        # An operation may both write into its arguments and make new tensors, as batch norm does.
+        # An operation may write to its arguments and allocate results, as batch norm does.
         results = [] if is_view or writes_all else _tensors(out)
         repeated = not is_view and func.overloadpacket not in _WITHOUT_VALUES
-        # A view's own results are kept too: they are the arguments of later calls.
+        # Results of views are arguments of later calls.
         self._calls.append(_Call(func, args, kwargs, _tensors(out) if is_view else results, repeated))
         return out
 
@@ -132,11 +128,11 @@ class HostReadError(RuntimeError):
 
 
 class HostReads:
-    """A context that finds what makes the host wait for a value of the device.
+    """Detects operations that make the host wait for the device.
 
     Args:
-        device: where the training runs; a copy from there to another device is a wait.
-        raises: whether each raises HostReadError, or is counted only.
+        device: the training's device; copies from it to other devices are detected.
+        raises: raise HostReadError instead of counting.
     """
 
     def __init__(self, device: str | torch.device = "cpu", *, raises: bool = True) -> None:
@@ -183,7 +179,7 @@ class _ReadingOperations(Operations):
         if operation is aten.repeat_interleave:
             return kwargs.get("output_size") is None
         if operation in _INDEXING:
-            # A mask is turned into as many indices as it has true values.
+            # The number of indices of a mask depends on its values.
             return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         if operation is aten.copy_:
             return args[1].device.type == self._device.type != args[0].device.type
@@ -194,7 +190,7 @@ class _ReadingOperations(Operations):
 
 
 class _ReadingMethods(TorchFunctionMode):
-    """What reads the CPU's memory without an operation."""
+    """Detects methods that read CPU memory without an operation."""
 
     def __init__(self, reads: HostReads) -> None:
         super().__init__()
@@ -216,7 +212,7 @@ _READING = {
     aten.unique_dim,
     aten.unique_consecutive,
     aten.unique_dim_consecutive,
-    aten.bincount,  # looks for the largest value, whatever `minlength`
+    aten.bincount,  # computes the largest value
     aten.equal,
     aten.allclose,
     aten._linalg_check_errors,
@@ -229,10 +225,10 @@ _READING_METHODS = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
 
 
 def let_the_cpu_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets torch's NAdam and timm's Muon be `capturable` on the CPU: both insist on devices that have graphs."""
+    """Allow capturable NAdam and Muon on the CPU."""
     import timm.optim._helpers
 
-    nadam = importlib.import_module("torch.optim.nadam")  # which torch.optim deletes from its own names
+    nadam = importlib.import_module("torch.optim.nadam")  # not an attribute of torch.optim
 
     def devices(supports_xla: bool = True) -> list[str]:
         return ["cpu", "cuda"]

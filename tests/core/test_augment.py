@@ -1,4 +1,4 @@
-"""Augmentation as a whole: every image draws its own, and nothing waits for the device."""
+"""`Augment` as a whole: independent random numbers per image, and no synchronization."""
 
 from __future__ import annotations
 
@@ -105,9 +105,6 @@ def test_colour_jitter_matches_torchvision_with_factors_per_image(
     assert (out != expected).float().mean() < 1e-3
 
 
-# --- flips in turn, and repeats only ----------------------------------------------------------------------------------
-
-
 def test_flips_alternate_between_epochs() -> None:
     first = torch.rand(50, generator=generator()) < 0.5
     for epoch in (1, 3, 99):
@@ -129,7 +126,7 @@ def test_given_flips_are_applied_and_affect_nothing_else(
     none = torch.zeros(count, dtype=torch.bool)
     out, expected = augment(images, generator(), flips=flips), augment(turned, generator(), flips=none)
     if rest.get("policy"):
-        # Rotations are interpolated, and so a flip before and a flip within differ by a level; a threshold may follow.
+        # Interpolated rotations differ by one level, which a threshold may amplify.
         wrong = ((pixels_of(out).int() - pixels_of(expected).int()).abs() > 1).flatten(1).float().mean(1)
         assert wrong.max() < 0.02
     else:
@@ -181,9 +178,6 @@ def test_missing_flips_or_repeats_are_an_error(fields: dict[str, Any], message: 
         build(**fields)(pictures(2), generator())
 
 
-# --- any batch, the same bits -----------------------------------------------------------------------------------------
-
-
 def test_256_copies_of_an_image_give_at_least_250_different_results() -> None:
     images = pictures(1, height=96, width=96).expand(256, -1, -1, -1)
 
@@ -192,7 +186,7 @@ def test_256_copies_of_an_image_give_at_least_250_different_results() -> None:
 
     for fields in ({"ops": 2, "strength": 0.3}, EVERYTHING):
         assert different(0, **fields) >= 250
-    # AutoAugment leaves many an image as it is, whose crops coincide by chance: half of its draws are above 250.
+    # AutoAugment leaves many images unchanged, whose crops may coincide: half of its draws are above 250.
     assert statistics.median(different(seed, policy="autoaugment_cifar10") for seed in range(5)) >= 250
 
 
@@ -301,9 +295,6 @@ def test_erased_pixels_are_0() -> None:
     assert (out == 0).flatten(1).any(1).all()
 
 
-# --- no wait for the device ------------------------------------------------------------------------------------------
-
-
 PLANS = {
     "mixup": lambda device: MixPlan("mixup", torch.tensor(0.3, device=device)),
     "cutmix": lambda device: MixPlan(
@@ -337,7 +328,7 @@ def test_mixing_does_not_synchronize(plan: Any) -> None:
         (lambda x: x + torch.tensor([1.0]), "lift_fresh waits"),
     ],
 )
-@pytest.mark.parametrize("inference", [False, True])  # as most of an augmentation is
+@pytest.mark.parametrize("inference", [False, True])  # inference mode
 def test_the_check_detects_synchronization(waiting: Any, name: str, inference: bool) -> None:
     with pytest.raises(AssertionError, match=name), torch.inference_mode(inference), RefuseToWait():
         waiting(torch.randn(9))
@@ -346,7 +337,7 @@ def test_the_check_detects_synchronization(waiting: Any, name: str, inference: b
 @pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
 def test_does_not_synchronize(fields: dict[str, Any]) -> None:
     augment, rng = build(**fields), generator()
-    with FakeTensorMode(allow_non_fake_inputs=True):  # its tensors have no values, so that whatever asks for one raises
+    with FakeTensorMode(allow_non_fake_inputs=True):  # reading a meta tensor raises
         images = torch.zeros(30, 3, 32, 32, dtype=torch.uint8)
         some = torch.zeros(30, dtype=torch.bool)
         out = augment(images, rng, flips=alternating_flips(some, 2), repeats=some)
@@ -377,7 +368,7 @@ def test_cuda_does_not_synchronize(cuda: torch.device, fields: dict[str, Any]) -
         for plan in plans:
             apply_mix(out, labels, 5, plan, rng)
 
-    step()  # loads kernels, which may wait
+    step()  # loading kernels may wait
     with forbidden_waits(cuda):
         step()
 
@@ -398,7 +389,7 @@ def test_a_captured_graph_equals_eager_steps_bitwise(cuda: torch.device, fields:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()  # what is allocated and loaded once
+        step()  # warm-up
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     if not GENERATORS_REGISTER_THEMSELVES:
@@ -425,7 +416,7 @@ def test_a_captured_graph_equals_eager_steps_bitwise(cuda: torch.device, fields:
 @pytest.mark.gpu
 @pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
 def test_cuda_results_are_within_the_ranges_of_the_cpu(cuda: torch.device, fields: dict[str, Any]) -> None:
-    """The devices' generators differ, and so do the draws; the layout, the dtype and the range do not."""
+    """Random numbers differ between devices; layout, dtype and range do not."""
     images, some = hard_cases(), torch.arange(10) % 3 == 0
     augment = build(**fields, device=cuda)
     out = augment(images.to(cuda), torch.Generator(cuda).manual_seed(0), flips=some.to(cuda), repeats=some.to(cuda))

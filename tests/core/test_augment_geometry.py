@@ -1,4 +1,4 @@
-"""Geometry: torchvision's within a level where it interpolates, an exact copy where it does not."""
+"""Geometry matches torchvision within one level if interpolated, and exactly otherwise."""
 
 from __future__ import annotations
 

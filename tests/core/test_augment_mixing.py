@@ -1,4 +1,4 @@
-"""Mixing: images and targets alike, as often as asked, by one draw a batch."""
+"""Mixing of images and targets, with one draw per batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photometric operations: torchvision's, pixel by pixel, each image with its own magnitude."""
+"""Photometric operations equal torchvision's, with a magnitude per image."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_factors_match_torchvision_up_to_one_level_in_a_thousandth_of_the_pixels
 ) -> None:
     images = hard_cases(channels)
     for shift in range(4):
-        # Uneven factors: at 0.3, a tenth of the exact results are whole, and rounding decides which side they fall.
+        # Uneven factors: at 0.3, a tenth of the exact results are whole numbers, so rounding decides.
         factors = torch.linspace(0.1037, 1.8911, len(images)).roll(3 * shift)
         difference = (ours(images.float(), factors) - each(theirs, images, factors).float()).abs()
         assert difference.max() <= 1
-        # A flat picture may go as a whole: 77 × f + 77 × (1 - f) is 77 or a hair less.
+        # Constant pictures may differ completely: 77 × f + 77 × (1 - f) is 77 or slightly less.
         assert (difference[:6] > 0).float().mean() < 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Policies: torchvision's operations, ranges and tables, dealt in equal shares."""
+"""Policies use torchvision's operations, ranges and tables, assigned to equal groups of images."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ THEIRS: dict[str, tuple[Any, int]] = {
         v2.AutoAugment(AutoAugmentPolicy.CIFAR10, interpolation=InterpolationMode.BILINEAR), 10,
     ),
 }  # fmt: skip
-"""torchvision's transform, and how many bins its magnitudes have."""
+"""torchvision's transform and its number of magnitude bins."""
 THEIRS["six"] = THEIRS["randaugment"]
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    # At less than 1, AutoContrast and Equalize are weaker than torchvision's.
+    # Below 1, AutoContrast and Equalize are weaker than torchvision's.
     "randaugment": {"policy": "randaugment", "ops": 1, "strength": 1.0},
     "six": {"policy": "six", "ops": 1, "strength": 0.8},
     "trivialaugment": {"policy": "trivialaugment"},
@@ -42,14 +42,14 @@ def assign(slots: int, seed: int = 0, **fields: Any) -> list[Assignment]:
 
 
 def operation_of(one: Assignment, slot: int) -> tuple[str, float]:
-    """The operation that a round gives to an image, and its level."""
+    """Return the operation assigned to an image, and its level."""
     names = [name for name, rows in one.rows.items() if slot in rows.tolist()]
     assert len(names) == 1
     return names[0], float(one.levels[slot])
 
 
 def magnitude_of(policy: str, name: str, level: float, size: tuple[int, int]) -> float:
-    """What torchvision's table holds for a level; between two bins, what lies between them."""
+    """Return torchvision's magnitude of a level, interpolated between bins."""
     transform, bins = THEIRS[policy]
     row, signed = transform._AUGMENTATION_SPACE[name]
     magnitudes = row(bins, *size)
@@ -69,7 +69,7 @@ def magnitude_of(policy: str, name: str, level: float, size: tuple[int, int]) ->
 
 
 def apply_theirs(policy: str, image: Tensor, name: str, level: float) -> Tensor:
-    """torchvision's own application of an operation to an image (C, H, W) uint8."""
+    """Apply torchvision's operation to an image (C, H, W) uint8."""
     transform, _ = THEIRS[policy]
     magnitude = magnitude_of(policy, name, level, (image.shape[-2], image.shape[-1]))
     if name == "Solarize":
@@ -123,7 +123,7 @@ def test_operations_are_independent_per_image_and_keep_their_input(name: str, ra
 def test_every_bin_of_every_range_matches_torchvision(
     ranges: Ranges, policy: str, bins: int, sign: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Strength 0.3 of RandAugment is its magnitude 9 of 30, the default."""
+    """Strength 0.3 is RandAugment's default magnitude 9 of 30."""
     size = (64, 96)
     seen: dict[str, Tensor] = {}
     for function in ("brightness", "saturation", "contrast", "sharpness", "posterize", "solarize"):
@@ -173,12 +173,12 @@ def test_autoaugments_table_matches_torchvision() -> None:
 def test_every_image_matches_torchvision(policy: str, channels: int, size: tuple[int, int]) -> None:
     """Its operations, one after the other, at the magnitudes of torchvision's table."""
     fields = SETTINGS[policy]
-    count = 111  # no multiple of any number of choices
+    count = 111  # not a multiple of any number of choices
     images = torch.cat([pictures(105, channels, *size), torch.zeros(2, channels, *size, dtype=torch.uint8)])
     images = torch.cat([images, torch.full((2, channels, *size), 77, dtype=torch.uint8), 255 - images[-2:]])
     out = pixels_of(build(channels, **NOTHING, **fields)(images, generator()))
     choices = build_policy(AugmentConfig(**fields), CPU).choices
-    assignments = assign(-(-count // choices) * choices, **fields)  # the first that `Augment` draws
+    assignments = assign(-(-count // choices) * choices, **fields)  # the first random numbers of `Augment`
     for k, image in enumerate(images):
         expected, comparable = image, torch.full_like(image, 255)
         steps = [operation_of(one, k) for one in assignments]
@@ -189,13 +189,13 @@ def test_every_image_matches_torchvision(policy: str, channels: int, size: tuple
                     comparable = apply_theirs(policy, comparable, name, level)
         wrong = (out[k].int() - expected.int()).abs() > 1
         if all(name in GEOMETRIC_OPS for name, _ in steps) and len(steps) > 1:
-            wrong &= comparable == 255  # the others left the image in the first move
-        # float32 puts a few places on either side of a border, and a few values on either side of a threshold.
+            wrong &= comparable == 255  # unless moved out of the image before
+        # float32 rounds a few positions and thresholds differently.
         assert wrong.float().mean() < 0.01, (k, steps)
 
 
 def test_only_one_sub_policy_shifts_after_a_colour_change() -> None:
-    """The premise of the pipeline's order, geometry first, read from the table."""
+    """The pipeline relies on this to apply geometry first."""
     late = [
         (first, second) for (first, *_), (second, *_) in AUTOAUGMENT_CIFAR10
         if first in PHOTOMETRIC_OPS and second in GEOMETRIC_OPS
@@ -237,7 +237,7 @@ def test_every_image_gets_one_operation_from_equal_groups() -> None:
 
 
 def test_every_operation_is_equally_likely_at_every_position() -> None:
-    """Black pictures with one grey level: only `Solarize` at full strength makes them bright, by 255."""
+    """On black pictures with one grey level, only `Solarize` at full strength creates white."""
     images = torch.full((5, 3, 8, 8), 10, dtype=torch.uint8)
     augment, rng = build(**NOTHING, ops=1, strength=1.0), generator()
     hits = torch.stack([pixels_of(augment(images, rng)).amax((1, 2, 3)) == 245 for _ in range(800)]).float()
@@ -283,7 +283,7 @@ def test_sub_policies_are_assigned_to_equal_groups() -> None:
 def test_autoaugments_operations_are_independent_with_their_probabilities(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hands in order, so that each sub-policy's images are known."""
+    """Uses groups in order, so that the images of each sub-policy are known."""
     share = 4000
     monkeypatch.setattr(
         policies, "assign_evenly", lambda slots, choices, _generator: torch.arange(slots).view(choices, -1)
@@ -303,7 +303,7 @@ def test_autoaugments_operations_are_independent_with_their_probabilities(
 
 
 def test_autoaugment_leaves_the_expected_fraction_of_images_unchanged() -> None:
-    """On coloured noise without black and white, which no operation leaves as it is."""
+    """On coloured noise without black and white, every operation changes an image."""
     picture = torch.randint(1, 255, (1, 3, 32, 32), dtype=torch.uint8, generator=generator(1))
     images = picture.expand(5000, -1, -1, -1)
     out = build(**NOTHING, policy="autoaugment_cifar10")(images, generator())
@@ -315,9 +315,6 @@ def test_autoaugment_leaves_the_expected_fraction_of_images_unchanged() -> None:
             left *= 1 if magnitude == 0 else 1 - probability
         expected += left / 25
     assert float(alone) == pytest.approx(expected, abs=0.02)
-
-
-# --- what does not apply ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "six"])
@@ -353,7 +350,7 @@ def test_images_differ_more_at_greater_strength(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", list(SETTINGS))
 def test_shifts_stay_within_the_declared_reach(policy: str) -> None:
-    """What `geometry.shift` is told to make room for."""
+    """`geometry.shift` allocates memory for it."""
     for strength in (0.3, 1.0):
         for width in (8, 28, 33, 96):
             fields = {"ops": 2, **SETTINGS[policy], "strength": strength}
@@ -364,5 +361,5 @@ def test_shifts_stay_within_the_declared_reach(policy: str) -> None:
                     step = GEOMETRIC_OPS["TranslateX"](one.level_of("TranslateX"), (width, width), dealer.ranges)
                     moves[one.rows["TranslateX"]] += step[:, 0, 2]
             assert moves.abs().max() <= dealer.reach(width)
-            if policy != "six":  # which seldom draws its very last pixel
+            if policy != "six":  # rarely draws the last pixel
                 assert moves.abs().max() >= dealer.reach(width) // 2

@@ -1,9 +1,8 @@
-"""Every operation against torchvision's, one by one, on photographs, each within the tolerance that a table states.
+"""Every augmentation operation against torchvision's on photographs, within tabulated tolerances.
 
-`OPERATIONS` are those of the policies, at levels from -1 to 1 of RandAugment's ranges; `STEPS` are the others, as
-`Augment` draws them. In either table a tolerance is the most levels of 255 that a pixel may be away, and the share of
-pixels that may be farther: where a float32 place falls on either side of the image's border, or a value on either side
-of a whole number. 0 levels and no share is equality to the bit.
+`OPERATIONS` are those of the policies at levels from -1 to 1 of RandAugment's ranges, `STEPS` the others as `Augment`
+draws them. A tolerance is a maximum difference in levels of 255, and a fraction of pixels that may exceed it, since
+float32 rounds positions at borders and values at thresholds differently. 0 levels and fraction 0 is bitwise equality.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Tolerance(NamedTuple):
     share: float
 
     def check(self, ours: Tensor, theirs: Tensor) -> None:
-        """Both (N, C, H, W), in levels of 255."""
+        """Compare images (N, C, H, W) in levels of 255."""
         assert ours.shape == theirs.shape
         far = (ours.float() - theirs.float()).abs() > self.levels
         assert far.float().mean() <= self.share
@@ -56,7 +55,7 @@ def shifted(image: Tensor, x: int, y: int) -> Tensor:
 
 
 Reference = Callable[[Tensor, float], Tensor]
-"""An image (C, H, W) uint8 and a level in [-1, 1]."""
+"""Function of an image (C, H, W) uint8 and a level in [-1, 1]."""
 FARTHEST_SHIFT = 150 / 331 * SIDE
 
 OPERATIONS: dict[str, tuple[Reference, Tolerance]] = {
@@ -71,7 +70,7 @@ OPERATIONS: dict[str, tuple[Reference, Tolerance]] = {
     "Sharpness": (lambda image, level: tv.adjust_sharpness(image, 1 + 0.9 * level), WITHIN_A_LEVEL),
     "Posterize": (lambda image, level: tv.posterize(image, 8 - round(4 * abs(level))), EXACT),
     "Solarize": (lambda image, level: tv.solarize(image, 256 * (1 - abs(level))), EXACT),
-    # In full only: torchvision does not know them at less.
+    # Full amount only, since torchvision has no other.
     "AutoContrast": (lambda image, _level: tv.autocontrast(image), EXACT),
     "Equalize": (lambda image, _level: tv.equalize(image), EXACT),
     "Invert": (lambda image, _level: tv.invert(image), EXACT),
@@ -105,14 +104,12 @@ def test_operations_match_torchvision(name: str, photos: Tensor) -> None:
     tolerance.check(ours, each(reference, photos, levels))
 
 
-# --- what every image goes through -----------------------------------------------------------------------------------
-
 Drawn = dict[str, Any]
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
-    """What `Augment` draws, by the name of the function that it goes into or comes from."""
+    """Random numbers of `Augment`, by the name of the function that uses or returns them."""
     seen: Drawn = {}
 
     def record(module: Any, name: str, *, argument: int | None) -> None:
@@ -125,7 +122,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 
         monkeypatch.setattr(module, name, spy)
 
-    monkeypatch.setattr(scratch, "_CORE_BLOCK_BYTES", 2**30)  # all images in one block, and so in one call
+    monkeypatch.setattr(scratch, "_CORE_BLOCK_BYTES", 2**30)  # one block, so one call
     record(pipeline, "draw_crops", argument=None)
     record(pipeline, "draw_erased", argument=None)
     record(pipeline, "rotation", argument=0)
@@ -162,7 +159,7 @@ def erased(photos: Tensor, drawn: Drawn) -> Tensor:
 STEPS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Drawn], Tensor], Tolerance]] = {
     "horizontal flip": ({"flip": 1.0}, lambda photos, _: tv.horizontal_flip(photos), EXACT),
     "vertical flip": ({"vertical_flip": 1.0}, lambda photos, _: tv.vertical_flip(photos), EXACT),
-    # torchvision rounds twice, after each of two passes, and we once.
+    # torchvision rounds after each of two passes.
     "crop by area": ({"crop_area_min": 0.08}, crops_by_area, WITHIN_A_LEVEL),
     "rotation": ({"rotation_degrees": 45.0}, rotated, INTERPOLATED),
     # Three operations, each within a level, and factors of up to 1.4.
@@ -179,7 +176,7 @@ def test_steps_match_torchvision(name: str, photos: Tensor, drawn: Drawn) -> Non
 
 
 def test_padded_crops_equal_torchvision(photos: Tensor) -> None:
-    """Which one, is tried: three pixels to each side make 49 of them."""
+    """Compares with all 49 crops of three pixels of padding."""
     out = pixels_of(build(flip=0.0, crop_pad_fraction=3 / SIDE)(photos, generator()))
     padded = tv.pad(photos, [3])
     crops = torch.stack([tv.crop(padded, y, x, SIDE, SIDE) for y in range(7) for x in range(7)])
@@ -213,7 +210,7 @@ def test_crops_by_area_match_torchvision_at_any_size(size: tuple[int, int], chan
 @pytest.mark.parametrize("size", [(96, 96), (48, 40), (20, 44), (64, 28), (90, 30)])
 @pytest.mark.parametrize("area_min", [0.08, 0.5, 0.9])
 def test_areas_aspects_and_positions_are_distributed_as_in_torchvision(size: tuple[int, int], area_min: float) -> None:
-    """The last size is longer than any aspect, so that some of its crops are the central one."""
+    """The last size is more elongated than any aspect, so some of its crops are the central one."""
     height, width = size
     ours = torch.stack(draw_crops(3000, size, area_min, generator()), dim=1)
     torch.manual_seed(0)
@@ -235,7 +232,7 @@ def test_areas_aspects_and_positions_are_distributed_as_in_torchvision(size: tup
 
 
 def test_a_crop_by_area_of_a_padded_crop_matches_torchvision(drawn: Drawn) -> None:
-    """Also where it takes in the black of the padding."""
+    """Crops may include padding."""
     images = 255 - pictures(56) // 2
     out = pixels_of(build(flip=0.0, crop_pad_fraction=0.25, crop_area_min=0.5)(images, generator()))
     boxes = torch.stack(drawn["draw_crops"], dim=1).int().tolist()
@@ -254,8 +251,8 @@ def test_flips_rotations_and_shears_follow_the_crop_by_area(drawn: Drawn) -> Non
     WITHIN_A_LEVEL.check(flipped, cropped.flip(-1, -2))
     turned = pixels_of(build(**fields, rotation_degrees=90.0)(images, generator()))
     expected = rotated(cropped, drawn)
-    # A turned crop shows, where torchvision has black, what of the image lies beside it; inside, once and twice
-    # interpolated pictures are a few levels apart.
+    # A rotated crop shows image content where torchvision has black; inside, images interpolated once and twice differ
+    # by a few levels.
     inside = rotated(torch.full_like(cropped, 255), drawn) == 255
     difference = (turned.int() - expected.int()).abs()
     assert difference[inside].float().mean() < 2

@@ -1,4 +1,4 @@
-"""Progressive resolution: the side grows evenly, in few steps, and an image is made smaller without aliasing."""
+"""Progressive resizing grows linearly in few steps, and resizing does not alias."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""EMA is timm's and torch's with a warm-up of its decay; SWA and the mean over networks are torch's, batch-norm
-recalibration included."""
+"""EMA matches timm and torch with a warm-up of its decay; SWA, `mean_of` and recalibration match torch."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from tests.core.recorded import RecordedGraph
 
 STEPS, EPOCHS = 120, 12
 PER_EPOCH = STEPS // EPOCHS
-# So short a half-life that the decay has warmed up by the sixth update.
+# The decay has warmed up by the sixth update.
 SHORT = 0.01
 
 
@@ -37,7 +36,7 @@ def network() -> nn.Module:
 
 @torch.no_grad()
 def wander(model: nn.Module, generator: torch.Generator) -> None:
-    """Stands for one training step: moves parameters, running statistics and the counter of batches."""
+    """Simulate a training step: change parameters, running statistics and the batch counter."""
     for tensor in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
         tensor += 0.1 * torch.rand(tensor.shape, generator=generator)
     for buffer in model.buffers():
@@ -60,13 +59,13 @@ def swa(model: nn.Module, start: float = 0.75) -> Averaging:
 
 
 def update(averaging: Averaging) -> None:
-    """Takes in one step."""
+    """Average one step."""
     averaging.update(averaging.next_weight() or 0.0)
     averaging.end_update()
 
 
 def follow(model: nn.Module, averaging: Averaging, each_step: Callable[[int], None] = lambda _: None) -> None:
-    """A whole run of `wander`."""
+    """Run `wander` with averaging."""
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         wander(model, generator)
@@ -107,7 +106,7 @@ def test_ema_matches_torch_after_the_warmup() -> None:
     theirs = AveragedModel(
         averaging.module, multi_avg_fn=get_ema_multi_avg_fn(0.5 ** (1 / (SHORT * STEPS))), use_buffers=True
     )
-    theirs.n_averaged += 1  # what it holds is an average already
+    theirs.n_averaged += 1  # already an average
     for _ in range(20):
         wander(model, generator)
         update(averaging)
@@ -117,7 +116,7 @@ def test_ema_matches_torch_after_the_warmup() -> None:
 
 
 def test_a_replayed_update_with_a_tensor_weight_matches_numbers() -> None:
-    """Within float32's rounding of numbers up to about 10: an update is recorded once, and its weight changes."""
+    """Within float32 rounding of numbers up to about 10."""
     model = network()
     of_numbers, of_tensors, recorded = ema(model, 0.05), ema(model, 0.05), ema(model, 0.05)
     generator = torch.Generator().manual_seed(1)
@@ -161,7 +160,7 @@ def test_a_contribution_halves_in_a_half_life() -> None:
 
 
 def test_the_warmup_forgets_the_initial_weights() -> None:
-    """A short run: what is averaged after it must be near the weights that it ended with."""
+    """After a short run the average must be near the final weights."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)  # the untrained weight is 0, the trained one 1
     averaging = ema(model, half_life_fraction=0.02)
@@ -259,7 +258,7 @@ def test_only_swa_with_batch_norms_needs_recalibration() -> None:
 
 
 def wandered(seed: int, model: nn.Module | None = None) -> nn.Module:
-    """A network that went its own way from one beginning."""
+    """Return a network trained from common initial weights."""
     model = model or network()
     wander(model, torch.Generator().manual_seed(seed))
     return model
@@ -298,7 +297,7 @@ def test_the_mean_is_an_independent_network_in_evaluation_mode() -> None:
 
 
 def test_the_recalibrated_mean_has_statistics_of_its_activations() -> None:
-    """The mean of two networks' statistics is not what their mean computes: here the second's channels are swapped."""
+    """With swapped channels, the mean of two networks' statistics differs from those of their mean."""
     one, other = wandered(1), wandered(1)
     with torch.no_grad():
         order = torch.arange(8).roll(1)
@@ -409,7 +408,7 @@ def test_a_resumed_average_equals_the_uninterrupted_one_bitwise(build: Callable[
     generator = torch.Generator().manual_seed(1)
     throwaway = network()
     for _ in range(105):
-        wander(throwaway, generator)  # brings the generator to where it was
+        wander(throwaway, generator)  # same generator state
     for step in range(105, STEPS):
         wander(resumed_model, generator)
         update(resumed)

@@ -1,5 +1,4 @@
-"""The temperature is the one that a general optimiser finds, and what it does to the probabilities is what Guo et al.
-say: the labels stay, and the likelihood of the true ones grows."""
+"""The temperature matches a general optimizer, and scaling has the effects described by Guo et al."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from core.tta import average
 
 
 def drawn(n: int, classes: int, *, seed: int = 0, spread: float = 2.0) -> tuple[Tensor, Tensor]:
-    """Logits (n, classes), and labels (n,) drawn by their very probabilities, so that these are calibrated."""
+    """Calibrated logits (n, classes), and labels (n,) drawn from their probabilities."""
     generator = torch.Generator().manual_seed(seed)
     logits = spread * torch.randn(n, classes, generator=generator)
     return logits, torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
@@ -95,7 +94,7 @@ def test_logits_that_are_not_finite_are_refused(broken: float) -> None:
         fit_temperature(logits, labels)
 
 
-# ---- what it does
+# ---- scaling
 
 
 @pytest.mark.parametrize("temperature", [LOWEST, 0.7, 1.0, 1.6, HIGHEST])

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, one temporary name, saved when it is cheap, and errors that name the file."""
+"""Checkpoints are written atomically and at limited cost, and errors name the file."""
 
 from __future__ import annotations
 
@@ -101,12 +101,12 @@ def test_out_of_memory_is_not_blamed_on_the_checkpoint(path: Path, monkeypatch: 
         load_checkpoint(path, CPU)
 
 
-# Whatever happens to the disk
+# Failures of the disk
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[int]:
-    """A file system of 256 kB, and the error of one that is full."""
+    """A file system of 256 kB, and its error when full."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("this user may mount no file system")
@@ -118,7 +118,7 @@ def small_disk(folder: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def small_files(folder: Path) -> Iterator[int]:
-    """No file may be larger than 128 kB, and the error of one that is."""
+    """A file size limit of 128 kB, and its error."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, hard))
@@ -175,11 +175,11 @@ def test_the_file_is_synced_before_the_rename_and_the_folder_after_it(
     assert synced == [("file", False), ("folder", True)]
 
 
-# What is refused
+# Refused files
 
 
 class Code:
-    """What runs a command when it is unpickled."""
+    """Runs a command when unpickled."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -221,7 +221,7 @@ def test_a_flipped_bit_in_a_tensor_is_detected(path: Path) -> None:
         load_checkpoint(path, CPU)
 
 
-# When one is due
+# Intervals
 
 
 @pytest.mark.parametrize("cost_s", [0.001, 0.1, 5.0, 60.0])
@@ -245,7 +245,7 @@ def test_saving_takes_at_most_its_share_of_the_time(
             checkpoints.save()
     apart = [later - earlier for earlier, later in itertools.pairwise(saved)]
     interval_s = min(cost_s / 0.02, LONGEST_INTERVAL_S)
-    assert saved[0] == pytest.approx(epoch_s + cost_s)  # whose cost nobody knew
+    assert saved[0] == pytest.approx(epoch_s + cost_s)  # the first is due at once
     assert all(interval_s <= gap - cost_s + 1e-6 and gap - cost_s <= interval_s + epoch_s + 1e-6 for gap in apart)
     if cost_s <= 0.02 * LONGEST_INTERVAL_S:
         assert len(saved[1:]) * cost_s <= 0.02 * now

@@ -1,4 +1,4 @@
-"""Every field of `TrainConfig` is bounded, described, and changes what it says that it changes."""
+"""Every field of `TrainConfig` is bounded, described, and changes the training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 SWATS = {"optim.name": "swats"}
 CRITERION = {"optim.name": "swats", "optim.swats.switch": "criterion"}
 
-# field -> (what it needs around it to matter, another value). Each is trained with and without.
+# field -> (other fields it depends on, another value).
 WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "epochs": ({}, 3),
     "batch_size": ({}, 32),
@@ -98,7 +98,7 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "schedule.step_fraction": ({"schedule.name": "step"}, 0.6),
     "schedule.gamma": ({"schedule.name": "step"}, 0.5),
     "schedule.pieces": ({"schedule.name": "pieces"}, ((0.3, 0.5),)),
-    # At so low a rate validation does not improve: the first patience falls in the middle, the second never.
+    # At this rate validation does not improve: the first patience ends in the middle, the second never.
     "schedule.patience_fraction": ({"schedule.name": "plateau", "optim.lr_scale": 1e-4}, 1.0),
     "averaging.name": ({}, "ema"),
     "averaging.half_life_fraction": ({"averaging.name": "ema"}, 0.4),
@@ -106,8 +106,7 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "early_stop.patience_fraction": ({"optim.lr_scale": 1e-6}, 0.25),
     "precision.autocast": ({}, "bf16"),
 }
-# What has a test of its own: below, for pretrained weights in `test_models.py`, for folds in `tests/hpo`, and for how a
-# training is run, which leaves the weights alone, in `test_execution.py`.
+# Tested elsewhere: below, in `test_models.py` (pretrained weights), `tests/hpo` (folds) and `test_execution.py`.
 ELSEWHERE = {"data.name", "data.folds", "model.pretrained", "model.pretrained_file"}
 ELSEWHERE |= {"precision.compile", "precision.cuda_graphs"}
 
@@ -118,7 +117,7 @@ def test_the_tables_cover_every_field() -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, dict[str, torch.Tensor]]:
-    """Weights of the configurations that several fields are compared with."""
+    """Weights of configurations that several fields are compared with."""
     return {}
 
 

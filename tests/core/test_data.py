@@ -1,4 +1,4 @@
-"""Data sets: what files mean, who is in which split, what stays locked, and what is said when something is wrong."""
+"""Data sets: decoding, layouts, splits, the locked test set, caching, and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from core.errors import UserError
 Pixels = NDArray[np.uint8]
 
 
-# Files to test with
+# Helpers
 
 
 def noise(seed: int, *shape: int) -> Pixels:
@@ -56,7 +56,7 @@ def photo(seed: int, size: int = 8, channels: int = 3) -> bytes:
 def tree(
     per_class: int = 10, test: int = 3, classes: tuple[str, ...] = ("cat", "dog"), **options: int
 ) -> dict[str, bytes]:
-    """A small set as {path: bytes}: train and test folders, or classes alone where `test` is 0."""
+    """A small set as {path: bytes}: train and test folders, or class folders only if `test` is 0."""
     files = {}
     for k, name in enumerate(classes):
         for i in range(per_class):
@@ -107,7 +107,7 @@ def same(a: Dataset, b: Dataset) -> bool:
     )
 
 
-# What a person sees
+# Decoding
 
 
 def seen(content: bytes, size: tuple[int, int] | None = None) -> Pixels:
@@ -177,7 +177,7 @@ class TestDecodedPixels:
     def test_exif_orientation_is_applied(self, orientation: int) -> None:
         upright = np.zeros((16, 32), np.uint8)
         upright[:8, :8] = 255  # a light corner at the top left
-        # How a camera held that way stores it: the EXIF standard's eight cases, undone.
+        # As stored by a camera: the eight orientations of the EXIF standard.
         stored = {
             1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
             5: upright.T, 6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
@@ -550,7 +550,7 @@ class TestArchivesCannotReachOutside:
     def add_link(path: Path, name: str, target: str) -> None:
         with zipfile.ZipFile(path, "a") as archive:
             link = zipfile.ZipInfo(name)
-            link.create_system = 3  # Unix, whose file types the upper half of the attributes holds
+            link.create_system = 3  # Unix: file types in the upper half of the attributes
             link.external_attr = (stat.S_IFLNK | 0o777) << 16
             archive.writestr(link, target)
 
@@ -612,7 +612,7 @@ def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
         load(path)
 
 
-# What is wrong with a set
+# Invalid sets
 
 
 class TestBrokenImages:
@@ -861,7 +861,7 @@ class TestDigits:
 
     def test_are_the_same_each_time(self, digits: Dataset, tmp_path: Path) -> None:
         assert same(digits, load_dataset(DataConfig(split_seed=5), cache_dir=tmp_path))
-        assert not list(tmp_path.iterdir())  # and too small to be worth a cache
+        assert not list(tmp_path.iterdir())  # too small for a cache
 
 
 class TestSplit:
@@ -1072,7 +1072,7 @@ class TestFolds:
     def test_share_the_images_on_every_device(self, digits: Dataset) -> None:
         divided = folds(digits, DataConfig(folds=3))
         assert {fold.images.data_ptr() for fold in divided} == {digits.images.data_ptr()}
-        moved = on_device(divided, "meta")  # a device to which a tensor is really moved
+        moved = on_device(divided, "meta")  # tensors are really moved
         assert all(fold.images is moved[0].images and fold.labels is moved[0].labels for fold in moved)
         assert {fold.train.device.type for fold in moved} | {fold.val.device.type for fold in moved} == {"meta"}
 
@@ -1301,7 +1301,7 @@ class TestLoadImages:
 
 
 def write_stl10(root: Path, train: int = 40, test: int = 20) -> Path:
-    """Small files in STL-10's binary format: planes of 96² column by column, labels from 1."""
+    """Write small files in STL-10's binary format: column-major planes of 96², labels from 1."""
     folder = root / "stl10_binary"
     folder.mkdir(parents=True)
     for part, count, seed in (("train", train, 0), ("test", test, 1)):
@@ -1365,7 +1365,7 @@ class TestStl10:
         assert loaded.labels.tolist() == [i % 10 for i in range(40)]
         assert loaded.n_test == 20
         assert loaded.has_own_test
-        # The format's columns come first: Coates et al., https://cs.stanford.edu/~acoates/stl10/
+        # The format is column-major: Coates et al., https://cs.stanford.edu/~acoates/stl10/
         assert np.array_equal(loaded.images.numpy(), noise(0, 40, 3, 96, 96).transpose(0, 1, 3, 2))
         assert np.array_equal(loaded.open_test().images.numpy(), noise(1, 20, 3, 96, 96).transpose(0, 1, 3, 2))
 
@@ -1406,7 +1406,7 @@ class TestStl10:
 
     def test_other_images_can_be_used_instead(self, tmp_path: Path) -> None:
         loaded = load_dataset(DataConfig(name="stl10"), data_path=write_zip(tmp_path / "mine.zip", tree()))
-        assert loaded.name == "mine"  # and never under the name of STL-10
+        assert loaded.name == "mine"  # not named STL-10
         assert loaded.classes == ("cat", "dog")
 
 
@@ -1453,10 +1453,10 @@ class TestMissingFiles:
         message = self.error(name, tmp_path / "data", download)
         info = next(info for info in catalogue(tmp_path / "data") if info.name == name)
         assert "\n" not in message
-        assert f"{name} is not in {info.path}" in message  # where it looked
-        assert ".gz (" in message  # what to download
-        assert "GB)" in message or "MB)" in message  # how large it is
-        assert f" to {tmp_path / 'data'}" in message  # where to put it
+        assert f"{name} is not in {info.path}" in message  # folder
+        assert ".gz (" in message  # file
+        assert "GB)" in message or "MB)" in message  # size
+        assert f" to {tmp_path / 'data'}" in message  # destination
         assert "`hpo run digits`, which needs nothing" in message
         assert ("Network is unreachable" in message) == download
         assert ("downloading is off" in message) != download
@@ -1491,7 +1491,7 @@ def test_an_existing_archive_is_unpacked_without_network(tmp_path: Path, monkeyp
     archive = tmp_path / "data" / "stl10_binary.tar.gz"
     with tarfile.open(archive, "w:gz") as packed:
         packed.add(tmp_path / "made" / "stl10_binary", "stl10_binary")
-    with pytest.raises(UserError, match="stl10 is not in"):  # it is not the published archive
+    with pytest.raises(UserError, match="stl10 is not in"):  # not the published archive
         load_dataset(DataConfig(name="stl10"), data_root=tmp_path / "data")
     with tarfile.open(archive, "w:gz") as packed:
         packed.add(tmp_path / "made" / "stl10_binary", "stl10_binary")

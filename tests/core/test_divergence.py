@@ -1,4 +1,4 @@
-"""A training is given up where it is lost beyond doubt, and nowhere else."""
+"""A training is stopped only if it has clearly diverged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def epoch(
 
 
 def judge(epochs: int = 40, loss: LossConfig | None = None, support: tuple[int, ...] = (50,) * CLASSES) -> Divergence:
-    """Of a training on as many images of each class as there are for validation."""
+    """Divergence of a training with as many training as validation images per class."""
     config = TrainConfig().override({"epochs": epochs, "schedule.warmup_fraction": 0.25})
     counts = torch.tensor(support)
     labels = torch.repeat_interleave(torch.arange(CLASSES), counts)
@@ -101,7 +101,7 @@ def test_epochs_that_have_not_diverged(now: EpochMetrics) -> None:
         (LossConfig(class_weights="inverse"), GUESS),
         (LossConfig(name="focal", gamma=2.0), 0.9**2 * GUESS),
         (LossConfig(name="bce"), CLASSES * math.log(2)),
-        (LossConfig(logit_adjustment=1.0), math.log(1023 / 1)),  # the logits of the shares themselves
+        (LossConfig(logit_adjustment=1.0), math.log(1023 / 1)),  # logits of the class frequencies
     ],
     ids=["smoothing", "class weights", "focal", "bce", "logit adjustment"],
 )
@@ -109,7 +109,7 @@ def test_the_training_loss_is_compared_with_that_of_uniform_predictions(loss: Lo
     support = tuple(2**power for power in range(CLASSES))
     own = judge(loss=loss, support=support)
     assert own.train_loss == pytest.approx(guess)
-    # What the loss is of a guess on any mixture of the classes is no more.
+    # Mixtures do not have a larger loss of uniform predictions.
     criterion = Criterion(loss, torch.tensor(support))
     targets = torch.rand(64, CLASSES, generator=torch.Generator().manual_seed(0)).softmax(1)
     for stage in (criterion.stage(0.0), criterion.stage(1.0)):
@@ -140,7 +140,7 @@ def test_an_excessive_rate_is_stopped_with_finite_losses(
 
 
 def long_tailed(splits: Splits) -> Splits:
-    """The same with half as many images of each class as of the one before."""
+    """The digits with half as many images of each class as of the previous one."""
 
     def thinned(rows: torch.Tensor) -> torch.Tensor:
         kept = [of[: max(1, len(of) >> k)] for k in range(CLASSES) for of in [rows[splits.labels[rows] == k]]]
@@ -150,7 +150,7 @@ def long_tailed(splits: Splits) -> Splits:
 
 
 def mislabelled(splits: Splits) -> Splits:
-    """Labels that nothing can be learnt from."""
+    """The digits with random labels."""
     order = torch.randperm(len(splits.labels), generator=torch.Generator().manual_seed(0))
     return dataclasses.replace(splits, labels=splits.labels[order])
 

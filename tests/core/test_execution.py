@@ -1,7 +1,7 @@
-"""However a training is run, it is the same training: captured, streamed, in micro-batches, compiled.
+"""Captured, streamed, micro-batched and compiled trainings give the same results.
 
-On this machine's CPU a CUDA graph has a stand-in, `RecordedGraph`: it repeats the operations of a step on the very same
-memory, without Python, so that whatever a capture would freeze is frozen. The tests marked `gpu` are the real ones.
+On the CPU, `RecordedGraph` repeats the operations of a step on the same memory in place of a CUDA graph. Tests marked
+`gpu` use real graphs.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ CASES = STATEFUL | {
 
 @pytest.fixture(autouse=True)
 def _captured_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that shapes which a short training sees a few times are captured too."""
+    """Capture shapes that a short training uses only a few times."""
     monkeypatch.setattr(core.loop.graphs, "CAPTURED_STEP", WARM_UP_STEPS + 1)
 
 
 class EveryStepByPython:
-    """A capture that captures nothing: each replay is the function itself, with the values on the device."""
+    """A capture whose replays call the function, with values on the device."""
 
     @staticmethod
     def capture(function: Callable[[], None]) -> Callable[[], None]:
@@ -75,10 +75,9 @@ def losses(result: TrainResult) -> list[float]:
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
 class TestACapturedTraining:
-    """Tolerance: bitwise against the same kernels launched by Python, 1e-3 in the loss against the plain numbers.
+    """Bitwise equal to the same kernels launched by Python; losses within 1e-3 of a training with plain numbers.
 
-    A scalar on the device is a float32, where Python counts in float64: the paths differ in the last bits of the
-    learning rate, the average and the mixture, and drift apart from there.
+    Scalars on the device are float32 where Python has float64.
     """
 
     def test_equals_launched_steps_bitwise_and_plain_ones_in_loss(
@@ -116,7 +115,7 @@ def test_other_errors_while_capturing_propagate(digits: Splits, tiny: TrainConfi
 def test_a_finished_training_holds_no_memory(
     digits: Splits, tiny: TrainConfig, capture: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a word from the collector, whose delay the next training's probe would take for a lack of memory."""
+    """Without garbage collection, since the next training's probe would miss the memory."""
     runs: list[weakref.ref[Any]] = []
     build = core.loop.run.build_optimizer
 
@@ -147,7 +146,7 @@ def test_the_estimate_of_an_epoch_captures_nothing(
 
 
 def test_more_architectures_and_shapes_than_torchs_limit_are_compiled() -> None:
-    """By a backend that compiles nothing, which is quick; beyond the limit torch would go on uncompiled, silently."""
+    """Uses a backend that compiles nothing. Beyond its limit torch would silently run without compilation."""
     for width in range(1, 13):
         network = compiled(nn.Sequential(nn.Conv2d(1, width, 3)), backend="eager")
         for side in (5, 6, 7):
@@ -217,7 +216,7 @@ class TestAStreamedTraining:
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
 class TestNoSynchronization:
-    """All that a step does on the device, in the form that a GPU runs; what the host draws by itself is apart."""
+    """Covers the device part of a step as captured on a GPU."""
 
     def watched(self, config: TrainConfig, splits: Splits) -> Run:
         run = Run(config, splits, CPU, execution=Execution(capture=EveryStepByPython))
@@ -323,7 +322,7 @@ class TestABatchThatDoesNotFit:
         assert same(probed, train(config, digits, device=CPU))
 
     def test_is_split_in_a_process_with_too_little_memory(self) -> None:
-        """A real lack of memory: of the address space that the system lets the process have."""
+        """Limits the address space of a process."""
         if sys.platform != "linux":
             pytest.skip("limits of the address space are Linux's")
         program = textwrap.dedent("""
@@ -344,8 +343,7 @@ class TestABatchThatDoesNotFit:
             kept = train(config, splits, device=torch.device("cpu"), execution=Execution(probe=True)).kept
             print(kept.micro_batch, kept.images, kept.train_loss)
         """)
-        # Each block that is freed goes back at once. By itself the C library keeps some, by chance in such places that
-        # a step finds no room where the probe, a moment ago, found it.
+        # Return freed blocks at once: otherwise fragmentation of the C library's heap decides whether a step fits.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
         ended = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment
@@ -361,7 +359,7 @@ class TestABatchThatDoesNotFit:
 def test_a_compiled_training_has_equal_losses_and_is_compiled_once(
     tmp_path: Path,
 ) -> None:
-    """In a process of its own, with an empty cache: what this machine has compiled before would hide a miss."""
+    """In a separate process with an empty compilation cache."""
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU, and there is no g++")
     program = textwrap.dedent("""
@@ -397,8 +395,8 @@ def test_a_compiled_training_has_equal_losses_and_is_compiled_once(
 
 @pytest.mark.gpu
 class TestOnCuda:
-    """Tolerance: 2 % in the loss of an epoch. Kernels that add in no fixed order, and bf16, drift apart in a few steps;
-    a value that was frozen, or a batch that was skipped, is off by far more."""
+    """Losses are compared within 2 %, since atomic sums and bf16 diverge slowly; frozen values or skipped batches
+    differ by far more."""
 
     @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
     def test_graphs_streams_and_plain_launches_have_the_same_losses(
@@ -422,7 +420,7 @@ class TestOnCuda:
         with own_stream(device):
             run = Run(config, digits.to(device), device)
             run.model.train()
-            for batch in run.batches(epoch=1):  # in its first step a network may make constants
+            for batch in run.batches(epoch=1):  # the first step may create constants
                 run.step(batch)
             for epoch in range(2, 6):
                 with forbidden_waits(device):
@@ -453,7 +451,7 @@ class TestOnCuda:
     def test_trainings_release_their_memory(self, digits: Splits, tiny: TrainConfig) -> None:
         device = torch.device("cuda:0")
         splits = digits.to(device)
-        train(tiny, splits, device=device)  # libraries keep workspaces of their own
+        train(tiny, splits, device=device)  # libraries keep workspaces
         gc.collect()
         before = torch.cuda.memory_allocated()
         for seed in range(4):

@@ -1,4 +1,4 @@
-"""A feed hands out the same bytes wherever the images lie, and one that streams leaves nothing behind."""
+"""Resident and streamed feeds deliver equal batches, and streaming leaves no threads or memory."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def file(images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mapped(file: Path) -> Tensor:
-    """The images in the file, mapped copy-on-write as the cache of decoded images is."""
+    """The file's images, memory-mapped copy-on-write."""
     return torch.from_numpy(np.load(file, mmap_mode="c"))
 
 
 def draw(sizes: tuple[int, ...] = SIZES, seed: int = 0) -> list[Tensor]:
-    """Rows of batches of these sizes, in no order and with repeats."""
+    """Random rows of batches of these sizes, with repeats."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, N, (size,), generator=generator) for size in sizes]
 
@@ -74,7 +74,7 @@ def _no_thread_is_left() -> Iterator[None]:
 
 
 class Watched(Tensor):
-    """Images that run `after_gather` in the thread after each batch is gathered from them."""
+    """Images that call `after_gather` in the thread after each gathered batch."""
 
     after_gather: Callable[[], None]
 
@@ -92,7 +92,7 @@ class Watched(Tensor):
         return result
 
 
-# ---- The same bytes
+# ---- Equal batches
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -151,23 +151,23 @@ def test_a_feed_works_across_inference_mode(images: Tensor) -> None:
         assert_same(clones(feed.batches(rows)), expected)
 
 
-# ---- How long a batch is valid
+# ---- Validity of batches
 
 
 @pytest.mark.parametrize("held", range(len(SIZES)))
 def test_a_batch_is_valid_until_the_next_is_requested(images: Tensor, held: int) -> None:
-    """The thread has gathered the next batch, and ended, when the batch is looked at."""
+    """The thread has gathered the next batch when the current one is checked."""
     gathered: queue.SimpleQueue[None] = queue.SimpleQueue()
     rows = draw()
     batches = Streamed(Watched.of(images, lambda: gathered.put(None)), CPU).batches(rows)
     for _ in range(held):
         next(batches)
     batch = next(batches)
-    for _ in range(min(held + 2, len(rows))):  # those handed out, and the one ahead of them
+    for _ in range(min(held + 2, len(rows))):  # the delivered ones and the next
         gathered.get(timeout=60)
     assert torch.equal(batch, images[rows[held]])
     batches.close()  # type: ignore[attr-defined]
-    assert gathered.empty()  # nothing was gathered further ahead
+    assert gathered.empty()  # nothing further was gathered
     assert torch.equal(batch, images[rows[held]])
 
 
@@ -192,7 +192,7 @@ def test_concurrent_iterators_are_independent(images: Tensor) -> None:
         assert torch.equal(taken, images[row])
 
 
-# ---- How it ends
+# ---- End of iteration
 
 
 def test_the_thread_ends_after_the_last_batch(images: Tensor) -> None:
@@ -220,7 +220,7 @@ def test_an_exception_in_the_loop_over_batches_ends_the_thread(images: Tensor, k
         for _ in Streamed(images, CPU).batches(draw()):
             raise kind
     assert threads_of_feeds() == []
-    assert caught.tb is not None  # though what it holds is alive
+    assert caught.tb is not None  # the traceback keeps the iterator alive
 
 
 def test_a_deleted_iterator_frees_thread_and_buffers(images: Tensor) -> None:
@@ -275,7 +275,7 @@ print(next(batches).shape[0])
     assert (done.returncode, done.stdout, done.stderr) == (0, "100\n", "")
 
 
-# ---- Which feed
+# ---- Selection
 
 
 def test_images_stream_unless_they_are_on_the_device(images: Tensor) -> None:
@@ -294,11 +294,11 @@ def test_only_host_images_can_be_streamed() -> None:
         Streamed(torch.empty(1, 1, 1, 1, dtype=torch.uint8, device="meta"), CPU)
 
 
-# ---- The order of the device's work, simulated
+# ---- Simulated device
 
 
 class Stream:
-    """A CUDA stream that runs nothing by itself: its machine decides who goes on, and when."""
+    """A simulated CUDA stream, run by its machine."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.device, self.launched = machine, CPU, 0
@@ -322,7 +322,7 @@ class Stream:
 
 
 class Event:
-    """A place in a stream's work. One that was never recorded counts as over, as in torch."""
+    """A position in a stream's work; complete if never recorded, as in torch."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -341,14 +341,14 @@ class Event:
 
 
 class Machine:
-    """A device whose work is done only when a thread waits for it, in an order that is drawn among what is allowed."""
+    """A simulated device that works only when a thread waits, in a random valid order."""
 
     def __init__(self, seed: int) -> None:
         self.lock = threading.RLock()
         self.random = random.Random(seed)
         self.local = threading.local()
         self.default, self.copies, self.other = Stream(self), Stream(self), Stream(self)
-        # One stream may be far slower than the others: it runs only when nothing else can.
+        # One stream may be slow: it runs only if no other can.
         self.slow = self.random.choice([None, self.default, self.copies])
 
     def current(self, device: object = None) -> Stream:
@@ -375,7 +375,7 @@ class Machine:
 
 
 class OnDevice(Tensor):
-    """Memory of the simulated device: a copy to it is launched, and made later."""
+    """Memory of the simulated device; copies to it are deferred."""
 
     machine: Machine
 
@@ -390,12 +390,12 @@ class OnDevice(Tensor):
         return part
 
     def record_stream(self, stream: Stream) -> None:  # type: ignore[override]
-        """Nothing is freed here."""
+        """Do nothing: memory is never freed."""
 
 
 @pytest.fixture(params=range(30))
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A simulated CUDA device, in place of torch's streams, events and memory."""
+    """A simulated CUDA device that replaces torch's streams, events and memory."""
     machine = Machine(request.param)
     make_room = _Buffer._room
 
@@ -416,7 +416,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_batches_are_intact_for_any_order_of_device_work(images: Tensor, machine: Machine) -> None:
-    """Three epochs, some left early and on another stream, with every read still to come when the host goes on."""
+    """Three epochs, some stopped early and on another stream, with all reads pending."""
     feed, draws, read = Streamed(images, CPU), machine.random, []
     for _ in range(3):
         rows = draw(tuple(draws.randint(1, 9) for _ in range(draws.randint(1, 12))), seed=draws.randint(0, 999))
@@ -496,7 +496,7 @@ class TestOnCuda:
     def test_a_slow_consumer_still_sees_its_own_batch(
         self, images: Tensor, device: torch.device, rows: list[Tensor], own_stream: bool
     ) -> None:
-        """The device reads each batch long after the host has gone on to ask for the next ones."""
+        """The device reads each batch long after the host requested the next ones."""
         stream = torch.cuda.Stream(device) if own_stream else torch.cuda.current_stream(device)
         found = []
         with torch.cuda.stream(stream):
@@ -509,7 +509,7 @@ class TestOnCuda:
     def test_a_slow_producer_does_not_corrupt_batches(
         self, images: Tensor, device: torch.device, rows: list[Tensor]
     ) -> None:
-        """Copies are queued behind other work of their stream, so that the consumer's kernels come first."""
+        """Copies wait for other work on their stream, so the consumer's kernels are launched first."""
 
         def delay() -> None:
             with torch.cuda.stream(_copy_stream(device)):
@@ -537,7 +537,7 @@ class TestOnCuda:
         self, images: Tensor, device: torch.device, rows: list[Tensor]
     ) -> None:
         found = []
-        for _ in range(5):  # each feed gives its memory back to the allocator, with the reads still to come
+        for _ in range(5):  # each feed frees its memory while reads are pending
             for batch in Streamed(images, device).batches(rows[:3]):
                 torch.cuda._sleep(5_000_000)
                 found.append(batch.clone())

@@ -1,4 +1,4 @@
-"""Images from someone else: bombs, links, devices, paths that lead elsewhere, and pickles, each refused in one line."""
+"""Malicious data: bombs, links, devices, paths outside the data, and pickles are refused with one-line errors."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from core.errors import UserError
 from tests.core.test_data import encoded, load, noise, photo, tree, write_folder, write_tar, write_zip
 
 CHUNK = 1 << 26
-"""Zeros that a bomb is made of: they are compressed once, and written as often as it takes."""
+"""Zeros of a bomb, compressed once and written repeatedly."""
 ENOUGH = bounds.HARMLESS_BYTES // CHUNK + 4
 
 
 def refusal(path: Path, **options: Any) -> str:
-    """The one line that a set is refused with."""
+    """Return the one-line error of a set."""
     with pytest.raises(UserError) as raised:
         load(path, **options)
-    assert str(raised.value).isprintable()  # one line, and nothing that a terminal would obey
+    assert str(raised.value).isprintable()  # no control characters
     return str(raised.value)
 
 
 class Evil:
-    """Whoever unpickles it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -50,7 +50,7 @@ class Evil:
 
 @pytest.fixture
 def proof(tmp_path: Path) -> Iterable[Path]:
-    """The file that hostile code would make."""
+    """The file created by malicious code."""
     yield tmp_path / "it ran"
     assert not (tmp_path / "it ran").exists()
 
@@ -64,7 +64,7 @@ def test_the_malicious_pickle_runs_code(tmp_path: Path) -> None:
 
 
 def write_raw_zip(path: Path, members: Iterable[tuple[str, bytes, int, int]], attributes: int = 0) -> Path:
-    """A .zip of members that are deflated already: (name, deflated, CRC, bytes)."""
+    """Write a .zip of compressed members: (name, deflated, CRC, bytes)."""
     content, directory, count = b"", b"", 0
     for name, deflated, checksum, size in members:
         common = struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 0x21, checksum, len(deflated), size, len(name), 0)
@@ -98,7 +98,7 @@ class TestBombs:
     def test_a_tar_is_not_read_to_its_end(
         self, tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
     ) -> None:
-        # A thousand times what it takes: unpacking it would take an hour.
+        # A thousand times the limit: unpacking would take an hour.
         path = tmp_path / f"set.tar{suffix}"
         path.write_bytes(compress(header("cat/0.png", 1000 * ENOUGH * CHUNK)) + compress(bytes(CHUNK)) * 3)
         assert "a decompression bomb" in refusal(path)
@@ -136,7 +136,7 @@ class TestBombs:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, content in blank.items():
                 archive.writestr(name, content)
-        assert sum(map(len, blank.values())) > bounds.MAX_RATIO * path.stat().st_size  # and yet small
+        assert sum(map(len, blank.values())) > bounds.MAX_RATIO * path.stat().st_size  # a small file
         assert len(load(path).classes) == 2
 
 
@@ -250,7 +250,7 @@ class TestTheRowsOfACsv:
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
-    """A black one of one bit a pixel."""
+    """A black image of one bit per pixel."""
     size = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     packer = zlib.compressobj(9)
     rows = b"".join(packer.compress(bytes(1 + (width + 7) // 8)) for _ in range(height)) + packer.flush()
@@ -265,7 +265,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(
 
 
 class TestImages:
-    @pytest.mark.parametrize("side", [9460, 20_000])  # Pillow warns of the first, and refuses the second
+    @pytest.mark.parametrize("side", [9460, 20_000])  # Pillow warns about the first and refuses the second
     @pytest.mark.parametrize("size", [None, (8, 8)])
     def test_a_decompression_bomb_is_a_broken_image(
         self, tmp_path: Path, side: int, size: tuple[int, int] | None
@@ -355,7 +355,7 @@ class TestCaches:
 
     @staticmethod
     def changed(tmp_path: Path, change: Callable[[Path], None]) -> str:
-        """What is said of a cache that someone wrote into, with a description that fits what they wrote."""
+        """Return the error of a modified cache with a matching description."""
         path, cache = write_folder(tmp_path / "set", tree()), tmp_path / "cache"
         load(path, cache_dir=cache)
         (folder,) = cache.iterdir()

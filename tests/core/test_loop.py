@@ -1,4 +1,4 @@
-"""What `core.train` promises, on real digits."""
+"""`core.loop.train` on real digits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from core.schedule import reductions
 
 CPU = torch.device("cpu")
 
-# Configurations whose state is more than weights and an epoch: each has something that a resumed run could lose.
+# Configurations with state that a resumed run could lose.
 STATEFUL = {
     "adamw, ema, mixup, dropout": {
         "averaging.name": "ema", "averaging.half_life_fraction": 0.1, "augment.mixup": 0.4, "augment.cutmix": 1.0,
@@ -50,7 +50,7 @@ def weights_of(result: TrainResult) -> dict[str, torch.Tensor]:
 
 
 def same(one: TrainResult, other: TrainResult) -> bool:
-    """Bitwise equal weights, and equal scores at every epoch."""
+    """Compare weights and the scores of every epoch, bitwise."""
     ours, theirs = weights_of(one), weights_of(other)
     timeless = [
         [dataclasses.replace(epoch, images_per_s=0.0, elapsed_s=0.0) for epoch in result.history]
@@ -73,7 +73,7 @@ def test_the_same_seed_gives_bitwise_the_same_training(
     config = tiny.override(changes)
     torch.manual_seed(1)
     first = train(config, digits, device=CPU)
-    torch.manual_seed(2)  # what else drew from torch's global generator makes no difference
+    torch.manual_seed(2)  # other use of torch's global generator
     assert same(first, train(config, digits, device=CPU))
 
 
@@ -109,7 +109,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one_bitwise(
 
 @pytest.fixture
 def _rarely(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No checkpoint after the first epoch's but those that are asked for."""
+    """Save only the first epoch's and requested checkpoints."""
     monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", 1e-9)
 
 
@@ -236,7 +236,7 @@ def test_training_without_validation_images_keeps_the_last_weights(digits: Split
 
 
 def test_a_nan_loss_raises_divergederror(digits: Splits, tiny: TrainConfig) -> None:
-    without_contrast = dataclasses.replace(digits, std=(1e-42,))  # the normalised pixels overflow
+    without_contrast = dataclasses.replace(digits, std=(1e-42,))  # overflows normalized pixels
     with pytest.raises(DivergedError, match="training loss of epoch 1 is nan"):
         train(tiny, without_contrast, device=CPU)
 
@@ -315,7 +315,7 @@ def test_images_too_small_at_the_start_are_refused(digits: Splits, tiny: TrainCo
 
 
 def test_an_unsupported_intermediate_size_is_refused(digits: Splits, tiny: TrainConfig) -> None:
-    """It takes 32 and 64 pixels, and fails at 40."""
+    """The network supports 32 and 64 pixels, but not 40."""
     large = dataclasses.replace(digits, images=digits.images[:8].repeat_interleave(8, 2).repeat_interleave(8, 3))
     few = dataclasses.replace(large, labels=digits.labels[:8], train=torch.arange(6), val=torch.arange(6, 8))
     plain = {"model.widths": (64, 128, 256, 512), "model.blocks": (2, 2, 2, 2)}
@@ -338,7 +338,7 @@ def test_resuming_a_finished_training_returns_its_result(digits: Splits, tiny: T
     [
         (10, 5, [5, 5]),
         (12, 5, [5, 5, 2]),
-        (11, 5, [5, 6]),  # one image alone has no batch statistics
+        (11, 5, [5, 6]),  # batch norm needs two images
         (3, 5, [3]),
         (6, 5, [6]),
     ],
@@ -353,7 +353,7 @@ def test_a_single_training_image_is_refused(digits: Splits, tiny: TrainConfig) -
 
 
 def test_a_short_ema_follows_the_weights(digits: Splits, tiny: TrainConfig) -> None:
-    """Without a warm-up of its decay, an average over a short run would still be its first weights."""
+    """Without the warm-up, the average of a short run would still be the initial weights."""
     result = train(tiny.override({"epochs": 15, "averaging.name": "ema"}), digits, device=CPU)
     assert result.kept.raw is not None
     assert result.kept.averaged is not None

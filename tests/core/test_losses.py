@@ -1,4 +1,4 @@
-"""The losses are torch's, timm's and the papers', in float32 under any autocast; smoothing runs on a line."""
+"""Losses equal torch's, timm's and the papers', in float32 under any autocast."""
 
 from __future__ import annotations
 
@@ -369,7 +369,7 @@ class TestEveryCombination:
     def test_does_not_synchronize(
         self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
     ) -> None:
-        # Tensors on the meta device have no values, so that whatever asks for one raises.
+        # Reading a meta tensor raises.
         loss = criterion(COUNTS.to("meta"), **fields)
         stage = loss.stage(0.5)
         assert loss(logits.to("meta"), labels.to("meta"), stage).shape == ()
@@ -378,7 +378,7 @@ class TestEveryCombination:
     def test_accepts_smoothing_as_a_tensor(
         self, logits: Tensor, labels: Tensor, targets: Tensor, fields: dict[str, Any]
     ) -> None:
-        """Where steps are captured, what changes from one to the next must not be a number of Python's."""
+        """Captured steps need changing values as tensors."""
         loss = criterion(**fields)
         stage = loss.stage(0.5)
         on_device = stage._replace(smoothing=torch.tensor(stage.smoothing))

@@ -1,4 +1,4 @@
-"""The scores, against scikit-learn's and against sums written out."""
+"""Scores equal scikit-learn's and explicit sums."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLASSES = 5
 
 
 def _predictions(n: int = 400, *, labels: tuple[int, ...] = (0, 1, 2, 3, 4), seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits (n, 5) that are right more often than not, and labels (n,) out of the given ones."""
+    """Mostly correct logits (n, 5), and labels (n,) drawn from the given ones."""
     generator = torch.Generator().manual_seed(seed)
     truth = torch.tensor(labels)[torch.randint(len(labels), (n,), generator=generator)]
     logits = torch.randn(n, CLASSES, generator=generator)
@@ -54,7 +54,7 @@ def test_scores_equal_scikit_learn(case: str) -> None:
     got = scores(logits, labels)
     truth, predicted = labels.numpy(), logits.argmax(1).numpy()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes that are predicted only
+        warnings.simplefilter("ignore")  # classes without images
         balanced = sklearn_metrics.balanced_accuracy_score(truth, predicted)
     assert got.accuracy == pytest.approx(sklearn_metrics.accuracy_score(truth, predicted))
     assert got.balanced_accuracy == pytest.approx(balanced)
@@ -161,7 +161,7 @@ def _seeded(seed: int = 0) -> torch.Generator:
 def test_intervals_are_percentiles_of_resampled_scores(
     case: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against every drawing's images gathered, scored as any others, and numpy's percentiles."""
+    """Compares with scores of every resample and numpy's percentiles."""
     monkeypatch.setattr(metrics, "_DRAWN_AT_ONCE", at_once)
     logits, labels = CASES[case]
     found = bootstrap_intervals(logits, labels, generator=_seeded(7), resamples=60)
@@ -173,7 +173,7 @@ def test_intervals_are_percentiles_of_resampled_scores(
 
 
 def test_intervals_match_scipy() -> None:
-    """Of 4,000 drawings each: the ends lie within a tenth of the width, of accuracy, loss and macro-F1."""
+    """With 4,000 resamples, bounds of accuracy, loss and macro-F1 agree within a tenth of the width."""
     logits, labels = CASES["all classes"]
     hits = (logits.argmax(1) == labels).double().numpy()
     losses = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none").numpy()
@@ -197,7 +197,7 @@ def test_intervals_match_scipy() -> None:
 
 
 def test_intervals_cover_the_true_accuracy_at_95_percent() -> None:
-    """Of 200 sets of 300 images that are right with probability 0.9, each on its own: at least 180 (binomial, 1 %)."""
+    """At least 180 of 200 sets of 300 images with accuracy 0.9 (binomial, 1 %)."""
     generator, held = _seeded(1), 0
     for _ in range(200):
         labels = torch.randint(2, (300,), generator=generator)

@@ -1,4 +1,4 @@
-"""The residual network, what its fields shape, against torchvision's and timm's; and what holds for every family."""
+"""The residual network against torchvision's and timm's, and functions common to all families."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_anti_aliasing_replaces_strides_and_keeps_shapes() -> None:
     for layer in ("maxpool", "layer1", "layer2", "layer3"):
         place = list(dict(sharp.named_children())).index(layer) + 1
         assert sharp[:place](_images(1, 1, 17, 24)).shape == blurred[:place](_images(1, 1, 17, 24)).shape
-    assert sum(isinstance(module, BlurPool2d) for module in blurred.modules()) == 3  # one a step of stride 2
+    assert sum(isinstance(module, BlurPool2d) for module in blurred.modules()) == 3  # one per step of stride 2
     convolutions = [
         module for module in blurred.modules() if isinstance(module, nn.Conv2d) and module.kernel_size[0] == 3
     ]
@@ -151,7 +151,7 @@ def test_anti_aliasing_replaces_strides_and_keeps_shapes() -> None:
 
 
 def test_an_anti_aliased_max_pool_changes_less_when_the_image_is_shifted() -> None:
-    """Zhang 2019: what a step of stride 2 drops of the odd pixels comes back through the blur."""
+    """Zhang 2019: the blur retains information of odd pixels."""
     image = torch.rand(1, 16, 33, 33, generator=torch.Generator().manual_seed(1))
 
     def change(model: nn.Module) -> float:
@@ -205,7 +205,7 @@ def test_uniform_drop_path_is_the_same_for_every_block() -> None:
 def test_dropout_is_only_active_in_training(field: str) -> None:
     model, images = _build(**{field: 0.5}, **SMALL), _images(8, 1, 8, 8)
     for block in (model.layer1, model.layer2):
-        nn.init.ones_(block[0].bn2.weight)  # which begins at zero, and would hide a dropped path
+        nn.init.ones_(block[0].bn2.weight)  # zero-initialized, which would hide a dropped path
     assert not torch.equal(model.train()(images), model(images))
     assert torch.equal(model.eval()(images), model(images))
 
@@ -232,7 +232,7 @@ def test_any_channels_and_image_shape_give_one_logit_per_class(in_channels: int,
 def test_every_parameter_gets_a_gradient_after_the_first_step(fields: dict[str, Any]) -> None:
     model = _build(**SMALL, **fields)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):  # at the first, the zeroed norms pass nothing on
+    for _ in range(2):  # in the first step, zero norms block gradients
         optimizer.zero_grad()
         model(_images(8, 1, 8, 8)).logsumexp(1).mean().backward()
         optimizer.step()
@@ -247,7 +247,7 @@ def test_every_convolution_works_in_channels_last_also_on_greyscale(in_channels:
     seen = []
 
     def look(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        # (N, C, 1, 1), inside squeeze-and-excitation, is both.
+        # (N, C, 1, 1), inside squeeze-and-excitation, has both formats.
         seen.append(output.shape[-1] == 1 or output.stride(1) == 1)
 
     for module in model.modules():
@@ -336,7 +336,7 @@ def test_importing_models_and_listing_data_sets_loads_no_heavy_library() -> None
 
 @pytest.mark.parametrize("anti_alias", [False, True])
 def test_narrow_networks_train_on_the_cpu(anti_alias: bool) -> None:
-    """oneDNN's kernel for the shortcut of fewer than 16 channels ends the process: see `FEWEST_STRIDED_CHANNELS`."""
+    """oneDNN may crash below 16 channels, see `FEWEST_STRIDED_CHANNELS`."""
     narrow = ModelConfig(widths=(8, 16), blocks=(1, 1), anti_alias=anti_alias)
     network = build_model(narrow, num_classes=10, in_channels=3, image_size=(96, 96))
     images = torch.randn(4, 3, 96, 96).contiguous(memory_format=torch.channels_last)

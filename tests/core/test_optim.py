@@ -1,4 +1,4 @@
-"""Each optimizer is torch's own with one form of weight decay; SWATS is the paper's Algorithm 1, written out here."""
+"""Each optimizer matches torch's with uniform weight decay; SWATS matches Algorithm 1 of the paper."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def network() -> nn.Module:
 
 
 def config(name: str, **optim: Any) -> TrainConfig:
-    """`swats__tolerance` is `optim.swats.tolerance`; batch 256, so that references are what they are."""
+    """`swats__tolerance` is `optim.swats.tolerance`; at batch 256 rates are the reference rates."""
     fields = {f"optim.{field.replace('__', '.')}": value for field, value in optim.items()}
     return TrainConfig(batch_size=256).override({"optim.name": name, "schedule.warmup_fraction": 0.0, **fields})
 
 
 def set_gradients(model: nn.Module, step: int) -> None:
-    """The same random gradients for the same step, in each parameter's own layout."""
+    """Set random gradients that depend on the step only, in each parameter's layout."""
     generator = torch.Generator().manual_seed(step)
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -47,14 +47,14 @@ def set_gradients(model: nn.Module, step: int) -> None:
 
 
 def advance(optimizer: StepOptimizer, progress: float, factor: float) -> None:
-    """One step with the gradients that are there."""
+    """Make one step with the current gradients."""
     optimizer.begin_step(progress)
     optimizer.step(torch.tensor(factor) if optimizer.capturable else factor)
     optimizer.end_step(factor)
 
 
 def run(optimizer: StepOptimizer, model: nn.Module, steps: Iterable[int], total: int = STEPS) -> None:
-    """Steps under a falling factor; an epoch is 5 steps."""
+    """Make steps with a decreasing factor; an epoch is 5 steps."""
     for step in steps:
         set_gradients(model, step)
         advance(optimizer, step / total, 1 - step / total)
@@ -86,7 +86,7 @@ def test_weight_decay_is_equal_for_all_optimizers(name: str, lr: float) -> None:
 
 
 def by_hand(name: str, model: nn.Module, lr: float, decay: float) -> torch.optim.Optimizer:
-    """torch's optimizer in its plain form, one tensor after the other, decayed as torch decays."""
+    """torch's optimizer in its plain form with its own weight decay."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": decay / lr},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -181,7 +181,7 @@ def test_muon_matches_timm_with_decoupled_decay(nesterov: bool) -> None:
 
 
 def test_muons_first_step_orthogonalizes_the_gradient() -> None:
-    """The post's definition: the update is UVᵀ of the gradient's UΣVᵀ, here times Liu et al.'s 0.2 √max(out, in)."""
+    """The update is UVᵀ of the gradient's UΣVᵀ, times 0.2 √max(out, in) of Liu et al."""
     model = network()
     before = model[0].weight.detach().clone()
     optimizer = build_optimizer(
@@ -195,7 +195,7 @@ def test_muons_first_step_orthogonalizes_the_gradient() -> None:
     left, _, right = torch.linalg.svd(model[0].weight.grad.flatten(1), full_matrices=False)
     advance(optimizer, 0.0, 1.0)
     moved = (before - model[0].weight).flatten(1) / (0.1 * 0.2 * 27**0.5)
-    # Five steps of Newton and Schulz, in bfloat16, leave singular values between 0.7 and 1.2 (the post).
+    # Five Newton-Schulz steps in bfloat16 leave singular values between 0.7 and 1.2 (Jordan et al.).
     aligned = left.T @ moved @ right.T
     assert ((aligned.diagonal() > 0.6) & (aligned.diagonal() < 1.3)).all()
     assert (aligned - aligned.diagonal().diag()).abs().max() < 0.1
@@ -272,7 +272,7 @@ def test_clipping_limits_the_norm_of_all_gradients() -> None:
     total = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert total.item() == pytest.approx(0.5, rel=1e-5)
     model[5].bias.grad.fill_(float("inf"))
-    advance(optimizer, 0.0, 1.0)  # a training that diverges is for the loop to notice
+    advance(optimizer, 0.0, 1.0)  # the loop detects divergence
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -316,7 +316,7 @@ RESUMED = [
 
 
 def resumed(chosen: TrainConfig, stop: int, forms: tuple[bool, bool]) -> tuple[StepOptimizer, nn.Module]:
-    """A run that is stopped and resumed from a file; each half is capturable or not."""
+    """Stop a run and resume it from a file; each half may be capturable."""
     first_model = network()
     first = build_optimizer(chosen, first_model, STEPS, capturable=forms[0])
     run(first, first_model, range(stop))
@@ -371,7 +371,7 @@ def test_states_can_be_exchanged_between_captured_and_plain_runs(
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("name", ["nadam", "muon"])
 def test_cpu_counters_return_to_the_cpu(name: str, capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint is loaded onto the device, where reading a counter at each step would wait."""
+    """Reading counters on the device would wait in each step."""
     let_the_cpu_capture(monkeypatch)
     model = network()
     optimizer = build_optimizer(config(name), model, STEPS, list(model[5].parameters()), capturable=capturable)
@@ -409,8 +409,7 @@ def test_loading_copies_the_state() -> None:
     )
 
 
-# NAdam is not here, nor Muon, whose vectors timm moves by it: where they are not capturable, their counters are kept on
-# the CPU and read there, which waits for no device. Of what is captured, recording it would raise.
+# Not NAdam and Muon, which keep counters on the CPU unless capturable. Recording covers the capturable form.
 @pytest.mark.parametrize(
     ("name", "switch"),
     [("sgd", "fraction"), ("adamw", "fraction"), ("swats", "fraction"), ("swats", "criterion")],
@@ -446,22 +445,21 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def rounding(kind: str) -> float:
-    """How far a captured run's weights may be from those of Python's numbers: here they move by up to 0.05.
+    """Tolerance of captured weights, which move by up to 0.05.
 
-    Captured, NAdam's bias corrections are float32, in which the first 1 − β₂ᵗ is off by 6e-5 of itself. Muon's update,
-    which is bfloat16, is then multiplied by the rate before it is added, and so rounded by up to 2⁻⁹ of itself: here
-    that is 2e-6 a step.
+    Captured, NAdam's bias corrections are float32, so the first 1 − β₂ᵗ has a relative error of 6e-5. Muon's bfloat16
+    update is multiplied by the rate before it is added, with a relative error of 2⁻⁹, here 2e-6 per step.
     """
     return {"nadam": 1e-5, "muon": 4e-5}.get(kind, 1e-6)
 
 
 def factor_at(step: int) -> float:
-    """Warms up from 0 and then falls."""
+    """Factor with a warm-up from 0."""
     return step / 4 if step < 4 else (1 + math.cos(math.pi * (step - 4) / (STEPS - 4))) / 2
 
 
 def set_gradients_in_place(model: nn.Module, step: int) -> None:
-    """Those of `set_gradients`, in the same memory as long as it is there: a captured step looks nowhere else."""
+    """Like `set_gradients`, in the same memory for captured steps."""
     generator = torch.Generator().manual_seed(step)
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=generator)
@@ -474,9 +472,9 @@ def set_gradients_in_place(model: nn.Module, step: int) -> None:
 def trajectory(
     name: str, *, capturable: bool, capture: Capture | None = None, device: str = "cpu"
 ) -> tuple[list[Tensor], dict[Hashable, Callable[[], None]]]:
-    """What the steps change, after each of them, and what was captured: the second step of each phase and on.
+    """Return weights, EMA and SWATS's projected rate after each step as a flat tensor, and the captures.
 
-    That is the weights, their EMA and SWATS's projected rate, in one flat tensor.
+    The second step of each phase is captured.
     """
     kind, fields = RUNS[name]
     chosen = config(kind, lr_scale=3.0, weight_decay=0.01, **fields).override({"schedule.warmup_fraction": 0.1})
@@ -519,7 +517,6 @@ def trajectory(
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_replayed_step_equals_the_eager_one_bitwise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step of each phase makes the moments and is not recorded; one more is, and stands for the rest."""
     let_the_cpu_capture(monkeypatch)
     recorded, replays = trajectory(name, capturable=True, capture=RecordedGraph.capture)
     eager, _ = trajectory(name, capturable=True)
@@ -530,7 +527,7 @@ def test_a_replayed_step_equals_the_eager_one_bitwise(name: str, monkeypatch: py
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_tensor_factor_matches_a_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for float32, see `rounding`."""
+    """Within float32 precision, see `rounding`."""
     let_the_cpu_capture(monkeypatch)
     of_tensors, _ = trajectory(name, capturable=True)
     of_numbers, _ = trajectory(name, capturable=False)
@@ -590,11 +587,11 @@ def test_older_timm_versions_cannot_capture_muon(
     assert optimizer.capturable is capturable
     assert ("timm 1.0.31" in caplog.text) is not capturable
     if not capturable:
-        run(optimizer, model, range(2))  # by numbers
+        run(optimizer, model, range(2))  # with plain numbers
 
 
 def cuda_capture(function: Callable[[], None]) -> Callable[[], None]:
-    """As `RecordedGraph.capture`: capturing launches nothing, so the first replay is the step itself."""
+    """Like `RecordedGraph.capture`; the first replay is the step itself."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         function()
@@ -687,10 +684,9 @@ def test_a_run_too_short_to_switch_warns(caplog: pytest.LogCaptureFixture) -> No
 
 
 class Algorithm1:
-    """Algorithm 1 of Keskar and Socher 2017, in its own letters, for one vector and a constant rate.
+    """Algorithm 1 of Keskar and Socher 2017 in its notation, for one vector and a constant rate.
 
-    Adam's ε stands where torch has it, outside the corrected root, since it is torch's Adam that steps. The one
-    addition is `judged`: the criterion waits for the warm-up to be over.
+    Adam's ε is outside the corrected root, as in torch. `judged` is added: the criterion waits for the warm-up.
     """
 
     def __init__(self, alpha: float, beta1: float, beta2: float, tolerance: float) -> None:
@@ -718,7 +714,7 @@ class Algorithm1:
 
 
 class Weights(nn.Module):
-    """One float64 vector, kept as a matrix and a vector, so that both groups take part."""
+    """A float64 vector, stored as a matrix and a vector to use both parameter groups."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -752,17 +748,17 @@ def test_swats_matches_algorithm_1_on_a_quadratic() -> None:
         w = paper.step(w, CURVATURE * w, judged=step >= 30)
         model.set_gradient(CURVATURE * model.flat())
         advance(optimizer, step / steps, 1.0)
-        optimizer.end_epoch()  # epochs of one step, so that it may switch at once, as the paper does
+        optimizer.end_epoch()  # epochs of one step, so that it may switch at once
         torch.testing.assert_close(model.flat(), w, rtol=1e-9, atol=1e-12)
         phases.append(paper.phase)
     switch = phases.index("SGD")
-    assert 30 < switch < 250  # well after the beginning, and well before the end
+    assert 30 < switch < 250  # neither at the beginning nor at the end
     assert optimizer.switched_at == (switch + 1) / steps
     assert optimizer.sgd_lr == pytest.approx(0.1 * paper.big_lambda, rel=1e-9)
 
 
 def test_the_projected_rate_of_a_constant_gradient() -> None:
-    """Adam then moves every weight by lr × sign(g), so γ = lr² n / (lr Σ|g|), and it never changes."""
+    """Adam moves every weight by lr × sign(g), so γ = lr² n / (lr Σ|g|) is constant."""
     gradient = torch.tensor([1.0, -2.0, 0.5, 4.0, -1.0, 3.5], dtype=torch.float64)
     model = Weights(START)
     optimizer = build_optimizer(criterion(lr=0.01, momentum=0.8, swats__tolerance=1e-6), model, STEPS)
@@ -778,7 +774,7 @@ def follow(
     gradient: Callable[[int], Tensor],
     factor: Callable[[int], float] = lambda _: 1.0,
 ) -> int | None:
-    """Steps in epochs of 5; the first step that SGD made."""
+    """Make steps in epochs of 5; return the first step of SGD."""
     for step in range(STEPS):
         model.set_gradient(gradient(step))
         advance(optimizer, step / STEPS, factor(step))
@@ -796,7 +792,7 @@ def test_the_criterion_is_not_tested_during_the_warmup(warmup_fraction: float, s
 
 
 def test_sgd_uses_the_rate_of_the_first_step_that_met_the_criterion() -> None:
-    """Met at the second step, with γ = lr / 1; what the rest of the epoch shows is another rate."""
+    """Met at the second step with γ = lr / 1; later steps have another rate."""
     model = Weights(START)
     optimizer = build_optimizer(criterion(lr=0.01, momentum=0.0, swats__tolerance=1e-6), model, STEPS)
     follow(optimizer, model, lambda step: torch.full((6,), 1.0 if step < 2 else 1.5, dtype=torch.float64))
@@ -804,9 +800,9 @@ def test_sgd_uses_the_rate_of_the_first_step_that_met_the_criterion() -> None:
 
 
 def test_an_estimate_that_is_not_positive_never_switches() -> None:
-    """Without a second moment λ is γ itself, so every step meets the criterion but for its sign.
+    """With β₂ = 0, λ is γ and every step meets the criterion except for its sign.
 
-    Against its momentum the gradient is negative from the second step on, and γ with it.
+    The gradient is opposite to the momentum from the second step on, so γ is negative.
     """
     model = Weights(START)
     optimizer = build_optimizer(criterion(lr=0.01, beta2=0.0, swats__tolerance=1e-6), model, STEPS)
@@ -815,7 +811,7 @@ def test_an_estimate_that_is_not_positive_never_switches() -> None:
 
 
 def test_a_step_orthogonal_to_its_gradient_keeps_the_average() -> None:
-    """pᵀg = 0 where the gradient is 0: the paper keeps λ, and the run goes on."""
+    """pᵀg = 0 if the gradient is 0, and the paper then keeps λ."""
     model = Weights(START)
     optimizer = build_optimizer(criterion(lr=0.01, swats__tolerance=1e-12), model, STEPS)
     model.set_gradient(torch.ones(6, dtype=torch.float64))
@@ -827,7 +823,7 @@ def test_a_step_orthogonal_to_its_gradient_keeps_the_average() -> None:
 
 
 def test_the_papers_tolerance_is_used() -> None:
-    """On a quadratic the projected rate moves by more than 1e-9 at every step of a short run."""
+    """On a quadratic the projected rate changes by more than 1e-9 in every step."""
     model = Weights(START)
     optimizer = build_optimizer(criterion(lr=0.05), model, STEPS)
     follow(optimizer, model, lambda _: CURVATURE * model.flat())

@@ -1,4 +1,4 @@
-"""Where a training's time goes: that every part is counted once, and that nothing is disturbed by it."""
+"""Profiles count every part of a step once and have no side effects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.core.test_loop import same
 CPU = torch.device("cpu")
 STEP = ["augment", "forward", "backward", "optimizer"]
 
-# Ten seconds of training on 60 images and two of evaluation: numbers to reckon with.
+# Ten seconds of training on 60 images and two of evaluation.
 KNOWN = Profile(
     launched=Times({"augment": 1.0, "forward": 2.0, "backward": 4.0, "optimizer": 0.5}, host_s=2.5),
     replayed=None,
@@ -54,14 +54,14 @@ KNOWN = Profile(
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measures the device's peak with the smallest product only, and captures steps early."""
+    """Measure the peak with the smallest product only, and capture steps early."""
     monkeypatch.setattr(profile_module, "LONGEST_PRODUCT_S", 0.0)
     for module in (profile_module, core.loop.graphs):
         monkeypatch.setattr(module, "CAPTURED_STEP", WARM_UP_STEPS + 1)
 
 
 class Ticking:
-    """A clock that is a second later each time it is read."""
+    """A clock that advances by a second each time it is read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seconds = count()
@@ -73,7 +73,7 @@ class TestTheTimesOfAnEpoch:
         measured = profile(tiny, digits, device=CPU, steps=4)
         assert list(measured.launched.sections_s) == STEP
         assert all(seconds > 0 for seconds in measured.launched.sections_s.values())
-        assert measured.launched.host_s > 0  # so the sections come to less than the wall time
+        assert measured.launched.host_s > 0  # sections take less than the total
         assert sum(measured.parts(measured.trained).values()) == pytest.approx(measured.epoch_s)
         assert measured.replayed is None
         assert measured.graph_saves is None
@@ -86,14 +86,14 @@ class TestTheTimesOfAnEpoch:
     def test_are_extrapolated_from_the_timed_steps(
         self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """By a clock that ticks when it is read: at a walk's two ends, and at each part's two."""
+        """The clock is read at both ends of the timed steps and of each part."""
         Ticking(monkeypatch)
         config = tiny.override({"averaging.name": "ema"})
         measured = profile(config, digits, device=CPU, steps=2)  # of 64 images each, of 192
-        # A step reads the clock ten times, which is nine seconds between and one to the next; five are the parts'.
+        # A step reads the clock ten times: nine seconds, plus one to the next step; five are the parts'.
         assert measured.launched.sections_s == dict.fromkeys([*STEP, "averaging"], 2 * 192 / 128)
         assert measured.launched.seconds == (2 * 10 + 1) * 192 / 128
-        assert measured.evaluation_s == 2  # under EMA, twice from one reading to the next
+        assert measured.evaluation_s == 2  # with EMA, twice one second
         assert measured.images_per_s == pytest.approx(192 / (31.5 + 2))
         assert (measured.images, measured.steps, measured.timed_steps) == (192, 3, 2)
 
@@ -122,7 +122,7 @@ class TestTheTimesOfAnEpoch:
     def test_a_long_evaluation_is_extrapolated(
         self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        Ticking(monkeypatch)  # every pass takes a second, whatever it shows
+        Ticking(monkeypatch)  # every pass takes a second
         monkeypatch.setattr(profile_module, "EVALUATION_BATCH", 24)
         assert profile(tiny, digits, device=CPU, steps=1).evaluation_s == 96 / 24
 
@@ -168,11 +168,11 @@ class TestReplayedSteps:
     def test_are_timed_without_captures_or_launches(
         self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A replay reads no clock, so by one that ticks when it is read, the whole walk takes a second."""
+        """A replay does not read the clock, so all replayed steps take one second."""
         Ticking(monkeypatch)
         measured = profile(tiny, digits, device=CPU, steps=3, execution=Execution(capture=RecordedGraph))
         assert measured.replayed is not None
-        assert measured.replayed.seconds == 1  # three steps, an epoch: none is launched by Python, none is captured
+        assert measured.replayed.seconds == 1  # three replayed steps, without captures
 
     def test_are_captured_in_all_shapes_before_timing(self, digits: Splits, tiny: TrainConfig) -> None:
         captures = []
@@ -186,11 +186,11 @@ class TestReplayedSteps:
         changes = {"batch_size": 80, "augment.mixup": 1.0, "augment.cutmix": 1.0}
         execution = Execution(capture=Counting())
         profile(tiny.override(changes), digits, device=CPU, steps=12, execution=execution)
-        assert len(captures) == 2 * 2 * 2  # batches of 80 and 32, mixups and cutmixes; for the whole, and for its parts
+        assert len(captures) == 2 * 2 * 2  # batches of 80 and 32, mixup and cutmix, in total and by part
 
 
 class RecordedEvent:
-    """A stand-in for a CUDA event: the host's clock is the device's, and a graph's replay records its events anew."""
+    """A CUDA event on the host's clock, recorded again by each replay."""
 
     captured: list[RecordedEvent] | None = None
     now_ms = count()
@@ -216,7 +216,7 @@ class RecordedEvent:
 
 
 class RecordedEvents:
-    """A capture that keeps nothing of a step but its events."""
+    """A capture of a step's events only."""
 
     @staticmethod
     def capture(function: Callable[[], None]) -> Callable[[], None]:
@@ -247,7 +247,7 @@ class TestTheStopwatchOfADevice:
                 pass
         assert not stopwatch.seconds
         stopwatch.read(stopwatch.take())
-        stopwatch.read(stopwatch.take())  # nothing twice
+        stopwatch.read(stopwatch.take())  # nothing is counted twice
         assert stopwatch.seconds == pytest.approx({"forward": 0.003, "averaging": 0.003, "backward": 0.009})
         stopwatch.reset()
         assert not stopwatch.seconds
@@ -259,7 +259,7 @@ class TestTheStopwatchOfADevice:
             with stopwatch.section("augment"):
                 pass
 
-        step()  # kernel by kernel, before a capture
+        step()  # without capture
         replay = TimedCapture(RecordedEvents(), stopwatch).capture(step)
         other = TimedCapture(RecordedEvents(), stopwatch).capture(step)
         stopwatch.reset()
@@ -275,12 +275,12 @@ class TestTheStopwatchOfADevice:
 
 
 class TestTheOperationsOfANetwork:
-    """Two a multiply-add; the gradient of each operand is a product as large as the one forward."""
+    """A multiply-add is two operations; the gradient of each operand costs as much as the forward pass."""
 
     def test_are_those_of_a_convolution(self) -> None:
         network = nn.Conv2d(3, 8, 5, padding=2)
         forward = 2 * (3 * 5 * 5) * 8 * (16 * 12)
-        assert flops_per_image(network, (3, 16, 12)) == 2 * forward  # its images need no gradient
+        assert flops_per_image(network, (3, 16, 12)) == 2 * forward  # images need no gradient
 
     def test_are_those_of_linear_layers(self) -> None:
         network = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.BatchNorm1d(7), nn.Linear(7, 5))
@@ -294,7 +294,7 @@ class TestTheOperationsOfANetwork:
         assert all(parameter.grad is None for parameter in network.parameters())
 
     def test_are_in_the_profile(self, digits: Splits, tiny: TrainConfig) -> None:
-        """The two blocks of `tiny` on digits of 8×8, written out; the second halves the image by a 1×1 shortcut too."""
+        """Computed for the two blocks of `tiny` on 8×8 images; the second has a 1×1 shortcut of stride 2."""
         measured = profile(tiny, digits, device=CPU, steps=1)
         stem = 2 * 64 * (1 * 9 * 8)
         first = 2 * 64 * 2 * (8 * 9 * 8)
@@ -305,7 +305,7 @@ class TestTheOperationsOfANetwork:
 
 class TestThePeak:
     def test_is_the_fastest_product_among_growing_sides(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """By a table of what products take: 1024² is the fastest, and 4096² would take too long."""
+        """With tabulated times: 1024² is the fastest, and 4096² would take too long."""
         seconds = {256: 1e-3, 512: 2e-3, 1024: 8e-3, 2048: 0.1}
         monkeypatch.setattr(profile_module, "LONGEST_PRODUCT_S", 0.2)
         monkeypatch.setattr(profile_module, "_product_s", lambda side, *_: seconds[side])
@@ -377,7 +377,7 @@ class TestOnCuda:
         for times in (measured.launched, measured.replayed):
             assert list(times.sections_s) == [*STEP, "averaging"]
             assert all(seconds > 0 for seconds in times.sections_s.values())
-        # Both are on the device's one timeline, within what the host waited for.
+        # Both are within the time that the host waited.
         assert measured.launched.host_s > 0
         assert measured.dtype == "bfloat16"
         assert measured.peak_memory_bytes is not None

@@ -1,4 +1,4 @@
-"""The stand-in for a CUDA graph replays what a graph would, and the watch for waits sees those that it claims to."""
+"""`RecordedGraph` replays like a CUDA graph, and `HostReads` detects synchronization."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_dropout_is_redrawn() -> None:
 
 
 def test_batch_norm_continues_counting() -> None:
-    """Its running statistics are written by an operation that does not say so, or that makes new tensors besides."""
+    """Operations that write running statistics may not declare it, or also allocate results."""
     norm = nn.BatchNorm2d(3)
     expected = copy.deepcopy(norm)
     images = torch.randn(8, 3, 4, 4)
@@ -149,7 +149,7 @@ def test_batch_norm_continues_counting() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_replayed_training_step_equals_the_eager_one_bitwise(autocast: bool) -> None:
-    """Forward with dropout and batch norm, backward, fused AdamW, EMA; inputs and the rate change between steps."""
+    """Forward with dropout and batch norm, backward, fused AdamW, EMA, with changing inputs and rate."""
     generator = torch.Generator().manual_seed(1)
     batches = [(torch.randn(6, 3, 8, 8, generator=generator), torch.randint(4, (6,))) for _ in range(7)]
 
@@ -174,7 +174,7 @@ def test_a_replayed_training_step_equals_the_eager_one_bitwise(autocast: bool) -
             images.copy_(its_images)
             labels.copy_(its_labels)
             lr.fill_(0.01 * (number + 1))
-            if capture and number == 1:  # the first step makes Adam's moments
+            if capture and number == 1:  # the first step creates Adam's state
                 run = RecordedGraph.capture(step)
             else:
                 run()

@@ -1,8 +1,7 @@
-"""A training that is killed again and again ends bitwise as the one that was left alone.
+"""A repeatedly killed training gives bitwise the same result as an undisturbed one.
 
-The kills are SIGKILL, and the processes real. A process kills itself at a call, drawn at random, of any function that
-Python calls: that reaches every moment at which a file could be half written, and, since calls are counted and not
-timed, a failure comes again.
+Processes are killed by SIGKILL, at a random Python function call. This covers every moment at which a file may be half
+written, and is reproducible, since calls are counted.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CPU = torch.device("cpu")
 EPOCHS = 6
 KILLS = 3
 
-# Each has something that a resumed training could lose; together, all that a checkpoint holds.
+# Together they use all state of a checkpoint.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "adamw, ema, mixup and cutmix, dropout": {
         "averaging.name": "ema", "averaging.half_life_fraction": 0.1, "augment.mixup": 0.4, "augment.cutmix": 1.0,
@@ -58,19 +57,19 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Life:
-    """One process of a training: its files, and when it kills itself."""
+    """One process of a training: its files, and when it is killed."""
 
     folder: Path
     data: Path
     config: str
     share: float
-    """Of the time that checkpoints may take."""
+    """Maximum fraction of time for checkpoints."""
     kill: tuple[int, int] | None
-    """It dies after so many ends of epochs, and then so many calls of functions; None: it lives."""
+    """Killed after so many epochs, and then so many function calls; None: not killed."""
 
     @property
     def diary(self) -> Path:
-        """A line for each thing that the training told, as `Line`."""
+        """Log of the training's callbacks, as JSON lines."""
         return self.folder / "diary.jsonl"
 
     @property
@@ -79,7 +78,7 @@ class Life:
 
 
 def live(life: Life) -> None:
-    """Trains on from the checkpoint, where there is one; runs in a process of its own."""
+    """Train from the checkpoint, if there is one, in a separate process."""
     torch.set_num_threads(1)
     core.loop.run.CHECKPOINT_SHARE = life.share
     digits = Splits(**torch.load(life.data, weights_only=True))
@@ -121,15 +120,14 @@ def live(life: Life) -> None:
 
 
 def lines_of(life: Life) -> list[dict[str, Any]]:
-    """What the training told in all its lives. A line that was being written when it was killed is none."""
+    """Parse the log of all processes, without an incomplete last line."""
     return [json.loads(line) for line in life.diary.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def serve() -> None:
-    """Lives the lives that standard input describes, each in a process of its own, and answers with how it ended.
+    """Run the trainings described on standard input in forked processes, and print their exit codes.
 
-    They are forked from this one, which lives the first itself: what torch and timm import on the way takes longer than
-    a life, and would take most of the calls.
+    Forking avoids importing torch and timm for each; the parent runs the first training itself for lazy imports.
     """
     live(described(sys.stdin.readline()))
     for line in sys.stdin:
@@ -148,7 +146,7 @@ def described(line: str) -> Life:
 
 
 class Server:
-    """The process that `serve` runs in."""
+    """The process of `serve`."""
 
     def __init__(self, process: subprocess.Popen[str], data: Path) -> None:
         self.process, self.data = process, data
@@ -160,7 +158,7 @@ class Server:
         self.process.stdin.flush()
 
     def run(self, life: Life) -> int:
-        """The exit code."""
+        """Run a training and return its exit code."""
         self.begin(life)
         assert self.process.stdout is not None
         return int(self.process.stdout.readline())
@@ -180,7 +178,7 @@ def server(digits: Splits, tiny: TrainConfig, tmp_path_factory: pytest.TempPathF
 
 
 def same(one: Life, other: Life) -> bool:
-    """Bitwise equal weights and predictions, and equal scores at every epoch."""
+    """Compare weights, predictions and the scores of every epoch, bitwise."""
     ours, theirs = (torch.load(life.result, weights_only=True) for life in (one, other))
     equal = [torch.equal(ours["weights"][name], theirs["weights"][name]) for name in ours["weights"]]
     return all(equal) and torch.equal(ours["logits"], theirs["logits"]) and ours["history"] == theirs["history"]
@@ -198,12 +196,12 @@ def test_a_repeatedly_killed_training_equals_the_undisturbed_one_bitwise(
     config = tiny.override({"epochs": EPOCHS, **changes}).model_dump_json()
     twin = Life(tmp_path / "twin", server.data, config, share, kill=None)
     assert server.run(twin) == 0
-    calls = statistics.median(line["calls"] for line in lines_of(twin))  # of an epoch and its checkpoint
+    calls = statistics.median(line["calls"] for line in lines_of(twin))  # per epoch with its checkpoint
 
     drawn = random.Random(f"{changes}")
     killed = Life(tmp_path / "killed", server.data, config, share, kill=None)
     for kill in range(KILLS):
-        # The first one past a checkpoint; and none after a fourth epoch, so that they leave something to the last life.
+        # The first is after a checkpoint; none is after a fourth epoch, so that the last process trains too.
         epochs = 2 if kill == 0 else drawn.randint(0, 1)
         died = dataclasses.replace(killed, kill=(epochs, round(calls * drawn.random())))
         assert server.run(died) == -signal.SIGKILL
@@ -212,14 +210,14 @@ def test_a_repeatedly_killed_training_equals_the_undisturbed_one_bitwise(
 
     resumed_at: list[int] = []
     repeated: list[int] = []
-    before: list[dict[str, Any]] = []  # what the epochs were said to be in the last life that came that far
-    told: list[dict[str, Any]] = []  # and in this one
+    before: list[dict[str, Any]] = []  # history of the previous process
+    told: list[dict[str, Any]] = []  # history of this process
     for line in lines_of(killed):
         if line["what"] == "began":
             before, told = told or before, []
         elif line["what"] == "resumed":
             told = line["history"]
-            assert told == before[: len(told)]  # to the last bit, and times too
+            assert told == before[: len(told)]  # bitwise, including times
             resumed_at.append(len(told))
             repeated.append(len(before) - len(told))
         else:

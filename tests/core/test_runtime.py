@@ -21,7 +21,7 @@ Machine = Callable[..., Path]
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Writes the control group files of a machine with 8 GiB available."""
+    """Write the control group files of a machine with 8 GiB available."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
 
     def write(cgroup: str = "", **files: str | int) -> Path:

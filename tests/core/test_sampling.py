@@ -1,4 +1,4 @@
-"""What an epoch visits: how often each class and each image, in what order, and which visits are repeats."""
+"""Visits of classes and images per epoch, their order, and repeats."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from core.sampling import epoch_length, epoch_order, repeats
 
 LABELS = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
 
-# Two classes dominate seven others, in no order: the shape of the sets that over- and undersampling are for.
+# Two of nine classes dominate, in random order.
 IMAGES = (1000, 850, 400, 150, 90, 70, 50, 21, 3)
 IMBALANCED = torch.cat([torch.full((n,), c) for c, n in enumerate(IMAGES)])
 IMBALANCED = IMBALANCED[torch.randperm(len(IMBALANCED), generator=torch.Generator().manual_seed(0))]
 
-# (oversample, undersample) -> an epoch's visits to each class, counted by hand: min(k · n, s · 1000).
+# (oversample, undersample) -> visits per class: min(k · n, s · 1000).
 VISITS = {
     (7, 0.8): (800, 800, 800, 800, 630, 490, 350, 147, 21),
     (12, 0.6): (600, 600, 600, 600, 600, 600, 600, 252, 36),
@@ -37,7 +37,7 @@ CONFIGS = [
 
 
 def order(config: SamplingConfig, seed: int = 0, labels: Tensor = LABELS) -> Tensor:
-    """One epoch's order, by a generator of that seed."""
+    """Draw an epoch's order with that seed."""
     return epoch_order(labels, config, torch.Generator().manual_seed(seed), epoch_length(labels, config))
 
 
@@ -102,7 +102,7 @@ def test_a_cut_class_is_shown_completely_over_several_epochs() -> None:
 
 def test_additional_repeats_vary_between_epochs() -> None:
     config = SamplingConfig(oversample=7)
-    labels = torch.tensor([0] * 90 + [1] * 60)  # the 60 are raised to 90 visits: half of them are shown twice
+    labels = torch.tensor([0] * 90 + [1] * 60)  # 60 images have 90 visits: half of them are shown twice
     more = [torch.bincount(order(config, seed, labels))[90:] == 2 for seed in range(2)]
     assert [int(images.sum()) for images in more] == [30, 30]
     assert not torch.equal(more[0], more[1])
@@ -115,7 +115,7 @@ def test_the_order_is_random() -> None:
     # Each of the four largest classes has 800 visits: about 400 fall in either half, ± 4 · sqrt(800 / 4) = 57.
     for half in halves:
         assert half.tolist() == pytest.approx([400] * 4, abs=57)
-    # Images that are shown seven times are not shown seven times in a row: 1 in some 5,000 pairs agrees.
+    # Repeats are not consecutive: one in about 5,000 pairs is equal.
     positions = order(config, labels=IMBALANCED)
     assert (positions[1:] == positions[:-1]).double().mean() < 0.01
 
@@ -132,7 +132,7 @@ def test_balanced_draws_every_class_equally_often() -> None:
 
 def test_balanced_draws_the_images_of_a_class_equally_often() -> None:
     drawn = torch.cat([order(SamplingConfig(name="balanced"), seed) for seed in range(100)])
-    counts = torch.bincount(drawn, minlength=len(LABELS))[-10:].double()  # the rare class: 3,333 draws an image
+    counts = torch.bincount(drawn, minlength=len(LABELS))[-10:].double()  # the rare class: 3,333 draws per image
     assert counts.tolist() == pytest.approx([counts.mean().item()] * 10, rel=0.07)
 
 
@@ -182,7 +182,7 @@ class TestEveryOrder:
 
     def test_does_not_synchronize(self, config: SamplingConfig) -> None:
         length, generator = epoch_length(IMBALANCED, config), torch.Generator().manual_seed(0)
-        with FakeTensorMode():  # its tensors have no values, so that whatever asks for one raises
+        with FakeTensorMode():  # reading a meta tensor raises
             positions = epoch_order(torch.zeros(len(IMBALANCED), dtype=torch.int64), config, generator, length)
             assert positions.shape == repeats(positions).shape == (length,)
 

@@ -1,4 +1,4 @@
-"""The schedule is torch's own warm-up, decay and falls, as a function of progress and of the scores so far."""
+"""Schedules match torch's warm-up, decay and reductions, as a function of progress and scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ("cosine", "linear", "constant", "step", "pieces", "plateau")
 
 
 def torch_factors(decay: type[LRScheduler], **options: float) -> list[float]:
-    """The factors of torch's warm-up from 0.1 followed by that decay, for a peak of 1."""
+    """torch's factors of a warm-up from 0.1 followed by that decay, with peak 1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     scheduler = SequentialLR(
         optimizer,
@@ -132,7 +132,7 @@ def plateau(**fields: Any) -> ScheduleConfig:
 
 
 def noisy_scores(seed: int, epochs: int) -> list[float]:
-    """Scores that climb, stall and tie, with one in ten that is not a number."""
+    """Scores that rise, stall and tie, with one NaN in ten."""
     draw = random.Random(seed)
     return [
         float("nan") if draw.random() < 0.1 else round(1 - 0.8**epoch + draw.gauss(0, 0.1), 1)
@@ -150,7 +150,7 @@ def test_plateau_matches_torch(seed: int, epochs: int, patience: int, maximize: 
         optimizer,
         mode="max" if maximize else "min",
         factor=0.3,
-        patience=patience - 1,  # bad epochs that are tolerated: the one after them falls
+        patience=patience - 1,  # torch's tolerated bad epochs
         threshold=0.0,
         min_lr=0.001,
         eps=0.0,
@@ -226,7 +226,7 @@ def test_a_replayed_plateau_has_the_same_factor_at_every_step(
 def test_a_replayed_plateau_consists_of_its_reductions() -> None:
     config = plateau(warmup_fraction=0.1, patience_fraction=0.2, gamma=0.5, final_factor=0.2)
     again = replayed(config, [0.5] + [0.4] * 9, maximize=True, epochs=10)
-    # The fourth fall, at 0.9, is to the same 0.2 as the third.
+    # The fourth reduction, at 0.9, has no effect.
     assert again == ScheduleConfig(
         name="pieces",
         warmup_fraction=0.1,

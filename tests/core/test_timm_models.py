@@ -1,4 +1,4 @@
-"""timm's models behind `timm/NAME`: what fields reach them, what is refused, and where their weights come from."""
+"""timm's models: options, errors, and pretrained weights."""
 
 from __future__ import annotations
 
@@ -129,14 +129,14 @@ def test_an_unknown_name_fails_the_check_as_it_fails_the_build(name: str, messag
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, and no network."""
+    """An empty hub cache without network."""
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     return tmp_path
 
 
 def _publish(hub_cache: Path, repository: str) -> Path:
-    """The folder of the hub's cache where the files of a repository lie."""
+    """Return the folder of a repository's files in the hub's cache."""
     snapshot = hub_cache / f"models--timm--{repository}" / "snapshots" / "0"
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
@@ -228,7 +228,7 @@ FORMATS: dict[str, Save] = {
 
 
 def _source(name: str, **arguments: Any) -> nn.Module:
-    """A model with weights and statistics unlike those that any other begins with."""
+    """A model with random weights and statistics."""
     torch.manual_seed(7)
     model = timm.create_model(name, **arguments)
     with torch.no_grad():
@@ -360,7 +360,7 @@ def test_a_model_without_published_weights_loads_a_file(tmp_path: Path) -> None:
 
 
 def test_the_file_is_not_needed_without_pretraining() -> None:
-    """So a submission model is loaded: it holds its weights, and the file may be gone."""
+    """A submission model has its own weights, so the file may be missing."""
     config = ModelConfig(name="timm/test_resnet", pretrained=True, pretrained_file="gone.pth")
     plain = config.model_copy(update={"pretrained": False})
     build_model(plain, num_classes=7, in_channels=3, image_size=(32, 32))
@@ -442,7 +442,7 @@ def test_weights_of_another_model_are_refused_naming_a_layer(tmp_path: Path, num
     assert "set model.name to the model that it was saved from" in text
 
 
-@pytest.mark.parametrize("num_classes", [7, 13])  # with other classes timm itself would not object
+@pytest.mark.parametrize("num_classes", [7, 13])  # timm does not raise for other classes
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -464,7 +464,7 @@ def test_missing_and_surplus_layers_are_named(
 
 
 def test_models_that_timm_loads_loosely_are_checked_strictly(tmp_path: Path) -> None:
-    """timm loads its DLA models with `strict=False`: a file of another model would leave them untrained."""
+    """timm loads DLA models with `strict=False`."""
     file = _save(_source("test_resnet", num_classes=7), tmp_path / "weights.pth")
     text = _refusal("dla46x_c", file, ConfigError, num_classes=7)
     assert "is missing in weights.pth (and " in text

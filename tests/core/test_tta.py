@@ -1,4 +1,4 @@
-"""The views, and the average over them."""
+"""Views and their average."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _prepare(images: Tensor) -> Tensor:
 
 
 class Net(nn.Sequential):
-    """A classifier of 8×8 images that tells left from right, with what behaves otherwise while training."""
+    """A classifier of 8×8 images that is not mirror-symmetric, with layers that behave differently in training."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_prediction_is_in_evaluation_mode_and_restores_it(training: bool) -> Non
 
 def test_modes_are_restored_on_errors() -> None:
     model = Net()
-    model.append(nn.Linear(5, 5))  # which four logits do not fit
+    model.append(nn.Linear(5, 5))  # does not fit four logits
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         predict_logits(model, _images(), prepare=_prepare)
     assert all(module.training for module in model.modules())

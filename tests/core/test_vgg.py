@@ -1,4 +1,4 @@
-"""VGG: what its fields shape, against torchvision's."""
+"""VGG and its fields against torchvision's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from core.runtime import normalize
 
 SMALL: dict[str, Any] = {"widths": (8, 16), "blocks": (1, 2)}
 VGG16: dict[str, Any] = {"widths": (64, 128, 256, 512, 512), "blocks": (2, 2, 3, 3, 3), "hidden": 4096}
-# Our layers of the classifier, and torchvision's; every other name is the same.
+# Names of the classifier's layers here and in torchvision; other names are equal.
 RENAMED = {"hidden1": "classifier.0", "hidden2": "classifier.3", "fc": "classifier.6"}
 
 
@@ -68,7 +68,7 @@ def test_as_published_it_has_torchvisions_shapes(reference: str, norm: str, bloc
 
 
 def _narrow_torchvision(widths: tuple[int, ...], blocks: tuple[int, ...], hidden: int, *, norm: bool) -> nn.Module:
-    """torchvision's VGG of other widths, which its class fixes in the classifier."""
+    """torchvision's VGG with other widths."""
     plan: list[str | int] = []
     for width, count in zip(widths, blocks, strict=True):
         plan += [width] * count + ["M"]
