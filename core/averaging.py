@@ -1,14 +1,12 @@
 """Averages of weights over time and over networks.
 
 EMA: an exponential moving average of parameters and batch-norm statistics after every step. The decay warms up as
-min(d, (1 + t) / (10 + t)) at update t, as in TensorFlow's `ExponentialMovingAverage(num_updates=)`, so that the initial
-weights are forgotten at once: a constant 0.999 would retain 70 % of them after 350 steps.
+min(d, (1 + t) / (10 + t)) at update t, as in TensorFlow, so that the initial weights are forgotten at once: a constant
+0.999 would retain 70 % of them after 350 steps.
 
-SWA: the mean of the weights at the ends of the last epochs (Izmailov et al. 2018, arXiv 1803.05407). Batch-norm
-statistics must be recomputed before use: `recalibrate`.
-
-`mean_of`: a uniform soup of networks (Wortsman et al. 2022, arXiv 2203.05482), accurate only if the loss is low between
-them, as after fine-tuning from the same weights.
+SWA: the mean of the weights at the ends of the last epochs (Izmailov et al. 2018, arXiv 1803.05407). `mean_of`: a
+uniform soup of networks (Wortsman et al. 2022, arXiv 2203.05482), accurate only if the loss is low between them, as
+after fine-tuning from the same weights. Both need `recalibrate`.
 """
 
 from __future__ import annotations
@@ -125,7 +123,7 @@ class ExponentialAveraging(Averaging):
         self._count += 1
 
     def end_epoch(self, epoch: int) -> None:
-        """Do nothing: steps are averaged."""
+        """Do nothing."""
 
     def caught_up(self, epoch: int) -> bool:
         return epoch >= CAUGHT_UP_FRACTION * self._epochs
@@ -140,13 +138,13 @@ class StochasticAveraging(Averaging):
         self.needs_recalibration = bool(_batch_norms(model))
 
     def next_weight(self) -> None:
-        """Return None: epochs are averaged."""
+        """Return None."""
 
     def update(self, weight: float | Tensor) -> None:
-        """Do nothing: epochs are averaged."""
+        """Do nothing."""
 
     def end_update(self) -> None:
-        """Do nothing: epochs are averaged."""
+        """Do nothing."""
 
     def end_epoch(self, epoch: int) -> None:
         if epoch >= self._start_epoch:
@@ -154,7 +152,6 @@ class StochasticAveraging(Averaging):
             self._count += 1
 
     def caught_up(self, epoch: int) -> bool:
-        """Return whether at least two epochs were averaged; with one, the average equals the weights."""
         return epoch - 1 >= max(self._start_epoch, 1)
 
 
@@ -171,8 +168,7 @@ def build_averaging(config: AveragingConfig, model: nn.Module, total_steps: int,
 def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
     """Recompute the running statistics of all batch norms as the mean over batches (N, C, H, W).
 
-    Like `torch.optim.swa_utils.update_bn`, but dropout and drop path stay off, and modes are restored. Without batch
-    norms, no batch is read.
+    Like `torch.optim.swa_utils.update_bn`, but dropout and drop path stay off, and modes are restored.
 
     Raises:
         ValueError: there is no batch.
@@ -200,10 +196,7 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def mean_of(models: Sequence[nn.Module]) -> nn.Module:
-    """Return a new network with the mean weights of several, in evaluation mode, on the first one's device.
-
-    Floating-point buffers are averaged too; integer buffers are the first network's. `recalibrate` batch norms before
-    use.
+    """Return the mean of several networks in evaluation mode; integer buffers are the first one's. Needs `recalibrate`.
 
     Raises:
         ValueError: there is no model, or their tensors differ in names or shapes.
@@ -223,11 +216,9 @@ def mean_of(models: Sequence[nn.Module]) -> nn.Module:
 
 
 def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """Batch norms with running statistics."""
     return [child for child in module.modules() if isinstance(child, _BatchNorm) and child.track_running_stats]
 
 
 def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Floating-point and integer parameters and buffers, in the same order for a module and its copy."""
     tensors = [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]
     return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

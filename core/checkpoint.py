@@ -95,7 +95,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _original_error() -> Iterator[None]:
-    """Raises what stopped a save, the disk's error or an interrupt, where torch then fails over the file's length."""
+    """Raise the error that stopped a save, where torch raises one about the file's length."""
     try:
         yield
     except RuntimeError as error:

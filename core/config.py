@@ -407,9 +407,6 @@ class TrainConfig(_Section):
 
         Setting one of `optim.lr` and `optim.lr_scale` clears the other.
 
-        Args:
-            values: new values by dotted path.
-
         Raises:
             KeyError: a path is not a field.
             pydantic.ValidationError: a value is invalid for its field.

@@ -21,10 +21,8 @@ from torch import Tensor
 class Feed(ABC):
     """Source of image batches on a device."""
 
-    images: Tensor
-    """(N, C, H, W) uint8, on the device or the host."""
-    device: torch.device
-    """Device of the delivered batches."""
+    images: Tensor  # (N, C, H, W) uint8, on the device or the host
+    device: torch.device  # Device of the delivered batches
 
     @abstractmethod
     def take(self, rows: Tensor) -> Tensor:
@@ -108,10 +106,7 @@ class Streamed(Feed):
 def open_feed(images: Tensor, device: torch.device, *, streamed: bool | None = None) -> Feed:
     """Create the feed of images (N, C, H, W) uint8 to a device.
 
-    Args:
-        images: on the host or a device.
-        device: device of the delivered batches.
-        streamed: True keeps the images on the host, False moves them to the device; None streams if they are not there.
+    `streamed` True keeps the images on the host, False moves them to the device; None streams if they are not there.
 
     Raises:
         ValueError: `streamed` is true and the images are not on the host.
@@ -136,16 +131,13 @@ class _Buffer:
         self._host = self._room(0)
 
     def reserve(self, size: int) -> None:
-        """Grow to at least that many images."""
         if len(self._host) < size:
             self._host = self._room(size)
 
     def fill(self, rows: Tensor) -> None:
-        """Gather the images of these rows (B,). Runs in the thread."""
         torch.index_select(self._images, 0, rows, out=self._host[: len(rows)])
 
     def acquire(self, size: int) -> Tensor:
-        """Return the batch of that many images for the caller's use."""
         return self._host[:size]
 
     def release(self) -> None:
@@ -158,11 +150,7 @@ class _Buffer:
 
 
 class _PinnedBuffer(_Buffer):
-    """Pinned host memory and CUDA memory for one batch, and the copy between them on its own stream.
-
-    The copy waits for the work on the previous batch in this buffer, the thread waits for the copy before it overwrites
-    pinned memory, and the caller's stream waits for the copy.
-    """
+    """Pinned host memory and CUDA memory for one batch, and the copy between them on its own stream."""
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
         super().__init__(images)

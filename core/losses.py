@@ -4,14 +4,11 @@ Focal loss (Lin et al. 2017, arXiv 1708.02002) is sum over k of t_k (1 - p_k)^ga
 cross-entropy (Wightman et al. 2021, arXiv 2110.00476), summed over classes where timm averages, so that learning rates
 are comparable to cross-entropy. Label smoothing (Szegedy et al. 2016, arXiv 1512.00567) applies to class labels only.
 
-For imbalanced classes, logit adjustment adds tau · log(class frequency) to each logit in training, so that the plain
-logits are those of balanced classes (Menon et al. 2021, arXiv 2007.07314, equation 10; tau 1 is the balanced softmax of
-Ren et al. 2020, arXiv 2007.10740). Class weights are inverse class frequencies or inverse effective numbers (Cui et al.
-2019, arXiv 1901.05555), optionally for the end of the run only (Cao et al. 2019, arXiv 1906.07413). Classes without
-training images count as having one.
-
-Weights multiply each class's term in cross-entropy and focal loss, and the image's loss in `bce`. The batch's sum is
-divided by the sum of its weights, as torch does for hard targets. For mixtures torch divides by the number of images,
+Logit adjustment adds tau · log(class frequency) to each logit in training (Menon et al. 2021, arXiv 2007.07314,
+equation 10; tau 1 is the balanced softmax of Ren et al. 2020, arXiv 2007.10740). Class weights are inverse class
+frequencies or inverse effective numbers (Cui et al. 2019, arXiv 1901.05555), optionally for the end of the run only
+(Cao et al. 2019, arXiv 1906.07413). They multiply each class's term in cross-entropy and focal loss, and the image's
+loss in `bce`; the batch's sum is divided by the sum of its weights. For mixtures torch divides by the number of images,
 which shrinks the gradient of batches of common classes (to a twelfth, for inverse weights of 900, 90 and 10 images).
 """
 
@@ -40,9 +37,7 @@ def smoothing_at(config: LossConfig, progress: float) -> float:
 def class_weights(config: LossConfig, class_counts: Tensor) -> Tensor | None:
     """Return the weight of each class, (K,) positive float32 of mean 1, or None for equal weights.
 
-    Args:
-        config: `class_weights` selects the formula.
-        class_counts: (K,) int64 training images of each class; 0 counts as 1.
+    Classes without images, in `class_counts` (K,), count as having one.
     """
     if config.class_weights == "none":
         return None
@@ -57,10 +52,8 @@ def class_weights(config: LossConfig, class_counts: Tensor) -> Tensor | None:
 class Stage(NamedTuple):
     """Loss settings that depend on the progress of the run."""
 
-    smoothing: float | Tensor
-    """In [0, 1). A scalar on the device if steps are captured and it changes between steps."""
-    weighted: bool
-    """Whether class weights apply."""
+    smoothing: float | Tensor  # In [0, 1). A scalar on the device if steps are captured and it changes between steps
+    weighted: bool  # Whether class weights apply
 
 
 class Criterion:
@@ -85,13 +78,7 @@ class Criterion:
         return Stage(smoothing_at(self.config, progress), weighted)
 
     def __call__(self, logits: Tensor, labels: Tensor, stage: Stage) -> Tensor:
-        """Return the batch's mean loss, weighted if class weights apply, as a float32 scalar.
-
-        Args:
-            logits: (N, K) of any floating type.
-            labels: (N,) int64 in [0, K).
-            stage: the step's.
-        """
+        """Return the mean loss of logits (N, K) for labels (N,), weighted if class weights apply."""
         smoothing, weights = stage.smoothing, self.weights if stage.weighted else None
         logits = self._adjusted(logits)
         if self.config.name == "cross_entropy" and isinstance(smoothing, float):
@@ -106,13 +93,7 @@ class Criterion:
         return losses.mean() if weights is None else losses.sum() / self._weight(labels)
 
     def mixed(self, logits: Tensor, targets: Tensor, stage: Stage) -> Tensor:
-        """Return the batch's mean loss for mixtures, without smoothing, as a float32 scalar.
-
-        Args:
-            logits: (N, K) of any floating type.
-            targets: (N, K), non-negative, each row of sum 1.
-            stage: the step's.
-        """
+        """Return the mean loss of logits (N, K) for targets (N, K) whose rows sum to 1, without smoothing."""
         targets, weights = targets.float(), self.weights if stage.weighted else None
         logits = self._adjusted(logits)
         if self.config.name == "cross_entropy":
@@ -129,7 +110,6 @@ class Criterion:
         return self._weight(part) / self._weight(whole)
 
     def _weight(self, targets: Tensor) -> Tensor:
-        """Sum of the weights of labels (N,) or mixtures (N, K): a scalar."""
         assert self.weights is not None
         return self.weights[targets].sum() if targets.ndim == 1 else (targets.float() * self.weights).sum()
 

@@ -68,10 +68,10 @@ def bootstrap_intervals(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """Return a percentile bootstrap interval over images for each score.
+    """Return a percentile bootstrap interval (low, high) over images for each score.
 
-    The intervals show the variation over samples of images for fixed predictions, not over trainings. That of the
-    calibration error is biased upwards and may exclude the error itself, since resampling adds miscalibration.
+    It shows the variation over samples of images for fixed predictions, not over trainings. That of the calibration
+    error is biased upwards, since resampling adds miscalibration.
 
     Args:
         logits: (N, K) logits or log-probabilities, N at least 1.
@@ -79,9 +79,6 @@ def bootstrap_intervals(
         generator: draws the resamples, on its own device.
         resamples: number of resamples.
         confidence: coverage in (0, 1).
-
-    Returns:
-        Name of each field of `Scores` -> (low, high).
 
     Raises:
         ValueError: `resamples` or `confidence` is out of range.
@@ -109,14 +106,10 @@ class _Terms:
     """Contribution of each image to the sums that scores are made of: (N, ·) float64 each."""
 
     loss: Tensor
-    hits: Tensor
-    """(N, K): 1 at the label if the prediction is correct."""
-    truth: Tensor
-    """(N, K): 1 at the label."""
-    predicted: Tensor
-    """(N, K): 1 at the predicted class."""
-    gaps: Tensor
-    """(N, 15): correctness minus confidence, in the bin of the confidence."""
+    hits: Tensor  # (N, K): 1 at the label if the prediction is correct
+    truth: Tensor  # (N, K): 1 at the label
+    predicted: Tensor  # (N, K): 1 at the predicted class
+    gaps: Tensor  # (N, 15): correctness minus confidence, in the bin of the confidence
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> _Terms:

@@ -5,20 +5,17 @@ shrinks each weight, w *= 1 - factor × weight_decay, where `factor` is the sche
 not decayed.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is timm's, since torch's does not support
-convolutions. Updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one rate serves both
-Muon and its AdamW for vectors, the classifier, and filters that timm excludes. With `nesterov` the latter is NAdamW.
+convolutions. Updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one rate serves
+both. AdamW handles vectors and the classifier.
 
-SWATS (Keskar and Socher 2017, arXiv 1712.07628) switches from Adam to SGD with momentum, starting at v = 0:
-
-- `fraction`: at a fixed fraction of the run, to `lr_scale` × SGD's reference rate.
-- `criterion`: Algorithm 1 of the paper. In each Adam step p for the gradient g, γ = pᵀp / (−pᵀg) is the SGD rate whose
-  step projects onto p; λ is its moving average with Adam's β₂. Once |λ / (1 − β₂ᵏ) − γ| < tolerance, SGD starts with
-  the rate (1 − momentum) Λ, Λ = λ / (1 − β₂ᵏ), in the next epoch. Open in the paper: p is divided by the schedule's
-  factor, so all rates refer to the peak; the criterion is not tested during the warm-up; and a Λ that is not positive
-  never switches.
+SWATS (Keskar and Socher 2017, arXiv 1712.07628) switches from Adam to SGD with momentum, starting at v = 0: at a fixed
+`fraction` of the run to `lr_scale` × SGD's reference rate, or by the `criterion` of Algorithm 1. In each Adam step p
+for the gradient g, γ = pᵀp / (−pᵀg) is the SGD rate whose step projects onto p, and λ its moving average with β₂. Once
+|λ / (1 − β₂ᵏ) − γ| < tolerance after the warm-up, SGD starts in the next epoch with the rate (1 − momentum) Λ, Λ = λ /
+(1 − β₂ᵏ), if Λ > 0. Rates refer to the schedule's peak.
 
 `begin_step` and `end_step` run on the host. `step` runs on the device without waiting and can be captured as a CUDA
-graph, with the schedule's factor as a scalar on the device; without capture a number is faster on the CPU.
+graph, with the schedule's factor as a scalar on the device.
 """
 
 from __future__ import annotations
@@ -83,8 +80,7 @@ class StepOptimizer:
     def phase(self) -> Hashable:
         """Key of the kernels that `step` launches. A captured step is valid while the key stays equal.
 
-        The first step of a phase creates the state of newly trained parameters, so it cannot be captured.
-        `load_state_dict` recreates the state and invalidates captured steps.
+        The first step of a phase creates state, so it cannot be captured.
         """
         return (self._frozen,)
 
@@ -160,7 +156,6 @@ class StepOptimizer:
         """Hook at the end of the device part."""
 
     def _begin(self, name: str, peak_lr: float) -> None:
-        """Create torch's optimizer of that name in its fastest form, without state."""
         config = self._config
         self._peak_lr = peak_lr
         # torch's SGD passes decay through the momentum, and timm's Muon has a single decay for all its groups.
@@ -204,7 +199,6 @@ class StepOptimizer:
             self._hold_rates()
 
     def _hold_rates(self) -> None:
-        """Make the groups' rates views of one tensor that `_set_rates` fills, if capturable."""
         if self._capturable:
             for group, rate in zip(self._inner.param_groups, self._rates.unbind(), strict=True):
                 group["lr"] = rate
@@ -219,7 +213,6 @@ class StepOptimizer:
             group["lr"] = self._peak_lr * factor * group["lr_scale"]
 
     def _groups(self, peak_lr: float, *, decay: float) -> list[dict[str, Any]]:
-        """Non-empty groups of parameters by weight decay and by classifier or backbone."""
         groups = []
         for decayed in (True, False):
             for of_head in (False, True):
@@ -329,7 +322,6 @@ class _Projection:
 
     @torch.no_grad()
     def observe(self, gradients: list[Tensor], first: list[Tensor], second: list[Tensor], *, judged: bool) -> None:
-        """Process the gradients and both moments after an Adam step, one tensor per parameter."""
         self._k += 1
         # `**` of a number and a tensor was not always capturable.
         first_correction, second_correction = (1 - torch.pow(beta, self._k) for beta in (self._beta1, self._beta2))

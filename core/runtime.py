@@ -20,12 +20,8 @@ from core.errors import UserError
 def select_device(name: str | None = None, *, option: str = "--device") -> torch.device:
     """Return the named device, or else the first CUDA device, or else the CPU.
 
-    Args:
-        name: `cpu`, `cuda` or `cuda:N`; None selects automatically.
-        option: command-line option that supplied the name, for the error message.
-
     Raises:
-        UserError: the name is invalid, or this machine has no such device.
+        UserError: the name is invalid, or this machine has no such device; `option` is the option that supplied it.
     """
     if name is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

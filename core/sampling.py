@@ -24,14 +24,7 @@ def epoch_length(labels: Tensor, config: SamplingConfig) -> int:
 
 
 def epoch_order(labels: Tensor, config: SamplingConfig, generator: torch.Generator, length: int) -> Tensor:
-    """Draw the order of one epoch: (length,) int64 positions in [0, n), on the labels' device.
-
-    Args:
-        labels: (n,) int64 classes of the training images, each in [0, n).
-        config: the sampling scheme.
-        generator: on the labels' device.
-        length: `epoch_length` of these labels and this config.
-    """
+    """Draw the order of one epoch: (length,) int64 positions in labels (n,), on their device."""
     n, device = len(labels), labels.device
     if config.name == "balanced":
         weights = _class_counts(labels)[labels].double().reciprocal()
@@ -72,6 +65,5 @@ def _class_counts(labels: Tensor) -> Tensor:
 
 
 def _visits(counts: Tensor, config: SamplingConfig) -> Tensor:
-    """Visits per epoch of each class: (n,) int64, min(k · count, cap) with a cap of at least 1."""
     cap = (counts.max().double() * config.undersample).round().clamp(min=1).long()
     return torch.minimum(counts * config.oversample, cap)

@@ -22,10 +22,7 @@ _ROUNDING = 1e-9
 def factor(config: ScheduleConfig, progress: float, reductions: int = 0) -> float:
     """Return the learning rate as a factor of its peak, in [0, 1].
 
-    Args:
-        config: the schedule.
-        progress: completed fraction of the run's steps, in [0, 1]; 0 at the first step.
-        reductions: number of reductions so far of a `plateau` schedule, from `reductions`.
+    `progress` is the completed fraction of the run's steps. A `plateau` needs the number of `reductions`.
 
     Raises:
         ValueError: `progress` is outside [0, 1].
@@ -51,14 +48,8 @@ def reductions(config: ScheduleConfig, scores: Sequence[float], *, maximize: boo
     """Return the number of reductions of a `plateau` schedule so far; 0 for other schedules.
 
     The factor is reduced after `patience_fraction` of the run (rounded to epochs, at least one) without an improvement
-    over the best score. This is torch's ReduceLROnPlateau with a `patience` of one epoch fewer, a threshold of 0 and no
-    cooldown.
-
-    Args:
-        config: the schedule.
-        scores: validation score of each epoch so far; NaN is not an improvement.
-        maximize: whether higher is better.
-        epochs: epochs of the whole run.
+    over the best of `scores`; NaN is not an improvement. This is torch's ReduceLROnPlateau with a `patience` of one
+    epoch fewer, a threshold of 0 and no cooldown.
     """
     return len(_falls(config, scores, maximize, epochs))
 
@@ -101,5 +92,5 @@ def _falls(config: ScheduleConfig, scores: Sequence[float], maximize: bool, epoc
 
 
 def _reduced(config: ScheduleConfig, count: int) -> float:
-    """Factor of a `plateau` after `count` reductions; above 0, since a piece of `replayed` cannot be 0."""
+    """Factor of a `plateau` after `count` reductions; above 0, as `pieces` require."""
     return max(float(config.gamma**count), config.final_factor, sys.float_info.min)

@@ -89,6 +89,5 @@ def average(logits: Tensor) -> Tensor:
 
 
 def _moved(side: int, steps: int, device: torch.device) -> Tensor:
-    """Source index of each position along a shifted side: (side,), reflected at the edges."""
     source = torch.arange(side, device=device) - steps * max(1, round(side * STEP_FRACTION))
     return (side - 1) - ((side - 1) - source.abs()).abs()

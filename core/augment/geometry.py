@@ -71,14 +71,10 @@ def warp(
     Args:
         images: (n, C, H, W).
         matrices: (n, 2, 3).
-        frames: (n, 2, 2) first and last pixel across, then down, from the centre, of a part of each image with its own
-            edge, as torchvision enlarges crops: within half a pixel outside these pixel centres, the edge pixels are
-            repeated instead of interpolated with those beyond.
+        frames: (n, 2, 2) first and last pixel across, then down, from the centre, of a part of each image. Within half
+            a pixel outside of it, its edge is repeated, as torchvision enlarges crops.
         dtype: of the result.
         scratch: memory for intermediate images.
-
-    Returns:
-        (n, C, H, W) of `dtype`.
     """
     count, channels, height, width = images.shape
     x = torch.arange(width, device=images.device) - (width - 1) / 2

@@ -1,8 +1,7 @@
 """Augmentation operations by torchvision's names, with a signed level (n,) in [-1, 1].
 
-Level 0 is the identity, bitwise for photometric operations and shifts, so a policy that applies an operation with some
-probability uses level 0 for the other images. Definitions and ranges are those of torchvision's v2 transforms unless
-noted.
+Level 0 is the identity, bitwise for photometric operations and shifts. Definitions and ranges are those of
+torchvision's v2 transforms unless noted.
 """
 
 from __future__ import annotations
@@ -20,18 +19,13 @@ from core.augment import geometry, photometry
 class Ranges:
     """Magnitudes at level 1."""
 
-    shear: float
-    """Slope."""
-    translate_fraction: float
-    """Shift as a fraction of the image's side."""
-    translate_pixels: float
-    """Maximum shift in pixels."""
-    degrees: float
-    """Rotation angle."""
+    shear: float  # Slope
+    translate_fraction: float  # Shift as a fraction of the image's side
+    translate_pixels: float  # Maximum shift in pixels
+    degrees: float  # Rotation angle
     factor_change: float
     """Brightness, saturation, contrast and sharpness are scaled by 1 plus this; at level -1 by 1 minus this."""
-    bits_lost: int
-    """Posterize keeps 8 minus this."""
+    bits_lost: int  # Posterize keeps 8 minus this
 
     def translate(self, side: int) -> float:
         """Return the shift at level 1 in pixels, along a side of that many pixels."""

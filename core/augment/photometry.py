@@ -18,7 +18,6 @@ def _each(magnitude: Tensor) -> Tensor:
 
 
 def _floats(pixels: Tensor) -> Tensor:
-    """A contiguous float32 copy, to be modified in place."""
     return pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -36,7 +35,6 @@ def _quantize(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """Greyscale of float32 pixels: (n, 1, H, W)."""
     if pixels.shape[1] == 1:
         return pixels
     red, green, blue = pixels.unbind(1)

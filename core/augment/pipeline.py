@@ -50,15 +50,13 @@ def _wide_rows(images: Tensor) -> Tensor:
 
 
 def _inverse(order: Tensor) -> Tensor:
-    """Inverse of a permutation (n,) int64."""
     return order.argsort()
 
 
 class Augment:
-    """Turns uint8 training images into augmented, normalized network input.
+    """Turns uint8 training images into augmented, normalized network input, without waiting for the device.
 
-    Random numbers come from the generators passed to each call, and equal states give equal bits. Nothing waits for the
-    device, and a call can be captured in a CUDA graph.
+    Equal states of the generators give equal bits. A call can be captured in a CUDA graph.
 
     Args:
         config: the augmentation.
@@ -129,7 +127,6 @@ class Augment:
         return chosen.contiguous(memory_format=torch.channels_last)
 
     def _augment(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Augment and normalize all images in chunks: uint8 to `dtype` (N, C, H, W) channels_last."""
         out = torch.empty(images.shape, dtype=self.dtype, device=images.device, memory_format=torch.channels_last)
         chunk = self._chunk(images)
         # Inference mode saves 5 % of a CPU's time. `out` is created outside of it, since the backward pass needs it.
@@ -144,10 +141,7 @@ class Augment:
         return out
 
     def _finish(self, pixels: Tensor, places: Tensor, shown: tuple[Tensor, Tensor] | None, out: Tensor) -> None:
-        """Write pixels[places], normalized, to `out` (n, C, H, W), and 0 where neither of `shown` is 1.
-
-        `shown` are rows (n, 1, H, 1) and columns (n, 1, 1, W).
-        """
+        """Write pixels[places], normalized, to `out`, and 0 where neither row nor column of `shown` is 1."""
         sizes = blocks(len(out), out)
         scale, shift = (spread(c, out.shape, torch.contiguous_format) for c in (self._scale, self._shift))
         room = self._scratch.zeroed_once("normalised", (sizes[0], *out.shape[1:]), self._scale)
@@ -164,11 +158,9 @@ class Augment:
             there.copy_(values)
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 to `dtype` channels_last."""
         return normalize_by(images, self._scale, self._shift).to(self.dtype)
 
     def _chunk(self, images: Tensor) -> int:
-        """Images processed at once: all on a GPU, limited by `_CPU_CHUNK_BYTES` on a CPU."""
         if images.device.type != "cpu":
             return len(images)
         chunks = math.ceil(4 * images.numel() / _CPU_CHUNK_BYTES)
@@ -195,7 +187,6 @@ class Augment:
         return pixels, places[: len(images)]
 
     def _recolour(self, pixels: Tensor, assignment: Assignment) -> None:
-        """Apply an assignment's photometry in place, to pixels in its order."""
         parts = [(name, size) for name, rows in assignment.rows.items() for size in blocks(len(rows), pixels)]
         sizes = [size for _, size in parts]
         levels = assignment.levels.index_select(0, assignment.order)
@@ -255,7 +246,6 @@ class Augment:
         return pixels
 
     def _step(self, assignment: Assignment, size: tuple[int, int]) -> Tensor:
-        """Geometry of one assignment: (slots, 2, 3)."""
         step = affine(assignment.levels)
         for name, operation in GEOMETRIC_OPS.items():
             if name in assignment.rows:
@@ -265,7 +255,6 @@ class Augment:
         return step
 
     def _jitter(self, pixels: Tensor, assignments: list[Assignment], generator: torch.Generator) -> Tensor:
-        """Colour jitter of every image in the order brightness, contrast, saturation."""
         low, high = 1 - self.config.color_jitter, 1 + self.config.color_jitter
         factors = uniform((3, len(pixels)), generator, low, high)
         if assignments:

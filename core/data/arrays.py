@@ -43,12 +43,9 @@ _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 class ArrayPart:
     """Images of one array, such as the training images of a file."""
 
-    prefix: str
-    """Prefix of their ids."""
-    images: NDArray[Any]
-    """(N, H, W) or (N, H, W, 1|3|4); uint8, or a type that `_pixel_scale` accepts."""
-    labels: tuple[str, ...] | None
-    """One class per image."""
+    prefix: str  # Prefix of their ids
+    images: NDArray[Any]  # (N, H, W) or (N, H, W, 1|3|4); uint8, or a type that `_pixel_scale` accepts
+    labels: tuple[str, ...] | None  # One class per image
     test: bool
 
 

@@ -36,7 +36,7 @@ def check_members(where: str, count: int, unpacked: int, packed: int, advice: st
     Args:
         where: name of the archive, for the error message.
         count: members so far.
-        unpacked: unpacked size of the members in bytes.
+        unpacked: their size in bytes.
         packed: size of the archive in bytes.
         advice: what the user can do if the archive is trusted.
 

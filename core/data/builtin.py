@@ -33,20 +33,15 @@ class _Known:
     """Facts about a built-in data set."""
 
     images: int
-    test_images: int | None
-    """None if the set has no test images."""
+    test_images: int | None  # None if the set has no test images
     size: str
     classes: int
     torch_class: str = ""
-    folder: str = ""
-    """torchvision's folder of the files, under its root."""
-    files: tuple[str, ...] = ()
-    """Required files in `folder`."""
-    archives: tuple[str, ...] = ()
-    """Downloaded files at `url`."""
+    folder: str = ""  # torchvision's folder of the files, under its root
+    files: tuple[str, ...] = ()  # Required files in `folder`
+    archives: tuple[str, ...] = ()  # Downloaded files at `url`
     url: str = ""
-    archive_folder: str = ""
-    """torchvision's folder of the archives, under its root."""
+    archive_folder: str = ""  # torchvision's folder of the archives, under its root
     download_bytes: int = 0
 
 
@@ -87,15 +82,11 @@ class DatasetInfo:
     """A row of `hpo data list`."""
 
     name: str
-    images: int
-    """Training and test images."""
-    size: str
-    """Height × width × channels."""
+    images: int  # Training and test images
+    size: str  # Height × width × channels
     classes: int
-    download_bytes: int
-    """0 if nothing is downloaded."""
-    path: Path | None
-    """Where it is searched for; None if it is part of a package."""
+    download_bytes: int  # 0 if nothing is downloaded
+    path: Path | None  # Where it is searched for; None if it is part of a package
     on_disk: bool
 
 
@@ -116,11 +107,7 @@ def catalogue(data_root: Path = Path("data")) -> list[DatasetInfo]:
 
 
 def root_at(name: str, path: Path) -> Path | None:
-    """Return torchvision's root if the built-in set is at `path`, or in the folder above it.
-
-    Returns:
-        None if `path` contains something else: the user's own images, used instead of the set.
-    """
+    """Return torchvision's root if the built-in set is at `path` or above, or None for the user's own images."""
     known = _KNOWN[name]
     if not known.files or not path.is_dir():
         return None
@@ -175,7 +162,6 @@ def _fetch(name: str, known: _Known, root: Path, download: bool) -> None:
 
 
 def _archives_whole(known: _Known, root: Path) -> bool:
-    """Whether all archives are present and only need to be unpacked."""
     from torchvision.datasets.utils import check_integrity
 
     kind = _torch_class(known)
@@ -231,8 +217,6 @@ class _Digits(ArraySource):
 
 
 class _Torchvision(ArraySource):
-    """A data set read by torchvision."""
-
     def __init__(self, name: str, known: _Known, root: Path) -> None:
         super().__init__(name, f"{name} in {root / known.folder}")
         self._known = known

@@ -45,14 +45,9 @@ def cache_key(name: str, *parts: Any) -> str:
 
 
 def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-    """Return the folder and description of a cache, building it if it is missing or damaged.
+    """Return the folder and description of a cache, built by `build(folder)` if it is missing or damaged.
 
     Several processes may build the same cache at once; the first to finish wins.
-
-    Args:
-        root: folder of all caches.
-        key: from `cache_key`.
-        build: writes files into the given folder and returns the description.
 
     Raises:
         UserError: the cache cannot be written.
@@ -84,10 +79,7 @@ def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tup
 
 
 def _placed(fresh: Path, folder: Path) -> bool:
-    """Try to rename `fresh` to `folder`; return whether `folder` is now a complete cache.
-
-    The rename comes first, since another process may have finished the same cache in the meantime.
-    """
+    """Try to rename `fresh` to `folder`; return whether it is complete now, possibly from another process."""
     try:
         fresh.rename(folder)
     except OSError:
@@ -129,10 +121,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Raise UserError for errors while reading a cache's files.
-
-    Crashes do not cause such damage, so the files were changed. Reading them never runs code.
-    """
+    """Raise UserError for errors while reading a cache's files, which are only caused by changes to them."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -154,13 +143,7 @@ def write_images(path: Path, shape: tuple[int, int, int, int], images: Iterable[
 
 
 def open_array(path: Path, mapped: bool, dtype: type[np.generic], shape: tuple[int | None, ...]) -> Tensor:
-    """Open an .npy as a tensor.
-
-    Args:
-        path: the file.
-        mapped: memory-map it copy-on-write (torch has no read-only tensors) instead of reading it.
-        dtype: required dtype.
-        shape: required shape, with None for any length.
+    """Open an .npy of that dtype and shape (None: any length) as a tensor, memory-mapped copy-on-write or read.
 
     Raises:
         ValueError: it is not such an array.

@@ -130,7 +130,7 @@ def load_dataset(
 
 
 def split(dataset: Dataset, config: DataConfig) -> Splits:
-    """Split into training and validation images by `val_fraction` and `split_seed`, with mean and std by `normalize`.
+    """Split into training and validation images by `val_fraction` and `split_seed`.
 
     Raises:
         UserError: there are too few images, apart from duplicates, to have every class in both.
@@ -141,8 +141,7 @@ def split(dataset: Dataset, config: DataConfig) -> Splits:
 def folds(dataset: Dataset, config: DataConfig) -> tuple[Splits, ...]:
     """Return the splits that a configuration trains on: k-fold by `folds` and `split_seed`, or `split` alone.
 
-    Every image is validated in exactly one fold. Mean and std are those of each fold's training images. All folds share
-    the same tensors of images and labels, also after `on_device`.
+    Every image is validated in exactly one fold. All folds share the same tensors of images and labels.
 
     Raises:
         UserError: as in `split`, or a class has fewer images than there are folds.
@@ -151,11 +150,7 @@ def folds(dataset: Dataset, config: DataConfig) -> tuple[Splits, ...]:
 
 
 class Division:
-    """Splits a data set for different configurations, sharing its images on the device.
-
-    Only the last split is kept on host and device: a search has one, and consecutive trainings of a confirmation mostly
-    share one.
-    """
+    """Splits a data set for different configurations, keeping the last split and its images on the device."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
@@ -212,7 +207,7 @@ def _find_source(name: str, data_path: Path | None, data_root: Path, download: b
 
 
 def _build(source: Source, config: DataConfig, skip_broken: bool, folder: Path) -> dict[str, Any]:
-    """Decodes the source into `folder`: pool and test apart, and what is known of them."""
+    """Decode the source into `folder`, with separate files for pool and test set, and return the description."""
     size = None if config.image_size is None else (config.image_size, config.image_size)
     entries = source.labelled()
     spool = folder / "spool"
@@ -246,7 +241,6 @@ def _build(source: Source, config: DataConfig, skip_broken: bool, folder: Path) 
 def _divide(
     images: Sequence[Spooled], own_test: bool, fraction: float, where: str
 ) -> tuple[list[Spooled], list[Spooled]]:
-    """The images outside the test set, and in it."""
     labels = [image.entry.label for image in images]
     if own_test:
         in_test = [image.entry.test for image in images]
@@ -301,7 +295,6 @@ def _fingerprint(
 
 
 def _twins(images: Sequence[Spooled]) -> NDArray[np.int64]:
-    """(N,): index of the first image that is identical to each image."""
     first: dict[bytes, int] = {}
     return np.array([first.setdefault(image.digest, index) for index, image in enumerate(images)], dtype=np.int64)
 

@@ -45,12 +45,9 @@ class BrokenImageError(Exception):
 class Decoded:
     """An image with measurements taken while it is in the CPU cache."""
 
-    pixels: Pixels
-    """(C, H, W); C is 1 if the image is grey, else 3."""
-    digest: bytes
-    """SHA-256 of shape and pixels, equal for images that look the same."""
-    moments: NDArray[np.int64]
-    """(C, 2): sums of pixels and of squared pixels per channel, for exact mean and deviation."""
+    pixels: Pixels  # (C, H, W); C is 1 if the image is grey, else 3
+    digest: bytes  # SHA-256 of shape and pixels, equal for images that look the same
+    moments: NDArray[np.int64]  # (C, 2): sums of pixels and of squared pixels per channel, for exact mean and deviation
 
 
 def decode(payload: bytes | Pixels, size: tuple[int, int] | None) -> Decoded:
@@ -66,11 +63,9 @@ def decode(payload: bytes | Pixels, size: tuple[int, int] | None) -> Decoded:
 
 
 def read_pixels(payload: bytes | Pixels | Image.Image, size: tuple[int, int] | None) -> Pixels:
-    """Read an image as (C, H, W), where C is 1 if it is grey, else 3.
+    """Read a file's bytes, an array (H, W) or (H, W, 1|3|4), or a Pillow image as (1|3, H, W).
 
-    Args:
-        payload: a file's bytes, an array (H, W) or (H, W, 1|3|4), or a Pillow image, which is not changed.
-        size: (H, W) to resize to by Pillow's antialiased bicubic filter; None keeps the size.
+    It is resized to `size` (H, W), if given, by Pillow's antialiased bicubic filter. Grey images have one channel.
 
     Raises:
         BrokenImageError: it is not a valid image.
@@ -129,7 +124,6 @@ _BOMB = f"a decompression bomb: it has more than {MAX_PIXELS:,} pixels"
 
 
 def _check_pixels(image: Image.Image) -> None:
-    """Check the size from the header, before decoding."""
     if image.width * image.height > MAX_PIXELS:
         raise BrokenImageError(_BOMB)
 

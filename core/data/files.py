@@ -57,8 +57,6 @@ UNPACK_IT = "if you trust it, unpack it and give the folder"
 
 
 class _PathSource(Source):
-    """A source at a path."""
-
     def __init__(self, path: Path) -> None:
         super().__init__(plain_name(path), str(path))
         self.path = path
@@ -183,11 +181,9 @@ class ZipSource(_TreeSource):
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A tar header that raises on damage.
+    """A tar header that raises on damage, sparse members, and sizes that are negative or too large for metadata.
 
-    `tarfile` treats a damaged or missing header as the end of the archive and would silently drop the images after it;
-    complete archives end with a block of zeros. It also accepts headers that declare gigabytes of text, endless sparse
-    maps, or negative sizes, which loop forever (CVE-2025-8194). Sparse members are refused.
+    `tarfile` treats a damaged or missing header as the end of the archive, and loops on negative sizes (CVE-2025-8194).
     """
 
     @classmethod
@@ -258,7 +254,6 @@ class TarSource(_TreeSource):
         return read
 
     def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
-        """Yield files, folders and links, each with its path."""
         packed, unpacked = self.path.stat().st_size, 0
         try:
             with tarfile.open(self.path, tarinfo=_StrictTarInfo) as archive:

@@ -1,8 +1,7 @@
 """Classes and splits of images, derived from their paths in a folder or archive.
 
 Two layouts are supported: `train/<class>/…` with `test/<class>/…` and optionally `val`, or `<class>/…` alone. A single
-enclosing folder is ignored, and so is a doubled split, `train/train/<class>/…`, as in archives from Kaggle. Anything
-else is an error, since a wrong guess would train on wrong labels.
+enclosing folder is ignored, and so is a doubled split, `train/train/<class>/…`, as in archives from Kaggle.
 """
 
 from __future__ import annotations
@@ -29,12 +28,9 @@ SPLIT_NAMES = TRAIN_NAMES | VAL_NAMES | TEST_NAMES
 class Entry:
     """One image of a source, before decoding."""
 
-    id: str
-    """Its unique name within the source, as used in reports."""
-    label: str = ""
-    """Its class; empty if labels were not requested."""
-    test: bool = False
-    """Whether the source assigns it to the test set."""
+    id: str  # Its unique name within the source, as used in reports
+    label: str = ""  # Its class; empty if labels were not requested
+    test: bool = False  # Whether the source assigns it to the test set
 
 
 @dataclass(frozen=True)
@@ -113,10 +109,7 @@ def arrange(tree: Tree, where: str) -> list[Entry]:
 
 
 def _doubled(paths: Iterable[tuple[str, ...]]) -> frozenset[str]:
-    """Splits nested in themselves: all their images are in `train/train/<class>/`.
-
-    An image directly in `train/train/` belongs to a class called train.
-    """
+    """Splits nested in themselves: all their images are in `train/train/<class>/`."""
     found: dict[str, bool] = {}
     for parts in paths:
         if parts[0].casefold() in SPLIT_NAMES:
@@ -126,7 +119,6 @@ def _doubled(paths: Iterable[tuple[str, ...]]) -> frozenset[str]:
 
 
 def _once(parts: tuple[str, ...], doubled: frozenset[str]) -> tuple[str, ...]:
-    """The path without the second of two equal splits."""
     return parts[1:] if len(parts) > 1 and parts[0] in doubled and parts[1] == parts[0] else parts
 
 

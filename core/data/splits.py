@@ -13,7 +13,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from core.config import DataConfig
 from core.errors import UserError
 from core.runtime import free_memory
+
+if TYPE_CHECKING:
+    from core.data.dataset import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -73,38 +76,8 @@ class Splits:
         return replace(merged, mean=mean, std=std)
 
 
-class Labelled(Protocol):
-    """Images to split, such as a `Dataset`."""
-
-    @property
-    def images(self) -> Tensor:
-        """(N, C, H, W) uint8."""
-
-    @property
-    def labels(self) -> Tensor:
-        """(N,) int64."""
-
-    @property
-    def moments(self) -> Tensor:
-        """(N, C, 2) int64, see `Splits`."""
-
-    @property
-    def twins(self) -> Tensor:
-        """(N,) int64: index of the first image that is identical to each image."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names."""
-
-    @property
-    def source(self) -> str:
-        """Name of the data, for error messages."""
-
-
-def stratified(data: Labelled, config: DataConfig) -> Splits:
+def stratified(data: Dataset, config: DataConfig) -> Splits:
     """Draw `val_fraction` of the images for validation, stratified by class, with `split_seed`.
-
-    Identical images stay together, so with duplicates the fraction and the proportions are approximate.
 
     Raises:
         UserError: a class would have no training image, or validation fewer images than classes, or none.
@@ -112,11 +85,8 @@ def stratified(data: Labelled, config: DataConfig) -> Splits:
     return _normalized(data, *_draw(data, config), config)
 
 
-def stratified_folds(data: Labelled, config: DataConfig) -> tuple[Splits, ...]:
+def stratified_folds(data: Dataset, config: DataConfig) -> tuple[Splits, ...]:
     """Divide the images into `folds` parts, stratified by class, with `split_seed`; each part validates once.
-
-    Identical images stay together, so with duplicates sizes and proportions are approximate. All folds share the same
-    `images` and `labels`.
 
     Raises:
         UserError: a class has fewer images than there are folds, or would have no training image in one; or a fold
@@ -150,7 +120,7 @@ def on_device(folds: Sequence[Splits], device: torch.device | str) -> tuple[Spli
     return (first, *(replace(fold.on(device), images=first.images, labels=first.labels) for fold in folds[1:]))
 
 
-def _normalized(data: Labelled, train: Tensor, val: Tensor, config: DataConfig) -> Splits:
+def _normalized(data: Dataset, train: Tensor, val: Tensor, config: DataConfig) -> Splits:
     """The split with mean and std measured on its training images, or constants."""
     channels = data.images.shape[1]
     measured = None
@@ -166,7 +136,7 @@ def _normalized(data: Labelled, train: Tensor, val: Tensor, config: DataConfig) 
     return Splits(data.images, data.labels, train, val, data.classes, mean, std, measured)
 
 
-def _draw(data: Labelled, config: DataConfig) -> tuple[Tensor, Tensor]:
+def _draw(data: Dataset, config: DataConfig) -> tuple[Tensor, Tensor]:
     from sklearn.model_selection import train_test_split
 
     labels, classes, where = data.labels, data.classes, data.source
@@ -205,8 +175,7 @@ def _draw(data: Labelled, config: DataConfig) -> tuple[Tensor, Tensor]:
     return train, val
 
 
-def _draw_parts(data: Labelled, config: DataConfig) -> Tensor:
-    """Validation fold of each image, counted from 0: (N,) int64."""
+def _draw_parts(data: Dataset, config: DataConfig) -> Tensor:
     from sklearn.model_selection import StratifiedKFold
 
     assert config.folds is not None

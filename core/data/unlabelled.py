@@ -114,8 +114,6 @@ def _in_batches(
 
 
 class _Single:
-    """The images of one source, with their ids there."""
-
     def __init__(self, source: Source) -> None:
         self.where = source.where
         self.entries = source.unlabelled()
@@ -127,8 +125,6 @@ class _Single:
 
 @dataclass(frozen=True)
 class _Part:
-    """One of several sources."""
-
     source: Source
     entries: list[Entry]
 

@@ -1,10 +1,8 @@
 """Detection of diverged trainings whose losses are finite.
 
 An epoch counts as diverged if its training and validation losses are far above those of uniform predictions, and
-accuracy and balanced accuracy are no better than chance, also for the averaged weights. The validation loss alone is
-not enough: it may be high for an overfitted network with good accuracy, and while batch norm's running statistics lag
-behind. Validation is compared by cross-entropy, the training loss with its own value for uniform predictions, since the
-losses differ in scale.
+accuracy and balanced accuracy are no better than chance, also for the averaged weights. The validation loss alone may
+be high for an overfitted network, and while batch norm's running statistics lag behind.
 """
 
 from __future__ import annotations
@@ -35,11 +33,7 @@ STANDARD_ERRORS = 2.0
 class Divergence:
     """Detects divergence of one training from its epochs.
 
-    Args:
-        config: the configuration.
-        criterion: the training loss.
-        train_counts: (K,) int64 training images of each class.
-        val_labels: (M,) int64 in [0, K); if empty, divergence is never detected.
+    `train_counts` (K,) are the training images of each class. Without `val_labels` (M,), nothing is detected.
     """
 
     def __init__(self, config: TrainConfig, criterion: Criterion, train_counts: Tensor, val_labels: Tensor) -> None:

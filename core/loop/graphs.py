@@ -73,14 +73,7 @@ class CudaCapture:
 
 
 class CapturedSteps:
-    """Runs steps as captured graphs.
-
-    Args:
-        run: the device part of a step.
-        capture: records it.
-        device: device of its inputs.
-        name: the network's name, for error messages.
-    """
+    """Runs steps as captured graphs; `name` is the network's, for error messages."""
 
     def __init__(self, run: Launch, capture: Capture, device: torch.device, name: str) -> None:
         self._run, self._capture, self._device, self._name = run, capture, device, name
@@ -116,7 +109,6 @@ class CapturedSteps:
                 self._replays[shape] = self._capture.capture(lambda: run(held, shape, values))
 
     def _fill(self, values: StepValues) -> None:
-        """Copy the step's values to the device from pinned memory, which does not wait."""
         numbers = [values.factor, values.average, values.smoothing, values.keep, *values.box]
         row = torch.tensor(numbers, dtype=torch.float32, pin_memory=self._device.type == "cuda")
         self._row.copy_(row, non_blocking=True)

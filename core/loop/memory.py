@@ -82,7 +82,6 @@ def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int) -> i
 
 
 def _out_of_memory(attempt: Callable[[], object]) -> BaseException | None:
-    """The out-of-memory error of the attempt, or None."""
     try:
         attempt()
     except RuntimeError as error:
@@ -94,6 +93,5 @@ def _out_of_memory(attempt: Callable[[], object]) -> BaseException | None:
 
 
 def _free_cache() -> None:
-    """Free torch's cached memory, so that the next attempt is not affected by fragmentation."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

@@ -76,17 +76,13 @@ class Profile:
     evaluation_s: float
     """Passes over the validation images per epoch: two with EMA. SWA's only evaluation is not included."""
     images: int
-    """Training images shown per epoch."""
     steps: int
-    """Steps per epoch."""
     timed_steps: int
     """Number of steps over which times are averaged."""
     parameters: int
-    """Parameters of the network."""
     flops_per_image: int
     """Forward and backward pass of one image: see `flops_per_image`."""
     dtype: Literal["bfloat16", "float32"]
-    """Dtype of the network's computations: bfloat16 under autocast."""
     peak_flops: float
     """FLOP/s: `measured_peak_flops` of that dtype."""
     peak_memory_bytes: int | None
@@ -145,12 +141,7 @@ def profile(
 ) -> Profile:
     """Measure the time of a training's epochs on a separate run; torch's generators are restored.
 
-    Args:
-        config: the configuration.
-        splits: training and validation images.
-        device: where to train.
-        steps: timed steps for each way of launching them, at least 1; None: as many as take `MEASURED_S`.
-        execution: how the training is executed.
+    `steps` are timed for each way of launching them; by default as many as take `MEASURED_S`.
 
     Raises:
         ConfigError: the data do not fit the network, or a step cannot be captured.
@@ -164,10 +155,7 @@ def profile(
 
 
 def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int:
-    """Count the floating-point operations of both passes of one image (C, H, W), a multiply-add as two.
-
-    Includes convolutions, matrix products and attention, but neither element-wise operations nor augmentation.
-    """
+    """Count the operations of both passes of one image (C, H, W): convolutions, matrix products and attention."""
     network = copy.deepcopy(model).to("meta")
     images = torch.empty(2, *image, device="meta")  # batch norm needs two
     with FlopCounterMode(display=False) as counter:
@@ -234,7 +222,6 @@ def _steps_to_time(run: Run) -> int:
 
 
 def _launched(run: Run, steps: int) -> Times:
-    """Time steps without capture."""
     stopwatch = stopwatch_of(run.device)
     run.one_step.section = stopwatch.section
     run.one_step.launch = None
@@ -242,10 +229,7 @@ def _launched(run: Run, steps: int) -> Times:
 
 
 def _replayed(run: Run, steps: int, capture: Callable[[], Capture]) -> Times:
-    """Time replayed steps: in total without events, and by part with events.
-
-    `capture` creates a capture. It is called twice, since torch cannot reuse the memory pool of deleted graphs.
-    """
+    """Time replayed steps: in total without events, and by part with events."""
     run.one_step.section = lambda _: contextlib.nullcontext()
     _capture_all(run, steps, capture())
     untimed = _run_steps(run, steps)
@@ -257,7 +241,6 @@ def _replayed(run: Run, steps: int, capture: Callable[[], Capture]) -> Times:
 
 
 def _capture_all(run: Run, steps: int, capture: Capture) -> None:
-    """Replace the captured steps by captures of every shape within so many steps."""
     run.one_step.launch = CapturedSteps(run.one_step.run, capture, run.device, run.config.model.name)
     if run.device.type == "cuda":
         torch.cuda.empty_cache()  # frees the graphs' memory
@@ -266,8 +249,6 @@ def _capture_all(run: Run, steps: int, capture: Capture) -> None:
 
 
 class TimedSteps(NamedTuple):
-    """Result of `_run_steps`."""
-
     seconds: float
     images: int
 
@@ -293,7 +274,6 @@ def _run_steps(run: Run, steps: int, stopwatch: Stopwatch | None = None) -> Time
 
 
 def _step(run: Run, batch: Batch) -> None:
-    """Make the run's last step, however often."""
     run.step_count = run.total_steps - 1
     run.step(batch)
 
@@ -317,7 +297,6 @@ def _evaluation_s(run: Run) -> float:
 
 
 def _score_s(run: Run, rows: Tensor) -> float:
-    """Seconds to score the weights on these images."""
     started = clock(run.device)
     metrics.scores(run.logits(run.model, rows), run.splits.labels[rows])
     return clock(run.device) - started

@@ -25,7 +25,6 @@ class EpochMetrics:
     averaged_counts: bool
     """Whether the average has caught up, so that its scores alone count."""
     images: int
-    """Training images shown in the epoch."""
     images_per_s: float
     """Training throughput, without validation."""
     elapsed_s: float
@@ -37,8 +36,7 @@ class EpochMetrics:
     def score(self, metric: str) -> float:
         """Return the score of this epoch by that metric.
 
-        This is the averaged weights' score once the average has caught up, and before that the better of both, so that
-        a lagging average does not get a trial pruned.
+        This is the averaged weights' score once the average has caught up, and before that the better of both.
 
         Raises:
             ValueError: there were no validation images.

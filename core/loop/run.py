@@ -101,12 +101,10 @@ def train(
         config: the configuration.
         splits: training and validation images, on the device or the host.
         device: where to train.
-        on_epoch_end: called after every epoch. Its exceptions end the training and propagate; a KeyboardInterrupt saves
-            a checkpoint of that epoch first.
+        on_epoch_end: called after every epoch; its exceptions propagate. A KeyboardInterrupt saves a checkpoint first.
         on_resume: called once with the history of the checkpoint before resuming.
         resume_from: a checkpoint of the same configuration; ignored if the file does not exist.
-        checkpoint_to: file for checkpoints, saved after the first epoch and then as often as `CHECKPOINT_SHARE`
-            permits, at least every five minutes.
+        checkpoint_to: file for checkpoints, saved as often as `CHECKPOINT_SHARE` permits.
         checkpoint_at: epochs after which a checkpoint is always saved, once `on_epoch_end` has returned.
         checkpoint_at_end: also save one after the last epoch.
         on_checkpoint: called with the path after each save.
@@ -144,7 +142,6 @@ def train(
 
 @contextlib.contextmanager
 def _saving_on_interrupt(checkpoints: Checkpoints | None) -> Iterator[None]:
-    """Save the completed epoch if the user interrupts at its end."""
     try:
         yield
     except KeyboardInterrupt:
@@ -260,7 +257,6 @@ class Run:
         )
 
     def _fit_memory(self) -> None:
-        """Split batches if a step on a whole one does not fit the device's memory."""
         largest = max(batch_sizes(self.visits, self.config.batch_size))
         rows = self.splits.train[torch.arange(largest, device=self.device) % len(self.splits.train)]
         self.generator.manual_seed(0)  # each epoch seeds it again
@@ -297,7 +293,6 @@ class Run:
             )
 
     def _check_sizes(self, channels: int, size: tuple[int, int]) -> None:
-        """Raise ConfigError if the network does not support every size of progressive resizing."""
         if self.config.augment.start_size_fraction == 1:
             return
         sizes = {size_at(self.config.augment, step / self.total_steps, size) for step in range(self.total_steps)}
@@ -390,7 +385,6 @@ class Run:
         return torch.cat(outputs)
 
     def _validate(self, *, final: bool) -> tuple[Scores | None, Scores | None]:
-        """Validation scores of the weights and of their average, if available."""
         val, average = self.splits.val, self._average(final=final)
         if not len(val):
             return None, None
@@ -403,11 +397,7 @@ class Run:
         return raw, metrics.scores(self.last_logits, labels)
 
     def _average(self, *, final: bool) -> nn.Module | None:
-        """The averaged network, ready for evaluation.
-
-        SWA needs a pass over the training images to recalibrate batch norms, so it is only evaluated at the end of the
-        run.
-        """
+        """The averaged network, ready for evaluation; with SWA only at the end, since it has to be recalibrated."""
         if self.averaging is None or not self.averaging.ready:
             return None
         if self.averaging.needs_recalibration:
@@ -481,7 +471,6 @@ class Run:
 
     @cached_property
     def _identity(self) -> dict[str, str]:
-        """Properties that a checkpoint must share with this run, by name."""
         return {
             "configuration": self.config.model_dump_json(),
             "metric": self.metric,

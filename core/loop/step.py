@@ -30,14 +30,10 @@ Section = Literal["augment", "forward", "backward", "optimizer", "averaging"]
 class Batch:
     """Input of one step, on the device."""
 
-    images: Tensor
-    """(B, C, H, W) uint8"""
-    labels: Tensor
-    """(B,) int64"""
-    repeats: Tensor | None
-    """(B,) bool, whether the image was already shown in this epoch; None if unused."""
-    flips: Tensor | None
-    """(B,) bool, whether the image is flipped; None if flips are drawn."""
+    images: Tensor  # (B, C, H, W) uint8
+    labels: Tensor  # (B,) int64
+    repeats: Tensor | None  # (B,) bool, whether the image was already shown in this epoch; None if unused
+    flips: Tensor | None  # (B,) bool, whether the image is flipped; None if flips are drawn
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,29 +55,21 @@ class StepShape:
     """Everything that selects a step's kernels. Steps of one shape differ in values only."""
 
     images: int
-    size: tuple[int, int]
-    """Height and width in pixels of the network's input."""
+    size: tuple[int, int]  # Height and width in pixels of the network's input
     mix: Literal["mixup", "cutmix"] | None
-    weighted: bool
-    """Whether class weights apply."""
-    optimizer: Hashable
-    """The optimizer's `phase`."""
+    weighted: bool  # Whether class weights apply
+    optimizer: Hashable  # The optimizer's `phase`
 
 
 @dataclass(frozen=True)
 class StepValues:
     """Values that change between steps: numbers, or scalars on the device. 0 if unused."""
 
-    factor: float | Tensor
-    """Learning rate as a factor of its peak."""
-    average: float | Tensor
-    """Weight of the new weights in their average."""
-    smoothing: float | Tensor
-    """Label smoothing."""
-    keep: float | Tensor
-    """Fraction of an image that is kept when it is mixed."""
-    box: tuple[int, int, int, int] | Tensor
-    """(4,) box of CutMix in pixels: top, bottom, left, right."""
+    factor: float | Tensor  # Learning rate as a factor of its peak
+    average: float | Tensor  # Weight of the new weights in their average
+    smoothing: float | Tensor  # Label smoothing
+    keep: float | Tensor  # Fraction of an image that is kept when it is mixed
+    box: tuple[int, int, int, int] | Tensor  # (4,) box of CutMix in pixels: top, bottom, left, right
 
 
 class Launch(Protocol):

@@ -78,12 +78,7 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, imag
 
 
 def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Tensor) -> None:
-    """Check that a built network supports images of a smaller size.
-
-    Args:
-        model: from `build_model`; its mode is restored.
-        config: its configuration.
-        images: (N, C, H, W) floats on its device.
+    """Check that a built network supports images (N, C, H, W) of a smaller size.
 
     Raises:
         ConfigError: the network does not support images of this size.

@@ -54,16 +54,10 @@ def scale_width(width: int, factor: float) -> int:
 def check_image_size(
     image_size: tuple[int, int], steps: Iterable[str], *, halve: Callable[[int], int], remedy: str = ""
 ) -> None:
-    """Check that no step of stride 2 applies to a side of one pixel.
-
-    Args:
-        image_size: (H, W) in pixels.
-        steps: names of the steps of stride 2, in order.
-        halve: side after a step, which depends on its padding.
-        remedy: an alternative to fewer stages, for the error message.
+    """Check that no step of stride 2 applies to a side of one pixel, given the sides that `halve` returns.
 
     Raises:
-        ConfigError: a step does.
+        ConfigError: a step does; `remedy` is an alternative to fewer stages.
     """
     height, width = image_size
     side = min(image_size)

@@ -40,8 +40,7 @@ def build_timm_model(
     """Build the model; see `core.models.build_model`.
 
     Raises:
-        ConfigError: the model does not support dropout, drop path or this image size, or `pretrained_file` has the
-            weights of another model.
+        ConfigError: the model does not support an option or this image size, or the weights are another model's.
         UserError: timm has no such model or no pretrained weights for it, or they are unavailable or unreadable.
     """
     cfg = find_model(config.name)
@@ -157,7 +156,6 @@ def _from_file(name: str, path: Path, arguments: dict[str, Any], cfg: Any) -> di
 
 
 def _pretrained(overlay: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of timm for loaded weights; `overlay` replaces parts of its pretrained configuration."""
     return {"pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
@@ -178,7 +176,6 @@ def _inputs(weights: dict[str, Tensor], cfg: Any, in_channels: int) -> int:
 
 
 def _first(names: str | tuple[str, ...] | None) -> str:
-    """The first layer name, from timm's single name, several, or none."""
     return names if isinstance(names, str) else (names or ("",))[0]
 
 

@@ -38,13 +38,8 @@ def read_weights(path: Path, field: str, advice: str) -> dict[str, Tensor]:
 
     Averaged weights of a checkpoint are preferred, as in timm. Files that could run code are refused.
 
-    Args:
-        path: the file.
-        field: configuration field, for error messages.
-        advice: fix, for error messages.
-
     Raises:
-        UserError: the file cannot be read, or has no state dict.
+        UserError: the file cannot be read, or has no state dict; `field` and `advice` are part of the message.
     """
     try:
         # timm's default varies between releases.
