@@ -105,44 +105,36 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Assigns `ops` of `OPS` to each image, at `strength` in (0, 1] with a random sign."""
+    """Assigns `ops` of `names` to each image, at `strength` in (0, 1] with a random sign."""
 
     ops: int
     strength: float
+    names: tuple[str, ...] = OPS
     ranges: Ranges = STANDARD
-    choices: int = len(OPS)
+
+    @property
+    def choices(self) -> int:
+        return len(self.names)
 
     def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
         assignments = []
         for _ in range(self.ops):
             groups = assign_evenly(slots, self.choices, generator)
-            levels = random_sign(slots, generator) * self.strength
-            assignments.append(Assignment(dict(zip(OPS, groups, strict=True)), levels))
+            assignments.append(Assignment(dict(zip(self.names, groups, strict=True)), self._levels(slots, generator)))
         return assignments
+
+    def _levels(self, slots: int, generator: torch.Generator) -> Tensor:
+        return random_sign(slots, generator) * self.strength
 
     def reach(self, width: int) -> int:
         return self.ops * int(self.ranges.translate(width) * self.strength)
 
 
-@dataclass(frozen=True)
-class SixPlain:
+class SixPlain(RandAugment):
     """Assigns `ops` of `SIX` to each image, at uniform levels from minus to plus `strength`."""
 
-    ops: int
-    strength: float
-    ranges: Ranges = STANDARD
-    choices: int = len(SIX)
-
-    def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
-        assignments = []
-        for _ in range(self.ops):
-            groups = assign_evenly(slots, self.choices, generator)
-            levels = uniform(slots, generator, -self.strength, self.strength)
-            assignments.append(Assignment(dict(zip(SIX, groups, strict=True)), levels))
-        return assignments
-
-    def reach(self, width: int) -> int:
-        return self.ops * int(self.ranges.translate(width) * self.strength)
+    def _levels(self, slots: int, generator: torch.Generator) -> Tensor:
+        return uniform(slots, generator, -self.strength, self.strength)
 
 
 @dataclass(frozen=True)
@@ -208,5 +200,5 @@ def build_policy(config: AugmentConfig, device: torch.device) -> Policy:
         return AutoAugment(AUTOAUGMENT_CIFAR10, device)
     ops = config.ops if config.strength > 0 else 0
     if config.policy == "six":
-        return SixPlain(ops, config.strength)
+        return SixPlain(ops, config.strength, SIX)
     return RandAugment(ops, config.strength)

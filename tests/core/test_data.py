@@ -43,9 +43,10 @@ def noise(seed: int, *shape: int) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def encoded(pixels: Pixels, kind: str = "PNG", **options: Any) -> bytes:
+def encoded(picture: Pixels | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -129,23 +130,17 @@ class TestDecodedPixels:
 
     def test_black_and_white(self) -> None:
         image = Image.fromarray(noise(0, 5, 7) > 127)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        assert np.array_equal(seen(buffer.getvalue()), np.asarray(image)[None] * np.uint8(255))
+        assert np.array_equal(seen(encoded(image)), np.asarray(image)[None] * np.uint8(255))
 
     def test_palette(self) -> None:
         image = Image.fromarray(noise(0, 9, 9, 3)).quantize(16)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        assert np.array_equal(seen(buffer.getvalue()), np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+        assert np.array_equal(seen(encoded(image)), np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
     def test_a_transparent_palette_entry_is_white(self) -> None:
         image = Image.new("P", (4, 4), 0)
         image.putpalette([200, 0, 0, 0, 200, 0])
         image.putpixel((1, 2), 1)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", transparency=0)
-        pixels = seen(buffer.getvalue())
+        pixels = seen(encoded(image, "PNG", transparency=0))
         assert pixels[:, 0, 0].tolist() == [255, 255, 255]
         assert pixels[:, 2, 1].tolist() == [0, 200, 0]
 
@@ -160,18 +155,14 @@ class TestDecodedPixels:
     def test_cmyk_without_ink_is_white(self) -> None:
         image = Image.new("CMYK", (16, 16), (0, 0, 0, 0))
         image.paste((0, 255, 255, 0), (0, 0, 8, 16))  # magenta and yellow ink: red
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=100)
-        pixels = seen(buffer.getvalue()).astype(int)
+        pixels = seen(encoded(image, "JPEG", quality=100)).astype(int)
         assert abs(pixels[:, 8, 2] - [255, 0, 0]).max() <= 3
         assert abs(pixels[:, 8, 13] - [255, 255, 255]).max() <= 3
 
     @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
     def test_sixteen_bits_keep_their_brightness(self, kind: str) -> None:
         samples = np.array([[0, 128, 129, 257], [32768, 40000, 65407, 65535]], np.uint16)
-        buffer = io.BytesIO()
-        Image.fromarray(samples).save(buffer, kind)
-        assert np.array_equal(seen(buffer.getvalue())[0], np.floor(samples / 257 + 0.5).astype(np.uint8))
+        assert np.array_equal(seen(encoded(samples, kind))[0], np.floor(samples / 257 + 0.5).astype(np.uint8))
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_exif_orientation_is_applied(self, orientation: int) -> None:
@@ -190,9 +181,7 @@ class TestDecodedPixels:
 
     def test_an_animation_shows_its_first_frame(self) -> None:
         frames = [Image.new("L", (4, 4), value) for value in (10, 200)]
-        buffer = io.BytesIO()
-        frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
-        assert (seen(buffer.getvalue()) == 10).all()
+        assert (seen(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == 10).all()
 
     def test_shrinking_averages_and_does_not_alias(self) -> None:
         checkerboard = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
@@ -210,21 +199,15 @@ class TestDecodedPixels:
 
     @pytest.mark.parametrize(("low", "high"), [(0, 65536), (-1, 255), (0, 2**31 - 1)])
     def test_integers_beyond_sixteen_bits_are_refused(self, low: int, high: int) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(np.array([[low, 7], [8, high]], np.int32)).save(buffer, "TIFF")
         with pytest.raises(BrokenImageError, match=f"32-bit pixels from {low} to {high} have no defined range"):
-            seen(buffer.getvalue())
+            seen(encoded(np.array([[low, 7], [8, high]], np.int32), "TIFF"))
 
     def test_integers_within_sixteen_bits_are_scaled_as_sixteen(self) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(np.array([[0, 257], [25700, 65535]], np.int32)).save(buffer, "TIFF")
-        assert seen(buffer.getvalue())[0].tolist() == [[0, 1], [100, 255]]
+        assert seen(encoded(np.array([[0, 257], [25700, 65535]], np.int32), "TIFF"))[0].tolist() == [[0, 1], [100, 255]]
 
     def test_floating_point_pixels_are_refused(self) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(np.ones((4, 4), np.float32)).save(buffer, "TIFF")
         with pytest.raises(BrokenImageError, match="no defined range"):
-            seen(buffer.getvalue())
+            seen(encoded(np.ones((4, 4), np.float32), "TIFF"))
 
 
 # Sources
@@ -520,14 +503,10 @@ class TestArchivesCannotReachOutside:
     NAMES = ("../evil.png", "train/../../evil.png", "/etc/evil.png", "..\\evil.png", "C:\\evil.png", "..")
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_in_a_zip(self, tmp_path: Path, name: str) -> None:
+    @pytest.mark.parametrize(("write", "archive"), [(write_zip, "set.zip"), (write_tar, "set.tar")])
+    def test_by_a_name(self, tmp_path: Path, name: str, write: Any, archive: str) -> None:
         with pytest.raises(UserError, match="points outside the archive"):
-            load(write_zip(tmp_path / "set.zip", tree() | {name: photo(0)}))
-
-    @pytest.mark.parametrize("name", NAMES)
-    def test_in_a_tar(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(UserError, match="points outside the archive"):
-            load(write_tar(tmp_path / "set.tar", tree() | {name: photo(0)}))
+            load(write(tmp_path / archive, tree() | {name: photo(0)}))
 
     @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
     @pytest.mark.parametrize("target", ["/etc/passwd", "../../../etc/passwd"])
@@ -887,13 +866,18 @@ class TestSplit:
         assert splits.to("cpu").images.data_ptr() == digits.images.data_ptr()
         assert splits.to(torch.device("cpu")).train.data_ptr() == splits.train.data_ptr()
 
+    @pytest.mark.parametrize("count", [None, 3])
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_mean_and_std_are_those_of_the_training_images(self, tmp_path: Path, channels: int) -> None:
+    def test_mean_and_std_are_those_of_the_training_images(
+        self, tmp_path: Path, channels: int, count: int | None
+    ) -> None:
         loaded = load(write_folder(tmp_path / "set", tree(channels=channels)))
-        splits = split(loaded, DataConfig())
-        pixels = loaded.images[splits.train].double() / 255
-        assert splits.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-12)
-        assert splits.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
+        divided = folds(loaded, DataConfig(folds=count))
+        for splits in divided:
+            pixels = loaded.images[splits.train].double() / 255
+            assert splits.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-12)
+            assert splits.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
+        assert len({splits.mean for splits in divided}) == (count or 1)
 
     def test_whole_trains_on_all_images_with_their_mean(self, digits: Dataset) -> None:
         whole = split(digits, DataConfig()).whole()
@@ -947,21 +931,26 @@ class TestSplit:
         with pytest.raises(UserError, match=r"val_fraction=0\.9 leaves no training image of owl; lower it"):
             split(loaded, DataConfig(val_fraction=0.9))
 
+    @pytest.mark.parametrize("count", [None, 4])
     @pytest.mark.parametrize("seed", range(5))
-    def test_identical_images_stay_together(self, tmp_path: Path, seed: int) -> None:
+    def test_identical_images_stay_together(self, tmp_path: Path, seed: int, count: int | None) -> None:
         files = tree(per_class=20)
         for i in range(10):
             files[f"train/cat/copy{i}.png"] = files[f"train/cat/{i:02d}.png"]
         files["train/dog/cat.png"] = files["train/cat/00.png"]  # of another class, and yet the same image
         loaded = load(write_folder(tmp_path / "set", files))
-        splits = split(loaded, DataConfig(split_seed=seed, val_fraction=0.4))
-        train, val = (
-            {loaded.images[i].numpy().tobytes() for i in part.tolist()} for part in (splits.train, splits.val)
-        )
-        assert not train & val
-        assert val
-        together = torch.cat([splits.train, splits.val]).sort().values
-        assert torch.equal(together, torch.arange(len(loaded.images)))
+        divided = folds(loaded, DataConfig(split_seed=seed, val_fraction=0.4, folds=count))
+        for splits in divided:
+            train, val = (
+                {loaded.images[i].numpy().tobytes() for i in part.tolist()} for part in (splits.train, splits.val)
+            )
+            assert val
+            assert not train & val
+            together = torch.cat([splits.train, splits.val]).sort().values
+            assert torch.equal(together, torch.arange(len(loaded.images)))
+        if count is not None:
+            validated = torch.cat([splits.val for splits in divided]).sort().values
+            assert torch.equal(validated, torch.arange(len(loaded.images)))
 
     def test_equals_scikit_learn_without_duplicates(self, digits: Dataset) -> None:
         _, val = train_test_split(
@@ -972,15 +961,24 @@ class TestSplit:
         )
         assert split(digits, DataConfig(split_seed=3, val_fraction=0.2)).val.tolist() == sorted(val.tolist())
 
+    @pytest.mark.parametrize(
+        ("count", "message"),
+        [
+            (None, r"are copies of training images|no training image of .*; remove copies"),
+            (3, r"data\.folds=3: fold \d (has only copies|has no training image of (cat|dog))"),
+        ],
+    )
     @pytest.mark.parametrize("seed", range(4))
-    def test_classes_of_identical_images_cannot_be_split(self, tmp_path: Path, seed: int) -> None:
+    def test_classes_of_identical_images_cannot_be_split(
+        self, tmp_path: Path, seed: int, count: int | None, message: str
+    ) -> None:
         files = tree(test=2)
         for name in files:
             if name.startswith("train"):
                 files[name] = files[f"{name.rpartition('/')[0]}/00.png"]
         loaded = load(write_folder(tmp_path / "set", files))
-        with pytest.raises(UserError, match=r"are copies of training images|no training image of .*; remove copies"):
-            split(loaded, DataConfig(split_seed=seed))
+        with pytest.raises(UserError, match=message):
+            folds(loaded, DataConfig(split_seed=seed, folds=count))
 
     def test_splits_without_moments_keep_their_mean(self) -> None:
         images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
@@ -1024,32 +1022,6 @@ class TestFolds:
         assert all(torch.equal(a.val, b.val) for a, b in zip(first, again, strict=True))
         assert not torch.equal(first[0].val, other[0].val)
 
-    @pytest.mark.parametrize("seed", range(5))
-    def test_keep_identical_images_in_one_fold(self, tmp_path: Path, seed: int) -> None:
-        files = tree(per_class=20)
-        for i in range(10):
-            files[f"train/cat/copy{i}.png"] = files[f"train/cat/{i:02d}.png"]
-        files["train/dog/cat.png"] = files["train/cat/00.png"]  # of another class, and yet the same image
-        loaded = load(write_folder(tmp_path / "set", files))
-        divided = folds(loaded, DataConfig(split_seed=seed, folds=4))
-        for fold in divided:
-            train, val = (
-                {loaded.images[i].numpy().tobytes() for i in part.tolist()} for part in (fold.train, fold.val)
-            )
-            assert not train & val
-        together = torch.cat([fold.val for fold in divided]).sort().values
-        assert torch.equal(together, torch.arange(len(loaded.images)))
-
-    @pytest.mark.parametrize("channels", [1, 3])
-    def test_mean_and_std_are_those_of_each_folds_training_images(self, tmp_path: Path, channels: int) -> None:
-        loaded = load(write_folder(tmp_path / "set", tree(channels=channels)))
-        divided = folds(loaded, DataConfig(folds=3))
-        for fold in divided:
-            pixels = loaded.images[fold.train].double() / 255
-            assert fold.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-12)
-            assert fold.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
-        assert len({fold.mean for fold in divided}) == 3
-
     def test_constant_mean_and_std(self, digits: Dataset) -> None:
         assert {fold.mean for fold in folds(digits, DataConfig(folds=3, normalize="half"))} == {(0.5,)}
 
@@ -1084,18 +1056,6 @@ class TestFolds:
             UserError, match=r"data\.folds=4 needs as many images of every class, and of owl there are 3"
         ):
             folds(loaded, DataConfig(folds=4))
-
-    @pytest.mark.parametrize("seed", range(4))
-    def test_classes_of_identical_images_cannot_be_divided(self, tmp_path: Path, seed: int) -> None:
-        files = tree(test=2)
-        for name in files:
-            if name.startswith("train"):
-                files[name] = files[f"{name.rpartition('/')[0]}/00.png"]
-        loaded = load(write_folder(tmp_path / "set", files))
-        with pytest.raises(
-            UserError, match=r"data\.folds=3: fold \d (has only copies|has no training image of (cat|dog))"
-        ):
-            folds(loaded, DataConfig(folds=3, split_seed=seed))
 
 
 # The cache

@@ -96,6 +96,29 @@ def by_hand(name: str, model: nn.Module, lr: float, decay: float) -> torch.optim
     return torch.optim.NAdam(groups, lr=lr, betas=(0.8, 0.95), decoupled_weight_decay=True, foreach=False)
 
 
+def run_reference(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    *,
+    lr: float,
+    decay: float = 0.0,
+    grad_clip: float | None = None,
+) -> None:
+    """Make the steps of `run` with torch's optimizer, after clipping and decoupled decay."""
+    for step in range(STEPS):
+        set_gradients(model, step)
+        factor = 1 - step / STEPS
+        if grad_clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), grad_clip, foreach=False)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter *= 1 - factor * decay
+        for group in optimizer.param_groups:
+            group["lr"] = lr * factor
+        optimizer.step()
+
+
 @pytest.mark.parametrize("grad_clip", [None, 1.0])
 @pytest.mark.parametrize("name", ["adamw", "nadam"])
 def test_adaptive_optimizers_match_torch(name: str, grad_clip: float | None) -> None:
@@ -107,14 +130,7 @@ def test_adaptive_optimizers_match_torch(name: str, grad_clip: float | None) -> 
         ours,
         range(STEPS),
     )
-    reference = by_hand(name, theirs, 0.02, 0.01)
-    for step in range(STEPS):
-        set_gradients(theirs, step)
-        if grad_clip is not None:
-            nn.utils.clip_grad_norm_(theirs.parameters(), grad_clip, foreach=False)
-        for group in reference.param_groups:
-            group["lr"] = 0.02 * (1 - step / STEPS)
-        reference.step()
+    run_reference(by_hand(name, theirs, 0.02, 0.01), theirs, lr=0.02, grad_clip=grad_clip)
     assert_same(ours, theirs)
 
 
@@ -134,28 +150,14 @@ def test_sgd_matches_torch_with_decoupled_decay(momentum: float, nesterov: bool,
     reference = torch.optim.SGD(
         theirs.parameters(), momentum=momentum, nesterov=nesterov and momentum > 0, lr=1.0, foreach=False, fused=False
     )
-    for step in range(STEPS):
-        set_gradients(theirs, step)
-        if grad_clip is not None:
-            nn.utils.clip_grad_norm_(theirs.parameters(), grad_clip, foreach=False)
-        factor = 1 - step / STEPS
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                if parameter.ndim >= 2:
-                    parameter *= 1 - factor * 0.01
-        reference.param_groups[0]["lr"] = 0.1 * factor
-        reference.step()
+    run_reference(reference, theirs, lr=0.1, decay=0.01, grad_clip=grad_clip)
     assert_same(ours, theirs)
 
 
 def test_adamw_without_decay_matches_adam() -> None:
     ours, theirs = network(), network()
     run(build_optimizer(config("adamw", lr=0.02, weight_decay=0.0), ours, STEPS), ours, range(STEPS))
-    reference = torch.optim.Adam(theirs.parameters(), lr=1.0, foreach=False, fused=False)
-    for step in range(STEPS):
-        set_gradients(theirs, step)
-        reference.param_groups[0]["lr"] = 0.02 * (1 - step / STEPS)
-        reference.step()
+    run_reference(torch.optim.Adam(theirs.parameters(), lr=1.0, foreach=False, fused=False), theirs, lr=0.02)
     assert_same(ours, theirs)
 
 
@@ -167,16 +169,7 @@ def test_muon_matches_timm_with_decoupled_decay(nesterov: bool) -> None:
     vectors = [p for p in theirs.parameters() if p.ndim < 2]
     groups = [{"params": [theirs[0].weight]}, {"params": [theirs[5].weight, *vectors], "use_fallback": True}]
     reference = timm.optim.Muon(groups, lr=1.0, momentum=0.8, nesterov=nesterov, betas=(0.9, 0.999))
-    for step in range(STEPS):
-        set_gradients(theirs, step)
-        factor = 1 - step / STEPS
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                if parameter.ndim >= 2:
-                    parameter *= 1 - factor * 0.01
-        for group in reference.param_groups:
-            group["lr"] = 0.02 * factor
-        reference.step()
+    run_reference(reference, theirs, lr=0.02, decay=0.01)
     assert_same(ours, theirs)
 
 
