@@ -59,11 +59,7 @@ class Averaging(ABC):
 
     @abstractmethod
     def update(self, weight: float | Tensor) -> None:
-        """Average the current weights after an optimizer step (device part, which can be captured).
-
-        Args:
-            weight: `next_weight()`, or that as a float32 scalar () on the device.
-        """
+        """Average the current weights after a step, with `next_weight()` as a number or scalar on the device."""
 
     @abstractmethod
     def end_update(self) -> None:
@@ -156,7 +152,7 @@ class StochasticAveraging(Averaging):
 
 
 def build_averaging(config: AveragingConfig, model: nn.Module, total_steps: int, epochs: int) -> Averaging | None:
-    """Create the averaging of a run of that length, or None; the model must already be on its device."""
+    """Create the averaging of a run of that length, or None."""
     if config.name == "ema":
         return ExponentialAveraging(config, model, total_steps, epochs)
     if config.name == "swa":

@@ -30,12 +30,7 @@ LONGEST_INTERVAL_S = 300.0
 class Checkpoints:
     """Saves checkpoints of one training to one file, limiting the time spent on it.
 
-    Args:
-        path: the file.
-        state: returns the state to save.
-        on_saved: called with the path after each save.
-        share: maximum fraction of the training time spent on saving, in (0, inf]. The first save is due at once, and
-            later ones after at most `LONGEST_INTERVAL_S`.
+    `share` is the maximum fraction of the training time spent on saving, in (0, inf]. The first save is due at once.
     """
 
     def __init__(

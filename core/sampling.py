@@ -1,11 +1,8 @@
 """Order of the images in one epoch, computed on the device without host synchronization.
 
 A class of n images has min(k · n, cap) visits per epoch, where k is `oversample` and cap is the fraction `undersample`
-of the largest class (compare Buda et al. 2018, arXiv 1710.05381).
-
-`shuffled` spreads a class's visits evenly: v visits show every image floor(v / n) times, plus a random part of the
-images once more. `balanced` draws with replacement with every class equally likely, so an image of a class of n has a
-probability proportional to 1 / n (Shen et al. 2016, arXiv 1512.05830).
+of the largest class (compare Buda et al. 2018, arXiv 1710.05381). `shuffled` spreads them evenly over its images.
+`balanced` draws with replacement with every class equally likely (Shen et al. 2016, arXiv 1512.05830).
 """
 
 from __future__ import annotations

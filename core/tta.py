@@ -49,7 +49,9 @@ def predict_logits(
     batch_size: int = 512,
     autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Tensor:
-    """Predict in evaluation mode, without gradients; the model's mode is restored.
+    """Predict (N, K) float32 logits in evaluation mode, without gradients; the model's mode is restored.
+
+    Several views give the logarithm of their mean probabilities.
 
     Args:
         model: maps prepared images to logits (n, K).
@@ -58,9 +60,6 @@ def predict_logits(
         views: a name in `VIEWS`.
         batch_size: images per forward pass, counting every view.
         autocast: creates the context in which the model runs.
-
-    Returns:
-        (N, K) float32: the logits of a single view, or the logarithm of the mean probabilities of several.
     """
     chosen = VIEWS[views]
     outputs = []

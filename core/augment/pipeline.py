@@ -105,9 +105,9 @@ class Augment:
         Args:
             images: (N, C, H, W) uint8.
             generator: the device's.
-            flips: (N,) bool, images flipped sideways; used instead of a draw if `alternate_flip` is true.
-            repeats: (N,) bool, repeated visits of images within the epoch; used if `apply_to` is "repeats", when other
-                images are only normalized.
+            flips: (N,) bool, images flipped sideways, if `alternate_flip` is true.
+            repeats: (N,) bool, repeated visits within the epoch, if `apply_to` is "repeats"; others are only
+                normalized.
 
         Raises:
             ValueError: `flips` or `repeats` is needed and not given.

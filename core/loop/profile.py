@@ -47,14 +47,9 @@ class Times:
     """Time of an epoch's steps for one way of launching them, in seconds per epoch."""
 
     sections_s: dict[Section, float]
-    """Seconds by part, in order; `averaging` only if it is on.
-
-    On CUDA, the time from the end of the previous work on the device, including gaps while the host launches kernels;
-    replayed steps have none.
-    """
+    """Seconds by part, in order; on CUDA including gaps while the host launches kernels."""
     host_s: float
-    """Remaining time: gathering images, random numbers per batch, Python; on CUDA also waiting for images or the host.
-    """
+    """Remaining time: gathering images, random numbers per batch, Python; on CUDA also waiting for images or host."""
 
     @property
     def seconds(self) -> float:
@@ -64,10 +59,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Profile:
-    """Time of a training's epochs, by part.
-
-    Work done once per epoch, such as drawing its order, counts only if the timed steps cross an epoch's end.
-    """
+    """Time of a training's epochs, by part; work done once per epoch counts only if the timed steps include it."""
 
     launched: Times
     """Steps without capture."""
@@ -78,7 +70,6 @@ class Profile:
     images: int
     steps: int
     timed_steps: int
-    """Number of steps over which times are averaged."""
     parameters: int
     flops_per_image: int
     """Forward and backward pass of one image: see `flops_per_image`."""
@@ -176,9 +167,6 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             if side == LARGEST_SIDE or 8 * product_s > LONGEST_PRODUCT_S:
                 return fastest
             side *= 2
-
-
-# ---- the measurement
 
 
 def _measure(
@@ -302,9 +290,6 @@ def _score_s(run: Run, rows: Tensor) -> float:
     return clock(run.device) - started
 
 
-# ---- the device's peak
-
-
 def _product_s(side: int, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of the fastest of three products of two matrices of that side."""
     generator = torch.Generator(device).manual_seed(0)
@@ -334,9 +319,6 @@ def products_as_precise_as_convolutions() -> Iterator[None]:
     finally:
         products.allow_tf32 = False
         products.fp32_precision = before
-
-
-# ---- the stopwatch
 
 
 class Stopwatch:
@@ -369,10 +351,7 @@ class Stopwatch:
 
 
 class DeviceStopwatch(Stopwatch):
-    """Sums the time of the parts of steps on a CUDA device, by events.
-
-    Each replay of a graph records its events again. A graph does not own its events, so the caller must keep the spans.
-    """
+    """Sums the time of the parts of steps on a CUDA device, by events, which each replay of a graph records again."""
 
     def __init__(self) -> None:
         super().__init__()

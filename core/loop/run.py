@@ -305,8 +305,6 @@ class Run:
                     f"augment.start_size_fraction: images grow from {height}×{width} on; raise it ({error})"
                 ) from error
 
-    # ---- an epoch
-
     def epoch(self, *, final: bool) -> EpochMetrics:
         """Train and validate the next epoch."""
         number = len(self.history) + 1
@@ -373,8 +371,6 @@ class Run:
         self.one_step(batch, progress, factor(self.config.schedule, progress, self.reductions), self.host_generator)
         self.step_count += 1
 
-    # ---- judging
-
     def logits(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Return the logits of the images at these rows, without augmentation: (M, K) float32."""
         chunks = torch.split(rows, self.evaluation_batch)
@@ -417,8 +413,6 @@ class Run:
     def _average_caught_up(self, epoch: int) -> bool:
         return self.averaging is not None and self.averaging.caught_up(epoch)
 
-    # ---- early stopping
-
     def _remember_best(self, now: EpochMetrics) -> None:
         if self.config.early_stop.patience_fraction is None or now.raw is None:
             return
@@ -434,8 +428,6 @@ class Run:
         if patience is None or self.best is None:
             return False
         return len(self.history) - self.best[0].epoch >= max(1, round(patience * self.config.epochs))
-
-    # ---- result and checkpoints
 
     def result(self) -> TrainResult:
         """Return the kept network: the last epoch's average or weights, or the best epoch's with early stopping."""
