@@ -1,12 +1,9 @@
 """Averages of weights over time and over networks.
 
-EMA: an exponential moving average of parameters and batch-norm statistics after every step. The decay warms up as
-min(d, (1 + t) / (10 + t)) at update t, as in TensorFlow, so that the initial weights are forgotten at once: a constant
-0.999 would retain 70 % of them after 350 steps.
-
-SWA: the mean of the weights at the ends of the last epochs (Izmailov et al. 2018, arXiv 1803.05407). `mean_of`: a
-uniform soup of networks (Wortsman et al. 2022, arXiv 2203.05482), accurate only if the loss is low between them, as
-after fine-tuning from the same weights. Both need `recalibrate`.
+EMA: an exponential moving average of parameters and batch-norm statistics after every step, with a decay of min(d, (1 +
+t) / (10 + t)) at update t, as in TensorFlow. SWA: the mean of the weights at the ends of the last epochs (Izmailov et
+al. 2018, arXiv 1803.05407). `mean_of`: a uniform soup of networks (Wortsman et al. 2022, arXiv 2203.05482), accurate
+only if the loss is low between them. The latter two need `recalibrate`.
 """
 
 from __future__ import annotations

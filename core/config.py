@@ -1,10 +1,8 @@
 """`TrainConfig`: every setting of one training as a tree of typed, bounded, frozen models.
 
-A field is named by its dotted path (`optim.lr`) everywhere: in code, search spaces, trial parameters and on the command
-line. Every duration is a fraction of the run, so a recipe stays the same at any number of `epochs`.
-
-`None` means off. A field that does not apply to the chosen model or optimizer either has no effect (`optim.momentum`
-under `adamw`) or is refused (`model.widths` under a timm model).
+A field is named by its dotted path (`optim.lr`) everywhere. Every duration is a fraction of the run, so a recipe stays
+the same at any number of `epochs`. `None` means off. A field that does not apply to the chosen model or optimizer
+either has no effect (`optim.momentum` under `adamw`) or is refused (`model.widths` under a timm model).
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ REFERENCE_LR: dict[str, tuple[float, float]] = {
 
 
 class _Section(BaseModel):
-    """Base of the configuration sections: unknown fields are errors, values are not coerced, instances are frozen."""
+    """Base of the sections: unknown fields are errors, values are not coerced, instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -45,8 +43,8 @@ class DataConfig(_Section):
     split_seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the validation split. The test set does not depend on it."""
     folds: int | None = Field(default=None, ge=2, le=20)
-    """k-fold cross-validation: trains this many networks, each validated on another part of the images, and scores
-    their mean. None trains one network, validated on `val_fraction`."""
+    """k-fold cross-validation: trains this many networks and scores their mean. None trains one, validated on
+    `val_fraction`."""
     image_size: int | None = Field(default=None, ge=4, le=1024)
     """Height and width in pixels to which images are resized while decoding. None keeps their size, which must be the
     same for all."""
@@ -61,19 +59,17 @@ class SamplingConfig(_Section):
     name: Literal["shuffled", "balanced"] = "shuffled"
     """`shuffled` visits every image in random order; `balanced` makes as many draws with every class equally likely."""
     oversample: int = Field(default=1, ge=1, le=100)
-    """Maximum visits of an image per epoch. Images of smaller classes are repeated up to this often, until their class
-    is as large as the largest. 1 is off."""
+    """Maximum visits of an image per epoch: smaller classes are repeated up to the size of the largest. 1 is off."""
     undersample: float = Field(default=1.0, gt=0, le=1)
-    """Maximum images of a class per epoch, as a fraction of the largest class. A larger class shows another random part
-    of its images in each epoch. 1 is off."""
+    """Maximum images of a class per epoch, as a fraction of the largest class; another random part in each epoch. 1 is
+    off."""
 
 
 class AugmentConfig(_Section):
     """Augmentation of training images. Validation and test images are never augmented."""
 
     apply_to: Literal["all", "repeats"] = "all"
-    """Augment every training image, or only repeated visits of an image within an epoch (`sampling.oversample`). Mixing
-    applies to whole batches in either case."""
+    """Augment every training image, or only repeated visits within an epoch (`sampling.oversample`)."""
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     alternate_flip: bool = False
@@ -91,10 +87,10 @@ class AugmentConfig(_Section):
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     """Brightness, contrast and saturation are each scaled by a factor drawn from 1 minus to 1 plus this."""
     policy: Literal["randaugment", "six", "trivialaugment", "autoaugment_cifar10"] = "randaugment"
-    """`randaugment`: `ops` of fourteen operations, each at `strength` (Cubuk et al. 2020, arXiv 1909.13719). `six`:
-    `ops` of rotation, shear, two shifts, brightness and contrast, each at up to `strength`. `trivialaugment`: one
-    operation at a random strength (Müller and Hutter 2021, arXiv 2103.10158). `autoaugment_cifar10`: the 25 pairs that
-    AutoAugment found for CIFAR-10 (Cubuk et al. 2019, arXiv 1805.09501)."""
+    """`randaugment`: `ops` of fourteen operations at `strength` (Cubuk et al. 2020, arXiv 1909.13719). `six`: `ops` of
+    rotation, shear, two shifts, brightness and contrast, at up to `strength`. `trivialaugment`: one operation at a
+    random strength (Müller and Hutter 2021, arXiv 2103.10158). `autoaugment_cifar10`: the 25 pairs of AutoAugment for
+    CIFAR-10 (Cubuk et al. 2019, arXiv 1805.09501)."""
     ops: int = Field(default=0, ge=0, le=4)
     """`randaugment`, `six`: operations per image. 0 is off."""
     strength: float = Field(default=0.3, ge=0, le=1)
@@ -248,16 +244,16 @@ class OptimConfig(_Section):
     """The optimizer. Exactly one of `lr` and `lr_scale` is set."""
 
     name: Literal["sgd", "adamw", "nadam", "swats", "muon"] = "adamw"
-    """SGD with momentum; AdamW (Adam without weight decay); NAdam; SWATS, which starts as Adam and becomes SGD; or Muon
-    for matrices and filters with AdamW for vectors and the classifier (Jordan et al. 2024, timm's implementation)."""
+    """SGD with momentum; AdamW; NAdam; SWATS, which starts as Adam and becomes SGD; or Muon for matrices and filters
+    with AdamW for the rest (Jordan et al. 2024, timm's implementation)."""
     lr: float | None = Field(default=None, gt=0, le=100)
     """Peak learning rate."""
     lr_scale: float | None = Field(default=None, gt=0, le=1000)
     """Peak learning rate as a multiple of the optimizer's reference at this batch size (`REFERENCE_LR`)."""
     weight_decay: float = Field(default=5e-5, ge=0, le=0.1)
-    """Fraction by which each weight shrinks per step at the schedule's peak. Decoupled from the learning rate, so it
-    means the same under every optimizer (torch's AdamW calls this lr × weight_decay). Norms and biases are not decayed.
-    """
+    """Fraction by which each weight shrinks per step at the schedule's peak; norms and biases are not decayed.
+    Decoupled from the learning rate, so it means the same under every optimizer (torch's AdamW calls this lr ×
+    weight_decay)."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of SGD and Muon, and of SWATS after its switch."""
     nesterov: bool = True
@@ -365,8 +361,7 @@ class PrecisionConfig(_Section):
     autocast: Literal["auto", "off", "bf16"] = "auto"
     """bfloat16 for matrix products and convolutions. `auto` is bf16 on CUDA and off elsewhere."""
     compile: bool = False
-    """Compile the network with torch.compile. The first step takes about a minute longer, so this pays off for long
-    trainings such as a refit. The compiled code is cached on disk per architecture."""
+    """Compile the network with torch.compile. Takes about a minute before the first step, unless cached on disk."""
     cuda_graphs: bool = True
     """On CUDA, record the whole step once and replay it. Set to false for networks that synchronize with the host in
     their forward pass."""
@@ -405,7 +400,7 @@ class TrainConfig(_Section):
     def override(self, values: dict[str, Any]) -> TrainConfig:
         """Return a validated copy with the fields at these dotted paths replaced.
 
-        Setting one of `optim.lr` and `optim.lr_scale` clears the other.
+        `optim.lr` and `optim.lr_scale` clear each other.
 
         Raises:
             KeyError: a path is not a field.

@@ -1,8 +1,7 @@
 """Delivery of image batches to the device, from device memory or streamed from the host.
 
-A data set that fits is kept on the device. A larger one stays on the host, memory-mapped: while the device works on a
-batch, a thread gathers the next into pinned memory and sends it. Both feeds deliver bitwise equal batches. The host
-waits for the device once per epoch, for the order of the rows.
+A larger data set stays on the host, memory-mapped: while the device works on a batch, a thread gathers the next into
+pinned memory and sends it. Both feeds deliver bitwise equal batches.
 """
 
 from __future__ import annotations
@@ -53,9 +52,8 @@ class Resident(Feed):
 class Streamed(Feed):
     """Images on the host, in memory or memory-mapped, sent batch by batch.
 
-    Each iterator of `batches` has its own thread, which ends with the iterator: at the last batch, on close or garbage
-    collection, or on an exception in the loop. Its errors are raised when the batch is requested: IndexError for an
-    invalid row, OSError, MemoryError. Truncating a memory-mapped file kills the process (SIGBUS).
+    Each iterator of `batches` has its own thread, which ends with the iterator and whose errors are raised when the
+    batch is requested. Truncating a memory-mapped file kills the process (SIGBUS).
 
     Raises:
         ValueError: the images are not on the host.

@@ -1,15 +1,14 @@
 """Training losses for class labels and for mixtures of classes, computed in float32.
 
 Focal loss (Lin et al. 2017, arXiv 1708.02002) is sum over k of t_k (1 - p_k)^gamma (-log p_k). `bce` is binary
-cross-entropy (Wightman et al. 2021, arXiv 2110.00476), summed over classes where timm averages, so that learning rates
-are comparable to cross-entropy. Label smoothing (Szegedy et al. 2016, arXiv 1512.00567) applies to class labels only.
+cross-entropy (Wightman et al. 2021, arXiv 2110.00476), summed over classes where timm averages. Label smoothing
+(Szegedy et al. 2016, arXiv 1512.00567) applies to class labels only.
 
 Logit adjustment adds tau · log(class frequency) to each logit in training (Menon et al. 2021, arXiv 2007.07314,
-equation 10; tau 1 is the balanced softmax of Ren et al. 2020, arXiv 2007.10740). Class weights are inverse class
-frequencies or inverse effective numbers (Cui et al. 2019, arXiv 1901.05555), optionally for the end of the run only
-(Cao et al. 2019, arXiv 1906.07413). They multiply each class's term in cross-entropy and focal loss, and the image's
-loss in `bce`; the batch's sum is divided by the sum of its weights. For mixtures torch divides by the number of images,
-which shrinks the gradient of batches of common classes (to a twelfth, for inverse weights of 900, 90 and 10 images).
+equation 10; balanced softmax, Ren et al. 2020, arXiv 2007.10740). Class weights are inverse class frequencies or
+inverse effective numbers (Cui et al. 2019, arXiv 1901.05555), optionally for the end of the run only (Cao et al. 2019,
+arXiv 1906.07413). The batch's sum is divided by the sum of its weights, also for mixtures, where torch divides by the
+number of images.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ class Criterion:
         return losses.mean() if weights is None else losses.sum() / self._weight(targets)
 
     def share(self, part: Tensor, whole: Tensor, stage: Stage) -> Tensor | float:
-        """Return the weight of the labels (n,) or mixtures (n, K) of a part of a batch in the loss of the whole."""
+        """Return the weight of a part of a batch, labels (n,) or mixtures (n, K), in the loss of the whole."""
         if not stage.weighted:
             return len(part) / len(whole)
         return self._weight(part) / self._weight(whole)

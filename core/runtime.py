@@ -134,10 +134,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that tensors may still use on the device, as an upper bound: memory may be fragmented.
+    """Return an upper bound of the bytes that tensors may still use on the device.
 
-    On CUDA, includes memory that torch's allocator has reserved but does not use, within
-    `torch.cuda.set_per_process_memory_fraction`. On the CPU, limited by the process's control groups (v1 or v2).
+    On CUDA, includes unused memory of torch's allocator, within `torch.cuda.set_per_process_memory_fraction`. On the
+    CPU, limited by the process's control groups (v1 or v2).
     """
     if device.type == "cpu":
         return _free_host_memory(Path("/"))
@@ -156,8 +156,7 @@ def _free_host_memory(root: Path) -> int:
 def _left_by_control_groups(root: Path) -> Iterator[int]:
     """Memory left by the limit of each control group of this process and of its parents.
 
-    Inactive page cache is freed on demand. A container may see its own group as the root while its listed path is the
-    host's, so missing paths are skipped.
+    Missing paths are skipped, since a container's listed path may be that of the host.
     """
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()

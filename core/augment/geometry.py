@@ -1,8 +1,7 @@
 """Affine transformations of images, one matrix (n, 2, 3) per image.
 
-A matrix maps output positions to input positions, in pixels from the image's centre, so pixels are read once. Flips and
-whole-pixel shifts are exact copies; only shears, rotations and crops are interpolated. Definitions are those of
-torchvision's v2 transforms.
+A matrix maps output positions to input positions, in pixels from the image's centre. Flips and whole-pixel shifts are
+exact copies; only shears, rotations and crops are interpolated. Definitions are those of torchvision's v2 transforms.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""torchvision's photometric operations, with a magnitude per image.
+"""torchvision's photometric operations on pixels (n, C, H, W), with a magnitude (n,) per image.
 
-Pixels are (n, C, H, W) with one or three channels, uint8 or float32 of whole numbers from 0 to 255; results have the
-same dtype. Magnitudes are (n,). Operations round as torchvision does on uint8, and do not modify their input.
+Pixels are uint8 or float32 of whole numbers, with one or three channels. Operations round as torchvision does on uint8,
+and do not modify their input.
 """
 
 from __future__ import annotations

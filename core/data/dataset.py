@@ -107,11 +107,11 @@ def load_dataset(
 
     Args:
         config: `name` is that of a built-in set, or the path of a folder, archive, .npz or .csv.
-        data_path: images to use instead of the named set; for a built-in one also torchvision's folder of it.
+        data_path: images to use instead, or torchvision's folder of a built-in set.
         cache_dir: folder of decoded data sets, which are memory-mapped; None decodes into memory each time.
         skip_broken: leave out unreadable images instead of raising an error.
         download: download a built-in set that is not on disk.
-        data_root: folder of built-in sets, unless `data_path` is given.
+        data_root: folder of built-in sets.
 
     Raises:
         UserError: the data are missing or cannot be used.

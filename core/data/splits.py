@@ -1,9 +1,8 @@
 """Selection of test images by content, and seeded selection of validation images.
 
-Within each class, images are ordered by a hash of their pixels, and the first ones form the test set: seeds, names and
-order of files have no effect, identical images stay together, and adding an image moves hardly any other. Validation
-images are drawn by scikit-learn; identical images are then moved to the set of the first of them, since duplicates
-across sets inflate scores.
+Within each class, images are ordered by a hash of their pixels, and the first ones form the test set, so seeds, names
+and order of files have no effect. Validation images are drawn by scikit-learn; identical images are then moved to the
+set of the first of them, since duplicates across sets inflate scores.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """Training steps as CUDA graphs, captured once per shape and then replayed.
 
-A small network's step is hundreds of kernels of a few microseconds, which the host cannot launch as fast as the device
-runs them. A captured step reads its batch and values from fixed tensors, filled before each replay; random numbers come
-from generators registered with the graph, and continue as without capture.
-
-The smaller last batch of an epoch has its own shape, since padding would change batch norm. The first steps of each
-shape are not captured, since libraries and optimizers initialize themselves in them.
+A small network's step is hundreds of kernels, which the host cannot launch as fast as the device runs them. A captured
+step reads its batch and values from fixed tensors, filled before each replay; random generators continue as without
+capture.
 """
 
 from __future__ import annotations

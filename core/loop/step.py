@@ -1,8 +1,7 @@
 """One optimizer step, in two parts: decisions on the host, and work on the device.
 
-The device part can be captured as a CUDA graph. Python numbers are constants in a graph, so everything that selects
-kernels is in `StepShape`, with one captured step per shape, and everything else that changes between steps is in
-`StepValues`: scalars on the device when captured, else plain numbers.
+The device part can be captured as a CUDA graph, where Python numbers are constants. So everything that selects kernels
+is in `StepShape`, and everything else that changes between steps is in `StepValues`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """timm's models by name: `timm/convnext_atto`, `timm/vit_small_patch16_224.augreg_in21k`.
 
-Unsupported options (drop path, image size) are errors when the model is built. Pretrained weights in the hub's cache
-are read without network access. A weights file must match the complete model: if the classifier differs, timm skips
-layers that do not match and only logs it.
+Unsupported options are errors when the model is built. Pretrained weights in the hub's cache are read without network
+access. A weights file must match the complete model, since timm skips layers that do not match and only logs it.
 
 timm: Wightman 2019, https://github.com/huggingface/pytorch-image-models.
 """
@@ -184,9 +183,9 @@ def _check_fit(
 ) -> None:
     """Raise ConfigError if the file is of another model.
 
-    Compares names and shapes. If they differ, timm may be able to convert them (position embeddings of another image
-    size, older names), which must load strictly and fill every layer. `own` are timm's arguments with the file's
-    classes and channels.
+    If names or shapes differ, timm may be able to convert them (position embeddings of another image size, older
+    names), which must load strictly and fill every layer. `own` are timm's arguments with the file's classes and
+    channels.
     """
     with isolated_rng(torch.device("cpu")):
         torch.manual_seed(0)

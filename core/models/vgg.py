@@ -1,11 +1,10 @@
 """VGG for small images: stages of 3×3 convolutions, each followed by a max-pool, and a classifier.
 
-`hidden` builds the published classifier, with 124 of VGG16's 138 million weights; by default the mean over positions is
-classified. With `hidden: 4096, norm: none` this is torchvision's `vgg16`, and with `norm: batch` its `vgg16_bn`, with
-the same parameter names except `hidden1`, `hidden2` and `fc`, which are `classifier.0`, `.3` and `.6` there.
+`hidden` builds the published classifier; by default the mean over positions is classified. With `hidden: 4096` this is
+torchvision's `vgg16` (`norm: none`) or `vgg16_bn`, with the same parameter names and initialization, except that
+`hidden1`, `hidden2` and `fc` are `classifier.0`, `.3` and `.6` there.
 
-Simonyan and Zisserman 2015, arXiv 1409.1556. Initialization as in torchvision: convolutions Kaiming normal over fan-out
-(arXiv 1502.01852), linear layers normal with deviation 0.01, zero biases.
+Simonyan and Zisserman 2015, arXiv 1409.1556; Kaiming initialization, arXiv 1502.01852.
 """
 
 from __future__ import annotations

@@ -69,6 +69,27 @@ class EveryStepByPython:
         return function
 
 
+class Failing:
+    """A capture that raises an error."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        raise self.error
+
+
+class Counting(EveryStepByPython):
+    """Counts captures."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:  # type: ignore[override]
+        self.count += 1
+        return EveryStepByPython.capture(function)
+
+
 def losses(result: TrainResult) -> list[float]:
     return [epoch.train_loss for epoch in result.history]
 
@@ -102,13 +123,9 @@ def test_a_captured_training_resumes_bitwise(digits: Splits, tiny: TrainConfig, 
 
 
 def test_other_errors_while_capturing_propagate(digits: Splits, tiny: TrainConfig) -> None:
-    class Faulty:
-        @staticmethod
-        def capture(function: Callable[[], None]) -> Callable[[], None]:
-            raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
-
+    capture = Failing(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
     with pytest.raises(RuntimeError, match="cuDNN error"):
-        train(tiny, digits, device=CPU, execution=Execution(capture=Faulty()))
+        train(tiny, digits, device=CPU, execution=Execution(capture=capture))
 
 
 @pytest.mark.parametrize("capture", [None, EveryStepByPython], ids=["as it is", "captured"])
@@ -158,42 +175,25 @@ def test_more_architectures_and_shapes_than_torchs_limit_are_compiled() -> None:
 
 
 def test_cuda_graphs_can_be_switched_off(digits: Splits, tiny: TrainConfig) -> None:
-    class Forbidden:
-        @staticmethod
-        def capture(function: Callable[[], None]) -> Callable[[], None]:
-            raise AssertionError
-
-    config = tiny.override({"precision.cuda_graphs": False})
-    assert same(
-        train(config, digits, device=CPU, execution=Execution(capture=Forbidden)), train(tiny, digits, device=CPU)
-    )
+    execution = Execution(capture=Failing(AssertionError()))
+    without = train(tiny.override({"precision.cuda_graphs": False}), digits, device=CPU, execution=execution)
+    assert same(without, train(tiny, digits, device=CPU))
 
 
 def test_each_shape_of_a_step_is_captured_once(digits: Splits, tiny: TrainConfig) -> None:
-    captured: list[Callable[[], None]] = []
-
-    class Counting(EveryStepByPython):
-        @staticmethod
-        def capture(function: Callable[[], None]) -> Callable[[], None]:
-            captured.append(function)
-            return EveryStepByPython.capture(function)
-
+    capture = Counting()
     config = tiny.override({"epochs": WARM_UP_STEPS + 3, "batch_size": 80})  # 192 images: 80, 80, 32
-    result = train(config, digits, device=CPU, execution=Execution(capture=Counting()))
-    assert len(captured) == 2
+    result = train(config, digits, device=CPU, execution=Execution(capture=capture))
+    assert capture.count == 2
     assert [epoch.images for epoch in result.history] == [192] * config.epochs
 
 
 def test_a_capture_error_names_the_fix(digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refusing:
-        @staticmethod
-        def capture(function: Callable[[], None]) -> Callable[[], None]:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
+    capture = Failing(RuntimeError("operation not permitted when stream is capturing\nmore"))
     with pytest.raises(
         ConfigError, match=r"^model\.name resnet: .*not permitted when stream is capturing\); set precision.cuda_graphs"
     ):
-        train(tiny, digits, device=CPU, execution=Execution(capture=Refusing()))
+        train(tiny, digits, device=CPU, execution=Execution(capture=capture))
 
 
 @pytest.mark.parametrize("changes", STATEFUL.values(), ids=STATEFUL.keys())

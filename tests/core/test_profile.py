@@ -30,7 +30,7 @@ from core.loop.profile import (
     profile,
 )
 from tests.core.recorded import RecordedGraph
-from tests.core.test_execution import EveryStepByPython
+from tests.core.test_execution import Counting, EveryStepByPython
 from tests.core.test_loop import same
 
 CPU = torch.device("cpu")
@@ -175,18 +175,11 @@ class TestReplayedSteps:
         assert measured.replayed.seconds == 1  # three replayed steps, without captures
 
     def test_are_captured_in_all_shapes_before_timing(self, digits: Splits, tiny: TrainConfig) -> None:
-        captures = []
-
-        class Counting(EveryStepByPython):
-            @staticmethod
-            def capture(function: Callable[[], None]) -> Callable[[], None]:
-                captures.append(function)
-                return EveryStepByPython.capture(function)
-
+        capture = Counting()
         changes = {"batch_size": 80, "augment.mixup": 1.0, "augment.cutmix": 1.0}
-        execution = Execution(capture=Counting())
+        execution = Execution(capture=capture)
         profile(tiny.override(changes), digits, device=CPU, steps=12, execution=execution)
-        assert len(captures) == 2 * 2 * 2  # batches of 80 and 32, mixup and cutmix, in total and by part
+        assert capture.count == 2 * 2 * 2  # batches of 80 and 32, mixup and cutmix, in total and by part
 
 
 class RecordedEvent:

@@ -21,23 +21,9 @@ from core.config import ModelConfig
 from core.errors import ConfigError, UserError
 from core.models import build_model, check_model_name
 from core.models.timm_models import _check_first_layer, find_model
-
-
-def _build(
-    *, num_classes: int = 10, in_channels: int = 1, image_size: tuple[int, int] = (8, 8), **fields: Any
-) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(ModelConfig(**fields), num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-
-
-def _images(*shape: int) -> torch.Tensor:
-    images = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
+from tests.core.networks import build as _build
+from tests.core.networks import images as _images
+from tests.core.networks import parameters as _parameters
 
 # --- timm's models
 
@@ -96,32 +82,24 @@ def test_an_unsupported_image_size_is_refused(name: str, side: int, reason: str)
 @pytest.mark.parametrize(
     ("name", "nearest"), [("resnet_18", "resnet18"), ("vit_tiny_patch16_224_in21k", "vit_tiny_patch16_224")]
 )
-def test_an_unknown_or_deprecated_name_suggests_similar_ones(name: str, nearest: str) -> None:
+@pytest.mark.parametrize("check", [check_model_name, lambda name: _build(name=name)], ids=["check", "build"])
+def test_an_unknown_or_deprecated_name_suggests_similar_ones(
+    name: str, nearest: str, check: Callable[[str], object]
+) -> None:
     with pytest.raises(UserError, match=rf"^model\.name: timm .* has no model '{name}'; did you mean .*{nearest}"):
-        _build(name=f"timm/{name}")
+        check(f"timm/{name}")
 
 
-def test_an_unknown_tag_lists_the_known_ones() -> None:
+@pytest.mark.parametrize("check", [check_model_name, lambda name: _build(name=name)], ids=["check", "build"])
+def test_an_unknown_tag_lists_the_known_ones(check: Callable[[str], object]) -> None:
     with pytest.raises(UserError, match=r"^model\.name: timm's resnet18 has no weights 'nope'; it has .*a1_in1k"):
-        _build(name="timm/resnet18.nope")
+        check("timm/resnet18.nope")
 
 
 @pytest.mark.parametrize("name", ["resnet", "vgg", "timm/convnext_atto", "timm/resnet18.a1_in1k"])
 def test_a_known_name_passes_the_check_without_building_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", None)
     check_model_name(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("timm/resnet_18", r"^model\.name: timm .* has no model 'resnet_18'; did you mean .*resnet18"),
-        ("timm/resnet18.nope", r"^model\.name: timm's resnet18 has no weights 'nope'; it has .*a1_in1k"),
-    ],
-)
-def test_an_unknown_name_fails_the_check_as_it_fails_the_build(name: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check_model_name(name)
 
 
 # --- published weights

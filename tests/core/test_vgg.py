@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,29 +11,16 @@ import torch
 import torchvision
 from torch import nn
 
-from core.config import ModelConfig
 from core.errors import ConfigError
-from core.models import build_model, check_model_name
 from core.models.stages import FixedGroupNorm
-from core.runtime import normalize
+from tests.core.networks import build, images
+
+_build = partial(build, name="vgg")
 
 SMALL: dict[str, Any] = {"widths": (8, 16), "blocks": (1, 2)}
 VGG16: dict[str, Any] = {"widths": (64, 128, 256, 512, 512), "blocks": (2, 2, 3, 3, 3), "hidden": 4096}
 # Names of the classifier's layers here and in torchvision; other names are equal.
 RENAMED = {"hidden1": "classifier.0", "hidden2": "classifier.3", "fc": "classifier.6"}
-
-
-def _build(
-    *, num_classes: int = 10, in_channels: int = 1, image_size: tuple[int, int] = (8, 8), **fields: Any
-) -> nn.Module:
-    torch.manual_seed(0)
-    config = ModelConfig(name="vgg", **fields)
-    return build_model(config, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-
-
-def _images(*shape: int) -> torch.Tensor:
-    images = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _as_torchvision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -95,9 +83,9 @@ def test_with_torchvisions_weights_it_gives_torchvisions_logits(norm: str, side:
         prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
         state[names.get(prefix, "") + name.removeprefix(prefix)] = tensor
     ours.load_state_dict(state)
-    images = _images(2, 3, side, side)
+    drawn = images(2, 3, side, side)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(drawn), theirs(drawn), rtol=1e-4, atol=1e-5)
 
 
 def test_initial_weights_match_torchvision() -> None:
@@ -121,14 +109,14 @@ def test_a_stage_consists_of_convolutions_and_a_max_pool() -> None:
     convolutions = _layers(model, nn.Conv2d)
     assert [layer.out_channels for layer in convolutions] == [8, 16, 16]
     assert {(layer.kernel_size, layer.stride, layer.padding) for layer in convolutions} == {((3, 3), (1, 1), (1, 1))}
-    assert model.features(_images(2, 1, 13, 8)).shape == (2, 16, 3, 2)
+    assert model.features(images(2, 1, 13, 8)).shape == (2, 16, 3, 2)
 
 
 def test_without_hidden_layers_the_mean_over_all_positions_is_classified() -> None:
     model = _build(image_size=(16, 16), **SMALL).eval()
-    images = _images(2, 1, 16, 16)
+    drawn = images(2, 1, 16, 16)
     assert [layer.in_features for layer in _layers(model, nn.Linear)] == [16]
-    torch.testing.assert_close(model(images), model.fc(model.features(images).mean((2, 3))))
+    torch.testing.assert_close(model(drawn), model.fc(model.features(drawn).mean((2, 3))))
 
 
 def test_hidden_layers_use_7x7_positions_and_dropout() -> None:
@@ -161,47 +149,20 @@ def test_the_activation_is_the_same_everywhere(activation: str, kind: type[nn.Mo
 
 @pytest.mark.parametrize("hidden", [None, 16])
 def test_dropout_is_at_work_in_training_only(hidden: int | None) -> None:
-    model, images = _build(dropout=0.5, hidden=hidden, norm="none", **SMALL), _images(8, 1, 8, 8)
-    assert not torch.equal(model.train()(images), model(images))
-    assert torch.equal(model.eval()(images), model(images))
+    model, drawn = _build(dropout=0.5, hidden=hidden, norm="none", **SMALL), images(8, 1, 8, 8)
+    assert not torch.equal(model.train()(drawn), model(drawn))
+    assert torch.equal(model.eval()(drawn), model(drawn))
 
 
 # --- any image
 
 
-@pytest.mark.parametrize("in_channels", [1, 3, 5])
-@pytest.mark.parametrize("hidden", [None, 16])
-@pytest.mark.parametrize("image_size", [(8, 8), (9, 13)])
-def test_any_channels_and_image_shape_give_one_logit_per_class(
-    in_channels: int, hidden: int | None, image_size: tuple[int, int]
-) -> None:
-    model = _build(num_classes=7, in_channels=in_channels, image_size=image_size, hidden=hidden, **SMALL)
-    assert model.training
-    assert model(_images(2, in_channels, *image_size)).shape == (2, 7)
-
-
 @pytest.mark.parametrize("fields", [{}, {"norm": "none"}, {"norm": "group", "hidden": 16}])
 def test_every_parameter_gets_a_gradient(fields: dict[str, Any]) -> None:
     model = _build(**SMALL, **fields)
-    model(_images(8, 1, 8, 8)).logsumexp(1).mean().backward()
+    model(images(8, 1, 8, 8)).logsumexp(1).mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert all(parameter.grad.any() for name, parameter in model.named_parameters() if name.endswith("weight"))
-
-
-@pytest.mark.parametrize("in_channels", [1, 3])
-def test_every_convolution_works_in_channels_last_also_on_greyscale(in_channels: int) -> None:
-    model = _build(in_channels=in_channels, image_size=(16, 16), hidden=16, **SMALL)
-    pixels = torch.randint(0, 256, (4, in_channels, 16, 16), dtype=torch.uint8)
-    seen = []
-    for layer in _layers(model, nn.Conv2d):
-        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.stride(1) == 1))
-    model(normalize(pixels, (0.5,) * in_channels, (0.25,) * in_channels))
-    assert seen == [True] * 3
-
-
-def test_weights_depend_on_the_global_generator_alone() -> None:
-    first, second = _build(**SMALL).state_dict(), _build(**SMALL).state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +186,4 @@ def test_a_max_pool_that_would_halve_one_pixel_is_refused(image_size: tuple[int,
 
 def test_a_network_that_ends_at_one_pixel_is_built() -> None:
     model = _build(image_size=(32, 32), widths=(8,) * 5, blocks=(1,) * 5)
-    assert model.features(_images(2, 1, 32, 32)).shape == (2, 8, 1, 1)
-
-
-def test_its_name_passes_the_check() -> None:
-    check_model_name("vgg")
+    assert model.features(images(2, 1, 32, 32)).shape == (2, 8, 1, 1)
