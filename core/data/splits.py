@@ -12,7 +12,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from torch import Tensor
 from core.config import DataConfig
 from core.errors import UserError
 from core.runtime import free_memory
-
-if TYPE_CHECKING:
-    from core.data.dataset import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +72,29 @@ class Splits:
         return replace(merged, mean=mean, std=std)
 
 
-def stratified(data: Dataset, config: DataConfig) -> Splits:
+class Labelled(Protocol):
+    """Images to split, such as a `Dataset`."""
+
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def moments(self) -> Tensor: ...
+
+    @property
+    def twins(self) -> Tensor: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def source(self) -> str: ...
+
+
+def stratified(data: Labelled, config: DataConfig) -> Splits:
     """Draw `val_fraction` of the images for validation, stratified by class, with `split_seed`.
 
     Raises:
@@ -84,7 +103,7 @@ def stratified(data: Dataset, config: DataConfig) -> Splits:
     return _normalized(data, *_draw(data, config), config)
 
 
-def stratified_folds(data: Dataset, config: DataConfig) -> tuple[Splits, ...]:
+def stratified_folds(data: Labelled, config: DataConfig) -> tuple[Splits, ...]:
     """Divide the images into `folds` parts, stratified by class, with `split_seed`; each part validates once.
 
     Raises:
@@ -119,7 +138,7 @@ def on_device(folds: Sequence[Splits], device: torch.device | str) -> tuple[Spli
     return (first, *(replace(fold.on(device), images=first.images, labels=first.labels) for fold in folds[1:]))
 
 
-def _normalized(data: Dataset, train: Tensor, val: Tensor, config: DataConfig) -> Splits:
+def _normalized(data: Labelled, train: Tensor, val: Tensor, config: DataConfig) -> Splits:
     """The split with mean and std measured on its training images, or constants."""
     channels = data.images.shape[1]
     measured = None
@@ -135,7 +154,7 @@ def _normalized(data: Dataset, train: Tensor, val: Tensor, config: DataConfig) -
     return Splits(data.images, data.labels, train, val, data.classes, mean, std, measured)
 
 
-def _draw(data: Dataset, config: DataConfig) -> tuple[Tensor, Tensor]:
+def _draw(data: Labelled, config: DataConfig) -> tuple[Tensor, Tensor]:
     from sklearn.model_selection import train_test_split
 
     labels, classes, where = data.labels, data.classes, data.source
@@ -174,7 +193,7 @@ def _draw(data: Dataset, config: DataConfig) -> tuple[Tensor, Tensor]:
     return train, val
 
 
-def _draw_parts(data: Dataset, config: DataConfig) -> Tensor:
+def _draw_parts(data: Labelled, config: DataConfig) -> Tensor:
     from sklearn.model_selection import StratifiedKFold
 
     assert config.folds is not None
