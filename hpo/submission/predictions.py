@@ -62,9 +62,9 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def write(self, path: Path, *, probabilities: bool = False) -> None:
+    def write(self, path: Path | str, *, probabilities: bool = False) -> None:
         """Writes them as `write_submission` does, with a column for each class if asked to."""
-        write_submission(path, self.ids, self.labels, self.classes, self.probabilities if probabilities else None)
+        write_submission(Path(path), self.ids, self.labels, self.classes, self.probabilities if probabilities else None)
 
 
 def predictions_of(

@@ -95,7 +95,7 @@ def test_an_ensemble_labels_images_as_one_network_does(photos: Path, tmp_path: P
 
 def test_the_csv_has_id_and_label_and_on_request_the_probabilities(bundle: Path, photos: Path, tmp_path: Path) -> None:
     found = predict(bundle, photos, device=CPU)
-    found.write(tmp_path / "plain.csv")
+    found.write(str(tmp_path / "plain.csv"))
     found.write(tmp_path / "full.csv", probabilities=True)
     plain, full = rows(tmp_path / "plain.csv"), rows(tmp_path / "full.csv")
     assert plain[0] == ["id", "label"]
