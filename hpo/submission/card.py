@@ -197,7 +197,7 @@ def _class_limits(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _baseline(report: Report) -> TrainConfig | None:
     """The baseline of the confirmation; None if it is unknown, or has fields of another version."""
     for contender in (report.get("confirmation") or {}).get("contenders", []):
-        if contender.get("key") == "base":
+        if contender.get("key") in ("baseline", "base"):  # "base" in version 0.1.0
             try:
                 return TrainConfig.model_validate_json(json.dumps(contender["config"]))
             except ValidationError:

@@ -123,7 +123,8 @@ def changed(*path: str, to: Any) -> dict[str, Any]:
         "# A classifier of 3 classes, trained on pets",
         "from trial 7 of study `pets`",
         "takes color images, resized to 16×12 pixels, and names one of 3 classes: cat, dog, Größe, {x}.",
-        "**99.1 %** of 300 test images, which were not used in training, are classified correctly (95 % interval 98.0–99.5 %).",
+        "**99.1 %** of 300 test images, which were not used in training, are classified correctly",
+        "(95 % interval 98.0–99.5 %)",
         "hpo predict . photos -o submission.csv",
         "| test (300) | the model's | 0.9911 (0.980–0.995) | 0.9800 | 0.9700 | 0.0412 (0.030–0.050) | 0.0310 |",
         "| validation (20) | one view | 0.9876 |",
@@ -365,6 +366,16 @@ def test_it_is_well_formed_markdown() -> None:
     assert [token.info for token in tokens if token.type == "fence"] == ["sh", "python", "python", "text"]
     for row in (token for token in tokens if token.type == "inline" and token.content.startswith("|")):
         raise AssertionError(f"a table that is none: {row.content}")
+
+
+def test_its_metadata_names_task_library_and_scores_and_no_license() -> None:
+    data = ModelCard(card(config=WINNER)).data
+    assert (data.pipeline_tag, data.library_name, data.license) == ("image-classification", "hpo-vision", None)
+    scores = {(each.dataset_split, each.metric_type): each.metric_value for each in data.eval_results}
+    assert scores["test", "accuracy"] == 0.9911
+    assert scores["validation", "macro_f1"] == 0.97
+    assert data.metrics == ["accuracy", "balanced_accuracy", "macro_f1"]
+    assert ModelCard(card({})).data.eval_results is None
 
 
 def test_its_python_runs_as_it_stands(
