@@ -7,21 +7,30 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from core.config import TrainConfig
     from core.loop import EpochMetrics
-    from hpo.trials import Outcome
 
 
-class Listener(Protocol):
-    """Whoever wants to see a study run, one training at a time."""
+class StudyView(Protocol):
+    """Shows the trials of a study, as its storage has them."""
 
-    def trial_started(self, label: str, config: TrainConfig) -> None: ...
+    def refresh(self, *, force: bool = False) -> None:
+        """Read the storage again and show the changes; without `force`, not more often than is worthwhile."""
 
-    def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None: ...
+    def training(self, label: str, *, epochs: int) -> Callable[[EpochMetrics], None]:
+        """Show a training that is not a trial; the returned function is called after each epoch."""
 
-    def trial_ended(self, outcome: Outcome) -> None: ...
 
-    def reference_ended(self, name: str, result: dict[str, Any]) -> None: ...
+class NoProgress:
+    """Shows nothing."""
+
+    def refresh(self, *, force: bool = False) -> None:
+        pass
+
+    def training(self, label: str, *, epochs: int) -> Callable[[EpochMetrics], None]:
+        return lambda epoch: None
+
+
+NO_PROGRESS = NoProgress()
 
 
 class Reporter(Protocol):

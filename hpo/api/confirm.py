@@ -10,7 +10,8 @@ from pathlib import Path
 from core.data import Dataset, Division
 from core.errors import UserError
 from hpo.api.common import joining, open_dataset, say_data, say_patience
-from hpo.cli.console import StudyProgress, say, table
+from hpo.cli.console import say, table
+from hpo.cli.progress import StudyProgress
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation, write_confirmation
 from hpo.confirmation.trials import Plan, open_confirmation
 from hpo.dashboard.notes import note_study
@@ -117,13 +118,6 @@ def _named(study: Study, options: Mapping[str, object] | None = None) -> str:
     return shlex.join(words)
 
 
-class _Bars(StudyProgress):
-    """Names no best one: that is the luckiest training."""
-
-    def _best_note(self) -> str:
-        return ""
-
-
 class _Confirm:
     """One confirmation, from the choice of the candidates to the result."""
 
@@ -185,7 +179,6 @@ class _Confirm:
         study.remember_command(self._command)
         if study.queue.reap():
             logger.info("what a process that died was training goes on")
-        before = study.counts()
         self._plan.queue(study, dataset)
         say_data(dataset, splits[0])
         self._say_plan(study)
@@ -197,19 +190,13 @@ class _Confirm:
             data=self._data,
             skip_broken=search.skip_broken,
             interrupts=self._interrupts,
+            say=say,
         )
         if waiting := study.queue.waiting():
             self._say_estimate(work, waiting)
-        bars = _Bars(
-            metric=search.metric,
-            direction=search.direction,
-            done=before.finished,
-            total=study.total or 0,
-            best=None,
-        )
         try:
-            with bars:
-                self._work_off(study, work, bars, dataset)
+            with StudyProgress(study) as progress:
+                self._work_off(study, work, progress, dataset)
         except KeyboardInterrupt:
             say(f"stopped: {study.counts().finished} of {study.total} trainings are done and safe; go on with")
             say(f"  {self._command}")
@@ -218,15 +205,14 @@ class _Confirm:
             say(f"training {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}, and is left out")
         return study
 
-    def _work_off(self, study: Study, work: Work, bars: StudyProgress, dataset: Dataset) -> None:
+    def _work_off(self, study: Study, work: Work, progress: StudyProgress, dataset: Dataset) -> None:
         """Trains what waits, and what is queued then: early stopping leaves something over for those still in."""
         while True:
             while study.queue.waiting() or wait_for_others(study, self._interrupts) or study.queue.requeue_lost():
-                work.off(bars.lane)
+                work.run(progress)
             more = self._plan.queue(study, dataset)
             if not more and not study.queue.waiting() and not study.queue.at_work():
                 return
-            bars.progress.update(bars.study, total=study.total)
             if more:
                 logger.info("early stopping has saved %d trainings, which go to those that may still win", more)
 

@@ -15,7 +15,8 @@ from core.models import build_model, check_model_name
 from core.runtime import isolated_rng
 from hpo.analysis.summary import summarize
 from hpo.api.common import joining, open_dataset, say_data, say_patience
-from hpo.cli.console import StudyProgress, say
+from hpo.cli.console import say
+from hpo.cli.progress import StudyProgress
 from hpo.cli.scores import say_folds
 from hpo.cli.summary import draw_overview, print_summary
 from hpo.dashboard.notes import note_study
@@ -29,9 +30,10 @@ from hpo.storage import mask
 from hpo.storage.artifacts import Depot
 from hpo.study import check_search_name, open_study
 from hpo.text import count, duration
-from hpo.workers import Crew, Engine, Job
-from hpo.workers.cluster import check_options, engine_and_crew
+from hpo.workers.cluster import check_options, engine_and_pool
+from hpo.workers.engine import Engine, WorkerSpec
 from hpo.workers.placement import Placement, place
+from hpo.workers.pool import WorkerPool
 from hpo.workers.ray import RayEngine
 from hpo.workers.work import Work
 
@@ -164,17 +166,19 @@ class _Run:
             skip_broken=options.skip_broken,
             options=TrialOptions(keep_gb=options.keep_gb),
             interrupts=interrupts,
+            say=say,
             cluster=self._cluster if options.engine == "ray" else None,
         )
 
-    def _cluster(self, job: Job) -> tuple[Engine, Crew]:
+    def _cluster(self, spec: WorkerSpec) -> tuple[Engine, WorkerPool]:
         options = self.options
-        return engine_and_crew(
-            job,
+        return engine_and_pool(
+            spec,
             address=options.address or "auto",
             device=options.device,
             per_device=options.per_device,
             workers=options.workers,
+            say=say,
         )
 
     def go(self) -> None:
@@ -196,11 +200,8 @@ class _Run:
             return
         if done == total:
             say(f"they are all done; --trials {2 * total} goes on")
-        bars = StudyProgress(
-            metric=space.metric, direction=space.direction, done=done, total=total, best=before.best_value
-        )
         try:
-            self._work_off(bars, trials=total - done)
+            self._work_off(trials=total - done)
         except KeyboardInterrupt:
             if saved := study.paths.trial_indices_with_checkpoints():
                 say(f"{len(saved)} trial(s) are saved in the middle, and go on from there")
@@ -225,20 +226,26 @@ class _Run:
             f"{saved} go on from a checkpoint, {len(trial_indices) - saved} begin anew"
         )
 
-    def _work_off(self, bars: StudyProgress, *, trials: int) -> None:
+    def _work_off(self, *, trials: int) -> None:
         study, space, interrupts, work = self.study, self.space, self.interrupts, self.work
         if self.options.engine == "local":  # what a cluster's devices are like shows when they train
             with interrupts.let_through():
                 self._say_estimate(work.images(), trials=trials)
-        with bars as progress:
+        with StudyProgress(study) as progress:
             while study.queue.waiting() or wait_for_others(study, interrupts) or study.queue.requeue_lost():
-                work.off(progress.lane)
+                work.run(progress)
             keep_best_weights(
                 study, folds=space.baseline.data.folds or 1, options=TrialOptions(keep_gb=self.options.keep_gb)
             )
             if pending_references(study, space):
                 run_references(
-                    study, space, work.images(), device=work.device, listener=progress.lane(), interrupts=interrupts
+                    study,
+                    space,
+                    work.images(),
+                    device=work.device,
+                    interrupts=interrupts,
+                    say=say,
+                    progress=progress,
                 )
 
     def _say_estimate(self, splits: Sequence[Splits], *, trials: int) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from core.data import Division
 from hpo.analysis.summary import summarize
 from hpo.api.common import joining, open_dataset, say_data, say_patience
-from hpo.cli.console import StudyProgress, say
+from hpo.cli.console import say
+from hpo.cli.progress import StudyProgress
 from hpo.cli.scores import say_folds
 from hpo.search.interrupts import Interrupts
 from hpo.search.options import TrialOptions
@@ -56,18 +57,12 @@ def worker_command(
             skip_broken=joined.skip_broken,
             options=TrialOptions(keep_gb=keep_gb),
             interrupts=interrupts,
-        )
-        bars = StudyProgress(
-            metric=study.metric,
-            direction=study.direction,
-            done=now.counts.finished,
-            total=total,
-            best=now.best_value,
+            say=say,
         )
         try:
-            with bars as progress:
+            with StudyProgress(study) as progress:
                 while study.queue.waiting() or study.queue.requeue_lost():
-                    work.off(progress.lane)
+                    work.run(progress)
                     study.queue.reap()
         except KeyboardInterrupt:
             say("stopped: what this worker trained waits again, and goes on from its checkpoint; join again with")

@@ -13,16 +13,12 @@ from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from hpo.text import assignments
-
 if TYPE_CHECKING:
-    from core.config import TrainConfig
     from core.loop import EpochMetrics
-    from hpo.trials import Outcome
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -52,7 +48,7 @@ def say(text: str = "") -> None:
     console.file.flush()  # before what is logged next, where both go into one file
 
 
-def _bars() -> Progress:
+def bars() -> Progress:
     """The layout that all bars share; nothing without a terminal."""
     return Progress(
         TextColumn("{task.description}"),
@@ -66,85 +62,12 @@ def _bars() -> Progress:
     )
 
 
-class StudyProgress:
-    """A bar for the study, one for each running trial, and a line for each trial that ends.
-
-    Whoever trains, this process or one worker of several, shows it in a `lane`.
-    """
-
-    def __init__(self, *, metric: str, direction: str, done: int, total: int, best: float | None) -> None:
-        self.metric, self.better = metric, max if direction == "maximize" else min
-        self.best = best
-        self.progress = _bars()
-        self.study = self.progress.add_task("study", total=total, completed=done, note=self._best_note())
-
-    def __enter__(self) -> StudyProgress:
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
-
-    def lane(self) -> StudyLane:
-        """A place for a trial, beside those that run at the same time."""
-        return StudyLane(self)
-
-    def count(self, outcome: Outcome) -> None:
-        """One more trial is over."""
-        self.progress.advance(self.study)
-        if outcome.state == "complete" and outcome.value is not None:
-            self.best = outcome.value if self.best is None else self.better(self.best, outcome.value)
-        self.progress.update(self.study, note=self._best_note())
-
-    def _best_note(self) -> str:
-        return "" if self.best is None else f"best {self.metric} {self.best:.4f}"
-
-
-class StudyLane:
-    """The bar of whatever trial one worker runs. Implements `hpo.search.objective.Listener`."""
-
-    def __init__(self, bars: StudyProgress) -> None:
-        self.bars, self.progress, self.metric = bars, bars.progress, bars.metric
-        self.trial: TaskID | None = None
-
-    def trial_started(self, label: str, config: TrainConfig) -> None:
-        self.clear()
-        self.trial = self.progress.add_task(label, total=config.epochs, note="")
-
-    def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None:
-        if self.trial is None:
-            return
-        note = (
-            f"loss {epoch.train_loss:.3f}  {self.metric} {epoch.score(self.metric):.4f}  "
-            f"{epoch.images_per_s:,.0f} images/s  {verdict}"
-        )
-        self.progress.update(self.trial, completed=epoch.epoch, note=note)
-
-    def trial_ended(self, outcome: Outcome) -> None:
-        self.clear()
-        self.bars.count(outcome)
-        say(trial_line(outcome, self.metric))
-
-    def reference_ended(self, name: str, result: dict[str, Any]) -> None:
-        self.clear()
-        came_to = f"{result['value']:.4f}" if "value" in result else f"{result['failure']}  ({result['why']})"
-        say(f"recipe {name}  {self.metric} {came_to}")
-
-    def clear(self) -> None:
-        """Nothing runs here any more."""
-        if self.trial is not None:
-            self.progress.remove_task(self.trial)
-            self.trial = None
-
-
 class TrainProgress:
     """One bar for one training; without a terminal, a line for every tenth of it."""
 
     def __init__(self, label: str, *, epochs: int, metric: str = "accuracy") -> None:
         self.label, self.epochs, self.metric = label, epochs, metric
-        self.progress = _bars()
+        self.progress = bars()
         self.task = self.progress.add_task(label, total=epochs, note="")
 
     def __enter__(self) -> TrainProgress:
@@ -163,21 +86,6 @@ class TrainProgress:
         every = max(1, self.epochs // 10)
         if not console.is_terminal and (epoch.epoch % every == 0 or epoch.epoch == self.epochs):
             say(f"{self.label}: epoch {epoch.epoch} of {self.epochs}, {note}")
-
-
-def trial_line(outcome: Outcome, metric: str) -> str:
-    """A finished trial in one line."""
-    value = "      " if outcome.value is None else f"{outcome.value:.4f}"
-    how = outcome.state if outcome.failure is None else outcome.failure
-    if outcome.state == "pruned" and outcome.failure is None:
-        last = outcome.rows[-1] if outcome.rows else {}
-        where = f"fold {last['fold']}, " if "fold" in last else ""
-        how = f"pruned at {where}epoch {last['epoch']}" if last else "stopped before it began"
-    took = f"{outcome.history[-1].elapsed_s:6.1f} s" if outcome.history else "        "
-    detail = f"  ({outcome.why})" if outcome.failure or not outcome.rows else ""
-    if outcome.replicate_of is not None:
-        detail += f"  (replicate of slot {outcome.replicate_of})"
-    return f"trial {outcome.number:3d}  {metric} {value}  {how:<18} {took}  {assignments(outcome.params)}{detail}"
 
 
 def table(

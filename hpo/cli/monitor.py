@@ -151,7 +151,7 @@ def screen(view: View) -> Screen:
         columns = ["trial", "worker", "device", "epoch", view.study.metric, "rung", "parameters"]
         parts += [TableOf(columns, rows, right=(0, 4)), ""]
     if view.finished:
-        rows = [_finished_row(trial, _steps(view.study), names) for trial in view.finished[:_LATEST]]
+        rows = [_finished_row(trial, steps_of(view.study), names) for trial in view.finished[:_LATEST]]
         parts += [TableOf(["last", "state", view.study.metric, "time", "parameters"], rows, right=(0, 2, 3)), ""]
     parts += _foot(view)
     return parts[:-1] if parts[-1] == "" else parts
@@ -209,9 +209,9 @@ def _running_row(view: View, trial: FrozenTrial, names: Mapping[str, str]) -> li
         _numbers(trial),
         _worker(trial),
         _device(view, trial),
-        _bar(step, _steps(view.study)),
+        _bar(step, steps_of(view.study)),
         value,
-        _rung(trial),
+        rung_of(trial),
         _parameters(trial, names),
     ]
 
@@ -253,10 +253,16 @@ def _numbers(trial: FrozenTrial) -> str:
     return f"{trial.number}" if trial_index == trial.number else f"{trial.number} (slot {trial_index})"
 
 
-def _steps(study: Study) -> int:
-    """The epochs of a trial, all its folds together."""
+def fold_steps(study: Study) -> tuple[int, int]:
+    """Return the epochs of a fold, and the number of folds."""
     base = study.metadata["base"]
-    return int(base["epochs"]) * int(base["data"].get("folds") or 1)
+    return int(base["epochs"]), int(base["data"].get("folds") or 1)
+
+
+def steps_of(study: Study) -> int:
+    """Return the epochs of a trial, all its folds together."""
+    epochs, folds = fold_steps(study)
+    return epochs * folds
 
 
 def _worker(trial: FrozenTrial) -> str:
@@ -277,7 +283,7 @@ def _bar(done: int, of: int) -> str:
     return f"{'█' * full}{'░' * (_BAR - full)} {done}/{of}"
 
 
-def _rung(trial: FrozenTrial) -> str:
+def rung_of(trial: FrozenTrial) -> str:
     """How the trial stands among the others: at the last rung that it came to."""
     if why := spared(trial):
         return why

@@ -7,7 +7,6 @@ the trials that were finished are in the storage, and the one that ran goes on f
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import optuna
 import torch
+from filelock import FileLock
 from optuna.exceptions import UpdateFinishedTrialError
 from safetensors.torch import save_file, save_model
 
@@ -29,7 +29,7 @@ from hpo.confirmation.trials import why_stopped
 from hpo.dashboard import artifacts
 from hpo.errors import FULL_DISK, HpoError, StudyError
 from hpo.paths import TrainingPaths
-from hpo.reporter import Listener
+from hpo.reporter import NO_PROGRESS, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.objective import Divide, Objective, failure_of
 from hpo.search.options import TrialOptions
@@ -39,7 +39,7 @@ from hpo.space.pruner import RungPruner, build_pruner, lets_through
 from hpo.storage.atomic import replacing
 from hpo.study import Study
 from hpo.study.results import read_result, write_result
-from hpo.trials import STOPPED, Outcome
+from hpo.trials import REASON, STOPPED, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -85,16 +85,14 @@ def run_study(
     splits: Sequence[Splits] | Divide,
     *,
     device: torch.device,
-    listener: Listener,
     interrupts: Interrupts,
-    wanted: Callable[[], bool] = lambda: True,
+    progress: StudyView = NO_PROGRESS,
     options: TrialOptions = DEFAULTS,
 ) -> None:
     """Runs the trials that wait, until none is left of the total.
 
     Args:
         splits: on the device: one, or one a fold; or what divides the images as a trial's configuration asks.
-        wanted: asked before each trial whether it is to be run.
 
     Raises:
         KeyboardInterrupt: a person's Ctrl-C, or SIGTERM; the running trial is back in the queue.
@@ -117,12 +115,12 @@ def run_study(
         study.paths,
         seed=study.seed,
         device=device,
-        listener=listener,
+        progress=progress,
         interrupts=interrupts,
         before_training=None if depot is None else depot.bring,
         on_checkpoint=saved,
     )
-    while wanted():
+    while True:
         study.queue.reap()
         if (claimed := study.queue.claim()) is None:
             return
@@ -135,6 +133,7 @@ def run_study(
                 space_on_disk.keep_within()
                 # One thread and two do not add in the same order: with the same number, a trial's values are the same.
                 where = {"torch_threads": torch.get_num_threads(), "device": describe_device(device)}
+                where |= {REASON: outcome.why} if outcome.failure is not None else {}
                 counted = study.queue.finish(
                     trial, outcome.state, outcome.value, failure=outcome.failure, attributes=outcome.attributes | where
                 )
@@ -147,7 +146,7 @@ def run_study(
         if counted:  # else another process has the slot now, and needs them
             for fold in range(1, (space.baseline.data.folds or 1) + 1):
                 study.drop_checkpoint(study.paths.checkpoint(trial_index, fold))
-        listener.trial_ended(outcome)
+        progress.refresh(force=True)
         del outcome  # the networks, which the next trial's would otherwise have to fit beside
         interrupts.check()
 
@@ -230,25 +229,31 @@ def run_references(
     splits: Sequence[Splits],
     *,
     device: torch.device,
-    listener: Listener,
     interrupts: Interrupts,
+    say: Callable[[str], None],
+    progress: StudyView = NO_PROGRESS,
 ) -> None:
-    """Trains the recipes that are no trial of the study, as long as a trial, each once in the study's life."""
+    """Train the recipes that are not trials of the study, as long as a trial, each once in the study's life."""
     for recipe in pending_references(study, space):
         with _alone(study.paths.reference(recipe.name), interrupts):
             if not _is_trained(study, recipe):  # by another run of the study, which was waited for
-                _run_reference(study, space, splits, recipe, device=device, listener=listener, interrupts=interrupts)
-        listener.reference_ended(recipe.name, read_result(study.paths.reference(recipe.name)) or {})
+                _run_reference(study, space, splits, recipe, device=device, progress=progress, interrupts=interrupts)
+        result = read_result(study.paths.reference(recipe.name)) or {}
+        came_to = f"{result['value']:.4f}" if "value" in result else f"{result['failure']}  ({result['why']})"
+        say(f"recipe {recipe.name}  {space.metric} {came_to}")
 
 
 @contextlib.contextmanager
 def _alone(paths: TrainingPaths, interrupts: Interrupts) -> Iterator[None]:
     """No other process trains into the folder meanwhile: two would write each other's checkpoints."""
     paths.dir.mkdir(parents=True, exist_ok=True)
-    with paths.lock.open("a") as lock:
-        with interrupts.let_through():
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(paths.lock)
+    with interrupts.let_through():
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _run_reference(
@@ -258,7 +263,7 @@ def _run_reference(
     recipe: Recipe,
     *,
     device: torch.device,
-    listener: Listener,
+    progress: StudyView,
     interrupts: Interrupts,
 ) -> None:
     """Trains one recipe into its folder, or writes there why it cannot be trained."""
@@ -276,7 +281,7 @@ def _run_reference(
                 paths,
                 metric=space.metric,
                 device=device,
-                watch=_watched_by(listener, interrupts, recipe.name, config),
+                watch=_watched_by(progress, interrupts, recipe.name, config),
             )
     except Exception as error:
         failure = failure_of(error)
@@ -287,14 +292,14 @@ def _run_reference(
             checkpoint.unlink(missing_ok=True)
 
 
-def _watched_by(listener: Listener, interrupts: Interrupts, name: str, config: TrainConfig) -> Watch:
-    """Tells the listener of a recipe's training, or of each of its folds, and lets an interrupt end it at an epoch."""
+def _watched_by(progress: StudyView, interrupts: Interrupts, name: str, config: TrainConfig) -> Watch:
+    """Show a recipe's training, or each of its folds, and let an interrupt end it after an epoch."""
 
     def watch(label: str) -> Callable[[EpochMetrics], None]:
-        listener.trial_started(", ".join(filter(None, (f"recipe {name}", label))), config)
+        shown = progress.training(", ".join(filter(None, (f"recipe {name}", label))), epochs=config.epochs)
 
         def epoch_ended(epoch: EpochMetrics) -> None:
-            listener.epoch_ended(epoch, "")
+            shown(epoch)
             interrupts.check()
 
         return epoch_ended

@@ -27,7 +27,7 @@ from core.errors import ConfigError, DivergedError
 from core.loop import EpochMetrics, TrainResult, train
 from core.runtime import derive_seed, is_out_of_memory
 from hpo.paths import StudyPaths
-from hpo.reporter import Listener
+from hpo.reporter import StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.training import fold_label, going_on, of_fold
 from hpo.space import SearchSpace, to_yaml
@@ -62,13 +62,13 @@ class Objective:
         *,
         seed: int,
         device: torch.device,
-        listener: Listener,
+        progress: StudyView,
         interrupts: Interrupts,
         before_training: Callable[[Path], None] | None = None,
         on_checkpoint: Callable[[Path], None] | None = None,
     ) -> None:
         self.space, self.divide, self.paths = space, divide, paths
-        self.seed, self.device, self.listener, self.interrupts = seed, device, listener, interrupts
+        self.seed, self.device, self.progress, self.interrupts = seed, device, progress, interrupts
         self.before_training, self.on_checkpoint = before_training, on_checkpoint
 
     def __call__(self, trial: optuna.trial.Trial, trial_index: int) -> Outcome:
@@ -188,8 +188,6 @@ class _Attempt:
         """A fold is about to train."""
         self.fold = fold
         self.before_s = self.history[-1].elapsed_s if self.history else 0.0
-        label = ", ".join(filter(None, (f"trial {self.trial.number}", fold_label(fold, self.folds))))
-        self.objective.listener.trial_started(label, self.config)
 
     def rungs(self) -> frozenset[int]:
         """The epochs of the fold that trains at which the rung pruner judges it; none of another pruner, which knows
@@ -241,10 +239,9 @@ class _Attempt:
         # is judged by what the fold keeps, when it is over.
         last = epoch.epoch == self.config.epochs
         pruned = not last and self.trial.should_prune()
-        verdict = self._verdict()
-        self.objective.listener.epoch_ended(epoch, verdict)
+        self.objective.progress.refresh()
         if pruned:
-            raise optuna.TrialPruned(verdict or f"pruned at epoch {epoch.epoch}")
+            raise optuna.TrialPruned(self._verdict() or f"pruned at epoch {epoch.epoch}")
 
     def _report(self, epoch: EpochMetrics) -> None:
         timed = replace(epoch, elapsed_s=self.before_s + epoch.elapsed_s)

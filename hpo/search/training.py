@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.trial import FrozenTrial
 from safetensors.torch import save_model
 from torch import Tensor
 
@@ -127,6 +128,18 @@ def of_fold(config: TrainConfig, fold: int) -> TrainConfig:
 def fold_label(fold: int, folds: int) -> str:
     """What tells a fold's training from the others; empty where there is one."""
     return "" if folds == 1 else f"fold {fold} of {folds}"
+
+
+def trial_label(trial: FrozenTrial, *, epochs: int, folds: int) -> str:
+    """Name a running trial, and the fold that it trains: `trial 3, fold 2 of 5`.
+
+    Args:
+        trial: as the storage has it.
+        epochs: of one fold.
+        folds: their number.
+    """
+    fold = min(folds, (trial.last_step or 0) // epochs + 1)
+    return ", ".join(filter(None, (f"trial {trial.number}", fold_label(fold, folds))))
 
 
 def fold_rows(histories: Sequence[Sequence[EpochMetrics]], metric: str) -> list[dict[str, float | int]]:

@@ -38,6 +38,7 @@ from hpo.trials import (
     CRASHES,
     FAILURE,
     INTERRUPTED,
+    REASON,
     RECIPE,
     RESUMED_EPOCH,
     STOPPED,
@@ -193,7 +194,7 @@ class TrialQueue:
             attempt: The interrupted trial.
             crashes: New number of crashed attempts; 0 leaves the attempt's.
         """
-        dropped = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, STOPPED, "error"}
+        dropped = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, REASON, STOPPED, "error"}
         attributes = {key: value for key, value in with_current_names(attempt.user_attrs).items() if key not in dropped}
         # The sampler's and the pruner's system attributes stay; the artifacts belong to the attempt.
         system = {k: v for k, v in attempt.system_attrs.items() if not k.startswith((CONSTRAINT, ARTIFACT))}

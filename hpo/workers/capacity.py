@@ -1,84 +1,92 @@
-"""What a device has to give, and what each of several trials gets of it."""
+"""What a device has free, and the part of it that each of several trials gets."""
 
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import torch
 
 from core.errors import UserError
 from core.runtime import free_memory
-from hpo.workers.messages import Share
-from hpo.workers.packing import Limit
+from hpo.workers.engine import Resources
 
-# What a process holds of a GPU beside torch's allocator: CUDA's context and the kernels that it has loaded, 0.3 to
-# 0.6 GB on GPUs from Volta to Hopper (nvidia-smi beside torch.cuda.memory_reserved).
+# Memory of a GPU that a process holds beside torch's allocator: CUDA's context and loaded kernels, 0.3 to 0.6 GB on
+# GPUs from Volta to Hopper (nvidia-smi minus torch.cuda.memory_reserved).
 CONTEXT_BYTES = 600 * 2**20
-# What a worker holds of the machine where it trains a small network on the CPU: Python, torch and its buffers, about
-# 0.9 GB of resident memory on Linux.
+# Resident memory of a worker that trains a small network on the CPU, on Linux.
 WORKER_BYTES = 900 * 10**6
 
 
 @dataclass(frozen=True)
+class Limit:
+    """Bounds on the number of trials at once."""
+
+    memory_bytes: int
+    """Free on the device before the first trial."""
+    trials: int | None = None
+    """The largest number that makes sense; None for any."""
+    why: str = ""
+    """The reason for `trials`: `the CPU has 2 cores`."""
+
+
+@dataclass(frozen=True)
 class Capacity:
-    """What a device had free before the first worker began."""
+    """What a device had free before the first worker started."""
 
     threads: int
-    """That torch uses in a process that is alone: the cores, unless OMP_NUM_THREADS says otherwise."""
+    """torch's, in a process that is alone: the cores, unless OMP_NUM_THREADS is set."""
     cores: int
     memory_bytes: int
-    """Free, of the device; of the machine, where the device is its CPU."""
+    """Free on the device; free on the machine if the device is its CPU."""
     gpu_bytes: int | None
-    """The GPU's whole memory; None without one."""
+    """The GPU's total memory; None without one."""
 
-    def share(self, trials: int) -> Share:
-        """What each of so many trials at once may have.
+    def share(self, trials: int) -> Resources:
+        """Divide the device evenly among so many trials, which `check` has accepted.
 
-        On a GPU torch keeps each to its share of the memory, so that what runs out of it is a configuration that is
-        too large, which the sampler is to learn, and never one whose neighbour was. Threads beyond the cores would
-        only get into each other's way. So many have to fit: `check` says so before.
+        torch limits each process to its part of the GPU's memory, so that only a configuration that is too large runs
+        out of it, which the sampler has to learn, and never one with a large neighbour. More threads than cores would
+        slow each other down.
         """
         threads = max(1, self.threads // trials)
         if self.gpu_bytes is None:
-            return Share(threads, None)
+            return Resources(threads, None)
         fraction = (self.memory_bytes / trials - CONTEXT_BYTES) / self.gpu_bytes
-        return Share(threads, min(fraction, 1.0))
+        return Resources(threads, min(fraction, 1.0))
 
     @property
     def most(self) -> int:
-        """How many trials at once the memory holds where each needs little: at least 1, which needs no other process.
+        """The number of trials at once that fit if each needs little memory; at least 1.
 
-        On a GPU, each with as much for its tensors as its process takes for itself.
+        On a GPU each is given as much for its tensors as its process takes for itself.
         """
         each = WORKER_BYTES if self.gpu_bytes is None else 2 * CONTEXT_BYTES
         return max(1, self.memory_bytes // each)
 
     def check(self, trials: int, *, asked: str) -> None:
-        """Refuses more trials at once than there can be processes.
+        """Check that so many processes fit.
 
         Args:
-            trials: so many at once.
-            asked: the option that said so, as it was given: `--per-device auto`.
+            trials: number of trials at once.
+            asked: the option that asked for them: `--per-device auto`.
 
         Raises:
-            UserError: the free memory is too small for them.
+            UserError: the free memory is too small.
         """
         free = f"{self.memory_bytes / 1e9:.1f} GB"
         if self.gpu_bytes is None:
-            # One alone is never refused: it takes what is there, and how little it needs is not known here.
-            if trials > self.most:
+            if trials > max(1, self.most):  # a single one may need less than the estimate
                 raise UserError(
                     f"{asked}: {trials} processes do not fit the {free} of free memory, "
                     f"at about {WORKER_BYTES / 1e9:.1f} GB each; give at most {self.most}"
                 )
         elif self.memory_bytes <= CONTEXT_BYTES:
             raise UserError(
-                f"{asked}: not even one process fits what the GPU has free, {free}; "
-                "end what else holds its memory, or give another --device"
+                f"{asked}: not even one process fits the GPU's free memory, {free}; "
+                "end other programs that use it, or give another --device"
             )
         elif self.memory_bytes <= trials * CONTEXT_BYTES:
             raise UserError(
@@ -86,42 +94,31 @@ class Capacity:
             )
 
     def limit(self) -> Limit:
-        """What bounds the number of trials at once that is worth trying: on a CPU its cores, and the memory."""
+        """Return the bounds on the number of trials that is worth trying: the memory, and on a CPU its cores."""
         if self.gpu_bytes is not None:
             return Limit(self.memory_bytes)
-        why = f"the CPU has {self.cores} core{'' if self.cores == 1 else 's'}"
-        return Limit(self.memory_bytes, self.cores, why)
+        return Limit(self.memory_bytes, self.cores, f"the CPU has {self.cores} core{'' if self.cores == 1 else 's'}")
 
 
 def free_capacity(device: torch.device) -> Capacity:
-    """What the device has now, beside what this process and others hold of it."""
-    threads, cores = torch.get_num_threads(), _cores()
-    whole = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
-    return Capacity(threads, cores, free_memory(device), whole)
+    """Measure what the device has free now."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+    return Capacity(torch.get_num_threads(), cores, free_memory(device), total)
 
 
-def occupy(share: Share, device: torch.device) -> None:
-    """Keeps this process to its share from now on.
+def occupy(resources: Resources, device: torch.device) -> None:
+    """Limit this process to its resources.
 
-    What torch's allocator holds beyond it is given back before anything is refused.
+    torch's allocator returns unused memory beyond the limit before it refuses an allocation.
     """
-    torch.set_num_threads(share.threads)
-    if share.memory_fraction is not None:
-        torch.cuda.set_per_process_memory_fraction(share.memory_fraction, device)
+    torch.set_num_threads(resources.threads)
+    if resources.memory_fraction is not None:
+        torch.cuda.set_per_process_memory_fraction(resources.memory_fraction, device)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory of the device that this process has held; of the machine, where the device is its CPU."""
+def used_memory_bytes(device: torch.device) -> int:
+    """Memory of the device that this process uses: its peak on a GPU, its resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
-    if sys.platform == "linux":
-        # Not ru_maxrss, which survives fork and exec there: a worker would begin with its parent's peak.
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2) of macOS counts bytes, those of the BSDs KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return int(psutil.Process().memory_info().rss)

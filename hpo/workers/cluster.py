@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from core.errors import UserError
-from hpo.cli.console import say
-from hpo.workers import Crew, Engine, Job
-from hpo.workers.packing import Limit
+from hpo.workers.engine import Engine, WorkerSpec
 from hpo.workers.placement import is_count
+from hpo.workers.pool import WorkerPool
 from hpo.workers.ray import RayEngine
 
 
 def check_options(*, device: str | None, devices: str | None, per_device: str | None) -> None:
-    """Refuses what a cluster that places workers itself cannot heed.
+    """Refuse options that a cluster cannot follow, since it places workers itself.
 
     Raises:
-        UserError: an option means this machine's devices, or is no number.
+        UserError: an option names this machine's devices, or is not a number.
     """
     if devices is not None:
         raise UserError("--devices names GPUs of one machine; with --engine ray leave it out, and give --workers")
@@ -26,26 +27,36 @@ def check_options(*, device: str | None, devices: str | None, per_device: str | 
         raise UserError("--per-device: on CPUs Ray gives each worker a core of its own; give --workers instead")
 
 
-def engine_and_crew(
-    job: Job, *, address: str, device: str | None, per_device: str | None, workers: int | None
-) -> tuple[Engine, Crew]:
-    """Connects to the cluster; the workers take what there is, or as many places as were asked for.
+def engine_and_pool(
+    spec: WorkerSpec,
+    *,
+    address: str,
+    device: str | None,
+    per_device: str | None,
+    workers: int | None,
+    say: Callable[[str], None],
+) -> tuple[Engine, WorkerPool]:
+    """Connect to the cluster. The workers take all its room, or as much as was asked for.
 
     Args:
-        device: `cpu` or `cuda`; None is a GPU for each worker where the cluster has one, and else a core.
+        spec: describes the study to the workers.
+        address: the head's `host:port`, or `auto`.
+        device: `cpu` or `cuda`; None for a GPU per worker if the cluster has one, else a core.
         per_device: how many workers share a GPU.
+        workers: how many there are at most.
+        say: shows the user one line.
     """
     engine = RayEngine(address)
     nodes = engine.nodes()
     on_gpus = any(node.gpus for node in nodes) if device is None else device == "cuda"
     if on_gpus:
         engine.num_gpus = 1 / int(per_device or 1)
-    engine.check(job)
+    engine.check(spec)
     room = engine.room()
     size = min(workers or room, room)
     kind = "GPU" if on_gpus else "core"
     share = f" (a GPU for {per_device})" if on_gpus and per_device not in (None, "1") else ""
-    say(f"Ray: {len(nodes)} nodes with room for {room} workers, each on a {kind}{share}; {size} of them")
+    say(f"Ray: {len(nodes)} nodes with room for {room} workers, each on a {kind}{share}; starting {size}")
     if workers is not None and workers > room:
-        say(f"--workers {workers}: there is no more room now; the others are not started")
-    return engine, Crew("cuda:0" if on_gpus else "cpu", "ray", size, engine.share, Limit(0))
+        say(f"--workers {workers}: the cluster has no more room now; the others are not started")
+    return engine, WorkerPool("cuda:0" if on_gpus else "cpu", size, engine.resources())

@@ -19,96 +19,100 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from hpo.search.interrupts import SIGNALS, Interrupts
-from hpo.workers.engine import STOPPED, Ending, Engine, Seat, Worker
-from hpo.workers.messages import Event, Job, Order, Share
-
-if TYPE_CHECKING:
-    from hpo.workers.worker import Orders
+from hpo.storage.lease import host
+from hpo.workers.engine import STOPPED, Engine, Exit, Output, Resources, Worker, WorkerSlot, WorkerSpec
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-_PRELOADED = ["hpo.workers.worker", "timm", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"]
-
-# A worker whose parent is gone finishes its epoch first. Where that takes longer it leaves all the same: the next run
-# waits for it, and then goes on from its checkpoint.
+_PRELOADED = ["hpo.workers.calibration", "hpo.workers.worker", "timm", "sklearn.datasets", "sklearn.model_selection"]
+# Seconds that a worker without a parent has for its epoch. After that it exits, and its trial resumes from its last
+# checkpoint.
 _ORPHAN_S = 20.0
 
 
 class LocalProcesses(Engine):
     """Starts workers as processes of this machine."""
 
-    def start(self, job: Job, seat: Seat, share: Share) -> _Process:
+    def start(self, spec: WorkerSpec, slot: WorkerSlot, resources: Resources) -> LocalWorker:
         context = start_method()
-        events, theirs = context.Pipe(duplex=False)
-        taken, orders = context.Pipe(duplex=False)
-        visible = visible_to(seat.device)
-        device = seat.device if visible is None else "cuda:0"
-        # The environment of a fork server is the one that it started with.
-        environment = dict(os.environ) if visible is None else {**os.environ, VISIBLE: visible}
-        arguments = (environment, job, device, share, theirs, taken)
-        process = context.Process(target=enter, args=(main, *arguments), name=f"hpo {seat.name}")  # type: ignore[attr-defined]
-        with _signals_blocked():
+        output, theirs = context.Pipe(duplex=False)
+        entry = in_child(slot.device, main, spec, own_name(slot.device), resources, theirs)
+        process = context.Process(target=run_in_child, args=entry, name=f"hpo {slot.name}")  # type: ignore[attr-defined]
+        with signals_blocked():
             process.start()
         theirs.close()  # else the worker's death would not end the pipe
-        taken.close()
-        return _Process(process, events, orders)
+        return LocalWorker(process, output)
 
-    def wait(self, workers: Collection[Worker], timeout_s: float) -> list[Worker]:
-        processes = cast("Collection[_Process]", workers)
-        ready = wait([worker.events for worker in processes], timeout_s)
-        return [worker for worker in processes if worker.events in ready]
+    def wait(self, workers: Collection[Worker], timeout_s: float) -> None:
+        wait([source for worker in cast("Collection[LocalWorker]", workers) for source in worker.sources], timeout_s)
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Do nothing: the server ends with this process."""
 
 
-class _Process(Worker):
-    """A worker's process, and the pipes to it."""
+class LocalWorker(Worker):
+    """A worker's process, and the pipe that its log comes by."""
 
-    def __init__(self, process: BaseProcess, events: Connection, orders: Connection) -> None:
-        self._process, self._orders = process, orders
-        self.events = events
+    def __init__(self, process: BaseProcess, output: Connection) -> None:
+        self._process, self._output = process, output
+        self._open = True
+        assert process.pid is not None
+        self._pid = process.pid
 
-    def order(self, order: Order) -> None:
-        with contextlib.suppress(OSError):  # it is dying, and its last events are still to be read
-            self._orders.send(order)
+    @property
+    def sources(self) -> list[Connection | int]:
+        """What becomes ready when the worker has output or has ended."""
+        return [*([self._output] if self._open else []), self._process.sentinel]
 
-    def hear(self) -> Event:
+    @property
+    def process(self) -> tuple[str, int]:
+        return host(), self._pid
+
+    @property
+    def ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def output(self) -> list[Output]:
+        found: list[Output] = []
         try:
-            event: Event = self.events.recv()
-        except OSError as error:  # killed in the middle of a message
-            raise EOFError from error
-        return event
+            while self._open and self._output.poll():
+                found.append(self._output.recv())
+        except (EOFError, OSError):  # OSError: killed in the middle of a record
+            self._open = False
+        return found
+
+    def stop(self) -> None:
+        self._process.terminate()
 
     def kill(self) -> None:
         self._process.kill()
 
-    def end(self, patience_s: float) -> Ending:
+    def close(self, patience_s: float) -> Exit:
         self._process.join(patience_s)
         if self._process.exitcode is None:
             self._process.kill()
             self._process.join()
         status = self._process.exitcode
         assert status is not None
-        for part in (self.events, self._orders, self._process):
-            part.close()
+        self._output.close()
+        self._process.close()
         if status == STOPPED:
-            return Ending(clean=False, words="was asked to leave", blameless=True)
+            return Exit(clean=False, words="was stopped", blameless=True)
         words = f"ended with exit status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
-        return Ending(clean=status == 0, words=words)
+        return Exit(clean=status == 0, words=words)
 
 
 def visible_to(device: str) -> str | None:
-    """What `CUDA_VISIBLE_DEVICES` has to be for a process to see this GPU alone; None for no GPU: nothing to pin.
+    """The `CUDA_VISIBLE_DEVICES` with which a process sees this GPU alone; None on a CPU.
 
-    The numbers of this process's GPUs count what it sees itself, which may be a part of the machine's, or names.
+    Indices count the GPUs that this process sees, which may be some of the machine's, or have names.
     """
     kind, _, index = device.partition(":")
     if kind != "cuda":
@@ -117,21 +121,32 @@ def visible_to(device: str) -> str | None:
     return index or "0" if here is None else here.split(",")[int(index or 0)]
 
 
+def own_name(device: str) -> str:
+    """The name of the device in a process that sees it alone."""
+    return device if visible_to(device) is None else "cuda:0"
+
+
+# Starting processes
+
+
 def start_method() -> BaseContext:
-    """How processes are started: forked from a server on Linux, spawned elsewhere. Starts the server."""
+    """Return how processes are started: forked from a server on Linux, spawned elsewhere. Starts the server."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    with _signals_blocked():
+    with signals_blocked():
         multiprocessing.forkserver.ensure_running()
     return context
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Blocks `SIGNALS` in the processes started in here, until they can give a trial back."""
-    multiprocessing.resource_tracker.ensure_running()  # here, since starting it lifts the block
+def signals_blocked() -> Iterator[None]:
+    """Processes that start inside begin with `SIGNALS` blocked, until they can give a trial back."""
+    if sys.platform == "win32":
+        yield
+        return
+    multiprocessing.resource_tracker.ensure_running()  # here: starting it lifts the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -139,51 +154,61 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def in_child(device: str, run: Callable[..., None], *arguments: Any) -> tuple[Any, ...]:
+    """The arguments of `run_in_child` that call `run(*arguments)` where only `device` is visible."""
+    visible = visible_to(device)
+    environment = dict(os.environ) if visible is None else {**os.environ, VISIBLE: visible}
+    return (environment, run, *arguments)
+
+
 # In the worker's process
 
 
-def enter(run: Callable[..., None], environment: Mapping[str, str], *arguments: Any) -> None:
-    """Runs a function with the parent's environment, which a fork server's child has not inherited."""
+def run_in_child(environment: dict[str, str], run: Callable[..., None], *arguments: Any) -> None:
+    """Run a function in this environment. A fork server's children inherit the one in which the server started."""
     os.environ.clear()
     os.environ.update(environment)
     run(*arguments)
 
 
-def main(job: Job, device: str, share: Share, events: Connection, taken: Connection) -> None:
-    """Runs in the worker's process. It starts with `SIGNALS` blocked, so that none arrives before it is handled."""
+def main(spec: WorkerSpec, device: str, resources: Resources, output: Connection) -> None:
+    """Run a worker, in its process. It starts with `SIGNALS` blocked, so that none arrives before it is handled."""
     import torch
 
-    from hpo.workers.worker import Orders, work_on
+    from hpo.workers.worker import work_on
 
-    os.chdir(job.folder)
-    # A terminal's Ctrl-C reaches the parent too, which then says what is to be done.
-    interrupts = Interrupts([signal.SIGTERM])
-    orders = Orders(share, interrupts)
-    # Begun while signals are blocked: they are the main thread's.
-    threading.Thread(target=_listen, args=(taken, orders, interrupts), name="orders", daemon=True).start()
+    os.chdir(spec.folder)
+    interrupts = Interrupts()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent too, which stops the workers
+    signal.signal(signal.SIGTERM, lambda *_: interrupts.request())
+    watch_parent(interrupts.request, _ORPHAN_S)
+    unblock_signals()
+    writing = threading.Lock()
 
-    def send(event: Event) -> None:
-        with contextlib.suppress(OSError):  # a parent that is gone is for the thread that listens to it
-            events.send(event)
+    def emit(record: Output) -> None:
+        with writing, contextlib.suppress(OSError):  # the parent is gone
+            output.send(record)
 
-    try:
-        with interrupts:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            try:
-                status = work_on(job, device=torch.device(device), orders=orders, send=send, interrupts=interrupts)
-            finally:
-                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a later one finds nothing more to stop
-    except KeyboardInterrupt:  # one that was held to the end
-        status = STOPPED
-    sys.exit(status)
+    sys.exit(
+        work_on(spec, device=torch.device(device), resources=resources, emit=emit, interrupts=interrupts),
+    )
 
 
-def _listen(taken: Connection, orders: Orders, interrupts: Interrupts) -> None:
-    """Takes orders, until the parent is gone."""
-    try:
-        while True:
-            orders.take(taken.recv())
-    except (EOFError, OSError):
-        interrupts.request()
-        time.sleep(_ORPHAN_S)
+def unblock_signals() -> None:
+    """Let the signals in that were blocked when this process started."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def watch_parent(request_stop: Callable[[], None], patience_s: float) -> None:
+    """Request a stop when the parent dies, however it dies, and exit `patience_s` seconds later at the latest."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_for_its_end() -> None:
+        parent.join()
+        request_stop()
+        time.sleep(patience_s)
         os._exit(1)
+
+    threading.Thread(target=wait_for_its_end, name="parent watch", daemon=True).start()

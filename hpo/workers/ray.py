@@ -1,18 +1,13 @@
-"""Workers as actors of a Ray cluster, on whatever nodes have room.
+"""Workers as actors of a Ray cluster, on whichever nodes have room.
 
-Ray places them, says when one has died or its node is lost, and carries what is said. A worker trains in one thread of
-its actor, while two others answer the head: one takes orders, one hands out what the worker has said. The head asks for
-that from a number on, and the worker keeps what it has not been asked beyond: a reply that is lost with a connection is
-asked for again, so that nothing is lost while the worker lives, and the order stays.
-
-Ray restarts nothing by itself: the pool fills a seat again, and a trial goes on from its checkpoint wherever it is
-claimed next.
+Ray places them and reports when one has died or its node is lost. Their results go to the storage; the head reads
+their log, and asks for it again where a reply was lost with a connection. Ray restarts nothing: the pool replaces dead
+workers, and a trial resumes from its checkpoint wherever it is claimed next.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -21,40 +16,51 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from filelock import FileLock
 
 from core.data import load_dataset
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, cache_root, data_root, studies_root
 from hpo.search.interrupts import Interrupts
 from hpo.storage import is_journal, mask
+from hpo.storage.lease import host
 from hpo.workers.capacity import CONTEXT_BYTES
-from hpo.workers.engine import STOPPED, Ending, Engine, Seat, Worker
-from hpo.workers.messages import Event, Failed, Job, Order, Retire, Share, Stop
-from hpo.workers.worker import Orders, failure_of, work_on
+from hpo.workers.engine import (
+    STOPPED,
+    Engine,
+    Exit,
+    Failure,
+    Output,
+    Resources,
+    Worker,
+    WorkerSlot,
+    WorkerSpec,
+)
+from hpo.workers.worker import failure_of, work_on
 
 logger = logging.getLogger(__name__)
 
-# Until an address where nothing answers is given up. Ray itself goes on for a quarter of an hour.
+# Seconds until an address without an answer is given up. Ray itself tries for a quarter of an hour.
 _CONNECT_TIMEOUT_S = 5.0
-# Between two questions to a worker that cannot be reached for the moment.
+# Seconds between two requests to a worker that cannot be reached at the moment.
 _ASK_AGAIN_S = 0.5
-# Until a worker that is not placed is mentioned: a node needs some seconds to start its process.
+# Seconds until a worker that has no node yet is mentioned: a node needs some to start its process.
 _PLACING_S = 30.0
-# Until a killed worker is taken for dead, where its node does not say so any more.
+# Seconds until a killed worker counts as dead if its node no longer reports it.
 _DYING_S = 5.0
-# What keeps the head's terminal to our own words; each is documented by Ray, and read when it is imported. The pattern
-# leaves out every line of what its nodes report, which says at length what we say in a line.
+# These keep Ray's messages out of the head's terminal. Ray documents each, and reads it when it is imported. The
+# pattern drops every line that its nodes report: we report the same in one line.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^",
     "RAY_NUM_REDIS_GET_RETRIES": "1",
-    # Under `uv run` Ray would pack this folder, send it to the nodes, and begin every worker by `uv run` there.
+    # Under `uv run` Ray would send this folder to the nodes and start each worker with `uv run` there.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
@@ -64,7 +70,7 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, as it stands."""
+    """A machine of the cluster."""
 
     id: str
     host: str
@@ -76,29 +82,29 @@ class RayEngine(Engine):
     """Starts workers on a Ray cluster, to which it is connected until it is closed.
 
     Args:
-        address: the head's `host:port`; `auto` finds the cluster that this machine belongs to.
+        address: the head's `host:port`, or `auto` for the cluster that this machine belongs to.
 
     Raises:
-        StudyError: Ray is not installed, or no cluster is there.
+        StudyError: Ray is not installed, or no cluster answers.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.num_cpus = 1.0
-        """What each worker takes of its node; it trains with so many threads."""
+        """CPUs of each worker on its node, and its threads."""
         self.num_gpus = 0.0
-        """As well; a fraction lets several share a GPU."""
+        """GPUs of each worker; a fraction lets several share one."""
         self._ray = _connected(address)
         self._node_id = _node_id()
         self._actor_class = self._ray.remote(
-            max_restarts=0,  # the pool fills the seat again
+            max_restarts=0,  # the pool replaces dead workers
             max_task_retries=0,
             scheduling_strategy="SPREAD",
-            concurrency_groups={"orders": 1, "events": 1},
+            concurrency_groups={"control": 1, "log": 1},
         )(_Actor)
 
     def nodes(self) -> list[Node]:
-        """The nodes that are alive."""
+        """Return the nodes that are alive."""
         return [
             Node(
                 node["NodeID"],
@@ -111,7 +117,7 @@ class RayEngine(Engine):
         ]
 
     def room(self) -> int:
-        """How many workers the nodes hold at once, were nothing else on them.
+        """Return how many workers the nodes hold at once if nothing else runs on them.
 
         Raises:
             StudyError: not even one.
@@ -122,7 +128,7 @@ class RayEngine(Engine):
             each = f"{self.num_cpus:g} CPUs" + (f" and {self.num_gpus:g} GPUs" if self.num_gpus else "")
             largest = "; ".join(f"{node.host} has {node.cpus:g} and {node.gpus:g}" for node in nodes)
             raise StudyError(
-                f"--engine ray: no node of the cluster holds a worker, which takes {each} ({largest}); "
+                f"--engine ray: no node of the cluster has room for a worker, which takes {each} ({largest}); "
                 "give another --device, or add a node"
             )
         return room
@@ -133,58 +139,53 @@ class RayEngine(Engine):
         return int(min(bounds))
 
     def _gpu_room(self, gpus: float) -> float:
-        """Workers share one GPU, or have several whole ones: Ray does not cut a fraction out of two."""
+        """Workers share one GPU or have several whole ones: Ray does not take a fraction from two."""
         return gpus * int(1 / self.num_gpus) if self.num_gpus < 1 else gpus / self.num_gpus
 
-    def share(self, _: int = 1) -> Share:
-        """What a worker has of its node, however many there are: Ray places by it."""
-        fraction = self.num_gpus if 0 < self.num_gpus < 1 else None
-        return Share(max(1, int(self.num_cpus)), fraction)
+    def resources(self) -> Resources:
+        """Return each worker's part of its node."""
+        return Resources(max(1, int(self.num_cpus)), self.num_gpus if 0 < self.num_gpus < 1 else None)
 
-    def check(self, job: Job) -> None:
-        """Refuses a storage that the workers of other machines cannot reach. Whether they share the folder of a
-        journal is for each of them to see.
+    def check(self, spec: WorkerSpec) -> None:
+        """Refuse a storage that other machines cannot reach.
+
+        Whether they share a journal's folder is checked by each worker.
 
         Raises:
-            StudyError: it is SQLite, and not every node is this machine.
+            StudyError: it is SQLite, and some node is another machine.
         """
         elsewhere = sorted({node.host for node in self.nodes()} - {socket.gethostname()})
-        if elsewhere and job.storage_url.startswith("sqlite"):
+        if elsewhere and spec.storage_url.startswith("sqlite"):
             raise StudyError(
-                f"--storage {mask(job.storage_url)}: several machines cannot share an SQLite file, and there are nodes "
-                f"on {', '.join(elsewhere)}; give --storage postgresql+psycopg://…"
+                f"--storage {mask(spec.storage_url)}: several machines cannot share an SQLite file, and there are "
+                f"nodes on {', '.join(elsewhere)}; give --storage postgresql+psycopg://…"
             )
 
-    def start(self, job: Job, seat: Seat, share: Share) -> RayWorker:
-        device = "cuda:0" if seat.device.startswith("cuda") else seat.device  # Ray shows a worker its own GPU only
-        actor = self._actor_class.options(num_cpus=self.num_cpus, num_gpus=self.num_gpus).remote(share)
-        return RayWorker(self, self._ray, actor, seat.name, _Assignment(_everywhere(job), device, _studies_of(job)))
+    def start(self, spec: WorkerSpec, slot: WorkerSlot, resources: Resources) -> RayWorker:
+        device = "cuda:0" if slot.device.startswith("cuda") else slot.device  # Ray shows a worker its own GPU only
+        actor = self._actor_class.options(num_cpus=self.num_cpus, num_gpus=self.num_gpus).remote()
+        assignment = _Assignment(_everywhere(spec), device, resources, _studies_of(spec))
+        return RayWorker(self, self._ray, actor, slot.name, assignment)
 
-    def wait(self, workers: Collection[Worker], timeout_s: float) -> list[Worker]:
+    def wait(self, workers: Collection[Worker], timeout_s: float) -> None:
         asked = cast("Collection[RayWorker]", workers)
-        if not (ready := [worker for worker in asked if worker.listen(0.0)]):
-            replies = [worker.reply for worker in asked]
-            self._ray.wait(replies, num_returns=1, timeout=timeout_s)
-            ready = [worker for worker in asked if worker.listen(0.0)]
-        if not ready:
-            self._look_around(asked)
-        return list(ready)
-
-    def _look_around(self, workers: Collection[RayWorker]) -> None:
-        """Where nothing is heard: says who still waits for a place, and gives up where this machine's Ray is gone."""
-        for worker in workers:
-            worker.say_if_not_placed()
-        if not self.is_lost(self._node_id):
+        if any(worker.ended for worker in asked):
             return
-        for worker in workers:
-            worker.kill()
-        raise StudyError(
-            f"--engine ray: Ray on this machine, {socket.gethostname()}, is gone, and its workers with it; "
-            "what is finished is safe: start Ray again, and run the same command"
-        )
+        ready, _ = self._ray.wait([worker.reply for worker in asked], num_returns=1, timeout=timeout_s)
+        if ready:
+            return
+        for worker in asked:
+            worker.warn_if_not_placed()
+        if self.is_lost(self._node_id):
+            for worker in asked:
+                worker.kill()
+            raise StudyError(
+                f"--engine ray: Ray on this machine, {socket.gethostname()}, has stopped, and its workers with it; "
+                "finished trials are safe: start Ray again, then run the same command"
+            )
 
     def is_lost(self, node_id: str) -> bool:
-        """Whether the cluster has given up the node."""
+        """Return whether the cluster has given the node up."""
         return node_id not in {node.id for node in self.nodes()}
 
     def close(self) -> None:
@@ -192,114 +193,111 @@ class RayEngine(Engine):
 
 
 class RayWorker(Worker):
-    """An actor, seen from the head."""
+    """An actor as the head sees it."""
 
     def __init__(self, engine: RayEngine, ray: Any, actor: Any, name: str, assignment: _Assignment) -> None:
         self._engine, self._ray, self._actor, self._name = engine, ray, actor, name
-        self._asked_at = time.monotonic()
-        self._said_waiting = False
-        self._said: deque[Event] = deque()
-        self._heard = 0
-        """How many things it has said so far that reached us."""
+        self._started_at, self._warned = time.monotonic(), False
+        self._log: list[Output] = []
+        self._received = 0
+        """Number of items that have arrived."""
         self._place: _Placed | None = None
         """Where it runs; None before it does."""
-        self._ending: Ending | None = None
+        self._exit: Exit | None = None
         self._work = actor.work.remote(assignment)
         self._ask()
 
+    @property
+    def process(self) -> tuple[str, int] | None:
+        self._take_reply()
+        return None if self._place is None else (self._place.process_host, self._place.pid)
+
+    @property
+    def ended(self) -> bool:
+        self._take_reply()
+        return self._exit is not None
+
+    def output(self) -> list[Output]:
+        self._take_reply()
+        found, self._log = self._log, []
+        return found
+
     def _ask(self) -> None:
-        """Asks for what the worker says beyond what we know."""
-        self.reply = self._actor.said.options(concurrency_group="events").remote(self._heard)
+        """Ask for the items that have not arrived; the reply comes when there are some."""
+        self.reply = self._actor.items_from.options(concurrency_group="log").remote(self._received)
 
-    def say_if_not_placed(self) -> None:
-        """Tells a person, once, that the cluster has no room for it."""
-        if self._place is None and not self._said_waiting and time.monotonic() - self._asked_at > _PLACING_S:
-            self._said_waiting = True
-            logger.warning("%s waits for a node with room for it; ray status says what the cluster has", self._name)
-
-    def order(self, order: Order) -> None:
-        if self._place is None and isinstance(order, Retire | Stop):
-            # It may never be placed, and has claimed nothing: a worker claims when it is told to.
-            self._over(Ending(clean=True, words="was not placed"))
-        elif self._ending is None:
-            self._actor.order.options(concurrency_group="orders").remote(order)
-
-    def listen(self, timeout_s: float | None) -> bool:
-        """Whether there is something to hear, be it the end."""
-        if not self._said and self._ending is None:
-            ready, _ = self._ray.wait([self.reply], timeout=timeout_s)
-            if ready:
-                self._take_reply()
-        return bool(self._said) or self._ending is not None
-
-    def _take_reply(self) -> None:
+    def _take_reply(self, timeout_s: float = 0.0) -> None:
+        if self._exit is not None or not self._ray.wait([self.reply], timeout=timeout_s)[0]:
+            return
         try:
-            said: list[_Said] = self._ray.get(self.reply)
+            items: list[_Item] = self._ray.get(self.reply)
         except self._ray.exceptions.ActorUnavailableError:
             time.sleep(_ASK_AGAIN_S)
+            items = []
         except self._ray.exceptions.RayActorError as error:
-            self._over(self._death(error))
+            self._end(self._death(error))
             return
-        else:
-            self._heard += len(said)
-            for event in said:
-                match event:
-                    case _Placed():
-                        self._place = event
-                    case _Over():
-                        self._over(self._ended(event.status))
-                        return
-                    case _:
-                        self._said.append(event)
+        self._received += len(items)
+        for item in items:
+            match item:
+                case _Placed():
+                    self._place = item
+                case _Done():
+                    self._end(self._regular(item.status))
+                    return
+                case _:
+                    self._log.append(item)
         self._ask()
 
-    def hear(self) -> Event:
-        while not self.listen(None):
-            pass
-        if self._said:
-            return self._said.popleft()
-        raise EOFError
+    def warn_if_not_placed(self) -> None:
+        """Warn once if the cluster has no room for it."""
+        if self._place is None and not self._warned and time.monotonic() - self._started_at > _PLACING_S:
+            self._warned = True
+            logger.warning("%s waits for a node with room for it; ray status shows what the cluster has", self._name)
+
+    def stop(self) -> None:
+        if self.process is None:  # it may never be placed, and has claimed nothing
+            self._end(Exit(clean=True, words="was not placed"))
+        elif self._exit is None:
+            self._actor.stop.options(concurrency_group="control").remote()
 
     def kill(self) -> None:
-        self._over(Ending(clean=False, words="was killed"))
+        self._end(Exit(clean=False, words="was killed"))
 
-    def end(self, patience_s: float) -> Ending:
+    def close(self, patience_s: float) -> Exit:
         deadline = time.monotonic() + patience_s
-        while self._ending is None and (left := deadline - time.monotonic()) > 0:
-            self.listen(left)
-            self._said.clear()
-        if self._ending is None:
-            self.kill()
-        # Ray ends a process some moments after it was told to, and what that one held is looked for behind this.
+        while self._exit is None and (left := deadline - time.monotonic()) > 0:
+            self._take_reply(left)
+        self.kill()
+        # Ray ends a process some moments after it was told to, and its trials are looked for next.
         self._ray.wait([self._work], timeout=_DYING_S)
-        assert self._ending is not None
-        return self._ending
+        assert self._exit is not None
+        return self._exit
 
-    def _over(self, ending: Ending) -> None:
-        """Lets the actor go, and with it what it holds of its node."""
-        if self._ending is None:
-            self._ending = ending
+    def _end(self, exited: Exit) -> None:
+        """Free the actor's resources on its node."""
+        if self._exit is None:
+            self._exit = exited
             self._ray.kill(self._actor, no_restart=True)
 
-    def _ended(self, status: int) -> Ending:
-        """How it ended by itself, by what its process would have exited with."""
-        assert self._place is not None, "a worker says where it is before anything else"
-        asked_to = "was asked to leave" if status == STOPPED else f"ended with exit status {status}"
-        return Ending(clean=status == 0, words=f"{asked_to} on {self._place.host}", blameless=status == STOPPED)
+    def _regular(self, status: int) -> Exit:
+        assert self._place is not None, "a worker reports its place first"
+        how = "was stopped" if status == STOPPED else f"ended with exit status {status}"
+        return Exit(clean=status == 0, words=f"{how} on {self._place.host}", blameless=status == STOPPED)
 
-    def _death(self, error: Any) -> Ending:
-        """What Ray knows of an actor's death."""
+    def _death(self, error: Any) -> Exit:
+        """How an actor ended that Ray reports dead."""
         where = "" if self._place is None else f" {self._place.host}"
         if error.preempted:
-            return Ending(clean=False, words=f"was preempted with its node{where}", blameless=True)
+            return Exit(clean=False, words=f"was preempted with its node{where}", blameless=True)
         if self._place is not None and self._engine.is_lost(self._place.node_id):
-            return Ending(clean=False, words=f"was lost with its node{where}", blameless=True)
+            return Exit(clean=False, words=f"was lost with its node{where}", blameless=True)
         words = "was killed" + (f" on{where}" if where else "")
         if error.actor_init_failed:
             words = f"did not start ({_last_line(error)}): hpo has to be installed on every node, as it is here"
         elif "memory" in str(error) and "OOM" not in str(error):
             words = f"was killed: its node{where} ran out of memory"
-        return Ending(clean=False, words=words)
+        return Exit(clean=False, words=words)
 
 
 def _last_line(error: Exception) -> str:
@@ -307,7 +305,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _connected(address: str) -> Any:
-    """The module `ray`, connected to the cluster."""
+    """Return the module `ray`, connected to the cluster."""
     if address.startswith("ray://"):
         raise StudyError(f"--address {address}: give the head's host:port, and run this on a machine of the cluster")
     for name, value in _QUIET.items():
@@ -325,127 +323,129 @@ def _connected(address: str) -> Any:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StudyError(f"--address {address}: {_no_cluster(error)}") from error
     finally:
-        if threading.current_thread() is threading.main_thread():  # Ray puts a handler of its own there
+        if threading.current_thread() is threading.main_thread():  # Ray installs its own handler
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return ray
 
 
 def _check_reachable(address: str) -> None:
-    """Raises StudyError where nothing listens at `host:port`; other kinds of addresses are Ray's to find."""
-    host, colon, port = address.rpartition(":")
+    """Raise StudyError if nothing listens at `host:port`; Ray resolves other kinds of addresses."""
+    head, colon, port = address.rpartition(":")
     if not colon:
         if address != "auto":
             raise StudyError(f"--address {address}: give the head's host:port, or auto")
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+        socket.create_connection((head.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as error:
         raise StudyError(f"--address {address}: {_no_cluster(error)}") from error
 
 
 def _no_cluster(error: Exception) -> str:
     words = " ".join(str(error).split())
-    return f"no Ray cluster answers there ({words}); begin one with: ray start --head"
+    return f"no Ray cluster answers there ({words}); start one with: ray start --head"
 
 
-def _everywhere(job: Job) -> Job:
-    """The job with paths that mean the same in whatever folder a worker starts."""
-    url = job.storage_url
+def _everywhere(spec: WorkerSpec) -> WorkerSpec:
+    """Return the spec with paths that are valid in any working directory."""
+    url = spec.storage_url
     return replace(
-        job,
-        data_path=job.data_path and job.folder / job.data_path,
-        storage_url=str(job.folder / url) if is_journal(url) else url,
+        spec,
+        data_path=spec.data_path and spec.folder / spec.data_path,
+        storage_url=str(spec.folder / url) if is_journal(url) else url,
     )
 
 
-def _studies_of(job: Job) -> Path:
-    return job.folder / studies_root()
+def _studies_of(spec: WorkerSpec) -> Path:
+    return spec.folder / studies_root()
 
 
-# What crosses
+# Values that cross
 
 
 @dataclass(frozen=True)
 class _Assignment:
-    """What an actor is to do."""
+    """An actor's work."""
 
-    job: Job
+    spec: WorkerSpec
     device: str
     """As the worker's process names it."""
+    resources: Resources
     studies: Path
     """The folder of all studies on the head, and on every machine that shares it."""
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """The worker runs."""
+    """The worker runs there."""
 
     node_id: str
     host: str
+    process_host: str
+    """As its trials' leases name it."""
+    pid: int
 
 
 @dataclass(frozen=True)
-class _Over:
-    """The worker has said everything."""
+class _Done:
+    """The worker has ended; its last item."""
 
     status: int
 
 
-_Said = Event | _Placed | _Over
+_Item = Output | _Placed | _Done
 
 
 # On a node
 
 
-class _Words:
-    """What a worker has said and the head may not have heard yet."""
+class _Items:
+    """A worker's items that the head may not have received yet."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._kept: deque[_Said] = deque()
-        self._let_go = 0
+        self._kept: deque[_Item] = deque()
+        self._dropped = 0
 
-    def say(self, said: _Said) -> None:
+    def add(self, item: _Item) -> None:
         with self._changed:
-            self._kept.append(said)
+            self._kept.append(item)
             self._changed.notify_all()
 
-    def beyond(self, heard: int) -> list[_Said]:
-        """Everything but the first `heard` things, as soon as there is something; those are let go of."""
+    def start_from(self, number: int) -> list[_Item]:
+        """Return all but the first `number` items, as soon as there are any, and drop those."""
         with self._changed:
-            while self._let_go < heard:
+            while self._dropped < number:
                 self._kept.popleft()
-                self._let_go += 1
+                self._dropped += 1
             self._changed.wait_for(lambda: self._kept)
             return list(self._kept)
 
 
 class _Actor:
-    """A worker's process. Ray runs its methods in threads, of which none is the main one."""
+    """A worker's process. Ray runs its methods in threads other than the main one."""
 
-    def __init__(self, share: Share) -> None:
-        self._words = _Words()
+    def __init__(self) -> None:
+        self._items = _Items()
         self._interrupts = Interrupts()
-        self._orders = Orders(share, self._interrupts)
-        self._words.say(_Placed(_node_id(), socket.gethostname()))
-        # A node that is preempted asks its processes to leave: the epoch is finished, the trial given back. Ray makes
-        # an actor in the main thread, the only one that may say so.
+        self._items.add(_Placed(_node_id(), socket.gethostname(), host(), os.getpid()))
+        # A preempted node terminates its processes. Ray creates an actor in the main thread, which alone may do this.
         signal.signal(signal.SIGTERM, lambda *_: self._interrupts.request())
 
     def work(self, assignment: _Assignment) -> None:
-        """Works until nothing is left, in a thread of its own."""
+        """Train until no trial waits."""
         status = 1
         try:
-            status = _work(assignment, self._orders, self._words, self._interrupts)
+            status = _work(assignment, self._items.add, self._interrupts)
         finally:
-            self._words.say(_Over(status))
+            self._items.add(_Done(status))
 
-    def order(self, order: Order) -> None:
-        self._orders.take(order)
+    def stop(self) -> None:
+        self._interrupts.request()
 
-    def said(self, heard: int) -> list[_Said]:
-        return self._words.beyond(heard)
+    def items_from(self, number: int) -> list[_Item]:
+        return self._items.start_from(number)
 
 
 def _node_id() -> str:
@@ -454,51 +454,51 @@ def _node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _work(assignment: _Assignment, orders: Orders, words: _Words, interrupts: Interrupts) -> int:
-    """Trains what the study has waiting; returns the worker's exit status."""
-    device = torch.device(assignment.device)
+def _work(assignment: _Assignment, add: Callable[[Output], None], interrupts: Interrupts) -> int:
+    """Train waiting trials; returns the worker's exit status."""
+    spec, device = assignment.spec, torch.device(assignment.device)
 
-    def send(event: Event) -> None:
-        words.say(replace(event, text=f"{socket.gethostname()}: {event.text}") if isinstance(event, Failed) else event)
+    def emit(output: Output) -> None:
+        failed = isinstance(output, Failure)
+        add(replace(output, text=f"{socket.gethostname()}: {output.text}") if failed else output)
 
     try:
-        with _settled(assignment):
-            orders.take(_of_its_gpu(orders.share, device))
-            _fill_cache(assignment.job)
-            return work_on(assignment.job, device=device, orders=orders, send=send, interrupts=interrupts)
+        with _in_its_folder(assignment):
+            _fill_cache(spec)
+            resources = _less_context(assignment.resources, device)
+            return work_on(spec, device=device, resources=resources, emit=emit, interrupts=interrupts)
     except KeyboardInterrupt:
         return STOPPED
-    except Exception as error:  # while it settles: nobody asks for what an actor's method raises
-        failed, status = failure_of(error, assignment.job)
-        send(failed)
-        return status
+    except Exception as error:  # before the work: nobody reads the exceptions of an actor's method
+        failure = failure_of(error, spec)
+        emit(failure)
+        return 2 if failure.trace is None else 1
 
 
-def _of_its_gpu(share: Share, device: torch.device) -> Share:
-    """The share less what CUDA itself takes of the GPU, which only its node knows the size of."""
-    if share.memory_fraction is None or device.type != "cuda":
-        return share
-    whole = torch.cuda.mem_get_info(device)[1]
-    return replace(share, memory_fraction=share.memory_fraction - CONTEXT_BYTES / whole)
+def _less_context(resources: Resources, device: torch.device) -> Resources:
+    """Subtract the memory that CUDA itself takes of the GPU, whose size only its node knows."""
+    if resources.memory_fraction is None or device.type != "cuda":
+        return resources
+    total = torch.cuda.mem_get_info(device)[1]
+    return replace(resources, memory_fraction=resources.memory_fraction - CONTEXT_BYTES / total)
 
 
 @contextlib.contextmanager
-def _settled(assignment: _Assignment) -> Iterator[None]:
-    """In here the study's folder is the one that all machines share; or one that goes with the worker, where what is to
-    stay goes to the depot.
+def _in_its_folder(assignment: _Assignment) -> Iterator[None]:
+    """Use the study's folder that all machines share; or a temporary one if the artifact store keeps the files.
 
     Raises:
-        StudyError: the folder is not here, and there is no depot.
+        StudyError: the folder is not on this machine, and there is no artifact store.
     """
-    job, studies = assignment.job, assignment.studies
-    if job.folder.is_dir():
-        os.chdir(job.folder)
-    if StudyPaths(studies / job.study).study_yaml.is_file():
+    spec, studies = assignment.spec, assignment.studies
+    if spec.folder.is_dir():
+        os.chdir(spec.folder)
+    if StudyPaths(studies / spec.study).study_yaml.is_file():
         os.environ["HPO_STUDIES"] = str(studies)
         yield
-    elif job.depot is None or is_journal(job.storage_url):
+    elif spec.depot is None or is_journal(spec.storage_url):
         raise StudyError(
-            f"the study's folder {studies / job.study} is not on this machine; run where all nodes share it, "
+            f"the study's folder {studies / spec.study} is not on this machine; run where all nodes share it, "
             "or give --artifacts a URL that all of them reach, and --storage a database"
         )
     else:
@@ -507,17 +507,15 @@ def _settled(assignment: _Assignment) -> Iterator[None]:
             yield
 
 
-def _fill_cache(job: Job) -> None:
-    """Decodes the images into this machine's cache, where they are not in it yet: one worker of it at a time, so that
-    the others find them there."""
+def _fill_cache(spec: WorkerSpec) -> None:
+    """Decode the images into this machine's cache, in one worker at a time."""
     root = cache_root()
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".filling").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(root / ".filling"):
         load_dataset(
-            job.space.baseline.data,
-            data_path=job.data_path,
+            spec.space.baseline.data,
+            data_path=spec.data_path,
             data_root=data_root(),
             cache_dir=root,
-            skip_broken=job.skip_broken,
+            skip_broken=spec.skip_broken,
         )

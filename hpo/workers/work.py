@@ -1,11 +1,11 @@
-"""Works a study's waiting trials off on this machine's devices: in this process, or in several."""
+"""Train a study's waiting trials on this machine's devices or a cluster: in this process, or in several."""
 
 from __future__ import annotations
 
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,131 +13,152 @@ import torch
 
 from core.data import Division, Splits
 from core.runtime import describe_device
-from hpo.cli.console import say
+from hpo.reporter import StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import DEFAULTS, run_study
 from hpo.search.options import TrialOptions
 from hpo.space import SearchSpace
 from hpo.study import Study
-from hpo.workers import Crew, Engine, Job, Lane, LocalProcesses, free_capacity, not_found_out, run_workers
-from hpo.workers.packing import at_once
+from hpo.workers.calibration import at_once, calibrate, not_measured
+from hpo.workers.capacity import Capacity, free_capacity
+from hpo.workers.engine import Engine, WorkerSpec
+from hpo.workers.local import LocalProcesses
 from hpo.workers.placement import Placement
+from hpo.workers.pool import WorkerPool, run_workers
 
 logger = logging.getLogger(__name__)
 
+Cluster = Callable[[WorkerSpec], tuple[Engine, WorkerPool]]
+"""Connects to a cluster that runs the workers."""
 
+
+@dataclass
 class Work:
-    """What is needed to run trials of a study here.
+    """Trains the trials of a study.
 
     Args:
         division: the images.
-        data: what `--data` is.
-        cluster: connects to where the workers are to run, if that is not here.
+        data: the value of `--data`.
+        say: shows the user one line.
+        cluster: where the workers run, if not here.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        space: SearchSpace,
-        division: Division,
-        placement: Placement,
-        *,
-        data: Path | None,
-        skip_broken: bool,
-        interrupts: Interrupts,
-        options: TrialOptions = DEFAULTS,
-        cluster: Callable[[Job], tuple[Engine, Crew]] | None = None,
-    ) -> None:
-        self.study, self.space, self.placement, self.interrupts = study, space, placement, interrupts
-        self.device = placement.devices[0]
-        self._division, self._options = division, options
-        self._job = Job(
-            space,
-            study.name,
-            study.storage_url,
-            data,
-            skip_broken,
-            folder=Path.cwd(),
-            options=options,
-            depot=None if study.depot is None else study.depot.url,
-        )
-        self._cluster = cluster
-        self._sizes = [known_best(study, space, device) if asked is None else asked for device, asked in placement]
-        self.inline = cluster is None and not placement.in_processes and self._sizes == [1]
+    study: Study
+    space: SearchSpace
+    division: Division
+    placement: Placement
+    data: Path | None
+    skip_broken: bool
+    interrupts: Interrupts
+    say: Callable[[str], None]
+    options: TrialOptions = DEFAULTS
+    cluster: Cluster | None = None
+
+    def __post_init__(self) -> None:
+        self.device = self.placement.devices[0]
+        self._sizes = [] if self.cluster is not None else [self._known_size(*each) for each in self.placement]
+
+    @property
+    def inline(self) -> bool:
         """Whether the trials run in this process."""
+        return not self.placement.in_processes and self._sizes == [1]
 
     def images(self) -> Sequence[Splits]:
-        """The base's splits on the first device."""
-        return self._division.on(self.device, self.space.baseline.data)
+        """Return the baseline's splits on the first device."""
+        return self.division.on(self.device, self.space.baseline.data)
 
-    def off(self, lane: Callable[[], Lane]) -> None:
-        """Runs the trials that wait, until none does.
+    def run(self, progress: StudyView) -> None:
+        """Train trials until none waits.
 
         Args:
-            lane: makes one more place for a worker to be shown in.
+            progress: shows the study meanwhile.
         """
-        if self.inline:
-            run_study(
-                self.study,
-                self.space,
-                partial(self._division.on, self.device),
-                device=self.device,
-                listener=lane(),
-                interrupts=self.interrupts,
-                options=self._options,
-            )
-            return
+        spec = WorkerSpec(
+            self.space,
+            self.study.name,
+            self.study.storage_url,
+            self.data,
+            self.skip_broken,
+            folder=Path.cwd(),
+            options=self.options,
+            depot=None if self.study.depot is None else self.study.depot.url,
+        )
         engine: Engine
-        if self._cluster is not None:
-            engine, crew = self._cluster(self._job)
-            crews = [crew]
+        if self.cluster is not None:
+            engine, pool = self.cluster(spec)
+            pools = [pool]
         else:
-            self._division.release()  # frees device memory for the workers
-            engine = LocalProcesses()
-            crews = [self._crew(device, size) for device, size in zip(self.placement.devices, self._sizes, strict=True)]
-        run_workers(self.study, self._job, engine=engine, crews=crews, lane=lane, interrupts=self.interrupts)
+            engine, pools = LocalProcesses(), [] if self.inline else self._pools(spec)
+            if self.inline:
+                self._run_inline(progress)
+                return
+        run_workers(self.study, spec, engine=engine, pools=pools, progress=progress, interrupts=self.interrupts)
 
-    def _crew(self, device: torch.device, size: int | None) -> Crew:
-        """The workers of a device, once it is sure that they fit it."""
-        asked, devices = self.placement.asked, self.placement.devices
-        name = describe_device(device)  # before the workers: who divides the CPU's threads does not rename it
+    def _run_inline(self, progress: StudyView) -> None:
+        run_study(
+            self.study,
+            self.space,
+            partial(self.division.on, self.device),
+            device=self.device,
+            progress=progress,
+            interrupts=self.interrupts,
+            options=self.options,
+        )
+
+    def _known_size(self, device: torch.device, asked: int | None) -> int | None:
+        """The number of trials at once; None if it has to be measured.
+
+        A number that an earlier run measured on this device is reduced where the device has less room now.
+        """
+        known = self.study.packing(describe_device(device)) if asked is None else None
+        if known is None:
+            return asked
+        number, why = known
+        self.say(f"as measured on this device before: {why}")
+        capacity = free_capacity(device)
+        most = min(number, capacity.most, capacity.limit().trials or number)
+        if most < number:
+            self.say(f"--per-device auto: there is less room now; continuing with {most}")
+        return most
+
+    def _pools(self, spec: WorkerSpec) -> list[WorkerPool]:
+        """The workers of each device, after measuring how many there should be where that was asked for."""
+        self.division.release()  # workers need the device's memory
+        devices = self.placement.devices
+        capacities = [self._capacity(device) for device in devices]
+        sizes = [self._size(spec, *each) for each in zip(devices, self._sizes, capacities, strict=True)]
+        self._sizes = list(sizes)
+        return [] if self.inline else [self._pool(*each) for each in zip(devices, sizes, capacities, strict=True)]
+
+    def _capacity(self, device: torch.device) -> Capacity:
         gc.collect()
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what the estimate needed is the workers' now
+            torch.cuda.empty_cache()
         capacity = free_capacity(device)
-        capacity = replace(capacity, threads=max(1, capacity.threads // len(devices)))
-        capacity.check(size or 1, asked=asked)
-        limit = capacity.limit()
-        if size and limit.trials and size > limit.trials:
-            logger.warning("%s: %s, and more trials at once only wait for each other", asked, limit.why)
-        on = "" if len(devices) == 1 else f" on {device}"
+        return replace(capacity, threads=max(1, capacity.threads // len(self.placement.devices)))
+
+    def _size(self, spec: WorkerSpec, device: torch.device, size: int | None, capacity: Capacity) -> int:
+        capacity.check(size or 1, asked=self.placement.asked)
         if size is None:
-            sharing = "" if device.type == "cuda" else f", sharing the CPU's {_threads(capacity.threads)}"
-            say(f"the first trials find out how many at once train the most images a second{on}{sharing}")
-        else:
-            say(f"{at_once(size)}{on}, each in a process with {_threads(capacity.share(size).threads)}")
-        return Crew(str(device), name, size, capacity.share, limit, alone=len(devices) == 1)
+            size = self._known_size(device, None)  # an identical device may just have been measured
+        if size is not None:
+            return size
+        if self.study.queue.waiting() < 2:
+            self.say(not_measured("too few trials are left", 1))
+            return 1
+        self.say("measuring how many trials at once train the most images per second")
+        with self.interrupts.let_through():
+            choice = calibrate(spec, device, capacity)
+        self.say(choice.why)
+        if choice.measured:
+            self.study.remember_packing(describe_device(device), choice.trials, choice.why)
+        return choice.trials
 
-
-def known_best(study: Study, space: SearchSpace, device: torch.device) -> int | None:
-    """How many trials at once `auto` means before anything is measured, said; None where it is to be measured.
-
-    What an earlier run of the study found best on this device counts as far as the device still has room for it.
-    """
-    if space.baseline.epochs == 1:  # a training's first epoch pays for start-up, so that none of these could be timed
-        say(not_found_out("an epoch can only be timed after another one, and the trials have one", 1))
-        return 1
-    known = study.packing(describe_device(device))
-    if known is None:
-        return None
-    number, why = known
-    say(f"as measured on this device before: {why}")
-    capacity = free_capacity(device)
-    most = min(number, capacity.most, capacity.limit().trials or number)
-    if most < number:
-        say(f"--per-device auto: there is less room now; going on with {most}")
-    return most
-
-
-def _threads(number: int) -> str:
-    return f"{number} thread{'' if number == 1 else 's'}"
+    def _pool(self, device: torch.device, size: int, capacity: Capacity) -> WorkerPool:
+        asked, limit, alone = self.placement.asked, capacity.limit(), len(self.placement.devices) == 1
+        if limit.trials and size > limit.trials:
+            logger.warning("%s: %s, and more trials at once only wait for each other", asked, limit.why)
+        resources = capacity.share(size)
+        threads = f"{resources.threads} thread{'' if resources.threads == 1 else 's'}"
+        self.say(f"{at_once(size)}{'' if alone else f' on {device}'}, each in a process with {threads}")
+        return WorkerPool(str(device), size, resources, alone=alone)

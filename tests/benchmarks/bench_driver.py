@@ -31,7 +31,7 @@ import hpo.search.loop
 import hpo.search.objective
 from core.data import folds, load_dataset
 from core.runtime import select_device
-from hpo.cli.console import StudyProgress
+from hpo.cli.progress import StudyProgress
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
 from hpo.space import load_space
@@ -92,12 +92,12 @@ def run_once(trials: int, assignments: list[str], folder: Path) -> dict[str, flo
     dataset = load_dataset(space.baseline.data, cache_dir=folder / "cache")
     splits = folds(dataset, space.baseline.data)
     study = open_study(space, name="bench", dataset=dataset, seed=0)
-    progress = StudyProgress(metric=space.metric, direction=space.direction, done=0, total=trials, best=None)
-    with contextlib.redirect_stdout(io.StringIO()), progress, clocks() as spent, reports_apart(spent):
+    study.queue.ensure_trials(trials)
+    shown = contextlib.redirect_stdout(io.StringIO())
+    with shown, StudyProgress(study) as progress, clocks() as spent, reports_apart(spent):
         started = time.perf_counter()
-        study.queue.ensure_trials(trials)
         with Interrupts() as interrupts:
-            run_study(study, space, splits, device=device, listener=progress.lane(), interrupts=interrupts)
+            run_study(study, space, splits, device=device, progress=progress, interrupts=interrupts)
         spent["study"] = time.perf_counter() - started
     epochs = sum(len(trial.intermediate_values) for trial in study.optuna.get_trials(deepcopy=False))
     return dict(spent) | {"driver": spent["study"] - spent["training"] - spent["pictures"], "epochs": epochs}

@@ -44,16 +44,6 @@ search:
 TOTAL = 3
 
 
-class Quiet:
-    def trial_started(self, label: str, config: Any) -> None: ...
-
-    def epoch_ended(self, epoch: Any, verdict: str) -> None: ...
-
-    def trial_ended(self, outcome: Any) -> None: ...
-
-    def reference_ended(self, name: str, result: dict[str, Any]) -> None: ...
-
-
 def draw_images(folder: Path, seed: int = 0) -> Path:
     """Two classes of small pictures."""
     draw = np.random.default_rng(seed)
@@ -83,7 +73,7 @@ def work_off(study: Study, images: Path) -> None:
     assert space is not None
     dataset = load_dataset(space.baseline.data, data_path=images, cache_dir=cache_root())
     splits = folds(dataset, space.baseline.data)
-    run_study(study, space, splits, device=CPU, listener=Quiet(), interrupts=Interrupts())
+    run_study(study, space, splits, device=CPU, interrupts=Interrupts())
 
 
 @pytest.fixture(scope="module")

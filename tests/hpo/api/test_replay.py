@@ -25,6 +25,7 @@ from hpo.api.replay import Replay, replay_of
 from hpo.cli.console import TrainProgress
 from hpo.errors import StudyError
 from hpo.paths import cache_root
+from hpo.reporter import NoProgress
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
 from hpo.space import load_space
@@ -44,23 +45,16 @@ search:
 TIMES = ("images_per_s", "elapsed_s")
 
 
-class Crashing:
-    """A listener of a study that crashes once, after the third epoch of a trial."""
+class Crashing(NoProgress):
+    """Crashes after the third epoch."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.running = -1
+    def __init__(self) -> None:
+        self.epochs = 0
 
-    def trial_started(self, label: str, config: Any) -> None:
-        self.running = int(label.removeprefix("trial ").partition(",")[0])
-
-    def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None:
-        if self.running == self.number and epoch.epoch == 3:
-            raise RuntimeError("as a fault of ours would end it")
-
-    def trial_ended(self, outcome: Any) -> None: ...
-
-    def reference_ended(self, name: str, result: dict[str, Any]) -> None: ...
+    def refresh(self, *, force: bool = False) -> None:
+        self.epochs += 1
+        if self.epochs == 3:
+            raise RuntimeError("a bug of ours")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,7 +65,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def run_all(space_text: str, name: str, trials: int, folder: Path, crash: int = -1) -> Study:
+def run_all(space_text: str, name: str, trials: int, folder: Path, *, crash: bool = False) -> Study:
     file = folder / f"{name}.yaml"
     file.write_text(space_text)
     space = load_space(file)
@@ -79,15 +73,15 @@ def run_all(space_text: str, name: str, trials: int, folder: Path, crash: int = 
     study = open_study(space, name=name, dataset=dataset, seed=3)
     study.queue.ensure_trials(trials)
 
-    def work(listener: Any) -> None:
+    def work(progress: NoProgress) -> None:
         run_study(
-            study, space, folds(dataset, space.baseline.data), device=CPU, listener=listener, interrupts=Interrupts()
+            study, space, folds(dataset, space.baseline.data), device=CPU, progress=progress, interrupts=Interrupts()
         )
 
-    if crash >= 0:
-        with pytest.raises(RuntimeError, match="a fault of ours"):
-            work(Crashing(crash))
-    work(Crashing(-1))
+    if crash:
+        with pytest.raises(RuntimeError, match="a bug of ours"):
+            work(Crashing())
+    work(NoProgress())
     return study
 
 
@@ -98,7 +92,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_STUDIES", str(folder / "studies"))
         patch.setenv("HPO_CACHE", str(folder / "cache"))
-        run_all(SPACE, "own", 6, folder, crash=0)
+        run_all(SPACE, "own", 6, folder, crash=True)
         run_all(SPACE.replace("name: digits", "name: digits, folds: 2"), "folded", 3, folder)
     return folder / "studies"
 

@@ -23,7 +23,7 @@ from core.config import TrainConfig
 from core.data import Dataset, Division, folds, load_dataset, on_device
 from core.errors import UserError
 from hpo.api.confirm import confirmed
-from hpo.cli.console import StudyLane
+from hpo.cli.progress import StudyProgress
 from hpo.confirmation.candidates import NEIGHBOURS, candidates, identity_of, predict, unit_cube
 from hpo.confirmation.result import Confirmation, read_confirmation
 from hpo.confirmation.trials import Plan, Training, open_confirmation, replicated, search_epochs, trainings
@@ -34,7 +34,7 @@ from hpo.space import ConfirmationSpace, SearchSpace, load_space, space_from_yam
 from hpo.study import CONFIRMATION, Study, find_study, list_studies, open_study
 from hpo.study.results import write_result
 from hpo.study.settings import StudySettings
-from hpo.trials import BASELINE, CONFIG, RECIPE, STOPPED, TRIAL_INDEX, Outcome
+from hpo.trials import BASELINE, CONFIG, RECIPE, STOPPED, TRIAL_INDEX
 from tests.hpo.commands import hpo
 
 CPU = torch.device("cpu")
@@ -261,14 +261,14 @@ def test_after_more_trials_and_with_another_budget_what_was_trained_is_kept(
 def test_a_confirmation_that_is_cut_off_goes_on_with_two_workers_to_the_same_result(
     searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def ended(lane: StudyLane, outcome: Outcome) -> None:
-        trial_ended(lane, outcome)
-        if outcome.number == 2:
+    def refreshed(progress: StudyProgress, *, force: bool = False) -> None:
+        refresh(progress, force=force)
+        if force and progress.study.counts().finished == 3:
             signal.raise_signal(signal.SIGINT)
 
-    trial_ended = StudyLane.trial_ended
+    refresh = StudyProgress.refresh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StudyLane, "trial_ended", ended)
+        patch.setattr(StudyProgress, "refresh", refreshed)
         assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu") == 130
     assert "stopped: 3 of 10 trainings are done and safe; go on with\n  hpo confirm planted" in capfd.readouterr().out
     assert not StudyPaths.of("planted").confirmation.exists()

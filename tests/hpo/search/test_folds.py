@@ -28,14 +28,17 @@ from core.runtime import derive_seed, normalize
 from core.tta import VIEWS, look, predict_logits
 from hpo.dashboard import artifacts
 from hpo.paths import StudyPaths, TrainingPaths
+from hpo.reporter import NoProgress
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate_s, run_references, run_study
 from hpo.search.training import Recorded, of_fold, train_recorded, validation_confusion
 from hpo.space import SearchSpace, load_space
+from hpo.space.pruner import places_of
 from hpo.study import Study, open_study
+from hpo.study.results import read_result
 from hpo.submission import refit
 from hpo.submission.bundle import load_bundle
-from hpo.trials import TRIAL_INDEX, Outcome
+from hpo.trials import TRIAL_INDEX, trial_index_of
 from tests.hpo.commands import hpo
 
 CPU = torch.device("cpu")
@@ -51,29 +54,23 @@ SEARCH = "optim.lr_scale: {low: 0.5, high: 20, log: true}"
 SMALL = "model: {widths: [8], blocks: [1]}\nepochs: 3\nbatch_size: 128\naugment: {flip: 0.0}\n"
 
 
-class Watcher:
-    """A listener that can stop a study after so many epochs, as Ctrl-C would."""
+class Watcher(NoProgress):
+    """Counts epochs, and stops the study after so many, as Ctrl-C would."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after = stop_after
-        self.labels: list[str] = []
         self.epochs = 0
-        self.outcomes: list[Outcome] = []
-        self.references: dict[str, dict[str, Any]] = {}
+        self.recipes: list[str] = []
+        self.lines: list[str] = []
 
-    def trial_started(self, label: str, config: TrainConfig) -> None:
-        self.labels.append(label)
-
-    def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None:
-        self.epochs += 1
-        if self.epochs == self.stop_after:
+    def refresh(self, *, force: bool = False) -> None:
+        self.epochs += not force
+        if self.epochs == self.stop_after and not force:
             raise KeyboardInterrupt
 
-    def trial_ended(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-
-    def reference_ended(self, name: str, result: dict[str, Any]) -> None:
-        self.references[name] = result
+    def training(self, label: str, *, epochs: int) -> Callable[[EpochMetrics], None]:
+        self.recipes.append(label)
+        return super().training(label, epochs=epochs)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +98,10 @@ def run(study: Study, space: SearchSpace, dataset: Dataset, *, stop_after: int |
     watcher = Watcher(stop_after)
     splits = folds(dataset, space.baseline.data)
     with Interrupts() as interrupts:
-        run_study(study, space, splits, device=CPU, listener=watcher, interrupts=interrupts)
-        run_references(study, space, splits, device=CPU, listener=watcher, interrupts=interrupts)
+        run_study(study, space, splits, device=CPU, progress=watcher, interrupts=interrupts)
+        run_references(
+            study, space, splits, device=CPU, interrupts=interrupts, say=watcher.lines.append, progress=watcher
+        )
     return watcher
 
 
@@ -172,7 +171,7 @@ def test_each_fold_has_a_seed_of_its_own() -> None:
 def test_what_a_folded_trial_leaves_behind(tmp_path: Path, digits: Dataset) -> None:
     space = a_space(tmp_path)
     study = a_study(space, digits, 1)
-    watcher = run(study, space, digits)
+    run(study, space, digits)
     rows = rows_of(study.paths.trial_metrics(0))
     assert [(row["fold"], row["epoch"]) for row in rows] == [(f, e) for f in (1, 2, 3) for e in (1, 2, 3)]
     elapsed = [row["elapsed_s"] for row in rows]
@@ -185,8 +184,6 @@ def test_what_a_folded_trial_leaves_behind(tmp_path: Path, digits: Dataset) -> N
     for picture in (study.paths.trial_curves(0), study.paths.trial_confusion(0)):
         assert picture.exists()
     assert not list((study.paths.dir / "checkpoints").iterdir())
-    assert watcher.labels == [f"trial 0, fold {fold} of 3" for fold in (1, 2, 3)]
-    assert len(watcher.outcomes[0].history) == FOLDS * EPOCHS
 
 
 def test_the_confusion_counts_every_image_of_the_pool_once(digits: Dataset) -> None:
@@ -235,17 +232,16 @@ def test_a_trial_that_falls_behind_is_pruned_and_its_later_folds_are_not_trained
     space = a_space(tmp_path)
     study = a_study(space, digits, 2)
     with_rivals(study, {step: 2.0})
-    watcher = run(study, space, digits)
-    base, other = watcher.outcomes
-    assert base.state == "complete"  # never pruned
-    assert other.state == "pruned"
-    assert other.why.startswith(f"rung {step}: ")
-    assert len(other.history) == epochs
-    assert watcher.labels[-1] == f"trial {other.number}, fold {fold} of 3"
-    trial = study.optuna.get_trials()[other.number]
-    assert trial.last_step == step
-    assert other.value == trial.value == trial.intermediate_values[step]
-    assert trial.user_attrs.get("fold_values", []) == [] or len(trial.user_attrs["fold_values"]) == epochs // EPOCHS
+    run(study, space, digits)
+    base, other = sorted((t for t in study.optuna.get_trials() if trial_index_of(t) < 50), key=trial_index_of)
+    assert base.state == TrialState.COMPLETE  # never pruned
+    assert other.state == TrialState.PRUNED
+    assert not places_of(other)[step].kept
+    rows = rows_of(study.paths.trial_metrics(other.number))
+    assert (len(rows), rows[-1]["fold"]) == (epochs, fold)
+    assert other.last_step == step
+    assert other.value == other.intermediate_values[step]
+    assert len(other.user_attrs.get("fold_values", [])) == epochs // EPOCHS
     assert not list((study.paths.dir / "checkpoints").iterdir())
 
 
@@ -421,12 +417,14 @@ def test_a_recipe_beside_the_study_trains_the_studys_folds(tmp_path: Path, digit
     space = a_space(tmp_path, recipe="loss: {smoothing: 0.1}\n")
     study = a_study(space, digits, 1)
     watcher = run(study, space, digits)
-    assert watcher.labels[-3:] == [f"recipe outside, fold {fold} of 3" for fold in (1, 2, 3)]
+    assert watcher.recipes == [f"recipe outside, fold {fold} of 3" for fold in (1, 2, 3)]
     [recipe] = space.recipes
     config = recipe.config.override({"seed": derive_seed(study.seed, "reference", "outside")})
     values = [result.value("accuracy") for result in by_hand(config, digits)]
-    assert watcher.references["outside"]["value"] == statistics.fmean(values)
-    assert watcher.references["outside"]["spread"] == statistics.stdev(values)
+    result = read_result(study.paths.reference("outside"))
+    assert result is not None
+    assert (result["value"], result["spread"]) == (statistics.fmean(values), statistics.stdev(values))
+    assert watcher.lines == [f"recipe outside  accuracy {result['value']:.4f}"]
 
 
 # Refit

@@ -12,10 +12,9 @@ from optuna.trial import TrialState
 
 import core.loop.run
 import hpo.search.loop
-from core.config import TrainConfig
 from core.data import folds, load_dataset, split
 from core.errors import ConfigError, DivergedError
-from core.loop import EpochMetrics, train
+from core.loop import train
 from hpo.analysis.summary import summarize
 from hpo.report.words import margins
 from hpo.search.interrupts import Interrupts
@@ -23,7 +22,8 @@ from hpo.search.loop import KEPT_MODELS, estimate_s, pending_references, run_ref
 from hpo.search.objective import failure_of
 from hpo.space import SearchSpace, load_space
 from hpo.study import Study, open_study
-from hpo.trials import Outcome
+from hpo.study.results import read_result
+from hpo.trials import FAILURE, REASON
 
 CPU = torch.device("cpu")
 SMALL = "model: {widths: [8], blocks: [1]}\nepochs: 2\nbatch_size: 128\naugment: {flip: 0.0}\n"
@@ -36,26 +36,6 @@ search:
 """
 
 
-class Quiet:
-    """Remembers what it is told."""
-
-    def __init__(self) -> None:
-        self.outcomes: list[Outcome] = []
-        self.references: dict[str, dict[str, Any]] = {}
-        self.epochs = 0
-
-    def trial_started(self, label: str, config: TrainConfig) -> None: ...
-
-    def epoch_ended(self, epoch: EpochMetrics, verdict: str) -> None:
-        self.epochs += 1
-
-    def trial_ended(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-
-    def reference_ended(self, name: str, result: dict[str, Any]) -> None:
-        self.references[name] = result
-
-
 def write_space(folder: Path, more: str = "", **recipes: str) -> SearchSpace:
     folder.mkdir(exist_ok=True)
     for name, text in recipes.items():
@@ -65,25 +45,32 @@ def write_space(folder: Path, more: str = "", **recipes: str) -> SearchSpace:
     return load_space(folder / "own.yaml")
 
 
-def run(space: SearchSpace, trials: int) -> tuple[Study, Quiet]:
+def run(space: SearchSpace, trials: int) -> tuple[Study, list[str]]:
+    """The study, and the lines about its recipes."""
     dataset = load_dataset(space.baseline.data)
     splits = folds(dataset, space.baseline.data)
     study = open_study(space, name="own", dataset=dataset)
     study.queue.ensure_trials(trials)
-    listener = Quiet()
+    lines: list[str] = []
     with Interrupts() as interrupts:
-        run_study(study, space, splits, device=CPU, listener=listener, interrupts=interrupts)
-        run_references(study, space, splits, device=CPU, listener=listener, interrupts=interrupts)
-    return study, listener
+        run_study(study, space, splits, device=CPU, interrupts=interrupts)
+        run_references(study, space, splits, device=CPU, interrupts=interrupts, say=lines.append)
+    return study, lines
+
+
+def result_of(study: Study, recipe: str) -> dict[str, Any]:
+    result = read_result(study.paths.reference(recipe))
+    assert result is not None
+    return result
 
 
 def test_a_recipe_that_the_space_can_express_is_a_trial_and_another_is_trained_beside(tmp_path: Path) -> None:
     space = write_space(
         tmp_path, inside="optim: {lr_scale: 4.0}\n", outside="optim: {lr_scale: 4.0}\nloss: {smoothing: 0.1}\n"
     )
-    study, listener = run(space, 3)
+    study, lines = run(space, 3)
     assert [trial.user_attrs.get("recipe") for trial in study.optuna.get_trials()] == [None, "inside", None]
-    assert listener.references.keys() == {"outside"}
+    assert lines == [f"recipe outside  accuracy {result_of(study, 'outside')['value']:.4f}"]
     found = [(entry.key, entry.trial) for entry in summarize(study).baselines]
     assert found == [("base", 0), ("recipe inside", 1), ("recipe outside", None)]
     lines = margins(summarize(study), "accuracy", "maximize")
@@ -92,14 +79,14 @@ def test_a_recipe_that_the_space_can_express_is_a_trial_and_another_is_trained_b
 
 def test_a_reference_is_trained_once_and_again_when_its_recipe_changes(tmp_path: Path) -> None:
     space = write_space(tmp_path, outside="loss: {smoothing: 0.1}\n")
-    study, listener = run(space, 1)
-    first = listener.references["outside"]
-    study, listener = run(space, 1)
-    assert not listener.references
+    study, _ = run(space, 1)
+    first = result_of(study, "outside")
+    _, lines = run(space, 1)
+    assert not lines
     space = write_space(tmp_path, outside="loss: {smoothing: 0.3}\n")
     assert [recipe.name for recipe in pending_references(study, space)] == ["outside"]
-    study, listener = run(space, 1)
-    assert listener.references["outside"]["val_loss"] != first["val_loss"]
+    run(space, 1)
+    assert result_of(study, "outside")["val_loss"] != first["val_loss"]
 
 
 def test_a_recipe_that_cannot_be_trained_does_not_stop_the_study(tmp_path: Path) -> None:
@@ -108,11 +95,12 @@ def test_a_recipe_that_cannot_be_trained_does_not_stop_the_study(tmp_path: Path)
     (tmp_path / "deep.yaml").write_text(impossible + "epochs: 2\n")
     (tmp_path / "own.yaml").write_text(f"{SPACE}recipes: [deep.yaml]\n")
     space = load_space(tmp_path / "own.yaml")
-    study, listener = run(space, 1)
-    assert listener.references["deep"]["failure"] == "invalid"
+    study, lines = run(space, 1)
+    assert lines[0].startswith("recipe deep  accuracy invalid  (")
+    assert result_of(study, "deep")["failure"] == "invalid"
     assert "  recipe deep could not be trained" in margins(summarize(study), "accuracy", "maximize")
-    _, listener = run(space, 1)
-    assert not listener.references  # it is not tried again
+    _, lines = run(space, 1)
+    assert not lines  # it is not tried again
 
 
 def test_a_configuration_that_cannot_be_trained_is_pruned_and_counts(tmp_path: Path) -> None:
@@ -123,19 +111,19 @@ def test_a_configuration_that_cannot_be_trained_is_pruned_and_counts(tmp_path: P
         "sampler: {name: random}\n"
     )
     space = load_space(tmp_path / "own.yaml")
-    study, listener = run(space, 8)
-    failed = [outcome for outcome in listener.outcomes if outcome.failure]
+    study, _ = run(space, 8)
+    failed = [trial.user_attrs for trial in study.optuna.get_trials() if FAILURE in trial.user_attrs]
     assert failed
-    assert {outcome.failure for outcome in failed} == {"invalid"}
+    assert {(attributes[FAILURE], bool(attributes[REASON])) for attributes in failed} == {("invalid", True)}
     assert study.counts().failures == len(failed)
     assert study.counts().finished == 8
 
 
 def test_only_the_best_few_trials_keep_their_weights(tmp_path: Path) -> None:
-    study, listener = run(write_space(tmp_path), 6)
-    ranked = sorted(listener.outcomes, key=lambda outcome: (-(outcome.value or 0), outcome.number))
-    kept = {outcome.number for outcome in ranked if study.paths.trial_model(outcome.number).exists()}
-    assert kept == {outcome.number for outcome in ranked[:KEPT_MODELS]}
+    study, _ = run(write_space(tmp_path), 6)
+    ranked = sorted(study.optuna.get_trials(), key=lambda trial: (-(trial.value or 0), trial.number))
+    kept = {trial.number for trial in ranked if study.paths.trial_model(trial.number).exists()}
+    assert kept == {trial.number for trial in ranked[:KEPT_MODELS]}
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_trial(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.errors import UserError
-from hpo.workers.local import VISIBLE, enter, visible_to
+from hpo.workers.local import VISIBLE, run_in_child, visible_to
 from hpo.workers.placement import place
 
 
@@ -108,5 +108,5 @@ def test_a_process_gets_the_environment_of_its_parent_whatever_it_had_before(mon
     """As in a fork server's child: the server started with the environment of an earlier time."""
     monkeypatch.setattr(os, "environ", {"OLD": "1", VISIBLE: "7"})
     seen: list[dict[str, str]] = []
-    enter(lambda: seen.append(dict(os.environ)), {VISIBLE: "1", "NEW": "2"})
+    run_in_child({VISIBLE: "1", "NEW": "2"}, lambda: seen.append(dict(os.environ)))
     assert seen == [{VISIBLE: "1", "NEW": "2"}]

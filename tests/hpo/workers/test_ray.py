@@ -20,16 +20,16 @@ import pytest
 
 import hpo.workers.ray
 from core.data import load_dataset
-from hpo.cli.console import StudyProgress
+from hpo.cli.progress import StudyProgress
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.search.interrupts import Interrupts
 from hpo.space import load_space
 from hpo.storage import open_storage
 from hpo.study import open_study
-from hpo.workers import Crew, Job, run_workers
-from hpo.workers.packing import Limit
-from hpo.workers.ray import Node, RayEngine, _Assignment, _settled, _Words
+from hpo.workers.engine import Resources, WorkerSpec
+from hpo.workers.pool import WorkerPool, run_workers
+from hpo.workers.ray import Node, RayEngine, _Assignment, _in_its_folder, _Items
 from tests.hpo.commands import SPACE, Start, started_runs
 from tests.hpo.storage.postgresql import Server, free_port, running_server
 
@@ -188,7 +188,7 @@ def test_a_preempted_worker_gives_its_trial_back_a_killed_one_is_replaced_and_ct
     said, _ = process.communicate(timeout=60)
 
     assert process.returncode == 130, said
-    assert "was asked to leave on" in said
+    assert "was stopped on" in said
     assert "was killed on" in said
     assert "of 6 trials are done and safe; go on with" in said
     assert "Traceback" not in said
@@ -211,18 +211,17 @@ def test_nodes_that_share_no_folder_keep_what_is_to_stay_in_the_depot(
     tmp_path: Path, space_file: str, server: Watched, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The head's folder of studies is made unknown to the nodes, which are on one disk with it here."""
-    monkeypatch.setattr(hpo.workers.ray, "_studies_of", lambda job: tmp_path / "not" / "there")
+    monkeypatch.setattr(hpo.workers.ray, "_studies_of", lambda spec: tmp_path / "not" / "there")
     space = load_space(space_file)
     study = open_study(space, name="own", dataset=load_dataset(space.baseline.data), storage_url=server.url)
     study.use_depot(str(tmp_path / "depot"))
     study.queue.ensure_trials(4)
-    job = replace(a_job(space_file, server.url), depot=str(tmp_path / "depot"))
-    bars = StudyProgress(metric=study.metric, direction=study.direction, done=0, total=4, best=None)
-    with Interrupts() as interrupts, bars as progress, closing(RayEngine(cluster.address)) as engine:
+    spec = replace(a_spec(space_file, server.url), depot=str(tmp_path / "depot"))
+    with Interrupts() as interrupts, StudyProgress(study) as progress, closing(RayEngine(cluster.address)) as engine:
         assert {node.cpus for node in engine.nodes()} == {1.0}
         assert engine.room() == 2
-        crew = Crew("cpu", "ray", 2, engine.share, Limit(0))
-        run_workers(study, job, engine=engine, crews=[crew], lane=progress.lane, interrupts=interrupts)
+        pools = [WorkerPool("cpu", 2, engine.resources())]
+        run_workers(study, spec, engine=engine, pools=pools, progress=progress, interrupts=interrupts)
 
     assert sorted(server.finished()) == [0, 1, 2, 3]
     assert not list(study.paths.dir.glob("trials/*"))
@@ -239,14 +238,14 @@ def test_nodes_that_share_no_folder_keep_what_is_to_stay_in_the_depot(
 
 
 def test_what_a_worker_says_comes_in_order_and_again_where_a_reply_was_lost() -> None:
-    words = _Words()
+    items: Any = _Items()
     for said in "abc":
-        words.say(said)  # type: ignore[arg-type]
-    assert words.beyond(0) == ["a", "b", "c"]
-    assert words.beyond(0) == ["a", "b", "c"]
-    assert words.beyond(2) == ["c"]
-    threading.Timer(0.05, lambda: words.say("d")).start()  # type: ignore[arg-type]
-    assert words.beyond(3) == ["d"]
+        items.add(said)
+    assert items.start_from(0) == ["a", "b", "c"]
+    assert items.start_from(0) == ["a", "b", "c"]
+    assert items.start_from(2) == ["c"]
+    threading.Timer(0.05, lambda: items.add("d")).start()
+    assert items.start_from(3) == ["d"]
 
 
 # A person's mistakes
@@ -298,34 +297,34 @@ def test_a_cluster_without_room_for_a_single_worker_is_refused_in_one_line() -> 
     with pytest.raises(StudyError) as refused:
         engine_on(Node("1", "a", 4, 0), num_gpus=0.5).room()
     assert str(refused.value) == (
-        "--engine ray: no node of the cluster holds a worker, which takes 1 CPUs and 0.5 GPUs (a has 4 and 0); "
+        "--engine ray: no node of the cluster has room for a worker, which takes 1 CPUs and 0.5 GPUs (a has 4 and 0); "
         "give another --device, or add a node"
     )
 
 
-def a_job(space_file: str, storage: str, depot: str | None = None) -> Job:
-    return Job(load_space(space_file), "own", storage, None, False, Path.cwd(), depot=depot)
+def a_spec(space_file: str, storage: str, depot: str | None = None) -> WorkerSpec:
+    return WorkerSpec(load_space(space_file), "own", storage, None, False, Path.cwd(), depot=depot)
 
 
 def test_an_sqlite_file_is_no_storage_of_several_machines(space_file: str) -> None:
     engine = engine_on(Node("1", "another", 4, 0))
     with pytest.raises(StudyError, match=r"^--storage sqlite:///a.db: several machines cannot share .* on another; "):
-        engine.check(a_job(space_file, "sqlite:///a.db"))
-    engine.check(a_job(space_file, "postgresql+psycopg://x@h/d"))
+        engine.check(a_spec(space_file, "sqlite:///a.db"))
+    engine.check(a_spec(space_file, "postgresql+psycopg://x@h/d"))
 
 
 def test_a_node_without_the_studys_folder_needs_a_depot_and_a_database(
     tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studies, database = tmp_path / "elsewhere", "postgresql+psycopg://x@h/d"
-    for job in (a_job(space_file, database), a_job(space_file, "/x/journal.log", "s3://b")):
+    for spec in (a_spec(space_file, database), a_spec(space_file, "/x/journal.log", "s3://b")):
         with pytest.raises(StudyError, match=r"elsewhere/own is not on this machine; .*--artifacts"):
-            _settled(_Assignment(job, "cpu", studies)).__enter__()
-    with _settled(_Assignment(a_job(space_file, database, "s3://b"), "cpu", studies)):
+            _in_its_folder(_Assignment(spec, "cpu", Resources(1, None), studies)).__enter__()
+    with _in_its_folder(_Assignment(a_spec(space_file, database, "s3://b"), "cpu", Resources(1, None), studies)):
         scratch = StudyPaths.of("own").dir.parent
         assert scratch.is_dir()
     assert not scratch.exists()
     StudyPaths(studies / "own").dir.mkdir(parents=True)
     StudyPaths(studies / "own").study_yaml.touch()
-    with _settled(_Assignment(a_job(space_file, database), "cpu", studies)):
+    with _in_its_folder(_Assignment(a_spec(space_file, database), "cpu", Resources(1, None), studies)):
         assert StudyPaths.of("own").dir == studies / "own"

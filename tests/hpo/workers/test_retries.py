@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from hpo.cli.console import StudyLane
+from hpo.cli.progress import StudyProgress
 from hpo.errors import StudyError
 from hpo.space import SearchSpace, load_space, space_from_yaml, space_to_yaml
 from hpo.storage import is_masked, lease, mask, open_storage
@@ -170,16 +170,16 @@ def test_a_retried_trial_stands_for_its_slot_before_a_blank_one_that_was_queued_
 def test_a_trial_that_is_taken_away_while_it_runs_is_dropped_and_the_run_goes_on(
     space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    shown = StudyLane.epoch_ended
+    shown = StudyProgress.refresh
 
-    def take_away(lane: StudyLane, epoch: Any, verdict: str) -> None:
-        shown(lane, epoch, verdict)
+    def take_away(progress: StudyProgress, *, force: bool = False) -> None:
+        shown(progress, force=force)
         other = find_study("own")
-        [running] = other.queue._running()
-        if CRASHES not in running.user_attrs:
-            assert other.queue._interrupt(running, crashed=True)
+        for running in other.queue._running():
+            if CRASHES not in running.user_attrs:
+                assert other.queue._interrupt(running, crashed=True)
 
-    monkeypatch.setattr(StudyLane, "epoch_ended", take_away)
+    monkeypatch.setattr(StudyProgress, "refresh", take_away)
     assert hpo(monkeypatch, "run", str(space.path), "--trials", "1", "--retries", "5") == 0
     assert "trial 0 was taken from this process while it ran; it is dropped" in capfd.readouterr().err
     assert sorted(finished_of(tmp_path / "studies/own")) == [0]

@@ -1,0 +1,148 @@
+"""The progress of a study in the terminal, read from its storage: bars, and a line for each finished trial.
+
+It shows what `hpo study top` shows, from the same view, whichever processes train.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.progress import TaskID
+
+from hpo.cli.console import bars, console, say
+from hpo.cli.monitor import View, fold_steps, look, rung_of, steps_of
+from hpo.search.training import trial_label
+from hpo.space import CANDIDATE
+from hpo.study import Study
+from hpo.text import assignments
+from hpo.trials import FAILURE, REASON, REPLICATE_OF, STOPPED
+
+if TYPE_CHECKING:
+    from core.loop import EpochMetrics
+
+# Seconds between two readings of the storage that nothing forces.
+_EVERY_S = 0.25
+
+
+class StudyProgress:
+    """A bar for the study, one for each running trial, and a line for each trial that finishes.
+
+    Args:
+        study: read again at every refresh.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        view = look(study)
+        self._printed = {trial.number for trial in view.finished}
+        self._read_at = time.monotonic()
+        self._running: dict[int, TaskID] = {}
+        self.progress = bars()
+        self._total = self.progress.add_task("study", total=None, note="")
+        self._update_total(view)
+
+    def __enter__(self) -> StudyProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.refresh(force=True)
+        self.progress.stop()
+
+    def refresh(self, *, force: bool = False) -> None:
+        """Read the storage, unless it has just been read, and show the changes."""
+        now = time.monotonic()
+        if not force and now - self._read_at < _EVERY_S:
+            return
+        self._read_at = now
+        view = look(self.study)
+        for trial in reversed(view.finished):
+            if trial.number not in self._printed:
+                self._printed.add(trial.number)
+                say(trial_line(self.study, trial))
+        self._update_total(view)
+        if console.is_terminal:
+            self._update_running(view)
+
+    def training(self, label: str, *, epochs: int) -> Callable[[EpochMetrics], None]:
+        """Add a bar for a training that is not a trial; the returned function is called after each epoch."""
+        task = self.progress.add_task(label, total=epochs, note="")
+
+        def epoch_ended(epoch: EpochMetrics) -> None:
+            note = f"loss {epoch.train_loss:.3f}  {self.study.metric} {epoch.score(self.study.metric):.4f}"
+            note += f"  {epoch.images_per_s:,.0f} images/s"
+            self.progress.update(task, completed=epoch.epoch, note=note, visible=epoch.epoch < epochs)
+
+        return epoch_ended
+
+    def _update_total(self, view: View) -> None:
+        best = None if self.study.confirms is not None else self.study.best_trial()  # of repeated runs: the luckiest
+        note = "" if best is None else f"best {self.study.metric} {best.value:.4f}"
+        self.progress.update(self._total, total=self.study.total, completed=len(view.finished), note=note)
+
+    def _update_running(self, view: View) -> None:
+        running = {trial.number: trial for trial in view.running}
+        for number in self._running.keys() - running.keys():
+            self.progress.remove_task(self._running.pop(number))
+        epochs, folds = fold_steps(self.study)
+        for number, trial in running.items():
+            if number not in self._running:
+                self._running[number] = self.progress.add_task("", total=steps_of(self.study), note="")
+            self.progress.update(
+                self._running[number],
+                description=trial_label(trial, epochs=epochs, folds=folds),
+                completed=trial.last_step or 0,
+                note=self._note(trial),
+            )
+
+    def _note(self, trial: FrozenTrial) -> str:
+        """The last epoch in numbers, as far as its files are on this machine, and its place at the last rung."""
+        row = _last_row(self.study, trial)
+        parts = [
+            f"loss {row['train_loss']:.3f}" if "train_loss" in row else "",
+            f"{self.study.metric} {trial.intermediate_values[trial.last_step]:.4f}" if trial.last_step else "",
+            f"{row['images_per_s']:,.0f} images/s" if "images_per_s" in row else "",
+            rung_of(trial),
+        ]
+        return "  ".join(filter(None, parts))
+
+
+def _last_row(study: Study, trial: FrozenTrial) -> dict[str, Any]:
+    """The last whole line of a trial's `metrics.jsonl`; empty if there is none here."""
+    try:
+        lines = study.paths.trial_metrics(trial.number).read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return {}
+    whole = [line for line in lines if line.endswith("\n")]
+    row: dict[str, Any] = json.loads(whole[-1]) if whole else {}
+    return row
+
+
+def trial_line(study: Study, trial: FrozenTrial) -> str:
+    """Describe a finished trial in one line."""
+    attributes, failure = trial.user_attrs, trial.user_attrs.get(FAILURE)
+    value = "      " if failure or trial.value is None else f"{trial.value:.4f}"
+    how = failure or ("complete" if trial.state == TrialState.COMPLETE else _where_pruned(study, trial))
+    took = f"{attributes['elapsed_s']:6.1f} s" if "elapsed_s" in attributes else "        "
+    shown = {**trial.params, **({CANDIDATE: attributes[CANDIDATE]} if CANDIDATE in attributes else {})}
+    reason = attributes.get(REASON) or attributes.get(STOPPED)
+    detail = f"  ({reason})" if reason else ""
+    if REPLICATE_OF in attributes:
+        detail += f"  (replicate of slot {attributes[REPLICATE_OF]})"
+    return f"trial {trial.number:3d}  {study.metric} {value}  {how:<18} {took}  {assignments(shown)}{detail}"
+
+
+def _where_pruned(study: Study, trial: FrozenTrial) -> str:
+    if not trial.last_step:
+        return "stopped before it began"
+    epochs, folds = fold_steps(study)
+    fold, epoch = divmod(trial.last_step - 1, epochs)
+    return f"pruned at {f'fold {fold + 1}, ' if folds > 1 else ''}epoch {epoch + 1}"

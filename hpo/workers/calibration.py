@@ -1,0 +1,200 @@
+"""`--per-device auto`: how many trials at once train the most images per second on one device.
+
+A small network leaves most of a device idle, and several trainings at once fill it; a large one fills it alone. So
+before the first trial, 1, 2, 4, … processes train the baseline side by side for a few seconds each, as long as the
+device then trains at least a tenth more images per second, and its memory and cores hold that many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Barrier
+
+import numpy as np
+import torch
+
+from core.data import Splits
+from core.loop import EpochMetrics, seconds_per_epoch, train
+from core.runtime import is_out_of_memory
+from hpo.workers.capacity import Capacity, Limit, used_memory_bytes
+from hpo.workers.engine import Resources, WorkerSpec
+from hpo.workers.local import (
+    in_child,
+    own_name,
+    run_in_child,
+    signals_blocked,
+    start_method,
+    unblock_signals,
+    watch_parent,
+)
+from hpo.workers.worker import open_data
+
+# The gain that a larger number needs. A smaller one drowns in the noise of a measurement, and more trials at once have
+# a price that none shows: sampler and pruner know less when each of them begins.
+WORTHWHILE = 1.10
+# Memory that a trial is given beyond the measured use of the baseline: other configurations may need more.
+MARGIN = 1.25
+# Seconds of training that are timed. On two CPU cores the rate of half a second of digits spreads by 2 to 4 %.
+_WINDOW_S = 2.0
+# An epoch is cut to about this length, so that the window holds several: the first one is not counted.
+_EPOCH_S = 0.5
+# Seconds for a process to open the data and to warm up.
+_PATIENCE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number of trainings side by side."""
+
+    images_per_s: float
+    """Of all together, validation included."""
+    memory_bytes: int
+    """The most that one process used of the device."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The number of trials at once."""
+
+    trials: int
+    why: str
+    """In one line."""
+    measured: bool = True
+    """False where the measurement failed, so that it is not remembered."""
+
+
+def choose(measure: Callable[[int], Measured], limit: Limit) -> Choice:
+    """Double the number of trials at once as long as that is worthwhile.
+
+    Args:
+        measure: times so many trainings side by side; raises where they do not fit the device.
+        limit: of the device.
+    """
+    speeds: dict[int, float] = {}
+    best, number, used = 1, 1, 0
+    while True:
+        try:
+            measured = measure(number)
+        except Exception as error:
+            if not (is_out_of_memory(error) or isinstance(error, (BrokenProcessPool, threading.BrokenBarrierError))):
+                raise
+            if not speeds:
+                return Choice(1, not_measured(f"the baseline could not be timed ({error})", 1), measured=False)
+            bound = f"{number} did not fit"
+            break
+        speeds[number], used = measured.images_per_s, max(used, measured.memory_bytes)
+        if number > 1 and speeds[number] < WORTHWHILE * speeds[best]:
+            bound = ""
+            break
+        best = number
+        fitting = int(limit.memory_bytes // (MARGIN * used))
+        number = min(2 * best, fitting, limit.trials or 2 * best)
+        if number <= best:
+            bound = (
+                limit.why
+                if limit.trials is not None and limit.trials <= max(fitting, 1)
+                else (
+                    f"the memory holds no more ({used / 1e9:.1f} GB per trial, {limit.memory_bytes / 1e9:.1f} GB free)"
+                )
+            )
+            break
+    return Choice(best, _explained(speeds, best, bound))
+
+
+def _explained(speeds: dict[int, float], best: int, bound: str) -> str:
+    against = "" if best == 1 else f" against {speeds[1]:,.0f} with one"
+    others = [f"{number} gave {speed:,.0f}" for number, speed in speeds.items() if number not in (1, best)]
+    return "; ".join(filter(None, [f"{at_once(best)}: {speeds[best]:,.0f} images/s{against}", *others, bound]))
+
+
+def at_once(number: int) -> str:
+    """So many trials at once, in words."""
+    return f"{number} trial{'' if number == 1 else 's'} at once"
+
+
+def not_measured(why: str, number: int) -> str:
+    """One line that explains why the best number is unknown."""
+    return f"--per-device auto: not measured, {why}; continuing with {number}"
+
+
+def calibrate(spec: WorkerSpec, device: torch.device, capacity: Capacity) -> Choice:
+    """Measure how many trials at once are best on the device, in processes of their own.
+
+    Raises:
+        UserError: the baseline cannot be trained.
+    """
+    return choose(lambda number: _side_by_side(spec, str(device), capacity.share(number), number), capacity.limit())
+
+
+def _side_by_side(spec: WorkerSpec, device: str, resources: Resources, number: int) -> Measured:
+    context = start_method()
+    entry = in_child(device, _enter, context.Barrier(number))
+    with (
+        signals_blocked(),
+        ProcessPoolExecutor(number, mp_context=context, initializer=run_in_child, initargs=entry) as executor,
+    ):
+        # The barrier keeps each task in a process of its own.
+        tasks = [executor.submit(_timed, spec, own_name(device), resources) for _ in range(number)]
+        measured = [task.result() for task in tasks]
+    return Measured(sum(each.images_per_s for each in measured), max(each.memory_bytes for each in measured))
+
+
+# In a process of the measurement
+
+_barrier: Barrier
+
+
+def _enter(barrier: Barrier) -> None:
+    global _barrier
+    _barrier = barrier
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the measurement
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    unblock_signals()
+    watch_parent(lambda: None, patience_s=0.0)
+
+
+def _timed(spec: WorkerSpec, device_name: str, resources: Resources) -> Measured:
+    """Train the baseline for some seconds, beside the other processes."""
+    device = torch.device(device_name)
+    try:
+        _, division = open_data(spec, device, resources)
+        config = spec.space.baseline
+        [splits, *_] = division.on(device, config.data)
+        part = _first_part(splits, _EPOCH_S / seconds_per_epoch(config, splits, device=device), 2 * config.batch_size)
+    except BaseException:
+        _barrier.abort()
+        raise
+    _barrier.wait(_PATIENCE_S)
+    epochs: list[EpochMetrics] = []
+
+    def ended(epoch: EpochMetrics) -> None:
+        epochs.append(epoch)
+        if len(epochs) > 2 and epoch.elapsed_s - epochs[0].elapsed_s > _WINDOW_S:
+            raise _EnoughError
+
+    with contextlib.suppress(_EnoughError):
+        train(config.override({"epochs": 1000}), part, device=device, on_epoch_end=ended, metric=spec.space.metric)
+    counted = epochs[1:]  # the first pays for start-up
+    seconds = counted[-1].elapsed_s - epochs[0].elapsed_s
+    return Measured(sum(epoch.images for epoch in counted) / seconds, used_memory_bytes(device))
+
+
+class _EnoughError(Exception):
+    """Ends a timed training."""
+
+
+def _first_part(splits: Splits, share: float, least: int) -> Splits:
+    """About this fraction of the training and validation images, evenly spaced, so that an epoch is shorter."""
+    if share >= 1 or len(splits.train) <= least:
+        return splits
+    every = max(1, int(len(splits.train) / max(least, share * len(splits.train))))
+    labels = splits.labels[splits.train].cpu()
+    first_of_class = np.unique(labels, return_index=True)[1]  # losses and sampling need every class
+    chosen = np.union1d(np.arange(0, len(labels), every), first_of_class)
+    return replace(splits, train=splits.train[torch.from_numpy(chosen)], val=splits.val[::every])
