@@ -2,7 +2,7 @@
 
 A study of the digits runs as `hpo run` runs it, on the journal file, with the default sampler and pruner and the
 progress display, but with a network so small that the rest shows, and one thread. The clock runs around the whole
-study, around every training, and around the pictures (drawing them and handing them to the dashboard). What is left of
+study, around every training, and around a trial's artifacts and note for the dashboard. What is left of
 the first is the driver: claiming a slot, suggesting, reporting every epoch, judging rungs, writing `config.yaml` and
 `metrics.jsonl`, keeping the best weights.
 """
@@ -27,7 +27,7 @@ import optuna
 import torch
 from common import finish, machine, parser, positive, spread, table
 
-import hpo.search.loop
+import hpo.dashboard.artifacts
 import hpo.search.objective
 from core.data import folds, load_dataset
 from core.runtime import select_device
@@ -40,7 +40,7 @@ from hpo.study import open_study
 LIMIT_MS = 50  # the promise, a trial
 PARTS = {
     "training": [(hpo.search.objective, "train")],
-    "pictures": [(hpo.search.loop, name) for name in ("learning_curves", "confusion_matrix", "attach_artifacts")],
+    "pictures": [(hpo.dashboard.artifacts, "record")],
 }
 
 

@@ -126,13 +126,13 @@ def test_only_the_best_few_trials_keep_their_weights(tmp_path: Path) -> None:
     assert kept == {trial.number for trial in ranked[:KEPT_MODELS]}
 
 
-def test_a_picture_that_cannot_be_drawn_costs_no_trial(
+def test_a_picture_that_cannot_be_attached_costs_no_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full_disk(*arguments: Any, **options: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(hpo.search.loop, "learning_curves", full_disk)
+    monkeypatch.setattr("hpo.dashboard.artifacts.attach", full_disk)
     study, _ = run(write_space(tmp_path), 2)
     assert study.counts().complete == 2
     assert "pictures are missing" in caplog.text
