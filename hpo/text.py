@@ -100,10 +100,11 @@ def in_words(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def some(noun: str, numbers: Sequence[int], *, most: int = 5) -> str:
+def some(noun: str, numbers: Sequence[int], *, plural: str | None = None, most: int = 5) -> str:
     """Format a list of numbers, cut where it is long: `trials 1, 2, 3, 4, 5 and 2 more`."""
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:most]))}{more}"
+    name = noun if len(numbers) == 1 else plural or f"{noun}s"
+    return f"{name} {', '.join(map(str, numbers[:most]))}{more}"
 
 
 def percent(share: float, digits: int = 0) -> str:

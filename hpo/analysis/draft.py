@@ -1,4 +1,4 @@
-"""A suggestion as a file: the study's own space, with what is changed in it and why."""
+"""The file of a suggestion: the study's space with the changes and their reasons."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hpo.study import Study
 from hpo.study.metadata import config_of
 
 SUGGESTED = "# Suggested from study"
-"""How a suggestion's file begins."""
+"""The beginning of a suggestion's file."""
 
-_WIDTH = 116  # characters of a comment's line
+_WIDTH = 116  # characters per line of comments
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What is to be written."""
+    """A suggestion before it is written."""
 
     study: Study
     space: SearchSpace
@@ -34,14 +34,14 @@ class Draft:
     verdicts: Mapping[str, Verdict]
 
     def search(self) -> str:
-        """The YAML without its recipes and without what can only be said of a space that was checked."""
+        """Write the YAML without recipes and header, to be checked."""
         return self._written(self._tree(), head=[], recipes=[])
 
     def whole(self, checked: SearchSpace) -> str:
-        """The whole file.
+        """Write the whole file.
 
         Args:
-            checked: what `search` is read as.
+            checked: the space that `search` is read as.
         """
         tree, head, fitting = self._tree(), self._sources(), self._fitting(checked)
         if self.evidence.too_few:
@@ -50,10 +50,10 @@ class Draft:
             new = math.ceil((self.study.total or self.space.trials) / 2)
             tree["trials"] = fitting + new
             head += (
-                f" The best trials are the best of each fifth of the study, {len(self.evidence.best)} in all, and a "
-                f"change is made only where chance would show as much less than once in {round(1 / CHANCE)} times. "
-                f"The total is {new} new trials and the "
-                f"{fitting} that fit this space, which a study on it begins with: --take-over {self.study.name}"
+                f" The best trials are the best of each fifth of the study, {len(self.evidence.best)} in all; changes "
+                f"are made only if they are less probable by chance than once in {round(1 / CHANCE)} times. The total "
+                f"is {new} new trials and the {fitting} that fit this space, with which a study on it can begin: "
+                f"--take-over {self.study.name}"
             )
         return self._written(tree, head=[*_comment(head), ""], recipes=self._recipes())
 
@@ -68,20 +68,20 @@ class Draft:
         return "\n".join(lines) + "\n"
 
     def _sources(self) -> str:
-        """What the suggestion rests on."""
+        """The number of trials behind the suggestion."""
         complete, finished = self.evidence.complete, len(self.evidence.finished)
         begin = SUGGESTED.removeprefix("# ")
         return f"{begin} {self.study.name}: {complete} trials complete, {finished - complete} pruned."
 
     def _fitting(self, checked: SearchSpace) -> int:
-        """How many of the finished trials the new space could have drawn."""
+        """The number of finished trials that the new space could have drawn."""
         configs = (config_of(self.study.metadata, trial.params) for trial in self.evidence.finished)
         return sum(checked.express(config) is not None for config in configs)
 
     def _tree(self) -> dict[str, Any]:
-        """The study's space as plain data, its base and data as they were written where that still means the same."""
+        """The study's space as plain data, with base and data as in its file if they still mean the same."""
         document, _ = parse_yaml(space_to_yaml(self.space), self.space.name)
-        assert document is not None, "what a space is written as can be read"
+        assert document is not None, "a written space can be read"
         tree: dict[str, Any] = document.plain()
         written = _file_of(self.study)
         if written is None:
@@ -97,10 +97,10 @@ class Draft:
         return short if same else tree
 
     def _recipes(self) -> list[str]:
-        """The recipes that the study has to beat, as a file elsewhere can name them."""
+        """The paths of the recipes that the study has to beat, for a file in another folder."""
         if self.space.recipes:
             return [_nameable(recipe.path.parent, recipe.path.name) for recipe in self.space.recipes]
-        written = _file_of(self.study)  # the study itself does not hold them
+        written = _file_of(self.study)  # the study does not store them
         if written is None:
             return []
         file, content = written
@@ -108,7 +108,7 @@ class Draft:
 
 
 def _file_of(study: Study) -> tuple[Path, dict[str, Any]] | None:
-    """The search space's file that the study was begun with, and what is in it; None where it is gone."""
+    """The file of the study's search space, and its content; None if it is missing."""
     begun_with = study.metadata.get("space_file")
     named = [folder / f"{study.space_name}.yaml" for folder in search_space_dirs()]
     for file in [*([Path(begun_with)] if begun_with else []), *named]:
@@ -119,7 +119,7 @@ def _file_of(study: Study) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _nameable(folder: Path, name: str) -> str:
-    """A recipe's file as any space can name it: within a folder of spaces, or by its whole path."""
+    """The path of a recipe for any space: relative to a folder of spaces, or absolute."""
     known = [where.resolve() for where in search_space_dirs()]
     file = next((at / name for at in (folder, *known) if (at / name).is_file()), folder / name).resolve()
     within = next((where for where in known if file.is_relative_to(where)), None)

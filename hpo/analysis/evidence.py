@@ -1,8 +1,7 @@
-"""What a study's trials show of its parameters, and how probable that would be if they showed nothing.
+"""The finished trials of a study and the best of them, and the probabilities of patterns among them by chance.
 
-The best are taken from each fifth of the study, not from the whole. A sampler that learns draws its later trials near
-to one another, and they are better for whatever it has learned: among the best of all, everything would look decisive
-that those late trials happen to share.
+The best trials are taken from each fifth of the study, not from the whole: a sampler that learns draws its later trials
+close together, so among the best of all, everything that those late trials share would look decisive.
 """
 
 from __future__ import annotations
@@ -18,46 +17,45 @@ from hpo.study import Study
 from hpo.trials import effective_trials
 
 CHANCE = 0.05
-"""How probable what is seen may be without any effect."""
+"""Significance level: patterns that are less probable by chance are acted on."""
 FEWEST_BEST = 5
-"""Best trials: among so many, one that is out of place is seen."""
+"""Best trials that have a parameter, needed to judge it."""
 
-_FEWEST_TRIALS = 20  # finished: a fifth of fewer is not five
-_PARTS = 5  # of a study, one after the other; of each the best fifth
+_FEWEST_TRIALS = 20  # finished; with fewer there are too few best ones
+_PARTS = 5  # consecutive parts of a study; the best fifth of each is used
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A study's trials that are over, one a slot."""
+    """The effective finished trials of a study."""
 
     finished: tuple[FrozenTrial, ...]
     """Complete and pruned."""
     complete: int
     best: tuple[FrozenTrial, ...]
-    """The best fifth of each fifth of the study, but the better half at most of what is complete in it; the best of all
-    first."""
+    """The best fifth of each fifth of the study, but at most half of its complete trials; the best of all first."""
 
     @property
     def too_few(self) -> str:
-        """Why nothing can be said; empty where something can."""
+        """Why the trials are too few for any conclusion; empty if they are not."""
         if len(self.finished) < _FEWEST_TRIALS:
-            return f"fewer than {_FEWEST_TRIALS} finished trials say too little, and there are {len(self.finished)}"
+            return f"it takes {_FEWEST_TRIALS} finished trials, and there are {len(self.finished)}"
         if len(self.best) < FEWEST_BEST:
             best = f"{len(self.best)} of the {self.complete} complete trials"
-            return f"only {best} are among the best of their time, and fewer than {FEWEST_BEST} say too little"
+            return f"only {best} are among the best of their part of the study, and it takes {FEWEST_BEST}"
         return ""
 
     def drawn(self, path: str) -> list[Any]:
-        """A parameter's values in the finished trials that have it, as Optuna keeps them."""
+        """A parameter's values in the finished trials that have it, in Optuna's representation."""
         return [trial.params[path] for trial in self.finished if path in trial.params]
 
     def among_best(self, path: str) -> list[Any]:
-        """Its values in the best trials that have it, the best trial's first."""
+        """A parameter's values in the best trials that have it, the best trial's first."""
         return [trial.params[path] for trial in self.best if path in trial.params]
 
 
-def gather(study: Study) -> Evidence:
-    """The trials of a study that are over, and which of them are the best of their time."""
+def read_evidence(study: Study) -> Evidence:
+    """Read the finished trials of a study, and select the best of each part."""
     over = [
         trial
         for trial in effective_trials(study.optuna.get_trials(deepcopy=False)).values()
@@ -72,7 +70,7 @@ def gather(study: Study) -> Evidence:
 
 
 def _best_of(part: Sequence[FrozenTrial], sign: int) -> list[tuple[float, int, FrozenTrial]]:
-    """The best of a stretch of the study, each behind what it is ranked by."""
+    """The best trials of a part of the study, each with its sort key."""
     complete = [
         (sign * trial.value, trial.number, trial)
         for trial in part
@@ -83,15 +81,15 @@ def _best_of(part: Sequence[FrozenTrial], sign: int) -> list[tuple[float, int, F
 
 
 def binomial_tail(least: int, of: int, share: float) -> float:
-    """The probability of at least so many successes, each of the probability `share`."""
+    """The probability of at least so many successes `of` independent ones of probability `share`."""
     return sum(math.comb(of, k) * share**k * (1 - share) ** (of - k) for k in range(least, of + 1))
 
 
 def spread_chance(share: float, of: int) -> float:
-    """The probability that `of` uniform numbers lie within some stretch that is this share of their range."""
+    """The probability that `of` uniform numbers span at most this fraction of their range."""
     return of * share ** (of - 1) - (of - 1) * share**of
 
 
 def missing_chance(having: int, among: int, picked: int) -> float:
-    """The probability that of those picked from among all none is one of the `having`."""
+    """The probability that none of `picked` trials, drawn from `among`, is one of the `having`."""
     return math.comb(among - having, picked) / math.comb(among, picked)

@@ -18,7 +18,7 @@ from hpo.analysis.study_data import StudyData
 from hpo.trials import FAILURE, INTERRUPTED
 
 FEWEST = 3
-"""Failures of a cause below which a pattern may be luck whatever a test returns."""
+"""Failures of a cause that a test needs."""
 _LEVEL = 0.05  # of significance
 
 

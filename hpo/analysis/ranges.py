@@ -1,4 +1,4 @@
-"""A searched number: its scale, its levels, how far its field goes, and its range moved out or drawn in."""
+"""The range of a searched number: its scale and levels, and how it is widened or narrowed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from hpo.space.fields import config_fields
 Bound = Literal["low", "high"]
 BOUNDS: tuple[Bound, Bound] = ("low", "high")
 
-_OUTER = 0.25  # of the range: what counts as its end at a bound
-_WIDEN = 0.5  # of the range: how far a bound is moved out
-_MARGIN = 0.1  # of the range: what is left around values that it is narrowed to
-_MOST_LEVELS = 1000  # of a range with steps; one of more is as good as continuous
+_OUTER = 0.25  # fraction of the range that counts as near a bound
+_WIDEN = 0.5  # fraction of the range by which a bound is moved out
+_MARGIN = 0.1  # fraction of the range left around the values to which it is narrowed
+_MOST_LEVELS = 1000  # a range with more steps is treated as continuous
 _ROUNDED = {"down": ROUND_FLOOR, "up": ROUND_CEILING, "near": ROUND_HALF_EVEN}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A range with its low end at 0 and its high end at 1, evenly drawn in between."""
+    """Maps a range to [0, 1], in which values are drawn evenly."""
 
     low: float
     high: float
@@ -32,23 +32,25 @@ class Scale:
 
     @classmethod
     def of(cls, found: Integer | Real) -> Scale:
+        """Return the scale of a parameter."""
         return cls(float(found.low), float(found.high), found.log)
 
     def place(self, value: float) -> float:
-        """Where a value lies."""
+        """Map a value to its place."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def value(self, place: float) -> float:
-        """What lies at a place, outside of the range too."""
+        """Map a place to its value, also outside [0, 1]."""
         if self.log:
             return self.low * math.exp(place * math.log(self.high / self.low))
         return self.low + place * (self.high - self.low)
 
     def rounded(self, value: float, way: Literal["down", "up", "near"]) -> float:
-        """The value in no more digits than it needs: two of its own on a logarithmic scale, else what a hundredth of
-        the range's length has. In decimal, because 0.1 × 3 is not 0.3 in binary.
+        """Round a value to two digits on a logarithmic scale, else to a hundredth of the range's length.
+
+        Computed in decimal, because 0.1 × 3 is not 0.3 in binary.
         """
         digits = math.floor(math.log10(value)) - 1 if self.log else math.floor(math.log10(self.high - self.low)) - 2
         unit = Decimal(1).scaleb(digits)
@@ -56,31 +58,31 @@ class Scale:
 
 
 def depth(found: Integer | Real, bound: Bound, value: float) -> float:
-    """How far inside the range a value lies from a bound, as a share of it."""
+    """Distance of a value to a bound, as a fraction of the range."""
     place = Scale.of(found).place(value)
     return place if bound == "low" else 1 - place
 
 
 def is_outer(found: Integer | Real, bound: Bound, value: float) -> bool:
-    """Whether a value lies in the outer quarter at a bound."""
-    return depth(found, bound, value) <= _OUTER + 1e-9  # less a rounding error
+    """Whether a value is in the outer quarter at a bound."""
+    return depth(found, bound, value) <= _OUTER + 1e-9  # tolerates a rounding error
 
 
 def outer_share(found: Integer | Real, bound: Bound) -> float:
-    """How often an even draw falls into the outer quarter at a bound."""
+    """The probability that an even draw is in the outer quarter at a bound."""
     levels = _levels(found)
     if levels is None:
         return _OUTER
-    # A whole number on a logarithmic scale is drawn as often as the scale is long from half below it to half above.
+    # On a logarithmic scale, the probability of an integer is the length of the scale from half below it to half above.
     weights = [math.log((level + 0.5) / (level - 0.5)) if found.log else 1.0 for level in levels]
     outer = [weight for weight, level in zip(weights, levels, strict=True) if is_outer(found, bound, level)]
     return sum(outer) / sum(weights)
 
 
 def widened(found: Integer | Real, bound: Bound) -> Integer | Real | None:
-    """The range with a bound moved out by half its length, as far as its field goes; None where that is nowhere.
+    """Move a bound out by half the range's length, within the bounds of the field; None if it cannot be moved.
 
-    What could be drawn before still can: steps stay on their grid.
+    Steps stay on their grid, so that all values of before can still be drawn.
     """
     stepwise = not found.log and _levels(found) is not None
     moved = _moved_by_steps(found, bound) if stepwise else _moved(found, bound)
@@ -90,9 +92,9 @@ def widened(found: Integer | Real, bound: Bound) -> Integer | Real | None:
 
 
 def narrowed(found: Integer | Real, low: float, high: float) -> Integer | Real:
-    """The range around these values with a margin, rounded outwards, and never beyond what it was.
+    """Narrow a range to these values with a margin, rounded outwards, within the old range.
 
-    Of steps the next ones on either side are the margin at least: the neighbours of what was good are worth a look.
+    With steps the margin is at least one step, so that the neighbors of good values are tried.
     """
     scale, levels = Scale.of(found), _levels(found)
     first, last = scale.place(low) - _MARGIN, scale.place(high) + _MARGIN
@@ -112,19 +114,19 @@ def _within(found: Integer | Real, low: float, high: float) -> Integer | Real:
 
 
 def _levels(found: Integer | Real) -> list[float] | None:
-    """Every value that can be drawn; None of a range that is continuous, or as good as that."""
+    """All values that can be drawn; None for a continuous range."""
     if found.step is None or (found.high - found.low) / found.step > _MOST_LEVELS:
         return None
     return [_on_grid(found, number) for number in range(_steps(found) + 1)]
 
 
 def _steps(found: Integer | Real) -> int:
-    assert found.step is not None, "only a range with steps is asked for them"
+    assert found.step is not None, "the range has steps"
     return round((found.high - found.low) / found.step)
 
 
 def _on_grid(found: Integer | Real, steps: int) -> float:
-    """So many steps from the low end, below it too; in decimal, as the steps of a search space are checked."""
+    """The value so many steps from the low end; in decimal, as the steps of a search space are checked."""
     return float(Decimal(str(found.low)) + steps * Decimal(str(found.step)))
 
 
@@ -134,7 +136,7 @@ def _moved(found: Integer | Real, bound: Bound) -> float | None:
     target = scale.rounded(scale.value(-_WIDEN if bound == "low" else 1 + _WIDEN), "near")
     end, included = _field_end(found.path, bound)
     if sign * target >= sign * end:
-        # An end that is not the field's own any more can only be come nearer to.
+        # An excluded end of the field can only be approached.
         target = end if included else (limit + end) / 2
     if isinstance(found, Integer):
         target = round(target)
@@ -152,7 +154,7 @@ def _moved_by_steps(found: Integer | Real, bound: Bound) -> float | None:
 
 
 def _field_end(path: str, bound: Bound) -> tuple[float, bool]:
-    """How far the field itself goes, and whether it holds that value too."""
+    """The bound of the field, and whether it is included."""
     for mark in config_fields()[path].info.metadata:
         match bound, mark:
             case ("low", Ge(ge=end)) | ("high", Le(le=end)):

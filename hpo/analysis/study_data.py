@@ -59,7 +59,7 @@ class StudyData:
         return self.study.direction == "maximize"
 
     def gain(self, value: float, over: float) -> float:
-        """By how much a value is better than another, positive whatever the direction."""
+        """By how much a value is better than another: positive is better in both directions."""
         return value - over if self.maximize else over - value
 
     # Trials

@@ -1,14 +1,13 @@
-"""A narrowed or widened search space from a finished study, and where its best trials lie at an edge.
+"""A narrowed or widened search space from a finished study, and the parameters with best values at an edge.
 
-The best trials are the best fifth of each fifth of the study (`hpo.analysis.evidence` says why), and of those that
-were trained in full the better half at most: a pruned trial counts as bad, and the base, which is never pruned, does
-not count as good for that. Each parameter is then judged alone, and left as it is unless chance would hardly show what
-is seen. Three things are looked for. The best trials crowd at a bound, where neither an even draw nor the sampler put
-so many (a binomial test). They lie closer together than as many of the finished trials, picked at random, would (the
-range of k uniform numbers, David and Nagaraja 2003, Order Statistics, section 2.3). A choice is missing among them that
-others had (a hypergeometric test).
+The best trials are the best fifth of each fifth of the study (`hpo.analysis.evidence`), at most half of its complete
+trials: the baseline, which is never pruned, is not good for that reason alone. Each parameter is judged on its own,
+and changed only by a significant pattern among the best trials. They crowd at a bound more than an even draw and the
+sampler did (a binomial test). They are closer together than as many random finished trials (the range of k uniform
+numbers, David and Nagaraja 2003, Order Statistics, section 2.3). Or a choice is missing among them (a hypergeometric
+test).
 
-Nothing goes beyond a field's own bounds, and the search can still draw the study's base.
+A suggestion respects the bounds of each field, and can still draw the study's baseline.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpo.analysis.draft import SUGGESTED, Draft
-from hpo.analysis.evidence import Evidence, gather
+from hpo.analysis.evidence import Evidence, read_evidence
 from hpo.analysis.ranges import Bound, widened
 from hpo.analysis.verdicts import (
     crowd_words,
     crowded,
-    judged,
+    decide,
     number,
     with_conditions,
     without_faults,
@@ -36,27 +35,28 @@ __all__ = ["SUGGESTED", "Edge", "edges", "suggest"]
 
 @dataclass(frozen=True)
 class Edge:
-    """A searched number whose best values lie at a bound that can be moved."""
+    """A searched number whose best values are at a bound that can be moved."""
 
     path: str
     bound: Bound
     best: float
     """The best trial's value."""
     limit: float
-    """The bound as it is."""
+    """The current bound."""
     yaml_line: str
-    """The parameter with the bound moved, as it stands in a search space."""
+    """The parameter with the bound moved, as a line of a search space."""
     words: str
-    """The same for a person, with the numbers that it rests on."""
+    """Human-readable explanation with the supporting numbers."""
 
 
 def edges(study: Study, space: SearchSpace) -> tuple[Edge, ...]:
-    """The parameters of a study whose best values lie at a bound, in the space's order; none where trials are few.
+    """Find the parameters whose best values are at a bound, in the space's order; none if trials are few.
 
     Args:
-        space: what the study searches.
+        study: a search.
+        space: its search space.
     """
-    evidence = gather(study)
+    evidence = read_evidence(study)
     if evidence.too_few:
         return ()
     found = (_edge(one, evidence) for one in space.search.values() if isinstance(one, Integer | Real))
@@ -75,22 +75,25 @@ def _edge(found: Integer | Real, evidence: Evidence) -> Edge | None:
 
 
 def suggest(study: Study, space: SearchSpace) -> str:
-    """A search space for a study that goes on from this one, as YAML with its reasons as comments.
+    """Write a search space for a study that continues from this one, as YAML with the reasons as comments.
 
-    Data, objective, sampler, pruner, recipes and base are the study's. Where its trials say nothing, or are too few,
-    the search stays what it was.
+    Data, objective, sampler, pruner, recipes and baseline are those of the study. Without significant patterns, or with
+    few trials, the ranges stay the same.
 
     Args:
-        space: what the study searches.
+        study: a search.
+        space: its search space.
 
     Raises:
-        StudyError: the study searches nothing: it confirms another one.
+        StudyError: the study is a confirmation.
     """
     if study.confirms is not None:
-        raise StudyError(f"study {study.name} confirms another one and searches nothing; give that: {study.confirms}")
-    evidence, base = gather(study), space.baseline_params()
-    verdicts = {path: judged(one, evidence, base.get(path)) for path, one in space.search.items()}
-    while True:  # each turn takes back a change, so that it ends with the space as it was
+        raise StudyError(
+            f"study {study.name} is a confirmation and searches nothing; give the search: {study.confirms}"
+        )
+    evidence, base = read_evidence(study), space.baseline_params()
+    verdicts = {path: decide(one, evidence, base.get(path)) for path, one in space.search.items()}
+    while True:  # each turn reverts a change, down to the space as it was
         verdicts = with_conditions(verdicts, space)
         draft = Draft(study, space, evidence, verdicts)
         try:

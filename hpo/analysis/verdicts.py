@@ -1,4 +1,4 @@
-"""What becomes of each parameter, and why: judged alone, then made to fit the others."""
+"""The suggestion for each parameter with its reason: first on its own, then consistent with the others."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from hpo.errors import SpaceError
 from hpo.space import Categorical, Integer, Parameter, Real, SearchSpace
 from hpo.space.document import flow
 
-_AT_BOUND = 0.05  # of the range: what is nearer to a bound than this is at it
-_NARROW = 0.7  # of the range: what saves less than a third of it is not worth a change
+_AT_BOUND = 0.05  # fraction of the range; values closer to a bound are at it
+_NARROW = 0.7  # fraction of the range; a change that keeps more is not worth it
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A parameter as it is suggested, and why."""
+    """A suggested parameter with the reason."""
 
     found: Parameter | None
-    """None: it is no longer searched."""
+    """None if it is no longer searched."""
     why: str
 
 
 def yaml_line(found: Parameter) -> str:
-    """A parameter as a search space has it, on a line; a condition with one value without brackets."""
+    """Write a parameter as a line of a search space; a condition with one value has no brackets."""
     entry = found.describe()
     if "when" in entry:
         entry["when"] = {name: values[0] if len(values) == 1 else values for name, values in entry["when"].items()}
@@ -35,18 +35,20 @@ def yaml_line(found: Parameter) -> str:
 
 
 def number(value: float) -> str:
-    """A value in a sentence."""
+    """Format a value for a sentence."""
     return f"{value:.3g}"
 
 
 # One parameter
 
 
-def judged(found: Parameter, evidence: Evidence, base: Any) -> Verdict:
-    """What the trials say of one parameter.
+def decide(found: Parameter, evidence: Evidence, base: Any) -> Verdict:
+    """Decide on one parameter.
 
     Args:
-        base: the base's value, as Optuna keeps it, which the search must go on to draw; None where the base has none.
+        found: the parameter as it is searched.
+        evidence: the study's trials.
+        base: the baseline's value in Optuna's representation, which must stay possible; None if it has none.
     """
     if evidence.too_few:
         return Verdict(found, "")
@@ -61,15 +63,15 @@ def judged(found: Parameter, evidence: Evidence, base: Any) -> Verdict:
         return _judged_spread(found, best, drawn, base)
     wider, words = widened(found, bound), crowd_words(found, bound, best)
     if wider is None:
-        return Verdict(found, f"left: {words}; the field itself goes no further")
+        return Verdict(found, f"left: {words}; the field itself allows no more")
     return Verdict(wider, f"widened to {number(wider.low if bound == 'low' else wider.high)}: {words}")
 
 
 def crowded(found: Integer | Real, evidence: Evidence) -> Bound | None:
-    """The bound that the best trials crowd at, if there is one.
+    """Return the bound at which the best trials crowd, if there is one.
 
-    The best trial itself, or the one in the middle of the best, lies at the bound; and more of them lie near it than an
-    even draw would have put there, and than the sampler did.
+    The best trial, or the median of the best, is at the bound, and significantly more of them are near it than an even
+    draw and the sampler would put there.
     """
     values, drawn = evidence.among_best(found.path), evidence.drawn(found.path)
     if len(values) < FEWEST_BEST:
@@ -85,37 +87,35 @@ def crowded(found: Integer | Real, evidence: Evidence) -> Bound | None:
 
 
 def crowd_words(found: Integer | Real, bound: Bound, values: Sequence[float]) -> str:
-    """How the best trials' values, the best's first, crowd at the bound."""
+    """Describe the crowd of the best trials' values, the best's first, at the bound."""
     outer = sum(is_outer(found, bound, value) for value in values)
     limit, side = (found.low, "lower") if bound == "low" else (found.high, "upper")
     return (
-        f"{outer} of the {len(values)} best trials lie in the quarter of the range at its {side} bound, "
+        f"{outer} of the {len(values)} best trials are in the quarter of the range at its {side} bound, "
         f"{number(limit)}, and the best of all at {number(values[0])}"
     )
 
 
 def _judged_spread(found: Integer | Real, best: Sequence[float], drawn: Sequence[float], base: Any) -> Verdict:
-    """Whether a range can be narrowed to where the best trials lie."""
+    """Narrow a range to the best trials, if they are significantly close together."""
     low, high = min(best), max(best)
-    words = f"the {len(best)} best trials lie between {number(low)} and {number(high)}"
+    words = f"the {len(best)} best trials are between {number(low)} and {number(high)}"
     within = sum(low <= value <= high for value in drawn)
     if spread_chance(within / len(drawn), len(best)) >= CHANCE:
-        return Verdict(found, f"left: {words}, as {within} of all {len(drawn)} do, which chance would show too")
+        return Verdict(found, f"left: {words}, as {within} of all {len(drawn)} do, which may be chance")
     narrow = narrowed(found, low, high)
     if base is not None and not narrow.low <= base <= narrow.high:
         narrow = narrowed(found, min(low, base), max(high, base))
-        words += f", and the base at {number(base)}"
+        words += f", and the baseline at {number(base)}"
     scale = Scale.of(found)
     if scale.place(narrow.high) - scale.place(narrow.low) > _NARROW:
-        return Verdict(found, f"left: {words}, which is too much of the range to gain by narrowing it")
+        return Verdict(found, f"left: {words}, which is too much of the range for narrowing")
     was = f"{number(found.low)} to {number(found.high)}"
-    return Verdict(
-        narrow, f"narrowed from {was}: {words}, and of all {len(drawn)} only {within} lie between those of the best"
-    )
+    return Verdict(narrow, f"narrowed from {was}: {words}, and of all {len(drawn)} only {within} are in this range")
 
 
 def _judged_choices(found: Categorical, best: Sequence[Any], drawn: Sequence[Any], base: Any) -> Verdict:
-    """Which choices can be left out."""
+    """Drop the choices that are significantly absent among the best trials."""
     dropped, kept = [], {}
     for choice, label in zip(found.choices, found.labels, strict=True):
         having, having_best = _count(drawn, label), _count(best, label)
@@ -135,7 +135,7 @@ def _count(values: Iterable[Any], label: Any) -> int:
 
 
 def _is(value: Any, label: Any) -> bool:
-    """Equal and of one type: as choices, 1 is not true."""
+    """Whether values are equal and of one type: as choices, 1 is not true."""
     return type(value) is type(label) and bool(value == label)
 
 
@@ -143,10 +143,11 @@ def _is(value: Any, label: Any) -> bool:
 
 
 def with_conditions(verdicts: Mapping[str, Verdict], space: SearchSpace) -> dict[str, Verdict]:
-    """The verdicts with conditions that name only what is still drawn; a parameter that can never be is dropped.
+    """Reduce conditions to values that are still drawn, and drop parameters that can no longer occur.
 
     Args:
-        verdicts: in the space's order, a parameter behind those that its condition names.
+        verdicts: in the space's order, in which a parameter follows those of its condition.
+        space: the search space before any change.
     """
     settled: dict[str, Verdict] = {}
     for path, verdict in verdicts.items():
@@ -170,19 +171,24 @@ def with_conditions(verdicts: Mapping[str, Verdict], space: SearchSpace) -> dict
 
 
 def without_faults(verdicts: Mapping[str, Verdict], space: SearchSpace, error: SpaceError) -> dict[str, Verdict]:
-    """The verdicts without the changes that a configuration's fields do not allow together.
+    """Revert the changes that make an invalid space.
+
+    Args:
+        verdicts: the changes.
+        space: the search space before any change.
+        error: the faults of the changed space.
 
     Raises:
-        SpaceError: the one given, where it names no change: then it is a fault of something else.
+        SpaceError: the given error, if it concerns none of the changes.
     """
-    mended = dict(verdicts)
+    reverted = dict(verdicts)
     for path, one in space.search.items():
         found = verdicts[path].found
         faults = [
             text for fault in error.faults if (text := fault.message).startswith((f"search.{path}:", f"search.{path}."))
         ]
         if faults and found is not None and replace(found, when={}) != replace(one, when={}):
-            mended[path] = Verdict(one, f"left: {yaml_line(found)} cannot be searched, {faults[0]}")
-    if mended == dict(verdicts):
+            reverted[path] = Verdict(one, f"left: {yaml_line(found)} cannot be searched, {faults[0]}")
+    if reverted == dict(verdicts):
         raise error
-    return mended
+    return reverted

@@ -470,10 +470,10 @@ def study_doctor(
     study: StudyArgument = None,
     storage: Storage = None,
     mend: Annotated[
-        bool, typer.Option("--mend", help="Mend what can be mended; a finished trial is never changed.")
+        bool, typer.Option("--mend", help="Fix what can be fixed; a finished trial is never changed.")
     ] = False,
 ) -> None:
-    """What is wrong with a study, a line each. Exit code 0: nothing, or all of it was mended; 1: something is."""
+    """List the problems of a study. Exit code 0: none, or all of them were fixed; 1: there are some."""
     from hpo.cli.study import doctor_command
 
     if not doctor_command(study, storage=storage, mend=mend):

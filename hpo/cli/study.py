@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from hpo.analysis.doctor import Finding, Patient, Told, disk_use, examine, find_patient
+from hpo.analysis.doctor import Finding, Result, StudyCheck, disk_use, find_study_check, run_checks
 from hpo.analysis.summary import summarize
 from hpo.cli.console import say, table
 from hpo.cli.summary import print_summary
@@ -14,7 +14,7 @@ from hpo.report.words import states_text
 from hpo.storage import is_masked, mask
 from hpo.storage.urls import words_of
 from hpo.study import find_study, list_studies
-from hpo.text import in_words
+from hpo.text import count, in_words
 
 
 def list_command() -> None:
@@ -39,51 +39,56 @@ def show_command(name: str | None, *, storage: str | None) -> None:
 
 def doctor_command(name: str | None, *, storage: str | None, mend: bool) -> bool:
     """Says what is wrong with a study, and mends what can be; returns whether nothing is left."""
-    patient = find_patient(name, storage_url=storage)
-    told = examine(patient)
-    if mend and any(finding.mend is not None for finding in _findings(told)):
-        told = _mended(patient, _findings(told), storage)
-    wrong = _findings(told)
-    for each in told:
-        say(f"{each.what}; {each.advice}" if isinstance(each, Finding) else f"note: {each.what}")
-    _say_verdict(patient, wrong)
-    used = sorted(disk_use(patient.paths).items(), key=lambda kind: -kind[1])
+    check = find_study_check(name, storage_url=storage)
+    results = run_checks(check)
+    if mend and any(finding.fix is not None for finding in _findings(results)):
+        results = _fixed(check, _findings(results), storage)
+    findings = _findings(results)
+    for each in results:
+        say(f"{each.problem}; {each.advice}" if isinstance(each, Finding) else f"note: {each.text}")
+    _say_verdict(check, findings)
+    used = sorted(disk_use(check.paths).items(), key=lambda kind: -kind[1])
     if used:
         kinds = ", ".join(f"{kind} {in_words(size)}" for kind, size in used)
         say(f"on the disk: {in_words(sum(size for _, size in used))}: {kinds}")
-    return not wrong
+    return not findings
 
 
-def _mended(patient: Patient, wrong: list[Finding], storage: str | None) -> list[Told]:
-    """Mends what can be, says it, and returns what is told then."""
-    for finding in wrong:
-        if finding.mend is None:
-            continue
+def _fixed(check: StudyCheck, findings: list[Finding], storage: str | None) -> list[Result]:
+    """Fix the findings that can be fixed, print them, and check again."""
+    fixable = [finding for finding in findings if finding.fix is not None]
+    for finding in fixable:
+        assert finding.fix is not None
         try:
-            finding.mend()
-        except Exception as error:  # the others are mended all the same
-            say(f"could not be mended: {finding.what}: {words_of(patient.url, error)}")
-    told = examine(Patient(patient.name, storage))
-    left = {finding.what for finding in _findings(told)}
-    for finding in wrong:
-        if finding.mend is not None and finding.what not in left:
-            say(f"mended: {finding.what}")
-    return told
+            finding.fix()
+        except Exception as error:  # the others are fixed all the same
+            say(f"could not be fixed: {finding.problem}: {words_of(check.url, error)}")
+    results = run_checks(StudyCheck(check.name, storage))
+    left = {finding.problem for finding in _findings(results)}
+    for finding in fixable:
+        if finding.problem not in left:
+            say(f"fixed: {finding.problem}")
+    return results
 
 
-def _findings(told: list[Told]) -> list[Finding]:
-    return [each for each in told if isinstance(each, Finding)]
+def _findings(results: list[Result]) -> list[Finding]:
+    return [each for each in results if isinstance(each, Finding)]
 
 
-def _say_verdict(patient: Patient, wrong: list[Finding]) -> None:
-    if not wrong:
-        say(f"nothing is wrong with study {patient.name}")
+def _say_verdict(check: StudyCheck, findings: list[Finding]) -> None:
+    if not findings:
+        say(f"no problem found in study {check.name}")
         return
-    say(f"study {patient.name}: {len(wrong)} {'thing is' if len(wrong) == 1 else 'things are'} wrong")
-    mendable = sum(finding.mend is not None for finding in wrong)
-    if mendable:
-        password = f" --storage {shlex.quote(shown)}" if is_masked(shown := mask(patient.url)) else ""
-        say(f"  {mendable} of it can be mended: hpo study doctor {shlex.quote(patient.name)}{password} --mend")
+    say(f"study {check.name}: {count(len(findings), 'problem')} found")
+    fixable = sum(finding.fix is not None for finding in findings)
+    if fixable:
+        say(f"  {fixable} can be fixed: {_fix_command(check)}")
+
+
+def _fix_command(check: StudyCheck) -> str:
+    """The command that fixes the findings; a masked password has to be given again."""
+    storage = f" --storage {shlex.quote(shown)}" if is_masked(shown := mask(check.url)) else ""
+    return f"hpo study doctor {shlex.quote(check.name)}{storage} --mend"
 
 
 def dashboard_command(name: str | None, *, storage: str | None, port: int, host: str) -> None:

@@ -193,14 +193,14 @@ def _scatter(data: StudyData, found: Agreement) -> Markup:
 
 def edges(data: StudyData) -> Section | None:
     """The parameters whose best values are at a bound of the space, each with the line that widens it."""
-    from hpo.analysis.evidence import gather
+    from hpo.analysis.evidence import read_evidence
     from hpo.analysis.suggest import edges as edges_of
 
     if data.space is None or not data.complete:
         return None
     found = edges_of(data.study, data.space)
     if not found:
-        few = gather(data.study).too_few
+        few = read_evidence(data.study).too_few
         lead = (
             f"Whether the best values are at a bound is unknown: {few}."
             if few

@@ -22,13 +22,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from PIL import Image
 
 from core.data import folds, load_dataset
-from hpo.analysis import doctor
 from hpo.paths import StudyPaths, cache_root
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
 from hpo.space import load_space
 from hpo.storage.lease import LEASE
 from hpo.study import Study, TrialQueue, find_study, open_study
+from hpo.text import in_words
 from tests.hpo.commands import hpo
 from tests.hpo.storage.journals import trials_of
 
@@ -138,7 +138,7 @@ def found(lines: list[str], match: str) -> str:
 
 def wrong(lines: list[str]) -> int:
     """How many things the command said were wrong."""
-    counted = [int(m[1]) for line in lines if (m := re.search(r"(\d+) things? (is|are) wrong", line))]
+    counted = [int(m[1]) for line in lines if (m := re.search(r"(\d+) problems? found", line))]
     return counted[0] if counted else 0
 
 
@@ -180,7 +180,7 @@ def test_nothing_is_wrong_with_a_finished_study_and_looking_changes_nothing(case
     before = tree(case.paths.dir)
     code, lines = case.run()
     assert code == 0, lines
-    assert "nothing is wrong with study own" in lines
+    assert "no problem found in study own" in lines
     assert re.search(r"on the disk: [\d.]+ [kM]B: .*trials' weights [\d.]+ kB", lines[-1])
     assert tree(case.paths.dir) == before
 
@@ -195,7 +195,7 @@ def test_without_a_name_it_is_the_study_that_was_run_last(
     case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "study", "doctor") == 0
-    assert "nothing is wrong with study own" in capsys.readouterr().out
+    assert "no problem found in study own" in capsys.readouterr().out
 
 
 # Processes that died ------------------------------------------------------------------------------------------------
@@ -212,13 +212,13 @@ def test_the_trial_of_a_killed_process_is_found_and_given_back(
     code, lines = case.run()
     assert code == 1
     line = found(lines, "RUNNING")
-    assert line.startswith(f"trial 3 (slot 3) is RUNNING, but its process {process.pid} is dead; --mend gives it back")
-    assert "hpo study doctor own --mend" in found(lines, "can be mended")
+    assert line.startswith(f"trial 3 (index 3) is RUNNING, but its process {process.pid} is dead; --mend requeues it")
+    assert "hpo study doctor own --mend" in found(lines, "can be fixed")
     assert tree(case.paths.dir) == before
 
     code, lines = case.run("--mend")
     assert code == 0, lines
-    assert found(lines, "^mended: trial 3")
+    assert found(lines, "^fixed: trial 3")
     assert [trial.state.name for trial in trials_of(case.paths.dir)] == [*["COMPLETE"] * TOTAL, "FAIL", "WAITING"]
     assert trials_of(case.paths.dir)[-1].user_attrs["trial_index"] == 3
     assert case.finished() == finished
@@ -245,7 +245,7 @@ def test_what_another_host_holds_is_said_with_its_name_and_left_alone(case: Case
     assert code == 1
     line = found(lines, "trial 3")
     assert "is held by a process on elsewhere since 20" in line
-    assert line.endswith("cannot be seen from here; if it is dead: hpo run own.yaml --trials 3 --reclaim")
+    assert line.endswith("which cannot be checked from here; if it is dead: hpo run own.yaml --trials 3 --reclaim")
     assert trials_of(case.paths.dir)[3].state.name == "RUNNING"
 
 
@@ -283,7 +283,7 @@ def test_the_lock_of_a_killed_process_is_found_and_a_living_ones_is_not(case: Ca
         process.communicate()
     code, lines = case.run()
     assert code == 1
-    assert "journal.log.lock: a process that died left it" in found(lines, "journal.log.lock")
+    assert "journal.log.lock: left by a process that died" in found(lines, "journal.log.lock")
     code, lines = case.run("--mend")
     assert code == 0, lines
     assert not os.path.lexists(case.paths.dir / "journal.log.lock")
@@ -309,7 +309,7 @@ def test_a_torn_record_is_seen_without_being_mended_and_then_mended(case: Case, 
 
     code, said = case.run("--mend")
     assert code == 0, said
-    assert found(said, r"^mended: .*journal\.log")
+    assert found(said, r"^fixed: .*journal\.log")
     assert case.paths.dir.joinpath("journal.log.torn").read_bytes() == half + b"\n"
     assert len(trials_of(case.paths.dir)) == TOTAL + 1
 
@@ -323,7 +323,7 @@ def test_other_damage_is_told_with_its_line_and_hides_nothing_else(case: Case) -
     code, said = case.run("--mend")
     assert code == 1
     assert "journal.log:5: damaged, and not by a crash of ours; restore it from a backup" in found(said, "damaged")
-    assert found(said, f"^mended: {old}")
+    assert found(said, f"^fixed: {old}")
     assert case.paths.journal.read_bytes() == before
 
 
@@ -331,7 +331,7 @@ def test_a_journal_that_is_gone_is_told(case: Case) -> None:
     case.paths.journal.unlink()
     code, lines = case.run("--mend")
     assert code == 1
-    assert "journal.log is gone, and the study's trials with it; put it back from a backup" in found(lines, "gone")
+    assert "journal.log is missing, and the study's trials with it; restore it from a backup" in found(lines, "missing")
     assert not case.paths.journal.exists()
 
 
@@ -340,7 +340,7 @@ def test_a_missing_study_yaml_is_written_from_what_the_storage_knows(case: Case,
     case.paths.study_yaml.unlink()
     code, lines = case.run()
     assert code == 1
-    assert "study.yaml is missing, though" in found(lines, "study.yaml")
+    assert "study.yaml is missing, although" in found(lines, "study.yaml")
     assert case.run("--mend")[0] == 0
     again = find_study("own")
     assert {key: again.metadata[key] for key in ("hash", "identity", "data", "base")} == {
@@ -366,8 +366,8 @@ def test_slots_that_nobody_would_train_are_queued_and_a_second_one_is_taken_back
     finished = case.finished()
     code, lines = case.run()
     assert code == 1
-    assert "slots 3, 4 of the total of 5 have no trial; --mend queues them" in found(lines, "of the total")
-    assert "slot 1 is queued though trial 1 has it: as trial 3" in found(lines, "queued though")
+    assert "indices 3, 4 of the total of 5 have no trial; --mend queues them" in found(lines, "of the total")
+    assert "index 1 is queued as trial 3, although trial 1 has it" in found(lines, "queued as")
     code, lines = case.run("--mend")
     assert code == 0, lines
     assert case.finished() == finished
@@ -415,18 +415,19 @@ def artifacts_of(case: Case) -> dict[str, tuple[Path, Path]]:
 
 
 def test_a_deleted_artifact_comes_back_from_the_trials_folder(case: Case) -> None:
-    (gone, own), (lost, its_own), *_ = artifacts_of(case).values()
+    files = artifacts_of(case).values()
+    gone, own = next((artifact, original) for artifact, original in files if original.exists())
+    lost = next(artifact for artifact, original in files if not original.exists())  # a picture, drawn when it is opened
     content, finished = gone.read_bytes(), case.finished()
     gone.unlink()
     lost.unlink()
-    its_own.unlink()
     code, lines = case.run()
     assert code == 1
     assert f"--mend copies it from {own}" in found(lines, gone.name)
     code, lines = case.run("--mend")
     assert code == 1
     assert gone.read_bytes() == content
-    assert "put it back from a backup" in found(lines, lost.name)
+    assert "restore it from a backup" in found(lines, lost.name)
     assert case.finished() == finished
 
 
@@ -505,7 +506,7 @@ def test_a_submission_model_that_a_crash_left_aside_is_put_back(case: Case) -> N
     home.rename(home.with_name(".best.old"))
     code, lines = case.run()
     assert code == 1
-    assert "a crash left it as .best.old; --mend puts it back" in found(lines, "refit/best")
+    assert "a crash left it as .best.old; --mend restores it" in found(lines, "refit/best")
     assert case.run("--mend")[0] == 0
     assert (home / "model.safetensors").exists()
 
@@ -514,11 +515,11 @@ def test_a_disk_that_is_too_full_is_told_with_both_numbers(case: Case, monkeypat
     case.study.queue.ensure_trials(TOTAL + 2)
     assert case.run()[0] == 0
     usage = shutil.disk_usage(case.paths.dir)
-    monkeypatch.setattr("hpo.analysis.doctor.shutil.disk_usage", lambda path: usage._replace(free=2000))
+    monkeypatch.setattr("hpo.analysis.doctor.files.shutil.disk_usage", lambda path: usage._replace(free=2000))
     code, lines = case.run()
     assert code == 1
     assert re.search(r"2\.0 kB are free on the disk, and [\d.]+ kB are needed", found(lines, "free some space"))
-    assert "the 2 trials that are left" in found(lines, "free some space")
+    assert "the 2 unfinished trials" in found(lines, "free some space")
 
 
 # What it was begun with ---------------------------------------------------------------------------------------------
@@ -533,7 +534,7 @@ def test_images_that_changed_or_are_gone_are_told(
     Image.new("RGB", (8, 8), "red").save(images / "dark" / "00.png")
     assert hpo(monkeypatch, "study", "doctor", "own") == 1
     line = found(capsys.readouterr().out.splitlines(), "fingerprint")
-    assert line.startswith(f"the images in {images} are not those that the study was begun with")
+    assert line.startswith(f"the images in {images} have changed since the study began")
     shutil.rmtree(images)
     assert hpo(monkeypatch, "study", "doctor", "own", "--mend") == 1
     assert found(capsys.readouterr().out.splitlines(), "cannot be read").startswith(f"the study's images ({images})")
@@ -575,9 +576,9 @@ def test_a_check_that_cannot_be_made_is_a_finding_and_hides_no_other(
     leave(case.paths.checkpoint(1))
     code, lines = case.run()
     assert code == 1
-    assert "artifacts: cannot be looked at (JSONDecodeError:" in found(lines, "^artifacts")
+    assert "artifacts: the check failed (JSONDecodeError:" in found(lines, "^artifacts")
     assert found(lines, "is RUNNING, but its process")
-    assert found(lines, "checkpoint of slot 1")
+    assert found(lines, "checkpoint of trial index 1")
     code, lines = case.run("--mend")
     assert code == 1
     assert wrong(lines) == 1  # the two that can be mended are
@@ -594,8 +595,8 @@ def test_what_cannot_be_mended_after_all_is_told(
     monkeypatch.setattr(TrialQueue, "reap", lambda self: 1 / 0)
     code, lines = case.run("--mend")
     assert code == 1
-    assert "division by zero" in found(lines, "^could not be mended: trial 3")
-    assert found(lines, "^mended: .*checkpoint")
+    assert "division by zero" in found(lines, "^could not be fixed: trial 3")
+    assert found(lines, "^fixed: .*checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -634,4 +635,4 @@ def test_without_studies_it_says_how_to_begin(
     ("size", "words"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")]
 )
 def test_sizes_are_said_as_a_person_says_them(size: float, words: str) -> None:
-    assert doctor.in_words(size) == words
+    assert in_words(size) == words

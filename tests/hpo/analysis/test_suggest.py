@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from core.data import load_dataset
-from hpo.analysis.evidence import binomial_tail, gather, missing_chance, spread_chance
+from hpo.analysis.evidence import binomial_tail, missing_chance, read_evidence, spread_chance
 from hpo.analysis.ranges import narrowed, outer_share, widened
 from hpo.analysis.suggest import edges, suggest
 from hpo.errors import StudyError
@@ -115,11 +115,11 @@ def test_any_suggestion_can_be_searched_and_keeps_the_base_the_best_and_all_that
     file.write_text(suggest(study, space), encoding="utf-8")
     assert check_file(file) == []
     new = load_space(file)
-    for kept in ("objective", "sampler", "pruner", "base", "description"):
+    for kept in ("objective", "sampler", "pruner", "baseline", "description"):
         assert getattr(new, kept) == getattr(space, kept)
     assert [recipe.name for recipe in new.recipes] == [recipe.name for recipe in space.recipes]
     assert new.express(space.baseline) == new.baseline_params()
-    best = gather(study).best
+    best = read_evidence(study).best
     assert all(new.express(config_of(study.metadata, trial.params)) is not None for trial in best)
     for path, one in new.search.items():
         check_bounds(space.search[path], one)
@@ -158,9 +158,7 @@ def test_too_few_trials_change_nothing_and_it_is_said(tmp_path: Path) -> None:
     old, new, text = suggested(tmp_path, rising("optim.lr_scale"), trials=19)
     assert new.identity() == old.identity()
     assert new.trials == old.trials
-    assert "Nothing is changed: fewer than 20 finished trials say too little, and there are 19" in text.replace(
-        "\n# ", " "
-    )
+    assert "Nothing is changed: it takes 20 finished trials, and there are 19" in text.replace("\n# ", " ")
 
 
 def test_of_trials_that_were_nearly_all_pruned_too_few_are_complete(tmp_path: Path) -> None:
@@ -168,13 +166,13 @@ def test_of_trials_that_were_nearly_all_pruned_too_few_are_complete(tmp_path: Pa
     study = in_memory(space)
     add_trials(study, space, lambda params, rng: -len(study.optuna.get_trials(deepcopy=False)), trials=40, pruned=1.0)
     assert edges(study, space) == ()
-    assert "and fewer than 5 say too little" in suggest(study, space).replace("\n# ", " ")
+    assert "and it takes 5" in suggest(study, space).replace("\n# ", " ")
 
 
 def test_before_any_trial_is_finished_the_studys_own_space_is_suggested(tmp_path: Path) -> None:
     space = space_of(tmp_path, SPACE)
     text = suggest(in_memory(space), space)
-    assert "finished trials say too little, and there are 0" in text.replace("\n# ", " ")
+    assert "it takes 20 finished trials, and there are 0" in text.replace("\n# ", " ")
     assert space_from_yaml(text, "new").identity() == space.identity()
 
 
@@ -201,7 +199,7 @@ def test_a_bound_that_the_best_crowd_at_is_moved_by_half_the_range(
     [edge] = edges(study, space)
     assert (edge.path, edge.bound, edge.limit) == (path, bound, limit)
     assert edge.best == study.optuna.best_trial.params[path]
-    assert f"best trials lie in the quarter of the range at its {'upper' if by > 0 else 'lower'} bound" in edge.words
+    assert f"best trials are in the quarter of the range at its {'upper' if by > 0 else 'lower'} bound" in edge.words
     text = suggest(study, space)
     new = space_of(tmp_path, text, "new")
     assert getattr(new.search[path], bound) == pytest.approx(moved)
@@ -215,7 +213,7 @@ def test_a_bound_that_is_the_fields_own_stays_and_it_is_said(path: str, by: int,
     study = in_memory(space)
     add_trials(study, space, rising(path, by=by), trials=60)
     assert edges(study, space) == ()
-    assert "the field itself goes no further" in suggest(study, space).replace("\n  # ", " ")
+    assert "the field itself allows no more" in suggest(study, space).replace("\n  # ", " ")
 
 
 def test_an_end_that_the_field_does_not_hold_is_come_nearer_to() -> None:
@@ -250,13 +248,13 @@ def test_a_range_is_narrowed_to_the_best_with_a_margin_and_keeps_the_base(tmp_pa
     assert isinstance(narrow, Real)
     assert 0.1 <= narrow.low < 0.3 < 0.4 < narrow.high <= 0.7  # the base's is 0.3
     assert changed(old, new) == {"augment.strength"}
-    assert "# narrowed from 0 to 1: the 15 best trials lie between" in text
+    assert "# narrowed from 0 to 1: the 15 best trials are between" in text
 
 
 def test_a_base_that_lies_elsewhere_keeps_the_range_wide(tmp_path: Path) -> None:
     old, new, text = suggested(tmp_path, near("augment.strength", 0.85))
     assert changed(old, new) == set()
-    assert "and the base at 0.3, which is too much of the range" in text.replace("\n  # ", " ")
+    assert "and the baseline at 0.3, which is too much of the range" in text.replace("\n  # ", " ")
 
 
 @pytest.mark.parametrize(
@@ -407,5 +405,5 @@ def test_a_place_that_cannot_be_written_is_one_line(
 
 def test_a_study_that_only_confirms_is_refused(old: Study) -> None:
     old.metadata["identity"]["confirms"] = "other"  # type: ignore[index]
-    with pytest.raises(StudyError, match="confirms another one and searches nothing; give that: other"):
+    with pytest.raises(StudyError, match="is a confirmation and searches nothing; give the search: other"):
         suggest(old, old.space())

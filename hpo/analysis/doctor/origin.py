@@ -1,0 +1,60 @@
+"""Checks that images, pretrained weights and versions are those with which the study began."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+
+from core.config import TrainConfig
+from core.errors import CoreError
+from hpo.analysis.doctor.check import Finding, Note, Result, StudyCheck, guarded
+from hpo.paths import cache_root, data_root
+from hpo.study.metadata import check_weights
+from hpo.study.versions import versions
+
+
+def images(check: StudyCheck) -> Iterator[Result]:
+    """Check that the images can be read and have not changed."""
+    from core.data import load_dataset  # imports torch, which most checks do not need
+
+    study = check.readable
+    where = study.data_name if study.data_path is None else str(study.data_path)
+    try:
+        dataset = load_dataset(
+            TrainConfig.model_validate_json(json.dumps(study.metadata["base"])).data,
+            data_path=study.data_path,
+            data_root=data_root(),
+            cache_dir=cache_root(),
+            skip_broken=study.skip_broken,
+            download=False,
+        )
+    except CoreError as error:
+        yield Finding(f"the study's images ({where}) cannot be read: {error}", "restore them, or give them by --data")
+        return
+    known = study.metadata["data"]["fingerprint"]
+    if dataset.fingerprint != known:
+        yield Finding(
+            f"the images in {where} have changed since the study began (fingerprint {dataset.fingerprint[:12]}, not "
+            f"{known[:12]})",
+            "restore the old ones, or begin another study",
+        )
+
+
+def weights(check: StudyCheck) -> Iterator[Result]:
+    """Check that the files of pretrained weights have not changed."""
+    for file in check.readable.metadata.get("weights") or {}:
+        yield from guarded(check, file, partial(_weights_file, file))
+
+
+def _weights_file(file: str, check: StudyCheck) -> Iterator[Result]:
+    check_weights(check.name, check.readable.metadata, [file])
+    yield from ()
+
+
+def versions_differ(check: StudyCheck) -> Iterator[Result]:
+    """Compare the versions of the packages."""
+    began, here = check.readable.metadata.get("versions", {}), versions()
+    differences = [f"{p} {here.get(p, 'none')}, not {began[p]}" for p in began if here.get(p) != began[p]]
+    if differences:
+        yield Note(f"versions have changed since the study began: {'; '.join(differences)}")

@@ -1,0 +1,80 @@
+"""Checks of a study's trials: abandoned ones, and missing or doubled indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.analysis.doctor.check import Finding, Result, StudyCheck
+from hpo.storage.lease import LEASE, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
+from hpo.storage.optuna_access import id_of, storage_of
+from hpo.study import Study, join_study
+from hpo.text import some
+from hpo.trials import effective_trials, trial_index_of
+
+
+def abandoned(check: StudyCheck) -> Iterator[Result]:
+    """Check that every running trial has a living process."""
+    study = check.readable
+    storage = storage_of(study.optuna)
+    silent = stale_elsewhere(storage, id_of(study.optuna))
+    for trial in check.trials:
+        if trial.state != TrialState.RUNNING:
+            continue
+        lease: Mapping[str, Any] | None = trial.user_attrs.get(LEASE)
+        name, cause = f"trial {trial.number} (index {trial_index_of(trial)})", ""
+        if is_abandoned(trial):
+            cause = _cause_of_death(trial, lease)
+        elif trial.number in silent:
+            assert lease is not None
+            cause = f"its process on {lease['host']} has shown no heartbeat for long"
+        if cause:
+            yield Finding(
+                f"{name} is RUNNING, but {cause}",
+                f"--mend requeues it: it resumes from its checkpoint, or ends after {study.retries} retries",
+                lambda: check.open().queue.reap(),
+            )
+        elif (held := held_elsewhere(trial)) is not None and not has_heartbeat(storage):
+            yield Finding(
+                f"{name} is held by a process on {held.host} since {held.since:%Y-%m-%d %H:%M}, which cannot be "
+                "checked from here",
+                f"if it is dead: {study.command or 'hpo run'} --reclaim",
+            )
+
+
+def _cause_of_death(trial: FrozenTrial, lease: Mapping[str, Any] | None) -> str:
+    if lease is None:
+        since = "" if trial.datetime_start is None else f" since {trial.datetime_start:%Y-%m-%d %H:%M}"
+        return f"no process has held it{since}"
+    restarted = lease["boot"] != own_lease()["boot"]
+    return f"its process {lease['pid']} " + ("ended with a restart of the machine" if restarted else "is dead")
+
+
+def indices(check: StudyCheck) -> Iterator[Result]:
+    """Check that every trial index of the total has a trial, and only one in the queue."""
+    total, taken = check.readable.total, effective_trials(check.trials)
+    missing = [trial_index for trial_index in range(total or 0) if trial_index not in taken]
+    if missing:
+        have, them = ("has", "it") if len(missing) == 1 else ("have", "them")
+        problem = f"{some('index', missing, plural='indices')} of the total of {total} {have} no trial"
+        yield Finding(problem, f"--mend queues {them}", partial(_queue, check))
+    for trial in check.trials:
+        counted = taken.get(trial_index_of(trial))
+        if trial.state == TrialState.WAITING and counted is not None and counted is not trial:
+            yield Finding(
+                f"index {trial_index_of(trial)} is queued as trial {trial.number}, although trial "
+                f"{counted.number} has it",
+                "--mend removes the second from the queue",
+                partial(_queue, check),
+            )
+
+
+def _queue(check: StudyCheck) -> None:
+    """Correct the queue as `hpo run` does at its start."""
+    study = check.open()
+    assert study.total is not None
+    space = join_study(study.name, storage_url=check.url).space
+    Study(study.optuna, study.paths, study.metadata, study.storage_url, space).queue.ensure_trials(study.total)
