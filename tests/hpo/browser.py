@@ -1,6 +1,6 @@
 """A headless Chromium for tests and for the README's pictures: `python -m tests.hpo.browser URL OUT.png`.
 
-Playwright drives the Chromium that the machine has; none is downloaded.
+Playwright drives the installed Chromium; none is downloaded.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
-# Headless, as root in a container too, and silent: no updates, no sync, no variations fetched.
+# Headless, also as root in a container, without updates or sync.
 _ARGUMENTS = [
     "--headless",
     "--no-sandbox",
@@ -29,7 +29,7 @@ _ARGUMENTS = [
 
 
 def why_no_browser() -> str | None:
-    """Why no browser can be had here; None where one can."""
+    """Why there is no browser here; None if there is one."""
     if _chromium() is None:
         return "no Chromium on this machine"
     try:
@@ -45,34 +45,44 @@ def _chromium() -> str | None:
 
 
 @contextmanager
-def open_page(url: str, *, width: int = 1400, height: int = 900, scale: float = 1.0) -> Iterator[Page]:
-    """Opens the address. Pages that draw themselves are not drawn yet: wait for what is to be seen.
-
-    Args:
-        width, height: of the window, in CSS pixels.
-        scale: pixels of a screenshot per CSS pixel.
-    """
+def open_browser() -> Iterator[Browser]:
+    """Start the browser."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=_chromium(), args=_ARGUMENTS)
         try:
-            page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
-            page.set_default_timeout(60_000)  # milliseconds: a busy machine is slow to draw
-            page.goto(url, wait_until="load")
-            yield page
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def open_page(
+    url: str, *, width: int = 1400, height: int = 900, scale: float = 1.0, browser: Browser | None = None
+) -> Iterator[Page]:
+    """Open an address. Pages that draw themselves are not drawn yet: wait for the elements that matter.
+
+    Args:
+        url: the address.
+        width: of the window, in CSS pixels.
+        height: of the window, in CSS pixels.
+        scale: pixels of a screenshot per CSS pixel.
+        browser: a running browser; None starts one for this page.
+    """
+    with ExitStack() as stack:
+        browser = browser or stack.enter_context(open_browser())
+        page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
+        stack.callback(page.close)
+        page.set_default_timeout(60_000)  # milliseconds: a busy machine is slow to draw
+        page.goto(url, wait_until="load")
+        yield page
 
 
 def screenshot(
     url: str, out: Path, *, width: int = 1400, height: int = 900, scale: float = 1.0, wait_for: str | None = None
 ) -> None:
-    """Writes what a person sees at the address as PNG.
-
-    Args:
-        wait_for: a CSS or text selector that must be visible first.
-    """
+    """Write a screenshot of an address as PNG, once `wait_for`, a CSS or text selector, is visible."""
     with open_page(url, width=width, height=height, scale=scale) as page:
         if wait_for is not None:
             page.wait_for_selector(wait_for)

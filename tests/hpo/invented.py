@@ -1,6 +1,6 @@
-"""Studies without a training: real spaces, samplers and pruners, and scores that a formula gives.
+"""Studies without training: real spaces, samplers and pruners, and scores from a formula.
 
-What a study's folder and storage hold is what `hpo run` would have written, but for weights, pictures and metrics.
+A study's folder and storage are as `hpo run` would write them, except for weights, pictures and metrics.
 """
 
 from __future__ import annotations
@@ -19,8 +19,28 @@ from hpo.space.pruner import build_pruner
 from hpo.study import Study, open_study
 from hpo.trials import BASELINE, FAILURE, TRIAL_INDEX
 
+BASE = "base: {model: {widths: [8], blocks: [1]}, epochs: 10, batch_size: 128, augment: {flip: 0.0}"
+SPACE = f"""
+data: {{name: digits}}
+{BASE}}}
+pruner: {{name: rungs, rungs: [0.2, 0.5], keep: 0.5}}
+sampler: {{name: random}}
+search:
+  optim.name: {{choices: [sgd, adamw]}}
+  optim.lr_scale: {{low: 0.5, high: 20, log: true}}
+  optim.momentum: {{low: 0.5, high: 0.95, when: {{optim.name: sgd}}}}
+  loss.smoothing: {{low: 0.0, high: 0.2}}
+"""
+ALL_STATES: dict[str, Any] = {
+    "trials": 12,
+    "running": 2,
+    "waiting": 3,
+    "fails": lambda trial_index, _: "diverged" if trial_index in (5, 8) else "",
+}
+"""Arguments of `invented_study` for trials in every state."""
+
 Fails = Callable[[int, Mapping[str, Any]], str]
-"""(slot, parameters) -> `diverged`, `oom`, …; empty where the trial can be trained."""
+"""(trial index, parameters) -> `diverged`, `oom`, …; empty if the trial can be trained."""
 
 
 def never_fails(trial_index: int, params: Mapping[str, Any]) -> str:
@@ -40,11 +60,18 @@ def invented_study(
     running: int = 0,
     waiting: int = 0,
 ) -> Study:
-    """A study on a journal of its own, with so many finished trials, and after them some that run and some that wait.
+    """Make a study on its own journal with finished, running and waiting trials.
 
     Args:
         space: a space, or its YAML.
-        value: parameters -> a score in [0, 1] that grows; a formula of the rate and the smoothing where left out.
+        dataset: the images.
+        name: of the study.
+        trials: finished ones.
+        seed: of the study.
+        fails: decides which trials fail.
+        value: parameters -> a score in [0, 1]; None for a formula of learning rate and smoothing.
+        running: trials after the finished ones.
+        waiting: trials after the running ones.
     """
     if isinstance(space, str):
         space = space_from_yaml(space, name)
@@ -66,7 +93,7 @@ def _usual_value(params: Mapping[str, Any]) -> float:
 def _played(
     space: SearchSpace, trials: int, seed: int, fails: Fails, value: Callable[[Mapping[str, Any]], float]
 ) -> list[FrozenTrial]:
-    """The trials as a study in memory has run them, judged by the space's own pruner."""
+    """Run the trials in memory, with the space's own pruner."""
     folds = space.baseline.data.folds or 1
     steps = space.baseline.epochs * folds
     study = optuna.create_study(
@@ -116,7 +143,7 @@ def _remember(trial: optuna.Trial, failure: str, epoch: int, pace: float) -> Non
 
 
 def _with_state(trial: FrozenTrial, *, running: bool) -> FrozenTrial:
-    """The same trial; one that runs has come to half of what it reported."""
+    """Return the trial; a running one has half of its reports."""
     if not running:
         return trial
     reported = dict(list(trial.intermediate_values.items())[: max(1, len(trial.intermediate_values) // 2)])

@@ -1,4 +1,4 @@
-"""The report: every kind of study gives a page, the page asks for nothing, and every figure shows every trial."""
+"""The report: every kind of study has a page, the page loads nothing, and every figure shows every trial."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import numpy as np
 import optuna
 import plotly.graph_objects as go
 import pytest
+from markupsafe import Markup
 
-from core.data import Dataset, load_dataset
+from core.data import Dataset
 from hpo.analysis.study_data import StudyData, read_study_data, value_of
 from hpo.cli.report import report_command
 from hpo.confirmation.result import Confirmation, Contender, write_confirmation
@@ -45,20 +46,8 @@ from hpo.study import Study
 from hpo.text import count, difference, number
 from hpo.trials import FAILURE
 from tests.hpo.commands import hpo
-from tests.hpo.invented import invented_study
+from tests.hpo.invented import ALL_STATES, BASE, SPACE, invented_study
 
-BASE = "base: {model: {widths: [8], blocks: [1]}, epochs: 10, batch_size: 128, augment: {flip: 0.0}"
-SPACE = f"""
-data: {{name: digits}}
-{BASE}}}
-pruner: {{name: rungs, rungs: [0.2, 0.5], keep: 0.5}}
-sampler: {{name: random}}
-search:
-  optim.name: {{choices: [sgd, adamw]}}
-  optim.lr_scale: {{low: 0.5, high: 20, log: true}}
-  optim.momentum: {{low: 0.5, high: 0.95, when: {{optim.name: sgd}}}}
-  loss.smoothing: {{low: 0.0, high: 0.2}}
-"""
 ONE_PARAMETER = f"""
 data: {{name: digits}}
 {BASE}}}
@@ -69,33 +58,21 @@ search:
 FOLDS = SPACE.replace("data: {name: digits}", "data: {name: digits, folds: 3}")
 NLL = SPACE + "objective: {metric: nll}\n"
 
-ALL = {
-    "trials": 12,
-    "running": 2,
-    "waiting": 3,
-    "fails": lambda trial_index, _: "diverged" if trial_index in (5, 8) else "",
-}
-"""A study with trials in every state."""
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset(load_space("digits").baseline.data)
-
 
 @pytest.fixture
-def everything(digits: Dataset) -> Study:
-    """A study with trials in every state."""
-    return invented_study(SPACE, digits, "everything", **ALL)
+def no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without the megabytes of plotly.js, which take most of a test's time."""
+    monkeypatch.setattr("hpo.report.page._plotly_js", lambda: Markup("plotly.js"))
 
 
 # Every study gives a page -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_plotly")
 @pytest.mark.parametrize(
     ("space", "how", "words"),
     [
-        pytest.param(SPACE, ALL, "The search is not over: 12 of 17 trials finished, 2 trials running", id="all states"),
+        pytest.param(SPACE, ALL_STATES, "The search is not over: 12 of 17 trials finished, 2 trials running", id="all"),
         pytest.param(SPACE, {"trials": 1}, "nothing better than the baseline", id="a single trial"),
         pytest.param(SPACE, {"trials": 4, "fails": lambda *_: "oom"}, "No trial is complete yet", id="all failed"),
         pytest.param(SPACE, {"trials": 0, "running": 1, "waiting": 2}, "No trial is complete yet", id="begun"),
@@ -115,9 +92,10 @@ def test_every_study_gives_a_whole_page(
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     check_page(text)
     assert words in re.sub(r"<[^>]+>", "", text)
-    assert capfd.readouterr() == ("", ""), "what Optuna has to say is said in the page"
+    assert capfd.readouterr() == ("", ""), "Optuna's messages are in the page, not on the terminal"
 
 
+@pytest.mark.usefixtures("no_plotly")
 def test_a_study_of_an_older_version_without_its_space_gives_a_page(digits: Dataset, tmp_path: Path) -> None:
     study = invented_study(SPACE, digits, "old", trials=5)
     data = replace(read_study_data(study), space=None)
@@ -126,7 +104,7 @@ def test_a_study_of_an_older_version_without_its_space_gives_a_page(digits: Data
 
 
 class _Checker(HTMLParser):
-    """Follows the elements of a page, and notes what is wrong."""
+    """Checks that the elements of a page are balanced, and collects ids, links and headings."""
 
     VOID = ("meta", "link", "img", "br")
 
@@ -143,7 +121,7 @@ class _Checker(HTMLParser):
         self.ids += [found["id"] or ""] if "id" in found else []
         self.links += [found[name] or "" for name in ("href", "src") if name in found]
         if tag == "img" and not found.get("alt"):
-            self.faults.append("a picture without words")
+            self.faults.append("a picture without a description")
         if re.fullmatch("h[1-6]", tag):
             self.headings.append(int(tag[1]))
         if tag not in self.VOID:
@@ -155,7 +133,7 @@ class _Checker(HTMLParser):
 
 
 def check_page(text: str) -> list[dict[str, Any]]:
-    """Asserts that the page is whole and asks for nothing; returns its figures."""
+    """Assert that the page is well-formed and loads nothing. Returns its figures."""
     checker = _Checker()
     checker.feed(text)
     checker.close()
@@ -182,6 +160,7 @@ def check_page(text: str) -> list[dict[str, Any]]:
 HOSTILE = "</script><script>alert(1)</script><b>&\"'"
 
 
+@pytest.mark.usefixtures("no_plotly")
 def test_no_text_becomes_markup() -> None:
     fig = go.Figure(go.Scatter(x=[1], y=[1], text=[HOSTILE], name=HOSTILE))
     body = figure(fig, alt=HOSTILE) + table([HOSTILE], [[HOSTILE]]) + paragraph(HOSTILE) + picture(b"x", alt=HOSTILE)
@@ -211,12 +190,13 @@ def test_plotly_is_embedded_once_and_only_where_a_figure_needs_it() -> None:
         ((1, "a", {"b": 0.5}), [1, "a", {"b": 0.5}]),
     ],
 )
-def test_a_figures_numbers_are_plain_and_short(value: Any, shown: Any) -> None:
+def test_the_numbers_of_a_figure_are_plain_and_short(value: Any, shown: Any) -> None:
     assert plain(value) == shown
     json.dumps(plain(value), allow_nan=False)
 
 
-def test_a_figure_stays_as_it_was() -> None:
+@pytest.mark.usefixtures("no_plotly")
+def test_a_figure_is_not_changed_by_rendering() -> None:
     fig = go.Figure(go.Scatter(x=[1.23456789], y=[2]), {"title": "kept", "width": 300})
     before = fig.to_json()
     (drawn,) = check_page(page("x", [section("one", "One", "Lead.", figure(fig, alt="a point"))]))
@@ -242,7 +222,7 @@ def test_numbers_are_written_short(value: float, words: str) -> None:
         ("nll", 0.0123, math.inf, "+0.0123"),
     ],
 )
-def test_a_difference_of_shares_is_told_in_points(metric: str, gain: float, half: float, words: str) -> None:
+def test_a_difference_of_fractions_is_written_in_points(metric: str, gain: float, half: float, words: str) -> None:
     assert difference(metric, gain, half) == words
 
 
@@ -263,20 +243,20 @@ def test_each_tick_of_a_logarithmic_axis_is_named_by_its_value(low: float, high:
 
 
 def points(fig: go.Figure, *names: str) -> int:
-    """The points of all traces, or of those whose name begins so; gaps are none."""
+    """Count the points of all traces, or of those whose names begin so, without gaps."""
     traces = [trace for trace in fig.data if not names or (trace.name or "").startswith(names)]
     return sum(y is not None for trace in traces for y in trace.y)
 
 
-def test_the_study_of_these_tests_has_trials_in_every_state(everything: Study) -> None:
-    data = read_study_data(everything)
+def test_the_shared_study_has_trials_in_every_state(everything: StudyData) -> None:
+    data = everything
     assert all(states(data)[state] for state in STATES)
     assert len(data.waiting) == 3
     assert sum(map(len, states(data).values())) + 3 == len(data.trials) == 17
 
 
-def test_the_history_shows_every_trial_that_has_begun(everything: Study) -> None:
-    data = read_study_data(everything)
+def test_the_history_shows_every_trial_that_has_begun(everything: StudyData) -> None:
+    data = everything
     fig = history_figure(data)
     above = [trace for trace in fig.data if trace.yaxis == "y"]
     below = [trace for trace in fig.data if trace.yaxis == "y2"]
@@ -288,8 +268,8 @@ def test_the_history_shows_every_trial_that_has_begun(everything: Study) -> None
     assert [y for y in best.y if math.isfinite(y)][-1] == value_of(data.best)
 
 
-def test_the_learning_curves_show_every_value_that_was_reported(everything: Study) -> None:
-    data = read_study_data(everything)
+def test_the_learning_curves_show_every_reported_value(everything: StudyData) -> None:
+    data = everything
     fig = curves_figure(data)
     for state, name in (("complete", "complete"), ("pruned", "pruned"), ("failed", "failed"), ("running", "running")):
         assert points(fig, name) == sum(len(trial.intermediate_values) for trial in states(data)[state])
@@ -299,8 +279,8 @@ def test_the_learning_curves_show_every_value_that_was_reported(everything: Stud
     assert "14 curves" in found.lead
 
 
-def test_the_slices_show_every_trial_that_has_the_parameter(everything: Study) -> None:
-    data = read_study_data(everything)
+def test_the_slices_show_every_trial_that_has_the_parameter(everything: StudyData) -> None:
+    data = everything
     figures = slice_figures(data)
     assert list(figures) == ["optim.name", "optim.lr_scale", "optim.momentum", "loss.smoothing"]
     for path, fig in figures.items():
@@ -313,8 +293,8 @@ def test_the_slices_show_every_trial_that_has_the_parameter(everything: Study) -
     assert "these exist only sometimes: optim.momentum" in found.body
 
 
-def test_the_parallel_coordinates_have_a_line_for_every_complete_trial(everything: Study) -> None:
-    data = read_study_data(everything)
+def test_the_parallel_coordinates_have_a_line_for_every_complete_trial(everything: StudyData) -> None:
+    data = everything
     fig = parallel_figure(data)
     assert fig is not None
     lines = [trace for trace in fig.data if trace.mode == "lines"]
@@ -344,22 +324,23 @@ def test_the_importances_are_optunas(digits: Dataset) -> None:
         (ONE_PARAMETER, {"trials": 4}, "one parameter is searched"),
     ],
 )
-def test_importances_that_cannot_be_told_say_why(digits: Dataset, space: str, how: dict[str, Any], why: str) -> None:
+def test_missing_importances_have_a_reason(digits: Dataset, space: str, how: dict[str, Any], why: str) -> None:
     found = importances(read_study_data(invented_study(space, digits, "few", **how)))
     assert found is not None
     assert why in found.lead
     assert found.body == ""
 
 
-def test_what_is_trained_while_the_report_is_written_is_not_in_it(everything: Study) -> None:
-    data = read_study_data(everything)
+def test_trials_added_while_the_report_is_written_are_not_in_it(digits: Dataset) -> None:
+    study = invented_study(SPACE, digits, "growing", trials=8)
+    data = read_study_data(study)
     before = len(data.complete)
-    everything.optuna.add_trial(optuna.trial.create_trial(value=0.99, user_attrs={"trial_index": 99}))
+    study.optuna.add_trial(optuna.trial.create_trial(value=0.99, user_attrs={"trial_index": 99}))
     assert len([trace for trace in parallel_figure(data).data if trace.mode == "lines"]) == before
-    assert len(read_study_data(everything).complete) == before + 1
+    assert len(read_study_data(study).complete) == before + 1
 
 
-def test_a_few_broken_values_do_not_flatten_a_losss_curves(digits: Dataset) -> None:
+def test_a_few_outliers_do_not_flatten_the_curves_of_a_loss(digits: Dataset) -> None:
     study = invented_study(NLL, digits, "loss", trials=10)
     diverging = optuna.trial.create_trial(
         state=optuna.trial.TrialState.PRUNED,
@@ -378,7 +359,7 @@ def test_a_few_broken_values_do_not_flatten_a_losss_curves(digits: Dataset) -> N
 
 
 def confirmation_of(data: StudyData, *, lead: float, spread: float, evidence: bool) -> Confirmation:
-    """One of five replicates in which the best trial leads the base by so much."""
+    """A confirmation of five replicates in which the best trial leads the baseline by `lead`."""
     assert data.best is not None
     assert data.baseline is not None
     around = [-spread, -spread / 2, 0.0, spread / 2, spread]
@@ -406,8 +387,8 @@ def text_of(found: Section) -> str:
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", found.lead + " " + found.body)))
 
 
-def test_a_confirmed_winner_is_the_first_thing_said(digits: Dataset) -> None:
-    data = read_study_data(invented_study(SPACE, digits, "won", trials=12))
+def test_the_answer_begins_with_the_confirmed_winner(twelve: StudyData) -> None:
+    data = twelve
     data = replace(data, confirmation=confirmation_of(data, lead=0.031, spread=0.004, evidence=True))
     found = answer(data)
     assert found.lead.startswith("Tuning helped: accuracy 0.931 ± ")
@@ -420,19 +401,19 @@ def test_a_confirmed_winner_is_the_first_thing_said(digits: Dataset) -> None:
     assert f"22 trainings, {100 + sum(map(data.epochs, data.trials))} epochs in all" in words
     assert "trial 3, for which it is too small" in words
     assert "hpo confirm" not in words
-    assert next_commands(data) == ["hpo refit best --study won"]
+    assert next_commands(data) == ["hpo refit best --study twelve"]
 
 
-def test_no_evidence_is_said_and_the_base_is_the_winner(digits: Dataset) -> None:
-    data = read_study_data(invented_study(SPACE, digits, "lost", trials=12))
+def test_without_a_significant_gain_the_baseline_wins(twelve: StudyData) -> None:
+    data = twelve
     data = replace(data, confirmation=confirmation_of(data, lead=0.002, spread=0.004, evidence=False))
     found = answer(data)
     assert found.lead.startswith("No evidence that tuning helped")
     assert "(trial 0): the unchanged baseline." in text_of(found)
 
 
-def test_without_a_confirmation_the_lead_is_called_flattering(digits: Dataset) -> None:
-    data = read_study_data(invented_study(SPACE, digits, "open", trials=12))
+def test_without_a_confirmation_the_lead_is_called_flattering(twelve: StudyData) -> None:
+    data = twelve
     assert data.best is not None
     assert data.baseline is not None
     assert data.best is not data.baseline
@@ -441,19 +422,19 @@ def test_without_a_confirmation_the_lead_is_called_flattering(digits: Dataset) -
     assert found.lead.startswith("Not confirmed: ")
     assert gain in found.lead
     assert "partly luck, so this is flattering" in text_of(found)
-    assert "hpo confirm open" in text_of(found)
+    assert "hpo confirm twelve" in text_of(found)
 
 
-def test_a_confirmation_older_than_the_study_is_said_to_be_so(digits: Dataset) -> None:
-    data = read_study_data(invented_study(SPACE, digits, "more", trials=12))
+def test_there_is_a_warning_about_a_confirmation_older_than_the_study(twelve: StudyData) -> None:
+    data = twelve
     made = replace(confirmation_of(data, lead=0.03, spread=0.004, evidence=True), search_trials=7)
     data = replace(data, confirmation=made)
     assert any("made when 7 trials were finished, and now 12 are" in words for words in warnings_of(data))
-    assert "hpo confirm more" in next_commands(data)
+    assert "hpo confirm twelve" in next_commands(data)
 
 
-def test_the_contenders_figure_shows_every_score(digits: Dataset) -> None:
-    data = read_study_data(invented_study(SPACE, digits, "won", trials=12))
+def test_the_contenders_figure_shows_every_score(twelve: StudyData) -> None:
+    data = twelve
     made = confirmation_of(data, lead=0.031, spread=0.004, evidence=True)
     scores, winner, base = contenders_figure(made, "accuracy").data
     assert len(scores.x) == 10
@@ -462,8 +443,9 @@ def test_the_contenders_figure_shows_every_score(digits: Dataset) -> None:
     assert winner.marker.symbol != base.marker.symbol
 
 
-def test_one_replicate_gives_a_figure_without_a_bar(digits: Dataset) -> None:
-    data = read_study_data(invented_study(SPACE, digits, "one", trials=12))
+@pytest.mark.usefixtures("no_plotly")
+def test_one_replicate_gives_a_figure_without_a_bar(twelve: StudyData) -> None:
+    data = twelve
     made = confirmation_of(data, lead=0.031, spread=0.004, evidence=False)
     alone = [replace(each, scores={0: (0.9,)}, interval=Interval(0.9, math.inf, 1)) for each in made.contenders]
     made = replace(made, contenders=tuple(alone), advantage=Interval(0.03, math.inf, 1), replicates=1)
@@ -486,8 +468,8 @@ def test_a_refits_test_score_has_its_interval(digits: Dataset) -> None:
     assert "on 360 images." in text_of(answer(replace(data, refits={"best": report})))
 
 
-def test_a_submission_model_that_is_not_the_winners_is_said_to_be_so(digits: Dataset) -> None:
-    data = read_study_data(invented_study(SPACE, digits, "won", trials=12))
+def test_there_is_a_warning_about_a_submission_model_that_is_not_the_winners(twelve: StudyData) -> None:
+    data = twelve
     assert data.best is not None
     data = replace(data, confirmation=confirmation_of(data, lead=0.031, spread=0.004, evidence=True))
     of_base = {"best": {"trial": 0, "recipe": None}}
@@ -496,7 +478,7 @@ def test_a_submission_model_that_is_not_the_winners_is_said_to_be_so(digits: Dat
     assert warnings_of(replace(data, refits=of_winner)) == []
 
 
-def test_what_changed_leaves_the_seed_out() -> None:
+def test_changed_fields_do_not_include_the_seed() -> None:
     base = {"seed": 1, "a": 8.0, "b": None, "c": (1, 2)}
     assert changed(base, base | {"seed": 2}) == []
     assert changed(base, base | {"a": 22.0831, "b": 1e-6, "c": (1, 3)}) == [
@@ -504,7 +486,7 @@ def test_what_changed_leaves_the_seed_out() -> None:
     ]  # fmt: skip
 
 
-def test_of_a_loss_less_is_better(digits: Dataset) -> None:
+def test_lower_is_better_for_a_loss(digits: Dataset) -> None:
     data = read_study_data(invented_study(NLL, digits, "loss", trials=12))
     assert data.best is not None
     assert data.best.value == min(map(value_of, data.complete))
@@ -515,8 +497,9 @@ def test_of_a_loss_less_is_better(digits: Dataset) -> None:
 # Side by side -------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_study_twice_differs_in_nothing(digits: Dataset) -> None:
-    data = read_study_data(invented_study(SPACE, digits, "same", trials=8))
+@pytest.mark.usefixtures("no_plotly")
+def test_the_same_study_twice_differs_in_nothing(twelve: StudyData) -> None:
+    data = twelve
     made = {section.id: section for section in comparison([data, data])}
     assert incomparable([data, data]) == []
     assert "Nothing: space, data, seed and versions are the same." in made["differences"].body
@@ -524,8 +507,8 @@ def test_the_same_study_twice_differs_in_nothing(digits: Dataset) -> None:
     check_page(page("same", list(made.values())))
 
 
-def test_progress_is_the_best_of_what_was_complete_so_far(everything: Study) -> None:
-    data = read_study_data(everything)
+def test_progress_is_the_best_complete_trial_so_far(everything: StudyData) -> None:
+    data = everything
     begun = [trial for trial in data.trials if trial not in data.waiting]
     for along, costs in (("trials", [1.0] * len(begun)), ("epochs", [float(data.epochs(t)) for t in begun])):
         spent, best, numbers, end = progress(data, along)
@@ -537,6 +520,7 @@ def test_progress_is_the_best_of_what_was_complete_so_far(everything: Study) -> 
         assert line.y[-1] == best[-1]
 
 
+@pytest.mark.usefixtures("no_plotly")
 @pytest.mark.parametrize(
     ("space", "words"),
     [
@@ -544,7 +528,7 @@ def test_progress_is_the_best_of_what_was_complete_so_far(everything: Study) -> 
         (SPACE.replace("name: digits}", "name: digits, val_fraction: 0.4}"), "split or read the images differently"),
     ],
 )
-def test_what_cannot_be_compared_is_said_first(digits: Dataset, space: str, words: str) -> None:
+def test_the_page_begins_with_why_scores_cannot_be_compared(digits: Dataset, space: str, words: str) -> None:
     a = read_study_data(invented_study(SPACE, digits, "a", trials=6))
     b = read_study_data(invented_study(space, digits, "b", trials=6, seed=1))
     made = comparison([a, b])
@@ -555,16 +539,17 @@ def test_what_cannot_be_compared_is_said_first(digits: Dataset, space: str, word
     check_page(page("a and b", made))
 
 
-def test_other_images_are_said(digits: Dataset) -> None:
+def test_there_is_a_warning_about_other_images(digits: Dataset) -> None:
     a = read_study_data(invented_study(SPACE, digits, "a", trials=4))
     b = read_study_data(invented_study(SPACE, replace(digits, fingerprint="f" * 64), "b", trials=4))
     assert any("were run on other images" in line for line in incomparable([a, b]))
 
 
-def test_confirmed_studies_are_compared_by_what_was_confirmed(digits: Dataset) -> None:
-    a, b = (read_study_data(invented_study(SPACE, digits, name, trials=12)) for name in ("a", "b"))
-    a = replace(a, confirmation=confirmation_of(a, lead=0.02, spread=0.004, evidence=True))
-    b = replace(b, confirmation=confirmation_of(b, lead=0.05, spread=0.004, evidence=True))
+@pytest.mark.usefixtures("no_plotly")
+def test_confirmed_studies_are_compared_by_their_confirmed_scores(twelve: StudyData, digits: Dataset) -> None:
+    other = read_study_data(invented_study(SPACE, digits, "b", trials=12))
+    a = replace(twelve, confirmation=confirmation_of(twelve, lead=0.02, spread=0.004, evidence=True))
+    b = replace(other, confirmation=confirmation_of(other, lead=0.05, spread=0.004, evidence=True))
     made = {section.id: section for section in comparison([a, b])}
     assert made["answer"].lead == "The confirmed winner of b is ahead by 3.00 points: 0.9500."
     assert "confirmed" in made
@@ -574,7 +559,7 @@ def test_confirmed_studies_are_compared_by_what_was_confirmed(digits: Dataset) -
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_the_page_and_says_where(
+def test_the_command_writes_the_page_and_prints_its_path(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = invented_study(SPACE, digits, "told", trials=12)
@@ -593,6 +578,7 @@ def test_the_command_writes_the_page_and_says_where(
     assert not list(study.paths.dir.glob(".report*"))
 
 
+@pytest.mark.usefixtures("no_plotly")
 def test_the_command_sets_studies_side_by_side_and_leaves_the_report_alone(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -619,7 +605,7 @@ def test_the_command_sets_studies_side_by_side_and_leaves_the_report_alone(
         ),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_wrong_argument_is_one_line(
     digits: Dataset,
     arguments: Sequence[str],
     words: str,
@@ -635,7 +621,7 @@ def test_a_mistake_is_one_line(
     assert said.err.count("\n") == 1
 
 
-def test_a_confirmations_own_study_has_no_report(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_of_a_confirmation_has_no_report(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     study = invented_study(SPACE, digits, "won", trials=2)
     monkeypatch.setitem(study.metadata["identity"], "confirms", "search")
     monkeypatch.setattr("hpo.cli.report.find_study", lambda *_, **__: study)
@@ -643,7 +629,7 @@ def test_a_confirmations_own_study_has_no_report(digits: Dataset, monkeypatch: p
         report_command("won", storage=None, data=None, output=None, compare=[])
 
 
-def test_a_report_that_cannot_be_made_leaves_the_old_one(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_fails_leaves_the_old_one(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     study = invented_study(SPACE, digits, "kept", trials=3)
     study.paths.report.write_text("the old one")
     study.paths.confirmation.write_text("{")
@@ -652,6 +638,7 @@ def test_a_report_that_cannot_be_made_leaves_the_old_one(digits: Dataset, monkey
     assert study.paths.report.read_text() == "the old one"
 
 
+@pytest.mark.usefixtures("no_plotly")
 def test_a_password_is_never_in_the_page(digits: Dataset, tmp_path: Path) -> None:
     study = invented_study(SPACE, digits, "secret", trials=3)
     hidden = Study(study.optuna, study.paths, study.metadata, "postgresql://me:hush-hush@db/hpo")
