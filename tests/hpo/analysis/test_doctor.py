@@ -1,4 +1,4 @@
-"""`hpo study doctor`: what is wrong is said, looking changes nothing, and mending never touches a finished trial."""
+"""`hpo study doctor`: it reports problems, checks change nothing, and fixes never touch a finished trial."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def draw_images(folder: Path, seed: int = 0) -> Path:
 
 
 def begin(folder: Path, *, images: Path, total: int, storage: str | None = None) -> Study:
-    """A study whose trials wait."""
+    """Begin a study, with all its trials waiting."""
     file = folder / "own.yaml"
     file.write_text(SPACE)
     space = load_space(file)
@@ -78,7 +78,7 @@ def work_off(study: Study, images: Path) -> None:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images, and a study of them that is finished and refitted."""
+    """A folder with images, and a finished and refitted study of them."""
     folder = tmp_path_factory.mktemp("original")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -93,15 +93,15 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Case(NamedTuple):
-    """A copy of the finished study, to be broken."""
+    """A copy of the finished study, to be damaged."""
 
     paths: StudyPaths
     run: Callable[..., tuple[int, list[str]]]
-    """Runs the command with these options: (exit code, the lines that it said)."""
+    """Run the command with these options: (exit code, printed lines)."""
 
     @property
     def study(self) -> Study:
-        """Opened anew, with the space that it was begun with."""
+        """The study, opened again with its space."""
         found = find_study("own")
         space = load_space(self.paths.dir.parents[1] / "own.yaml")
         return Study(found.optuna, found.paths, found.metadata, found.storage_url, space)
@@ -125,19 +125,19 @@ def case(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file's content, by its name."""
+    """Hashes of all files, by name."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def found(lines: list[str], match: str) -> str:
-    """The one line that matches."""
+    """The only matching line."""
     [line] = [line for line in lines if re.search(match, line)]
     return line
 
 
 def wrong(lines: list[str]) -> int:
-    """How many things the command said were wrong."""
+    """The number of problems that the command printed."""
     counted = [int(m[1]) for line in lines if (m := re.search(r"(\d+) problems? found", line))]
     return counted[0] if counted else 0
 
@@ -156,7 +156,7 @@ time.sleep(600)
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Starts a process that claims a trial, and holds it."""
+    """Start a process that claims a trial, and holds it."""
     started = []
 
     def claim() -> subprocess.Popen[str]:
@@ -176,7 +176,7 @@ def worker(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
 # Healthy ------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_wrong_with_a_finished_study_and_looking_changes_nothing(case: Case) -> None:
+def test_a_finished_study_has_no_problems_and_checks_change_nothing(case: Case) -> None:
     before = tree(case.paths.dir)
     code, lines = case.run()
     assert code == 0, lines
@@ -185,13 +185,13 @@ def test_nothing_is_wrong_with_a_finished_study_and_looking_changes_nothing(case
     assert tree(case.paths.dir) == before
 
 
-def test_mending_what_is_whole_changes_nothing(case: Case) -> None:
+def test_fixing_a_healthy_study_changes_nothing(case: Case) -> None:
     before = tree(case.paths.dir)
     assert case.run("--mend")[0] == 0
     assert tree(case.paths.dir) == before
 
 
-def test_without_a_name_it_is_the_study_that_was_run_last(
+def test_without_a_name_the_last_study_is_checked(
     case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "study", "doctor") == 0
@@ -201,7 +201,7 @@ def test_without_a_name_it_is_the_study_that_was_run_last(
 # Processes that died ------------------------------------------------------------------------------------------------
 
 
-def test_the_trial_of_a_killed_process_is_found_and_given_back(
+def test_the_trial_of_a_killed_process_is_found_and_requeued(
     case: Case, worker: Callable[[], subprocess.Popen[str]]
 ) -> None:
     case.study.queue.ensure_trials(TOTAL + 1)
@@ -235,7 +235,7 @@ def test_a_trial_whose_process_lives_is_never_touched(case: Case, worker: Callab
     assert trials_of(case.paths.dir)[3].state.name == "RUNNING"
 
 
-def test_what_another_host_holds_is_said_with_its_name_and_left_alone(case: Case) -> None:
+def test_a_trial_held_by_another_host_is_reported_and_left_alone(case: Case) -> None:
     study = case.study
     study.queue.ensure_trials(TOTAL + 1)
     claimed = study.queue.claim()
@@ -249,7 +249,7 @@ def test_what_another_host_holds_is_said_with_its_name_and_left_alone(case: Case
     assert trials_of(case.paths.dir)[3].state.name == "RUNNING"
 
 
-def test_a_trial_that_was_claimed_and_never_leased_is_found_once_it_is_late(case: Case) -> None:
+def test_a_claimed_trial_without_a_lease_is_found_after_a_while(case: Case) -> None:
     study = case.study
     study.queue.ensure_trials(TOTAL + 1)
     trial = study.optuna.get_trials()[3]
@@ -272,7 +272,7 @@ time.sleep(600)
 """
 
 
-def test_the_lock_of_a_killed_process_is_found_and_a_living_ones_is_not(case: Case) -> None:
+def test_the_lock_of_a_killed_process_is_found_and_that_of_a_running_one_is_not(case: Case) -> None:
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(case.paths.journal)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
@@ -293,7 +293,7 @@ def test_the_lock_of_a_killed_process_is_found_and_a_living_ones_is_not(case: Ca
 
 
 @pytest.mark.parametrize("torn", ["tail", "prefix"])
-def test_a_torn_record_is_seen_without_being_mended_and_then_mended(case: Case, torn: str) -> None:
+def test_a_torn_record_is_reported_and_then_fixed(case: Case, torn: str) -> None:
     case.study.queue.ensure_trials(TOTAL + 1)
     whole = case.paths.journal.read_bytes()
     *lines, last = whole.splitlines(keepends=True)
@@ -314,7 +314,7 @@ def test_a_torn_record_is_seen_without_being_mended_and_then_mended(case: Case, 
     assert len(trials_of(case.paths.dir)) == TOTAL + 1
 
 
-def test_other_damage_is_told_with_its_line_and_hides_nothing_else(case: Case) -> None:
+def test_other_damage_is_reported_with_its_line_beside_other_problems(case: Case) -> None:
     lines = case.paths.journal.read_bytes().splitlines(keepends=True)
     lines[4] = b"nonsense\n"
     case.paths.journal.write_bytes(b"".join(lines))
@@ -327,7 +327,7 @@ def test_other_damage_is_told_with_its_line_and_hides_nothing_else(case: Case) -
     assert case.paths.journal.read_bytes() == before
 
 
-def test_a_journal_that_is_gone_is_told(case: Case) -> None:
+def test_a_missing_journal_is_reported(case: Case) -> None:
     case.paths.journal.unlink()
     code, lines = case.run("--mend")
     assert code == 1
@@ -335,7 +335,7 @@ def test_a_journal_that_is_gone_is_told(case: Case) -> None:
     assert not case.paths.journal.exists()
 
 
-def test_a_missing_study_yaml_is_written_from_what_the_storage_knows(case: Case, capsys: Any) -> None:
+def test_a_missing_study_yaml_is_rebuilt_from_the_storage(case: Case, capsys: Any) -> None:
     metadata = find_study("own").metadata
     case.paths.study_yaml.unlink()
     code, lines = case.run()
@@ -346,10 +346,10 @@ def test_a_missing_study_yaml_is_written_from_what_the_storage_knows(case: Case,
     assert {key: again.metadata[key] for key in ("hash", "identity", "data", "base")} == {
         key: metadata[key] for key in ("hash", "identity", "data", "base")
     }
-    work_off(case.study, Path(metadata["data"]["path"]))  # it can be gone on with
+    work_off(case.study, Path(metadata["data"]["path"]))  # it can be resumed
 
 
-def test_an_unreadable_study_yaml_is_told_and_hides_nothing_else(case: Case) -> None:
+def test_an_unreadable_study_yaml_is_reported_beside_other_problems(case: Case) -> None:
     case.paths.study_yaml.write_text("{no: [yaml")
     old = leave(case.paths.dir / "trials" / "00001" / "model.tmp")
     code, lines = case.run()
@@ -358,10 +358,10 @@ def test_an_unreadable_study_yaml_is_told_and_hides_nothing_else(case: Case) -> 
     assert found(lines, str(old))
 
 
-def test_slots_that_nobody_would_train_are_queued_and_a_second_one_is_taken_back(case: Case) -> None:
+def test_missing_indices_are_queued_and_doubled_ones_removed(case: Case) -> None:
     study = case.study
     study.queue.ensure_trials(TOTAL)
-    study.optuna.set_user_attr("trials", TOTAL + 2)  # as a process that is killed while it queues them leaves it
+    study.optuna.set_user_attr("trials", TOTAL + 2)  # as a process killed while queueing leaves it
     study.optuna.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"trial_index": 1}))
     finished = case.finished()
     code, lines = case.run()
@@ -375,7 +375,7 @@ def test_slots_that_nobody_would_train_are_queued_and_a_second_one_is_taken_back
     assert waiting == [3, 4]
 
 
-def test_a_study_in_a_database_is_mended_too(
+def test_a_study_in_a_database_is_fixed_too(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"sqlite:///{tmp_path}/own.db"
@@ -395,7 +395,7 @@ def test_a_study_in_a_database_is_mended_too(
 
 
 def leave(path: Path) -> Path:
-    """A file that was last written an hour ago."""
+    """Create a file that was last written an hour ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x" * 1500)
     os.utime(path, (time.time() - 3600,) * 2)
@@ -414,7 +414,7 @@ def artifacts_of(case: Case) -> dict[str, tuple[Path, Path]]:
     return known
 
 
-def test_a_deleted_artifact_comes_back_from_the_trials_folder(case: Case) -> None:
+def test_a_deleted_artifact_is_restored_from_the_trials_folder(case: Case) -> None:
     files = artifacts_of(case).values()
     gone, own = next((artifact, original) for artifact, original in files if original.exists())
     lost = next(artifact for artifact, original in files if not original.exists())  # a picture, drawn when it is opened
@@ -431,13 +431,13 @@ def test_a_deleted_artifact_comes_back_from_the_trials_folder(case: Case) -> Non
     assert case.finished() == finished
 
 
-def test_what_a_study_keeps_in_a_depot_is_looked_for_and_mended_there(case: Case, tmp_path: Path) -> None:
+def test_files_in_an_artifact_store_are_checked_and_fixed_there(case: Case, tmp_path: Path) -> None:
     there = tmp_path / "depot" / "own"
-    case.study.optuna.set_user_attr("artifacts", str(there.parent))  # as a run with --artifacts leaves it
+    case.study.optuna.set_user_attr("artifacts", str(there.parent))  # as a run with --artifacts sets it
     for folder in (case.paths.artifacts, case.paths.trials):
         shutil.copytree(folder, there / case.paths.inside(folder))
-    here = sorted(case.paths.artifacts.iterdir())
-    for file in (*here, *case.paths.trials.glob("*/model.safetensors")):
+    here = [artifact for artifact, original in artifacts_of(case).values() if original.exists()]
+    for file in (*case.paths.artifacts.iterdir(), *case.paths.trials.glob("*/model.safetensors")):
         file.unlink()  # as on a machine that trained nothing
     code, lines = case.run()
     assert code == 0, lines
@@ -450,7 +450,7 @@ def test_what_a_study_keeps_in_a_depot_is_looked_for_and_mended_there(case: Case
     assert not here[0].exists()
 
 
-def test_what_nobody_needs_any_more_is_told_with_its_size_and_removed(case: Case) -> None:
+def test_unneeded_files_are_reported_with_their_size_and_removed(case: Case) -> None:
     case.study.queue.ensure_trials(TOTAL + 1)
     of_finished, of_fold = case.paths.checkpoint(1), case.paths.checkpoint(2, fold=2)
     of_waiting = leave(case.paths.checkpoint(3))
@@ -472,11 +472,11 @@ def test_what_nobody_needs_any_more_is_told_with_its_size_and_removed(case: Case
     code, lines = case.run("--mend")
     assert code == 0, lines
     assert [path for path in old if path.exists()] == []
-    assert of_waiting.exists()  # it goes on from there
-    assert fresh.exists()  # it may be being written
+    assert of_waiting.exists()  # the trial resumes from it
+    assert fresh.exists()  # a process may be writing it
 
 
-def test_a_folder_that_no_trial_has_is_told_and_never_deleted(case: Case) -> None:
+def test_a_folder_without_a_trial_is_reported_and_never_deleted(case: Case) -> None:
     stray = leave(case.paths.trial(17) / "model.safetensors")
     code, lines = case.run("--mend")
     assert code == 1
@@ -484,7 +484,7 @@ def test_a_folder_that_no_trial_has_is_told_and_never_deleted(case: Case) -> Non
     assert stray.exists()
 
 
-def test_missing_weights_of_the_best_trial_are_no_fault_but_are_said(case: Case) -> None:
+def test_missing_weights_of_the_best_trial_are_noted_and_no_problem(case: Case) -> None:
     best = case.study.best_trial()
     assert best is not None
     case.paths.trial_model(best.number).unlink()
@@ -494,14 +494,14 @@ def test_missing_weights_of_the_best_trial_are_no_fault_but_are_said(case: Case)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "preprocess.json"])
-def test_a_submission_model_without_a_file_is_told(case: Case, name: str) -> None:
+def test_a_submission_model_with_a_missing_file_is_reported(case: Case, name: str) -> None:
     (case.paths.refit("best") / name).unlink()
     code, lines = case.run("--mend")
     assert code == 1
     assert f"no {name} in it" in found(lines, "refit/best")
 
 
-def test_a_submission_model_that_a_crash_left_aside_is_put_back(case: Case) -> None:
+def test_a_submission_model_moved_aside_by_a_crash_is_restored(case: Case) -> None:
     home = case.paths.refit("best")
     home.rename(home.with_name(".best.old"))
     code, lines = case.run()
@@ -511,7 +511,7 @@ def test_a_submission_model_that_a_crash_left_aside_is_put_back(case: Case) -> N
     assert (home / "model.safetensors").exists()
 
 
-def test_a_disk_that_is_too_full_is_told_with_both_numbers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_with_free_and_needed_space(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.study.queue.ensure_trials(TOTAL + 2)
     assert case.run()[0] == 0
     usage = shutil.disk_usage(case.paths.dir)
@@ -525,7 +525,7 @@ def test_a_disk_that_is_too_full_is_told_with_both_numbers(case: Case, monkeypat
 # What it was begun with ---------------------------------------------------------------------------------------------
 
 
-def test_images_that_changed_or_are_gone_are_told(
+def test_changed_or_missing_images_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = draw_images(tmp_path / "images")
@@ -540,7 +540,7 @@ def test_images_that_changed_or_are_gone_are_told(
     assert found(capsys.readouterr().out.splitlines(), "cannot be read").startswith(f"the study's images ({images})")
 
 
-def test_weights_that_changed_or_are_gone_are_told_each(case: Case, tmp_path: Path) -> None:
+def test_changed_and_missing_weights_are_reported_each(case: Case, tmp_path: Path) -> None:
     changed, gone = tmp_path / "changed.pth", tmp_path / "gone.pth"
     changed.write_bytes(b"new")
     study = case.study
@@ -552,7 +552,7 @@ def test_weights_that_changed_or_are_gone_are_told_each(case: Case, tmp_path: Pa
     assert found(lines, "gone.pth")
 
 
-def test_other_versions_are_noted_and_are_no_fault(case: Case) -> None:
+def test_other_versions_are_noted_and_no_problem(case: Case) -> None:
     study = case.study
     began = {**study.metadata["versions"], "torch": "1.0"}
     study.optuna.set_user_attr("hpo", {**study.metadata, "versions": began})
@@ -564,7 +564,7 @@ def test_other_versions_are_noted_and_are_no_fault(case: Case) -> None:
 # However broken it is -----------------------------------------------------------------------------------------------
 
 
-def test_a_check_that_cannot_be_made_is_a_finding_and_hides_no_other(
+def test_a_check_that_fails_is_a_finding_and_hides_no_other(
     case: Case, worker: Callable[[], subprocess.Popen[str]]
 ) -> None:
     study = case.study
@@ -581,10 +581,10 @@ def test_a_check_that_cannot_be_made_is_a_finding_and_hides_no_other(
     assert found(lines, "checkpoint of trial index 1")
     code, lines = case.run("--mend")
     assert code == 1
-    assert wrong(lines) == 1  # the two that can be mended are
+    assert wrong(lines) == 1  # the two others are fixed
 
 
-def test_what_cannot_be_mended_after_all_is_told(
+def test_a_fix_that_fails_is_reported(
     case: Case, worker: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.study.queue.ensure_trials(TOTAL + 1)
@@ -610,7 +610,7 @@ def test_what_cannot_be_mended_after_all_is_told(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_a_wrong_argument_is_one_line_and_exit_code_2(
     arguments: list[str],
     told: str,
     case: Case,
@@ -624,7 +624,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_without_studies_it_says_how_to_begin(
+def test_without_studies_there_is_a_command_to_begin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "study", "doctor") == 2
@@ -634,5 +634,5 @@ def test_without_studies_it_says_how_to_begin(
 @pytest.mark.parametrize(
     ("size", "words"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")]
 )
-def test_sizes_are_said_as_a_person_says_them(size: float, words: str) -> None:
+def test_sizes_are_formatted_with_units(size: float, words: str) -> None:
     assert in_words(size) == words
