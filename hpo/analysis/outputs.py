@@ -46,7 +46,7 @@ class Outputs:
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        """(M,)"""
+        """Predicted classes, (M,)."""
         return np.asarray(self.probabilities.argmax(1), dtype=np.int64)
 
     @property

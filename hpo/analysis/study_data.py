@@ -50,7 +50,7 @@ class StudyData:
 
     @property
     def metric(self) -> str:
-        """The objective: `accuracy`, `macro_f1`, …"""
+        """The objective, a key of `core.metrics.METRICS`."""
         return self.study.metric
 
     @property

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 
-from hpo.analysis.doctor import Finding, Result, StudyCheck, disk_use, find_study_check, run_checks
+from hpo.analysis.doctor.check import Finding, Result, StudyCheck, find_study_check
+from hpo.analysis.doctor.files import disk_use
+from hpo.analysis.doctor.run import run_checks
 from hpo.analysis.summary import summarize
 from hpo.cli.console import say, table
 from hpo.cli.summary import print_summary

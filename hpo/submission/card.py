@@ -261,7 +261,7 @@ def _candidates(scores: Mapping[str, float | None]) -> str:
 
 
 def _states(search: Mapping[str, Any]) -> str:
-    """` (20 complete, 38 pruned and 2 failed to train)`"""
+    """The number of trials by state, in parentheses."""
     names = {"complete": "complete", "pruned": "pruned", "failures": "failed to train"}
     counts = [f"{search[key]:,} {name}" for key, name in names.items() if search.get(key)]
     return f" ({joined(counts)})" if counts else ""

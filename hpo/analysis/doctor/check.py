@@ -1,4 +1,4 @@
-"""A study under examination, and the order of its checks."""
+"""A study under examination, and the results of its checks."""
 
 from __future__ import annotations
 
@@ -122,35 +122,6 @@ def _last_change(paths: StudyPaths) -> float | None:
     """The time of the study's last change; None if the folder has no study."""
     files = [file for file in (paths.study_yaml, paths.journal) if file.exists()]
     return max((file.stat().st_mtime for file in files), default=None)
-
-
-def run_checks(check: StudyCheck) -> list[Result]:
-    """Run all checks."""
-    from hpo.analysis.doctor import files, origin, storage, trials
-
-    file_checks: dict[str, Callable[[StudyCheck], Iterable[Result]]] = {
-        "the journal's lock": storage.lock,
-        "the storage": storage.storage,
-        "study.yaml": storage.study_yaml,
-        "leftovers": files.leftovers,
-        "submission models": files.bundles,
-    }
-    trial_checks: dict[str, Callable[[StudyCheck], Iterable[Result]]] = {
-        "running trials": trials.abandoned,
-        "trial indices": trials.indices,
-        "artifacts": files.artifacts,
-        "kept weights": files.kept_weights,
-        "checkpoints": files.checkpoints,
-        "trial folders": files.folders,
-        "the disk": files.disk,
-        "the images": origin.images,
-        "weights": origin.weights,
-        "versions": origin.versions_differ,
-    }
-    results = [result for name, run in file_checks.items() for result in guarded(check, name, run)]
-    if check.study is not None:
-        results += [result for name, run in trial_checks.items() for result in guarded(check, name, run)]
-    return results
 
 
 def guarded(check: StudyCheck, name: str, run: Callable[[StudyCheck], Iterable[Result]]) -> Iterator[Result]:
