@@ -243,7 +243,7 @@ class _Confirm:
     def _say_estimate(self, work: Work, waiting: int) -> None:
         """How long it takes, from a few timed steps of the base."""
         with self._interrupts.let_through():
-            seconds, _ = estimate_s(work.space, work.images(), trials=waiting, references=0, device=work.device)
+            seconds, _ = estimate_s(work.space, work.images(), trials=waiting, recipes=0, device=work.device)
         otherwise = "" if work.inline else ", one training at a time"
         say(f"this will take up to {duration(seconds)}{otherwise}; what cannot win any more is stopped early")
         say(f"Ctrl-C stops it, and the same command goes on; others can join by: {joining(work.study)}")

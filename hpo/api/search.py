@@ -22,8 +22,10 @@ from hpo.cli.summary import draw_overview, print_summary
 from hpo.dashboard.notes import note_study
 from hpo.paths import StudyPaths
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import estimate_s, keep_best_weights, pending_references, run_references, wait_for_others
+from hpo.search.loop import estimate_s, wait_for_others
 from hpo.search.options import TrialOptions
+from hpo.search.recipes import pending_recipes, run_recipes
+from hpo.search.weights import keep_best_weights
 from hpo.space import RungsPruner, SearchSpace, load_space
 from hpo.space.pruner import rung_epochs
 from hpo.storage import mask
@@ -237,8 +239,8 @@ class _Run:
             keep_best_weights(
                 study, folds=space.baseline.data.folds or 1, options=TrialOptions(keep_gb=self.options.keep_gb)
             )
-            if pending_references(study, space):
-                run_references(
+            if pending_recipes(study, space):
+                run_recipes(
                     study,
                     space,
                     work.images(),
@@ -250,10 +252,10 @@ class _Run:
 
     def _say_estimate(self, splits: Sequence[Splits], *, trials: int) -> None:
         """How long what is left will take on this device, from a few timed steps of one trial alone."""
-        references = len(pending_references(self.study, self.space))
+        references = len(pending_recipes(self.study, self.space))
         if not trials and not references:
             return
-        in_full, pruned = estimate_s(self.space, splits, trials=trials, references=references, device=self.work.device)
+        in_full, pruned = estimate_s(self.space, splits, trials=trials, recipes=references, device=self.work.device)
         about = f"about {duration(pruned)}, {duration(in_full)} if nothing were pruned"
         beside = f", {references} recipe(s) beside the study included" if references else ""
         otherwise = "" if self.work.inline else ", one trial at a time"

@@ -1,11 +1,11 @@
-"""One trial: its parameters become a `TrainConfig`, `core.train` runs it, and what happens is reported.
+"""One trial: its parameters become a `TrainConfig`, `core.train` runs it, and its epochs are reported.
 
-A trial's seed follows from the study's seed and the trial's slot, so that a retried or resumed trial, which has a new
-number, trains the very network that the first attempt would have.
+A trial's seed follows from the study's seed and the trial index, so that a retried or resumed trial, which has a new
+number, trains the same network as the first attempt.
 
-With folds (`data.folds`), a trial trains them one after the other, and its value is the mean of what each fold's kept
-epoch scored. It reports as it goes: in the first fold the epoch's score, later the mean of the finished folds' final
-scores and the current one, so that a pruner can end it after any epoch.
+With folds (`data.folds`), a trial trains them one after the other, and its value is the mean of their kept epochs. It
+reports the epoch's score in the first fold, later the mean of the finished folds' scores and the current one, so that
+a pruner can end it after any epoch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from core.runtime import derive_seed, is_out_of_memory
 from hpo.paths import StudyPaths
 from hpo.reporter import StudyView
 from hpo.search.interrupts import Interrupts
-from hpo.search.training import fold_label, going_on, of_fold
+from hpo.search.training import fold_label, of_fold, resume_or_restart
 from hpo.space import SearchSpace, to_yaml
 from hpo.space.pruner import RungPruner
 from hpo.study.results import append_line
@@ -41,17 +41,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Divide = Callable[[DataConfig], "Sequence[Splits]"]
-"""Divides the images as a configuration asks, on the device: one split, or one a fold."""
+"""Splits the images on the device for a configuration: one split, or one per fold."""
 
 
 class Objective:
-    """Trains what a trial asks for.
+    """Trains the configuration of a trial.
 
     Args:
-        divide: gives the training and validation images, on the device.
-        seed: the study's.
-        before_training: told of the checkpoint that a training would go on from, there or not.
-        on_checkpoint: told of each checkpoint that is whole and in place.
+        space: translates parameters into configurations.
+        divide: gives the training and validation images.
+        paths: of the study.
+        seed: of the study.
+        device: where to train.
+        progress: shows the study after each epoch.
+        interrupts: may end a trial after an epoch.
+        before_training: called with the path of the checkpoint to resume from, which may not exist.
+        on_checkpoint: called with the path of each complete checkpoint.
     """
 
     def __init__(
@@ -72,10 +77,15 @@ class Objective:
         self.before_training, self.on_checkpoint = before_training, on_checkpoint
 
     def __call__(self, trial: optuna.trial.Trial, trial_index: int) -> Outcome:
-        """Runs the trial to its end. What is raised is a fault of ours, or a person's Ctrl-C."""
+        """Run the trial to its end.
+
+        Raises:
+            KeyboardInterrupt: the run is stopped.
+            Exception: a bug or an error of the machine; a configuration that cannot be trained is an outcome.
+        """
         params = self.space.suggest(trial)  # all of them, before anything can fail
         twin = first_twin(trial.study.get_trials(deepcopy=False), trial.params, trial_index)
-        if twin is not None:  # with another seed it says how far luck goes, and is no new configuration
+        if twin is not None:
             trial.set_user_attr(REPLICATE_OF, twin)
         try:
             config = self._config(trial, params, trial_index)
@@ -100,19 +110,20 @@ class Objective:
         return attempt.outcome("complete", attempt.value)
 
     def _config(self, trial: optuna.trial.Trial, params: dict[str, Any], trial_index: int) -> TrainConfig:
-        """What the trial trains, seed included: what its parameters mean, or the configuration that it brings."""
-        brought = trial.user_attrs.get(CONFIG)
-        if brought is not None:
-            return TrainConfig.model_validate_json(json.dumps(brought))
+        """The configuration with its seed: that of the parameters, or the trial's own."""
+        own = trial.user_attrs.get(CONFIG)
+        if own is not None:
+            return TrainConfig.model_validate_json(json.dumps(own))
         return self.space.config(params).override({"seed": derive_seed(self.seed, "trial", trial_index)})
 
     def _train(self, attempt: _Attempt) -> TrainResult:
-        """Trains a fold on from its checkpoint, or anew where there is none that can be used."""
+        """Train a fold from its checkpoint, or from the start if there is none that can be used."""
         checkpoint = self.paths.checkpoint(attempt.trial_index, attempt.fold)
         if self.before_training is not None:
             self.before_training(checkpoint)
+        name = f"trial {attempt.trial.number}"
         with self.interrupts.patient():
-            return going_on(checkpoint, f"trial {attempt.trial.number}", lambda: self._train_from(checkpoint, attempt))
+            return resume_or_restart(checkpoint, name, lambda: self._train_from(checkpoint, attempt))
 
     def _train_from(self, checkpoint: Path, attempt: _Attempt) -> TrainResult:
         return train(
@@ -123,9 +134,9 @@ class Objective:
             on_resume=attempt.resumed,
             resume_from=checkpoint,
             checkpoint_to=checkpoint,
-            # A trial that has passed a rung is worth more than its epochs: the others were judged by it.
+            # A trial that has passed a rung is worth more than its epochs: others were compared with it.
             checkpoint_at=attempt.rungs(),
-            # A finished fold is not trained again when a later one is cut off.
+            # A finished fold is not trained again if a later one is interrupted.
             checkpoint_at_end=attempt.folds > 1,
             on_checkpoint=self.on_checkpoint,
             metric=self.space.metric,
@@ -133,7 +144,7 @@ class Objective:
 
 
 def failure_of(error: Exception) -> str | None:
-    """`diverged`, `oom` or `invalid`: why a configuration cannot be trained. None is a fault that is not its own."""
+    """Classify why a configuration cannot be trained: `diverged`, `oom` or `invalid`; None if it is not at fault."""
     if isinstance(error, DivergedError):
         return "diverged"
     if isinstance(error, ConfigError):
@@ -142,7 +153,7 @@ def failure_of(error: Exception) -> str | None:
 
 
 class _Attempt:
-    """What one trial has reported so far."""
+    """One trial's reports so far."""
 
     def __init__(
         self,
@@ -153,45 +164,39 @@ class _Attempt:
         splits: Sequence[Splits],
         twin: int | None,
     ) -> None:
-        self.objective, self.trial, self.trial_index, self.config, self.twin = (
-            objective,
-            trial,
-            trial_index,
-            config,
-            twin,
-        )
+        self.objective, self.trial, self.trial_index = objective, trial, trial_index
+        self.config, self.twin = config, twin
         self.metric = objective.space.metric
         self.splits, self.folds = splits, len(splits)
         self.fold = 0
-        """The one that is training, counted from 1."""
+        """The fold in training, counted from 1."""
         self.results: list[TrainResult] = []
-        """Of the folds that are over."""
+        """Of the finished folds."""
         self.values: list[float] = []
-        """What they came to."""
+        """Of the finished folds."""
         self.reported: float | None = None
-        """The last value that Optuna was told."""
+        """The last value reported to Optuna."""
         self.history: list[EpochMetrics] = []
         self.rows: list[dict[str, float | int]] = []
         self.last: dict[int, EpochMetrics] = {}
         """Fold -> its last epoch so far."""
         self.before_s = 0.0
-        """What the folds that are over have taken."""
+        """Duration of the finished folds."""
         self.metrics_file = objective.paths.trial_metrics(trial.number)
         self.metrics_file.write_text("")
 
     @property
     def value(self) -> float:
-        """The objective, of a trial whose folds are all over."""
+        """The objective, when all folds are finished."""
         return statistics.fmean(self.values)
 
     def begin(self, fold: int) -> None:
-        """A fold is about to train."""
+        """Start a fold."""
         self.fold = fold
         self.before_s = self.history[-1].elapsed_s if self.history else 0.0
 
     def rungs(self) -> frozenset[int]:
-        """The epochs of the fold that trains at which the rung pruner judges it; none of another pruner, which knows
-        none."""
+        """The epochs of this fold at which the rung pruner judges the trial; empty for other pruners."""
         pruner = self.trial.study.pruner
         if not isinstance(pruner, RungPruner):
             return frozenset()
@@ -199,14 +204,14 @@ class _Attempt:
         return frozenset(step - begun for step in pruner.keeps if begun < step <= begun + self.config.epochs)
 
     def resumed(self, history: tuple[EpochMetrics, ...]) -> None:
-        """Reports again what the interrupted attempt had reported: its rungs have been judged already."""
+        """Report the epochs of the interrupted attempt again. Its rungs have been judged."""
         with self.objective.interrupts.held():
             for epoch in history:
                 self._report(epoch)
             self.trial.set_user_attr(RESUMED_EPOCH, (self.fold - 1) * self.config.epochs + len(history))
         fold = f" of {fold_label(self.fold, self.folds)}" if self.folds > 1 else ""
         logger.info(
-            "trial %d goes on after epoch %d%s, from the checkpoint of slot %d",
+            "trial %d resumes after epoch %d%s, from the checkpoint of trial index %d",
             self.trial.number,
             len(history),
             fold,
@@ -214,29 +219,28 @@ class _Attempt:
         )
 
     def epoch_ended(self, epoch: EpochMetrics) -> None:
-        """Reports an epoch, and raises TrialPruned where the pruner ends the trial."""
+        """Report an epoch, and raise TrialPruned if the pruner ends the trial."""
         with self.objective.interrupts.held():
             self._judge(epoch)
-        if epoch.epoch < self.config.epochs:  # else the trial is over before it could be given back
+        if epoch.epoch < self.config.epochs:  # after the last one the trial is over
             self.objective.interrupts.check()
 
     def end(self, result: TrainResult) -> None:
-        """Takes a finished fold, reports the mean so far, and raises TrialPruned where the pruner ends the trial."""
+        """Add a finished fold, report the mean so far, and raise TrialPruned if the pruner ends the trial."""
         self.values.append(result.value(self.metric))
         if self.folds == 1:
             self.results.append(result)
             return
-        # Off the device: the next fold's network, its gradients and its optimizer's state need the room.
+        # Off the device: the next fold needs the memory.
         self.results.append(replace(result, model=result.model.cpu()))
-        # Early stopping may have ended the fold before; all trials are compared at the same step.
-        self._tell(statistics.fmean(self.values), epoch=self.config.epochs)
+        # Early stopping may have ended the fold earlier; all trials are compared at the same step.
+        self._report_value(statistics.fmean(self.values), epoch=self.config.epochs)
         if self.fold < self.folds and self.trial.should_prune():
             raise optuna.TrialPruned(self._verdict() or f"pruned at the end of fold {self.fold}")
 
     def _judge(self, epoch: EpochMetrics) -> None:
         self._report(epoch)
-        # The last epoch decides nothing any more: the trial is complete, and its value is worth keeping. That of a fold
-        # is judged by what the fold keeps, when it is over.
+        # At the last epoch there is nothing left to save. The end of a fold is judged by its kept epoch, in `end`.
         last = epoch.epoch == self.config.epochs
         pruned = not last and self.trial.should_prune()
         self.objective.progress.refresh()
@@ -250,16 +254,17 @@ class _Attempt:
         append_line(self.metrics_file, self.rows[-1])
         self.history.append(timed)
         self.last[self.fold] = timed
-        if self.folds == 1 or epoch.epoch < self.config.epochs:  # else the fold's end reports this step, only once
-            self._tell(statistics.fmean([*self.values, epoch.score(self.metric)]), epoch.epoch)
+        if self.folds == 1 or epoch.epoch < self.config.epochs:  # `end` reports a fold's last step
+            self._report_value(statistics.fmean([*self.values, epoch.score(self.metric)]), epoch.epoch)
 
-    def _tell(self, value: float, epoch: int) -> None:
-        """Reports the value of this fold's epoch to Optuna."""
+    def _report_value(self, value: float, epoch: int) -> None:
         self.reported = value
         self.trial.report(value, (self.fold - 1) * self.config.epochs + epoch)
 
     def _verdict(self) -> str:
-        return _verdict(self.trial.study.pruner, self.trial)
+        """The pruner's explanation, if it gives one."""
+        verdict = getattr(self.trial.study.pruner, "verdict", None)
+        return "" if verdict is None else str(verdict(self.trial.study, self.trial))
 
     def outcome(
         self,
@@ -269,7 +274,7 @@ class _Attempt:
         failure: str | None = None,
         why: str = "",
     ) -> Outcome:
-        """How the attempt ended, with what the storage is to remember of it."""
+        """The trial's end, with the attributes to store."""
         return Outcome(
             self.trial.number,
             self.trial_index,
@@ -289,7 +294,7 @@ class _Attempt:
     def _attributes(self, *, complete: bool) -> dict[str, Any]:
         attributes: dict[str, Any] = {"epochs": len(self.history)}
         if complete:
-            # Of folds the mean, which a training on all images then takes; half an epoch goes to the longer run.
+            # With folds their mean, for a training on all images; half an epoch is rounded up.
             attributes["kept_epoch"] = int(statistics.fmean(result.kept.epoch for result in self.results) + 0.5)
         if self.folds > 1 and self.values:
             attributes["fold_values"] = list(self.values)
@@ -304,9 +309,3 @@ class _Attempt:
             if scores and None not in scores:
                 attributes[f"{name}_accuracy"] = statistics.fmean(found.accuracy for found in scores)
         return attributes
-
-
-def _verdict(pruner: optuna.pruners.BasePruner | RungPruner, trial: optuna.trial.Trial) -> str:
-    """What the pruner thinks, where it says so."""
-    verdict = getattr(pruner, "verdict", None)
-    return "" if verdict is None else str(verdict(trial.study, trial))

@@ -1,8 +1,7 @@
-"""One training outside a study, recorded in a folder: what `hpo train` does, and what a study does with its recipes.
+"""A training recorded in a folder, of `hpo train` or a study's recipe, and functions that it shares with trials.
 
-Where the configuration has folds, they are trained one after the other, and what is said of the training is the mean
-over them. The first fold trains with the configuration's own seed, so that it is the very network that a training
-without folds would give on its images.
+Folds are trained one after the other, and the training's value is the mean over them. The first fold uses the
+configuration's own seed, so that it gives the same network as a training without folds on its images.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ from hpo.study.results import json_line, write_result
 logger = logging.getLogger(__name__)
 
 Watch = Callable[[str], Callable[[EpochMetrics], None]]
-"""Called before each training, with what tells it from the others, or nothing where it is the only one; returns what
-is called after each of its epochs."""
+"""Called before each training with the label of its fold, empty without folds. Returns a function that is called after
+each epoch."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What came of a recorded training."""
+    """The result of a recorded training."""
 
     results: tuple[TrainResult, ...]
-    """One, or one a fold."""
+    """One, or one per fold."""
     values: tuple[float, ...]
-    """By the metric, of each."""
+    """The metric of each."""
     rows: tuple[dict[str, float | int], ...]
-    """The lines of its `metrics.jsonl`."""
+    """The rows of its `metrics.jsonl`."""
     per_class: tuple[dict[str, str | float | int], ...]
-    """Class by class, over all validation images; those of every fold together."""
+    """Scores of each class over the validation images of all folds together."""
 
     @property
     def value(self) -> float:
@@ -56,7 +55,7 @@ class Recorded:
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation over the folds, as of a sample; None without folds."""
+        """The sample standard deviation over the folds; None without folds."""
         return spread(self.values)
 
 
@@ -69,13 +68,17 @@ def train_recorded(
     device: torch.device,
     watch: Watch,
 ) -> Recorded:
-    """Trains into the folder: its configuration first, then checkpoints to go on from, and at the end what came of it.
+    """Train, and write configuration, checkpoints and results into the folder.
 
-    The result file is written last: where it stands, the training is over.
+    The result file is written last: if it exists, the training is finished.
 
     Args:
-        splits: one, or one a fold.
-        metric: names the value that the result is to be judged by, and that the training itself watches.
+        config: what to train.
+        splits: one, or one per fold.
+        paths: of the folder.
+        metric: the objective, which early stopping and the choice of the kept epoch use too.
+        device: where to train.
+        watch: shows the training.
     """
     paths.dir.mkdir(parents=True, exist_ok=True)
     paths.config.write_text(to_yaml(config))
@@ -93,7 +96,7 @@ def train_recorded(
             checkpoint_at_end=folds > 1,
             metric=metric,
         )
-        # Off the device: the next fold's network, its gradients and its optimizer's state need the room.
+        # Off the device: the next fold needs the memory.
         results.append(result if folds == 1 else replace(result, model=result.model.cpu()))
     recorded = Recorded(
         tuple(results),
@@ -110,23 +113,29 @@ def train_recorded(
     return recorded
 
 
-def going_on(checkpoint: Path, name: str, attempt: Callable[[], TrainResult]) -> TrainResult:
-    """What `attempt` trains on from the checkpoint, or anew, with a warning, where that cannot be gone on from."""
+def resume_or_restart(checkpoint: Path, name: str, attempt: Callable[[], TrainResult]) -> TrainResult:
+    """Run `attempt`; if its checkpoint cannot be used, warn, delete it and run `attempt` again.
+
+    Args:
+        checkpoint: the one that `attempt` resumes from.
+        name: of the training, for the warning.
+        attempt: the training.
+    """
     try:
         return attempt()
     except CheckpointError as error:
-        logger.warning("%s begins anew: %s", name, error)
+        logger.warning("%s starts again from the first epoch: %s", name, error)
         checkpoint.unlink()
         return attempt()
 
 
 def of_fold(config: TrainConfig, fold: int) -> TrainConfig:
-    """The configuration that this fold trains, counted from 1: every fold but the first has a seed of its own."""
+    """Return the configuration of a fold, counted from 1: each fold but the first has a seed of its own."""
     return config if fold == 1 else config.override({"seed": derive_seed(config.seed, "fold", fold)})
 
 
 def fold_label(fold: int, folds: int) -> str:
-    """What tells a fold's training from the others; empty where there is one."""
+    """Name a fold: `fold 2 of 5`; empty without folds."""
     return "" if folds == 1 else f"fold {fold} of {folds}"
 
 
@@ -143,10 +152,11 @@ def trial_label(trial: FrozenTrial, *, epochs: int, folds: int) -> str:
 
 
 def fold_rows(histories: Sequence[Sequence[EpochMetrics]], metric: str) -> list[dict[str, float | int]]:
-    """The lines of `metrics.jsonl`: without folds an epoch's row as it is, else with its fold, and the time running on.
+    """Return the rows of `metrics.jsonl`; with folds each has its fold, and the elapsed time continues over them.
 
     Args:
-        histories: one, or one a fold, in order; of one that is still training, its epochs so far.
+        histories: one, or one per fold, in order; of a running fold its epochs so far.
+        metric: the objective.
     """
     if len(histories) == 1:
         return [epoch.row(metric) for epoch in histories[0]]
@@ -159,24 +169,24 @@ def fold_rows(histories: Sequence[Sequence[EpochMetrics]], metric: str) -> list[
 
 
 def validation_confusion(results: Sequence[TrainResult], splits: Sequence[Splits]) -> Tensor:
-    """(K, K) int64 on the CPU: the kept networks' confusion on their validation images, all folds together.
+    """Return the confusion matrix (K, K) int64 on the CPU of the kept networks on their validation images.
 
-    Every fold's images were kept from its own network, so with folds this counts every image once, out-of-fold.
+    With folds it counts each image once, by the network that was not trained on it.
     """
     tables = []
     for result, divided in zip(results, splits, strict=True):
-        assert result.val_logits is not None, "what is judged has validation images"
+        assert result.val_logits is not None, "a recorded training has validation images"
         tables.append(confusion(result.val_logits, divided.labels[divided.val]).cpu())
     return torch.stack(tables).sum(0)
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """The standard deviation of a sample; None of a single value."""
+    """Return the sample standard deviation; None of a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _result(recorded: Recorded, metric: str) -> dict[str, Any]:
-    """The content of `result.json`: of folds, the means of what the kept epochs scored, and each kept epoch."""
+    """The content of `result.json`; with folds the means of the kept epochs, and each of them."""
     kept = [result.kept.row(metric) for result in recorded.results]
     head: dict[str, Any] = {"metric": metric, "value": recorded.value}
     classes = {"per_class": list(recorded.per_class)}

@@ -32,7 +32,7 @@ from core.schedule import replayed
 from core.tta import average, predict_logits
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
-from hpo.search.training import Watch, fold_label, going_on, of_fold
+from hpo.search.training import Watch, fold_label, of_fold, resume_or_restart
 from hpo.text import count
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ class Trainer:
         options |= {"device": self.device, "on_epoch_end": None if self.watch is None else self.watch(name)}
         options |= {"resume_from": checkpoint, "checkpoint_to": checkpoint, "checkpoint_at_end": True}
         options |= {"metric": self.metric}
-        result = going_on(checkpoint, name or "the refit", lambda: train(config, splits, **options))
+        result = resume_or_restart(checkpoint, name or "the refit", lambda: train(config, splits, **options))
         head: Row = {} if place is None else {"fold": place}
         rows = tuple({**head, **epoch.row(self.metric)} for epoch in result.history)
         model = result.model if place is None else result.model.cpu()

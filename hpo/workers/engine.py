@@ -28,7 +28,7 @@ class WorkerSpec:
     folder: Path
     """The parent's working directory, for relative paths."""
     options: TrialOptions = field(default_factory=TrialOptions)
-    depot: str | None = field(default=None, repr=False)
+    store_url: str | None = field(default=None, repr=False)
     """URL or path of the artifact store that other machines share; None for the study's folder."""
 
 

@@ -17,8 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import StudyError
 from hpo.reporter import StudyView
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import keep_best_weights
 from hpo.search.training import trial_label
+from hpo.search.weights import keep_best_weights
 from hpo.storage.lease import LEASE
 from hpo.study import Study
 from hpo.workers.engine import Engine, Exit, Failure, LogRecord, Output, Resources, Worker, WorkerSlot, WorkerSpec

@@ -496,7 +496,7 @@ def _in_its_folder(assignment: _Assignment) -> Iterator[None]:
     if StudyPaths(studies / spec.study).study_yaml.is_file():
         os.environ["HPO_STUDIES"] = str(studies)
         yield
-    elif spec.depot is None or is_journal(spec.storage_url):
+    elif spec.store_url is None or is_journal(spec.storage_url):
         raise StudyError(
             f"the study's folder {studies / spec.study} is not on this machine; run where all nodes share it, "
             "or give --artifacts a URL that all of them reach, and --storage a database"

@@ -15,8 +15,9 @@ from core.data import Division, Splits
 from core.runtime import describe_device
 from hpo.reporter import StudyView
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import DEFAULTS, run_study
+from hpo.search.loop import run_study
 from hpo.search.options import TrialOptions
+from hpo.search.weights import DEFAULTS
 from hpo.space import SearchSpace
 from hpo.study import Study
 from hpo.workers.calibration import at_once, calibrate, not_measured
@@ -81,7 +82,7 @@ class Work:
             self.skip_broken,
             folder=Path.cwd(),
             options=self.options,
-            depot=None if self.study.depot is None else self.study.depot.url,
+            store_url=None if self.study.files.store is None else self.study.files.store.url,
         )
         engine: Engine
         if self.cluster is not None:
@@ -110,7 +111,7 @@ class Work:
 
         A number that an earlier run measured on this device is reduced where the device has less room now.
         """
-        known = self.study.packing(describe_device(device)) if asked is None else None
+        known = self.study.settings.packing(describe_device(device)) if asked is None else None
         if known is None:
             return asked
         number, why = known
@@ -151,7 +152,7 @@ class Work:
             choice = calibrate(spec, device, capacity)
         self.say(choice.why)
         if choice.measured:
-            self.study.remember_packing(describe_device(device), choice.trials, choice.why)
+            self.study.settings.set_packing(describe_device(device), choice.trials, choice.why)
         return choice.trials
 
     def _pool(self, device: torch.device, size: int, capacity: Capacity) -> WorkerPool:

@@ -108,7 +108,7 @@ def _open(
         data_path=spec.data_path,
         patient=True,  # it may replace a worker that would have waited for a lost storage
     )
-    study.use_depot(spec.depot)
+    study.files.use_store(spec.store_url)
     logging.disable(logging.NOTSET)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Emitter(emit)], force=True)
     for package in ("core", "hpo"):

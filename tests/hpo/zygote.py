@@ -1,8 +1,8 @@
 """Starts `hpo` commands as processes of their own, forked from a server that has imported torch, timm and Optuna.
 
 A command that a test starts, interrupts and kills is a real process with its own group, pipes and exit status, but does
-not spend five seconds of processor time on imports. Its workers are forked from a server that all of these commands
-share. Tests of imports, of start-up and of command lines start `python -m hpo.cli` themselves.
+not spend five seconds of processor time on imports. Its workers are forked from a server of its own, in
+its process group. Tests of imports, of start-up and of command lines start `python -m hpo.cli` themselves.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import arbitrary_address
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +145,7 @@ def serve(address: str) -> list[str]:
 
 
 def _preload() -> None:
-    """Imports what a command needs, and starts the server that the workers of all commands are forked from."""
+    """Imports what a command and its workers need."""
     for module in (
         "matplotlib.figure",
         "optuna",
@@ -157,10 +159,6 @@ def _preload() -> None:
         importlib.import_module(module)
     importlib.import_module("hpo.workers.worker")
     importlib.import_module("hpo.submission")
-
-    from hpo.workers.local import start_method
-
-    start_method()
     gc.freeze()
 
 
@@ -181,8 +179,6 @@ def _report_ended(children: dict[int, socket.socket]) -> None:
 
 def _enter(request: dict[str, Any], streams: list[int]) -> list[str]:
     """Makes this fork the command's process."""
-    from multiprocessing import forkserver
-
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -197,9 +193,28 @@ def _enter(request: dict[str, Any], streams: list[int]) -> list[str]:
     sys.stdin = open(0)  # noqa: SIM115
     sys.stdout = open(1, "w", buffering=1 if "PYTHONUNBUFFERED" in os.environ else -1)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
-    # The server of the workers runs already, and is not this process's child.
-    forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
+    _fork_server_of_workers()
     return list(request["arguments"])
+
+
+def _fork_server_of_workers() -> None:
+    """Starts `multiprocessing`'s fork server as a fork of this process, as `ensure_running` would by executing one."""
+    resource_tracker.ensure_running()
+    server: Any = forkserver._forkserver
+    alive, server._forkserver_alive_fd = os.pipe()
+    server._forkserver_address = arbitrary_address("AF_UNIX")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(server._forkserver_address)
+        listener.listen()
+        server._forkserver_pid = os.fork()
+        if server._forkserver_pid == 0:
+            os.close(server._forkserver_alive_fd)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+            try:
+                forkserver.main(listener.fileno(), alive, [])  # type: ignore[attr-defined]
+            finally:
+                os._exit(0)
+    os.close(alive)
 
 
 def _run(arguments: list[str]) -> None:

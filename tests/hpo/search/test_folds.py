@@ -30,7 +30,8 @@ from hpo.dashboard import artifacts
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.reporter import NoProgress
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import estimate_s, run_references, run_study
+from hpo.search.loop import estimate_s, run_study
+from hpo.search.recipes import run_recipes
 from hpo.search.training import Recorded, of_fold, train_recorded, validation_confusion
 from hpo.space import SearchSpace, load_space
 from hpo.space.pruner import places_of
@@ -99,9 +100,7 @@ def run(study: Study, space: SearchSpace, dataset: Dataset, *, stop_after: int |
     splits = folds(dataset, space.baseline.data)
     with Interrupts() as interrupts:
         run_study(study, space, splits, device=CPU, progress=watcher, interrupts=interrupts)
-        run_references(
-            study, space, splits, device=CPU, interrupts=interrupts, say=watcher.lines.append, progress=watcher
-        )
+        run_recipes(study, space, splits, device=CPU, interrupts=interrupts, say=watcher.lines.append, progress=watcher)
     return watcher
 
 
@@ -290,7 +289,7 @@ def test_the_estimate_counts_the_folds(tmp_path: Path, digits: Dataset, monkeypa
     monkeypatch.setattr("hpo.search.loop.seconds_per_epoch", lambda *arguments, **options: 2.0)
     space = a_space(tmp_path, overrides=["epochs=10", "pruner.rungs=[0.1]", "pruner.keep=0.5"])
     splits = folds(digits, space.baseline.data)
-    in_full, pruned = estimate_s(space, splits, trials=4, references=1, device=CPU)
+    in_full, pruned = estimate_s(space, splits, trials=4, recipes=1, device=CPU)
     assert in_full == 5 * 30 * 2.0
     # All run the first epoch, half of them the rest of fold 1; the ends of folds 1 and 2 halve them together.
     assert pruned == pytest.approx(2.0 * (4 * (1 + 9 / 2 + 10 / 2**1.5 + 10 / 4) + 30))
@@ -340,7 +339,7 @@ def test_a_torn_checkpoint_of_a_fold_costs_that_fold_alone(
         run(study, space, digits, stop_after=2 * EPOCHS + 1)
     study.paths.checkpoint(0, 2).write_bytes(b"torn")
     resumed = run(study, space, digits)
-    assert "begins anew" in caplog.text
+    assert "starts again from the first epoch" in caplog.text
     assert resumed.epochs == 2 * EPOCHS - 1  # of the third fold, all but the epoch that was interrupted at its end
     assert study.counts().complete == 1
 

@@ -18,8 +18,10 @@ from core.loop import train
 from hpo.analysis.summary import summarize
 from hpo.report.words import margins
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import KEPT_MODELS, estimate_s, pending_references, run_references, run_study
+from hpo.search.loop import estimate_s, run_study
 from hpo.search.objective import failure_of
+from hpo.search.recipes import pending_recipes, run_recipes
+from hpo.search.weights import KEPT_MODELS
 from hpo.space import SearchSpace, load_space
 from hpo.study import Study, open_study
 from hpo.study.results import read_result
@@ -54,7 +56,7 @@ def run(space: SearchSpace, trials: int) -> tuple[Study, list[str]]:
     lines: list[str] = []
     with Interrupts() as interrupts:
         run_study(study, space, splits, device=CPU, interrupts=interrupts)
-        run_references(study, space, splits, device=CPU, interrupts=interrupts, say=lines.append)
+        run_recipes(study, space, splits, device=CPU, interrupts=interrupts, say=lines.append)
     return study, lines
 
 
@@ -84,7 +86,7 @@ def test_a_reference_is_trained_once_and_again_when_its_recipe_changes(tmp_path:
     _, lines = run(space, 1)
     assert not lines
     space = write_space(tmp_path, outside="loss: {smoothing: 0.3}\n")
-    assert [recipe.name for recipe in pending_references(study, space)] == ["outside"]
+    assert [recipe.name for recipe in pending_recipes(study, space)] == ["outside"]
     run(space, 1)
     assert result_of(study, "outside")["val_loss"] != first["val_loss"]
 
@@ -144,9 +146,7 @@ def test_a_fault_of_ours_goes_through_and_the_slot_is_queued_again(
 ) -> None:
     space = write_space(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            hpo.search.loop, "_keep_weights", lambda *arguments: (_ for _ in ()).throw(AssertionError("ours"))
-        )
+        patch.setattr(hpo.search.loop, "keep_weights", lambda *arguments: (_ for _ in ()).throw(AssertionError("ours")))
         with pytest.raises(AssertionError, match="ours"):
             run(space, 2)
     study, _ = run(space, 2)
@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_configuration_is_left_and_the_trial_begins_anew
     train(other, split(dataset, space.baseline.data), device=CPU, checkpoint_to=study.paths.checkpoint(0))
     study, _ = run(space, 1)
     assert study.counts().complete == 1
-    assert "begins anew" in caplog.text
+    assert "starts again from the first epoch" in caplog.text
     assert not study.paths.checkpoint(0).exists()
 
 
@@ -187,10 +187,10 @@ def test_failures_are_told_apart_by_what_is_to_be_learnt_from_them(error: Except
 def test_the_estimate_grows_with_trials_and_recipes_and_shrinks_with_pruning(tmp_path: Path) -> None:
     space = load_space("digits", ["epochs=10", "model.widths=[8]", "model.blocks=[1]"])
     splits = folds(load_dataset(space.baseline.data), space.baseline.data)
-    in_full, pruned = estimate_s(space, splits, trials=10, references=0, device=CPU)
+    in_full, pruned = estimate_s(space, splits, trials=10, recipes=0, device=CPU)
     assert 0 < pruned < in_full
     unpruned = load_space("digits", ["epochs=10", "model.widths=[8]", "model.blocks=[1]", "pruner.name=none"])
-    in_full, same = estimate_s(unpruned, splits, trials=10, references=0, device=CPU)
+    in_full, same = estimate_s(unpruned, splits, trials=10, recipes=0, device=CPU)
     assert in_full == same
 
 

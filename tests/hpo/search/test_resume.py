@@ -13,8 +13,8 @@ import pytest
 from optuna.trial import FrozenTrial
 
 from hpo.paths import StudyPaths
-from hpo.search.loop import keep_best_weights
 from hpo.search.options import TrialOptions
+from hpo.search.weights import keep_best_weights
 from hpo.study import find_study
 from tests.hpo.storage.journals import finished_of, trials_of
 from tests.hpo.workers.chaos import Command, group_of, wait_until
@@ -97,7 +97,8 @@ def test_after_a_kill_of_everything_the_same_command_ends_at_its_total_and_tells
         resumed = again.user_attrs["resumed_epoch"]
         assert 0 < resumed <= (attempts(study, trial_index)[0].last_step or 0)
         assert (
-            f"trial {again.number} goes on after epoch {resumed}, from the checkpoint of slot {trial_index}\n" in said
+            f"trial {again.number} resumes after epoch {resumed}, from the checkpoint of trial index {trial_index}\n"
+            in said
         )
     assert "study digits (space digits): 4 of 4 trials finished" in said
     assert sorted(finished_of(study)) == [0, 1, 2, 3]

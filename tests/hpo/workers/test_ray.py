@@ -169,7 +169,7 @@ def test_a_study_on_two_nodes_survives_the_loss_of_one(
     assert {trial.state.name for trial in server.trials()} == {"COMPLETE", "FAIL"}
     trial_index = victim.user_attrs["trial_index"]
     [again] = [t for t in server.trials() if t.user_attrs["trial_index"] == trial_index and t.state.name == "COMPLETE"]
-    assert f"trial {again.number} goes on after epoch" in said
+    assert f"trial {again.number} resumes after epoch" in said
     assert "was lost with its node" in said
     assert "(raylet)" not in said  # Ray's own words, at length
 
@@ -207,16 +207,16 @@ def test_a_preempted_worker_gives_its_trial_back_a_killed_one_is_replaced_and_ct
 
 
 @pytest.mark.slow
-def test_nodes_that_share_no_folder_keep_what_is_to_stay_in_the_depot(
+def test_nodes_that_share_no_folder_keep_their_files_in_the_artifact_store(
     tmp_path: Path, space_file: str, server: Watched, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The head's folder of studies is made unknown to the nodes, which are on one disk with it here."""
     monkeypatch.setattr(hpo.workers.ray, "_studies_of", lambda spec: tmp_path / "not" / "there")
     space = load_space(space_file)
     study = open_study(space, name="own", dataset=load_dataset(space.baseline.data), storage_url=server.url)
-    study.use_depot(str(tmp_path / "depot"))
+    study.files.use_store(str(tmp_path / "depot"))
     study.queue.ensure_trials(4)
-    spec = replace(a_spec(space_file, server.url), depot=str(tmp_path / "depot"))
+    spec = replace(a_spec(space_file, server.url), store_url=str(tmp_path / "depot"))
     with Interrupts() as interrupts, StudyProgress(study) as progress, closing(RayEngine(cluster.address)) as engine:
         assert {node.cpus for node in engine.nodes()} == {1.0}
         assert engine.room() == 2
@@ -302,8 +302,8 @@ def test_a_cluster_without_room_for_a_single_worker_is_refused_in_one_line() -> 
     )
 
 
-def a_spec(space_file: str, storage: str, depot: str | None = None) -> WorkerSpec:
-    return WorkerSpec(load_space(space_file), "own", storage, None, False, Path.cwd(), depot=depot)
+def a_spec(space_file: str, storage: str, store_url: str | None = None) -> WorkerSpec:
+    return WorkerSpec(load_space(space_file), "own", storage, None, False, Path.cwd(), store_url=store_url)
 
 
 def test_an_sqlite_file_is_no_storage_of_several_machines(space_file: str) -> None:
@@ -313,7 +313,7 @@ def test_an_sqlite_file_is_no_storage_of_several_machines(space_file: str) -> No
     engine.check(a_spec(space_file, "postgresql+psycopg://x@h/d"))
 
 
-def test_a_node_without_the_studys_folder_needs_a_depot_and_a_database(
+def test_a_node_without_the_studys_folder_needs_an_artifact_store_and_a_database(
     tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studies, database = tmp_path / "elsewhere", "postgresql+psycopg://x@h/d"

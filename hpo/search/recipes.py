@@ -1,0 +1,131 @@
+"""Recipe runs: trainings of a study's recipes that are not among its trials, to compare the search with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from filelock import FileLock
+
+from core.config import TrainConfig
+from core.data import Splits
+from core.loop import EpochMetrics
+from core.runtime import derive_seed
+from hpo.paths import TrainingPaths
+from hpo.reporter import NO_PROGRESS, StudyView
+from hpo.search.interrupts import Interrupts
+from hpo.search.objective import failure_of
+from hpo.search.training import Watch, train_recorded
+from hpo.search.weights import explain_full_disk
+from hpo.space import Recipe, SearchSpace, to_yaml
+from hpo.study import Study
+from hpo.study.results import read_result, write_result
+
+
+def pending_recipes(study: Study, space: SearchSpace) -> list[Recipe]:
+    """Return the recipes that are not trials of the study and have not been trained in their present form."""
+    unqueued = {recipe.name for recipe in study.queue.unslotted_recipes()}
+    outside = [recipe for recipe in space.recipes if recipe.name in unqueued or space.express(recipe.config) is None]
+    return [recipe for recipe in outside if not _is_trained(study, recipe)]
+
+
+def run_recipes(
+    study: Study,
+    space: SearchSpace,
+    splits: Sequence[Splits],
+    *,
+    device: torch.device,
+    interrupts: Interrupts,
+    say: Callable[[str], None],
+    progress: StudyView = NO_PROGRESS,
+) -> None:
+    """Train the pending recipes, as long as a trial each.
+
+    Args:
+        study: keeps the results in its folder.
+        space: has the recipes.
+        splits: on the device: one, or one per fold.
+        device: where to train.
+        interrupts: may stop a training after an epoch.
+        say: shows the user one line for each result.
+        progress: shows the training meanwhile.
+
+    Raises:
+        KeyboardInterrupt: the run is stopped; the same command resumes from the checkpoint.
+        StudyError: the disk is full.
+    """
+    for recipe in pending_recipes(study, space):
+        paths = study.paths.reference(recipe.name)
+        with _locked(paths, interrupts):
+            if not _is_trained(study, recipe):  # by another run of the study
+                _run(study, space, splits, recipe, device=device, interrupts=interrupts, progress=progress)
+        result = read_result(paths) or {}
+        came_to = f"{result['value']:.4f}" if "value" in result else f"{result['failure']}  ({result['why']})"
+        say(f"recipe {recipe.name}  {space.metric} {came_to}")
+
+
+@contextlib.contextmanager
+def _locked(paths: TrainingPaths, interrupts: Interrupts) -> Iterator[None]:
+    """Keep other processes from training into the folder: they would overwrite each other's checkpoints."""
+    paths.dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(paths.lock)
+    with interrupts.let_through():
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(
+    study: Study,
+    space: SearchSpace,
+    splits: Sequence[Splits],
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    interrupts: Interrupts,
+    progress: StudyView,
+) -> None:
+    """Train one recipe into its folder, or write there why it cannot be trained."""
+    paths, config = study.paths.reference(recipe.name), _config_of(study, recipe)
+    if paths.config.exists() and paths.config.read_text() != to_yaml(config):
+        for outdated in (paths.result, *paths.checkpoints(len(splits))):
+            outdated.unlink(missing_ok=True)
+    try:
+        with interrupts.patient(), explain_full_disk(paths.dir):
+            watch = _watched(progress, interrupts, recipe.name, config)
+            train_recorded(config, splits, paths, metric=space.metric, device=device, watch=watch)
+    except Exception as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        write_result(paths, {"metric": space.metric, "failure": failure, "why": str(error).partition("\n")[0]})
+        for checkpoint in paths.checkpoints(len(splits)):
+            checkpoint.unlink(missing_ok=True)
+
+
+def _watched(progress: StudyView, interrupts: Interrupts, name: str, config: TrainConfig) -> Watch:
+    """Show each fold's training, and let an interrupt end it after an epoch."""
+
+    def watch(label: str) -> Callable[[EpochMetrics], None]:
+        shown = progress.training(", ".join(filter(None, (f"recipe {name}", label))), epochs=config.epochs)
+
+        def epoch_ended(epoch: EpochMetrics) -> None:
+            shown(epoch)
+            interrupts.check()
+
+        return epoch_ended
+
+    return watch
+
+
+def _config_of(study: Study, recipe: Recipe) -> TrainConfig:
+    return recipe.config.override({"seed": derive_seed(study.seed, "reference", recipe.name)})
+
+
+def _is_trained(study: Study, recipe: Recipe) -> bool:
+    """Whether the recipe has a result in its present form."""
+    paths = study.paths.reference(recipe.name)
+    return paths.result.exists() and paths.config.read_text() == to_yaml(_config_of(study, recipe))

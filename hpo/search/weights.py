@@ -1,0 +1,164 @@
+"""The weights of a study's best trials, and the disk space that they and the checkpoints take."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from optuna.trial import TrialState
+from safetensors.torch import save_file, save_model
+
+from core.data import Splits
+from core.loop import TrainResult
+from hpo.errors import FULL_DISK, HpoError, StudyError
+from hpo.search.options import TrialOptions
+from hpo.storage.atomic import replacing
+from hpo.study import Study
+from hpo.trials import Outcome
+
+logger = logging.getLogger(__name__)
+
+# Complete trials whose weights are kept for the refit: the best, and two in case the confirmation prefers them.
+KEPT_MODELS = 3
+
+DEFAULTS = TrialOptions()
+
+
+def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> None:
+    """Keep the weights of a complete trial if it is among the best, and delete those that no longer are.
+
+    Args:
+        study: the trial's.
+        splits: that it was trained on: one, or one per fold.
+        outcome: with its networks.
+    """
+    assert outcome.value is not None
+    values = _complete_values(study)
+    values[outcome.number] = study.sign * outcome.value
+    best = _best_of(values)
+    folds = range(1, len(outcome.results) + 1)
+    if outcome.number in best:
+        for fold, result in zip(folds, outcome.results, strict=True):
+            with replacing(study.paths.trial_model(outcome.number, fold)) as weights:
+                save_model(result.model, str(weights))
+            _write_validation(study.paths.trial_validation(outcome.number, fold), result, splits[fold - 1])
+        for file in study.paths.needed_by_refit(outcome.number):
+            study.files.share(file)
+    # Those that this trial displaced. Weights that two workers kept at the same time are deleted when the run ends.
+    before = _best_of({number: value for number, value in values.items() if number != outcome.number})
+    _delete(study, set(before) - set(best), folds=len(folds))
+
+
+def _write_validation(path: Path, result: TrainResult, splits: Splits) -> None:
+    """Write the network's `logits` (M, K) float32 on its validation images, and their `indices` (M,) int64.
+
+    The indices are positions in the data set. A report reads them instead of running the network.
+    """
+    assert result.val_logits is not None, "a trial has validation images"
+    with replacing(path) as file:
+        save_file({"logits": result.val_logits.cpu().contiguous(), "indices": splits.val.cpu()}, str(file))
+
+
+def keep_best_weights(study: Study, *, folds: int, options: TrialOptions = DEFAULTS) -> None:
+    """Delete weights beyond the best trials', which two workers kept at the same time, and those beyond `keep_gb`."""
+    values = _complete_values(study)
+    _delete(study, values.keys() - set(_best_of(values)), folds=folds)
+    SpaceOnDisk(study, options.keep_gb).keep_within()
+
+
+class SpaceOnDisk:
+    """Keeps a study's weights and checkpoints within a limit.
+
+    Weights are deleted first, the worst trial's before others': a refit trains again what is missing. Checkpoints of
+    running trials are never deleted; if they alone exceed the limit, there is one warning.
+
+    Args:
+        study: whose files are counted.
+        keep_gb: the limit in 10^9 bytes; None for none.
+    """
+
+    def __init__(self, study: Study, keep_gb: float | None) -> None:
+        self._study, self._keep_gb = study, keep_gb
+        self._warned = False
+
+    def keep_within(self) -> None:
+        """Delete weights that exceed the limit."""
+        if self._keep_gb is None:
+            return
+        sizes = {path: _size(path) for path in self._study.paths.weights_and_checkpoints()}
+        excess = sum(sizes.values()) - self._keep_gb * 1e9
+        values = _complete_values(self._study)
+        for number in sorted(self._study.paths.numbers_with_weights(), key=lambda n: (values.get(n, -math.inf), -n)):
+            if excess <= 0:
+                return
+            logger.info("--keep-gb %g: deleting the weights of trial %d", self._keep_gb, number)
+            for path in self._study.paths.trial_models(number):
+                path.unlink(missing_ok=True)  # the artifact store, which is not this disk, keeps them
+                excess -= sizes.get(path, 0)
+        if excess > 0 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "--keep-gb %g: the checkpoints of the running trials alone take %.2f GB more; they are kept",
+                self._keep_gb,
+                excess / 1e9,
+            )
+
+
+def _size(path: Path) -> int:
+    """File size in bytes; 0 if another worker has just deleted it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _complete_values(study: Study) -> dict[int, float]:
+    """Trial -> its value, larger is better."""
+    return {
+        trial.number: study.sign * trial.value
+        for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if trial.value is not None
+    }
+
+
+def _best_of(values: Mapping[int, float]) -> list[int]:
+    return sorted(values, key=lambda number: (-values[number], number))[:KEPT_MODELS]
+
+
+def _delete(study: Study, numbers: Iterable[int], *, folds: int) -> None:
+    for number in numbers:
+        for fold in range(1, folds + 1):
+            weights = study.paths.trial_model(number, fold)
+            for file in (weights, study.paths.trial_validation(number, fold)):
+                file.unlink(missing_ok=True)
+            study.files.unshare(weights)
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Explain a full disk in one line, and how to resume: no configuration is at fault.
+
+    Raises:
+        StudyError: instead of the error of the library that wrote.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, HpoError) or not _is_full_disk(error):
+            raise
+        name = getattr(error, "filename", None) or folder
+        raise StudyError(
+            f"{name}: no space is left on the disk; free some, and run the same command again: finished trials are "
+            "safe, and each running trial resumes from its last checkpoint"
+        ) from error
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL_DISK
+    # safetensors has an error class of its own, with the system's message in it.
+    return any(os.strerror(number) in str(error) for number in FULL_DISK)
