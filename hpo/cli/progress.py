@@ -136,7 +136,7 @@ def trial_line(study: Study, trial: FrozenTrial) -> str:
     reason = attributes.get(REASON) or attributes.get(STOPPED)
     detail = f"  ({reason})" if reason else ""
     if REPLICATE_OF in attributes:
-        detail += f"  (replicate of slot {attributes[REPLICATE_OF]})"
+        detail += f"  (replicate of trial index {attributes[REPLICATE_OF]})"
     return f"trial {trial.number:3d}  {study.metric} {value}  {how:<18} {took}  {assignments(shown)}{detail}"
 
 

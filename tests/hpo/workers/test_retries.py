@@ -269,7 +269,7 @@ def test_a_space_of_one_cell_ends_and_its_trials_are_replicates_with_seeds_of_th
     trials = sorted(trials_of(tmp_path / "studies/cell"), key=trial_index_of)
     assert [trial.user_attrs.get(REPLICATE_OF) for trial in trials] == [None, 0, 0]
     assert len({trial.value for trial in trials}) > 1  # other seeds
-    assert capsys.readouterr().out.count("(replicate of slot 0)") == 2
+    assert capsys.readouterr().out.count("(replicate of trial index 0)") == 2
 
 
 # Workers that join
