@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.analysis.study_data import StudyData
-from hpo.confirmation.result import BASE, Contender
+from hpo.confirmation.result import BASELINE, Contender
 from hpo.trials import FAILURE, RECIPE, is_baseline
 
 
@@ -34,7 +34,7 @@ class Entry:
     @property
     def is_baseline(self) -> bool:
         """Whether this is the baseline configuration."""
-        return self.key == BASE
+        return self.key == BASELINE
 
     @property
     def mean(self) -> float | None:
@@ -52,7 +52,7 @@ class Entry:
 def key_of(trial: FrozenTrial) -> str:
     """Return the key of a search's trial in a confirmation."""
     if is_baseline(trial):
-        return BASE
+        return BASELINE
     return f"recipe {trial.user_attrs[RECIPE]}" if RECIPE in trial.user_attrs else f"trial {trial.number}"
 
 

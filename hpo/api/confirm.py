@@ -12,6 +12,7 @@ from core.errors import UserError
 from hpo.api.common import joining, open_dataset, say_data, say_patience
 from hpo.cli.console import say, table
 from hpo.cli.progress import StudyProgress
+from hpo.confirmation.conclusion import conclude
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation, write_confirmation
 from hpo.confirmation.trials import Plan, open_confirmation
 from hpo.dashboard.notes import note_study
@@ -146,7 +147,7 @@ class _Confirm:
             return known
         self._say_search()
         study = self._trained() if self._plan.challengers else None
-        confirmation = self._plan.conclude(study)
+        confirmation = conclude(self._plan, study)
         write_confirmation(self._search.paths.confirmation, confirmation)
         self._search.optuna.set_user_attr(CONFIRMATION, confirmation.verdict)
         note_study(self._search, self._space)

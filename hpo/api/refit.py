@@ -15,7 +15,8 @@ from hpo.api.common import memory_told, open_dataset, say_patience
 from hpo.api.confirm import confirmed
 from hpo.cli.console import say, table
 from hpo.cli.scores import METRIC_WORDS, say_per_class, training_bars
-from hpo.confirmation.result import NO_EVIDENCE, Confirmation, is_current, read_confirmation
+from hpo.confirmation.result import Confirmation, is_current, read_confirmation
+from hpo.confirmation.words import NO_GAIN
 from hpo.errors import StudyError
 from hpo.paths import refit_label
 from hpo.report.words import unproven
@@ -155,10 +156,10 @@ def _winner(study: Study, *, data: Path | None, device_name: str | None, interru
         for line in confirmation.lines():
             say(line)
         say()
-    if confirmation.verdict.startswith(NO_EVIDENCE):
-        say(f"{NO_EVIDENCE}: the base is refitted")
+    if confirmation.verdict.startswith(NO_GAIN):
+        say(f"{NO_GAIN}: the baseline is refitted")
         if current:
-            say(f"  {confirmation.verdict.removeprefix(NO_EVIDENCE).removeprefix(': ')}")
+            say(f"  {confirmation.verdict.removeprefix(NO_GAIN).removeprefix(': ')}")
     elif current:
         say(f"confirmed: {what}, {confirmation.metric} {confirmation.verdict}")
     if winner.trial is not None:

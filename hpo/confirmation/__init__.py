@@ -1,1 +1,1 @@
-"""Trains the best configurations again on other seeds and splits, and says whether one of them beats the base."""
+"""Train the best configurations again with other seeds and splits, and test whether one of them beats the baseline."""

@@ -1,8 +1,8 @@
-"""Which configurations are worth another look, and why: the best of a search by more than its best score.
+"""The configurations worth confirming, each with its reasons.
 
-The best of many noisy scores is partly luck, and each other way to look at the same trials is lucky elsewhere: the
-score at a rung, when less was decided yet; the mean over a trial's neighbours in the space, which a single lucky
-training hardly moves; the recipes that others have tuned; the base, which is to be beaten.
+The best of many noisy scores is partly luck. Other criteria on the same trials are lucky elsewhere: the score at a
+rung; the mean over a trial's neighbours in the search space, which one lucky training hardly moves; the recipes, tuned
+by others; and the baseline, which is to be beaten.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
-from hpo.confirmation.result import BASE
+from hpo.confirmation.result import BASELINE
 from hpo.space import load_recipe
 from hpo.space.pruner import RungPruner, build_pruner
 from hpo.study import Study
@@ -30,9 +30,9 @@ from hpo.trials import RECIPE, effective_trials, is_baseline
 if TYPE_CHECKING:
     from hpo.space import SearchSpace
 
-# A trial's neighbours, itself among them, that predict its score. Of fewer trials than twice as many, most would be
-# everybody's neighbours.
 NEIGHBOURS = 5
+"""Number of neighbours, the trial included, that predict its score. With fewer than twice as many trials, most trials
+would be neighbours of all others."""
 
 _ORDINALS = ("", "second ", "third ")
 
@@ -42,49 +42,61 @@ class Candidate:
     """A configuration that may be trained again."""
 
     key: str
-    """`base`, `trial 12` or `recipe NAME`."""
+    """`baseline`, `trial 12` or `recipe NAME`."""
     trial: int | None
-    """The complete trial of the search that trained it: of several, the one with the best score."""
+    """The complete trial of the search that trained it, the best of several."""
     recipe: str | None
+    """Name of the recipe."""
     chosen_for: tuple[str, ...]
-    """Why, in words; not empty."""
+    """Reasons; not empty."""
     config: TrainConfig
-    """As the search trained it, seed and split included."""
+    """With the seed and split of the search."""
     epochs: int
-    """That a refit trains."""
+    """Number of epochs for a refit."""
     search_value: float | None
+    """Score in the search."""
 
     @property
     def identity(self) -> str:
-        """The same for the same configuration, whatever its seed and split."""
+        """Hash of the configuration, see `identity_of`."""
         return identity_of(self.config.model_dump(mode="json"))
 
 
 def identity_of(config: Mapping[str, Any]) -> str:
-    """Names a configuration, as `TrainConfig.model_dump(mode="json")` has it, but for its seed and its split."""
+    """Hash a configuration without its seed and its split.
+
+    Args:
+        config: The result of `TrainConfig.model_dump(mode="json")`.
+    """
     data = {name: value for name, value in config["data"].items() if name != "split_seed"}
     tree = {name: value for name, value in config.items() if name != "seed"} | {"data": data}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def candidates(study: Study, space: SearchSpace) -> list[Candidate]:
-    """All that a criterion speaks for, in the order in which they are preferred, the base among them.
+    """Return the candidates of all criteria and the baseline, in order of preference.
 
-    Each configuration is there once, with all reasons for it. Where one is the base, or a recipe, that is its name.
+    A configuration chosen by several criteria appears once, with all reasons. The baseline and recipes keep their keys.
 
     Args:
-        space: the study's.
+        study: The search.
+        space: Its search space.
     """
     return _Choice(study, space).made()
 
 
 def confirmed_before(study: Study, identities: Iterable[str]) -> list[Candidate]:
-    """The complete trials of the search with one of these configurations, whatever speaks for them now."""
+    """Return the complete trials of a search with certain configurations.
+
+    Args:
+        study: The search.
+        identities: Hashes of the configurations, see `identity_of`.
+    """
     wanted = set(identities)
     if not wanted:
         return []
     found: dict[str, Candidate] = {}
-    for trial in _ranked(study, _complete(study)):
+    for trial in _ranked_trials(study):
         candidate = _of_trial(study, trial, "confirmed before")
         if candidate.identity in wanted:
             found.setdefault(candidate.identity, candidate)
@@ -96,36 +108,34 @@ class _Choice:
 
     def __init__(self, study: Study, space: SearchSpace) -> None:
         self._study, self._space = study, space
-        self._trials = _ranked(study, _complete(study))
+        self._trials = _ranked_trials(study)
         self._found: dict[str, Candidate] = {}
 
     def made(self) -> list[Candidate]:
-        firsts = self._firsts()
-        recipes = self._recipes()
-        rungs = list(self._at_rungs())
-        for each in (
-            firsts[:1],
-            [self._base()],
-            rungs[:1],
-            self._predicted(),
-            recipes[:1],
-            firsts[1:2],
-            recipes[1:],
-            rungs[1:],
-            firsts[2:],
-        ):
-            for candidate in each:
-                self._add(candidate)
+        firsts, recipes, rungs = self._firsts(), self._recipes(), list(self._at_rungs())
+        in_order = (
+            *firsts[:1],
+            self._baseline(),
+            *rungs[:1],
+            *self._predicted(),
+            *recipes[:1],
+            *firsts[1:2],
+            *recipes[1:],
+            *rungs[1:],
+            *firsts[2:],
+        )
+        for candidate in in_order:
+            self._add(candidate)
         return list(self._found.values())
 
     def _add(self, candidate: Candidate) -> None:
-        """Takes it in, or its reasons where the same configuration is there already."""
+        """Add a candidate, or its reasons if its configuration is known."""
         known = self._found.get(candidate.identity)
         if known is None:
             self._found[candidate.identity] = candidate
             return
-        named = candidate if _rank(candidate) < _rank(known) else known
-        # The numbers are those of the trial that was chosen first; of the base and a recipe, if they have been trained.
+        named = candidate if _priority(candidate) < _priority(known) else known
+        # The numbers are those of the trial chosen first; a baseline or recipe may not have been a trial.
         numbers = known if known.trial is not None else candidate
         self._found[candidate.identity] = replace(
             numbers,
@@ -134,20 +144,19 @@ class _Choice:
             chosen_for=tuple(dict.fromkeys((*known.chosen_for, *candidate.chosen_for))),
         )
 
-    def _base(self) -> Candidate:
-        """The base, even where the search has not come to it or could not train it."""
+    def _baseline(self) -> Candidate:
+        """The baseline, also if the search has not trained it or it failed."""
         trial = next((trial for trial in self._trials if is_baseline(trial)), None)
         if trial is not None:
-            return replace(_of_trial(self._study, trial, "the base"), key=BASE)
+            return replace(_of_trial(self._study, trial, "the baseline"), key=BASELINE)
         config = self._space.baseline
-        return Candidate(BASE, None, None, ("the base",), config, config.epochs, None)
+        return Candidate(BASELINE, None, None, ("the baseline",), config, config.epochs, None)
 
     def _firsts(self) -> list[Candidate]:
-        """The best score and the next ones, of different configurations."""
+        """The best different configurations by their score."""
         seen: dict[str, Candidate] = {}
         for trial in self._trials:
-            rank = len(seen)
-            candidate = _of_trial(self._study, trial, f"{_ORDINALS[rank]}best validation score")
+            candidate = _of_trial(self._study, trial, f"{_ORDINALS[len(seen)]}best validation score")
             seen.setdefault(candidate.identity, candidate)
             if len(seen) == len(_ORDINALS):
                 break
@@ -160,14 +169,17 @@ class _Choice:
         if not isinstance(pruner, RungPruner):
             return
         for rung in sorted(pruner.rungs, reverse=True):
-            there = [trial for trial in self._trials if rung in trial.intermediate_values]
-            best = self._best(there, lambda trial, rung=rung: trial.intermediate_values[rung])  # type: ignore[misc]
-            if best is not None:
+            values = {
+                trial.number: trial.intermediate_values[rung]
+                for trial in self._trials
+                if rung in trial.intermediate_values
+            }
+            if (best := self._best(values)) is not None:
                 where = f"after fold {rung // epochs}" if folds and rung % epochs == 0 else f"at epoch {rung}"
                 yield _of_trial(self._study, best, f"best {where}")
 
     def _predicted(self) -> list[Candidate]:
-        """The trial whose neighbours are the best."""
+        """The trial with the best neighbours."""
         by_params: dict[str, list[FrozenTrial]] = {}
         for trial in self._trials:
             by_params.setdefault(json.dumps(trial.params, sort_keys=True), []).append(trial)
@@ -176,12 +188,11 @@ class _Choice:
             return []
         places = unit_cube([trial.params for trial in trials], self._space.distributions)
         values = [float(np.mean([_value(trial) for trial in same])) for same in by_params.values()]
-        predicted = dict(zip((trial.number for trial in trials), predict(places, values), strict=True))
-        best = self._best(trials, lambda trial: predicted[trial.number])
+        best = self._best(dict(zip((trial.number for trial in trials), predict(places, values), strict=True)))
         return [] if best is None else [_of_trial(self._study, best, "best predicted by its neighbours")]
 
     def _recipes(self) -> list[Candidate]:
-        """The recipes, the best first: those that are trials, and those that were trained beside the study."""
+        """The recipes, trials of the study or trained beside it, the best first."""
         found = [
             replace(_of_trial(self._study, trial, "a recipe"), key=f"recipe {name}", recipe=str(name))
             for trial in self._trials
@@ -191,26 +202,31 @@ class _Choice:
             result = read_result(paths) or {}
             if math.isfinite(value := result.get("value", math.nan)):
                 name = paths.dir.name
-                config = load_recipe(paths.config).config
                 kept = [row["epoch"] for row in result.get("folds", [result])]
-                epochs = int(float(np.mean(kept)) + 0.5)  # of folds the mean, half an epoch to the longer run
+                epochs = int(float(np.mean(kept)) + 0.5)  # mean of the folds, rounded half up
+                config = load_recipe(paths.config).config
                 found.append(Candidate(f"recipe {name}", None, name, ("a recipe",), config, epochs, value))
-        sign = self._study.sign
-        found.sort(key=lambda one: (-sign * (one.search_value or 0.0), one.key))
-        # One that was edited after it had been a trial is there twice; the better one keeps the name.
+        found.sort(key=lambda one: (-self._study.sign * (one.search_value or 0.0), one.key))
+        # A recipe edited after it was a trial is found twice; the better one keeps the name.
         return list({one.key: one for one in reversed(found)}.values())[::-1]
 
-    def _best(self, trials: Sequence[FrozenTrial], score: Callable[[FrozenTrial], float]) -> FrozenTrial | None:
-        """The trial with the best of these scores; of equals the one with the best value."""
-        finite = [trial for trial in trials if math.isfinite(score(trial))]
-        return max(finite, key=lambda trial: self._study.sign * score(trial), default=None)
+    def _best(self, scores: Mapping[int, float]) -> FrozenTrial | None:
+        """The trial with the best score by number; of equals the one with the best value."""
+        finite = [trial for trial in self._trials if math.isfinite(scores.get(trial.number, math.nan))]
+        return max(finite, key=lambda trial: self._study.sign * scores[trial.number], default=None)
 
 
 def unit_cube(params: Sequence[dict[str, Any]], distributions: dict[str, BaseDistribution]) -> NDArray[np.float64]:
-    """(trials, coordinates): where trials lie in the space, each range from 0 to 1, a logarithmic one in its logarithm.
+    """Map parameters to points, each range to [0, 1], on a logarithmic scale if the range has one.
 
-    Two different choices are as far from each other as the ends of a range. What a trial does without lies in the
-    middle, as far from all that have it as can be said.
+    Two choices are as far apart as the ends of a range. A parameter that a trial lacks is in the middle.
+
+    Args:
+        params: Parameters of each trial.
+        distributions: The search space.
+
+    Returns:
+        Points (trials, coordinates).
     """
     rows = [
         [place for name, distribution in distributions.items() for place in _coordinates(distribution, name, one)]
@@ -233,13 +249,17 @@ def _coordinates(distribution: BaseDistribution, name: str, params: dict[str, An
 
 
 def _same_choice(choice: Any, value: Any) -> bool:
-    """True is not 1 here."""
-    return type(choice) is type(value) and choice == value
+    return type(choice) is type(value) and choice == value  # True and 1 differ
 
 
 def predict(places: NDArray[np.float64], values: Sequence[float]) -> list[float]:
-    """What each trial's neighbours, itself among them, say of its score: their mean."""
-    from sklearn.neighbors import KNeighborsRegressor  # takes a second, which looking at a study does not need
+    """Predict each trial's score: the mean over its nearest neighbours, itself included.
+
+    Args:
+        places: Points (trials, coordinates).
+        values: The trials' scores.
+    """
+    from sklearn.neighbors import KNeighborsRegressor  # takes a second to import
 
     model: Any = KNeighborsRegressor(n_neighbors=NEIGHBOURS)
     model.fit(places, values)
@@ -251,23 +271,20 @@ def _of_trial(study: Study, trial: FrozenTrial, why: str) -> Candidate:
     return Candidate(f"trial {trial.number}", trial.number, None, (why,), trained.config, trained.epochs, trained.value)
 
 
-def _rank(candidate: Candidate) -> int:
-    """Which of two names one configuration has: the base's before a recipe's before a trial's."""
-    return 0 if candidate.key == BASE else 1 if candidate.recipe is not None else 2
+def _priority(candidate: Candidate) -> int:
+    """Lower for the key that a configuration with several keys gets."""
+    return 0 if candidate.key == BASELINE else 1 if candidate.recipe is not None else 2
 
 
-def _complete(study: Study) -> list[FrozenTrial]:
+def _ranked_trials(study: Study) -> list[FrozenTrial]:
+    """The complete trials, the best first; of equals the first, as `best_trial` does."""
     trials = effective_trials(study.optuna.get_trials(deepcopy=False))
-    return [
+    complete = [
         trial
         for _, trial in sorted(trials.items())
         if trial.state == TrialState.COMPLETE and math.isfinite(_value(trial))
     ]
-
-
-def _ranked(study: Study, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """The best first; of equals the one that was there first, as `best_trial` has it."""
-    return sorted(trials, key=lambda trial: -study.sign * _value(trial))
+    return sorted(complete, key=lambda trial: -study.sign * _value(trial))
 
 
 def _value(trial: FrozenTrial) -> float:

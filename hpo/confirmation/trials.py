@@ -1,24 +1,22 @@
-"""The confirmation as a study of its own: what is queued, who is stopped, and what it came to.
+"""The confirmation as a study of its own: which trainings are queued, and which are stopped early.
 
-A trial is one configuration on one replicate: a seed and a split that all configurations of the replicate share, so
-that they are compared in pairs, and that the search never had. Replicates are queued one after the other, each with
-all configurations, and before a claimed trial trains, whoever claimed it asks whether its configuration can still win.
-So no coordinator is needed, and any number of workers may train, of this machine and of others. The splits draw other
-validation images each time; the test images are the same for all, and stay locked.
+A trial trains one configuration on one replicate: a seed and a split, new to the search and shared by all
+configurations of the replicate, which are therefore compared in pairs. Replicates are queued one after the other, and
+before a worker trains a claimed trial, it checks whether the configuration can still win. So any number of workers on
+any machines can train without a coordinator. Splits draw other validation images each time; the test images stay
+locked.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
 import optuna
+from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
@@ -27,14 +25,13 @@ from core.errors import UserError
 from core.runtime import derive_seed
 from hpo.confirmation import statistics
 from hpo.confirmation.candidates import Candidate, candidates, confirmed_before, identity_of
-from hpo.confirmation.result import BASE, Confirmation, Contender, searched_best
+from hpo.confirmation.result import BASELINE, current_key
 from hpo.confirmation.statistics import GOOD_REPLICATES, MAX_CANDIDATES, MAX_REPLICATES, allocate
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of
 from hpo.space import CANDIDATE, REPLICATE, ConfirmationSpace
 from hpo.study import Study, open_study
 from hpo.study.metadata import read_metadata
-from hpo.study.versions import versions
 from hpo.trials import CONFIG, FAILURE, STOPPED, effective_trials, trial_index_of
 
 if TYPE_CHECKING:
@@ -44,31 +41,33 @@ if TYPE_CHECKING:
     from hpo.space import SearchSpace
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-_SPLIT_SEEDS = 2**31  # what `data.split_seed` may be
-_TRIED_SPLITS = 100  # of a replicate, before it is said that none can be trained on
+_SPLIT_SEEDS = 2**31  # range of `data.split_seed`
+_MAX_DRAWS = 100  # splits tried for a replicate
 
 
 @dataclass(frozen=True)
 class Training:
-    """One configuration on one replicate, queued, trained or stopped."""
+    """One configuration on one replicate: queued, trained or stopped."""
 
     trial_index: int
     key: str
-    """The candidate's name when it was queued."""
+    """Key of the candidate when it was queued."""
     identity: str
-    """Names its configuration."""
+    """Hash of its configuration, see `identity_of`."""
     replicate: int
     is_over: bool
     values: tuple[float, ...] | None
-    """One, or one a fold; NaN where it could not be trained; None where it was not trained, or not yet."""
+    """The value of each fold (one without folds); NaN if it failed; None if it was not trained, or not yet."""
     stopped: str | None
+    """Why it was not trained."""
     failure: str | None
+    """Why it failed."""
     epochs: int
     elapsed_s: float
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Training:
-        """What a confirmation's trial is."""
+        """Read a trial of a confirmation."""
         attributes = trial.user_attrs
         config, failure = attributes[CONFIG], attributes.get(FAILURE)
         values = None
@@ -78,7 +77,7 @@ class Training:
             values = (math.nan,) * (config["data"]["folds"] or 1)
         return cls(
             trial_index_of(trial),
-            str(attributes[CANDIDATE]),
+            current_key(str(attributes[CANDIDATE])),
             identity_of(config),
             int(attributes[REPLICATE]),
             trial.state in _FINISHED,
@@ -91,13 +90,13 @@ class Training:
 
 
 def trainings(study: Study) -> list[Training]:
-    """All of a confirmation, by slot."""
+    """Return all trainings of a confirmation, by trial index."""
     trials = effective_trials(study.optuna.get_trials(deepcopy=False))
     return [Training.of(trial) for _, trial in sorted(trials.items())]
 
 
 def scores_of(found: Iterable[Training]) -> dict[str, dict[int, tuple[float, ...]]]:
-    """Configuration -> replicate -> values, of what was trained."""
+    """Group values by configuration and replicate, without those not trained."""
     scores: dict[str, dict[int, tuple[float, ...]]] = {}
     for training in found:
         if training.values is not None:
@@ -106,10 +105,16 @@ def scores_of(found: Iterable[Training]) -> dict[str, dict[int, tuple[float, ...
 
 
 def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, trial_index: int) -> str | None:
-    """Why a claimed trial need not be trained: its candidate cannot win any more. None: it is to be trained.
+    """Explain why a claimed trial need not be trained; None if its candidate may still win.
 
-    What is asked is what stands in lower slots, so that a confirmation that is cut off and goes on decides as an
-    undisturbed one. The base is compared with all others, and never stopped unless it cannot be trained.
+    Only lower trial indices count, so an interrupted and resumed confirmation decides as an undisturbed one. The
+    baseline is compared with all others, so it is stopped only if it fails.
+
+    Args:
+        study: The confirmation.
+        space: Its space.
+        trial: The claimed trial.
+        trial_index: Its index.
     """
     identity = identity_of(trial.user_attrs[CONFIG])
     before = [training for training in trainings(study) if training.trial_index < trial_index]
@@ -118,10 +123,10 @@ def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, tri
         return known
     scores, names = scores_of(before), {training.identity: training.key for training in before}
     own = scores.pop(identity, {})
-    rivals = {} if trial.user_attrs[CANDIDATE] == BASE else {names[other]: found for other, found in scores.items()}
+    is_baseline = current_key(trial.user_attrs[CANDIDATE]) == BASELINE
     return statistics.cannot_win(
         own,
-        rivals,
+        {} if is_baseline else {names[other]: found for other, found in scores.items()},
         test_share=space.test_share,
         maximize=space.direction == "maximize",
         resolution=space.resolution,
@@ -129,16 +134,17 @@ def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, tri
 
 
 def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Dataset | None = None) -> TrainConfig:
-    """The configuration as a replicate trains it: on the replicate's split, with the replicate's seed.
+    """Give a configuration the seed and the split of a replicate, which differ from its own.
 
     Args:
-        config: as the search trained it, which neither split nor seed will be.
-        seed: the study's.
-        dataset: the images. Where many are copies of each other, one split leaves a class without any, and another does
-            not: the first that does not is taken. None: the first of all.
+        config: The configuration trained by the search.
+        replicate: Number of the replicate, from 0.
+        seed: The study's seed.
+        dataset: The images. With many duplicate images, some splits leave a class without images; these are skipped.
+            None accepts the first split.
 
     Raises:
-        UserError: none of many splits can be trained on.
+        UserError: None of many splits can be trained on.
     """
     trained = config.override({"seed": derive_seed(seed, "confirm", replicate)})
     draws = (derive_seed(seed, "confirm", replicate, "split", again) % _SPLIT_SEEDS for again in count())
@@ -149,15 +155,15 @@ def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Datas
             if dataset is not None:
                 folds(dataset, found.data)
         except UserError:
-            if tried >= _TRIED_SPLITS:
+            if tried >= _MAX_DRAWS:
                 raise
         else:
             return found
-    raise AssertionError("there is no end of draws")
+    raise AssertionError("the draws are endless")
 
 
 def search_epochs(study: Study) -> int:
-    """The epochs that the finished trials of a search have trained."""
+    """Return the number of epochs trained by the finished trials of a search."""
     trials = effective_trials(study.optuna.get_trials(deepcopy=False)).values()
     return sum(int(trial.user_attrs.get("epochs", 0)) for trial in trials if trial.state in _FINISHED)
 
@@ -165,14 +171,17 @@ def search_epochs(study: Study) -> int:
 def open_confirmation(
     search: Study, space: SearchSpace, dataset: Dataset, splits: Sequence[Splits], *, data_path: Path | None
 ) -> Study:
-    """Begins the confirmation of a study beside it, in the same storage, or goes on to it.
+    """Create or resume the confirmation of a study, beside it and in the same storage.
 
     Args:
-        space: the search's.
-        splits: the search's: one, or one a fold.
+        search: The study to confirm.
+        space: Its search space.
+        dataset: Its images.
+        splits: Its splits: one, or one per fold.
+        data_path: The `--data` option.
 
     Raises:
-        StudyError: a confirmation of another study of this name lies there.
+        StudyError: The folder has a confirmation of another study with this name.
     """
     confirming = ConfirmationSpace.of(
         search.name,
@@ -187,8 +196,8 @@ def open_confirmation(
     written = read_metadata(paths)
     if written is not None and written["hash"] != confirming.hash:
         raise StudyError(
-            f"study {name} confirms another study that was called {search.name}; delete {paths.dir}, or give the "
-            "search another --study"
+            f"study {name} confirms another study with the name {search.name}; delete {paths.dir}, or give the search "
+            "another --study"
         )
     study = open_study(
         confirming,
@@ -203,34 +212,26 @@ def open_confirmation(
     return study
 
 
-@contextlib.contextmanager
-def _alone(paths: StudyPaths) -> Iterator[None]:
-    """No other process of this machine queues meanwhile: two that saw the same missing would both queue it."""
-    paths.dir.mkdir(parents=True, exist_ok=True)
-    with paths.queueing.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 class Plan:
-    """What a confirmation trains: the candidates that its budget allows, on as many replicates.
+    """The trainings of a confirmation: the candidates and replicates that the budget allows.
 
     Args:
-        space: the search's.
-        share: what it may cost, as a share of the epochs that the search has trained; None is a third, and at least
-            what two configurations cost `GOOD_REPLICATES` times: with fewer, one that is five points better is found no
-            more often than not.
+        search: The study to confirm.
+        space: Its search space.
+        share: Budget as a fraction of the epochs trained by the search. None is a third, but at least the cost of two
+            configurations with `GOOD_REPLICATES` replicates: with fewer, an advantage of five points is found less
+            often than not.
 
     Raises:
-        StudyError: no trial of the search is complete.
+        StudyError: No trial of the search is complete.
     """
 
     def __init__(self, search: Study, space: SearchSpace, *, share: float | None) -> None:
         if search.best_trial() is None:
-            raise StudyError(f"study {search.name} has no complete trial yet; go on with it by hpo run")
-        self._search, self._seed = search, search.seed
+            raise StudyError(f"study {search.name} has no complete trial yet; continue it with hpo run")
+        self.search = search
         self.cost_epochs = space.baseline.epochs * (space.baseline.data.folds or 1)
-        """Of one training, at most."""
+        """Maximum number of epochs of one training."""
         self.search_trials, self.search_epochs = search.counts().finished, search_epochs(search)
         if share is None:
             self.budget_epochs = max(self.search_epochs // 3, 2 * GOOD_REPLICATES * self.cost_epochs)
@@ -239,180 +240,91 @@ class Plan:
         self._preferred = preferred = candidates(search, space)
         self.allocation = allocate(budget_trainings=self.budget_epochs // self.cost_epochs, candidates=len(preferred))
         self.chosen = tuple(preferred[: self.allocation.candidates])
-        why = "for which the budget is too small"
+        why = "the budget is too small for it"
         if self.allocation.candidates == MAX_CANDIDATES:
-            why = f"since more than {MAX_CANDIDATES} would only widen all intervals"
+            why = f"more than {MAX_CANDIDATES} would only widen all intervals"
         self.left_out = tuple(
-            f"{candidate.key} ({', '.join(candidate.chosen_for)}), {why}"
+            f"{candidate.key} ({', '.join(candidate.chosen_for)}): {why}"
             for candidate in preferred[self.allocation.candidates :]
         )
 
     @property
     def challengers(self) -> tuple[Candidate, ...]:
-        """All but the base; without one there is nothing to train."""
-        return tuple(candidate for candidate in self.chosen if candidate.key != BASE)
+        """The chosen candidates without the baseline; if there are none, nothing is trained."""
+        return tuple(candidate for candidate in self.chosen if candidate.key != BASELINE)
 
     @property
     def is_over_budget(self) -> bool:
-        """Whether the least that says anything costs more than was asked for."""
+        """Whether even the smallest useful confirmation costs more than the budget."""
         return self.allocation.trainings * self.cost_epochs > self.budget_epochs
 
     def queue(self, study: Study, dataset: Dataset | None = None) -> int:
-        """Queues what is missing, replicate by replicate; returns how many trainings.
+        """Queue the missing trainings, replicate by replicate.
 
-        Where all that was planned is over, what early stopping has saved goes to those that are still in. Not until one
-        of them is found to be better: a test that is repeated until it finds something finds it too often.
+        If all planned trainings are over, those saved by early stopping go to the remaining candidates. This is done
+        without looking at the significance: a test repeated until it finds something finds it too often.
 
         Args:
-            study: the confirmation.
-            dataset: the images, for splits that can be trained on; see `replicated`.
+            study: The confirmation.
+            dataset: The images, see `replicated`.
+
+        Returns:
+            The number of queued trainings.
 
         Raises:
-            UserError: there are none such.
+            UserError: A replicate has no split that can be trained on.
         """
-        with _alone(study.paths):
+        study.paths.dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(study.paths.queueing):  # two processes would queue the same trainings
             return self._queue(study, dataset)
 
     def _queue(self, study: Study, dataset: Dataset | None) -> int:
-        there = trainings(study)
-        missing = self._missing(there, range(self.allocation.replicates))
-        if not missing and all(training.is_over for training in there):
-            missing = self._saved(there)
-        places = {identity: place for place, identity in enumerate(dict.fromkeys(t.identity for t in there))}
+        known = trainings(study)
+        missing = self._missing(known, range(self.allocation.replicates))
+        if not missing and all(training.is_over for training in known):
+            missing = self._saved(known)
+        places = {identity: place for place, identity in enumerate(dict.fromkeys(t.identity for t in known))}
         queued = []
         for candidate, replicate in missing:
             place = places.setdefault(candidate.identity, len(places))
-            config = replicated(candidate.config, replicate, seed=self._seed, dataset=dataset)
+            config = replicated(candidate.config, replicate, seed=self.search.seed, dataset=dataset)
             attributes = {CANDIDATE: candidate.key, REPLICATE: replicate, CONFIG: config.model_dump(mode="json")}
             queued.append(({CANDIDATE: place, REPLICATE: replicate}, attributes))
-        study.queue.enqueue(queued)  # without any too: whoever queued before may have died before the total was raised
+        study.queue.enqueue(queued)  # also an empty list: a process may have died before it raised the total
         return len(queued)
 
-    def _missing(self, there: Sequence[Training], replicates: Iterable[int]) -> list[tuple[Candidate, int]]:
-        """What is neither trained nor queued, of those that are still in."""
-        known = {(training.identity, training.replicate) for training in there}
-        effective_trials = self._standing(there)
-        return [
-            (one, number) for number in replicates for one in effective_trials if (one.identity, number) not in known
-        ]
+    def _missing(self, known: Sequence[Training], replicates: Iterable[int]) -> list[tuple[Candidate, int]]:
+        """Trainings of the remaining candidates that are neither queued nor trained."""
+        existing = {(training.identity, training.replicate) for training in known}
+        remaining = self._remaining(known)
+        return [(one, number) for number in replicates for one in remaining if (one.identity, number) not in existing]
 
-    def _saved(self, there: Sequence[Training]) -> list[tuple[Candidate, int]]:
-        """More replicates of those that are still in, as many as the plan's trainings still allow."""
-        effective_trials, identities = self._standing(there), {candidate.identity for candidate in self.chosen}
-        if len(effective_trials) < 2:
+    def _saved(self, known: Sequence[Training]) -> list[tuple[Candidate, int]]:
+        """Further replicates of the remaining candidates, up to the planned number of trainings."""
+        identities = {candidate.identity for candidate in self.chosen}
+        if len(self._remaining(known)) < 2:
             return []
-        trained = sum(training.values is not None for training in there if training.identity in identities)
+        trained = sum(training.values is not None for training in known if training.identity in identities)
         more: list[tuple[Candidate, int]] = []
         for replicate in range(self.allocation.replicates, MAX_REPLICATES):
-            round_ = self._missing(there, [replicate])
-            if trained + len(more) + len(round_) > self.allocation.trainings:
+            missing = self._missing(known, [replicate])
+            if trained + len(more) + len(missing) > self.allocation.trainings:
                 break
-            more += round_
+            more += missing
         return more
 
-    def _standing(self, there: Sequence[Training]) -> list[Candidate]:
-        """The candidates that are still in; none where all challengers are out."""
-        out = {training.identity for training in there if training.stopped or training.failure}
-        challengers = [candidate for candidate in self.challengers if candidate.identity not in out]
-        return [one for one in self.chosen if one.identity not in out] if challengers else []
+    def _remaining(self, known: Sequence[Training]) -> list[Candidate]:
+        """The candidates neither stopped nor failed; none if all challengers are."""
+        out = {training.identity for training in known if training.stopped or training.failure}
+        remaining = [candidate for candidate in self.chosen if candidate.identity not in out]
+        return remaining if any(candidate.key != BASELINE for candidate in remaining) else []
 
-    def conclude(self, study: Study | None) -> Confirmation:
-        """What the trainings came to, so far.
+    def earlier(self, known: Sequence[Training]) -> list[Candidate]:
+        """Return the candidates of an earlier confirmation that are not chosen now; they may win too.
 
         Args:
-            study: the confirmation; None where there was nothing to train.
-
-        Raises:
-            StudyError: nothing could be trained.
+            known: The trainings of the confirmation.
         """
-        there = [] if study is None else trainings(study)
-        confirming = study.space() if study is not None else None
-        contenders = [
-            _contender(candidate, [training for training in there if training.identity == candidate.identity])
-            for candidate in (*self.chosen, *self._earlier(there))
-        ]
-        return _concluded(self, self._search, contenders, there, confirming)
-
-    def _earlier(self, there: Sequence[Training]) -> list[Candidate]:
-        """Those that an earlier confirmation trained and this one would not: they had their chance, and may win."""
-        left = {training.identity for training in there if training.values} - {one.identity for one in self.chosen}
-        spoken_for = [one for one in self._preferred if one.identity in left]
-        return spoken_for + confirmed_before(self._search, left - {one.identity for one in spoken_for})
-
-
-def _contender(candidate: Candidate, there: Collection[Training]) -> Contender:
-    failures = [training.failure for training in there if training.failure]
-    stopped = [training.stopped for training in there if training.stopped]
-    return Contender(
-        key=candidate.key,
-        trial=candidate.trial,
-        recipe=candidate.recipe,
-        chosen_for=candidate.chosen_for,
-        config=candidate.config.model_dump(mode="json"),
-        epochs=candidate.epochs,
-        search_value=candidate.search_value,
-        scores=scores_of(there).get(candidate.identity, {}),
-        stopped=None if failures or not stopped else stopped[0],
-        failure=failures[0] if failures else None,
-        interval=None,
-    )
-
-
-def _concluded(
-    plan: Plan,
-    search: Study,
-    contenders: Sequence[Contender],
-    there: Sequence[Training],
-    confirming: SearchSpace | None,
-) -> Confirmation:
-    """Judges the contenders, and puts all that is to be said into one place."""
-    maximize = search.direction == "maximize"
-    judgement = None
-    if isinstance(confirming, ConfirmationSpace):
-        try:
-            judgement = statistics.judge(
-                {one.key: one.scores for one in contenders},
-                base=BASE,
-                stopped=[one.key for one in contenders if one.stopped is not None],
-                test_share=confirming.test_share,
-                maximize=maximize,
-                resolution=confirming.resolution,
-            )
-        except ValueError as error:
-            failures = ", ".join(f"{one.key}: {one.failure or 'not trained yet'}" for one in contenders)
-            raise StudyError(
-                f"study {search.name}: nothing could be trained again ({failures}); look at it by "
-                f"hpo study show {confirmation_of(search.name)}"
-            ) from error
-    intervals = {} if judgement is None else judgement.scores
-    judged = [replace(one, interval=intervals.get(one.key)) for one in contenders]
-    judged.sort(key=lambda one: math.inf if one.interval is None else -search.sign * one.interval.mean)
-    return Confirmation(
-        study=search.name,
-        metric=search.metric,
-        direction=search.direction,
-        contenders=tuple(judged),
-        leader=None if judgement is None else judgement.leader,
-        winner=BASE if judgement is None else judgement.winner,
-        evidence=judgement is not None and judgement.evidence,
-        advantage=None if judgement is None else judgement.advantage,
-        optimism=_optimism(judged, maximize=maximize),
-        search_epochs=plan.search_epochs,
-        budget_epochs=plan.budget_epochs,
-        epochs=sum(training.epochs for training in there),
-        trainings=sum(training.values is not None for training in there),
-        replicates=max((len(one.scores) for one in judged), default=0),
-        elapsed_s=sum(training.elapsed_s for training in there),
-        left_out=plan.left_out,
-        search_trials=plan.search_trials,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=versions(),
-    )
-
-
-def _optimism(contenders: Sequence[Contender], *, maximize: bool) -> float | None:
-    """How much the search's own best score flatters; None where that trial has no score of its own to be held to."""
-    best = searched_best(contenders, maximize=maximize)
-    if best is None or best.search_value is None or best.interval is None:
-        return None
-    return statistics.optimism(best.search_value, best.interval, maximize=maximize)
+        left = {training.identity for training in known if training.values} - {one.identity for one in self.chosen}
+        preferred = [one for one in self._preferred if one.identity in left]
+        return preferred + confirmed_before(self.search, left - {one.identity for one in preferred})

@@ -16,7 +16,8 @@ from markupsafe import Markup
 from core.config import TrainConfig
 from hpo.analysis.costs import saved, totals
 from hpo.analysis.study_data import StudyData
-from hpo.confirmation.result import BASE, NO_EVIDENCE, Confirmation
+from hpo.confirmation.result import BASELINE, Confirmation
+from hpo.confirmation.words import NO_GAIN
 from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
 from hpo.report.charts import Look, cut, error_bars, marks
 from hpo.report.page import (
@@ -137,7 +138,7 @@ def _certain(data: StudyData) -> Tile:
         )
         return question, "Not confirmed", [line]
     if made.advantage is None:
-        return question, "Not known", [sentence(made.verdict.removeprefix(f"{NO_EVIDENCE}: ")) + "."]
+        return question, "Not known", [sentence(made.verdict.removeprefix(f"{NO_GAIN}: ")) + "."]
     n = made.advantage.n
     lines = [f"Each was trained on {count(n, 'other seed')} and {count(n, 'split')}."]
     if n > 1:
@@ -266,7 +267,7 @@ def contenders_figure(made: Confirmation, label: str) -> go.Figure:
     for each in scored:
         if each.interval is None:
             continue
-        is_base = each.key == BASE
+        is_base = each.key == BASELINE
         color = ORANGE if is_base else INK if each.key == made.winner else BLUE
         hover = f"{each.name}<br>{interval_text(each.interval)}<br>{', '.join(each.chosen_for)}"
         look = Look(color, "square" if is_base else "circle", 11)
@@ -287,7 +288,7 @@ def _configuration(data: StudyData) -> list[Markup]:
     if made is not None:
         shown = [made.contender(key) for key in dict.fromkeys((made.winner, made.leader)) if key is not None]
         body = [_changes(each.name, base, _flat(each.config), wins=each.key == made.winner) for each in shown]
-        return [title, *(body if shown[0].key == BASE else body[:1])]
+        return [title, *(body if shown[0].key == BASELINE else body[:1])]
     if data.best is None:
         return []
     return [title, _changes(trial_name(data.best), base, data.study.config_of(data.best).flat(), wins=True)]

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 
 from hpo.analysis.costs import own, saved
 from hpo.analysis.study_data import StudyData, value_of
-from hpo.confirmation.result import BASE
+from hpo.confirmation.result import BASELINE
 from hpo.report.answer import confirmed_text, tested_text, verdict
 from hpo.report.charts import Look, error_bars, marks, time_unit
 from hpo.report.page import (  # fmt: skip
@@ -230,11 +230,11 @@ def confirmed_figure(studies: Sequence[StudyData]) -> go.Figure:
         made = data.confirmation
         assert made is not None, "only confirmed studies are drawn"
         for contender in made.contenders:
-            if contender.key not in (made.winner, BASE) or contender.interval is None:
+            if contender.key not in (made.winner, BASELINE) or contender.interval is None:
                 continue
-            name = "the baseline" if contender.key == BASE else contender.key
+            name = "the baseline" if contender.key == BASELINE else contender.key
             hover = f"%{{y}}<br>%{{x:.4f}}, n = {contender.interval.n}"
-            look = Look(color, "square" if contender.key == BASE else "circle", 11)
+            look = Look(color, "square" if contender.key == BASELINE else "circle", 11)
             bars = error_bars([contender.interval.half_width])
             row = f"{data.study.name}:<br>{name}"
             fig.add_trace(marks([contender.interval.mean], [row], hover, look, error_x=bars))

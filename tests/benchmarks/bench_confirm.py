@@ -35,7 +35,7 @@ from bench_longtail import profile
 from common import ROOT, finish, machine, mean_and_deviation, parser, positive, table
 from trainings import SHARED, RandomCut, paired
 
-from hpo.confirmation.result import Confirmation, read_confirmation
+from hpo.confirmation.result import BASELINE, Confirmation, read_confirmation
 from hpo.paths import StudyPaths
 
 # The sides of every comparison.
@@ -189,7 +189,7 @@ class Repeat:
         numbers = {
             WINNER: confirmation.contender(confirmation.winner).trial,
             NAIVE: naive,
-            BASE: confirmation.contender("base").trial,
+            BASE: confirmation.contender(BASELINE).trial,
         }
         scores: dict[str, float] = {}
         for side, number in numbers.items():

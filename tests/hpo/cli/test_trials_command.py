@@ -277,13 +277,13 @@ def confirmation(study: Study, space: SearchSpace, *, finished: int) -> Confirma
     """One by which the base won, in a study of so many finished trials."""
 
     def contender(key: str, config: TrainConfig, mean: float) -> Contender:
-        return Contender(key, 0 if key == "base" else 4, None, (), config.model_dump(mode="json"), 2, 0.7,
+        return Contender(key, 0 if key == "baseline" else 4, None, (), config.model_dump(mode="json"), 2, 0.7,
                          {0: (mean,), 1: (mean,)}, None, None, Interval(mean, 0.01, 2))  # fmt: skip
 
     best = contender("trial 4", study.config_of(study.optuna.trials[4]), 0.6)
-    base = contender("base", space.baseline, 0.65)
+    base = contender("baseline", space.baseline, 0.65)
     return Confirmation(
-        study.name, "accuracy", "maximize", (base, best), "trial 4", "base", evidence=False,
+        study.name, "accuracy", "maximize", (base, best), "trial 4", "baseline", evidence=False,
         advantage=Interval(-0.05, 0.02, 2), optimism=0.3, search_epochs=9, budget_epochs=8, epochs=8, trainings=4,
         replicates=2, elapsed_s=1.0, left_out=(), search_trials=finished,
         created="2026-01-30T12:00:00+00:00", versions={},
@@ -295,13 +295,11 @@ def test_the_best_is_the_confirmed_winner_and_it_is_said(
 ) -> None:
     write_confirmation(study.paths.confirmation, confirmation(study, space, finished=study.counts().finished))
     text = output_of(monkeypatch, capsys, "study", "export", "best", "--study", "s")
-    assert text.replace("\n# ", " ").startswith(
-        "# Confirmed on other seeds and splits: no evidence that tuning helped: trial 4"
-    )
+    assert text.replace("\n# ", " ").startswith("# Confirmed on other seeds and splits: no significant gain: trial 4")
     file = study.paths.dir / "winner.yaml"
     file.write_text(text)
     assert load_recipe(file).config == space.baseline
-    assert load_recipe(file).description == "the winner of study s: the base (trial 0)"
+    assert load_recipe(file).description == "the winner of study s: the baseline (trial 0)"
 
 
 def test_a_confirmation_of_fewer_trials_does_not_count(

@@ -25,6 +25,7 @@ from core.errors import UserError
 from hpo.api.confirm import confirmed
 from hpo.cli.progress import StudyProgress
 from hpo.confirmation.candidates import NEIGHBOURS, candidates, identity_of, predict, unit_cube
+from hpo.confirmation.conclusion import conclude
 from hpo.confirmation.result import Confirmation, read_confirmation
 from hpo.confirmation.trials import Plan, Training, open_confirmation, replicated, search_epochs, trainings
 from hpo.errors import SpaceError, StudyError
@@ -118,14 +119,14 @@ def test_a_planted_better_configuration_is_confirmed(studies: Path) -> None:
     assert "best validation score" in winner.chosen_for
     assert confirmation.advantage is not None
     assert confirmation.advantage.low > 0
-    assert "better than the base by" in confirmation.verdict
+    assert "better than the baseline by" in confirmation.verdict
 
 
 def test_a_search_that_cannot_beat_its_base_ends_with_no_evidence(studies: Path) -> None:
     confirmation = result_of("hopeless")
     assert not confirmation.evidence
-    assert confirmation.winner == "base"
-    assert confirmation.verdict.startswith("no evidence that tuning helped")
+    assert confirmation.winner == "baseline"
+    assert confirmation.verdict.startswith("no significant gain")
 
 
 def test_the_verdict_stands_in_the_storage_of_the_search(studies: Path) -> None:
@@ -358,7 +359,7 @@ def test_a_candidate_that_cannot_win_is_not_trained_any_more(studies: Path) -> N
     assert base.stopped is None
     assert len(challenger.scores) == 3
     assert challenger.stopped is not None
-    assert challenger.stopped.startswith("worse than base by")
+    assert challenger.stopped.startswith("worse than baseline by")
     stopped = [trial for trial in study.optuna.get_trials() if STOPPED in trial.user_attrs]
     assert [(trial.state, trial.user_attrs[STOPPED]) for trial in stopped] == 2 * [
         (TrialState.PRUNED, challenger.stopped)
@@ -369,39 +370,42 @@ def test_a_candidate_that_cannot_win_is_not_trained_any_more(studies: Path) -> N
 def test_what_stopping_saves_goes_to_those_that_are_still_in(searches: Path, digits: Dataset) -> None:
     study, plan = a_field(digits)
     assert (plan.allocation.candidates, plan.allocation.replicates) == (3, 5)
-    end_all(study, {"base": 0.5, "trial 1": 0.9, "trial 2": 0.1}, stop={"trial 2": 3})
+    end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.1}, stop={"trial 2": 3})
     assert plan.queue(study) == 2  # of the two that were saved, one more replicate for each that is left
-    assert [(training.key, training.replicate) for training in trainings(study)[-2:]] == [("trial 1", 5), ("base", 5)]
-    end_all(study, {"base": 0.5, "trial 1": 0.9, "trial 2": 0.1})
+    assert [(training.key, training.replicate) for training in trainings(study)[-2:]] == [
+        ("trial 1", 5),
+        ("baseline", 5),
+    ]
+    end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.1})
     assert plan.queue(study) == 0
-    confirmation = plan.conclude(study)
+    confirmation = conclude(plan, study)
     assert confirmation.trainings == plan.allocation.trainings == 15
     assert confirmation.contender("trial 2").stopped == "cannot win"
 
 
 def test_when_all_challengers_are_out_nothing_more_is_trained(searches: Path, digits: Dataset) -> None:
     study, plan = a_field(digits)
-    end_all(study, {"base": 0.5, "trial 1": 0.3, "trial 2": 0.1}, stop={"trial 1": 3, "trial 2": 3})
+    end_all(study, {"baseline": 0.5, "trial 1": 0.3, "trial 2": 0.1}, stop={"trial 1": 3, "trial 2": 3})
     assert plan.queue(study) == 0
-    assert plan.conclude(study).winner == "base"
+    assert conclude(plan, study).winner == "baseline"
 
 
 @pytest.mark.parametrize(
     ("failing", "winner", "words"),
     [
-        ("base", "trial 1", "the base could not be trained"),
-        ("trial 1", "trial 2", "better than the base"),
-        ("trial 2", "trial 1", "better than the base"),
+        ("baseline", "trial 1", "the baseline could not be trained"),
+        ("trial 1", "trial 2", "better than the baseline"),
+        ("trial 2", "trial 1", "better than the baseline"),
     ],
 )
 def test_what_cannot_be_trained_is_said_and_wins_nothing(
     failing: str, winner: str, words: str, searches: Path, digits: Dataset
 ) -> None:
     study, plan = a_field(digits)
-    end_all(study, {"base": 0.5, "trial 1": 0.9, "trial 2": 0.8}, fail={failing})
+    end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.8}, fail={failing})
     assert plan.queue(study) == 4  # its first training was its last, of five
-    end_all(study, {"base": 0.5, "trial 1": 0.9, "trial 2": 0.8})
-    confirmation = plan.conclude(study)
+    end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.8})
+    confirmation = conclude(plan, study)
     assert confirmation.winner == winner
     assert words in confirmation.verdict
     assert confirmation.contender(failing).failure == "diverged"
@@ -410,9 +414,9 @@ def test_what_cannot_be_trained_is_said_and_wins_nothing(
 
 def test_where_nothing_can_be_trained_that_is_an_error(searches: Path, digits: Dataset) -> None:
     study, plan = a_field(digits)
-    end_all(study, {}, fail={"base", "trial 1", "trial 2"})
+    end_all(study, {}, fail={"baseline", "trial 1", "trial 2"})
     with pytest.raises(StudyError, match=r"field: nothing could be trained again .*diverged"):
-        plan.conclude(study)
+        conclude(plan, study)
 
 
 def a_field(dataset: Dataset) -> tuple[Study, Plan]:
@@ -581,13 +585,13 @@ def test_the_candidates_are_the_best_by_several_criteria_in_the_order_of_prefere
     )
     assert reasons(study, space) == {
         "trial 1": ("best validation score",),
-        "base": ("the base",),
+        "baseline": ("the baseline",),
         "trial 2": ("best at epoch 5", "third best validation score"),
         "recipe old": ("a recipe",),
         "trial 5": ("second best validation score",),
         "trial 3": ("best at epoch 2",),
     }
-    assert list(reasons(study, space)) == ["trial 1", "base", "trial 2", "recipe old", "trial 5", "trial 3"]
+    assert list(reasons(study, space)) == ["trial 1", "baseline", "trial 2", "recipe old", "trial 5", "trial 3"]
 
 
 def test_of_equal_scores_the_earlier_trial_is_first_as_in_the_search() -> None:
@@ -606,7 +610,7 @@ def test_a_configuration_is_there_once_whatever_it_is_called() -> None:
     )
     assert list(reasons(study, space).items()) == [
         ("trial 3", ("best validation score",)),
-        ("base", ("the base",)),
+        ("baseline", ("the baseline",)),
         ("recipe r", ("a recipe", "second best validation score")),
         ("trial 1", ("third best validation score",)),
     ]
@@ -615,7 +619,7 @@ def test_a_configuration_is_there_once_whatever_it_is_called() -> None:
 def test_the_base_that_is_the_best_is_the_base() -> None:
     study, space = invented("s", {1: 0.1, 2: 0.2}, IMAGES, base=0.9)
     first = candidates(study, space)[0]
-    assert (first.key, first.trial, first.chosen_for) == ("base", 0, ("best validation score", "the base"))
+    assert (first.key, first.trial, first.chosen_for) == ("baseline", 0, ("best validation score", "the baseline"))
 
 
 def test_a_trial_among_good_neighbours_is_chosen_over_a_lucky_one() -> None:
@@ -674,7 +678,7 @@ def test_a_recipe_that_was_trained_beside_the_study_is_a_candidate() -> None:
     failed.config.write_text("epochs: 10\n")
     write_result(failed, {"metric": "accuracy", "failure": "oom", "why": "too large"})
     found = {one.key: one for one in candidates(study, space)}
-    assert list(found) == ["trial 1", "base", "recipe theirs"]
+    assert list(found) == ["trial 1", "baseline", "recipe theirs"]
     theirs = found["recipe theirs"]
     assert (theirs.trial, theirs.recipe, theirs.epochs, theirs.search_value) == (None, "theirs", 4, 0.7)
     assert theirs.config.batch_size == 16
@@ -696,7 +700,7 @@ def test_with_the_loss_as_objective_less_is_better(tmp_path: Path) -> None:
             )
         )
     assert reasons(study, space)["trial 1"] == ("best validation score",)
-    assert "best at epoch 5" in reasons(study, space)["base"]
+    assert "best at epoch 5" in reasons(study, space)["baseline"]
 
 
 # Beside the search
@@ -733,7 +737,7 @@ def test_a_confirmation_is_shown_by_its_candidates(
     assert "best:" not in said
     assert "hpo refit" not in said
     assert "  hpo confirm hopeless\n" in said
-    assert any(line.split()[:2] == ["base", "5"] for line in said.splitlines())
+    assert any(line.split()[:2] == ["baseline", "5"] for line in said.splitlines())
 
 
 def test_the_search_is_shown_with_its_confirmation(
@@ -778,9 +782,9 @@ def test_where_the_base_alone_is_complete_it_is_the_winner_and_nothing_is_traine
 ) -> None:
     invented("s", {}, IMAGES)
     assert hpo(monkeypatch, "confirm", "s") == 0
-    assert "nothing was compared with the base" in capfd.readouterr().out
+    assert "no other trial was compared with the baseline" in capfd.readouterr().out
     confirmation = result_of("s")
-    assert (confirmation.winner, confirmation.leader, confirmation.trainings) == ("base", None, 0)
+    assert (confirmation.winner, confirmation.leader, confirmation.trainings) == ("baseline", None, 0)
     assert not StudyPaths.of("s.confirm").dir.exists()
 
 
@@ -826,7 +830,7 @@ def test_the_confirmation_of_another_study_of_the_name_is_not_gone_on_with(studi
     )
     search = find_study("hopeless")
     renamed = Study(search.optuna, StudyPaths.of("planted"), search.metadata, search.storage_url)
-    with pytest.raises(StudyError, match=r"planted\.confirm confirms another study that was called planted; delete"):
+    with pytest.raises(StudyError, match=r"planted\.confirm confirms another study with the name planted; delete"):
         open_confirmation(renamed, search.space(), digits, folds(digits, search.space().baseline.data), data_path=None)
 
 

@@ -532,7 +532,7 @@ def a_confirmation(data: StudyData) -> Confirmation:
         direction=data.study.direction,
         contenders=(
             contender(ranked.key_of(best), best.number, 0.9, search_value=best.value),
-            contender("base", 0, 0.8),
+            contender("baseline", 0, 0.8),
             contender("recipe theirs", None, 0.7, recipe="theirs", stopped="cannot win: worse by 0.2"),
         ),
         leader=ranked.key_of(best),
@@ -567,14 +567,15 @@ def test_entries_are_the_best_the_baseline_and_the_recipes_best_first(digits: Da
         ("recipe beside", 0.95),
         ("trial 1", 0.9),
         ("recipe theirs", 0.7),
-        ("base", 0.5),
+        ("baseline", 0.5),
         ("recipe large", None),
         ("recipe lost", None),
     ]
     section = baselines.baselines(data)
     assert section is not None
     assert (
-        "no better than recipe beside, 0.2000 better than recipe theirs and 0.4000 better than the base" in section.lead
+        "no better than recipe beside, 0.2000 better than recipe theirs and 0.4000 better than the baseline"
+        in section.lead
     )
     assert [row[2] for row in cells_of(section)] == ["+0.4500", "+0.4000", "+0.2000", "–", "–", "–"]
     assert "could not be trained: oom" in text_of(section)
@@ -583,7 +584,7 @@ def test_entries_are_the_best_the_baseline_and_the_recipes_best_first(digits: Da
 
 def test_a_best_trial_that_is_the_baseline_is_listed_once(digits: Dataset) -> None:
     data = given(digits, [a_trial(0, {}, 0.9, baseline=True), a_trial(1, {}, 0.7, recipe="theirs")])
-    assert [entry.key for entry in ranked.ranked_entries(data)] == ["base", "recipe theirs"]
+    assert [entry.key for entry in ranked.ranked_entries(data)] == ["baseline", "recipe theirs"]
     section = baselines.baselines(data)
     assert section is not None
     assert section.lead.startswith(
@@ -596,7 +597,7 @@ def test_confirmed_scores_are_shown_with_their_intervals(real: StudyData) -> Non
     section = baselines.baselines(confirmed)
     assert section is not None
     assert "0.9000 ± 0.0100" in text_of(section)
-    assert "better than the base by" in section.lead
+    assert "better than the baseline by" in section.lead
     assert "cannot win: worse by 0.2" in text_of(section)
     [fig] = figures_of(section)
     searched, squares = fig["data"]
@@ -709,7 +710,7 @@ def test_missing_images_are_reported_with_a_command(real: StudyData, tmp_path: P
 
 def test_the_outputs_are_the_winners_or_else_the_best_trials(real: StudyData) -> None:
     assert real.best is not None
-    base = replace(a_confirmation(real), winner="base", evidence=False)
+    base = replace(a_confirmation(real), winner="baseline", evidence=False)
     kept = real.study.paths.trial_validation(0).exists()
     found = outputs.read_outputs(replace(real, confirmation=base))
     assert found is not None

@@ -368,14 +368,14 @@ def confirmation_of(data: StudyData, *, lead: float, spread: float, evidence: bo
         scores = {at: (mean + each,) for at, each in enumerate(around)}
         interval = corrected_interval([value for (value,) in scores.values()], test_share=1 / 3)
         config = data.study.config_of(trial).model_dump(mode="json")
-        words = ("best validation score",) if key != "base" else ("the base",)
+        words = ("best validation score",) if key != "baseline" else ("the baseline",)
         return Contender(key, trial.number, None, words, config, 10, trial.value, scores, None, None, interval)
 
     best = contender(f"trial {data.best.number}", data.best, 0.9 + lead)
     return Confirmation(
         study=data.study.name, metric=data.metric, direction=data.study.direction,
-        contenders=(best, contender("base", data.baseline, 0.9)),
-        leader=best.key, winner=best.key if evidence else "base",
+        contenders=(best, contender("baseline", data.baseline, 0.9)),
+        leader=best.key, winner=best.key if evidence else "baseline",
         evidence=evidence, advantage=Interval(lead, 0.006, 5), optimism=0.011, search_epochs=120, budget_epochs=40,
         epochs=100, trainings=10, replicates=5, elapsed_s=75.0, left_out=("trial 3, for which it is too small",),
         search_trials=data.finished, created="2026-01-01T00:00:00+00:00", versions={},
@@ -408,7 +408,7 @@ def test_without_a_significant_gain_the_baseline_wins(twelve: StudyData) -> None
     data = twelve
     data = replace(data, confirmation=confirmation_of(data, lead=0.002, spread=0.004, evidence=False))
     found = answer(data)
-    assert found.lead.startswith("No evidence that tuning helped")
+    assert found.lead.startswith("No significant gain")
     assert "(trial 0): the unchanged baseline." in text_of(found)
 
 

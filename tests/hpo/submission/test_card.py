@@ -47,7 +47,7 @@ CONFIRMATION = Confirmation(
     study="pets",
     metric="accuracy",
     direction="maximize",
-    contenders=(contender("trial 7", WINNER, 0.912, trial=7), contender("base", BASE, 0.881, trial=0)),
+    contenders=(contender("trial 7", WINNER, 0.912, trial=7), contender("baseline", BASE, 0.881, trial=0)),
     leader="trial 7",
     winner="trial 7",
     evidence=True,
@@ -66,7 +66,7 @@ CONFIRMATION = Confirmation(
 )
 
 
-TO_THE_BASE = replaced(CONFIRMATION, winner="base", evidence=False, advantage=Interval(0.002, 0.006, 5))
+TO_THE_BASE = replaced(CONFIRMATION, winner="baseline", evidence=False, advantage=Interval(0.002, 0.006, 5))
 
 
 def per_class(*support: int) -> list[dict[str, Any]]:
@@ -217,7 +217,7 @@ def test_a_test_set_that_was_opened_often_is_confessed() -> None:
 
 
 def test_a_search_that_found_nothing_is_said_as_such() -> None:
-    assert "no evidence that tuning helped" in card(changed("confirmation", to=TO_THE_BASE.to_json()))
+    assert "no significant gain" in card(changed("confirmation", to=TO_THE_BASE.to_json()))
 
 
 @pytest.mark.parametrize("whose", ["base", "defaults"])

@@ -429,7 +429,7 @@ def confirm(study: Study, *contenders: Contender, winner: str, gap: Interval) ->
     """Writes down that these were confirmed just now."""
     found = Confirmation(
         study=study.name, metric="accuracy", direction="maximize", contenders=contenders, leader=contenders[0].key,
-        winner=winner, evidence=winner != "base", advantage=gap, optimism=0.01, search_epochs=6, budget_epochs=2,
+        winner=winner, evidence=winner != "baseline", advantage=gap, optimism=0.01, search_epochs=6, budget_epochs=2,
         epochs=12, trainings=6, replicates=3, elapsed_s=1.0, left_out=(), search_trials=study.counts().finished,
         created="2026-01-01T00:00:00+00:00", versions={},
     )  # fmt: skip
@@ -444,11 +444,13 @@ def test_the_confirmed_winner_is_refitted_and_not_the_best_of_the_search(
     assert best is not None
     other = next(number for number in (1, 2) if number != best.number)
     challenger = contender(f"trial {other}", study.trained(other).config, 0.9, trial=other)
-    base = contender("base", study.trained(0).config, 0.8, trial=0)
+    base = contender("baseline", study.trained(0).config, 0.8, trial=0)
     found = confirm(study, challenger, base, winner=challenger.key, gap=Interval(0.1, 0.02, 3))
     assert hpo(monkeypatch, "refit", "best") == 0
     said = capsys.readouterr().out
-    assert f"confirmed: trial {other}, accuracy 0.900 ± 0.020 (n = 3), better than the base by 0.100 ± 0.020" in said
+    assert (
+        f"confirmed: trial {other}, accuracy 0.900 ± 0.020 (n = 3), better than the baseline by 0.100 ± 0.020" in said
+    )
     report = report_of(study.paths.refit("best"))
     assert report["trial"] == other
     assert Confirmation.from_json(report["confirmation"]) == found
@@ -464,12 +466,12 @@ def test_without_evidence_the_base_is_refitted(
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     challenger = contender("trial 1", study.trained(1).config, 0.81, trial=1)
-    base = contender("base", study.trained(0).config, 0.8, trial=0)
-    confirm(study, challenger, base, winner="base", gap=Interval(0.01, 0.03, 3))
+    base = contender("baseline", study.trained(0).config, 0.8, trial=0)
+    confirm(study, challenger, base, winner="baseline", gap=Interval(0.01, 0.03, 3))
     assert hpo(monkeypatch, "refit", "best") == 0
     said = capsys.readouterr().out
-    assert "no evidence that tuning helped: the base is refitted\n  trial 1 is ahead of the base by 0.010" in said
-    assert "refitting the base (trial 0) of study own" in said
+    assert "no significant gain: the baseline is refitted\n  trial 1 beats the baseline by 0.010" in said
+    assert "refitting the baseline (trial 0) of study own" in said
     assert said.endswith(
         "  hpo confirm own --budget 4  # twice the trainings, to be surer\n"
         "  hpo refit 1 --study own  # trial 1 all the same\n"
@@ -481,7 +483,10 @@ def test_a_recipe_that_won_and_was_no_trial_is_refitted_by_its_own_configuration
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = SMALL.override({"epochs": 3, "seed": 5})
-    recipe, base = contender("recipe borrowed", config, 0.9), contender("base", study.trained(0).config, 0.8, trial=0)
+    recipe, base = (
+        contender("recipe borrowed", config, 0.9),
+        contender("baseline", study.trained(0).config, 0.8, trial=0),
+    )
     confirm(study, recipe, base, winner=recipe.key, gap=Interval(0.1, 0.02, 3))
     assert hpo(monkeypatch, "refit", "best") == 0
     assert "refitting recipe borrowed of study own" in capsys.readouterr().out

@@ -1,0 +1,109 @@
+"""The result of a confirmation, computed from its trainings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from hpo.confirmation import statistics
+from hpo.confirmation.candidates import Candidate
+from hpo.confirmation.result import BASELINE, Confirmation, Contender, searched_best
+from hpo.confirmation.statistics import Comparison
+from hpo.confirmation.trials import Plan, Training, scores_of, trainings
+from hpo.errors import StudyError
+from hpo.paths import confirmation_of
+from hpo.space import ConfirmationSpace
+from hpo.study import Study
+from hpo.study.versions import versions
+
+
+def conclude(plan: Plan, study: Study | None) -> Confirmation:
+    """Compare the trained candidates with the baseline.
+
+    Args:
+        plan: The plan of the confirmation.
+        study: The confirmation; None if there was nothing to train.
+
+    Raises:
+        StudyError: Nothing could be trained.
+    """
+    search = plan.search
+    known = [] if study is None else trainings(study)
+    contenders = [
+        _contender(candidate, [training for training in known if training.identity == candidate.identity])
+        for candidate in (*plan.chosen, *plan.earlier(known))
+    ]
+    space = None if study is None else study.space()
+    if isinstance(space, ConfirmationSpace):
+        compared = _compared(search.name, contenders, space)
+    else:
+        compared = Comparison(None, BASELINE, {}, None, evidence=False)
+    contenders = [replace(one, interval=compared.scores.get(one.key)) for one in contenders]
+    contenders.sort(key=lambda one: math.inf if one.interval is None else -search.sign * one.interval.mean)
+    return Confirmation(
+        study=search.name,
+        metric=search.metric,
+        direction=search.direction,
+        contenders=tuple(contenders),
+        leader=compared.leader,
+        winner=compared.winner,
+        evidence=compared.evidence,
+        advantage=compared.advantage,
+        optimism=_optimism(contenders, maximize=search.direction == "maximize"),
+        search_epochs=plan.search_epochs,
+        budget_epochs=plan.budget_epochs,
+        epochs=sum(training.epochs for training in known),
+        trainings=sum(training.values is not None for training in known),
+        replicates=max((len(one.scores) for one in contenders), default=0),
+        elapsed_s=sum(training.elapsed_s for training in known),
+        left_out=plan.left_out,
+        search_trials=plan.search_trials,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+    )
+
+
+def _contender(candidate: Candidate, own: Collection[Training]) -> Contender:
+    failures = [training.failure for training in own if training.failure]
+    stopped = [training.stopped for training in own if training.stopped]
+    return Contender(
+        key=candidate.key,
+        trial=candidate.trial,
+        recipe=candidate.recipe,
+        chosen_for=candidate.chosen_for,
+        config=candidate.config.model_dump(mode="json"),
+        epochs=candidate.epochs,
+        search_value=candidate.search_value,
+        scores=scores_of(own).get(candidate.identity, {}),
+        stopped=None if failures or not stopped else stopped[0],
+        failure=failures[0] if failures else None,
+        interval=None,
+    )
+
+
+def _compared(search: str, contenders: Sequence[Contender], space: ConfirmationSpace) -> Comparison:
+    try:
+        return statistics.compare(
+            {one.key: one.scores for one in contenders},
+            baseline=BASELINE,
+            stopped=[one.key for one in contenders if one.stopped is not None],
+            test_share=space.test_share,
+            maximize=space.direction == "maximize",
+            resolution=space.resolution,
+        )
+    except ValueError as error:
+        failures = ", ".join(f"{one.key}: {one.failure or 'not trained yet'}" for one in contenders)
+        raise StudyError(
+            f"study {search}: nothing could be trained again ({failures}); inspect it with "
+            f"hpo study show {confirmation_of(search)}"
+        ) from error
+
+
+def _optimism(contenders: Sequence[Contender], *, maximize: bool) -> float | None:
+    """How much the best score of the search is too optimistic; None if its trial has no confirmed score."""
+    best = searched_best(contenders, maximize=maximize)
+    if best is None or best.search_value is None or best.interval is None:
+        return None
+    return statistics.optimism(best.search_value, best.interval, maximize=maximize)
