@@ -14,6 +14,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from core.data import Dataset
+from hpo.analysis.study_data import StudyData
+from hpo.confirmation.result import BASELINE as BASELINE_KEY
+from hpo.confirmation.result import Confirmation, Contender
+from hpo.confirmation.statistics import Interval
 from hpo.space import SearchSpace, space_from_yaml
 from hpo.space.pruner import build_pruner
 from hpo.study import Study, open_study
@@ -155,3 +159,38 @@ def _with_state(trial: FrozenTrial, *, running: bool) -> FrozenTrial:
         intermediate_values=reported,
         user_attrs=kept,
     )
+
+
+def invented_confirmation(
+    data: StudyData, *, lead: float, evidence: bool, base: float = 0.9, half_width: float = 0.01, **changes: Any
+) -> Confirmation:
+    """Make a confirmation of five replicates in which the best trial leads the baseline by `lead`."""
+    assert data.best is not None
+    assert data.baseline is not None
+
+    def contender(key: str, trial: FrozenTrial, mean: float, reason: str) -> Contender:
+        scores = {replicate: (mean + half_width * (replicate - 2) / 2,) for replicate in range(5)}
+        config, interval = data.study.config_of(trial).model_dump(mode="json"), Interval(mean, half_width, 5)
+        return Contender(key, trial.number, None, (reason,), config, 10, trial.value, scores, None, None, interval)
+
+    best = contender(f"trial {data.best.number}", data.best, base + lead, "best validation score")
+    content: dict[str, Any] = {
+        "contenders": (best, contender(BASELINE_KEY, data.baseline, base, "the baseline")),
+        "leader": best.key,
+        "winner": best.key if evidence else BASELINE_KEY,
+        "evidence": evidence,
+        "advantage": Interval(lead, 0.006, 5),
+        "optimism": 0.011,
+        "search_epochs": 120,
+        "budget_epochs": 40,
+        "epochs": 100,
+        "trainings": 10,
+        "replicates": 5,
+        "elapsed_s": 75.0,
+        "left_out": ("trial 3, for which it is too small",),
+        "search_trials": data.finished,
+        "created": "2026-01-01T00:00:00+00:00",
+        "versions": {},
+    }
+    study, metric, direction = data.study.name, data.metric, data.study.direction
+    return Confirmation(study=study, metric=metric, direction=direction, **(content | changes))

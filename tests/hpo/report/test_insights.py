@@ -34,7 +34,7 @@ from hpo.analysis import failures as failed
 from hpo.analysis import outputs
 from hpo.analysis import pruning as rungs
 from hpo.analysis.study_data import StudyData, read_study_data
-from hpo.confirmation.result import Confirmation, Contender
+from hpo.confirmation.result import Confirmation
 from hpo.confirmation.statistics import Interval
 from hpo.paths import StudyPaths
 from hpo.report import baselines, costs, failures, images, pruning, samples
@@ -44,7 +44,7 @@ from hpo.space.pruner import build_pruner, places_of
 from hpo.study import Study
 from hpo.study.metadata import new_metadata
 from hpo.trials import BASELINE, INTERRUPTED, LET_THROUGH, RECIPE, RESUMED_EPOCH, TAKEN_FROM, TRIAL_INDEX
-from tests.hpo.invented import invented_study
+from tests.hpo.invented import invented_confirmation, invented_study
 
 EPOCHS = 20
 SECTIONS: tuple[Callable[[StudyData], Section | None], ...] = (
@@ -514,43 +514,17 @@ def test_the_fraction_explained_is_one_for_a_cause_and_near_zero_for_noise(kind:
 
 
 def a_confirmation(data: StudyData) -> Confirmation:
-    """The base and the best trial, confirmed on five seeds and splits."""
-    best = data.best
-    assert best is not None
-    config = data.study.config_of(best).model_dump(mode="json")
-
-    def contender(key: str, number: int | None, mean: float, **more: Any) -> Contender:
-        interval = more.pop("interval", Interval(mean, 0.01, 5))
-        common = {"recipe": None, "chosen_for": (), "config": config, "epochs": 3, "search_value": None, "scores": {}}
-        return Contender(
-            key=key, trial=number, interval=interval, **{**common, "stopped": None, "failure": None, **more}
-        )
-
-    return Confirmation(
-        study=data.study.name,
-        metric=data.metric,
-        direction=data.study.direction,
-        contenders=(
-            contender(ranked.key_of(best), best.number, 0.9, search_value=best.value),
-            contender("baseline", 0, 0.8),
-            contender("recipe theirs", None, 0.7, recipe="theirs", stopped="cannot win: worse by 0.2"),
-        ),
-        leader=ranked.key_of(best),
-        winner=ranked.key_of(best),
-        evidence=True,
-        advantage=Interval(0.1, 0.02, 5),
-        optimism=0.01,
-        search_epochs=30,
-        budget_epochs=30,
-        epochs=30,
-        trainings=10,
-        replicates=5,
-        elapsed_s=12.0,
-        left_out=(),
-        search_trials=data.finished,
-        created="2026-01-01T00:00:00+00:00",
-        versions={},
+    """A confirmation of the best trial, the baseline and a recipe."""
+    made = invented_confirmation(data, lead=0.1, base=0.8, evidence=True, epochs=30, elapsed_s=12.0)
+    theirs = replace(
+        made.contenders[1],
+        key="recipe theirs",
+        trial=None,
+        recipe="theirs",
+        stopped="cannot win: worse by 0.2",
+        interval=Interval(0.7, 0.01, 5),
     )
+    return replace(made, contenders=(*made.contenders, theirs))
 
 
 def test_entries_are_the_best_the_baseline_and_the_recipes_best_first(digits: Dataset) -> None:

@@ -21,8 +21,8 @@ from markupsafe import Markup
 from core.data import Dataset
 from hpo.analysis.study_data import StudyData, read_study_data, value_of
 from hpo.cli.report import report_command
-from hpo.confirmation.result import Confirmation, Contender, write_confirmation
-from hpo.confirmation.statistics import Interval, corrected_interval
+from hpo.confirmation.result import write_confirmation
+from hpo.confirmation.statistics import Interval
 from hpo.errors import StudyError
 from hpo.report import sections_of, write_report
 from hpo.report.answer import answer, changed, contenders_figure, next_commands, verdict, warnings_of
@@ -46,7 +46,7 @@ from hpo.study import Study
 from hpo.text import count, difference, number
 from hpo.trials import FAILURE
 from tests.hpo.commands import hpo
-from tests.hpo.invented import ALL_STATES, BASE, SPACE, invented_study
+from tests.hpo.invented import ALL_STATES, BASE, SPACE, invented_confirmation, invented_study
 
 ONE_PARAMETER = f"""
 data: {{name: digits}}
@@ -249,56 +249,51 @@ def points(fig: go.Figure, *names: str) -> int:
 
 
 def test_the_shared_study_has_trials_in_every_state(everything: StudyData) -> None:
-    data = everything
-    assert all(states(data)[state] for state in STATES)
-    assert len(data.waiting) == 3
-    assert sum(map(len, states(data).values())) + 3 == len(data.trials) == 17
+    assert all(states(everything)[state] for state in STATES)
+    assert len(everything.waiting) == 3
+    assert sum(map(len, states(everything).values())) + 3 == len(everything.trials) == 17
 
 
 def test_the_history_shows_every_trial_that_has_begun(everything: StudyData) -> None:
-    data = everything
-    fig = history_figure(data)
+    fig = history_figure(everything)
     above = [trace for trace in fig.data if trace.yaxis == "y"]
     below = [trace for trace in fig.data if trace.yaxis == "y2"]
-    numbers = [t.number for t in data.trials if t not in data.waiting]
+    numbers = [t.number for t in everything.trials if t not in everything.waiting]
     assert sorted(x for trace in below for x in trace.x) == numbers
     values = next(trace for trace in above if trace.mode == "markers")
-    assert dict(zip(values.x, values.y, strict=True)) == {t.number: t.value for t in data.complete}
+    assert dict(zip(values.x, values.y, strict=True)) == {t.number: t.value for t in everything.complete}
     best = next(trace for trace in above if trace.name == "best so far")
-    assert [y for y in best.y if math.isfinite(y)][-1] == value_of(data.best)
+    assert [y for y in best.y if math.isfinite(y)][-1] == value_of(everything.best)
 
 
 def test_the_learning_curves_show_every_reported_value(everything: StudyData) -> None:
-    data = everything
-    fig = curves_figure(data)
+    fig = curves_figure(everything)
     for state, name in (("complete", "complete"), ("pruned", "pruned"), ("failed", "failed"), ("running", "running")):
-        assert points(fig, name) == sum(len(trial.intermediate_values) for trial in states(data)[state])
-    assert {int(line.x0) for line in fig.layout.shapes} == set(data.rungs) == {2, 5}
-    found = learning_curves(data)
+        assert points(fig, name) == sum(len(trial.intermediate_values) for trial in states(everything)[state])
+    assert {int(line.x0) for line in fig.layout.shapes} == set(everything.rungs) == {2, 5}
+    found = learning_curves(everything)
     assert found is not None
     assert "14 curves" in found.lead
 
 
 def test_the_slices_show_every_trial_that_has_the_parameter(everything: StudyData) -> None:
-    data = everything
-    figures = slice_figures(data)
+    figures = slice_figures(everything)
     assert list(figures) == ["optim.name", "optim.lr_scale", "optim.momentum", "loss.smoothing"]
     for path, fig in figures.items():
-        scored = [trial for trial in data.complete if path in trial.params]
+        scored = [trial for trial in everything.complete if path in trial.params]
         assert len(fig.data[0].x) == len(scored)
         for state, name in (("pruned", "pruned"), ("failed", "failed"), ("running", "running")):
-            assert points(fig, name) == sum(path in trial.params for trial in states(data)[state])
-    found = slices(data)
+            assert points(fig, name) == sum(path in trial.params for trial in states(everything)[state])
+    found = slices(everything)
     assert found is not None
     assert "these exist only sometimes: optim.momentum" in found.body
 
 
 def test_the_parallel_coordinates_have_a_line_for_every_complete_trial(everything: StudyData) -> None:
-    data = everything
-    fig = parallel_figure(data)
+    fig = parallel_figure(everything)
     assert fig is not None
     lines = [trace for trace in fig.data if trace.mode == "lines"]
-    assert len(lines) == len(data.complete)
+    assert len(lines) == len(everything.complete)
     assert lines[-1].y[0] == max(line.y[0] for line in lines), "the best lies on top"
     assert [text.replace(".<br>", ".") for text in fig.layout.xaxis.ticktext] == [
         "accuracy", "loss.smoothing", "optim.lr_scale", "optim.momentum", "optim.name"
@@ -358,38 +353,13 @@ def test_a_few_outliers_do_not_flatten_the_curves_of_a_loss(digits: Dataset) -> 
 # The answer ---------------------------------------------------------------------------------------------------------
 
 
-def confirmation_of(data: StudyData, *, lead: float, spread: float, evidence: bool) -> Confirmation:
-    """A confirmation of five replicates in which the best trial leads the baseline by `lead`."""
-    assert data.best is not None
-    assert data.baseline is not None
-    around = [-spread, -spread / 2, 0.0, spread / 2, spread]
-
-    def contender(key: str, trial: Any, mean: float) -> Contender:
-        scores = {at: (mean + each,) for at, each in enumerate(around)}
-        interval = corrected_interval([value for (value,) in scores.values()], test_share=1 / 3)
-        config = data.study.config_of(trial).model_dump(mode="json")
-        words = ("best validation score",) if key != "baseline" else ("the baseline",)
-        return Contender(key, trial.number, None, words, config, 10, trial.value, scores, None, None, interval)
-
-    best = contender(f"trial {data.best.number}", data.best, 0.9 + lead)
-    return Confirmation(
-        study=data.study.name, metric=data.metric, direction=data.study.direction,
-        contenders=(best, contender("baseline", data.baseline, 0.9)),
-        leader=best.key, winner=best.key if evidence else "baseline",
-        evidence=evidence, advantage=Interval(lead, 0.006, 5), optimism=0.011, search_epochs=120, budget_epochs=40,
-        epochs=100, trainings=10, replicates=5, elapsed_s=75.0, left_out=("trial 3, for which it is too small",),
-        search_trials=data.finished, created="2026-01-01T00:00:00+00:00", versions={},
-    )  # fmt: skip
-
-
 def text_of(found: Section) -> str:
     """The section's words."""
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", found.lead + " " + found.body)))
 
 
 def test_the_answer_begins_with_the_confirmed_winner(twelve: StudyData) -> None:
-    data = twelve
-    data = replace(data, confirmation=confirmation_of(data, lead=0.031, spread=0.004, evidence=True))
+    data = replace(twelve, confirmation=invented_confirmation(twelve, lead=0.031, evidence=True))
     found = answer(data)
     assert found.lead.startswith("Tuning helped: accuracy 0.931 ± ")
     assert "0.031 ± 0.006" in found.lead
@@ -405,20 +375,18 @@ def test_the_answer_begins_with_the_confirmed_winner(twelve: StudyData) -> None:
 
 
 def test_without_a_significant_gain_the_baseline_wins(twelve: StudyData) -> None:
-    data = twelve
-    data = replace(data, confirmation=confirmation_of(data, lead=0.002, spread=0.004, evidence=False))
+    data = replace(twelve, confirmation=invented_confirmation(twelve, lead=0.002, evidence=False))
     found = answer(data)
     assert found.lead.startswith("No significant gain")
     assert "(trial 0): the unchanged baseline." in text_of(found)
 
 
 def test_without_a_confirmation_the_lead_is_called_flattering(twelve: StudyData) -> None:
-    data = twelve
-    assert data.best is not None
-    assert data.baseline is not None
-    assert data.best is not data.baseline
-    found = answer(data)
-    gain = difference("accuracy", value_of(data.best) - value_of(data.baseline))
+    assert twelve.best is not None
+    assert twelve.baseline is not None
+    assert twelve.best is not twelve.baseline
+    found = answer(twelve)
+    gain = difference("accuracy", value_of(twelve.best) - value_of(twelve.baseline))
     assert found.lead.startswith("Not confirmed: ")
     assert gain in found.lead
     assert "partly luck, so this is flattering" in text_of(found)
@@ -427,15 +395,14 @@ def test_without_a_confirmation_the_lead_is_called_flattering(twelve: StudyData)
 
 def test_there_is_a_warning_about_a_confirmation_older_than_the_study(twelve: StudyData) -> None:
     data = twelve
-    made = replace(confirmation_of(data, lead=0.03, spread=0.004, evidence=True), search_trials=7)
+    made = replace(invented_confirmation(data, lead=0.03, evidence=True), search_trials=7)
     data = replace(data, confirmation=made)
     assert any("made when 7 trials were finished, and now 12 are" in words for words in warnings_of(data))
     assert "hpo confirm twelve" in next_commands(data)
 
 
 def test_the_contenders_figure_shows_every_score(twelve: StudyData) -> None:
-    data = twelve
-    made = confirmation_of(data, lead=0.031, spread=0.004, evidence=True)
+    made = invented_confirmation(twelve, lead=0.031, evidence=True)
     scores, winner, base = contenders_figure(made, "accuracy").data
     assert len(scores.x) == 10
     assert winner.error_x.array[0] == pytest.approx(made.contenders[0].interval.half_width)
@@ -445,11 +412,10 @@ def test_the_contenders_figure_shows_every_score(twelve: StudyData) -> None:
 
 @pytest.mark.usefixtures("no_plotly")
 def test_one_replicate_gives_a_figure_without_a_bar(twelve: StudyData) -> None:
-    data = twelve
-    made = confirmation_of(data, lead=0.031, spread=0.004, evidence=False)
+    made = invented_confirmation(twelve, lead=0.031, evidence=False)
     alone = [replace(each, scores={0: (0.9,)}, interval=Interval(0.9, math.inf, 1)) for each in made.contenders]
     made = replace(made, contenders=tuple(alone), advantage=Interval(0.03, math.inf, 1), replicates=1)
-    text = page("x", [answer(replace(data, confirmation=made))])
+    text = page("x", [answer(replace(twelve, confirmation=made))])
     check_page(text)
     assert "n = 1<" in text
 
@@ -471,7 +437,7 @@ def test_a_refits_test_score_has_its_interval(digits: Dataset) -> None:
 def test_there_is_a_warning_about_a_submission_model_that_is_not_the_winners(twelve: StudyData) -> None:
     data = twelve
     assert data.best is not None
-    data = replace(data, confirmation=confirmation_of(data, lead=0.031, spread=0.004, evidence=True))
+    data = replace(data, confirmation=invented_confirmation(data, lead=0.031, evidence=True))
     of_base = {"best": {"trial": 0, "recipe": None}}
     of_winner = {"best": {"trial": data.best.number, "recipe": None}}
     assert any("`best` is of trial 0, and the winner is trial" in w for w in warnings_of(replace(data, refits=of_base)))
@@ -499,23 +465,21 @@ def test_lower_is_better_for_a_loss(digits: Dataset) -> None:
 
 @pytest.mark.usefixtures("no_plotly")
 def test_the_same_study_twice_differs_in_nothing(twelve: StudyData) -> None:
-    data = twelve
-    made = {section.id: section for section in comparison([data, data])}
-    assert incomparable([data, data]) == []
+    made = {section.id: section for section in comparison([twelve, twelve])}
+    assert incomparable([twelve, twelve]) == []
     assert "Nothing: space, data, seed and versions are the same." in made["differences"].body
     assert "score the same" in made["answer"].lead
     check_page(page("same", list(made.values())))
 
 
 def test_progress_is_the_best_complete_trial_so_far(everything: StudyData) -> None:
-    data = everything
-    begun = [trial for trial in data.trials if trial not in data.waiting]
-    for along, costs in (("trials", [1.0] * len(begun)), ("epochs", [float(data.epochs(t)) for t in begun])):
-        spent, best, numbers, end = progress(data, along)
-        assert numbers == [trial.number for trial in data.complete]
+    begun = [trial for trial in everything.trials if trial not in everything.waiting]
+    for along, costs in (("trials", [1.0] * len(begun)), ("epochs", [float(everything.epochs(t)) for t in begun])):
+        spent, best, numbers, end = progress(everything, along)
+        assert numbers == [trial.number for trial in everything.complete]
         assert spent == [sum(costs[: at + 1]) for at in numbers]
-        assert best == [max(value_of(t) for t in data.complete if t.number <= at) for at in numbers]
-        (line,) = progress_figure([data], along).data
+        assert best == [max(value_of(t) for t in everything.complete if t.number <= at) for at in numbers]
+        (line,) = progress_figure([everything], along).data
         assert line.x[-1] == end == sum(costs)
         assert line.y[-1] == best[-1]
 
@@ -548,8 +512,8 @@ def test_there_is_a_warning_about_other_images(digits: Dataset) -> None:
 @pytest.mark.usefixtures("no_plotly")
 def test_confirmed_studies_are_compared_by_their_confirmed_scores(twelve: StudyData, digits: Dataset) -> None:
     other = read_study_data(invented_study(SPACE, digits, "b", trials=12))
-    a = replace(twelve, confirmation=confirmation_of(twelve, lead=0.02, spread=0.004, evidence=True))
-    b = replace(other, confirmation=confirmation_of(other, lead=0.05, spread=0.004, evidence=True))
+    a = replace(twelve, confirmation=invented_confirmation(twelve, lead=0.02, evidence=True))
+    b = replace(other, confirmation=invented_confirmation(other, lead=0.05, evidence=True))
     made = {section.id: section for section in comparison([a, b])}
     assert made["answer"].lead == "The confirmed winner of b is ahead by 3.00 points: 0.9500."
     assert "confirmed" in made
@@ -564,7 +528,7 @@ def test_the_command_writes_the_page_and_prints_its_path(
 ) -> None:
     study = invented_study(SPACE, digits, "told", trials=12)
     data = read_study_data(study)
-    made = confirmation_of(data, lead=0.031, spread=0.004, evidence=True)
+    made = invented_confirmation(data, lead=0.031, evidence=True)
     write_confirmation(study.paths.confirmation, made)
     assert hpo(monkeypatch, "report", "told") == 0
     said = capsys.readouterr().out
