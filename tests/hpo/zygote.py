@@ -26,6 +26,8 @@ from multiprocessing.connection import arbitrary_address
 from pathlib import Path
 from typing import Any
 
+IMPORTED = "HPO_TESTS_IMPORT"
+"""The environment variable of a module that a command imports first."""
 _STREAMS = 3
 _PRELOADED = (
     *("matplotlib.figure", "optuna", "pandas", "scipy.stats", "sklearn.datasets", "sqlalchemy", "timm", "typer"),
@@ -193,6 +195,8 @@ def _enter(request: dict[str, Any], streams: list[int]) -> list[str]:
     sys.stdin = open(0)  # noqa: SIM115
     sys.stdout = open(1, "w", buffering=1 if "PYTHONUNBUFFERED" in os.environ else -1)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    if IMPORTED in os.environ:
+        importlib.import_module(os.environ[IMPORTED])
     _fork_server_of_workers()
     return list(request["arguments"])
 

@@ -4,9 +4,8 @@ A study of small digits networks runs under `hpo run --workers 2`, as a process 
 other strikes it: each while a trial runs that has a checkpoint. Whatever ends the run, the same command is given
 again. `check` says what must be true in the end, beside an undisturbed twin of the study.
 
-Everything is real, processes, signals, a full disk, a database's server, but for one mock: `FAULTS` lies on the path of
-the study's processes as their `sitecustomize`, and on demand makes a network's weights NaN, which diverges for real, or
-raises the error that torch raises when a device's memory is full.
+Everything is real, processes, signals, a full disk, a database's server, but for one mock, `faults.py`, which the
+study's processes import: on demand a network's weights become NaN, or a device's memory is full.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +32,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.paths import StudyPaths
 from tests.hpo.storage.postgresql import Server, running_server
-from tests.hpo.zygote import Hpo
+from tests.hpo.zygote import IMPORTED, Hpo
 
 EPOCHS = 14
 # Every trial's result follows from its slot alone: nothing is learnt from others, and of so few trials the rungs keep
@@ -47,47 +45,6 @@ sampler: {{name: random}}
 search:
   optim.lr_scale: {{low: 0.5, high: 20, log: true}}
 """
-
-FAULTS = '''
-"""Makes a process's next epoch behind epoch E fail where $CHAOS_FAULTS/PID says `FAULT E`: the tests' one mock."""
-import os
-import sys
-from importlib.machinery import PathFinder
-from pathlib import Path
-
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != "core.loop.run":
-            return None
-        spec = PathFinder.find_spec(name, path)
-        load = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (load(module), spoil(module))
-        return spec
-
-
-def spoil(module):
-    import torch
-
-    sound_epoch = module.Run.epoch
-
-    def epoch(self, *, final):
-        order = Path(os.environ["CHAOS_FAULTS"], str(os.getpid()))
-        fault, behind = order.read_text().split() if order.exists() else ("", "0")
-        if fault and len(self.history) >= int(behind):
-            order.unlink()
-            if fault == "oom":
-                raise torch.OutOfMemoryError("out of memory, said the chaos test")
-            with torch.no_grad():
-                for parameter in self.model.parameters():
-                    parameter.fill_(float("nan"))
-        return sound_epoch(self, final=final)
-
-    module.Run.epoch = epoch
-
-
-sys.meta_path.insert(0, Finder())
-'''
 
 # Seconds for whatever must happen at all: this machine may be busy with other things.
 PATIENCE_S = 240.0
@@ -136,19 +93,15 @@ class Command:
 
     def __init__(self, arguments: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
         self.arguments, self._folder = list(arguments), folder
-        self._given = environment
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
         self._lives: list[subprocess.Popen[Any]] = []
 
     def start(self) -> None:
         """Gives the command, once more."""
-        # A fork of the tests' server has read no `sitecustomize.py` of its own PYTHONPATH.
-        start: Callable[..., subprocess.Popen[Any]] = subprocess.Popen if "PYTHONPATH" in self._given else Hpo
-        command = ["run", *self.arguments]
         with self._said_in(len(self._lives)).open("wb") as said:
             self._lives.append(
-                start(
-                    command if start is Hpo else [sys.executable, "-m", "hpo.cli", *command],
+                Hpo(
+                    ["run", *self.arguments],
                     cwd=self._folder,
                     stdout=said,
                     stderr=subprocess.STDOUT,
@@ -234,13 +187,12 @@ class Chaos:
         self.disk = self.folder / "disk"
         self.paths = StudyPaths(self.disk / "studies" / "chaos")
         self.faults = self.folder / "faults"
-        for made in (self.disk, self.faults, self.folder / "path"):
+        for made in (self.disk, self.faults):
             made.mkdir(parents=True, exist_ok=True)
-        (self.folder / "path" / "sitecustomize.py").write_text(FAULTS)
         (self.folder / "chaos.yaml").write_text(SPACE)
         environment = {
             "HPO_STUDIES": str(self.paths.dir.parent),
-            "PYTHONPATH": f"{self.folder / 'path'}{os.pathsep}{Path(__file__).resolve().parents[3]}",
+            IMPORTED: "tests.hpo.workers.faults",
             "CHAOS_FAULTS": str(self.faults),
         }
         self.command = Command([], self.folder, environment)
