@@ -1,13 +1,13 @@
-"""Searches training configurations with Optuna, and refits the best into a model.
+"""Search training configurations with Optuna, and refit the best into a model.
 
     from hpo import load_bundle, predict, refit, run
 
-    study = run("digits", trials=20)             # a search, or the rest of one
-    model = refit(study)                         # the winner, confirmed and trained on all images
+    study = run("digits", trials=20)             # start a search, or resume it
+    model = refit(study)                         # confirm the winner, and train it on all images
     model.predict("photos").names                # labels
 
-Each does what the command of its name does, and is imported when it is first asked for: `import hpo` alone waits for
-neither torch nor Optuna.
+The functions do what the commands of the same names do. Names are imported on first use, so that `import hpo` alone
+imports neither torch nor Optuna.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hpo.api.library import predict, refit, run
+    from hpo.cli.library import predict, refit, run
     from hpo.errors import HpoError
     from hpo.study import Study
     from hpo.study.dataframe import trials_frame
@@ -29,9 +29,9 @@ _HOMES = {
     "Predictions": "hpo.submission.predictions",
     "Study": "hpo.study",
     "load_bundle": "hpo.submission.bundle",
-    "predict": "hpo.api.library",
-    "refit": "hpo.api.library",
-    "run": "hpo.api.library",
+    "predict": "hpo.cli.library",
+    "refit": "hpo.cli.library",
+    "run": "hpo.cli.library",
     "trials_frame": "hpo.study.dataframe",
 }
 

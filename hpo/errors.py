@@ -1,4 +1,4 @@
-"""The mistakes that `hpo` tells a person about, each in one line: what, where, what to do. The command exits with 2."""
+"""Errors caused by user input, each one line: the problem, its place and the fix. The command exits with code 2."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import errno
 from dataclasses import dataclass
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""What a write ends with where the disk is full, or a person's share of it."""
+"""Error numbers of a write to a full disk, or beyond the user's quota."""
 
 
 class HpoError(Exception):
-    """The base of every error that a person can mend."""
+    """Base class of errors caused by user input."""
 
 
 class StudyError(HpoError):
-    """A study that cannot be found, or cannot go on as asked."""
+    """A study was not found, or cannot be resumed as asked."""
 
 
 class BundleError(HpoError):
-    """A folder that should hold a submission model and does not, or images that do not fit it."""
+    """A folder holds no valid submission model, or images do not fit the model."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong in a search space or recipe."""
+    """One fault of a search space or recipe."""
 
     where: str
     """`file:line`, or `--set key`."""
@@ -34,7 +34,7 @@ class Fault:
 
 
 class SpaceError(HpoError):
-    """A search space or recipe with faults: all of them, each a line."""
+    """A search space or recipe has faults; the message has one line for each."""
 
     def __init__(self, faults: list[Fault]) -> None:
         super().__init__("\n".join(map(str, faults)))

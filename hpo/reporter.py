@@ -1,4 +1,4 @@
-"""How running work is reported to the user: interfaces that the terminal implements, and a silent default."""
+"""How running work is shown to the user: interfaces that the terminal implements, and a silent default."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from core.loop import EpochMetrics
+    from hpo.study import Study
 
 
 class StudyView(Protocol):
@@ -34,18 +35,21 @@ NO_PROGRESS = NoProgress()
 
 
 class Reporter(Protocol):
-    """Shows the user the course of one command. `hpo.cli.console` implements it for the terminal."""
+    """Shows the user the course of one command. `hpo.cli.terminal.Terminal` implements it."""
 
     def say(self, line: str = "") -> None:
-        """Shows one line of plain text."""
+        """Show one line of plain text."""
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
-        """Shows a table; `right` lists the columns that are aligned to the right."""
+        """Show a table; `right` lists the columns that are aligned to the right."""
 
     def training(
         self, label: str, *, epochs: int, metric: str
     ) -> AbstractContextManager[Callable[[EpochMetrics], None]]:
-        """Shows the progress of one training; the yielded function is called after each epoch."""
+        """Show the progress of one training; the yielded function is called after each epoch."""
+
+    def study(self, study: Study) -> AbstractContextManager[StudyView]:
+        """Show the progress of a study."""
 
 
 class Silent:
@@ -60,3 +64,7 @@ class Silent:
     @contextmanager
     def training(self, label: str, *, epochs: int, metric: str) -> Iterator[Callable[[EpochMetrics], None]]:
         yield lambda epoch: None
+
+    @contextmanager
+    def study(self, study: Study) -> Iterator[StudyView]:
+        yield NO_PROGRESS

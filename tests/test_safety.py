@@ -270,7 +270,7 @@ def test_the_dashboard_warns_where_others_can_reach_it(
 
 def test_the_dashboard_listens_to_this_machine_alone_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("hpo.cli.study.dashboard_command", lambda *_, host, **__: asked.append(host))
+    monkeypatch.setattr("hpo.api.study.dashboard", lambda options, _: asked.append(options.host))
     for arguments in ([], ["--host", "0.0.0.0"]):
         monkeypatch.setattr(sys, "argv", ["hpo", "dashboard", *arguments])
         with pytest.raises(SystemExit):

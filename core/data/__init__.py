@@ -1,9 +1,32 @@
 """Labelled images from any source as uint8 tensors: decoded once, split by a seed, with a locked test set."""
 
-from core.data.builtin import DatasetInfo, catalogue
-from core.data.dataset import DataReport, Dataset, Division, TestSet, folds, load_dataset, split
-from core.data.splits import Splits, on_device
-from core.data.unlabelled import load_images, map_images
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from core.data.builtin import DatasetInfo, catalogue
+    from core.data.dataset import DataReport, Dataset, Division, TestSet, folds, load_dataset, split
+    from core.data.splits import Splits, on_device
+    from core.data.unlabelled import load_images, map_images
+
+_MODULES = {
+    "DataReport": "dataset",
+    "Dataset": "dataset",
+    "DatasetInfo": "builtin",
+    "Division": "dataset",
+    "Splits": "splits",
+    "TestSet": "dataset",
+    "catalogue": "builtin",
+    "folds": "dataset",
+    "load_dataset": "dataset",
+    "load_images": "unlabelled",
+    "map_images": "unlabelled",
+    "on_device": "splits",
+    "split": "dataset",
+}
+"""Modules by name, imported on first use: listing data sets needs no torch."""
 
 __all__ = [
     "DataReport",
@@ -20,3 +43,9 @@ __all__ = [
     "on_device",
     "split",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,24 +1,22 @@
-"""`hpo confirm`: the best configurations, the recipes and the base are trained again, and compared."""
+"""`hpo confirm`: train the best configurations, the recipes and the baseline again, and compare them."""
 
 from __future__ import annotations
 
 import logging
-import shlex
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from core.data import Dataset, Division
 from core.errors import UserError
-from hpo.api.common import joining, open_dataset, say_data, say_patience
-from hpo.cli.console import say, table
-from hpo.cli.progress import StudyProgress
+from hpo.api.common import joining, open_dataset, report_data
+from hpo.api.options import ConfirmOptions
 from hpo.confirmation.conclusion import conclude
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation, write_confirmation
 from hpo.confirmation.trials import Plan, open_confirmation
 from hpo.dashboard.notes import note_study
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of
-from hpo.report.words import unproven
+from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate_s, wait_for_others
 from hpo.storage import is_masked
@@ -30,67 +28,69 @@ from hpo.workers.work import Work
 logger = logging.getLogger(__name__)
 
 
-def confirm_command(
-    study_name: str | None,
-    *,
-    storage: str | None,
-    data: Path | None,
-    budget: float | None,
-    device_name: str | None,
-    devices: str | None,
-    workers: int | None,
-    per_device: str | None,
-) -> None:
-    """Trains what the budget allows, and says who won."""
-    if budget is not None and budget <= 0:
-        raise UserError(f"--budget {budget:g}: give a share above 0, such as 0.33")
-    placement = place(device_name, devices, workers, per_device)
-    study = find_study(study_name, storage_url=storage)
+@dataclass(frozen=True)
+class ConfirmResult:
+    """The outcome of `confirm`."""
+
+    study: Study
+    """The search."""
+    confirmation: Confirmation
+
+
+def confirm(
+    options: ConfirmOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None
+) -> ConfirmResult:
+    """Train the finalists of a search and its baseline on new seeds and splits, as far as the budget allows.
+
+    Args:
+        options: The options of `hpo confirm`.
+        reporter: Shows the progress; silent by default.
+        interrupts: Handles Ctrl-C; by default it stops at once.
+
+    Raises:
+        StudyError: There is no such study, it is a confirmation itself, or it has no complete trial.
+        CoreError: The data or a device cannot be used, or the budget is 0.
+        KeyboardInterrupt: Stopped; finished trainings and checkpoints are kept.
+    """
+    if options.budget == 0:
+        raise UserError("--budget 0: give a share above 0, such as 0.33")
+    placement = place(options.device, options.devices, options.workers, options.per_device)
+    study = find_study(options.study, storage_url=options.storage)
     _check_is_search(study)
-    options = {
-        "--data": data,
-        "--budget": None if budget is None else f"{budget:g}",
-        "--device": device_name,
-        "--devices": devices,
-        "--workers": workers,
-        "--per-device": per_device,
-    }
-    with Interrupts(told=say_patience) as interrupts:
-        confirmation = _Confirm(study, placement, data=data, budget=budget, interrupts=interrupts, options=options).go()
-    say()
-    for line in confirmation.lines():
-        say(line)
-    say()
-    say("next:")
-    usual = [f"{what} {_named(study)}" for what in ("hpo refit best --study", "hpo report")]
-    for command in (*usual, *unproven(study, confirmation)):
-        say(f"  {command}")
+    run = _Confirm(study, placement, options, reporter or Silent(), interrupts or Interrupts())
+    return ConfirmResult(study, run.run())
 
 
 def confirmed(
     study: Study,
     *,
-    data: Path | None,
-    device_name: str | None,
+    data: Path | None = None,
+    device: str | None = None,
+    reporter: Reporter | None = None,
     interrupts: Interrupts,
     dataset: Dataset | None = None,
 ) -> Confirmation:
-    """The confirmation of a search as it stands, trained as far as it is missing, on one device.
+    """Return the confirmation of a search, trained on one device where it is missing or not current.
 
     Args:
-        data: what `--data` is; None is what it was for the search.
-        dataset: the search's images, where they are at hand.
+        study: The search.
+        data: Path of the images; None is the search's.
+        device: `cpu`, `cuda` or `cuda:N`; None is the first GPU, or the CPU.
+        reporter: Shows the progress; silent by default.
+        interrupts: Handles Ctrl-C.
+        dataset: The search's images, if they are loaded.
 
     Raises:
-        StudyError: the search has no complete trial, or is itself a confirmation; or nothing could be trained.
-        KeyboardInterrupt: a person's Ctrl-C, or SIGTERM; what was trained is safe.
+        StudyError: The search has no complete trial, is itself a confirmation, or nothing could be trained.
+        KeyboardInterrupt: Stopped; finished trainings and checkpoints are kept.
     """
     _check_is_search(study)
     known = read_confirmation(study.paths.confirmation)
     if known is not None and is_current(known, study.counts().finished) and not _is_unfinished(study):
         return known
-    placement = place(device_name, None, None, None)
-    return _Confirm(study, placement, data=data, budget=None, interrupts=interrupts, dataset=dataset).go()
+    placement = place(device, None, None, None)
+    options = ConfirmOptions(data=data)
+    return _Confirm(study, placement, options, reporter or Silent(), interrupts, dataset).run()
 
 
 def _check_is_search(study: Study) -> None:
@@ -99,24 +99,12 @@ def _check_is_search(study: Study) -> None:
 
 
 def _is_unfinished(search: Study) -> bool:
-    """Whether trainings of its confirmation wait or run: the result that is there was made without them."""
+    """Whether trainings of its confirmation are waiting or running."""
     name = confirmation_of(search.name)
     if not StudyPaths.of(name).study_yaml.exists():
         return False
     counts = find_study(name, storage_url=search.storage_url).counts()
     return counts.waiting + counts.running > 0
-
-
-def _named(study: Study, options: Mapping[str, object] | None = None) -> str:
-    """The study and the options that were given, for a command line.
-
-    Its storage is there where that has a password, which is to be given again.
-    """
-    storage = study.storage_shown if is_masked(study.storage_shown) else None
-    words = [study.name]
-    for option, value in {"--storage": storage, **(options or {})}.items():
-        words += [] if value is None else [option, str(value)]
-    return shlex.join(words)
 
 
 class _Confirm:
@@ -126,26 +114,29 @@ class _Confirm:
         self,
         search: Study,
         placement: Placement,
-        *,
-        data: Path | None,
-        budget: float | None,
+        options: ConfirmOptions,
+        reporter: Reporter,
         interrupts: Interrupts,
         dataset: Dataset | None = None,
-        options: Mapping[str, object] | None = None,
     ) -> None:
-        self._search, self._placement, self._interrupts = search, placement, interrupts
-        self._data, self._dataset = data or search.data_path, dataset
+        self._search, self._placement, self._dataset = search, placement, dataset
+        self._reporter, self._interrupts = reporter, interrupts
+        self._data = options.data or search.data_path
         self._space = search.space()
-        share = self._space.confirm.budget if budget is None else budget
+        share = self._space.confirm.budget if options.budget is None else options.budget
         self._plan = Plan(search, self._space, share=share)
-        self._command = f"hpo confirm {_named(search, options)}"
+        # A storage is found by the study's name, but for its password.
+        storage = search.storage_shown if is_masked(search.storage_shown) else None
+        self._command = options.model_copy(update={"study": search.name, "storage": storage}).command()
 
-    def go(self) -> Confirmation:
-        """Trains what is missing, and writes down what it came to."""
+    def run(self) -> Confirmation:
+        """Train what is missing, and write the result."""
         known = read_confirmation(self._search.paths.confirmation)
-        if known is not None and self._is_what_is_asked(known):
+        if known is not None and self._is_asked_for(known):
             return known
-        self._say_search()
+        total, finished = self._search.total, self._plan.search_trials
+        if total is not None and finished < total:
+            self._reporter.say(f"the search has only {finished} of {total} trials; confirming its result so far")
         study = self._trained() if self._plan.challengers else None
         confirmation = conclude(self._plan, study)
         write_confirmation(self._search.paths.confirmation, confirmation)
@@ -153,19 +144,31 @@ class _Confirm:
         note_study(self._search, self._space)
         return confirmation
 
-    def _is_what_is_asked(self, known: Confirmation) -> bool:
+    def _is_asked_for(self, known: Confirmation) -> bool:
         plan = self._plan
         same = is_current(known, plan.search_trials) and known.budget_epochs == plan.budget_epochs
         return same and not _is_unfinished(self._search)
 
-    def _say_search(self) -> None:
-        """That the search is not over, where it is not."""
-        total, finished = self._search.total, self._plan.search_trials
-        if total is not None and finished < total:
-            say(f"the search has {finished} of {total} trials; its result is confirmed as it stands")
-
     def _trained(self) -> Study:
-        """The confirmation's study, with all that the budget allows trained."""
+        """Train all that the budget allows, and return the confirmation's study."""
+        say = self._reporter.say
+        work, dataset = self._open()
+        study = work.study
+        if waiting := study.queue.waiting():
+            self._report_estimate(work, waiting)
+        try:
+            with self._reporter.study(study) as view:
+                self._train(work, view, dataset)
+        except KeyboardInterrupt:
+            say(f"stopped: {study.counts().finished} of {study.total} trainings are done and safe; resume with")
+            say(f"  {self._command}")
+            raise
+        for number, host, since in study.queue.held_elsewhere():
+            say(f"training {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}, and is left out")
+        return study
+
+    def _open(self) -> tuple[Work, Dataset]:
+        """Open the confirmation's study, and queue its trainings."""
         search, space = self._search, self._space
         for candidate in self._plan.chosen:
             search.check_weights(candidate.config)
@@ -179,10 +182,10 @@ class _Confirm:
         study = open_confirmation(search, space, dataset, splits, data_path=self._data)
         study.remember_command(self._command)
         if study.queue.reap():
-            logger.info("what a process that died was training goes on")
+            logger.info("resuming trainings of a process that died")
         self._plan.queue(study, dataset)
-        say_data(dataset, splits[0])
-        self._say_plan(study)
+        report_data(dataset, splits[:1], self._reporter)
+        self._report_plan(study)
         work = Work(
             study,
             study.space(),
@@ -191,35 +194,25 @@ class _Confirm:
             data=self._data,
             skip_broken=search.skip_broken,
             interrupts=self._interrupts,
-            say=say,
+            say=self._reporter.say,
         )
-        if waiting := study.queue.waiting():
-            self._say_estimate(work, waiting)
-        try:
-            with StudyProgress(study) as progress:
-                self._work_off(study, work, progress, dataset)
-        except KeyboardInterrupt:
-            say(f"stopped: {study.counts().finished} of {study.total} trainings are done and safe; go on with")
-            say(f"  {self._command}")
-            raise
-        for number, host, since in study.queue.held_elsewhere():
-            say(f"training {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}, and is left out")
-        return study
+        return work, dataset
 
-    def _work_off(self, study: Study, work: Work, progress: StudyProgress, dataset: Dataset) -> None:
-        """Trains what waits, and what is queued then: early stopping leaves something over for those still in."""
+    def _train(self, work: Work, view: StudyView, dataset: Dataset) -> None:
+        """Run the queue, including trainings added when early stopping saved others."""
+        study = work.study
         while True:
             while study.queue.waiting() or wait_for_others(study, self._interrupts) or study.queue.requeue_lost():
-                work.run(progress)
+                work.run(view)
             more = self._plan.queue(study, dataset)
             if not more and not study.queue.waiting() and not study.queue.at_work():
                 return
             if more:
-                logger.info("early stopping has saved %d trainings, which go to those that may still win", more)
+                logger.info("early stopping saved %d trainings, used for candidates that can still win", more)
 
-    def _say_plan(self, study: Study) -> None:
-        plan = self._plan
-        table(
+    def _report_plan(self, study: Study) -> None:
+        plan, say = self._plan, self._reporter.say
+        self._reporter.table(
             ["to be confirmed", "searched", "because it is"],
             [
                 [one.key, "" if one.search_value is None else f"{one.search_value:.4f}", ", ".join(one.chosen_for)]
@@ -227,8 +220,8 @@ class _Confirm:
             ],
             right=(1,),
         )
-        for what in plan.left_out:
-            say(f"left out: {what}")
+        for name in plan.left_out:
+            say(f"left out: {name}")
         configurations, replicates = plan.allocation.candidates, plan.allocation.replicates
         epochs = plan.allocation.trainings * plan.cost_epochs
         say(
@@ -237,14 +230,16 @@ class _Confirm:
             f"the budget is {plan.budget_epochs:,}, the search trained {plan.search_epochs:,}"
         )
         if plan.is_over_budget:
-            say("that is more than the budget, and the least that says anything")
+            say("that exceeds the budget, but fewer trainings could not show a difference")
         done = f"{study.counts().finished} of {study.total} trainings done"
         say(f"study {study.name}: {done}; {self._placement.described()}")
 
-    def _say_estimate(self, work: Work, waiting: int) -> None:
-        """How long it takes, from a few timed steps of the base."""
+    def _report_estimate(self, work: Work, waiting: int) -> None:
+        """Show the time that the trainings take, from a few timed steps of the baseline."""
         with self._interrupts.let_through():
             seconds, _ = estimate_s(work.space, work.images(), trials=waiting, recipes=0, device=work.device)
-        otherwise = "" if work.inline else ", one training at a time"
-        say(f"this will take up to {duration(seconds)}{otherwise}; what cannot win any more is stopped early")
-        say(f"Ctrl-C stops it, and the same command goes on; others can join by: {joining(work.study)}")
+        alone = "" if work.inline else ", one training at a time"
+        self._reporter.say(f"this will take up to {duration(seconds)}{alone}; candidates that cannot win stop early")
+        self._reporter.say(
+            f"Ctrl-C stops it; the same command resumes it; other workers can join with: {joining(work.study)}"
+        )

@@ -1,4 +1,4 @@
-"""The terminal: the one progress display, the tables, and the words. Bars only where there is a terminal."""
+"""Output on the terminal: lines, tables and progress bars. Without a terminal, there are no bars."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, Group
@@ -17,25 +16,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from core.loop import EpochMetrics
-
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
-_UNBOUNDED = 100_000  # columns: of what goes into a file or another command, which nobody cuts
-_GAP = 2  # columns that a table leaves between two of its own
+_UNBOUNDED = 100_000  # columns of a table in a file or a pipe, which is never cut
+_GAP = 2  # characters between the columns of a table
 
 
 def set_up_logging() -> None:
-    """Sends log records to the terminal: warnings and worse, and what we say ourselves."""
+    """Send log records to the terminal: warnings of any package, and information of our own."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_TerminalHandler()], force=True)
     for package in ("core", "hpo"):
         logging.getLogger(package).setLevel(logging.INFO)
 
 
 class _TerminalHandler(logging.Handler):
-    """A line a record, around a progress bar that may be on the screen, never wrapped."""
+    """Print a record as one line that is never wrapped, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
@@ -43,13 +39,13 @@ class _TerminalHandler(logging.Handler):
 
 
 def say(text: str = "") -> None:
-    """One line, as it is: no markup, no wrapping, so that it can be copied."""
+    """Print one line without markup or wrapping, so that it can be copied."""
     console.print(escape(text), soft_wrap=True)
-    console.file.flush()  # before what is logged next, where both go into one file
+    console.file.flush()  # keeps the order with log records in the same file
 
 
 def bars() -> Progress:
-    """The layout that all bars share; nothing without a terminal."""
+    """Return a progress display in the common layout; without a terminal, it shows nothing."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -62,40 +58,16 @@ def bars() -> Progress:
     )
 
 
-class TrainProgress:
-    """One bar for one training; without a terminal, a line for every tenth of it."""
-
-    def __init__(self, label: str, *, epochs: int, metric: str = "accuracy") -> None:
-        self.label, self.epochs, self.metric = label, epochs, metric
-        self.progress = bars()
-        self.task = self.progress.add_task(label, total=epochs, note="")
-
-    def __enter__(self) -> TrainProgress:
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
-
-    def epoch_ended(self, epoch: EpochMetrics) -> None:
-        scored = "" if epoch.raw is None else f"  {self.metric} {epoch.score(self.metric):.4f}"
-        note = f"loss {epoch.train_loss:.3f}{scored}  {epoch.images_per_s:,.0f} images/s"
-        self.progress.update(self.task, completed=epoch.epoch, note=note)
-        every = max(1, self.epochs // 10)
-        if not console.is_terminal and (epoch.epoch % every == 0 or epoch.epoch == self.epochs):
-            say(f"{self.label}: epoch {epoch.epoch} of {self.epochs}, {note}")
-
-
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = (), cut: bool = False
 ) -> None:
-    """A plain table; `right` names the columns to align to the right.
+    """Print a plain table.
 
     Args:
-        cut: whether the last column ends in … where the terminal does, a row a line; else it is folded. Without a
-            terminal nothing is cut.
+        columns: Names of the columns.
+        rows: Cells, row by row.
+        right: Columns that are aligned to the right.
+        cut: Cut the last column at the width of the terminal instead of folding it. Without a terminal, nothing is cut.
     """
     if cut and not console.is_terminal:
         wide = Console(file=console.file, width=_UNBOUNDED, highlight=False)
@@ -105,7 +77,7 @@ def table(
 
 
 def _grid(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int], width: int | None) -> Table:
-    """A table; with a width, its last column is cut off there."""
+    """A table whose last column is cut off at a width, if there is one."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         grid.add_column(column, justify="right" if number in right else "left", overflow="fold")
@@ -123,20 +95,20 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Seque
 
 @dataclass(frozen=True)
 class TableOf:
-    """A table among the parts of a screen."""
+    """A table on a screen."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     right: Sequence[int] = ()
-    """The columns that are aligned to the right. The last column is cut where the terminal ends."""
+    """Columns aligned to the right. The last column is cut at the width of the terminal."""
 
 
 Screen = Sequence["str | TableOf"]
-"""Lines and tables, one below the other."""
+"""Lines and tables from top to bottom."""
 
 
 def say_screen(screen: Screen) -> None:
-    """Prints a screen once."""
+    """Print a screen once."""
     for part in screen:
         if isinstance(part, str):
             say(part)
@@ -146,7 +118,7 @@ def say_screen(screen: Screen) -> None:
 
 @contextmanager
 def live_screen() -> Iterator[Callable[[Screen], None]]:
-    """What is yielded shows a screen in place of the one before; the last one stays. Only for a terminal."""
+    """Yield a function that replaces the shown screen by another; the last one stays. Needs a terminal."""
     with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
 
         def show(screen: Screen) -> None:

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BeforeValidator
-from scipy.special import stdtrit  # importing scipy.stats takes a second
 
 Scores = Mapping[int, tuple[float, ...]]
 """The value of each fold (one without folds) by replicate; NaN if the training failed."""
@@ -127,6 +126,8 @@ def corrected_interval(
     spread = max(math.sqrt(squares / freedom), resolution)
     if spread == 0:
         return Interval(mean, math.inf, replicates)
+    from scipy.special import stdtrit  # scipy takes a third of a second, and listing studies does not need it
+
     quantile = float(stdtrit(freedom, 1 - (1 - confidence) / (2 * comparisons)))
     return Interval(mean, quantile * spread * math.sqrt(1 / n + test_share), replicates)
 

@@ -70,6 +70,19 @@ def load_recipe(name_or_path: str | Path, overrides: Overrides = ()) -> Recipe:
     return loader.checked(None if recipe is None else loader.overridden(recipe))
 
 
+def override_config(config: TrainConfig, overrides: Overrides) -> TrainConfig:
+    """Apply overrides to a configuration, checked as those of a recipe are.
+
+    Raises:
+        SpaceError: All faults of the overrides.
+    """
+    loader = _Loader(_parsed(overrides), settings=False)
+    changed = loader.overridden(Recipe("trial", Path("trial.yaml"), "", "", "", "", config))
+    if loader.faults:
+        raise SpaceError(loader.sorted_faults())
+    return changed.config
+
+
 def recipe_from_yaml(text: str, name: str = "config.yaml") -> Recipe:
     """Read a recipe from text written by `to_yaml`.
 

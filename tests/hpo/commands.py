@@ -1,4 +1,4 @@
-"""The command as tests give it: in this process, or as a process of its own; and the search that most of them run."""
+"""Run `hpo` in this process or as a process of its own, and the search space that most tests use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from hpo import cli
 from tests.hpo.zygote import Hpo
 
-# Trials that know nothing of each other, so that they are the same whatever runs beside them.
+# Independent trials, so that a trial's result does not depend on those run at the same time.
 SPACE = """
 data: {name: digits}
 base: {model: {widths: [8], blocks: [1]}, epochs: 2, batch_size: 128, augment: {flip: 0.0}}
@@ -28,7 +28,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def hpo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs the command in this process; returns its exit code."""
+    """Run the command in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -37,7 +37,7 @@ def hpo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @contextmanager
 def started_runs() -> Iterator[Start]:
-    """What starts `hpo run` as the head of a process group of its own, which the end of this ends."""
+    """Yield a function that starts `hpo run` in a process group of its own, which is killed at the end."""
     processes = []
 
     def begin(*arguments: str) -> subprocess.Popen[str]:

@@ -343,7 +343,7 @@ def test_the_printed_command_begins_with_the_trials_that_fit(
     file = tmp_path / "wider.yaml"
     assert hpo(monkeypatch, "space", "suggest", "old", "-o", str(file)) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"written to {file}, with its reasons:"
+    assert said[0] == f"written to {file}, with the reasons as comments:"
     assert "  optim.lr_scale: high 10 → 100" in said
     command = shlex.split(said[-1])
     assert command == ["hpo", "run", str(file), "--take-over", "old"]
@@ -390,7 +390,7 @@ def test_a_file_that_somebody_wrote_is_not_overwritten_but_a_suggestion_is(
 ) -> None:
     own, again = tmp_path / "old.yaml", tmp_path / "again.yaml"
     assert hpo(monkeypatch, "space", "suggest", "old", "-o", str(own)) == 2
-    assert capsys.readouterr().err == f"hpo: {own} is there, and is no suggestion of hpo's; give -o another file\n"
+    assert capsys.readouterr().err == f"hpo: {own} exists and is no suggestion of hpo's; give -o another file\n"
     assert own.read_text() == SPACE
     assert [hpo(monkeypatch, "space", "suggest", "old", "-o", str(again)) for _ in range(2)] == [0, 0]
 

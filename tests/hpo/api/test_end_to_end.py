@@ -42,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return studies
 
 
-def test_the_studys_folder_is_laid_out_as_the_contract_says(finished: Path) -> None:
+def test_the_studys_folder_has_the_documented_layout(finished: Path) -> None:
     study = finished / "digits"
     for name in ("journal.log", "study.yaml", "artifacts", "trials/00000/config.yaml", "trials/00003/metrics.jsonl"):
         assert (study / name).exists(), name
@@ -52,13 +52,13 @@ def test_the_studys_folder_is_laid_out_as_the_contract_says(finished: Path) -> N
     assert not list((study / "checkpoints").glob("*")) if (study / "checkpoints").exists() else True
 
 
-def test_the_base_is_trial_0_and_is_never_pruned(finished: Path) -> None:
+def test_the_baseline_is_trial_0_and_never_pruned(finished: Path) -> None:
     first = trials_of(finished / "digits")[0]
     assert first.state.name == "COMPLETE"
     assert len(first.intermediate_values) == 3
 
 
-def test_the_bundle_holds_what_the_contract_says_and_no_pickle(finished: Path) -> None:
+def test_the_bundle_has_the_documented_files_and_no_pickle(finished: Path) -> None:
     bundle = finished / "digits/refit/best"
     assert {path.name for path in bundle.iterdir()} >= {
         "model.safetensors", "config.yaml", "classes.json", "metrics.json", "confusion.png", "submission.csv",
@@ -88,7 +88,7 @@ def test_a_second_refit_counts_a_second_opening_and_writes_the_same_weights(
     assert "2 times" in capsys.readouterr().out
 
 
-def test_a_trial_that_kept_no_weights_is_refitted_too(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_without_kept_weights_can_be_refitted(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_STUDIES", str(finished))
     (finished / "digits/trials/00000/model.safetensors").unlink(missing_ok=True)
     assert hpo(monkeypatch, "refit", "0") == 0
@@ -96,7 +96,7 @@ def test_a_trial_that_kept_no_weights_is_refitted_too(finished: Path, monkeypatc
 
 
 @pytest.mark.parametrize("number", ["17", "-1", "worst"])
-def test_a_trial_that_is_not_there_cannot_be_refitted(
+def test_a_missing_trial_cannot_be_refitted(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: str
 ) -> None:
     monkeypatch.setenv("HPO_STUDIES", str(finished))
@@ -123,7 +123,7 @@ def test_a_bundle_labels_a_folder_of_images(finished: Path, tmp_path: Path, monk
         assert row["label"] == max(chances, key=chances.__getitem__)
 
 
-def test_the_same_command_with_a_larger_total_goes_on(
+def test_the_same_command_with_a_larger_total_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "run", "digits", "--trials", "2", *SMALL) == 0
@@ -136,7 +136,7 @@ def test_the_same_command_with_a_larger_total_goes_on(
     assert "hpo refit best" in capsys.readouterr().out
 
 
-def test_a_changed_space_shows_the_difference_and_the_way_out(
+def test_a_changed_space_shows_the_difference_and_the_fix(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "run", "digits", "--trials", "1", *SMALL) == 0
@@ -175,7 +175,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[A
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda stop: stop.name)
-def test_an_interrupted_study_ends_as_its_uninterrupted_twin(
+def test_an_interrupted_study_ends_like_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals, uninterrupted: dict[int, tuple[Any, ...]]
 ) -> None:
     study = tmp_path / "studies/digits"
@@ -224,7 +224,7 @@ def test_with_the_test_labels_shuffled_refit_writes_the_same_weights(
     assert accuracies[1] < 0.3 < accuracies[0]
 
 
-def test_a_missing_download_says_where_what_and_how_large(
+def test_a_missing_download_names_the_url_the_folder_and_the_size(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("no_proxy", "*")
@@ -246,7 +246,7 @@ def test_a_missing_download_says_where_what_and_how_large(
           "model.width=1.0", "model.pretrained=true", "model.pretrained_file=no.pth"], "no.pth: no such file"),
     ],
 )  # fmt: skip
-def test_a_base_that_cannot_be_built_begins_no_study(
+def test_a_baseline_that_cannot_be_built_starts_no_study(
     settings: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [word for setting in settings for word in ("--set", setting)]
@@ -273,9 +273,7 @@ def stl10_binaries(root: Path) -> None:
     (folder / "fold_indices.txt").write_text(" ".join(map(str, range(60))) + "\n")
 
 
-def test_stl10_runs_on_files_laid_out_as_torchvision_leaves_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stl10_reads_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stl10_binaries(tmp_path / "data")
     tiny = [
         "epochs=2",

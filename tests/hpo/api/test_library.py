@@ -1,7 +1,8 @@
-"""`hpo` in Python: the same studies and models as by the commands, and exceptions in place of exit codes."""
+"""`hpo` in Python: the studies and models of the commands, with exceptions instead of exit codes."""
 
 from __future__ import annotations
 
+import inspect
 import io
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ import core
 import hpo
 from core.errors import CoreError, UserError
 from hpo import HpoError, load_bundle, predict, refit, run, trials_frame
+from hpo.api.options import RefitKeywords, RefitOptions, RunKeywords, RunOptions
 from hpo.cli.console import console
 from hpo.errors import BundleError, SpaceError, StudyError
 from hpo.study import Study
@@ -30,7 +32,7 @@ from tests.hpo.submission.test_bundle import write
 
 ROOT = Path(__file__).parents[3]
 
-# Each a type of its own.
+# One value of each type.
 SET: dict[str, Any] = {
     "epochs": 1,
     "batch_size": 256,
@@ -44,17 +46,17 @@ SET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Made:
-    """What the first calls gave back, and where they wrote it."""
+    """Results of the first calls, and their folder."""
 
     studies: Path
     study: Study
     model: LoadedBundle
-    said: str
+    output: str
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """A search of two trials and its refit, both by functions."""
+    """A search of two trials and its refit, both from Python."""
     folder = tmp_path_factory.mktemp("library")
     (folder / "small.yaml").write_text(SPACE)
     with pytest.MonkeyPatch.context() as patch:
@@ -68,15 +70,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 
 @pytest.fixture
 def here(made: Made, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """The same, with the command line and the functions looking there."""
+    """The same, with its folder as the studies folder."""
     monkeypatch.setenv("HPO_STUDIES", str(made.studies))
     return made
 
 
-# What importing costs
+# Imports
 
 
-def test_importing_hpo_waits_for_no_heavy_library_and_its_names_come_when_asked_for() -> None:
+def test_importing_hpo_imports_no_heavy_library() -> None:
     code = """
 import sys, hpo
 heavy = {"torch", "optuna", "pandas", "matplotlib", "rich", "numpy"}
@@ -91,14 +93,14 @@ assert not heavy & set(sys.modules)
     assert done.returncode == 0, done.stderr
 
 
-def test_every_name_is_there_and_no_other() -> None:
+def test_every_public_name_can_be_imported_and_no_other() -> None:
     for name in hpo.__all__:
         assert getattr(hpo, name).__name__ == name
     with pytest.raises(AttributeError, match="module 'hpo' has no attribute 'predictt'"):
         _ = hpo.predictt  # type: ignore[attr-defined]
 
 
-def test_both_packages_say_that_they_are_typed() -> None:
+def test_both_packages_are_marked_as_typed() -> None:
     for package in (core, hpo):
         assert (Path(package.__file__).parent / "py.typed").is_file()
 
@@ -106,7 +108,7 @@ def test_both_packages_say_that_they_are_typed() -> None:
 # A search and its refit
 
 
-def test_a_run_gives_back_its_study(made: Made) -> None:
+def test_run_returns_the_study(made: Made) -> None:
     study = made.study
     assert isinstance(study, Study)
     assert study.counts().finished == 2
@@ -116,7 +118,7 @@ def test_a_run_gives_back_its_study(made: Made) -> None:
     assert list(trials_frame(study)["number"]) == [0, 1]
 
 
-def test_what_is_set_reaches_the_configuration_whatever_its_type(made: Made) -> None:
+def test_set_reaches_the_configuration_with_every_type(made: Made) -> None:
     best = made.study.best_trial()
     assert best is not None
     config = made.study.config_of(best).flat()
@@ -124,7 +126,7 @@ def test_what_is_set_reaches_the_configuration_whatever_its_type(made: Made) -> 
         assert config[path] == (tuple(value) if isinstance(value, list) else value), path
 
 
-def test_the_command_line_goes_on_with_it_and_the_function_with_that(
+def test_the_command_line_resumes_a_study_of_the_library_and_the_reverse(
     here: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     remembered = here.study.command
@@ -137,13 +139,12 @@ def test_the_command_line_goes_on_with_it_and_the_function_with_that(
     assert [trial.value for trial in again.optuna.trials] == [trial.value for trial in here.study.optuna.trials]
 
 
-def test_it_says_what_the_command_says_or_nothing(made: Made) -> None:
-    assert "trial   1  accuracy" in made.said
-    assert "refitting" not in made.said, "that was quiet"
-    assert not console.quiet
+def test_progress_is_shown_unless_quiet(made: Made) -> None:
+    assert "trial   1  accuracy" in made.output
+    assert "refitting" not in made.output, "that was quiet"
 
 
-def test_a_refit_gives_back_the_model_that_it_wrote(here: Made) -> None:
+def test_refit_returns_the_written_model(here: Made) -> None:
     assert here.model.folder == here.study.paths.refit("best")
     images = torch.from_numpy(load_digits().images[:9, None] * 15.9375).to(torch.uint8)
     again = load_bundle(str(here.model.folder), "cpu")
@@ -153,13 +154,13 @@ def test_a_refit_gives_back_the_model_that_it_wrote(here: Made) -> None:
         assert torch.equal(found.probabilities, again.probabilities(images))
 
 
-def test_a_study_may_be_named_or_be_the_last_one(here: Made) -> None:
+def test_refit_takes_a_name_or_the_last_study(here: Made) -> None:
     for study in (here.study.name, None):
         with pytest.raises(StudyError, match="99"):
             refit(study, 99, confirm=False, quiet=True)
 
 
-# A person's mistakes
+# User errors
 
 
 @pytest.mark.parametrize(
@@ -176,20 +177,29 @@ def test_a_study_may_be_named_or_be_the_last_one(here: Made) -> None:
         (lambda: predict("no/such/bundle", "photos"), BundleError, "no/such/bundle: no such folder"),
     ],
 )
-def test_a_mistake_is_an_exception_with_the_words_of_the_command(call: Any, kind: Any, message: str) -> None:
+def test_a_user_error_is_an_exception_with_the_message_of_the_command(call: Any, kind: Any, message: str) -> None:
     with pytest.raises(kind, match=message):
         call()
     assert issubclass(kind, HpoError | CoreError)
-    assert not console.quiet
 
 
-def test_after_an_error_in_quiet_things_are_said_again(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError):
-        run("digits", data="no/such/folder", quiet=True)
-    assert not console.quiet
+@pytest.mark.parametrize(
+    ("function", "options", "keywords"), [(run, RunOptions, RunKeywords), (refit, RefitOptions, RefitKeywords)]
+)
+def test_a_function_takes_and_describes_every_field_of_its_options(function: Any, options: Any, keywords: Any) -> None:
+    named = inspect.signature(function).parameters.keys()
+    assert named == {*options.model_fields, "quiet"}
+    explicit = {"space", "study", "trial", "quiet"}
+    assert named - explicit <= keywords.__annotations__.keys() <= named
+    assert all(f"{name}: " in (inspect.getdoc(function) or "") for name in named)
+
+
+def test_an_unknown_keyword_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'trails'"):
+        run("digits", trails=3)  # type: ignore[call-arg]
 
 
 def test_a_loaded_model_stays_on_its_device(tmp_path: Path) -> None:
     model = load_bundle(write(tmp_path / "best"), "cpu")
-    with pytest.raises(ValueError, match="a loaded model lies on its device"):
+    with pytest.raises(ValueError, match="a loaded model is on its device"):
         predict(model, np.zeros((12, 16, 3), np.uint8), device="cpu")

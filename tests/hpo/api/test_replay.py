@@ -18,16 +18,16 @@ import pytest
 import torch
 from optuna.trial import TrialState, create_trial
 
-import hpo.api.refit as hpo_refit
+import hpo.api.refitting as hpo_refit
 from core.data import folds, load_dataset
 from core.loop import EpochMetrics
-from hpo.api.replay import Replay, replay_of
-from hpo.cli.console import TrainProgress
+from hpo.cli.terminal import TrainProgress
 from hpo.errors import StudyError
 from hpo.paths import cache_root
 from hpo.reporter import NoProgress
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
+from hpo.search.replay import Replay, replay_of
 from hpo.space import load_space
 from hpo.study import Study, open_study
 from tests.hpo.commands import hpo
@@ -139,7 +139,7 @@ def replayed_rows(studies: Path, replay: Replay) -> list[dict[str, Any]]:
         ("folded", "PRUNED", False),
     ],
 )
-def test_a_trial_alone_gives_bit_for_bit_the_rows_that_it_had(
+def test_a_replayed_trial_reproduces_its_rows_bit_for_bit(
     study: str,
     state: str,
     retried: bool,
@@ -156,11 +156,11 @@ def test_a_trial_alone_gives_bit_for_bit_the_rows_that_it_had(
     if state == "PRUNED":
         assert len(was) < len(rows)
     said = capsys.readouterr().out
-    assert f"the {len(was)} epochs of trial {replay.trial.number} came out bit for bit the same" in said
+    assert f"the {len(was)} epochs of trial {replay.trial.number} are reproduced bit for bit" in said
 
 
 @pytest.mark.parametrize("study", ["own", "folded"])
-def test_without_the_trials_folder_the_storages_values_are_compared(
+def test_without_the_trials_folder_the_stored_values_are_compared(
     study: str, there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replay = one_of(study, "COMPLETE")
@@ -171,11 +171,11 @@ def test_without_the_trials_folder_the_storages_values_are_compared(
     finally:
         aside.rename(file)
     steps = 12 if study == "folded" else 6
-    assert f"the {steps} epochs of trial {replay.trial.number} came out bit" in capsys.readouterr().out
+    assert f"the {steps} epochs of trial {replay.trial.number} are reproduced bit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("study", ["own", "folded"])
-def test_an_epoch_that_differs_is_named_with_both_numbers(
+def test_a_differing_epoch_is_named_with_both_numbers(
     study: str, there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replay = one_of(study, "COMPLETE")
@@ -190,11 +190,11 @@ def test_an_epoch_that_differs_is_named_with_both_numbers(
         file.write_text(before)
     place = "epoch 5 of fold 1" if study == "folded" else "epoch 5"
     said = capsys.readouterr().out
-    assert f"trial {replay.trial.number} came out another way from {place} on: val_loss {was['val_loss']!r} against 9.5"
-    assert f"from {place} on: val_loss {was['val_loss']!r} against 9.5 (nothing that is known of it says why)" in said
+    assert f"trial {replay.trial.number} differs from {place} on: val_loss {was['val_loss']!r} against 9.5"
+    assert f"from {place} on: val_loss {was['val_loss']!r} against 9.5 (for no known reason)" in said
 
 
-def test_what_is_other_here_than_it_was_is_said(there: Path) -> None:
+def test_known_differences_of_the_machine_are_named(there: Path) -> None:
     replay = one_of("own", "COMPLETE")
     trial = create_trial(
         state=TrialState.COMPLETE,
@@ -208,14 +208,14 @@ def test_what_is_other_here_than_it_was_is_said(there: Path) -> None:
     epoch = SimpleNamespace(epoch=1, score=lambda metric: 0.25)
     recorded: Any = SimpleNamespace(results=(SimpleNamespace(history=[epoch]),), values=(0.25,), rows=())
     said = other.verdict(recorded, CPU)
-    assert said.startswith("trial 99 came out another way from step 1 on: accuracy 0.25 against 0.5")
+    assert said.startswith("trial 99 differs from step 1 on: accuracy 0.25 against 0.5")
     assert f"torch {torch.__version__.partition('+')[0]}" in said
     assert "here, 1.0 there" in said
     assert "another device: CPU, 1 thread here, NVIDIA H100 there" in said
     assert "another machine: it ran on elsewhere" in said
 
 
-def test_a_replay_has_the_threads_that_its_trial_had(there: Path) -> None:
+def test_a_replay_uses_as_many_threads_as_the_trial(there: Path) -> None:
     replay = one_of("own", "COMPLETE")
     replay.trial.user_attrs["torch_threads"] = 2
     with replay.threads():
@@ -223,13 +223,13 @@ def test_a_replay_has_the_threads_that_its_trial_had(there: Path) -> None:
     assert torch.get_num_threads() == 1
 
 
-def test_what_is_changed_is_no_replay(
+def test_a_changed_trial_is_no_replay(
     there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = ("--set", "epochs=1", "--metric", "macro_f1")
     assert hpo(monkeypatch, "train", "--from", "own/1", *changes) == 0
     said = capsys.readouterr().out
-    assert "with --set epochs=1 --metric macro_f1 this is no replay of it, and is not compared with it" in said
+    assert "with --set epochs=1 --metric macro_f1 this is no replay, and is not compared with the trial" in said
     assert "bit for bit" not in said
     assert "training own-trial-00001: 1 epochs" in said
 
@@ -248,14 +248,14 @@ def test_what_is_changed_is_no_replay(
         (["--from", "own/99"], "--from own/99: study own has no trial 99; its trials are 0 to 6"),
         (["digits_base", "--from", "own/3"], "give the recipe digits_base or --from own/3, and not both"),
         ([], "give a recipe, from hpo space list, or a trial by --from STUDY/TRIAL"),
-        (["digits_base", "--storage", "x.log"], "--storage: a recipe lies in no storage"),
+        (["digits_base", "--storage", "x.log"], "--storage: a recipe has no storage"),
         (["--from", "own/3", "--set", "optim.lrr=1"], "did you mean optim.lr"),
         (["--from", "own/3", "--metric", "f1"], "--metric f1: no such metric"),
         (["--from", "own/3", "--storage", "other.log"], "study own lies in"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_a_user_error_is_one_line_with_exit_code_2(
     arguments: list[str],
     told: str,
     there: Path,
@@ -272,13 +272,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("state", "attributes", "told"),
     [
-        ("WAITING", {}, "waits to be trained; choose one that has ended"),
-        ("RUNNING", {}, "is running; choose one that has ended"),
-        ("FAIL", {"interrupted": True}, "was cut off before its first epoch"),
-        ("PRUNED", {"failure": "crashed"}, "was cut off before its first epoch"),
+        ("WAITING", {}, "is waiting; choose a finished one"),
+        ("RUNNING", {}, "is running; choose a finished one"),
+        ("FAIL", {"interrupted": True}, "ended before its first epoch"),
+        ("PRUNED", {"failure": "crashed"}, "ended before its first epoch"),
     ],
 )
-def test_a_trial_that_has_not_run_cannot_be_replayed(
+def test_an_unfinished_trial_cannot_be_replayed(
     state: str,
     attributes: Mapping[str, Any],
     told: str,
@@ -295,7 +295,7 @@ def test_a_trial_that_has_not_run_cannot_be_replayed(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_parameters_that_make_no_configuration_are_told_in_a_line(there: Path) -> None:
+def test_parameters_without_a_valid_configuration_are_an_error(there: Path) -> None:
     replay = one_of("own", "COMPLETE")
     trial = create_trial(state=TrialState.PRUNED, user_attrs={"trial_index": 3, "failure": "invalid"})
     metadata = {**replay.study.metadata, "base": replay.study.metadata["base"] | {"epochs": 0}}
@@ -304,7 +304,7 @@ def test_parameters_that_make_no_configuration_are_told_in_a_line(there: Path) -
         study.config_of(trial)
 
 
-def test_other_images_are_not_taken_for_the_trials(
+def test_other_images_than_the_trials_are_refused(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tests.hpo.api.test_end_to_end import digits_npz
@@ -345,7 +345,7 @@ def start(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
-def test_an_interrupt_ends_a_training_after_its_epoch_and_the_same_command_goes_on_from_it(
+def test_an_interrupt_stops_after_the_epoch_and_the_same_command_resumes(
     stop: signal.Signals, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     command = ("digits_base", *(word for value in TINY for word in ("--set", value)))
@@ -353,7 +353,7 @@ def test_an_interrupt_ends_a_training_after_its_epoch_and_the_same_command_goes_
     process.send_signal(stop)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert "stopped; the same command goes on from the last checkpoint" in said
+    assert "stopped; the same command resumes from the last checkpoint" in said
     assert "Traceback" not in said
     [checkpoint] = (tmp_path / "studies/trainings").glob("*/checkpoint.pt")
     left_at = len(torch.load(checkpoint, weights_only=True)["history"])
@@ -361,14 +361,14 @@ def test_an_interrupt_ends_a_training_after_its_epoch_and_the_same_command_goes_
 
     assert hpo(monkeypatch, "train", *command) == 0
     said = capsys.readouterr().out
-    assert "going on from its checkpoint" in said
+    assert "resuming from its checkpoint" in said
     first = next(line for line in said.splitlines() if ": epoch " in line)
     assert f": epoch {left_at + 1} of 10" in first
     [metrics] = (tmp_path / "studies/trainings").glob("*/metrics.jsonl")
     assert [row["epoch"] for row in rows_of(metrics)] == list(range(1, 11))
 
 
-def test_a_second_interrupt_ends_a_training_at_once(start: Any, tmp_path: Path) -> None:
+def test_a_second_interrupt_stops_at_once(start: Any, tmp_path: Path) -> None:
     """In the second epoch: in the first, torch still imports parts of itself, and a KeyboardInterrupt there makes
     Python end by the signal itself, which only a shell takes for the same."""
     large = ("--set", "batch_size=2", "--set", "model.widths=[128, 256]")  # an epoch of many seconds
@@ -385,7 +385,7 @@ def test_a_second_interrupt_ends_a_training_at_once(start: Any, tmp_path: Path) 
     assert checkpoint.stat().st_mtime_ns == saved  # that epoch was not waited for
 
 
-def test_an_interrupt_ends_a_refit_after_its_epoch_and_before_the_test_set_is_opened(
+def test_an_interrupt_stops_a_refit_before_the_test_set_is_opened(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(there, tmp_path / "studies", ignore=shutil.ignore_patterns("trainings"))
@@ -406,7 +406,7 @@ def test_an_interrupt_ends_a_refit_after_its_epoch_and_before_the_test_set_is_op
         file.unlink()  # else it trains once
     assert hpo(monkeypatch, "refit", str(number), "--study", "own") == 130
     assert seen == [1, 2]
-    assert "stopped; the same command goes on from the last checkpoint" in capsys.readouterr().out
+    assert "stopped; the same command resumes from the last checkpoint" in capsys.readouterr().out
     assert not paths.test_openings.exists()
 
     assert hpo(monkeypatch, "refit", str(number), "--study", "own") == 0
@@ -414,7 +414,7 @@ def test_an_interrupt_ends_a_refit_after_its_epoch_and_before_the_test_set_is_op
     assert "opened once" in capsys.readouterr().out
 
 
-def test_an_interrupt_after_the_last_epoch_of_a_refit_loses_none_of_its_report(
+def test_an_interrupt_after_the_last_epoch_of_a_refit_keeps_its_output(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(there, tmp_path / "studies", ignore=shutil.ignore_patterns("trainings"))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import core.loop.profile
-import hpo.api.profile
+import hpo.search.profile
 import hpo.search.training
 from core.loop import EpochMetrics, TrainResult
 from core.loop.profile import Profile, Times
@@ -58,7 +58,7 @@ def hpo_train(*options: str, monkeypatch: pytest.MonkeyPatch) -> TrainingPaths:
 
 def said(monkeypatch: pytest.MonkeyPatch, measured: Profile, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The lines of a profile that came to this, without those before and after it."""
-    monkeypatch.setattr(hpo.api.profile, "profile", lambda *_, **__: measured)
+    monkeypatch.setattr(hpo.search.profile, "profile", lambda *_, **__: measured)
     hpo_train("--profile", monkeypatch=monkeypatch)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     first, last = (next(i for i, line in enumerate(lines) if line.startswith(w)) for w in ("profiling", "training"))
@@ -66,7 +66,7 @@ def said(monkeypatch: pytest.MonkeyPatch, measured: Profile, capsys: pytest.Capt
 
 
 class TestTheTable:
-    def test_of_graphs_shows_both_ways_and_what_is_saved(
+    def test_of_graphs_shows_both_times_and_the_saving(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         lines = said(monkeypatch, MEASURED, capsys)
@@ -87,11 +87,11 @@ class TestTheTable:
             "arithmetic of forward and backward: 143 TFLOP/s, 18 % of the device's peak",
             "the device's peak: 790 TFLOP/s, measured here, multiplying bfloat16 matrices",
             "memory: 3.00 GiB at most, images and weights included",
-            "host: all else, which is to gather images or wait for them, and Python",
+            "host: the rest, mostly Python and gathering images or waiting for them",
             "largest cost: backward, 35 % of an epoch",
         ]
 
-    def test_without_graphs_or_a_device_says_nothing_of_them(
+    def test_without_a_gpu_leaves_graphs_and_memory_out(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         plain = dataclasses.replace(MEASURED, replayed=None, peak_memory_bytes=None)
@@ -110,9 +110,7 @@ class TestTheTable:
 
 
 class TestTheFiles:
-    def test_hold_what_the_table_shows(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_hold_the_table(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         lines = said(monkeypatch, MEASURED, capsys)
         (folder,) = studies_root().glob("trainings/*")
         written = TrainingPaths(folder).profile_table.read_text(encoding="utf-8").splitlines()
@@ -121,7 +119,7 @@ class TestTheFiles:
         assert shown == [line.replace(" ", "") for line in lines[:9]]
         assert [line.removeprefix("- ") for line in written if line.startswith("- ")] == lines[9:]
 
-    def test_hold_every_number_and_what_it_depends_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_hold_every_number_and_the_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         paths = hpo_train("--profile", *EMA, monkeypatch=monkeypatch)
         numbers: dict[str, Any] = json.loads(paths.profile.read_text())
         assert list(numbers["shares"]) == PARTS
@@ -137,7 +135,7 @@ class TestTheFiles:
         assert numbers["device"].startswith("CPU, ")
         assert numbers["versions"]["torch"] in torch.__version__
 
-    def test_are_not_written_unasked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_are_not_written_without_the_option(self, monkeypatch: pytest.MonkeyPatch) -> None:
         paths = hpo_train(monkeypatch=monkeypatch)
         assert not paths.profile.exists()
         assert not paths.profile_table.exists()
@@ -145,7 +143,7 @@ class TestTheFiles:
 
 class TestTheTraining:
     @pytest.mark.parametrize("options", [EMA, FOLDS], ids=["ema", "folds"])
-    def test_is_bitwise_the_one_without(self, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_is_bitwise_the_same_as_without(self, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         paths = hpo_train(*options, monkeypatch=monkeypatch)
         models = sorted(paths.dir.glob("*.safetensors"))
         without = [load_file(model) for model in models]
@@ -159,14 +157,14 @@ class TestTheTraining:
             assert all(torch.equal(before[name], after[name]) for name in before)
         assert epochs_of(paths) == scores
 
-    def test_with_folds_is_profiled_once_on_the_first_ones_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_with_folds_is_profiled_once_on_the_first_fold(self, monkeypatch: pytest.MonkeyPatch) -> None:
         paths = hpo_train("--profile", *FOLDS, monkeypatch=monkeypatch)
         numbers = json.loads(paths.profile.read_text())
         rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
         assert [row["fold"] for row in rows] == [1, 1, 2, 2]
         assert numbers["images"] * 2 == pytest.approx(1438, abs=2)  # halves of what is not test
 
-    def test_goes_on_from_its_checkpoint(
+    def test_resumes_from_its_checkpoint(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """The first fold's checkpoint waits for the second, which is stopped here at its first epoch."""
@@ -194,7 +192,7 @@ class TestTheTraining:
         monkeypatch.setattr(hpo.search.training, "train", counted)
         capsys.readouterr()
         paths = hpo_train("--profile", *FOLDS, monkeypatch=monkeypatch)
-        assert "going on from its checkpoint" in capsys.readouterr().out
+        assert "resuming from its checkpoint" in capsys.readouterr().out
         assert trained == ["False, 1", "False, 2"]
         assert paths.profile.exists()
 

@@ -1,4 +1,4 @@
-"""`hpo space list`, and `hpo space schema`: a file that editors read, or one line that says why there is none."""
+"""`hpo space list` and `hpo space schema`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 import hpo.cli.console
-from hpo.cli.space import list_command, schema_command
+from hpo.api.options import Options, SchemaOptions
+from hpo.api.space import schema
+from hpo.cli.app import space_list
 from hpo.errors import HpoError
 from hpo.space import json_schema, list_spaces
 
@@ -19,27 +21,27 @@ def test_names_results_and_descriptions_are_listed_whole(
     width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hpo.cli.console, "console", Console(width=width, highlight=False))
-    list_command()
+    space_list(Options())
     *lines, last = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
     for entry in list_spaces():
         [at] = [number for number, line in enumerate(lines) if line.startswith(f"{entry.name} ")]
         assert entry.result in lines[at]
-        assert len(lines[at].split()) > 2, "what it is begins on the line of its name"
+        assert len(lines[at].split()) > 2, "the description starts on the line of the name"
     longest = max(len(entry.name) for entry in list_spaces())
     wrapped = sum(line.startswith(" " * longest) for line in lines)
-    assert wrapped == 0 or width < 120, "a line each, on a terminal of 120 columns"
+    assert wrapped == 0 or width < 120, "one line each on a terminal of 120 columns"
     assert "search_spaces/recipes" in last
 
 
 def test_the_schema_is_written_as_json(tmp_path: Path) -> None:
-    schema_command(tmp_path / "space.json")
+    schema(SchemaOptions(output=tmp_path / "space.json"))
     assert json.loads((tmp_path / "space.json").read_text(encoding="utf-8")) == json.loads(json.dumps(json_schema()))
 
 
 @pytest.mark.parametrize("place", ["nodir/space.json", "."])
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, place: str) -> None:
+def test_an_unwritable_output_is_a_one_line_error(tmp_path: Path, place: str) -> None:
     with pytest.raises(HpoError, match=r"cannot be written \(.+\); give -o") as caught:
-        schema_command(tmp_path / place)
+        schema(SchemaOptions(output=tmp_path / place))
     assert str(caught.value).startswith(str(tmp_path / place))
     assert "\n" not in str(caught.value)

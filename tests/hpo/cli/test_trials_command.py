@@ -15,6 +15,8 @@ from rich.console import Console
 import hpo.cli.console
 from core.config import TrainConfig
 from core.data import load_dataset
+from hpo.api.options import ExportOptions
+from hpo.api.study import export
 from hpo.confirmation.result import Confirmation, Contender, write_confirmation
 from hpo.confirmation.statistics import Interval
 from hpo.space import SearchSpace, check_file, load_recipe, load_space
@@ -84,7 +86,7 @@ def output_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 # The frame
 
 
-def test_each_slot_has_one_row_in_the_order_of_the_numbers(study: Study) -> None:
+def test_each_trial_index_has_one_row_in_the_order_of_trial_numbers(study: Study) -> None:
     frame = trials_frame(study)
     assert frame["number"].tolist() == [0, 2, 3, 4, 5, 6], "number 1 was cut off, and 4 has its slot"
     assert frame["trial_index"].tolist() == [0, 2, 3, 1, 4, 5]
@@ -93,13 +95,13 @@ def test_each_slot_has_one_row_in_the_order_of_the_numbers(study: Study) -> None
     assert frame["baseline"].tolist() == [True, False, False, False, False, False]
 
 
-def test_the_value_is_that_of_complete_trials_alone(study: Study) -> None:
+def test_only_complete_trials_have_a_value(study: Study) -> None:
     frame = trials_frame(study)
     assert frame["value"].dropna().to_dict() == {0: 0.7, 3: 0.9}
     assert frame["last_value"].dropna().to_dict() == {0: 0.7, 1: 0.4, 3: 0.9, 4: 0.2}
 
 
-def test_whole_numbers_stay_whole_where_some_are_missing(study: Study) -> None:
+def test_integers_stay_integers_if_some_are_missing(study: Study) -> None:
     frame = trials_frame(study)
     for column in ("epochs", "kept_epoch", "crashes", "params.augment.ops", "rungs.1.rank"):
         assert str(frame[column].dtype) == "Int64"
@@ -110,7 +112,7 @@ def test_whole_numbers_stay_whole_where_some_are_missing(study: Study) -> None:
     assert frame["params.optim.momentum"].dropna().to_dict() == {3: 0.9}
 
 
-def test_what_is_nested_is_flat_and_the_machinerys_own_is_left_out(study: Study) -> None:
+def test_nested_attributes_are_flat_and_internal_ones_left_out(study: Study) -> None:
     frame = trials_frame(study)
     assert frame.loc[0, ["fold_values.1", "fold_values.2"]].tolist() == [0.6, 0.8]
     assert not [column for column in frame if "lease" in column]
@@ -118,7 +120,7 @@ def test_what_is_nested_is_flat_and_the_machinerys_own_is_left_out(study: Study)
     assert all(not isinstance(cell, list | dict) for column in frame for cell in frame[column])
 
 
-def test_a_rung_has_its_value_and_its_place(study: Study) -> None:
+def test_a_rung_has_a_value_and_a_rank(study: Study) -> None:
     frame = trials_frame(study)
     assert frame.columns[-3:].tolist() == ["rungs.1", "rungs.1.rank", "rungs.1.of"]
     assert frame["rungs.1"].dropna().to_dict() == {1: 0.4, 3: 0.6}
@@ -126,7 +128,7 @@ def test_a_rung_has_its_value_and_its_place(study: Study) -> None:
     assert frame["rungs.1.of"].dropna().to_dict() == {1: 2, 3: 3}
 
 
-def test_columns_keep_their_order_and_types_from_the_first_trial_to_the_last(study: Study, space: SearchSpace) -> None:
+def test_columns_have_the_same_order_and_types_for_any_number_of_trials(study: Study, space: SearchSpace) -> None:
     late, early = trials_frame(study), trials_frame(on_disk(space, name="new"))
     assert early.empty
     assert early.columns.tolist() == [column for column in late.columns if column in early.columns]
@@ -139,7 +141,7 @@ def test_columns_keep_their_order_and_types_from_the_first_trial_to_the_last(stu
 # The table and CSV
 
 
-def test_csv_is_every_column_and_nothing_else_goes_to_the_output(
+def test_csv_has_every_column_and_the_output_nothing_else(
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = output_of(monkeypatch, capsys, "study", "trials", "s", "--csv")
@@ -153,7 +155,7 @@ def test_csv_is_every_column_and_nothing_else_goes_to_the_output(
     assert read["value"].dropna().tolist() == [0.7, 0.9]
 
 
-def test_a_file_holds_the_same_csv(
+def test_a_file_has_the_same_csv(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = output_of(monkeypatch, capsys, "study", "trials", "s", "--csv")
@@ -169,7 +171,7 @@ def test_a_file_holds_the_same_csv(
 
 @pytest.mark.parametrize("place", ["nodir/out.csv", "."])
 @pytest.mark.parametrize("command", [["study", "trials", "s"], ["study", "export", "best", "--study", "s"]])
-def test_a_place_that_cannot_be_written_is_one_line(
+def test_an_unwritable_output_is_a_one_line_error(
     place: str, command: list[str], study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -181,7 +183,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
 
 
 @pytest.mark.parametrize("width", [100, 120])
-def test_on_a_terminal_a_trial_is_a_line(
+def test_a_trial_is_one_line_on_a_terminal(
     width: int, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hpo.cli.console, "console", Console(width=width, force_terminal=True, no_color=True))
@@ -190,10 +192,10 @@ def test_on_a_terminal_a_trial_is_a_line(
     assert lines[4].split()[:6] == ["4", "complete", "0.9000", "2", "3.2", "s"]
     assert "lr_scale=0.5" in lines[4]
     assert "diverged" in lines[3]
-    assert "(the base)" in lines[1]
+    assert "(the baseline)" in lines[1]
 
 
-def test_what_goes_into_a_pipe_is_never_cut(
+def test_output_to_a_pipe_is_never_cut(
     space: SearchSpace, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hpo.cli.console, "console", Console(width=40))
@@ -203,7 +205,7 @@ def test_what_goes_into_a_pipe_is_never_cut(
     assert "optim.name=sgd" in lines[4]
 
 
-def test_a_study_without_trials_says_how_to_get_some(
+def test_a_study_without_trials_shows_how_to_run_it(
     space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_disk(space, name="empty")
@@ -216,7 +218,7 @@ def test_a_study_without_trials_says_how_to_get_some(
 
 
 @pytest.mark.parametrize("which", ["best", "4", "2", "0"])
-def test_an_exported_trial_is_a_whole_recipe_and_a_base(
+def test_an_exported_trial_is_a_complete_recipe_and_a_baseline(
     which: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = output_of(monkeypatch, capsys, "study", "export", which, "--study", "s")
@@ -253,24 +255,22 @@ def test_an_exported_trial_can_be_trained(
         ("bset", r"'bset' is no trial: give best, or a number from 0 to 6"),
         ("-1", r"No such option"),
         ("7", r"study s has no trial 7; its trials are 0 to 6"),
-        ("6", r"study s: trial 6 waits, and has no configuration yet"),
+        ("6", r"study s: trial 6 is waiting, and has no configuration yet"),
     ],
 )
-def test_a_trial_that_cannot_be_exported_is_one_line(
+def test_an_unexportable_trial_is_a_one_line_error(
     trial: str, why: str, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_hpo(monkeypatch, "study", "export", trial, "--study", study.name) == 2
     assert why in capsys.readouterr().err
 
 
-def test_before_any_trial_is_complete_there_is_no_best(
+def test_a_study_without_complete_trials_has_no_best(
     space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_disk(space, name="empty")
     assert run_hpo(monkeypatch, "study", "export", "best") == 2
-    assert (
-        capsys.readouterr().err == "hpo: study empty has no complete trial yet; look at it by: hpo study show empty\n"
-    )
+    assert capsys.readouterr().err == "hpo: study empty has no complete trial yet; see: hpo study show empty\n"
 
 
 def confirmation(study: Study, space: SearchSpace, *, finished: int) -> Confirmation:
@@ -290,7 +290,7 @@ def confirmation(study: Study, space: SearchSpace, *, finished: int) -> Confirma
     )  # fmt: skip
 
 
-def test_the_best_is_the_confirmed_winner_and_it_is_said(
+def test_best_exports_the_confirmed_winner_with_its_verdict(
     study: Study, space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_confirmation(study.paths.confirmation, confirmation(study, space, finished=study.counts().finished))
@@ -302,16 +302,16 @@ def test_the_best_is_the_confirmed_winner_and_it_is_said(
     assert load_recipe(file).description == "the winner of study s: the baseline (trial 0)"
 
 
-def test_a_confirmation_of_fewer_trials_does_not_count(
+def test_an_outdated_confirmation_is_ignored(
     study: Study, space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_confirmation(study.paths.confirmation, confirmation(study, space, finished=study.counts().finished - 1))
     text = output_of(monkeypatch, capsys, "study", "export", "best", "--study", "s")
-    assert "not confirmed since these trials were run" in text
+    assert "not confirmed since these trials ran" in text
     assert "trial 4 of study s" in text
 
 
-def test_the_spaces_that_are_shipped_can_all_be_exported_from(space: SearchSpace, tmp_path: Path) -> None:
+def test_trials_of_every_shipped_space_can_be_exported(space: SearchSpace, tmp_path: Path) -> None:
     # A recipe's notes must stay text, whatever stands in them.
     shipped = load_space("stl10_small")
     study = on_disk(shipped, name="weird.name-1")
@@ -323,7 +323,5 @@ def test_the_spaces_that_are_shipped_can_all_be_exported_from(space: SearchSpace
         value=0.5,
         attributes={TRIAL_INDEX: 0, "recipe": "a: b # c"},
     )
-    from hpo.cli.trials import export_command
-
-    export_command("0", study_name="weird.name-1", storage=None, output=tmp_path / "out.yaml")
+    export(ExportOptions(trial="0", study="weird.name-1", output=tmp_path / "out.yaml"))
     assert load_recipe(tmp_path / "out.yaml").description == "trial 0 of study weird.name-1, recipe a: b # c"

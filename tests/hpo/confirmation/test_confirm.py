@@ -240,7 +240,7 @@ def test_confirming_again_trains_nothing_and_says_the_same(
     assert all(line in said for line in before.lines())
     assert "this will take" not in said
     with Interrupts() as interrupts:
-        assert confirmed(find_study("planted"), data=None, device_name="cpu", interrupts=interrupts) == before
+        assert confirmed(find_study("planted"), data=None, device="cpu", interrupts=interrupts) == before
 
 
 def test_after_more_trials_and_with_another_budget_what_was_trained_is_kept(
@@ -271,7 +271,7 @@ def test_a_confirmation_that_is_cut_off_goes_on_with_two_workers_to_the_same_res
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StudyProgress, "refresh", refreshed)
         assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu") == 130
-    assert "stopped: 3 of 10 trainings are done and safe; go on with\n  hpo confirm planted" in capfd.readouterr().out
+    assert "stopped: 3 of 10 trainings are done and safe; resume with\n  hpo confirm planted" in capfd.readouterr().out
     assert not StudyPaths.of("planted").confirmation.exists()
     assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu", "--workers", "2") == 0
     after = scores_of(result_of("planted"))
@@ -772,8 +772,8 @@ def test_a_search_that_is_not_over_is_confirmed_as_it_stands(
     assert hpo(monkeypatch, *run) == 0
     assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu", "--budget", "0.1") == 0
     said = capfd.readouterr().out
-    assert "the search has 2 of 9 trials; its result is confirmed as it stands" in said
-    assert "that is more than the budget, and the least that says anything" in said
+    assert "the search has only 2 of 9 trials; confirming its result so far" in said
+    assert "that exceeds the budget, but fewer trainings could not show a difference" in said
     assert result_of("planted").replicates == 3
 
 

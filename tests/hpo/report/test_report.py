@@ -20,7 +20,8 @@ from markupsafe import Markup
 
 from core.data import Dataset
 from hpo.analysis.study_data import StudyData, read_study_data, value_of
-from hpo.cli.report import report_command
+from hpo.api.options import ReportOptions
+from hpo.api.study import report
 from hpo.confirmation.result import write_confirmation
 from hpo.confirmation.statistics import Interval
 from hpo.errors import StudyError
@@ -588,9 +589,9 @@ def test_a_wrong_argument_is_one_line(
 def test_the_study_of_a_confirmation_has_no_report(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     study = invented_study(SPACE, digits, "won", trials=2)
     monkeypatch.setitem(study.metadata["identity"], "confirms", "search")
-    monkeypatch.setattr("hpo.cli.report.find_study", lambda *_, **__: study)
+    monkeypatch.setattr("hpo.api.study.find_study", lambda *_, **__: study)
     with pytest.raises(StudyError, match="study won confirms search, whose report shows it: hpo report search"):
-        report_command("won", storage=None, data=None, output=None, compare=[])
+        report(ReportOptions(study="won"))
 
 
 def test_a_report_that_fails_leaves_the_old_one(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,8 @@ def test_after_a_kill_of_everything_the_same_command_ends_at_its_total_and_tells
     assert "study digits: 4 trials of 12 epochs, 0 done" in said
     trial_indices = ", ".join(str(trial.user_attrs["trial_index"]) for trial in killed)
     assert (
-        f"2 trial(s) were left running by a process that died (slot {trial_indices}): "
-        "2 go on from a checkpoint, 0 begin anew\n"
+        f"2 trial(s) were left running by a process that died (trial index {trial_indices}): "
+        "2 resume from a checkpoint, 0 start again\n"
     ) in said
     for trial in killed:
         trial_index = trial.user_attrs["trial_index"]
@@ -113,7 +113,7 @@ def test_sigterm_lets_both_epochs_end_and_none_is_trained_again(tmp_path: Path, 
     command.process.terminate()
     assert command.ended() == 130, command.said
     assert "stopping: a running epoch is finished and saved first; Ctrl-C once more stops at once" in command.said
-    assert "stopped: 0 of 2 trials are done and safe; go on with\n  hpo run own.yaml --trials 2" in command.said
+    assert "stopped: 0 of 2 trials are done and safe; resume with\n  hpo run own.yaml --trials 2" in command.said
     assert not running(study)
 
     command.start()
@@ -143,7 +143,7 @@ def test_a_second_ctrl_c_does_not_wait_for_an_epoch_and_every_trial_is_queued_ag
     assert command.ended() == 130, command.said
     took_s = time.monotonic() - asked
     assert "Traceback" not in command.said
-    assert "stopped: 0 of 3 trials are done and safe; go on with\n  hpo run own.yaml" in command.said
+    assert "stopped: 0 of 3 trials are done and safe; resume with\n  hpo run own.yaml" in command.said
     assert not group_of(command.process.pid) & set(workers)
     trials = trials_of(study)
     assert not any(trial.intermediate_values for trial in trials)  # no epoch was waited for

@@ -20,7 +20,7 @@ from core.data import ingest
 from core.data.arrays import NpzSource
 from core.data.decode import decode
 from core.errors import UserError
-from hpo.api.library import predict
+from hpo import predict
 from hpo.errors import BundleError
 from hpo.submission.bundle import load_bundle
 from hpo.submission.predictions import Predictions, write_submission

@@ -458,7 +458,7 @@ def test_the_confirmed_winner_is_refitted_and_not_the_best_of_the_search(
 
     assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
     said = capsys.readouterr().out
-    assert "confirmation.json says is left aside" in said
+    assert "confirmation.json is ignored (--no-confirm)" in said
     assert report_of(study.paths.refit("best"))["trial"] == best.number
 
 
@@ -503,7 +503,7 @@ def test_best_is_confirmed_first_where_that_was_not_done(
 ) -> None:
     assert hpo(monkeypatch, "refit", "best") == 0
     said = capsys.readouterr().out
-    assert "is the best of study own better than its base?" in said
+    assert "confirming the best trial of study own against the baseline first" in said
     report = report_of(study.paths.refit("best"))
     confirmation = json.loads(study.paths.confirmation.read_text())
     assert report["confirmation"] == confirmation

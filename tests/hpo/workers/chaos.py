@@ -343,7 +343,7 @@ class DriverTerminated(Event):
     def strike(self, chaos: Chaos, victim: Victim) -> bool:
         chaos.command.process.terminate()
         assert chaos.command.ended() == 130, chaos.command.said
-        assert "are done and safe; go on with\n  hpo run chaos.yaml" in chaos.command.said
+        assert "are done and safe; resume with\n  hpo run chaos.yaml" in chaos.command.said
         chaos.start()
         return chaos.cut_off(victim)
 

@@ -190,7 +190,7 @@ def test_a_preempted_worker_gives_its_trial_back_a_killed_one_is_replaced_and_ct
     assert process.returncode == 130, said
     assert "was stopped on" in said
     assert "was killed on" in said
-    assert "of 6 trials are done and safe; go on with" in said
+    assert "of 6 trials are done and safe; resume with" in said
     assert "Traceback" not in said
     trials = server.trials()
     assert not [trial.number for trial in trials if trial.state.name == "RUNNING"]

@@ -295,7 +295,7 @@ def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_kn
     monkeypatch.setenv("HPO_STUDIES", str(begun))
     assert hpo(monkeypatch, "run", str(space.path), "--trials", "2", "--workers", "0") == 0
     said = capsys.readouterr().out
-    assert "2 trials wait for workers" in said
+    assert "2 trials are waiting for workers" in said
     assert "  hpo worker own\n" in said
     assert [trial.state for trial in trials_of(begun / "own")] == [TrialState.WAITING] * 2
 
@@ -303,7 +303,7 @@ def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_kn
     monkeypatch.setenv("HPO_STUDIES", str(joined))
     storage = str(begun / "own/journal.log")
     assert hpo(monkeypatch, "worker", "own", "--storage", storage, "--device", "cpu") == 0
-    assert "no trial waits any more: 2 of 2 are finished\n" in capsys.readouterr().out
+    assert "no trial is waiting: 2 of 2 are finished\n" in capsys.readouterr().out
     assert sorted(finished_of(begun / "own")) == [0, 1]
     assert (joined / "own/trials/00001/metrics.jsonl").exists()
 
@@ -313,7 +313,7 @@ def test_a_worker_that_finds_nothing_to_do_says_so_and_leaves(
 ) -> None:
     assert hpo(monkeypatch, "run", str(space.path), "--trials", "1") == 0
     assert hpo(monkeypatch, "worker", "own") == 0
-    assert "no trial waits any more: 1 of 1 are finished\n" in capsys.readouterr().out
+    assert "no trial is waiting: 1 of 1 are finished\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

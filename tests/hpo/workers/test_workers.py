@@ -233,7 +233,7 @@ def test_ctrl_c_gives_every_trial_back_and_says_how_to_go_on(tmp_path: Path, spa
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    assert "of 3 trials are done and safe; go on with" in said
+    assert "of 3 trials are done and safe; resume with" in said
     assert f"hpo run {space_file} --trials 3 --per-device 2 --set epochs=60" in said
     wait_until(lambda: not group_of(process.pid), seconds=30)  # Python's own helper leaves a moment later
     states = [trial.state.name for trial in trials_of(study)]

@@ -1,8 +1,8 @@
-"""A trial, to be trained again alone: its very configuration, and whether it came out the same.
+"""Train a trial of a study again, alone, and compare it with the original.
 
-A trial follows from the study's record, its parameters and its slot. On a CPU it comes out bit for bit the same with as
-many threads of torch, since one and two do not add in the same order. A pruned trial is trained to its end: the epochs
-that it had are compared, and the others say what it would have become.
+A trial is determined by the study's metadata, its parameters and its trial index. On a CPU the result is bit for bit
+the same with the same number of torch threads, which add in different orders. A pruned trial is trained to its end;
+only the epochs that the original had are compared.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from hpo.study import Study, find_study
 from hpo.study.versions import versions
 from hpo.trials import FAILURE
 
-# What a row of `metrics.jsonl` says of the machine, and not of the training.
+# Columns of `metrics.jsonl` that depend on the machine and not on the training.
 _TIMES = ("images_per_s", "elapsed_s")
-# The packages that the numbers of a training come from.
+# Packages that determine the numbers of a training.
 _NUMERIC = ("torch", "torchvision", "timm", "numpy")
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A trial that has ended, as it was trained."""
+    """A finished trial, as it was trained."""
 
     study: Study
     trial: FrozenTrial
     config: TrainConfig
-    """Its seed included."""
+    """Including its seed."""
 
     @property
     def name(self) -> str:
-        """That of the folder it is trained into."""
+        """Name of the folder that it is trained into."""
         return f"{self.study.name}-trial-{self.trial.number:05d}"
 
     @property
     def was(self) -> str:
-        """What it came to, in words."""
+        """Its result, in words."""
         trial, study = self.trial, self.study
         if FAILURE in trial.user_attrs:
             return str(trial.user_attrs[FAILURE])
@@ -60,13 +60,17 @@ class Replay:
         return f"{ended} after {epochs} of {self.config.epochs * (self.config.data.folds or 1)} epochs"
 
     def check(self, dataset: Dataset) -> None:
-        """Raises StudyError where the images or the weights are not those that the trial began from."""
+        """Check that images and pretrained weights are the trial's.
+
+        Raises:
+            StudyError: They differ.
+        """
         self.study.check_data(dataset)
         self.study.check_weights(self.config)
 
     @contextmanager
     def threads(self) -> Iterator[None]:
-        """As many threads of torch as the trial had, if that is known."""
+        """Use as many torch threads as the trial did, if that is known."""
         before = torch.get_num_threads()
         torch.set_num_threads(int(self.trial.user_attrs.get("torch_threads", before)))
         try:
@@ -75,29 +79,29 @@ class Replay:
             torch.set_num_threads(before)
 
     def verdict(self, recorded: Recorded, device: torch.device) -> str:
-        """Whether the epochs that the trial had came out the same, in a line."""
+        """Compare the epochs that the trial had with those of a training, in one sentence."""
         trial = f"trial {self.trial.number}"
         pairs = self._pairs(recorded)
         if not pairs:
-            return f"{trial} left no epoch to compare with"
+            return f"{trial} has no epoch to compare with"
         for place, here, there in pairs:
             for key in here:
                 if key not in _TIMES and _as_text(here[key]) != _as_text(there.get(key)):
                     return (
-                        f"{trial} came out another way from {place} on: {key} {here[key]!r} against {there.get(key)!r} "
+                        f"{trial} differs from {place} on: {key} {here[key]!r} against {there.get(key)!r} "
                         f"({self._apart(device)})"
                     )
-        return f"the {len(pairs)} epochs of {trial} came out bit for bit the same"
+        return f"the {len(pairs)} epochs of {trial} are reproduced bit for bit"
 
     def _pairs(self, recorded: Recorded) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-        """(which epoch, what it came to here, what it came to in the trial) of each that both have."""
+        """(name, values here, values in the trial) of each epoch that both have."""
         file = self.study.paths.trial_metrics(self.trial.number)
         if file.exists():
-            lines = file.read_text().rpartition("\n")[0].splitlines()  # behind the last newline, what a kill has torn
+            lines = file.read_text().rpartition("\n")[0].splitlines()  # a killed process may have cut the last line off
             if lines:
                 there = [json.loads(line) for line in lines]
                 return [(_place(row), dict(row), was) for row, was in zip(recorded.rows, there, strict=False)]
-        reported = self.trial.intermediate_values  # on another machine than the trial's folder
+        reported = self.trial.intermediate_values  # the trial's folder is on another machine
         here = _reports(recorded, self.study.metric, self.config.epochs)
         return [
             (f"step {step}", {self.study.metric: here[step]}, {self.study.metric: reported[step]})
@@ -105,7 +109,7 @@ class Replay:
         ]
 
     def _apart(self, device: torch.device) -> str:
-        """What is known to be other here than it was for the trial."""
+        """Known differences between this training and the trial."""
         known: dict[str, Any] = self.study.metadata.get("versions", {})
         now = versions()
         attributes = self.trial.user_attrs
@@ -116,15 +120,19 @@ class Replay:
         if ran_on != host():
             words.append(f"another machine: it ran on {ran_on}")
         if "torch_threads" not in attributes:
-            words.append("how many threads of torch it had is not known")
-        return "; ".join(words) or "nothing that is known of it says why"
+            words.append("its number of torch threads is not known")
+        return "; ".join(words) or "for no known reason"
 
 
 def replay_of(given: str, *, storage: str | None) -> Replay:
-    """The trial that `--from` names: `STUDY/NUMBER`.
+    """Look up the trial that `--from` names.
+
+    Args:
+        given: `STUDY/NUMBER`.
+        storage: URL of the study's storage; None finds the study by its name.
 
     Raises:
-        StudyError: there is no such study or trial, or nothing of the trial that could be trained again.
+        StudyError: There is no such study or trial, or the trial cannot be trained again.
     """
     name, slash, number = given.rpartition("/")
     if not (slash and name and number.isdecimal()):
@@ -140,20 +148,18 @@ def replay_of(given: str, *, storage: str | None) -> Replay:
 
 
 def _check_has_run(given: str, trial: FrozenTrial) -> None:
-    """Raises StudyError where a trial is not over, or may not have been given all its parameters."""
+    """Raise StudyError if a trial is not finished, or may lack parameters."""
     if trial.state == TrialState.WAITING:
-        raise StudyError(f"--from {given}: that trial waits to be trained; choose one that has ended")
+        raise StudyError(f"--from {given}: that trial is waiting; choose a finished one")
     if trial.state == TrialState.RUNNING:
-        raise StudyError(f"--from {given}: that trial is running; choose one that has ended")
+        raise StudyError(f"--from {given}: that trial is running; choose a finished one")
     cut_off = trial.state == TrialState.FAIL or trial.user_attrs.get(FAILURE) == "crashed"
     if cut_off and not trial.intermediate_values:
-        raise StudyError(
-            f"--from {given}: that trial was cut off before its first epoch; choose one that has trained an epoch"
-        )
+        raise StudyError(f"--from {given}: that trial ended before its first epoch; choose one that trained an epoch")
 
 
 def _reports(recorded: Recorded, metric: str, epochs: int) -> dict[int, float]:
-    """Step -> what a trial reports there: with folds, the mean of those before and this epoch's score."""
+    """Step -> the value that a trial reports: with folds, the mean of the earlier folds and this epoch's score."""
     folds = len(recorded.results)
     reports: dict[int, float] = {}
     for fold, result in enumerate(recorded.results, 1):
@@ -171,5 +177,5 @@ def _place(row: Mapping[str, Any]) -> str:
 
 
 def _as_text(value: Any) -> str:
-    """As a line of `metrics.jsonl` has it, bit for bit; not a number equals itself."""
+    """The value as JSON, so that values compare bit for bit and NaN equals itself."""
     return json.dumps(value)

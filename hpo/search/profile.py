@@ -1,4 +1,4 @@
-"""`hpo train --profile`: where an epoch's time goes, as a table on the terminal and among the training's files."""
+"""`hpo train --profile`: how the time of an epoch is spent, as a table and as files beside the training."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from core.config import TrainConfig
 from core.data import Splits
 from core.loop.profile import Profile, profile
 from core.runtime import describe_device
-from hpo.cli.console import say, table
 from hpo.paths import TrainingPaths
+from hpo.reporter import Reporter
 from hpo.study.versions import versions
 
 Row = tuple[str, ...]
 
 
 def profile_training(
-    config: TrainConfig, splits: Splits, paths: TrainingPaths, *, name: str, device: torch.device
+    config: TrainConfig, splits: Splits, paths: TrainingPaths, *, name: str, device: torch.device, reporter: Reporter
 ) -> None:
-    """Measures a training before it begins, says where its time goes, and writes that into its folder.
+    """Measure a training before it starts, show how its time is spent, and write that into its folder.
 
     Args:
-        splits: with folds, the first one's.
-        name: the recipe's.
+        config: The configuration to train.
+        splits: Of the first fold, if there are folds.
+        paths: The training's folder.
+        name: Name of the training.
+        device: Device to measure on.
+        reporter: Shows the table.
     """
-    say(f"profiling {name}: its last steps, timed; {describe_device(device)}")
+    reporter.say(f"profiling {name}: its last steps, timed; {describe_device(device)}")
     measured = profile(config, splits, device=device)
     columns, rows = _columns(measured), _rows(measured)
-    table(columns, rows, right=range(1, len(columns)))
+    reporter.table(columns, rows, right=range(1, len(columns)))
     remarks = _remarks(measured)
     for remark in remarks:
-        say(remark)
+        reporter.say(remark)
     paths.dir.mkdir(parents=True, exist_ok=True)
     text = [f"# Where an epoch of {name} goes", f"{describe_device(device)}, torch {torch.__version__}"]
     text += [_markdown(columns, rows), "\n".join(f"- {remark}" for remark in remarks)]
@@ -51,16 +55,13 @@ def profile_training(
     paths.profile.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
-# ---- in words
-
-
 def _columns(measured: Profile) -> list[str]:
     by_kernel = [] if measured.replayed is None else ["kernel by kernel, s"]
     return ["part", "s an epoch", "share", *by_kernel]
 
 
 def _rows(measured: Profile) -> list[Row]:
-    """A row a part, and their sum. Every number of seconds has as many decimals as the sum needs for four digits."""
+    """One row per part, then their sum. Seconds have the decimals that the sum needs for four digits."""
     decimals = max(3 - math.floor(math.log10(measured.epoch_s)), 0)
     trained, launched = measured.parts(measured.trained), measured.parts(measured.launched)
     parts: list[tuple[str, float, float]] = [(part, seconds, launched[part]) for part, seconds in trained.items()]
@@ -76,7 +77,7 @@ def _rows(measured: Profile) -> list[Row]:
 
 
 def _remarks(measured: Profile) -> list[str]:
-    """What the table does not say, a line each, the largest cost last."""
+    """Lines below the table, the largest cost last."""
     training_s = measured.trained.seconds
     remarks = [
         f"images/s: {measured.images_per_s:,.0f}; without evaluation {measured.images / training_s:,.0f}",
@@ -92,14 +93,14 @@ def _remarks(measured: Profile) -> list[str]:
     remarks.append(f"the device's peak: {_flops(peak)}, measured here, multiplying {measured.dtype} matrices")
     if measured.peak_memory_bytes is not None:
         remarks.append(f"memory: {measured.peak_memory_bytes / 2**30:.2f} GiB at most, images and weights included")
-    remarks.append("host: all else, which is to gather images or wait for them, and Python")
+    remarks.append("host: the rest, mostly Python and gathering images or waiting for them")
     largest = measured.largest
     share = _percent(measured.parts(measured.trained)[largest] / measured.epoch_s)
     return [*remarks, f"largest cost: {largest}, {share} of an epoch"]
 
 
 def _percent(share: float) -> str:
-    """0.4 % where a whole number would say nothing."""
+    """One decimal below 1 %."""
     return f"{100 * share:.0f} %" if round(100 * share) else f"{100 * share:.1f} %"
 
 
@@ -108,21 +109,18 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _flops(flops: float) -> str:
-    """As a person says it: 412 TFLOP/s, 9.5 GFLOP/s."""
+    """For example 412 TFLOP/s or 9.5 GFLOP/s."""
     return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
-    """The table, its first column to the left and the others to the right."""
+    """Format as Markdown, the first column aligned to the left and the others to the right."""
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
 
 
-# ---- in numbers
-
-
 def _sizes(config: TrainConfig, splits: Splits) -> dict[str, Any]:
-    """What of the configuration and the data the times depend on first; `config.yaml` beside it has the rest."""
+    """The sizes that the times depend on most; `config.yaml` beside it has the whole configuration."""
     channels, height, width = splits.images.shape[1:]
     return {
         "model": config.model.name,
@@ -141,7 +139,7 @@ def _sizes(config: TrainConfig, splits: Splits) -> dict[str, Any]:
 
 
 def _numbers(measured: Profile) -> dict[str, Any]:
-    """Every number that was measured or follows from those: of `core.loop.profile.Profile`, by its names."""
+    """All numbers of `core.loop.profile.Profile`, measured and derived."""
     return {
         **asdict(measured),
         "epoch_s": measured.epoch_s,

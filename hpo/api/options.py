@@ -1,0 +1,428 @@
+"""The options of every command, each declared once with its type, default, bounds and description.
+
+The command line builds its parameters from these models (`hpo.cli.parameters`), the functions of `import hpo` their
+keyword arguments (`hpo.cli.library`). Only pydantic is imported here, so that `hpo --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self, TypedDict
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from hpo.errors import StudyError
+from hpo.search.options import TrialOptions
+
+
+def option(
+    description: str,
+    default: Any = None,
+    *,
+    flags: str | None = None,
+    metavar: str | None = None,
+    argument: bool = False,
+    secret: bool = False,
+    resumes: bool = True,
+    ge: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """Describe one field.
+
+    Args:
+        description: Help text of the command line and of the Python function.
+        default: Default value; `...` for an argument that must be given.
+        flags: Names on the command line, separated by spaces; `--field-name` by default.
+        metavar: Placeholder for the value in the help.
+        argument: Whether it is a positional argument.
+        secret: Whether it is a URL whose password is masked wherever it is shown.
+        resumes: Whether the command that resumes the work repeats it.
+        ge: Smallest value.
+        le: Largest value.
+    """
+    words: dict[str, Any] = {
+        "flags": flags,
+        "metavar": metavar,
+        "argument": argument,
+        "secret": secret,
+        "resumes": resumes,
+    }
+    return Field(default, description=description, ge=ge, le=le, repr=not secret, json_schema_extra=words)
+
+
+class Options(BaseModel):
+    """Base class of the options of one command."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, defer_build=True)
+    command_name: ClassVar[str] = ""
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Build the options from keyword arguments.
+
+        Raises:
+            StudyError: A value has the wrong type or is out of bounds.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise StudyError(_first_fault(error)) from error
+
+    @classmethod
+    def fields(cls) -> dict[str, FieldInfo]:
+        """Fields by name, the command's own before those that it shares with others."""
+        names = [name for each in cls.__mro__ for name in inspect.get_annotations(each)]
+        return {name: cls.model_fields[name] for name in dict.fromkeys(names) if name in cls.model_fields}
+
+    def command(self) -> str:
+        """Return the command line that resumes the work. Passwords are masked; `--set` comes last."""
+        arguments: list[str] = []
+        options: list[str] = []
+        settings: list[str] = []
+        for name, field in self.fields().items():
+            value = getattr(self, name)
+            if value is None or value == field.default or not words(field, "resumes", True):
+                continue
+            flag = flags(name, field)[0]
+            if words(field, "argument"):
+                arguments.append(str(value))
+            elif isinstance(value, bool):
+                options.append(flag)
+            elif isinstance(value, str | Path | int | float):
+                options += [flag, _shown(value, masked=bool(words(field, "secret")))]
+            else:
+                settings += [word for text in setting_texts(value) for word in (flag, text)]
+        return shlex.join([*self.command_name.split(), *arguments, *options, *settings])
+
+
+def words(field: FieldInfo, key: str, default: Any = None) -> Any:
+    """Return what `option` was given for one of its words, such as `metavar`."""
+    extra = field.json_schema_extra
+    return extra.get(key, default) if isinstance(extra, dict) else default
+
+
+def flags(name: str, field: FieldInfo) -> list[str]:
+    """Return the names of an option on the command line, the long one first."""
+    given = words(field, "flags")
+    return given.split() if given else [f"--{name.replace('_', '-')}"]
+
+
+def bounds(field: FieldInfo) -> dict[str, float]:
+    """Return the smallest (`ge`) and largest (`le`) value of a field, where it has them."""
+    found = {key: getattr(rule, key, None) for rule in field.metadata for key in ("ge", "le") if hasattr(rule, key)}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def setting_texts(settings: Settings) -> list[str]:
+    """Return settings as `--set` takes them: `KEY=VALUE`, the value as YAML."""
+    if not isinstance(settings, Mapping):
+        return list(settings)
+    from hpo.space.document import flow
+
+    return [f"{path}={flow(value)}" for path, value in settings.items()]
+
+
+def _shown(value: str | float | Path, *, masked: bool) -> str:
+    if masked:
+        from hpo.storage.urls import mask
+
+        return mask(str(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    what = f"{'.'.join(map(str, fault['loc'][:1]))}={fault['input']}"
+    least, most = (fault.get("ctx", {}).get(key) for key in ("ge", "le"))
+    if least is not None:
+        return f"{what}: give {least:g} or more"
+    return f"{what}: give {most:g} or less" if most is not None else f"{what}: {fault['msg']}"
+
+
+Settings = Mapping[str, Any] | tuple[str, ...]
+"""Values by dotted path, as in `{"epochs": 3}`, or `KEY=VALUE` texts as the command line takes them."""
+
+Text = Annotated[str, BeforeValidator(str)]
+"""A name or path; numbers and `Path` are accepted."""
+
+
+# Parts that several commands share ----------------------------------------------------------------------------------
+
+Study = Annotated[str | None, option("Name of the study; by default the one that ran last.")]
+StudyArgument = Annotated[str | None, option("Name of the study; by default the one that ran last.", argument=True)]
+Output = Annotated[Path | None, option("Output file; by default the terminal.", flags="--output -o")]
+SetOption = Annotated[
+    Settings,
+    option(
+        "Set a field, for example epochs=3; a searched field is pinned to the value. Repeatable.", metavar="KEY=VALUE"
+    ),
+]
+SkipBroken = Annotated[bool, option("Skip unreadable image files and report their number.")]
+Storage = Annotated[str | None, option("URL of the study's storage, if it has a password.", secret=True)]
+
+
+class DataOptions(Options):
+    """Where the images are."""
+
+    data: Path | None = option(
+        "Your images: a folder, .zip, .tar.*, .npz or .csv; for a built-in data set, the folder that holds it."
+    )
+
+
+class DeviceOptions(Options):
+    """One device."""
+
+    device: str | None = option("cpu, cuda or cuda:N; by default the first GPU, or the CPU.")
+
+
+class PlacementOptions(DeviceOptions):
+    """Devices, and how many trials each trains at once."""
+
+    devices: str | None = option(
+        "Several devices, for example cuda:0,cuda:1, or all GPUs with `all`. A trial runs on one.",
+        metavar="D1,D2",
+    )
+    workers: int | None = option("Number of trials trained at once, each in its own process.", metavar="N", ge=1)
+    per_device: str | None = option(
+        "Number of trials trained at once on each device, 1 by default; `auto` measures the fastest number.",
+        metavar="K",
+    )
+
+
+class ArtifactOptions(Options):
+    """Where files are shared between machines."""
+
+    artifacts: str | None = option(
+        "Artifact store for machines without a shared studies folder, for checkpoints, weights and pictures: a "
+        "folder, s3://…, gs://… or any other URL that fsspec supports.",
+        metavar="URL",
+        secret=True,
+    )
+
+
+class ChosenStudy(Options):
+    """A study that exists, named as an argument."""
+
+    study: StudyArgument = None
+    storage: Storage = None
+
+
+# Search -------------------------------------------------------------------------------------------------------------
+
+
+class RunOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):
+    """Options of `hpo run`."""
+
+    command_name: ClassVar[str] = "hpo run"
+
+    space: Text = option("Search space: a name from `hpo space list`, or a YAML file.", ..., argument=True)
+    trials: int | None = option("Total number of trials; by default the space's.", ge=1)
+    study: str | None = option("Name of the study; by default the space's.")
+    storage: str | None = option(
+        "Any Optuna storage URL; by default a journal file in the study's folder.", secret=True
+    )
+    set: SetOption = ()
+    seed: int | None = option("Seed of the study, 0 by default.", ge=0)
+    workers: int | None = option(
+        "Number of trials trained at once, each in its own process; 0 only queues them for `hpo worker`.",
+        metavar="N",
+        ge=0,
+    )
+    retries: int | None = option(
+        "How often a trial is restarted from its checkpoint after its process died, before it counts as failed; "
+        "3 by default.",
+        metavar="R",
+        ge=0,
+    )
+    engine: str = option("Where workers run: `local`, or `ray` for a Ray cluster.", "local")
+    address: str | None = option(
+        "Head of the Ray cluster as host:port; by default `auto`, the cluster of this machine."
+    )
+    take_over: str | None = option(
+        "Start with those trials of another study that fit the space.", metavar="STUDY", resumes=False
+    )
+    skip_broken: SkipBroken = False
+    reclaim: bool = option(
+        "Take back trials held by a process on another host that is known to be dead.", False, resumes=False
+    )
+
+
+class RunKeywords(TypedDict, total=False):
+    """Keyword arguments of `hpo.run`: the fields of `RunOptions` as editors and type checkers see them."""
+
+    trials: int | None
+    study: str | None
+    data: str | Path | None
+    storage: str | None
+    set: Mapping[str, Any]
+    seed: int | None
+    device: str | None
+    devices: str | None
+    workers: int | None
+    per_device: int | str | None
+    retries: int | None
+    keep_gb: float | None
+    artifacts: str | None
+    engine: str
+    address: str | None
+    take_over: str | None
+    skip_broken: bool
+    reclaim: bool
+
+
+class WorkerOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):
+    """Options of `hpo worker`."""
+
+    command_name: ClassVar[str] = "hpo worker"
+
+    study: str = option("A study started by `hpo run`, on this machine or another.", ..., argument=True)
+    storage: str | None = option(
+        "URL of the study's storage; not needed for a study started on this machine.", secret=True
+    )
+
+
+class TrainOptions(DataOptions, DeviceOptions):
+    """Options of `hpo train`."""
+
+    recipe: str | None = option("Recipe: a name from `hpo space list`, or a YAML file.", argument=True)
+    trial: str | None = option(
+        "Train this trial again instead of a recipe, and compare the result with the trial's.",
+        flags="--from",
+        metavar="STUDY/TRIAL",
+    )
+    storage: Storage = None
+    set: SetOption = ()
+    metric: str | None = option(
+        "Metric to report, and for early stopping and plateau schedules to watch: accuracy, macro_f1, "
+        "balanced_accuracy or nll. By default accuracy, or with --from the study's.",
+    )
+    skip_broken: SkipBroken = False
+    profile: bool = option("First measure how the time of an epoch is spent, as a table.", False)
+
+
+class ConfirmOptions(ChosenStudy, DataOptions, PlacementOptions):
+    """Options of `hpo confirm`."""
+
+    command_name: ClassVar[str] = "hpo confirm"
+
+    budget: float | None = option(
+        "Cost limit as a fraction of the epochs that the search trained; by default the space's confirm.budget.",
+        metavar="SHARE",
+        ge=0,
+    )
+
+
+# Models -------------------------------------------------------------------------------------------------------------
+
+
+class RefitOptions(DataOptions, DeviceOptions):
+    """Options of `hpo refit`."""
+
+    trial: str = option("`best`, or the number of a trial.", ..., argument=True)
+    study: Study = None
+    storage: Storage = None
+    folds: int | None = option("Train an ensemble of K networks, each without another K-th of the images.", metavar="K")
+    members: int | None = option(
+        "Train K networks on all images from different seeds: an ensemble, or one network with their averaged "
+        "weights if it validates as well.",
+        metavar="K",
+    )
+    onnx: bool = option("Also write the model as ONNX, and check its outputs against torch's.", False)
+    confirm: bool = option(
+        "Confirm `best` on other seeds and splits before it is refitted, unless that is done.",
+        True,
+        flags="--confirm/--no-confirm",
+    )
+
+
+class RefitKeywords(TypedDict, total=False):
+    """Keyword arguments of `hpo.refit`: the fields of `RefitOptions` as editors and type checkers see them."""
+
+    data: str | Path | None
+    storage: str | None
+    folds: int | None
+    members: int | None
+    onnx: bool
+    confirm: bool
+    device: str | None
+
+
+class PredictOptions(DeviceOptions):
+    """Options of `hpo predict`."""
+
+    bundle: Path = option("A folder written by `hpo refit`.", ..., argument=True)
+    images: Path = option("A folder, .zip, .tar.*, .npz, or a .csv of paths.", ..., argument=True)
+    output: Path = option("CSV file to write.", Path("submission.csv"), flags="--output -o")
+    probabilities: bool = option("Add a column for each class.", False)
+    skip_broken: SkipBroken = False
+
+
+# Views of a study ---------------------------------------------------------------------------------------------------
+
+
+class ReportOptions(ChosenStudy, DataOptions):
+    """Options of `hpo report`."""
+
+    output: Path | None = option("HTML file; by default report.html in the study's folder.", flags="--output -o")
+    compare: tuple[str, ...] = option("Compare with this study. Repeatable.", (), metavar="STUDY")
+
+
+class DashboardOptions(ChosenStudy):
+    """Options of `hpo dashboard`."""
+
+    port: int = option("Port to listen on.", 8080, ge=1, le=65535)
+    host: str = option("Address to listen on.", "127.0.0.1")
+
+
+class TopOptions(ChosenStudy):
+    """Options of `hpo study top`."""
+
+    every: float = option("Seconds between two updates.", 2.0, metavar="SECONDS", ge=0.1)
+    once: bool = option("Show the study once and exit, as without a terminal.", False)
+
+
+class TrialsOptions(ChosenStudy):
+    """Options of `hpo study trials`."""
+
+    csv: bool = option("Print CSV with all columns instead of a table of the main ones.", False)
+    output: Output = None
+
+
+class ExportOptions(Options):
+    """Options of `hpo study export`."""
+
+    trial: str = option("`best`, or the number of a trial.", ..., argument=True)
+    study: Study = None
+    storage: Storage = None
+    output: Output = None
+
+
+class DoctorOptions(ChosenStudy):
+    """Options of `hpo study doctor`."""
+
+    mend: bool = option("Fix what can be fixed; finished trials are never changed.", False)
+
+
+# Search spaces ------------------------------------------------------------------------------------------------------
+
+
+class CheckOptions(Options):
+    """Options of `hpo space check`."""
+
+    file: str = option("Search space or recipe: its name, or a YAML file.", ..., argument=True)
+
+
+class SuggestOptions(ChosenStudy):
+    """Options of `hpo space suggest`."""
+
+    output: Output = None
+
+
+class SchemaOptions(Options):
+    """Options of `hpo space schema`."""
+
+    output: Output = None

@@ -1,0 +1,167 @@
+"""The functions of `import hpo`: the same studies and models as by the commands, with exceptions and return values.
+
+They show the progress that the commands show, unless `quiet`. Their keyword arguments are the fields of the options
+models. A script with several workers needs `if __name__ == "__main__":`, because each worker process imports it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hpo.api.options import Options, RefitKeywords, RefitOptions, RunKeywords, RunOptions
+from hpo.cli.terminal import Terminal, stoppable
+from hpo.reporter import Reporter, Silent
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    import torch
+
+    from hpo.api.refitting import RefitResult
+    from hpo.api.run import SearchResult
+    from hpo.study import Study
+    from hpo.submission.bundle import LoadedBundle
+    from hpo.submission.predictions import Images, Predictions
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def run_and_show(options: RunOptions, reporter: Reporter) -> SearchResult:
+    """Search, and show the result. Ctrl-C waits for the end of the epoch."""
+    from hpo.api.search import search
+
+    with stoppable(reporter) as interrupts:
+        result = search(options, reporter, interrupts)
+        from hpo.cli.show import show_search  # with Optuna, which a wrong name does not wait for
+
+        show_search(result, reporter)
+    return result
+
+
+def refit_and_show(options: RefitOptions, reporter: Reporter) -> RefitResult:
+    """Refit, and show the result. Ctrl-C waits for the end of the epoch."""
+    from hpo.api.refit import refit
+    from hpo.cli.show import show_refit
+
+    with stoppable(reporter) as interrupts:
+        result = refit(options, reporter, interrupts)
+        show_refit(result, reporter)
+    return result
+
+
+def _takes(model: type[Options]) -> Callable[[Function], Function]:
+    """Give a function the fields of a model as keyword arguments, in its signature and its docstring."""
+
+    def decorate(function: Function) -> Function:
+        own = inspect.signature(function).parameters
+        added = {name: field for name, field in model.fields().items() if name not in own}
+        parameters = [parameter for parameter in own.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        for name, field in added.items():
+            parameters.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation
+                )
+            )
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        arguments = [f"    {name}: {field.description}" for name, field in added.items()]
+        before, marker, after = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
+        function.__doc__ = "\n".join([before + marker.rstrip(), *arguments, after])
+        return function
+
+    return decorate
+
+
+@_takes(RunOptions)
+def run(space: str | Path, *, quiet: bool = False, **options: Unpack[RunKeywords]) -> Study:
+    """Run a study's trials up to its total; start the study or resume it, as `hpo run` does.
+
+    Args:
+        space: Search space: a name from `hpo space list`, or a YAML file.
+        quiet: Show nothing.
+
+    Returns:
+        The study. Its best trial is `best_trial()`, Optuna's own study is `optuna`, and `hpo.trials_frame(study)`
+        returns all trials as a pandas dataframe.
+
+    Raises:
+        HpoError: The space has faults, or the study cannot be resumed as asked.
+        CoreError: The data, the network or the device cannot be used.
+        KeyboardInterrupt: Stopped; finished trials and checkpoints are kept.
+    """
+    inspect.signature(run).bind(space, **options)  # a TypeError names an unknown keyword
+    return run_and_show(RunOptions.of(space=space, **options), Silent() if quiet else Terminal()).study
+
+
+@_takes(RefitOptions)
+def refit(
+    study: Study | str | None = None,
+    trial: int | str = "best",
+    *,
+    quiet: bool = False,
+    **options: Unpack[RefitKeywords],
+) -> LoadedBundle:
+    """Retrain a trial on training and validation images into a submission model, as `hpo refit` does.
+
+    This opens the test set.
+
+    Args:
+        study: The return value of `run`, or a name; by default the study that ran last.
+        trial: `best`, or the number of a trial.
+        quiet: Show nothing.
+
+    Returns:
+        The model, loaded from the written folder, which is its `folder`.
+
+    Raises:
+        HpoError: There is no such study or trial, or it cannot be refitted.
+        CoreError: The data, the network or the device cannot be used.
+        KeyboardInterrupt: Stopped; the same call resumes from the last checkpoint.
+    """
+    inspect.signature(refit).bind(study, trial, **options)
+    values: dict[str, Any] = {"trial": trial, **options}
+    if study is None or isinstance(study, str):
+        values["study"] = study
+    else:
+        values["study"] = study.name
+        if study.storage_url != str(study.paths.journal):  # the URL has a password, which is never stored
+            values["storage"] = options.get("storage") or study.storage_url
+    result = refit_and_show(RefitOptions.of(**values), Silent() if quiet else Terminal())
+    from hpo.submission.bundle import load_bundle
+
+    return load_bundle(result.refitted.dir, options.get("device"))
+
+
+def predict(
+    bundle: LoadedBundle | str | Path,
+    images: Images,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int | None = None,
+    skip_broken: bool = False,
+) -> Predictions:
+    """Label images, as `hpo predict` does; `Predictions.write` writes its CSV file.
+
+    Args:
+        bundle: A folder written by a refit, or a model loaded by `load_bundle`.
+        images: Paths, Pillow images, arrays or tensors, as `LoadedBundle.predict` accepts them.
+        device: For a folder: `cpu`, `cuda` or `cuda:N`; by default the first GPU, or the CPU.
+        batch_size: Images at once on the device.
+        skip_broken: Leave unreadable images out instead of raising an error.
+
+    Raises:
+        HpoError: The bundle cannot be loaded, or the images cannot be labelled.
+        CoreError: An image is missing or broken, or there is no such device.
+    """
+    from core.loop import EVALUATION_BATCH
+    from hpo.submission.bundle import LoadedBundle, load_bundle
+
+    if not isinstance(bundle, LoadedBundle):
+        model = load_bundle(bundle, device)
+    elif device is None:
+        model = bundle
+    else:
+        raise ValueError("a loaded model is on its device already; give its folder to load it on another")
+    return model.predict(images, batch_size=batch_size or EVALUATION_BATCH, skip_broken=skip_broken)

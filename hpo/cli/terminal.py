@@ -1,0 +1,68 @@
+"""The reporter that shows a command's course on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hpo.cli.console import bars, console, say, table
+from hpo.search.interrupts import Interrupts
+
+if TYPE_CHECKING:
+    from core.loop import EpochMetrics
+    from hpo.cli.progress import StudyProgress
+    from hpo.reporter import Reporter
+    from hpo.study import Study
+
+
+class TrainProgress:
+    """One bar for one training; without a terminal, a line for every tenth of it."""
+
+    def __init__(self, label: str, *, epochs: int, metric: str = "accuracy") -> None:
+        self.label, self.epochs, self.metric = label, epochs, metric
+        self.progress = bars()
+        self.task = self.progress.add_task(label, total=epochs, note="")
+
+    def epoch_ended(self, epoch: EpochMetrics) -> None:
+        """Show the epoch's loss, score and speed."""
+        scored = "" if epoch.raw is None else f"  {self.metric} {epoch.score(self.metric):.4f}"
+        note = f"loss {epoch.train_loss:.3f}{scored}  {epoch.images_per_s:,.0f} images/s"
+        self.progress.update(self.task, completed=epoch.epoch, note=note)
+        every = max(1, self.epochs // 10)
+        if not console.is_terminal and (epoch.epoch % every == 0 or epoch.epoch == self.epochs):
+            say(f"{self.label}: epoch {epoch.epoch} of {self.epochs}, {note}")
+
+
+class Terminal:
+    """Shows a command's course on the terminal. Implements `hpo.reporter.Reporter`."""
+
+    def say(self, line: str = "") -> None:
+        """Show one line of plain text."""
+        say(line)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
+        """Show a table; `right` lists the columns that are aligned to the right."""
+        table(columns, rows, right=right)
+
+    @contextmanager
+    def training(self, label: str, *, epochs: int, metric: str) -> Iterator[Callable[[EpochMetrics], None]]:
+        """Show the progress of one training."""
+        bar = TrainProgress(label, epochs=epochs, metric=metric)
+        with bar.progress:
+            yield bar.epoch_ended
+
+    def study(self, study: Study) -> StudyProgress:
+        """Show the progress of a study."""
+        from hpo.cli.progress import StudyProgress  # with torch
+
+        return StudyProgress(study)
+
+
+def stoppable(reporter: Reporter) -> Interrupts:
+    """Handle Ctrl-C: the first one waits for the end of the epoch, and is reported."""
+    return Interrupts(
+        told=lambda: reporter.say(
+            "stopping: the running epoch is finished and saved first; press Ctrl-C again to stop at once"
+        )
+    )
