@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from core.loop import EpochMetrics
-    from hpo.study import Study
 
 
 class StudyView(Protocol):
@@ -48,8 +47,8 @@ class Reporter(Protocol):
     ) -> AbstractContextManager[Callable[[EpochMetrics], None]]:
         """Show the progress of one training; the yielded function is called after each epoch."""
 
-    def study(self, study: Study) -> AbstractContextManager[StudyView]:
-        """Show the progress of a study."""
+    def study(self, study: Any) -> AbstractContextManager[StudyView]:
+        """Show the progress of a `hpo.study.Study`."""
 
 
 class Silent:
@@ -66,5 +65,5 @@ class Silent:
         yield lambda epoch: None
 
     @contextmanager
-    def study(self, study: Study) -> Iterator[StudyView]:
+    def study(self, study: Any) -> Iterator[StudyView]:
         yield NO_PROGRESS
