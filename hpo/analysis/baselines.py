@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.analysis.study_data import StudyData
 from hpo.confirmation.result import BASELINE, Contender
 from hpo.trials import FAILURE, RECIPE, is_baseline
+
+if TYPE_CHECKING:
+    from hpo.analysis.study_data import StudyData
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from hpo.analysis.baselines import Entry
 from hpo.analysis.summary import StudySummary
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.confirmation.statistics import MAX_REPLICATES, Interval
-from hpo.dashboard.serve import command as dashboard_command
 from hpo.storage import is_masked
 from hpo.study import Counts, Study
 from hpo.text import count, gap, score
@@ -120,6 +119,8 @@ def next_commands(study: Study, summary: StudySummary) -> list[str]:
         commands += unproven(study, confirmation) if confirmation is not None and confirmed else []
     commands.append(command(study, "dashboard"))
     if study.artifact_dir is not None:
+        from hpo.dashboard.serve import command as dashboard_command  # with an HTTP server
+
         commands.append(shlex.join(dashboard_command(study.storage_url, study.artifact_dir)))
     return commands
 

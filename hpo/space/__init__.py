@@ -4,24 +4,52 @@ The YAML, the code, a trial's parameters and `--set` all name fields by their do
 this package imports neither torch nor Optuna; a space imports Optuna when it builds distributions.
 """
 
-from hpo.space.catalogue import Listed, list_spaces
-from hpo.space.confirmation import CANDIDATE, REPLICATE, ConfirmationSpace
-from hpo.space.document import dump as dump_yaml
-from hpo.space.document import load_yaml, shown
-from hpo.space.document import parse as parse_yaml
-from hpo.space.grammar import Objective, Pruner, RungsPruner, Sampler
-from hpo.space.load import (
-    check_file,
-    load_recipe,
-    load_space,
-    override_config,
-    recipe_from_yaml,
-    space_from_yaml,
-    space_to_yaml,
-    to_yaml,
-)
-from hpo.space.schema import json_schema
-from hpo.space.space import Categorical, Integer, Parameter, Real, Recipe, SearchSpace, diff
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpo.space.catalogue import Listed, list_spaces
+    from hpo.space.confirmation import CANDIDATE, REPLICATE, ConfirmationSpace
+    from hpo.space.document import dump as dump_yaml
+    from hpo.space.document import load_yaml, shown
+    from hpo.space.document import parse as parse_yaml
+    from hpo.space.grammar import Objective, Pruner, RungsPruner, Sampler
+    from hpo.space.load import (
+        check_file,
+        load_recipe,
+        load_space,
+        override_config,
+        recipe_from_yaml,
+        space_from_yaml,
+        space_to_yaml,
+        to_yaml,
+    )
+    from hpo.space.schema import json_schema
+    from hpo.space.space import Categorical, Integer, Parameter, Real, Recipe, SearchSpace, diff
+
+_MODULES = {
+    "catalogue": ("Listed", "list_spaces"),
+    "confirmation": ("CANDIDATE", "ConfirmationSpace", "REPLICATE"),
+    "document": ("dump_yaml", "load_yaml", "parse_yaml", "shown"),
+    "grammar": ("Objective", "Pruner", "RungsPruner", "Sampler"),
+    "load": (
+        "check_file",
+        "load_recipe",
+        "load_space",
+        "override_config",
+        "recipe_from_yaml",
+        "space_from_yaml",
+        "space_to_yaml",
+        "to_yaml",
+    ),
+    "schema": ("json_schema",),
+    "space": ("Categorical", "Integer", "Parameter", "Real", "Recipe", "SearchSpace", "diff"),
+}
+"""Names by the module that defines them, imported on first use: listing studies reads YAML but no space."""
+
+_RENAMED = {"dump_yaml": "dump", "parse_yaml": "parse"}
 
 __all__ = [
     "CANDIDATE",
@@ -54,3 +82,10 @@ __all__ = [
     "space_to_yaml",
     "to_yaml",
 ]
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), _RENAMED.get(name, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,15 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.config import TrainConfig
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths
-from hpo.space import diff, dump_yaml, load_yaml, shown
+from hpo.space.document import dump as dump_yaml
+from hpo.space.document import load_yaml, shown
 from hpo.storage import is_masked, mask
 from hpo.storage.atomic import replacing
 from hpo.study.versions import versions
 
 if TYPE_CHECKING:
+    from core.config import TrainConfig
     from core.data import Dataset
     from hpo.space import SearchSpace
 
@@ -98,6 +99,8 @@ def config_of(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> TrainCo
         metadata: The study's metadata.
         params: The trial's parameters by dotted path.
     """
+    from core.config import TrainConfig
+
     baseline = TrainConfig.model_validate_json(json.dumps(metadata["base"]))
     values = {}
     for path, value in params.items():
@@ -125,6 +128,8 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
         f"--take-over {name} if its trials are to count where they fit"
     )
     if stored["hash"] != space.hash:
+        from hpo.space import diff
+
         lines = "\n".join(f"  {line}" for line in diff(stored["identity"], space.identity()))
         raise StudyError(f"study {name} was begun with another space:\n{lines}\n{advice}")
     check_fingerprint(name, stored, dataset.fingerprint)
