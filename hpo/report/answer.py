@@ -19,7 +19,7 @@ from hpo.analysis.study_data import StudyData
 from hpo.confirmation.result import BASELINE, Confirmation
 from hpo.confirmation.words import NO_GAIN
 from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
-from hpo.report.charts import Look, cut, error_bars, marks
+from hpo.report.charts import Look, add_interval, cut, marks, set_interval_axes
 from hpo.report.page import (
     Section,
     code,
@@ -270,14 +270,10 @@ def contenders_figure(made: Confirmation, label: str) -> go.Figure:
         is_base = each.key == BASELINE
         color = ORANGE if is_base else INK if each.key == made.winner else BLUE
         hover = f"{each.name}<br>{interval_text(each.interval)}<br>{', '.join(each.chosen_for)}"
-        look = Look(color, "square" if is_base else "circle", 11)
-        bars = error_bars([each.interval.half_width])
-        fig.add_trace(marks([each.interval.mean], [rows[each.key]], hover, look, error_x=bars))
+        add_interval(fig, rows[each.key], each.interval, hover, color=color, baseline=is_base)
         if is_base:
             fig.add_vline(x=each.interval.mean, line={"color": ORANGE, "dash": "dash", "width": 1.2}, layer="below")
-    fig.update_xaxes(title_text=f"validation {label}, confirmed", nticks=5)
-    fig.update_yaxes(autorange="reversed", type="category", categoryorder="array", categoryarray=list(rows.values()))
-    fig.update_layout(showlegend=False)
+    set_interval_axes(fig, label, list(rows.values()))
     return fig
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 from markupsafe import Markup
@@ -60,23 +60,23 @@ def _lead(data: StudyData, entries: Sequence[Entry]) -> str:
 def _table(data: StudyData, entries: Sequence[Entry]) -> Markup:
     baseline = next((entry for entry in entries if entry.is_baseline), None)
 
-    def gain(entry: Entry, of: str) -> str:
-        value, over = getattr(entry, of), getattr(baseline, of, None)
-        return "–" if value is None or over is None or entry is baseline else f"{data.gain(value, over):+.4f}"
+    def gain(entry: Entry, score: Callable[[Entry], float | None]) -> str:
+        value, over = score(entry), None if baseline in (None, entry) else score(baseline)
+        return "–" if value is None or over is None else f"{data.gain(value, over):+.4f}"
 
     rows = []
     for entry in entries:
         row = [
             _name(data, entry),
             score(entry.value),
-            gain(entry, "value"),
+            gain(entry, lambda entry: entry.value),
         ]
         interval = None if entry.contender is None else entry.contender.interval
         if data.confirmation is not None and interval is None:
             row += ["–", "–", "–"]
         elif interval is not None:
             alone = " (no interval)" if entry.half_width is None else ""
-            row += [f"{interval_text(interval)}{alone}", str(interval.n), gain(entry, "mean")]
+            row += [f"{interval_text(interval)}{alone}", str(interval.n), gain(entry, lambda entry: entry.mean)]
         rows.append([*row, _note(entry)])
     columns = ["", f"{metric_label(data.metric)} in the search", "better than the baseline by"]
     if data.confirmation is not None:
@@ -107,17 +107,17 @@ def _plot(data: StudyData, entries: Sequence[Entry]) -> Markup:
     rows = {entry.key: place for place, entry in enumerate(shown)}
     names = list(map(entry_name, shown))
     fig = go.Figure()
-    for series, values, name, look, below in (
-        ([e for e in shown if e.value is not None], "value", "in the search, one split", _SEARCHED, 0.0),
-        ([e for e in shown if e.mean is not None], "mean", "confirmed, with its 95 % interval", _CONFIRMED, 0.22),
+    searched = [(entry, entry.value) for entry in shown if entry.value is not None]
+    confirmed = [(entry, entry.mean) for entry in shown if entry.mean is not None]
+    bars = error_bars([entry.half_width for entry, _ in confirmed], color=ORANGE)
+    for series, name, look, below, error_x in (
+        (searched, "in the search, one split", Look(BLUE, "circle-open", 11, 2), 0.0, None),
+        (confirmed, "confirmed, with its 95 % interval", Look(ORANGE, "square", 10), 0.22, bars),
     ):
-        if not series:
-            continue
-        x, y = [getattr(entry, values) for entry in series], [rows[entry.key] - below for entry in series]
-        text = list(map(entry_name, series))
-        bars = error_bars([e.half_width for e in series], color=ORANGE) if values == "mean" else None
-        hover = f"%{{text}}: %{{x:.4f}} {name.partition(',')[0]}"
-        fig.add_trace(marks(x, y, hover, look, error_x=bars, text=text, name=name))
+        if series:
+            y, text = [rows[entry.key] - below for entry, _ in series], [entry_name(entry) for entry, _ in series]
+            hover = f"%{{text}}: %{{x:.4f}} {name.partition(',')[0]}"
+            fig.add_trace(marks([x for _, x in series], y, hover, look, error_x=error_x, text=text, name=name))
     for entry in shown:
         if entry.is_baseline:
             where = entry.value if entry.mean is None else entry.mean
@@ -131,7 +131,3 @@ def _plot(data: StudyData, entries: Sequence[Entry]) -> Markup:
     )
     alt = f"{sentence(joined(names))}: validation {label}, the best on top; the dashed line is the baseline"
     return figure(fig, alt=alt, height=120 + 36 * len(shown))
-
-
-_SEARCHED = Look(BLUE, "circle-open", 11, 2)
-_CONFIRMED = Look(ORANGE, "square", 10)

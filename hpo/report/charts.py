@@ -11,6 +11,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from hpo.analysis.values import distinct, is_grouped
+from hpo.confirmation.statistics import Interval
 from hpo.dashboard.pictures import BLUE, GREEN, GREY, ORANGE
 from hpo.text import number, short
 from hpo.trials import trial_index_of
@@ -55,6 +56,19 @@ def error_bars(half_widths: Sequence[float | None], **look: Any) -> dict[str, An
     """Horizontal error bars; none where the half width is None or infinite."""
     array = [half if half is not None and math.isfinite(half) else 0 for half in half_widths]
     return {"type": "data", "array": array, "thickness": 2, "width": 5, **look}
+
+
+def add_interval(fig: go.Figure, row: str, interval: Interval, hover: str, *, color: str, baseline: bool) -> None:
+    """Add a confirmed mean with its 95 % interval in a row of its own; the baseline is a square."""
+    look = Look(color, "square" if baseline else "circle", 11)
+    fig.add_trace(marks([interval.mean], [row], hover, look, error_x=error_bars([interval.half_width])))
+
+
+def set_interval_axes(fig: go.Figure, metric: str, rows: Sequence[str]) -> None:
+    """Set the axes of a figure of intervals, with the first row on top."""
+    fig.update_xaxes(title_text=f"validation {metric}, confirmed", nticks=5)
+    fig.update_yaxes(autorange="reversed", type="category", categoryorder="array", categoryarray=list(rows))
+    fig.update_layout(showlegend=False)
 
 
 def whole_numbers(last: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hpo.analysis.costs import own, saved
 from hpo.analysis.study_data import StudyData, value_of
 from hpo.confirmation.result import BASELINE
 from hpo.report.answer import confirmed_text, tested_text, verdict
-from hpo.report.charts import Look, error_bars, marks, time_unit
+from hpo.report.charts import add_interval, set_interval_axes, time_unit
 from hpo.report.page import (  # fmt: skip
     COLORS,
     DASHES,
@@ -225,7 +225,7 @@ def _confirmed(studies: Sequence[StudyData]) -> Section | None:
 
 def confirmed_figure(studies: Sequence[StudyData]) -> go.Figure:
     """A row for each study's winner, and one for its baseline."""
-    fig = go.Figure()
+    fig, rows = go.Figure(), []
     for data, color in zip(studies, cycle(COLORS), strict=False):
         made = data.confirmation
         assert made is not None, "only confirmed studies are drawn"
@@ -234,13 +234,10 @@ def confirmed_figure(studies: Sequence[StudyData]) -> go.Figure:
                 continue
             name = "the baseline" if contender.key == BASELINE else contender.key
             hover = f"%{{y}}<br>%{{x:.4f}}, n = {contender.interval.n}"
-            look = Look(color, "square" if contender.key == BASELINE else "circle", 11)
-            bars = error_bars([contender.interval.half_width])
-            row = f"{data.study.name}:<br>{name}"
-            fig.add_trace(marks([contender.interval.mean], [row], hover, look, error_x=bars))
-    fig.update_xaxes(title_text=f"validation {metric_label(studies[0].metric)}, confirmed", nticks=5)
-    fig.update_yaxes(autorange="reversed", type="category")
-    fig.update_layout(showlegend=False)
+            rows.append(f"{data.study.name}:<br>{name}")
+            is_base = contender.key == BASELINE
+            add_interval(fig, rows[-1], contender.interval, hover, color=color, baseline=is_base)
+    set_interval_axes(fig, metric_label(studies[0].metric), rows)
     return fig
 
 

@@ -94,7 +94,7 @@ def changed(old: SearchSpace, new: SearchSpace) -> set[str]:
 
 @pytest.mark.parametrize("name", [entry.name for entry in list_spaces() if entry.kind == "space"])
 @pytest.mark.parametrize("seed", range(2))
-def test_any_suggestion_can_be_searched_and_keeps_the_base_the_best_and_all_that_is_no_search(
+def test_every_suggestion_is_a_valid_space_that_keeps_the_baseline_and_the_best_trial(
     name: str, seed: int, tmp_path: Path
 ) -> None:
     space = load_space(name)

@@ -1,4 +1,4 @@
-"""The model card: it says what the bundle and its report know, all of that, and nothing else."""
+"""The model card: it contains all numbers of the bundle and its report, and nothing else."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def per_class(*support: int) -> list[dict[str, Any]]:
 
 
 def whole_report() -> dict[str, Any]:
-    """Every key that a refit writes."""
+    """A report with every key that a refit writes."""
     report = copy.deepcopy(REPORT)
     report["data"] = {"train": 90, "own_test": False, "broken": 4}
     report["members"] = 3
@@ -99,7 +99,7 @@ def whole_report() -> dict[str, Any]:
 
 
 def card(report: dict[str, Any] | None = None, *, files: tuple[str, ...] = (), **changes: Any) -> str:
-    """Of the bundle of `test_bundle`, changed so."""
+    """The card of the bundle of `test_bundle`, with changes."""
     return model_card(replaced(make()[0], **changes), whole_report() if report is None else report, files=files)
 
 
@@ -148,7 +148,7 @@ def changed(*path: str, to: Any) -> dict[str, Any]:
         *(f"{name} {number}" for name, number in versions().items()),
     ],
 )  # fmt: skip
-def test_everything_that_is_known_is_said(words: str) -> None:
+def test_every_known_number_is_in_the_card(words: str) -> None:
     text = card(config=WINNER, study="pets", trial=7, source="photos/pets.zip")
     assert words in text
 
@@ -166,7 +166,7 @@ def test_everything_that_is_known_is_said(words: str) -> None:
         ("test", "| test (300)"),
     ],
 )
-def test_what_the_report_lacks_is_left_out(key: str, words: str) -> None:
+def test_text_with_a_missing_number_is_left_out(key: str, words: str) -> None:
     assert words in card()
     for report in ({name: part for name, part in whole_report().items() if name != key}, whole_report() | {key: None}):
         if report.get(key) is None and key in ("data", "val", "test", "tta"):
@@ -175,7 +175,7 @@ def test_what_the_report_lacks_is_left_out(key: str, words: str) -> None:
     assert "None" not in card({})
 
 
-def test_a_report_of_before_says_no_more_than_it_knows() -> None:
+def test_the_report_of_an_older_version_gives_a_shorter_card() -> None:
     text = model_card(make()[0], REPORT)
     assert "| test (30) | the model's | 0.9911 | 0.9800 | 0.9700 | 0.0412 | – |" in text
     assert "Written by `hpo refit`. It takes" in text
@@ -197,31 +197,31 @@ def test_a_report_of_before_says_no_more_than_it_knows() -> None:
         ({}, {}, "Written by `hpo refit`. It"),
     ],
 )
-def test_it_says_what_was_refitted(changes: dict[str, Any], report: dict[str, Any], words: str) -> None:
+def test_the_origin_of_the_configuration_is_named(changes: dict[str, Any], report: dict[str, Any], words: str) -> None:
     assert words in card(report, **changes)
 
 
-def test_one_view_without_a_temperature_is_not_said_twice() -> None:
+def test_one_view_without_a_temperature_has_one_row() -> None:
     assert "| one view |" in card(views="none")
     assert "| one view |" in card(temperature=1.0)
     assert "| one view |" not in card(views="none", temperature=1.0)
 
 
-def test_a_temperature_that_was_not_taken_is_said_with_the_reason() -> None:
+def test_a_temperature_that_was_not_used_has_a_reason() -> None:
     text = card(changed("temperature", to={"value": 1.0, "why": "no mistake says how sure is too sure"}))
     assert "Calibration: the logits are unchanged, since no mistake says how sure is too sure." in text
 
 
-def test_a_test_set_that_was_opened_often_is_confessed() -> None:
+def test_repeated_use_of_the_test_images_is_reported() -> None:
     assert "have been used 4 times" in card(changed("test", "opened", to=4))
 
 
-def test_a_search_that_found_nothing_is_said_as_such() -> None:
+def test_a_search_without_a_significant_gain_is_reported() -> None:
     assert "no significant gain" in card(changed("confirmation", to=TO_THE_BASE.to_json()))
 
 
 @pytest.mark.parametrize("whose", ["base", "defaults"])
-def test_the_configuration_is_compared_with_the_base_or_else_with_the_defaults(whose: str) -> None:
+def test_the_configuration_is_compared_with_the_baseline_or_else_the_defaults(whose: str) -> None:
     report = whole_report() if whose == "base" else changed("confirmation", to=None)
     rows = re.findall(r"^\| `([\w.]+)` \| `.*` \| `.*` \|$", card(report, config=WINNER), re.MULTILINE)
     ours, theirs = WINNER.flat(), (BASE if whose == "base" else TrainConfig()).flat()
@@ -243,7 +243,7 @@ def test_many_classes_are_shown_by_their_worst_and_best() -> None:
 
 
 @pytest.mark.parametrize("name", ["one.png", "a|b", "*bold*", "`code`", "<script>", "[x](y)", "two\nlines", "$x$ & y"])
-def test_whatever_a_class_is_called_stands_there_as_it_is(name: str) -> None:
+def test_class_names_are_escaped(name: str) -> None:
     rows = per_class(50, 50, 50)
     rows[0]["class"] = name
     text = card(changed("test", "with_tta", "per_class", to=rows), classes=(name, *CLASSES[1:]))
@@ -270,7 +270,7 @@ def test_whatever_a_class_is_called_stands_there_as_it_is(name: str) -> None:
         ((90, 60, 30), "cat has 90 test images, Größe, {x} 30", (80, 60, 30)),
     ],
 )
-def test_each_limit_follows_from_what_is_known(report: Any, words: str, otherwise: Any) -> None:
+def test_each_limit_follows_from_a_number(report: Any, words: str, otherwise: Any) -> None:
     def text(given: Any) -> str:
         if isinstance(given, tuple):
             given = changed("test", "with_tta", "per_class", to=per_class(*given))
@@ -281,7 +281,7 @@ def test_each_limit_follows_from_what_is_known(report: Any, words: str, otherwis
         assert words not in text(otherwise)
 
 
-def test_a_class_that_is_missed_more_often_than_found_is_named() -> None:
+def test_a_class_with_low_recall_is_named() -> None:
     rows = per_class(50, 50, 50)
     rows[1]["recall"] = 0.42
     assert "by its recall: dog (0.42)." in card(changed("test", "with_tta", "per_class", to=rows))
@@ -302,7 +302,7 @@ def test_the_views_are_counted(views: str) -> None:
     assert f"`{views}`, {count} view{'s' if count > 1 else ''} of each image" in card({}, views=views)
 
 
-def test_the_card_of_an_ensemble_says_so() -> None:
+def test_the_card_of_an_ensemble_describes_it() -> None:
     text = model_card(make_ensemble()[0], REPORT)
     assert "`resnet`, an ensemble of 3, whose probabilities are averaged" in text
     assert "out-of-fold: each image was classified by the one member that was not trained on it" in text
@@ -314,7 +314,7 @@ def test_the_card_of_an_ensemble_says_so() -> None:
     assert "`model.safetensors`" in plain
 
 
-def test_the_card_of_one_network_from_a_folded_trial_says_what_its_validation_scores_are() -> None:
+def test_out_of_fold_scores_of_one_network_are_explained() -> None:
     text = model_card(make(**{"data.folds": 4})[0], REPORT)
     assert "out-of-fold: the trial trained 4 networks" in text
     assert (
@@ -323,14 +323,14 @@ def test_the_card_of_one_network_from_a_folded_trial_says_what_its_validation_sc
     )
 
 
-def test_it_does_not_promise_that_a_training_gives_this_model_again() -> None:
+def test_the_recipe_is_not_promised_to_reproduce_the_model() -> None:
     assert "trains it on the training images alone, without the validation images" in card()
 
 
 # As a file
 
 
-def test_it_shows_the_pictures_and_files_that_are_there(tmp_path: Path) -> None:
+def test_only_existing_pictures_and_files_are_shown(tmp_path: Path) -> None:
     beside = ("confusion.png", "confident_errors.png", "learning_curves.png", "submission.csv", "model.onnx")
     bundle, model = make()
     with writing(tmp_path / "best") as folder:
