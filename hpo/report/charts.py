@@ -66,7 +66,7 @@ def add_interval(fig: go.Figure, row: str, interval: Interval, hover: str, *, co
 
 def set_interval_axes(fig: go.Figure, metric: str, rows: Sequence[str]) -> None:
     """Set the axes of a figure of intervals, with the first row on top."""
-    fig.update_xaxes(title_text=f"validation {metric}, confirmed", nticks=5)
+    fig.update_xaxes(title_text=f"confirmed {metric}", nticks=5)
     fig.update_yaxes(autorange="reversed", type="category", categoryorder="array", categoryarray=list(rows))
     fig.update_layout(showlegend=False)
 

@@ -1,4 +1,4 @@
-"""Suggested spaces: what is widened, narrowed and dropped, and that nothing else is."""
+"""Suggested spaces: which parameters are widened, narrowed and dropped, and that all others are unchanged."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def check_bounds(old: Any, new: Any) -> None:
         assert (new.low - old.low) / new.step == pytest.approx(round((new.low - old.low) / new.step))
 
 
-def test_noise_changes_no_more_than_chance_would(tmp_path: Path) -> None:
+def test_noise_rarely_changes_a_parameter(tmp_path: Path) -> None:
     space = load_space("stl10_small")
     count = 0
     for seed in range(4):
@@ -154,14 +154,14 @@ def test_noise_changes_no_more_than_chance_would(tmp_path: Path) -> None:
     assert count <= 0.05 * 4 * len(space.search)
 
 
-def test_too_few_trials_change_nothing_and_it_is_said(tmp_path: Path) -> None:
+def test_too_few_trials_change_nothing_and_the_header_gives_the_reason(tmp_path: Path) -> None:
     old, new, text = suggested(tmp_path, rising("optim.lr_scale"), trials=19)
     assert new.identity() == old.identity()
     assert new.trials == old.trials
     assert "Nothing is changed: it takes 20 finished trials, and there are 19" in text.replace("\n# ", " ")
 
 
-def test_of_trials_that_were_nearly_all_pruned_too_few_are_complete(tmp_path: Path) -> None:
+def test_too_few_complete_trials_change_nothing(tmp_path: Path) -> None:
     space = space_of(tmp_path, SPACE)
     study = in_memory(space)
     add_trials(study, space, lambda params, rng: -len(study.optuna.get_trials(deepcopy=False)), trials=40, pruned=1.0)
@@ -169,7 +169,7 @@ def test_of_trials_that_were_nearly_all_pruned_too_few_are_complete(tmp_path: Pa
     assert "and it takes 5" in suggest(study, space).replace("\n# ", " ")
 
 
-def test_before_any_trial_is_finished_the_studys_own_space_is_suggested(tmp_path: Path) -> None:
+def test_without_finished_trials_the_space_is_unchanged(tmp_path: Path) -> None:
     space = space_of(tmp_path, SPACE)
     text = suggest(in_memory(space), space)
     assert "it takes 20 finished trials, and there are 0" in text.replace("\n# ", " ")
@@ -190,7 +190,7 @@ def test_before_any_trial_is_finished_the_studys_own_space_is_suggested(tmp_path
         ("model.width", -1, "low", 0.5, 0.25),  # 0 would be beyond the field
     ],
 )
-def test_a_bound_that_the_best_crowd_at_is_moved_by_half_the_range(
+def test_a_bound_with_a_crowd_is_moved_by_half_the_range(
     path: str, by: int, bound: str, limit: float, moved: float, tmp_path: Path
 ) -> None:
     space = space_of(tmp_path, SPACE)
@@ -208,7 +208,7 @@ def test_a_bound_that_the_best_crowd_at_is_moved_by_half_the_range(
 
 
 @pytest.mark.parametrize(("path", "by"), [("loss.smoothing", -1), ("augment.strength", 1)])
-def test_a_bound_that_is_the_fields_own_stays_and_it_is_said(path: str, by: int, tmp_path: Path) -> None:
+def test_the_bound_of_a_field_is_kept_with_a_reason(path: str, by: int, tmp_path: Path) -> None:
     space = space_of(tmp_path, SPACE)
     study = in_memory(space)
     add_trials(study, space, rising(path, by=by), trials=60)
@@ -216,7 +216,7 @@ def test_a_bound_that_is_the_fields_own_stays_and_it_is_said(path: str, by: int,
     assert "the field itself allows no more" in suggest(study, space).replace("\n  # ", " ")
 
 
-def test_an_end_that_the_field_does_not_hold_is_come_nearer_to() -> None:
+def test_an_excluded_end_of_a_field_is_approached() -> None:
     assert widened(Real("optim.momentum", {}, 0.8, 0.98), "high") == Real("optim.momentum", {}, 0.8, 0.99)
     assert widened(Real("optim.swats.switch_fraction", {}, 0.1, 0.6), "low") == Real(
         "optim.swats.switch_fraction", {}, 0.05, 0.6
@@ -242,7 +242,7 @@ def test_a_range_is_widened_on_its_grid_and_within_its_field(before: Any, bound:
 # Inside
 
 
-def test_a_range_is_narrowed_to_the_best_with_a_margin_and_keeps_the_base(tmp_path: Path) -> None:
+def test_a_range_is_narrowed_to_the_best_with_a_margin_and_keeps_the_baseline(tmp_path: Path) -> None:
     old, new, text = suggested(tmp_path, near("augment.strength", 0.4))
     narrow = new.search["augment.strength"]
     assert isinstance(narrow, Real)
@@ -251,7 +251,7 @@ def test_a_range_is_narrowed_to_the_best_with_a_margin_and_keeps_the_base(tmp_pa
     assert "# narrowed from 0 to 1: the 15 best trials are between" in text
 
 
-def test_a_base_that_lies_elsewhere_keeps_the_range_wide(tmp_path: Path) -> None:
+def test_a_distant_baseline_keeps_the_range_wide(tmp_path: Path) -> None:
     old, new, text = suggested(tmp_path, near("augment.strength", 0.85))
     assert changed(old, new) == set()
     assert "and the baseline at 0.3, which is too much of the range" in text.replace("\n  # ", " ")
@@ -276,7 +276,7 @@ def test_a_range_is_narrowed_outwards_rounded_and_on_its_grid(before: Any, low: 
 # Choices and conditions
 
 
-def test_a_choice_that_the_best_lack_is_dropped_and_so_is_what_hangs_on_it(tmp_path: Path) -> None:
+def test_an_absent_choice_is_dropped_with_the_parameters_that_need_it(tmp_path: Path) -> None:
     _, new, text = suggested(tmp_path, lambda params, rng: rng.gauss(0, 0.1) - 9 * (params["optim.name"] == "swats"))
     optimizers, momentum = new.search["optim.name"], new.search["optim.momentum"]
     assert isinstance(optimizers, Categorical)
@@ -290,14 +290,14 @@ def test_a_choice_that_the_best_lack_is_dropped_and_so_is_what_hangs_on_it(tmp_p
     assert "when: {optim.name: sgd}" in text
 
 
-def test_the_bases_own_choice_is_never_dropped(tmp_path: Path) -> None:
+def test_the_choice_of_the_baseline_is_never_dropped(tmp_path: Path) -> None:
     _, new, _ = suggested(tmp_path, lambda params, rng: rng.gauss(0, 0.1) - 9 * (params["optim.name"] == "adamw"))
     optimizers = new.search["optim.name"]
     assert isinstance(optimizers, Categorical)
     assert "adamw" in optimizers.choices
 
 
-def test_what_a_late_sampler_happens_to_share_is_not_taken_for_good(tmp_path: Path) -> None:
+def test_values_shared_by_late_trials_of_a_sampler_are_not_taken_for_good(tmp_path: Path) -> None:
     # As a sampler that learns does: the second half has the better learning rates, and by chance one width.
     text = SPACE.replace("optim.lr_scale: {low: 0.1, high: 10", "optim.lr_scale: {low: 0.1, high: 1000")
     space = space_of(tmp_path, text)
@@ -314,7 +314,7 @@ def test_what_a_late_sampler_happens_to_share_is_not_taken_for_good(tmp_path: Pa
 # The probabilities, against drawn numbers
 
 
-def test_the_probabilities_are_those_of_drawn_numbers() -> None:
+def test_the_probabilities_equal_those_of_simulated_numbers() -> None:
     rng = random.Random(0)
     draws = [sorted(rng.random() for _ in range(6)) for _ in range(4000)]
     assert spread_chance(0.5, 6) == pytest.approx(sum(d[-1] - d[0] <= 0.5 for d in draws) / 4000, abs=0.02)
@@ -355,7 +355,7 @@ def test_the_printed_command_begins_with_the_trials_that_fit(
     assert counts.waiting == 30
 
 
-def test_a_name_that_is_taken_gives_way_to_a_free_one(
+def test_a_taken_name_is_replaced_by_a_free_one(
     old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "new ones"
@@ -364,7 +364,7 @@ def test_a_name_that_is_taken_gives_way_to_a_free_one(
     assert capsys.readouterr().out.splitlines()[-1].endswith("/old.yaml' --study old-2 --take-over old")
 
 
-def test_without_a_file_the_space_alone_goes_to_the_terminal(
+def test_without_a_file_only_the_space_is_printed(
     old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "space", "suggest", "old") == 0
@@ -375,7 +375,7 @@ def test_without_a_file_the_space_alone_goes_to_the_terminal(
     )
 
 
-def test_a_base_that_its_file_no_longer_means_is_written_whole(
+def test_a_baseline_that_differs_from_its_file_is_written_in_full(
     old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "old.yaml").write_text(SPACE.replace("epochs: 10", "epochs: 11"))
@@ -385,7 +385,7 @@ def test_a_base_that_its_file_no_longer_means_is_written_whole(
     assert "  precision:\n" in text
 
 
-def test_a_file_that_somebody_wrote_is_not_overwritten_but_a_suggestion_is(
+def test_only_suggestions_are_overwritten(
     old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own, again = tmp_path / "old.yaml", tmp_path / "again.yaml"
@@ -396,14 +396,14 @@ def test_a_file_that_somebody_wrote_is_not_overwritten_but_a_suggestion_is(
 
 
 @pytest.mark.parametrize("place", ["nodir/space.yaml", "."])
-def test_a_place_that_cannot_be_written_is_one_line(
+def test_an_unwritable_path_is_one_line(
     place: str, old: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "space", "suggest", "old", "-o", str(tmp_path / place)) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_study_that_only_confirms_is_refused(old: Study) -> None:
+def test_a_confirmation_is_refused(old: Study) -> None:
     old.metadata["identity"]["confirms"] = "other"  # type: ignore[index]
     with pytest.raises(StudyError, match="is a confirmation and searches nothing; give the search: other"):
         suggest(old, old.space())
