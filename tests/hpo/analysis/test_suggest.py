@@ -344,7 +344,7 @@ def test_the_printed_command_begins_with_the_trials_that_fit(
     assert hpo(monkeypatch, "space", "suggest", "old", "-o", str(file)) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"written to {file}, with the reasons as comments:"
-    assert "  optim.lr_scale: high 10 → 100" in said
+    assert "optim.lr_scale: high 10 → 100" in [line.strip() for line in said]
     command = shlex.split(said[-1])
     assert command == ["hpo", "run", str(file), "--take-over", "old"]
     assert hpo(monkeypatch, *command[1:], "--workers", "0") == 0
