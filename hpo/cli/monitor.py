@@ -1,8 +1,7 @@
-"""A study as it runs, seen through its storage alone: whoever trains it, here or on other machines.
+"""The state of a running study, read from its storage alone, whether it is trained here or on other machines.
 
-The time left follows from how fast trials have ended lately, in time in which any trial ran: so workers side by side
-count for what they do together, a night's pause for nothing, and a study that was gone on with is judged by the
-machines that it has now.
+The time left follows from the rate of the last finished trials, in time in which any trial ran: so parallel workers
+count together, pauses do not count, and a resumed study is measured on its present machines.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from hpo.study import Study
 from hpo.text import assignments, duration, short_names
 from hpo.trials import FAILURE, TAKEN_FROM, effective_trials, is_baseline, trial_index_of
 
-_RECENT = 20  # finished trials that the rate is taken from: fewer jump, more remember other days
-_FEWEST = 3  # finished trials before which a rate would be a guess
-_LATEST = 5  # finished trials that are shown
+_RECENT = 20  # finished trials of the rate: fewer are noisy, more are outdated
+_FEWEST = 3  # finished trials that a rate needs
+_LATEST = 5  # finished trials in the table
 _BAR = 12  # characters
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast a study has lately been."""
+    """Recent speed of a study."""
 
     trials_per_h: float
     images_per_s: float | None
-    """Training images, of all workers together; None where no trial says so."""
+    """Training images of all workers together; None if no trial recorded it."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +43,38 @@ class View:
 
     study: Study
     trials: tuple[FrozenTrial, ...]
-    """One a slot."""
+    """The effective trial of each trial index."""
     running: tuple[FrozenTrial, ...]
-    """Those of processes that live, as far as this machine can know."""
+    """Those of living processes, as far as this machine can tell."""
     abandoned: tuple[FrozenTrial, ...]
-    """Those of processes of this machine that are dead."""
+    """Those of dead processes of this machine."""
     waiting: int
-    """How many of the total wait."""
+    """Number of waiting trials."""
     finished: tuple[FrozenTrial, ...]
-    """The last to end first."""
+    """Latest first."""
     rate: Rate | None
-    """None before it is known."""
+    """None before three trials have finished."""
     now: datetime
 
     @property
     def over(self) -> bool:
-        """Whether nothing runs or waits any more."""
+        """Whether no trial runs or waits."""
         return not self.running and not self.waiting and not self.abandoned
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to the total at the present rate; None where nobody works, or the rate is unknown."""
+        """Seconds to the total at the present rate; None if no trial runs, or the rate is unknown."""
         if self.rate is None or not self.running:
             return None
         return 3600 * (len(self.running) + len(self.abandoned) + self.waiting) / self.rate.trials_per_h
 
 
 def look(study: Study, now: datetime | None = None) -> View:
-    """A study as its storage has it.
+    """Read a study from its storage.
 
     Args:
-        now: local time without a zone, as Optuna keeps it; the present where it is None.
+        study: to read.
+        now: local time without a zone, as in Optuna; by default the present.
     """
     now = datetime.now() if now is None else now
     attempts = study.optuna.get_trials(deepcopy=False)
@@ -99,10 +99,11 @@ def look(study: Study, now: datetime | None = None) -> View:
 
 
 def rate_of(attempts: Sequence[FrozenTrial], now: datetime) -> Rate | None:
-    """How fast the last trials ended, in time in which any attempt ran; None before three have.
+    """Compute the rate of the last finished trials, in time in which any attempt ran; None before three finished.
 
     Args:
-        attempts: all that the storage has, those that were cut off too.
+        attempts: all trials of the storage, interrupted ones too.
+        now: as in `look`.
     """
     spans = [(trial, trial.datetime_start, trial.datetime_complete) for trial in attempts]
     own = [
@@ -130,7 +131,7 @@ def rate_of(attempts: Sequence[FrozenTrial], now: datetime) -> Rate | None:
 
 
 def _covered(spans: Iterable[tuple[datetime, datetime]], begin: datetime, end: datetime) -> timedelta:
-    """How much of the time from `begin` to `end` these spans cover together."""
+    """The part of the time from `begin` to `end` that the spans cover together."""
     total, reached = timedelta(), begin
     for start, stop in sorted(spans):
         start, stop = max(start, reached), min(stop, end)
@@ -143,7 +144,7 @@ def _covered(spans: Iterable[tuple[datetime, datetime]], begin: datetime, end: d
 
 
 def screen(view: View) -> Screen:
-    """What a person sees of it."""
+    """Lay the view out as lines and tables."""
     names = short_names(dict.fromkeys(path for trial in view.trials for path in trial.params))
     parts: list[str | TableOf] = [*_head(view), ""]
     if view.running:
@@ -232,7 +233,7 @@ def _finished_row(trial: FrozenTrial, steps: int, names: Mapping[str, str]) -> l
 
 
 def _foot(view: View) -> list[str]:
-    """How it ended, or what it lacks."""
+    """Whether it is finished, or how to resume it."""
     study = view.study
     if view.running:
         return []
@@ -248,9 +249,9 @@ def _foot(view: View) -> list[str]:
 
 
 def _numbers(trial: FrozenTrial) -> str:
-    """Its number, and its slot where an attempt before it had another number."""
+    """Its number, and its trial index if an earlier attempt had another number."""
     trial_index = trial_index_of(trial)
-    return f"{trial.number}" if trial_index == trial.number else f"{trial.number} (slot {trial_index})"
+    return f"{trial.number}" if trial_index == trial.number else f"{trial.number} (index {trial_index})"
 
 
 def fold_steps(study: Study) -> tuple[int, int]:
@@ -266,13 +267,13 @@ def steps_of(study: Study) -> int:
 
 
 def _worker(trial: FrozenTrial) -> str:
-    """Who trains it; nobody yet where it is just being claimed."""
+    """Host and process ID; empty while it is being claimed."""
     lease = trial.user_attrs.get(LEASE)
     return "" if lease is None else f"{lease['host']}:{lease['pid']}"
 
 
 def _device(view: View, trial: FrozenTrial) -> str:
-    """What the worker trained its last trial on; a trial says so once it is over."""
+    """The device of the worker's last finished trial."""
     worker = _worker(trial)
     before = (other for other in view.finished if worker and _worker(other) == worker)
     return next((str(other.user_attrs["device"]) for other in before if "device" in other.user_attrs), "")
@@ -284,7 +285,7 @@ def _bar(done: int, of: int) -> str:
 
 
 def rung_of(trial: FrozenTrial) -> str:
-    """How the trial stands among the others: at the last rung that it came to."""
+    """The trial's place among the others at its last rung."""
     if why := spared(trial):
         return why
     places = places_of(trial)

@@ -1,6 +1,6 @@
 """The progress of a study in the terminal, read from its storage: bars, and a line for each finished trial.
 
-It shows what `hpo study top` shows, from the same view, whichever processes train.
+It reads the same view as `hpo study top`, and shows trials of all processes and machines.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Train a study's waiting trials in this process, the only one or one worker of several.
 
-A trial is claimed in the storage, trained, and finished there before the next one is claimed. Whatever ends the
-process, finished trials are in the storage, and the running one resumes from its checkpoint under the same trial index.
+A trial is claimed in the storage, trained, and finished there before the next one is claimed. However
+the process ends, finished trials are in the storage, and the running one resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -174,17 +174,17 @@ def wait_for_others(study: Study, interrupts: Interrupts) -> bool:
         Whether a trial is waiting. False if all are finished, or the running ones belong to other hosts and the storage
         has no heartbeats to tell whether those are alive.
     """
-    told = False
+    logged = False
     while True:
         study.queue.reap()
         if study.queue.waiting():
             return True
         if not (others := study.queue.at_work()):
             return False
-        if not told:
+        if not logged:
             numbers = ", ".join(map(str, others))
             logger.info("waiting for trial %s, which another process trains", numbers)
-            told = True
+            logged = True
         with interrupts.let_through():
             time.sleep(_WAIT_S)
 

@@ -73,7 +73,7 @@ def train_recorded(
     The result file is written last: if it exists, the training is finished.
 
     Args:
-        config: what to train.
+        config: of the training.
         splits: one, or one per fold.
         paths: of the folder.
         metric: the objective, which early stopping and the choice of the kept epoch use too.

@@ -1,4 +1,4 @@
-"""What a device has free, and the part of it that each of several trials gets."""
+"""The free memory and threads of a device, and their division among several trials."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a device had free before the first worker started."""
+    """The free resources of a device before the first worker started."""
 
     threads: int
     """torch's, in a process that is alone: the cores, unless OMP_NUM_THREADS is set."""

@@ -1,7 +1,7 @@
-"""Where the trials of a run are trained: on which devices, and how many at once on each.
+"""The devices that train a run's trials, and the number of workers on each.
 
-`--per-device K` says how many a device takes, `--workers N` how many there are in all; what is left out follows from
-the other. One trial at a time on one device needs no process of its own, unless a worker is asked for by its number.
+`--per-device K` is the number per device, `--workers N` the number in all; each follows from the other. One trial at a
+time on one device needs no process of its own, unless `--workers 1` asks for one.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ class Placement:
 
     devices: tuple[torch.device, ...]
     workers: tuple[int | None, ...]
-    """By device; None is to be found out."""
+    """By device; None if it has to be measured."""
     in_processes: bool
     """Whether even a single worker has a process of its own."""
     asked: str
-    """The option that says how many at once, as it was given."""
+    """The option that gave the number, for messages."""
 
     @property
     def none(self) -> bool:
-        """Whether nothing is to be trained here."""
+        """Whether no worker runs here."""
         return not any(number is None or number > 0 for number in self.workers)
 
     def described(self) -> str:
-        """The devices in words, each once."""
+        """Describe the devices, each once."""
         return ", ".join(dict.fromkeys(map(describe_device, self.devices)))
 
     def __iter__(self) -> Iterator[tuple[torch.device, int | None]]:
-        """Each device, and its number of workers."""
+        """Iterate over (device, number of workers)."""
         return zip(self.devices, self.workers, strict=True)
 
 
 def place(device: str | None, devices: str | None, workers: int | None, per_device: str | None) -> Placement:
-    """What the options of these names come to.
+    """Resolve the options `--device`, `--devices`, `--workers` and `--per-device`.
 
     Raises:
         UserError: they contradict each other, or this machine lacks a device.
@@ -53,7 +53,7 @@ def place(device: str | None, devices: str | None, workers: int | None, per_devi
         return Placement(found, (0,) * len(found), in_processes=True, asked="--workers 0")
     if per_device == "auto":
         if workers is not None:
-            raise UserError(f"--workers {workers}: --per-device auto finds the number out; leave one of the two out")
+            raise UserError(f"--workers {workers}: --per-device auto measures the number; leave one of the two out")
         return Placement(found, (None,) * len(found), in_processes=len(found) > 1, asked="--per-device auto")
     if workers is None:
         number = each or 1
@@ -86,12 +86,12 @@ def _devices(device: str | None, devices: str | None) -> tuple[torch.device, ...
     found = tuple(select_device(name, option="--devices") for name in names)
     twice = [name for name, number in zip(names, found, strict=True) if found.count(number) > 1]
     if twice:
-        raise UserError(f"--devices {devices}: {twice[0]} is there twice; --per-device says how many trials it takes")
+        raise UserError(f"--devices {devices}: {twice[0]} is there twice; --per-device sets how many trials it takes")
     return found
 
 
 def is_count(text: str) -> bool:
-    """Whether it says a whole number from 1 on."""
+    """Return whether the text is a whole number from 1 on."""
     return text.isdecimal() and int(text) > 0
 
 

@@ -1,4 +1,4 @@
-"""Workers as actors of a Ray cluster, on whichever nodes have room.
+"""Workers as actors of a Ray cluster, on all nodes that have room.
 
 Ray places them and reports when one has died or its node is lost. Their results go to the storage; the head reads
 their log, and asks for it again where a reply was lost with a connection. Ray restarts nothing: the pool replaces dead
@@ -269,7 +269,7 @@ class RayWorker(Worker):
         while self._exit is None and (left := deadline - time.monotonic()) > 0:
             self._take_reply(left)
         self.kill()
-        # Ray ends a process some moments after it was told to, and its trials are looked for next.
+        # Ray ends a process with some delay, and its trials are requeued next.
         self._ray.wait([self._work], timeout=_DYING_S)
         assert self._exit is not None
         return self._exit
@@ -469,7 +469,7 @@ def _work(assignment: _Assignment, add: Callable[[Output], None], interrupts: In
             return work_on(spec, device=device, resources=resources, emit=emit, interrupts=interrupts)
     except KeyboardInterrupt:
         return STOPPED
-    except Exception as error:  # before the work: nobody reads the exceptions of an actor's method
+    except Exception as error:  # an actor's exceptions are not read
         failure = failure_of(error, spec)
         emit(failure)
         return 2 if failure.trace is None else 1

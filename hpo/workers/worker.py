@@ -37,7 +37,7 @@ def work_on(
     Args:
         spec: the study.
         device: as this process names it.
-        resources: what this process may use of it.
+        resources: the limits of this process.
         emit: passes log records, and the error that ends the worker, to the parent.
         interrupts: a request ends the worker after its epoch.
 

@@ -191,7 +191,7 @@ def test_a_retried_trial_names_its_slot(space: SearchSpace, capsys: pytest.Captu
     )
     lines = shown(study, 2, capsys)
     assert "0 of 1 trial finished: 1 running" in lines[0]
-    assert lines[4].startswith("1 (slot 0)")
+    assert lines[4].startswith("1 (index 0)")
 
 
 def test_the_trial_of_a_dead_process_is_told_from_one_that_runs(

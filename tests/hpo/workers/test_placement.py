@@ -61,13 +61,13 @@ def test_one_trial_at_a_time_has_a_process_of_its_own_only_where_a_worker_is_ask
     ("device", "devices", "workers", "per_device", "said"),
     [
         ("cpu", "cuda:0", None, None, "--device and --devices: give one of the two"),
-        (None, "cuda:0,cuda:2", None, None, "--devices cuda:2: this machine has 2 CUDA device(s); give cpu or leave it "
-         "out"),
-        (None, "cuda:0,cuda", None, None, "--devices cuda:0,cuda: cuda:0 is there twice; --per-device says how many "
+        (None, "cuda:0,cuda:2", None, None, "--devices cuda:2: this machine has 2 CUDA device(s); give cpu or omit "
+         "it"),
+        (None, "cuda:0,cuda", None, None, "--devices cuda:0,cuda: cuda:0 is there twice; --per-device sets how many "
          "trials it takes"),
         (None, "all", 1, None, "--workers 1: fewer than the 2 devices; give as many, or fewer --devices"),
         (None, "all", 5, "2", "--workers 5: 2 device(s) with --per-device 2 take 4; leave one of the two out"),
-        (None, None, 2, "auto", "--workers 2: --per-device auto finds the number out; leave one of the two out"),
+        (None, None, 2, "auto", "--workers 2: --per-device auto measures the number; leave one of the two out"),
         (None, None, None, "0", "--per-device 0: give a whole number from 1 on, or auto"),
     ],
 )  # fmt: skip

@@ -109,10 +109,10 @@ def start() -> Iterator[Start]:
 
 def hpo_run(space_file: str, cluster: Any, server: Watched, *arguments: str) -> list[str]:
     where = ["--engine", "ray", "--address", cluster.address, "--storage", server.url]
-    return [space_file, *where, "--study", "own", "--set", "epochs=60", *arguments]
+    return [space_file, *where, "--study", "own", "--set", "epochs=100", *arguments]
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 90) -> Any:
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert process.poll() is None, process.communicate()[0]

@@ -181,7 +181,7 @@ def test_a_trial_that_is_taken_away_while_it_runs_is_dropped_and_the_run_goes_on
 
     monkeypatch.setattr(StudyProgress, "refresh", take_away)
     assert hpo(monkeypatch, "run", str(space.path), "--trials", "1", "--retries", "5") == 0
-    assert "trial 0 was taken from this process while it ran; it is dropped" in capfd.readouterr().err
+    assert "trial 0 was requeued by another process while it ran; it is dropped" in capfd.readouterr().err
     assert sorted(finished_of(tmp_path / "studies/own")) == [0]
 
 
@@ -322,7 +322,7 @@ def test_a_worker_that_finds_nothing_to_do_says_so_and_leaves(
         (("worker", "nosuch"), "no study nosuch in "),
         (("worker", "../x", "--storage", "j.log"), "--study '../x': a name is letters"),
         (("worker", "own", "--storage", "gone.log"), "storage gone.log: there is no such journal"),
-        (("worker", "own", "--workers", "2", "--per-device", "auto"), "--workers 2: --per-device auto finds"),
+        (("worker", "own", "--workers", "2", "--per-device", "auto"), "--workers 2: --per-device auto measures"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
