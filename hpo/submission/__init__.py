@@ -1,8 +1,8 @@
-"""Turns a configuration into a submission model: one network trained on everything, or several.
+"""Turn a configuration into a submission model: one network trained on all images, or several.
 
-Validation decides, and the rest follows. Networks trained without the validation images (`networks`) choose on those
-images the views, the form and the temperature (`decision`). Then the same is trained again on training and validation
-images together, and only then the test set is opened and the model written (`refit`).
+Networks trained without the validation images decide on those images: the views, the form and the temperature. Then the
+networks of the model are trained on training and validation images together (`refit`), unless they are an ensemble of
+folds. The test set is opened last.
 """
 
 from hpo.submission.decision import Decision, Temperature

@@ -1,11 +1,11 @@
-"""A submission model's folder: weights, configuration, classes, preprocessing, origin, scores, and how to use them.
+"""A submission model's folder: weights, configuration, classes, preprocessing, origin, scores and a model card.
 
-Nothing in it is a pickle, so loading one runs no code of its writer. The weights are a plain safetensors file without
-metadata: equal weights give equal bytes. A folder appears whole or not at all: it is written beside its place and then
-renamed, and the weights' checksums tie the files together.
+It contains no pickle, so loading a model runs no code of its author. The weights are safetensors files without
+metadata, so equal weights give equal bytes. A folder is written beside its place and then renamed, so it is complete or
+absent, and the checksums of the weights tie its files together.
 
-A model is one network or an ensemble of several, trained alike on different parts of the images: the softmax
-probabilities of all are averaged, as those of several views are (`core.tta.average`).
+A model is one network, or an ensemble of several whose softmax probabilities are averaged, as those of several views
+are (`core.tta.average`).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from core.runtime import autocast, isolated_rng, normalize, select_device
 from core.tta import VIEWS, average, predict_logits
 from hpo.errors import BundleError, SpaceError
 from hpo.space import recipe_from_yaml, to_yaml
+from hpo.study.results import finite
 from hpo.submission.predictions import Images, Predictions, predictions_of
 
 WEIGHTS, MEMBER_WEIGHTS = "model.safetensors", "member_{}.safetensors"
@@ -47,22 +48,22 @@ ONNX = "model.onnx"
 
 T = TypeVar("T")
 
-# What a bundle from elsewhere may ask for in a few words. A JSON file of a million classes has 16 MB; `hpo refit` makes
-# an ensemble of at most as many networks as `data.folds` allows; no GPU has room for a network on images of more than
+# Limits for bundles of other authors, which could otherwise exhaust the memory. A JSON file of a million classes has
+# 16 MB; `data.folds` limits the ensembles of `hpo refit`; no GPU has memory for a network on images of more than
 # 4096×4096 pixels, and `data.image_size` ends at 1024.
 MAX_JSON_BYTES = 1 << 24
 MAX_NETWORKS = 20
 MAX_IMAGE_PIXELS = 1 << 24
 
 FORMAT = 3
-"""Of the folder. A reader refuses a number that it does not know."""
+"""Format of the folder that is written."""
 READABLE = (2, FORMAT)
-"""Format 2 knew no temperature."""
+"""Format 2 had no temperature."""
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """What a network's input is normalised by, one number a channel, of its training pixels in [0, 1]."""
+    """Mean and deviation per channel of a network's training pixels in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -70,7 +71,7 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What is known of a submission model beside its weights."""
+    """A submission model without its weights."""
 
     config: TrainConfig
     classes: tuple[str, ...]
@@ -79,35 +80,34 @@ class Bundle:
     image_size: tuple[int, int]
     """(height, width) in pixels that images are resized to."""
     normalizations: tuple[Normalization, ...]
-    """Of each network: one, or one for each member of an ensemble."""
+    """One for each network."""
     views: str
-    """A name in `core.tta.VIEWS`: test-time augmentation."""
+    """Test-time augmentation: a name in `core.tta.VIEWS`."""
     data_name: str
     fingerprint: str
-    """Of the images and labels that it was trained on."""
+    """Hash of the images and labels that it was trained on."""
     versions: dict[str, str]
     study: str | None = None
-    """The study whose trial was refitted, by name."""
+    """Name of the refitted study."""
     trial: int | None = None
-    """The trial's number in that study."""
+    """Number of the refitted trial."""
     source: str | None = None
-    """Where the data came from, in words or as a path."""
+    """Source of the data: a path or a description."""
     temperature: float = 1.0
-    """What the averaged logits are divided by, so that the probabilities are as sure as they are right."""
+    """Divisor of the averaged logits, which calibrates the probabilities."""
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The names of the files of weights, in the order of the networks."""
+        """File names of the networks' weights."""
         return weight_files(len(self.normalizations))
 
     def write(self, folder: Path, models: Sequence[nn.Module], report: dict[str, Any]) -> None:
-        """Writes what makes the model, and its report, into a folder that exists (see `writing`).
-
-        Pictures, the submission and at last the README, made by `write_card`, are written beside them.
+        """Write the model and its report into a folder, see `writing`.
 
         Args:
-            models: the network, or the members of the ensemble, in the order of `normalizations`.
-            report: becomes `metrics.json`.
+            folder: An existing folder.
+            models: The networks in the order of `normalizations`.
+            report: Content of `metrics.json`.
         """
         for name, model in zip(self.weights, models, strict=True):
             save_model(model, str(folder / name))
@@ -141,21 +141,21 @@ class LoadedBundle:
     """A submission model, ready to predict."""
 
     models: tuple[nn.Module, ...]
-    """The network, or the members of the ensemble, on the device, in evaluation mode."""
+    """The networks on the device, in evaluation mode."""
     meta: Bundle
     device: torch.device
     folder: Path | None = None
-    """Where it was loaded from."""
+    """The folder that it was loaded from."""
 
     def logits(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
-        """The log-probabilities, (N, K) float32 on the CPU; logits, of one network, one view and temperature 1.
+        """Predict log-probabilities (N, K) float32 on the CPU; logits for one network, one view and temperature 1.
 
         Args:
-            images: (N, C, H, W) uint8, of the bundle's channels and size, N at least 1. They may lie anywhere, and go
-                to the device batch by batch.
+            images: (N, C, H, W) uint8 of the model's channels and size, N at least 1, on any device.
+            batch_size: Number of images in a batch.
 
         Raises:
-            BundleError: the images are of another shape or type.
+            BundleError: The images have another shape or type.
         """
         channels, (height, width) = self.meta.in_channels, self.meta.image_size
         if images.dtype != torch.uint8 or images.shape[1:] != (channels, height, width) or not len(images):
@@ -181,21 +181,29 @@ class LoadedBundle:
         return logits.cpu()
 
     def probabilities(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
-        """The probability of every class, (N, K) float32 on the CPU, of images as `logits` takes them."""
+        """Predict probabilities (N, K) float32 on the CPU.
+
+        Args:
+            images: As for `logits`.
+            batch_size: Number of images in a batch.
+
+        Raises:
+            BundleError: The images have another shape or type.
+        """
         return self.logits(images, batch_size=batch_size).softmax(1)
 
     def predict(self, images: Images, *, batch_size: int = EVALUATION_BATCH, skip_broken: bool = False) -> Predictions:
-        """Labels images of any size, read and resized as those that the model was trained on.
+        """Predict labels of images of any size, which are read and resized as in training.
 
         Args:
-            images: a path or a list of paths, of images, folders, archives, .npz files or CSVs of paths; Pillow images;
+            images: A path or a list of paths, of images, folders, archives, .npz files or CSVs of paths; Pillow images;
                 an array (H, W), (H, W, C) or (N, H, W, C); a tensor (C, H, W) or (N, C, H, W). Pixels are uint8.
-            batch_size: images at once on the device.
-            skip_broken: leaves unreadable images out, where they would otherwise be an error.
+            batch_size: Number of images in a batch.
+            skip_broken: Whether to skip unreadable images instead of raising an error.
 
         Raises:
-            BundleError: the images are nothing that can be labelled, as floats, whose range nobody knows.
-            UserError: there is no image at a path, or one is broken.
+            BundleError: The images are of an unknown kind, for example floats, whose range is not known.
+            UserError: There is no image at a path, or one is broken.
         """
         return predictions_of(
             images,
@@ -209,7 +217,7 @@ class LoadedBundle:
 
 
 def weight_files(networks: int) -> tuple[str, ...]:
-    """The names of the files of weights of so many networks, which make one model."""
+    """Return the file names of the weights of a model with this number of networks."""
     return (WEIGHTS,) if networks == 1 else tuple(MEMBER_WEIGHTS.format(i) for i in range(1, networks + 1))
 
 
@@ -218,9 +226,10 @@ def weight_files(networks: int) -> tuple[str, ...]:
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A new folder to write a bundle into, which takes the place of `target` when the block ends well.
+    """Provide a new folder for a bundle, which replaces `target` at the end of the block unless there was an exception.
 
-    Whatever ends it otherwise leaves what was there before.
+    Args:
+        target: Folder of the bundle.
     """
     _restore(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +244,7 @@ def writing(target: Path) -> Iterator[Path]:
 
 
 def _replace(target: Path, new: Path) -> None:
-    """Two renames, since none replaces a folder with files; `_restore` undoes the first where a crash parts them."""
+    """Replace a folder by two renames; `_restore` undoes the first if the process dies between them."""
     old = _aside(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -253,24 +262,13 @@ def _aside(target: Path) -> Path:
 
 
 def _restore(target: Path) -> None:
-    """Puts a bundle back that a crash left beside its place."""
+    """Restore the bundle of an interrupted replacement."""
     if not target.exists() and _aside(target).exists():
         _aside(target).rename(target)
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _finite(content: Any) -> Any:
-    """JSON has no NaN: a score that does not exist is null."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return content
+    path.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:
@@ -326,20 +324,20 @@ _CLASSES: TypeAdapter[tuple[str, ...]] = TypeAdapter(Annotated[tuple[str, ...], 
 
 
 def load_bundle(folder: Path | str, device: torch.device | str | None = None) -> LoadedBundle:
-    """Loads a submission model. Nothing is downloaded, and no code of the folder is run.
+    """Load a submission model. Nothing is downloaded, and no code of the folder is run.
 
     Args:
-        folder: one that `hpo refit` wrote.
-        device: `cpu`, `cuda` or `cuda:N`; the first CUDA device, or the CPU, where none is given.
+        folder: The output of `hpo refit`.
+        device: `cpu`, `cuda` or `cuda:N`; default: the first CUDA device, or the CPU.
 
     Raises:
-        BundleError: the folder is no bundle, a file of it is missing or damaged, or they do not fit each other.
-        UserError: there is no such device.
+        BundleError: The folder is not a bundle, or a file is missing, damaged or does not fit the others.
+        UserError: There is no such device.
     """
     folder = Path(folder)
     _restore(folder)
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no such folder; give one that `hpo refit` wrote")
+        raise BundleError(f"{folder}: no such folder; give an output folder of `hpo refit`")
     _check_present(folder, ORIGIN, CONFIG, CLASSES, PREPROCESS)
     meta = _read_meta(folder)
     device = device if isinstance(device, torch.device) else select_device(device)
@@ -350,17 +348,17 @@ def load_bundle(folder: Path | str, device: torch.device | str | None = None) ->
 def _check_present(folder: Path, *names: str) -> None:
     for name in names:
         if not (folder / name).is_file():
-            raise BundleError(f"{folder}: no {name} in it; give a folder that `hpo refit` wrote, with all its files")
+            raise BundleError(f"{folder}: {name} is missing; give an output folder of `hpo refit`, with all its files")
 
 
 def _load_network(folder: Path, name: str, meta: Bundle, device: torch.device) -> nn.Module:
-    """The network whose weights lie in the file of that name, on the device, in evaluation mode."""
+    """A network with the weights of a file, on the device, in evaluation mode."""
     misfit = BundleError(
         f"{folder / name}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; "
         "refit the trial again"
     )
-    if not meta.config.model.name.startswith("timm/"):  # those are as large as their names say
-        # A few words of a configuration may ask for a network of terabytes: it is made without memory first.
+    if not meta.config.model.name.startswith("timm/"):  # the size of a timm model follows from its name
+        # A hostile configuration could describe a network of terabytes, so it is built without memory first.
         sketch = _build(folder, meta, torch.device("meta"))
         if sum(weight.nbytes for weight in sketch.parameters()) > (folder / name).stat().st_size:
             raise misfit
@@ -373,11 +371,11 @@ def _load_network(folder: Path, name: str, meta: Bundle, device: torch.device) -
 
 
 def _read_meta(folder: Path) -> Bundle:
-    """All but the weights, whose checksums are compared."""
-    made = _read_json(folder / ORIGIN, TypeAdapter(_Format)).format  # first: another format has other keys
+    """Read everything but the weights, and compare their checksums."""
+    made = _read_json(folder / ORIGIN, TypeAdapter(_Format)).format  # first, since other formats have other keys
     if made not in READABLE:
         known = " and ".join(map(str, READABLE))
-        raise BundleError(f"{folder}: a bundle of format {made}, and this hpo reads {known}; use its version")
+        raise BundleError(f"{folder}: the bundle has format {made}, and this version of hpo reads {known}")
     origin = _read_json(folder / ORIGIN, TypeAdapter(_Origin))
     preprocess = _read_json(folder / PREPROCESS, TypeAdapter(_Preprocess if made == FORMAT else _PreprocessBefore3))
     names = weight_files(len(preprocess.networks))
@@ -386,7 +384,7 @@ def _read_meta(folder: Path) -> Bundle:
     _check_present(folder, *names)
     for name in names:
         if _sha256(folder / name) != origin.weights_sha256.get(name):
-            raise BundleError(f"{folder / name}: damaged, or of another bundle; refit the trial again")
+            raise BundleError(f"{folder / name}: damaged, or from another bundle; refit the trial again")
     if any(not len(each.mean) == len(each.std) == preprocess.channels for each in preprocess.networks):
         raise BundleError(f"{folder / PREPROCESS}: mean and std must have one number for each channel")
     if math.prod(preprocess.image_size) > MAX_IMAGE_PIXELS:
@@ -429,7 +427,7 @@ def _read_json(path: Path, adapter: TypeAdapter[T]) -> T:
 
 
 def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:
-    """The network on the device, weights drawn at random. Pretrained ones would be downloaded, to be overwritten."""
+    """Build the network with random weights; pretrained weights would be downloaded and overwritten."""
     plain = meta.config.model.model_copy(update={"pretrained": False})
     try:
         with isolated_rng(device), device:

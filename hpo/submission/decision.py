@@ -1,9 +1,8 @@
-"""What the validation images decide: the views, the form of several networks, and the temperature.
+"""Decisions on the validation images: the views, the form of several networks, and the temperature.
 
-All is judged by networks that had not seen those images: in one split by as many as the model will have, with folds
-each image by the one network that was trained without it. Of several networks there are two forms: an ensemble, whose
-probabilities are averaged, and one network of their averaged weights, which costs no more than one of them (Wortsman
-et al. 2022, arXiv 2203.05482) and is taken where it scores no worse.
+They use predictions of networks that have not seen these images; with folds, each image is predicted by the network
+trained without it. Several networks can form an ensemble, which averages probabilities, or one network with their mean
+weights (Wortsman et al. 2022, arXiv 2203.05482), which is as cheap as one and preferred unless it scores worse.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from hpo.submission.networks import Network, averaged, together
 ALONE, ENSEMBLE, AVERAGED = "one network", "ensemble", "averaged weights"
 """The forms of a model."""
 
-_SEEN_BY_THE_OTHERS = "each network's validation images were seen by the others, so that no average can be judged"
+_SEEN_BY_THE_OTHERS = "each network's validation images were seen by the others, so averages cannot be validated"
 
 
 @dataclass(frozen=True)
 class Temperature:
-    """What the logits are divided by, and what that does to the validation images."""
+    """A divisor of the logits, with the validation scores before and after."""
 
     value: float
     before: metrics.Scores
-    """With the chosen views, undivided."""
+    """With the chosen views, without the temperature."""
     after: metrics.Scores
     why: str | None
-    """Why it is not the best that was found, in words; None where it is."""
+    """Why it is not the best fit; None if it is."""
 
     def metadata(self) -> dict[str, Any]:
-        """As `metrics.json` has it."""
+        """Return the entry of `metrics.json`."""
         metadata = {
             "value": self.value,
             "val_nll_before": self.before.loss,
@@ -52,84 +51,90 @@ class Temperature:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the validation images have decided."""
+    """The choices made on the validation images."""
 
     form: str
     """`one network`, `ensemble` or `averaged weights`."""
     forms: dict[str, float]
-    """Form -> validation score with its best views; empty where there was nothing to choose from."""
+    """Validation score of each form with its best views; empty if there was only one form."""
     views: str
     """A name in `core.tta.VIEWS`."""
     candidates: dict[str, float]
-    """Views -> validation score, of the chosen form."""
+    """Validation score of the chosen form with each choice of views."""
     temperature: Temperature
     plain: Tensor
-    """(M, K): that form's answers in one view, undivided."""
+    """Logits (M, K) of that form with one view, without the temperature."""
     answers: Tensor
-    """(M, K): its answers with these views and this temperature."""
+    """Logits (M, K) with these views and this temperature."""
     labels: Tensor
     """(M,) int64."""
 
     def averaging_record(self) -> dict[str, Any] | None:
-        """As `metrics.json` has it: which form was chosen of several networks, by which scores; None of one network."""
+        """Return the entry of `metrics.json` about the form of several networks; None for one network."""
         if self.form == ALONE:
             return None
         metadata: dict[str, Any] = {"chosen": self.form, "val": self.forms}
         return metadata if self.forms else metadata | {"why": _SEEN_BY_THE_OTHERS}
 
 
-def decide_alone(judged: Sequence[Network], metric: str) -> Decision:
-    """For a model of one network.
+def decide_alone(networks: Sequence[Network], metric: str) -> Decision:
+    """Decide for a model of one network.
 
     Args:
-        judged: one, or one a fold.
+        networks: One network, or one per fold.
+        metric: The study's objective.
     """
-    return decided({ALONE: _by_views(judged)}, _labels(judged), metric)
+    return decided({ALONE: _by_views(networks)}, _labels(networks), metric)
 
 
-def decide_folds(judged: Sequence[Network], metric: str) -> Decision:
-    """For an ensemble of these networks, one a fold.
+def decide_folds(networks: Sequence[Network], metric: str) -> Decision:
+    """Decide for an ensemble of folds.
 
-    The temperature is that of the networks one by one, and their average is less sure than each of them. So it is taken
-    where it makes them surer, and a temperature above 1 is not. Measured on digits (4 folds; 12 and 40 epochs; label
-    smoothing 0 and 0.1; 3 seeds each): the ensemble's test loss with that rule is never above the one with the plain
-    temperature or with none, and 0.030 in place of 0.033 where the networks alone ask for 1.10.
-    """
-    return decided({ENSEMBLE: _by_views(judged)}, _labels(judged), metric, averaged_later=True)
-
-
-def decide_members(judged: Sequence[Network], metric: str) -> Decision:
-    """For a model of as many networks, which differ in their seeds.
+    The temperature is fitted to the single networks, and their average is less confident than each of them. So a
+    temperature above 1 is not used. Measured on digits (4 folds; 12 and 40 epochs; label smoothing 0 and 0.1; 3 seeds
+    each): the ensemble's test loss with this rule is never higher than with the fitted temperature or with none, and
+    0.030 instead of 0.033 where the fit is 1.10.
 
     Args:
-        judged: at least two, all validated on the same images.
+        networks: One per fold.
+        metric: The study's objective.
     """
-    first = judged[0]
+    return decided({ENSEMBLE: _by_views(networks)}, _labels(networks), metric, averaged_later=True)
+
+
+def decide_members(networks: Sequence[Network], metric: str) -> Decision:
+    """Decide for a model of several networks with different seeds.
+
+    Args:
+        networks: At least two, all validated on the same images.
+        metric: The study's objective.
+    """
     answers = {
-        # First: among equals it is taken.
-        AVERAGED: _by_views([averaged(judged)]),
-        ENSEMBLE: {views: together(each.val_logits(views) for each in judged) for views in VIEWS},
+        AVERAGED: _by_views([averaged(networks)]),  # first, so preferred among equals
+        ENSEMBLE: {views: together(each.val_logits(views) for each in networks) for views in VIEWS},
     }
-    return decided(answers, _labels([first]), metric)
+    return decided(answers, _labels(networks[:1]), metric)
 
 
-def _by_views(judged: Sequence[Network]) -> dict[str, Tensor]:
-    """Views -> (M, K): the validation images of each network, one after the other."""
-    return {views: torch.cat([network.val_logits(views) for network in judged]) for views in VIEWS}
+def _by_views(networks: Sequence[Network]) -> dict[str, Tensor]:
+    """Logits (M, K) of the validation images of all networks by views."""
+    return {views: torch.cat([network.val_logits(views) for network in networks]) for views in VIEWS}
 
 
-def _labels(judged: Sequence[Network]) -> Tensor:
-    return torch.cat([each.splits.labels[each.splits.val] for each in judged])
+def _labels(networks: Sequence[Network]) -> Tensor:
+    return torch.cat([each.splits.labels[each.splits.val] for each in networks])
 
 
 def decided(
     answers: Mapping[str, Mapping[str, Tensor]], labels: Tensor, metric: str, *, averaged_later: bool = False
 ) -> Decision:
-    """The best form with its best views; of equals the first form, and the fewest views, which stand first.
+    """Choose the best form with its best views; of equals the first form and the fewest views.
 
     Args:
-        answers: form -> views -> (M, K).
-        averaged_later: whether the answers are those of single networks, whose average the model gives.
+        answers: Logits (M, K) by form and views.
+        labels: (M,) int64.
+        metric: The study's objective.
+        averaged_later: Whether these are logits of single networks, which the model averages.
     """
     sign = 1 if metrics.METRICS[metric] == "maximize" else -1
 
@@ -159,21 +164,21 @@ def decided(
 
 
 def _score(logits: Tensor, labels: Tensor, metric: str, *, averaged_later: bool) -> float:
-    """What these answers are worth by the metric. The loss, which alone depends on a temperature, with its own: else
-    views would be chosen for how unsure they make a network that is too sure."""
+    """The value of the metric. The loss is computed with its best temperature: otherwise views that make an
+    overconfident network less confident would win."""
     if metric == "nll" and bool(logits.isfinite().all()):
         return _temperature(logits, labels, averaged_later=averaged_later).after.loss
     return metrics.value(metrics.scores(logits, labels), metric)
 
 
 def _temperature(logits: Tensor, labels: Tensor, *, averaged_later: bool) -> Temperature:
-    """The temperature that fits best, or another one where that would do harm."""
+    """The temperature that fits best, or a safer one."""
     value, why, before = fit_temperature(logits, labels), None, metrics.scores(logits, labels)
     if before.accuracy == 1:
-        # Then the likeliest is 0, and the loss of a mistake among other images without bounds.
-        value, why = 1.0, "no mistake among the validation images says how sure is too sure"
+        # The best fit would be 0, with an unbounded loss for a mistake on another image.
+        value, why = 1.0, "the validation images have no mistake to fit it to"
     elif value in (LOWEST, HIGHEST):
-        why = f"the best lies at the bound of {value:g} or beyond"
+        why = f"the best fit is at the bound of {value:g} or beyond"
     elif averaged_later and value > 1:
-        value, why = 1.0, f"{value:.3f} fits each network by itself, and their average is less sure already"
+        value, why = 1.0, f"{value:.3f} fits each single network, and their average is already less confident"
     return Temperature(value, before, metrics.scores(scaled(logits, value), labels), why)

@@ -1,12 +1,11 @@
-"""The networks of a refit: the trial's own where it kept them, or trained now, and what they answer to images.
+"""The networks of a refit: kept by the trial or trained now, and their predictions.
 
-There are two kinds of several. Members differ in their seeds, and all see every image. Folds are each trained without
-another part of the images.
+Several networks are members, trained on all images with different seeds, or folds, each trained without another part of
+the images.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from core.tta import average, predict_logits
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.search.training import Watch, fold_label, of_fold, resume_or_restart
+from hpo.study.results import read_rows
 from hpo.text import count
 
 logger = logging.getLogger(__name__)
@@ -43,28 +43,35 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network, with what it needs to see images as in its training."""
+    """A trained network with its configuration and its images."""
 
     model: nn.Module
     config: TrainConfig
     splits: Splits
     rows: tuple[Row, ...]
-    """Of its training, an epoch a row; of several networks, each has its number as `fold`, by which a picture tells
-    them apart."""
+    """Epochs of its training; the number of one of several networks is in `fold`, as learning curves expect."""
     elapsed_s: float = 0.0
-    """That its training has taken here; 0 of one that a trial had trained."""
+    """Duration of its training; 0 if the trial trained it."""
 
     def logits(self, images: Tensor, views: str) -> Tensor:
-        """(N, K) on the labels' device, of images (N, C, H, W) uint8 wherever they lie."""
+        """Predict images.
+
+        Args:
+            images: (N, C, H, W) uint8, on any device.
+            views: A name in `core.tta.VIEWS`.
+
+        Returns:
+            Logits (N, K) on the labels' device.
+        """
         return self._logits(torch.split(images, EVALUATION_BATCH), views)
 
     def val_logits(self, views: str) -> Tensor:
-        """(M, K) of the images that it was validated on, in the order of `Splits.val`."""
+        """Predict the validation images: logits (M, K) in the order of `Splits.val`."""
         feed = open_feed(self.splits.images, self.splits.labels.device)
         return self._logits(feed.batches(torch.split(self.splits.val, EVALUATION_BATCH)), views)
 
     def _logits(self, batches: Iterable[Tensor], views: str) -> Tensor:
-        """The network's answers, batch by batch; it may lie elsewhere, and stays there."""
+        """Predict batch by batch on the labels' device, and move the network back afterwards."""
         home, device = next(self.model.parameters()).device, self.splits.labels.device
         try:
             self.model.to(device)
@@ -85,11 +92,11 @@ class Network:
             self.model.to(home)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """The images normalised."""
+        """Normalise images as in training."""
         return normalize(images, mean=self.splits.mean, std=self.splits.std)
 
     def kept_epoch(self, metric: str) -> int:
-        """The epoch whose weights it has: the last, or under early stopping the first of the best."""
+        """Return the epoch of its weights: the last, or with early stopping the first of the best."""
         if self.config.early_stop.patience_fraction is None:
             return int(self.rows[-1]["epoch"])
         sign = 1 if metrics.METRICS[metric] == "maximize" else -1
@@ -97,15 +104,14 @@ class Network:
 
 
 def together(answers: Iterable[Tensor]) -> Tensor:
-    """(N, K): one network's logits, or the logarithm of the probabilities averaged over several."""
+    """Combine logits (N, K) of networks: unchanged for one, otherwise the logarithm of the mean probabilities."""
     return average(torch.stack(list(answers)))
 
 
 def averaged(networks: Sequence[Network]) -> Network:
-    """One network of the mean weights, with batch-norm statistics of its own.
+    """Build the network of the mean weights, with batch-norm statistics recomputed on the training images.
 
-    It is shown the images that the networks were trained on, as it will see others: unmixed, not augmented, in their
-    whole size. They are shuffled, since sorted by class a batch's variance would be too small.
+    The images are neither mixed nor augmented. They are shuffled: in batches sorted by class the variance is too small.
     """
     first = networks[0]
     splits, device = first.splits, first.splits.labels.device
@@ -119,34 +125,30 @@ def averaged(networks: Sequence[Network]) -> Network:
 
 
 def of_member(config: TrainConfig, member: int) -> TrainConfig:
-    """The configuration that this member trains, counted from 1: every one but the first has a seed of its own."""
+    """Return the configuration of a member, counted from 1; all but the first get seeds of their own."""
     return config if member == 1 else config.override({"seed": derive_seed(config.seed, "member", member)})
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """Comes by the networks that a refit needs.
-
-    Several of them lie on the CPU, since the device's room is the next one's training's.
-    """
+    """Loads or trains the networks of a refit. Several networks are kept on the CPU, to free the device's memory."""
 
     paths: StudyPaths
     number: int | None
-    """The trial's; None of a configuration that is none."""
+    """Trial number; None if no trial has the configuration."""
     label: str
-    """The bundle's folder, whose checkpoints are gone on from."""
+    """Name of the bundle's folder, which also names the checkpoints to resume from."""
     config: TrainConfig
-    """The trial's."""
     metric: str
     device: torch.device
     watch: Watch | None
 
     def folds(self, config: TrainConfig, splits: Sequence[Splits]) -> list[Network]:
-        """The network of each fold, or the one network where there is one: trained without its validation images.
+        """Return the network of each fold, trained without its validation images; one network without folds.
 
         Args:
-            config: with the folds that are wanted.
-            splits: one, or one a fold.
+            config: The configuration with the wanted number of folds.
+            splits: One, or one per fold.
         """
         return [self._fold(config, fold, splits) for fold in range(1, len(splits) + 1)]
 
@@ -163,7 +165,13 @@ class Trainer:
         return replace(network, config=config)
 
     def members(self, config: TrainConfig, splits: Splits, count: int) -> list[Network]:
-        """So many networks, each from another seed, trained without the validation images; the first is the trial's."""
+        """Return networks with different seeds, trained without the validation images; the first may be the trial's.
+
+        Args:
+            config: The configuration without folds.
+            splits: The split.
+            count: Number of networks.
+        """
         kept = self._kept(config, 1, splits)
         first = [] if kept is None else [replace(kept, model=kept.model.cpu())]
         return first + [
@@ -174,11 +182,17 @@ class Trainer:
     def on_all_images(
         self, config: TrainConfig, whole: Splits, rows: Sequence[Row], epochs: int, members: int | None
     ) -> list[Network]:
-        """The network, or the members, of a training without validation images, for the run's first so many epochs.
+        """Train the network, or the members, without validation images.
 
-        A plateau has nothing to watch there, so the learning rate falls where it fell in the training that had
-        validation images, whose epochs are `rows`: for all members in that of the first, so that one configuration is
-        that of all.
+        A plateau schedule has no score to watch, so the learning rate falls at the epochs where it fell in the training
+        with validation images; for all members as for the first, so that one configuration describes all.
+
+        Args:
+            config: The configuration without folds.
+            whole: All images.
+            rows: Epochs of the training with validation images.
+            epochs: Number of epochs to train.
+            members: Number of networks; None for one.
         """
         scores = [row[_column(self.metric)] for row in rows]
         maximize = metrics.METRICS[self.metric] == "maximize"
@@ -195,10 +209,7 @@ class Trainer:
         ]
 
     def _kept(self, config: TrainConfig, fold: int, splits: Splits) -> Network | None:
-        """The trial's own network of that fold; None where it trained another one, or did not keep it.
-
-        It is the one that would be trained now, since a training follows from its configuration.
-        """
+        """The trial's network of a fold; None if it trained another configuration or kept no weights."""
         if self.number is None or config != self.config:
             return None
         weights, rows = self.paths.trial_model(self.number, fold), self._trial_rows(self.number, fold)
@@ -209,12 +220,15 @@ class Trainer:
     def _train(
         self, config: TrainConfig, splits: Splits, name: str, part: str, place: int | None, **options: Any
     ) -> Network:
-        """Trains on from what a refit that was cut off had of this part, or anew where that is another's.
+        """Train a network, or resume its training from the checkpoint of an interrupted refit.
 
         Args:
-            name: what a person is told of it; empty where it needs no telling apart.
-            part: names its checkpoint.
-            place: its number among several, counted from 1; None where it is the only one.
+            config: The configuration to train.
+            splits: The images.
+            name: Name for the user; empty if there is one training.
+            part: Name of its checkpoint.
+            place: Its number among several, from 1; None if it is the only one.
+            **options: Further options of `core.loop.train`.
         """
         checkpoint = self.paths.refit_checkpoint(self.label, part)
         options |= {"device": self.device, "on_epoch_end": None if self.watch is None else self.watch(name)}
@@ -227,10 +241,9 @@ class Trainer:
         return Network(model, config, splits, rows, result.history[-1].elapsed_s)
 
     def _trial_rows(self, number: int, fold: int) -> tuple[Row, ...]:
-        """What the trial wrote down of this fold's epochs; nothing where it was taken over from another study."""
-        file = self.paths.trial_metrics(number)
-        lines = file.read_text().splitlines() if file.exists() else []
-        return tuple(row for row in map(json.loads, lines) if row.get("fold", 1) == fold)
+        """The recorded epochs of a fold; none if the trial was imported from another study."""
+        rows = read_rows(self.paths.trial_metrics(number))
+        return tuple(row for row in rows if row.get("fold", 1) == fold)
 
     def _load(self, weights: Path, splits: Splits) -> nn.Module:
         _, channels, height, width = splits.images.shape
@@ -242,11 +255,11 @@ class Trainer:
             load_model(model, weights)
         except (RuntimeError, OSError, SafetensorError) as error:
             raise StudyError(
-                f"{weights}: does not hold trial {self.number}'s weights; delete it to train them again"
+                f"{weights}: these are not the weights of trial {self.number}; delete the file to train them again"
             ) from error
         return model.eval()
 
 
 def _column(metric: str) -> str:
-    """The key of a row of `metrics.jsonl` that has the validation score by this metric."""
+    """Key of a metric's validation score in a row of `metrics.jsonl`."""
     return "val_loss" if metric == "nll" else f"val_{metric}"

@@ -1,9 +1,9 @@
-"""A submission model as one ONNX file, for whoever has no torch.
+"""A submission model as one ONNX file, for use without torch.
 
-The key choice is that the file holds everything between the pixels and the probabilities: it takes uint8 images, and
-normalises, looks at every view, asks every network, averages and calibrates by itself. So whoever runs it can get none
-of it wrong but the resizing. It is made by torch's exporter, which traces the networks on the CPU in 32-bit floats, and
-is kept only if onnxruntime gives torch's probabilities on real images.
+The file contains everything between pixels and probabilities: it takes uint8 images and includes the normalisation, the
+views, all networks, their average and the temperature, so only the resizing is left to its user. torch's exporter
+traces the networks on the CPU in 32-bit floats. The file is kept only if onnxruntime reproduces torch's probabilities
+on real images.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INPUT, OUTPUT = "images", "probabilities"
 
 TOLERANCE = 1e-4
-"""How far a probability may lie from torch's. 32-bit floats, summed in another order, come within 1e-6 mostly."""
+"""Largest accepted difference of a probability. 32-bit sums in another order mostly differ by less than 1e-6."""
 
-# A protobuf ends at 2 GiB; the graph beside the weights takes a few megabytes.
+# A protobuf is limited to 2 GiB; the graph beside the weights takes a few megabytes.
 MAX_BYTES = (1 << 31) - (1 << 25)
 
 CPU = torch.device("cpu")
 
 
 def check_onnx() -> None:
-    """Says what is missing for an export, before hours of training.
+    """Check for the packages of the export, before hours of training.
 
     Raises:
-        BundleError: a package is.
+        BundleError: A package is missing.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -50,30 +50,35 @@ def check_onnx() -> None:
 
 
 def export_onnx(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
-    """Writes the model as ONNX: `images` (N, C, H, W) uint8 to `probabilities` (N, K) float32, N free.
+    """Export the model as ONNX: `images` (N, C, H, W) uint8 to `probabilities` (N, K) float32, with any N.
 
-    What it was trained on, its classes and its versions stand in the file's metadata.
+    The file's metadata has the data set, the classes and the versions.
 
     Args:
-        path: the file, `model.onnx` in the bundle's folder.
-        check: (M, C, H, W) uint8, M at least 1: images that both are asked about.
+        bundle: The model.
+        path: The file to write, `model.onnx` in the bundle's folder.
+        check: Images (M, C, H, W) uint8 for the check, M at least 1.
 
     Returns:
         The largest difference of a probability between onnxruntime and torch, both on the CPU in 32-bit floats.
 
     Raises:
-        BundleError: the packages are missing, the network cannot be exported, or the two differ by more than 1e-4; then
-            no file is left.
+        BundleError: A package is missing, the network cannot be exported, or the two differ by more than 1e-4; no file
+            is left.
     """
     check_onnx()
     bundle = _on_cpu(bundle)
     whole = _Whole(bundle).eval()
     size = sum(weight.nbytes for weight in whole.state_dict().values())
     if size > MAX_BYTES:
-        raise BundleError(f"an ONNX file holds 2 GB, and the weights take {size / 1e9:.1f} GB; leave --onnx out")
-    program = _export(whole, check[:1].cpu().expand(2, -1, -1, -1))  # two, since one would be taken for a constant
+        raise BundleError(
+            f"an ONNX file is limited to 2 GB, and the weights take {size / 1e9:.1f} GB; leave --onnx out"
+        )
+    program = _export(
+        whole, check[:1].cpu().expand(2, -1, -1, -1)
+    )  # two images, since a batch of one is exported as a constant
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # where in the source code it came from, on this machine
+        node.metadata_props.clear()  # positions in this machine's source files
     program.model.metadata_props.update(_metadata(bundle.meta))
     try:
         program.save(str(path), external_data=False)
@@ -87,7 +92,7 @@ def export_onnx(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
 
 
 def onnx_probabilities(path: Path) -> Callable[[Tensor], Tensor]:
-    """What asks the file for the probabilities (N, K) of images (N, C, H, W) uint8, by onnxruntime on the CPU."""
+    """Return a function from images (N, C, H, W) uint8 to probabilities (N, K), run by onnxruntime on the CPU."""
     import onnxruntime  # type: ignore[import-untyped]
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -95,7 +100,7 @@ def onnx_probabilities(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 class _Whole(nn.Module):
-    """Everything that `LoadedBundle.probabilities` does, as one network."""
+    """`LoadedBundle.probabilities` as one network."""
 
     def __init__(self, bundle: LoadedBundle) -> None:
         super().__init__()
@@ -142,7 +147,7 @@ def _export(whole: nn.Module, example: Tensor) -> Any:
 
 
 def _metadata(meta: Bundle) -> dict[str, str]:
-    """What whoever holds the file alone needs to know, each as JSON or as a word."""
+    """Metadata for users of the file alone, as JSON or plain text."""
     facts = {
         "classes": meta.classes,
         "channels": meta.in_channels,
@@ -160,14 +165,14 @@ def _metadata(meta: Bundle) -> dict[str, str]:
 
 
 def _checked(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
-    """The largest difference on these images."""
-    ask = onnx_probabilities(path)
+    """The largest difference on the images."""
+    predict = onnx_probabilities(path)
     largest = 0.0
     for images in torch.split(check.cpu(), EVALUATION_BATCH):
-        largest = max(largest, float((ask(images) - bundle.probabilities(images)).abs().max()))
-    if not largest <= TOLERANCE:  # a NaN is no agreement
+        largest = max(largest, float((predict(images) - bundle.probabilities(images)).abs().max()))
+    if not largest <= TOLERANCE:  # also if it is NaN
         raise BundleError(
-            f"{path.name}: its probabilities differ from torch's by up to {largest:.2g}, and {TOLERANCE:g} is allowed; "
-            "it is not kept"
+            f"{path.name}: its probabilities differ from torch's by up to {largest:.2g}, more than {TOLERANCE:g}; the "
+            "file is not kept"
         )
     return largest

@@ -1,8 +1,8 @@
-"""Labels for images: what can be labelled, the labels, and how they are written down as a CSV.
+"""Predict labels of images, from files or pixels, and write them as CSV.
 
-Whatever a person has, files or pixels, is read as the images that the model was trained on: upright, opaque, in its
-size and channels. Files are decoded batch by batch and let go of, so ten thousand take no more memory than a thousand.
-What is not 8-bit pixels in a known order is refused: a guess at what was meant would be a wrong label, not an error.
+Images are read as in training: upright, opaque, in the model's size and channels. Files are decoded batch by batch, so
+ten thousand need no more memory than a thousand. Only 8-bit pixels in a known order are accepted: a wrong guess would
+give wrong labels instead of an error.
 """
 
 from __future__ import annotations
@@ -27,43 +27,49 @@ from hpo.storage.atomic import replacing
 
 OneImage: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 Images: TypeAlias = OneImage | Sequence[OneImage]
-"""A path, or several, of an image, a folder, an archive, an .npz or a CSV of paths; a Pillow image, or several; an
-array (H, W), (H, W, C) or (N, H, W, C), or several of one image each; a tensor (C, H, W) or (N, C, H, W), or several of
-one image each. Pixels are uint8, and C is 1, 3 or, with transparency, 4."""
+"""Paths of images, folders, archives, .npz files or CSVs of paths; Pillow images; an array (H, W), (H, W, C) or
+(N, H, W, C), or a list of arrays with one image each; a tensor (C, H, W) or (N, C, H, W), or a list of tensors with one
+image each. Pixels are uint8; C is 1, 3 or, with transparency, 4."""
 
 Answer = Callable[[Tensor], Tensor]
-"""Images (n, C, H, W) uint8 to their probabilities (n, K) float32 on the CPU."""
+"""A function from images (n, C, H, W) uint8 to probabilities (n, K) float32 on the CPU."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels of N images."""
+    """Predicted labels of N images."""
 
     ids: tuple[str, ...]
-    """Paths within the source, or as they were given where several were; else positions, from 0."""
+    """Paths within the source, or the given paths if there were several; of pixels, positions from 0."""
     labels: Tensor
-    """(N,) int64, positions in `classes`."""
+    """(N,) int64, indices into `classes`."""
     probabilities: Tensor
     """(N, K) float32."""
     classes: tuple[str, ...]
     broken: tuple[str, ...] = ()
-    """Images that could not be read and were left out."""
+    """Skipped images that could not be read."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The class of each image by name."""
+        """Class name of each image."""
         return tuple(self.classes[label] for label in self.labels.tolist())
 
     @property
     def confidences(self) -> Tensor:
-        """(N,) float32: the probability of each image's label."""
+        """Probability (N,) float32 of each image's label."""
         return self.probabilities.amax(1)
 
     def __len__(self) -> int:
+        """Number of images."""
         return len(self.ids)
 
     def write(self, path: Path | str, *, probabilities: bool = False) -> None:
-        """Writes them as `write_submission` does, with a column for each class if asked to."""
+        """Write a CSV, see `write_submission`.
+
+        Args:
+            path: The file.
+            probabilities: Whether to add a column of probabilities for each class.
+        """
         write_submission(Path(path), self.ids, self.labels, self.classes, self.probabilities if probabilities else None)
 
 
@@ -77,15 +83,20 @@ def predictions_of(
     batch_size: int,
     skip_broken: bool = False,
 ) -> Predictions:
-    """Labels images, a batch at a time.
+    """Predict images batch by batch.
 
     Args:
-        answer: what is asked about each batch, of `channels` and `image_size` (height, width) in pixels.
-        skip_broken: leaves unreadable images out, where they would otherwise be an error.
+        images: Files or pixels.
+        answer: Predicts a batch of images.
+        classes: K names.
+        image_size: (height, width) in pixels that images are resized to.
+        channels: 1 or 3.
+        batch_size: Number of images in a batch.
+        skip_broken: Whether to skip unreadable images instead of raising an error.
 
     Raises:
-        BundleError: they are nothing that can be labelled.
-        UserError: there is no image at a path, or one is broken.
+        BundleError: The images are of an unknown kind.
+        UserError: There is no image at a path, or one is broken.
     """
     each = list(images) if isinstance(images, list | tuple) else [images]
     if not each:
@@ -137,7 +148,7 @@ def _of_pixels(
 
 
 def _pictures(images: Any) -> Iterator[Pixels | Image.Image]:
-    """Each image by itself: as it is, or (H, W) or (H, W, 1|3|4) uint8."""
+    """The single images: Pillow images, or arrays (H, W) or (H, W, 1|3|4) uint8."""
     if not isinstance(images, list | tuple):
         yield from _stack(images, "the images")
         return
@@ -145,15 +156,15 @@ def _pictures(images: Any) -> Iterator[Pixels | Image.Image]:
         name = f"image {position}"
         pictures = _stack(item, name)
         if getattr(item, "ndim", 0) == 4:
-            raise BundleError(f"{name} of the list is itself a stack of {len(pictures)}; give a stack alone")
+            raise BundleError(f"{name} of the list is a stack of {len(pictures)} images; give a stack without a list")
         yield from pictures
 
 
 def _stack(item: Any, name: str) -> Sequence[Pixels | Image.Image]:
-    """The images of an array or a tensor; a Pillow image is one.
+    """The images of an array, a tensor or a Pillow image.
 
     Raises:
-        BundleError: it is none of these, no uint8, or of a shape that is not known.
+        BundleError: The item is of another type, not uint8, or of an unknown shape.
     """
     if isinstance(item, Image.Image):
         return [item]
@@ -177,36 +188,38 @@ def _stack(item: Any, name: str) -> Sequence[Pixels | Image.Image]:
             )
         return list(item) if item.ndim == 4 else [item]
     raise BundleError(
-        f"{name}: {type(item).__name__} is none that can be labelled; "
-        "give paths, Pillow images, numpy arrays or torch tensors"
+        f"{name}: {type(item).__name__} is not supported; give paths, Pillow images, numpy arrays or torch tensors"
     )
 
 
 def _check_type(kind: str, name: str) -> None:
     if kind != "uint8":
         raise BundleError(
-            f"{name}: pixels of type {kind}; give uint8 from 0 to 255, not normalised: the model does that"
+            f"{name}: pixels of type {kind}; give uint8 from 0 to 255, not normalised, since the model does that"
         )
 
 
 def write_submission(
     path: Path, ids: Sequence[str], labels: Tensor, classes: Sequence[str], probabilities: Tensor | None = None
 ) -> None:
-    """Writes the columns `id` and `label`, the name of the class, and one column of probabilities for each class.
+    """Write a CSV with the columns `id` and `label` (a class name), and one column of probabilities per class.
 
-    A class that is itself called `id` or `label` has its probabilities under `p_id` or `p_label`.
+    The probabilities of a class called `id` or `label` are in `p_id` or `p_label`.
 
     Args:
-        labels: (N,) int64, positions in `classes`.
-        probabilities: (N, K), written with six digits; None leaves them out.
+        path: The file.
+        ids: N ids.
+        labels: (N,) int64, indices into `classes`.
+        classes: K names.
+        probabilities: (N, K), written with six digits; None for no such columns.
 
     Raises:
-        BundleError: the file cannot be written.
+        BundleError: The file cannot be written.
     """
     shown = [f"p_{name}" if name in ("id", "label") else name for name in classes]
     header = ["id", "label", *(shown if probabilities is not None else [])]
     try:
-        # A file name that is no UTF-8 goes through as its bytes.
+        # The bytes of a file name that is not UTF-8 are kept.
         with (
             replacing(path) as temporary,
             temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
@@ -220,7 +233,7 @@ def write_submission(
 
 
 def _shares(probabilities: Tensor | None, count: int) -> Iterator[list[str]]:
-    """The cells of each row, made one row at a time."""
+    """The probabilities of each row as text, one row at a time."""
     if probabilities is None:
         yield from ([] for _ in range(count))
     else:

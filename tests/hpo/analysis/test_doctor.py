@@ -498,7 +498,7 @@ def test_a_submission_model_with_a_missing_file_is_reported(case: Case, name: st
     (case.paths.refit("best") / name).unlink()
     code, lines = case.run("--mend")
     assert code == 1
-    assert f"no {name} in it" in found(lines, "refit/best")
+    assert f"{name} is missing" in found(lines, "refit/best")
 
 
 def test_a_submission_model_moved_aside_by_a_crash_is_restored(case: Case) -> None:

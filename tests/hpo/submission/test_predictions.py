@@ -231,10 +231,10 @@ def test_an_opened_image_is_read_as_its_file_and_left_as_it_was(
         (torch.from_numpy(STACK), r"a tensor of shape \(5, 12, 16, 3\).*channels stand before height and width"),
         (torch.from_numpy(some_pixels(12, 16)), r"a tensor of shape \(12, 16\); give \(C, H, W\) or \(N, C, H, W\)"),
         (STACK[:0], r"an array of shape \(0, 12, 16, 3\)"),
-        ([STACK[0], STACK[:2]], r"image 1 of the list is itself a stack of 2; give a stack alone"),
+        ([STACK[0], STACK[:2]], r"image 1 of the list is a stack of 2 images; give a stack without a list"),
         (["a.png", STACK[0]], "paths and pixels in one list"),
-        (7, "the images: int is none that can be labelled; give paths, Pillow images, numpy arrays or torch tensors"),
-        ([None], "image 0: NoneType is none that can be labelled"),
+        (7, "the images: int is not supported; give paths, Pillow images, numpy arrays or torch tensors"),
+        ([None], "image 0: NoneType is not supported"),
         (Image.fromarray(np.ones((4, 4), np.float32)), r"image 0 cannot be read: floating-point pixels"),
     ],
 )

@@ -148,10 +148,10 @@ def test_by_the_loss_views_are_compared_at_the_temperature_of_each() -> None:
     ("logits", "averaged_later", "temperature", "why"),
     [
         (ONE_WRONG, False, fit_temperature(ONE_WRONG, LABELS), None),
-        (RIGHT, False, 1.0, "no mistake among the validation images"),
+        (RIGHT, False, 1.0, "the validation images have no mistake"),
         (logits_of(1, 2, 0, 1), False, HIGHEST, "the bound of 20 or beyond"),
         (ONE_WRONG / 1000, False, LOWEST, "the bound of 0.05 or beyond"),
-        (ONE_WRONG * 3, True, 1.0, "fits each network by itself, and their average is less sure already"),
+        (ONE_WRONG * 3, True, 1.0, "fits each single network, and their average is already less confident"),
         (ONE_WRONG / 2, True, fit_temperature(ONE_WRONG / 2, LABELS), None),
     ],
     ids=["fits", "all right", "all wrong", "hardly any logits", "folds, too sure", "folds, unsure"],
@@ -473,8 +473,8 @@ def test_without_evidence_the_base_is_refitted(
     assert "no significant gain: the baseline is refitted\n  trial 1 beats the baseline by 0.010" in said
     assert "refitting the baseline (trial 0) of study own" in said
     assert said.endswith(
-        "  hpo confirm own --budget 4  # twice the trainings, to be surer\n"
-        "  hpo refit 1 --study own  # trial 1 all the same\n"
+        "  hpo confirm own --budget 4  # twice the trainings, for more certainty\n"
+        "  hpo refit 1 --study own  # trial 1 without proof\n"
     )
     assert report_of(study.paths.refit("best"))["trial"] == 0
 
