@@ -10,7 +10,9 @@ import sys
 import typer
 
 from hpo.api import options as of
+from hpo.cli.console import say, set_up_logging, table
 from hpo.cli.parameters import command
+from hpo.cli.terminal import Terminal, stoppable
 
 app = typer.Typer(
     name="hpo",
@@ -31,8 +33,6 @@ app.add_typer(data_app, name="data")
 
 @app.callback()
 def _start() -> None:
-    from hpo.cli.console import set_up_logging
-
     set_up_logging()
 
 
@@ -43,7 +43,6 @@ def _start() -> None:
 def run(options: of.RunOptions) -> None:
     """Search: run a study's trials up to its total. The same command resumes it."""
     from hpo.cli.library import run_and_show
-    from hpo.cli.terminal import Terminal
 
     run_and_show(options, Terminal())
 
@@ -52,7 +51,6 @@ def run(options: of.RunOptions) -> None:
 def worker(options: of.WorkerOptions) -> None:
     """Join a study: run waiting trials until none is left, with any number of workers on any machine."""
     from hpo.api.worker import worker
-    from hpo.cli.terminal import Terminal, stoppable
 
     terminal = Terminal()
     with stoppable(terminal) as interrupts:
@@ -67,7 +65,6 @@ def train(options: of.TrainOptions) -> None:
     """Train one fixed configuration, with data.folds once per fold: the baseline to beat, or a trial again."""
     from hpo.api.train import train
     from hpo.cli.show import show_training
-    from hpo.cli.terminal import Terminal, stoppable
 
     terminal = Terminal()
     with stoppable(terminal) as interrupts:
@@ -79,7 +76,6 @@ def confirm(options: of.ConfirmOptions) -> None:
     """Train the best configurations and the baseline on other seeds and splits, and test whether tuning helped."""
     from hpo.api.confirm import confirm
     from hpo.cli.show import show_confirmation
-    from hpo.cli.terminal import Terminal, stoppable
 
     terminal = Terminal()
     with stoppable(terminal) as interrupts:
@@ -93,7 +89,6 @@ def confirm(options: of.ConfirmOptions) -> None:
 def refit(options: of.RefitOptions) -> None:
     """Retrain a trial on train+val into a submission model, and open the test set. `best` is confirmed first."""
     from hpo.cli.library import refit_and_show
-    from hpo.cli.terminal import Terminal
 
     refit_and_show(options, Terminal())
 
@@ -103,7 +98,6 @@ def predict(options: of.PredictOptions) -> None:
     """Label images with a refitted model."""
     from core.data.layout import printable
     from hpo.api.predict import predict
-    from hpo.cli.console import say
 
     predictions = predict(options)
     say(f"{len(predictions):,} images labelled: {options.output}")
@@ -120,7 +114,6 @@ def report(options: of.ReportOptions) -> None:
     import time
 
     from hpo.api.study import report
-    from hpo.cli.console import say
     from hpo.text import duration
 
     started = time.perf_counter()
@@ -135,7 +128,6 @@ def report(options: of.ReportOptions) -> None:
 def dashboard(options: of.DashboardOptions) -> None:
     """Show a study in the browser, with optuna-dashboard."""
     from hpo.api.study import dashboard
-    from hpo.cli.terminal import Terminal
 
     dashboard(options, Terminal())
 
@@ -144,7 +136,6 @@ def dashboard(options: of.DashboardOptions) -> None:
 def study_list(_: of.Options) -> None:
     """List the studies here, with their progress."""
     from hpo.api.study import list_studies
-    from hpo.cli.console import say, table
     from hpo.paths import studies_root
     from hpo.report.words import states_text
 
@@ -162,7 +153,6 @@ def study_list(_: of.Options) -> None:
 def study_show(options: of.ChosenStudy) -> None:
     """Show one study: its trials by state, its best trials, and the next commands."""
     from hpo.cli.show import show_study
-    from hpo.cli.terminal import Terminal
     from hpo.study import find_study
 
     show_study(find_study(options.study, storage_url=options.storage), Terminal())
@@ -180,7 +170,6 @@ def study_top(options: of.TopOptions) -> None:
 def study_trials(options: of.TrialsOptions) -> None:
     """List all trials: state, value, parameters and cost."""
     from hpo.api.study import trials
-    from hpo.cli.console import say, table
     from hpo.cli.show import trial_rows
     from hpo.report.words import run_again
     from hpo.text import count
@@ -204,7 +193,6 @@ def study_export(options: of.ExportOptions) -> None:
     import shlex
 
     from hpo.api.study import export
-    from hpo.cli.console import say
 
     study, text = export(options)
     if options.output is None:
@@ -220,7 +208,6 @@ def study_doctor(options: of.DoctorOptions) -> None:
     """Check a study, a line per problem. Exit code 0: no problem, or all were fixed; 1: problems remain."""
     from hpo.api.study import doctor
     from hpo.cli.show import show_diagnosis
-    from hpo.cli.terminal import Terminal
 
     diagnosis = doctor(options)
     show_diagnosis(diagnosis, Terminal())
@@ -234,7 +221,6 @@ def study_doctor(options: of.DoctorOptions) -> None:
 @command(space_app, of.Options, "list")
 def space_list(_: of.Options) -> None:
     """List the search spaces and recipes that can be named."""
-    from hpo.cli.console import say, table
     from hpo.space import list_spaces, shown
 
     entries = list_spaces()
@@ -251,7 +237,6 @@ def space_list(_: of.Options) -> None:
 def space_check(options: of.CheckOptions) -> None:
     """Check a search space or recipe, and list all its faults with their lines."""
     from hpo.api.space import check
-    from hpo.cli.console import say
 
     check(options)
     say(f"{options.file}: no fault found")
@@ -261,7 +246,6 @@ def space_check(options: of.CheckOptions) -> None:
 def space_suggest(options: of.SuggestOptions) -> None:
     """Suggest a narrowed or widened search space from a finished study, with the reasons as comments."""
     from hpo.api.space import suggest
-    from hpo.cli.console import say
 
     suggestion = suggest(options)
     if options.output is None:
@@ -271,7 +255,7 @@ def space_suggest(options: of.SuggestOptions) -> None:
         say(f"written to {options.output}, with the reasons as comments:")
     else:
         say(f"written to {options.output}: the ranges of study {suggestion.study.name}, unchanged; see its comments")
-    for line in (*suggestion.changed, "next:", f"  {suggestion.command}"):
+    for line in (*(f"  {change}" for change in suggestion.changed), "next:", f"  {suggestion.command}"):
         say(line)
 
 
@@ -279,7 +263,6 @@ def space_suggest(options: of.SuggestOptions) -> None:
 def space_schema(options: of.SchemaOptions) -> None:
     """Write the JSON Schema of search spaces and recipes, for editors."""
     from hpo.api.space import schema
-    from hpo.cli.console import say
 
     text, output = schema(options), options.output
     if output is None:
@@ -292,7 +275,6 @@ def space_schema(options: of.SchemaOptions) -> None:
 def data_list(_: of.Options) -> None:
     """List the built-in data sets: size, classes, folder, and whether they are on disk."""
     from core.data import catalogue
-    from hpo.cli.console import say, table
     from hpo.paths import data_root
 
     rows = []

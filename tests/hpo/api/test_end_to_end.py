@@ -1,4 +1,4 @@
-"""The main job as a person does it: run, stop, go on, refit, predict. Real digits, real processes, real signals."""
+"""The main job from start to end: run, stop, resume, refit, predict. Real digits, real processes, real signals."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ INTERRUPTED = ("run", "digits", "--trials", "4", "--seed", "3", "--set", "epochs
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Any, ...]]:
-    """What `INTERRUPTED` comes to where nobody interrupts it."""
+    """The same study without an interrupt."""
     studies = tmp_path_factory.mktemp("twin") / "studies"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_STUDIES", str(studies))

@@ -234,7 +234,7 @@ def test_a_changed_trial_is_no_replay(
     assert "training own-trial-00001: 1 epochs" in said
 
 
-# A person's mistakes ------------------------------------------------------------------------------------------------
+# User errors -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ TINY = ("data.name=digits", "model.widths=[8]", "model.blocks=[1]", "epochs=10",
 
 @pytest.fixture
 def start(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Starts a training, and returns it once it has said this."""
+    """Start a training and return it once it has printed this."""
     monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "studies"))  # with the other studies' cache
     processes = []
 

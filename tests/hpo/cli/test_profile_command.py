@@ -1,4 +1,4 @@
-"""`hpo train RECIPE --profile`: what it says and writes, and that the training is the same. Real digits throughout."""
+"""`hpo train RECIPE --profile`: its output, its files, and the unchanged training. All on real digits."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ class TestTheTraining:
         monkeypatch.setattr(hpo.search.training, "train", cut_off)
         with pytest.raises(SystemExit) as stopped:
             cli.main()
-        assert stopped.value.code == 130  # as a shell tells Ctrl-C
+        assert stopped.value.code == 130  # the exit code of a shell after Ctrl-C
         trained: list[str] = []
 
         def counted(config: Any, *args: Any, on_epoch_end: Any, **kwargs: Any) -> TrainResult:
@@ -198,6 +198,6 @@ class TestTheTraining:
 
 
 def epochs_of(paths: TrainingPaths) -> list[dict[str, Any]]:
-    """Its lines of metrics, without what tells the time."""
+    """Its rows of metrics, without times."""
     rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in ("images_per_s", "elapsed_s")} for row in rows]

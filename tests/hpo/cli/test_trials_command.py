@@ -312,7 +312,7 @@ def test_an_outdated_confirmation_is_ignored(
 
 
 def test_trials_of_every_shipped_space_can_be_exported(space: SearchSpace, tmp_path: Path) -> None:
-    # A recipe's notes must stay text, whatever stands in them.
+    # A recipe's notes stay text, even if they look like YAML.
     shipped = load_space("stl10_small")
     study = on_disk(shipped, name="weird.name-1")
     add(

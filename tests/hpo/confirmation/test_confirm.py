@@ -759,7 +759,7 @@ def test_a_training_of_a_confirmation_is_trained_again_bit_by_bit(
     studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "train", "--from", "planted.confirm/3", "--device", "cpu") == 0
-    assert "the 2 epochs of trial 3 came out bit for bit the same" in capfd.readouterr().out
+    assert "the 2 epochs of trial 3 are reproduced bit for bit" in capfd.readouterr().out
 
 
 # What is not confirmed

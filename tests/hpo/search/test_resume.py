@@ -112,7 +112,7 @@ def test_sigterm_lets_both_epochs_end_and_none_is_trained_again(tmp_path: Path, 
     stopped = with_checkpoints(study, command, 2)
     command.process.terminate()
     assert command.ended() == 130, command.said
-    assert "stopping: a running epoch is finished and saved first; Ctrl-C once more stops at once" in command.said
+    assert "stopping: the running epoch is finished and saved first; press Ctrl-C again to stop at once" in command.said
     assert "stopped: 0 of 2 trials are done and safe; resume with\n  hpo run own.yaml --trials 2" in command.said
     assert not running(study)
 
@@ -137,7 +137,7 @@ def test_a_second_ctrl_c_does_not_wait_for_an_epoch_and_every_trial_is_queued_ag
     workers = [trial.user_attrs["lease"]["pid"] for trial in running(study)]
     time.sleep(1)  # into the epoch
     os.killpg(command.process.pid, signal.SIGINT)  # as a terminal sends it: to all
-    wait_until(lambda: "stopping: a running epoch is finished" in command.said, "the first is heard")
+    wait_until(lambda: "stopping: the running epoch is finished" in command.said, "the first is heard")
     asked = time.monotonic()
     os.killpg(command.process.pid, signal.SIGINT)
     assert command.ended() == 130, command.said
