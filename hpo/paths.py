@@ -128,8 +128,7 @@ class StudyPaths:
 
     @property
     def journal(self) -> Path:
-        """Optuna's journal file, the default storage. A confirmation lies in its search's, so that one dashboard shows
-        both."""
+        """Optuna's journal file, the default storage; a confirmation shares that of its search, for one dashboard."""
         folder = self.dir.with_name(confirmed_by(self.name)) if is_confirmation(self.name) else self.dir
         return folder / "journal.log"
 

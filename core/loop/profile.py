@@ -237,6 +237,8 @@ def _capture_all(run: Run, steps: int, capture: Capture) -> None:
 
 
 class TimedSteps(NamedTuple):
+    """The time of some training steps, and the images in them."""
+
     seconds: float
     images: int
 

@@ -1,7 +1,8 @@
 """Search spaces and recipes: from YAML to Optuna distributions over `TrainConfig` fields, checked before trial 0.
 
 The YAML, the code, a trial's parameters and `--set` all name fields by their dotted path in `TrainConfig`. Importing
-this package imports neither torch nor Optuna; a space imports Optuna when it builds distributions.
+this package imports neither torch nor Optuna; a space imports Optuna when it builds distributions. The options of
+samplers and pruners are models in `grammar.py`, built in `samplers.py` and `pruner.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Storages of studies: Optuna's journal file by default, or any storage that a URL names.
 
 Problems that the user can fix are reported in one line, without the password. A record torn by a crash and the lock of
-a killed process are repaired without asking. A database server that restarts is waited for.
+a killed process are repaired without asking. A database server that restarts is waited for. `open_storage` selects the
+storage by its URL: a new kind is a branch there, with its driver in `urls.py`. Only this package uses private names of
+Optuna.
 """
 
 from __future__ import annotations

@@ -164,8 +164,10 @@ def decided(
 
 
 def _score(logits: Tensor, labels: Tensor, metric: str, *, averaged_later: bool) -> float:
-    """The value of the metric. The loss is computed with its best temperature: otherwise views that make an
-    overconfident network less confident would win."""
+    """The value of the metric; the loss with its best temperature.
+
+    Otherwise views that make an overconfident network less confident would win.
+    """
     if metric == "nll" and bool(logits.isfinite().all()):
         return _temperature(logits, labels, averaged_later=averaged_later).after.loss
     return metrics.value(metrics.scores(logits, labels), metric)
