@@ -128,11 +128,15 @@ def run_study(
             study.queue.release(trial, crashed=_is_crash(error))
             raise
         if counted:  # else another process trains this index now, and needs them
-            for fold in range(1, (space.baseline.data.folds or 1) + 1):
-                study.files.drop_checkpoint(study.paths.checkpoint(trial_index, fold))
+            _drop_checkpoints(study, trial_index, space.baseline.data.folds or 1)
         progress.refresh(force=True)
         del outcome  # with its networks: the next trial needs the memory
         interrupts.check()
+
+
+def _drop_checkpoints(study: Study, trial_index: int, folds: int) -> None:
+    for fold in range(1, folds + 1):
+        study.files.drop_checkpoint(study.paths.checkpoint(trial_index, fold))
 
 
 def _share_checkpoint(study: Study, space_on_disk: SpaceOnDisk, checkpoint: Path) -> None:
