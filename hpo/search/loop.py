@@ -116,11 +116,7 @@ def run_study(
         trial, trial_index = claimed
         try:
             with explain_full_disk(study.paths.dir), study.queue.beating(trial):
-                outcome = _stopped(study, space, trial, trial_index) or objective(trial, trial_index)
-                if study.confirms is None:  # a refit takes the search's weights
-                    _keep(study, space, divide(space.baseline.data), trial, outcome, device)
-                space_on_disk.keep_within()
-                counted = _finish(study, trial, outcome, device)
+                counted = _run_trial(study, objective, trial, trial_index, space_on_disk)
         except UpdateFinishedTrialError:  # its lease was taken for dead, and its trial index queued again
             logger.warning("trial %d was requeued by another process while it ran; it is dropped", trial.number)
             continue
@@ -130,8 +126,22 @@ def run_study(
         if counted:  # else another process trains this index now, and needs them
             _drop_checkpoints(study, trial_index, space.baseline.data.folds or 1)
         progress.refresh(force=True)
-        del outcome  # with its networks: the next trial needs the memory
         interrupts.check()
+
+
+def _run_trial(
+    study: Study, objective: Objective, trial: optuna.Trial, trial_index: int, space_on_disk: SpaceOnDisk
+) -> bool:
+    """Train a trial, keep its files and store its end. Returns whether it counts.
+
+    The networks of its outcome are freed on return: the next trial needs the memory.
+    """
+    space, device = objective.space, objective.device
+    outcome = _stopped(study, space, trial, trial_index) or objective(trial, trial_index)
+    if study.confirms is None:  # a refit takes the search's weights
+        _keep(study, space, objective.divide(space.baseline.data), trial, outcome, device)
+    space_on_disk.keep_within()
+    return _finish(study, trial, outcome, device)
 
 
 def _drop_checkpoints(study: Study, trial_index: int, folds: int) -> None:
