@@ -1,4 +1,4 @@
-"""What is shipped under `search_spaces/`: every recipe trains, every value of every space trains, no two are the same.
+"""The shipped search spaces: every recipe trains, every value of every space trains, no two recipes are the same.
 
 The images are real, a few of each class of the sets beside the checkout, or digits where those are not there. Networks
 are shrunk as a user would shrink them, with `--set`.
@@ -36,18 +36,18 @@ SPACE_NAMES = sorted(path.stem for path in SPACES.glob("*.yaml"))
 RECIPE_NAMES = sorted(path.stem for path in (SPACES / "recipes").glob("*.yaml"))
 CPU = torch.device("cpu")
 
-# The first part of a recipe's or space's name -> the set that is cut for it.
+# First part of a recipe's or space's name -> its reduced data set.
 SETS = {"stl10": "scenes", "intel": "scenes", "cifar100": "cifar", "imbalanced": "trash", "digits": "digits"}
 
-# Images of each class that are taken of trashnet96.zip: 4 : 1, as in the whole. A fifth of them is the test set.
+# Number of images per class from trashnet96.zip: 4 : 1, as in the full set. A fifth of them is the test set.
 TRASH = {"paper": 20, "glass": 15, "plastic": 13, "metal": 10, "cardboard": 10, "trash": 5}
 
 
-# Cutting the sets
+# Reduced data sets
 
 
 def write_images(folder: Path, members: Iterator[tuple[str, bytes]], wanted: Mapping[str, int]) -> None:
-    """Keeps the first images of each folder, as many as wanted of it."""
+    """Write the wanted number of images of each folder."""
     left = dict(wanted)
     for name, content in members:
         place = name.rpartition("/")[0]
@@ -80,7 +80,7 @@ def tar_members(archive: Path, wanted: Mapping[str, int]) -> Iterator[tuple[str,
 
 
 def digits_as_photographs(path: Path, classes: int) -> None:
-    """Real digits at 32×32 in three channels: what stands in for photographs where there are none."""
+    """Write real digits as 32×32 images with three channels, in place of missing photographs."""
     source = load_digits()
     chosen = np.concatenate([np.flatnonzero(source.target == digit)[:10] for digit in range(classes)])
     pixels = (source.images[chosen] * (255 / 16)).round().astype(np.uint8)
@@ -90,7 +90,7 @@ def digits_as_photographs(path: Path, classes: int) -> None:
 
 @pytest.fixture(scope="session")
 def cuts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """By name, a few images of each set: six classes of scenes, ten of CIFAR, and six of different sizes."""
+    """Paths of a few images of each set: six classes of scenes, ten of CIFAR, and six classes of unequal size."""
     root = tmp_path_factory.mktemp("cuts")
     found = {name: root / name for name in ("scenes", "cifar", "trash")}
     if not SHARED_DATA.is_dir():
@@ -110,28 +110,28 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 @pytest.fixture(scope="session")
 def datasets(cuts: Mapping[str, Path]) -> Mapping[str, Dataset]:
-    """The cuts, decoded to 32×32; and all digits as they are."""
+    """The reduced sets, decoded to 32×32, and all digits."""
     at_32 = {name: load_dataset(DataConfig(name=str(path), image_size=32)) for name, path in cuts.items()}
     return {**at_32, "digits": load_dataset(DataConfig(name="digits"))}
 
 
 def set_of(name: str) -> str:
-    """The set that is cut for a recipe or a space."""
+    """The reduced set of a recipe or a space."""
     return SETS[name.partition("_")[0]]
 
 
 def shrunk(config: TrainConfig) -> dict[str, Any]:
-    """What to set so that two cores train a configuration in a second or two."""
+    """Overrides with which a configuration trains in a second or two."""
     if config.model.name.startswith("timm/"):
         return {"model.pretrained": False, "batch_size": 32}
     return {"model.width": 0.125, "batch_size": 16}
 
 
-# What they say
+# Notes
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
-def test_a_recipe_says_its_source_its_result_and_what_is_guessed(name: str) -> None:
+def test_a_recipe_documents_source_result_and_guesses(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert all([recipe.description, recipe.source, recipe.result, recipe.guesses])
@@ -141,7 +141,7 @@ def test_a_recipe_says_its_source_its_result_and_what_is_guessed(name: str) -> N
         assert "a GPU's work" in recipe.guesses or "pieces" in recipe.config.schedule.name, "what it needs must be said"
 
 
-def test_adam_is_adamw_without_weight_decay_and_a_recipe_that_uses_it_says_so() -> None:
+def test_recipes_that_use_adam_document_it_as_adamw_without_weight_decay() -> None:
     for recipe in map(load_recipe, RECIPE_NAMES):
         is_adam = recipe.config.optim.name == "adamw" and recipe.config.optim.weight_decay == 0
         assert ("(here adamw" in recipe.guesses) == is_adam, recipe.name
@@ -158,7 +158,7 @@ def test_no_two_recipes_are_the_same_configuration() -> None:
 
 
 @pytest.mark.parametrize("name", SPACE_NAMES)
-def test_no_two_recipes_are_the_same_once_a_space_has_put_them_on_its_data_and_epochs(name: str) -> None:
+def test_no_two_recipes_are_the_same_on_a_spaces_data_and_epochs(name: str) -> None:
     space = load_space(name)
     configs = {"base": space.baseline, **{recipe.name: recipe.config for recipe in space.recipes}}
     for config in configs.values():
@@ -167,14 +167,14 @@ def test_no_two_recipes_are_the_same_once_a_space_has_put_them_on_its_data_and_e
 
 
 @pytest.mark.parametrize("family", sorted(set(SETS) - {"digits"}))
-def test_no_two_recipes_of_a_kind_are_the_same_at_one_length_on_one_set(family: str) -> None:
-    """A recipe must not differ from another by its epochs or its split alone: any space would make them one."""
+def test_no_two_recipes_for_one_data_set_differ_only_in_epochs_and_split(family: str) -> None:
+    """A space sets epochs and split of its recipes, so they must differ otherwise."""
     alike = {"epochs": 60, "data.val_fraction": 0.2, "data.image_size": 96, "data.normalize": "train"}
     configs = {name: load_recipe(name).config.override(alike) for name in RECIPE_NAMES if name.startswith(f"{family}_")}
     assert [pair for pair in combinations(configs, 2) if configs[pair[0]] == configs[pair[1]]] == []
 
 
-# That they train
+# Training
 
 
 def few(splits: Splits) -> Splits:
@@ -195,7 +195,7 @@ def test_a_recipe_trains_two_epochs(name: str, datasets: Mapping[str, Dataset]) 
 
 
 def one_at_a_time(space: SearchSpace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The base; then, for every parameter, each choice or both ends, where its conditions hold."""
+    """The baseline; then each choice or both bounds of every parameter, with its conditions met."""
     yield "base", {}
     for path, parameter in space.search.items():
         for value in edges(parameter):
@@ -211,7 +211,7 @@ def edges(parameter: Parameter) -> Sequence[Any]:
 
 
 def conditions(space: SearchSpace, parameter: Parameter) -> dict[str, Any]:
-    """Values with which the parameter exists, those of its conditions' own conditions included."""
+    """Values with which the parameter is active, including the conditions of its conditions."""
     found: dict[str, Any] = {}
     for path, allowed in parameter.when.items():
         if path in space.search:
@@ -220,7 +220,7 @@ def conditions(space: SearchSpace, parameter: Parameter) -> dict[str, Any]:
     return found
 
 
-# Stages as narrow as can be, or timm's own tiny network; `model.width` and `model.name` are searched, so they stay.
+# Narrow stages, or timm's tiny network. `model.width` and `model.name` are searched, so they are not pinned.
 TINY: dict[str, list[str]] = {
     "digits": ["model.widths=[8, 8]"],
     "stl10_small": ["model.widths=[8, 8, 8, 8]", "model.blocks=[1, 1, 1, 1]"],
@@ -231,8 +231,8 @@ TINY: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("name", SPACE_NAMES)
-def test_every_value_that_a_space_names_trains(name: str, datasets: Mapping[str, Dataset]) -> None:
-    """Each alone, for an epoch of a few steps: what a space offers must never be what a trial fails of."""
+def test_every_value_of_a_space_trains(name: str, datasets: Mapping[str, Dataset]) -> None:
+    """Train with each value alone for an epoch of a few steps."""
     sizes = [] if name == "digits" else ["data.val_fraction=0.3", "data.image_size=32"]
     space = load_space(name, [*TINY[name], *sizes])
     splits = few(split(datasets[set_of(name)], space.baseline.data))
@@ -246,16 +246,16 @@ def test_every_value_that_a_space_names_trains(name: str, datasets: Mapping[str,
     assert tried > len(space.search)
 
 
-def test_the_networks_that_the_space_of_scenes_names_are_those_of_its_recipes() -> None:
-    """So that each of them is trained above, though the space is tried on a tiny one."""
+def test_the_networks_of_the_scenes_space_are_those_of_its_recipes() -> None:
+    """The recipes train each of them; the space is tested with a tiny network."""
     space = load_space("intel_scenes")
     assert set(edges(space.search["model.name"])) == {recipe.config.model.name for recipe in space.recipes}
 
 
-# From the command line, as a person does it
+# From the command line
 
 
-# Each diary's road: its space, the set that stands in for its images, and what makes it small enough for two cores.
+# Space, reduced data set, and overrides that make it small enough for two cores.
 SHALLOW = ["model.width=0.125", "model.blocks=[1, 1, 1, 1]"]
 ROADS: dict[str, tuple[str, str, list[str]]] = {
     "E1, ResNet-10": ("stl10_small", "scenes", SHALLOW),
@@ -267,7 +267,7 @@ ROADS: dict[str, tuple[str, str, list[str]]] = {
 
 
 @pytest.mark.parametrize("road", ROADS)
-def test_a_diarys_road_goes_from_a_search_to_predictions(
+def test_each_space_works_from_search_to_predictions(
     road: str, cuts: Mapping[str, Path], shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -294,14 +294,14 @@ def test_a_diarys_road_goes_from_a_search_to_predictions(
 
 
 def pretrained_file(path: Path) -> Path:
-    """Weights as a person brings them, of another task's classes: here random ones."""
+    """Random weights of a network with other classes, as a user would provide them."""
     network = timm.create_model("test_resnet", pretrained=False, num_classes=1000)
     save_file(network.state_dict(), path)
     return path
 
 
 @pytest.mark.parametrize("name", ["imbalanced", "intel_scenes"])
-def test_a_space_for_any_images_asks_for_them(
+def test_a_space_for_any_images_requires_data(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "run", name, "--set", "model.pretrained=false") == 2

@@ -26,7 +26,7 @@ def study_with(pruner: RungPruner, *, direction: str = "maximize") -> optuna.Stu
 def add(
     study: optuna.Study, trial_index: int, values: Mapping[int, float], state: TrialState = TrialState.PRUNED
 ) -> None:
-    """A trial that has reported these values."""
+    """Add a trial that has reported these values."""
     value = 0.0 if state == TrialState.COMPLETE else None
     study.add_trial(
         create_trial(state=state, value=value, intermediate_values=dict(values), user_attrs={TRIAL_INDEX: trial_index})
@@ -49,7 +49,7 @@ def judge(trial: optuna.Trial, epoch: int, value: float) -> bool:
         ((0.03, 0.1, 0.3), 60, (2, 6, 18)),
         ((0.03, 0.1, 0.3), 20, (1, 2, 6)),
         ((0.03, 0.1, 0.3), 3, (1,)),  # 0.09, 0.3 and 0.9 epochs are all the first
-        ((0.5,), 1, ()),  # the last epoch is no rung: there is nothing left to save
+        ((0.5,), 1, ()),  # no rung at the last epoch
         ((0.3, 0.1), 60, (6, 18)),
     ],
 )
@@ -64,7 +64,7 @@ def test_rungs_are_distinct_epochs_before_the_last(
     [
         (20, None, (1, 2, 6)),
         (20, 2, (1, 2, 6, 20)),
-        (20, 5, (1, 2, 6, 20, 40, 60, 80)),  # not at 100: the last fold's end is the trial's
+        (20, 5, (1, 2, 6, 20, 40, 60, 80)),  # not at 100: the last fold ends with the trial
         (1, 3, (1, 2)),  # of one epoch, there are no rungs within a fold
     ],
 )
@@ -76,7 +76,7 @@ def test_with_folds_the_end_of_every_fold_but_the_last_is_a_rung_too(
     assert pruner.rungs == steps
 
 
-def test_the_ends_of_the_folds_together_cut_as_one_rung() -> None:
+def test_the_fold_ends_together_keep_as_much_as_one_rung() -> None:
     pruner = build_pruner(grammar.RungsPruner(rungs=(0.1,), keep=0.3), 10, 5)
     assert isinstance(pruner, RungPruner)
     assert pruner.keeps[1] == 0.3
@@ -107,7 +107,7 @@ def test_survivors_are_the_best_ceil_of_keep_times_n(direction: str, keep: float
     assert survived == kept
 
 
-def test_a_trial_is_compared_to_those_that_have_come_so_far() -> None:
+def test_a_trial_is_compared_with_the_trials_that_reached_the_rung_so_far() -> None:
     study = study_with(RungPruner([2], 1 / 3))
     trials = [running(study, trial_index) for trial_index in range(4)]
     verdicts = [judge(trial, 2, value) for trial, value in zip(trials, (0.1, 0.5, 0.2, 0.4), strict=True)]
@@ -116,10 +116,10 @@ def test_a_trial_is_compared_to_those_that_have_come_so_far() -> None:
 
 
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING])
-def test_rivals_in_every_state_count_that_have_a_value_at_the_rung(state: TrialState) -> None:
+def test_trials_of_any_state_count_if_they_have_a_value_at_the_rung(state: TrialState) -> None:
     study = study_with(RungPruner([2], 0.5))
     add(study, 0, {2: 0.9}, state)
-    add(study, 1, {1: 0.9}, state)  # has not come to the rung, whatever it reported before
+    add(study, 1, {1: 0.9}, state)  # has not reached the rung
     trial = running(study, 2)
     assert judge(trial, 2, 0.1)
     assert study.pruner.verdict(study, trial) == "rung 2: 2nd of 2, pruned"
@@ -141,17 +141,17 @@ def test_nan_ranks_worst(direction: str) -> None:
     assert judge(running(study, 3), 1, NAN)
 
 
-def test_the_base_is_never_pruned_but_counts_as_a_rival() -> None:
+def test_the_baseline_is_never_pruned_but_counts_in_the_ranking() -> None:
     study = study_with(RungPruner([1], 0.5))
     add(study, 1, {1: 0.9})
     base = running(study, 0, **{BASELINE: True})
     assert not judge(base, 1, 0.5)
     assert study.pruner.verdict(study, base) == "the baseline, never pruned"
     assert judge(running(study, 2), 1, 0.1)
-    assert not judge(running(study, 3), 1, 0.6)  # 2nd of 4: the base is one of them
+    assert not judge(running(study, 3), 1, 0.6)  # 2nd of 4, including the baseline
 
 
-def test_a_recipe_is_never_pruned_either() -> None:
+def test_a_recipe_is_never_pruned() -> None:
     study = study_with(RungPruner([1], 0.5))
     add(study, 1, {1: 0.9})
     recipe = running(study, 2, **{RECIPE: "theirs"})
@@ -159,14 +159,14 @@ def test_a_recipe_is_never_pruned_either() -> None:
     assert study.pruner.verdict(study, recipe) == "recipe theirs, never pruned"
 
 
-def test_between_rungs_nothing_is_decided() -> None:
+def test_nothing_is_pruned_between_rungs() -> None:
     study = study_with(RungPruner([2, 6], 0.5))
     add(study, 0, dict.fromkeys(range(1, 9), 0.9))
     trial = running(study, 1)
     assert [judge(trial, epoch, 1.0 if epoch == 2 else 0.0) for epoch in range(1, 7)] == [False] * 5 + [True]
 
 
-def test_a_rung_is_judged_once_however_often_it_is_asked() -> None:
+def test_a_rung_is_decided_once_for_a_trial() -> None:
     study = study_with(RungPruner([2], 0.5))
     trial = running(study, 0)
     assert not judge(trial, 2, 0.1)
@@ -176,7 +176,7 @@ def test_a_rung_is_judged_once_however_often_it_is_asked() -> None:
     assert not judge(trial, 3, 0.1)
 
 
-def test_a_retried_trial_is_not_judged_again_at_a_rung_that_it_passed() -> None:
+def test_a_retried_trial_keeps_the_decisions_of_rungs_that_it_passed() -> None:
     study = study_with(RungPruner([2, 4], 0.5))
     first = running(study, 0)
     assert not judge(first, 2, 0.1)
@@ -195,8 +195,8 @@ def test_a_retried_trial_is_not_judged_again_at_a_rung_that_it_passed() -> None:
     assert judge(again, 4, 0.1)
 
 
-def test_a_retried_trial_is_pruned_at_the_rung_where_its_first_attempt_fell_behind_and_not_before() -> None:
-    """The process was killed between the rung's mark and the trial's end."""
+def test_a_retried_trial_is_pruned_at_the_same_rung_as_its_first_attempt() -> None:
+    """The process was killed after storing the decision, before the trial ended."""
     study = study_with(RungPruner([1, 3], 0.5))
     for trial_index in range(1, 9):
         add(study, trial_index, {1: 0.1, 3: 0.9})
@@ -215,7 +215,7 @@ def test_a_retried_trial_is_pruned_at_the_rung_where_its_first_attempt_fell_behi
     assert verdicts == [(False, passed), (False, passed), (True, "rung 3: 9th of 9, pruned")]
 
 
-def test_a_rung_that_was_reported_but_not_judged_is_judged_at_the_next_report() -> None:
+def test_a_rung_without_a_decision_is_decided_at_the_next_report() -> None:
     study = study_with(RungPruner([2], 0.5))
     add(study, 0, {2: 0.9})
     trial = running(study, 1)
@@ -224,7 +224,7 @@ def test_a_rung_that_was_reported_but_not_judged_is_judged_at_the_next_report() 
     assert study.pruner.verdict(study, trial) == "rung 2: 2nd of 2, pruned"
 
 
-def test_a_slot_counts_once_with_its_latest_attempt() -> None:
+def test_a_trial_index_counts_once_with_its_latest_attempt() -> None:
     study = study_with(RungPruner([1], 0.5))
     add(study, 0, {1: 0.9}, TrialState.FAIL)
     add(study, 0, {1: 0.2}, TrialState.COMPLETE)
@@ -233,7 +233,7 @@ def test_a_slot_counts_once_with_its_latest_attempt() -> None:
     assert study.pruner.verdict(study, trial) == "rung 1: 1st of 2, kept"
 
 
-def test_failed_trials_are_no_rivals() -> None:
+def test_failed_trials_do_not_count() -> None:
     study = study_with(RungPruner([1], 0.5))
     add(study, 0, {1: 0.9}, TrialState.FAIL)
     assert not judge(running(study, 1), 1, 0.1)
@@ -256,7 +256,7 @@ def test_the_verdict_is_a_phrase(rank: int, words: str) -> None:
     assert study.pruner.verdict(study, trial) == f"rung 1: {words} of {rank}, kept"
 
 
-# Those that are let through on purpose
+# Trials let through
 
 SHARES = [0.5, 0.3, 1 / 3, 0.1, 0.02, 0.013]
 
@@ -265,16 +265,16 @@ def chosen(share: float, trial_indices: int) -> list[int]:
     return [trial_index for trial_index in range(trial_indices) if lets_through(trial_index, share)]
 
 
-def test_of_the_default_share_these_slots_are_let_through() -> None:
+def test_the_default_fraction_lets_four_of_200_trials_through() -> None:
     assert chosen(grammar.RungsPruner().let_through, 200) == [25, 75, 125, 175]
 
 
-def test_of_no_share_none_is_let_through() -> None:
+def test_a_fraction_of_zero_lets_no_trial_through() -> None:
     assert chosen(0.0, 1000) == []
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_slots_are_let_through_evenly_and_none_where_a_study_is_short(share: float) -> None:
+def test_trial_indices_are_let_through_evenly_and_none_early(share: float) -> None:
     trial_indices = chosen(share, 2000)
     first = 1 / (2 * share)
     assert first <= trial_indices[0] < first + 1
@@ -286,19 +286,19 @@ def test_slots_are_let_through_evenly_and_none_where_a_study_is_short(share: flo
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.51, NAN])
-def test_an_impossible_share_is_refused(share: float) -> None:
+def test_a_fraction_out_of_range_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match="let_through"):
         RungPruner([3], 0.5, let_through=share)
 
 
-def test_the_share_is_the_spaces_and_does_not_make_it_another_space() -> None:
+def test_the_fraction_comes_from_the_space_and_is_not_part_of_its_hash() -> None:
     usual, more, off = (load_space("digits", [f"pruner.let_through={share}"]) for share in (0.02, 0.5, 0))
     assert usual.hash == more.hash == off.hash == load_space("digits").hash
     pruners = [build_pruner(space.pruner, epochs=20, folds=3) for space in (usual, more, off)]
     assert [pruner.let_through for pruner in pruners if isinstance(pruner, RungPruner)] == [0.02, 0.5, 0]
 
 
-def test_one_that_is_let_through_goes_on_to_its_end_and_says_so() -> None:
+def test_a_trial_that_is_let_through_is_never_pruned_and_marked() -> None:
     study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
     for trial_index in (0, 2):
         add(study, trial_index, {2: 0.9, 4: 0.9})
@@ -314,7 +314,7 @@ def test_one_that_is_let_through_goes_on_to_its_end_and_says_so() -> None:
     assert "rung:4" not in frozen.system_attrs
 
 
-def test_one_that_no_rung_would_have_cut_is_like_any_other() -> None:
+def test_a_chosen_trial_that_passes_all_rungs_is_not_marked() -> None:
     study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
     add(study, 0, {2: 0.1, 4: 0.1})
     trial = running(study, 1)
@@ -324,7 +324,7 @@ def test_one_that_no_rung_would_have_cut_is_like_any_other() -> None:
 
 
 @pytest.mark.parametrize("attribute", [{BASELINE: True}, {RECIPE: "theirs"}])
-def test_the_base_and_the_recipes_are_let_through_by_what_they_are(attribute: Mapping[str, Any]) -> None:
+def test_the_baseline_and_the_recipes_are_not_marked_as_let_through(attribute: Mapping[str, Any]) -> None:
     study = study_with(RungPruner([2], 0.5, let_through=0.5))
     add(study, 0, {2: 0.9})
     trial = running(study, 1, **attribute)
@@ -332,7 +332,7 @@ def test_the_base_and_the_recipes_are_let_through_by_what_they_are(attribute: Ma
     assert LET_THROUGH not in study.trials[trial.number].user_attrs
 
 
-def test_behind_its_cut_one_that_was_let_through_takes_no_place_from_others() -> None:
+def test_a_trial_that_was_let_through_does_not_count_at_later_rungs() -> None:
     study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
     add(study, 0, {2: 0.9, 4: 0.5})
     late = running(study, 1)
@@ -345,7 +345,7 @@ def test_behind_its_cut_one_that_was_let_through_takes_no_place_from_others() ->
 
 
 @pytest.mark.parametrize("share", [0.5, 0.0], ids=["the same share", "none are let through any more"])
-def test_a_retried_trial_that_was_let_through_goes_on_as_its_first_attempt_did(share: float) -> None:
+def test_a_retried_trial_is_let_through_as_its_first_attempt_was(share: float) -> None:
     study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
     add(study, 0, {2: 0.9})
     first = running(study, 1)
@@ -360,7 +360,7 @@ def test_a_retried_trial_that_was_let_through_goes_on_as_its_first_attempt_did(s
     assert study.trials[again.number].user_attrs[LET_THROUGH] == 2
 
 
-def test_a_trial_whose_process_died_between_its_place_and_the_attribute_has_both_in_the_end() -> None:
+def test_a_trial_gets_its_mark_though_the_process_died_before_storing_it() -> None:
     study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
     study.add_trial(
         create_trial(state=TrialState.WAITING, user_attrs={TRIAL_INDEX: 1}, system_attrs={"rung:2": [2, 2, False]})
@@ -371,7 +371,7 @@ def test_a_trial_whose_process_died_between_its_place_and_the_attribute_has_both
 
 
 def played(pruner: RungPruner, curves: list[list[float]], starts: list[float]) -> dict[int, tuple[Any, ...]]:
-    """Trains trials side by side, each a step a tick from when it starts; slot -> the places that it was given."""
+    """Run trials in parallel, one step per tick from each start; returns trial number -> state and decisions."""
     study = study_with(pruner)
     trials = [running(study, trial_index) for trial_index in range(len(curves))]
     over = set()
@@ -396,11 +396,9 @@ def played(pruner: RungPruner, curves: list[list[float]], starts: list[float]) -
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("fold_ends", "steps"), [((), 12), ((12, 24), 36)], ids=["one split", "three folds"])
-def test_every_other_trial_is_judged_as_if_none_were_let_through(
-    seed: int, fold_ends: tuple[int, ...], steps: int
-) -> None:
+def test_other_trials_are_pruned_as_if_none_were_let_through(seed: int, fold_ends: tuple[int, ...], steps: int) -> None:
     draw = random.Random(seed)
-    # Curves that cross, so that one that is let through would often have been among the best later on.
+    # The curves cross, so that a trial that is let through would often rank among the best later.
     curves = [[draw.random() for _ in range(steps)] for _ in range(60)]
     starts = [
         trial_index * draw.choice((1.0, 4.0, 20.0)) for trial_index in range(60)
@@ -413,7 +411,7 @@ def test_every_other_trial_is_judged_as_if_none_were_let_through(
     assert missing == {s for s in chosen(share, 60) if without[s][0] == TrialState.PRUNED} != set()
 
 
-# The others by name
+# Pruners by name
 
 PRUNERS: dict[str, tuple[Any, type[optuna.pruners.BasePruner]]] = {
     "rungs": (grammar.RungsPruner(), RungPruner),
@@ -432,13 +430,13 @@ PRUNERS: dict[str, tuple[Any, type[optuna.pruners.BasePruner]]] = {
 
 
 @pytest.mark.parametrize("name", PRUNERS)
-def test_pruners_by_name(name: str) -> None:
+def test_each_name_builds_its_pruner(name: str) -> None:
     config, kind = PRUNERS[name]
     assert isinstance(build_pruner(config, epochs=60), kind)
 
 
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
-def test_every_pruner_prunes_the_hopeless_and_spares_the_base_and_the_recipes(name: str) -> None:
+def test_every_pruner_prunes_bad_trials_but_not_the_baseline_and_the_recipes(name: str) -> None:
     epochs = 30
     study = optuna.create_study(direction="maximize", pruner=build_pruner(PRUNERS[name][0], epochs), study_name="s")
     for trial_index in range(1, 12):
@@ -454,9 +452,9 @@ def test_every_pruner_prunes_the_hopeless_and_spares_the_base_and_the_recipes(na
 
 
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
-def test_every_pruner_ends_in_a_later_fold_a_trial_that_falls_behind_there(name: str) -> None:
+def test_every_pruner_prunes_a_trial_that_gets_worse_in_a_later_fold(name: str) -> None:
     epochs, folds = 10, 3
-    # Hyperband puts a trial into a bracket by the study's name: a random one would now and then be too patient.
+    # Hyperband chooses a bracket by the study's name; with a random name some brackets prune too late.
     pruner = build_pruner(PRUNERS[name][0], epochs, folds)
     study = optuna.create_study(direction="maximize", pruner=pruner, study_name="s")
     for trial_index in range(1, 12):

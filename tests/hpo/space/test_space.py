@@ -1,4 +1,4 @@
-"""The language of spaces: what a file may say, what every mistake is told, and what a space means to Optuna."""
+"""Search-space files: the YAML, the message of every fault, and the meaning of a space for Optuna."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes a YAML file into the working directory, so that messages call it by its bare name."""
+    """Write a YAML file into the working directory, so that messages show its bare name."""
     monkeypatch.chdir(tmp_path)
 
     def write(text: str, name: str = "x.yaml") -> Path:
@@ -136,7 +136,7 @@ def test_scalars_follow_the_core_schema_of_yaml_1_2(text: str, value: Any) -> No
         ("a: \x00", "x:1: not YAML: unacceptable character #x0000: control characters are not allowed"),
     ],
 )
-def test_what_is_not_plain_yaml_is_refused_with_its_line(text: str, fault: str | None) -> None:
+def test_anything_but_plain_yaml_is_refused_with_its_line(text: str, fault: str | None) -> None:
     _, faults = parse_yaml(text, "x")
     if fault is None:
         assert faults == []
@@ -145,7 +145,7 @@ def test_what_is_not_plain_yaml_is_refused_with_its_line(text: str, fault: str |
         assert str(faults[0]).startswith(fault)
 
 
-def test_nested_aliases_cannot_fill_the_memory() -> None:
+def test_the_expansion_of_aliases_is_bounded() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 20)]
     document, faults = parse_yaml("\n".join(lines), "x")
@@ -178,7 +178,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_whatever_is_written_is_read_back_exactly(value: Any) -> None:
+def test_written_values_are_read_back_exactly(value: Any) -> None:
     document, faults = parse_yaml(dump_yaml({"key": value, "nested": {"deep": {"key": value}}}), "x")
     assert document is not None
     assert not faults
@@ -187,7 +187,7 @@ def test_whatever_is_written_is_read_back_exactly(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_a_yaml_1_1_reader_reads_the_same_from_a_written_file(value: Any) -> None:
+def test_a_yaml_1_1_reader_reads_written_values_exactly(value: Any) -> None:
     assert yaml.safe_load(dump_yaml({"key": value, "in": [value]})) == {"key": value, "in": [value]}
 
 
@@ -330,7 +330,7 @@ SEARCH_FAULTS = [
 
 
 @pytest.mark.parametrize(("search", "fault"), SEARCH_FAULTS)
-def test_a_fault_of_the_search_is_told_with_its_line_and_what_was_meant(search: str, fault: str, write: Write) -> None:
+def test_a_fault_in_the_search_has_its_line_and_a_suggestion(search: str, fault: str, write: Write) -> None:
     path = write(f"{BASE}  {search}\n")
     expected = [fault if fault.startswith("x.yaml") else f"x.yaml:3: search.{fault}"]
     assert faults_of(path) == expected
@@ -387,12 +387,12 @@ HEAD_FAULTS = [
 
 
 @pytest.mark.parametrize(("head", "fault"), HEAD_FAULTS)
-def test_a_fault_outside_the_search_is_told_with_its_line(head: str, fault: str, write: Write) -> None:
+def test_a_fault_outside_the_search_has_its_line_and_a_suggestion(head: str, fault: str, write: Write) -> None:
     expected = fault if fault.startswith("x.yaml") else f"x.yaml:1: {fault}"
     assert faults_of(write(f"{head}\n{SEARCH}")) == [expected]
 
 
-def test_conditions_in_a_circle_are_named_without_those_that_only_wait_for_it(write: Write) -> None:
+def test_only_the_members_of_a_circle_of_conditions_are_faults(write: Write) -> None:
     path = write(
         BASE + "  model.se: {choices: [false, true], when: {model.max_pool: false}}\n"
         "  model.max_pool: {choices: [false, true], when: {model.se: false}}\n"
@@ -404,7 +404,7 @@ def test_conditions_in_a_circle_are_named_without_those_that_only_wait_for_it(wr
     ]
 
 
-def test_what_depends_on_the_unreachable_is_unreachable(write: Write) -> None:
+def test_a_parameter_that_depends_on_an_unreachable_one_is_unreachable(write: Write) -> None:
     path = write(
         BASE + "  optim.swats.tolerance: {low: 1e-9, high: 1e-3, log: true, when: {optim.swats.switch: criterion}}\n"
         "  optim.swats.switch: {choices: [fraction, criterion], when: {optim.name: swats}}\n"
@@ -417,7 +417,7 @@ def test_what_depends_on_the_unreachable_is_unreachable(write: Write) -> None:
     ]
 
 
-def test_a_faulty_entry_does_not_make_its_dependants_look_faulty(write: Write) -> None:
+def test_parameters_that_depend_on_a_faulty_entry_are_not_reported(write: Write) -> None:
     path = write(
         BASE + "  optim.nmae: {choices: [adamw, swats]}\n"
         "  optim.swats.switch_fraction: {low: 0.1, high: 0.5, when: {optim.name: swats}}\n"
@@ -425,7 +425,7 @@ def test_a_faulty_entry_does_not_make_its_dependants_look_faulty(write: Write) -
     assert faults_of(path) == ["x.yaml:3: search.optim.nmae: no such field; did you mean optim.name?"]
 
 
-def test_a_value_is_fine_where_another_searched_field_can_save_it(write: Write) -> None:
+def test_a_value_is_allowed_if_it_is_valid_with_some_value_of_another_parameter(write: Write) -> None:
     path = write(
         BASE + "  model.widths: {choices: [[64, 128, 256, 512], [64, 128, 256]]}\n"
         "  model.blocks: {choices: [[2, 2, 2, 2], [2, 2, 2]]}\n"
@@ -433,7 +433,7 @@ def test_a_value_is_fine_where_another_searched_field_can_save_it(write: Write) 
     assert load_space(path).baseline_params() == {"model.widths": "[64, 128, 256, 512]", "model.blocks": "[2, 2, 2, 2]"}
 
 
-def test_a_timm_model_is_refused_as_a_choice_where_the_base_shapes_resnet(write: Write) -> None:
+def test_a_timm_model_is_refused_as_a_choice_if_the_baseline_shapes_resnet(write: Write) -> None:
     path = write(
         "base: {model: {widths: [32, 64], blocks: [1, 1]}}\nsearch:\n  model.name: {choices: [resnet, timm/x]}\n"
     )
@@ -443,7 +443,7 @@ def test_a_timm_model_is_refused_as_a_choice_where_the_base_shapes_resnet(write:
     ]
 
 
-def test_all_faults_are_told_at_once_in_the_order_of_their_lines(write: Write) -> None:
+def test_all_faults_are_reported_at_once_in_the_order_of_their_lines(write: Write) -> None:
     write("description: 7\noptim: {nmae: sgd}\n", "recipes/mine.yaml")
     path = write(
         "trails: 10\n"
@@ -484,17 +484,17 @@ def test_all_faults_are_told_at_once_in_the_order_of_their_lines(write: Write) -
         ("a: [", "x.yaml:1: not YAML: did not find expected node content"),
     ],
 )
-def test_a_file_that_is_no_space_says_so(text: str, fault: str, write: Write) -> None:
+def test_a_file_that_is_not_a_space_is_refused(text: str, fault: str, write: Write) -> None:
     assert faults_of(write(text)) == [fault]
 
 
-def test_a_file_that_is_no_text_says_so(write: Write) -> None:
+def test_a_file_that_is_not_text_is_refused(write: Write) -> None:
     path = write("")
     path.write_bytes(b"a: \xff\xfe")
     assert faults_of(path) == ["x.yaml:1: not UTF-8 text: invalid start byte at byte 3"]
 
 
-def test_a_misspelt_name_is_met_with_the_nearest_one() -> None:
+def test_the_nearest_name_is_suggested_for_an_unknown_one() -> None:
     assert faults_of("digts")[0].endswith("did you mean digits?")
     assert faults_of("digits_base")[0].endswith("digits_base is a recipe: hpo train digits_base")
     assert faults_of("folder/none.yaml") == ["folder/none.yaml: no such file"]
@@ -520,7 +520,7 @@ def test_the_nearest_field_is_found_by_its_last_part_or_its_spelling(meant: str,
     assert nearest_field(meant, config_fields()) == found
 
 
-# What is shipped
+# Shipped files
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -530,7 +530,7 @@ def test_a_shipped_file_has_no_fault_and_names_the_schema(path: Path) -> None:
     assert path.read_text().startswith(f"# yaml-language-server: $schema={schema}\n")
 
 
-def test_the_stl10_space_covers_what_was_tried_by_hand() -> None:
+def test_the_stl10_space_covers_the_experiments_of_its_recipes() -> None:
     space = load_space("stl10_small")
     assert space.trials == 200
     assert space.baseline.epochs == 60
@@ -547,7 +547,7 @@ def test_the_stl10_space_covers_what_was_tried_by_hand() -> None:
     ]  # fmt: skip
 
 
-def test_the_space_of_imbalanced_images_is_judged_by_macro_f1_and_holds_what_beats_resampling() -> None:
+def test_the_imbalanced_space_maximizes_macro_f1_and_searches_sampling_and_loss() -> None:
     space = load_space("imbalanced")
     assert (space.metric, space.trials) == ("macro_f1", 100)
     assert space.baseline.loss.logit_adjustment == 0, (
@@ -564,8 +564,8 @@ def test_the_space_of_scenes_fine_tunes_pretrained_networks() -> None:
     assert {"model.name", "optim.backbone_lr_scale", "optim.head_only_fraction"} <= set(space.search)
 
 
-def test_a_field_of_residual_networks_may_be_set_in_every_space_of_them() -> None:
-    """A space's recipes get what is set too, so one of another family would refuse it."""
+def test_a_field_of_residual_networks_can_be_set_in_every_space_of_them() -> None:
+    """Overrides apply to a space's recipes too, so a recipe of another family would refuse it."""
     for name in ("digits", "stl10_small", "cifar100", "imbalanced"):
         assert load_space(name, ["model.stem_stride=2"]).baseline.model.stem_stride == 2
 
@@ -584,7 +584,7 @@ def test_every_random_trial_of_a_shipped_space_is_a_valid_configuration_that_it_
         assert space.express(config) == params
 
 
-def test_the_users_own_folder_comes_before_the_installed_one(write: Write) -> None:
+def test_the_users_folder_takes_precedence_over_the_installed_one(write: Write) -> None:
     write("description: mine\n" + SEARCH, "search_spaces/digits.yaml")
     write("description: my recipe\nepochs: 3\n", "search_spaces/recipes/quick.yaml")
     write("a: [", "search_spaces/broken.yaml")
@@ -610,22 +610,22 @@ def test_the_users_own_folder_comes_before_the_installed_one(write: Write) -> No
         ("", ""),
     ],
 )
-def test_a_result_is_listed_by_its_figure(result: str, figure: str, write: Write) -> None:
+def test_a_result_is_listed_as_its_figure(result: str, figure: str, write: Write) -> None:
     write(f'result: "{result}"\nepochs: 3\n', "search_spaces/recipes/quick.yaml")
     assert {entry.name: entry.result for entry in list_spaces()}["quick"] == figure
 
 
-def test_a_base_is_looked_for_beside_the_space_first(write: Write) -> None:
+def test_a_baseline_recipe_is_looked_up_relative_to_the_space_first(write: Write) -> None:
     write("epochs: 7\n", "mine/recipes/digits_base.yaml")
     path = write("base: recipes/digits_base.yaml\n" + SEARCH, "mine/x.yaml")
     assert load_space(path).baseline.epochs == 7
     assert load_space(write("base: recipes/digits_base.yaml\n" + SEARCH)).baseline.epochs != 7
 
 
-# What a space means
+# Parameters and configurations
 
 
-def test_a_range_takes_its_kind_from_the_field(write: Write) -> None:
+def test_a_range_has_the_type_of_its_field(write: Write) -> None:
     space = load_space(
         write(
             BASE + "  augment.ops: {low: 0, high: 4, step: 2}\n  batch_size: {low: 16, high: 256, log: true}\n"
@@ -646,7 +646,7 @@ def test_a_range_takes_its_kind_from_the_field(write: Write) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_lists_go_through_a_storage_and_come_back_exactly(write: Write, tmp_path: Path) -> None:
+def test_lists_survive_a_storage_exactly(write: Write, tmp_path: Path) -> None:
     space = load_space(
         write(
             "base: {model: {blocks: [1, 1],"
@@ -670,7 +670,7 @@ CONDITIONAL = (
 )
 
 
-def test_what_does_not_exist_in_a_trial_is_not_suggested_and_keeps_the_bases_value(write: Write) -> None:
+def test_an_inactive_parameter_is_not_suggested_and_keeps_the_baselines_value(write: Write) -> None:
     space = load_space(write(CONDITIONAL))
     assert list(space.search) == ["optim.name", "optim.swats.switch", "optim.swats.switch_fraction"]
     seen = set()
@@ -678,7 +678,7 @@ def test_what_does_not_exist_in_a_trial_is_not_suggested_and_keeps_the_bases_val
         seen.add(tuple(params))
         swats = params["optim.name"] == "swats"
         assert ("optim.swats.switch" in params) == swats
-        # The base's switch is `fraction`, but a switch that does not exist has no children.
+        # The baseline's switch is `fraction`, but an inactive parameter meets no condition.
         assert ("optim.swats.switch_fraction" in params) == (swats and params["optim.swats.switch"] == "fraction")
         config = space.config(params)
         if "optim.swats.switch_fraction" not in params:
@@ -688,12 +688,12 @@ def test_what_does_not_exist_in_a_trial_is_not_suggested_and_keeps_the_bases_val
     assert space.baseline_params() == {"optim.name": "adamw"}
 
 
-def test_a_condition_may_name_a_fixed_field_that_the_base_meets(write: Write) -> None:
+def test_a_condition_can_name_a_field_that_is_not_searched(write: Write) -> None:
     space = load_space(write(BASE + "  optim.beta1: {low: 0.8, high: 0.95, when: {optim.name: adamw}}\n"))
     assert space.baseline_params() == {"optim.beta1": 0.9}
 
 
-def test_trial_0_is_the_base() -> None:
+def test_trial_0_is_the_baseline() -> None:
     for name in ("digits", "stl10_small", "cifar100", "imbalanced", "intel_scenes"):
         space = load_space(name)
         assert space.config(space.baseline_params()) == space.baseline
@@ -703,7 +703,7 @@ def test_trial_0_is_the_base() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(4.0, 10), (0.1, 4.0)])
-def test_a_base_with_a_rate_is_searched_by_scale_and_the_other_way_round(low: float, high: float, write: Write) -> None:
+def test_a_baseline_with_lr_can_be_searched_by_lr_scale_and_vice_versa(low: float, high: float, write: Write) -> None:
     # 2e-3 at batch 64 is 4 × AdamW's reference of 1e-3 × (64 / 256) ** 0.5, here right on a bound.
     base = "base: {batch_size: 64, optim: {name: adamw, lr: 0.002}}\nsearch:\n"
     space = load_space(write(f"{base}  optim.lr_scale: {{low: {low}, high: {high}}}\n"))
@@ -715,12 +715,12 @@ def test_a_base_with_a_rate_is_searched_by_scale_and_the_other_way_round(low: fl
     assert space.baseline_params() == {"optim.lr": pytest.approx(0.002, rel=1e-12)}
 
 
-def test_a_rate_stays_as_the_base_has_it_where_it_is_not_searched(write: Write) -> None:
+def test_the_baselines_lr_is_kept_if_the_learning_rate_is_not_searched(write: Write) -> None:
     space = load_space(write("base: {optim: {lr: 0.002}}\n" + SEARCH))
     assert space.baseline.optim.lr == 0.002
 
 
-def test_only_what_a_space_can_say_exactly_is_expressed(write: Write) -> None:
+def test_only_configurations_that_a_space_can_draw_exactly_are_expressed(write: Write) -> None:
     space = load_space(
         write(BASE + "  optim.lr_scale: {low: 0.5, high: 2}\n  model.width: {low: 0.5, high: 1.5, step: 0.5}\n")
     )
@@ -743,7 +743,7 @@ def test_only_what_a_space_can_say_exactly_is_expressed(write: Write) -> None:
         assert space.express(base.override(values)) is None, values
 
 
-def test_values_that_do_not_go_together_are_refused_by_the_configuration(write: Write) -> None:
+def test_contradicting_values_are_refused_by_the_configuration(write: Write) -> None:
     space = load_space(
         write(
             BASE + "  model.widths: {choices: [[64, 128, 256, 512], [64, 128, 256]]}\n"
@@ -756,7 +756,7 @@ def test_values_that_do_not_go_together_are_refused_by_the_configuration(write: 
         space.config({"model.se": True})
 
 
-def test_a_recipe_whose_network_refuses_what_is_set_is_left_out_and_that_is_said(
+def test_a_recipe_whose_network_refuses_an_override_is_left_out_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     named = [recipe.name for recipe in load_space("imbalanced").recipes]
@@ -767,7 +767,7 @@ def test_a_recipe_whose_network_refuses_what_is_set_is_left_out_and_that_is_said
     assert "recipe imbalanced_vgg16_12 is left out: model.se shapes resnet only" in caplog.text
 
 
-def test_recipes_run_on_the_spaces_data_and_as_long_as_its_trials(write: Write) -> None:
+def test_recipes_get_the_spaces_data_and_epochs(write: Write) -> None:
     write(
         "epochs: 200\ndata: {name: stl10, val_fraction: 0.08, normalize: half}\nmodel: {se: true}\n", "recipes/a.yaml"
     )
@@ -789,13 +789,13 @@ def test_recipes_run_on_the_spaces_data_and_as_long_as_its_trials(write: Write) 
     ("metric", "direction"),
     [("accuracy", "maximize"), ("macro_f1", "maximize"), ("balanced_accuracy", "maximize"), ("nll", "minimize")],
 )
-def test_a_metrics_direction_is_its_own(metric: str, direction: str, write: Write) -> None:
+def test_each_metric_has_a_direction(metric: str, direction: str, write: Write) -> None:
     space = load_space(write(f"objective: {{metric: {metric}}}\n{SEARCH}"))
     assert (space.metric, space.direction) == (metric, direction)
 
 
 @pytest.mark.parametrize("name", ["tpe", "gp", "cmaes", "random", "qmc"])
-def test_every_sampler_goes_by_its_name(name: str, write: Write) -> None:
+def test_every_sampler_can_be_named(name: str, write: Write) -> None:
     assert load_space(write(f"sampler: {{name: {name}}}\n{SEARCH}")).sampler.name == name
 
 
@@ -810,11 +810,11 @@ def test_every_sampler_goes_by_its_name(name: str, write: Write) -> None:
         ("{name: hyperband, reduction_factor: 3}", "hyperband"),
     ],
 )
-def test_every_pruner_goes_by_its_name(pruner: str, name: str, write: Write) -> None:
+def test_every_pruner_can_be_named(pruner: str, name: str, write: Write) -> None:
     assert load_space(write(f"pruner: {pruner}\n{SEARCH}")).pruner.name == name
 
 
-def test_a_space_goes_to_another_process() -> None:
+def test_a_space_can_be_sent_to_another_process() -> None:
     space = load_space("stl10_small")
     assert space.distributions
     again = pickle.loads(pickle.dumps(space))
@@ -825,7 +825,7 @@ def test_a_space_goes_to_another_process() -> None:
 # --set
 
 
-def test_set_pins_a_searched_field_and_changes_the_rest() -> None:
+def test_set_pins_a_searched_field_and_changes_other_fields() -> None:
     space = load_space("stl10_small", ["batch_size=48", "epochs=3", "data.val_fraction=0.3", "optim.grad_clip=null"])
     assert "batch_size" not in space.search
     assert (space.baseline.batch_size, space.baseline.epochs, space.baseline.data.val_fraction) == (48, 3, 0.3)
@@ -833,13 +833,13 @@ def test_set_pins_a_searched_field_and_changes_the_rest() -> None:
         assert (recipe.config.batch_size, recipe.config.epochs, recipe.config.data.val_fraction) == (48, 3, 0.3)
 
 
-def test_set_takes_python_values_too() -> None:
+def test_overrides_can_be_python_values() -> None:
     as_text = load_space("digits", ["epochs=3", "model.widths=[8, 16]", "augment.flip=0"])
     assert load_space("digits", {"epochs": 3, "model.widths": (8, 16), "augment.flip": 0.0}) == as_text
     assert as_text.baseline.model.widths == (8, 16)
 
 
-def test_text_fields_take_their_text_as_it_is() -> None:
+def test_text_fields_take_the_text_of_set_unparsed() -> None:
     assert load_space("digits", ["data.name=2024"]).baseline.data.name == "2024"
     assert load_space("digits", ["data.name=a: b=c"]).baseline.data.name == "a: b=c"
     assert load_space("digits", ["data.name='quoted'"]).baseline.data.name == "quoted"
@@ -852,7 +852,7 @@ def test_pinning_one_name_of_the_rate_pins_the_other() -> None:
     assert space.baseline.optim.lr_scale is None
 
 
-def test_pinning_a_condition_settles_it(write: Write) -> None:
+def test_pinning_the_field_of_a_condition_decides_it(write: Write) -> None:
     path = write(CONDITIONAL)
     assert list(load_space(path, ["optim.name=swats"]).search) == ["optim.swats.switch", "optim.swats.switch_fraction"]
     assert load_space(path, ["optim.name=swats"]).baseline_params() == {
@@ -864,7 +864,7 @@ def test_pinning_a_condition_settles_it(write: Write) -> None:
     ]
 
 
-def test_set_reaches_the_studys_settings() -> None:
+def test_set_changes_the_settings_of_the_search() -> None:
     space = load_space("digits", ["pruner.keep=0.5", "sampler.startup_trials=3", "objective.metric=nll", "trials=7"])
     assert space.pruner.name == "rungs"
     assert space.pruner.keep == 0.5
@@ -900,7 +900,7 @@ def test_another_pruner_or_sampler_does_not_inherit_the_files_settings() -> None
         ("model.widths=[8, 16, 32]", "--set model.widths: model.widths names 3 stages and model.blocks 2: "),
     ],
 )  # fmt: skip
-def test_a_fault_of_set_names_its_key(override: str, fault: str) -> None:
+def test_a_fault_in_set_names_its_key(override: str, fault: str) -> None:
     (found,) = faults_of("digits", override)
     assert found.startswith(fault)
 
@@ -909,7 +909,7 @@ def test_a_key_set_twice_is_a_fault() -> None:
     assert faults_of("digits", "epochs=3", "epochs=4") == ["--set epochs: given twice"]
 
 
-def test_what_set_makes_impossible_for_a_recipe_or_the_search_is_told(write: Write) -> None:
+def test_an_override_that_a_recipe_or_the_search_contradicts_is_refused(write: Write) -> None:
     write("model: {blocks: [1, 1], widths: [8, 16]}\n", "recipes/a.yaml")
     path = write("base: {}\nrecipes: [recipes/a.yaml]\n" + SEARCH)
     assert faults_of(path, "model.widths=[8, 8, 8, 8]") == [
@@ -922,7 +922,7 @@ def test_what_set_makes_impossible_for_a_recipe_or_the_search_is_told(write: Wri
     ]
 
 
-def test_a_recipe_takes_set_as_well_its_seed_included() -> None:
+def test_set_changes_a_recipe_including_its_seed() -> None:
     recipe = load_recipe("digits_base", ["epochs=3", "seed=5", "optim.lr=0.01"])
     assert (recipe.config.epochs, recipe.config.seed, recipe.config.optim.lr) == (3, 5, 0.01)
     with pytest.raises(SpaceError, match=r"^--set pruner.keep: no such field"):
@@ -943,14 +943,14 @@ def test_a_recipe_takes_set_as_well_its_seed_included() -> None:
         {"model.widths": (8, 16), "model.blocks": (1, 3), "model.se": True},
     ],
 )
-def test_a_configuration_survives_as_text_bit_by_bit(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_written_configuration_is_read_back_exactly(values: dict[str, Any], tmp_path: Path) -> None:
     config = TrainConfig().override(values)
     assert recipe_from_yaml(to_yaml(config)).config == config
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_recipe(tmp_path / "config.yaml").config == config
 
 
-def test_a_written_configuration_is_whole_but_for_the_rate_that_is_not_given() -> None:
+def test_a_written_configuration_has_all_fields_but_the_unused_learning_rate() -> None:
     document, _ = parse_yaml(to_yaml(TrainConfig()), "x")
     assert document is not None
     written = TrainConfig.model_validate(document.plain()).flat()
@@ -959,7 +959,7 @@ def test_a_written_configuration_is_whole_but_for_the_rate_that_is_not_given() -
     assert document.plain()["optim"]["lr_scale"] == 1.0
 
 
-def test_a_recipes_faults_are_told_with_the_name_it_is_given() -> None:
+def test_the_faults_of_a_recipe_text_have_the_given_name() -> None:
     with pytest.raises(SpaceError) as caught:
         recipe_from_yaml("sorce: me\noptim: {lrr: 1}\nepochs: many\n", "trials/00003/config.yaml")
     assert list(map(str, caught.value.faults)) == [
@@ -996,7 +996,7 @@ SPACE = (
         ),
     ],
 )
-def test_the_hash_stays_with_what_does_not_make_trials_differ(old: str, new: str, write: Write) -> None:
+def test_the_hash_ignores_settings_that_do_not_change_trials(old: str, new: str, write: Write) -> None:
     assert old in SPACE
     before = load_space(write(SPACE))
     after = load_space(write(SPACE.replace(old, new), "other.yaml"))
@@ -1024,7 +1024,7 @@ def test_the_hash_stays_with_what_does_not_make_trials_differ(old: str, new: str
         ("metric: accuracy", "metric: nll", "objective.metric: accuracy → nll"),
     ],
 )
-def test_the_hash_changes_with_what_makes_trials_differ_and_the_difference_is_shown(
+def test_the_hash_changes_with_settings_that_change_trials_and_diff_shows_them(
     old: str, new: str, difference: str, write: Write
 ) -> None:
     assert old in SPACE
@@ -1032,11 +1032,11 @@ def test_the_hash_changes_with_what_makes_trials_differ_and_the_difference_is_sh
     after = load_space(write(SPACE.replace(old, new), "other.yaml"))
     assert before.hash != after.hash
     assert diff(before.identity(), after.identity()) == [difference]
-    # As a study remembers it.
+    # As stored in a study.
     assert diff(json.loads(json.dumps(before.identity())), after.identity()) == [difference]
 
 
-def test_set_shows_in_the_identity() -> None:
+def test_overrides_change_the_identity() -> None:
     lines = diff(load_space("digits").identity(), load_space("digits", ["epochs=3", "optim.name=sgd"]).identity())
     assert lines == [
         "epochs: 20 → 3",
@@ -1045,10 +1045,10 @@ def test_set_shows_in_the_identity() -> None:
     ]
 
 
-# For editors, and for speed
+# Schema and imports
 
 
-def test_the_schema_knows_every_field_and_its_bounds() -> None:
+def test_the_schema_has_every_field_with_its_bounds() -> None:
     schema = json_schema()
     assert schema == json.loads(json.dumps(schema))
     search = schema["definitions"]["SearchSpace"]["properties"]["search"]
@@ -1064,7 +1064,7 @@ def test_the_schema_knows_every_field_and_its_bounds() -> None:
     assert choices["properties"]["choices"]["items"]["enum"] == ["sgd", "adamw", "nadam", "swats", "muon"]
 
 
-def test_every_reference_of_the_schema_leads_somewhere() -> None:
+def test_every_reference_in_the_schema_resolves() -> None:
     schema = json_schema()
     text = json.dumps(schema)
     for part in text.split('"$ref": "')[1:]:
