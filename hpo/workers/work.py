@@ -23,7 +23,7 @@ from hpo.study import Study
 from hpo.workers.calibration import at_once, calibrate, not_measured
 from hpo.workers.capacity import Capacity, free_capacity
 from hpo.workers.engine import Engine, WorkerSpec
-from hpo.workers.local import LocalProcesses
+from hpo.workers.local import LocalProcesses, start_method
 from hpo.workers.placement import Placement
 from hpo.workers.pool import WorkerPool, run_workers
 
@@ -58,6 +58,8 @@ class Work:
     def __post_init__(self) -> None:
         self.device = self.placement.devices[0]
         self._sizes = [] if self.cluster is not None else [self._known_size(*each) for each in self.placement]
+        if self.cluster is None and not self.inline and not self.placement.none:
+            start_method()  # the server imports torch meanwhile
 
     @property
     def inline(self) -> bool:

@@ -74,7 +74,7 @@ def test_a_recipe_that_the_space_can_express_is_a_trial_and_another_is_trained_b
     assert [trial.user_attrs.get("recipe") for trial in study.optuna.get_trials()] == [None, "inside", None]
     assert lines == [f"recipe outside  accuracy {result_of(study, 'outside')['value']:.4f}"]
     found = [(entry.key, entry.trial) for entry in summarize(study).baselines]
-    assert found == [("base", 0), ("recipe inside", 1), ("recipe outside", None)]
+    assert found == [("baseline", 0), ("recipe inside", 1), ("recipe outside", None)]
     lines = margins(summarize(study), "accuracy", "maximize")
     assert len(lines) == 4
 
