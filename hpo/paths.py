@@ -1,4 +1,4 @@
-"""Where things lie: the only place that knows names under `studies/`.
+"""Names of files and folders: the only module that spells names under `studies/`.
 
 The layout of a study's folder is a public contract (docs/studies.md).
 """
@@ -14,51 +14,51 @@ _CONFIRMATION = ".confirm"
 
 
 def studies_root() -> Path:
-    """The folder of all studies: $HPO_STUDIES, or `studies` here."""
+    """Return the folder of all studies: $HPO_STUDIES, by default `studies`."""
     return Path(os.environ.get("HPO_STUDIES") or "studies")
 
 
 def cache_root() -> Path:
-    """The folder of decoded data sets: $HPO_CACHE, or `~/.cache/hpo`."""
+    """Return the folder of decoded data sets: $HPO_CACHE, by default `~/.cache/hpo`."""
     return Path(os.environ.get("HPO_CACHE") or Path.home() / ".cache" / "hpo")
 
 
 def data_root() -> Path:
-    """The folder that built-in data sets are looked for in and downloaded to: $HPO_DATA, or `data` here."""
+    """Return the folder of downloaded data sets: $HPO_DATA, by default `data`."""
     return Path(os.environ.get("HPO_DATA") or "data")
 
 
 def search_space_dirs() -> list[Path]:
-    """The folders that a bare space name is looked up in: the user's `search_spaces`, then the installed copy."""
+    """Return the folders with search spaces: the user's `search_spaces`, then the installed copy."""
     installed = Path(__file__).resolve().parent.parent / "search_spaces"
     here = Path("search_spaces")
     return [here, installed] if here.is_dir() and here.resolve() != installed else [installed]
 
 
 def confirmation_of(study: str) -> str:
-    """The name of the study that trains a study's best configurations again."""
+    """Return the name of a study's confirmation."""
     return f"{study}{_CONFIRMATION}"
 
 
 def is_confirmation(study: str) -> bool:
-    """Whether a study of this name trains another one's best configurations again."""
+    """Return whether this is the name of a confirmation."""
     return study.endswith(_CONFIRMATION)
 
 
 def confirmed_by(confirmation: str) -> str:
-    """The name of the study whose best configurations a study of this name trains again."""
+    """Return the name of the study that a confirmation confirms."""
     return confirmation.removesuffix(_CONFIRMATION)
 
 
 @dataclass(frozen=True)
 class TrainingPaths:
-    """The names in the folder of one training outside a study's trials."""
+    """Names in the folder of a training that is not a trial."""
 
     dir: Path
 
     @classmethod
     def of(cls, name: str, *identity: str) -> TrainingPaths:
-        """What `hpo train` writes: a folder for each configuration and data set, so that an unfinished one goes on."""
+        """The folder of `hpo train`, one for each configuration and data set, so that a training can be resumed."""
         digest = hashlib.sha256("/".join(identity).encode()).hexdigest()
         return cls(studies_root() / "trainings" / f"{name}-{digest[:8]}")
 
@@ -68,11 +68,11 @@ class TrainingPaths:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line, one line an epoch."""
+        """One line of JSON per epoch."""
         return self.dir / "metrics.jsonl"
 
     def model(self, fold: int = 1) -> Path:
-        """The weights that a fold ended with; a training without folds is its first."""
+        """Final weights of a fold; 1 for a training without folds."""
         return self.dir / f"model{_of_fold(fold)}.safetensors"
 
     @property
@@ -81,36 +81,36 @@ class TrainingPaths:
 
     @property
     def profile(self) -> Path:
-        """Where its time goes, with `--profile`: every number."""
+        """Times and memory of `--profile`."""
         return self.dir / "profile.json"
 
     @property
     def profile_table(self) -> Path:
-        """The same as it was said: a table, and a few lines."""
+        """The profile as shown in the terminal."""
         return self.dir / "profile.md"
 
     @property
     def lock(self) -> Path:
-        """Whoever trains a recipe beside a study holds the kernel's lock on it."""
+        """File lock held while a recipe is being trained."""
         return self.dir / ".training"
 
     @property
     def result(self) -> Path:
-        """What came of it; absent before the end."""
+        """The result; missing before the end."""
         return self.dir / "result.json"
 
     def checkpoint(self, fold: int = 1) -> Path:
-        """What a running training needs to go on; that of a finished fold waits for the others."""
+        """Checkpoint of a running training; that of a finished fold stays until all folds are finished."""
         return self.dir / f"checkpoint{_of_fold(fold)}.pt"
 
     def checkpoints(self, folds: int) -> list[Path]:
-        """Those of so many folds, there or not."""
+        """Checkpoints of all folds, whether they exist or not."""
         return [self.checkpoint(fold) for fold in range(1, folds + 1)]
 
 
 @dataclass(frozen=True)
 class StudyPaths:
-    """The names in one study's folder."""
+    """Names in a study's folder."""
 
     dir: Path
 
@@ -123,7 +123,7 @@ class StudyPaths:
         return self.dir.name
 
     def inside(self, file: Path) -> str:
-        """A file's name in the study's folder: `trials/00003/model.safetensors`."""
+        """Return a file's name in the study's folder: `trials/00003/model.safetensors`."""
         return file.relative_to(self.dir).as_posix()
 
     @property
@@ -134,12 +134,12 @@ class StudyPaths:
 
     @property
     def study_yaml(self) -> Path:
-        """What the study searches: the resolved space, its hash, storage and data."""
+        """The study's metadata."""
         return self.dir / "study.yaml"
 
     @property
     def artifacts(self) -> Path:
-        """Optuna's artifact store, which the dashboard shows pictures from."""
+        """Artifacts that the dashboard shows."""
         return self.dir / "artifacts"
 
     @property
@@ -153,49 +153,49 @@ class StudyPaths:
         return self.trial(number) / "config.yaml"
 
     def trial_metrics(self, number: int) -> Path:
-        """One JSON object a line, one line an epoch."""
+        """One line of JSON per epoch."""
         return self.trial(number) / "metrics.jsonl"
 
     def trial_model(self, number: int, fold: int = 1) -> Path:
-        """The weights that a fold of the trial ended with; only the best few trials keep theirs."""
+        """Final weights of a fold; only the best trials keep theirs."""
         return self.trial(number) / f"model{_of_fold(fold)}.safetensors"
 
     def trial_validation(self, number: int, fold: int = 1) -> Path:
-        """What those weights say of their validation images; it stays where `--keep-gb` alone lets go of them."""
+        """Outputs of those weights on the validation images; kept when `--keep-gb` deletes the weights."""
         return self.trial(number) / f"validation{_of_fold(fold)}.safetensors"
 
     def trial_models(self, number: int) -> list[Path]:
-        """The weights that the trial has kept, of each of its folds."""
+        """Existing weights of the trial's folds."""
         return sorted(self.trial(number).glob("model*.safetensors"))
 
     def needed_by_refit(self, number: int) -> list[Path]:
-        """What a refit takes over from the trial: its weights, and what its epochs came to."""
+        """Files of the trial that a refit uses: its weights and metrics."""
         return [*self.trial_models(number), self.trial_metrics(number)]
 
     def numbers_with_weights(self) -> set[int]:
-        """The trials that have kept weights."""
+        """Numbers of the trials with weights."""
         return {int(file.parent.name) for file in self.trials.glob("*/model*.safetensors")}
 
     def weights_and_checkpoints(self) -> list[Path]:
-        """All files of the trials that grow with the network."""
+        """All files whose size depends on the network."""
         return [*self.trials.glob("*/model*.safetensors"), *(self.dir / "checkpoints").glob("*.pt")]
 
     def checkpoint(self, trial_index: int, fold: int = 1) -> Path:
-        """What a running trial needs to go on. It belongs to the slot: a retried trial has a new number."""
+        """Checkpoint of a running trial, by its index: a retried trial has a new number."""
         return self.dir / "checkpoints" / f"{trial_index:05d}{_of_fold(fold)}.pt"
 
     def trial_indices_with_checkpoints(self) -> set[int]:
-        """The slots that are begun and not over, and what was saved of them here."""
+        """Indices of the trials with a checkpoint on this machine."""
         return {int(file.name.partition(".")[0]) for file in (self.dir / "checkpoints").glob("*.pt")}
 
     def checkpoints_of(self, trial_index: int) -> list[Path]:
-        """Those of a slot that are here, of each of its folds."""
+        """Existing checkpoints of a trial's folds."""
         first = self.checkpoint(trial_index)
         return [*([first] if first.exists() else []), *sorted(first.parent.glob(f"{first.stem}.fold*.pt"))]
 
     @property
     def overview(self) -> Path:
-        """Every trial's value and the best so far, as a picture."""
+        """Picture of all values and the best so far."""
         return self.dir / "overview.png"
 
     def trial_curves(self, number: int) -> Path:
@@ -205,57 +205,56 @@ class StudyPaths:
         return self.trial(number) / "confusion.png"
 
     def trial_counts(self, number: int) -> Path:
-        """Counts on the validation images that the confusion matrix is drawn from."""
+        """Confusion matrix of the validation images."""
         return self.trial(number) / "confusion.json"
 
     def reference(self, name: str) -> TrainingPaths:
-        """A recipe that was trained beside the study, to be beaten."""
+        """The training of a recipe that is no trial of the study."""
         return TrainingPaths(self.dir / "references" / name)
 
     def references(self) -> list[TrainingPaths]:
-        """The recipes that were begun beside the study, by name."""
+        """Trainings of recipes that are no trials, by name."""
         return [TrainingPaths(folder) for folder in sorted((self.dir / "references").glob("*/"))]
 
     @property
     def confirmation(self) -> Path:
-        """What the trainings on other seeds and splits came to, and who won; absent before `hpo confirm`."""
+        """Result of `hpo confirm`."""
         return self.dir / "confirmation.json"
 
     @property
     def queueing(self) -> Path:
-        """Whoever queues the trainings of a confirmation holds the kernel's lock on it."""
+        """File lock held while a confirmation is being queued."""
         return self.dir / ".queueing"
 
     @property
     def report(self) -> Path:
-        """The study as one HTML file."""
+        """The report as one HTML file."""
         return self.dir / "report.html"
 
     @property
     def test_openings(self) -> Path:
-        """When and for which trial the locked test set was opened, one JSON object a line."""
+        """When and for which trial the test set was opened, one line of JSON each."""
         return self.dir / "refit" / "test_openings.jsonl"
 
     def refit(self, label: str) -> Path:
-        """The submission model of a trial: label is `best` or a trial's five digits, and for an ensemble more."""
+        """The folder of a submission model, by its `refit_label`."""
         return self.dir / "refit" / label
 
     def refit_checkpoint(self, label: str, part: str) -> Path:
-        """What one of a refit's trainings needs to go on."""
+        """Checkpoint of one of a refit's trainings."""
         return self.dir / "refit" / f".{label}.{part}.pt"
 
     def refit_checkpoints(self, label: str) -> list[Path]:
-        """Those of all its trainings that are there."""
+        """Existing checkpoints of a refit's trainings."""
         return sorted((self.dir / "refit").glob(f".{label}.*.pt"))
 
 
 def refit_label(trial: str, folds: int | None, members: int | None = None) -> str:
-    """The folder of a submission model: that of the trial, or beside it that of so many networks by fold or by seed."""
+    """Return the name of a submission model's folder: `best` or a trial, and the number of folds or members."""
     if folds is not None:
         return f"{trial}.folds{folds}"
     return trial if members is None else f"{trial}.members{members}"
 
 
 def _of_fold(fold: int) -> str:
-    """What tells a fold's file from the first one's, which is named as if there were no folds."""
     return "" if fold == 1 else f".fold{fold}"

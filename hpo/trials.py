@@ -1,7 +1,6 @@
-"""Trials of a study: their user attributes, and the effective trial of each trial index.
+"""User attributes of trials, and the effective trial of each trial index.
 
-A study's total consists of trial indices. An interrupted attempt is followed by another trial of the same index, so
-trials are counted and compared by index, each once.
+A study's total consists of trial indices. After an interrupted attempt there is another trial of the same index.
 """
 
 from __future__ import annotations
@@ -27,32 +26,30 @@ OLD_NAMES = {TRIAL_INDEX: "slot", BASELINE: "base"}
 RECIPE = "recipe"
 """Name of the recipe that the trial trains. Recipes are never pruned."""
 LET_THROUGH = "let_through"
-"""Step of the rung that would have pruned the trial, which continued on purpose."""
+"""Step of the rung that would have pruned the trial, which continued deliberately."""
 FAILURE = "failure"
 """Why the trial could not be trained: `diverged`, `oom`, `invalid` or `crashed`."""
 REASON = "reason"
 """Explanation of the failure, in one line."""
 CRASHES = "crashes"
-"""Number of attempts at the trial index that ended with the death of their process."""
+"""Number of attempts whose process died."""
 REPLICATE_OF = "replicate_of"
-"""Lower trial index with the same parameters, which this trial trains with another seed."""
+"""Lower trial index with the same parameters and another seed."""
 RESUMED_EPOCH = "resumed_epoch"
 """Epoch of the checkpoint that an attempt resumed from; with folds, the step."""
 INTERRUPTED = "interrupted"
-"""True for an attempt that was interrupted; its trial index was queued again."""
+"""True for an interrupted attempt."""
 CONFIG = "config"
-"""Whole configuration that the trial trains, seed and split included, as in a confirmation."""
+"""Configuration of a confirmation's trial, with seed and split."""
 STOPPED = "stopped"
-"""Why a confirmation's trial was not trained: its candidate can no longer win."""
+"""Why a confirmation's trial was not trained."""
 TAKEN_FROM = "taken_from"
-"""Origin of a trial that another study ran: `STUDY/NUMBER`."""
+"""Origin of an imported trial: `STUDY/NUMBER`."""
 
 # Prefixes of Optuna's system attributes
 
 ARTIFACT = "artifacts:"
-"""Before the id of an uploaded artifact."""
 CONSTRAINT = "constraints:"
-"""Before the name of a constraint that `Trial.set_constraint` set."""
 
 
 def trial_index_of(trial: FrozenTrial) -> int:
@@ -73,13 +70,10 @@ def with_current_names(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def effective_trials(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
-    """Return the trial that counts for each trial index.
+    """Return the trial that counts for each trial index; `trials` are in the order of their numbers.
 
-    Failed attempts never count. Of several trials of an index the earliest counts, unless it is waiting and a later one
-    has started or has the parameters of an earlier attempt.
-
-    Args:
-        trials: All trials of a study, in the order of their numbers.
+    Failed attempts never count. Of several trials the earliest counts, unless it is waiting and a later one has started
+    or has the parameters of an earlier attempt.
     """
     found: dict[int, FrozenTrial] = {}
     for trial in trials:
@@ -96,10 +90,7 @@ def _is_further(trial: FrozenTrial, waiting: FrozenTrial) -> bool:
 
 
 def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], trial_index: int) -> int | None:
-    """Return the lowest trial index before this one with the same parameters, or None.
-
-    Only lower indices count, so that the result does not depend on the trials that run at the same time.
-    """
+    """Return the lowest trial index before this one with the same parameters; trials of higher indices do not count."""
     return min(
         (
             other
@@ -118,19 +109,19 @@ class Outcome:
     trial_index: int
     state: Literal["complete", "pruned"]
     value: float | None
-    """Final objective of a complete trial, last reported one of a pruned trial."""
+    """The last reported one of a pruned trial."""
     config: TrainConfig | None
     params: dict[str, Any]
     history: tuple[EpochMetrics, ...] = ()
-    """Epochs of all folds, one fold after the other; the elapsed time is that of the whole trial."""
+    """Epochs of all folds, one fold after the other."""
     rows: tuple[dict[str, float | int], ...] = ()
     """Lines of `metrics.jsonl`."""
     results: tuple[TrainResult, ...] = ()
-    """One result per fold of a complete trial, or a single one; their networks are in host memory."""
+    """Results of a complete trial's folds, with networks in host memory."""
     failure: str | None = None
-    """`diverged`, `oom` or `invalid`, if the trial could not be trained to its end."""
+    """See `FAILURE`."""
     replicate_of: int | None = None
-    """Lower trial index with the same parameters."""
+    """See `REPLICATE_OF`."""
     why: str = ""
     """The pruner's verdict, or the error message."""
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -143,9 +134,8 @@ class Counts:
 
     complete: int
     pruned: int
-    """By the pruner."""
     failures: int
-    """Pruned because they could not be trained, see `FAILURE`."""
+    """Trials that could not be trained, see `FAILURE`; they are not in `pruned`."""
     running: int
     waiting: int
 

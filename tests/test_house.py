@@ -462,6 +462,18 @@ print(json.dumps([key for key in before if before[key] != after[key]]))
     assert list(tmp_path.iterdir()) == [], "importing wrote files"
 
 
+def test_every_module_can_be_imported_without_the_modules_of_unix(tmp_path: Path) -> None:
+    code = f"""
+import importlib, sys
+import psutil  # has a module for each system
+sys.modules["fcntl"] = sys.modules["resource"] = None
+for name in {sorted(MODULES)!r}:
+    importlib.import_module(name)
+"""
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 # The repository ------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate_s, wait_for_others
 from hpo.storage import is_masked
-from hpo.study import CONFIRMATION, Study, find_study
+from hpo.study import Study, find_study
 from hpo.text import duration
 from hpo.workers.placement import Placement, place
 from hpo.workers.work import Work
@@ -140,7 +140,7 @@ class _Confirm:
         study = self._trained() if self._plan.challengers else None
         confirmation = conclude(self._plan, study)
         write_confirmation(self._search.paths.confirmation, confirmation)
-        self._search.optuna.set_user_attr(CONFIRMATION, confirmation.verdict)
+        self._search.settings.verdict = confirmation.verdict
         note_study(self._search, self._space)
         return confirmation
 
@@ -176,12 +176,12 @@ class _Confirm:
         if dataset is None:
             dataset = open_dataset(space.baseline.data, self._data, skip_broken=search.skip_broken)
         search.check_data(dataset)
-        search.use_depot(None)
+        search.files.use_store(None)
         division = Division(dataset)
         splits = division.here(space.baseline.data)
         study = open_confirmation(search, space, dataset, splits, data_path=self._data)
-        study.remember_command(self._command)
-        if study.queue.reap():
+        study.settings.command = self._command
+        if study.queue.reclaim():
             logger.info("resuming trainings of a process that died")
         self._plan.queue(study, dataset)
         report_data(dataset, splits[:1], self._reporter)

@@ -69,9 +69,9 @@ class Refit:
         if options.onnx:
             check_onnx()
         choice = self._choose()
-        study.use_depot(None)
+        study.files.use_store(None)
         if choice.number is not None:
-            study.bring_trial(choice.number, folds=choice.config.data.folds or 1)
+            study.files.fetch_trial(choice.number, folds=choice.config.data.folds or 1)
         dataset = open_dataset(choice.config.data, options.data or study.data_path, skip_broken=study.skip_broken)
         study.check_data(dataset)
         study.check_weights(choice.config)

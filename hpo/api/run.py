@@ -25,7 +25,7 @@ from hpo.search.recipes import pending_recipes, run_recipes
 from hpo.search.weights import keep_best_weights
 from hpo.space import RungsPruner, SearchSpace
 from hpo.space.pruner import rung_epochs
-from hpo.storage.artifacts import Depot
+from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.lease import Held
 from hpo.study import Study, check_search_name, open_study
 from hpo.text import count, duration
@@ -79,7 +79,7 @@ def resolve(options: RunOptions, space: SearchSpace, reporter: Reporter) -> Sear
     report_data(dataset, splits, reporter)
     _check_network(space, splits[0])
     if options.artifacts:
-        Depot(options.artifacts, StudyPaths.of(name).dir)
+        ArtifactStore(options.artifacts, StudyPaths.of(name).dir)
     if options.engine == "ray" and options.workers != 0:
         RayEngine(options.address or "auto").close()
     return SearchPlan(options, space, name, placement, dataset, division)
@@ -159,10 +159,11 @@ class _Search:
             data_path=options.data,
             take_over=options.take_over,
         )
-        study.remember_command(options.command())
-        study.remember_retries(options.retries)
-        study.remember_space(plan.space)
-        study.use_depot(options.artifacts)
+        study.settings.command = options.command()
+        if options.retries is not None:
+            study.settings.retries = options.retries
+        study.settings.set_space(plan.space)
+        study.files.use_store(options.artifacts)
         note_study(study, plan.space)
         return study
 
@@ -182,7 +183,7 @@ class _Search:
         study, say = self.study, self.reporter.say
         done = study.counts().finished
         total = max(self.options.trials or max(self.space.trials, study.total or 0), done)
-        self._report_requeued(study.queue.reap(force=self.options.reclaim))
+        self._report_requeued(study.queue.reclaim(force=self.options.reclaim))
         study.queue.ensure_trials(total)
         self._report_start(done, total)
         if self.plan.placement.none:

@@ -85,7 +85,7 @@ def _check_started(study: Study) -> None:
         )
     counts = study.counts()
     if counts.finished + counts.running == 0:
-        how = study.command or f"hpo run {study.space_name} --study {study.name}"
+        how = study.settings.command or f"hpo run {study.space_name} --study {study.name}"
         raise StudyError(f"study {study.name} has no trial yet; start with: {how}")
 
 
@@ -99,10 +99,10 @@ def dashboard(options: DashboardOptions, reporter: Reporter | None = None) -> No
 
     say = (reporter or Silent()).say
     study = find_study(options.study, storage_url=options.storage)
-    if study.artifact_dir is not None:
-        plain = shlex.join(command(study.storage_url, study.artifact_dir))
+    if study.files.dashboard_folder is not None:
+        plain = shlex.join(command(study.storage_url, study.files.dashboard_folder))
         say(f"without hpo, showing the pictures that were opened here or drawn by a run: {plain}")
-    study.use_depot(None)
+    study.files.use_store(None)
     serve(study, host=options.host, port=options.port, say=say)
 
 

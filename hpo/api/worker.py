@@ -32,7 +32,7 @@ def worker(options: WorkerOptions, reporter: Reporter | None = None, interrupts:
         config, data = joined.space.baseline.data, options.data or joined.data_path
         dataset = open_dataset(config, data, skip_broken=joined.skip_broken)
         study = joined.open(dataset, data_path=options.data)
-        study.use_depot(options.artifacts)
+        study.files.use_store(options.artifacts)
         division = Division(dataset)
         report_data(dataset, division.here(config), reporter)
     work = Work(
@@ -56,7 +56,7 @@ def worker(options: WorkerOptions, reporter: Reporter | None = None, interrupts:
 
 
 def _train(study: Study, work: Work, reporter: Reporter) -> None:
-    study.queue.reap()
+    study.queue.reclaim()
     reporter.say(
         f"joined study {study.name}: {study.counts().finished} of {study.total or 0} trials finished, "
         f"{study.queue.waiting()} waiting; {work.placement.described()}"
@@ -64,4 +64,4 @@ def _train(study: Study, work: Work, reporter: Reporter) -> None:
     with reporter.study(study) as view:
         while study.queue.waiting() or study.queue.requeue_lost():
             work.run(view)
-            study.queue.reap()
+            study.queue.reclaim()

@@ -57,7 +57,7 @@ def show_search(result: SearchResult, reporter: Reporter) -> None:
     show_study(study, reporter)
     for number, host, since in result.held:
         say(f"trial {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}; if that is dead:")
-        say(f"  {study.command} --reclaim")
+        say(f"  {study.settings.command} --reclaim")
 
 
 def show_study(study: Study, reporter: Reporter) -> None:

@@ -207,8 +207,8 @@ def open_confirmation(
         seed=search.seed,
         data_path=data_path,
     )
-    study.use_depot(None if search.depot is None else search.depot.url)
-    study.remember_space(confirming)
+    study.files.use_store(None if search.files.store is None else search.files.store.url)
+    study.settings.set_space(confirming)
     return study
 
 

@@ -67,12 +67,14 @@ def record(
         study.paths.trial_counts(outcome.number).write_text(json.dumps(table), encoding="utf-8")
     try:
         _attach_all(study, trial, outcome)
-        if study.depot is not None:  # other machines read the store, and cannot draw: they lack the trial's folder
+        if (
+            study.files.store is not None
+        ):  # other machines read the store, and cannot draw: they lack the trial's folder
             draw(study, [outcome.number])
     except Exception as error:
         logger.warning("trial %d: its pictures are missing (%s: %s)", outcome.number, type(error).__name__, error)
     try:
-        study.remember_device(device)
+        study.settings.add_device(device)
         note_trial(study, space, trial, outcome, device=device)
     except Exception as error:
         logger.warning("trial %d: its note is missing (%s: %s)", outcome.number, type(error).__name__, error)
@@ -80,7 +82,7 @@ def record(
 
 def _attach_all(study: Study, trial: Trial, outcome: Outcome) -> None:
     """Attach a placeholder for each picture that can be drawn later, and the configuration."""
-    number, paths, store = outcome.number, study.paths, study.artifact_store()
+    number, paths, store = outcome.number, study.paths, study.files.dashboard_store()
     pictures = [paths.trial_curves(number)] if outcome.rows else []
     pictures += [paths.trial_confusion(number)] if outcome.results else []
     with tempfile.TemporaryDirectory(prefix="hpo-") as folder:
@@ -131,7 +133,7 @@ def draw(study: Study, numbers: Iterable[int]) -> None:
     """
     trials = study.optuna.get_trials(deepcopy=False)
     for number in numbers:
-        _draw_trial(study, trials[number], study.artifact_store())
+        _draw_trial(study, trials[number], study.files.dashboard_store())
 
 
 def _draw_trial(study: Study, trial: FrozenTrial, store: OptunaArtifactStore) -> None:
@@ -170,7 +172,7 @@ class PicturesOnDemand:
     """
 
     def __init__(self, study: Study) -> None:
-        self._study, self._store = study, study.artifact_store()
+        self._study, self._store = study, study.files.dashboard_store()
         self._lock = threading.Lock()  # the server answers each request in a thread of its own
         self._trials: dict[str, FrozenTrial] = {}
         """Artifact id -> its trial."""

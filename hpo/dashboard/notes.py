@@ -17,7 +17,7 @@ from hpo.space import Parameter, SearchSpace
 from hpo.space.pruner import places_of
 from hpo.storage import is_masked
 from hpo.storage.optuna_access import trial_by_number
-from hpo.study import CONFIRMATION, Study
+from hpo.study import Study
 from hpo.text import duration, short
 from hpo.trials import LET_THROUGH, RECIPE, is_baseline
 
@@ -152,7 +152,7 @@ def study_note(study: Study, space: SearchSpace) -> str:
     """Describe a study as Markdown: what it searches, whether its winner is confirmed, and the next commands."""
     name = shlex.quote(study.name)
     storage = f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
-    verdict = study.optuna.user_attrs.get(CONFIRMATION)
+    verdict = study.settings.verdict
     confirmed = (
         "The best value is the best of many, and so partly luck; `hpo confirm` compares it with the baseline."
         if verdict is None
@@ -171,7 +171,7 @@ def study_note(study: Study, space: SearchSpace) -> str:
         confirmed,
         "",
         "```",
-        *([study.command] if study.command is not None else []),
+        *([study.settings.command] if study.settings.command is not None else []),
         *(f"hpo {command} {name}{storage}" for command in ("study top", "confirm", "report")),
         f"hpo refit best --study {name}{storage}",
         "```",

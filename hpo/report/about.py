@@ -25,7 +25,7 @@ def about(data: StudyData) -> Section:
         "pruner": data.space and data.space.pruner.name,
         "storage": study.storage_shown,
         "created": metadata["created"],
-        "command": study.command and f"`{study.command}`",
+        "command": study.settings.command and f"`{study.settings.command}`",
         "versions": ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()),
     }
     yaml = Markup()

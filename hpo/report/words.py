@@ -101,7 +101,7 @@ def command(study: Study, words: str, *, name: str | None = None, option: str = 
 
 def run_again(study: Study) -> str:
     """The command that resumes the study."""
-    return study.command or shlex.join(["hpo", "run", study.space_name, "--study", study.name])
+    return study.settings.command or shlex.join(["hpo", "run", study.space_name, "--study", study.name])
 
 
 def next_commands(study: Study, summary: StudySummary) -> list[str]:
@@ -118,10 +118,10 @@ def next_commands(study: Study, summary: StudySummary) -> list[str]:
         commands += [command(study, "refit best --study"), command(study, "report")]
         commands += unproven(study, confirmation) if confirmation is not None and confirmed else []
     commands.append(command(study, "dashboard"))
-    if study.artifact_dir is not None:
+    if study.files.dashboard_folder is not None:
         from hpo.dashboard.serve import command as dashboard_command  # with an HTTP server
 
-        commands.append(shlex.join(dashboard_command(study.storage_url, study.artifact_dir)))
+        commands.append(shlex.join(dashboard_command(study.storage_url, study.files.dashboard_folder)))
     return commands
 
 

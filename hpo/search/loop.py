@@ -94,7 +94,7 @@ def run_study(
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the running trial is back in the queue.
         HpoError: an error that the user has to fix, such as a full disk; the running trial is back in the queue.
-        Exception: a crash; the running trial is back in the queue, as often as `study.retries` allows.
+        Exception: a crash; the running trial is back in the queue, as often as `study.settings.retries` allows.
     """
     divide: Divide = splits if callable(splits) else lambda _: splits
     space_on_disk = SpaceOnDisk(study, options.keep_gb)
@@ -110,12 +110,12 @@ def run_study(
         on_checkpoint=partial(_share_checkpoint, study, space_on_disk),
     )
     while True:
-        study.queue.reap()
+        study.queue.reclaim()
         if (claimed := study.queue.claim()) is None:
             return
         trial, trial_index = claimed
         try:
-            with explain_full_disk(study.paths.dir), study.queue.beating(trial):
+            with explain_full_disk(study.paths.dir), study.queue.heartbeat(trial):
                 counted = _run_trial(study, objective, trial, trial_index, space_on_disk)
         except UpdateFinishedTrialError:  # its lease was taken for dead, and its trial index queued again
             logger.warning("trial %d was requeued by another process while it ran; it is dropped", trial.number)
@@ -190,7 +190,7 @@ def wait_for_others(study: Study, interrupts: Interrupts) -> bool:
     """
     logged = False
     while True:
-        study.queue.reap()
+        study.queue.reclaim()
         if study.queue.waiting():
             return True
         if not (others := study.queue.at_work()):

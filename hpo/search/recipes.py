@@ -25,7 +25,7 @@ from hpo.study.results import read_result, write_result
 
 def pending_recipes(study: Study, space: SearchSpace) -> list[Recipe]:
     """Return the recipes that are not trials of the study and have not been trained in their present form."""
-    unqueued = {recipe.name for recipe in study.queue.unslotted_recipes()}
+    unqueued = {recipe.name for recipe in study.queue.missing_recipes()}
     outside = [recipe for recipe in space.recipes if recipe.name in unqueued or space.express(recipe.config) is None]
     return [recipe for recipe in outside if not _is_trained(study, recipe)]
 

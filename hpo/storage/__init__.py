@@ -27,8 +27,7 @@ def open_storage(url: str, *, patient: bool = False) -> BaseStorage:
 
     Args:
         url: An Optuna storage URL, or the path of a journal.
-        patient: Wait for a database that does not answer, as all later operations do. For processes that a running
-            study starts; users who mistyped a host should not wait.
+        patient: Wait for a database that does not answer, as all later operations do.
 
     Raises:
         StudyError: The URL, the driver, the server or the file does not work.

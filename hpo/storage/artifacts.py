@@ -1,12 +1,10 @@
-"""Artifact store: files of a study that all of its machines can reach, and that outlive each machine.
+"""Artifact store: files of a study in a place that all of its machines can reach.
 
-Checkpoints, kept weights and the dashboard's artifacts are stored under their names in the study's folder. The store is
-a shared folder or any URL that fsspec supports: `s3://…`, `gs://…`. Readers see complete files only: object stores
-replace objects atomically, elsewhere a file is written under another name and moved.
+Checkpoints, weights and the dashboard's artifacts have the names that they have in the study's folder. Readers see
+complete files only: object stores replace objects atomically, elsewhere a file is written under another name and moved.
 
-The later of two checkpoints is not found by clocks, since those of machines differ. Beside its copy a machine keeps the
-tag of the stored file (an ETag, or what a file system has instead) from the time when both were equal. While the tag is
-the same, no other machine has stored a later one.
+Clocks of machines differ. So beside its copy of a checkpoint, a machine keeps the tag (such as the ETag) of the equal
+stored file; while that is the same, no other machine has stored a later one.
 """
 
 from __future__ import annotations
@@ -100,11 +98,7 @@ class ArtifactStore:
             self._files.mv(source, target)
 
     def fetch(self, name: str, local: Path) -> bool:
-        """Fetch a file, in place of `local`.
-
-        Returns:
-            False if the store has no such file.
-        """
+        """Fetch a file, in place of `local`; False if the store has no such file."""
         source = self._at(name)
         local.parent.mkdir(parents=True, exist_ok=True)
         unfinished = local.with_name(f".{local.name}.{uuid.uuid4().hex}{_UNFINISHED}")
@@ -182,19 +176,11 @@ class ArtifactStore:
     # Shared
 
     def for_optuna(self, folder: Path) -> OptunaArtifactStore:
-        """Return an artifact store for Optuna and its dashboard.
-
-        Args:
-            folder: The folder of the dashboard's artifacts in the study's folder.
-        """
+        """Return an artifact store for Optuna and its dashboard, in a folder of the study's folder."""
         return cast("OptunaArtifactStore", _Artifacts(self, folder.relative_to(self._folder).as_posix()))
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading.
-
-        Raises:
-            FileNotFoundError: The store has no such file.
-        """
+        """Open a file for reading; FileNotFoundError if there is none."""
         return cast("BinaryIO", self._files.open(self._at(name), "rb"))
 
     def _at(self, name: str) -> str:
@@ -257,6 +243,3 @@ def _advice(url: str, error: Exception, done: str) -> str:
     if isinstance(error, PermissionError):
         return f"cannot be {done}: no permission ({words}); check the keys, or the folder's owner"
     return f"cannot be {done} ({words}); check the address, and that it is reached from here"
-
-
-Depot = ArtifactStore  # earlier name, until its callers use the new one

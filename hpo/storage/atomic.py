@@ -14,19 +14,14 @@ UNFINISHED = ".tmp"
 
 @contextlib.contextmanager
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
-    """Replace a file atomically by the one that the block writes.
-
-    After an exception the old file stays. If several processes on any machine replace the same file, the last one wins.
+    """Replace a file atomically by the one that the block writes; after an exception the old one stays.
 
     Args:
         path: The file to replace or create.
-        synced: Sync the new file to the disk first, so that it survives a power failure.
+        synced: Sync the new file first, so that it survives a power failure.
 
     Yields:
-        A path in the same folder to write to.
-
-    Raises:
-        OSError: The folder does not exist, or the disk is full.
+        A unique path in the same folder to write to.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
     try:

@@ -26,8 +26,7 @@ from hpo.storage.urls import options_of
 HEARTBEAT_S = 30
 """Seconds between two heartbeats of a running trial; each is one write."""
 GRACE_S = 360
-"""Seconds without a heartbeat after which a trial is dead. More than `PATIENCE_S`, a heartbeat and a pause, so that the
-workers that survive an outage can send a heartbeat before they are taken for dead."""
+"""Seconds without a heartbeat until a trial counts as dead; workers that survive an outage send one before."""
 
 # Timeouts of a connection to a server, and of a locked SQLite file.
 _CONNECT_TIMEOUT_S = 10
@@ -72,11 +71,9 @@ def _with_tables(url: str) -> _Database:
 def _engine_options(url: str) -> dict[str, Any]:
     if url.startswith("sqlite"):
         return {"connect_args": {"timeout": _SQLITE_TIMEOUT_S}}
-    # Dropped connections are not checked for before each transaction, which would take a sixth longer: a failed
-    # operation is repeated on a new connection.
+    # A check for dropped connections would take a sixth longer; failed operations are repeated on a new connection.
     options: dict[str, Any] = {"pool_pre_ping": False}
-    # A worker keeps one connection, and its heartbeat uses another every half minute. So 32 workers stay far below the
-    # 100 connections that PostgreSQL allows by default.
+    # One for the worker and a short-lived one for its heartbeat: PostgreSQL allows 100 by default.
     options |= {"pool_size": 1, "max_overflow": 9}
     if url.startswith("postgresql"):
         known = {"keepalives_idle": _SILENCE_S // 2, "keepalives_interval": _SILENCE_S // 6, "keepalives_count": 3}
@@ -92,10 +89,9 @@ def _engine_options(url: str) -> dict[str, Any]:
 class _Database(RDBStorage):
     """Optuna's database storage, which repeats operations while the server does not answer.
 
-    Repeated operations are harmless: attributes, reported values, parameters and heartbeats are overwritten with the
-    same. If a trial has already ended as requested, the earlier attempt ended it. A claim writes this process's lease
-    in the same transaction, so that it can be recognized. A trial that is created twice gives two waiting trials of the
-    same index, of which the second is never run.
+    Repetition is harmless: attributes, reports, parameters and heartbeats are overwritten with the same. A trial that
+    has ended as requested was ended by the earlier attempt, and a claim is recognized by the lease in the same
+    transaction. Of two trials that are created the second is never run.
     """
 
     def __init__(self, url: str) -> None:
@@ -149,11 +145,7 @@ class _Database(RDBStorage):
         included_trial_ids: set[int],
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
-        """Read trials as Optuna does, but do not read waiting trials again that are still waiting.
-
-        All trials of a study wait from its beginning, and a worker reads the trials several times for each one that it
-        runs. Changes to a waiting trial are seen once it runs.
-        """
+        """Read trials as Optuna does, but waiting ones only once until they run: most trials of a study are waiting."""
         if states is not None:
             return super()._get_trials(study_id, states, included_trial_ids, trial_id_greater_than)
         with _create_scoped_session(self.scoped_session) as session:
@@ -194,9 +186,8 @@ for _name in (
 def _serialise(engine: Engine) -> None:
     """Make every transaction of a SQLite storage exclusive from its start.
 
-    SQLite has no SELECT … FOR UPDATE, so with its deferred transactions two processes could both read that a trial is
-    waiting and claim it, or one that writes after reading would get "database is locked" at once. The write-ahead log
-    saves most of the syncs.
+    SQLite has no SELECT … FOR UPDATE, so in deferred transactions two processes could claim the same trial, or one that
+    writes after reading would get "database is locked". The write-ahead log saves most of the syncs.
     """
 
     @event.listens_for(engine, "connect")

@@ -1,8 +1,7 @@
 """Optuna's journal file, protected against crashes, full disks and killed writers.
 
-A record counts once its newline is written. So a failed or killed write leaves a torn tail that no process has read;
-the next holder of the lock cuts it off. Optuna 5.0 itself appends to the tail, and then cannot read the journal any
-more; that is repaired too. Any other damage is an error with its line.
+A failed or killed write leaves a torn tail without a newline, which no process has read; the next holder of the lock
+cuts it off. Optuna 5.0 appends to the tail, and then cannot read the journal any more; that is repaired too.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """Open a journal, create it if it does not exist, and repair what a crash has left.
+    """Open or create a journal, and repair it after a crash.
 
     Raises:
         StudyError: The file cannot be opened, or is damaged in another way.
@@ -64,9 +63,8 @@ def _explained(path: Path, what: str) -> Iterator[None]:
 class _Journal(JournalFileBackend):
     """Optuna's journal file with atomic appends, synced once a trial instead of once a record.
 
-    A killed process loses nothing that it has written. A power failure may lose the records since the last sync, so the
-    record that ends a trial is synced, with all before it. Reports of a running trial may be lost: the trial is
-    interrupted anyway. A trial writes about 25 records, and a sync takes 0.5 to 6 ms.
+    A power failure may lose the reports of running trials, which it interrupts anyway. A trial writes about 25 records,
+    and a sync takes 0.5 to 6 ms.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,11 +73,7 @@ class _Journal(JournalFileBackend):
         self._path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append all of the records or none.
-
-        Raises:
-            StudyError: There is no space for them, or the file cannot be written.
-        """
+        """Append all of the records or none; StudyError if the file cannot be written."""
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
         with _explained(self._path, "written"), self._lock, _opened(self._path) as descriptor:
             _cut_torn_tail(descriptor, self._path)
@@ -89,11 +83,7 @@ class _Journal(JournalFileBackend):
                 os.fsync(descriptor)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """Yield the records from this number on.
-
-        Raises:
-            StudyError: The journal cannot be read, or is damaged, and not by a crash.
-        """
+        """Yield the records from this number on; StudyError if the journal is damaged, and not by a crash."""
         number = log_number_from
         with _explained(self._path, "read"):
             try:
@@ -158,12 +148,11 @@ def _cut_torn_tail(descriptor: int, path: Path) -> None:
 def repair_journal(path: Path) -> None:
     """Repair a torn last line, or a torn record in front of a complete one.
 
-    No process has read a torn record, so it is removed, and kept beside the journal in `*.torn`. The tail is cut off.
-    In front of a complete record it is overwritten by spaces, which does not move the bytes that others are reading.
+    The record is moved to `*.torn`. In front of a complete one it becomes spaces, so that no bytes move that other
+    processes are reading.
 
     Raises:
         StudyError: Any other damage; without a complete line, all later trials would have other numbers.
-        OSError: The file cannot be read or written.
     """
     if not torn_records(path.read_bytes(), path):
         return
@@ -194,17 +183,10 @@ _RECORD = b'{"op_code":'  # start of each of Optuna's lines
 
 
 def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
-    """Find torn records.
-
-    Args:
-        content: The content of a journal.
-        path: Its path, for messages.
-
-    Returns:
-        The first byte and the byte after the last of each.
+    """Return the first byte of each torn record and the byte after it.
 
     Raises:
-        StudyError: The journal is damaged, and not by a crash.
+        StudyError: The journal is damaged in another way.
     """
     if content.startswith(b"SQLite format 3"):
         raise StudyError(f"{path} is an SQLite file; give it as --storage sqlite:///{path}")

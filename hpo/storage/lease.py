@@ -1,8 +1,7 @@
 """Leases: which process runs a trial, so that trials of dead processes can be reclaimed.
 
-A lease names the host, the boot, the process and its start time. On the same host, the kernel tells for certain whether
-that process is alive. Processes of other hosts are judged by their heartbeats in a database, timed by its server's
-clock only; a journal has none, and such trials are reclaimed only if the user asks.
+A process of the same host is checked by its number and start time, which is certain. Processes of other hosts are
+checked by their heartbeats in a database, timed by its server's clock only. A journal has none.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ logger = logging.getLogger(__name__)
 LEASE = "lease"
 """User attribute of a claimed trial: host, boot, process and its start time."""
 
-# A claim is two writes, the state and the lease. A running trial without a lease is being claimed, or its process died
-# in between. A write takes milliseconds, a few seconds under many workers.
+# A running trial without a lease is being claimed, or its process died between the two writes. A write takes
+# milliseconds, a few seconds under many workers.
 _GRACE_S = 60
 
 # Inode of the pid namespace that a machine boots with: PROC_PID_INIT_INO of Linux (include/linux/proc_ns.h).
@@ -52,7 +51,7 @@ class Held(NamedTuple):
 
 
 def own_lease() -> dict[str, Any]:
-    """Return a lease of this process, which no later process and no process of another host has."""
+    """Return a lease that no later process and no process of another host has."""
     lease = {"host": host(), "boot": _boot_id(), **_process(os.getpid())}
     parent = multiprocessing.parent_process()
     return lease if parent is None or parent.pid is None else {**lease, "parent": _process(parent.pid)}
@@ -63,7 +62,7 @@ def _process(pid: int) -> dict[str, int | None]:
 
 
 def held_elsewhere(trial: FrozenTrial) -> Held | None:
-    """Return the holder of a running trial if it is another host, whose processes cannot be checked from here."""
+    """Return the holder of a running trial if it is another host."""
     lease = trial.user_attrs.get(LEASE)
     if lease is None or lease["host"] == host():
         return None
@@ -81,16 +80,13 @@ def is_abandoned(trial: FrozenTrial) -> bool:
         return False
     if lease["boot"] != _boot_id():
         return True
-    if lease["start"] is None:  # of a process that the system would not let the version before look at
+    if lease["start"] is None:  # of version 0.1.0, on systems without /proc
         return not psutil.pid_exists(lease["pid"])
     return bool(_process_start(lease["pid"]) != lease["start"])
 
 
 def died_alone(trial: FrozenTrial) -> bool:
-    """Return whether an abandoned trial's process died by itself, so that its configuration may be the cause.
-
-    A process that ended with its machine or with its parent did not.
-    """
+    """Return whether an abandoned trial's process died without its machine or parent, perhaps by its configuration."""
     lease = trial.user_attrs.get(LEASE)
     if lease is None or lease["host"] != host() or lease["boot"] != _boot_id():
         return False
@@ -102,7 +98,7 @@ def died_alone(trial: FrozenTrial) -> bool:
 
 
 def has_heartbeat(storage: BaseStorage) -> bool:
-    """Return whether the storage keeps heartbeats, by which hosts can check each other's processes."""
+    """Return whether the storage keeps heartbeats."""
     return _heartbeat_of(storage) is not None
 
 
@@ -114,7 +110,7 @@ def _heartbeat_of(storage: BaseStorage) -> BaseHeartbeat | None:
 def heartbeat(storage: BaseStorage, trial_id: int) -> Iterator[None]:
     """Record heartbeats of a trial in a thread while the block runs, if the storage keeps heartbeats.
 
-    Errors are logged and do not stop the thread: the writers of results handle a storage that is lost.
+    The thread logs errors and continues.
     """
     heart = _heartbeat_of(storage)
     if heart is None:
@@ -145,10 +141,7 @@ def _beat(heart: BaseHeartbeat, trial_id: int, done: threading.Event) -> None:
 
 
 def stale_elsewhere(storage: BaseStorage, study_id: int) -> set[int]:
-    """Return the numbers of the running trials of other hosts whose heartbeats have stopped.
-
-    Trials of this host are judged by their leases only, since a suspended process is not dead.
-    """
+    """Return the numbers of other hosts' running trials whose heartbeats have stopped."""
     heart = _heartbeat_of(storage)
     if heart is None:
         return set()
@@ -187,8 +180,7 @@ def _boot_id() -> str | None:
 def _process_start(pid: int) -> int | None:
     """Start of a process in hundredths of a second; None if it is not running, or belongs to another user.
 
-    On Linux it counts from the boot and does not change with the clock: the ticks of /proc/PID/stat, which leases of
-    version 0.1.0 hold too. On other systems the kernel keeps the time of day at which the process was started.
+    On Linux it counts from the boot, as the ticks in leases of version 0.1.0, and does not change with the clock.
     """
     while True:
         boot_s = psutil.boot_time() if psutil.LINUX else 0.0

@@ -1,12 +1,11 @@
-"""The lock of a journal file, which excludes processes of ours and of Optuna, and does not outlast a killed holder.
+"""The lock of a journal file, which also excludes processes of Optuna, and does not outlast a killed holder.
 
-Optuna's lock is a symbolic link beside the journal, whose holder cannot be checked, so Optuna waits 30 s before it
-breaks one. Our processes first take a lock of the kernel (flock), which ends with its holder, and create Optuna's link
-while they have it. The link's text names this machine. If the holder of the kernel's lock finds a link of this machine,
-its maker is dead for certain. Any other link belongs to Optuna or to another machine, with which the file system may
-not share its flock; such a link is waited for as Optuna does.
+Optuna's lock is a symbolic link whose holder cannot be checked, so Optuna waits 30 s before it breaks one. Here a
+process takes the kernel's flock, which ends with its holder, and then creates Optuna's link with a text that names this
+machine. A link of this machine that the next holder of the flock finds is that of a dead process. Links of Optuna and
+of other machines, which may not share the flock, are waited for as Optuna does.
 
-filelock is not used here: it polls, while flock serves the waiting processes in turn, so that none of many starves.
+filelock polls; flock serves many waiting processes in turn.
 """
 
 from __future__ import annotations
@@ -34,14 +33,7 @@ _PAUSE_S = 0.002  # between two checks of a link; Optuna holds its link for a wr
 
 
 class JournalLock(BaseJournalFileLock):
-    """Excludes every other process that writes the journal, from `acquire` to `release`.
-
-    An exception of a signal handler ends the waiting. While the lock is held there is a file `PATH.lock`. `PATH.flock`
-    stays.
-
-    Args:
-        path: The journal.
-    """
+    """Excludes every other writer of the journal at `path`. An exception of a signal handler ends the waiting."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -51,11 +43,7 @@ class JournalLock(BaseJournalFileLock):
         self._optunas = JournalFileOpenLock(str(path)) if fcntl is None else None
 
     def acquire(self) -> bool:
-        """Wait for the lock.
-
-        Raises:
-            OSError: The file system has no such lock, or no space for it.
-        """
+        """Wait for the lock; OSError if the file system has no such lock, or no space for it."""
         if self._optunas is not None:
             return self._optunas.acquire()
         # A new descriptor each time, because forked processes would share an open one.
@@ -91,7 +79,7 @@ class JournalLock(BaseJournalFileLock):
         self.release()
 
     def is_left_by_dead(self) -> bool:
-        """Return whether `PATH.lock` was left by a dead process, as far as this machine can check."""
+        """Return whether the link was left by a dead process, as far as this machine can check."""
         if fcntl is not None and self._flock.exists():
             descriptor = os.open(self._flock, os.O_RDWR)
             try:
@@ -136,14 +124,14 @@ class JournalLock(BaseJournalFileLock):
             return None
 
     def _written_at(self) -> int | None:
-        # The journal's own time. Optuna takes that of the link's target, which a relative link may not lead to.
+        # Optuna takes the time of the link's target, which a relative link may not lead to.
         try:
             return self._path.stat().st_mtime_ns
         except FileNotFoundError:
             return None
 
     def _break_link(self) -> None:
-        # Renamed first, as Optuna does, so that only one of several processes breaks it.
+        # Renamed first, so that only one of several processes breaks it.
         broken = self._link.with_name(f"{self._link.name}{uuid.uuid4()}.rename")
         try:
             self._link.rename(broken)
@@ -154,10 +142,9 @@ class JournalLock(BaseJournalFileLock):
 
 @cache
 def _link_text(name: str) -> str:
-    """A path of the file from its own folder that names this machine, in `./` and `.//` for the bits of a checksum.
+    """A path to the journal that names this machine, in `./` and `.//` for the bits of a checksum.
 
-    Optuna reads the time of the file that the link leads to. With 16 bits the text stays below 60 bytes, which ext4
-    stores without a block of its own that a full disk would not have.
+    Optuna reads the time of the link's target. ext4 stores up to 60 bytes without a block that a full disk lacks.
     """
     bits = zlib.crc32(machine().encode()) & 0xFFFF
     return "".join(".//" if bits >> place & 1 else "./" for place in range(16)) + name

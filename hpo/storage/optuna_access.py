@@ -1,8 +1,4 @@
-"""Access to parts of Optuna that have no public name. No other package of `hpo` uses Optuna's private names.
-
-Optuna 5 has no public way to a study's storage, to the ids of studies and trials that every storage method takes, or
-to the state that its samplers keep between trials.
-"""
+"""Access to parts of Optuna that have no public name; no other package uses Optuna's private names."""
 
 from __future__ import annotations
 
@@ -41,32 +37,23 @@ def id_of(study: optuna.Study) -> int:
 
 
 def attributes_of(study: optuna.Study) -> dict[str, Any]:
-    """Return the user attributes of a study as they are in the storage now, without copying them."""
+    """Return the user attributes of a study without copying them."""
     return study._storage.get_study_user_attrs(study._study_id)
 
 
 def trial_id(trial: FrozenTrial | Trial) -> int:
-    """Return the id of a trial in its storage, which is not its number in the study."""
+    """Return the id of a trial in its storage."""
     return trial._trial_id
 
 
 def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial:
-    """Return a trial as it is in the storage now.
-
-    Raises:
-        KeyError: The study has no trial of this number.
-    """
+    """Return a trial as it is in the storage now."""
     storage = study._storage
     return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
 
 
 def get_trials_cached(study: optuna.Study, *, use_cache: bool) -> list[FrozenTrial]:
-    """Return all trials, without copying them.
-
-    Args:
-        study: Any study.
-        use_cache: Return the trials of the last call in this thread, until `forget_cached_trials` is called.
-    """
+    """Return all trials without copying them, or those of the last call in this thread."""
     return study._get_trials(deepcopy=False, use_cache=use_cache)
 
 
@@ -76,12 +63,12 @@ def forget_cached_trials(study: optuna.Study) -> None:
 
 
 def set_search_space(sampler: TPESampler | CmaEsSampler | GPSampler, space: IntersectionSearchSpace) -> None:
-    """Let a sampler take its relative search space from `space`, which several samplers may share."""
+    """Let a sampler take its relative search space from `space`."""
     name = "_search_space" if hasattr(sampler, "_search_space") else "_intersection_search_space"
     assert hasattr(sampler, name), f"{type(sampler).__name__} has no search space of this name in this Optuna"
     setattr(sampler, name, space)
 
 
 def set_qmc_point(sampler: QMCSampler, index: int) -> None:
-    """Let a QMC sampler draw the point of this index; Optuna counts points in the storage, and a retry skips one."""
+    """Let a QMC sampler draw the point of this index; by Optuna's count a retry would skip one."""
     sampler._find_sample_id = lambda study, search_space: index  # type: ignore[method-assign]  # noqa: ARG005

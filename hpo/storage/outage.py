@@ -1,8 +1,4 @@
-"""Wait for a database server that does not answer.
-
-A server that is restarted, or unreachable for a while, delays a run and does nothing else. Such errors are recognized
-by the codes of PostgreSQL, MySQL and SQLite, since their messages change with version and language.
-"""
+"""Wait for a database server that does not answer, as during its restart."""
 
 from __future__ import annotations
 
@@ -26,8 +22,7 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 300.0
 """Seconds to retry: enough for the restart of a machine and the recovery of a database."""
 
-# Pauses between two attempts, doubled from the first to the longest, and each randomly up to half shorter, so that many
-# workers do not retry at the same moment.
+# Pauses between attempts double, and are randomly up to half shorter, so that workers do not retry at the same moment.
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 10.0
 
@@ -38,18 +33,14 @@ _CODES = {
     "busy": re.compile(r"40001|40P01|55P03|1205|1213|SQLITE_(BUSY|LOCKED)\w*"),
     "full": re.compile(r"53100|1021|1114|SQLITE_(FULL|IOERR\w*)"),
 }
-"""PostgreSQL's SQLSTATE (appendix A of its manual), MySQL's numbers, SQLite's names of result codes."""
+"""PostgreSQL's SQLSTATE (appendix A of its manual), MySQL's numbers and SQLite's names; messages vary by language."""
 _NO_CONNECTION = "08001"
 
 _T = TypeVar("_T")
 
 
 class Outage:
-    """State of a server that all threads of this process share, so that an outage is logged once.
-
-    Args:
-        url: URL of the storage.
-    """
+    """State of a server that all threads of this process share, so that an outage is logged once."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -62,9 +53,6 @@ class Outage:
 
         Args:
             operation: Takes whether an earlier attempt may have succeeded, with only the answer lost.
-
-        Returns:
-            The operation's result.
 
         Raises:
             StudyError: The server has not answered for `PATIENCE_S`, or has no space left.

@@ -3,12 +3,10 @@
 from hpo.storage.lease import Held
 from hpo.study.open import check_search_name, find_study, join_study, list_studies, open_study
 from hpo.study.queue import TrialQueue
-from hpo.study.settings import CONFIRMATION
 from hpo.study.study import Study, Trained
 from hpo.trials import Counts
 
 __all__ = [
-    "CONFIRMATION",
     "Counts",
     "Held",
     "Study",

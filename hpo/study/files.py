@@ -22,20 +22,14 @@ _STORE = "artifacts"  # study user attribute: URL of the artifact store, without
 
 
 class StudyFiles:
-    """Checkpoints, weights and artifacts of a study.
-
-    Args:
-        study: The study, whose trials tell whether it has begun.
-        settings: Its settings, which hold the URL of the artifact store.
-        paths: Names in the study's folder.
-    """
+    """Checkpoints, weights and artifacts of a study."""
 
     def __init__(self, study: optuna.Study, settings: StudySettings, paths: StudyPaths) -> None:
         self._study = study
         self._settings = settings
         self._paths = paths
         self.store: ArtifactStore | None = None
-        """The shared artifact store, after `use_store`; None if the files are only in the study's folder."""
+        """The shared artifact store, after `use_store`."""
 
     def use_store(self, url: str | None) -> None:
         """Use an artifact store that other machines can reach too.
@@ -44,8 +38,8 @@ class StudyFiles:
             url: A path, or a URL that fsspec supports; None for the study's own, if it has one.
 
         Raises:
-            StudyError: The study has another store, or has begun without one; the URL lacks its password, which is not
-                stored; or fsspec has no driver for it.
+            StudyError: The study has another store, or has begun without one; the password is missing; or fsspec has
+                no driver for the URL.
         """
         known: str | None = self._settings.get(_STORE)
         if url is None and known is None:
@@ -58,7 +52,6 @@ class StudyFiles:
             self._settings.set(_STORE, mask(url))
 
     def _checked(self, url: str | None, known: str | None) -> str:
-        """The URL to use: the given one, if the study can use it, or the known one."""
         name = self._paths.name
         if url is None:
             assert known is not None
@@ -114,7 +107,7 @@ class StudyFiles:
 
     @property
     def dashboard_folder(self) -> Path | None:
-        """The folder of the dashboard's artifacts, for `optuna-dashboard --artifact-dir`; None if they are at a URL."""
+        """The folder for `optuna-dashboard --artifact-dir`; None if the artifacts are at a URL."""
         known = self._settings.get(_STORE)
         if known is None:
             return self._paths.artifacts

@@ -1,8 +1,4 @@
-"""The metadata of a study, in its storage and in study.yaml, and the checks of later runs against it.
-
-Trials of a study must be comparable: the identity of the space, the seed and the images are stored when the study is
-created, and every later run is checked against them.
-"""
+"""The metadata of a study, in its storage and in study.yaml, and the checks of later runs against it."""
 
 from __future__ import annotations
 
@@ -36,14 +32,7 @@ _FILE = "model.pretrained_file"
 
 
 def new_metadata(space: SearchSpace, dataset: Dataset, *, seed: int | None, data_path: Path | None) -> dict[str, Any]:
-    """Build the metadata of a new study as plain JSON.
-
-    Args:
-        space: What the study searches.
-        dataset: The images that it trains on.
-        seed: The study's seed; None for 0.
-        data_path: The `--data` to store.
-    """
+    """Build the metadata of a new study as plain JSON."""
     metadata = {
         "space": space.name,
         "hash": space.hash,
@@ -93,12 +82,7 @@ def skips_broken(metadata: Mapping[str, Any]) -> bool:
 
 
 def config_of(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration that a trial's parameters stand for.
-
-    Args:
-        metadata: The study's metadata.
-        params: The trial's parameters by dotted path.
-    """
+    """Return the configuration that a trial's parameters stand for."""
     from core.config import TrainConfig
 
     baseline = TrainConfig.model_validate_json(json.dumps(metadata["base"]))
@@ -111,18 +95,7 @@ def config_of(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> TrainCo
 
 
 def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset, seed: int | None) -> None:
-    """Check that a run has the space, images, weights and seed of the study.
-
-    Args:
-        name: The study's name.
-        stored: The study's metadata.
-        space: The space of this run.
-        dataset: The images of this run.
-        seed: The seed of this run; None for the study's own.
-
-    Raises:
-        StudyError: One of them differs; all of the study's trials have the same.
-    """
+    """Raise StudyError unless a run has the space, images, weights and seed of the study, so that trials compare."""
     advice = (
         "give what it was begun with, --set included, or begin another study: --study NAME, with "
         f"--take-over {name} if its trials are to count where they fit"
@@ -142,11 +115,7 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
 
 
 def check_weights(name: str, metadata: Mapping[str, Any], files: Iterable[str | None]) -> None:
-    """Check that these files of pretrained weights are as they were when the study was created.
-
-    Raises:
-        StudyError: One of them has changed.
-    """
+    """Raise StudyError if one of these files of weights has changed since the study was created."""
     known = metadata.get("weights") or {}
     for file in files:
         if file is not None and file in known and _weights_fingerprint(file) != known[file]:
@@ -170,11 +139,7 @@ def _weights_fingerprint(file: str) -> str:
 
 
 def check_fingerprint(name: str, metadata: Mapping[str, Any], fingerprint: str) -> None:
-    """Check that a data set has the fingerprint of the study's images.
-
-    Raises:
-        StudyError: It has another one.
-    """
+    """Raise StudyError unless this is the fingerprint of the study's images."""
     known = metadata["data"]["fingerprint"]
     if fingerprint != known:
         raise StudyError(
@@ -227,11 +192,6 @@ def write_metadata(
 
 def storage_url_of(paths: StudyPaths, metadata: Mapping[str, Any] | None, given: str | None) -> str:
     """Return the URL of the study's storage: the given one, the stored one, or its own journal.
-
-    Args:
-        paths: Names in the study's folder.
-        metadata: The content of study.yaml, if there is one.
-        given: The `--storage` of this run.
 
     Raises:
         StudyError: The given URL differs from the stored one, or the password is missing.

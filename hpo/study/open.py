@@ -53,9 +53,9 @@ def open_study(
     """Create a study to run trials in, or resume it.
 
     Args:
-        space: What to search.
+        space: The search space.
         name: The study's name.
-        dataset: The images to train on.
+        dataset: The images.
         storage_url: An Optuna storage URL or a journal's path; None for the study's own, in a new study a journal.
         seed: The study's seed; None for its own, in a new study 0.
         data_path: The `--data` to store.
@@ -228,11 +228,7 @@ def _by_last_run() -> list[str]:
 
 
 def check_search_name(name: str) -> None:
-    """Check that a search may have this name.
-
-    Raises:
-        StudyError: It may not.
-    """
+    """Raise StudyError if a search may not have this name."""
     if is_confirmation(_checked(name)):
         raise StudyError(f"study {name}: the ending is reserved for what hpo confirm trains; choose another --study")
 

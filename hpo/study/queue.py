@@ -1,10 +1,9 @@
 """The queue of a study's trials: enqueue, claim, finish, release and reclaim.
 
-A study's total consists of trial indices; index k is a waiting trial with the user attribute `trial_index`. A worker
-claims it by a compare-and-set on its state in the storage, not by Optuna's `ask`, which creates trials: so the total is
-exact under any number of workers. A claimed trial holds a lease. When its process is dead, the attempt is marked failed
-and its index queued again with the same parameters. If two processes queue the same index at once, the earlier trial
-counts and the later one is never claimed.
+Each index of a study's total is a waiting trial. A worker claims it by a compare-and-set on its state in the storage,
+not by Optuna's `ask`, which creates trials: so the total is exact under any number of workers. When the process of a
+claimed trial is dead, the attempt is marked failed and its index queued again with the same parameters. If two
+processes queue an index at once, the later trial is never claimed.
 """
 
 from __future__ import annotations
@@ -61,15 +60,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrialQueue:
-    """Changes a study's trials, which `Study` only reads.
-
-    Args:
-        study: The study, with its sampler if trials are to be claimed.
-        settings: The study's settings: its total and the number of retries.
-        files: The study's files, for the checkpoints of trials that are given up.
-        paths: Names in the study's folder.
-        space: The search space, to enqueue or claim trials; None if trials are only released or reclaimed.
-    """
+    """Changes a study's trials. Without the search space it can only release and reclaim them."""
 
     def __init__(
         self,
@@ -123,8 +114,7 @@ class TrialQueue:
     def enqueue(self, trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
         """Queue these trials after all others, and raise the total accordingly.
 
-        The total is raised last: if the process dies before, or another one queues at the same time, no index is left
-        without a trial. Without any trials the total still rises to the existing ones.
+        The total is raised last, also without new trials, in case another process died before it raised the total.
 
         Args:
             trials: Parameters and user attributes of each trial.
@@ -135,11 +125,7 @@ class TrialQueue:
         self._settings.total = max(self._settings.total or 0, first + len(trials))
 
     def missing_recipes(self) -> list[Recipe]:
-        """Return the recipes that the space can express and that no trial trains, in the space's order.
-
-        A recipe with the parameters of the baseline or of another recipe is trained with that. Trials beyond the total
-        do not count, since no worker claims them.
-        """
+        """Return the recipes that the space can express and that no trial of the total trains."""
         total = self._settings.total
         trials = [
             trial
@@ -188,12 +174,7 @@ class TrialQueue:
         )
 
     def _queue_again(self, attempt: FrozenTrial, *, crashes: int = 0) -> None:
-        """Queue the index of an interrupted attempt, with its parameters and its places at the pruner's rungs.
-
-        Args:
-            attempt: The interrupted trial.
-            crashes: New number of crashed attempts; 0 leaves the attempt's.
-        """
+        """Queue the index of an interrupted attempt, with its parameters and its places at the pruner's rungs."""
         dropped = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, REASON, STOPPED, "error"}
         attributes = {key: value for key, value in with_current_names(attempt.user_attrs).items() if key not in dropped}
         # The sampler's and the pruner's system attributes stay; the artifacts belong to the attempt.
@@ -278,12 +259,7 @@ class TrialQueue:
         return True
 
     def release(self, trial: optuna.Trial, *, crashed: bool = False) -> None:
-        """Give a claimed trial back: the attempt is marked as interrupted, and its index queued again.
-
-        Args:
-            trial: A trial that `claim` returned.
-            crashed: Count the attempt against the retries.
-        """
+        """Queue a claimed trial again; `crashed` counts the attempt against the retries."""
         frozen = self._storage.get_trial(trial_id(trial))
         if frozen.state == TrialState.RUNNING:
             self._interrupt(frozen, crashed=crashed)
@@ -297,13 +273,10 @@ class TrialQueue:
     def reclaim(self, *, force: bool = False, blameless: bool = False) -> list[int]:
         """Queue the trials of dead processes again.
 
-        Processes of other hosts count as dead if the storage keeps heartbeats and theirs has stopped. Without
-        heartbeats their trials stay; `held_elsewhere` returns them.
-
         Args:
-            force: Reclaim those trials too. A process that is alive after all loses its trial, and its result is
-                dropped.
-            blameless: Count no death against the retries, because the caller killed the processes.
+            force: Also reclaim trials of other hosts, whose processes cannot be checked without heartbeats. The result
+                of a process that is alive after all is dropped.
+            blameless: Do not count the deaths against the retries, because the caller killed the processes.
 
         Returns:
             The indices that were queued again.
@@ -325,11 +298,6 @@ class TrialQueue:
             if lost:
                 queued.append(trial_index_of(trial))
         return queued
-
-    # Earlier names, until their callers use the new ones
-    reap = reclaim
-    beating = heartbeat
-    unslotted_recipes = missing_recipes
 
     def requeue_lost(self) -> bool:
         """Requeue the trials of processes that died while they gave one back. Return whether any trial is waiting."""

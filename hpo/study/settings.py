@@ -1,4 +1,4 @@
-"""Settings that a study's runs store as its user attributes, for every process that works on it later."""
+"""Settings of a study, stored as its user attributes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ from hpo.storage.optuna_access import attributes_of
 if TYPE_CHECKING:
     import optuna
 
-CONFIRMATION = "confirmation"
-"""Study user attribute: the result of the confirmation in words."""
-_DEFAULT_RETRIES = 3  # one more than a pool restarts a worker, so that a worker is given up before a configuration is
+    from hpo.space import SearchSpace
+
+_DEFAULT_RETRIES = 3  # one more than a pool restarts a worker
 
 
 class StudySettings:
-    """Settings of a study in its storage. Assigning one stores it, unless the storage has the value already.
-
-    Args:
-        study: Any study; one that was never run has the default settings.
-    """
+    """Settings of a study in its storage. Assigning one stores it if it differs."""
 
     def __init__(self, study: optuna.Study) -> None:
         self._study = study
@@ -56,7 +52,7 @@ class StudySettings:
 
     @property
     def retries(self) -> int:
-        """How often a trial is retried after the death of its process, until it counts as failed."""
+        """How often a trial is retried after its process died, until it counts as failed."""
         return int(self.get("retries", _DEFAULT_RETRIES))
 
     @retries.setter
@@ -70,19 +66,21 @@ class StudySettings:
         text = self.get("space")
         return None if text is None else str(text)
 
-    @space.setter
-    def space(self, text: str) -> None:
-        self.set("space", text)
+    def set_space(self, space: SearchSpace) -> None:
+        """Store the search space."""
+        from hpo.space import space_to_yaml
+
+        self.set("space", space_to_yaml(space))
 
     @property
     def verdict(self) -> str | None:
         """Result of the confirmation in words; None of a study that was not confirmed."""
-        verdict = self.get(CONFIRMATION)
+        verdict = self.get("confirmation")
         return None if verdict is None else str(verdict)
 
     @verdict.setter
     def verdict(self, verdict: str) -> None:
-        self.set(CONFIRMATION, verdict)
+        self.set("confirmation", verdict)
 
     def packing(self, device: str) -> tuple[int, str] | None:
         """Return the best number of simultaneous trials on a device of this host, and the reason; None if unknown."""
@@ -94,7 +92,7 @@ class StudySettings:
         self.set("packing", {**self.get("packing", {}), _on_this_host(device): {"trials": trials, "why": why}})
 
     def add_device(self, device: str) -> None:
-        """Store a device that trains on this host, to be shown in the dashboard. A host may have several."""
+        """Add a device to those of this host that the dashboard shows."""
         key = f"devices:{socket.gethostname()}"
         known = str(self.get(key, ""))
         if device not in known.split("; "):

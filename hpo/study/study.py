@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from core.data import Dataset
     from hpo.paths import StudyPaths
     from hpo.space import SearchSpace
-    from hpo.storage.artifacts import ArtifactStore
-    from hpo.storage.optuna_access import OptunaArtifactStore
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,9 @@ class Trained:
     config: TrainConfig
     value: float
     epochs: int
-    """Epoch of the kept weights and of the value; fewer than the configuration's if a later epoch was worse."""
+    """Epoch of the kept weights and of the value."""
     ran: int
-    """Number of epochs that ran; fewer than the configuration's if the trial stopped early."""
+    """Number of epochs that ran."""
 
 
 class Study:
@@ -48,8 +46,8 @@ class Study:
         optuna_study: The study in Optuna's storage.
         paths: Names in the study's folder.
         metadata: The content of study.yaml.
-        storage_url: URL of the storage, possibly with a password; `storage_shown` has none.
-        space: The search space, to queue or claim trials.
+        storage_url: URL of the storage, possibly with a password.
+        space: The search space; needed to queue or claim trials.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class Study:
 
     @property
     def name(self) -> str:
-        """Name of the study."""
+        """The study's name."""
         return self.paths.name
 
     @property
@@ -131,6 +129,11 @@ class Study:
         """Number of trials that the study was last run for; None before its first run."""
         return self.settings.total
 
+    @property
+    def command(self) -> str | None:
+        """Command that last ran the study, without any password; None before its first run."""
+        return self.settings.command
+
     def space(self) -> SearchSpace:
         """Return the search space of the last run, without its recipes.
 
@@ -140,19 +143,11 @@ class Study:
         return stored_space(self.optuna)
 
     def check_data(self, dataset: Dataset) -> None:
-        """Check that these are the images that the study was created with.
-
-        Raises:
-            StudyError: They are not.
-        """
+        """Raise StudyError unless these are the images that the study was created with."""
         check_fingerprint(self.name, self.metadata, dataset.fingerprint)
 
     def check_weights(self, config: TrainConfig) -> None:
-        """Check that the file of pretrained weights, if any, is as it was when the study was created.
-
-        Raises:
-            StudyError: It has changed.
-        """
+        """Raise StudyError if the file of pretrained weights has changed since the study was created."""
         check_weights(self.name, self.metadata, [config.model.pretrained_file])
 
     # Trials and results
@@ -206,57 +201,6 @@ class Study:
                 f"study {self.name}: trial {trial.number} has no configuration that can be trained ({why}); "
                 "choose another"
             ) from error
-
-    # Earlier names, until their callers use `settings` and `files`
-
-    @property
-    def command(self) -> str | None:
-        return self.settings.command
-
-    @property
-    def retries(self) -> int:
-        return self.settings.retries
-
-    @property
-    def depot(self) -> ArtifactStore | None:
-        return self.files.store
-
-    @property
-    def artifact_dir(self) -> Path | None:
-        return self.files.dashboard_folder
-
-    def remember_retries(self, retries: int | None) -> None:
-        if retries is not None:
-            self.settings.retries = retries
-
-    def use_depot(self, url: str | None) -> None:
-        self.files.use_store(url)
-
-    def drop_checkpoint(self, checkpoint: Path) -> None:
-        self.files.drop_checkpoint(checkpoint)
-
-    def artifact_store(self) -> OptunaArtifactStore:
-        return self.files.dashboard_store()
-
-    def bring_trial(self, number: int, *, folds: int) -> None:
-        self.files.fetch_trial(number, folds=folds)
-
-    def remember_space(self, space: SearchSpace) -> None:
-        from hpo.space import space_to_yaml
-
-        self.settings.space = space_to_yaml(space)
-
-    def remember_command(self, command: str) -> None:
-        self.settings.command = command
-
-    def packing(self, device: str) -> tuple[int, str] | None:
-        return self.settings.packing(device)
-
-    def remember_packing(self, device: str, trials: int, why: str) -> None:
-        self.settings.set_packing(device, trials, why)
-
-    def remember_device(self, device: str) -> None:
-        self.settings.add_device(device)
 
 
 def _value(trial: FrozenTrial) -> float:

@@ -1,8 +1,7 @@
-"""Import the trials of another study that the new space can express.
+"""Import the trials of another study whose configurations the new space can express.
 
-A trial fits if the new space can express the configuration that it trained. Everything except the search and the
-baseline must be the same: objective, training and images. A trial that was the baseline or a recipe in the other study
-is not one here for that reason; a complete trial becomes one if it has the parameters of this space's.
+Everything except the search and the baseline must be the same: objective, training and images. A complete trial is the
+baseline or a recipe of the new study if it has the parameters of that.
 """
 
 from __future__ import annotations
@@ -47,13 +46,6 @@ def import_trials(
 
     A trial keeps its index. If none of them is the new baseline, index 0 is left to that, and the trial with index 0
     gets the first free one. A study that has trials already is not changed, so that the same command can resume it.
-
-    Args:
-        study: The study to import into.
-        metadata: Its metadata.
-        space: Its search space.
-        source: The study to import from.
-        source_metadata: The metadata of that.
 
     Returns:
         The number of imported trials.

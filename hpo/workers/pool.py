@@ -127,7 +127,7 @@ class _Supervisor:
         """Work until no trial waits, and none runs that could come back."""
         while True:
             self._work()
-            self._study.queue.reap()
+            self._study.queue.reclaim()
             if not self._study.queue.waiting():
                 return
             if not any(place.usable for place in self._places):
@@ -149,7 +149,7 @@ class _Supervisor:
             self._progress.refresh()
             if time.monotonic() - reaped_at >= REAP_EVERY_S:
                 reaped_at = time.monotonic()
-                self._study.queue.reap()
+                self._study.queue.reclaim()
                 self._fill()
 
     def _fill(self) -> None:
@@ -209,7 +209,7 @@ class _Supervisor:
             if trial.state == TrialState.RUNNING
         ]
         who = place.slot.name + (f" ({labels[-1]})" if labels else "")
-        requeued = "; its trial is queued again" if self._study.queue.reap() else ""
+        requeued = "; its trial is queued again" if self._study.queue.reclaim() else ""
         if not place.usable:
             then = "it is not replaced any more"
         else:
@@ -254,7 +254,7 @@ class _Supervisor:
             worker.kill()
         for place, worker in self._busy():
             self._close(place, worker)
-        self._study.queue.reap(blameless=True)
+        self._study.queue.reclaim(blameless=True)
 
 
 def _holder(trial: FrozenTrial) -> tuple[str, int] | None:

@@ -81,11 +81,11 @@ def invented_study(
         space = space_from_yaml(space, name)
     played = _played(space, trials + running, seed, fails, value or _usual_value)
     study = open_study(space, name=name, dataset=dataset, seed=seed)
-    study.remember_space(space)
+    study.settings.set_space(space)
     study.optuna.add_trials([_with_state(each, running=each.number >= trials) for each in played])
     total = trials + running + waiting
     study.queue.ensure_trials(total)
-    study.remember_command(f"hpo run {space.name} --study {name} --trials {total}")
+    study.settings.command = f"hpo run {space.name} --study {name} --trials {total}"
     return study
 
 

@@ -29,14 +29,14 @@ _GROWING = ("journal", "trials' pictures and rows", "artifacts")  # kinds of fil
 def artifacts(check: StudyCheck) -> Iterator[Result]:
     """Check that the files that the storage lists for the dashboard exist."""
     study = check.readable
-    study.use_depot(None)
+    study.files.use_store(None)
     for trial in check.trials:
         for key, value in trial.system_attrs.items():
             if not key.startswith(ARTIFACT):
                 continue
             meta = json.loads(value)
             target = check.paths.artifacts / Path(str(meta["artifact_id"])).name
-            if _exists(study, target):
+            if study.files.exists(target):
                 continue
             name = Path(str(meta["filename"])).name
             original = check.paths.trial(trial.number) / name
@@ -47,14 +47,9 @@ def artifacts(check: StudyCheck) -> Iterator[Result]:
                 yield Finding(problem, "restore it from a backup, if you have one; the trial itself does not need it")
 
 
-def _exists(study: Study, file: Path) -> bool:
-    """Whether a file exists in the study's folder or artifact store."""
-    return file.exists() if study.depot is None else study.depot.exists(study.paths.inside(file))
-
-
 def _copy(study: Study, original: Path, target: Path) -> None:
-    if study.depot is not None:
-        study.depot.put(original, study.paths.inside(target))
+    if study.files.store is not None:
+        study.files.store.put(original, study.paths.inside(target))
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
@@ -64,13 +59,13 @@ def _copy(study: Study, original: Path, target: Path) -> None:
 def kept_weights(check: StudyCheck) -> Iterator[Result]:
     """Check that the best trial's weights exist. A refit does not need them: it trains the trial again."""
     study = check.readable
-    study.use_depot(None)
+    study.files.use_store(None)
     best = study.best_trial()
     if best is None or TAKEN_FROM in best.user_attrs or study.confirms is not None:  # these keep no weights
         return
     folds = study.metadata["base"]["data"].get("folds") or 1
     files = [check.paths.trial_model(best.number, fold) for fold in range(1, folds + 1)]
-    if missing := [file for file in files if not _exists(study, file)]:
+    if missing := [file for file in files if not study.files.exists(file)]:
         yield Note(f"{missing[0]}, of the best trial, is missing; hpo refit best trains it again")
 
 
@@ -88,8 +83,8 @@ def checkpoints(check: StudyCheck) -> Iterator[Result]:
 
 
 def _drop(study: Study, checkpoint: Path) -> None:
-    study.use_depot(None)
-    study.drop_checkpoint(checkpoint)
+    study.files.use_store(None)
+    study.files.drop_checkpoint(checkpoint)
 
 
 def folders(check: StudyCheck) -> Iterator[Result]:

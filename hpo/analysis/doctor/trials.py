@@ -34,14 +34,14 @@ def abandoned(check: StudyCheck) -> Iterator[Result]:
         if cause:
             yield Finding(
                 f"{name} is RUNNING, but {cause}",
-                f"--mend requeues it: it resumes from its checkpoint, or ends after {study.retries} retries",
-                lambda: check.open().queue.reap(),
+                f"--mend requeues it: it resumes from its checkpoint, or ends after {study.settings.retries} retries",
+                lambda: check.open().queue.reclaim(),
             )
         elif (held := held_elsewhere(trial)) is not None and not has_heartbeat(storage):
             yield Finding(
                 f"{name} is held by a process on {held.host} since {held.since:%Y-%m-%d %H:%M}, which cannot be "
                 "checked from here",
-                f"if it is dead: {study.command or 'hpo run'} --reclaim",
+                f"if it is dead: {study.settings.command or 'hpo run'} --reclaim",
             )
 
 

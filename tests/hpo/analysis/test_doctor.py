@@ -62,8 +62,8 @@ def begin(folder: Path, *, images: Path, total: int, storage: str | None = None)
     space = load_space(file)
     dataset = load_dataset(space.baseline.data, data_path=images, cache_dir=cache_root())
     study = open_study(space, name="own", dataset=dataset, seed=1, data_path=images, storage_url=storage)
-    study.remember_space(space)
-    study.remember_command("hpo run own.yaml --trials 3")
+    study.settings.set_space(space)
+    study.settings.command = "hpo run own.yaml --trials 3"
     study.queue.ensure_trials(total)
     return study
 
@@ -592,7 +592,7 @@ def test_a_fix_that_fails_is_reported(
     process.kill()
     process.wait()
     leave(case.paths.checkpoint(1))
-    monkeypatch.setattr(TrialQueue, "reap", lambda self: 1 / 0)
+    monkeypatch.setattr(TrialQueue, "reclaim", lambda self: 1 / 0)
     code, lines = case.run("--mend")
     assert code == 1
     assert "division by zero" in found(lines, "^could not be fixed: trial 3")

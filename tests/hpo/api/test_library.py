@@ -129,7 +129,7 @@ def test_set_reaches_the_configuration_with_every_type(made: Made) -> None:
 def test_the_command_line_resumes_a_study_of_the_library_and_the_reverse(
     here: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    remembered = here.study.command
+    remembered = here.study.settings.command
     assert remembered is not None
     assert remembered.startswith("hpo run ")
     assert "--set model.se=true" in remembered

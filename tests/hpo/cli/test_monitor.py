@@ -199,7 +199,7 @@ def test_the_trial_of_a_dead_process_is_told_from_one_that_runs(
 ) -> None:
     dead = {**own_lease(), "start": 1}
     study = of(in_memory(space), trial(RUNNING, 0, space=space, lease=dead), trial(WAITING), total=2)
-    study.remember_command("hpo run space --study simulated")
+    study.settings.command = "hpo run space --study simulated"
     view = look(study, at(1))
     assert not view.over
     assert view.left_s is None
@@ -213,7 +213,7 @@ def test_a_study_that_is_over_says_so_or_how_to_go_on(
     total: int, last: str, space: SearchSpace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = of(in_memory(space), trial(COMPLETE, 0, 1, space=space), total=total)
-    study.remember_command("hpo run space --study s")
+    study.settings.command = "hpo run space --study s"
     assert look(study, at(2)).over
     assert shown(study, 2, capsys)[-1] == last
 

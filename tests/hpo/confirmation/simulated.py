@@ -49,7 +49,7 @@ def in_memory(space: SearchSpace, *, name: str = "simulated") -> Study:
 def on_disk(space: SearchSpace, *, name: str = "simulated", **options: Any) -> Study:
     """A study of the space with its journal."""
     study = open_study(space, name=name, **{"dataset": Images(), **options})
-    study.remember_space(space)
+    study.settings.set_space(space)
     return study
 
 

@@ -32,7 +32,7 @@ from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths
 from hpo.search.interrupts import Interrupts
 from hpo.space import ConfirmationSpace, SearchSpace, load_space, space_from_yaml, space_to_yaml
-from hpo.study import CONFIRMATION, Study, find_study, list_studies, open_study
+from hpo.study import Study, find_study, list_studies, open_study
 from hpo.study.results import write_result
 from hpo.study.settings import StudySettings
 from hpo.trials import BASELINE, CONFIG, RECIPE, STOPPED, TRIAL_INDEX
@@ -131,7 +131,7 @@ def test_a_search_that_cannot_beat_its_base_ends_with_no_evidence(studies: Path)
 
 def test_the_verdict_stands_in_the_storage_of_the_search(studies: Path) -> None:
     for name in ("planted", "hopeless"):
-        assert find_study(name).optuna.user_attrs[CONFIRMATION] == result_of(name).verdict
+        assert find_study(name).settings.verdict == result_of(name).verdict
 
 
 def test_the_result_counts_what_was_trained(studies: Path) -> None:
@@ -551,7 +551,7 @@ def invented(
     (folder / f"{name}.yaml").write_text(RUNGS)
     space = load_space(folder / f"{name}.yaml")
     study = open_study(space, name=name, dataset=dataset)
-    study.remember_space(space)
+    study.settings.set_space(space)
     for number, value in {0: base, **values}.items():
         rate = 1.0 if number == 0 else (lr_scale or {}).get(number, 2.0 + number / 100)
         study.optuna.add_trial(
@@ -816,7 +816,7 @@ def test_a_search_without_a_complete_trial_has_nothing_to_confirm(
     (tmp_path / "s.yaml").write_text(RUNGS)
     space = load_space(tmp_path / "s.yaml")
     study = open_study(space, name="s", dataset=IMAGES)
-    study.remember_space(space)
+    study.settings.set_space(space)
     study.queue.ensure_trials(3)
     assert hpo(monkeypatch, "confirm") == 2
     assert "study s has no complete trial yet" in capfd.readouterr().err

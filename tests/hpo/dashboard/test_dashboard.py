@@ -26,7 +26,7 @@ from optuna_dashboard._note import get_note_from_system_attrs
 from hpo.dashboard import artifacts, serve
 from hpo.dashboard.notes import note_study, note_trial, trial_note
 from hpo.errors import StudyError
-from hpo.study import CONFIRMATION, Study, find_study
+from hpo.study import Study, find_study
 from hpo.study.results import append_line
 from hpo.text import short
 from hpo.trials import Outcome
@@ -208,14 +208,14 @@ def test_a_study_with_an_artifact_store_for_several_machines_has_its_pictures_dr
     real: Study, tmp_path: Path
 ) -> None:
     study = in_memory(real.space())
-    study.use_depot(str(tmp_path / "store"))
+    study.files.use_store(str(tmp_path / "store"))
     trial, row = study.optuna.ask(), {"epoch": 1, "train_loss": 1.0, "lr": 0.1}
     study.paths.trial(0).mkdir(parents=True)
     append_line(study.paths.trial_metrics(0), row)
     outcome = Outcome(0, 0, "pruned", 0.1, None, {}, rows=(row,))
     artifacts.record(study, real.space(), trial, outcome, confusion=None, classes=(), device="CPU")
     [meta] = get_all_artifact_meta(trial)
-    with study.artifact_store().open_reader(meta.artifact_id) as stored:
+    with study.files.dashboard_store().open_reader(meta.artifact_id) as stored:
         assert stored.read() == study.paths.trial_curves(0).read_bytes()
 
 
@@ -288,7 +288,7 @@ def test_the_studys_attributes_describe_it_at_a_glance(real: Study) -> None:
 def test_a_host_with_two_devices_names_both_once(real: Study) -> None:
     study = in_memory(real.space())
     for device in ("A", "B", "A"):
-        study.remember_device(device)
+        study.settings.add_device(device)
     assert [value for key, value in study.optuna.user_attrs.items() if key.startswith("devices:")] == ["A; B"]
 
 
@@ -303,7 +303,7 @@ def test_text_of_the_user_below_the_studys_note_stays(before: str, real: Study) 
     assert get_note(study.optuna).endswith("stays.*\nmine, from before")
     assert get_note(study.optuna).count("stays.*") == 1
     save_note(study.optuna, get_note(study.optuna) + "\nand more")
-    study.optuna.set_user_attr(CONFIRMATION, "0.912 ± 0.004 (n = 5), better than the baseline by 0.031 ± 0.006")
+    study.settings.verdict = "0.912 ± 0.004 (n = 5), better than the baseline by 0.031 ± 0.006"
     note_study(study, real.space())
     note = get_note(study.optuna)
     assert note.endswith("stays.*\nmine, from before\nand more")

@@ -1,4 +1,4 @@
-"""The depot, on a file system and on fsspec's memory: whole files, the later checkpoint, and errors of one line."""
+"""The artifact store, on a file system and in fsspec's memory: atomic files, the later checkpoint, one-line errors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
-from hpo.storage.artifacts import Depot
+from hpo.storage.artifacts import ArtifactStore
 
 NAME = "checkpoints/00007.pt"
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """fsspec's memory is the process's."""
+    """The memory of fsspec is shared by all tests of a process."""
     yield
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
@@ -36,15 +36,15 @@ def _forget() -> Iterator[None]:
 
 @pytest.fixture(params=["path", "file", "memory"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where the depot lies."""
-    there = {"path": str(tmp_path / "depot"), "file": f"file://{tmp_path}/depot", "memory": "memory://depot"}
+    """URL of the store."""
+    there = {"path": str(tmp_path / "store"), "file": f"file://{tmp_path}/store", "memory": "memory://store"}
     return there[request.param]
 
 
-def machine(tmp_path: Path, url: str, name: str = "here") -> tuple[Depot, StudyPaths]:
-    """The depot as seen from a machine, and the study's folder there."""
+def machine(tmp_path: Path, url: str, name: str = "here") -> tuple[ArtifactStore, StudyPaths]:
+    """The store as used by a machine, and the study's folder there."""
     paths = StudyPaths(tmp_path / name / "own")
-    return Depot(url, paths.dir), paths
+    return ArtifactStore(url, paths.dir), paths
 
 
 def a_file(folder: Path, content: bytes) -> Path:
@@ -57,120 +57,118 @@ def a_file(folder: Path, content: bytes) -> Path:
 # Files
 
 
-def test_a_file_comes_back_as_it_was_put_and_the_latest_one_counts(tmp_path: Path, url: str) -> None:
-    depot, _ = machine(tmp_path, url)
-    assert not depot.exists(NAME)
-    assert depot.size() == 0
+def test_the_latest_version_of_a_file_is_fetched(tmp_path: Path, url: str) -> None:
+    store, _ = machine(tmp_path, url)
+    assert not store.exists(NAME)
+    assert store.size() == 0
     for content in (b"first" * 1000, b"second"):
-        depot.put(a_file(tmp_path, content), NAME)
-    assert depot.exists(NAME)
-    assert depot.size() == len(b"second")
+        store.put(a_file(tmp_path, content), NAME)
+    assert store.exists(NAME)
+    assert store.size() == len(b"second")
     there = tmp_path / "elsewhere" / "x.pt"
-    assert depot.fetch(NAME, there)
+    assert store.fetch(NAME, there)
     assert there.read_bytes() == b"second"
     assert list(there.parent.iterdir()) == [there]
 
 
-def test_a_file_that_is_not_there_changes_nothing_here(tmp_path: Path, url: str) -> None:
-    depot, _ = machine(tmp_path, url)
+def test_fetching_a_missing_file_changes_nothing(tmp_path: Path, url: str) -> None:
+    store, _ = machine(tmp_path, url)
     mine = a_file(tmp_path, b"mine")
-    assert not depot.fetch(NAME, mine)
+    assert not store.fetch(NAME, mine)
     assert mine.read_bytes() == b"mine"
-    depot.remove(NAME)
-    depot.put(mine, NAME)
-    depot.remove(NAME)
-    assert not depot.exists(NAME)
-    assert depot.size() == 0
+    store.remove(NAME)
+    store.put(mine, NAME)
+    store.remove(NAME)
+    assert not store.exists(NAME)
+    assert store.size() == 0
 
 
 def test_studies_do_not_see_each_others_files(tmp_path: Path, url: str) -> None:
-    depot, _ = machine(tmp_path, url)
-    other = Depot(url, tmp_path / "here" / "another")
-    depot.put(a_file(tmp_path, b"mine"), NAME)
+    store, _ = machine(tmp_path, url)
+    other = ArtifactStore(url, tmp_path / "here" / "another")
+    store.put(a_file(tmp_path, b"mine"), NAME)
     assert not other.exists(NAME)
     assert other.size() == 0
 
 
 @pytest.mark.parametrize("name", ["../another/x", "/etc/x", "a/../../x", ""])
 def test_no_name_leads_out_of_the_studys_folder(name: str, tmp_path: Path, url: str) -> None:
-    depot, _ = machine(tmp_path, url)
+    store, _ = machine(tmp_path, url)
     with pytest.raises(ValueError, match="is no name of a file in a study's folder"):
-        depot.put(a_file(tmp_path, b"x"), name)
+        store.put(a_file(tmp_path, b"x"), name)
 
 
 # Torn uploads
 
 
-def test_an_upload_that_breaks_off_leaves_the_old_file_and_nothing_beside_it(
-    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    depot, _ = machine(tmp_path, url)
-    depot.put(a_file(tmp_path, b"old"), NAME)
-    written = type(depot)._write
+def test_a_failed_upload_leaves_the_old_file_only(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = machine(tmp_path, url)
+    store.put(a_file(tmp_path, b"old"), NAME)
+    written = type(store)._write
 
-    def breaks_off(self: Depot, local: Path, target: str) -> None:
+    def breaks_off(self: ArtifactStore, local: Path, target: str) -> None:
         written(self, local, target)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Depot, "_write", breaks_off)
-    with pytest.raises(StudyError, match=r"--artifacts .*depot: is full; free some space, and run the same command"):
-        depot.put(a_file(tmp_path, b"new" * 100), NAME)
+    monkeypatch.setattr(ArtifactStore, "_write", breaks_off)
+    with pytest.raises(StudyError, match=r"--artifacts .*store: is full; free some space, and run the same command"):
+        store.put(a_file(tmp_path, b"new" * 100), NAME)
     monkeypatch.undo()
-    assert depot.size() == len(b"old")
-    assert depot.fetch(NAME, mine := tmp_path / "mine")
+    assert store.size() == len(b"old")
+    assert store.fetch(NAME, mine := tmp_path / "mine")
     assert mine.read_bytes() == b"old"
 
 
-def test_a_writer_killed_in_between_leaves_the_old_file_and_what_it_had_written_goes_with_it(tmp_path: Path) -> None:
-    depot, paths = machine(tmp_path, str(tmp_path / "depot"))
-    depot.put(a_file(tmp_path, b"old"), NAME)
+def test_a_killed_upload_leaves_the_old_file_and_its_remains_are_deleted_with_that(tmp_path: Path) -> None:
+    store, paths = machine(tmp_path, str(tmp_path / "store"))
+    store.put(a_file(tmp_path, b"old"), NAME)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)  # a file that is never read to its end
     code = (
-        "import sys; from pathlib import Path; from hpo.storage.artifacts import Depot;"
-        f"Depot({str(tmp_path / 'depot')!r}, Path({str(paths.dir)!r})).put(Path({str(fifo)!r}), {NAME!r})"
+        "import sys; from pathlib import Path; from hpo.storage.artifacts import ArtifactStore;"
+        f"ArtifactStore({str(tmp_path / 'store')!r}, Path({str(paths.dir)!r})).put(Path({str(fifo)!r}), {NAME!r})"
     )
     writer = subprocess.Popen([sys.executable, "-c", code])
     with fifo.open("wb") as source:
         source.write(b"new" * 30_000)
         source.flush()
-        folder = tmp_path / "depot/own/checkpoints"
+        folder = tmp_path / "store/own/checkpoints"
         deadline = time.monotonic() + 60
         while not any(file.stat().st_size for file in folder.glob(".*")):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
-    assert depot.fetch(NAME, mine := tmp_path / "mine")
+    assert store.fetch(NAME, mine := tmp_path / "mine")
     assert mine.read_bytes() == b"old"
     assert len(list(folder.iterdir())) == 2
-    depot.remove(NAME)
+    store.remove(NAME)
     assert not list(folder.iterdir())
 
 
-def test_an_object_store_is_written_to_in_one_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A move there is a copy and a deletion, and the service never shows half of one. fsspec's memory is one here."""
+def test_an_object_is_written_in_one_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moving an object copies it, and the service never shows an incomplete one. The memory of fsspec acts as one."""
     monkeypatch.setattr(MemoryFileSystem, "protocol", ("s3", "s3a"))
-    depot, _ = machine(tmp_path, "memory://depot")
+    store, _ = machine(tmp_path, "memory://store")
     moved: list[Any] = []
     monkeypatch.setattr(MemoryFileSystem, "mv", lambda *arguments, **options: moved.append(arguments))
-    depot.put(a_file(tmp_path, b"x"), NAME)
-    assert depot.exists(NAME)
+    store.put(a_file(tmp_path, b"x"), NAME)
+    assert store.exists(NAME)
     assert not moved
 
 
 # Checkpoints
 
 
-def test_a_machine_goes_on_from_the_checkpoint_that_was_put_last_wherever_that_was(tmp_path: Path, url: str) -> None:
+def test_a_machine_resumes_from_the_checkpoint_that_was_stored_last_by_any_machine(tmp_path: Path, url: str) -> None:
     (here, at_home), (there, away) = machine(tmp_path, url), machine(tmp_path, url, "there")
     mine, theirs = at_home.checkpoint(7), away.checkpoint(7)
     here.bring(mine)
-    assert not mine.exists()  # nobody has put one
+    assert not mine.exists()  # none is stored
 
-    def save(checkpoint: Path, content: bytes, depot: Depot) -> None:
+    def save(checkpoint: Path, content: bytes, store: ArtifactStore) -> None:
         a_file(checkpoint.parent, content).replace(checkpoint)
-        depot.send(checkpoint)
+        store.send(checkpoint)
 
     save(mine, b"epoch 1", here)
     there.bring(theirs)
@@ -181,14 +179,14 @@ def test_a_machine_goes_on_from_the_checkpoint_that_was_put_last_wherever_that_w
     there.bring(theirs)
     assert theirs.read_bytes() == b"epoch 2"
 
-    mine.write_bytes(b"epoch 3")  # killed after saving it, and before it was put
+    mine.write_bytes(b"epoch 3")  # killed after it was saved, before it was stored
     here.bring(mine)
     assert mine.read_bytes() == b"epoch 3"
     there.bring(theirs)
     assert theirs.read_bytes() == b"epoch 2"
 
 
-def test_a_checkpoint_of_unknown_descent_gives_way_to_the_depots(tmp_path: Path, url: str) -> None:
+def test_a_checkpoint_of_unknown_origin_is_replaced_by_the_stored_one(tmp_path: Path, url: str) -> None:
     (here, at_home), (there, away) = machine(tmp_path, url), machine(tmp_path, url, "there")
     there.send(a_file(away.checkpoint(7).parent, b"theirs").rename(away.checkpoint(7)))
     mine = a_file(at_home.checkpoint(7).parent, b"mine").rename(at_home.checkpoint(7))
@@ -196,35 +194,35 @@ def test_a_checkpoint_of_unknown_descent_gives_way_to_the_depots(tmp_path: Path,
     assert mine.read_bytes() == b"theirs"
 
 
-def test_a_finished_trials_checkpoint_is_let_go_of_there_and_here(tmp_path: Path, url: str) -> None:
-    depot, paths = machine(tmp_path, url)
+def test_the_checkpoint_of_a_finished_trial_is_deleted_in_the_store_and_here(tmp_path: Path, url: str) -> None:
+    store, paths = machine(tmp_path, url)
     checkpoint = a_file(paths.checkpoint(7).parent, b"x").rename(paths.checkpoint(7))
-    depot.send(checkpoint)
-    depot.drop(checkpoint)
+    store.send(checkpoint)
+    store.drop(checkpoint)
     assert not list(checkpoint.parent.iterdir())
-    assert depot.size() == 0
-    depot.drop(checkpoint)  # another process has
+    assert store.size() == 0
+    store.drop(checkpoint)  # another process has
 
 
 # Artifacts
 
 
-def test_the_dashboards_pictures_can_lie_in_the_depot(tmp_path: Path, url: str) -> None:
-    depot, paths = machine(tmp_path, url)
-    store = depot.for_optuna(paths.artifacts)
+def test_the_dashboards_artifacts_can_be_in_the_store(tmp_path: Path, url: str) -> None:
+    store, paths = machine(tmp_path, url)
+    artifacts = store.for_optuna(paths.artifacts)
     study = optuna.create_study()
     picture = a_file(tmp_path, b"picture")
-    artifact = upload_artifact(artifact_store=store, file_path=str(picture), study_or_trial=study)
-    with store.open_reader(artifact) as reader:
+    artifact = upload_artifact(artifact_store=artifacts, file_path=str(picture), study_or_trial=study)
+    with artifacts.open_reader(artifact) as reader:
         assert reader.read() == b"picture"
-    assert depot.size() == len(b"picture")
-    store.write("another", io.BytesIO(b"text"))
-    store.remove("another")
+    assert store.size() == len(b"picture")
+    artifacts.write("another", io.BytesIO(b"text"))
+    artifacts.remove("another")
     with pytest.raises(ArtifactNotFound, match="another is not in"):
-        store.open_reader("another")
+        artifacts.open_reader("another")
 
 
-# A person's mistakes
+# Mistakes of the user
 
 
 @pytest.mark.parametrize(
@@ -242,29 +240,29 @@ def test_a_url_without_a_driver_is_refused_in_one_line(
     for module in ("s3fs", "gcsfs"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(StudyError) as refused:
-        Depot(url, tmp_path / "own")
+        ArtifactStore(url, tmp_path / "own")
     assert str(refused.value) == f"--artifacts {url}: {said}"
 
 
 def test_a_password_in_the_url_is_in_no_error(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"--artifacts ftp://me:\*\*\*@127.0.0.1:1/x: cannot be opened") as refused:
-        Depot("ftp://me:se/cret@127.0.0.1:1/x", tmp_path / "own")
+        ArtifactStore("ftp://me:se/cret@127.0.0.1:1/x", tmp_path / "own")
     assert "se/cret" not in str(refused.value)
 
 
-def test_a_place_that_cannot_be_written_to_says_so_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "depot").write_text("a file, and no folder")
-    depot, _ = machine(tmp_path, str(tmp_path / "depot"))
-    with pytest.raises(StudyError, match=r"^--artifacts .*/depot: cannot be written \(.*\); check the address.*$"):
-        depot.put(a_file(tmp_path, b"x"), NAME)
+def test_a_store_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file, and no folder")
+    store, _ = machine(tmp_path, str(tmp_path / "store"))
+    with pytest.raises(StudyError, match=r"^--artifacts .*/store: cannot be written \(.*\); check the address.*$"):
+        store.put(a_file(tmp_path, b"x"), NAME)
 
 
-def test_a_place_without_permission_says_so(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    depot, _ = machine(tmp_path, url)
+def test_missing_permission_is_reported(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = machine(tmp_path, url)
 
     def refuses(*arguments: Any, **options: Any) -> None:
         raise PermissionError(errno.EACCES, "Access Denied")
 
-    monkeypatch.setattr(depot._files, "makedirs", refuses)
+    monkeypatch.setattr(store._files, "makedirs", refuses)
     with pytest.raises(StudyError, match=r"cannot be written: no permission \(.*Access Denied\); check the keys"):
-        depot.put(a_file(tmp_path, b"x"), NAME)
+        store.put(a_file(tmp_path, b"x"), NAME)

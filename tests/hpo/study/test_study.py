@@ -1,4 +1,4 @@
-"""Studies: what they remember, slots and claims, what is interrupted and retried, samplers by slot, storages."""
+"""Studies: metadata, queue and claims, retries, samplers by trial index, storages, imported trials."""
 
 from __future__ import annotations
 
@@ -30,8 +30,18 @@ from hpo.space import SearchSpace, load_space
 from hpo.space.pruner import RungPruner
 from hpo.storage import mask, open_storage
 from hpo.study import Study, find_study, list_studies, open_study
+from hpo.study.dataframe import trials_frame
 from hpo.study.versions import versions
-from hpo.trials import BASELINE, FAILURE, INTERRUPTED, RECIPE, TAKEN_FROM, TRIAL_INDEX, trial_index_of
+from hpo.trials import (
+    BASELINE,
+    FAILURE,
+    INTERRUPTED,
+    RECIPE,
+    TAKEN_FROM,
+    TRIAL_INDEX,
+    is_baseline,
+    trial_index_of,
+)
 
 SPACE = """
 base: {epochs: 10, batch_size: 64}
@@ -55,7 +65,7 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class Images:
-    """What a study asks of a data set."""
+    """The attributes of a data set that a study reads."""
 
     name: str = "digits"
     fingerprint: str = "ab" * 32
@@ -83,13 +93,13 @@ def open_(space_of: Any) -> Any:
 
 
 def value_of(params: dict[str, Any], epoch: int = 10) -> float:
-    """A stand-in for training: best in the middle of the space, better with every epoch."""
+    """Substitute for training: best in the middle of the space, better with every epoch."""
     off = abs(math.log10(params["optim.lr_scale"])) + abs(params["augment.strength"] - 0.4)
     return 1 - off / 4 - abs(params["model.width"] - 1) / 4 - 1 / (epoch + 2)
 
 
 def work(study: Study, space: SearchSpace, *, stop_before: int | None = None, prune: bool = True) -> None:
-    """Runs trials until the total is reached, or `stop_before` slot is next."""
+    """Run trials until the total is reached, or the trial index `stop_before` is next."""
     while (claimed := study.queue.claim()) is not None:
         trial, trial_index = claimed
         if trial_index == stop_before:
@@ -109,7 +119,7 @@ def run(study: Study, space: SearchSpace, trial: optuna.Trial, *, prune: bool = 
 
 
 def results(study: Study) -> dict[int, tuple[str, dict[str, Any], float | None, dict[int, float]]]:
-    """What came of each slot."""
+    """Trial index -> the result of its trial."""
     return {
         trial_index_of(trial): (trial.state.name, trial.params, trial.value, trial.intermediate_values)
         for trial in study.optuna.trials
@@ -117,10 +127,10 @@ def results(study: Study) -> dict[int, tuple[str, dict[str, Any], float | None, 
     }
 
 
-# Creating and going on
+# Create and resume
 
 
-def test_a_study_writes_down_what_it_searches(open_: Any, space_of: Any) -> None:
+def test_study_yaml_holds_the_metadata(open_: Any, space_of: Any) -> None:
     study = open_(seed=7, data_path=Path("some/images.zip"))
     metadata = find_study("s").metadata
     assert metadata["name"] == "s"
@@ -135,9 +145,7 @@ def test_a_study_writes_down_what_it_searches(open_: Any, space_of: Any) -> None
     assert (study.data_name, study.skip_broken) == ("digits", False)
 
 
-def test_the_data_are_found_again_from_another_folder(
-    open_: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_data_path_is_absolute(open_: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     open_(data_path=Path("some/images.zip"))
     images = Path.cwd().resolve() / "some" / "images.zip"
     monkeypatch.setenv("HPO_STUDIES", str(studies_root().resolve()))
@@ -151,14 +159,14 @@ def test_the_dashboard_names_the_axis_by_the_metric(open_: Any) -> None:
     assert find_study("s").optuna.metric_names == ["accuracy"]
 
 
-def test_the_storage_knows_the_study_without_its_yaml(open_: Any) -> None:
+def test_the_storage_holds_the_metadata_too(open_: Any) -> None:
     study = open_(seed=7)
     study.paths.study_yaml.unlink()
     assert open_().seed == 7
     assert study.paths.study_yaml.exists()
 
 
-def test_study_yaml_names_no_place_but_that_of_the_space(open_: Any) -> None:
+def test_study_yaml_does_not_hold_the_path_of_the_studies(open_: Any) -> None:
     study = open_()
     assert str(studies_root()) not in study.paths.study_yaml.read_text()
 
@@ -171,7 +179,7 @@ def test_a_study_may_be_moved_with_its_folder(open_: Any, monkeypatch: pytest.Mo
     assert find_study("s").counts().waiting == 3
 
 
-def test_another_space_is_refused_with_the_difference_and_the_way_out(open_: Any) -> None:
+def test_another_space_is_refused_with_the_difference_and_advice(open_: Any) -> None:
     open_()
     with pytest.raises(StudyError) as refused:
         open_(text=SPACE.replace("high: 10", "high: 20"))
@@ -187,7 +195,7 @@ def test_another_space_is_refused_with_the_difference_and_the_way_out(open_: Any
         ("objective: {metric: accuracy}", "objective: {metric: accuracy}\ntrials: 3\ndescription: better"),
     ],
 )
-def test_what_only_steers_may_change(open_: Any, old: str, new: str) -> None:
+def test_sampler_total_and_description_may_change(open_: Any, old: str, new: str) -> None:
     open_()
     open_(text=SPACE.replace("{name: random}" if "tpe" in new else old, new))
 
@@ -222,12 +230,12 @@ def test_another_file_of_weights_under_the_same_name_is_refused(open_: Any, spac
     with pytest.raises(StudyError, match=said):
         open_(text=tuned)
     with pytest.raises(StudyError, match=said):
-        study.check_weights(space_of(tuned).baseline)  # as `hpo refit` asks
+        study.check_weights(space_of(tuned).baseline)  # as `hpo refit` does
     with pytest.raises(StudyError, match=r"--take-over s: it was begun with other weights"):
         open_("new", text=tuned, take_over="s")
 
 
-def test_another_seed_is_refused_and_no_seed_is_the_studys_own(open_: Any) -> None:
+def test_another_seed_is_refused_and_the_default_is_the_studys_own(open_: Any) -> None:
     open_(seed=3)
     assert open_().seed == 3
     with pytest.raises(StudyError, match="begun with --seed 3, not 4"):
@@ -235,14 +243,14 @@ def test_another_seed_is_refused_and_no_seed_is_the_studys_own(open_: Any) -> No
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "-x", "a\\b", "a b", "x" * 101])
-def test_names_that_could_reach_outside_are_refused(open_: Any, name: str) -> None:
+def test_invalid_names_are_refused(open_: Any, name: str) -> None:
     with pytest.raises(StudyError, match="choose another"):
         open_(name)
     with pytest.raises(StudyError, match="choose another"):
         find_study(name)
 
 
-def test_a_journal_that_is_gone_is_not_silently_begun_anew(open_: Any) -> None:
+def test_a_missing_journal_is_not_silently_replaced(open_: Any) -> None:
     study = open_()
     study.paths.journal.unlink()
     with pytest.raises(StudyError, match="is gone"):
@@ -252,13 +260,13 @@ def test_a_journal_that_is_gone_is_not_silently_begun_anew(open_: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ["a: [", "just words", "{a: 1}"])
-def test_a_study_yaml_that_is_none_says_what_to_do(open_: Any, text: str) -> None:
+def test_a_damaged_study_yaml_is_reported_with_advice(open_: Any, text: str) -> None:
     open_().paths.study_yaml.write_text(text)
     with pytest.raises(StudyError, match="delete it and run the study again"):
         find_study("s")
 
 
-def test_studies_are_found_by_name_or_as_the_one_run_last(open_: Any) -> None:
+def test_studies_are_found_by_name_or_as_the_last_run(open_: Any) -> None:
     with pytest.raises(StudyError, match=r"no studies in .* hpo run digits"):
         find_study()
     for name, at in (("a", 100), ("b", 300), ("c", 200)):
@@ -278,10 +286,17 @@ def test_a_study_that_cannot_be_opened_does_not_hide_the_others(open_: Any, capl
     assert "study b cannot be opened" in caplog.text
 
 
-# Slots
+# The queue
 
 
-def test_slot_0_is_the_base_and_the_others_are_free(open_: Any, space_of: Any) -> None:
+def recipes_of(tmp_path: Path, **scales: float) -> str:
+    """The space with recipes that differ from the baseline in the learning rate."""
+    for name, scale in scales.items():
+        (tmp_path / f"{name}.yaml").write_text(f"epochs: 10\nbatch_size: 64\noptim: {{lr_scale: {scale}}}\n")
+    return SPACE + f"recipes: [{', '.join(f'{name}.yaml' for name in scales)}]\n"
+
+
+def test_trial_index_0_is_the_baseline_and_the_others_are_free(open_: Any, space_of: Any) -> None:
     study = open_()
     assert study.total is None
     assert study.queue.ensure_trials(4).waiting == 4
@@ -296,11 +311,8 @@ def test_slot_0_is_the_base_and_the_others_are_free(open_: Any, space_of: Any) -
     assert space_of().config(space_of().suggest(trial)) == space_of().baseline
 
 
-def test_recipes_that_the_space_can_express_are_the_first_slots(open_: Any, tmp_path: Path, space_of: Any) -> None:
-    same = {"base": 1.0, "inside": 5.0, "outside": 50.0}
-    for name, scale in same.items():
-        (tmp_path / f"{name}.yaml").write_text(f"epochs: 10\nbatch_size: 64\noptim: {{lr_scale: {scale}}}\n")
-    text = SPACE + f"recipes: [{', '.join(f'{name}.yaml' for name in same)}]\n"
+def test_recipes_that_the_space_can_express_come_first(open_: Any, tmp_path: Path, space_of: Any) -> None:
+    text = recipes_of(tmp_path, base=1.0, inside=5.0, outside=50.0)
     study = open_(text=text)
     study.queue.ensure_trials(4)
     recipes = {trial_index_of(trial): trial.user_attrs.get(RECIPE) for trial in study.optuna.trials}
@@ -311,39 +323,32 @@ def test_recipes_that_the_space_can_express_are_the_first_slots(open_: Any, tmp_
     assert [trial.user_attrs.get(RECIPE) for trial in study.optuna.trials].count("inside") == 1
 
 
-def recipes_of(tmp_path: Path, **scales: float) -> str:
-    """The space with recipes that are the base but for their learning rate."""
-    for name, scale in scales.items():
-        (tmp_path / f"{name}.yaml").write_text(f"epochs: 10\nbatch_size: 64\noptim: {{lr_scale: {scale}}}\n")
-    return SPACE + f"recipes: [{', '.join(f'{name}.yaml' for name in scales)}]\n"
-
-
-def test_recipes_without_a_slot_are_known(open_: Any, tmp_path: Path) -> None:
+def test_missing_recipes_are_those_that_no_trial_trains(open_: Any, tmp_path: Path) -> None:
     text = recipes_of(tmp_path, like_base=1.0, first=5.0, second=6.0, like_second=6.0, third=7.0, outside=50.0)
 
-    def unslotted(total: int) -> list[str]:
+    def missing(total: int) -> list[str]:
         study.queue.ensure_trials(total)
-        return [recipe.name for recipe in study.queue.unslotted_recipes()]
+        return [recipe.name for recipe in study.queue.missing_recipes()]
 
     study = open_(text=text)
-    assert [recipe.name for recipe in study.queue.unslotted_recipes()] == ["like_base", "first", "second", "third"]
-    assert unslotted(2) == ["second", "third"]
-    assert unslotted(4) == []
-    assert unslotted(6) == []
+    assert [recipe.name for recipe in study.queue.missing_recipes()] == ["like_base", "first", "second", "third"]
+    assert missing(2) == ["second", "third"]
+    assert missing(4) == []
+    assert missing(6) == []
     assert [trial.user_attrs.get(RECIPE) for trial in study.optuna.trials] == [
         "like_base", "first", "second", "third", None, None,
     ]  # fmt: skip
-    assert unslotted(3) == ["third"]  # it waits beyond the total, where no worker comes
+    assert missing(3) == ["third"]  # it waits beyond the total, where no worker comes
 
 
-def test_a_recipe_that_comes_after_all_slots_were_queued_has_none(open_: Any, tmp_path: Path) -> None:
+def test_a_recipe_that_is_added_after_all_trials_were_queued_is_missing(open_: Any, tmp_path: Path) -> None:
     open_().queue.ensure_trials(3)
     study = open_(text=recipes_of(tmp_path, late=5.0, like_base=1.0))
     study.queue.ensure_trials(3)
-    assert [recipe.name for recipe in study.queue.unslotted_recipes()] == ["late"]
+    assert [recipe.name for recipe in study.queue.missing_recipes()] == ["late"]
     study.queue.ensure_trials(4)
     assert study.optuna.trials[3].user_attrs[RECIPE] == "late"
-    assert study.queue.unslotted_recipes() == []
+    assert study.queue.missing_recipes() == []
 
 
 def test_the_total_is_a_total(open_: Any, space_of: Any) -> None:
@@ -359,7 +364,7 @@ def test_the_total_is_a_total(open_: Any, space_of: Any) -> None:
     assert len(study.optuna.trials) == 8
 
 
-def test_a_smaller_total_leaves_the_other_slots_waiting(open_: Any, space_of: Any) -> None:
+def test_a_smaller_total_leaves_the_other_trials_waiting(open_: Any, space_of: Any) -> None:
     study = open_()
     study.queue.ensure_trials(9)
     study.queue.ensure_trials(3)
@@ -368,7 +373,7 @@ def test_a_smaller_total_leaves_the_other_slots_waiting(open_: Any, space_of: An
     assert study.counts().waiting == 6
 
 
-def test_slots_that_two_processes_queued_at_once_are_worked_off_once(open_: Any, space_of: Any) -> None:
+def test_trials_that_two_processes_queued_at_once_run_once(open_: Any, space_of: Any) -> None:
     study = open_()
     study.queue.ensure_trials(3)
     for trial_index in (0, 1, 2):  # what a second process adds that had seen none of them
@@ -380,7 +385,7 @@ def test_slots_that_two_processes_queued_at_once_are_worked_off_once(open_: Any,
     assert study.counts().waiting == 0
 
 
-def test_counts_say_how_the_slots_stand(open_: Any, space_of: Any) -> None:
+def test_counts_are_by_state(open_: Any, space_of: Any) -> None:
     study = open_()
     study.queue.ensure_trials(6)
     for state, failure in (("complete", None), ("pruned", None), ("pruned", "oom")):
@@ -416,7 +421,7 @@ def test_a_complete_trial_has_a_finite_value(open_: Any, value: float | None) ->
         study.queue.finish(trial, "complete", value)
 
 
-def test_a_trained_trial_gives_back_its_configuration(open_: Any, space_of: Any) -> None:
+def test_the_configuration_of_a_complete_trial_is_known(open_: Any, space_of: Any) -> None:
     from core.runtime import derive_seed
 
     text = SPACE + "  model.widths: {choices: [[64, 128, 256, 512], [32, 64, 128, 256]]}\n"
@@ -442,7 +447,67 @@ def test_a_trained_trial_gives_back_its_configuration(open_: Any, space_of: Any)
         study.trained(9)
 
 
-# Interrupted and retried
+# Studies of version 0.1.0, which named the attributes `slot` and `base`
+
+
+@pytest.fixture
+def old_study(open_: Any, space_of: Any) -> Study:
+    """Two finished trials, two interrupted ones and two waiting ones of version 0.1.0."""
+    study: Study = open_("old")
+    study.queue.ensure_trials(6)
+    work(study, space_of(), stop_before=2)
+    trials = study.optuna.trials
+    study.optuna._storage.delete_study(study.optuna._study_id)
+    study.paths.study_yaml.unlink()
+    study = open_("old")
+    for trial in trials:
+        old_names = {TRIAL_INDEX: "slot", BASELINE: "base"}
+        trial.user_attrs = {old_names.get(name, name): value for name, value in trial.user_attrs.items()}
+        study.optuna.add_trial(trial)
+    return study
+
+
+def test_a_study_with_old_and_new_trials_is_completed_and_read(open_: Any, space_of: Any, old_study: Study) -> None:
+    new = open_("new")
+    new.queue.ensure_trials(8)
+    work(new, space_of())
+    trial, _ = old_study.queue.claim()  # an attempt at an old trial that is interrupted
+    old_study.queue.release(trial)
+    old_study.queue.ensure_trials(8)
+    assert old_study.counts().waiting == 6
+    work(old_study, space_of())
+    assert results(old_study) == results(new)
+    attributes = [trial.user_attrs for trial in old_study.optuna.trials]
+    assert any("slot" in known for known in attributes)
+    assert any(TRIAL_INDEX in known for known in attributes)
+    assert not any("slot" in known and TRIAL_INDEX in known for known in attributes)
+    assert [trial_index_of(trial) for trial in old_study.optuna.trials if is_baseline(trial)] == [0]
+    frame = trials_frame(old_study)
+    assert sorted(frame.trial_index) == list(range(8))
+    assert frame.baseline.sum() == 1
+    assert not {"slot", "base"} & set(frame.columns)
+
+
+def test_old_trials_are_imported_under_new_names(open_: Any, space_of: Any, old_study: Study) -> None:
+    new = open_("new", take_over="old")
+    assert [set(trial.user_attrs) & {"slot", "base", TRIAL_INDEX, BASELINE} for trial in new.optuna.trials] == [
+        {TRIAL_INDEX, BASELINE},
+        {TRIAL_INDEX},
+    ]
+    new.queue.ensure_trials(4)
+    assert [trial_index_of(trial) for trial in new.optuna.trials] == [0, 1, 2, 3]
+
+
+def test_an_old_baseline_that_was_interrupted_is_requeued_under_new_names(open_: Any) -> None:
+    study = open_()
+    study.optuna.enqueue_trial({}, user_attrs={"slot": 0, "base": True})
+    trial, _ = study.queue.claim()
+    study.queue.release(trial)
+    assert study.optuna.trials[1].user_attrs == {TRIAL_INDEX: 0, BASELINE: True}
+    assert study.queue.ensure_trials(1).waiting == 1
+
+
+# Interrupted trials and retries
 
 
 def test_a_released_trial_is_queued_again_with_its_parameters(open_: Any, space_of: Any) -> None:
@@ -455,21 +520,21 @@ def test_a_released_trial_is_queued_again_with_its_parameters(open_: Any, space_
     study.queue.release(trial)
     assert study.optuna.trials[trial.number].state == TrialState.FAIL
     assert study.optuna.trials[trial.number].user_attrs[INTERRUPTED] is True
-    again, same_slot = study.queue.claim()
-    assert same_slot == trial_index == 1
-    assert again.number > 2  # after the slots that were queued first, and yet before them in line
+    again, same_index = study.queue.claim()
+    assert same_index == trial_index == 1
+    assert again.number > 2  # queued after the others, and claimed before them
     assert space_of().suggest(again) == params
     assert again.user_attrs[TRIAL_INDEX] == 1
     assert INTERRUPTED not in again.user_attrs
     again.report(0.1, 1)  # by a checkpoint's history: nothing is reported yet
 
 
-def test_a_retried_trial_has_no_pictures_of_the_attempt_before(open_: Any, tmp_path: Path) -> None:
+def test_a_retried_trial_has_no_artifacts_of_the_earlier_attempt(open_: Any, tmp_path: Path) -> None:
     study = open_()
     study.queue.ensure_trials(1)
     trial, _ = study.queue.claim()
     (tmp_path / "curves.png").write_bytes(b"a picture")
-    attach(trial, tmp_path / "curves.png", study.artifact_store())
+    attach(trial, tmp_path / "curves.png", study.files.dashboard_store())
     study.optuna._storage.set_trial_system_attr(trial._trial_id, "rung:2", [1, 1, True])
     study.queue.release(trial)
     before, again = study.optuna.trials
@@ -480,7 +545,7 @@ def test_a_retried_trial_has_no_pictures_of_the_attempt_before(open_: Any, tmp_p
     assert again.system_attrs["rung:2"] == [1, 1, True]
 
 
-def test_a_trial_that_was_taken_away_is_dropped_quietly(open_: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_result_of_a_reclaimed_trial_is_dropped(open_: Any, caplog: pytest.LogCaptureFixture) -> None:
     study = open_()
     study.queue.ensure_trials(2)
     trial, _ = study.queue.claim()
@@ -494,7 +559,7 @@ def test_a_trial_that_was_taken_away_is_dropped_quietly(open_: Any, caplog: pyte
     assert study.counts().waiting == 2
 
 
-def test_a_slot_whose_attempts_were_all_cut_off_is_queued_by_the_next_run(open_: Any, space_of: Any) -> None:
+def test_an_index_without_a_trial_is_queued_by_the_next_run(open_: Any, space_of: Any) -> None:
     study = open_()
     study.queue.ensure_trials(2)
     trial, _ = study.queue.claim()
@@ -518,32 +583,16 @@ images = SimpleNamespace(name="digits", fingerprint="ab" * 32, classes=("0", "1"
 study = open_study(space, name="s", dataset=images, storage_url=sys.argv[2] or None)
 """
 CLAIM = """
-trial, slot = study.queue.claim()
+trial, trial_index = study.queue.claim()
 space.suggest(trial)
-print(slot, flush=True)
+print(trial_index, flush=True)
 time.sleep(600)
-"""
-WORK = """
-import os
-from pathlib import Path
-study.queue.ensure_trials(16)
-here = Path(sys.argv[1]).parent
-(here / f"ready.{os.getpid()}").touch()
-while len(list(here.glob("ready.*"))) < 2:  # neither works the study off before the other is there
-    time.sleep(0.01)
-while (claimed := study.queue.claim()) is not None:
-    trial, _ = claimed
-    params = space.suggest(trial)
-    for epoch in range(1, 4):
-        trial.report(epoch, epoch)
-    study.queue.finish(trial, "complete", params["augment.strength"])
-assert "torch" not in sys.modules
 """
 
 
 @pytest.fixture
 def claimer(tmp_path: Path) -> Iterator[Any]:
-    """Starts a process that claims a trial of study `s` and holds it."""
+    """Start a process that claims a trial of study `s` and keeps it running."""
     processes = []
 
     def start() -> tuple[subprocess.Popen[str], int]:
@@ -560,21 +609,19 @@ def claimer(tmp_path: Path) -> Iterator[Any]:
         process.stdout.close()
 
 
-def test_what_a_killed_process_held_is_reaped_and_what_a_live_one_holds_is_not(
-    open_: Any, space_of: Any, claimer: Any
-) -> None:
+def test_only_the_trials_of_dead_processes_are_reclaimed(open_: Any, space_of: Any, claimer: Any) -> None:
     study = open_()
     study.queue.ensure_trials(3)
     process, trial_index = claimer()
     assert trial_index == 0
-    assert study.queue.reap() == []
+    assert study.queue.reclaim() == []
     assert study.counts().running == 1
     process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while not (reaped := study.queue.reap()):  # dead, though its parent has not waited for it yet
+    while not (reclaimed := study.queue.reclaim()):  # dead, though its parent has not waited for it yet
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert reaped == [0]
+    assert reclaimed == [0]
     work(study, space_of())
     assert study.counts().finished == 3
     assert study.counts().running == 0
@@ -596,16 +643,16 @@ def lease(study: Study, trial: optuna.Trial, **change: Any) -> None:
         ({"pid": 2**22 + 1}, True),
     ],
 )
-def test_a_lease_names_one_process_of_one_boot_of_one_machine(open_: Any, change: dict[str, Any], dead: bool) -> None:
+def test_a_lease_identifies_host_boot_and_process(open_: Any, change: dict[str, Any], dead: bool) -> None:
     study = open_()
     study.queue.ensure_trials(1)
     trial, _ = study.queue.claim()
     lease(study, trial, **change)
-    assert study.queue.reap() == ([0] if dead else [])
+    assert study.queue.reclaim() == ([0] if dead else [])
 
 
 @pytest.mark.parametrize(("age_s", "dead"), [(0, False), (3600, True)])
-def test_a_running_trial_without_a_lease_is_dead_after_a_while(
+def test_a_running_trial_without_a_lease_is_reclaimed_after_a_while(
     open_: Any, monkeypatch: pytest.MonkeyPatch, age_s: float, dead: bool
 ) -> None:
     study = open_()
@@ -613,10 +660,10 @@ def test_a_running_trial_without_a_lease_is_dead_after_a_while(
     waiting = study.optuna.trials[0]
     study.optuna._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
     monkeypatch.setattr("hpo.storage.lease._GRACE_S", 60 - age_s)
-    assert study.queue.reap() == ([0] if dead else [])
+    assert study.queue.reclaim() == ([0] if dead else [])
 
 
-def test_a_trial_that_another_host_holds_is_named_and_given_back_by_force_alone(open_: Any) -> None:
+def test_a_trial_of_another_host_is_reclaimed_by_force_only(open_: Any) -> None:
     study = open_()
     study.queue.ensure_trials(3)
     study.queue.claim()  # by this process, which lives
@@ -624,14 +671,14 @@ def test_a_trial_that_another_host_holds_is_named_and_given_back_by_force_alone(
     assert study.queue.held_elsewhere() == []
     lease(study, trial, host="container-1f")
     assert study.queue.held_elsewhere() == [(1, "container-1f", study.optuna.trials[1].datetime_start)]
-    assert study.queue.reap() == []
-    assert study.queue.reap(force=True) == [trial_index]
+    assert study.queue.reclaim() == []
+    assert study.queue.reclaim(force=True) == [trial_index]
     assert study.queue.held_elsewhere() == []
     counts = study.counts()
     assert (counts.running, counts.waiting) == (1, 2)
 
 
-def test_two_reapers_queue_a_slot_once(open_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_reclaim_a_trial_once(open_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     study = open_()
     study.queue.ensure_trials(1)
     study.queue.claim()
@@ -641,7 +688,7 @@ def test_two_reapers_queue_a_slot_once(open_: Any, monkeypatch: pytest.MonkeyPat
     assert len(study.optuna.trials) == 2
 
 
-# Samplers by slot
+# Samplers by trial index
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -685,11 +732,11 @@ def test_another_seed_is_another_search(open_: Any, space_of: Any) -> None:
         study.queue.ensure_trials(3)
         work(study, space_of())
     first, second = (results(study) for study in studies)
-    assert first[0] == second[0]  # the base
+    assert first[0] == second[0]  # the baseline
     assert first[1] != second[1]
 
 
-def test_tpe_is_optunas_and_learns(open_: Any, space_of: Any) -> None:
+def test_tpe_learns(open_: Any, space_of: Any) -> None:
     text = SPACE.replace("{name: random}", "{name: tpe, startup_trials: 10}")
     study = open_(text=text)
     study.queue.ensure_trials(40)
@@ -698,8 +745,8 @@ def test_tpe_is_optunas_and_learns(open_: Any, space_of: Any) -> None:
     assert sum(values[-10:]) / 10 > sum(values[1:11]) / 10 + 0.1
 
 
-def test_tpe_keeps_away_from_where_trials_fail(open_: Any, space_of: Any) -> None:
-    """Half of the space runs out of memory; plain prunes would look like any other early end."""
+def test_tpe_avoids_the_region_where_trials_fail(open_: Any, space_of: Any) -> None:
+    """Half of the space runs out of memory, which the sampler learns from the constraint."""
     text = SPACE.replace("{name: random}", "{name: tpe, startup_trials: 10}")
     study, space = open_(text=text), space_of(text)
     study.queue.ensure_trials(60)
@@ -730,27 +777,6 @@ def test_constraints_raise_no_warning_under_cmaes(open_: Any, space_of: Any) -> 
     assert study.counts().failures == 3
 
 
-# Several processes
-
-
-def work_together(url: str | None, tmp_path: Path) -> None:
-    """Two processes begin the same study at once and work it off."""
-    for left in tmp_path.glob("ready.*"):
-        left.unlink()
-    command = [sys.executable, "-c", OPEN + WORK, str(tmp_path / "space.yaml"), url or ""]
-    workers = [subprocess.Popen(command) for _ in range(2)]
-    assert [worker.wait(120) for worker in workers] == [0, 0]
-
-
-def test_two_processes_that_begin_at_once_make_exactly_the_total(space_of: Any, tmp_path: Path) -> None:
-    space_of()
-    work_together(None, tmp_path)
-    study = find_study("s")
-    assert study.counts().finished == 16
-    assert sorted(results(study)) == list(range(16))
-    assert len({trial.user_attrs["lease"]["pid"] for trial in study.optuna.trials if "lease" in trial.user_attrs}) == 2
-
-
 # Storages
 
 
@@ -779,7 +805,9 @@ def close(study: Study) -> None:
     study.optuna._storage._backend.engine.dispose()
 
 
-def test_a_database_holds_a_study_as_a_journal_does(open_: Any, space_of: Any, database: str, claimer: Any) -> None:
+def test_a_study_in_a_database_has_the_results_of_one_in_a_journal(
+    open_: Any, space_of: Any, database: str, claimer: Any
+) -> None:
     journal = open_("journal")
     journal.queue.ensure_trials(6)
     work(journal, space_of())
@@ -792,21 +820,12 @@ def test_a_database_holds_a_study_as_a_journal_does(open_: Any, space_of: Any, d
     assert trial_index == 2
     process.kill()
     process.wait()
-    study = open_()  # study.yaml knows where it lies
+    study = open_()  # study.yaml holds the URL
     assert study.storage_url == database
-    assert study.queue.reap() == [2]
+    assert study.queue.reclaim() == [2]
     study.queue.ensure_trials(6)
     work(study, space_of())
     assert results(study) == results(journal)
-    close(study)
-
-
-def test_two_processes_make_exactly_the_total_in_a_database(space_of: Any, tmp_path: Path, database: str) -> None:
-    space_of()
-    work_together(database, tmp_path)
-    study = find_study("s")
-    assert study.counts().finished == 16
-    assert sorted(results(study)) == list(range(16))
     close(study)
 
 
@@ -816,7 +835,7 @@ def test_another_storage_is_refused(open_: Any, tmp_path: Path) -> None:
         open_(storage_url=f"sqlite:///{tmp_path / 'x.db'}")
 
 
-def test_a_journal_may_lie_elsewhere(open_: Any, tmp_path: Path) -> None:
+def test_a_journal_may_be_in_another_folder_and_shared(open_: Any, tmp_path: Path) -> None:
     open_(storage_url=str(tmp_path / "shared" / "all.log")).queue.ensure_trials(2)
     assert (tmp_path / "shared" / "all.log").exists()
     assert find_study("s").counts().waiting == 2
@@ -824,7 +843,7 @@ def test_a_journal_may_lie_elsewhere(open_: Any, tmp_path: Path) -> None:
     assert find_study("s").counts().waiting == 2
 
 
-def test_a_storage_with_someone_elses_study_is_refused(open_: Any, tmp_path: Path) -> None:
+def test_a_study_of_another_program_is_refused(open_: Any, tmp_path: Path) -> None:
     journal = str(tmp_path / "theirs.log")
     optuna.create_study(study_name="s", storage=open_storage(journal), direction="maximize").optimize(
         lambda trial: trial.suggest_float("x", 0, 1), n_trials=1
@@ -849,7 +868,7 @@ def test_a_storage_with_someone_elses_study_is_refused(open_: Any, tmp_path: Pat
         ("postgresql+psycopg://u@[::1/x", "not a storage|cannot be opened"),
     ],
 )
-def test_a_storage_that_will_not_do_is_said_in_one_line(open_: Any, url: str, match: str) -> None:
+def test_an_unusable_storage_is_reported_in_one_line(open_: Any, url: str, match: str) -> None:
     with pytest.raises(StudyError, match=match) as refused:
         open_(storage_url=url)
     assert "\n" not in str(refused.value)
@@ -878,9 +897,7 @@ def test_passwords_are_masked(url: str, shown: str) -> None:
     assert mask(url) == shown
 
 
-def test_a_password_is_never_written_down(
-    open_: Any, database: str, space_of: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_password_is_never_stored(open_: Any, database: str, space_of: Any, caplog: pytest.LogCaptureFixture) -> None:
     if database.startswith("sqlite"):
         pytest.skip("SQLite has no passwords")
     secret = database.replace("root@", "root:hunter2@")  # trust authentication takes any
@@ -921,7 +938,7 @@ def test_a_torn_last_line_is_cut_off(open_: Any, space_of: Any, cut: int, caplog
     assert study.counts().finished == 3
 
 
-def test_a_torn_record_with_a_whole_one_behind_it_is_taken_out(open_: Any, space_of: Any) -> None:
+def test_a_torn_record_in_front_of_a_complete_one_is_removed(open_: Any, space_of: Any) -> None:
     study = open_()
     study.queue.ensure_trials(3)
     work(study, space_of(), stop_before=2)
@@ -937,7 +954,7 @@ def test_a_torn_record_with_a_whole_one_behind_it_is_taken_out(open_: Any, space
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 50, b'{"op_code":4,"wor\n', b"{"])
-def test_other_tails_of_a_power_cut_are_cut_off_too(open_: Any, tail: bytes) -> None:
+def test_other_tails_after_a_power_failure_are_cut_off_too(open_: Any, tail: bytes) -> None:
     study = open_()
     study.queue.ensure_trials(2)
     with study.paths.journal.open("ab") as journal:
@@ -947,7 +964,7 @@ def test_other_tails_of_a_power_cut_are_cut_off_too(open_: Any, tail: bytes) -> 
     assert find_study("s").counts().waiting == 3
 
 
-def test_damage_in_the_middle_stops_with_its_line_and_changes_nothing(open_: Any) -> None:
+def test_damage_in_the_middle_is_an_error_with_its_line_and_changes_nothing(open_: Any) -> None:
     study = open_()
     study.queue.ensure_trials(3)
     lines = study.paths.journal.read_bytes().splitlines(keepends=True)
@@ -971,10 +988,10 @@ def test_a_finished_trial_is_synced_to_the_disk(open_: Any, monkeypatch: pytest.
     assert len(synced) == 1
 
 
-# Taking over
+# Imported trials
 
 
-def test_trials_that_fit_are_taken_over_under_the_new_distributions(open_: Any, space_of: Any) -> None:
+def test_fitting_trials_are_imported_with_the_new_distributions(open_: Any, space_of: Any) -> None:
     old = open_("old", seed=3)
     old.queue.ensure_trials(20)
     while (claimed := old.queue.claim()) is not None:
@@ -1018,7 +1035,7 @@ def test_trials_that_fit_are_taken_over_under_the_new_distributions(open_: Any, 
 NEW_BASE = SPACE.replace("batch_size: 64}", "batch_size: 64, optim: {lr_scale: 2.0}}")
 
 
-def test_a_new_base_is_a_trial_beside_those_that_are_taken_over(open_: Any, space_of: Any) -> None:
+def test_a_new_baseline_is_queued_beside_the_imported_trials(open_: Any, space_of: Any) -> None:
     old = open_("old")
     old.queue.ensure_trials(4)
     work(old, space_of(), prune=False)
@@ -1028,14 +1045,14 @@ def test_a_new_base_is_a_trial_beside_those_that_are_taken_over(open_: Any, spac
     assert sorted(trials) == list(range(6))
     assert [trial_index for trial_index, trial in trials.items() if BASELINE in trial.user_attrs] == [0]
     assert trials[0].system_attrs["fixed_params"] == space_of(NEW_BASE).baseline_params()
-    assert trials[4].user_attrs[TAKEN_FROM] == "old/0"  # the old base, out of the new one's way
+    assert trials[4].user_attrs[TAKEN_FROM] == "old/0"  # the old baseline, moved for the new one
     assert new.trained(trials[4].number).config == old.trained(0).config
     work(new, space_of(NEW_BASE), prune=False)
     assert new.counts().finished == 6
     assert results(new)[0][1] == space_of(NEW_BASE).baseline_params()
 
 
-def test_a_new_base_is_trained_though_every_slot_was_taken_over(open_: Any, space_of: Any) -> None:
+def test_a_new_baseline_is_trained_even_if_every_index_was_imported(open_: Any, space_of: Any) -> None:
     old = open_("old")
     old.queue.ensure_trials(3)
     work(old, space_of(), prune=False)
@@ -1047,7 +1064,7 @@ def test_a_new_base_is_trained_though_every_slot_was_taken_over(open_: Any, spac
 
 
 @pytest.mark.parametrize(("state", "is_base"), [("complete", True), ("pruned", False)])
-def test_a_trial_that_is_the_new_base_and_complete_stands_for_it(
+def test_a_complete_imported_trial_with_the_new_baselines_parameters_is_the_baseline(
     open_: Any, space_of: Any, state: Any, is_base: bool
 ) -> None:
     old = open_("old")
@@ -1063,7 +1080,7 @@ def test_a_trial_that_is_the_new_base_and_complete_stands_for_it(
     assert len(new.optuna.trials) == 5
 
 
-def test_a_trial_taken_over_is_a_recipe_if_it_is_one_of_the_new_space(
+def test_an_imported_trial_with_the_parameters_of_a_recipe_is_that_recipe(
     open_: Any, space_of: Any, tmp_path: Path
 ) -> None:
     text = recipes_of(tmp_path, dropped=3.0, retuned=4.0, kept=5.0, cut_short=6.0)
@@ -1089,7 +1106,7 @@ def test_a_trial_taken_over_is_a_recipe_if_it_is_one_of_the_new_space(
         (("batch_size: 64}", "batch_size: 64, model: {se: true}}"), "none of its 3 finished trials fits"),
     ],
 )
-def test_trials_that_are_not_comparable_are_not_taken_over(
+def test_trials_that_are_not_comparable_are_not_imported(
     open_: Any, space_of: Any, change: tuple[str, str], match: str
 ) -> None:
     old = open_("old")
@@ -1099,13 +1116,13 @@ def test_trials_that_are_not_comparable_are_not_taken_over(
         open_("new", SPACE.replace(*change), take_over="old")
 
 
-def test_trials_on_other_images_are_not_taken_over(open_: Any) -> None:
+def test_trials_on_other_images_are_not_imported(open_: Any) -> None:
     open_("old").queue.ensure_trials(1)
     with pytest.raises(StudyError, match="begun with other images"):
         open_("new", dataset=Images(fingerprint="cd" * 32), take_over="old")
 
 
-def test_the_pruner_and_the_sampler_are_the_spaces(open_: Any) -> None:
+def test_the_pruner_is_that_of_the_space(open_: Any) -> None:
     study = open_()
     assert isinstance(study.optuna.pruner, RungPruner)
     assert study.optuna.pruner.rungs == (2, 5)

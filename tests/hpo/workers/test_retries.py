@@ -74,13 +74,13 @@ def die(space: SearchSpace, *, doing: str = "training") -> None:
 def test_a_slot_is_begun_again_as_often_as_is_allowed_and_then_counts_as_failed_to_train(
     study: Study, space: SearchSpace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    study.remember_retries(2)
+    study.settings.retries = 2
     for crashes in (1, 2):
         die(space)
-        assert study.queue.reap() == [0]
+        assert study.queue.reclaim() == [0]
         assert study.optuna.trials[-1].user_attrs[CRASHES] == crashes
     die(space)
-    assert study.queue.reap() == []
+    assert study.queue.reclaim() == []
     last = study.optuna.trials[-1]
     assert (last.state, last.user_attrs[FAILURE], last.user_attrs[CRASHES]) == (TrialState.PRUNED, "crashed", 3)
     assert last.value == 0.5  # as of any pruned trial: what it had reported
@@ -93,9 +93,9 @@ def test_a_slot_is_begun_again_as_often_as_is_allowed_and_then_counts_as_failed_
 
 
 def test_what_dies_before_it_has_parameters_is_nobodys_fault(study: Study, space: SearchSpace) -> None:
-    study.remember_retries(0)
+    study.settings.retries = 0
     die(space, doing="nothing")
-    assert study.queue.reap() == [0]
+    assert study.queue.reclaim() == [0]
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
 
@@ -109,29 +109,29 @@ def test_an_interrupt_is_no_crash_and_a_fault_is_one(study: Study, space: Search
 
 
 def test_a_machine_that_went_down_with_its_processes_is_no_crash(study: Study, space: SearchSpace) -> None:
-    study.remember_retries(0)
+    study.settings.retries = 0
     claimed = study.queue.claim()
     assert claimed is not None
     space.suggest(claimed[0])
     study.optuna._storage.set_trial_user_attr(claimed[0]._trial_id, LEASE, {**own_lease(), "boot": "another"})
-    assert study.queue.reap() == [0]
+    assert study.queue.reclaim() == [0]
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
 
 def test_processes_that_were_ended_with_their_parent_are_no_crash(study: Study, space: SearchSpace) -> None:
-    study.remember_retries(0)
+    study.settings.retries = 0
     die(space)
     [dead] = study.queue._running()
     lease = {**dead.user_attrs[LEASE], "parent": dead.user_attrs[LEASE]}
     study.optuna._storage.set_trial_user_attr(dead._trial_id, LEASE, lease)
-    assert study.queue.reap() == [0]
+    assert study.queue.reclaim() == [0]
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
 
 def test_two_that_give_a_trial_up_at_once_end_it_once(
     study: Study, space: SearchSpace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    study.remember_retries(0)
+    study.settings.retries = 0
     die(space)
     [dead] = study.queue._running()
     caplog.set_level(logging.WARNING)
@@ -195,10 +195,9 @@ def test_another_run_without_a_total_of_its_own_does_not_lower_the_studys(
 
 
 def test_the_number_of_retries_is_remembered_for_all_who_work_on_the_study(study: Study) -> None:
-    assert study.retries == 3
-    study.remember_retries(7)
-    study.remember_retries(None)
-    assert find_study("own").retries == 7
+    assert study.settings.retries == 3
+    study.settings.retries = 7
+    assert find_study("own").settings.retries == 7
 
 
 def test_only_the_trials_of_living_processes_are_waited_for(study: Study, space: SearchSpace) -> None:
@@ -230,7 +229,7 @@ def test_processes_of_another_container_with_the_same_name_are_not_taken_for_dea
     claimed = study.queue.claim()
     assert claimed is not None
     monkeypatch.setattr(lease, "_pid_namespace", lambda: "#17")
-    assert study.queue.reap() == []
+    assert study.queue.reclaim() == []
     [held] = study.queue.held_elsewhere()
     assert held.number == 0
 
@@ -352,23 +351,23 @@ def test_a_study_that_no_worker_can_join_says_what_to_do(study: Study) -> None:
 
 def test_artifacts_stay_where_they_are(study: Study, space: SearchSpace, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"^--artifacts is empty; give a folder or a URL, or leave it out$"):
-        study.use_depot("")
-    study.use_depot(str(tmp_path / "depot"))
-    assert study.depot is not None
-    find_study("own").use_depot(str(tmp_path / "depot"))
+        study.files.use_store("")
+    study.files.use_store(str(tmp_path / "depot"))
+    assert study.files.store is not None
+    find_study("own").files.use_store(str(tmp_path / "depot"))
     with pytest.raises(
         StudyError,
         match=r"^study own keeps its artifacts in .*/depot; leave --artifacts out, or choose another --study$",
     ):
-        find_study("own").use_depot(str(tmp_path / "other"))
+        find_study("own").files.use_store(str(tmp_path / "other"))
 
 
 def test_a_study_that_has_begun_keeps_its_artifacts_in_its_folder(study: Study, tmp_path: Path) -> None:
     assert study.queue.claim() is not None
     with pytest.raises(StudyError, match=r"^study own keeps its artifacts in .*/studies/own; leave --artifacts out"):
-        study.use_depot(str(tmp_path / "depot"))
-    study.use_depot(None)
-    assert study.depot is None
+        study.files.use_store(str(tmp_path / "depot"))
+    study.files.use_store(None)
+    assert study.files.store is None
 
 
 def test_a_password_of_the_artifacts_is_not_remembered_and_has_to_be_given_again(study: Study) -> None:
@@ -377,7 +376,7 @@ def test_a_password_of_the_artifacts_is_not_remembered_and_has_to_be_given_again
         StudyError,
         match=r"^study own: give --artifacts ftp://me:\*\*\*@host/hpo with the password, which is not stored$",
     ):
-        find_study("own").use_depot(None)
+        find_study("own").files.use_store(None)
 
 
 def test_an_sqlite_file_is_not_taken_for_a_journal(tmp_path: Path) -> None:
