@@ -2,7 +2,7 @@
 
 The best of many noisy scores is partly luck. Other criteria on the same trials are lucky elsewhere: the score at a
 rung; the mean over a trial's neighbours in the search space, which one lucky training hardly moves; the recipes, tuned
-by others; and the baseline, which is to be beaten.
+by others; and the baseline.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ _ADAPTER = TypeAdapter(Confirmation)
 
 
 def current_key(key: str) -> str:
-    """Return the key of a contender in this version, whatever version wrote it."""
+    """Return the key of a contender in this version's spelling."""
     return BASELINE if key == _OLD_BASELINE else key
 
 

@@ -149,7 +149,7 @@ def note_study(study: Study, space: SearchSpace) -> None:
 
 
 def study_note(study: Study, space: SearchSpace) -> str:
-    """Describe a study as Markdown: what it searches, whether its winner is confirmed, and the next commands."""
+    """Describe a study as Markdown: its search space, data, confirmation and the next commands."""
     name = shlex.quote(study.name)
     storage = f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
     verdict = study.settings.verdict

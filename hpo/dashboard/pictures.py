@@ -144,7 +144,7 @@ def confusion_matrix(confusion: ArrayLike, classes: Sequence[str], path: Path, *
     figure.text((left + matrix / 2) / width, 0.08 / height, "predicted", ha="center", fontsize=TEXT, color=INK)
     figure.text(0.08 / width, (below + matrix / 2) / height, "true", va="center", rotation=90, fontsize=TEXT, color=INK)
     total = int(counts.sum())
-    axes.set_title(f"{int(counts.trace()):,} of {total:,} right" if total else "no images", fontsize=TEXT, color=INK)
+    axes.set_title(f"{int(counts.trace()):,} of {total:,} correct" if total else "no images", fontsize=TEXT, color=INK)
     _save(figure, path, title)
 
 

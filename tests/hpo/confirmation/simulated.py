@@ -23,7 +23,7 @@ Score = Callable[[Mapping[str, Any], random.Random], float]
 
 @dataclass(frozen=True)
 class Images:
-    """What a study asks of a data set."""
+    """The part of a data set that a study reads."""
 
     name: str = "digits"
     fingerprint: str = "ab" * 32

@@ -1,4 +1,4 @@
-"""`hpo confirm`: who is trained again and why, on which seeds and splits, who is stopped, and what is said of it."""
+"""`hpo confirm`: the candidates and their reasons, their seeds and splits, early stopping, and the result."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def configs_of(study: Study) -> dict[int, list[TrainConfig]]:
     return found
 
 
-# What comes of it
+# The result
 
 
 def test_a_planted_better_configuration_is_confirmed(studies: Path) -> None:
@@ -122,19 +122,19 @@ def test_a_planted_better_configuration_is_confirmed(studies: Path) -> None:
     assert "better than the baseline by" in confirmation.verdict
 
 
-def test_a_search_that_cannot_beat_its_base_ends_with_no_evidence(studies: Path) -> None:
+def test_a_search_that_cannot_beat_its_baseline_has_no_significant_gain(studies: Path) -> None:
     confirmation = result_of("hopeless")
     assert not confirmation.evidence
     assert confirmation.winner == "baseline"
     assert confirmation.verdict.startswith("no significant gain")
 
 
-def test_the_verdict_stands_in_the_storage_of_the_search(studies: Path) -> None:
+def test_the_verdict_is_in_the_storage_of_the_search(studies: Path) -> None:
     for name in ("planted", "hopeless"):
         assert find_study(name).settings.verdict == result_of(name).verdict
 
 
-def test_the_result_counts_what_was_trained(studies: Path) -> None:
+def test_the_result_counts_trainings_and_epochs(studies: Path) -> None:
     confirmation, study = result_of("planted"), find_study("planted.confirm")
     complete = [trial for trial in study.optuna.get_trials() if trial.state == TrialState.COMPLETE]
     assert confirmation.trainings == len(complete) == sum(len(one.scores) for one in confirmation.contenders)
@@ -149,7 +149,7 @@ def test_the_result_counts_what_was_trained(studies: Path) -> None:
 # Seeds and splits
 
 
-def test_all_of_a_replicate_train_on_one_seed_and_one_split_which_no_other_has(studies: Path, digits: Dataset) -> None:
+def test_all_trainings_of_a_replicate_share_a_new_seed_and_a_new_split(studies: Path, digits: Dataset) -> None:
     search, study = find_study("planted"), find_study("planted.confirm")
     by_replicate = configs_of(study)
     assert {len(configs) for configs in by_replicate.values()} == {2}
@@ -164,7 +164,7 @@ def test_all_of_a_replicate_train_on_one_seed_and_one_split_which_no_other_has(s
     assert len(validated) == len(by_replicate)
 
 
-def test_a_candidate_is_what_the_search_trained_but_for_seed_and_split(studies: Path) -> None:
+def test_a_candidate_has_the_configuration_of_its_trial_with_another_seed_and_split(studies: Path) -> None:
     search, study = find_study("planted"), find_study("planted.confirm")
     found = {identity_of(trial.user_attrs[CONFIG]) for trial in study.optuna.get_trials()}
     chosen = result_of("planted").contenders
@@ -185,7 +185,7 @@ def test_replicates_never_take_the_split_of_the_search(monkeypatch: pytest.Monke
     assert replicated(TrainConfig(), 0, seed=3) == first
 
 
-def test_replicates_pass_over_splits_that_leave_a_class_without_images(tmp_path: Path) -> None:
+def test_splits_that_leave_a_class_without_images_are_skipped(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8)
     images[40:] = images[[40, 41] * 10]  # of the third class there are two images, ten times each
     np.savez(tmp_path / "copies.npz", images=images, labels=np.repeat(["a", "b", "c"], 20))
@@ -203,7 +203,7 @@ def test_replicates_pass_over_splits_that_leave_a_class_without_images(tmp_path:
     assert all(is_possible(replicate, dataset=dataset) for replicate in range(100))
 
 
-def test_where_no_split_can_be_trained_on_that_is_an_error(tmp_path: Path) -> None:
+def test_no_usable_split_is_an_error(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (12, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "few.npz", images=images, labels=np.repeat(["a", "b", "c"], 4))
     config = TrainConfig().override({"data.name": str(tmp_path / "few.npz"), "data.val_fraction": 0.1})
@@ -211,7 +211,7 @@ def test_where_no_split_can_be_trained_on_that_is_an_error(tmp_path: Path) -> No
         replicated(config, 0, seed=0, dataset=load_dataset(config.data))
 
 
-def test_a_division_of_the_images_is_the_same_wherever_it_comes_from(digits: Dataset) -> None:
+def test_a_division_of_the_images_is_the_same_on_every_device(digits: Dataset) -> None:
     division = Division(digits)
     for changes in ({}, {"data.split_seed": 5}, {"data.folds": 3}, {"data.split_seed": 5}):
         config = TrainConfig().override(changes).data
@@ -227,10 +227,10 @@ def test_a_division_of_the_images_is_the_same_wherever_it_comes_from(digits: Dat
         assert all(split.images is division.on(CPU, TrainConfig().data)[0].images for split in division.on(CPU, config))
 
 
-# Going on
+# Resuming
 
 
-def test_confirming_again_trains_nothing_and_says_the_same(
+def test_confirming_again_trains_nothing_and_prints_the_same(
     studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = result_of("planted")
@@ -243,7 +243,7 @@ def test_confirming_again_trains_nothing_and_says_the_same(
         assert confirmed(find_study("planted"), data=None, device="cpu", interrupts=interrupts) == before
 
 
-def test_after_more_trials_and_with_another_budget_what_was_trained_is_kept(
+def test_trainings_are_kept_after_more_trials_and_with_another_budget(
     studies: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {
@@ -259,7 +259,7 @@ def test_after_more_trials_and_with_another_budget_what_was_trained_is_kept(
 
 
 @pytest.mark.slow
-def test_a_confirmation_that_is_cut_off_goes_on_with_two_workers_to_the_same_result(
+def test_an_interrupted_confirmation_resumes_with_two_workers_to_the_same_result(
     searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refreshed(progress: StudyProgress, *, force: bool = False) -> None:
@@ -290,7 +290,7 @@ def test_a_worker_that_joins_trains_the_same(
     assert there == [(training.identity, training.replicate, training.values) for training in undisturbed]
 
 
-def test_a_result_that_was_made_without_some_trainings_is_not_the_last_word(
+def test_a_result_without_some_trainings_is_completed(
     studies: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = begun("planted", digits, share=6)
@@ -299,7 +299,7 @@ def test_a_result_that_was_made_without_some_trainings_is_not_the_last_word(
     assert (study.queue.waiting(), result_of("planted").trainings) == (0, 12)
 
 
-def test_what_was_queued_by_one_that_died_before_it_raised_the_total_is_trained_too(
+def test_trainings_queued_by_a_process_that_died_before_raising_the_total_are_trained(
     searches: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun("planted", digits, share=2)
@@ -316,7 +316,7 @@ def raised(error: BaseException) -> int:
     raise error
 
 
-def test_two_that_queue_at_once_queue_everything_once(searches: Path, digits: Dataset) -> None:
+def test_two_processes_queueing_at_once_queue_everything_once(searches: Path, digits: Dataset) -> None:
     search = find_study("planted")
     space = search.space()
     splits = folds(digits, space.baseline.data)
@@ -328,7 +328,7 @@ def test_two_that_queue_at_once_queue_everything_once(searches: Path, digits: Da
     assert studies[0].total == len(studies[0].optuna.get_trials()) == 10
 
 
-def test_an_attempt_that_died_while_it_was_stopped_leaves_no_trace_of_that(searches: Path, digits: Dataset) -> None:
+def test_an_attempt_that_died_while_being_stopped_is_not_marked_as_stopped(searches: Path, digits: Dataset) -> None:
     study, _ = a_field(digits)
     opened = Study(study.optuna, study.paths, study.metadata, study.storage_url, study.space())
     claimed = opened.queue.claim()
@@ -339,11 +339,11 @@ def test_an_attempt_that_died_while_it_was_stopped_leaves_no_trace_of_that(searc
     assert next(one for one in trainings(study) if one.trial_index == trial_index).stopped is None
 
 
-# Who is stopped
+# Early stopping
 
 
 def begun(name: str, dataset: Dataset, *, share: float) -> Study:
-    """The confirmation of a study with what its plan lacks queued, and nothing of that trained."""
+    """The confirmation of a study with its missing trainings queued."""
     search = find_study(name)
     space = search.space()
     plan = Plan(search, space, share=share)
@@ -352,7 +352,7 @@ def begun(name: str, dataset: Dataset, *, share: float) -> Study:
     return study
 
 
-def test_a_candidate_that_cannot_win_is_not_trained_any_more(studies: Path) -> None:
+def test_a_candidate_that_cannot_win_is_stopped(studies: Path) -> None:
     study = find_study("hopeless.confirm")
     base, challenger = result_of("hopeless").contenders
     assert len(base.scores) == 5
@@ -367,7 +367,7 @@ def test_a_candidate_that_cannot_win_is_not_trained_any_more(studies: Path) -> N
     assert study.counts().finished == study.total == 10
 
 
-def test_what_stopping_saves_goes_to_those_that_are_still_in(searches: Path, digits: Dataset) -> None:
+def test_saved_trainings_go_to_the_remaining_candidates(searches: Path, digits: Dataset) -> None:
     study, plan = a_field(digits)
     assert (plan.allocation.candidates, plan.allocation.replicates) == (3, 5)
     end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.1}, stop={"trial 2": 3})
@@ -383,7 +383,7 @@ def test_what_stopping_saves_goes_to_those_that_are_still_in(searches: Path, dig
     assert confirmation.contender("trial 2").stopped == "cannot win"
 
 
-def test_when_all_challengers_are_out_nothing_more_is_trained(searches: Path, digits: Dataset) -> None:
+def test_nothing_more_is_trained_when_no_challenger_remains(searches: Path, digits: Dataset) -> None:
     study, plan = a_field(digits)
     end_all(study, {"baseline": 0.5, "trial 1": 0.3, "trial 2": 0.1}, stop={"trial 1": 3, "trial 2": 3})
     assert plan.queue(study) == 0
@@ -398,7 +398,7 @@ def test_when_all_challengers_are_out_nothing_more_is_trained(searches: Path, di
         ("trial 2", "trial 1", "better than the baseline"),
     ],
 )
-def test_what_cannot_be_trained_is_said_and_wins_nothing(
+def test_a_failed_candidate_is_reported_and_cannot_win(
     failing: str, winner: str, words: str, searches: Path, digits: Dataset
 ) -> None:
     study, plan = a_field(digits)
@@ -412,7 +412,7 @@ def test_what_cannot_be_trained_is_said_and_wins_nothing(
     assert confirmation.contender(failing).interval is None
 
 
-def test_where_nothing_can_be_trained_that_is_an_error(searches: Path, digits: Dataset) -> None:
+def test_it_is_an_error_if_all_trainings_fail(searches: Path, digits: Dataset) -> None:
     study, plan = a_field(digits)
     end_all(study, {}, fail={"baseline", "trial 1", "trial 2"})
     with pytest.raises(StudyError, match=r"field: nothing could be trained again .*diverged"):
@@ -420,7 +420,7 @@ def test_where_nothing_can_be_trained_that_is_an_error(searches: Path, digits: D
 
 
 def a_field(dataset: Dataset) -> tuple[Study, Plan]:
-    """A confirmation of three whose scores are the test's to say: the base, trial 1 and trial 2."""
+    """A confirmation of the baseline, trial 1 and trial 2, whose scores the test invents."""
     search, space = invented("field", {1: 0.9, 2: 0.8}, dataset)
     plan = Plan(search, space, share=5.0)  # of 3 × 10 epochs: 15 trainings
     study = open_confirmation(search, space, dataset, folds(dataset, space.baseline.data), data_path=None)
@@ -435,7 +435,7 @@ def end_all(
     stop: dict[str, int] | None = None,
     fail: set[str] | frozenset[str] = frozenset(),
 ) -> None:
-    """Ends all that waits, as a worker would: with these values, stopped from a replicate on, or failed at once."""
+    """Finish all waiting trainings with these values, stopped from a replicate on, or failed at once."""
     space = study.space()
     opened = Study(study.optuna, study.paths, study.metadata, study.storage_url, space)
     failed: set[str] = set()
@@ -452,14 +452,14 @@ def end_all(
             opened.queue.finish(trial, "complete", values[key] + replicate / 1000, attributes={"epochs": 10})
 
 
-# What it may cost
+# The budget
 
 
 @pytest.mark.parametrize(
     ("share", "budget", "allocated"),
     [
         (None, 100, (2, 5)),
-        (0.33, 9, (2, 3)),  # the least that says anything
+        (0.33, 9, (2, 3)),  # the smallest useful confirmation
         (2.0, 60, (2, 3)),
         (8 / 3, 80, (2, 4)),
         (10 / 3, 100, (2, 5)),
@@ -468,7 +468,7 @@ def end_all(
         (1000.0, 30_000, (3, 10)),
     ],
 )
-def test_the_budget_is_a_share_of_the_epochs_that_the_search_has_trained(
+def test_the_budget_is_a_share_of_the_search_epochs(
     share: float | None, budget: int, allocated: tuple[int, int], digits: Dataset
 ) -> None:
     search, space = invented("s", {1: 0.9, 2: 0.8}, digits)
@@ -479,14 +479,14 @@ def test_the_budget_is_a_share_of_the_epochs_that_the_search_has_trained(
     assert len(plan.left_out) == 3 - allocated[0]
 
 
-def test_without_a_budget_a_third_is_spent_where_that_is_enough_for_two_configurations(digits: Dataset) -> None:
+def test_the_default_budget_is_a_third_if_that_is_enough_for_two_configurations(digits: Dataset) -> None:
     search, space = invented("s", {number: number / 50 for number in range(1, 40)}, digits)
     plan = Plan(search, space, share=None)
     assert plan.budget_epochs == search_epochs(search) // 3 == 133
     assert (plan.allocation.candidates, plan.allocation.replicates) == (2, 6)
 
 
-def test_the_space_says_the_budget_and_it_is_no_part_of_what_a_study_is(tmp_path: Path) -> None:
+def test_the_space_sets_the_budget_which_does_not_change_the_hash(tmp_path: Path) -> None:
     spaces = {}
     for budget in (0.33, 2.0):
         (tmp_path / "s.yaml").write_text(SPACE.format(base=1, choices="[1, 300]", budget=budget))
@@ -500,7 +500,7 @@ def test_the_space_says_the_budget_and_it_is_no_part_of_what_a_study_is(tmp_path
             load_space(tmp_path / "s.yaml", [f"confirm.budget={wrong}"])
 
 
-def test_a_space_of_before_the_budget_can_still_be_read(tmp_path: Path) -> None:
+def test_a_space_without_a_budget_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(PLANTED)
     lines = space_to_yaml(load_space(tmp_path / "s.yaml")).splitlines(keepends=True)
     start = next(place for place, line in enumerate(lines) if line.startswith("confirm:"))
@@ -508,7 +508,7 @@ def test_a_space_of_before_the_budget_can_still_be_read(tmp_path: Path) -> None:
     assert space_from_yaml("".join(lines[:start] + lines[end:]), "s").confirm.budget is None
 
 
-def test_what_a_confirmation_trains_is_written_and_read_back(tmp_path: Path) -> None:
+def test_the_space_of_a_confirmation_is_written_and_read_back(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(PLANTED)
     space = load_space(tmp_path / "s.yaml")
     written = ConfirmationSpace.of("s", space.objective, space.baseline, space.path, train_images=3, val_images=1)
@@ -524,7 +524,7 @@ def test_what_a_confirmation_trains_is_written_and_read_back(tmp_path: Path) -> 
     assert read.resolution == 1
 
 
-# Who is chosen
+# The candidates
 
 RUNGS = """
 base: {epochs: 10, batch_size: 64}
@@ -545,7 +545,7 @@ def invented(
     attributes: dict[int, dict[str, Any]] | None = None,
     base: float = 0.5,
 ) -> tuple[Study, SearchSpace]:
-    """A search of ten epochs a trial: trial 0 is the base, the others have these values, whatever they would train."""
+    """A search of ten epochs per trial with invented values: trial 0 is the baseline."""
     folder = StudyPaths.of(name).dir.parent
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.yaml").write_text(RUNGS)
@@ -594,7 +594,7 @@ def test_the_candidates_are_the_best_by_several_criteria_in_the_order_of_prefere
     assert list(reasons(study, space)) == ["trial 1", "baseline", "trial 2", "recipe old", "trial 5", "trial 3"]
 
 
-def test_of_equal_scores_the_earlier_trial_is_first_as_in_the_search() -> None:
+def test_of_equal_scores_the_earlier_trial_is_first() -> None:
     study, space = invented("s", {1: 0.8, 2: 0.9, 3: 0.9}, IMAGES)
     best = study.best_trial()
     assert best is not None
@@ -602,7 +602,7 @@ def test_of_equal_scores_the_earlier_trial_is_first_as_in_the_search() -> None:
     assert next(iter(reasons(study, space))) == "trial 2"
 
 
-def test_a_configuration_is_there_once_whatever_it_is_called() -> None:
+def test_a_configuration_appears_once_with_all_its_reasons() -> None:
     """Trials 2 and 3 are replicates, trial 4 is the base again, and trial 5 is the recipe."""
     rates = {1: 3.0, 2: 5.0, 3: 5.0, 4: 1.0, 5: 7.0}
     study, space = invented(
@@ -616,7 +616,7 @@ def test_a_configuration_is_there_once_whatever_it_is_called() -> None:
     ]
 
 
-def test_the_base_that_is_the_best_is_the_base() -> None:
+def test_the_baseline_keeps_its_key_if_it_is_the_best() -> None:
     study, space = invented("s", {1: 0.1, 2: 0.2}, IMAGES, base=0.9)
     first = candidates(study, space)[0]
     assert (first.key, first.trial, first.chosen_for) == ("baseline", 0, ("best validation score", "the baseline"))
@@ -755,17 +755,17 @@ def test_the_search_is_shown_with_its_confirmation(
     assert "  hpo confirm planted\n" in said
 
 
-def test_a_training_of_a_confirmation_is_trained_again_bit_by_bit(
+def test_a_training_of_a_confirmation_is_reproducible_bit_by_bit(
     studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "train", "--from", "planted.confirm/3", "--device", "cpu") == 0
     assert "the 2 epochs of trial 3 are reproduced bit for bit" in capfd.readouterr().out
 
 
-# What is not confirmed
+# Edge cases and errors
 
 
-def test_a_search_that_is_not_over_is_confirmed_as_it_stands(
+def test_an_unfinished_search_can_be_confirmed(
     searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = ("run", str(trained / "planted.yaml"), "--trials", "9", "--workers", "0")
@@ -777,7 +777,7 @@ def test_a_search_that_is_not_over_is_confirmed_as_it_stands(
     assert result_of("planted").replicates == 3
 
 
-def test_where_the_base_alone_is_complete_it_is_the_winner_and_nothing_is_trained(
+def test_the_baseline_wins_without_training_if_no_other_trial_is_complete(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     invented("s", {}, IMAGES)
@@ -822,7 +822,7 @@ def test_a_search_without_a_complete_trial_has_nothing_to_confirm(
     assert "study s has no complete trial yet" in capfd.readouterr().err
 
 
-def test_the_confirmation_of_another_study_of_the_name_is_not_gone_on_with(studies: Path, digits: Dataset) -> None:
+def test_the_confirmation_of_another_study_with_the_name_is_refused(studies: Path, digits: Dataset) -> None:
     shutil.rmtree(studies / "planted")
     shutil.copytree(studies / "hopeless", studies / "planted")
     (studies / "planted" / "study.yaml").write_text(

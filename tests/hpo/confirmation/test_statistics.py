@@ -1,7 +1,8 @@
-"""Who won, and how sure that is: the intervals against scipy's, the race and the verdict on simulated searches.
+"""Intervals against scipy's, and early stopping and comparison on simulated searches.
 
-The simulated scores come from images: a configuration labels each right or not, replicates draw overlapping stratified
-splits of them as real ones do, and a training adds its own luck. The truth is what all images there could be would say.
+Simulated scores come from images: a configuration labels each image right or wrong, replicates draw overlapping
+stratified splits as real ones do, and each training adds its own noise. The true
+score is that on infinitely many images.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class TestInterval:
         assert found.n == len(VALUES)
 
     @pytest.mark.parametrize(("test_share", "comparisons"), [(0.25, 1), (1 / 3, 7)])
-    def test_overlap_and_comparisons_widen_it_as_the_formula_says(self, test_share: float, comparisons: int) -> None:
+    def test_overlap_and_comparisons_widen_it_by_the_formula(self, test_share: float, comparisons: int) -> None:
         found = corrected_interval(VALUES, test_share=test_share, comparisons=comparisons)
         n = len(VALUES)
         quantile = stats.t(n - 1).isf(0.05 / 2 / comparisons)
@@ -67,7 +68,7 @@ class TestInterval:
         assert found.half_width == pytest.approx(expected, rel=1e-12)
         assert found.mean == pytest.approx(np.mean(VALUES))
 
-    def test_with_folds_every_value_counts_and_n_says_the_replicates(self) -> None:
+    def test_with_folds_every_value_counts_and_n_is_the_replicates(self) -> None:
         with_folds = corrected_interval(VALUES, test_share=0.5, replicates=2)
         assert with_folds.half_width == corrected_interval(VALUES, test_share=0.5).half_width
         assert with_folds.n == 2
@@ -78,17 +79,17 @@ class TestInterval:
         assert not corrected_interval([0.9], test_share=0.25).excludes_zero
 
     @pytest.mark.parametrize("noisy", [[0.0, 0.04, 0.08], [0.0, 0.7, 0.3], [-0.9, 0.9, 0.0]])
-    def test_what_is_lent_is_taken_for_twice_its_own_spread_at_most(self, noisy: list[float]) -> None:
+    def test_the_pooled_spread_is_limited_to_twice_its_own(self, noisy: list[float]) -> None:
         own = [0.01, 0.02, 0.03]
         lent = corrected_interval(own, test_share=0.25, others=[noisy])
         assert lent == corrected_interval(own, test_share=0.25, others=[[0.0, 0.02, 0.04]])
 
-    def test_a_spread_of_none_is_lent_by_steps(self) -> None:
+    def test_a_spread_of_zero_is_replaced_by_the_resolution(self) -> None:
         found = corrected_interval([0.0, 0.0, 0.0], test_share=0.25, resolution=0.01, others=[[0.0, 0.7, 0.3]])
         variance = (0 + 4 * 0.01**2) / 2
         assert found.half_width == pytest.approx(stats.t(4).isf(0.025) * np.sqrt((1 / 3 + 0.25) * variance))
 
-    def test_others_lend_their_spread_up_to_as_much_as_its_own(self) -> None:
+    def test_others_are_pooled_up_to_its_own_degrees_of_freedom(self) -> None:
         own, other = [0.01, 0.02, 0.03], [0.0, 0.03, 0.01, 0.04, 0.02]
         found = corrected_interval(own, test_share=0.25, others=[other])
         variance = (np.var(own, ddof=1) + np.var(other, ddof=1)) / 2
@@ -126,7 +127,7 @@ class TestInterval:
             ([0.9, 0.8], {"replicates": 3}, "3 replicates of 2 values"),
         ],
     )
-    def test_it_refuses_what_has_no_interval(self, values: list[float], arguments: dict[str, Any], match: str) -> None:
+    def test_invalid_arguments_are_errors(self, values: list[float], arguments: dict[str, Any], match: str) -> None:
         with pytest.raises(ValueError, match=match):
             corrected_interval(values, **{"test_share": 0.25, **arguments})
 
@@ -148,7 +149,7 @@ class TestPairs:
 class TestRace:
     LEADER = scores(0.90, 0.91, 0.92, 0.91)
 
-    def test_who_is_clearly_behind_is_stopped_and_told_by_how_much(self) -> None:
+    def test_a_candidate_clearly_behind_is_stopped_with_the_size_of_the_gap(self) -> None:
         behind = scores(0.85, 0.865, 0.87, 0.86)
         why = cannot_win(behind, {"baseline": scores(0.86, 0.87, 0.88, 0.87), "trial 3": self.LEADER}, **RULES)
         assert why is not None
@@ -173,14 +174,14 @@ class TestRace:
         behind = {0: (0.1,), 1: (0.1,), 9: (0.1,), 10: (0.1,)}
         assert cannot_win(behind, {"trial 3": self.LEADER}, **RULES) is None
 
-    def test_an_image_less_in_each_of_three_replicates_stops_nobody(self) -> None:
+    def test_one_image_less_in_each_of_three_replicates_is_no_reason_to_stop(self) -> None:
         behind = scores(0.80, 0.81, 0.82, 0.81)
         ahead = scores(0.81, 0.82, 0.83, 0.82)
         assert cannot_win(behind, {"trial 3": ahead}, **RULES) is None
         assert cannot_win(behind, {"trial 3": ahead}, **RULES, resolution=0.01) is None
         assert cannot_win(behind, {"trial 3": ahead}, **RULES, resolution=0.001) is not None
 
-    def test_failed_trainings_are_out_and_lead_nobody(self) -> None:
+    def test_a_failed_candidate_is_stopped_and_stops_no_other(self) -> None:
         assert cannot_win(scores(0.9, math.nan, 0.9), {}, **RULES) == "one of its trainings gave no score"
         behind = scores(0.5, 0.51, 0.52)
         assert cannot_win(behind, {"trial 3": scores(0.9, 0.91, math.nan)}, **RULES) is None
@@ -193,7 +194,7 @@ class TestAllocation:
     @pytest.mark.parametrize(
         ("budget", "candidates", "expected"),
         [
-            (0, 8, (2, 3)),  # the least that says anything, even beyond the budget
+            (0, 8, (2, 3)),  # the smallest useful confirmation, even beyond the budget
             (7, 8, (2, 3)),
             (8, 8, (2, 4)),
             (10, 8, (2, 5)),
@@ -229,7 +230,7 @@ class TestComparison:
     GOOD = scores(0.90, 0.915, 0.92, 0.91)
     FAIR = scores(0.87, 0.875, 0.87, 0.88)
 
-    def test_the_best_that_beats_the_base_wins(self) -> None:
+    def test_the_best_challenger_that_beats_the_baseline_wins(self) -> None:
         found = compared({"baseline": self.BASE, "trial 3": self.FAIR, "trial 5": self.GOOD})
         assert (found.leader, found.winner, found.evidence) == ("trial 5", "trial 5", True)
         assert found.advantage is not None
@@ -251,16 +252,16 @@ class TestComparison:
             others=[paired(self.FAIR, self.BASE).values],
         )
 
-    def test_a_challenger_whose_trainings_fail_now_and_then_hides_no_clear_winner(self) -> None:
+    def test_an_unstable_challenger_hides_no_clear_winner(self) -> None:
         wild = scores(0.86, 0.15, 0.52)
         found = compared({"baseline": self.BASE, "trial 5": self.GOOD, "trial 6": wild}, stopped=["trial 6"])
         assert (found.winner, found.evidence) == ("trial 5", True)
 
-    def test_without_evidence_the_base_wins(self) -> None:
+    def test_the_baseline_wins_without_evidence(self) -> None:
         found = compared({"baseline": self.BASE, "trial 3": self.FAIR})
         assert (found.leader, found.winner, found.evidence) == ("trial 3", "baseline", False)
 
-    def test_worse_than_the_base_is_no_evidence_however_sure(self) -> None:
+    def test_significantly_worse_than_the_baseline_is_no_evidence(self) -> None:
         found = compared({"baseline": self.GOOD, "trial 3": self.BASE})
         assert (found.leader, found.winner, found.evidence) == ("trial 3", "baseline", False)
         assert found.advantage is not None
@@ -282,14 +283,12 @@ class TestComparison:
         assert "trial 6" not in found.scores
         assert "trial 5" in found.scores
 
-    def test_nobody_left_leaves_the_base(self) -> None:
+    def test_the_baseline_wins_if_no_challenger_remains(self) -> None:
         found = compared({"baseline": self.BASE, "trial 3": self.FAIR}, stopped=["trial 3"])
         assert (found.leader, found.winner, found.advantage, found.evidence) == (None, "baseline", None, False)
 
     @pytest.mark.parametrize("base", [{}, {"baseline": scores(0.9, math.nan)}, {"baseline": {}}])
-    def test_a_base_that_cannot_be_trained_leaves_the_best_challenger_without_evidence(
-        self, base: dict[str, Scores]
-    ) -> None:
+    def test_the_best_challenger_wins_without_evidence_if_the_baseline_failed(self, base: dict[str, Scores]) -> None:
         found = compared({**base, "trial 3": self.FAIR, "trial 5": self.GOOD})
         assert (found.leader, found.winner, found.advantage, found.evidence) == ("trial 5", "trial 5", None, False)
 
@@ -466,7 +465,7 @@ def drawn() -> list[np.ndarray]:
 
 
 class TestSimulatedReplicates:
-    """So many replicates of every candidate, nobody stopped."""
+    """All candidates have the same number of replicates, without early stopping."""
 
     @pytest.mark.parametrize("candidates", [2, 4, 8])
     @pytest.mark.parametrize("replicates", [3, 5, 10])
@@ -700,7 +699,7 @@ class TestFile:
         assert found is not None
         assert (found.winner, found.contender("baseline").trial) == ("baseline", 0)
 
-    def test_there_may_be_none(self, tmp_path: Path) -> None:
+    def test_a_missing_file_is_none(self, tmp_path: Path) -> None:
         assert read_confirmation(tmp_path / "confirmation.json") is None
 
     @pytest.mark.parametrize(
@@ -715,7 +714,7 @@ class TestFile:
             (lambda text: text.replace('"key": "baseline"', '"key": "trial 7"'), "two have the same key"),
         ],
     )
-    def test_a_damaged_file_is_one_line_that_says_what_to_do(self, tmp_path: Path, damage: Any, why: str) -> None:
+    def test_a_damaged_file_is_one_line_with_the_fix(self, tmp_path: Path, damage: Any, why: str) -> None:
         path = tmp_path / "digits" / "confirmation.json"
         path.parent.mkdir()
         write_confirmation(path, confirmation())
@@ -725,7 +724,7 @@ class TestFile:
         assert str(raised.value).endswith("remove it and run `hpo confirm digits` again")
         assert "\n" not in str(raised.value)
 
-    def test_it_is_out_of_date_when_the_search_went_on(self) -> None:
+    def test_it_is_outdated_after_further_trials(self) -> None:
         assert is_current(confirmation(search_trials=50), 50)
         assert not is_current(confirmation(search_trials=50), 51)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WIDTHS = (1400, 400)
 COLORS = 128
 LONGEST = 2400
-"""CSS pixels of a picture's height: a longer section is cut, as a person would scroll on."""
+"""CSS pixels of a picture's height: longer sections are cut."""
 
 
 def section_pictures(report: Path, width: int) -> Iterator[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""The bundle: what is written is what is loaded, whole or not at all."""
+"""The bundle: written completely or not at all, and loaded unchanged."""
 
 from __future__ import annotations
 

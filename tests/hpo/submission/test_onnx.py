@@ -1,4 +1,4 @@
-"""ONNX: one file that answers as the bundle does, for every family of networks, and says what it is."""
+"""ONNX: one file with the bundle's probabilities and metadata, for every family of networks."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def make(images: Tensor, *, views: str, networks: int = 1, temperature: float = 
     ],
     ids=["vgg", "an ensemble of two resnets with all their parts", "timm"],
 )
-def test_onnxruntime_answers_as_torch_does_on_real_images_however_many_at_once(
+def test_onnxruntime_reproduces_torch_on_real_images_for_any_batch_size(
     tmp_path: Path, request: pytest.FixtureRequest, which: str, changes: dict[str, Any]
 ) -> None:
     images: Tensor = request.getfixturevalue(which)
@@ -111,7 +111,7 @@ def test_onnxruntime_answers_as_torch_does_on_real_images_however_many_at_once(
     torch.testing.assert_close(found.sum(1), torch.ones(len(images)))
 
 
-def test_the_file_says_what_it_is_and_nothing_of_this_machine_and_the_cards_lines_run(
+def test_the_file_has_metadata_without_this_machines_paths_and_the_cards_example_runs(
     tmp_path: Path, digits: Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import onnxruntime
@@ -150,7 +150,7 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine_and_the_cards_line
     assert capsys.readouterr().out == f"{bundle.meta.classes[label]}\n"
 
 
-# What cannot be exported is said in one line, and leaves no file
+# A failed export is one line and leaves no file
 
 
 def test_a_missing_package_is_named_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ class Waiting(nn.Module):
     ],
     ids=["differs", "too large", "a way that depends on the pixels"],
 )
-def test_what_fails_is_one_line_and_no_file(
+def test_a_failure_is_one_line_and_leaves_no_file(
     tmp_path: Path, digits: Tensor, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str
 ) -> None:
     bundle = make(digits, views="none", **{"model.widths": (8,), "model.blocks": (1,)})

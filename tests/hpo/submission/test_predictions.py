@@ -1,4 +1,4 @@
-"""Predictions: from whatever holds images to labels, in little memory, and to a CSV."""
+"""Predictions: from files or pixels to labels, in little memory, and to a CSV."""
 
 from __future__ import annotations
 

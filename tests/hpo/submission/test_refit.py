@@ -156,7 +156,7 @@ def test_by_the_loss_views_are_compared_at_the_temperature_of_each() -> None:
     ],
     ids=["fits", "all right", "all wrong", "hardly any logits", "folds, too sure", "folds, unsure"],
 )  # fmt: skip
-def test_the_temperature_is_the_one_that_fits_unless_that_would_do_harm_which_is_said(
+def test_the_temperature_is_the_best_fit_unless_that_is_unsafe(
     logits: Tensor, averaged_later: bool, temperature: float, why: str | None
 ) -> None:
     found = decided({"one network": everywhere(logits)}, LABELS, "accuracy", averaged_later=averaged_later).temperature
@@ -170,7 +170,7 @@ def test_the_temperature_is_the_one_that_fits_unless_that_would_do_harm_which_is
 # One network --------------------------------------------------------------------------------------------------------
 
 
-def test_the_record_of_a_refit_agrees_with_the_bundle_that_lies_beside_it(
+def test_the_report_of_a_refit_agrees_with_its_bundle(
     study: Study, digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every number of `metrics.json` is computed anew from the loaded bundle, the images and the study."""
@@ -257,14 +257,13 @@ def test_the_schedule_of_a_refit_is_the_trials_in_shares_of_its_own_more_steps(
 
 
 @pytest.fixture(scope="module")
-def three_members(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> tuple[Refitted, list[str]]:
-    """A refit of three members from scratch, cut off in its second one and gone on with; and the trainings it was told
-    of then."""
+def two_members(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> tuple[Refitted, list[str]]:
+    """A refit of two members, interrupted in the second one and resumed; and the labels of the resumed trainings."""
     folder, trained = tmp_path_factory.mktemp("members"), []
 
     def cut_off(label: str) -> Callable[[EpochMetrics], None]:
         def epoch_ended(epoch: EpochMetrics) -> None:
-            if label == "member 2 of 3":
+            if label == "member 2 of 2":
                 raise KeyboardInterrupt
 
         return epoch_ended
@@ -273,16 +272,16 @@ def three_members(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> 
         return lambda epoch: trained.append(label)
 
     with pytest.raises(KeyboardInterrupt):
-        do_refit(folder, digits, label="best.members3", members=3, watch=cut_off)
+        do_refit(folder, digits, label="best.members2", members=2, watch=cut_off)
     assert not StudyPaths(folder / "own").test_openings.exists()
-    return do_refit(folder, digits, label="best.members3", members=3, watch=count), trained
+    return do_refit(folder, digits, label="best.members2", members=2, watch=count), trained
 
 
 def test_members_are_trained_from_seeds_of_their_own_first_for_validation_and_then_on_all_images(
-    three_members: tuple[Refitted, list[str]], digits: Dataset
+    two_members: tuple[Refitted, list[str]], digits: Dataset
 ) -> None:
-    done, _ = three_members
-    seeds = [SMALL.seed, *(derive_seed(SMALL.seed, "member", member) for member in (2, 3))]
+    done, _ = two_members
+    seeds = [SMALL.seed, derive_seed(SMALL.seed, "member", 2)]
     splits = split(digits, SMALL.data)
     judged = [train(SMALL.override({"seed": seed}), splits, device=CPU) for seed in seeds]
     val, labels = splits.images[splits.val], splits.labels[splits.val]
@@ -298,7 +297,7 @@ def test_members_are_trained_from_seeds_of_their_own_first_for_validation_and_th
     assert max(of_mean) < 0.5 * report["averaging"]["val"][ENSEMBLE]
     assert report["tta"]["val_candidates"] == {views: found.accuracy for views, found in ensemble.items()}
     assert report["temperature"]["val_nll_before"] == pytest.approx(ensemble[done.views].loss, rel=1e-5)
-    assert (report["networks"], report["members"], report["epochs"]) == (3, 3, 2)
+    assert (report["networks"], report["members"], report["epochs"]) == (2, 2, 2)
 
     whole = splits.whole()
     for member, seed in enumerate(seeds, 1):
@@ -307,22 +306,17 @@ def test_members_are_trained_from_seeds_of_their_own_first_for_validation_and_th
         assert all(torch.equal(kept[name], weights) for name, weights in expected.items())
 
 
-def test_members_that_were_cut_off_go_on_with_what_they_have(three_members: tuple[Refitted, list[str]]) -> None:
-    done, trained = three_members
-    assert trained == ["member 2 of 3"] + [
-        name for name in ("member 3 of 3", "all images, 1 of 3", "all images, 2 of 3", "all images, 3 of 3")
-        for _ in range(2)
-    ]  # fmt: skip
+def test_interrupted_members_resume_from_their_checkpoints(two_members: tuple[Refitted, list[str]]) -> None:
+    done, trained = two_members
+    assert trained == ["member 2 of 2", *["all images, 1 of 2"] * 2, *["all images, 2 of 2"] * 2]
     assert not list(done.dir.parent.glob(".*.pt"))
     assert done.openings == 1
 
 
-def test_the_loaded_members_answer_as_the_refit_said(
-    three_members: tuple[Refitted, list[str]], digits: Dataset
-) -> None:
-    done, _ = three_members
+def test_the_loaded_members_reproduce_the_test_loss(two_members: tuple[Refitted, list[str]], digits: Dataset) -> None:
+    done, _ = two_members
     test, bundle = digits.open_test(), load_bundle(done.dir, CPU)
-    assert len(bundle.models) == 3
+    assert len(bundle.models) == 2
     assert scores(bundle.logits(test.images), test.labels).loss == pytest.approx(done.test.loss, rel=1e-5)
 
 
@@ -347,7 +341,7 @@ def test_members_fine_tuned_from_one_set_of_weights_become_one_network_of_their_
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A configuration that goes on for an epoch from weights that know the digits already."""
+    """A configuration that trains for an epoch from weights pretrained on the digits."""
     config = TrainConfig().override(
         {"model.name": "timm/test_resnet", "data.image_size": 16, "epochs": 2, "batch_size": 64, "augment.flip": 0.0,
          "optim.lr_scale": 4.0}
@@ -383,7 +377,7 @@ def test_the_first_member_is_the_trials_own_and_folds_give_way_to_the_validation
     assert load_bundle(done.dir, CPU).meta.config.data.folds is None
 
 
-def test_networks_by_fold_are_not_averaged_and_the_record_says_why(tmp_path: Path, digits: Dataset) -> None:
+def test_weights_of_folds_are_not_averaged_and_the_report_has_the_reason(tmp_path: Path, digits: Dataset) -> None:
     done = do_refit(tmp_path, digits, SMALL.override({"epochs": 1}), label="best.folds2", ensemble=2)
     averaging = report_of(done)["averaging"]
     assert (averaging["chosen"], averaging["val"]) == (ENSEMBLE, {})
@@ -399,7 +393,7 @@ def test_networks_by_fold_are_not_averaged_and_the_record_says_why(tmp_path: Pat
         (["--members", "21"], "--members 21: an ensemble has 2 to 20 networks"),
     ],
 )
-def test_numbers_of_networks_that_cannot_be_are_one_line(
+def test_invalid_numbers_of_networks_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
     assert hpo(monkeypatch, "refit", "best", *options) == 2
@@ -411,7 +405,7 @@ def test_numbers_of_networks_that_cannot_be_are_one_line(
     ("folds", "members", "label"),
     [(None, None, "best"), (5, None, "best.folds5"), (None, 3, "best.members3")],
 )
-def test_the_folder_says_how_many_networks_there_are(folds: int | None, members: int | None, label: str) -> None:
+def test_the_folder_is_named_by_the_number_of_networks(folds: int | None, members: int | None, label: str) -> None:
     assert refit_label("best", folds, members) == label
 
 
@@ -498,7 +492,7 @@ def test_a_recipe_that_won_and_was_no_trial_is_refitted_by_its_own_configuration
     assert (opening["label"], opening["trial"]) == ("best", None)
 
 
-def test_best_is_confirmed_first_where_that_was_not_done(
+def test_best_is_confirmed_first(
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "refit", "best") == 0
