@@ -14,6 +14,7 @@ from core.runtime import isolated_rng
 from hpo.analysis.summary import summarize
 from hpo.api.common import open_dataset, report_data
 from hpo.api.options import RunOptions
+from hpo.dashboard.artifacts import draw
 from hpo.dashboard.notes import note_study
 from hpo.dashboard.pictures import study_overview
 from hpo.paths import StudyPaths
@@ -198,7 +199,7 @@ class _Search:
             say(f"stopped: {study.counts().finished} of {total} trials are done and safe; resume with")
             say(f"  {self.options.command()}")
             raise
-        _draw_overview(study)
+        _draw_pictures(study)
         return SearchResult(study, held=tuple(study.queue.held_elsewhere()))
 
     def _train(self, trials: int) -> None:
@@ -264,7 +265,9 @@ def _pruner(space: SearchSpace) -> str:
     return f"rungs {' and '.join(places)}" if places else "none (the run is too short for its rungs)"
 
 
-def _draw_overview(study: Study) -> None:
-    """Draw the study's history into its folder."""
+def _draw_pictures(study: Study) -> None:
+    """Draw the study's history into its folder, and the pictures of its best trial for plain optuna-dashboard."""
     baselines = {entry_name(one): one.value for one in summarize(study).baselines if one.value is not None}
     study_overview(study.optuna, study.paths.overview, metric=study.metric, baselines=baselines, title=study.name)
+    best = study.best_trial()
+    draw(study, [] if best is None else [best.number])

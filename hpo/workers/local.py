@@ -31,7 +31,10 @@ from hpo.workers.engine import STOPPED, Engine, Exit, Output, Resources, Worker,
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-_PRELOADED = ["hpo.workers.calibration", "hpo.workers.worker", "timm", "sklearn.datasets", "sklearn.model_selection"]
+_PRELOADED = [
+    *("hpo.workers.calibration", "hpo.workers.worker"),
+    *("optuna_dashboard", "sklearn.datasets", "sklearn.model_selection", "timm"),
+]
 # Seconds that a worker without a parent has for its epoch. After that it exits, and its trial resumes from its last
 # checkpoint.
 _ORPHAN_S = 20.0

@@ -23,6 +23,7 @@ from optuna.artifacts import get_all_artifact_meta
 from optuna_dashboard import get_note, save_note
 from optuna_dashboard._note import get_note_from_system_attrs
 
+from hpo.api.run import _draw_pictures
 from hpo.dashboard import artifacts, serve
 from hpo.dashboard.notes import note_study, note_trial, trial_note
 from hpo.errors import StudyError
@@ -414,3 +415,12 @@ def test_a_click_leads_to_a_trials_note_its_pictures_and_its_files(real: Study, 
             page.get_by_role("link", name="config.yaml").click()
         assert page.locator("body").inner_text().startswith("epochs: 4\n")
     assert faults == []
+
+
+def test_the_best_trials_pictures_are_drawn_at_the_end_of_a_run(copied: Study) -> None:
+    best = copied.best_trial()
+    assert best is not None
+    _draw_pictures(copied)
+    store = copied.paths.artifacts
+    for picture in (copied.paths.trial_curves(best.number), copied.paths.trial_confusion(best.number)):
+        assert (store / attached(copied, best.number)[picture.name].artifact_id).read_bytes() == picture.read_bytes()
