@@ -1,4 +1,4 @@
-"""What stands in a study's journal, read by Optuna alone."""
+"""The trials in a study's journal, read by Optuna without hpo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 
 
 def trials_of(study: Path) -> list[optuna.trial.FrozenTrial]:
-    """Those of the study in this folder, whatever their state; none where it has no journal yet."""
+    """The trials of the study in this folder; none if it has no journal yet."""
     journal = study / "journal.log"
     if not journal.exists():
         return []
@@ -26,11 +26,11 @@ def trials_of(study: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def finished_of(study: Path) -> dict[int, tuple[Any, ...]]:
-    """slot -> what its trial came to; every slot once."""
+    """Trial index -> result; every index once."""
     done = [trial for trial in trials_of(study) if trial.state.name in ("COMPLETE", "PRUNED")]
-    by_slot = {
+    by_index = {
         trial.user_attrs["trial_index"]: (trial.state.name, trial.value, trial.params, trial.intermediate_values)
         for trial in done
     }
-    assert len(by_slot) == len(done)
-    return by_slot
+    assert len(by_index) == len(done)
+    return by_index

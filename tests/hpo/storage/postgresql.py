@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, which they may stop and start, and a wire to it that can be cut."""
+"""A PostgreSQL server that tests stop and start, and a connection to it that they can cut."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Server:
         self._run("pg_ctl", "start", "--wait", "--pgdata", str(self._folder / "data"), "--log", log, "-o", options)
 
     def stop(self, mode: str = "fast") -> None:
-        """Stops the server: `fast` says so to whoever is connected, `immediate` is a crash."""
+        """Stop the server: `fast` closes its connections, `immediate` is a crash."""
         self._run("pg_ctl", "stop", "--wait", "--pgdata", str(self._folder / "data"), "--mode", mode)
 
     @property
@@ -73,7 +73,7 @@ def running_server() -> Iterator[Server]:
     pytest.importorskip("psycopg")
     if _programs() is None:
         pytest.skip("PostgreSQL's initdb and pg_ctl are not here")
-    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which lies in a folder that is its user's alone
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, whose parent folder other users cannot enter
         server = Server(Path(folder))
         server.start()
         try:
@@ -90,7 +90,7 @@ def free_port() -> int:
 
 
 class Wire:
-    """A port that leads to the server's, and is cut when asked: the server does it, and nobody hears of it."""
+    """A port in front of the server's that drops the answer to a chosen query, which the server still runs."""
 
     def __init__(self, server_port: int) -> None:
         self._server_port = server_port

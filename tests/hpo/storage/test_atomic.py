@@ -1,4 +1,4 @@
-"""A file is there whole or not at all, whatever ends its writer."""
+"""Files are replaced atomically, however their writer ends."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_a_link_of_optuna_or_another_machine_is_waited_for(
 ) -> None:
     monkeypatch.setattr(hpo.storage.lock, "GRACE_S", 0.5)
     if whose == "optuna's":
-        # By a relative path, which leads nowhere from the link's own folder; Optuna itself would wait for ever.
+        # A relative path is broken from the link's own folder; Optuna itself would wait for ever.
         monkeypatch.chdir(journal.parent.parent)
         JournalFileSymlinkLock("study/journal.log").acquire()
     else:

@@ -376,7 +376,7 @@ def test_a_smaller_total_leaves_the_other_trials_waiting(open_: Any, space_of: A
 def test_trials_that_two_processes_queued_at_once_run_once(open_: Any, space_of: Any) -> None:
     study = open_()
     study.queue.ensure_trials(3)
-    for trial_index in (0, 1, 2):  # what a second process adds that had seen none of them
+    for trial_index in (0, 1, 2):  # as a second process does that has not seen them
         study.optuna.enqueue_trial({}, user_attrs={TRIAL_INDEX: trial_index})
     work(study, space_of())
     assert study.counts().finished == 3
