@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hpo.space.catalogue import Listed, list_spaces
     from hpo.space.confirmation import CANDIDATE, REPLICATE, ConfirmationSpace
-    from hpo.space.document import dump as dump_yaml
-    from hpo.space.document import load_yaml, shown
-    from hpo.space.document import parse as parse_yaml
+    from hpo.space.document import dump_yaml, load_yaml, parse_yaml, shown
     from hpo.space.grammar import Objective, Pruner, RungsPruner, Sampler
     from hpo.space.load import (
         check_file,
@@ -49,8 +47,6 @@ _MODULES = {
     "space": ("Categorical", "Integer", "Parameter", "Real", "Recipe", "SearchSpace", "diff"),
 }
 """Names by the module that defines them, imported on first use: listing studies reads YAML but no space."""
-
-_RENAMED = {"dump_yaml": "dump", "parse_yaml": "parse"}
 
 __all__ = [
     "CANDIDATE",
@@ -88,5 +84,5 @@ __all__ = [
 def __getattr__(name: str) -> object:
     for module, names in _MODULES.items():
         if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), _RENAMED.get(name, name))
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

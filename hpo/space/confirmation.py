@@ -1,9 +1,8 @@
 """The space of a confirmation: no search, but given configurations, each trained several times.
 
-Every trial carries its configuration, with seed and split, as a user attribute. A worker that joined earlier can
-therefore train a candidate chosen later. The two Optuna parameters only identify the trial: `candidate`, an index into
-all candidates so far, and `replicate`. The candidate's name is an attribute, because Optuna fixes the choices of a
-categorical parameter with the first trial and a resumed study may have new candidates.
+Every trial carries its configuration, with seed and split, as a user attribute, so that workers can train candidates
+chosen after they joined. The two Optuna parameters only identify the trial: `candidate`, an index, and `replicate`. The
+candidate's name is an attribute, because Optuna fixes the choices of a categorical parameter with the first trial.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """YAML 1.2 as plain data with a line number for every value, and back.
 
-PyYAML only parses and emits the syntax. Its own constructors are not used, because they resolve scalars by YAML 1.1
-(`1e-4` is a string, `off` is false), keep the last of two equal keys without a warning, and recurse without a bound.
-Here scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), every duplicate key is a
-fault, tags are refused, and the size, the depth and the expansion of aliases are bounded.
+PyYAML parses and emits the syntax. Its constructors are not used: they resolve scalars by YAML 1.1 (`off` is false,
+`1e-4` a string), accept duplicate keys, and recurse without a bound. Here scalars follow the core schema of YAML 1.2
+(https://yaml.org/spec/1.2.2/#103-core-schema), duplicate keys and tags are faults, and size and depth are bounded.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class Document:
         return self.root.plain()
 
 
-def parse(text: str, name: str) -> tuple[Document | None, list[Fault]]:
+def parse_yaml(text: str, name: str) -> tuple[Document | None, list[Fault]]:
     """Parse one YAML document.
 
     Args:
@@ -118,14 +117,14 @@ def parse(text: str, name: str) -> tuple[Document | None, list[Fault]]:
 
 
 def read(path: Path) -> tuple[Document | None, list[Fault]]:
-    """Read a YAML file; otherwise like `parse`."""
+    """Read a YAML file; otherwise like `parse_yaml`."""
     name = shown(path)
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             return None, [_too_long(name)]
-        return parse(content.decode("utf-8"), name)
+        return parse_yaml(content.decode("utf-8"), name)
     except UnicodeDecodeError as error:
         return None, [Fault(f"{name}:1", f"not UTF-8 text: {error.reason} at byte {error.start}")]
     except OSError as error:
@@ -294,8 +293,8 @@ _Dumper.add_multi_representer(Mapping, _Dumper.represent_dict)
 _Dumper.add_multi_representer(object, _Dumper.string)  # for messages about a wrong value, such as a Path
 
 
-def dump(tree: Mapping[str, Any]) -> str:
-    """Write plain data as block YAML that `parse` reads back exactly; lists in flow style, key order kept."""
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """Write plain data as block YAML that `parse_yaml` reads back exactly; lists in flow style, key order kept."""
     return _emit(tree, flow_style=False)
 
 

@@ -24,7 +24,7 @@ class ConfigField:
 
     @cached_property
     def kind(self) -> Literal["int", "float", "str", "other"]:
-        """The type of a range over the field; `str` and `other` have no order and take choices only."""
+        """The field's type; only `int` and `float` can have a range."""
         annotation = self.info.annotation
         if get_origin(annotation) in (Union, types.UnionType):
             annotation, *more = [arm for arm in get_args(annotation) if arm is not type(None)]
@@ -78,7 +78,7 @@ def _leaves(model: type[BaseModel], prefix: str) -> Iterable[ConfigField]:
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The closest spelling, if any is close; preferably one that starts with the word, such as adamw for adam."""
+    """The closest spelling, if any is close; preferably one that starts with the word, as adamw with adam."""
     close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.6)  # 0.6 is difflib's own
     return next((name for name in close if name.startswith(word)), close[0] if close else None)
 

@@ -89,8 +89,8 @@ class RungsPruner(_Section):
     keep: Fraction = 0.33
     """Fraction of the trials at a rung that continue."""
     let_through: float = Field(default=0.02, ge=0, le=0.5)
-    """Fraction of the trials that continue to their end though a rung would prune them, to measure the loss by pruning;
-    0 is off. Chosen by trial index; the default affects at most four of 200 trials, and none of the first 25."""
+    """Fraction of the trials that are not pruned, to measure the loss by pruning; 0 is off. Chosen by trial index; the
+    default affects at most four of 200 trials, and none of the first 25."""
 
     @model_validator(mode="after")
     def _increasing(self) -> RungsPruner:

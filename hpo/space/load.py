@@ -20,7 +20,7 @@ from hpo.paths import search_space_dirs
 from hpo.space import parameters
 from hpo.space.catalogue import find, kind_of, list_spaces
 from hpo.space.confirmation import ConfirmationSpace
-from hpo.space.document import Document, dump, parse, read
+from hpo.space.document import Document, dump_yaml, parse_yaml, read
 from hpo.space.fields import config_fields, did_you_mean, nearest, nearest_field, no_such_field
 from hpo.space.grammar import ConfirmationText, RecipeNotes, SpaceFile, explain, location, quoted, siblings
 from hpo.space.space import RATES, Parameter, Recipe, SearchSpace, in_rate_of
@@ -77,10 +77,7 @@ def override_config(config: TrainConfig, overrides: Overrides) -> TrainConfig:
         SpaceError: All faults of the overrides.
     """
     loader = _Loader(_parsed(overrides), settings=False)
-    changed = loader.overridden(Recipe("trial", Path("trial.yaml"), "", "", "", "", config))
-    if loader.faults:
-        raise SpaceError(loader.sorted_faults())
-    return changed.config
+    return loader.checked(loader.overridden(Recipe("trial", Path("trial.yaml"), "", "", "", "", config))).config
 
 
 def recipe_from_yaml(text: str, name: str = "config.yaml") -> Recipe:
@@ -94,7 +91,7 @@ def recipe_from_yaml(text: str, name: str = "config.yaml") -> Recipe:
         SpaceError: all its faults.
     """
     loader = _Loader({})
-    document = loader.mapping(*parse(text, name))
+    document = loader.mapping(*parse_yaml(text, name))
     return loader.checked(None if document is None else loader.recipe(document, Path(name)))
 
 
@@ -109,13 +106,13 @@ def space_from_yaml(text: str, name: str) -> SearchSpace:
         SpaceError: all its faults.
     """
     loader = _Loader({})
-    document = loader.mapping(*parse(text, name))
+    document = loader.mapping(*parse_yaml(text, name))
     return loader.checked(None if document is None else loader.written_space(document, Path(f"{name}.yaml")))
 
 
 def to_yaml(config: TrainConfig) -> str:
     """Write a complete configuration as a recipe that `load_recipe` reads back exactly."""
-    return dump(_tree(config))
+    return dump_yaml(_tree(config))
 
 
 def _tree(config: TrainConfig) -> dict[str, Any]:
@@ -129,8 +126,8 @@ def _tree(config: TrainConfig) -> dict[str, Any]:
 def space_to_yaml(space: SearchSpace) -> str:
     """Write a space without its recipes, for workers that do not have its file."""
     if isinstance(space, ConfirmationSpace):
-        return dump({**space.described(), "base": _tree(space.baseline)})
-    return dump(
+        return dump_yaml({**space.described(), "base": _tree(space.baseline)})
+    return dump_yaml(
         {
             "description": space.description,
             "objective": space.objective.model_dump(mode="json"),
@@ -177,7 +174,7 @@ def _parsed(overrides: Overrides) -> dict[str, Any]:
             faults.append(Fault(where, "given twice"))
             continue
         field = config_fields().get(key)
-        document, wrong = parse(text, where)
+        document, wrong = parse_yaml(text, where)
         found[key] = document.plain() if document is not None and text.strip() else None
         if field is not None and field.kind == "str":
             found[key] = found[key] if isinstance(found[key], str) else text

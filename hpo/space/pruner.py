@@ -1,16 +1,14 @@
 """Prunes trials at rungs by asynchronous successive halving; also builds Optuna's pruners by name.
 
-A rung is an epoch, counted from 1. A trial survives a rung if it is among the best ceil(keep × n) of the n trials that
-have reached it so far (Li et al. 2018, arXiv 1810.05934). Unlike Optuna's implementation this one takes any rungs,
-decides once at each, from the value of that epoch, and counts a retried trial once.
+A trial survives a rung (an epoch) if it is among the best ceil(keep × n) of the n trials that have reached it so far
+(Li et al. 2018, arXiv 1810.05934). Unlike Optuna's implementation this one takes any rungs, decides once at each, from
+the value of that epoch, and counts a retried trial once.
 
-With folds, epoch e of fold j is step (j - 1) × epochs + e. Trials are also compared at the end of every fold but the
-last, by their mean over the finished folds, which are the same for all trials. The fold ends together prune as much as
-one rung: each keeps the n-th root of `keep`. With `keep` at each end, one trial in 2,300 would reach the last of five.
+With folds, epoch e of fold j is step (j - 1) × epochs + e. The end of every fold but the last is a rung too, for the
+mean over the finished folds. Each keeps the n-th root of `keep`, so that all of them prune as much as one rung.
 
-A few trials (`let_through`) continue to their end from the rung that would prune them, to measure the loss by pruning.
-They are chosen by trial index alone, so they are a fair sample. They count at the rungs up to their cut and at no later
-one, so other trials are pruned as if there were none; only the sampler sees them complete.
+A few trials (`let_through`), chosen by trial index alone, continue from the rung that would prune them, to measure the
+loss by pruning. They do not count at later rungs, so other trials are pruned as if there were none.
 """
 
 from __future__ import annotations
@@ -46,9 +44,7 @@ def rung_epochs(fractions: Sequence[float], epochs: int) -> tuple[int, ...]:
 
 
 def lets_through(trial_index: int, fraction: float) -> bool:
-    """Whether a trial continues where it would be pruned.
-
-    The chosen trial indices are evenly spaced; with 0.02 they are 25, 75, 125, …
+    """Whether a trial is let through; the chosen trial indices are evenly spaced: with 0.02, 25, 75, 125 and so on.
 
     Args:
         trial_index: from 0.
@@ -79,9 +75,8 @@ class Place:
 class RungPruner(BasePruner):
     """Prunes a trial that at a rung is not among the best `keep` of the trials that have reached it so far.
 
-    Reports may come at every epoch. The decision uses the value reported at the rung's epoch and is stored in the trial
-    (one small system attribute per rung), so that an attempt resumed from a checkpoint is not compared again, with more
-    trials than before. NaN ranks worst, equals survive together, and a retried trial counts once.
+    The decision is stored in the trial (one system attribute per rung), so that an attempt resumed from a checkpoint is
+    not compared again, with more trials than before. NaN ranks worst, and equals survive together.
 
     Args:
         rungs: epochs, counted from 1.
@@ -107,7 +102,7 @@ class RungPruner(BasePruner):
         self.keeps |= {rung: keep ** (1 / len(fold_ends)) for rung in sorted(set(fold_ends))}
         self.rungs = tuple(self.keeps)
         self.let_through = let_through
-        # Trial id -> rung -> place: a cache of the storage, so that epochs between rungs do not read it.
+        # Trial id -> rung -> place: a cache, so that epochs between rungs do not read the storage.
         self._places: dict[int, dict[int, Place]] = {}
         self._stored_let_through: set[int] = set()  # ids of trials whose attribute is in the storage
 
@@ -124,7 +119,6 @@ class RungPruner(BasePruner):
                 mark = [place.rank, place.of, place.kept]
                 storage_of(study).set_trial_system_attr(trial_id(trial), f"{_RUNG}{rung}", mark)
             if rung in places and not places[rung].kept:
-                # No later rung is decided for this trial, so that it takes no place from others.
                 return not self._let_through(study, trial, rung)
         return False
 
@@ -146,7 +140,7 @@ class RungPruner(BasePruner):
         return LET_THROUGH in trial.user_attrs or lets_through(trial_index_of(trial), self.let_through)
 
     def _let_through(self, study: Study, trial: FrozenTrial, rung: int) -> bool:
-        """Whether a trial continues that is cut at the rung; if so, store it once."""
+        """Whether a trial cut at the rung continues; if so, store it once."""
         if not self._continues(trial):
             return False
         if trial_id(trial) not in self._stored_let_through and LET_THROUGH not in trial.user_attrs:
@@ -155,7 +149,6 @@ class RungPruner(BasePruner):
         return True
 
     def _stored_places(self, study: Study, trial: Trial | FrozenTrial) -> dict[int, Place]:
-        """The places of the trial and of its earlier attempts."""
         if trial_id(trial) not in self._places:
             self._places[trial_id(trial)] = _marks(storage_of(study).get_trial_system_attrs(trial_id(trial)))
         return self._places[trial_id(trial)]
@@ -176,7 +169,7 @@ class RungPruner(BasePruner):
 
 
 def spared(trial: Trial | FrozenTrial) -> str:
-    """The name of a trial that is never pruned, since others are compared with it; empty for other trials."""
+    """The name of a trial that is never pruned, the baseline or a recipe; empty for other trials."""
     if is_baseline(trial):
         return "the baseline"
     return f"recipe {trial.user_attrs[RECIPE]}" if RECIPE in trial.user_attrs else ""
@@ -192,7 +185,7 @@ def _marks(attributes: Mapping[str, Any]) -> dict[int, Place]:
 
 
 def _reached(places: Mapping[int, Place], epoch: int) -> dict[int, Place]:
-    """The places at the rungs up to an epoch; later ones belong to an interrupted attempt that got further."""
+    """The places up to an epoch; later ones belong to an interrupted attempt."""
     return {rung: place for rung, place in places.items() if rung <= epoch}
 
 
@@ -206,7 +199,7 @@ def _ordinal(n: int) -> str:
 
 
 class _Sparing(BasePruner):
-    """Mixin before an Optuna pruner: the baseline and the recipes are not pruned."""
+    """Mixin: the baseline and the recipes are not pruned."""
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         return not spared(trial) and super().prune(study, trial)  # type: ignore[safe-super]

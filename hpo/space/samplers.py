@@ -1,8 +1,8 @@
 """Optuna's samplers with proposals that depend only on the study's seed and the trial index.
 
-The random generator of an Optuna sampler advances with every draw, so an interrupted study would continue differently
-from an uninterrupted one. Here every trial gets a new sampler that sees each trial index once, without interrupted
-attempts. It is seeded from the study's seed, the trial index and, for values drawn one by one, the parameter's name.
+With Optuna's own, an interrupted study would continue differently from an uninterrupted one, because their random
+generators advance with every draw. Here every trial gets a new sampler, seeded from the study's seed, the trial index
+and, for values drawn one by one, the parameter's name; it sees each trial index once.
 """
 
 from __future__ import annotations

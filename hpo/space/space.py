@@ -1,7 +1,7 @@
 """`SearchSpace`: a checked search space, which maps between Optuna's parameters and `TrainConfig`.
 
-A parameter's condition is a conjunction over other fields. An inactive parameter is not suggested and keeps the
-baseline's value. A condition on an inactive parameter is never met, even if the baseline's value would meet it.
+An inactive parameter, whose condition is not met, is not suggested and keeps the baseline's value. A condition on an
+inactive parameter is never met, even if the baseline's value would meet it.
 """
 
 from __future__ import annotations

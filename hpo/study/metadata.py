@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths
-from hpo.space.document import dump as dump_yaml
-from hpo.space.document import load_yaml, shown
+from hpo.space.document import dump_yaml, load_yaml, shown
 from hpo.storage import is_masked, mask
 from hpo.storage.atomic import replacing
 from hpo.study.versions import versions
