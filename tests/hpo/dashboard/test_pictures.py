@@ -1,4 +1,4 @@
-"""The pictures: they are drawn for every kind of run, they show what they should, and the dashboard is given them."""
+"""The pictures: drawn for every kind of run, with the right contents and colours."""
 
 from __future__ import annotations
 
@@ -64,26 +64,25 @@ def share_of(path: Path, color: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "rows",
+    ("rows", "metric"),
     [
-        history(),
-        history(averaged=True),
-        history(1),
-        history(2, averaged=True),
-        history(scored=False),
-        history(300),
-        [row | {"train_loss": math.nan, "val_loss": math.inf} for row in history(3)],
-        [row | {"lr": 0.0} for row in history(3)],
-        [],
-        folded(20, 20, 20),
-        folded(20, 7, 1),
+        (history(), "accuracy"),
+        (history(averaged=True), "balanced_accuracy"),
+        (history(1), "nll"),
+        (history(2, averaged=True), "accuracy"),
+        (history(scored=False), "balanced_accuracy"),
+        (history(300), "nll"),
+        ([row | {"train_loss": math.nan, "val_loss": math.inf} for row in history(3)], "balanced_accuracy"),
+        ([row | {"lr": 0.0} for row in history(3)], "nll"),
+        ([], "accuracy"),
+        (folded(20, 20, 20), "balanced_accuracy"),
+        (folded(20, 7, 1), "nll"),
     ],
     ids=[
         "plain", "averaged", "one epoch", "two epochs", "refit", "long", "diverged", "no rate", "none", "folds",
         "folds of several lengths",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "nll"])
 def test_curves_are_drawn_for_every_kind_of_history(tmp_path: Path, rows: Any, metric: str) -> None:
     learning_curves(rows, tmp_path / "curves.png", title="trial 3", metric=metric)
     height, width, _ = pixels(tmp_path / "curves.png").shape
@@ -128,7 +127,7 @@ def test_the_mean_of_folds_goes_as_far_as_all_have_come_and_each_fold_to_its_end
 # Confusion
 
 
-@pytest.mark.parametrize("size", [2, 3, 10, 20, 21, 100, 150])
+@pytest.mark.parametrize("size", [2, 10, 20, 21, 100, 150])
 def test_a_confusion_matrix_is_drawn_for_two_classes_and_for_many(tmp_path: Path, size: int) -> None:
     counts = 40 * torch.eye(size, dtype=torch.int64)
     confusion_matrix(counts, [f"class number {i}" for i in range(size)], tmp_path / "c.png", title="validation images")
@@ -185,8 +184,10 @@ def chequered(count: int, channels: int, height: int, width: int) -> torch.Tenso
     return board.to(torch.uint8).expand(count, channels, height, width)
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 6, 7, 24, 30])
-@pytest.mark.parametrize("size", [(1, 8, 8), (3, 96, 96)], ids=["digits", "photographs"])
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [*((count, (1, 8, 8)) for count in (0, 1, 5, 6, 7, 24, 30)), *((count, (3, 96, 96)) for count in (1, 7))],
+)
 def test_a_sheet_holds_up_to_24_mistakes_in_rows_of_six(tmp_path: Path, count: int, size: tuple[int, ...]) -> None:
     confident_errors(chequered(count, *size), mistakes(count), CLASSES, tmp_path / "e.png", title="test images")
     height, width, _ = pixels(tmp_path / "e.png").shape

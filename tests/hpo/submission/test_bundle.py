@@ -243,32 +243,35 @@ def test_the_new_bundle_replaces_the_old_one_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-@pytest.mark.parametrize("step", ["before the first rename", "between the renames"])
-def test_a_kill_at_the_worst_moment_loses_no_bundle(tmp_path: Path, step: str) -> None:
-    folder = write(tmp_path / "best", epochs=3)
-    # The process is gone at once: no `finally` of Python's runs.
-    code = f"""
+def test_a_kill_at_the_worst_moment_loses_no_bundle(tmp_path: Path) -> None:
+    before, between = (write(tmp_path / name, epochs=3) for name in ("before", "between"))
+    # A child dies before the first rename, and another one between the renames, without running any `finally`.
+    code = """
 import os, sys
 from pathlib import Path
 from hpo.submission.bundle import writing
 rename = Path.rename
-def killed(self, target):
-    if {step == "between the renames"}:
-        rename(self, target)
-    os._exit(9)
-Path.rename = killed
-with writing(Path(sys.argv[1])) as new:
-    (new / "model.safetensors").write_bytes(b"new")
+for folder in map(Path, sys.argv[1:]):
+    if os.fork() == 0:
+        def killed(self, target):
+            if folder.name == "between":
+                rename(self, target)
+            os._exit(9)
+        Path.rename = killed
+        with writing(folder) as new:
+            (new / "model.safetensors").write_bytes(b"new")
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
 """
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=root, check=False, timeout=120)
-    assert done.returncode == 9
-    assert folder.exists() == (step == "before the first rename")
-    assert load_bundle(folder, CPU).meta.config.epochs == 3
-    assert {path.name for path in folder.iterdir()} == FILES
+    subprocess.run(
+        [sys.executable, "-c", code, str(before), str(between)], cwd=Path(__file__).parents[3], check=True, timeout=120
+    )
+    assert (before.exists(), between.exists()) == (True, False)
+    for folder in (before, between):
+        assert load_bundle(folder, CPU).meta.config.epochs == 3
+        assert {path.name for path in folder.iterdir()} == FILES
 
 
-# What is wrong with a folder is said in one line
+# A fault of a folder is one line
 
 
 def remove(name: str) -> Any:
