@@ -641,7 +641,7 @@ def test_from_a_folded_search_to_the_predictions_of_an_ensemble(
     tiny = ["--set", "epochs=2", "--set", "batch_size=64", "--set", "data.folds=3"]
     assert hpo(monkeypatch, "run", "digits", "--trials", "2", *tiny) == 0
     told = capsys.readouterr().out
-    assert "in the first of 3 folds; every image validates in one of them" in told
+    assert "in the first of 3 folds; every image is in the validation set of one fold" in told
     assert "and after each of the first 2 folds" in told
     assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
     assert hpo(monkeypatch, "refit", "best", "--no-confirm", "--folds", "3") == 0

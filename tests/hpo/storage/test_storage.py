@@ -801,7 +801,9 @@ def test_dead_processes_of_other_hosts_are_found_by_their_heartbeats(database: s
     while time.monotonic() - claimed < 2.5:  # longer than the grace period
         assert stale_elsewhere(storage, study) <= {2}
         time.sleep(0.1)
-    assert stale_elsewhere(storage, study) == {2}
+    while stale_elsewhere(storage, study) != {2}:  # a database's clock may count whole seconds
+        assert time.monotonic() - claimed < 10
+        time.sleep(0.1)
     alive.kill()
     alive.communicate()
     killed = time.monotonic()
