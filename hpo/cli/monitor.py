@@ -165,7 +165,7 @@ def _head(view: View) -> list[str]:
     ]
     best = study.best_trial()
     if best is not None:
-        what = ", the base" if is_baseline(best) else ""
+        what = ", the baseline" if is_baseline(best) else ""
         lines.append(f"best {study.metric} {best.value:.4f}: trial {best.number}{what}")
     starts = [
         trial.datetime_start for trial in view.trials if trial.datetime_start and TAKEN_FROM not in trial.user_attrs

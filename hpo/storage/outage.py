@@ -85,7 +85,7 @@ class Outage:
             if now - self._since > PATIENCE_S:
                 raise StudyError(
                     f"storage {mask(self._url)}: has not answered for {(now - self._since) / 60:.0f} minutes"
-                    f" ({self._words(error)}); when the server runs again, run the same command again: it goes on"
+                    f" ({self._words(error)}); when the server runs again, run the same command again to resume"
                 ) from error
             if again and not self._said:  # the first error may be that of a connection that was dropped while idle
                 self._said = True
