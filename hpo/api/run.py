@@ -30,10 +30,9 @@ from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.lease import Held
 from hpo.study import Study, check_search_name, open_study
 from hpo.text import count, duration
-from hpo.workers.cluster import check_options, engine_and_pool
-from hpo.workers.engine import Engine, WorkerSpec
+from hpo.workers.cluster import check_options, engine_and_slots
+from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec
 from hpo.workers.placement import Placement, place
-from hpo.workers.pool import WorkerPool
 from hpo.workers.ray import RayEngine
 from hpo.workers.work import Work
 
@@ -168,9 +167,9 @@ class _Search:
         note_study(study, plan.space)
         return study
 
-    def _cluster(self, spec: WorkerSpec) -> tuple[Engine, WorkerPool]:
+    def _cluster(self, spec: WorkerSpec) -> tuple[Engine, list[WorkerSlot]]:
         options = self.options
-        return engine_and_pool(
+        return engine_and_slots(
             spec,
             address=options.address or "auto",
             device=options.device,

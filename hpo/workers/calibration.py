@@ -1,8 +1,7 @@
 """`--per-device auto`: how many trials at once train the most images per second on one device.
 
-A small network leaves most of a device idle, and several trainings at once fill it; a large one fills it alone. So
-before the first trial, 1, 2, 4, … processes train the baseline side by side for a few seconds each, as long as the
-device then trains at least a tenth more images per second, and its memory and cores hold that many.
+Before the first trial, 1, 2, 4, … processes train the baseline side by side for a few seconds each, as long as that
+gains a tenth more images per second, and memory and cores hold that many.
 """
 
 from __future__ import annotations
@@ -22,40 +21,30 @@ import torch
 from core.data import Splits
 from core.loop import EpochMetrics, seconds_per_epoch, train
 from core.runtime import is_out_of_memory
-from hpo.workers.capacity import Capacity, Limit, used_memory_bytes
+from hpo.text import count
+from hpo.workers.capacity import Capacity, used_memory_bytes
 from hpo.workers.engine import Resources, WorkerSpec
-from hpo.workers.local import (
-    in_child,
-    own_name,
-    run_in_child,
-    signals_blocked,
-    start_method,
-    unblock_signals,
-    watch_parent,
-)
+from hpo.workers.local import enter_child, in_child, own_name, run_in_child, signals_blocked, start_method
 from hpo.workers.worker import open_data
 
-# The gain that a larger number needs. A smaller one drowns in the noise of a measurement, and more trials at once have
-# a price that none shows: sampler and pruner know less when each of them begins.
+# The gain that a larger number needs: more trials at once teach sampler and pruner less.
 WORTHWHILE = 1.10
-# Memory that a trial is given beyond the measured use of the baseline: other configurations may need more.
+# Factor on the baseline's measured memory: other configurations may need more.
 MARGIN = 1.25
-# Seconds of training that are timed. On two CPU cores the rate of half a second of digits spreads by 2 to 4 %.
+# Seconds of timed training. On two CPU cores the rate of half a second of digits spreads by 2 to 4 %.
 _WINDOW_S = 2.0
-# An epoch is cut to about this length, so that the window holds several: the first one is not counted.
-_EPOCH_S = 0.5
 # Seconds for a process to open the data and to warm up.
 _PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A number of trainings side by side."""
+    """The speed of several trainings side by side."""
 
     images_per_s: float
-    """Of all together, validation included."""
+    """In total, validation included."""
     memory_bytes: int
-    """The most that one process used of the device."""
+    """The largest use of the device by one process."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +53,19 @@ class Choice:
 
     trials: int
     why: str
-    """In one line."""
     measured: bool = True
-    """False where the measurement failed, so that it is not remembered."""
+    """False if the measurement failed; then it is not remembered."""
 
 
-def choose(measure: Callable[[int], Measured], limit: Limit) -> Choice:
+def choose(measure: Callable[[int], Measured], capacity: Capacity) -> Choice:
     """Double the number of trials at once as long as that is worthwhile.
 
     Args:
-        measure: times so many trainings side by side; raises where they do not fit the device.
-        limit: of the device.
+        measure: times so many trainings side by side; raises if they do not fit the device.
+        capacity: of the device.
     """
     speeds: dict[int, float] = {}
-    best, number, used = 1, 1, 0
+    best, number, used, bound = 1, 1, 0, ""
     while True:
         try:
             measured = measure(number)
@@ -85,26 +73,25 @@ def choose(measure: Callable[[int], Measured], limit: Limit) -> Choice:
             if not (is_out_of_memory(error) or isinstance(error, (BrokenProcessPool, threading.BrokenBarrierError))):
                 raise
             if not speeds:
-                return Choice(1, not_measured(f"the baseline could not be timed ({error})", 1), measured=False)
+                return Choice(1, not_measured(f"the baseline could not be timed ({error})"), measured=False)
             bound = f"{number} did not fit"
             break
         speeds[number], used = measured.images_per_s, max(used, measured.memory_bytes)
         if number > 1 and speeds[number] < WORTHWHILE * speeds[best]:
-            bound = ""
             break
         best = number
-        fitting = int(limit.memory_bytes // (MARGIN * used))
-        number = min(2 * best, fitting, limit.trials or 2 * best)
+        fitting = int(capacity.memory_bytes // (MARGIN * used))
+        number = min(2 * best, fitting, capacity.useful or 2 * best)
         if number <= best:
-            bound = (
-                limit.why
-                if limit.trials is not None and limit.trials <= max(fitting, 1)
-                else (
-                    f"the memory holds no more ({used / 1e9:.1f} GB per trial, {limit.memory_bytes / 1e9:.1f} GB free)"
-                )
-            )
+            bound = _bound(capacity, used, fitting)
             break
     return Choice(best, _explained(speeds, best, bound))
+
+
+def _bound(capacity: Capacity, used: int, fitting: int) -> str:
+    if capacity.useful is not None and capacity.useful <= max(fitting, 1):
+        return capacity.why_useful
+    return f"the memory holds no more ({used / 1e9:.1f} GB per trial, {capacity.memory_bytes / 1e9:.1f} GB free)"
 
 
 def _explained(speeds: dict[int, float], best: int, bound: str) -> str:
@@ -114,13 +101,13 @@ def _explained(speeds: dict[int, float], best: int, bound: str) -> str:
 
 
 def at_once(number: int) -> str:
-    """So many trials at once, in words."""
-    return f"{number} trial{'' if number == 1 else 's'} at once"
+    """Format a number of trials at once."""
+    return f"{count(number, 'trial')} at once"
 
 
-def not_measured(why: str, number: int) -> str:
-    """One line that explains why the best number is unknown."""
-    return f"--per-device auto: not measured, {why}; continuing with {number}"
+def not_measured(why: str) -> str:
+    """Explain why the best number is unknown."""
+    return f"--per-device auto: not measured, {why}; continuing with 1"
 
 
 def calibrate(spec: WorkerSpec, device: torch.device, capacity: Capacity) -> Choice:
@@ -129,7 +116,7 @@ def calibrate(spec: WorkerSpec, device: torch.device, capacity: Capacity) -> Cho
     Raises:
         UserError: the baseline cannot be trained.
     """
-    return choose(lambda number: _side_by_side(spec, str(device), capacity.share(number), number), capacity.limit())
+    return choose(lambda number: _side_by_side(spec, str(device), capacity.share(number), number), capacity)
 
 
 def _side_by_side(spec: WorkerSpec, device: str, resources: Resources, number: int) -> Measured:
@@ -139,8 +126,8 @@ def _side_by_side(spec: WorkerSpec, device: str, resources: Resources, number: i
         signals_blocked(),
         ProcessPoolExecutor(number, mp_context=context, initializer=run_in_child, initargs=entry) as executor,
     ):
-        # The barrier keeps each task in a process of its own.
-        tasks = [executor.submit(_timed, spec, own_name(device), resources) for _ in range(number)]
+        # The barrier gives each task a process of its own.
+        tasks = [executor.submit(_timed, spec, own_name(device), resources, _WINDOW_S) for _ in range(number)]
         measured = [task.result() for task in tasks]
     return Measured(sum(each.images_per_s for each in measured), max(each.memory_bytes for each in measured))
 
@@ -153,20 +140,19 @@ _barrier: Barrier
 def _enter(barrier: Barrier) -> None:
     global _barrier
     _barrier = barrier
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the measurement
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    unblock_signals()
-    watch_parent(lambda: None, patience_s=0.0)
+    enter_child(lambda: None, patience_s=0.0)
 
 
-def _timed(spec: WorkerSpec, device_name: str, resources: Resources) -> Measured:
-    """Train the baseline for some seconds, beside the other processes."""
+def _timed(spec: WorkerSpec, device_name: str, resources: Resources, window_s: float) -> Measured:
+    """Train the baseline beside the other processes, in epochs of about a quarter of the window."""
     device = torch.device(device_name)
     try:
         _, division = open_data(spec, device, resources)
         config = spec.space.baseline
         [splits, *_] = division.on(device, config.data)
-        part = _first_part(splits, _EPOCH_S / seconds_per_epoch(config, splits, device=device), 2 * config.batch_size)
+        share = window_s / 4 / seconds_per_epoch(config, splits, device=device)
+        part = _first_part(splits, share, 2 * config.batch_size)
     except BaseException:
         _barrier.abort()
         raise
@@ -175,7 +161,7 @@ def _timed(spec: WorkerSpec, device_name: str, resources: Resources) -> Measured
 
     def ended(epoch: EpochMetrics) -> None:
         epochs.append(epoch)
-        if len(epochs) > 2 and epoch.elapsed_s - epochs[0].elapsed_s > _WINDOW_S:
+        if len(epochs) > 2 and epoch.elapsed_s - epochs[0].elapsed_s > window_s:
             raise _EnoughError
 
     with contextlib.suppress(_EnoughError):
@@ -190,7 +176,7 @@ class _EnoughError(Exception):
 
 
 def _first_part(splits: Splits, share: float, least: int) -> Splits:
-    """About this fraction of the training and validation images, evenly spaced, so that an epoch is shorter."""
+    """Take about this fraction of the training and validation images."""
     if share >= 1 or len(splits.train) <= least:
         return splits
     every = max(1, int(len(splits.train) / max(least, share * len(splits.train))))

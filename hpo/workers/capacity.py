@@ -11,25 +11,14 @@ import torch
 
 from core.errors import UserError
 from core.runtime import free_memory
+from hpo.text import count
 from hpo.workers.engine import Resources
 
-# Memory of a GPU that a process holds beside torch's allocator: CUDA's context and loaded kernels, 0.3 to 0.6 GB on
-# GPUs from Volta to Hopper (nvidia-smi minus torch.cuda.memory_reserved).
+# GPU memory of a process outside torch's allocator: CUDA's context and kernels, 0.3 to 0.6 GB from Volta to Hopper
+# (nvidia-smi minus torch.cuda.memory_reserved).
 CONTEXT_BYTES = 600 * 2**20
 # Resident memory of a worker that trains a small network on the CPU, on Linux.
 WORKER_BYTES = 900 * 10**6
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Bounds on the number of trials at once."""
-
-    memory_bytes: int
-    """Free on the device before the first trial."""
-    trials: int | None = None
-    """The largest number that makes sense; None for any."""
-    why: str = ""
-    """The reason for `trials`: `the CPU has 2 cores`."""
 
 
 @dataclass(frozen=True)
@@ -37,51 +26,53 @@ class Capacity:
     """The free resources of a device before the first worker started."""
 
     threads: int
-    """torch's, in a process that is alone: the cores, unless OMP_NUM_THREADS is set."""
+    """torch's, in a single process: the cores, unless OMP_NUM_THREADS is set."""
     cores: int
     memory_bytes: int
-    """Free on the device; free on the machine if the device is its CPU."""
+    """Free on the device."""
     gpu_bytes: int | None
-    """The GPU's total memory; None without one."""
+    """The GPU's total memory; None on a CPU."""
 
     def share(self, trials: int) -> Resources:
         """Divide the device evenly among so many trials, which `check` has accepted.
 
-        torch limits each process to its part of the GPU's memory, so that only a configuration that is too large runs
-        out of it, which the sampler has to learn, and never one with a large neighbour. More threads than cores would
-        slow each other down.
+        A configuration then runs out of memory only if it is too large itself, never because of its neighbours.
         """
-        threads = max(1, self.threads // trials)
-        if self.gpu_bytes is None:
-            return Resources(threads, None)
-        fraction = (self.memory_bytes / trials - CONTEXT_BYTES) / self.gpu_bytes
-        return Resources(threads, min(fraction, 1.0))
+        fraction = None if self.gpu_bytes is None else self.memory_bytes / trials / self.gpu_bytes
+        return Resources(max(1, self.threads // trials), fraction)
 
     @property
-    def most(self) -> int:
-        """The number of trials at once that fit if each needs little memory; at least 1.
-
-        On a GPU each is given as much for its tensors as its process takes for itself.
-        """
-        each = WORKER_BYTES if self.gpu_bytes is None else 2 * CONTEXT_BYTES
+    def fitting(self) -> int:
+        """The number of trials at once that fit if each needs little memory; at least 1."""
+        each = WORKER_BYTES if self.gpu_bytes is None else 2 * CONTEXT_BYTES  # as much for tensors as for the context
         return max(1, self.memory_bytes // each)
+
+    @property
+    def useful(self) -> int | None:
+        """The largest number of trials at once that makes sense: a CPU's cores; None for any."""
+        return self.cores if self.gpu_bytes is None else None
+
+    @property
+    def why_useful(self) -> str:
+        """The reason for `useful`."""
+        return f"the CPU has {count(self.cores, 'core')}"
 
     def check(self, trials: int, *, asked: str) -> None:
         """Check that so many processes fit.
 
         Args:
             trials: number of trials at once.
-            asked: the option that asked for them: `--per-device auto`.
+            asked: the option that set it: `--per-device auto`.
 
         Raises:
             UserError: the free memory is too small.
         """
         free = f"{self.memory_bytes / 1e9:.1f} GB"
         if self.gpu_bytes is None:
-            if trials > max(1, self.most):  # a single one may need less than the estimate
+            if trials > self.fitting:  # a single one may need less than the estimate
                 raise UserError(
                     f"{asked}: {trials} processes do not fit the {free} of free memory, "
-                    f"at about {WORKER_BYTES / 1e9:.1f} GB each; give at most {self.most}"
+                    f"at about {WORKER_BYTES / 1e9:.1f} GB each; give at most {self.fitting}"
                 )
         elif self.memory_bytes <= CONTEXT_BYTES:
             raise UserError(
@@ -90,14 +81,8 @@ class Capacity:
             )
         elif self.memory_bytes <= trials * CONTEXT_BYTES:
             raise UserError(
-                f"{asked}: {trials} processes do not fit the {free} of free GPU memory; give at most {self.most}"
+                f"{asked}: {trials} processes do not fit the {free} of free GPU memory; give at most {self.fitting}"
             )
-
-    def limit(self) -> Limit:
-        """Return the bounds on the number of trials that is worth trying: the memory, and on a CPU its cores."""
-        if self.gpu_bytes is not None:
-            return Limit(self.memory_bytes)
-        return Limit(self.memory_bytes, self.cores, f"the CPU has {self.cores} core{'' if self.cores == 1 else 's'}")
 
 
 def free_capacity(device: torch.device) -> Capacity:
@@ -108,17 +93,18 @@ def free_capacity(device: torch.device) -> Capacity:
 
 
 def occupy(resources: Resources, device: torch.device) -> None:
-    """Limit this process to its resources.
-
-    torch's allocator returns unused memory beyond the limit before it refuses an allocation.
-    """
+    """Limit this process to its resources on the device."""
     torch.set_num_threads(resources.threads)
+    if device.type != "cuda":
+        return
+    torch.cuda.set_device(device)
     if resources.memory_fraction is not None:
-        torch.cuda.set_per_process_memory_fraction(resources.memory_fraction, device)
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(resources.memory_fraction - CONTEXT_BYTES / total, device)
 
 
 def used_memory_bytes(device: torch.device) -> int:
-    """Memory of the device that this process uses: its peak on a GPU, its resident memory on a CPU."""
+    """Return the peak of this process's GPU memory, or its resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
     return int(psutil.Process().memory_info().rss)

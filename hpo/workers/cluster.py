@@ -5,29 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from core.errors import UserError
-from hpo.workers.engine import Engine, WorkerSpec
+from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec, worker_slots
 from hpo.workers.placement import is_count
-from hpo.workers.pool import WorkerPool
 from hpo.workers.ray import RayEngine
 
 
 def check_options(*, device: str | None, devices: str | None, per_device: str | None) -> None:
-    """Refuse options that a cluster cannot follow, since it places workers itself.
-
-    Raises:
-        UserError: an option names this machine's devices, or is not a number.
-    """
+    """Raise UserError for options that contradict the cluster's own placement of workers."""
     if devices is not None:
         raise UserError("--devices names GPUs of one machine; with --engine ray leave it out, and give --workers")
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {device}: with --engine ray give cpu or cuda: Ray chooses which")
-    if per_device is not None and (not is_count(per_device)):
+    if per_device is not None and not is_count(per_device):
         raise UserError(f"--per-device {per_device}: with --engine ray give a whole number from 1 on")
     if device == "cpu" and per_device is not None:
         raise UserError("--per-device: on CPUs Ray gives each worker a core of its own; give --workers instead")
 
 
-def engine_and_pool(
+def engine_and_slots(
     spec: WorkerSpec,
     *,
     address: str,
@@ -35,15 +30,15 @@ def engine_and_pool(
     per_device: str | None,
     workers: int | None,
     say: Callable[[str], None],
-) -> tuple[Engine, WorkerPool]:
+) -> tuple[Engine, list[WorkerSlot]]:
     """Connect to the cluster. The workers take all its room, or as much as was asked for.
 
     Args:
-        spec: describes the study to the workers.
+        spec: the study.
         address: the head's `host:port`, or `auto`.
         device: `cpu` or `cuda`; None for a GPU per worker if the cluster has one, else a core.
         per_device: how many workers share a GPU.
-        workers: how many there are at most.
+        workers: their largest number.
         say: shows the user one line.
     """
     engine = RayEngine(address)
@@ -59,4 +54,4 @@ def engine_and_pool(
     say(f"Ray: {len(nodes)} nodes with room for {room} workers, each on a {kind}{share}; starting {size}")
     if workers is not None and workers > room:
         say(f"--workers {workers}: the cluster has no more room now; the others are not started")
-    return engine, WorkerPool("cuda:0" if on_gpus else "cpu", size, engine.resources())
+    return engine, worker_slots("cuda" if on_gpus else "cpu", size, engine.resources())

@@ -1,9 +1,10 @@
-"""The interface between the pool and its workers' machines, and the plain values that cross between processes."""
+"""The interface between the pool and its workers' machines, and the values that cross between processes."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from logging import LogRecord
 from pathlib import Path
 from typing import Protocol
 
@@ -16,51 +17,46 @@ STOPPED = 130
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """The study that a worker trains, and how. It crosses to the process by a pipe: command lines are public."""
+    """The study that a worker trains, and how. Sent through a pipe, because command lines are public."""
 
     space: SearchSpace
     """As resolved by the parent: its file may change."""
     study: str
-    storage_url: str = field(repr=False)
-    """It may hold a password."""
+    storage_url: str = field(repr=False)  # may hold a password
     data_path: Path | None
     skip_broken: bool
     folder: Path
-    """The parent's working directory, for relative paths."""
+    """The parent's working directory."""
     options: TrialOptions = field(default_factory=TrialOptions)
     store_url: str | None = field(default=None, repr=False)
-    """URL or path of the artifact store that other machines share; None for the study's folder."""
+    """The shared artifact store; None for the study's folder."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """One worker's part of the machine."""
+    """One worker's part of a machine."""
 
     threads: int
     """torch's, on the CPU."""
     memory_fraction: float | None
-    """Of the GPU's total memory; None without a GPU."""
+    """Of the GPU's total memory, CUDA's context included; None without a limit."""
 
 
 @dataclass(frozen=True)
 class WorkerSlot:
     """A place for one worker process; a dead worker is replaced in its slot."""
 
-    number: int
-    """Counted from 0 on each device."""
     device: str
-    """torch's name for it on this machine, `cpu` or `cuda:1`; only its kind where a cluster places the worker."""
+    """torch's name on this machine; `cpu` or `cuda` on a cluster."""
     name: str
-    """For messages: `worker 2`, or with several devices `worker 2 on cuda:1`."""
+    """In messages: `worker 2`, or with several devices `worker 2 on cuda:1`."""
+    resources: Resources
 
 
-@dataclass(frozen=True)
-class LogRecord:
-    """A record of a worker's log."""
-
-    logger: str
-    level: int
-    text: str
+def worker_slots(device: str, number: int, resources: Resources, *, alone: bool = True) -> list[WorkerSlot]:
+    """Return slots on a device, which their names omit if it is `alone`."""
+    where = "" if alone else f" on {device}"
+    return [WorkerSlot(device, f"worker {index}{where}", resources) for index in range(1, number + 1)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Failure:
 
     text: str
     trace: str | None
-    """Traceback of a crash, which another worker may not meet; None for an error that the user has to fix."""
+    """Traceback of a crash; None for an error that the user has to fix."""
 
 
 Output = LogRecord | Failure
@@ -80,11 +76,11 @@ class Exit:
     """How a worker ended."""
 
     clean: bool
-    """By itself, with nothing left to do."""
+    """With nothing left to do."""
     words: str
-    """To follow the worker's name: `was killed by SIGKILL`."""
+    """After the worker's name: `was killed by SIGKILL`."""
     blameless: bool = False
-    """It was stopped from outside, or lost with its machine: its replacement need not expect the same."""
+    """Stopped from outside, or lost with its machine."""
 
 
 class Worker(Protocol):
@@ -92,33 +88,32 @@ class Worker(Protocol):
 
     @property
     def process(self) -> tuple[str, int] | None:
-        """Its host and process ID, as in its trials' leases; None before a cluster has placed it."""
+        """Host and process ID, as in its trials' leases; None before a cluster has placed it."""
 
     @property
-    def ended(self) -> bool:
-        """Whether it has exited."""
+    def ended(self) -> bool: ...
 
     def output(self) -> list[Output]:
-        """Return what it has logged since the last call."""
+        """Return its output since the last call."""
 
     def stop(self) -> None:
-        """Ask it to finish its epoch, give its trial back and exit. Does not wait."""
+        """Request that it finishes its epoch, gives its trial back and exits. Does not wait."""
 
     def kill(self) -> None:
-        """End it at once. `close` must still be called."""
+        """End it at once; `close` must still be called."""
 
     def close(self, patience_s: float) -> Exit:
-        """Wait for its exit, kill it after `patience_s` seconds, and free its resources."""
+        """Wait for its exit, kill it after `patience_s`, and free its resources."""
 
 
 class Engine(Protocol):
     """Starts workers on some kind of machine."""
 
-    def start(self, spec: WorkerSpec, slot: WorkerSlot, resources: Resources) -> Worker:
-        """Start a worker, which claims trials as soon as it has opened study and data."""
+    def start(self, spec: WorkerSpec, slot: WorkerSlot) -> Worker:
+        """Start a worker, which claims trials once it has opened study and data."""
 
     def wait(self, workers: Collection[Worker], timeout_s: float) -> None:
-        """Return when one of the workers has output or has ended, or after `timeout_s` seconds."""
+        """Return when a worker has output or has ended, or after `timeout_s`."""
 
     def close(self) -> None:
-        """Free the engine's own resources; all workers have ended."""
+        """Free the engine's resources, after all workers have ended."""

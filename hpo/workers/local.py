@@ -1,11 +1,7 @@
 """Workers as processes of this machine, each pinned to its device before CUDA is initialized.
 
-On Linux they are forked from a server process that has imported torch and timm, so that a worker starts in
-milliseconds. The server never touches CUDA, which does not survive a fork. Elsewhere they are spawned: macOS's own
-libraries do not survive a fork either.
-
-A process that sees one GPU cannot allocate on another one, as a first `torch.cuda` call does on the first one. When
-the parent dies, a worker finishes its epoch, gives its trial back and exits.
+On Linux they are forked in milliseconds from a server process that has imported torch and timm, but never uses CUDA,
+which does not survive a fork. Elsewhere they are spawned: macOS's libraries do not survive a fork either.
 """
 
 from __future__ import annotations
@@ -31,22 +27,21 @@ from hpo.workers.engine import STOPPED, Engine, Exit, Output, Resources, Worker,
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-_PRELOADED = [
+PRELOADED = [
     *("hpo.workers.calibration", "hpo.workers.worker"),
     *("optuna_dashboard", "sklearn.datasets", "sklearn.model_selection", "timm"),
 ]
-# Seconds that a worker without a parent has for its epoch. After that it exits, and its trial resumes from its last
-# checkpoint.
+# Seconds that a worker without a parent has to finish its epoch. After that its trial resumes from its last checkpoint.
 _ORPHAN_S = 20.0
 
 
 class LocalProcesses(Engine):
     """Starts workers as processes of this machine."""
 
-    def start(self, spec: WorkerSpec, slot: WorkerSlot, resources: Resources) -> LocalWorker:
+    def start(self, spec: WorkerSpec, slot: WorkerSlot) -> LocalWorker:
         context = start_method()
         output, theirs = context.Pipe(duplex=False)
-        entry = in_child(slot.device, main, spec, own_name(slot.device), resources, theirs)
+        entry = in_child(slot.device, main, spec, own_name(slot.device), slot.resources, theirs)
         process = context.Process(target=run_in_child, args=entry, name=f"hpo {slot.name}")  # type: ignore[attr-defined]
         with signals_blocked():
             process.start()
@@ -61,7 +56,7 @@ class LocalProcesses(Engine):
 
 
 class LocalWorker(Worker):
-    """A worker's process, and the pipe that its log comes by."""
+    """A worker's process, and the pipe for its log."""
 
     def __init__(self, process: BaseProcess, output: Connection) -> None:
         self._process, self._output = process, output
@@ -71,7 +66,7 @@ class LocalWorker(Worker):
 
     @property
     def sources(self) -> list[Connection | int]:
-        """What becomes ready when the worker has output or has ended."""
+        """Become ready when the worker has output or has ended."""
         return [*([self._output] if self._open else []), self._process.sentinel]
 
     @property
@@ -112,10 +107,13 @@ class LocalWorker(Worker):
         return Exit(clean=status == 0, words=words)
 
 
+# Starting processes
+
+
 def visible_to(device: str) -> str | None:
     """The `CUDA_VISIBLE_DEVICES` with which a process sees this GPU alone; None on a CPU.
 
-    Indices count the GPUs that this process sees, which may be some of the machine's, or have names.
+    Indices count the GPUs visible to this process, which may be some of the machine's, or have names.
     """
     kind, _, index = device.partition(":")
     if kind != "cuda":
@@ -126,18 +124,22 @@ def visible_to(device: str) -> str | None:
 
 def own_name(device: str) -> str:
     """The name of the device in a process that sees it alone."""
-    return device if visible_to(device) is None else "cuda:0"
+    return "cuda:0" if device.startswith("cuda") else device
 
 
-# Starting processes
+def in_child(device: str, run: Callable[..., None], *arguments: Any) -> tuple[Any, ...]:
+    """The arguments of `run_in_child` to call `run(*arguments)` where only `device` is visible."""
+    visible = visible_to(device)
+    environment = dict(os.environ) if visible is None else {**os.environ, VISIBLE: visible}
+    return (environment, run, *arguments)
 
 
 def start_method() -> BaseContext:
-    """Return how processes are started: forked from a server on Linux, spawned elsewhere. Starts the server."""
+    """Return how processes are started, after starting the fork server on Linux."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(PRELOADED)
     with signals_blocked():
         multiprocessing.forkserver.ensure_running()
     return context
@@ -157,54 +159,43 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def in_child(device: str, run: Callable[..., None], *arguments: Any) -> tuple[Any, ...]:
-    """The arguments of `run_in_child` that call `run(*arguments)` where only `device` is visible."""
-    visible = visible_to(device)
-    environment = dict(os.environ) if visible is None else {**os.environ, VISIBLE: visible}
-    return (environment, run, *arguments)
-
-
 # In the worker's process
 
 
 def run_in_child(environment: dict[str, str], run: Callable[..., None], *arguments: Any) -> None:
-    """Run a function in this environment. A fork server's children inherit the one in which the server started."""
+    """Run a function in this environment: a fork server's children inherit the server's."""
     os.environ.clear()
     os.environ.update(environment)
     run(*arguments)
 
 
 def main(spec: WorkerSpec, device: str, resources: Resources, output: Connection) -> None:
-    """Run a worker, in its process. It starts with `SIGNALS` blocked, so that none arrives before it is handled."""
+    """Run a worker, in its process, until it exits."""
     import torch
 
     from hpo.workers.worker import work_on
 
     os.chdir(spec.folder)
     interrupts = Interrupts()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent too, which stops the workers
     signal.signal(signal.SIGTERM, lambda *_: interrupts.request())
-    watch_parent(interrupts.request, _ORPHAN_S)
-    unblock_signals()
+    enter_child(interrupts.request, _ORPHAN_S)
     writing = threading.Lock()
 
     def emit(record: Output) -> None:
         with writing, contextlib.suppress(OSError):  # the parent is gone
             output.send(record)
 
-    sys.exit(
-        work_on(spec, device=torch.device(device), resources=resources, emit=emit, interrupts=interrupts),
-    )
+    sys.exit(work_on(spec, device=torch.device(device), resources=resources, emit=emit, interrupts=interrupts))
 
 
-def unblock_signals() -> None:
-    """Let the signals in that were blocked when this process started."""
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+def enter_child(request_stop: Callable[[], None], patience_s: float) -> None:
+    """Unblock the signals, now that SIGTERM is handled, and watch the parent.
 
-
-def watch_parent(request_stop: Callable[[], None], patience_s: float) -> None:
-    """Request a stop when the parent dies, however it dies, and exit `patience_s` seconds later at the latest."""
+    Args:
+        request_stop: called when the parent has died.
+        patience_s: seconds after that until this process exits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and stops this process
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -215,3 +206,5 @@ def watch_parent(request_stop: Callable[[], None], patience_s: float) -> None:
         os._exit(1)
 
     threading.Thread(target=wait_for_its_end, name="parent watch", daemon=True).start()
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

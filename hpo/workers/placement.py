@@ -1,7 +1,7 @@
 """The devices that train a run's trials, and the number of workers on each.
 
-`--per-device K` is the number per device, `--workers N` the number in all; each follows from the other. One trial at a
-time on one device needs no process of its own, unless `--workers 1` asks for one.
+`--per-device K` is the number per device, `--workers N` the total. One trial at a time on one device runs in the
+parent's process, unless `--workers 1` is given.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Placement:
 
     devices: tuple[torch.device, ...]
     workers: tuple[int | None, ...]
-    """By device; None if it has to be measured."""
+    """By device; None if the number has to be measured."""
     in_processes: bool
     """Whether even a single worker has a process of its own."""
     asked: str
-    """The option that gave the number, for messages."""
+    """The option that set the number, for messages."""
 
     @property
     def none(self) -> bool:
@@ -91,7 +91,7 @@ def _devices(device: str | None, devices: str | None) -> tuple[torch.device, ...
 
 
 def is_count(text: str) -> bool:
-    """Return whether the text is a whole number from 1 on."""
+    """Return whether the text is a positive whole number."""
     return text.isdecimal() and int(text) > 0
 
 

@@ -1,7 +1,7 @@
 """The parent of the workers: start them, show their log, replace dead ones, and let none outlive the run.
 
-The storage knows which trials wait, which run, and in which process. A dead worker is a lease to reap and a slot to
-fill again; the parent's own death costs at most the running epochs.
+The storage records which trials wait, which run, and in which process, so the parent's own death costs at most the
+running epochs.
 """
 
 from __future__ import annotations
@@ -21,37 +21,18 @@ from hpo.search.training import trial_label
 from hpo.search.weights import keep_best_weights
 from hpo.storage.lease import LEASE
 from hpo.study import Study
-from hpo.workers.engine import Engine, Exit, Failure, LogRecord, Output, Resources, Worker, WorkerSlot, WorkerSpec
+from hpo.workers.engine import Engine, Exit, Failure, Output, Worker, WorkerSlot, WorkerSpec
 
 logger = logging.getLogger(__name__)
 
-# How often a worker is replaced while its slot finishes no trial. One death may be an accident and two bad luck; a
-# third has a cause that the next worker would meet too.
+# Number of replacements while a slot finishes no trial. Two deaths may be accidents; a third has a lasting cause.
 REPLACEMENTS = 2
-# Seconds between two checks for trials of dead processes, of this run or another.
-REAP_EVERY_S = 5.0
+# Seconds between two checks for trials of other runs' dead processes.
+REAP_EVERY_S = 1.0
 # Seconds between two readings of the storage.
 _REFRESH_S = 0.5
 # Seconds until a worker that should exit is killed.
 _PATIENCE_S = 30.0
-
-
-@dataclass(frozen=True)
-class WorkerPool:
-    """The workers of one device, or those that a cluster places."""
-
-    device: str
-    """torch's name for it here."""
-    size: int
-    """Number of workers."""
-    resources: Resources
-    """Of each."""
-    alone: bool = True
-    """No other device has workers, so that names omit the device."""
-
-    def slot(self, number: int) -> WorkerSlot:
-        """Return the worker slot of that number, from 0 on."""
-        return WorkerSlot(number, self.device, f"worker {number + 1}" + ("" if self.alone else f" on {self.device}"))
 
 
 def run_workers(
@@ -59,7 +40,7 @@ def run_workers(
     spec: WorkerSpec,
     *,
     engine: Engine,
-    pools: Sequence[WorkerPool],
+    slots: Sequence[WorkerSlot],
     progress: StudyView,
     interrupts: Interrupts,
 ) -> None:
@@ -67,9 +48,9 @@ def run_workers(
 
     Args:
         study: with its trials queued.
-        spec: describes the study to the workers.
+        spec: the same study, for the workers.
         engine: starts them; it is closed at the end.
-        pools: one per device.
+        slots: filled in this order.
         progress: shows the study meanwhile.
         interrupts: of this process.
 
@@ -78,7 +59,7 @@ def run_workers(
         StudyError: a worker met an error that the user has to fix, or no worker lives long enough.
         RuntimeError: the last of the workers that crashed, with its traceback; the trials are back in the queue.
     """
-    supervisor = _Supervisor(study, spec, engine, pools, progress, interrupts)
+    supervisor = _Supervisor(study, spec, engine, [_Place(slot) for slot in slots], progress, interrupts)
     try:
         supervisor.run()
     finally:
@@ -94,43 +75,36 @@ class _Place:
     """A worker slot, its worker, and the fate of earlier ones."""
 
     slot: WorkerSlot
-    resources: Resources
     worker: Worker | None = None
     deaths: int = 0
-    """Since a worker here finished a trial."""
+    """Since one here finished a trial."""
 
     @property
     def usable(self) -> bool:
         return self.worker is None and self.deaths <= REPLACEMENTS
 
 
+@dataclass
 class _Supervisor:
     """Keeps the slots of all devices filled."""
 
-    def __init__(
-        self,
-        study: Study,
-        spec: WorkerSpec,
-        engine: Engine,
-        pools: Sequence[WorkerPool],
-        progress: StudyView,
-        interrupts: Interrupts,
-    ) -> None:
-        self._study, self._spec, self._engine = study, spec, engine
-        self._progress, self._interrupts = progress, interrupts
-        places = [_Place(pool.slot(number), pool.resources) for pool in pools for number in range(pool.size)]
-        self._places = sorted(places, key=lambda place: place.slot.number)  # few trials are spread over the devices
-        self._last_words = ""
-        self._last_crash: Exception | None = None
+    study: Study
+    spec: WorkerSpec
+    engine: Engine
+    places: list[_Place]
+    progress: StudyView
+    interrupts: Interrupts
+    last_words: str = ""
+    last_crash: Exception | None = None
 
     def run(self) -> None:
-        """Work until no trial waits, and none runs that could come back."""
+        """Work until no trial waits or runs."""
         while True:
             self._work()
-            self._study.queue.reclaim()
-            if not self._study.queue.waiting():
+            self.study.queue.reclaim()
+            if not self.study.queue.waiting():
                 return
-            if not any(place.usable for place in self._places):
+            if not any(place.usable for place in self.places):
                 raise self._all_dead()
 
     def _work(self) -> None:
@@ -138,25 +112,25 @@ class _Supervisor:
         self._fill()
         reaped_at = time.monotonic()
         while busy := self._busy():
-            with self._interrupts.let_through():
-                self._engine.wait([worker for _, worker in busy], _REFRESH_S)
+            with self.interrupts.let_through():
+                self.engine.wait([worker for _, worker in busy], _REFRESH_S)
             for place, worker in busy:
                 ended = worker.ended  # before its output, which is then complete
                 for output in worker.output():
                     self._handle(place, output)
                 if ended:
                     self._end(place, worker)
-            self._progress.refresh()
+            self.progress.refresh()
             if time.monotonic() - reaped_at >= REAP_EVERY_S:
                 reaped_at = time.monotonic()
-                self._study.queue.reclaim()
+                self.study.queue.reclaim()
                 self._fill()
 
     def _fill(self) -> None:
-        """Start workers in free slots for waiting trials that no worker will claim; dismiss those without a place."""
-        waiting, training = self._study.queue.waiting(), self._training()
+        """Start workers for waiting trials beyond the idle workers; dismiss unplaced ones if none waits."""
+        waiting, training = self.study.queue.waiting(), self._training()
         idle = [worker for _, worker in self._busy() if worker.process not in training]
-        free = [place for place in self._places if place.usable]
+        free = [place for place in self.places if place.usable]
         for place in free[: max(0, waiting - len(idle))]:
             self._start(place)
         if not waiting:
@@ -165,32 +139,32 @@ class _Supervisor:
                     worker.stop()
 
     def _start(self, place: _Place) -> None:
-        place.worker = self._engine.start(self._spec, place.slot, place.resources)
+        place.worker = self.engine.start(self.spec, place.slot)
 
     def _busy(self) -> list[tuple[_Place, Worker]]:
-        return [(place, place.worker) for place in self._places if place.worker is not None]
+        return [(place, place.worker) for place in self.places if place.worker is not None]
 
     def _trials_of(self, worker: Worker) -> list[FrozenTrial]:
         """The trials that the worker claimed."""
-        trials = self._study.optuna.get_trials(deepcopy=False)
+        trials = self.study.optuna.get_trials(deepcopy=False)
         return [trial for trial in trials if worker.process is not None and _holder(trial) == worker.process]
 
     def _training(self) -> set[tuple[str, int] | None]:
         """The processes that hold a running trial."""
-        trials = self._study.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        trials = self.study.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return {_holder(trial) for trial in trials if LEASE in trial.user_attrs}
 
     def _handle(self, place: _Place, output: Output) -> None:
-        if isinstance(output, Failure):
-            if output.trace is None:
-                raise StudyError(output.text)
+        if not isinstance(output, Failure):
+            target = logging.getLogger(output.name)
+            if target.isEnabledFor(output.levelno):
+                target.handle(output)
+        elif output.trace is None:
+            raise StudyError(output.text)
+        else:
             logger.warning("%s crashed: %s", place.slot.name, output.text)
-            self._last_crash = RuntimeError(f"{place.slot.name} failed: {output.text}")
-            self._last_crash.__cause__ = _WorkerError(output.trace)
-            return
-        target = logging.getLogger(output.logger)
-        if target.isEnabledFor(output.level):
-            target.handle(target.makeRecord(output.logger, output.level, "", 0, output.text, (), None))
+            self.last_crash = RuntimeError(f"{place.slot.name} failed: {output.text}")
+            self.last_crash.__cause__ = _WorkerError(output.trace)
 
     def _end(self, place: _Place, worker: Worker) -> None:
         """Handle a worker that has ended by itself or died."""
@@ -201,21 +175,18 @@ class _Supervisor:
         if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials):
             place.deaths = 0
         place.deaths += not exited.blameless
-        self._last_words = exited.words
-        base = self._spec.space.baseline
+        self.last_words = exited.words
+        base = self.spec.space.baseline
         labels = [
             trial_label(trial, epochs=base.epochs, folds=base.data.folds or 1)
             for trial in trials
             if trial.state == TrialState.RUNNING
         ]
         who = place.slot.name + (f" ({labels[-1]})" if labels else "")
-        requeued = "; its trial is queued again" if self._study.queue.reclaim() else ""
-        if not place.usable:
-            then = "it is not replaced any more"
-        else:
-            then = "another takes its place"
-            if self._study.queue.waiting():
-                self._start(place)
+        requeued = "; its trial is queued again" if self.study.queue.reclaim() else ""
+        then = "another takes its place" if place.usable else "it is not replaced any more"
+        if place.usable and self.study.queue.waiting():
+            self._start(place)
         logger.warning("%s %s%s; %s", who, exited.words, requeued, then)
 
     def _close(self, place: _Place, worker: Worker) -> Exit:
@@ -224,29 +195,26 @@ class _Supervisor:
         return exited
 
     def _all_dead(self) -> Exception:
-        if self._last_crash is not None:
-            return self._last_crash
-        counts, total = self._study.counts(), self._study.total
-        fewer = "fewer trials at once with --per-device" if len(self._places) > 1 else "to free some memory"
+        if self.last_crash is not None:
+            return self.last_crash
+        counts, total = self.study.counts(), self.study.total
+        fewer = "fewer trials at once with --per-device" if len(self.places) > 1 else "to free some memory"
         return StudyError(
-            f"study {self._study.name}: every worker dies early, the last one {self._last_words}; "
+            f"study {self.study.name}: every worker dies early, the last one {self.last_words}; "
             f"{counts.finished} of {total} trials are done and safe; try {fewer}, then run the same command again"
         )
 
     def stop(self) -> None:
-        """End every worker after its epoch; their trials are back in the queue.
-
-        A second interrupt kills them instead: their trials then resume from their last checkpoints.
-        """
+        """End every worker after its epoch, or at once on a second interrupt; their trials are back in the queue."""
         for _, worker in self._busy():
             worker.stop()
-        with contextlib.suppress(KeyboardInterrupt), self._interrupts.patient():
+        with contextlib.suppress(KeyboardInterrupt), self.interrupts.patient():
             while busy := self._busy():
-                self._engine.wait([worker for _, worker in busy], 1.0)
+                self.engine.wait([worker for _, worker in busy], 1.0)
                 for place, worker in busy:
                     ended = worker.ended
                     for output in worker.output():  # a full pipe would block it
-                        if isinstance(output, LogRecord) or output.trace is not None:
+                        if not isinstance(output, Failure) or output.trace is not None:
                             self._handle(place, output)
                     if ended:
                         self._close(place, worker)
@@ -254,7 +222,7 @@ class _Supervisor:
             worker.kill()
         for place, worker in self._busy():
             self._close(place, worker)
-        self._study.queue.reclaim(blameless=True)
+        self.study.queue.reclaim(blameless=True)
 
 
 def _holder(trial: FrozenTrial) -> tuple[str, int] | None:

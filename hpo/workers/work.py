@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import torch
@@ -20,17 +21,15 @@ from hpo.search.options import TrialOptions
 from hpo.search.weights import DEFAULTS
 from hpo.space import SearchSpace
 from hpo.study import Study
+from hpo.text import count
 from hpo.workers.calibration import at_once, calibrate, not_measured
 from hpo.workers.capacity import Capacity, free_capacity
-from hpo.workers.engine import Engine, WorkerSpec
+from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec, worker_slots
 from hpo.workers.local import LocalProcesses, start_method
 from hpo.workers.placement import Placement
-from hpo.workers.pool import WorkerPool, run_workers
+from hpo.workers.pool import run_workers
 
 logger = logging.getLogger(__name__)
-
-Cluster = Callable[[WorkerSpec], tuple[Engine, WorkerPool]]
-"""Connects to a cluster that runs the workers."""
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Work:
         division: the images.
         data: the value of `--data`.
         say: shows the user one line.
-        cluster: where the workers run, if not here.
+        cluster: connects to the cluster that runs the workers; None for this machine.
     """
 
     study: Study
@@ -53,13 +52,15 @@ class Work:
     interrupts: Interrupts
     say: Callable[[str], None]
     options: TrialOptions = DEFAULTS
-    cluster: Cluster | None = None
+    cluster: Callable[[WorkerSpec], tuple[Engine, list[WorkerSlot]]] | None = None
 
     def __post_init__(self) -> None:
         self.device = self.placement.devices[0]
-        self._sizes = [] if self.cluster is not None else [self._known_size(*each) for each in self.placement]
-        if self.cluster is None and not self.inline and not self.placement.none:
-            start_method()  # the server imports torch meanwhile
+        self._sizes: list[int | None] = []
+        if self.cluster is None:
+            self._sizes = [self._measured_before(device) if size is None else size for device, size in self.placement]
+            if not self.inline and not self.placement.none:
+                start_method()  # the server imports torch meanwhile
 
     @property
     def inline(self) -> bool:
@@ -71,11 +72,7 @@ class Work:
         return self.division.on(self.device, self.space.baseline.data)
 
     def run(self, progress: StudyView) -> None:
-        """Train trials until none waits.
-
-        Args:
-            progress: shows the study meanwhile.
-        """
+        """Train trials until none waits; `progress` shows the study meanwhile."""
         spec = WorkerSpec(
             self.space,
             self.study.name,
@@ -86,18 +83,14 @@ class Work:
             options=self.options,
             store_url=None if self.study.files.store is None else self.study.files.store.url,
         )
-        engine: Engine
+        engine: Engine = LocalProcesses()
         if self.cluster is not None:
-            engine, pool = self.cluster(spec)
-            pools = [pool]
+            engine, slots = self.cluster(spec)
         else:
-            engine, pools = LocalProcesses(), [] if self.inline else self._pools(spec)
-            if self.inline:
-                self._run_inline(progress)
-                return
-        run_workers(self.study, spec, engine=engine, pools=pools, progress=progress, interrupts=self.interrupts)
-
-    def _run_inline(self, progress: StudyView) -> None:
+            slots = self._slots(spec)
+        if slots:
+            run_workers(self.study, spec, engine=engine, slots=slots, progress=progress, interrupts=self.interrupts)
+            return
         run_study(
             self.study,
             self.space,
@@ -108,30 +101,32 @@ class Work:
             options=self.options,
         )
 
-    def _known_size(self, device: torch.device, asked: int | None) -> int | None:
-        """The number of trials at once; None if it has to be measured.
-
-        A number that an earlier run measured on this device is reduced where the device has less room now.
-        """
-        known = self.study.settings.packing(describe_device(device)) if asked is None else None
+    def _measured_before(self, device: torch.device) -> int | None:
+        """The number of trials at once that an earlier run found, reduced to the room now; None if unknown."""
+        known = self.study.settings.packing(describe_device(device))
         if known is None:
-            return asked
+            return None
         number, why = known
         self.say(f"as measured on this device before: {why}")
         capacity = free_capacity(device)
-        most = min(number, capacity.most, capacity.limit().trials or number)
+        most = min(number, capacity.fitting, capacity.useful or number)
         if most < number:
             self.say(f"--per-device auto: there is less room now; continuing with {most}")
         return most
 
-    def _pools(self, spec: WorkerSpec) -> list[WorkerPool]:
-        """The workers of each device, after measuring how many there should be where that was asked for."""
+    def _slots(self, spec: WorkerSpec) -> list[WorkerSlot]:
+        """The slots of all devices, in turn, so that few trials are spread over them; none if trials run inline."""
+        if self.inline:
+            return []
         self.division.release()  # workers need the device's memory
         devices = self.placement.devices
         capacities = [self._capacity(device) for device in devices]
         sizes = [self._size(spec, *each) for each in zip(devices, self._sizes, capacities, strict=True)]
         self._sizes = list(sizes)
-        return [] if self.inline else [self._pool(*each) for each in zip(devices, sizes, capacities, strict=True)]
+        if self.inline:
+            return []
+        slots = [self._slots_on(*each) for each in zip(devices, sizes, capacities, strict=True)]
+        return [slot for slot in chain(*zip_longest(*slots)) if slot is not None]
 
     def _capacity(self, device: torch.device) -> Capacity:
         gc.collect()
@@ -142,12 +137,10 @@ class Work:
 
     def _size(self, spec: WorkerSpec, device: torch.device, size: int | None, capacity: Capacity) -> int:
         capacity.check(size or 1, asked=self.placement.asked)
-        if size is None:
-            size = self._known_size(device, None)  # an identical device may just have been measured
-        if size is not None:
+        if size is not None or (size := self._measured_before(device)) is not None:  # perhaps just now, on another
             return size
         if self.study.queue.waiting() < 2:
-            self.say(not_measured("too few trials are left", 1))
+            self.say(not_measured("too few trials are left"))
             return 1
         self.say("measuring how many trials at once train the most images per second")
         with self.interrupts.let_through():
@@ -157,11 +150,12 @@ class Work:
             self.study.settings.set_packing(describe_device(device), choice.trials, choice.why)
         return choice.trials
 
-    def _pool(self, device: torch.device, size: int, capacity: Capacity) -> WorkerPool:
-        asked, limit, alone = self.placement.asked, capacity.limit(), len(self.placement.devices) == 1
-        if limit.trials and size > limit.trials:
-            logger.warning("%s: %s, and more trials at once only wait for each other", asked, limit.why)
+    def _slots_on(self, device: torch.device, size: int, capacity: Capacity) -> list[WorkerSlot]:
+        alone = len(self.placement.devices) == 1
+        if capacity.useful and size > capacity.useful:
+            why = f"{self.placement.asked}: {capacity.why_useful}"
+            logger.warning("%s, and more trials at once only wait for each other", why)
         resources = capacity.share(size)
-        threads = f"{resources.threads} thread{'' if resources.threads == 1 else 's'}"
-        self.say(f"{at_once(size)}{'' if alone else f' on {device}'}, each in a process with {threads}")
-        return WorkerPool(str(device), size, resources, alone=alone)
+        where, threads = "" if alone else f" on {device}", count(resources.threads, "thread")
+        self.say(f"{at_once(size)}{where}, each in a process with {threads}")
+        return worker_slots(str(device), size, resources, alone=alone)

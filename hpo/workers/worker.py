@@ -1,14 +1,14 @@
-"""One worker process: open a study, claim its trials and train them.
-
-Results go to the storage. The parent gets the log, and an exit status.
-"""
+"""One worker process: open a study, claim its trials and train them, with results in the storage."""
 
 from __future__ import annotations
 
 import logging
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from logging.handlers import QueueHandler
+from queue import Queue
 
 import torch
 
@@ -21,7 +21,7 @@ from hpo.search.loop import run_study
 from hpo.storage import mask
 from hpo.study import Study, open_study
 from hpo.workers.capacity import occupy
-from hpo.workers.engine import STOPPED, Failure, LogRecord, Output, Resources, WorkerSpec
+from hpo.workers.engine import STOPPED, Failure, Output, Resources, WorkerSpec
 
 
 def work_on(
@@ -31,40 +31,43 @@ def work_on(
     resources: Resources,
     emit: Callable[[Output], None],
     interrupts: Interrupts,
+    setting: AbstractContextManager[None] | None = None,
 ) -> int:
     """Train waiting trials until none is left.
 
     Args:
         spec: the study.
         device: as this process names it.
-        resources: the limits of this process.
+        resources: of this process.
         emit: passes log records, and the error that ends the worker, to the parent.
         interrupts: a request ends the worker after its epoch.
+        setting: prepares the machine; its errors count as the worker's.
 
     Returns:
         The exit status: 0, `STOPPED`, 2 for an error that the user has to fix, 1 for a crash.
     """
     try:
-        study, division = _open(spec, device, resources, emit)
-        interrupts.check()
-        run_study(
-            study,
-            spec.space,
-            partial(division.on, device),
-            device=device,
-            interrupts=interrupts,
-            options=spec.options,
-        )
+        with setting or nullcontext():
+            study, division = _open(spec, device, resources, emit)
+            interrupts.check()
+            run_study(
+                study,
+                spec.space,
+                partial(division.on, device),
+                device=device,
+                interrupts=interrupts,
+                options=spec.options,
+            )
     except KeyboardInterrupt:
         return STOPPED
     except Exception as error:
-        failure = failure_of(error, spec)
+        failure = _failure(error, spec)
         emit(failure)
         return 2 if failure.trace is None else 1
     return 0
 
 
-def failure_of(error: Exception, spec: WorkerSpec) -> Failure:
+def _failure(error: Exception, spec: WorkerSpec) -> Failure:
     """Describe the error that ends a worker, without the storage's password."""
 
     def masked(text: str) -> str:
@@ -77,22 +80,24 @@ def failure_of(error: Exception, spec: WorkerSpec) -> Failure:
 
 
 def open_data(spec: WorkerSpec, device: torch.device, resources: Resources) -> tuple[Dataset, Division]:
-    """Limit this process to its resources, and open the images on the device, from the cache that the parent filled."""
+    """Limit this process to its resources, and open the images on the device, from the filled cache."""
     occupy(resources, device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    config = spec.space.baseline.data
-    dataset = load_dataset(
-        config,
+    dataset = load(spec, download=False)
+    division = Division(dataset)
+    division.on(device, spec.space.baseline.data)
+    return dataset, division
+
+
+def load(spec: WorkerSpec, *, download: bool) -> Dataset:
+    """Open the study's images, through this machine's cache."""
+    return load_dataset(
+        spec.space.baseline.data,
         data_path=spec.data_path,
         data_root=data_root(),
         cache_dir=cache_root(),
         skip_broken=spec.skip_broken,
-        download=False,
+        download=download,
     )
-    division = Division(dataset)
-    division.on(device, config)
-    return dataset, division
 
 
 def _open(
@@ -116,12 +121,12 @@ def _open(
     return study, division
 
 
-class _Emitter(logging.Handler):
-    """Passes formatted records on: their arguments may not be picklable."""
+class _Emitter(QueueHandler):
+    """Passes records on, after `prepare` has formatted them: their arguments may not be picklable."""
 
     def __init__(self, emit: Callable[[Output], None]) -> None:
-        super().__init__()
-        self._emit = emit
+        super().__init__(Queue())  # unused
+        self._pass_on = emit
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._emit(LogRecord(record.name, record.levelno, self.format(record)))
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._pass_on(record)

@@ -1,8 +1,8 @@
-"""Starts `hpo` commands as processes of their own, forked from a server that has imported torch, timm and Optuna.
+"""Start `hpo` commands as processes of their own, forked from a server that has imported torch, timm and Optuna.
 
-A command that a test starts, interrupts and kills is a real process with its own group, pipes and exit status, but does
-not spend five seconds of processor time on imports. Its workers are forked from a server of its own, in
-its process group. Tests of imports, of start-up and of command lines start `python -m hpo.cli` themselves.
+A command that a test starts, interrupts and kills is a real process with its own group, pipes and exit status, but
+spends no five seconds of processor time on imports. Its workers are forked from a server of its own, in its process
+group. Tests of imports, start-up and command lines run `python -m hpo.cli` themselves.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 IMPORTED = "HPO_TESTS_IMPORT"
-"""The environment variable of a module that a command imports first."""
+"""Environment variable with the name of a module that a command imports first."""
 _STREAMS = 3
 _PRELOADED = (
     *("matplotlib.figure", "optuna", "pandas", "scipy.stats", "sklearn.datasets", "sqlalchemy", "timm", "typer"),
-    *("hpo.workers.worker", "hpo.submission"),  # and not hpo.cli, whose console keeps the width of its first terminal
+    *("hpo.workers.worker", "hpo.submission"),  # not hpo.cli, whose console keeps the width of its first terminal
 )
 
 
@@ -48,7 +48,7 @@ class Hpo(subprocess.Popen[str]):
         errread: int, errwrite: int, restore_signals: Any, gid: Any, gids: Any, uid: Any, umask: Any,
         start_new_session: bool, *rest: Any,
     ) -> None:  # fmt: skip
-        """Asks the server for a fork, in place of fork and exec. Called by `subprocess.Popen`."""
+        """Request a fork from the server, in place of fork and exec. Called by `subprocess.Popen`."""
         assert preexec_fn is None
         request = {
             "arguments": args[3:],
@@ -87,7 +87,7 @@ _address: str | None = None
 
 
 def _server() -> str:
-    """The address of this process's server, which ends with this process."""
+    """Return the address of this process's server, which ends with this process."""
     global _address
     if _address is None:
         folder = tempfile.mkdtemp(prefix="hpo-tests-")
@@ -106,12 +106,14 @@ def _server() -> str:
     return _address
 
 
-# In the server --------------------------------------------------------------------------------------------------------
+# In the server
 
 
 def serve(address: str) -> list[str]:
-    """Forks a command for each request. Returns the arguments, in the command's process only."""
-    _preload()
+    """Fork a command for each request. Returns the arguments, in the command's process only."""
+    for module in _PRELOADED:
+        importlib.import_module(module)
+    gc.freeze()
     children: dict[int, socket.socket] = {}
     woken, waker = socket.socketpair()
     for end in (woken, waker):
@@ -146,24 +148,6 @@ def serve(address: str) -> list[str]:
             connection.sendall(pid.to_bytes(8, "little"))
 
 
-def _preload() -> None:
-    """Imports what a command and its workers need."""
-    for module in (
-        "matplotlib.figure",
-        "optuna",
-        "pandas",
-        "scipy.stats",
-        "sklearn.datasets",
-        "sqlalchemy",
-        "timm",
-        "typer",
-    ):
-        importlib.import_module(module)
-    importlib.import_module("hpo.workers.worker")
-    importlib.import_module("hpo.submission")
-    gc.freeze()
-
-
 def _report_ended(children: dict[int, socket.socket]) -> None:
     while True:
         try:
@@ -180,7 +164,7 @@ def _report_ended(children: dict[int, socket.socket]) -> None:
 
 
 def _enter(request: dict[str, Any], streams: list[int]) -> list[str]:
-    """Makes this fork the command's process."""
+    """Turn this fork into the command's process."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -202,7 +186,7 @@ def _enter(request: dict[str, Any], streams: list[int]) -> list[str]:
 
 
 def _fork_server_of_workers() -> None:
-    """Starts `multiprocessing`'s fork server as a fork of this process, as `ensure_running` would by executing one."""
+    """Start `multiprocessing`'s fork server as a fork of this process; `ensure_running` would execute one."""
     resource_tracker.ensure_running()
     server: Any = forkserver._forkserver
     alive, server._forkserver_alive_fd = os.pipe()
@@ -222,14 +206,14 @@ def _fork_server_of_workers() -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    """Runs the command and ends its process."""
+    """Run the command and end its process."""
     from hpo.cli import main
 
     sys.argv = ["hpo", *arguments]
     try:
         main()
     except SystemExit as ended:
-        # The interpreter's own end would write to every page that the fork shares: a second of processor time.
+        # The interpreter's own end would write to every page shared by the fork: a second of processor time.
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)

@@ -17,7 +17,8 @@ from hpo.search.options import TrialOptions
 from hpo.search.weights import keep_best_weights
 from hpo.study import find_study
 from tests.hpo.storage.journals import finished_of, trials_of
-from tests.hpo.workers.chaos import Command, group_of, wait_until
+from tests.hpo.workers.chaos import Command
+from tests.hpo.workers.processes import group_of, wait_until
 
 SPACE = """
 data: {name: digits}

@@ -1,11 +1,11 @@
-"""Disasters that befall a running study, drawn by a seed, and what has to hold once it is over.
+"""Failures injected into a running study, drawn by a seed, and the properties that must hold afterwards.
 
-A study of small digits networks runs under `hpo run --workers 2`, as a process of its own, while one `Event` after the
-other strikes it: each while a trial runs that has a checkpoint. Whatever ends the run, the same command is given
-again. `check` says what must be true in the end, beside an undisturbed twin of the study.
+A study of small digits networks runs under `hpo run --workers 2` while one `Event` after the other strikes it, each
+while a trial runs that has a checkpoint. Whatever ends the run, the same command is run again. `check` asserts the
+properties, and compares the study with an undisturbed twin.
 
-Everything is real, processes, signals, a full disk, a database's server, but for one mock, `faults.py`, which the
-study's processes import: on demand a network's weights become NaN, or a device's memory is full.
+Processes, signals, a full disk and a database server are real. The one mock is `faults.py`, which the study's processes
+import: on demand a network's weights become NaN, or a device is out of memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -32,11 +32,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.paths import StudyPaths
 from tests.hpo.storage.postgresql import Server, running_server
+from tests.hpo.workers.processes import PATIENCE_S, group_of, wait_until
 from tests.hpo.zygote import IMPORTED, Hpo
 
 EPOCHS = 14
-# Every trial's result follows from its slot alone: nothing is learnt from others, and of so few trials the rungs keep
-# all. A checkpoint is always saved at a rung, so that a kill repeats one epoch at most, however long saving takes here.
+# A trial's result depends on its index alone: the sampler learns nothing, and the rungs keep all of so few trials. A
+# checkpoint is saved at every rung, so that a kill repeats one epoch at most.
 SPACE = f"""
 data: {{name: digits}}
 base: {{model: {{widths: [16], blocks: [1]}}, epochs: {EPOCHS}, batch_size: 64, augment: {{flip: 0.0}}}}
@@ -46,49 +47,25 @@ search:
   optim.lr_scale: {{low: 0.5, high: 20, log: true}}
 """
 
-# Seconds for whatever must happen at all: this machine may be busy with other things.
-PATIENCE_S = 240.0
 _TMPFS_BYTES = 48 << 20
-# How a run stops on a full disk: while it saves a checkpoint, or writes the journal.
+# The end of a run on a full disk: while it saves a checkpoint, or writes the journal.
 _FULL = r"hpo: [^\n]+(no space is left on the disk; free some|cannot be written \([^\n]+\); free some)[^\n]+\n\Z"
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 Results = dict[int, tuple[str, float | None, dict[str, Any], dict[int, float], list[dict[str, Any]]]]
-"""slot -> what its trial came to: how, value, parameters, reports, and the rows of its metrics without times."""
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> Any:
-    """The condition's value, once it is true."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"in {seconds:g} s, not: {what}"
-        time.sleep(0.05)
-    return value
-
-
-def group_of(head: int) -> set[int]:
-    """The living processes of a process group."""
-    members = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-        except OSError:  # it has just ended
-            continue
-        if int(group) == head and state not in "ZX":
-            members.add(int(folder.name))
-    return members
+"""Trial index -> state or failure, value, parameters, reports, and the rows of its metrics without times."""
 
 
 # The command
 
 
 class Command:
-    """`hpo run …`, given as often as needed, each time as the head of a process group of its own.
+    """`hpo run …`, run as often as needed, each time as the head of a process group of its own.
 
     Args:
-        arguments: behind `hpo run`.
-        folder: where it is run, and what it says is kept.
-        environment: beside this process's.
+        arguments: of `hpo run`.
+        folder: working directory, which also keeps the output.
+        environment: added to this process's.
     """
 
     def __init__(self, arguments: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
@@ -97,13 +74,13 @@ class Command:
         self._lives: list[subprocess.Popen[Any]] = []
 
     def start(self) -> None:
-        """Gives the command, once more."""
-        with self._said_in(len(self._lives)).open("wb") as said:
+        """Run the command once more."""
+        with self._output_of(len(self._lives)).open("wb") as output:
             self._lives.append(
                 Hpo(
                     ["run", *self.arguments],
                     cwd=self._folder,
-                    stdout=said,
+                    stdout=output,
                     stderr=subprocess.STDOUT,
                     env=self._environment,
                     start_new_session=True,
@@ -112,36 +89,36 @@ class Command:
 
     @property
     def process(self) -> subprocess.Popen[Any]:
-        """The driver."""
+        """The parent of the workers."""
         return self._lives[-1]
 
     @property
     def said(self) -> str:
-        """What the command says, since it was last given."""
-        return self._said_in(len(self._lives) - 1).read_text()
+        """The output of the last run."""
+        return self._output_of(len(self._lives) - 1).read_text()
 
     @property
     def all_said(self) -> list[str]:
-        """What it said, each time."""
-        return [self._said_in(life).read_text() for life in range(len(self._lives))]
+        """The output of every run."""
+        return [self._output_of(life).read_text() for life in range(len(self._lives))]
 
     def ended(self) -> int:
-        """Waits for its end; the exit code."""
+        """Wait for its end, and return the exit code."""
         try:
             return self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"after {PATIENCE_S:g} s it still runs, and has said:\n{self.said}") from None
+            raise AssertionError(f"still running after {PATIENCE_S:g} s:\n{self.said}") from None
 
     def kill_all(self) -> None:
-        """SIGKILL for every process of every time, and for what a killed driver has left."""
+        """Kill every process of every run, also those that a killed parent left."""
         for life in self._lives:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(life.pid, signal.SIGKILL)
         self.process.wait()
         wait_until(lambda: not any(group_of(life.pid) for life in self._lives), "every process is dead")
 
-    def _said_in(self, life: int) -> Path:
-        return self._folder / f"said.{life}.txt"
+    def _output_of(self, life: int) -> Path:
+        return self._folder / f"output.{life}.txt"
 
 
 # The study
@@ -149,24 +126,24 @@ class Command:
 
 @dataclass(frozen=True)
 class Victim:
-    """An attempt at a trial that runs, and has a checkpoint, when an event strikes."""
+    """A running attempt at a trial that has a checkpoint when an event strikes."""
 
     number: int
     trial_index: int
     pid: int
     """The worker's."""
     epoch: int
-    """The last that it had reported."""
+    """The last reported."""
 
 
 @dataclass
 class Chaos:
-    """A study that is struck, and what is seen of it meanwhile.
+    """A study that is struck by events.
 
     Args:
-        folder: an empty one; `folder/disk` is to hold the study, and may be a disk of its own.
-        events: a hint at how many trials are needed.
-        server: where the study is stored; None for a journal.
+        folder: an empty one; the study is in `folder/disk`, which may be a disk of its own.
+        events: determines the number of trials.
+        server: stores the study; None for a journal.
     """
 
     folder: Path
@@ -178,7 +155,7 @@ class Chaos:
     command: Command = field(init=False)
     struck: list[tuple[Event, Victim]] = field(init=False, default_factory=list)
     seen: dict[int, FrozenTrial] = field(init=False, default_factory=dict)
-    """Every finished trial, as it was first seen."""
+    """Every finished trial as first read."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -198,10 +175,10 @@ class Chaos:
         self.command = Command([], self.folder, environment)
         self._read: BaseStorage | None = None
 
-    # What stands in the storage, read by Optuna alone
+    # Reading the storage, by Optuna alone
 
     def trials(self) -> list[FrozenTrial]:
-        """All attempts at all trials, by number; remembers those that are finished."""
+        """All attempts at all trials, by number; adds the finished ones to `seen`."""
         if not self.paths.study_yaml.exists():  # the storage is made before it
             return []
         if self._read is None:
@@ -219,18 +196,18 @@ class Chaos:
         return JournalStorage(JournalFileBackend(str(self.paths.journal)))
 
     def forget(self) -> None:
-        """Lets go of the storage. What is read next is read anew."""
+        """Close the storage, so that the next read starts anew."""
         if isinstance(self._read, RDBStorage):
             self._read.remove_session()
             self._read.engine.dispose()
         self._read = None
 
     def attempt(self, victim: Victim) -> FrozenTrial:
-        """As it stands now."""
+        """The attempt as it is now."""
         return self.trials()[victim.number]
 
     def victim(self) -> Victim:
-        """An attempt that has trained an epoch of its own, has a checkpoint, and is far from its end."""
+        """Choose an attempt that has trained an epoch of its own, has a checkpoint, and is far from its end."""
         found: list[Victim] = []
         while not found:
             found = wait_until(self._victims, "a trial runs that has a checkpoint")
@@ -251,14 +228,14 @@ class Chaos:
     # The run
 
     def start(self) -> None:
-        """Gives the command, at first and whenever an event has ended it."""
+        """Run the command, at first and whenever an event has ended it."""
         storage = [] if self.server is None else ["--storage", self.server.url]
         options = ["--trials", str(self.total), "--workers", "2", "--retries", "100", *storage]
         self.command.arguments = ["chaos.yaml", *options]
         self.command.start()
 
     def strike(self, event: Event) -> None:
-        """Lets it happen to a running trial; once more where that trial has ended on its own just before."""
+        """Strike a running trial; another one if it ended on its own just before."""
         while True:
             victim = self.victim()
             if event.strike(self, victim):
@@ -267,24 +244,24 @@ class Chaos:
                 return
 
     def finish(self) -> None:
-        """Until the study is over."""
+        """Wait until the study is over."""
         while self.command.ended() != 0:
             self._see_that_it_runs()
 
     def _see_that_it_runs(self) -> None:
-        """Gives the command again where the study is over before the events are, or no worker is left."""
+        """Run the command again if the study ended before the events did, or no worker is left."""
         code = self.command.process.poll()
         if code is None:
             return
         said = self.command.said
-        # A seat is given up that dies thrice without a trial finished: what no person would let happen so soon.
-        assert code == 0 or (code == 2 and "no worker lives for long" in said), said
+        # A slot whose workers die three times without finishing a trial is not filled again.
+        assert code == 0 or (code == 2 and "every worker dies early" in said), said
         if code == 0:
             self.total += 2
         self.start()
 
     def cut_off(self, victim: Victim) -> bool:
-        """Waits until the attempt is over; whether it was cut off, and not finished just before."""
+        """Wait until the attempt is over. Return whether it was cut off, not finished just before."""
         state = wait_until(lambda: self._ended(victim), "the struck attempt is over")
         return bool(state == TrialState.FAIL)
 
@@ -298,15 +275,15 @@ class Chaos:
 
 
 class Event(ABC):
-    """A kind of disaster."""
+    """A kind of failure."""
 
     name: ClassVar[str]
     repeats: ClassVar[int] = 1
-    """The epochs that it may cost a trial."""
+    """The epochs that a trial may repeat because of it."""
 
     @abstractmethod
     def strike(self, chaos: Chaos, victim: Victim) -> bool:
-        """Happens, and sees to it that the run goes on; False where it came too late for the victim."""
+        """Inject the failure, and see that the run continues. Return False if it came too late for the victim."""
 
 
 class WorkerKilled(Event):
@@ -323,7 +300,7 @@ class DriverKilled(Event):
     def strike(self, chaos: Chaos, victim: Victim) -> bool:
         chaos.command.process.kill()
         chaos.command.process.wait()
-        chaos.start()  # at once: the workers are still finishing their epochs
+        chaos.start()  # while the workers are still finishing their epochs
         return chaos.cut_off(victim)
 
 
@@ -349,8 +326,8 @@ class DriverTerminated(Event):
 
 
 class JournalTorn(Event):
-    """As a killed writer leaves it: a record without its end. It is the last report, cut in half; where the last record
-    is another, on which somebody may have acted, half a record behind it."""
+    """A record without its end, as a killed writer leaves it: the last report, cut in half, or half a record after
+    another kind of last record, on which a process may have acted."""
 
     name = "torn journal"
 
@@ -384,7 +361,7 @@ class DiskFull(Event):
 
 
 def _fill(file: IO[bytes]) -> None:
-    """Writes until not one page is left."""
+    """Write until not one page is left."""
     for size in (1 << 20, 4096):
         with contextlib.suppress(OSError):
             while file.write(bytes(size)) == size:
@@ -392,7 +369,7 @@ def _fill(file: IO[bytes]) -> None:
 
 
 class ServerRestarted(Event):
-    """It costs nothing but waiting: the trial goes on in its process."""
+    """The trial continues in its process."""
 
     name = "PostgreSQL restarted"
 
@@ -403,13 +380,13 @@ class ServerRestarted(Event):
         chaos.server.start()
         wait_until(
             lambda: (chaos.attempt(victim).last_step or 0) > victim.epoch,
-            "the trial goes on after the server's restart",
+            "the trial continues after the server's restart",
         )
         return True
 
 
 class _Fault(Event):
-    """A fault of the configuration's: the trial ends, and is not tried again."""
+    """The configuration's fault: the trial ends, and is not retried."""
 
     failure: ClassVar[str]
 
@@ -432,13 +409,15 @@ class OutOfMemory(_Fault):
 
 
 ANYWHERE = (WorkerKilled, DriverKilled, AllKilled, DriverTerminated, Diverged, OutOfMemory)
-"""What needs no journal, no server, and no disk of its own."""
+"""Kinds that need no journal, no server, and no disk of its own."""
 
 
 def plan(seed: int, events: int, *, disk: bool, server: bool) -> tuple[list[Event], list[Event]]:
-    """So many events, every kind as often as another or once more: those of a journal's study, those of a server's.
+    """Draw events for the journal's and the server's study; each kind as often as any other, or once more.
 
     Args:
+        seed: of the order and of the more frequent kinds.
+        events: their number.
         disk: whether studies can have a disk of their own.
         server: whether there is a server; without one all strike the journal's study.
     """
@@ -459,13 +438,10 @@ def plan(seed: int, events: int, *, disk: bool, server: bool) -> tuple[list[Even
 
 
 def run(chaos: Chaos, events: Sequence[Event]) -> Results:
-    """Runs a study to its end through the events, and checks all that does not need its twin.
-
-    Returns:
-        What came of it.
+    """Run a study to its end through the events, and check all that does not need its twin.
 
     Raises:
-        AssertionError: with the seed, the events so far, and what the command said last.
+        AssertionError: with the events so far, and the last output.
     """
     try:
         chaos.start()
@@ -483,15 +459,15 @@ def run(chaos: Chaos, events: Sequence[Event]) -> Results:
         chaos.forget()
 
 
-# What must hold
+# The properties
 
 
 def check(chaos: Chaos) -> None:
-    """What must hold of a study that is over, whatever struck it."""
+    """Check a study that is over, whatever struck it."""
     trials = chaos.trials()
     finished = [trial for trial in trials if trial.state in _FINISHED]
 
-    # The exact total: each slot finished once, and nothing runs or waits.
+    # The exact total: each index finished once, and none runs.
     assert sorted(trial.user_attrs["trial_index"] for trial in finished) == list(range(chaos.total))
     assert TrialState.RUNNING not in {trial.state for trial in trials}
 
@@ -499,10 +475,10 @@ def check(chaos: Chaos) -> None:
     for number, seen in chaos.seen.items():
         assert trials[number] == seen
 
-    # Failed are those that were made to, each as it was told; all others are complete.
-    told = {victim.number: event.failure for event, victim in chaos.struck if isinstance(event, _Fault)}
-    assert {t.number: t.user_attrs["failure"] for t in finished if "failure" in t.user_attrs} == told
-    assert {trial.number for trial in finished if trial.state == TrialState.PRUNED} == told.keys()
+    # The trials with an injected fault failed by it; all others are complete.
+    injected = {victim.number: event.failure for event, victim in chaos.struck if isinstance(event, _Fault)}
+    assert {t.number: t.user_attrs["failure"] for t in finished if "failure" in t.user_attrs} == injected
+    assert {trial.number for trial in finished if trial.state == TrialState.PRUNED} == injected.keys()
 
     for trial_index in range(chaos.total):
         check_resumed(chaos, [trial for trial in trials if trial.user_attrs["trial_index"] == trial_index])
@@ -511,12 +487,12 @@ def check(chaos: Chaos) -> None:
 
 
 def check_resumed(chaos: Chaos, attempts: Sequence[FrozenTrial]) -> None:
-    """That each attempt at a slot went on where the last had come to, but for an epoch a kill."""
+    """Check that each attempt at an index resumed where the last one ended, except for one epoch per kill."""
     victims = {victim.number: event for event, victim in chaos.struck}
     reached, cost, from_checkpoint = 0, 0, False
     for attempt in attempts:
         resumed = attempt.user_attrs.get("resumed_epoch", 0)
-        # One that was cut off before it had said where it goes on tells nothing: its successor will.
+        # An attempt that was cut off before it recorded where it resumes is judged by its successor.
         if resumed or attempt.state in _FINISHED:
             assert reached - resumed <= cost, f"trial {attempt.number}: epoch {reached} was reached, {resumed} resumed"
             assert resumed > 0 or not from_checkpoint
@@ -529,7 +505,7 @@ def check_resumed(chaos: Chaos, attempts: Sequence[FrozenTrial]) -> None:
 
 
 def results(chaos: Chaos) -> Results:
-    """What came of a study that is over."""
+    """The results of a study that is over."""
     timed = {"elapsed_s", "images_per_s"}
     return {
         trial.user_attrs["trial_index"]: (
@@ -548,22 +524,22 @@ def results(chaos: Chaos) -> Results:
 
 
 def check_twins(disturbed: Results, undisturbed: Results) -> None:
-    """That every trial came to what its undisturbed twin did; one that was made to fail, up to there."""
+    """Check that every trial equals its undisturbed twin; one with an injected fault, up to there."""
     for trial_index, (how, value, params, reports, rows) in disturbed.items():
         _, twins_value, twins_params, twins_reports, twins_rows = undisturbed[trial_index]
         assert params == twins_params
         assert rows == twins_rows[: len(rows)]
         assert [epoch for epoch in reports if reports[epoch] != twins_reports[epoch]] == []
         if how == "COMPLETE":
-            assert (value, len(rows)) == (twins_value, EPOCHS), f"slot {trial_index}"
+            assert (value, len(rows)) == (twins_value, EPOCHS), f"trial index {trial_index}"
 
 
-# What the harness needs of the machine
+# The machine
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """The folder is a small disk of its own, where this process may make one; whether it is."""
+    """Mount a small disk at the folder, if this process may. Yields whether it did."""
     folder.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={_TMPFS_BYTES}", "tmpfs", str(folder)]
     mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
@@ -576,7 +552,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def own_server() -> Iterator[Server | None]:
-    """A database's server that may be stopped; None where there is no PostgreSQL."""
+    """A database server that may be stopped; None without PostgreSQL."""
     with contextlib.ExitStack() as stack:
         try:
             server = stack.enter_context(running_server())

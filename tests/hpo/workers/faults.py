@@ -1,7 +1,7 @@
-"""Faults on demand, the chaos tests' one mock: importing this makes `core.loop.run.Run.epoch` obey $CHAOS_FAULTS/PID.
+"""Injected faults, the chaos tests' one mock: importing this makes `core.loop.run.Run.epoch` read $CHAOS_FAULTS/PID.
 
-Where that file says `FAULT E`, the process's next epoch after epoch E fails: its weights become NaN, which diverges for
-real, or torch's error of a device without memory is raised.
+With `FAULT E` in that file, the process's next epoch after epoch E fails: its weights become NaN, which really
+diverges, or torch's out-of-memory error is raised.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _epoch(self: Run, *, final: bool) -> EpochMetrics:
     if fault and len(self.history) >= int(after):
         order.unlink()
         if fault == "oom":
-            raise torch.OutOfMemoryError("out of memory, said the chaos test")
+            raise torch.OutOfMemoryError("out of memory, raised by the chaos test")
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.fill_(float("nan"))

@@ -14,10 +14,17 @@ import torch
 from core.config import TrainConfig
 from core.data import load_dataset, split
 from hpo.workers.calibration import MARGIN, WORTHWHILE, Choice, Measured, _first_part, choose
-from hpo.workers.capacity import Limit
+from hpo.workers.capacity import Capacity
 
 GB = 10**9
-NO_LIMIT = Limit(1000 * GB)
+
+
+def room(memory_bytes: int, cores: int | None = None) -> Capacity:
+    """A CPU with so many cores, or a GPU."""
+    return Capacity(threads=1, cores=cores or 1, memory_bytes=memory_bytes, gpu_bytes=None if cores else memory_bytes)
+
+
+NO_LIMIT = room(1000 * GB)
 
 
 def device(
@@ -68,7 +75,7 @@ def test_the_memory_is_never_exceeded_and_the_numbers_double_until_one_is_refuse
     full = draw.choice([2, 5, 9, 64])
     tried: list[int] = []
     measure = device(lambda number: float(min(number, full)), tried, noise=0.05, peak=peak, seed=seed)
-    choice = choose(measure, Limit(memory, most, "that is all"))
+    choice = choose(measure, room(memory, most))
     for last, number in pairwise(tried):
         assert number * peak * MARGIN <= memory
         assert number <= (most or number)
@@ -95,17 +102,19 @@ def listed(*speeds: float) -> Callable[[int], float]:
         ((5300, 5400), NO_LIMIT, GB, "1 trial at once: 5,300 images/s; 2 gave 5,400"),
         ((5300, 9100, 15000, 15100), NO_LIMIT, GB,
          "4 trials at once: 15,000 images/s against 5,300 with one; 2 gave 9,100; 8 gave 15,100"),
-        ((5300, 9100), Limit(1000 * GB, 2, "the CPU has 2 cores"), GB,
+        ((5300, 9100), room(1000 * GB, 2), GB,
          "2 trials at once: 9,100 images/s against 5,300 with one; the CPU has 2 cores"),
-        ((5300, 9100), Limit(80 * GB), 30 * GB,
+        ((5300, 9100), room(80 * GB), 30 * GB,
          "2 trials at once: 9,100 images/s against 5,300 with one; "
          "the memory holds no more (30.0 GB per trial, 80.0 GB free)"),
-        ((5300,), Limit(8 * GB, 4, "the CPU has 4 cores"), 7 * GB,
+        ((5300,), room(8 * GB, 4), 7 * GB,
          "1 trial at once: 5,300 images/s; the memory holds no more (7.0 GB per trial, 8.0 GB free)"),
-        ((5300,), Limit(8 * GB, 1, "the CPU has 1 core"), GB, "1 trial at once: 5,300 images/s; the CPU has 1 core"),
+        ((5300,), room(8 * GB, 1), GB, "1 trial at once: 5,300 images/s; the CPU has 1 core"),
     ],
 )  # fmt: skip
-def test_the_choice_is_explained_with_its_numbers(speeds: tuple[float, ...], limit: Limit, peak: int, why: str) -> None:
+def test_the_choice_is_explained_with_its_numbers(
+    speeds: tuple[float, ...], limit: Capacity, peak: int, why: str
+) -> None:
     assert choose(device(listed(*speeds), peak=peak), limit).why == why
 
 

@@ -1,6 +1,6 @@
-"""A study survives whatever befalls it, in whatever order: its total is exact, and its results are its twin's.
+"""A study survives failures in any order: its total is exact, and its results equal an undisturbed twin's.
 
-Ten events in the suite, and fifty where they are asked for; others by another seed:
+The suite injects ten; fifty, with another seed, by
 
     HPO_CHAOS_SEED=7 uv run pytest -m chaos
 """
@@ -32,25 +32,25 @@ SEED = int(os.environ.get("HPO_CHAOS_SEED", "1"))
 
 
 @contextlib.contextmanager
-def told_how_to_repeat(events: int) -> Iterator[None]:
-    """Whatever fails in here says how to see it fail again."""
+def noting_how_to_repeat(events: int) -> Iterator[None]:
+    """Add the command that repeats a failure to its message."""
     try:
         yield
     except BaseException as error:
         chosen = "-m chaos" if events == 50 else "tests/hpo/workers/test_chaos.py"
         again = f"HPO_CHAOS_SEED={SEED} uv run pytest {chosen}"
-        error.add_note(f"seed {SEED}; again by\n    {again}")
+        error.add_note(f"seed {SEED}; repeat with\n    {again}")
         raise
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("events", [10, pytest.param(50, marks=pytest.mark.chaos)])
-def test_after_any_disasters_the_total_is_exact_and_every_result_is_its_undisturbed_twins(
+def test_after_any_failures_the_total_is_exact_and_every_result_equals_its_undisturbed_twin(
     events: int, tmp_path: Path
 ) -> None:
-    """Where this process may mount no disk, or there is no PostgreSQL, that kind of event is left out."""
+    """Without the right to mount a disk, or without PostgreSQL, that kind of event is left out."""
     with (
-        told_how_to_repeat(events),
+        noting_how_to_repeat(events),
         small_disk(tmp_path / "journal" / "disk") as disk,
         small_disk(tmp_path / "server" / "disk"),
         own_server() as server,
@@ -71,7 +71,7 @@ def test_after_any_disasters_the_total_is_exact_and_every_result_is_its_undistur
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("events", [10, 50])
-def test_a_plan_is_its_seeds_and_has_every_kind_as_often_as_any_other(events: int, seed: int) -> None:
+def test_a_plan_follows_from_its_seed_and_has_every_kind_equally_often(events: int, seed: int) -> None:
     planned = [[event.name for event in events] for events in plan(seed, events, disk=True, server=True)]
     assert planned == [[event.name for event in events] for events in plan(seed, events, disk=True, server=True)]
     kinds = {kind.name for kind in (*ANYWHERE, DiskFull, JournalTorn, ServerRestarted)}

@@ -1,4 +1,4 @@
-"""A study on a Ray cluster: two real nodes on this machine, real deaths, a real PostgreSQL."""
+"""A study on a Ray cluster: two real nodes on this machine, real kills, a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 
 import hpo.workers.ray
@@ -27,38 +27,35 @@ from hpo.search.interrupts import Interrupts
 from hpo.space import load_space
 from hpo.storage import open_storage
 from hpo.study import open_study
-from hpo.workers.engine import Resources, WorkerSpec
-from hpo.workers.pool import WorkerPool, run_workers
-from hpo.workers.ray import Node, RayEngine, _Assignment, _in_its_folder, _Items
-from tests.hpo.commands import SPACE, Start, started_runs
+from hpo.workers.engine import WorkerSpec, worker_slots
+from hpo.workers.pool import run_workers
+from hpo.workers.ray import Node, RayEngine
+from hpo.workers.ray_actor import Items, on_node
+from tests.hpo.commands import Start
 from tests.hpo.storage.postgresql import Server, free_port, running_server
+from tests.hpo.workers.processes import wait_until
 
 ray = pytest.importorskip("ray")
 
-STORE_BYTES = 80 * 2**20  # the least that Ray takes; nothing of ours lies in it
-
-
-@pytest.fixture
-def space_file(tmp_path: Path) -> str:
-    file = tmp_path / "own.yaml"
-    file.write_text(SPACE)
-    return str(file)
+STORE_BYTES = 80 * 2**20  # the least that Ray takes; it holds nothing of ours
+# Ray notices within a second that a node is lost.
+SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 250, "health_check_failure_threshold": 3}
 
 
 class Watched:
-    """A server of the test's own, and what the study in it looks like."""
+    """A server and its study `own`."""
 
     def __init__(self, server: Server) -> None:
         self.url = server.url
         self.storage = open_storage(server.url)
 
     def trials(self) -> list[optuna.trial.FrozenTrial]:
-        """The study's trials; none before it is begun."""
+        """The study's trials; none before it exists."""
         names = {study.study_name: study._study_id for study in self.storage.get_all_studies()}
         return self.storage.get_all_trials(names["own"]) if "own" in names else []
 
     def at_work(self) -> dict[int, optuna.trial.FrozenTrial]:
-        """Process -> the trial that it has trained for some epochs."""
+        """Process -> the trial of which it has trained some epochs."""
         return {
             trial.user_attrs["lease"]["pid"]: trial
             for trial in self.trials()
@@ -66,7 +63,7 @@ class Watched:
         }
 
     def finished(self) -> dict[int, float | None]:
-        """Slot -> the value of its finished trial."""
+        """Trial index -> the value of its finished trial."""
         done = [trial for trial in self.trials() if trial.state.name in ("COMPLETE", "PRUNED")]
         trial_indices = [trial.user_attrs["trial_index"] for trial in done]
         assert len(trial_indices) == len(set(trial_indices))
@@ -81,59 +78,37 @@ def server() -> Iterator[Watched]:
         watched.storage._backend.engine.dispose()  # type: ignore[attr-defined]
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two nodes of one core each. The first is the head's; the cluster notes within seconds that the other is lost."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of one core each. The first is the head's."""
     from ray.cluster_utils import Cluster
 
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a socket's path has at most 107 bytes
-        monkeypatch.setenv("RAY_TMPDIR", folder)
-        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with (
+        pytest.MonkeyPatch.context() as environment,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # a socket's path has at most 107 bytes
+    ):
+        environment.setenv("RAY_TMPDIR", folder)
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("OMP_NUM_THREADS", "1")
+        for variable in ("HPO_STUDIES", "HPO_CACHE", "HPO_DATA"):
+            environment.setenv(variable, f"{folder}/{variable}")
         nodes = Cluster()
         try:
-            soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}
-            nodes.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False, _system_config=soon)
+            nodes.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False, _system_config=SOON)
             nodes.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
             yield nodes
         finally:
             nodes.shutdown()
 
 
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts `hpo run`, which the test's end ends."""
-    with started_runs() as begin:
-        yield begin
+def two_at_work(server: Watched, process: subprocess.Popen[str], *, but: Iterable[int] = ()) -> dict[int, Any]:
+    """Process -> trial, once two processes other than those train."""
 
+    def found() -> dict[int, Any]:
+        busy = {pid: trial for pid, trial in server.at_work().items() if pid not in set(but)}
+        return busy if len(busy) == 2 else {}
 
-def hpo_run(space_file: str, cluster: Any, server: Watched, *arguments: str) -> list[str]:
-    where = ["--engine", "ray", "--address", cluster.address, "--storage", server.url]
-    return [space_file, *where, "--study", "own", "--set", "epochs=100", *arguments]
-
-
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 300) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return value
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def children_of(pid: int) -> list[int]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if parent_of(int(folder.name)) == pid:
-                found.append(int(folder.name))
-        except OSError:  # it has ended meanwhile
-            continue
-    return found
+    return dict(wait_until(found, "two workers train", process=process))
 
 
 def raylet_of(node: Any) -> int:
@@ -141,76 +116,14 @@ def raylet_of(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
-# Deaths
-
-
-@pytest.mark.slow
-def test_a_study_on_two_nodes_survives_the_loss_of_one(
-    space_file: str, server: Watched, cluster: Any, start: Start
-) -> None:
-    first, second = map(raylet_of, cluster.list_all_nodes())
-    process = start(*hpo_run(space_file, cluster, server, "--trials", "5"))
-    busy = wait_until(lambda: len(found := server.at_work()) == 2 and found, process)
-    alive = [node for node in cluster.global_state.node_table() if node["Alive"]]  # what ray.nodes() asks
-    assert len(alive) == 2
-    assert {parent_of(pid) for pid in busy} == {first, second}  # both ran trials
-    [victim] = [trial for pid, trial in busy.items() if parent_of(pid) == second]
-    before = server.finished()
-
-    for pid in (second, *children_of(second)):
-        os.kill(pid, signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
-
-    assert process.returncode == 0, said
-    assert sum(node["Alive"] for node in cluster.global_state.node_table()) == 1
-    after = server.finished()
-    assert sorted(after) == [0, 1, 2, 3, 4]
-    assert before.items() <= after.items()
-    assert {trial.state.name for trial in server.trials()} == {"COMPLETE", "FAIL"}
-    trial_index = victim.user_attrs["trial_index"]
-    [again] = [t for t in server.trials() if t.user_attrs["trial_index"] == trial_index and t.state.name == "COMPLETE"]
-    assert f"trial {again.number} resumes after epoch" in said
-    assert "was lost with its node" in said
-    assert "(raylet)" not in said  # Ray's own words, at length
-
-
-@pytest.mark.slow
-def test_a_preempted_worker_gives_its_trial_back_a_killed_one_is_replaced_and_ctrl_c_ends_all(
-    space_file: str, server: Watched, cluster: Any, start: Start
-) -> None:
-    process = start(*hpo_run(space_file, cluster, server, "--trials", "6"))
-    busy = wait_until(lambda: len(found := server.at_work()) == 2 and found, process)
-    preempted, killed = busy
-    os.kill(preempted, signal.SIGTERM)
-    os.kill(killed, signal.SIGKILL)
-    others = wait_until(lambda: len(found := server.at_work().keys() - busy.keys()) == 2 and found, process)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-
-    assert process.returncode == 130, said
-    assert "was stopped on" in said
-    assert "was killed on" in said
-    assert "of 6 trials are done and safe; resume with" in said
-    assert "Traceback" not in said
-    trials = server.trials()
-    assert not [trial.number for trial in trials if trial.state.name == "RUNNING"]
-    crashes = {t.user_attrs["trial_index"]: t.user_attrs.get("crashes", 0) for t in trials}  # of the latest attempt
-    assert crashes[busy[preempted].user_attrs["trial_index"]] == 0
-    assert crashes[busy[killed].user_attrs["trial_index"]] == 1
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in (*busy, *others)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-# Apart
+# Nodes that share no folder
 
 
 @pytest.mark.slow
 def test_nodes_that_share_no_folder_keep_their_files_in_the_artifact_store(
     tmp_path: Path, space_file: str, server: Watched, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head's folder of studies is made unknown to the nodes, which are on one disk with it here."""
+    """The head's folder of studies is hidden from the nodes, which are on one disk with it here."""
     monkeypatch.setattr(hpo.workers.ray, "_studies_of", lambda spec: tmp_path / "not" / "there")
     space = load_space(space_file)
     study = open_study(space, name="own", dataset=load_dataset(space.baseline.data), storage_url=server.url)
@@ -220,8 +133,8 @@ def test_nodes_that_share_no_folder_keep_their_files_in_the_artifact_store(
     with Interrupts() as interrupts, StudyProgress(study) as progress, closing(RayEngine(cluster.address)) as engine:
         assert {node.cpus for node in engine.nodes()} == {1.0}
         assert engine.room() == 2
-        pools = [WorkerPool("cpu", 2, engine.resources())]
-        run_workers(study, spec, engine=engine, pools=pools, progress=progress, interrupts=interrupts)
+        slots = worker_slots("cpu", 2, engine.resources())
+        run_workers(study, spec, engine=engine, slots=slots, progress=progress, interrupts=interrupts)
 
     assert sorted(server.finished()) == [0, 1, 2, 3]
     assert not list(study.paths.dir.glob("trials/*"))
@@ -234,11 +147,73 @@ def test_nodes_that_share_no_folder_keep_their_files_in_the_artifact_store(
     study.optuna._storage._backend.engine.dispose()  # type: ignore[attr-defined]
 
 
-# What is said
+# Deaths
+
+
+@pytest.mark.slow
+def test_a_study_on_two_nodes_survives_preemption_a_kill_ctrl_c_and_the_loss_of_a_node(
+    space_file: str, server: Watched, cluster: Any, start: Start
+) -> None:
+    """The last test on the cluster: one of its nodes is lost."""
+    arguments = [space_file, "--engine", "ray", "--address", cluster.address, "--storage", server.url]
+    arguments += ["--study", "own", "--set", "epochs=100", "--trials", "5"]
+    process = start(*arguments)
+    busy = two_at_work(server, process)
+    preempted, killed = busy
+    os.kill(preempted, signal.SIGTERM)
+    os.kill(killed, signal.SIGKILL)
+    others = two_at_work(server, process, but=busy)
+    process.send_signal(signal.SIGINT)
+    check_interrupted(process, server, preempted=busy[preempted], killed=busy[killed])
+    wait_until(lambda: not any(map(psutil.pid_exists, (*busy, *others))), "all workers have ended", seconds=20)
+    before = server.finished()
+
+    process = start(*arguments)
+    first, second = map(raylet_of, cluster.list_all_nodes())
+    busy = two_at_work(server, process)
+    assert {psutil.Process(pid).ppid() for pid in busy} == {first, second}  # both run trials
+    [victim] = [trial for pid, trial in busy.items() if psutil.Process(pid).ppid() == second]
+    before |= server.finished()
+    for lost in (psutil.Process(second), *psutil.Process(second).children()):
+        lost.kill()
+    output, _ = process.communicate(timeout=120)
+
+    assert process.returncode == 0, output
+    assert sum(node["Alive"] for node in cluster.global_state.node_table()) == 1  # what ray.nodes() reads
+    after = server.finished()
+    assert sorted(after) == [0, 1, 2, 3, 4]
+    assert before.items() <= after.items()
+    assert {trial.state.name for trial in server.trials()} == {"COMPLETE", "FAIL"}
+    [again] = [t for t in server.trials() if index_of(t) == index_of(victim) and t.state.name == "COMPLETE"]
+    assert f"trial {again.number} resumes after epoch" in output
+    assert "was lost with its node" in output
+    assert "(raylet)" not in output  # Ray's own words, at length
+
+
+def check_interrupted(process: subprocess.Popen[str], server: Watched, *, preempted: Any, killed: Any) -> None:
+    """Check the end of a run after Ctrl-C, whose workers on these two trials were terminated and killed."""
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "was stopped on" in output
+    assert "was killed on" in output
+    assert "of 5 trials are done and safe; resume with" in output
+    assert "Traceback" not in output
+    trials = server.trials()
+    assert not [trial.number for trial in trials if trial.state.name == "RUNNING"]
+    crashes = {index_of(trial): trial.user_attrs.get("crashes", 0) for trial in trials}  # of the latest attempt
+    assert crashes[index_of(preempted)] == 0
+    assert crashes[index_of(killed)] == 1
+
+
+def index_of(trial: optuna.trial.FrozenTrial) -> int:
+    return int(trial.user_attrs["trial_index"])
+
+
+# Log records
 
 
 def test_what_a_worker_says_comes_in_order_and_again_where_a_reply_was_lost() -> None:
-    items: Any = _Items()
+    items: Any = Items()
     for said in "abc":
         items.add(said)
     assert items.start_from(0) == ["a", "b", "c"]
@@ -276,10 +251,10 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         RayEngine("127.0.0.1:6379")
 
 
-def engine_on(*nodes: Node, num_cpus: float = 1.0, num_gpus: float = 0.0) -> RayEngine:
+def engine_on(*nodes: Node, num_gpus: float = 0.0) -> RayEngine:
     """An engine that is connected to nothing."""
     engine = object.__new__(RayEngine)
-    engine.num_cpus, engine.num_gpus = num_cpus, num_gpus
+    engine.num_gpus = num_gpus
     engine.nodes = lambda: list(nodes)  # type: ignore[method-assign]
     return engine
 
@@ -319,12 +294,12 @@ def test_a_node_without_the_studys_folder_needs_an_artifact_store_and_a_database
     studies, database = tmp_path / "elsewhere", "postgresql+psycopg://x@h/d"
     for spec in (a_spec(space_file, database), a_spec(space_file, "/x/journal.log", "s3://b")):
         with pytest.raises(StudyError, match=r"elsewhere/own is not on this machine; .*--artifacts"):
-            _in_its_folder(_Assignment(spec, "cpu", Resources(1, None), studies)).__enter__()
-    with _in_its_folder(_Assignment(a_spec(space_file, database, "s3://b"), "cpu", Resources(1, None), studies)):
+            on_node(spec, studies).__enter__()
+    with on_node(a_spec(space_file, database, "s3://b"), studies):
         scratch = StudyPaths.of("own").dir.parent
         assert scratch.is_dir()
     assert not scratch.exists()
     StudyPaths(studies / "own").dir.mkdir(parents=True)
     StudyPaths(studies / "own").study_yaml.touch()
-    with _in_its_folder(_Assignment(a_spec(space_file, database), "cpu", Resources(1, None), studies)):
+    with on_node(a_spec(space_file, database), studies):
         assert StudyPaths.of("own").dir == studies / "own"

@@ -1,4 +1,4 @@
-"""Several trials of a study at once, each in a process: real processes, real signals, real digits."""
+"""Several trials of a study at once, in real processes with real signals, on digits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-import psutil
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -36,22 +33,16 @@ from hpo.space import load_space
 from hpo.study import Study, open_study
 from hpo.workers import calibration, local, pool, work
 from hpo.workers.calibration import Choice
-from hpo.workers.capacity import CONTEXT_BYTES, WORKER_BYTES, Capacity, free_capacity, occupy, used_memory_bytes
-from hpo.workers.engine import Resources, WorkerSpec
+from hpo.workers.capacity import WORKER_BYTES, Capacity, free_capacity, occupy, used_memory_bytes
+from hpo.workers.engine import Resources, WorkerSlot, WorkerSpec, worker_slots
 from hpo.workers.local import LocalProcesses, main
-from hpo.workers.pool import WorkerPool, run_workers
-from tests.hpo.commands import SPACE, Start, hpo, started_runs
+from hpo.workers.pool import run_workers
+from tests.hpo.commands import Start, hpo
 from tests.hpo.storage.journals import finished_of, trials_of
+from tests.hpo.workers.processes import group_of, wait_until
 
 CPU = torch.device("cpu")
 LONG = ("--set", "epochs=60")
-
-
-@pytest.fixture
-def space_file(tmp_path: Path) -> str:
-    file = tmp_path / "own.yaml"
-    file.write_text(SPACE)
-    return str(file)
 
 
 @pytest.fixture(autouse=True)
@@ -64,52 +55,23 @@ def _one_thread() -> Iterator[None]:
 
 
 def hpo_run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Runs `hpo run` in this process; returns its exit code."""
+    """Run `hpo run` in this process and return its exit code."""
     return hpo(monkeypatch, "run", *arguments)
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts `hpo run` as the head of a process group of its own, which the test's end ends."""
-    with started_runs() as begin:
-        yield begin
 
 
 def running(study: Path) -> list[optuna.trial.FrozenTrial]:
     return [trial for trial in trials_of(study) if trial.state.name == "RUNNING"]
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 120) -> Any:
-    """The condition's value, once it is true."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
-
-
 def at_work(study: Path, workers: int) -> list[int]:
-    """The processes of the workers, once each of so many trains a trial; before, nothing."""
+    """The processes of the workers, once so many train; empty before."""
     busy = [trial for trial in running(study) if "lease" in trial.user_attrs and len(trial.intermediate_values) > 2]
     return [trial.user_attrs["lease"]["pid"] for trial in busy] if len(busy) == workers else []
 
 
-def group_of(head: int) -> set[int]:
-    """The living processes of a process group."""
-    members = set()
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == head and process.status() != psutil.STATUS_ZOMBIE:
-                members.add(process.pid)
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            continue
-    return members
-
-
 @contextmanager
 def meanwhile(strike: Callable[[], None]) -> Iterator[None]:
-    """Does something in a thread while the block runs; its failure is the block's."""
+    """Call the function in a thread while the block runs; its failure is the block's."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -132,7 +94,7 @@ def meanwhile(strike: Callable[[], None]) -> Iterator[None]:
 def test_several_workers_reach_exactly_the_total_and_what_one_process_alone_would(
     tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = (space_file, "--trials", "6", "--seed", "3")
+    arguments = (space_file, "--trials", "4", "--seed", "3")
     monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "alone"))
     assert hpo_run(monkeypatch, *arguments) == 0
     monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "together"))
@@ -142,14 +104,14 @@ def test_several_workers_reach_exactly_the_total_and_what_one_process_alone_woul
     together = tmp_path / "together/own"
 
     assert finished_of(together) == finished_of(tmp_path / "alone/own")
-    assert sorted(finished_of(together)) == [0, 1, 2, 3, 4, 5]
-    assert len(trials_of(together)) == 6
+    assert sorted(finished_of(together)) == [0, 1, 2, 3]
+    assert len(trials_of(together)) == 4
     assert all(trial.user_attrs["torch_threads"] == 1 for trial in trials_of(together))
     processes = {trial.user_attrs["lease"]["pid"] for trial in trials_of(together)}
     assert os.getpid() not in processes
     assert len(list(together.glob("trials/*/model.safetensors"))) == KEPT_MODELS
     assert "2 trials at once, each in a process with 1 thread\n" in said
-    assert sum(line.startswith("trial ") and "complete" in line for line in said.splitlines()) == 6
+    assert sum(line.startswith("trial ") and "complete" in line for line in said.splitlines()) == 4
 
 
 def test_one_trial_at_once_needs_no_process(space_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,15 +140,15 @@ def test_relative_paths_and_the_images_of_a_person_reach_the_workers(
 def test_a_killed_workers_trial_resumes_from_its_checkpoint_and_the_total_stays(
     tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = (space_file, "--trials", "2", "--set", "epochs=15", "--set", "data.folds=2")
+    arguments = (space_file, "--trials", "2", "--set", "epochs=10", "--set", "data.folds=2")
     study = tmp_path / "studies/own"
     victims: list[optuna.trial.FrozenTrial] = []
 
     def kill_one_in_its_second_fold() -> None:
         def found() -> Any:
-            return study.exists() and next((t for t in running(study) if len(t.intermediate_values) > 16), None)
+            return study.exists() and next((t for t in running(study) if len(t.intermediate_values) > 11), None)
 
-        victims.append(wait_until(found))
+        victims.append(wait_until(found, "a trial is in its second fold"))
         os.kill(victims[0].user_attrs["lease"]["pid"], signal.SIGKILL)
 
     with meanwhile(kill_one_in_its_second_fold):
@@ -199,7 +161,7 @@ def test_a_killed_workers_trial_resumes_from_its_checkpoint_and_the_total_stays(
     [again] = [t for t in trials_of(study) if t.user_attrs["trial_index"] == trial_index and t.state.name == "COMPLETE"]
     paths = StudyPaths(study)
     before, after = (
-        [json.loads(line) for line in paths.trial_metrics(trial.number).read_text().splitlines()][:15]
+        [json.loads(line) for line in paths.trial_metrics(trial.number).read_text().splitlines()][:10]
         for trial in (victim, again)
     )
     assert before == after  # the very epochs, with the very seconds that they took: the first fold was not repeated
@@ -215,11 +177,11 @@ def test_a_killed_parent_leaves_no_process_behind_and_its_workers_give_their_tri
 ) -> None:
     study = tmp_path / "studies/own"
     process = start(space_file, "--trials", "3", *LONG, "--per-device", "2")
-    workers = wait_until(lambda: at_work(study, 2), process)
+    workers = wait_until(lambda: at_work(study, 2), "two workers train", process=process)
     assert {process.pid, *workers} < group_of(process.pid)  # the server is there too
     process.kill()
     process.wait()
-    wait_until(lambda: not group_of(process.pid), seconds=60)
+    wait_until(lambda: not group_of(process.pid), "all processes have ended", seconds=60)
     assert not running(study)
     assert [trial.state.name for trial in trials_of(study)].count("WAITING") >= 1
 
@@ -228,14 +190,14 @@ def test_a_killed_parent_leaves_no_process_behind_and_its_workers_give_their_tri
 def test_ctrl_c_gives_every_trial_back_and_says_how_to_go_on(tmp_path: Path, space_file: str, start: Start) -> None:
     study = tmp_path / "studies/own"
     process = start(space_file, "--trials", "3", *LONG, "--per-device", "2")
-    wait_until(lambda: at_work(study, 2), process)
+    wait_until(lambda: at_work(study, 2), "two workers train", process=process)
     os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to all
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert "of 3 trials are done and safe; resume with" in said
     assert f"hpo run {space_file} --trials 3 --per-device 2 --set epochs=60" in said
-    wait_until(lambda: not group_of(process.pid), seconds=30)  # Python's own helper leaves a moment later
+    wait_until(lambda: not group_of(process.pid), "all processes have ended", seconds=30)  # a helper of Python is last
     states = [trial.state.name for trial in trials_of(study)]
     assert "RUNNING" not in states
     assert states.count("WAITING") + states.count("COMPLETE") == 3
@@ -244,12 +206,13 @@ def test_ctrl_c_gives_every_trial_back_and_says_how_to_go_on(tmp_path: Path, spa
 @pytest.mark.slow
 def test_an_interrupt_while_the_workers_load_ends_them_too(tmp_path: Path, space_file: str, start: Start) -> None:
     process = start(space_file, "--trials", "3", *LONG, "--per-device", "2")
-    wait_until(lambda: len(group_of(process.pid)) >= 4, process)  # beside it a server, its tracker, and a worker
+    # The command, a server, its tracker, and a worker.
+    wait_until(lambda: len(group_of(process.pid)) >= 4, "a worker has started", process=process)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    wait_until(lambda: not group_of(process.pid), seconds=30)  # Python's own helper leaves a moment later
+    wait_until(lambda: not group_of(process.pid), "all processes have ended", seconds=30)  # a helper of Python is last
     assert not running(tmp_path / "studies/own")
 
 
@@ -261,9 +224,9 @@ def own_study(space_file: str, trials: int) -> tuple[Study, WorkerSpec]:
 
 
 def run_trials(study: Study, spec: WorkerSpec, trials_at_once: int) -> StudyProgress:
-    pools = [WorkerPool("cpu", trials_at_once, free_capacity(CPU).share(trials_at_once))]
+    slots = worker_slots("cpu", trials_at_once, free_capacity(CPU).share(trials_at_once))
     with Interrupts() as interrupts, StudyProgress(study) as progress:
-        run_workers(study, spec, engine=LocalProcesses(), pools=pools, progress=progress, interrupts=interrupts)
+        run_workers(study, spec, engine=LocalProcesses(), slots=slots, progress=progress, interrupts=interrupts)
     return progress
 
 
@@ -283,10 +246,10 @@ def test_where_one_dies_again_and_again_the_others_continue(
     space_file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(local, "main", the_second_dies)
-    study, spec = own_study(space_file, 8)
+    study, spec = own_study(space_file, 6)
     caplog.set_level(logging.WARNING)
     progress = run_trials(study, spec, 2)
-    assert study.counts().complete == 8
+    assert study.counts().complete == 6
     deaths = [record.message for record in caplog.records if "worker 2 was killed by SIGKILL" in record.message]
     assert 1 <= len(deaths) <= 1 + pool.REPLACEMENTS
     assert len(progress.progress.tasks) == 1  # the study's: no bar stays behind
@@ -345,8 +308,8 @@ def test_a_password_is_in_no_description_of_a_spec(space_file: str, tmp_path: Pa
 def test_an_output_that_a_killed_worker_cut_off_ends_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "main", half_a_record)
     spec: Any = None
-    worker = LocalProcesses().start(spec, WorkerPool("cpu", 1, Resources(1, None)).slot(0), Resources(1, None))
-    wait_until(lambda: worker.ended)
+    worker = LocalProcesses().start(spec, *worker_slots("cpu", 1, Resources(1, None)))
+    wait_until(lambda: worker.ended, "the worker has ended")
     assert worker.output() == []
     assert worker.close(1.0).words == "was killed by SIGKILL"
 
@@ -378,8 +341,7 @@ def test_the_shares_of_a_gpu_and_what_each_process_needs_besides_fit_what_is_fre
     for trials in (1, 2, 5, 50):
         fraction = gpu.share(trials).memory_fraction
         assert fraction is not None
-        needed = trials * (fraction * 80 * 2**30 + CONTEXT_BYTES)
-        assert needed == pytest.approx(70 * 2**30)
+        assert trials * fraction * 80 * 2**30 == pytest.approx(70 * 2**30)
         gpu.check(trials, asked=str(trials))
 
 
@@ -415,7 +377,7 @@ def test_what_the_cpu_has_free_and_what_a_process_needs_are_measured() -> None:
     needed = used_memory_bytes(CPU)
     assert 50 * 2**20 < needed < 50 * 2**30
     assert 0 < free.memory_bytes < 2**50
-    assert free.limit().trials == free.cores >= 1
+    assert free.useful == free.cores >= 1
 
 
 # The number of trials at once
@@ -431,8 +393,8 @@ def test_a_remembered_number_counts_on_its_host_alone_and_as_far_as_there_is_roo
     monkeypatch.setattr(work, "calibrate", lambda *_: Choice(1, "measured again"))
     sizes: list[int] = []
 
-    def seen(study: Study, *_: Any, pools: list[WorkerPool], **__: Any) -> None:
-        sizes.extend(pool.size for pool in pools)
+    def seen(study: Study, *_: Any, slots: list[WorkerSlot], **__: Any) -> None:
+        sizes.append(len(slots))
         study.queue.ensure_trials(0)
 
     monkeypatch.setattr(work, "run_workers", seen)
