@@ -30,10 +30,9 @@ from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.lease import Held
 from hpo.study import Study, check_search_name, open_study
 from hpo.text import count, duration
-from hpo.workers.cluster import check_options, engine_and_slots
 from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec
-from hpo.workers.placement import Placement, place
-from hpo.workers.ray import RayEngine
+from hpo.workers.placement import Placement, place, place_on_cluster
+from hpo.workers.ray import RayEngine, engine_and_slots
 from hpo.workers.work import Work
 
 
@@ -102,8 +101,7 @@ def _placement(options: RunOptions) -> Placement:
         UserError: The options contradict each other, or this machine lacks a device.
     """
     if options.engine == "ray":
-        check_options(device=options.device, devices=options.devices, per_device=options.per_device)
-        return place(None, None, 0 if options.workers == 0 else None, None)
+        return place_on_cluster(options.device, options.devices, options.workers, options.per_device)
     if options.engine != "local":
         raise UserError(f"--engine {options.engine}: give local or ray")
     if options.address is not None:

@@ -82,6 +82,12 @@ class Exit:
     blameless: bool = False
     """Stopped from outside, or lost with its machine."""
 
+    @classmethod
+    def with_status(cls, status: int, where: str = "") -> Exit:
+        """Describe the end of a worker that exited."""
+        how = "was stopped" if status == STOPPED else f"ended with exit status {status}"
+        return cls(clean=status == 0, words=how + where, blameless=status == STOPPED)
+
 
 class Worker(Protocol):
     """A started worker as its parent sees it."""

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 from hpo.search.interrupts import SIGNALS, Interrupts
 from hpo.storage.lease import host
-from hpo.workers.engine import STOPPED, Engine, Exit, Output, Resources, Worker, WorkerSlot, WorkerSpec
+from hpo.workers.engine import Engine, Exit, Output, Resources, Worker, WorkerSlot, WorkerSpec
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -101,10 +101,9 @@ class LocalWorker(Worker):
         assert status is not None
         self._output.close()
         self._process.close()
-        if status == STOPPED:
-            return Exit(clean=False, words="was stopped", blameless=True)
-        words = f"ended with exit status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
-        return Exit(clean=status == 0, words=words)
+        if status < 0:
+            return Exit(clean=False, words=f"was killed by {signal.Signals(-status).name}")
+        return Exit.with_status(status)
 
 
 # Starting processes

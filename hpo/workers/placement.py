@@ -71,6 +71,23 @@ def place(device: str | None, devices: str | None, workers: int | None, per_devi
     return Placement(found, sizes, in_processes=True, asked=f"--workers {workers}")
 
 
+def place_on_cluster(device: str | None, devices: str | None, workers: int | None, per_device: str | None) -> Placement:
+    """Check the same options for a Ray cluster, which places its workers itself. The placement is this machine's.
+
+    Raises:
+        UserError: an option names this machine's devices, or is not a number.
+    """
+    if devices is not None:
+        raise UserError("--devices names GPUs of one machine; with --engine ray leave it out, and give --workers")
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {device}: with --engine ray give cpu or cuda: Ray chooses which")
+    if per_device is not None and not _is_count(per_device):
+        raise UserError(f"--per-device {per_device}: with --engine ray give a whole number from 1 on")
+    if device == "cpu" and per_device is not None:
+        raise UserError("--per-device: on CPUs Ray gives each worker a core of its own; give --workers instead")
+    return place(None, None, 0 if workers == 0 else None, None)
+
+
 def _devices(device: str | None, devices: str | None) -> tuple[torch.device, ...]:
     if devices is None:
         return (select_device(device),)
@@ -90,7 +107,7 @@ def _devices(device: str | None, devices: str | None) -> tuple[torch.device, ...
     return found
 
 
-def is_count(text: str) -> bool:
+def _is_count(text: str) -> bool:
     """Return whether the text is a positive whole number."""
     return text.isdecimal() and int(text) > 0
 
@@ -98,6 +115,6 @@ def is_count(text: str) -> bool:
 def _per_device(per_device: str | None) -> int | None:
     if per_device is None or per_device == "auto":
         return None
-    if not is_count(per_device):
+    if not _is_count(per_device):
         raise UserError(f"--per-device {per_device}: give a whole number from 1 on, or auto")
     return int(per_device)

@@ -1,4 +1,4 @@
-"""Workers as actors of a Ray cluster: the head's side. `ray_actor.py` runs on the nodes.
+"""`--engine ray`: workers as actors of a Ray cluster. This is the head's side; `ray_actor.py` runs on the nodes.
 
 Ray places workers and reports lost ones, but restarts nothing: the pool replaces them. Results go to the storage; the
 head reads the workers' log, and requests it again where a reply was lost with a connection.
@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from typing import Any, cast
 from hpo.errors import StudyError
 from hpo.paths import studies_root
 from hpo.storage import is_journal, mask
-from hpo.workers.engine import STOPPED, Engine, Exit, Output, Resources, Worker, WorkerSlot, WorkerSpec
+from hpo.workers.engine import Engine, Exit, Output, Resources, Worker, WorkerSlot, WorkerSpec, worker_slots
 from hpo.workers.local import own_name
 from hpo.workers.ray_actor import Actor, Done, Item, Placed, node_id
 
@@ -43,6 +43,41 @@ _QUIET = {
     # Under `uv run` Ray would send this folder to the nodes and start each worker with `uv run` there.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
+
+
+def engine_and_slots(
+    spec: WorkerSpec,
+    *,
+    address: str,
+    device: str | None,
+    per_device: str | None,
+    workers: int | None,
+    say: Callable[[str], None],
+) -> tuple[Engine, list[WorkerSlot]]:
+    """Connect to the cluster. The workers take all its room, or as much as was asked for.
+
+    Args:
+        spec: the study.
+        address: the head's `host:port`, or `auto`.
+        device: `cpu` or `cuda`; None for a GPU per worker if the cluster has one, else a core.
+        per_device: how many workers share a GPU.
+        workers: their largest number.
+        say: shows the user one line.
+    """
+    engine = RayEngine(address)
+    nodes = engine.nodes()
+    on_gpus = any(node.gpus for node in nodes) if device is None else device == "cuda"
+    if on_gpus:
+        engine.num_gpus = 1 / int(per_device or 1)
+    engine.check(spec)
+    room = engine.room()
+    size = min(workers or room, room)
+    kind = "GPU" if on_gpus else "core"
+    share = f" (a GPU for {per_device})" if on_gpus and per_device not in (None, "1") else ""
+    say(f"Ray: {len(nodes)} nodes with room for {room} workers, each on a {kind}{share}; starting {size}")
+    if workers is not None and workers > room:
+        say(f"--workers {workers}: the cluster has no more room now; the others are not started")
+    return engine, worker_slots("cuda" if on_gpus else "cpu", size, engine.resources())
 
 
 @dataclass(frozen=True)
@@ -209,7 +244,8 @@ class RayWorker(Worker):
                 case Placed():
                     self._place = item
                 case Done():
-                    self._end(self._regular(item.status))
+                    assert self._place is not None, "a worker reports its place first"
+                    self._end(Exit.with_status(item.status, f" on {self._place.host}"))
                     return
                 case _:
                     self._log.append(item)
@@ -245,11 +281,6 @@ class RayWorker(Worker):
         if self._exit is None:
             self._exit = exited
             self._ray.kill(self._actor, no_restart=True)
-
-    def _regular(self, status: int) -> Exit:
-        assert self._place is not None, "a worker reports its place first"
-        how = "was stopped" if status == STOPPED else f"ended with exit status {status}"
-        return Exit(clean=status == 0, words=f"{how} on {self._place.host}", blameless=status == STOPPED)
 
     def _death(self, error: Any) -> Exit:
         """Describe the end of an actor that Ray reports dead."""

@@ -40,7 +40,7 @@ EPOCHS = 14
 # checkpoint is saved at every rung, so that a kill repeats one epoch at most.
 SPACE = f"""
 data: {{name: digits}}
-base: {{model: {{widths: [16], blocks: [1]}}, epochs: {EPOCHS}, batch_size: 64, augment: {{flip: 0.0}}}}
+base: {{model: {{widths: [8], blocks: [1]}}, epochs: {EPOCHS}, batch_size: 128, augment: {{flip: 0.0}}}}
 pruner: {{name: rungs, rungs: {[epoch / EPOCHS for epoch in range(1, EPOCHS)]}, keep: 0.999}}
 sampler: {{name: random}}
 search:
@@ -240,13 +240,18 @@ class Chaos:
             victim = self.victim()
             if event.strike(self, victim):
                 self.struck.append((event, victim))
-                print(f"{time.monotonic() - self.began:6.1f} s: {event.name}: {victim}")  # pytest shows it of a failure
+                self.note(f"{event.name}: {victim}")
                 return
 
     def finish(self) -> None:
         """Wait until the study is over."""
         while self.command.ended() != 0:
             self._see_that_it_runs()
+        self.note(f"finished {self.total} trials")
+
+    def note(self, text: str) -> None:
+        """Print what happened, which pytest shows after a failure."""
+        print(f"{time.monotonic() - self.began:6.1f} s: {text}")
 
     def _see_that_it_runs(self) -> None:
         """Run the command again if the study ended before the events did, or no worker is left."""
@@ -376,7 +381,7 @@ class ServerRestarted(Event):
     def strike(self, chaos: Chaos, victim: Victim) -> bool:
         assert chaos.server is not None
         chaos.server.stop(chaos.random.choice(["fast", "immediate"]))
-        time.sleep(chaos.random.uniform(0.2, 2))
+        time.sleep(chaos.random.uniform(0.2, 1))
         chaos.server.start()
         wait_until(
             lambda: (chaos.attempt(victim).last_step or 0) > victim.epoch,
