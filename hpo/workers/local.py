@@ -188,11 +188,9 @@ def main(spec: WorkerSpec, device: str, resources: Resources, output: Connection
 
 
 def enter_child(request_stop: Callable[[], None], patience_s: float) -> None:
-    """Unblock the signals, now that SIGTERM is handled, and watch the parent.
+    """Unblock the signals, now that SIGTERM is handled.
 
-    Args:
-        request_stop: called when the parent has died.
-        patience_s: seconds after that until this process exits.
+    When the parent dies, `request_stop` is called, and this process exits after `patience_s` seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and stops this process
     parent = multiprocessing.parent_process()

@@ -49,15 +49,14 @@ def run_workers(
     Args:
         study: with its trials queued.
         spec: the same study, for the workers.
-        engine: starts them; it is closed at the end.
+        engine: closed at the end.
         slots: filled in this order.
         progress: shows the study meanwhile.
-        interrupts: of this process.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the running trials are back in the queue.
         StudyError: a worker met an error that the user has to fix, or no worker lives long enough.
-        RuntimeError: the last of the workers that crashed, with its traceback; the trials are back in the queue.
+        RuntimeError: the last worker crashed; its traceback is the cause.
     """
     supervisor = _Supervisor(study, spec, engine, [_Place(slot) for slot in slots], progress, interrupts)
     try:

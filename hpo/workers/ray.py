@@ -54,7 +54,7 @@ def engine_and_slots(
     workers: int | None,
     say: Callable[[str], None],
 ) -> tuple[Engine, list[WorkerSlot]]:
-    """Connect to the cluster. The workers take all its room, or as much as was asked for.
+    """Connect to the cluster, and return slots for all its room, or for so many workers.
 
     Args:
         spec: the study.
@@ -94,7 +94,7 @@ class RayEngine(Engine):
     """Starts workers, each with one CPU, on a Ray cluster, and is connected to it until closed.
 
     Args:
-        address: the head's `host:port`, or `auto` for the cluster that this machine belongs to.
+        address: the head's `host:port`, or `auto` for this machine's cluster.
 
     Raises:
         StudyError: Ray is not installed, or no cluster answers.

@@ -40,7 +40,7 @@ class Work:
         division: the images.
         data: the value of `--data`.
         say: shows the user one line.
-        cluster: connects to the cluster that runs the workers; None for this machine.
+        cluster: connects to a cluster for the workers; None for this machine.
     """
 
     study: Study

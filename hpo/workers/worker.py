@@ -39,7 +39,7 @@ def work_on(
         spec: the study.
         device: as this process names it.
         resources: of this process.
-        emit: passes log records, and the error that ends the worker, to the parent.
+        emit: passes log records and the final error to the parent.
         interrupts: a request ends the worker after its epoch.
         setting: prepares the machine; its errors count as the worker's.
 

@@ -31,7 +31,7 @@ from hpo.workers.engine import WorkerSpec, worker_slots
 from hpo.workers.pool import run_workers
 from hpo.workers.ray import Node, RayEngine
 from hpo.workers.ray_actor import Items, on_node
-from tests.hpo.commands import Start
+from tests.hpo.commands import SPACE, Start
 from tests.hpo.storage.postgresql import Server, free_port, running_server
 from tests.hpo.workers.processes import wait_until
 
@@ -42,12 +42,35 @@ STORE_BYTES = 80 * 2**20  # the least that Ray takes; it holds nothing of ours
 SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 250, "health_check_failure_threshold": 3}
 
 
+@pytest.fixture
+def space_file(tmp_path: Path) -> str:
+    """The search space `own` with a network that needs no timm, which takes each worker seconds to import."""
+    file = tmp_path / "own.yaml"
+    file.write_text(SPACE.replace("{widths:", "{name: vgg, widths:"))
+    return str(file)
+
+
 class Watched:
     """A server and its study `own`."""
 
     def __init__(self, server: Server) -> None:
         self.url = server.url
         self.storage = open_storage(server.url)
+        self.engine: Any = self.storage._backend.engine  # type: ignore[attr-defined]
+        self.delay_reports(0)
+        with self.engine.begin() as connection:
+            connection.exec_driver_sql(
+                "CREATE TRIGGER delayed BEFORE INSERT ON trial_intermediate_values "
+                "FOR EACH ROW EXECUTE FUNCTION delay()"
+            )
+
+    def delay_reports(self, seconds: float) -> None:
+        """Delay each epoch's report, so that a trial lasts a while without using the processor."""
+        with self.engine.begin() as connection:
+            connection.exec_driver_sql(
+                "CREATE OR REPLACE FUNCTION delay() RETURNS trigger LANGUAGE plpgsql AS "
+                f"'BEGIN PERFORM pg_sleep({seconds}); RETURN NEW; END'"
+            )
 
     def trials(self) -> list[optuna.trial.FrozenTrial]:
         """The study's trials; none before it exists."""
@@ -75,7 +98,7 @@ def server() -> Iterator[Watched]:
     with running_server() as started:
         watched = Watched(started)
         yield watched
-        watched.storage._backend.engine.dispose()  # type: ignore[attr-defined]
+        watched.engine.dispose()
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +179,8 @@ def test_a_study_on_two_nodes_survives_preemption_a_kill_ctrl_c_and_the_loss_of_
 ) -> None:
     """The last test on the cluster: one of its nodes is lost."""
     arguments = [space_file, "--engine", "ray", "--address", cluster.address, "--storage", server.url]
-    arguments += ["--study", "own", "--set", "epochs=100", "--trials", "5"]
+    arguments += ["--study", "own", "--set", "epochs=20", "--trials", "5"]
+    server.delay_reports(0.3)
     process = start(*arguments)
     busy = two_at_work(server, process)
     preempted, killed = busy
@@ -176,6 +200,7 @@ def test_a_study_on_two_nodes_survives_preemption_a_kill_ctrl_c_and_the_loss_of_
     before |= server.finished()
     for lost in (psutil.Process(second), *psutil.Process(second).children()):
         lost.kill()
+    server.delay_reports(0)
     output, _ = process.communicate(timeout=120)
 
     assert process.returncode == 0, output
