@@ -1,4 +1,4 @@
-"""How many trials at once: decided from measurements alone, so tried on simulated devices here."""
+"""The number of trials at once, chosen from measurements of simulated devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where trials are trained follows from a few options, and what contradicts itself is one line."""
+"""The options that place trials on devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpo.workers.placement import place
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two GPUs as far as names go: nothing is computed."""
+    """Two GPUs in name: nothing is computed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
@@ -36,7 +36,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, "all", 0, None, {"cuda:0": 0, "cuda:1": 0}),
     ],
 )
-def test_what_is_left_out_follows_from_what_is_said(
+def test_omitted_options_follow_from_the_given_ones(
     device: str | None,
     devices: str | None,
     workers: int | None,
@@ -50,7 +50,7 @@ def test_what_is_left_out_follows_from_what_is_said(
     ("workers", "per_device", "in_processes"),
     [(None, None, False), (None, "1", False), (1, None, True), (None, "2", True), (None, "auto", False)],
 )
-def test_one_trial_at_a_time_has_a_process_of_its_own_only_where_a_worker_is_asked_for(
+def test_one_trial_at_a_time_has_its_own_process_only_with_workers_1(
     workers: int | None, per_device: str | None, in_processes: bool
 ) -> None:
     assert place("cpu", None, workers, per_device).in_processes is in_processes
@@ -71,7 +71,7 @@ def test_one_trial_at_a_time_has_a_process_of_its_own_only_where_a_worker_is_ask
         (None, None, None, "0", "--per-device 0: give a whole number from 1 on, or auto"),
     ],
 )  # fmt: skip
-def test_a_contradiction_is_one_line(
+def test_a_contradiction_is_a_one_line_error(
     device: str | None, devices: str | None, workers: int | None, per_device: str | None, said: str
 ) -> None:
     with pytest.raises(UserError) as refused:
@@ -79,7 +79,7 @@ def test_a_contradiction_is_one_line(
     assert str(refused.value) == said
 
 
-def test_all_devices_of_a_machine_without_any_are_not_silently_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_devices_of_a_machine_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match=r"^--devices all: this machine has no GPU; leave it out for the CPU$"):
         place(None, "all", None, None)
@@ -95,7 +95,7 @@ def test_all_devices_of_a_machine_without_any_are_not_silently_its_cpu(monkeypat
         ("GPU-0a1b,MIG-2c3d", "cuda:1", "MIG-2c3d"),
     ],
 )
-def test_a_worker_sees_its_own_gpu_alone_by_the_name_that_the_driver_knows(
+def test_a_worker_sees_only_its_own_gpu_by_the_name_that_the_driver_knows(
     here: str | None, device: str, visible: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(VISIBLE, raising=False)
@@ -104,8 +104,8 @@ def test_a_worker_sees_its_own_gpu_alone_by_the_name_that_the_driver_knows(
     assert visible_to(device) == visible
 
 
-def test_a_process_gets_the_environment_of_its_parent_whatever_it_had_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a fork server's child: the server started with the environment of an earlier time."""
+def test_a_process_gets_the_environment_of_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a fork server's child, whose server has an older environment."""
     monkeypatch.setattr(os, "environ", {"OLD": "1", VISIBLE: "7"})
     seen: list[dict[str, str]] = []
     run_in_child({VISIBLE: "1", "NEW": "2"}, lambda: seen.append(dict(os.environ)))

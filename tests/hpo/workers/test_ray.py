@@ -237,7 +237,7 @@ def index_of(trial: optuna.trial.FrozenTrial) -> int:
 # Log records
 
 
-def test_what_a_worker_says_comes_in_order_and_again_where_a_reply_was_lost() -> None:
+def test_log_records_arrive_in_order_and_again_after_a_lost_reply() -> None:
     items: Any = Items()
     for said in "abc":
         items.add(said)
@@ -248,10 +248,10 @@ def test_what_a_worker_says_comes_in_order_and_again_where_a_reply_was_lost() ->
     assert items.start_from(3) == ["d"]
 
 
-# A person's mistakes
+# Mistakes
 
 
-def test_an_address_where_no_cluster_answers_is_refused_in_one_line() -> None:
+def test_an_address_without_a_cluster_is_a_one_line_error() -> None:
     port = free_port()
     with pytest.raises(StudyError, match=rf"^--address 127.0.0.1:{port}: no Ray cluster answers there \(.*refused\); "):
         RayEngine(f"127.0.0.1:{port}")
@@ -264,7 +264,7 @@ def test_an_address_where_no_cluster_answers_is_refused_in_one_line() -> None:
         ("head", "give the head's host:port, or auto"),
     ],
 )
-def test_an_address_of_another_kind_is_refused_in_one_line(address: str, said: str) -> None:
+def test_an_address_of_another_kind_is_a_one_line_error(address: str, said: str) -> None:
     with pytest.raises(StudyError) as refused:
         RayEngine(address)
     assert str(refused.value) == f"--address {address}: {said}"
@@ -288,12 +288,14 @@ def engine_on(*nodes: Node, num_gpus: float = 0.0) -> RayEngine:
     ("cpus", "gpus", "num_gpus", "room"),
     [(4, 0, 0.0, 4), (8, 2, 1.0, 2), (8, 2, 0.5, 4), (8, 2, 0.3, 6), (3, 2, 0.5, 3), (8, 5, 2.0, 2), (4, 0, 0.5, 0)],
 )
-def test_the_room_of_a_node_is_what_ray_would_place_on_it(cpus: float, gpus: float, num_gpus: float, room: int) -> None:
+def test_the_room_of_a_node_is_the_number_of_workers_that_ray_would_place(
+    cpus: float, gpus: float, num_gpus: float, room: int
+) -> None:
     engine = engine_on(Node("1", "a", cpus, gpus), Node("2", "b", 16, 8), num_gpus=num_gpus)
     assert engine.room() == room + engine_on(Node("2", "b", 16, 8), num_gpus=num_gpus).room()
 
 
-def test_a_cluster_without_room_for_a_single_worker_is_refused_in_one_line() -> None:
+def test_a_cluster_without_room_for_a_single_worker_is_a_one_line_error() -> None:
     with pytest.raises(StudyError) as refused:
         engine_on(Node("1", "a", 4, 0), num_gpus=0.5).room()
     assert str(refused.value) == (
@@ -306,7 +308,7 @@ def a_spec(space_file: str, storage: str, store_url: str | None = None) -> Worke
     return WorkerSpec(load_space(space_file), "own", storage, None, False, Path.cwd(), store_url=store_url)
 
 
-def test_an_sqlite_file_is_no_storage_of_several_machines(space_file: str) -> None:
+def test_sqlite_is_refused_as_the_storage_of_several_machines(space_file: str) -> None:
     engine = engine_on(Node("1", "another", 4, 0))
     with pytest.raises(StudyError, match=r"^--storage sqlite:///a.db: several machines cannot share .* on another; "):
         engine.check(a_spec(space_file, "sqlite:///a.db"))

@@ -1,4 +1,4 @@
-"""Attempts that die are begun again, up to a limit; what was seen before is a replicate; workers join from anywhere."""
+"""Retries of trials whose process died, replicates of earlier configurations, and workers that join a study."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ DEAD = (
 
 
 def die(space: SearchSpace, *, doing: str = "training") -> None:
-    """Claims a trial in a process that is then killed."""
+    """Claim a trial in a process that is then killed."""
     ended = subprocess.run([sys.executable, "-c", DEAD, str(space.path), doing], capture_output=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
-# Attempts that die
+# Dead processes
 
 
-def test_a_slot_is_begun_again_as_often_as_is_allowed_and_then_counts_as_failed_to_train(
+def test_a_trial_index_is_retried_as_often_as_allowed_and_then_counts_as_failed(
     study: Study, space: SearchSpace, caplog: pytest.LogCaptureFixture
 ) -> None:
     study.settings.retries = 2
@@ -92,14 +92,14 @@ def test_a_slot_is_begun_again_as_often_as_is_allowed_and_then_counts_as_failed_
     assert study.queue.waiting() == 0  # it counts towards the total
 
 
-def test_what_dies_before_it_has_parameters_is_nobodys_fault(study: Study, space: SearchSpace) -> None:
+def test_a_death_before_the_parameters_are_drawn_is_no_crash(study: Study, space: SearchSpace) -> None:
     study.settings.retries = 0
     die(space, doing="nothing")
     assert study.queue.reclaim() == [0]
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
 
-def test_an_interrupt_is_no_crash_and_a_fault_is_one(study: Study, space: SearchSpace) -> None:
+def test_an_interrupt_is_no_crash_and_an_exception_is_one(study: Study, space: SearchSpace) -> None:
     for crashed, counted in ((False, None), (True, 1), (False, 1)):
         claimed = study.queue.claim()
         assert claimed is not None
@@ -108,7 +108,7 @@ def test_an_interrupt_is_no_crash_and_a_fault_is_one(study: Study, space: Search
         assert study.optuna.trials[-1].user_attrs.get(CRASHES) == counted
 
 
-def test_a_machine_that_went_down_with_its_processes_is_no_crash(study: Study, space: SearchSpace) -> None:
+def test_a_reboot_is_no_crash(study: Study, space: SearchSpace) -> None:
     study.settings.retries = 0
     claimed = study.queue.claim()
     assert claimed is not None
@@ -118,7 +118,7 @@ def test_a_machine_that_went_down_with_its_processes_is_no_crash(study: Study, s
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
 
-def test_processes_that_were_ended_with_their_parent_are_no_crash(study: Study, space: SearchSpace) -> None:
+def test_a_death_together_with_the_parent_is_no_crash(study: Study, space: SearchSpace) -> None:
     study.settings.retries = 0
     die(space)
     [dead] = study.queue._running()
@@ -128,7 +128,7 @@ def test_processes_that_were_ended_with_their_parent_are_no_crash(study: Study, 
     assert CRASHES not in study.optuna.trials[-1].user_attrs
 
 
-def test_two_that_give_a_trial_up_at_once_end_it_once(
+def test_two_processes_that_give_up_a_trial_at_once_end_it_once(
     study: Study, space: SearchSpace, caplog: pytest.LogCaptureFixture
 ) -> None:
     study.settings.retries = 0
@@ -141,9 +141,7 @@ def test_two_that_give_a_trial_up_at_once_end_it_once(
     assert [trial.state for trial in study.optuna.trials] == [TrialState.PRUNED]
 
 
-def test_a_slot_that_was_lost_between_two_writes_is_queued_again_by_whoever_looks_next(
-    study: Study, space: SearchSpace
-) -> None:
+def test_a_trial_index_that_was_lost_between_two_writes_is_requeued(study: Study, space: SearchSpace) -> None:
     claimed = study.queue.claim()
     assert claimed is not None
     params = space.suggest(claimed[0])
@@ -154,9 +152,7 @@ def test_a_slot_that_was_lost_between_two_writes_is_queued_again_by_whoever_look
     assert waiting.params == params
 
 
-def test_a_retried_trial_stands_for_its_slot_before_a_blank_one_that_was_queued_twice(
-    study: Study, space: SearchSpace
-) -> None:
+def test_a_retried_trial_precedes_a_blank_one_of_the_same_index(study: Study, space: SearchSpace) -> None:
     study.queue._queue(0, {}, {})  # as two processes do that begin at once
     claimed = study.queue.claim()
     assert claimed is not None
@@ -167,7 +163,7 @@ def test_a_retried_trial_stands_for_its_slot_before_a_blank_one_that_was_queued_
     assert again[0].params == params
 
 
-def test_a_trial_that_is_taken_away_while_it_runs_is_dropped_and_the_run_goes_on(
+def test_a_trial_that_is_requeued_while_it_runs_is_dropped_and_the_run_continues(
     space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shown = StudyProgress.refresh
@@ -185,7 +181,7 @@ def test_a_trial_that_is_taken_away_while_it_runs_is_dropped_and_the_run_goes_on
     assert sorted(finished_of(tmp_path / "studies/own")) == [0]
 
 
-def test_another_run_without_a_total_of_its_own_does_not_lower_the_studys(
+def test_another_run_without_trials_does_not_lower_the_total(
     space: SearchSpace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = space.trials + 2
@@ -194,13 +190,13 @@ def test_another_run_without_a_total_of_its_own_does_not_lower_the_studys(
         assert find_study("own").total == more
 
 
-def test_the_number_of_retries_is_remembered_for_all_who_work_on_the_study(study: Study) -> None:
+def test_the_number_of_retries_is_stored_with_the_study(study: Study) -> None:
     assert study.settings.retries == 3
     study.settings.retries = 7
     assert find_study("own").settings.retries == 7
 
 
-def test_only_the_trials_of_living_processes_are_waited_for(study: Study, space: SearchSpace) -> None:
+def test_a_run_waits_only_for_trials_of_living_processes(study: Study, space: SearchSpace) -> None:
     claimed = study.queue.claim()
     assert claimed is not None
     assert study.queue.at_work() == [0]
@@ -217,15 +213,15 @@ def test_only_the_trials_of_living_processes_are_waited_for(study: Study, space:
         ("abfs://box@account.dfs.example/dir?account_key=AAAA", "AAAA"),
     ],
 )
-def test_a_secret_is_masked_however_a_url_spells_it(url: str, secret: str) -> None:
+def test_a_secret_is_masked_in_every_kind_of_url(url: str, secret: str) -> None:
     assert secret not in mask(url)
     assert is_masked(mask(url))
 
 
-def test_processes_of_another_container_with_the_same_name_are_not_taken_for_dead(
+def test_processes_of_another_container_with_the_same_host_name_do_not_count_as_dead(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The numbers of its processes mean nothing here. The mock stands for a container, which is not to be had here."""
+    """Its process numbers mean nothing here. A mock stands in for the container."""
     claimed = study.queue.claim()
     assert claimed is not None
     monkeypatch.setattr(lease, "_pid_namespace", lambda: "#17")
@@ -234,7 +230,7 @@ def test_processes_of_another_container_with_the_same_name_are_not_taken_for_dea
     assert held.number == 0
 
 
-# Configurations that were seen before
+# Replicates
 
 
 def trial_of(trial_index: int, state: TrialState = TrialState.PRUNED, **params: Any) -> Any:
@@ -251,7 +247,7 @@ def trial_of(trial_index: int, state: TrialState = TrialState.PRUNED, **params: 
     return found
 
 
-def test_the_twin_is_the_lowest_slot_before_with_the_same_parameters() -> None:
+def test_the_twin_is_the_lowest_earlier_index_with_the_same_parameters() -> None:
     trials = [trial_of(0, a=1.0), trial_of(1, a=2.0), trial_of(2, TrialState.COMPLETE, a=2.0), trial_of(5, a=3.0)]
     assert first_twin(trials, {"a": 2.0}, trial_index=3) == 1
     assert first_twin(trials, {"a": 2.0}, trial_index=1) is None
@@ -275,7 +271,7 @@ def test_a_space_of_one_cell_ends_and_its_trials_are_replicates_with_seeds_of_th
 
 
 @pytest.mark.parametrize("name", ["digits", "stl10_small", "cifar100", "intel_scenes", "imbalanced"])
-def test_a_space_survives_the_way_to_a_worker_that_has_not_its_file(name: str) -> None:
+def test_a_space_reaches_a_worker_without_its_file(name: str) -> None:
     space = load_space(name)
     again = space_from_yaml(space_to_yaml(space), space.name)
     assert again.identity() == space.identity()
@@ -287,7 +283,7 @@ def test_a_space_survives_the_way_to_a_worker_that_has_not_its_file(name: str) -
     )
 
 
-def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_knows_only_its_storage(
+def test_a_study_queued_without_workers_is_trained_from_another_folder_by_its_storage_alone(
     tmp_path: Path, space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun, joined = tmp_path / "begun", tmp_path / "joined"
@@ -307,7 +303,7 @@ def test_a_study_is_queued_without_a_worker_and_worked_off_from_a_folder_that_kn
     assert (joined / "own/trials/00001/metrics.jsonl").exists()
 
 
-def test_a_worker_that_finds_nothing_to_do_says_so_and_leaves(
+def test_a_worker_that_finds_no_waiting_trial_reports_it_and_exits(
     space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, "run", str(space.path), "--trials", "1") == 0
@@ -324,7 +320,7 @@ def test_a_worker_that_finds_nothing_to_do_says_so_and_leaves(
         (("worker", "own", "--workers", "2", "--per-device", "auto"), "--workers 2: --per-device auto measures"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_a_mistake_is_a_one_line_error_with_exit_code_2(
     arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo(monkeypatch, *arguments) == 2
@@ -333,23 +329,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
-def test_a_storage_without_the_study_says_how_to_begin_it(study: Study, tmp_path: Path) -> None:
+def test_joining_a_missing_study_explains_how_to_start_it(study: Study, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="has no study other; begin it by hpo run, --workers 0"):
         join_study("other", storage_url=str(study.paths.journal))
     assert [folder.name for folder in study.paths.dir.parent.iterdir()] == ["own"]
 
 
-def test_a_study_that_no_worker_can_join_says_what_to_do(study: Study) -> None:
+def test_joining_a_study_of_another_version_explains_the_fix(study: Study) -> None:
     with pytest.raises(
         StudyError, match="study own was begun by another version, or not by hpo; run it once by hpo run"
     ):
         join_study("own")
 
 
-# Where artifacts are kept
+# Artifacts
 
 
-def test_artifacts_stay_where_they_are(study: Study, space: SearchSpace, tmp_path: Path) -> None:
+def test_the_artifact_store_of_a_study_cannot_be_changed(study: Study, space: SearchSpace, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"^--artifacts is empty; give a folder or a URL, or leave it out$"):
         study.files.use_store("")
     study.files.use_store(str(tmp_path / "depot"))
@@ -362,7 +358,7 @@ def test_artifacts_stay_where_they_are(study: Study, space: SearchSpace, tmp_pat
         find_study("own").files.use_store(str(tmp_path / "other"))
 
 
-def test_a_study_that_has_begun_keeps_its_artifacts_in_its_folder(study: Study, tmp_path: Path) -> None:
+def test_a_started_study_keeps_its_artifacts_in_its_folder(study: Study, tmp_path: Path) -> None:
     assert study.queue.claim() is not None
     with pytest.raises(StudyError, match=r"^study own keeps its artifacts in .*/studies/own; leave --artifacts out"):
         study.files.use_store(str(tmp_path / "depot"))
@@ -370,7 +366,7 @@ def test_a_study_that_has_begun_keeps_its_artifacts_in_its_folder(study: Study, 
     assert study.files.store is None
 
 
-def test_a_password_of_the_artifacts_is_not_remembered_and_has_to_be_given_again(study: Study) -> None:
+def test_the_password_of_the_artifact_store_is_not_stored_and_has_to_be_given_again(study: Study) -> None:
     study.optuna.set_user_attr("artifacts", mask("ftp://me:secret@host/hpo"))
     with pytest.raises(
         StudyError,
@@ -379,7 +375,7 @@ def test_a_password_of_the_artifacts_is_not_remembered_and_has_to_be_given_again
         find_study("own").files.use_store(None)
 
 
-def test_an_sqlite_file_is_not_taken_for_a_journal(tmp_path: Path) -> None:
+def test_an_sqlite_file_is_not_opened_as_a_journal(tmp_path: Path) -> None:
     file = tmp_path / "x.db"
     file.write_bytes(b"SQLite format 3\0" + bytes(100))
     with pytest.raises(StudyError, match=r"x\.db is an SQLite file; give it as --storage sqlite:///"):

@@ -47,7 +47,7 @@ LONG = ("--set", "epochs=60")
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Two threads do not add bitwise as one does, which each of two workers has."""
+    """Two threads do not add in the same order as one, which each of two workers has."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -87,11 +87,11 @@ def meanwhile(strike: Callable[[], None]) -> Iterator[None]:
     assert not errors, errors
 
 
-# Alike
+# The same results
 
 
 @pytest.mark.slow
-def test_several_workers_reach_exactly_the_total_and_what_one_process_alone_would(
+def test_several_workers_reach_exactly_the_total_with_the_results_of_one_process(
     tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = (space_file, "--trials", "4", "--seed", "3")
@@ -121,10 +121,10 @@ def test_one_trial_at_once_needs_no_process(space_file: str, tmp_path: Path, mon
     assert trial.user_attrs["lease"]["pid"] == os.getpid()
 
 
-def test_relative_paths_and_the_images_of_a_person_reach_the_workers(
+def test_relative_paths_and_the_users_images_reach_the_workers(
     tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder is changed after Python has noted where the process began."""
+    """The working directory changes after Python has stored the initial one."""
     source = load_digits()
     np.savez(tmp_path / "own.npz", x_train=source.images.astype(np.uint8), y_train=source.target)
     monkeypatch.chdir(tmp_path)
@@ -187,7 +187,7 @@ def test_a_killed_parent_leaves_no_process_behind_and_its_workers_give_their_tri
 
 
 @pytest.mark.slow
-def test_ctrl_c_gives_every_trial_back_and_says_how_to_go_on(tmp_path: Path, space_file: str, start: Start) -> None:
+def test_ctrl_c_gives_every_trial_back_and_prints_how_to_resume(tmp_path: Path, space_file: str, start: Start) -> None:
     study = tmp_path / "studies/own"
     process = start(space_file, "--trials", "3", *LONG, "--per-device", "2")
     wait_until(lambda: at_work(study, 2), "two workers train", process=process)
@@ -231,18 +231,18 @@ def run_trials(study: Study, spec: WorkerSpec, trials_at_once: int) -> StudyProg
 
 
 def the_second_dies(*arguments: Any) -> None:
-    """A worker, but for one place."""
+    """Run a worker, except in the second slot."""
     if multiprocessing.current_process().name == "hpo worker 2":
         os.kill(os.getpid(), signal.SIGKILL)
     main(*arguments)
 
 
 def every_one_dies(*arguments: Any) -> None:
-    """No worker at all."""
+    """Die instead of running a worker."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_where_one_dies_again_and_again_the_others_continue(
+def test_if_one_worker_dies_repeatedly_the_others_continue(
     space_file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(local, "main", the_second_dies)
@@ -255,7 +255,7 @@ def test_where_one_dies_again_and_again_the_others_continue(
     assert len(progress.progress.tasks) == 1  # the study's: no bar stays behind
 
 
-def test_where_none_can_live_the_run_ends_with_one_line_and_what_to_do(
+def test_if_every_worker_dies_the_run_ends_with_a_one_line_error_and_the_fix(
     space_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "main", every_one_dies)
@@ -284,7 +284,7 @@ def test_a_crash_that_every_worker_meets_stops_the_run_and_keeps_its_traceback(
     assert not multiprocessing.active_children()
 
 
-def test_an_error_that_the_user_has_to_fix_is_one_line(space_file: str) -> None:
+def test_a_workers_error_that_the_user_has_to_fix_is_one_line(space_file: str) -> None:
     study, spec = own_study(space_file, 2)
     other = replace(spec, space=load_space(space_file, ["loss.smoothing=0.2"]))
     with pytest.raises(StudyError, match="was begun with another space"):
@@ -293,14 +293,14 @@ def test_an_error_that_the_user_has_to_fix_is_one_line(space_file: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "1.5", "many", ""])
-def test_a_number_that_is_none_is_one_line_and_exit_code_2(
+def test_an_invalid_number_is_a_one_line_error_with_exit_code_2(
     given: str, space_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hpo_run(monkeypatch, space_file, "--per-device", given) == 2
     assert capsys.readouterr().err == f"hpo: --per-device {given}: give a whole number from 1 on, or auto\n"
 
 
-def test_a_password_is_in_no_description_of_a_spec(space_file: str, tmp_path: Path) -> None:
+def test_the_repr_of_a_spec_hides_the_password(space_file: str, tmp_path: Path) -> None:
     spec = WorkerSpec(load_space(space_file), "s", "postgresql://me:secret@host/db", None, False, tmp_path)
     assert "secret" not in repr(spec)
 
@@ -328,7 +328,7 @@ def test_a_forked_worker_starts_without_cuda_and_with_its_own_devices(monkeypatc
         assert processes.apply(torch.cuda.is_initialized) is False
 
 
-# What each may have
+# Resources
 
 
 def test_the_threads_are_divided_and_each_has_at_least_one() -> None:
@@ -336,7 +336,7 @@ def test_the_threads_are_divided_and_each_has_at_least_one() -> None:
     assert [machine.share(trials) for trials in (1, 2, 3, 16)] == [Resources(n, None) for n in (8, 4, 2, 1)]
 
 
-def test_the_shares_of_a_gpu_and_what_each_process_needs_besides_fit_what_is_free() -> None:
+def test_the_shares_of_a_gpu_add_up_to_its_free_memory() -> None:
     gpu = Capacity(threads=16, cores=16, memory_bytes=70 * 2**30, gpu_bytes=80 * 2**30)
     for trials in (1, 2, 5, 50):
         fraction = gpu.share(trials).memory_fraction
@@ -359,7 +359,7 @@ def test_the_shares_of_a_gpu_and_what_each_process_needs_besides_fit_what_is_fre
          "give at most 1"),
     ],
 )  # fmt: skip
-def test_more_processes_than_the_memory_holds_are_refused_in_one_line(
+def test_more_processes_than_the_memory_holds_is_a_one_line_error(
     free: int, gpu: int | None, trials: int, asked: str, said: str
 ) -> None:
     with pytest.raises(UserError) as refused:
@@ -367,12 +367,12 @@ def test_more_processes_than_the_memory_holds_are_refused_in_one_line(
     assert str(refused.value) == f"--per-device {asked}: {said}"
 
 
-def test_what_fits_is_not_refused_nor_is_one_alone_on_a_cpu() -> None:
+def test_processes_that_fit_are_accepted_and_a_single_one_on_a_cpu_always() -> None:
     Capacity(threads=8, cores=8, memory_bytes=8 * WORKER_BYTES, gpu_bytes=None).check(8, asked="8")
     Capacity(threads=8, cores=8, memory_bytes=1, gpu_bytes=None).check(1, asked="auto")
 
 
-def test_what_the_cpu_has_free_and_what_a_process_needs_are_measured() -> None:
+def test_the_free_memory_of_a_cpu_and_the_use_of_a_process_are_measured() -> None:
     free = free_capacity(CPU)
     needed = used_memory_bytes(CPU)
     assert 50 * 2**20 < needed < 50 * 2**30
@@ -384,7 +384,7 @@ def test_what_the_cpu_has_free_and_what_a_process_needs_are_measured() -> None:
 
 
 @pytest.mark.parametrize(("cores", "number"), [(8, 4), (2, 2)])
-def test_a_remembered_number_counts_on_its_host_alone_and_as_far_as_there_is_room(
+def test_a_stored_number_of_trials_at_once_is_used_on_its_host_only_and_within_the_free_room(
     cores: int, number: int, space_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study, _ = own_study(space_file, 4)
@@ -407,7 +407,7 @@ def test_a_remembered_number_counts_on_its_host_alone_and_as_far_as_there_is_roo
     assert "measured again\n" in capsys.readouterr().out
 
 
-def test_more_trials_than_cores_are_warned_of(
+def test_more_trials_than_cores_give_a_warning(
     space_file: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     room = Capacity(threads=1, cores=1, memory_bytes=100 * WORKER_BYTES, gpu_bytes=None)
@@ -418,7 +418,7 @@ def test_more_trials_than_cores_are_warned_of(
     assert capfd.readouterr().err == f"warning: {warning}\n"
 
 
-def test_auto_measures_explains_its_choice_and_remembers_it(
+def test_auto_measures_explains_its_choice_and_stores_it(
     tmp_path: Path, space_file: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(calibration, "_WINDOW_S", 0.2)
@@ -446,7 +446,7 @@ def test_two_workers_share_a_gpu(tmp_path: Path, space_file: str, monkeypatch: p
 
 
 @pytest.mark.gpu
-def test_a_worker_cannot_take_more_of_a_gpu_than_its_share() -> None:
+def test_a_worker_cannot_exceed_its_share_of_a_gpu() -> None:
     device = torch.device("cuda:0")
     capacity = free_capacity(device)
     share = capacity.share(4)
