@@ -1,4 +1,4 @@
-"""Steps that several commands share: open a data set, watch a training, resume after Ctrl-C."""
+"""Steps that several commands share: open a data set, show trainings, train a study's trials."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from core.loop import EpochMetrics
 from core.runtime import is_out_of_memory
 from hpo.api.options import WorkerOptions
 from hpo.paths import cache_root, data_root
-from hpo.reporter import Reporter
+from hpo.reporter import Reporter, StudyView
 from hpo.search.interrupts import Interrupts
+from hpo.search.loop import wait_for_others
 from hpo.search.training import Watch
 from hpo.study import Study
+from hpo.workers.work import Work
 
 
 def open_dataset(config: DataConfig, data: Path | None, *, skip_broken: bool) -> Dataset:
@@ -37,39 +39,41 @@ def report_data(dataset: Dataset, splits: Sequence[Splits], reporter: Reporter) 
         f"{dataset.n_test:,} in the locked test set"
     )
     if dataset.report.broken:
-        broken = dataset.report.broken
-        reporter.say(f"  {len(broken)} broken files left out, the first: {printable(broken[0])}")
+        reporter.say(broken_files(dataset.report.broken))
     if len(splits) > 1:
         reporter.say(f"  in the first of {len(splits)} folds; every image is in the validation set of one fold")
 
 
-@contextmanager
-def watching(reporter: Reporter, name: str, *, epochs: int, metric: str, interrupts: Interrupts) -> Iterator[Watch]:
-    """Show a progress bar for each of several trainings, one after the other.
+def broken_files(names: Sequence[str]) -> str:
+    """Describe the files that were left out because they cannot be read."""
+    return f"  {len(names)} broken files left out, the first: {printable(names[0])}"
 
-    After each epoch, a pending interrupt is raised, where the training saves that epoch.
+
+@contextmanager
+def trainings(reporter: Reporter, name: str, *, epochs: int, metric: str, interrupts: Interrupts) -> Iterator[Watch]:
+    """Show trainings outside a study, one after the other, and explain how they end early.
+
+    After each epoch, when the training has saved it, a pending interrupt is raised.
     """
-    with ExitStack() as shown:
+    shown = ExitStack()
 
-        def watch(label: str) -> Callable[[EpochMetrics], None]:
-            shown.close()  # the bar of the training before
-            title = f"{name}, {label}" if label else name
-            show = shown.enter_context(reporter.training(title, epochs=epochs, metric=metric))
+    def watch(label: str) -> Callable[[EpochMetrics], None]:
+        shown.close()  # the bar of the training before
+        title = f"{name}, {label}" if label else name
+        show = shown.enter_context(reporter.training(title, epochs=epochs, metric=metric))
 
-            def epoch_ended(epoch: EpochMetrics) -> None:
-                show(epoch)
-                interrupts.check()
+        def epoch_ended(epoch: EpochMetrics) -> None:
+            show(epoch)
+            interrupts.check()
 
-            return epoch_ended
+        return epoch_ended
 
-        yield watch
-
-
-@contextmanager
-def explained_memory_errors() -> Iterator[None]:
-    """Turn an out-of-memory error of a training outside a study into a `UserError` with advice."""
     try:
-        yield
+        with interrupts.patient(), shown:
+            yield watch
+    except KeyboardInterrupt:
+        reporter.say("stopped; the same command resumes from the last checkpoint")
+        raise
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -77,6 +81,24 @@ def explained_memory_errors() -> Iterator[None]:
             "out of memory: not even a small part of a batch fits the device; lower model.width or data.image_size, "
             "or give another --device"
         ) from error
+
+
+@contextmanager
+def resumable(study: Study, noun: str, command: str, reporter: Reporter) -> Iterator[None]:
+    """Report the finished trials of a stopped study, and the command that resumes it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        reporter.say(f"stopped: {study.counts().finished} of {study.total} {noun} are done and safe; resume with")
+        reporter.say(f"  {command}")
+        raise
+
+
+def train_all(work: Work, view: StudyView) -> None:
+    """Train a study's trials until none is waiting or running, here or in another process."""
+    queue = work.study.queue
+    while queue.waiting() or wait_for_others(work.study, work.interrupts) or queue.requeue_lost():
+        work.run(view)
 
 
 def joining(study: Study) -> str:

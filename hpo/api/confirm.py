@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from core.data import Dataset, Division
 from core.errors import UserError
-from hpo.api.common import joining, open_dataset, report_data
+from hpo.api.common import joining, open_dataset, report_data, resumable, train_all
 from hpo.api.options import ConfirmOptions
 from hpo.confirmation.conclusion import conclude
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation, write_confirmation
@@ -18,11 +17,11 @@ from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of
 from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import estimate_s, wait_for_others
+from hpo.search.loop import estimate_s
 from hpo.storage import is_masked
 from hpo.study import Study, find_study
 from hpo.text import duration
-from hpo.workers.placement import Placement, place
+from hpo.workers.placement import place
 from hpo.workers.work import Work
 
 logger = logging.getLogger(__name__)
@@ -42,11 +41,6 @@ def confirm(
 ) -> ConfirmResult:
     """Train the finalists of a search and its baseline on new seeds and splits, as far as the budget allows.
 
-    Args:
-        options: The options of `hpo confirm`.
-        reporter: Shows the progress; silent by default.
-        interrupts: Handles Ctrl-C; by default it stops at once.
-
     Raises:
         StudyError: There is no such study, it is a confirmation itself, or it has no complete trial.
         CoreError: The data or a device cannot be used, or the budget is 0.
@@ -54,46 +48,27 @@ def confirm(
     """
     if options.budget == 0:
         raise UserError("--budget 0: give a share above 0, such as 0.33")
-    placement = place(options.device, options.devices, options.workers, options.per_device)
     study = find_study(options.study, storage_url=options.storage)
-    _check_is_search(study)
-    run = _Confirm(study, placement, options, reporter or Silent(), interrupts or Interrupts())
+    run = _Confirm(study, options, reporter or Silent(), interrupts or Interrupts())
     return ConfirmResult(study, run.run())
 
 
 def confirmed(
-    study: Study,
-    *,
-    data: Path | None = None,
-    device: str | None = None,
-    reporter: Reporter | None = None,
-    interrupts: Interrupts,
-    dataset: Dataset | None = None,
+    study: Study, options: ConfirmOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None
 ) -> Confirmation:
-    """Return the confirmation of a search, trained on one device where it is missing or not current.
-
-    Args:
-        study: The search.
-        data: Path of the images; None is the search's.
-        device: `cpu`, `cuda` or `cuda:N`; None is the first GPU, or the CPU.
-        reporter: Shows the progress; silent by default.
-        interrupts: Handles Ctrl-C.
-        dataset: The search's images, if they are loaded.
+    """Return the confirmation of a search, with any budget; train it where it is missing or not current.
 
     Raises:
-        StudyError: The search has no complete trial, is itself a confirmation, or nothing could be trained.
-        KeyboardInterrupt: Stopped; finished trainings and checkpoints are kept.
+        As `confirm`.
     """
-    _check_is_search(study)
     known = read_confirmation(study.paths.confirmation)
     if known is not None and is_current(known, study.counts().finished) and not _is_unfinished(study):
         return known
-    placement = place(device, None, None, None)
-    options = ConfirmOptions(data=data)
-    return _Confirm(study, placement, options, reporter or Silent(), interrupts, dataset).run()
+    return _Confirm(study, options, reporter or Silent(), interrupts or Interrupts()).run()
 
 
-def _check_is_search(study: Study) -> None:
+def check_is_search(study: Study) -> None:
+    """Raise StudyError if the study is a confirmation."""
     if study.confirms is not None:
         raise StudyError(f"study {study.name} is itself the confirmation of {study.confirms}; give that one")
 
@@ -110,17 +85,10 @@ def _is_unfinished(search: Study) -> bool:
 class _Confirm:
     """One confirmation, from the choice of the candidates to the result."""
 
-    def __init__(
-        self,
-        search: Study,
-        placement: Placement,
-        options: ConfirmOptions,
-        reporter: Reporter,
-        interrupts: Interrupts,
-        dataset: Dataset | None = None,
-    ) -> None:
-        self._search, self._placement, self._dataset = search, placement, dataset
-        self._reporter, self._interrupts = reporter, interrupts
+    def __init__(self, search: Study, options: ConfirmOptions, reporter: Reporter, interrupts: Interrupts) -> None:
+        check_is_search(search)
+        self._search, self._reporter, self._interrupts = search, reporter, interrupts
+        self._placement = place(options.device, options.devices, options.workers, options.per_device)
         self._data = options.data or search.data_path
         self._space = search.space()
         share = self._space.confirm.budget if options.budget is None else options.budget
@@ -151,20 +119,16 @@ class _Confirm:
 
     def _trained(self) -> Study:
         """Train all that the budget allows, and return the confirmation's study."""
-        say = self._reporter.say
         work, dataset = self._open()
         study = work.study
         if waiting := study.queue.waiting():
             self._report_estimate(work, waiting)
-        try:
-            with self._reporter.study(study) as view:
-                self._train(work, view, dataset)
-        except KeyboardInterrupt:
-            say(f"stopped: {study.counts().finished} of {study.total} trainings are done and safe; resume with")
-            say(f"  {self._command}")
-            raise
+        with resumable(study, "trainings", self._command, self._reporter), self._reporter.study(study) as view:
+            self._train(work, view, dataset)
         for number, host, since in study.queue.held_elsewhere():
-            say(f"training {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}, and is left out")
+            self._reporter.say(
+                f"training {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}, and is left out"
+            )
         return study
 
     def _open(self) -> tuple[Work, Dataset]:
@@ -172,9 +136,7 @@ class _Confirm:
         search, space = self._search, self._space
         for candidate in self._plan.chosen:
             search.check_weights(candidate.config)
-        dataset = self._dataset
-        if dataset is None:
-            dataset = open_dataset(space.baseline.data, self._data, skip_broken=search.skip_broken)
+        dataset = open_dataset(space.baseline.data, self._data, skip_broken=search.skip_broken)
         search.check_data(dataset)
         search.files.use_store(None)
         division = Division(dataset)
@@ -200,12 +162,10 @@ class _Confirm:
 
     def _train(self, work: Work, view: StudyView, dataset: Dataset) -> None:
         """Run the queue, including trainings added when early stopping saved others."""
-        study = work.study
         while True:
-            while study.queue.waiting() or wait_for_others(study, self._interrupts) or study.queue.requeue_lost():
-                work.run(view)
-            more = self._plan.queue(study, dataset)
-            if not more and not study.queue.waiting() and not study.queue.at_work():
+            train_all(work, view)
+            more = self._plan.queue(work.study, dataset)
+            if not more and not work.study.queue.waiting() and not work.study.queue.at_work():
                 return
             if more:
                 logger.info("early stopping saved %d trainings, used for candidates that can still win", more)

@@ -8,12 +8,14 @@ from hpo.errors import HpoError
 from hpo.storage.atomic import replacing
 
 
-def write_output(file: Path, text: str) -> None:
-    """Write a text file in one step, replacing an older one; a pipe or a terminal is written to directly.
+def write_output(file: Path | None, text: str) -> None:
+    """Write a text file, if one is given, in one step; a pipe or a terminal is written to directly.
 
     Raises:
         HpoError: The file cannot be written.
     """
+    if file is None:
+        return
     try:
         if file.exists() and not file.is_file() and not file.is_dir():
             file.write_text(text, encoding="utf-8")

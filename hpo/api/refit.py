@@ -1,20 +1,62 @@
-"""`hpo refit`: turn the winner of a search, or any trial, into a submission model."""
+"""`hpo refit`: turn the winner of a search, or any trial, into a submission model.
+
+What needs torch is imported in functions, so that a wrong name is reported at once.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hpo.api.options import RefitOptions
+from hpo.api.options import ConfirmOptions, RefitOptions
+from hpo.confirmation.result import Confirmation, is_current, read_confirmation
+from hpo.confirmation.words import NO_GAIN
 from hpo.errors import StudyError
+from hpo.paths import refit_label
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
-from hpo.study import find_study
+from hpo.study import Study, find_study
 
 if TYPE_CHECKING:
-    from hpo.api.refitting import RefitResult
+    from torch import Tensor
+
+    from core.config import TrainConfig
+    from hpo.submission import Refitted
 
 # Networks of an ensemble, as `data.folds` and a bundle allow.
 FEWEST, MOST = 2, 20
+
+
+@dataclass(frozen=True)
+class RefitResult:
+    """The outcome of `refit`."""
+
+    study: Study
+    refitted: Refitted
+    confirmation: Confirmation | None
+    """The confirmation that the configuration was chosen by."""
+    validation: str
+    """The images that the decisions were made on: `validation` or `out-of-fold`."""
+    labels: Tensor = field(repr=False)
+    """(N,) int64: labels of the images outside the test set."""
+    test_images: int
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The configuration to refit."""
+
+    name: str
+    """For example `trial 12`, or `recipe NAME`."""
+    label: str
+    """Start of the name of the bundle's folder."""
+    number: int | None
+    """Of the trial; None if no trial has this configuration."""
+    config: TrainConfig
+    epochs: int
+    recipe: str | None = None
+    confirmation: Confirmation | None = None
+    """The confirmation that chose it."""
 
 
 def refit(options: RefitOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None) -> RefitResult:
@@ -22,25 +64,58 @@ def refit(options: RefitOptions, reporter: Reporter | None = None, interrupts: I
 
     `best` is confirmed first, unless `options.confirm` is off.
 
-    Args:
-        options: The options of `hpo refit`.
-        reporter: Shows the progress; silent by default.
-        interrupts: Handles Ctrl-C; by default it stops at once.
-
     Raises:
         HpoError: There is no such study or trial, or it cannot be refitted.
         CoreError: The data, the network or the device cannot be used.
         KeyboardInterrupt: Stopped; the same call resumes from the last checkpoint.
     """
-    interrupts = interrupts or Interrupts()
+    reporter, interrupts = reporter or Silent(), interrupts or Interrupts()
     with interrupts.let_through():
         _check_networks(options)
         study = find_study(options.study, storage_url=options.storage)
         if options.trial != "best" and not options.trial.isdecimal():
             raise StudyError(f"hpo refit {options.trial}: give `best`, or the number of a complete trial")
-        from hpo.api.refitting import Refit  # with torch, which a wrong name does not wait for
+        from core.runtime import describe_device, select_device
+        from hpo import submission
+        from hpo.api.common import open_dataset, trainings
+        from hpo.submission.onnx_export import check_onnx
 
-    return Refit(study, options, reporter or Silent(), interrupts).run()
+    device = select_device(options.device)
+    if options.onnx:
+        check_onnx()
+    choice = _choose(study, options, reporter, interrupts)
+    config = choice.config
+    study.files.use_store(None)
+    if choice.number is not None:
+        study.files.fetch_trial(choice.number, folds=config.data.folds or 1)
+    dataset = open_dataset(config.data, options.data or study.data_path, skip_broken=study.skip_broken)
+    study.check_data(dataset)
+    study.check_weights(config)
+    reporter.say(
+        f"refitting {choice.name} of study {study.name}{_networks(options, config)}; {describe_device(device)}"
+    )
+    epochs = choice.epochs if options.folds is None and options.members is None else config.epochs
+    with trainings(reporter, "refit", epochs=epochs, metric=study.metric, interrupts=interrupts) as watch:
+        refitted = submission.refit(
+            study.paths,
+            number=choice.number,
+            label=refit_label(choice.label, options.folds, options.members),
+            config=config,
+            epochs=epochs,
+            dataset=dataset,
+            metric=study.metric,
+            device=device,
+            recipe=choice.recipe,
+            ensemble=options.folds,
+            members=options.members,
+            onnx=options.onnx,
+            confirmation=choice.confirmation,
+            search=submission.search_summary(study),
+            watch=watch,
+        )
+    in_folds = options.folds is not None or (options.members is None and config.data.folds is not None)
+    validation = "out-of-fold" if in_folds else "validation"
+    return RefitResult(study, refitted, choice.confirmation, validation, dataset.labels, dataset.n_test)
 
 
 def _check_networks(options: RefitOptions) -> None:
@@ -52,3 +127,69 @@ def _check_networks(options: RefitOptions) -> None:
                 f"{flag} {count}: an ensemble has {FEWEST} to {MOST} networks; leave it out for one, trained on all "
                 "images"
             )
+
+
+def _networks(options: RefitOptions, config: TrainConfig) -> str:
+    """Describe an ensemble; nothing for one network."""
+    if options.folds is not None:
+        return f" as {options.folds} networks, each without another part of the images"
+    if options.members is None:
+        return ""
+    validation = ", validated on data.val_fraction instead of folds" if config.data.folds is not None else ""
+    return f" as {options.members} networks from {options.members} seeds{validation}"
+
+
+def _choose(study: Study, options: RefitOptions, reporter: Reporter, interrupts: Interrupts) -> _Choice:
+    """Choose a trial by its number, the best by its validation score, or the confirmed winner.
+
+    Raises:
+        StudyError: The study is a confirmation, or has no such complete trial.
+    """
+    if options.trial != "best":
+        number = int(options.trial)
+        return _of_trial(study, number, f"{number:05d}")
+    from hpo.api.confirm import check_is_search
+    from hpo.confirmation.candidates import best_trial
+
+    check_is_search(study)
+    best = best_trial(study)
+    if options.confirm:
+        return _winner(study, options, reporter, interrupts)
+    score = f"{study.metric} {best.value:.4f}"
+    reporter.say(f"not confirmed: trial {best.number} is the best by its one validation score, {score}")
+    if study.paths.confirmation.exists():
+        reporter.say(f"  {study.paths.confirmation} is ignored (--no-confirm)")
+    return _of_trial(study, best.number, "best")
+
+
+def _of_trial(study: Study, number: int, label: str) -> _Choice:
+    trained = study.trained(number)
+    return _Choice(f"trial {number}", label, number, trained.config, trained.epochs)
+
+
+def _winner(study: Study, options: RefitOptions, reporter: Reporter, interrupts: Interrupts) -> _Choice:
+    """Choose the confirmed winner; train the confirmation first where it is missing or not current."""
+    from hpo.api.confirm import confirmed
+
+    say = reporter.say
+    known = read_confirmation(study.paths.confirmation)
+    current = known is not None and is_current(known, study.counts().finished)
+    if not current:
+        say(f"confirming the best trial of study {study.name} against the baseline first (skip with --no-confirm)")
+    confirmation = confirmed(study, ConfirmOptions(data=options.data, device=options.device), reporter, interrupts)
+    winner = confirmation.contender(confirmation.winner)
+    if not current:
+        for line in ("", *confirmation.lines(), ""):
+            say(line)
+    if confirmation.verdict.startswith(NO_GAIN):
+        say(f"{NO_GAIN}: the baseline is refitted")
+        if current:
+            say(f"  {confirmation.verdict.removeprefix(NO_GAIN).removeprefix(': ')}")
+    elif current:
+        say(f"confirmed: {winner.name}, {confirmation.metric} {confirmation.verdict}")
+    if winner.trial is None:
+        config, epochs = winner.train_config, winner.epochs
+    else:
+        trained = study.trained(winner.trial)
+        config, epochs = trained.config, trained.epochs
+    return _Choice(winner.name, "best", winner.trial, config, epochs, winner.recipe, confirmation)

@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 def search(options: RunOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None) -> SearchResult:
     """Run a study's trials up to its total; start the study or resume it.
 
-    Args:
-        options: The options of `hpo run`.
-        reporter: Shows the progress; silent by default.
-        interrupts: Handles Ctrl-C; by default it stops at once.
-
     Raises:
         HpoError: The space has faults, or the study cannot be resumed as asked.
         CoreError: The data, the network or the device cannot be used.
@@ -29,7 +24,7 @@ def search(options: RunOptions, reporter: Reporter | None = None, interrupts: In
     reporter, interrupts = reporter or Silent(), interrupts or Interrupts()
     with interrupts.let_through():
         space = load_space(options.space, options.set)
-        from hpo.api import run  # with torch and Optuna, which an invalid space does not wait for
+        from hpo.api.run import Search  # with torch and Optuna, which an invalid space does not wait for
 
-        plan = run.resolve(options, space, reporter)
-    return run.run(plan, reporter, interrupts)
+        run = Search(options, space, reporter, interrupts)
+    return run.run()

@@ -34,29 +34,20 @@ class Suggestion:
 
 
 def check(options: CheckOptions) -> None:
-    """Check a search space or recipe.
-
-    Raises:
-        SpaceError: All its faults.
-    """
+    """Check a search space or recipe; SpaceError with all its faults."""
     if faults := check_file(options.file):
         raise SpaceError(faults)
 
 
 def schema(options: SchemaOptions) -> str:
-    """Return the JSON Schema of search spaces and recipes; write it to `options.output` if it is given.
-
-    Raises:
-        HpoError: The file cannot be written.
-    """
+    """Return the JSON Schema of search spaces and recipes, and write it to `options.output`."""
     text = json.dumps(json_schema(), indent=2) + "\n"
-    if options.output is not None:
-        write_output(options.output, text)
+    write_output(options.output, text)
     return text
 
 
 def suggest(options: SuggestOptions) -> Suggestion:
-    """Suggest a narrowed or widened search space; write it to `options.output` if it is given.
+    """Suggest a narrowed or widened search space, and write it to `options.output`.
 
     Raises:
         HpoError: There is no such study, it has too few trials, or the file cannot be written.

@@ -12,6 +12,7 @@ from hpo.analysis.summary import StudySummary, summarize
 from hpo.api.options import DashboardOptions, DoctorOptions, ExportOptions, ReportOptions, TrialsOptions
 from hpo.api.output import write_output
 from hpo.errors import StudyError
+from hpo.report.words import run_again
 from hpo.reporter import Reporter, Silent
 from hpo.storage.urls import words_of
 from hpo.study import Study, find_study
@@ -29,11 +30,7 @@ def list_studies() -> list[tuple[Study, StudySummary]]:
 
 
 def trials(options: TrialsOptions) -> tuple[Study, pandas.DataFrame]:
-    """Return a study and all its trials, and write them to `options.output` as CSV if it is given.
-
-    Raises:
-        HpoError: There is no such study, or the file cannot be written.
-    """
+    """Return a study and all its trials, and write them to `options.output` as CSV."""
     from hpo.study.dataframe import trials_frame
 
     study = find_study(options.study, storage_url=options.storage)
@@ -85,8 +82,7 @@ def _check_started(study: Study) -> None:
         )
     counts = study.counts()
     if counts.finished + counts.running == 0:
-        how = study.settings.command or f"hpo run {study.space_name} --study {study.name}"
-        raise StudyError(f"study {study.name} has no trial yet; start with: {how}")
+        raise StudyError(f"study {study.name} has no trials yet; run it with: {run_again(study)}")
 
 
 def dashboard(options: DashboardOptions, reporter: Reporter | None = None) -> None:
@@ -131,11 +127,7 @@ class Diagnosis:
 
 
 def doctor(options: DoctorOptions) -> Diagnosis:
-    """Check a study, and with `options.mend` fix the problems that can be fixed.
-
-    Raises:
-        StudyError: There is no such study.
-    """
+    """Check a study, and with `options.mend` fix the problems that can be fixed."""
     from hpo.analysis.doctor.check import StudyCheck, find_study_check
     from hpo.analysis.doctor.files import disk_use
     from hpo.analysis.doctor.run import run_checks
@@ -161,7 +153,7 @@ def doctor(options: DoctorOptions) -> Diagnosis:
 
 
 def export(options: ExportOptions) -> tuple[Study, str]:
-    """Return a study and one of its trials as a recipe; write it to `options.output` if it is given.
+    """Return a study and one of its trials as a recipe, and write the recipe to `options.output`.
 
     Raises:
         HpoError: There is no such trial, it has no configuration yet, or the file cannot be written.
@@ -170,6 +162,5 @@ def export(options: ExportOptions) -> tuple[Study, str]:
 
     study = find_study(options.study, storage_url=options.storage)
     text = recipe_of(study, options.trial)
-    if options.output is not None:
-        write_output(options.output, text)
+    write_output(options.output, text)
     return study, text

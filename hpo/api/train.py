@@ -14,7 +14,7 @@ from core.data import Dataset, folds, on_device
 from core.errors import UserError
 from core.models import weights_fingerprint
 from core.runtime import describe_device, select_device
-from hpo.api.common import explained_memory_errors, open_dataset, report_data, watching
+from hpo.api.common import open_dataset, report_data, trainings
 from hpo.api.options import TrainOptions, setting_texts
 from hpo.dashboard.pictures import learning_curves
 from hpo.paths import TrainingPaths
@@ -62,11 +62,6 @@ def train(options: TrainOptions, reporter: Reporter | None = None, interrupts: I
 
     With `data.folds`, one network a fold. The same call again resumes an interrupted training.
 
-    Args:
-        options: The options of `hpo train`.
-        reporter: Shows the progress; silent by default.
-        interrupts: Handles Ctrl-C; by default it stops at once.
-
     Raises:
         HpoError: The recipe has faults, or there is no such trial.
         CoreError: The data, the network or the device cannot be used.
@@ -88,14 +83,10 @@ def train(options: TrainOptions, reporter: Reporter | None = None, interrupts: I
     reporter.say(f"training {plan.name}: {config.epochs} epochs; {describe_device(device)}")
     if paths.checkpoint().exists():
         reporter.say("resuming from its checkpoint")
-    bars = watching(reporter, plan.name, epochs=config.epochs, metric=metric, interrupts=interrupts)
+    shown = trainings(reporter, plan.name, epochs=config.epochs, metric=metric, interrupts=interrupts)
     with nullcontext() if replay is None else replay.threads():
-        try:
-            with explained_memory_errors(), interrupts.patient(), bars as watch:
-                recorded = train_recorded(config, splits, paths, metric=metric, device=device, watch=watch)
-        except KeyboardInterrupt:
-            reporter.say("stopped; the same command resumes from the last checkpoint")
-            raise
+        with shown as watch:
+            recorded = train_recorded(config, splits, paths, metric=metric, device=device, watch=watch)
         learning_curves(recorded.rows, paths.curves, title=plan.name, metric=metric)
         comparison = None if replay is None else replay.verdict(recorded, device)
     images = sum(len(each.val) for each in splits)
@@ -103,11 +94,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None, interrupts: I
 
 
 def _resolve(options: TrainOptions, reporter: Reporter) -> TrainPlan:
-    """Look up the recipe or the trial.
-
-    Raises:
-        UserError: Neither or both are given, or there is no such metric.
-    """
+    """Look up the recipe or the trial; UserError if neither or both are given, or there is no such metric."""
     if options.metric is not None and options.metric not in metrics.METRICS:
         raise UserError(f"--metric {options.metric}: no such metric; give one of {', '.join(metrics.METRICS)}")
     if options.trial is not None:
@@ -119,14 +106,8 @@ def _resolve(options: TrainOptions, reporter: Reporter) -> TrainPlan:
     if options.storage is not None:
         raise UserError("--storage: a recipe has no storage; give it with --from STUDY/TRIAL, or leave it out")
     recipe = load_recipe(options.recipe, options.set)
-    return TrainPlan(
-        recipe.name,
-        recipe.config,
-        options.metric or "accuracy",
-        options.data,
-        options.skip_broken,
-        published=recipe.result,
-    )
+    metric = options.metric or "accuracy"
+    return TrainPlan(recipe.name, recipe.config, metric, options.data, options.skip_broken, recipe.result)
 
 
 def _of_trial(options: TrainOptions, trial: str, reporter: Reporter) -> TrainPlan:

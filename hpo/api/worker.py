@@ -15,11 +15,6 @@ from hpo.workers.work import Work
 def worker(options: WorkerOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None) -> Study:
     """Run trials of a study until none is waiting.
 
-    Args:
-        options: The options of `hpo worker`.
-        reporter: Shows the progress; silent by default.
-        interrupts: Handles Ctrl-C; by default it stops at once.
-
     Raises:
         HpoError: There is no such study, or it has other images.
         CoreError: The data or a device cannot be used.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from hpo.api.refitting import RefitResult
+    from hpo.api.refit import RefitResult
     from hpo.api.run import SearchResult
     from hpo.study import Study
     from hpo.submission.bundle import LoadedBundle

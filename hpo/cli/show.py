@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from core.metrics import Scores
     from hpo.api.confirm import ConfirmResult
-    from hpo.api.refitting import RefitResult
+    from hpo.api.refit import RefitResult
     from hpo.api.run import SearchResult
     from hpo.api.study import Diagnosis
     from hpo.api.train import TrainResult

@@ -1,8 +1,7 @@
 """The configurations worth confirming, each with its reasons.
 
-The best of many noisy scores is partly luck. Other criteria on the same trials are lucky elsewhere: the score at a
-rung; the mean over a trial's neighbours in the search space, which one lucky training hardly moves; the recipes, tuned
-by others; and the baseline.
+The best of many noisy scores is partly luck. So other criteria choose too: the score at a rung, the mean over a trial's
+neighbours in the search space, the recipes, and the baseline.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
 from hpo.confirmation.result import BASELINE
+from hpo.errors import StudyError
 from hpo.space import load_recipe
 from hpo.space.pruner import RungPruner, build_pruner
 from hpo.study import Study
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from hpo.space import SearchSpace
 
 NEIGHBOURS = 5
-"""Number of neighbours, the trial included, that predict its score. With fewer than twice as many trials, most trials
-would be neighbours of all others."""
+"""Neighbours, the trial included, that predict its score. Of fewer than twice as many trials, most are neighbours."""
 
 _ORDINALS = ("", "second ", "third ")
 
@@ -63,44 +62,34 @@ class Candidate:
 
 
 def identity_of(config: Mapping[str, Any]) -> str:
-    """Hash a configuration without its seed and its split.
-
-    Args:
-        config: The result of `TrainConfig.model_dump(mode="json")`.
-    """
+    """Hash a dumped configuration without its seed and its split."""
     data = {name: value for name, value in config["data"].items() if name != "split_seed"}
     tree = {name: value for name, value in config.items() if name != "seed"} | {"data": data}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def best_trial(study: Study) -> FrozenTrial:
+    """Return the best trial of a search; StudyError if none is complete."""
+    best = study.best_trial()
+    if best is None:
+        raise StudyError(f"study {study.name} has no complete trial yet; resume it with hpo run")
+    return best
 
 
 def candidates(study: Study, space: SearchSpace) -> list[Candidate]:
     """Return the candidates of all criteria and the baseline, in order of preference.
 
     A configuration chosen by several criteria appears once, with all reasons. The baseline and recipes keep their keys.
-
-    Args:
-        study: The search.
-        space: Its search space.
     """
     return _Choice(study, space).made()
 
 
-def confirmed_before(study: Study, identities: Iterable[str]) -> list[Candidate]:
-    """Return the complete trials of a search with certain configurations.
-
-    Args:
-        study: The search.
-        identities: Hashes of the configurations, see `identity_of`.
-    """
-    wanted = set(identities)
-    if not wanted:
+def confirmed_before(study: Study, identities: Collection[str]) -> list[Candidate]:
+    """Return the best complete trial of a search for each of these configurations, see `identity_of`."""
+    if not identities:
         return []
-    found: dict[str, Candidate] = {}
-    for trial in _ranked_trials(study):
-        candidate = _of_trial(study, trial, "confirmed before")
-        if candidate.identity in wanted:
-            found.setdefault(candidate.identity, candidate)
-    return list(found.values())
+    found = _configurations(study, _ranked_trials(study), "confirmed before")
+    return [candidate for candidate in found if candidate.identity in identities]
 
 
 class _Choice:
@@ -154,13 +143,8 @@ class _Choice:
 
     def _firsts(self) -> list[Candidate]:
         """The best different configurations by their score."""
-        seen: dict[str, Candidate] = {}
-        for trial in self._trials:
-            candidate = _of_trial(self._study, trial, f"{_ORDINALS[len(seen)]}best validation score")
-            seen.setdefault(candidate.identity, candidate)
-            if len(seen) == len(_ORDINALS):
-                break
-        return list(seen.values())
+        ranked = zip(_ORDINALS, _configurations(self._study, self._trials), strict=False)
+        return [replace(one, chosen_for=(f"{nth}best validation score",)) for nth, one in ranked]
 
     def _at_rungs(self) -> Iterator[Candidate]:
         """The best complete trial at each rung, the last rung first."""
@@ -217,16 +201,9 @@ class _Choice:
 
 
 def unit_cube(params: Sequence[dict[str, Any]], distributions: dict[str, BaseDistribution]) -> NDArray[np.float64]:
-    """Map parameters to points, each range to [0, 1], on a logarithmic scale if the range has one.
+    """Map the parameters of trials to points (trials, coordinates), each range to [0, 1] on its scale.
 
     Two choices are as far apart as the ends of a range. A parameter that a trial lacks is in the middle.
-
-    Args:
-        params: Parameters of each trial.
-        distributions: The search space.
-
-    Returns:
-        Points (trials, coordinates).
     """
     rows = [
         [place for name, distribution in distributions.items() for place in _coordinates(distribution, name, one)]
@@ -253,12 +230,7 @@ def _same_choice(choice: Any, value: Any) -> bool:
 
 
 def predict(places: NDArray[np.float64], values: Sequence[float]) -> list[float]:
-    """Predict each trial's score: the mean over its nearest neighbours, itself included.
-
-    Args:
-        places: Points (trials, coordinates).
-        values: The trials' scores.
-    """
+    """Predict each trial's score from points (trials, coordinates): the mean over its neighbours, itself included."""
     from sklearn.neighbors import KNeighborsRegressor  # takes a second to import
 
     model: Any = KNeighborsRegressor(n_neighbors=NEIGHBOURS)
@@ -271,8 +243,18 @@ def _of_trial(study: Study, trial: FrozenTrial, why: str) -> Candidate:
     return Candidate(f"trial {trial.number}", trial.number, None, (why,), trained.config, trained.epochs, trained.value)
 
 
+def _configurations(study: Study, trials: Sequence[FrozenTrial], why: str = "") -> Iterator[Candidate]:
+    """The different configurations of trials, each by its first trial."""
+    seen = set()
+    for trial in trials:
+        candidate = _of_trial(study, trial, why)
+        if candidate.identity not in seen:
+            seen.add(candidate.identity)
+            yield candidate
+
+
 def _priority(candidate: Candidate) -> int:
-    """Lower for the key that a configuration with several keys gets."""
+    """Lower for the key that is kept of several."""
     return 0 if candidate.key == BASELINE else 1 if candidate.recipe is not None else 2
 
 

@@ -20,11 +20,7 @@ from hpo.study.versions import versions
 
 
 def conclude(plan: Plan, study: Study | None) -> Confirmation:
-    """Compare the trained candidates with the baseline.
-
-    Args:
-        plan: The plan of the confirmation.
-        study: The confirmation; None if there was nothing to train.
+    """Compare the trained candidates with the baseline; `study` is None if there was nothing to train.
 
     Raises:
         StudyError: Nothing could be trained.

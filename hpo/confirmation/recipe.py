@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import textwrap
 
 from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
+from hpo.confirmation.candidates import best_trial
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.errors import StudyError
 from hpo.space import dump_yaml, to_yaml
@@ -23,7 +23,7 @@ def recipe_of(study: Study, trial: str) -> str:
 
     Args:
         study: The study.
-        trial: `best`, which is the confirmed winner if there is one, or a number.
+        trial: A number, or `best`: the confirmed winner if there is one.
 
     Raises:
         StudyError: There is no such trial, or it has no configuration yet.
@@ -45,9 +45,7 @@ def _best_recipe(study: Study) -> str:
     confirmation = read_confirmation(study.paths.confirmation)
     if confirmation is not None and is_current(confirmation, study.counts().finished):
         return _confirmed_recipe(study, confirmation)
-    best = study.best_trial()
-    if best is None:
-        raise StudyError(f"study {study.name} has no complete trial yet; see: hpo study show {study.name}")
+    best = best_trial(study)
     older = "" if confirmation is None else " since these trials ran"
     comment = (
         f"The best of the search, not confirmed{older}: its score is the best of many, and so partly luck. "
@@ -58,13 +56,11 @@ def _best_recipe(study: Study) -> str:
 
 def _confirmed_recipe(study: Study, confirmation: Confirmation) -> str:
     winner = confirmation.contender(confirmation.winner)
-    config = TrainConfig.model_validate_json(json.dumps(winner.config))
     comment = f"Confirmed on other seeds and splits: {confirmation.verdict}."
     description = f"the winner of study {study.name}: {winner.name}"
     metric = f"{confirmation.metric} " if confirmation.evidence else ""
-    return _recipe(
-        study, config, description, result=f"{metric}{confirmation.verdict}", when=confirmation.created, comment=comment
-    )
+    result = f"{metric}{confirmation.verdict}"
+    return _recipe(study, winner.train_config, description, result=result, when=confirmation.created, comment=comment)
 
 
 def _trial_recipe(study: Study, trial: FrozenTrial, comment: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The result of a confirmation, and its file `confirmation.json`, which holds every score for checking the verdict."""
+"""The result of a confirmation, and its file `confirmation.json`, which has every score."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from core.config import TrainConfig
 from hpo.confirmation.statistics import Interval
 from hpo.confirmation.words import NO_GAIN, beside_the_baseline, plus_minus, score
 from hpo.errors import StudyError
@@ -42,7 +43,7 @@ class Contender:
     recipe: str | None
     """Name of the recipe."""
     chosen_for: tuple[str, ...]
-    """Reasons for the choice: "best validation score", "best at epoch 6"."""
+    """Reasons: "best validation score", "best at epoch 6"."""
     config: dict[str, Any]
     """The whole configuration, from `TrainConfig.model_dump(mode="json")`."""
     epochs: int
@@ -64,6 +65,11 @@ class Contender:
         if self.key != BASELINE:
             return self.key
         return "the baseline" if self.trial is None else f"the baseline (trial {self.trial})"
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The configuration; pydantic's ValidationError if it has fields of another version."""
+        return TrainConfig.model_validate_json(json.dumps(self.config))
 
 
 @dataclass(frozen=True)
@@ -101,15 +107,8 @@ class Confirmation:
     versions: dict[str, str]
 
     def contender(self, key: str) -> Contender:
-        """Return the contender with a key.
-
-        Raises:
-            KeyError: There is none.
-        """
-        for contender in self.contenders:
-            if contender.key == key:
-                return contender
-        raise KeyError(key)
+        """Return the contender with a key; KeyError if there is none."""
+        return {contender.key: contender for contender in self.contenders}[key]
 
     @property
     def challengers(self) -> int:
@@ -121,26 +120,13 @@ class Confirmation:
         """The contender with the best score in the search; None if none was a trial of it."""
         return searched_best(self.contenders, maximize=self.direction == "maximize")
 
-    @property
-    def verdict(self) -> str:
-        """The result in one sentence: "0.912 ± 0.004 (n = 5), better than the baseline by 0.031 ± 0.006"."""
-        return _verdict(self)
-
-    def lines(self) -> list[str]:
-        """The whole result as text, for a terminal and a model card."""
-        return _lines(self)
-
     def to_json(self) -> dict[str, Any]:
         """Return the content of `confirmation.json`: the verdict and all fields, with null for NaN and infinity."""
         return {"verdict": self.verdict, **finite(dataclasses.asdict(self))}
 
     @classmethod
     def from_json(cls, content: Any) -> Confirmation:
-        """Rebuild a confirmation from the result of `to_json`.
-
-        Raises:
-            ValueError: The content is no confirmation or contradicts itself; one line.
-        """
+        """Rebuild a confirmation; ValueError with one line if the content is none, or contradicts itself."""
         try:
             found = _with_new_key(_ADAPTER.validate_python(content))
         except ValidationError as error:
@@ -156,6 +142,87 @@ class Confirmation:
         if found.direction not in ("maximize", "minimize"):
             raise ValueError(f"direction: {found.direction!r} is neither maximize nor minimize")
         return found
+
+    @property
+    def verdict(self) -> str:
+        """The result in one sentence: "0.912 ± 0.004 (n = 5), better than the baseline by 0.031 ± 0.006"."""
+        winner = score(self.contender(self.winner).interval)
+        if self.leader == self.winner:
+            if self.advantage is None:
+                return f"{winner}, without a comparison: the baseline could not be trained"
+            return f"{winner}, better than the baseline by {plus_minus(self.advantage)}"
+        if not self.challengers:
+            trained = self.contender(self.winner).interval is not None
+            return f"{NO_GAIN}: no other trial was compared with the baseline" + (f", {winner}" if trained else "")
+        if self.leader is None or self.advantage is None:
+            out = "the only challenger was" if self.challengers == 1 else f"all {self.challengers} challengers were"
+            return f"{NO_GAIN}: {out} stopped or failed; the baseline scores {winner}"
+        best = self.leader if self.challengers == 1 else f"{self.leader}, the best of {self.challengers} challengers,"
+        return f"{NO_GAIN}: {best} {beside_the_baseline(self.advantage)}"
+
+    def lines(self) -> list[str]:
+        """Describe the whole result, a sentence per line, for the terminal, the report and the model card."""
+        if not self.trainings:
+            return [*self._headline(), "nothing was trained again"]
+        return [
+            *self._headline(),
+            *(f"  {line}" for line in self._contenders()),
+            *self._optimism(),
+            self._cost(),
+            *(f"left out: {sentence}" for sentence in self.left_out),
+            *self._footnotes(),
+        ]
+
+    def _headline(self) -> Iterator[str]:
+        winner = self.contender(self.winner)
+        if self.leader == self.winner:
+            yield f"the winner is {winner.name}: {self.metric} {self.verdict}"
+        else:
+            yield self.verdict
+            scored = "" if winner.interval is None else f": {self.metric} {score(winner.interval)}"
+            yield f"the winner is {winner.name}{scored}"
+
+    def _contenders(self) -> Iterator[str]:
+        for one in self.contenders:
+            parts = [f"{one.name}: {score(one.interval)}"]
+            reasons = [reason for reason in one.chosen_for if reason not in _IMPLIED_BY_NAME]
+            if reasons:
+                parts.append(", ".join(reasons))
+            if one.failure is not None:
+                parts.append(f"could not be trained: {one.failure}")
+            if one.stopped is not None:
+                parts.append(f"stopped early: {one.stopped}")
+            yield "; ".join(parts)
+
+    def _optimism(self) -> Iterator[str]:
+        best = self.searched_best
+        if best is None or best.search_value is None or self.optimism is None:
+            return
+        head = f"the best score of the search, {best.search_value:.4f} of {best.name},"
+        size = gap(self.metric, abs(self.optimism))
+        if float(size.split()[0]) == 0:
+            yield f"{head} was confirmed"
+        elif self.optimism > 0:
+            yield f"{head} was {size} too {'high' if self.direction == 'maximize' else 'low'}"
+        else:
+            yield f"{head} was not too optimistic: the confirmed score is {size} better"
+
+    def _cost(self) -> str:
+        cost = f"cost: {count(self.trainings, 'training')}, {count(self.epochs, 'epoch')}"
+        if self.search_epochs:
+            share = 100 * self.epochs / self.search_epochs
+            cost += f", {share:.0f} % of the search's {self.search_epochs:,}"
+        if self.epochs > self.budget_epochs:
+            cost += f" (the budget was {self.budget_epochs:,})"
+        return f"{cost}, {duration(self.elapsed_s)}"
+
+    def _footnotes(self) -> Iterator[str]:
+        if self.replicates < 2:
+            yield "n = 1: one replicate gives no interval"
+            return
+        yield "± is a 95 % interval over n seeds and splits, corrected for overlapping splits (Nadeau and Bengio 2003)"
+        if self.advantage is not None and self.challengers > 1:
+            yield f"the interval of the advantage holds for all {self.challengers} challengers at once (Bonferroni)"
 
 
 _ADAPTER = TypeAdapter(Confirmation)
@@ -175,10 +242,6 @@ def searched_best(contenders: Iterable[Contender], *, maximize: bool) -> Contend
     """Return the contender with the best score in the search, the first of equals.
 
     Recipes trained beside the search are skipped: they were not selected by their score.
-
-    Args:
-        contenders: All contenders.
-        maximize: Whether a higher score is better.
     """
     sign = 1 if maximize else -1
     scored = [
@@ -197,11 +260,7 @@ def write_confirmation(path: Path, confirmation: Confirmation) -> None:
 
 
 def read_confirmation(path: Path) -> Confirmation | None:
-    """Read `confirmation.json`; None if there is no such file.
-
-    Raises:
-        StudyError: The file is damaged.
-    """
+    """Read `confirmation.json`; None if there is no such file, StudyError if it is damaged."""
     try:
         return Confirmation.from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -216,93 +275,3 @@ def read_confirmation(path: Path) -> Confirmation | None:
 def is_current(confirmation: Confirmation, finished: int) -> bool:
     """Whether the search has no more finished trials than at the time of the confirmation."""
     return confirmation.search_trials == finished
-
-
-# The text, which the terminal, the report and the model card share
-
-
-def _verdict(made: Confirmation) -> str:
-    """Describe the winner and its advantage in one sentence."""
-    winner = score(made.contender(made.winner).interval)
-    if made.leader == made.winner:
-        if made.advantage is None:
-            return f"{winner}, without a comparison: the baseline could not be trained"
-        return f"{winner}, better than the baseline by {plus_minus(made.advantage)}"
-    if not made.challengers:
-        trained = made.contender(made.winner).interval is not None
-        return f"{NO_GAIN}: no other trial was compared with the baseline" + (f", {winner}" if trained else "")
-    if made.leader is None or made.advantage is None:
-        out = "the only challenger was" if made.challengers == 1 else f"all {made.challengers} challengers were"
-        return f"{NO_GAIN}: {out} stopped or failed; the baseline scores {winner}"
-    best = made.leader if made.challengers == 1 else f"{made.leader}, the best of {made.challengers} challengers,"
-    return f"{NO_GAIN}: {best} {beside_the_baseline(made.advantage)}"
-
-
-def _lines(made: Confirmation) -> list[str]:
-    """Describe the whole result, one sentence per line."""
-    if not made.trainings:
-        return [*_headline(made), "nothing was trained again"]
-    return [
-        *_headline(made),
-        *(f"  {line}" for line in _contenders(made)),
-        *_optimism(made),
-        _cost(made),
-        *(f"left out: {sentence}" for sentence in made.left_out),
-        *_footnotes(made),
-    ]
-
-
-def _headline(made: Confirmation) -> Iterator[str]:
-    winner = made.contender(made.winner)
-    if made.leader == made.winner:
-        yield f"the winner is {winner.name}: {made.metric} {made.verdict}"
-    else:
-        yield made.verdict
-        scored = "" if winner.interval is None else f": {made.metric} {score(winner.interval)}"
-        yield f"the winner is {winner.name}{scored}"
-
-
-def _contenders(made: Confirmation) -> Iterator[str]:
-    for one in made.contenders:
-        parts = [f"{one.name}: {score(one.interval)}"]
-        reasons = [reason for reason in one.chosen_for if reason not in _IMPLIED_BY_NAME]
-        if reasons:
-            parts.append(", ".join(reasons))
-        if one.failure is not None:
-            parts.append(f"could not be trained: {one.failure}")
-        if one.stopped is not None:
-            parts.append(f"stopped early: {one.stopped}")
-        yield "; ".join(parts)
-
-
-def _optimism(made: Confirmation) -> Iterator[str]:
-    best = made.searched_best
-    if best is None or best.search_value is None or made.optimism is None:
-        return
-    head = f"the best score of the search, {best.search_value:.4f} of {best.name},"
-    size = gap(made.metric, abs(made.optimism))
-    if float(size.split()[0]) == 0:
-        yield f"{head} was confirmed"
-    elif made.optimism > 0:
-        yield f"{head} was {size} too {'high' if made.direction == 'maximize' else 'low'}"
-    else:
-        yield f"{head} was not too optimistic: the confirmed score is {size} better"
-
-
-def _cost(made: Confirmation) -> str:
-    cost = f"cost: {count(made.trainings, 'training')}, {count(made.epochs, 'epoch')}"
-    if made.search_epochs:
-        share = 100 * made.epochs / made.search_epochs
-        cost += f", {share:.0f} % of the search's {made.search_epochs:,}"
-    if made.epochs > made.budget_epochs:
-        cost += f" (the budget was {made.budget_epochs:,})"
-    return f"{cost}, {duration(made.elapsed_s)}"
-
-
-def _footnotes(made: Confirmation) -> Iterator[str]:
-    if made.replicates < 2:
-        yield "n = 1: one replicate gives no interval"
-        return
-    yield "± is a 95 % interval over n seeds and splits, corrected for overlapping splits (Nadeau and Bengio 2003)"
-    if made.advantage is not None and made.challengers > 1:
-        yield f"the interval of the advantage holds for all {made.challengers} challengers at once (Bonferroni)"

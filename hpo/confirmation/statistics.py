@@ -1,21 +1,15 @@
 """The statistics of a confirmation: intervals, early stopping and the comparison with the baseline.
 
-A replicate is a seed and a split with which every configuration is trained, so configurations are compared in pairs
-within replicates. All splits are drawn from the same images and overlap, so their scores are not independent and the
-plain t interval is far too narrow. The corrected resampled t interval (Nadeau and Bengio 2003, "Inference for the
-generalization error", Machine Learning 52) gives the mean of n scores the variance
-(1/n + validation images / training images) · s². More replicates narrow it less and less: they add weights and splits,
-but no images. With folds, all k · r values are the n scores (Bouckaert and Frank 2004, "Evaluating the replicability of
-significance tests", PAKDD).
+A replicate is a seed and a split with which every configuration is trained, so configurations are compared in pairs.
+The splits overlap, so their scores are correlated, and the plain t interval is far too narrow. The corrected resampled
+t interval (Nadeau and Bengio 2003, Machine Learning 52) gives the mean of n scores the variance
+(1/n + validation images / training images) · s². With folds, all k · r values are the n scores (Bouckaert and Frank
+2004, PAKDD).
 
-The best of several challengers is chosen by the same scores that it is tested with, so the interval of its advantage
-holds for all challengers at once (Bonferroni), stopped ones included. The spread of a few replicates is uncertain, and
-t's quantiles in the tails are then huge. So the spreads of the other challengers are pooled with the leader's, as in
-the moderated t of Smyth (2004, Statistical Applications in Genetics and Molecular Biology 3), weighted up to the
-leader's own degrees of freedom. A challenger whose trainings sometimes fail is a hundred times as noisy, so the pooled
-spread is limited to twice the leader's own. Simulated (40,000 draws, 3 to 10 replicates, 2 to 7 challengers, spreads
-0.3 to 10 times the others'): the interval covers the truth in at least 94 %, and beside a challenger ten times as noisy
-an advantage of two spreads is found with 5 and 10 replicates in 28 and 63 %, instead of 5 %.
+The leader is chosen by the scores that it is tested with, so the interval of its advantage holds for all challengers at
+once (Bonferroni). The spread of a few replicates is uncertain, so those of the other challengers are pooled with it, as
+in the moderated t (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3). Simulated (40,000 draws, 3 to 10 replicates, 2 to 7
+challengers, spreads 0.3 to 10 times the others'): the interval covers the truth in at least 94 %.
 """
 
 from __future__ import annotations
@@ -32,19 +26,19 @@ Scores = Mapping[int, tuple[float, ...]]
 
 CONFIDENCE = 0.95
 RACE_CONFIDENCE = 0.9
-"""One-sided, of the test that stops a challenger. In simulated races of nearly equal configurations it stops the best
-one in 3 to 10 %, for another that is hardly worse, and the saved trainings are worth more to the others."""
+"""One-sided, of the test that stops a challenger: in simulated races of near equals it stops the best in 3 to 10 %."""
 MIN_REPLICATES = 3
-"""With two replicates, the t distribution has one degree of freedom and its quantiles are useless."""
+"""With two, t has one degree of freedom, and its quantiles are useless."""
 GOOD_REPLICATES = 5
 """Preferred to another candidate: t's quantile at 95 % has fallen from 4.3 to 2.8."""
 FIRST_REPLICATES = 10
 MAX_REPLICATES = 20
 """With a quarter of the images for validation, twice as many would narrow an interval by 7 %."""
 LENT_AT_MOST = 2.0
-"""Limit of the pooled spread, relative to the leader's own."""
+"""Limit of the pooled spread, relative to the leader's: a challenger that sometimes fails is 100 times as noisy. Beside
+one 10 times as noisy, an advantage of two spreads is found in 28 % (5 replicates) or 63 % (10), instead of 5 %."""
 MAX_CANDIDATES = 8
-"""Every further challenger widens the interval of the chosen one."""
+"""Every further challenger widens the interval of the leader."""
 
 _EQUAL = 1e-12  # deviations up to this are rounding errors; scores and losses are of the order of 1
 
@@ -85,21 +79,20 @@ def corrected_interval(
     resolution: float = 0.0,
     others: Sequence[Sequence[float]] = (),
 ) -> Interval:
-    """Compute the corrected resampled t interval of a mean (Nadeau and Bengio 2003).
+    """Compute the corrected resampled t interval: t · s · sqrt(1/n + test_share), with n - 1 degrees of freedom.
 
-    The half width is t · s · sqrt(1/n + test_share), with the standard deviation s of the n values and t's quantile at
-    n - 1 degrees of freedom. Scores of few images come in steps, and a few replicates may agree by rounding. So s is at
-    least one step; if no step is known, equal values have an infinite interval.
+    A few scores of few images may agree by rounding, so s is at least `resolution`; if that is 0, equal values have an
+    infinite interval.
 
     Args:
-        values: Finite scores or differences of scores; k per replicate with k folds.
+        values: n finite scores or differences of scores; k per replicate with k folds.
         test_share: Validation images / training images of one split; 0 for independent values.
-        replicates: Number of replicates behind the values; default: the number of values.
+        replicates: Number of replicates behind the values; n by default.
         confidence: Two-sided, in (0, 1).
         comparisons: Number of intervals that hold at once with this confidence (Bonferroni).
         resolution: Step of a value: 1 / validation images for a share of them, 0 for a loss.
-        others: Further samples with about the same spread. Their pooled variance, limited to `LENT_AT_MOST`² times that
-            of the values, is averaged with it by degrees of freedom, up to the values' own.
+        others: Samples with about the same spread. Their pooled variance, at most `LENT_AT_MOST`² times the values',
+            is averaged with theirs by degrees of freedom, up to their own.
 
     Raises:
         ValueError: There are no values, one is not finite, or an argument is out of range.
@@ -126,7 +119,7 @@ def corrected_interval(
     spread = max(math.sqrt(squares / freedom), resolution)
     if spread == 0:
         return Interval(mean, math.inf, replicates)
-    from scipy.special import stdtrit  # scipy takes a third of a second, and listing studies does not need it
+    from scipy.special import stdtrit  # takes a third of a second to import
 
     quantile = float(stdtrit(freedom, 1 - (1 - confidence) / (2 * comparisons)))
     return Interval(mean, quantile * spread * math.sqrt(1 / n + test_share), replicates)
@@ -184,15 +177,8 @@ def cannot_win(
 ) -> str | None:
     """Explain why a candidate needs no further training; None if it may still win.
 
-    It cannot win if a one-sided paired test at 90 % with the corrected variance finds it worse than the leader: the one
-    of the others that is ahead by most, among those with at least three common replicates.
-
-    Args:
-        candidate: Its scores so far.
-        others: The scores of those that it competes with, by name.
-        test_share: Validation images / training images of one split.
-        maximize: Whether a higher score is better.
-        resolution: Step of a score, see `corrected_interval`.
+    It is compared with the one of the others that is ahead by most, over at least three common replicates, in a
+    one-sided paired test at 90 % with the corrected variance. See `corrected_interval` for the arguments.
     """
     if failed(candidate):
         return "one of its trainings gave no score"
@@ -232,14 +218,10 @@ class Allocation:
 
 
 def allocate(*, budget_trainings: int, candidates: int) -> Allocation:
-    """Spend a budget of whole trainings on candidates and replicates.
+    """Spend a budget of whole trainings on candidates, the baseline included, and replicates.
 
-    At least two configurations (the favourite and the baseline) are trained three times, even beyond the budget; then
-    five times; then more configurations, five times each, up to eight; then more often, up to ten times.
-
-    Args:
-        budget_trainings: Number of trainings.
-        candidates: Number of configurations, the baseline included.
+    The favourite and the baseline are trained three times, even beyond the budget; then five times; then more
+    configurations, five times each, up to eight; then more often, up to ten times.
 
     Raises:
         ValueError: There are no candidates.
@@ -282,13 +264,12 @@ def compare(
     """Choose the best challenger and test whether it beats the baseline.
 
     Args:
-        scores: All configurations chosen for confirmation, also failed and stopped ones: each could have been the best,
-            and the interval of the best allows for all of them.
+        scores: Of all configurations, also failed and stopped ones: the interval of the best allows for all of them.
         baseline: Key of the baseline; it has no scores if it could not be trained.
         stopped: Keys of challengers that can no longer win.
-        test_share: Validation images / training images of one split.
+        test_share: See `corrected_interval`.
         maximize: Whether a higher score is better.
-        resolution: Step of a score, see `corrected_interval`.
+        resolution: See `corrected_interval`.
 
     Raises:
         ValueError: None was trained.

@@ -1,10 +1,8 @@
 """The confirmation as a study of its own: which trainings are queued, and which are stopped early.
 
-A trial trains one configuration on one replicate: a seed and a split, new to the search and shared by all
-configurations of the replicate, which are therefore compared in pairs. Replicates are queued one after the other, and
-before a worker trains a claimed trial, it checks whether the configuration can still win. So any number of workers on
-any machines can train without a coordinator. Splits draw other validation images each time; the test images stay
-locked.
+A trial trains one configuration on one replicate: a seed and a split that are new to the search. Replicates are queued
+one after the other, and a worker checks whether a claimed trial's configuration can still win before it trains it. So
+workers on any machines need no coordinator. The test images stay locked.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from core.data import Dataset, folds
 from core.errors import UserError
 from core.runtime import derive_seed
 from hpo.confirmation import statistics
-from hpo.confirmation.candidates import Candidate, candidates, confirmed_before, identity_of
+from hpo.confirmation.candidates import Candidate, best_trial, candidates, confirmed_before, identity_of
 from hpo.confirmation.result import BASELINE, current_key
 from hpo.confirmation.statistics import GOOD_REPLICATES, MAX_CANDIDATES, MAX_REPLICATES, allocate
 from hpo.errors import StudyError
@@ -105,16 +103,10 @@ def scores_of(found: Iterable[Training]) -> dict[str, dict[int, tuple[float, ...
 
 
 def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, trial_index: int) -> str | None:
-    """Explain why a claimed trial need not be trained; None if its candidate may still win.
+    """Explain why a claimed trial of a confirmation need not be trained; None if its candidate may still win.
 
     Only lower trial indices count, so an interrupted and resumed confirmation decides as an undisturbed one. The
     baseline is compared with all others, so it is stopped only if it fails.
-
-    Args:
-        study: The confirmation.
-        space: Its space.
-        trial: The claimed trial.
-        trial_index: Its index.
     """
     identity = identity_of(trial.user_attrs[CONFIG])
     before = [training for training in trainings(study) if training.trial_index < trial_index]
@@ -140,8 +132,7 @@ def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Datas
         config: The configuration trained by the search.
         replicate: Number of the replicate, from 0.
         seed: The study's seed.
-        dataset: The images. With many duplicate images, some splits leave a class without images; these are skipped.
-            None accepts the first split.
+        dataset: The images, to skip splits that leave a class without images, as duplicate images may cause.
 
     Raises:
         UserError: None of many splits can be trained on.
@@ -172,13 +163,6 @@ def open_confirmation(
     search: Study, space: SearchSpace, dataset: Dataset, splits: Sequence[Splits], *, data_path: Path | None
 ) -> Study:
     """Create or resume the confirmation of a study, beside it and in the same storage.
-
-    Args:
-        search: The study to confirm.
-        space: Its search space.
-        dataset: Its images.
-        splits: Its splits: one, or one per fold.
-        data_path: The `--data` option.
 
     Raises:
         StudyError: The folder has a confirmation of another study with this name.
@@ -218,17 +202,15 @@ class Plan:
     Args:
         search: The study to confirm.
         space: Its search space.
-        share: Budget as a fraction of the epochs trained by the search. None is a third, but at least the cost of two
-            configurations with `GOOD_REPLICATES` replicates: with fewer, an advantage of five points is found less
-            often than not.
+        share: Budget as a fraction of the epochs trained by the search. None is a third, but at least two
+            configurations with `GOOD_REPLICATES` replicates: fewer mostly miss an advantage of five points.
 
     Raises:
         StudyError: No trial of the search is complete.
     """
 
     def __init__(self, search: Study, space: SearchSpace, *, share: float | None) -> None:
-        if search.best_trial() is None:
-            raise StudyError(f"study {search.name} has no complete trial yet; continue it with hpo run")
+        best_trial(search)  # raises an error if there is none
         self.search = search
         self.cost_epochs = space.baseline.epochs * (space.baseline.data.folds or 1)
         """Maximum number of epochs of one training."""
@@ -259,17 +241,10 @@ class Plan:
         return self.allocation.trainings * self.cost_epochs > self.budget_epochs
 
     def queue(self, study: Study, dataset: Dataset | None = None) -> int:
-        """Queue the missing trainings, replicate by replicate.
+        """Queue the missing trainings, replicate by replicate, and return their number.
 
         If all planned trainings are over, those saved by early stopping go to the remaining candidates. This is done
         without looking at the significance: a test repeated until it finds something finds it too often.
-
-        Args:
-            study: The confirmation.
-            dataset: The images, see `replicated`.
-
-        Returns:
-            The number of queued trainings.
 
         Raises:
             UserError: A replicate has no split that can be trained on.
@@ -320,11 +295,7 @@ class Plan:
         return remaining if any(candidate.key != BASELINE for candidate in remaining) else []
 
     def earlier(self, known: Sequence[Training]) -> list[Candidate]:
-        """Return the candidates of an earlier confirmation that are not chosen now; they may win too.
-
-        Args:
-            known: The trainings of the confirmation.
-        """
+        """Return the candidates of an earlier confirmation that are not chosen now; they may win too."""
         left = {training.identity for training in known if training.values} - {one.identity for one in self.chosen}
         preferred = [one for one in self._preferred if one.identity in left]
         return preferred + confirmed_before(self.search, left - {one.identity for one in preferred})

@@ -18,9 +18,9 @@ import pytest
 import torch
 from optuna.trial import TrialState, create_trial
 
-import hpo.api.refitting as hpo_refit
 from core.data import folds, load_dataset
 from core.loop import EpochMetrics
+from hpo import submission
 from hpo.cli.terminal import TrainProgress
 from hpo.errors import StudyError
 from hpo.paths import cache_root
@@ -420,14 +420,14 @@ def test_an_interrupt_after_the_last_epoch_of_a_refit_keeps_its_output(
     shutil.copytree(there, tmp_path / "studies", ignore=shutil.ignore_patterns("trainings"))
     monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "studies"))
     number = one_of("own", "COMPLETE").trial.number
-    whole = hpo_refit.refit
+    whole = submission.refit
 
     def refit(*arguments: Any, **options: Any) -> Any:
         done = whole(*arguments, **options)
         os.kill(os.getpid(), signal.SIGINT)
         return done
 
-    monkeypatch.setattr(hpo_refit, "refit", refit)
+    monkeypatch.setattr(submission, "refit", refit)
     assert hpo(monkeypatch, "refit", str(number), "--study", "own") == 130
     said = capsys.readouterr().out
     assert "opened once" in said

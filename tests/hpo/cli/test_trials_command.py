@@ -270,7 +270,7 @@ def test_a_study_without_complete_trials_has_no_best(
 ) -> None:
     on_disk(space, name="empty")
     assert run_hpo(monkeypatch, "study", "export", "best") == 2
-    assert capsys.readouterr().err == "hpo: study empty has no complete trial yet; see: hpo study show empty\n"
+    assert capsys.readouterr().err == "hpo: study empty has no complete trial yet; resume it with hpo run\n"
 
 
 def confirmation(study: Study, space: SearchSpace, *, finished: int) -> Confirmation:

@@ -23,6 +23,7 @@ from core.config import TrainConfig
 from core.data import Dataset, Division, folds, load_dataset, on_device
 from core.errors import UserError
 from hpo.api.confirm import confirmed
+from hpo.api.options import ConfirmOptions
 from hpo.cli.progress import StudyProgress
 from hpo.confirmation.candidates import NEIGHBOURS, candidates, identity_of, predict, unit_cube
 from hpo.confirmation.conclusion import conclude
@@ -240,7 +241,7 @@ def test_confirming_again_trains_nothing_and_prints_the_same(
     assert all(line in said for line in before.lines())
     assert "this will take" not in said
     with Interrupts() as interrupts:
-        assert confirmed(find_study("planted"), data=None, device="cpu", interrupts=interrupts) == before
+        assert confirmed(find_study("planted"), ConfirmOptions(device="cpu"), interrupts=interrupts) == before
 
 
 def test_trainings_are_kept_after_more_trials_and_with_another_budget(

@@ -560,8 +560,8 @@ def test_the_command_sets_studies_side_by_side_and_leaves_the_report_alone(
     ("arguments", "words"),
     [
         (["nobody"], "no study nobody"),
-        (["empty"], "study empty has no trial yet; start with: hpo run"),
-        (["full", "--compare", "empty"], "study empty has no trial yet"),
+        (["empty"], "study empty has no trials yet; run it with: hpo run"),
+        (["full", "--compare", "empty"], "study empty has no trials yet"),
         (["full", "--compare", "full"], "--compare full: that is the study itself"),
         (["full", "-o", "."], "--output . is a folder; give the HTML file's name"),
         (

@@ -506,7 +506,7 @@ def test_best_is_confirmed_first(
     assert report["test"]["opened"] == 1
 
     assert hpo(monkeypatch, "refit", "best", "--study", "own.confirm") == 2
-    assert "study own.confirm is the confirmation of own; give --study own" in capsys.readouterr().err
+    assert "study own.confirm is itself the confirmation of own; give that one" in capsys.readouterr().err
 
 
 # ONNX ---------------------------------------------------------------------------------------------------------------
