@@ -231,8 +231,8 @@ def show_refit(result: RefitResult, reporter: Reporter) -> None:
     scores = ["accuracy", "macro_f1", "loss"]
     if study.metric == "balanced_accuracy":
         scores.insert(1, study.metric)
-    plain = done.views == "none" and done.temperature == 1
-    chosen = [done.views, f"{done.temperature:.3g}"]
+    plain = done.decision.views == "none" and done.decision.temperature.value == 1
+    chosen = [done.decision.views, f"{done.decision.temperature.value:.3g}"]
     reporter.table(
         ["images", "views", "temperature", *(METRICS.get(score, score) for score in scores)],
         [

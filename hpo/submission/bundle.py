@@ -1,11 +1,8 @@
 """A submission model's folder: weights, configuration, classes, preprocessing, origin, scores and a model card.
 
-It contains no pickle, so loading a model runs no code of its author. The weights are safetensors files without
-metadata, so equal weights give equal bytes. A folder is written beside its place and then renamed, so it is complete or
-absent, and the checksums of the weights tie its files together.
-
-A model is one network, or an ensemble of several whose softmax probabilities are averaged, as those of several views
-are (`core.tta.average`).
+It contains no pickle, so loading a model runs no code of its author. A folder is written beside its place and then
+renamed, so it is complete or absent, and the checksums of the weights tie its files together. A model is one network,
+or an ensemble of several, whose probabilities are averaged, as those of several views are (`core.tta.average`).
 """
 
 from __future__ import annotations
@@ -46,14 +43,14 @@ CONFIG, CLASSES = "config.yaml", "classes.json"
 PREPROCESS, ORIGIN, METRICS, README = "preprocess.json", "origin.json", "metrics.json", "README.md"
 ONNX = "model.onnx"
 
+_REFIT = "refit the trial again"
+
 T = TypeVar("T")
 
-# Limits for bundles of other authors, which could otherwise exhaust the memory. A JSON file of a million classes has
-# 16 MB; `data.folds` limits the ensembles of `hpo refit`; no GPU has memory for a network on images of more than
-# 4096×4096 pixels, and `data.image_size` ends at 1024.
-MAX_JSON_BYTES = 1 << 24
-MAX_NETWORKS = 20
-MAX_IMAGE_PIXELS = 1 << 24
+# Limits for bundles of other authors, which could otherwise exhaust the memory.
+MAX_JSON_BYTES = 1 << 24  # a million classes take 16 MB
+MAX_NETWORKS = 20  # as `data.folds`
+MAX_IMAGE_PIXELS = 1 << 24  # 4096×4096; `data.image_size` ends at 1024
 
 FORMAT = 3
 """Format of the folder that is written."""
@@ -102,13 +99,7 @@ class Bundle:
         return weight_files(len(self.normalizations))
 
     def write(self, folder: Path, models: Sequence[nn.Module], report: dict[str, Any]) -> None:
-        """Write the model and its report into a folder, see `writing`.
-
-        Args:
-            folder: An existing folder.
-            models: The networks in the order of `normalizations`.
-            report: Content of `metrics.json`.
-        """
+        """Write the networks and the report (`metrics.json`) into an existing folder, see `writing`."""
         for name, model in zip(self.weights, models, strict=True):
             save_model(model, str(folder / name))
         (folder / CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
@@ -181,15 +172,7 @@ class LoadedBundle:
         return logits.cpu()
 
     def probabilities(self, images: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
-        """Predict probabilities (N, K) float32 on the CPU.
-
-        Args:
-            images: As for `logits`.
-            batch_size: Number of images in a batch.
-
-        Raises:
-            BundleError: The images have another shape or type.
-        """
+        """Predict probabilities (N, K) float32 on the CPU, from images as for `logits`."""
         return self.logits(images, batch_size=batch_size).softmax(1)
 
     def predict(self, images: Images, *, batch_size: int = EVALUATION_BATCH, skip_broken: bool = False) -> Predictions:
@@ -226,11 +209,7 @@ def weight_files(networks: int) -> tuple[str, ...]:
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """Provide a new folder for a bundle, which replaces `target` at the end of the block unless there was an exception.
-
-    Args:
-        target: Folder of the bundle.
-    """
+    """Provide a new folder for a bundle, which replaces `target` after the block if there was no exception."""
     _restore(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(f".{target.name}.new-{os.getpid()}")
@@ -354,8 +333,7 @@ def _check_present(folder: Path, *names: str) -> None:
 def _load_network(folder: Path, name: str, meta: Bundle, device: torch.device) -> nn.Module:
     """A network with the weights of a file, on the device, in evaluation mode."""
     misfit = BundleError(
-        f"{folder / name}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; "
-        "refit the trial again"
+        f"{folder / name}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; {_REFIT}"
     )
     if not meta.config.model.name.startswith("timm/"):  # the size of a timm model follows from its name
         # A hostile configuration could describe a network of terabytes, so it is built without memory first.
@@ -384,19 +362,17 @@ def _read_meta(folder: Path) -> Bundle:
     _check_present(folder, *names)
     for name in names:
         if _sha256(folder / name) != origin.weights_sha256.get(name):
-            raise BundleError(f"{folder / name}: damaged, or from another bundle; refit the trial again")
+            raise BundleError(f"{folder / name}: damaged, or from another bundle; {_REFIT}")
     if any(not len(each.mean) == len(each.std) == preprocess.channels for each in preprocess.networks):
         raise BundleError(f"{folder / PREPROCESS}: mean and std must have one number for each channel")
     if math.prod(preprocess.image_size) > MAX_IMAGE_PIXELS:
-        raise BundleError(f"{folder / PREPROCESS}: damaged (image_size: more than 4096×4096); refit the trial again")
+        raise BundleError(f"{folder / PREPROCESS}: damaged (image_size: more than 4096×4096); {_REFIT}")
     if preprocess.tta_views not in VIEWS:
         raise BundleError(f"{folder / PREPROCESS}: tta_views {preprocess.tta_views}: this hpo knows {', '.join(VIEWS)}")
     try:
         config = recipe_from_yaml((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG)).config
     except (SpaceError, UnicodeDecodeError) as error:
-        raise BundleError(
-            f"{folder / CONFIG}: damaged ({str(error).splitlines()[0]}); refit the trial again"
-        ) from error
+        raise BundleError(f"{folder / CONFIG}: damaged ({str(error).splitlines()[0]}); {_REFIT}") from error
     return Bundle(
         config=config,
         classes=_read_json(folder / CLASSES, _CLASSES),
@@ -416,14 +392,14 @@ def _read_meta(folder: Path) -> Bundle:
 
 def _read_json(path: Path, adapter: TypeAdapter[T]) -> T:
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise BundleError(f"{path}: damaged (longer than {MAX_JSON_BYTES:,} bytes); refit the trial again")
+        raise BundleError(f"{path}: damaged (longer than {MAX_JSON_BYTES:,} bytes); {_REFIT}")
     try:
         return adapter.validate_json(path.read_bytes())
     except ValidationError as error:
         fault = error.errors()[0]
         where = printable(".".join(map(str, fault["loc"])))
         why = f"{where}: {fault['msg']}" if where else fault["msg"]
-        raise BundleError(f"{path}: damaged ({why}); refit the trial again") from error
+        raise BundleError(f"{path}: damaged ({why}); {_REFIT}") from error
 
 
 def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:

@@ -23,7 +23,7 @@ from core.averaging import mean_of, recalibrate
 from core.config import TrainConfig
 from core.data import Splits
 from core.feed import open_feed
-from core.loop import EVALUATION_BATCH, train
+from core.loop import EVALUATION_BATCH, TrainResult, train
 from core.loop.step import batch_sizes
 from core.models import build_model
 from core.runtime import autocast, derive_seed, make_generator, normalize
@@ -43,26 +43,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network with its configuration and its images."""
+    """A trained network, its configuration and its images."""
 
     model: nn.Module
     config: TrainConfig
     splits: Splits
     rows: tuple[Row, ...]
-    """Epochs of its training; the number of one of several networks is in `fold`, as learning curves expect."""
+    """Epochs of its training; for learning curves, the number of one of several networks is in `fold`."""
     elapsed_s: float = 0.0
     """Duration of its training; 0 if the trial trained it."""
 
     def logits(self, images: Tensor, views: str) -> Tensor:
-        """Predict images.
-
-        Args:
-            images: (N, C, H, W) uint8, on any device.
-            views: A name in `core.tta.VIEWS`.
-
-        Returns:
-            Logits (N, K) on the labels' device.
-        """
+        """Predict images (N, C, H, W) uint8 on any device: logits (N, K) on the labels' device."""
         return self._logits(torch.split(images, EVALUATION_BATCH), views)
 
     def val_logits(self, views: str) -> Tensor:
@@ -109,9 +101,9 @@ def together(answers: Iterable[Tensor]) -> Tensor:
 
 
 def averaged(networks: Sequence[Network]) -> Network:
-    """Build the network of the mean weights, with batch-norm statistics recomputed on the training images.
+    """Build the network of the mean weights, with batch-norm statistics recomputed on the plain training images.
 
-    The images are neither mixed nor augmented. They are shuffled: in batches sorted by class the variance is too small.
+    The images are shuffled: in batches sorted by class the variance is too small.
     """
     first = networks[0]
     splits, device = first.splits, first.splits.labels.device
@@ -144,12 +136,7 @@ class Trainer:
     watch: Watch | None
 
     def folds(self, config: TrainConfig, splits: Sequence[Splits]) -> list[Network]:
-        """Return the network of each fold, trained without its validation images; one network without folds.
-
-        Args:
-            config: The configuration with the wanted number of folds.
-            splits: One, or one per fold.
-        """
+        """Return the network of each fold, trained without its validation images; one network without folds."""
         return [self._fold(config, fold, splits) for fold in range(1, len(splits) + 1)]
 
     def _fold(self, config: TrainConfig, fold: int, splits: Sequence[Splits]) -> Network:
@@ -165,13 +152,7 @@ class Trainer:
         return replace(network, config=config)
 
     def members(self, config: TrainConfig, splits: Splits, count: int) -> list[Network]:
-        """Return networks with different seeds, trained without the validation images; the first may be the trial's.
-
-        Args:
-            config: The configuration without folds.
-            splits: The split.
-            count: Number of networks.
-        """
+        """Return networks with different seeds, trained without the validation images; the first may be the trial's."""
         kept = self._kept(config, 1, splits)
         first = [] if kept is None else [replace(kept, model=kept.model.cpu())]
         return first + [
@@ -185,24 +166,18 @@ class Trainer:
         """Train the network, or the members, without validation images.
 
         A plateau schedule has no score to watch, so the learning rate falls at the epochs where it fell in the training
-        with validation images; for all members as for the first, so that one configuration describes all.
-
-        Args:
-            config: The configuration without folds.
-            whole: All images.
-            rows: Epochs of the training with validation images.
-            epochs: Number of epochs to train.
-            members: Number of networks; None for one.
+        with validation images, whose epochs are `rows`; for all members as for the first, so that one configuration
+        describes all.
         """
         scores = [row[_column(self.metric)] for row in rows]
         maximize = metrics.METRICS[self.metric] == "maximize"
         schedule = replayed(config.schedule, scores, maximize=maximize, epochs=config.epochs)
         config = config.model_copy(update={"schedule": schedule})
+        images, long = count(len(whole.train), "image"), count(epochs, "epoch")
         if members is None:
-            logger.info("training on %s, %s", count(len(whole.train), "image"), count(epochs, "epoch"))
+            logger.info("training on %s, %s", images, long)
             return [self._train(config, whole, "", "all", None, stop_after=epochs)]
-        images = count(len(whole.train), "image")
-        logger.info("training %d networks on %s, %s each", members, images, count(epochs, "epoch"))
+        logger.info("training %d networks on %s, %s each", members, images, long)
         return [
             self._train(of_member(config, n), whole, f"all images, {n} of {members}", f"all{n}", n, stop_after=epochs)
             for n in range(1, members + 1)
@@ -218,7 +193,13 @@ class Trainer:
         return Network(self._load(weights, splits), config, splits, rows)
 
     def _train(
-        self, config: TrainConfig, splits: Splits, name: str, part: str, place: int | None, **options: Any
+        self,
+        config: TrainConfig,
+        splits: Splits,
+        name: str,
+        part: str,
+        place: int | None,
+        stop_after: int | None = None,
     ) -> Network:
         """Train a network, or resume its training from the checkpoint of an interrupted refit.
 
@@ -228,13 +209,25 @@ class Trainer:
             name: Name for the user; empty if there is one training.
             part: Name of its checkpoint.
             place: Its number among several, from 1; None if it is the only one.
-            **options: Further options of `core.loop.train`.
+            stop_after: Number of epochs; None for all.
         """
         checkpoint = self.paths.refit_checkpoint(self.label, part)
-        options |= {"device": self.device, "on_epoch_end": None if self.watch is None else self.watch(name)}
-        options |= {"resume_from": checkpoint, "checkpoint_to": checkpoint, "checkpoint_at_end": True}
-        options |= {"metric": self.metric}
-        result = resume_or_restart(checkpoint, name or "the refit", lambda: train(config, splits, **options))
+        on_epoch_end = None if self.watch is None else self.watch(name)
+
+        def attempt() -> TrainResult:
+            return train(
+                config,
+                splits,
+                device=self.device,
+                on_epoch_end=on_epoch_end,
+                resume_from=checkpoint,
+                checkpoint_to=checkpoint,
+                checkpoint_at_end=True,
+                metric=self.metric,
+                stop_after=stop_after,
+            )
+
+        result = resume_or_restart(checkpoint, name or "the refit", attempt)
         head: Row = {} if place is None else {"fold": place}
         rows = tuple({**head, **epoch.row(self.metric)} for epoch in result.history)
         model = result.model if place is None else result.model.cpu()

@@ -1,9 +1,7 @@
 """A submission model as one ONNX file, for use without torch.
 
-The file contains everything between pixels and probabilities: it takes uint8 images and includes the normalisation, the
-views, all networks, their average and the temperature, so only the resizing is left to its user. torch's exporter
-traces the networks on the CPU in 32-bit floats. The file is kept only if onnxruntime reproduces torch's probabilities
-on real images.
+The file contains everything between resized uint8 images and probabilities: the normalisation, the views, all networks,
+their average and the temperature. It is kept only if onnxruntime reproduces torch's probabilities on real images.
 """
 
 from __future__ import annotations
@@ -32,8 +30,7 @@ INPUT, OUTPUT = "images", "probabilities"
 TOLERANCE = 1e-4
 """Largest accepted difference of a probability. 32-bit sums in another order mostly differ by less than 1e-6."""
 
-# A protobuf is limited to 2 GiB; the graph beside the weights takes a few megabytes.
-MAX_BYTES = (1 << 31) - (1 << 25)
+MAX_BYTES = (1 << 31) - (1 << 25)  # a protobuf's limit of 2 GiB, less the graph
 
 CPU = torch.device("cpu")
 
@@ -63,8 +60,7 @@ def export_onnx(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
         The largest difference of a probability between onnxruntime and torch, both on the CPU in 32-bit floats.
 
     Raises:
-        BundleError: A package is missing, the network cannot be exported, or the two differ by more than 1e-4; no file
-            is left.
+        BundleError: A package is missing, the network cannot be exported, or the two differ by more than 1e-4.
     """
     check_onnx()
     bundle = _on_cpu(bundle)
@@ -74,9 +70,7 @@ def export_onnx(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
         raise BundleError(
             f"an ONNX file is limited to 2 GB, and the weights take {size / 1e9:.1f} GB; leave --onnx out"
         )
-    program = _export(
-        whole, check[:1].cpu().expand(2, -1, -1, -1)
-    )  # two images, since a batch of one is exported as a constant
+    program = _export(whole, check[:1].cpu().expand(2, -1, -1, -1))  # a batch of one would be exported as a constant
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # positions in this machine's source files
     program.model.metadata_props.update(_metadata(bundle.meta))
@@ -166,10 +160,9 @@ def _metadata(meta: Bundle) -> dict[str, str]:
 
 def _checked(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
     """The largest difference on the images."""
-    predict = onnx_probabilities(path)
-    largest = 0.0
-    for images in torch.split(check.cpu(), EVALUATION_BATCH):
-        largest = max(largest, float((predict(images) - bundle.probabilities(images)).abs().max()))
+    predict, batches = onnx_probabilities(path), torch.split(check.cpu(), EVALUATION_BATCH)
+    differences = [(predict(images) - bundle.probabilities(images)).abs().max() for images in batches]
+    largest = float(torch.stack(differences).max())
     if not largest <= TOLERANCE:  # also if it is NaN
         raise BundleError(
             f"{path.name}: its probabilities differ from torch's by up to {largest:.2g}, more than {TOLERANCE:g}; the "

@@ -1,8 +1,7 @@
 """A refit: train, decide, train again, open the test set, write the bundle.
 
 Networks trained without the validation images take all decisions. The final training uses training and validation
-images for as many epochs; the number of steps grows with the images, as the schedule's fractions expect. An ensemble of
-folds is not trained again: each network was trained without another part of the images, on which it was validated. Only
+images for as many epochs; the number of steps grows with the images. An ensemble of folds is not trained again. Only
 then is the test set opened, and the opening is recorded: no decision depends on a test label.
 """
 
@@ -34,7 +33,7 @@ from hpo.study.results import append_line
 from hpo.study.versions import versions
 from hpo.submission import bundle
 from hpo.submission.card import write_card
-from hpo.submission.decision import AVERAGED, Decision, decide_alone, decide_folds, decide_members
+from hpo.submission.decision import AVERAGED, Decision, decide
 from hpo.submission.networks import Network, Trainer, averaged
 from hpo.submission.onnx_export import check_onnx, export_onnx
 from hpo.submission.tested import Tested, full_scores
@@ -72,21 +71,6 @@ class Refitted:
     onnx_difference: float | None
     """Largest difference between a probability of the ONNX file and torch's; None without such a file."""
 
-    @property
-    def views(self) -> str:
-        """Name of the chosen views."""
-        return self.decision.views
-
-    @property
-    def candidates(self) -> dict[str, float]:
-        """Validation score of each candidate for the views, by the study's metric."""
-        return self.decision.candidates
-
-    @property
-    def temperature(self) -> float:
-        """Divisor of the logits."""
-        return self.decision.temperature.value
-
 
 def refit(
     paths: StudyPaths,
@@ -108,6 +92,8 @@ def refit(
 ) -> Refitted:
     """Train a configuration again and write the bundle.
 
+    `recipe`, `confirmation` and `search` (see `search_summary`) are only written into `metrics.json`.
+
     Args:
         paths: Folder of the study.
         number: Trial number, whose kept weights are used if possible; None if no trial has the configuration.
@@ -116,14 +102,11 @@ def refit(
         epochs: Epochs of the training on all images: those that the trial kept, with folds their mean.
         dataset: The images.
         metric: The study's objective, which chooses the views and the form.
-        device: The device.
-        recipe: Name of the recipe, for the record.
+        device: Where to train.
         ensemble: Number of networks trained on different folds; None for no ensemble of folds.
         members: Number of networks trained on all images with different seeds, validated on `data.val_fraction` even
             if the trial had folds; None for one network.
         onnx: Whether to export the model as ONNX.
-        confirmation: The confirmation that chose the configuration, for the record.
-        search: Summary of the search for the record, see `search_summary`.
         watch: Called at the beginning of each training.
 
     Raises:
@@ -137,14 +120,26 @@ def refit(
         check_onnx()
     trainer = Trainer(paths, number, label, config, metric, device, watch)
     trained = _trained(trainer, dataset, epochs=epochs, ensemble=ensemble, members=members)
-    openings = _record_opening(paths, label, number)
-    tested = Tested.by(trained.networks, trained.decision, dataset.open_test())
+    decision, openings = trained.decision, _record_opening(paths, label, number)
+    tested = Tested.by(trained.networks, decision, dataset.open_test())
     report = {"trial": number, "recipe": recipe, "objective": metric, **_report(trained, tested, dataset)}
     report["search"] = None if search is None else dict(search)
     report["confirmation"] = None if confirmation is None else confirmation.to_json()
     report["test"]["opened"] = openings
     difference = _write(trainer, trained, tested, dataset, report, onnx=onnx)
-    return _refitted(trainer, trained, tested, dataset, openings, difference)
+    return Refitted(
+        dir=paths.refit(label),
+        number=number,
+        networks=len(trained.networks),
+        decision=decision,
+        val=metrics.scores(decision.answers, decision.labels),
+        test=metrics.scores(tested.answers, tested.labels),
+        test_plain=metrics.scores(tested.plain, tested.labels),
+        intervals=tested.intervals,
+        test_per_class=metrics.per_class(tested.confusion, dataset.classes),
+        openings=openings,
+        onnx_difference=difference,
+    )
 
 
 @dataclass(frozen=True)
@@ -176,8 +171,7 @@ def _trained(trainer: Trainer, dataset: Dataset, *, epochs: int, ensemble: int |
     networks = trainer.folds(config, splits) if members is None else trainer.members(config, splits[0], members)
     images = count(sum(len(each.val) for each in splits), "validation image")
     logger.info("choosing views and temperature on %s", images)
-    choose = decide_folds if ensemble is not None else decide_alone if members is None else decide_members
-    decision = choose(networks, trainer.metric)
+    decision = decide(networks, trainer.metric, folds=ensemble is not None, members=members is not None)
     elapsed_s = sum(network.elapsed_s for network in networks)
     if ensemble is None:
         rows = networks[0].rows
@@ -208,7 +202,7 @@ def _record_opening(paths: StudyPaths, label: str, number: int | None) -> int:
 
 
 def _report(trained: _Trained, tested: Tested, dataset: Dataset) -> dict[str, Any]:
-    """The part of `metrics.json` about the model: its training, the decisions, and the scores."""
+    """The part of `metrics.json` about the model's training, the decisions and the scores."""
     decision, classes = trained.decision, dataset.classes
     on_fewer = "the training images of each fold only" if trained.folds > 1 else "training images only"
     on_all = "the training images of each member's fold" if trained.in_folds else "training and validation images"
@@ -217,11 +211,7 @@ def _report(trained: _Trained, tested: Tested, dataset: Dataset) -> dict[str, An
         "members": trained.members,
         "epochs": trained.epochs,
         "elapsed_s": round(trained.elapsed_s, 3),
-        "data": {
-            "train": len(dataset.labels),
-            "own_test": dataset.has_own_test,
-            "broken": len(dataset.report.broken),
-        },
+        "data": {"train": len(dataset.labels), "own_test": dataset.has_own_test, "broken": len(dataset.report.broken)},
         "tta": {"chosen": decision.views, "val_candidates": decision.candidates},
         "averaging": decision.averaging_record(),
         "temperature": decision.temperature.metadata(),
@@ -272,30 +262,8 @@ def _model(trained: _Trained, dataset: Dataset, *, study: str, number: int | Non
     )
 
 
-def _refitted(
-    trainer: Trainer, trained: _Trained, tested: Tested, dataset: Dataset, openings: int, onnx_difference: float | None
-) -> Refitted:
-    return Refitted(
-        dir=trainer.paths.refit(trainer.label),
-        number=trainer.number,
-        networks=len(trained.networks),
-        decision=trained.decision,
-        val=metrics.scores(trained.decision.answers, trained.decision.labels),
-        test=metrics.scores(tested.answers, tested.labels),
-        test_plain=metrics.scores(tested.plain, tested.labels),
-        intervals=tested.intervals,
-        test_per_class=metrics.per_class(tested.confusion, dataset.classes),
-        openings=openings,
-        onnx_difference=onnx_difference,
-    )
-
-
 def search_summary(study: Study) -> dict[str, Any]:
-    """Summarize a search and its cost for the record of a refit.
-
-    Args:
-        study: The search.
-    """
+    """Summarize a search and its cost for the record of a refit."""
     counts, best = study.counts(), study.best_trial()
     over = [
         trial

@@ -39,13 +39,7 @@ class Tested:
 
     @classmethod
     def by(cls, networks: Sequence[Network], decision: Decision, test: TestSet) -> Tested:
-        """Predict the test images.
-
-        Args:
-            networks: The model's networks.
-            decision: The chosen views and temperature.
-            test: The opened test set.
-        """
+        """Predict the test images with the model's networks, and the chosen views and temperature."""
         logits = {
             views: together(network.logits(test.images, views) for network in networks).cpu()
             for views in dict.fromkeys(("none", decision.views))
@@ -72,11 +66,7 @@ class Tested:
         return wrong[confidence[wrong].argsort(descending=True, stable=True)][:SHOWN_ERRORS]
 
     def errors(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Describe the most confident mistakes: `id`, `true`, `predicted` and `confidence`.
-
-        Args:
-            classes: K names.
-        """
+        """Describe the most confident mistakes: `id`, `true`, `predicted` and `confidence`."""
         confidence, choice = self.answers.softmax(1).max(1)
         return [
             {
@@ -89,11 +79,7 @@ class Tested:
         ]
 
     def report(self, classes: tuple[str, ...]) -> dict[str, Any]:
-        """Return the scores for `metrics.json`.
-
-        Args:
-            classes: K names.
-        """
+        """Return the scores for `metrics.json`."""
         return {
             "images": len(self.labels),
             "without_tta": full_scores(self.plain, self.labels, classes),
@@ -103,12 +89,7 @@ class Tested:
         }
 
     def write(self, folder: Path, dataset: Dataset) -> None:
-        """Write the predictions, the confusion matrix and the most confident mistakes.
-
-        Args:
-            folder: The bundle's folder.
-            dataset: The data set.
-        """
+        """Write the predictions, the confusion matrix and the most confident mistakes into the bundle's folder."""
         classes, title = dataset.classes, f"{dataset.name}, test images"
         images = self.set.images[self.mistakes.to(self.set.images.device)].cpu()
         confusion_matrix(self.confusion, classes, folder / "confusion.png", title=title)
@@ -117,13 +98,7 @@ class Tested:
 
 
 def full_scores(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Compute the scores over all images, and one row of scores per class.
-
-    Args:
-        logits: (N, K).
-        labels: (N,) int64.
-        classes: K names.
-    """
+    """Compute the scores over all images, and one row of scores per class, from logits (N, K) and labels (N,)."""
     return {
         **asdict(metrics.scores(logits, labels)),
         "per_class": metrics.per_class(metrics.confusion(logits, labels), classes),

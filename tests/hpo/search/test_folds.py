@@ -479,7 +479,7 @@ def test_a_folded_trial_is_refitted_on_everything_with_views_chosen_out_of_fold(
     done = do_refit(study, digits, "single")
     config = study.trained(0).config
     results = by_hand(config, digits)
-    for views, score in done.candidates.items():
+    for views, score in done.decision.candidates.items():
         expected = value(scores(out_of_fold(results, config, digits, views), digits.labels), "accuracy")
         assert score == pytest.approx(expected, abs=1e-12)
     assert done.networks == 1
@@ -500,17 +500,17 @@ def test_an_ensemble_averages_the_probabilities_of_its_members_over_test_images_
     done = do_refit(study, digits, f"ensemble{members}", ensemble=members)
     config = study.trained(0).config.override({"data.folds": members})
     results, divided = by_hand(config, digits), folds(digits, config.data)
-    for views, score in done.candidates.items():
+    for views, score in done.decision.candidates.items():
         expected = value(scores(out_of_fold(results, config, digits, views), digits.labels), "accuracy")
         assert score == pytest.approx(expected, abs=1e-12)
     test = digits.open_test()
     total = torch.zeros(len(test.labels), 10)
     for result, each in zip(results, divided, strict=True):
         result.model.eval()
-        for view in VIEWS[done.views]:
+        for view in VIEWS[done.decision.views]:
             with torch.inference_mode():
                 total += result.model(normalize(look(test.images, view), each.mean, each.std)).softmax(1)
-    mean = scaled((total / (members * len(VIEWS[done.views]))).log(), done.temperature).exp()
+    mean = scaled((total / (members * len(VIEWS[done.decision.views]))).log(), done.decision.temperature.value).exp()
     assert done.test.accuracy == (mean.argmax(1) == test.labels).double().mean().item()
     assert done.test.loss == pytest.approx(-mean[range(len(mean)), test.labels].log().mean().item(), abs=1e-5)
 
@@ -545,7 +545,7 @@ def test_an_ensemble_that_was_cut_off_goes_on_with_the_members_that_it_has(
     done = do_refit(study, digits, "cut", ensemble=4, watch=count)
     assert trained == ["fold 3 of 4"] * (EPOCHS - 1) + ["fold 4 of 4"] * EPOCHS
     whole = do_refit(study, digits, "whole", ensemble=4)
-    assert done.candidates == whole.candidates
+    assert done.decision.candidates == whole.decision.candidates
     assert done.test == whole.test
     assert not study.paths.refit_checkpoints("cut")
 

@@ -296,7 +296,7 @@ def test_members_are_trained_from_seeds_of_their_own_first_for_validation_and_th
     }
     assert max(of_mean) < 0.5 * report["averaging"]["val"][ENSEMBLE]
     assert report["tta"]["val_candidates"] == {views: found.accuracy for views, found in ensemble.items()}
-    assert report["temperature"]["val_nll_before"] == pytest.approx(ensemble[done.views].loss, rel=1e-5)
+    assert report["temperature"]["val_nll_before"] == pytest.approx(ensemble[done.decision.views].loss, rel=1e-5)
     assert (report["networks"], report["members"], report["epochs"]) == (2, 2, 2)
 
     whole = splits.whole()
@@ -382,7 +382,7 @@ def test_weights_of_folds_are_not_averaged_and_the_report_has_the_reason(tmp_pat
     averaging = report_of(done)["averaging"]
     assert (averaging["chosen"], averaging["val"]) == (ENSEMBLE, {})
     assert "seen by the others" in averaging["why"]
-    assert done.temperature <= 1
+    assert done.decision.temperature.value <= 1
 
 
 @pytest.mark.parametrize(
