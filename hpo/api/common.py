@@ -16,9 +16,10 @@ from hpo.api.options import WorkerOptions
 from hpo.paths import cache_root, data_root
 from hpo.reporter import Reporter, StudyView
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import wait_for_others
+from hpo.search.loop import estimate_s, wait_for_others
 from hpo.search.training import Watch
 from hpo.study import Study
+from hpo.text import duration
 from hpo.workers.work import Work
 
 
@@ -92,6 +93,17 @@ def resumable(study: Study, noun: str, command: str, reporter: Reporter) -> Iter
         reporter.say(f"stopped: {study.counts().finished} of {study.total} {noun} are done and safe; resume with")
         reporter.say(f"  {command}")
         raise
+
+
+def report_estimate(work: Work, reporter: Reporter, *, trials: int, recipes: int = 0, noun: str, ending: str) -> None:
+    """Show the time that waiting trials, and recipes beside the study, take on this device, from a few timed steps."""
+    with work.interrupts.let_through():
+        in_full, pruned = estimate_s(work.space, work.images(), trials=trials, recipes=recipes, device=work.device)
+    time = f"about {duration(pruned)}, {duration(in_full)} without pruning"
+    time = time if pruned < in_full else f"up to {duration(in_full)}"
+    beside = f", including {recipes} recipe(s) trained beside the study" if recipes else ""
+    alone = "" if work.inline else f", one {noun} at a time"
+    reporter.say(f"this will take {time}{beside}{alone}{ending}")
 
 
 def train_all(work: Work, view: StudyView) -> None:

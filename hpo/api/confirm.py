@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from core.data import Dataset, Division
 from core.errors import UserError
-from hpo.api.common import joining, open_dataset, report_data, resumable, train_all
+from hpo.api.common import joining, open_dataset, report_data, report_estimate, resumable, train_all
 from hpo.api.options import ConfirmOptions
 from hpo.confirmation.conclusion import conclude
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation, write_confirmation
@@ -17,10 +17,8 @@ from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of
 from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import estimate_s
 from hpo.storage import is_masked
 from hpo.study import Study, find_study
-from hpo.text import duration
 from hpo.workers.placement import place
 from hpo.workers.work import Work
 
@@ -122,7 +120,10 @@ class _Confirm:
         work, dataset = self._open()
         study = work.study
         if waiting := study.queue.waiting():
-            self._report_estimate(work, waiting)
+            ending = "; candidates that cannot win stop early"
+            report_estimate(work, self._reporter, trials=waiting, noun="training", ending=ending)
+            workers = f"other workers can join with: {joining(study)}"
+            self._reporter.say(f"Ctrl-C stops it; the same command resumes it; {workers}")
         with resumable(study, "trainings", self._command, self._reporter), self._reporter.study(study) as view:
             self._train(work, view, dataset)
         for number, host, since in study.queue.held_elsewhere():
@@ -193,13 +194,3 @@ class _Confirm:
             say("that exceeds the budget, but fewer trainings could not show a difference")
         done = f"{study.counts().finished} of {study.total} trainings done"
         say(f"study {study.name}: {done}; {self._placement.described()}")
-
-    def _report_estimate(self, work: Work, waiting: int) -> None:
-        """Show the time that the trainings take, from a few timed steps of the baseline."""
-        with self._interrupts.let_through():
-            seconds, _ = estimate_s(work.space, work.images(), trials=waiting, recipes=0, device=work.device)
-        alone = "" if work.inline else ", one training at a time"
-        self._reporter.say(f"this will take up to {duration(seconds)}{alone}; candidates that cannot win stop early")
-        self._reporter.say(
-            f"Ctrl-C stops it; the same command resumes it; other workers can join with: {joining(work.study)}"
-        )

@@ -12,7 +12,7 @@ from core.errors import UserError
 from core.models import build_model, check_model_name
 from core.runtime import isolated_rng
 from hpo.analysis.summary import summarize
-from hpo.api.common import open_dataset, report_data, resumable, train_all
+from hpo.api.common import open_dataset, report_data, report_estimate, resumable, train_all
 from hpo.api.options import RunOptions
 from hpo.dashboard.artifacts import draw
 from hpo.dashboard.notes import note_study
@@ -21,7 +21,6 @@ from hpo.paths import StudyPaths
 from hpo.report.words import entry_name
 from hpo.reporter import Reporter
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import estimate_s
 from hpo.search.recipes import pending_recipes, run_recipes
 from hpo.search.weights import keep_best_weights
 from hpo.space import RungsPruner, SearchSpace
@@ -29,7 +28,7 @@ from hpo.space.pruner import rung_epochs
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.lease import Held
 from hpo.study import Study, check_search_name, open_study
-from hpo.text import count, duration
+from hpo.text import count
 from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec
 from hpo.workers.placement import Placement, place, place_on_cluster
 from hpo.workers.ray import RayEngine, engine_and_slots
@@ -146,9 +145,10 @@ class Search:
 
     def _train(self, work: Work, trials: int) -> None:
         study, space = work.study, self.space
-        if self.options.engine == "local":  # the devices of a cluster are not known here
-            with self.interrupts.let_through():
-                self._report_estimate(work, trials)
+        recipes = len(pending_recipes(study, space))
+        if (trials or recipes) and self.options.engine == "local":  # the devices of a cluster are not known here
+            report_estimate(work, self.reporter, trials=trials, recipes=recipes, noun="trial", ending="")
+            self.reporter.say("Ctrl-C stops it; the same command resumes it")
         with self.reporter.study(study) as view:
             train_all(work, view)
             keep_best_weights(study, folds=space.baseline.data.folds or 1, options=self.options)
@@ -181,18 +181,6 @@ class Search:
             f"(trial index {', '.join(map(str, trial_indices))}): {saved} resume from a checkpoint, "
             f"{len(trial_indices) - saved} start again"
         )
-
-    def _report_estimate(self, work: Work, trials: int) -> None:
-        """Show the time that the missing trials take on this device, from a few timed steps."""
-        recipes = len(pending_recipes(work.study, self.space))
-        if not trials and not recipes:
-            return
-        in_full, pruned = estimate_s(self.space, work.images(), trials=trials, recipes=recipes, device=work.device)
-        time = f"about {duration(pruned)}, {duration(in_full)} without pruning"
-        beside = f", including {recipes} recipe(s) trained beside the study" if recipes else ""
-        alone = "" if work.inline else ", one trial at a time"
-        self.reporter.say(f"this will take {time if pruned < in_full else f'up to {duration(in_full)}'}{beside}{alone}")
-        self.reporter.say("Ctrl-C stops it; the same command resumes it")
 
 
 def _placement(options: RunOptions) -> Placement:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console, Group
@@ -15,6 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from core.loop import EpochMetrics
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -58,16 +61,18 @@ def bars() -> Progress:
     )
 
 
+def epoch_note(epoch: EpochMetrics, metric: str) -> str:
+    """Describe an epoch beside its bar: loss, score if it was validated, and speed."""
+    scored = "" if epoch.raw is None else f"  {metric} {epoch.score(metric):.4f}"
+    return f"loss {epoch.train_loss:.3f}{scored}  {epoch.images_per_s:,.0f} images/s"
+
+
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = (), cut: bool = False
 ) -> None:
-    """Print a plain table.
+    """Print a plain table, with some columns aligned to the right.
 
-    Args:
-        columns: Names of the columns.
-        rows: Cells, row by row.
-        right: Columns that are aligned to the right.
-        cut: Cut the last column at the width of the terminal instead of folding it. Without a terminal, nothing is cut.
+    `cut` cuts the last column at the width of the terminal instead of folding it. Without a terminal, nothing is cut.
     """
     if cut and not console.is_terminal:
         wide = Console(file=console.file, width=_UNBOUNDED, highlight=False)

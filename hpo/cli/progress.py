@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 from rich.progress import TaskID
 
-from hpo.cli.console import bars, console, say
+from hpo.cli.console import bars, console, epoch_note, say
 from hpo.cli.monitor import View, fold_steps, look, rung_of, steps_of
 from hpo.search.training import trial_label
 from hpo.space import CANDIDATE
@@ -25,16 +25,11 @@ from hpo.trials import FAILURE, REASON, REPLICATE_OF, STOPPED
 if TYPE_CHECKING:
     from core.loop import EpochMetrics
 
-# Seconds between two readings of the storage that nothing forces.
-_EVERY_S = 0.25
+_EVERY_S = 0.25  # seconds between two readings of the storage that nothing forces
 
 
 class StudyProgress:
-    """A bar for the study, one for each running trial, and a line for each trial that finishes.
-
-    Args:
-        study: read again at every refresh.
-    """
+    """A bar for the study, one for each running trial, and a line for each trial that finishes."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -77,8 +72,7 @@ class StudyProgress:
         task = self.progress.add_task(label, total=epochs, note="")
 
         def epoch_ended(epoch: EpochMetrics) -> None:
-            note = f"loss {epoch.train_loss:.3f}  {self.study.metric} {epoch.score(self.study.metric):.4f}"
-            note += f"  {epoch.images_per_s:,.0f} images/s"
+            note = epoch_note(epoch, self.study.metric)
             self.progress.update(task, completed=epoch.epoch, note=note, visible=epoch.epoch < epochs)
 
         return epoch_ended
@@ -104,7 +98,7 @@ class StudyProgress:
             )
 
     def _note(self, trial: FrozenTrial) -> str:
-        """The last epoch in numbers, as far as its files are on this machine, and its place at the last rung."""
+        """The last epoch, as far as its files are on this machine, and its place at the last rung."""
         row = _last_row(self.study, trial)
         parts = [
             f"loss {row['train_loss']:.3f}" if "train_loss" in row else "",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hpo.cli.console import bars, console, say, table
+from hpo.cli.console import bars, console, epoch_note, say, table
 from hpo.search.interrupts import Interrupts
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ class TrainProgress:
 
     def epoch_ended(self, epoch: EpochMetrics) -> None:
         """Show the epoch's loss, score and speed."""
-        scored = "" if epoch.raw is None else f"  {self.metric} {epoch.score(self.metric):.4f}"
-        note = f"loss {epoch.train_loss:.3f}{scored}  {epoch.images_per_s:,.0f} images/s"
+        note = epoch_note(epoch, self.metric)
         self.progress.update(self.task, completed=epoch.epoch, note=note)
         every = max(1, self.epochs // 10)
         if not console.is_terminal and (epoch.epoch % every == 0 or epoch.epoch == self.epochs):

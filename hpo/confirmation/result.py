@@ -39,13 +39,13 @@ class Contender:
     key: str
     """`baseline`, `trial 12` or `recipe NAME`."""
     trial: int | None
-    """Its number in the searched study, also of the baseline if that was a trial."""
+    """Its number in the search."""
     recipe: str | None
     """Name of the recipe."""
     chosen_for: tuple[str, ...]
     """Reasons: "best validation score", "best at epoch 6"."""
     config: dict[str, Any]
-    """The whole configuration, from `TrainConfig.model_dump(mode="json")`."""
+    """The result of `TrainConfig.model_dump(mode="json")`."""
     epochs: int
     """Number of epochs for a refit: those kept by the trial."""
     search_value: float | None
@@ -102,7 +102,7 @@ class Confirmation:
     left_out: tuple[str, ...]
     """One sentence for each candidate that was not confirmed, with the reason."""
     search_trials: int
-    """Number of finished trials of the search at that time."""
+    """Finished trials of the search at that time."""
     created: str
     versions: dict[str, str]
 

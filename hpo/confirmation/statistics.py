@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Annotated
 
 from pydantic import BeforeValidator
@@ -55,18 +56,13 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """Lower end."""
+        """The lower end."""
         return self.mean - self.half_width
 
     @property
     def high(self) -> float:
-        """Upper end."""
+        """The upper end."""
         return self.mean + self.half_width
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether zero is outside."""
-        return self.low > 0 or self.high < 0
 
 
 def corrected_interval(
@@ -106,7 +102,7 @@ def corrected_interval(
             f"out of range: test_share {test_share}, resolution {resolution}, confidence {confidence}, "
             f"{comparisons} comparisons, {replicates} replicates of {n} values"
         )
-    mean = math.fsum(values) / n
+    mean = fmean(values)
     if replicates < 2:
         return Interval(mean, math.inf, replicates)
     squares, freedom = _squares(values), n - 1
@@ -127,11 +123,9 @@ def corrected_interval(
 
 def _squares(values: Sequence[float]) -> float:
     """Sum of the squared deviations from the mean; 0 if they are rounding errors."""
-    mean = math.fsum(values) / len(values)
-    deviations = [value - mean for value in values]
-    if max(map(abs, deviations)) <= _EQUAL:
-        return 0.0
-    return math.fsum(deviation * deviation for deviation in deviations)
+    mean = fmean(values)
+    squares = [(value - mean) ** 2 for value in values]
+    return math.fsum(squares) if max(squares) > _EQUAL**2 else 0.0
 
 
 @dataclass(frozen=True)
@@ -145,15 +139,11 @@ class Paired:
     @property
     def mean(self) -> float:
         """Mean difference."""
-        return math.fsum(self.values) / len(self.values)
+        return fmean(self.values)
 
 
 def paired(a: Scores, b: Scores, *, maximize: bool = True) -> Paired:
-    """Subtract the scores of `b` from those of `a`, or vice versa if lower scores are better.
-
-    Raises:
-        ValueError: The two have different numbers of folds in a replicate.
-    """
+    """Subtract the scores of `b` from those of `a`, or vice versa if lower scores are better."""
     common, sign = sorted(set(a) & set(b)), 1 if maximize else -1
     values = (sign * (x - y) for replicate in common for x, y in zip(a[replicate], b[replicate], strict=True))
     return Paired(tuple(values), len(common))
@@ -205,10 +195,9 @@ def cannot_win(
 
 @dataclass(frozen=True)
 class Allocation:
-    """The number of configurations and of replicates to begin with."""
+    """The number of configurations, the baseline included, and of replicates to begin with."""
 
     candidates: int
-    """The baseline included."""
     replicates: int
 
     @property
@@ -238,18 +227,15 @@ def allocate(*, budget_trainings: int, candidates: int) -> Allocation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of comparing all configurations with the baseline."""
+    """The result of comparing all configurations with the baseline; see `Confirmation`."""
 
     leader: str | None
     """The best challenger that was neither stopped nor failed."""
     winner: str
-    """The leader if it beats the baseline significantly; otherwise the baseline, if that could be trained."""
     scores: dict[str, Interval]
     """The score of each configuration that has one."""
     advantage: Interval | None
-    """The leader over the baseline (positive: better), for all challengers at once."""
     evidence: bool
-    """Whether the leader beats the baseline significantly."""
 
 
 def compare(

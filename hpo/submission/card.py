@@ -1,7 +1,7 @@
 """The model card: the README of a bundle, with its use, scores, limits, data and configuration.
 
 The text is in `templates/card.md.j2`; every sentence in it follows from a number in the bundle or its report. At its
-head is the metadata that Hugging Face reads (`huggingface_hub.ModelCardData`), without a license, which is not known.
+head is the metadata that Hugging Face reads, without a license, which is not known.
 """
 
 from __future__ import annotations
@@ -28,12 +28,8 @@ Report = Mapping[str, Any]
 # Tables of classes are complete up to so many; of more, only the worst and the best are shown.
 WHOLE_TABLE, WORST, BEST = 30, 10, 5
 _NAMED = 8  # classes listed in a sentence
-# Test images of a class, below which its recall is a rough guess: with 30, one of 0.9 is known to within 0.11 (1.96
-# standard deviations of a binomial proportion).
-FEW = 30
-# Ratio of the largest class to the smallest from which accuracy is dominated by the large ones: three quarters if there
-# are two classes.
-IMBALANCED = 3.0
+FEW = 30  # test images of a class; with 30, a recall of 0.9 is known to within 0.11 (1.96 binomial deviations)
+IMBALANCED = 3.0  # largest class to smallest; of two classes, the large one has three quarters of the images
 
 SCORES = {
     "accuracy": "accuracy",
@@ -69,9 +65,9 @@ def model_card(bundle: Bundle, report: Report, *, files: Collection[str] = ()) -
     """Render the card as Markdown with YAML metadata.
 
     Args:
-        bundle: the submission model.
-        report: the content of `metrics.json`; text that needs a missing key is left out.
-        files: the names of the files beside the card, of which it shows the pictures and the ONNX file.
+        bundle: The submission model.
+        report: The content of `metrics.json`; text that needs a missing key is left out.
+        files: Names of the files beside the card.
     """
     classes = _per_class(report)
     parts, kinds = ("val", "test"), ("without_tta", "with_tta")

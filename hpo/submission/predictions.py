@@ -1,8 +1,7 @@
 """Predict labels of images, from files or pixels, and write them as CSV.
 
-Images are read as in training: upright, opaque, in the model's size and channels. Files are decoded batch by batch, so
-ten thousand need no more memory than a thousand. Only 8-bit pixels in a known order are accepted: a wrong guess would
-give wrong labels instead of an error.
+Images are read as in training: upright, opaque, in the model's size and channels. Only 8-bit pixels in a known order
+are accepted: a wrong guess would give wrong labels instead of an error.
 """
 
 from __future__ import annotations
@@ -64,12 +63,7 @@ class Predictions:
         return len(self.ids)
 
     def write(self, path: Path | str, *, probabilities: bool = False) -> None:
-        """Write a CSV, see `write_submission`.
-
-        Args:
-            path: The file.
-            probabilities: Whether to add a column of probabilities for each class.
-        """
+        """Write a CSV, see `write_submission`; `probabilities` adds a column for each class."""
         write_submission(Path(path), self.ids, self.labels, self.classes, self.probabilities if probabilities else None)
 
 
@@ -83,16 +77,7 @@ def predictions_of(
     batch_size: int,
     skip_broken: bool = False,
 ) -> Predictions:
-    """Predict images batch by batch.
-
-    Args:
-        images: Files or pixels.
-        answer: Predicts a batch of images.
-        classes: K names.
-        image_size: (height, width) in pixels that images are resized to.
-        channels: 1 or 3.
-        batch_size: Number of images in a batch.
-        skip_broken: Whether to skip unreadable images instead of raising an error.
+    """Predict images batch by batch. See `LoadedBundle.predict` for the arguments.
 
     Raises:
         BundleError: The images are of an unknown kind.
