@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hpo.space import SearchSpace
 
 NEIGHBOURS = 5
-"""Neighbours, the trial included, that predict its score. Of fewer than twice as many trials, most are neighbours."""
+"""Trials that predict a score. Of fewer than twice as many trials, most would be neighbours of all others."""
 
 _ORDINALS = ("", "second ", "third ")
 
@@ -118,13 +118,13 @@ class _Choice:
         return list(self._found.values())
 
     def _add(self, candidate: Candidate) -> None:
-        """Add a candidate, or its reasons if its configuration is known."""
+        """Add a candidate, or its reasons if its configuration was added."""
         known = self._found.get(candidate.identity)
         if known is None:
             self._found[candidate.identity] = candidate
             return
         named = candidate if _priority(candidate) < _priority(known) else known
-        # The numbers are those of the trial chosen first; a baseline or recipe may not have been a trial.
+        # A baseline or recipe may not have been a trial.
         numbers = known if known.trial is not None else candidate
         self._found[candidate.identity] = replace(
             numbers,
@@ -134,7 +134,7 @@ class _Choice:
         )
 
     def _baseline(self) -> Candidate:
-        """The baseline, also if the search has not trained it or it failed."""
+        """The baseline, trained or not."""
         trial = next((trial for trial in self._trials if is_baseline(trial)), None)
         if trial is not None:
             return replace(_of_trial(self._study, trial, "the baseline"), key=BASELINE)

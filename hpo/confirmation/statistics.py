@@ -1,15 +1,11 @@
 """The statistics of a confirmation: intervals, early stopping and the comparison with the baseline.
 
 A replicate is a seed and a split with which every configuration is trained, so configurations are compared in pairs.
-The splits overlap, so their scores are correlated, and the plain t interval is far too narrow. The corrected resampled
-t interval (Nadeau and Bengio 2003, Machine Learning 52) gives the mean of n scores the variance
-(1/n + validation images / training images) · s². With folds, all k · r values are the n scores (Bouckaert and Frank
-2004, PAKDD).
-
-The leader is chosen by the scores that it is tested with, so the interval of its advantage holds for all challengers at
-once (Bonferroni). The spread of a few replicates is uncertain, so those of the other challengers are pooled with it, as
-in the moderated t (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3). Simulated (40,000 draws, 3 to 10 replicates, 2 to 7
-challengers, spreads 0.3 to 10 times the others'): the interval covers the truth in at least 94 %.
+The splits overlap, so the variance of a mean is corrected (Nadeau and Bengio 2003, Machine Learning 52; with folds
+Bouckaert and Frank 2004, PAKDD). The leader is chosen by the scores that it is tested with, so the interval of its
+advantage holds for all challengers at once (Bonferroni), and their spreads are pooled with its own, as in the moderated
+t (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3). Simulated (40,000 draws, 3 to 10 replicates, 2 to 7 challengers,
+spreads 0.3 to 10 times the others'): the interval covers the truth in at least 94 %.
 """
 
 from __future__ import annotations
@@ -28,18 +24,13 @@ Scores = Mapping[int, tuple[float, ...]]
 CONFIDENCE = 0.95
 RACE_CONFIDENCE = 0.9
 """One-sided, of the test that stops a challenger: in simulated races of near equals it stops the best in 3 to 10 %."""
-MIN_REPLICATES = 3
-"""With two, t has one degree of freedom, and its quantiles are useless."""
-GOOD_REPLICATES = 5
-"""Preferred to another candidate: t's quantile at 95 % has fallen from 4.3 to 2.8."""
+MIN_REPLICATES = 3  # with two, t's quantiles are useless
+GOOD_REPLICATES = 5  # t's quantile at 95 % has fallen from 4.3 to 2.8
 FIRST_REPLICATES = 10
-MAX_REPLICATES = 20
-"""With a quarter of the images for validation, twice as many would narrow an interval by 7 %."""
+MAX_REPLICATES = 20  # with a quarter of the images for validation, twice as many would narrow an interval by 7 %
 LENT_AT_MOST = 2.0
-"""Limit of the pooled spread, relative to the leader's: a challenger that sometimes fails is 100 times as noisy. Beside
-one 10 times as noisy, an advantage of two spreads is found in 28 % (5 replicates) or 63 % (10), instead of 5 %."""
-MAX_CANDIDATES = 8
-"""Every further challenger widens the interval of the leader."""
+"""Limit of the pooled spread, relative to the leader's, since a challenger that sometimes fails is very noisy."""
+MAX_CANDIDATES = 8  # every further one widens the interval of the leader
 
 _EQUAL = 1e-12  # deviations up to this are rounding errors; scores and losses are of the order of 1
 
@@ -56,12 +47,10 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """The lower end."""
         return self.mean - self.half_width
 
     @property
     def high(self) -> float:
-        """The upper end."""
         return self.mean + self.half_width
 
 
@@ -77,18 +66,15 @@ def corrected_interval(
 ) -> Interval:
     """Compute the corrected resampled t interval: t · s · sqrt(1/n + test_share), with n - 1 degrees of freedom.
 
-    A few scores of few images may agree by rounding, so s is at least `resolution`; if that is 0, equal values have an
-    infinite interval.
-
     Args:
         values: n finite scores or differences of scores; k per replicate with k folds.
         test_share: Validation images / training images of one split; 0 for independent values.
         replicates: Number of replicates behind the values; n by default.
         confidence: Two-sided, in (0, 1).
-        comparisons: Number of intervals that hold at once with this confidence (Bonferroni).
-        resolution: Step of a value: 1 / validation images for a share of them, 0 for a loss.
-        others: Samples with about the same spread. Their pooled variance, at most `LENT_AT_MOST`² times the values',
-            is averaged with theirs by degrees of freedom, up to their own.
+        comparisons: Number of intervals that hold at once (Bonferroni).
+        resolution: Step of a value, and least s, since few scores may agree by rounding: 1 / validation images for a
+            share of them; 0 for a loss, and equal values then have an infinite interval.
+        others: Samples whose pooled variance is averaged with the values', by degrees of freedom up to their own.
 
     Raises:
         ValueError: There are no values, one is not finite, or an argument is out of range.
@@ -138,7 +124,6 @@ class Paired:
 
     @property
     def mean(self) -> float:
-        """Mean difference."""
         return fmean(self.values)
 
 
@@ -150,7 +135,7 @@ def paired(a: Scores, b: Scores, *, maximize: bool = True) -> Paired:
 
 
 def failed(scores: Scores) -> bool:
-    """Whether a training gave no score, so that the configuration is unreliable."""
+    """Whether a training gave no score."""
     return not all(math.isfinite(value) for values in scores.values() for value in values)
 
 
@@ -167,8 +152,8 @@ def cannot_win(
 ) -> str | None:
     """Explain why a candidate needs no further training; None if it may still win.
 
-    It is compared with the one of the others that is ahead by most, over at least three common replicates, in a
-    one-sided paired test at 90 % with the corrected variance. See `corrected_interval` for the arguments.
+    A one-sided paired test at 90 % compares it with the one of the others that is ahead by most, over at least three
+    common replicates. See `corrected_interval` for the arguments.
     """
     if failed(candidate):
         return "one of its trainings gave no score"
@@ -202,7 +187,6 @@ class Allocation:
 
     @property
     def trainings(self) -> int:
-        """The product of both."""
         return self.candidates * self.replicates
 
 
@@ -211,9 +195,6 @@ def allocate(*, budget_trainings: int, candidates: int) -> Allocation:
 
     The favourite and the baseline are trained three times, even beyond the budget; then five times; then more
     configurations, five times each, up to eight; then more often, up to ten times.
-
-    Raises:
-        ValueError: There are no candidates.
     """
     if candidates < 1:
         raise ValueError("there is no configuration to confirm")
@@ -249,13 +230,8 @@ def compare(
 ) -> Comparison:
     """Choose the best challenger and test whether it beats the baseline.
 
-    Args:
-        scores: Of all configurations, also failed and stopped ones: the interval of the best allows for all of them.
-        baseline: Key of the baseline; it has no scores if it could not be trained.
-        stopped: Keys of challengers that can no longer win.
-        test_share: See `corrected_interval`.
-        maximize: Whether a higher score is better.
-        resolution: See `corrected_interval`.
+    `scores` are of all configurations, also failed and stopped ones, since the interval of the best allows for all of
+    them; a baseline that could not be trained has none. See `corrected_interval` for the other arguments.
 
     Raises:
         ValueError: None was trained.

@@ -1,8 +1,7 @@
 """The confirmation as a study of its own: which trainings are queued, and which are stopped early.
 
-A trial trains one configuration on one replicate: a seed and a split that are new to the search. Replicates are queued
-one after the other, and a worker checks whether a claimed trial's configuration can still win before it trains it. So
-workers on any machines need no coordinator. The test images stay locked.
+A trial trains one configuration on one replicate: a seed and a split that are new to the search. Before a worker trains
+a claimed trial, it checks whether the configuration can still win, so workers need no coordinator.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Training:
     replicate: int
     is_over: bool
     values: tuple[float, ...] | None
-    """The value of each fold (one without folds); NaN if it failed; None if it was not trained, or not yet."""
+    """The value of each fold (one without folds), NaN if it failed; None if it was not trained, or not yet."""
     stopped: str | None
     """Why it was not trained."""
     failure: str | None
@@ -105,8 +104,8 @@ def scores_of(found: Iterable[Training]) -> dict[str, dict[int, tuple[float, ...
 def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, trial_index: int) -> str | None:
     """Explain why a claimed trial of a confirmation need not be trained; None if its candidate may still win.
 
-    Only lower trial indices count, so an interrupted and resumed confirmation decides as an undisturbed one. The
-    baseline is compared with all others, so it is stopped only if it fails.
+    Only lower trial indices count, so a resumed confirmation decides as an undisturbed one. The baseline stops only if
+    it fails.
     """
     identity = identity_of(trial.user_attrs[CONFIG])
     before = [training for training in trainings(study) if training.trial_index < trial_index]
@@ -132,7 +131,7 @@ def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Datas
         config: The configuration trained by the search.
         replicate: Number of the replicate, from 0.
         seed: The study's seed.
-        dataset: The images, to skip splits that leave a class without images, as duplicate images may cause.
+        dataset: The images, to skip splits that leave a class without images, as duplicates may.
 
     Raises:
         UserError: None of many splits can be trained on.
@@ -199,11 +198,8 @@ def open_confirmation(
 class Plan:
     """The trainings of a confirmation: the candidates and replicates that the budget allows.
 
-    Args:
-        search: The study to confirm.
-        space: Its search space.
-        share: Budget as a fraction of the epochs trained by the search. None is a third, but at least two
-            configurations with `GOOD_REPLICATES` replicates: fewer mostly miss an advantage of five points.
+    The budget is a share of the epochs trained by the search. None is a third, but at least two configurations with
+    `GOOD_REPLICATES` replicates: fewer mostly miss an advantage of five points.
 
     Raises:
         StudyError: No trial of the search is complete.
@@ -237,17 +233,14 @@ class Plan:
 
     @property
     def is_over_budget(self) -> bool:
-        """Whether even the smallest useful confirmation costs more than the budget."""
+        """Whether the smallest useful confirmation costs more than the budget."""
         return self.allocation.trainings * self.cost_epochs > self.budget_epochs
 
     def queue(self, study: Study, dataset: Dataset | None = None) -> int:
         """Queue the missing trainings, replicate by replicate, and return their number.
 
-        If all planned trainings are over, those saved by early stopping go to the remaining candidates. This is done
-        without looking at the significance: a test repeated until it finds something finds it too often.
-
-        Raises:
-            UserError: A replicate has no split that can be trained on.
+        If all planned trainings are over, those saved by early stopping go to the remaining candidates,
+        significant or not: a test repeated until it finds something finds it too often.
         """
         study.paths.dir.mkdir(parents=True, exist_ok=True)
         with FileLock(study.paths.queueing):  # two processes would queue the same trainings
