@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 METRIC_WORDS = {
@@ -13,6 +14,8 @@ METRIC_WORDS = {
     "nll": "NLL",
 }
 """The name of a metric in a figure or a sentence."""
+
+PARTLY_LUCK = "the best of many scores is partly luck"
 
 
 def duration(seconds: float) -> str:
@@ -120,6 +123,11 @@ def together(text: str) -> str:
 def joined(words: Sequence[str]) -> str:
     """Join words in a sentence: `a, b and c`."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
+
+
+def held_by(name: str, host: str, since: datetime) -> str:
+    """Describe a trial that a process on another host trains: `trial 3 is held by a process on b since …`."""
+    return f"{name} is held by a process on {host} since {since:%Y-%m-%d %H:%M}"
 
 
 def sentence(words: str) -> str:

@@ -95,7 +95,9 @@ def resumable(study: Study, noun: str, command: str, reporter: Reporter) -> Iter
         raise
 
 
-def report_estimate(work: Work, reporter: Reporter, *, trials: int, recipes: int = 0, noun: str, ending: str) -> None:
+def report_estimate(
+    work: Work, reporter: Reporter, *, trials: int, recipes: int = 0, noun: str = "trial", ending: str = ""
+) -> None:
     """Show the time that waiting trials, and recipes beside the study, take on this device, from a few timed steps."""
     with work.interrupts.let_through():
         in_full, pruned = estimate_s(work.space, work.images(), trials=trials, recipes=recipes, device=work.device)
@@ -104,6 +106,7 @@ def report_estimate(work: Work, reporter: Reporter, *, trials: int, recipes: int
     beside = f", including {recipes} recipe(s) trained beside the study" if recipes else ""
     alone = "" if work.inline else f", one {noun} at a time"
     reporter.say(f"this will take {time}{beside}{alone}{ending}")
+    reporter.say("Ctrl-C stops it; the same command resumes it")
 
 
 def train_all(work: Work, view: StudyView) -> None:

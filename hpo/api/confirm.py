@@ -19,6 +19,7 @@ from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.storage import is_masked
 from hpo.study import Study, find_study
+from hpo.text import held_by
 from hpo.workers.placement import place
 from hpo.workers.work import Work
 
@@ -122,14 +123,11 @@ class _Confirm:
         if waiting := study.queue.waiting():
             ending = "; candidates that cannot win stop early"
             report_estimate(work, self._reporter, trials=waiting, noun="training", ending=ending)
-            workers = f"other workers can join with: {joining(study)}"
-            self._reporter.say(f"Ctrl-C stops it; the same command resumes it; {workers}")
+            self._reporter.say(f"other workers can join with: {joining(study)}")
         with resumable(study, "trainings", self._command, self._reporter), self._reporter.study(study) as view:
             self._train(work, view, dataset)
         for number, host, since in study.queue.held_elsewhere():
-            self._reporter.say(
-                f"training {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}, and is left out"
-            )
+            self._reporter.say(f"{held_by(f'training {number}', host, since)}, and is left out")
         return study
 
     def _open(self) -> tuple[Work, Dataset]:

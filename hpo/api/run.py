@@ -147,8 +147,7 @@ class Search:
         study, space = work.study, self.space
         recipes = len(pending_recipes(study, space))
         if (trials or recipes) and self.options.engine == "local":  # the devices of a cluster are not known here
-            report_estimate(work, self.reporter, trials=trials, recipes=recipes, noun="trial", ending="")
-            self.reporter.say("Ctrl-C stops it; the same command resumes it")
+            report_estimate(work, self.reporter, trials=trials, recipes=recipes)
         with self.reporter.study(study) as view:
             train_all(work, view)
             keep_best_weights(study, folds=space.baseline.data.folds or 1, options=self.options)

@@ -12,7 +12,7 @@ from hpo.analysis.summary import StudySummary, summarize
 from hpo.api.options import DashboardOptions, DoctorOptions, ExportOptions, ReportOptions, TrialsOptions
 from hpo.api.output import write_output
 from hpo.errors import StudyError
-from hpo.report.words import run_again
+from hpo.report.words import no_trials
 from hpo.reporter import Reporter, Silent
 from hpo.storage.urls import words_of
 from hpo.study import Study, find_study
@@ -82,7 +82,7 @@ def _check_started(study: Study) -> None:
         )
     counts = study.counts()
     if counts.finished + counts.running == 0:
-        raise StudyError(f"study {study.name} has no trials yet; run it with: {run_again(study)}")
+        raise StudyError(no_trials(study))
 
 
 def dashboard(options: DashboardOptions, reporter: Reporter | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from core.data import Division
 from hpo.api.common import joining, open_dataset, report_data
 from hpo.api.options import WorkerOptions
+from hpo.report.words import progress_text
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
 from hpo.study import Study, join_study
@@ -53,7 +54,7 @@ def worker(options: WorkerOptions, reporter: Reporter | None = None, interrupts:
 def _train(study: Study, work: Work, reporter: Reporter) -> None:
     study.queue.reclaim()
     reporter.say(
-        f"joined study {study.name}: {study.counts().finished} of {study.total or 0} trials finished, "
+        f"joined study {study.name}: {progress_text(study, study.counts().finished)}, "
         f"{study.queue.waiting()} waiting; {work.placement.described()}"
     )
     with reporter.study(study) as view:

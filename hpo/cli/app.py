@@ -51,13 +51,14 @@ def run(options: of.RunOptions) -> None:
 def worker(options: of.WorkerOptions) -> None:
     """Join a study: run waiting trials until none is left, with any number of workers on any machine."""
     from hpo.api.worker import worker
+    from hpo.report.words import progress_text
 
     terminal = Terminal()
     with stoppable(terminal) as interrupts:
         study = worker(options, terminal, interrupts)
         counts = study.counts()
         others = f"; {counts.running} running in other workers" if counts.running else ""
-        terminal.say(f"no trial is waiting: {counts.finished} of {study.total or 0} are finished{others}")
+        terminal.say(f"no trial is waiting: {progress_text(study, counts.finished)}{others}")
 
 
 @command(app, of.TrainOptions)
@@ -171,7 +172,7 @@ def study_trials(options: of.TrialsOptions) -> None:
     """List all trials: state, value, parameters and cost."""
     from hpo.api.study import trials
     from hpo.cli.show import trial_rows
-    from hpo.report.words import run_again
+    from hpo.report.words import no_trials
     from hpo.text import count
 
     study, frame = trials(options)
@@ -181,7 +182,7 @@ def study_trials(options: of.TrialsOptions) -> None:
     elif options.csv:
         sys.stdout.write(frame.to_csv(index=False))
     elif frame.empty:
-        say(f"study {study.name} has no trials yet; run it with: {run_again(study)}")
+        say(no_trials(study))
     else:
         columns = ["trial", "state", study.metric, "epochs", "time", "parameters"]
         table(columns, trial_rows(frame), right=(0, 2, 3, 4), cut=True)

@@ -14,7 +14,7 @@ from hpo.analysis.summary import summarize
 from hpo.confirmation.result import read_confirmation
 from hpo.report.words import margins, next_commands, progress_text, states_text, unproven
 from hpo.storage import is_masked, mask
-from hpo.text import METRIC_WORDS, assignments, count, duration, in_words, short_names
+from hpo.text import METRIC_WORDS, PARTLY_LUCK, assignments, count, duration, held_by, in_words, short_names
 
 if TYPE_CHECKING:
     import pandas
@@ -56,7 +56,7 @@ def show_search(result: SearchResult, reporter: Reporter) -> None:
     say()
     show_study(study, reporter)
     for number, host, since in result.held:
-        say(f"trial {number} is held by a process on {host} since {since:%Y-%m-%d %H:%M}; if that is dead:")
+        say(f"{held_by(f'trial {number}', host, since)}; if that is dead:")
         say(f"  {study.settings.command} --reclaim")
 
 
@@ -96,7 +96,7 @@ def _show_best_trials(study: Study, reporter: Reporter) -> None:
 def _show_confirmation(study: Study, reporter: Reporter) -> None:
     confirmation = read_confirmation(study.paths.confirmation)
     if confirmation is None:
-        reporter.say("not confirmed yet: the best of many scores is partly luck")
+        reporter.say(f"not confirmed yet: {PARTLY_LUCK}")
         return
     since = study.counts().finished - confirmation.search_trials
     ago = f", {count(since, 'trial')} ago" if since else ""

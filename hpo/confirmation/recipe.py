@@ -13,6 +13,7 @@ from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.errors import StudyError
 from hpo.space import dump_yaml, to_yaml
 from hpo.study import Study
+from hpo.text import PARTLY_LUCK
 from hpo.trials import FAILURE, RECIPE, is_baseline
 
 _WIDTH = 116  # characters in a line of a comment
@@ -48,7 +49,7 @@ def _best_recipe(study: Study) -> str:
     best = best_trial(study)
     older = "" if confirmation is None else " since these trials ran"
     comment = (
-        f"The best of the search, not confirmed{older}: its score is the best of many, and so partly luck. "
+        f"The best of the search, not confirmed{older}: {PARTLY_LUCK}. "
         f"hpo confirm {shlex.quote(study.name)} tests whether it is better than the baseline."
     )
     return _trial_recipe(study, best, comment)

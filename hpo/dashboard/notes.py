@@ -18,7 +18,7 @@ from hpo.space.pruner import places_of
 from hpo.storage import is_masked
 from hpo.storage.optuna_access import trial_by_number
 from hpo.study import Study
-from hpo.text import duration, short
+from hpo.text import PARTLY_LUCK, duration, sentence, short
 from hpo.trials import LET_THROUGH, RECIPE, is_baseline
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def study_note(study: Study, space: SearchSpace) -> str:
     storage = f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
     verdict = study.settings.verdict
     confirmed = (
-        "The best value is the best of many, and so partly luck; `hpo confirm` compares it with the baseline."
+        f"{sentence(PARTLY_LUCK)}; `hpo confirm` compares it with the baseline."
         if verdict is None
         else f"Confirmed on other seeds and splits: **{_plain(verdict)}**."
     )

@@ -104,6 +104,11 @@ def run_again(study: Study) -> str:
     return study.settings.command or shlex.join(["hpo", "run", study.space_name, "--study", study.name])
 
 
+def no_trials(study: Study) -> str:
+    """The sentence about a study that has not been run."""
+    return f"study {study.name} has no trials yet; run it with: {run_again(study)}"
+
+
 def next_commands(study: Study, summary: StudySummary) -> list[str]:
     """The commands that may follow, ready to copy."""
     commands = []

@@ -12,7 +12,7 @@ from hpo.analysis.doctor.check import Finding, Result, StudyCheck
 from hpo.storage.lease import LEASE, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
 from hpo.storage.optuna_access import id_of, storage_of
 from hpo.study import Study, join_study
-from hpo.text import some
+from hpo.text import held_by, some
 from hpo.trials import effective_trials, trial_index_of
 
 
@@ -39,8 +39,7 @@ def abandoned(check: StudyCheck) -> Iterator[Result]:
             )
         elif (held := held_elsewhere(trial)) is not None and not has_heartbeat(storage):
             yield Finding(
-                f"{name} is held by a process on {held.host} since {held.since:%Y-%m-%d %H:%M}, which cannot be "
-                "checked from here",
+                f"{held_by(name, held.host, held.since)}, which cannot be checked from here",
                 f"if it is dead: {study.settings.command or 'hpo run'} --reclaim",
             )
 

@@ -298,7 +298,7 @@ def test_a_study_queued_without_workers_is_trained_from_another_folder_by_its_st
     monkeypatch.setenv("HPO_STUDIES", str(joined))
     storage = str(begun / "own/journal.log")
     assert hpo(monkeypatch, "worker", "own", "--storage", storage, "--device", "cpu") == 0
-    assert "no trial is waiting: 2 of 2 are finished\n" in capsys.readouterr().out
+    assert "no trial is waiting: 2 of 2 trials finished\n" in capsys.readouterr().out
     assert sorted(finished_of(begun / "own")) == [0, 1]
     assert (joined / "own/trials/00001/metrics.jsonl").exists()
 
@@ -308,7 +308,7 @@ def test_a_worker_that_finds_no_waiting_trial_reports_it_and_exits(
 ) -> None:
     assert hpo(monkeypatch, "run", str(space.path), "--trials", "1") == 0
     assert hpo(monkeypatch, "worker", "own") == 0
-    assert "no trial is waiting: 1 of 1 are finished\n" in capsys.readouterr().out
+    assert "no trial is waiting: 1 of 1 trial finished\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
