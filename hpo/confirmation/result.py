@@ -29,6 +29,13 @@ _OLD_BASELINE = "base"
 
 _IMPLIED_BY_NAME = ("the baseline", "a recipe")  # reasons that the contender's name repeats
 
+
+def current_key(key: str) -> str:
+    """Return the key of a contender in this version's spelling."""
+    return BASELINE if key == _OLD_BASELINE else key
+
+
+_Key = Annotated[str, BeforeValidator(current_key)]
 _Value = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
@@ -36,7 +43,7 @@ _Value = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 class Contender:
     """A configuration with its scores on other seeds and splits."""
 
-    key: str
+    key: _Key
     """`baseline`, `trial 12` or `recipe NAME`."""
     trial: int | None
     """Its number in the search."""
@@ -84,7 +91,7 @@ class Confirmation:
     """The best first."""
     leader: str | None
     """Key of the best challenger; None if there was none."""
-    winner: str
+    winner: _Key
     """The leader if it beats the baseline significantly; otherwise the baseline, if that could be trained."""
     evidence: bool
     """Whether the leader beats the baseline significantly."""
@@ -128,7 +135,7 @@ class Confirmation:
     def from_json(cls, content: Any) -> Confirmation:
         """Rebuild a confirmation; ValueError with one line if the content is none, or contradicts itself."""
         try:
-            found = _with_new_key(_ADAPTER.validate_python(content))
+            found = _ADAPTER.validate_python(content)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -226,16 +233,6 @@ class Confirmation:
 
 
 _ADAPTER = TypeAdapter(Confirmation)
-
-
-def current_key(key: str) -> str:
-    """Return the key of a contender in this version's spelling."""
-    return BASELINE if key == _OLD_BASELINE else key
-
-
-def _with_new_key(found: Confirmation) -> Confirmation:
-    contenders = tuple(dataclasses.replace(one, key=current_key(one.key)) for one in found.contenders)
-    return dataclasses.replace(found, contenders=contenders, winner=current_key(found.winner))
 
 
 def searched_best(contenders: Iterable[Contender], *, maximize: bool) -> Contender | None:

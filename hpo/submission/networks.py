@@ -123,13 +123,13 @@ def of_member(config: TrainConfig, member: int) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Loads or trains the networks of a refit. Several networks are kept on the CPU, to free the device's memory."""
+    """Loads or trains the networks of a refit; several are kept on the CPU, to free the device's memory."""
 
     paths: StudyPaths
     number: int | None
     """Trial number; None if no trial has the configuration."""
     label: str
-    """Name of the bundle's folder, which also names the checkpoints to resume from."""
+    """Name of the bundle's folder and of the checkpoints."""
     config: TrainConfig
     metric: str
     device: torch.device
@@ -165,9 +165,8 @@ class Trainer:
     ) -> list[Network]:
         """Train the network, or the members, without validation images.
 
-        A plateau schedule has no score to watch, so the learning rate falls at the epochs where it fell in the training
-        with validation images, whose epochs are `rows`; for all members as for the first, so that one configuration
-        describes all.
+        A plateau schedule has no score to watch, so the learning rate falls where it fell in the training with
+        validation images, whose epochs are `rows`.
         """
         scores = [row[_column(self.metric)] for row in rows]
         maximize = metrics.METRICS[self.metric] == "maximize"
@@ -203,13 +202,7 @@ class Trainer:
     ) -> Network:
         """Train a network, or resume its training from the checkpoint of an interrupted refit.
 
-        Args:
-            config: The configuration to train.
-            splits: The images.
-            name: Name for the user; empty if there is one training.
-            part: Name of its checkpoint.
-            place: Its number among several, from 1; None if it is the only one.
-            stop_after: Number of epochs; None for all.
+        The only training has no name for the user (empty), and no place among several (None).
         """
         checkpoint = self.paths.refit_checkpoint(self.label, part)
         on_epoch_end = None if self.watch is None else self.watch(name)

@@ -36,11 +36,7 @@ CPU = torch.device("cpu")
 
 
 def check_onnx() -> None:
-    """Check for the packages of the export, before hours of training.
-
-    Raises:
-        BundleError: A package is missing.
-    """
+    """Raise BundleError if a package of the export is missing, before hours of training."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise BundleError(f"ONNX needs {' and '.join(missing)}; install hpo-vision[onnx]")
@@ -49,11 +45,9 @@ def check_onnx() -> None:
 def export_onnx(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
     """Export the model as ONNX: `images` (N, C, H, W) uint8 to `probabilities` (N, K) float32, with any N.
 
-    The file's metadata has the data set, the classes and the versions.
-
     Args:
         bundle: The model.
-        path: The file to write, `model.onnx` in the bundle's folder.
+        path: The file to write.
         check: Images (M, C, H, W) uint8 for the check, M at least 1.
 
     Returns:

@@ -146,11 +146,7 @@ def _pictures(images: Any) -> Iterator[Pixels | Image.Image]:
 
 
 def _stack(item: Any, name: str) -> Sequence[Pixels | Image.Image]:
-    """The images of an array, a tensor or a Pillow image.
-
-    Raises:
-        BundleError: The item is of another type, not uint8, or of an unknown shape.
-    """
+    """The images of an array, a tensor or a Pillow image; BundleError if its type or shape is unknown."""
     if isinstance(item, Image.Image):
         return [item]
     if isinstance(item, Tensor):
@@ -189,14 +185,8 @@ def write_submission(
 ) -> None:
     """Write a CSV with the columns `id` and `label` (a class name), and one column of probabilities per class.
 
-    The probabilities of a class called `id` or `label` are in `p_id` or `p_label`.
-
-    Args:
-        path: The file.
-        ids: N ids.
-        labels: (N,) int64, indices into `classes`.
-        classes: K names.
-        probabilities: (N, K), written with six digits; None for no such columns.
+    The probabilities of a class called `id` or `label` are in `p_id` or `p_label`. `labels` (N,) are indices into
+    `classes`; without `probabilities` (N, K) there are no such columns.
 
     Raises:
         BundleError: The file cannot be written.

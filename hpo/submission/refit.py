@@ -54,22 +54,19 @@ class Refitted:
     number: int | None
     """Trial number; None if no trial has the configuration."""
     networks: int
-    """Number of networks in the model."""
     decision: Decision
     val: metrics.Scores
-    """Validation scores of the model; out-of-fold with folds."""
+    """Validation scores; out-of-fold with folds."""
     test: metrics.Scores
-    """Test scores with the chosen views and temperature."""
     test_plain: metrics.Scores
     """Test scores with one view, without the temperature."""
     intervals: dict[str, tuple[float, float]]
     """95 % bootstrap interval of each score of `test`."""
     test_per_class: list[dict[str, str | float | int]]
-    """`test` by class."""
     openings: int
     """How often the study's test set has been opened, including this time."""
     onnx_difference: float | None
-    """Largest difference between a probability of the ONNX file and torch's; None without such a file."""
+    """Largest difference of a probability between the ONNX file and torch; None without such a file."""
 
 
 def refit(
@@ -96,10 +93,10 @@ def refit(
 
     Args:
         paths: Folder of the study.
-        number: Trial number, whose kept weights are used if possible; None if no trial has the configuration.
+        number: Trial whose kept weights are used if possible; None if no trial has the configuration.
         label: Name of the bundle's folder.
         config: The configuration.
-        epochs: Epochs of the training on all images: those that the trial kept, with folds their mean.
+        epochs: Epochs of the training on all images.
         dataset: The images.
         metric: The study's objective, which chooses the views and the form.
         device: Where to train.
@@ -144,15 +141,14 @@ def refit(
 
 @dataclass(frozen=True)
 class _Trained:
-    """A refit before the test set is opened."""
+    """The model before the test set is opened."""
 
     decision: Decision
     networks: list[Network]
-    """The networks of the model."""
     members: int | None
     """Number of networks trained on all images, before any averaging of weights; None for one."""
     rows: tuple[dict[str, Any], ...]
-    """Epochs of the trainings behind the model."""
+    """Epochs of their trainings."""
     epochs: int | list[int]
     """Number of epochs; with folds, the kept epoch of each network."""
     in_folds: bool
