@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 METRIC_WORDS = {
     "accuracy": "accuracy",
@@ -128,6 +131,13 @@ def joined(words: Sequence[str]) -> str:
 def held_by(name: str, host: str, since: datetime) -> str:
     """Describe a trial that a process on another host trains: `trial 3 is held by a process on b since …`."""
     return f"{name} is held by a process on {host} since {since:%Y-%m-%d %H:%M}"
+
+
+def first_fault(error: ValidationError) -> str:
+    """Describe the first fault that pydantic found, in one line: `contenders.0.key: Field required`."""
+    fault = error.errors()[0]
+    where = ".".join(map(str, fault["loc"]))
+    return f"{where}: {fault['msg']}" if where else str(fault["msg"])
 
 
 def sentence(words: str) -> str:

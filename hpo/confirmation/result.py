@@ -18,7 +18,7 @@ from hpo.confirmation.words import NO_GAIN, beside_the_baseline, plus_minus, sco
 from hpo.errors import StudyError
 from hpo.storage.atomic import replacing
 from hpo.study.results import finite
-from hpo.text import count, duration, gap
+from hpo.text import count, duration, first_fault, gap
 
 __all__ = ["BASELINE", "Confirmation", "Contender", "is_current", "read_confirmation", "write_confirmation"]
 
@@ -137,9 +137,7 @@ class Confirmation:
         try:
             found = _ADAPTER.validate_python(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from error
+            raise ValueError(first_fault(error)) from error
         keys = [one.key for one in found.contenders]
         if len(set(keys)) < len(keys):
             raise ValueError(f"contenders: two have the same key, of {keys}")

@@ -37,6 +37,7 @@ from hpo.errors import BundleError, SpaceError
 from hpo.space import recipe_from_yaml, to_yaml
 from hpo.study.results import finite
 from hpo.submission.predictions import Images, Predictions, predictions_of
+from hpo.text import first_fault
 
 WEIGHTS, MEMBER_WEIGHTS = "model.safetensors", "member_{}.safetensors"
 CONFIG, CLASSES = "config.yaml", "classes.json"
@@ -396,10 +397,7 @@ def _read_json(path: Path, adapter: TypeAdapter[T]) -> T:
     try:
         return adapter.validate_json(path.read_bytes())
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = printable(".".join(map(str, fault["loc"])))
-        why = f"{where}: {fault['msg']}" if where else fault["msg"]
-        raise BundleError(f"{path}: damaged ({why}); {_REFIT}") from error
+        raise BundleError(f"{path}: damaged ({printable(first_fault(error))}); {_REFIT}") from error
 
 
 def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:
