@@ -97,7 +97,6 @@ class _Confirm:
         self._command = options.model_copy(update={"study": search.name, "storage": storage}).command()
 
     def run(self) -> Confirmation:
-        """Train what is missing, and write the result."""
         known = read_confirmation(self._search.paths.confirmation)
         if known is not None and self._is_asked_for(known):
             return known
@@ -117,7 +116,6 @@ class _Confirm:
         return same and not _is_unfinished(self._search)
 
     def _trained(self) -> Study:
-        """Train all that the budget allows, and return the confirmation's study."""
         work, dataset = self._open()
         study = work.study
         if waiting := study.queue.waiting():

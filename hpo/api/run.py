@@ -207,7 +207,6 @@ def _check_network(space: SearchSpace, splits: Splits) -> None:
 
 
 def _model_names(space: SearchSpace) -> set[str]:
-    """Names of all networks that a trial or recipe may train."""
     names = {space.baseline.model.name, *(recipe.config.model.name for recipe in space.recipes)}
     searched = space.search.get("model.name")
     return names | {str(name) for name in (searched.describe().get("choices", []) if searched else [])}

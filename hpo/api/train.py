@@ -131,7 +131,6 @@ def _of_trial(options: TrainOptions, trial: str, reporter: Reporter) -> TrainPla
 
 
 def _paths(plan: TrainPlan, dataset: Dataset) -> TrainingPaths:
-    """The folder of this training, which the same command finds again."""
     # Early stopping and plateau schedules watch the metric, so it is part of the identity; accuracy is the default.
     watched = None if plan.metric == "accuracy" else plan.metric
     file = plan.config.model.pretrained_file

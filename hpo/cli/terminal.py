@@ -25,7 +25,6 @@ class TrainProgress:
         self.task = self.progress.add_task(label, total=epochs, note="")
 
     def epoch_ended(self, epoch: EpochMetrics) -> None:
-        """Show the epoch's loss, score and speed."""
         note = epoch_note(epoch, self.metric)
         self.progress.update(self.task, completed=epoch.epoch, note=note)
         every = max(1, self.epochs // 10)
@@ -37,22 +36,18 @@ class Terminal:
     """Shows a command's course on the terminal. Implements `hpo.reporter.Reporter`."""
 
     def say(self, line: str = "") -> None:
-        """Show one line of plain text."""
         say(line)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
-        """Show a table; `right` lists the columns that are aligned to the right."""
         table(columns, rows, right=right)
 
     @contextmanager
     def training(self, label: str, *, epochs: int, metric: str) -> Iterator[Callable[[EpochMetrics], None]]:
-        """Show the progress of one training."""
         bar = TrainProgress(label, epochs=epochs, metric=metric)
         with bar.progress:
             yield bar.epoch_ended
 
     def study(self, study: Study) -> StudyProgress:
-        """Show the progress of a study."""
         from hpo.cli.progress import StudyProgress  # with torch
 
         return StudyProgress(study)

@@ -57,7 +57,6 @@ class Candidate:
 
     @property
     def identity(self) -> str:
-        """Hash of the configuration, see `identity_of`."""
         return identity_of(self.config.model_dump(mode="json"))
 
 
@@ -142,7 +141,6 @@ class _Choice:
         return Candidate(BASELINE, None, None, ("the baseline",), config, config.epochs, None)
 
     def _firsts(self) -> list[Candidate]:
-        """The best different configurations by their score."""
         ranked = zip(_ORDINALS, _configurations(self._study, self._trials), strict=False)
         return [replace(one, chosen_for=(f"{nth}best validation score",)) for nth, one in ranked]
 
@@ -163,7 +161,6 @@ class _Choice:
                 yield _of_trial(self._study, best, f"best {where}")
 
     def _predicted(self) -> list[Candidate]:
-        """The trial with the best neighbours."""
         by_params: dict[str, list[FrozenTrial]] = {}
         for trial in self._trials:
             by_params.setdefault(json.dumps(trial.params, sort_keys=True), []).append(trial)

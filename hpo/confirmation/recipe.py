@@ -77,7 +77,6 @@ def _trial_recipe(study: Study, trial: FrozenTrial, comment: str = "") -> str:
 
 
 def _result_of(study: Study, trial: FrozenTrial) -> str:
-    """The result of a trial, its score first."""
     if FAILURE in trial.user_attrs:
         return f"none: {trial.user_attrs[FAILURE]}"
     where = f"{study.metric} on the validation images"
@@ -90,7 +89,6 @@ def _result_of(study: Study, trial: FrozenTrial) -> str:
 
 
 def _recipe(study: Study, config: TrainConfig, description: str, *, result: str, when: str, comment: str) -> str:
-    """A whole configuration as the text of a recipe file."""
     metadata = study.metadata
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     notes = {

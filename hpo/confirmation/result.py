@@ -119,7 +119,6 @@ class Confirmation:
 
     @property
     def challengers(self) -> int:
-        """Number of contenders without the baseline."""
         return sum(one.key != BASELINE for one in self.contenders)
 
     @property

@@ -64,7 +64,6 @@ class Training:
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Training:
-        """Read a trial of a confirmation."""
         attributes = trial.user_attrs
         config, failure = attributes[CONFIG], attributes.get(FAILURE)
         values = None

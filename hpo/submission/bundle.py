@@ -96,7 +96,6 @@ class Bundle:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """File names of the networks' weights."""
         return weight_files(len(self.normalizations))
 
     def write(self, folder: Path, models: Sequence[nn.Module], report: dict[str, Any]) -> None:
@@ -242,7 +241,6 @@ def _aside(target: Path) -> Path:
 
 
 def _restore(target: Path) -> None:
-    """Restore the bundle of an interrupted replacement."""
     if not target.exists() and _aside(target).exists():
         _aside(target).rename(target)
 
@@ -332,7 +330,6 @@ def _check_present(folder: Path, *names: str) -> None:
 
 
 def _load_network(folder: Path, name: str, meta: Bundle, device: torch.device) -> nn.Module:
-    """A network with the weights of a file, on the device, in evaluation mode."""
     misfit = BundleError(
         f"{folder / name}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; {_REFIT}"
     )

@@ -37,7 +37,6 @@ class Temperature:
     """Why it is not the best fit; None if it is."""
 
     def metadata(self) -> dict[str, Any]:
-        """Return the entry of `metrics.json`."""
         metadata = {
             "value": self.value,
             "val_nll_before": self.before.loss,

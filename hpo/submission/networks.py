@@ -84,7 +84,6 @@ class Network:
             self.model.to(home)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Normalise images as in training."""
         return normalize(images, mean=self.splits.mean, std=self.splits.std)
 
     def kept_epoch(self, metric: str) -> int:

@@ -153,7 +153,6 @@ def _metadata(meta: Bundle) -> dict[str, str]:
 
 
 def _checked(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
-    """The largest difference on the images."""
     predict, batches = onnx_probabilities(path), torch.split(check.cpu(), EVALUATION_BATCH)
     differences = [(predict(images) - bundle.probabilities(images)).abs().max() for images in batches]
     largest = float(torch.stack(differences).max())

@@ -50,7 +50,6 @@ class Predictions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Class name of each image."""
         return tuple(self.classes[label] for label in self.labels.tolist())
 
     @property
@@ -59,7 +58,6 @@ class Predictions:
         return self.probabilities.amax(1)
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.ids)
 
     def write(self, path: Path | str, *, probabilities: bool = False) -> None:

@@ -190,7 +190,6 @@ def _trained(trainer: Trainer, dataset: Dataset, *, epochs: int, ensemble: int |
 
 
 def _record_opening(paths: StudyPaths, label: str, number: int | None) -> int:
-    """Record an opening of the test set, and return the number of openings."""
     file = paths.test_openings
     file.parent.mkdir(parents=True, exist_ok=True)
     append_line(file, {"opened": datetime.now(UTC).isoformat(timespec="seconds"), "label": label, "trial": number})
@@ -224,7 +223,6 @@ def _report(trained: _Trained, tested: Tested, dataset: Dataset) -> dict[str, An
 def _write(
     trainer: Trainer, trained: _Trained, tested: Tested, dataset: Dataset, report: dict[str, Any], *, onnx: bool
 ) -> float | None:
-    """Write the bundle, and return the largest difference of its ONNX file, if any."""
     target, difference = trainer.paths.refit(trainer.label), None
     model = _model(trained, dataset, study=trainer.paths.name, number=trainer.number)
     with bundle.writing(target) as folder:

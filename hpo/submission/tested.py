@@ -79,7 +79,6 @@ class Tested:
         ]
 
     def report(self, classes: tuple[str, ...]) -> dict[str, Any]:
-        """Return the scores for `metrics.json`."""
         return {
             "images": len(self.labels),
             "without_tta": full_scores(self.plain, self.labels, classes),
