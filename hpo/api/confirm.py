@@ -132,7 +132,7 @@ class _Confirm:
         """Open the confirmation's study, and queue its trainings."""
         search, space = self._search, self._space
         for candidate in self._plan.chosen:
-            search.check_weights(candidate.config)
+            search.check_weights(candidate.train_config)
         dataset = open_dataset(space.baseline.data, self._data, skip_broken=search.skip_broken)
         search.check_data(dataset)
         search.files.use_store(None)

@@ -6,11 +6,10 @@ neighbours in the search space, the recipes, and the baseline.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from core.config import TrainConfig
-from hpo.confirmation.result import BASELINE
+from hpo.confirmation.result import BASELINE, Candidate, dump
 from hpo.errors import StudyError
 from hpo.space import load_recipe
 from hpo.space.pruner import RungPruner, build_pruner
@@ -34,37 +32,6 @@ NEIGHBOURS = 5
 """Trials that predict a score. Of fewer than twice as many trials, most would be neighbours of all others."""
 
 _ORDINALS = ("", "second ", "third ")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A configuration that may be trained again."""
-
-    key: str
-    """`baseline`, `trial 12` or `recipe NAME`."""
-    trial: int | None
-    """The complete trial of the search that trained it, the best of several."""
-    recipe: str | None
-    """Name of the recipe."""
-    chosen_for: tuple[str, ...]
-    """Reasons; not empty."""
-    config: TrainConfig
-    """With the seed and split of the search."""
-    epochs: int
-    """Number of epochs for a refit."""
-    search_value: float | None
-    """Score in the search."""
-
-    @property
-    def identity(self) -> str:
-        return identity_of(self.config.model_dump(mode="json"))
-
-
-def identity_of(config: Mapping[str, Any]) -> str:
-    """Hash a dumped configuration without its seed and its split."""
-    data = {name: value for name, value in config["data"].items() if name != "split_seed"}
-    tree = {name: value for name, value in config.items() if name != "seed"} | {"data": data}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def best_trial(study: Study) -> FrozenTrial:
@@ -138,7 +105,7 @@ class _Choice:
         if trial is not None:
             return replace(_of_trial(self._study, trial, "the baseline"), key=BASELINE)
         config = self._space.baseline
-        return Candidate(BASELINE, None, None, ("the baseline",), config, config.epochs, None)
+        return Candidate(BASELINE, None, None, ("the baseline",), dump(config), config.epochs, None)
 
     def _firsts(self) -> list[Candidate]:
         ranked = zip(_ORDINALS, _configurations(self._study, self._trials), strict=False)
@@ -185,7 +152,7 @@ class _Choice:
                 name = paths.dir.name
                 kept = [row["epoch"] for row in result.get("folds", [result])]
                 epochs = int(float(np.mean(kept)) + 0.5)  # mean of the folds, rounded half up
-                config = load_recipe(paths.config).config
+                config = dump(load_recipe(paths.config).config)
                 found.append(Candidate(f"recipe {name}", None, name, ("a recipe",), config, epochs, value))
         found.sort(key=lambda one: (-self._study.sign * (one.search_value or 0.0), one.key))
         # A recipe edited after it was a trial is found twice; the better one keeps the name.
@@ -236,8 +203,8 @@ def predict(places: NDArray[np.float64], values: Sequence[float]) -> list[float]
 
 
 def _of_trial(study: Study, trial: FrozenTrial, why: str) -> Candidate:
-    trained = study.trained(trial.number)
-    return Candidate(f"trial {trial.number}", trial.number, None, (why,), trained.config, trained.epochs, trained.value)
+    number, trained = trial.number, study.trained(trial.number)
+    return Candidate(f"trial {number}", number, None, (why,), dump(trained.config), trained.epochs, trained.value)
 
 
 def _configurations(study: Study, trials: Sequence[FrozenTrial], why: str = "") -> Iterator[Candidate]:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from hpo.confirmation import statistics
-from hpo.confirmation.candidates import Candidate
-from hpo.confirmation.result import BASELINE, Confirmation, Contender, searched_best
+from hpo.confirmation.result import BASELINE, Candidate, Confirmation, Contender, searched_best
 from hpo.confirmation.statistics import Comparison
 from hpo.confirmation.trials import Plan, Training, scores_of, trainings
 from hpo.errors import StudyError
@@ -65,13 +64,7 @@ def _contender(candidate: Candidate, own: Collection[Training]) -> Contender:
     failures = [training.failure for training in own if training.failure]
     stopped = [training.stopped for training in own if training.stopped]
     return Contender(
-        key=candidate.key,
-        trial=candidate.trial,
-        recipe=candidate.recipe,
-        chosen_for=candidate.chosen_for,
-        config=candidate.config.model_dump(mode="json"),
-        epochs=candidate.epochs,
-        search_value=candidate.search_value,
+        **vars(candidate),
         scores=scores_of(own).get(candidate.identity, {}),
         stopped=None if failures or not stopped else stopped[0],
         failure=failures[0] if failures else None,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,32 +40,36 @@ _Key = Annotated[str, BeforeValidator(current_key)]
 _Value = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
+def dump(config: TrainConfig) -> dict[str, Any]:
+    """Return a configuration as plain JSON, as storages and `confirmation.json` have it."""
+    return config.model_dump(mode="json")
+
+
+def identity_of(config: Mapping[str, Any]) -> str:
+    """Hash a dumped configuration without its seed and its split."""
+    data = {name: value for name, value in config["data"].items() if name != "split_seed"}
+    tree = {name: value for name, value in config.items() if name != "seed"} | {"data": data}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
-class Contender:
-    """A configuration with its scores on other seeds and splits."""
+class Candidate:
+    """A configuration that may be trained again."""
 
     key: _Key
     """`baseline`, `trial 12` or `recipe NAME`."""
     trial: int | None
-    """Its number in the search."""
+    """The complete trial of the search that trained it, the best of several."""
     recipe: str | None
     """Name of the recipe."""
     chosen_for: tuple[str, ...]
     """Reasons: "best validation score", "best at epoch 6"."""
     config: dict[str, Any]
-    """The result of `TrainConfig.model_dump(mode="json")`."""
+    """See `dump`; with the seed and split of the search."""
     epochs: int
     """Number of epochs for a refit: those kept by the trial."""
     search_value: float | None
     """Score in the search, on its one split."""
-    scores: dict[int, tuple[_Value, ...]]
-    """The value of each fold (one without folds) by replicate; NaN (null in JSON) if a training failed."""
-    stopped: str | None
-    """Why no further replicates were trained."""
-    failure: str | None
-    """Why it could not be trained."""
-    interval: Interval | None
-    """Interval of its score; None without a score."""
 
     @property
     def name(self) -> str:
@@ -74,9 +79,27 @@ class Contender:
         return "the baseline" if self.trial is None else f"the baseline (trial {self.trial})"
 
     @property
+    def identity(self) -> str:
+        return identity_of(self.config)
+
+    @property
     def train_config(self) -> TrainConfig:
         """The configuration; pydantic's ValidationError if it has fields of another version."""
         return TrainConfig.model_validate_json(json.dumps(self.config))
+
+
+@dataclass(frozen=True)
+class Contender(Candidate):
+    """A candidate with its scores on other seeds and splits."""
+
+    scores: dict[int, tuple[_Value, ...]]
+    """The value of each fold (one without folds) by replicate; NaN (null in JSON) if a training failed."""
+    stopped: str | None
+    """Why no further replicates were trained."""
+    failure: str | None
+    """Why it could not be trained."""
+    interval: Interval | None
+    """Interval of its score; None without a score."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from core.data import Dataset, folds
 from core.errors import UserError
 from core.runtime import derive_seed
 from hpo.confirmation import statistics
-from hpo.confirmation.candidates import Candidate, best_trial, candidates, confirmed_before, identity_of
-from hpo.confirmation.result import BASELINE, current_key
+from hpo.confirmation.candidates import best_trial, candidates, confirmed_before
+from hpo.confirmation.result import BASELINE, Candidate, current_key, dump, identity_of
 from hpo.confirmation.statistics import GOOD_REPLICATES, MAX_CANDIDATES, MAX_REPLICATES, allocate
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of
@@ -254,8 +254,8 @@ class Plan:
         queued = []
         for candidate, replicate in missing:
             place = places.setdefault(candidate.identity, len(places))
-            config = replicated(candidate.config, replicate, seed=self.search.seed, dataset=dataset)
-            attributes = {CANDIDATE: candidate.key, REPLICATE: replicate, CONFIG: config.model_dump(mode="json")}
+            config = replicated(candidate.train_config, replicate, seed=self.search.seed, dataset=dataset)
+            attributes = {CANDIDATE: candidate.key, REPLICATE: replicate, CONFIG: dump(config)}
             queued.append(({CANDIDATE: place, REPLICATE: replicate}, attributes))
         study.queue.enqueue(queued)  # also an empty list: a process may have died before it raised the total
         return len(queued)

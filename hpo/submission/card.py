@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from core.config import TrainConfig
 from core.tta import VIEWS
-from hpo.confirmation.result import Confirmation
+from hpo.confirmation.result import BASELINE, Confirmation
 from hpo.submission.bundle import CLASSES, CONFIG, METRICS, ONNX, ORIGIN, PREPROCESS, README, Bundle
 from hpo.text import duration, joined
 
@@ -71,8 +71,8 @@ def model_card(bundle: Bundle, report: Report, *, files: Collection[str] = ()) -
     """
     classes = _per_class(report)
     parts, kinds = ("val", "test"), ("without_tta", "with_tta")
-    base = _baseline(report)
-    confirmation = report.get("confirmation")
+    confirmation = Confirmation.from_json(report["confirmation"]) if report.get("confirmation") else None
+    base = _baseline(confirmation)
     text = _environment().get_template("card.md.j2").render(
         bundle=bundle,
         report=report,
@@ -87,7 +87,8 @@ def model_card(bundle: Bundle, report: Report, *, files: Collection[str] = ()) -
         best=BEST,
         few=FEW,
         limits=_class_limits(classes),
-        confirmation="\n".join(Confirmation.from_json(confirmation).lines()) if confirmation else "",
+        confirmation="\n".join(confirmation.lines()) if confirmation else "",
+        is_baseline=confirmation is not None and confirmation.winner == BASELINE,
         compared="the baseline, with which the search began" if base else "`hpo`'s defaults",
         has_baseline=base is not None,
         setting_rows=_setting_rows(bundle.config, base or TrainConfig()),
@@ -190,15 +191,13 @@ def _class_limits(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _baseline(report: Report) -> TrainConfig | None:
-    """The baseline of the confirmation; None if it is unknown, or has fields of another version."""
-    for contender in (report.get("confirmation") or {}).get("contenders", []):
-        if contender.get("key") in ("baseline", "base"):  # "base" in version 0.1.0
-            try:
-                return TrainConfig.model_validate_json(json.dumps(contender["config"]))
-            except ValidationError:
-                return None
-    return None
+def _baseline(confirmation: Confirmation | None) -> TrainConfig | None:
+    """The confirmed baseline; None if it is unknown, or has fields of another version."""
+    known = [] if confirmation is None else [one for one in confirmation.contenders if one.key == BASELINE]
+    try:
+        return known[0].train_config if known else None
+    except ValidationError:
+        return None
 
 
 def _setting_rows(config: TrainConfig, base: TrainConfig) -> list[list[str]]:

@@ -25,9 +25,9 @@ from core.errors import UserError
 from hpo.api.confirm import confirmed
 from hpo.api.options import ConfirmOptions
 from hpo.cli.progress import StudyProgress
-from hpo.confirmation.candidates import NEIGHBOURS, candidates, identity_of, predict, unit_cube
+from hpo.confirmation.candidates import NEIGHBOURS, candidates, predict, unit_cube
 from hpo.confirmation.conclusion import conclude
-from hpo.confirmation.result import Confirmation, read_confirmation
+from hpo.confirmation.result import Confirmation, identity_of, read_confirmation
 from hpo.confirmation.trials import Plan, Training, open_confirmation, replicated, search_epochs, trainings
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths
@@ -682,7 +682,7 @@ def test_a_recipe_that_was_trained_beside_the_study_is_a_candidate() -> None:
     assert list(found) == ["trial 1", "baseline", "recipe theirs"]
     theirs = found["recipe theirs"]
     assert (theirs.trial, theirs.recipe, theirs.epochs, theirs.search_value) == (None, "theirs", 4, 0.7)
-    assert theirs.config.batch_size == 16
+    assert theirs.train_config.batch_size == 16
 
 
 def test_with_the_loss_as_objective_less_is_better(tmp_path: Path) -> None:
