@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from hpo.api.options import ConfirmOptions, RefitOptions
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
-from hpo.confirmation.words import NO_GAIN
 from hpo.errors import StudyError
 from hpo.paths import refit_label
 from hpo.reporter import Reporter, Silent
@@ -178,15 +177,8 @@ def _winner(study: Study, options: RefitOptions, reporter: Reporter, interrupts:
         say(f"confirming the best trial of study {study.name} against the baseline first (skip with --no-confirm)")
     confirmation = confirmed(study, ConfirmOptions(data=options.data, device=options.device), reporter, interrupts)
     winner = confirmation.contender(confirmation.winner)
-    if not current:
-        for line in ("", *confirmation.lines(), ""):
-            say(line)
-    if confirmation.verdict.startswith(NO_GAIN):
-        say(f"{NO_GAIN}: the baseline is refitted")
-        if current:
-            say(f"  {confirmation.verdict.removeprefix(NO_GAIN).removeprefix(': ')}")
-    elif current:
-        say(f"confirmed: {winner.name}, {confirmation.metric} {confirmation.verdict}")
+    for line in confirmation.headline() if current else ("", *confirmation.lines(), ""):
+        say(line)
     if winner.trial is None:
         config, epochs = winner.train_config, winner.epochs
     else:

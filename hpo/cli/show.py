@@ -100,8 +100,9 @@ def _show_confirmation(study: Study, reporter: Reporter) -> None:
         return
     since = study.counts().finished - confirmation.search_trials
     ago = f", {count(since, 'trial')} ago" if since else ""
-    reporter.say(f"confirmed{ago}: {confirmation.contender(confirmation.winner).name} is the winner")
-    reporter.say(f"  {confirmation.verdict}")
+    first, *others = confirmation.headline()
+    for line in (f"confirmed{ago}: {first}", *(f"  {other}" for other in others)):
+        reporter.say(line)
 
 
 def _show_candidates(study: Study, reporter: Reporter) -> None:

@@ -190,9 +190,9 @@ class Confirmation:
     def lines(self) -> list[str]:
         """Describe the whole result, a sentence per line, for the terminal, the report and the model card."""
         if not self.trainings:
-            return [*self._headline(), "nothing was trained again"]
+            return [*self.headline(), "nothing was trained again"]
         return [
-            *self._headline(),
+            *self.headline(),
             *(f"  {line}" for line in self._contenders()),
             *self._optimism(),
             self._cost(),
@@ -200,14 +200,13 @@ class Confirmation:
             *self._footnotes(),
         ]
 
-    def _headline(self) -> Iterator[str]:
+    def headline(self) -> list[str]:
+        """Name the winner, after the verdict if that is about another trial."""
         winner = self.contender(self.winner)
         if self.leader == self.winner:
-            yield f"the winner is {winner.name}: {self.metric} {self.verdict}"
-        else:
-            yield self.verdict
-            scored = "" if winner.interval is None else f": {self.metric} {score(winner.interval)}"
-            yield f"the winner is {winner.name}{scored}"
+            return [f"the winner is {winner.name}: {self.metric} {self.verdict}"]
+        scored = "" if winner.interval is None else f": {self.metric} {score(winner.interval)}"
+        return [self.verdict, f"the winner is {winner.name}{scored}"]
 
     def _contenders(self) -> Iterator[str]:
         for one in self.contenders:

@@ -443,7 +443,8 @@ def test_the_confirmed_winner_is_refitted_and_not_the_best_of_the_search(
     assert hpo(monkeypatch, "refit", "best") == 0
     said = capsys.readouterr().out
     assert (
-        f"confirmed: trial {other}, accuracy 0.900 ± 0.020 (n = 3), better than the baseline by 0.100 ± 0.020" in said
+        f"the winner is trial {other}: accuracy 0.900 ± 0.020 (n = 3), better than the baseline by 0.100 ± 0.020"
+        in said
     )
     report = report_of(study.paths.refit("best"))
     assert report["trial"] == other
@@ -464,7 +465,9 @@ def test_without_evidence_the_base_is_refitted(
     confirm(study, challenger, base, winner="baseline", gap=Interval(0.01, 0.03, 3))
     assert hpo(monkeypatch, "refit", "best") == 0
     said = capsys.readouterr().out
-    assert "no significant gain: the baseline is refitted\n  trial 1 beats the baseline by 0.010" in said
+    assert (
+        "no significant gain: trial 1 beats the baseline by 0.010 ± 0.030 (n = 3)\nthe winner is the baseline" in said
+    )
     assert "refitting the baseline (trial 0) of study own" in said
     assert said.endswith(
         "  hpo confirm own --budget 4  # twice the trainings, for more certainty\n"
