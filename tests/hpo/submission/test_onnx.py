@@ -176,17 +176,21 @@ class Waiting(nn.Module):
     ("changed", "message"),
     [
         ({"TOLERANCE": -1.0}, r"model\.onnx: its probabilities differ from torch's by up to \S+, more than -1"),
+        (
+            {"onnx_probabilities": lambda _: lambda images: torch.full((len(images), 10), torch.nan)},
+            "by up to nan, more",
+        ),
         ({"MAX_BYTES": 100}, r"an ONNX file is limited to 2 GB, and the weights take 0\.0 GB; leave --onnx out"),
         ({"a network": Waiting()}, r"torch cannot export this network to ONNX \(.+\); leave --onnx out"),
     ],
-    ids=["differs", "too large", "a way that depends on the pixels"],
+    ids=["differs", "not a number", "too large", "a way that depends on the pixels"],
 )
 def test_a_failure_is_one_line_and_leaves_no_file(
     tmp_path: Path, digits: Tensor, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str
 ) -> None:
     bundle = make(digits, views="none", **{"model.widths": (8,), "model.blocks": (1,)})
     for name, value in changed.items():
-        if name.isupper():
+        if name != "a network":
             monkeypatch.setattr(onnx_export, name, value)
     bundle = replace(bundle, models=(changed.get("a network", bundle.models[0]),))
     with pytest.raises(BundleError, match=message) as raised:
