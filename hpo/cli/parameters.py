@@ -17,13 +17,7 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 def command(
     group: typer.Typer, options: type[OptionsT], name: str | None = None
 ) -> Callable[[Callable[[OptionsT], None]], Callable[[OptionsT], None]]:
-    """Add the decorated function to a group as a command whose parameters are the fields of a model.
-
-    Args:
-        group: The typer group.
-        options: The model; the function receives an instance of it.
-        name: Name of the command; the function's by default.
-    """
+    """Add the decorated function to a group as a command whose parameters are the fields of its model."""
 
     def register(function: Callable[[OptionsT], None]) -> Callable[[OptionsT], None]:
         def run(**values: Any) -> None:

@@ -2,10 +2,9 @@
 
 A replicate is a seed and a split with which every configuration is trained, so configurations are compared in pairs.
 The splits overlap, so the variance of a mean is corrected (Nadeau and Bengio 2003, Machine Learning 52; with folds
-Bouckaert and Frank 2004, PAKDD). The leader is chosen by the scores that it is tested with, so the interval of its
-advantage holds for all challengers at once (Bonferroni), and their spreads are pooled with its own, as in the moderated
-t (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3). Simulated (40,000 draws, 3 to 10 replicates, 2 to 7 challengers,
-spreads 0.3 to 10 times the others'): the interval covers the truth in at least 94 %.
+Bouckaert and Frank 2004, PAKDD). The interval of the leader's advantage holds for all challengers at once (Bonferroni),
+and their spreads are pooled with its own, as in the moderated t (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3). The
+documentation (`honest-winner.md`) has simulations.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ GOOD_REPLICATES = 5  # t's quantile at 95 % has fallen from 4.3 to 2.8
 FIRST_REPLICATES = 10
 MAX_REPLICATES = 20  # with a quarter of the images for validation, twice as many would narrow an interval by 7 %
 LENT_AT_MOST = 2.0
-"""Limit of the pooled spread, relative to the leader's, since a challenger that sometimes fails is very noisy."""
+"""Limit of the pooled spread, relative to the leader's: a challenger that sometimes fails is very noisy."""
 MAX_CANDIDATES = 8  # every further one widens the interval of the leader
 
 _EQUAL = 1e-12  # deviations up to this are rounding errors; scores and losses are of the order of 1
@@ -72,8 +71,8 @@ def corrected_interval(
         replicates: Number of replicates behind the values; n by default.
         confidence: Two-sided, in (0, 1).
         comparisons: Number of intervals that hold at once (Bonferroni).
-        resolution: Step of a value, and least s, since few scores may agree by rounding: 1 / validation images for a
-            share of them; 0 for a loss, and equal values then have an infinite interval.
+        resolution: Step of a value, and least s: 1 / validation images for a share of them; 0 for a loss, and equal
+            values then have an infinite interval.
         others: Samples whose pooled variance is averaged with the values', by degrees of freedom up to their own.
 
     Raises:
@@ -153,7 +152,7 @@ def cannot_win(
     """Explain why a candidate needs no further training; None if it may still win.
 
     A one-sided paired test at 90 % compares it with the one of the others that is ahead by most, over at least three
-    common replicates. See `corrected_interval` for the arguments.
+    common replicates.
     """
     if failed(candidate):
         return "one of its trainings gave no score"
@@ -228,13 +227,9 @@ def compare(
     maximize: bool,
     resolution: float = 0.0,
 ) -> Comparison:
-    """Choose the best challenger and test whether it beats the baseline.
+    """Choose the best challenger and test whether it beats the baseline; ValueError if none was trained.
 
-    `scores` are of all configurations, also failed and stopped ones, since the interval of the best allows for all of
-    them; a baseline that could not be trained has none. See `corrected_interval` for the other arguments.
-
-    Raises:
-        ValueError: None was trained.
+    `scores` are of all configurations, also failed and stopped ones, since the interval of the best allows for them.
     """
     intervals = {
         key: interval

@@ -48,9 +48,9 @@ class Training:
 
     trial_index: int
     key: str
-    """Key of the candidate when it was queued."""
+    """Of the candidate, when it was queued."""
     identity: str
-    """Hash of its configuration, see `identity_of`."""
+    """See `identity_of`."""
     replicate: int
     is_over: bool
     values: tuple[float, ...] | None
@@ -124,13 +124,9 @@ def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, tri
 
 
 def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Dataset | None = None) -> TrainConfig:
-    """Give a configuration the seed and the split of a replicate, which differ from its own.
+    """Give a configuration the seed and the split of a replicate (counted from 0), which differ from its own.
 
-    Args:
-        config: The configuration trained by the search.
-        replicate: Number of the replicate, from 0.
-        seed: The study's seed.
-        dataset: The images, to skip splits that leave a class without images, as duplicates may.
+    With the images, splits that leave a class without images, as duplicates may, are skipped.
 
     Raises:
         UserError: None of many splits can be trained on.
@@ -160,11 +156,7 @@ def search_epochs(study: Study) -> int:
 def open_confirmation(
     search: Study, space: SearchSpace, dataset: Dataset, splits: Sequence[Splits], *, data_path: Path | None
 ) -> Study:
-    """Create or resume the confirmation of a study, beside it and in the same storage.
-
-    Raises:
-        StudyError: The folder has a confirmation of another study with this name.
-    """
+    """Create or resume the confirmation of a study, beside it and in the same storage."""
     confirming = ConfirmationSpace.of(
         search.name,
         space.objective,
@@ -199,9 +191,6 @@ class Plan:
 
     The budget is a share of the epochs trained by the search. None is a third, but at least two configurations with
     `GOOD_REPLICATES` replicates: fewer mostly miss an advantage of five points.
-
-    Raises:
-        StudyError: No trial of the search is complete.
     """
 
     def __init__(self, search: Study, space: SearchSpace, *, share: float | None) -> None:

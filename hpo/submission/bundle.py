@@ -1,8 +1,8 @@
 """A submission model's folder: weights, configuration, classes, preprocessing, origin, scores and a model card.
 
 It contains no pickle, so loading a model runs no code of its author. A folder is written beside its place and then
-renamed, so it is complete or absent, and the checksums of the weights tie its files together. A model is one network,
-or an ensemble of several, whose probabilities are averaged, as those of several views are (`core.tta.average`).
+renamed, so it is complete or absent. A model is one network, or an ensemble of several, whose probabilities are
+averaged, as those of several views are (`core.tta.average`).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class LoadedBundle:
 
         Args:
             images: (N, C, H, W) uint8 of the model's channels and size, N at least 1, on any device.
-            batch_size: Number of images in a batch.
+            batch_size: Images at once on the device.
 
         Raises:
             BundleError: The images have another shape or type.
@@ -181,8 +181,8 @@ class LoadedBundle:
         Args:
             images: A path or a list of paths, of images, folders, archives, .npz files or CSVs of paths; Pillow images;
                 an array (H, W), (H, W, C) or (N, H, W, C); a tensor (C, H, W) or (N, C, H, W). Pixels are uint8.
-            batch_size: Number of images in a batch.
-            skip_broken: Whether to skip unreadable images instead of raising an error.
+            batch_size: Images at once on the device.
+            skip_broken: Leave unreadable images out instead of raising an error.
 
         Raises:
             BundleError: The images are of an unknown kind, for example floats, whose range is not known.
@@ -200,7 +200,7 @@ class LoadedBundle:
 
 
 def weight_files(networks: int) -> tuple[str, ...]:
-    """Return the file names of the weights of a model with this number of networks."""
+    """Return the file names of the networks' weights."""
     return (WEIGHTS,) if networks == 1 else tuple(MEMBER_WEIGHTS.format(i) for i in range(1, networks + 1))
 
 

@@ -1,7 +1,6 @@
 """The networks of a refit: kept by the trial or trained now, and their predictions.
 
-Several networks are members, trained on all images with different seeds, or folds, each trained without another part of
-the images.
+Several networks are members, with different seeds, or folds, each trained without another part of the images.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ class Network:
 
 
 def together(answers: Iterable[Tensor]) -> Tensor:
-    """Combine logits (N, K) of networks: unchanged for one, otherwise the logarithm of the mean probabilities."""
+    """Combine logits (N, K) of networks: of several, the logarithm of the mean probabilities."""
     return average(torch.stack(list(answers)))
 
 

@@ -39,7 +39,7 @@ class Predictions:
     """Predicted labels of N images."""
 
     ids: tuple[str, ...]
-    """Paths within the source, or the given paths if there were several; of pixels, positions from 0."""
+    """Paths within the source, or the given ones if there were several; of pixels, positions from 0."""
     labels: Tensor
     """(N,) int64, indices into `classes`."""
     probabilities: Tensor
@@ -75,12 +75,7 @@ def predictions_of(
     batch_size: int,
     skip_broken: bool = False,
 ) -> Predictions:
-    """Predict images batch by batch. See `LoadedBundle.predict` for the arguments.
-
-    Raises:
-        BundleError: The images are of an unknown kind.
-        UserError: There is no image at a path, or one is broken.
-    """
+    """Predict images batch by batch, see `LoadedBundle.predict`."""
     each = list(images) if isinstance(images, list | tuple) else [images]
     if not each:
         raise BundleError("no image in the list; give at least one")
