@@ -97,13 +97,14 @@ def refit(options: of.RefitOptions) -> None:
 @command(app, of.PredictOptions)
 def predict(options: of.PredictOptions) -> None:
     """Label images with a refitted model."""
-    from core.data.layout import printable
     from hpo.api.predict import predict
 
     predictions = predict(options)
     say(f"{len(predictions):,} images labelled: {options.output}")
-    if broken := predictions.broken:
-        say(f"  {len(broken)} broken files left out, the first: {printable(broken[0])}")
+    if predictions.broken:
+        from hpo.api.common import broken_files
+
+        say(broken_files(predictions.broken))
 
 
 # Views of a study ---------------------------------------------------------------------------------------------------
