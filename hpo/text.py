@@ -137,7 +137,8 @@ def first_fault(error: ValidationError) -> str:
     """Describe the first fault that pydantic found, in one line: `contenders.0.key: Field required`."""
     fault = error.errors()[0]
     where = ".".join(map(str, fault["loc"]))
-    return f"{where}: {fault['msg']}" if where else str(fault["msg"])
+    shown = where if where.isprintable() else ascii(where)
+    return f"{shown}: {fault['msg']}" if where else str(fault["msg"])
 
 
 def sentence(words: str) -> str:

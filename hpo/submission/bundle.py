@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from core.calibration import scaled
 from core.config import TrainConfig
-from core.data.layout import printable
 from core.errors import UserError
 from core.loop import EVALUATION_BATCH
 from core.models import build_model
@@ -394,7 +393,7 @@ def _read_json(path: Path, adapter: TypeAdapter[T]) -> T:
     try:
         return adapter.validate_json(path.read_bytes())
     except ValidationError as error:
-        raise BundleError(f"{path}: damaged ({printable(first_fault(error))}); {_REFIT}") from error
+        raise BundleError(f"{path}: damaged ({first_fault(error)}); {_REFIT}") from error
 
 
 def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:
