@@ -117,25 +117,32 @@ def refit(
         check_onnx()
     trainer = Trainer(paths, number, label, config, metric, device, watch)
     trained = _trained(trainer, dataset, epochs=epochs, ensemble=ensemble, members=members)
-    decision, openings = trained.decision, _record_opening(paths, label, number)
-    tested = Tested.by(trained.networks, decision, dataset.open_test())
+    openings = _record_opening(paths, label, number)
+    tested = Tested.by(trained.networks, trained.decision, dataset.open_test())
     report = {"trial": number, "recipe": recipe, "objective": metric, **_report(trained, tested, dataset)}
     report["search"] = None if search is None else dict(search)
     report["confirmation"] = None if confirmation is None else confirmation.to_json()
     report["test"]["opened"] = openings
     difference = _write(trainer, trained, tested, dataset, report, onnx=onnx)
+    return _refitted(trainer, trained, tested, openings, difference)
+
+
+def _refitted(
+    trainer: Trainer, trained: _Trained, tested: Tested, openings: int, onnx_difference: float | None
+) -> Refitted:
+    decision = trained.decision
     return Refitted(
-        dir=paths.refit(label),
-        number=number,
+        dir=trainer.paths.refit(trainer.label),
+        number=trainer.number,
         networks=len(trained.networks),
         decision=decision,
         val=metrics.scores(decision.answers, decision.labels),
         test=metrics.scores(tested.answers, tested.labels),
         test_plain=metrics.scores(tested.plain, tested.labels),
         intervals=tested.intervals,
-        test_per_class=metrics.per_class(tested.confusion, dataset.classes),
+        test_per_class=metrics.per_class(tested.confusion, trained.networks[0].splits.classes),
         openings=openings,
-        onnx_difference=difference,
+        onnx_difference=onnx_difference,
     )
 
 
