@@ -36,14 +36,18 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def gap(metric: str, size: float, half_width: float = math.inf) -> str:
-    """Format the difference of two scores: `3.10 ± 0.60 points`, or a plain number for a loss.
+def counted(numbers: Mapping[str, int]) -> str:
+    """Format the numbers above zero: `12 complete, 3 pruned`."""
+    return ", ".join(f"{number:,} {noun}" for noun, number in numbers.items() if number)
 
-    Args:
-        metric: `nll`, or a fraction of one.
-        size: of the difference.
-        half_width: of its interval; infinite if it has none.
-    """
+
+def cut(name: str, longest: int) -> str:
+    """Cut a name to so many characters."""
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def gap(metric: str, size: float, half_width: float = math.inf) -> str:
+    """Format the difference of two scores: `3.10 ± 0.60 points`, or a plain number for the loss `nll`."""
     scale, digits, unit = (1.0, 4, "") if metric == "nll" else (100.0, 2, " points")
     spread = f" ± {scale * half_width:.{digits}f}" if math.isfinite(half_width) else ""
     return f"{scale * size:.{digits}f}{spread}{unit}"
@@ -107,7 +111,7 @@ def in_words(size: float) -> str:
 
 
 def some(noun: str, numbers: Sequence[int], *, plural: str | None = None, most: int = 5) -> str:
-    """Format a list of numbers, cut where it is long: `trials 1, 2, 3, 4, 5 and 2 more`."""
+    """Format the first numbers of a list: `trials 1, 2, 3, 4, 5 and 2 more`."""
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
     name = noun if len(numbers) == 1 else plural or f"{noun}s"
     return f"{name} {', '.join(map(str, numbers[:most]))}{more}"
@@ -119,7 +123,7 @@ def percent(share: float, digits: int = 0) -> str:
 
 
 def together(text: str) -> str:
-    """Keep a short text on one line, for the first column of a table on a narrow screen."""
+    """Keep a short text on one line."""
     return text.replace(" ", "\u00a0")
 
 

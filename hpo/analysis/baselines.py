@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.confirmation.result import BASELINE, Contender
-from hpo.trials import FAILURE, RECIPE, is_baseline
+from hpo.confirmation.statistics import Interval
+from hpo.space.pruner import spared
+from hpo.study import Study
+from hpo.study.results import read_result
+from hpo.trials import FAILURE, is_baseline
 
 if TYPE_CHECKING:
     from hpo.analysis.study_data import StudyData
@@ -21,7 +25,7 @@ class Entry:
     """A configuration: the baseline, a recipe, the best trial, or another one that was confirmed."""
 
     key: str
-    """`base`, `trial 12` or `recipe NAME`, as in a confirmation."""
+    """`baseline`, `trial 12` or `recipe NAME`, as in a confirmation."""
     trial: int | None
     """The number of its trial in the search."""
     value: float | None
@@ -29,7 +33,6 @@ class Entry:
     failure: str | None = None
     """Why it could not be trained."""
     state: str = "complete"
-    """The state of its trial."""
     contender: Contender | None = None
     """Its scores in the confirmation."""
 
@@ -39,44 +42,44 @@ class Entry:
         return self.key == BASELINE
 
     @property
-    def mean(self) -> float | None:
-        """The confirmed score."""
-        interval = None if self.contender is None else self.contender.interval
-        return None if interval is None else interval.mean
+    def interval(self) -> Interval | None:
+        """The confirmed score with its 95 % interval."""
+        return None if self.contender is None else self.contender.interval
 
     @property
-    def half_width(self) -> float | None:
-        """Half the width of the confirmed score's 95 % interval; None if there is no interval."""
-        interval = None if self.contender is None else self.contender.interval
-        return None if interval is None or not math.isfinite(interval.half_width) else interval.half_width
+    def mean(self) -> float | None:
+        """The confirmed score."""
+        return None if self.interval is None else self.interval.mean
 
 
 def key_of(trial: FrozenTrial) -> str:
     """Return the key of a search's trial in a confirmation."""
-    if is_baseline(trial):
-        return BASELINE
-    return f"recipe {trial.user_attrs[RECIPE]}" if RECIPE in trial.user_attrs else f"trial {trial.number}"
+    return BASELINE if is_baseline(trial) else spared(trial) or f"trial {trial.number}"
 
 
 def entries_of(
     trials: Iterable[FrozenTrial], recipe_runs: Mapping[str, Mapping[str, Any]], best: FrozenTrial | None = None
 ) -> list[Entry]:
-    """The baseline, the recipes and the best of these trials, and the recipes that were trained beside the study."""
+    """The baseline, the recipes and the best of these trials, and the recipes trained beside the study."""
     found = [
-        Entry(
-            key_of(trial),
-            trial.number,
-            trial.value if trial.state == TrialState.COMPLETE else None,
-            trial.user_attrs.get(FAILURE),
-            trial.state.name.lower(),
-        )
+        Entry(key_of(trial), trial.number, _value(trial), trial.user_attrs.get(FAILURE), trial.state.name.lower())
         for trial in trials
-        if trial is best or is_baseline(trial) or RECIPE in trial.user_attrs
+        if trial is best or spared(trial)
     ]
     return found + [
         Entry(f"recipe {name}", None, result.get("value"), result.get("failure"))
         for name, result in recipe_runs.items()
     ]
+
+
+def read_recipe_runs(study: Study) -> dict[str, dict[str, Any]]:
+    """Read the results of the recipes trained beside the study, by name."""
+    results = {reference.dir.name: read_result(reference) for reference in study.paths.references()}
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def _value(trial: FrozenTrial) -> float | None:
+    return trial.value if trial.state == TrialState.COMPLETE else None
 
 
 def ranked_entries(data: StudyData) -> list[Entry]:

@@ -79,7 +79,7 @@ class Draft:
         return sum(checked.express(config) is not None for config in configs)
 
     def _tree(self) -> dict[str, Any]:
-        """The study's space as plain data, with base and data as in its file if they still mean the same."""
+        """The study's space as plain data, in its file's short form if that still means the same."""
         document, _ = parse_yaml(space_to_yaml(self.space), self.space.name)
         assert document is not None, "a written space can be read"
         tree: dict[str, Any] = document.plain()
@@ -97,7 +97,7 @@ class Draft:
         return short if same else tree
 
     def _recipes(self) -> list[str]:
-        """The paths of the recipes that the study has to beat, for a file in another folder."""
+        """The paths of the study's recipes, for a file in another folder."""
         if self.space.recipes:
             return [_nameable(recipe.path.parent, recipe.path.name) for recipe in self.space.recipes]
         written = _file_of(self.study)  # the study does not store them

@@ -1,18 +1,18 @@
-"""The finished trials of a study and the best of them, and the probabilities of patterns among them by chance.
+"""The finished trials of a study, the best of them, and the probabilities of patterns among them by chance.
 
-The best trials are taken from each fifth of the study, not from the whole: a sampler that learns draws its later trials
-close together, so among the best of all, everything that those late trials share would look decisive.
+The best are taken from each fifth of the study: a sampler that learns draws its later trials close together, so among
+the best of all, everything that these share would look decisive.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.analysis.study_data import value_of
 from hpo.study import Study
 from hpo.trials import effective_trials
 
@@ -27,13 +27,13 @@ _PARTS = 5  # consecutive parts of a study; the best fifth of each is used
 
 @dataclass(frozen=True)
 class Evidence:
-    """The effective finished trials of a study."""
+    """The complete and pruned trials of a study."""
 
     finished: tuple[FrozenTrial, ...]
-    """Complete and pruned."""
     complete: int
     best: tuple[FrozenTrial, ...]
-    """The best fifth of each fifth of the study, but at most half of its complete trials; the best of all first."""
+    """The best fifth of each fifth of the study, the best of all first. At most half of its complete trials: the
+    baseline, which is never pruned, is not good for that reason alone."""
 
     @property
     def too_few(self) -> str:
@@ -56,40 +56,38 @@ class Evidence:
 
 def read_evidence(study: Study) -> Evidence:
     """Read the finished trials of a study, and select the best of each part."""
-    over = [
-        trial
-        for trial in effective_trials(study.optuna.get_trials(deepcopy=False)).values()
-        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-    ]
-    over.sort(key=lambda trial: trial.number)
-    length = max(1, math.ceil(len(over) / _PARTS))
-    parts = [over[begin : begin + length] for begin in range(0, len(over), length)]
-    best = sorted((ranked for part in parts for ranked in _best_of(part, -study.sign)), key=lambda ranked: ranked[:2])
-    complete = sum(trial.state == TrialState.COMPLETE for trial in over)
-    return Evidence(tuple(over), complete, tuple(trial for _, _, trial in best))
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    effective = effective_trials(study.optuna.get_trials(deepcopy=False)).values()
+    finished = sorted((trial for trial in effective if trial.state in states), key=lambda trial: trial.number)
 
+    def rank(trial: FrozenTrial) -> tuple[float, int]:
+        return -study.sign * value_of(trial), trial.number
 
-def _best_of(part: Sequence[FrozenTrial], sign: int) -> list[tuple[float, int, FrozenTrial]]:
-    """The best trials of a part of the study, each with its sort key."""
-    complete = [
-        (sign * trial.value, trial.number, trial)
-        for trial in part
-        if trial.state == TrialState.COMPLETE and trial.value is not None
-    ]
-    complete.sort(key=lambda ranked: ranked[:2])
-    return complete[: min(math.ceil(len(part) / _PARTS), math.ceil(len(complete) / 2))]
+    length, best = max(1, math.ceil(len(finished) / _PARTS)), []
+    for begin in range(0, len(finished), length):
+        part = finished[begin : begin + length]
+        complete = sorted((trial for trial in part if trial.state == TrialState.COMPLETE), key=rank)
+        best += complete[: min(math.ceil(len(part) / _PARTS), math.ceil(len(complete) / 2))]
+    count = sum(trial.state == TrialState.COMPLETE for trial in finished)
+    return Evidence(tuple(finished), count, tuple(sorted(best, key=rank)))
 
 
 def binomial_tail(least: int, of: int, share: float) -> float:
     """The probability of at least so many successes `of` independent ones of probability `share`."""
-    return sum(math.comb(of, k) * share**k * (1 - share) ** (of - k) for k in range(least, of + 1))
+    from scipy.stats import binom
+
+    return float(binom.sf(least - 1, of, share))
 
 
 def spread_chance(share: float, of: int) -> float:
     """The probability that `of` uniform numbers span at most this fraction of their range."""
-    return of * share ** (of - 1) - (of - 1) * share**of
+    from scipy.stats import beta
+
+    return float(beta.cdf(share, of - 1, 2))
 
 
 def missing_chance(having: int, among: int, picked: int) -> float:
     """The probability that none of `picked` trials, drawn from `among`, is one of the `having`."""
-    return math.comb(among - having, picked) / math.comb(among, picked)
+    from scipy.stats import hypergeom
+
+    return float(hypergeom.pmf(0, among, having, picked))

@@ -1,7 +1,7 @@
 """Failed trials by cause, and the parameter that best distinguishes them from the other trials.
 
-Numbers are compared by the Mann-Whitney rank-sum test, choices by Fisher's exact test of each against the rest. A
-pattern is reported only if it is significant after Bonferroni's correction for all tests, of three failures at least.
+Numbers are compared by the Mann-Whitney rank-sum test, choices by Fisher's exact test of each against the rest, and all
+tests corrected by Bonferroni.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def interrupted(data: StudyData) -> list[FrozenTrial]:
 
 def pattern_of(data: StudyData, cause: str) -> Pattern | None:
     """The most significant pattern of a cause; None if none is significant."""
-    failed = [trial for trial in data.failed if trial.user_attrs[FAILURE] == cause]
+    failed = by_cause(data).get(cause, [])
     others = [*data.complete, *data.pruned]
     if len(failed) < FEWEST or len(others) < FEWEST:
         return None
@@ -62,11 +62,10 @@ def pattern_of(data: StudyData, cause: str) -> Pattern | None:
         for path in sorted({path for trial in failed for path in trial.params})
         for pattern in _patterns(cause, path, failed, others)
     ]
-    if not found:
+    best = min(found, key=lambda pattern: (pattern.p, pattern.path), default=None)
+    if best is None or best.p * len(found) >= _LEVEL:
         return None
-    best = min(found, key=lambda pattern: (pattern.p, pattern.path))
-    corrected = min(1.0, best.p * len(found))
-    return replace(best, p=corrected) if corrected < _LEVEL else None
+    return replace(best, p=best.p * len(found))
 
 
 def _patterns(cause: str, path: str, failed: Sequence[FrozenTrial], others: Sequence[FrozenTrial]) -> Iterator[Pattern]:

@@ -1,14 +1,14 @@
-"""Outputs of trained networks on images: the stored validation outputs of a trial, and the test scores of a refit.
+"""Outputs of trained networks on images: the stored validation outputs of a trial, and the scores of a refit.
 
-The best trials store the logits of their validation images, with folds those of each fold's own network, so that no
-image was seen in training. Both the images and the outputs may be on another machine.
+The best trials store the logits of their validation images, with folds those of each fold's own network. Both the
+images and the outputs may be on another machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +17,12 @@ from hpo.analysis.study_data import StudyData
 from hpo.confirmation.result import Contender
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A trial whose outputs may be shown."""
 
     trial: int
     winner: Contender | None
     """The confirmed winner, of this or another trial; None without a confirmation."""
-
-    @property
-    def is_winner(self) -> bool:
-        """Whether the trial is the confirmed winner."""
-        return self.winner is not None and self.winner.trial == self.trial
 
 
 @dataclass(frozen=True)
@@ -57,22 +51,50 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class RefitScores:
-    """The `test` part of a refit's `metrics.json`."""
+class Refit:
+    """A submission model."""
 
     label: str
     report: Mapping[str, Any]
+    """Its `metrics.json`."""
+
+    @property
+    def origin(self) -> str:
+        """`trial 12` or `recipe NAME`."""
+        trial = self.report.get("trial")
+        return f"recipe {self.report.get('recipe')}" if trial is None else f"trial {trial}"
+
+    def score(self, part: str, metric: str) -> float | None:
+        """The score on `val` or `test` images."""
+        found: float | None = self.report[part]["with_tta"].get(_key(metric))
+        return found
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """The bootstrap interval of the test score; None if an older version did not compute one."""
+        found: tuple[float, float] | None = self.report["test"]["with_tta"].get("intervals", {}).get(_key(metric))
+        return found
 
     @property
     def confusion(self) -> NDArray[np.int64] | None:
-        """(K, K) counts; None if written by an older version."""
-        counts = self.report.get("confusion")
+        """(K, K) counts of the test images; None if written by an older version."""
+        counts = self.report["test"].get("confusion")
         return None if counts is None else np.asarray(counts, dtype=np.int64)
 
     @property
     def per_class(self) -> list[dict[str, Any]]:
-        """The rows of `core.metrics.per_class`."""
-        return list(self.report["with_tta"]["per_class"])
+        """The rows of `core.metrics.per_class` of the test images."""
+        return list(self.report["test"]["with_tta"]["per_class"])
+
+
+def _key(metric: str) -> str:
+    """The metric's name among a refit's scores."""
+    return "loss" if metric == "nll" else metric
+
+
+def refits(data: StudyData) -> list[Refit]:
+    """The submission models: that of the best trial first, then its variants, then the others."""
+    labels = sorted(data.refits, key=lambda label: (label != "best", not label.startswith("best"), label))
+    return [Refit(label, data.refits[label]) for label in labels]
 
 
 def choices(data: StudyData) -> list[Choice]:
@@ -85,6 +107,7 @@ def choices(data: StudyData) -> list[Choice]:
 def read_outputs(data: StudyData) -> Outputs | None:
     """Read the outputs of the first of `choices` whose files exist; None without images or files."""
     from safetensors.numpy import load_file
+    from scipy.special import softmax
 
     if data.dataset is None:
         return None
@@ -94,14 +117,6 @@ def read_outputs(data: StudyData) -> Outputs | None:
             parts = [load_file(file) for file in files]
             logits = np.concatenate([part["logits"] for part in parts]).astype(np.float64)
             indices = np.concatenate([part["indices"] for part in parts])
-            exp = np.exp(logits - logits.max(1, keepdims=True))
-            probabilities = (exp / exp.sum(1, keepdims=True)).astype(np.float32)
             labels = data.dataset.labels.numpy()[indices]
-            return Outputs(choice, probabilities, labels, indices, data.dataset.classes)
+            return Outputs(choice, softmax(logits, 1).astype(np.float32), labels, indices, data.dataset.classes)
     return None
-
-
-def refit_scores(data: StudyData) -> RefitScores | None:
-    """The test scores of the refit of the best trial, or of the first refit; None without a refit."""
-    label = min(data.refits, key=lambda label: (label != "best", label), default=None)
-    return None if label is None else RefitScores(label, data.refits[label]["test"])

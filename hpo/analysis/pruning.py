@@ -1,8 +1,7 @@
 """Two measures of a pruner's safety: does the order at a rung predict the final order, and what did pruning lose?
 
-The first is Spearman's rank correlation between the value at a rung and the final value. It can only be computed from
-trials that ran to the end, a selected sample, among which it is mostly lower than among all. The second comes from the
-few trials that `pruner.let_through` lets continue past the rung that would have pruned them: a fair sample of them.
+The first is Spearman's rank correlation among the trials that ran to the end, a selected sample. The second comes from
+the trials that `pruner.let_through` lets continue, a fair sample.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class LetThrough:
     trial: FrozenTrial
     rung: int
     gain: float | None
-    """By how much its final value is better than the best of all others; None if it has none."""
+    """Improvement of its final value over the best of all others; None if it has none."""
 
 
 def agreement(data: StudyData, rung: int) -> Agreement:
@@ -53,7 +52,7 @@ def agreement(data: StudyData, rung: int) -> Agreement:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's rank correlation of pairs; None for fewer than three pairs, or if all values of one side are equal."""
+    """Spearman's rank correlation; None for fewer than three pairs, or equal values."""
     from scipy.stats import spearmanr
 
     if len(a) < 3 or len(set(a)) < 2 or len(set(b)) < 2:
@@ -64,7 +63,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 def fisher_interval(rho: float, n: int) -> tuple[float, float] | None:
     """The 95 % interval of a rank correlation of n pairs; None for few pairs or a perfect correlation.
 
-    By Fisher's z with the variance of Bonett and Wright (2000, Psychometrika 65): (1 + rho² / 2) / (n - 3).
+    Fisher's z with the variance (1 + rho² / 2) / (n - 3) of Bonett and Wright (2000, Psychometrika 65).
     """
     if n < _FEWEST or abs(rho) > 1 - 1e-12:
         return None
@@ -73,7 +72,7 @@ def fisher_interval(rho: float, n: int) -> tuple[float, float] | None:
 
 
 def fraction_interval(k: int, n: int) -> tuple[float, float]:
-    """The exact 95 % interval of a probability, given k successes in n (Clopper and Pearson 1934, Biometrika 26)."""
+    """The exact 95 % interval of a probability (Clopper and Pearson 1934), given k successes in n."""
     from scipy.stats import binomtest
 
     found = binomtest(k, n).proportion_ci(method="exact")

@@ -48,9 +48,9 @@ class Scale:
         return self.low + place * (self.high - self.low)
 
     def rounded(self, value: float, way: Literal["down", "up", "near"]) -> float:
-        """Round a value to two digits on a logarithmic scale, else to a hundredth of the range's length.
+        """Round a value to two digits on a logarithmic scale, else to a hundredth of the range.
 
-        Computed in decimal, because 0.1 × 3 is not 0.3 in binary.
+        In decimal, because 0.1 × 3 is not 0.3 in binary.
         """
         digits = math.floor(math.log10(value)) - 1 if self.log else math.floor(math.log10(self.high - self.low)) - 2
         unit = Decimal(1).scaleb(digits)
@@ -80,22 +80,14 @@ def outer_share(found: Integer | Real, bound: Bound) -> float:
 
 
 def widened(found: Integer | Real, bound: Bound) -> Integer | Real | None:
-    """Move a bound out by half the range's length, within the bounds of the field; None if it cannot be moved.
-
-    Steps stay on their grid, so that all values of before can still be drawn.
-    """
+    """Move a bound out by half the range's length, on its grid of steps; None if the field allows no more."""
     stepwise = not found.log and _levels(found) is not None
     moved = _moved_by_steps(found, bound) if stepwise else _moved(found, bound)
-    if moved is None:
-        return None
-    return _within(found, moved, found.high) if bound == "low" else _within(found, found.low, moved)
+    return None if moved is None else _within(found, **{"low": found.low, "high": found.high, bound: moved})
 
 
 def narrowed(found: Integer | Real, low: float, high: float) -> Integer | Real:
-    """Narrow a range to these values with a margin, rounded outwards, within the old range.
-
-    With steps the margin is at least one step, so that the neighbors of good values are tried.
-    """
+    """Narrow a range to these values with a margin, of at least one step, rounded outwards within the old range."""
     scale, levels = Scale.of(found), _levels(found)
     first, last = scale.place(low) - _MARGIN, scale.place(high) + _MARGIN
     if levels is None:
@@ -126,7 +118,7 @@ def _steps(found: Integer | Real) -> int:
 
 
 def _on_grid(found: Integer | Real, steps: int) -> float:
-    """The value so many steps from the low end; in decimal, as the steps of a search space are checked."""
+    """The value so many steps from the low end, in decimal."""
     return float(Decimal(str(found.low)) + steps * Decimal(str(found.step)))
 
 

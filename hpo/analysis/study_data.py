@@ -1,13 +1,12 @@
-"""The data of a study that its report is made of, read once: trials, confirmation, baselines and submission models.
+"""The data of a study's report, read once: effective trials, confirmation, baselines and submission models.
 
-Only effective trials (`hpo.trials.effective_trials`) are included, so that all figures and counts are of the same
-trials. The test set is never opened: its scores are those recorded by the refits.
+The test set is never opened: its scores are those recorded by the refits.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +16,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from core.errors import CoreError
+from hpo.analysis.baselines import read_recipe_runs
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.paths import cache_root, data_root
 from hpo.space import SearchSpace, space_from_yaml
 from hpo.space.pruner import RungPruner, build_pruner
-from hpo.storage.optuna_access import storage_of
 from hpo.study import Study
+from hpo.study.results import read_rows
 from hpo.trials import FAILURE, effective_trials, is_baseline, trial_index_of
 
 if TYPE_CHECKING:
@@ -37,20 +37,20 @@ class StudyData:
     space: SearchSpace | None
     """None for studies of versions that did not store it."""
     trials: tuple[FrozenTrial, ...]
-    """The effective trials, by index. Not copies: do not change them."""
+    """The effective trials (`hpo.trials.effective_trials`), by index. Not copies: do not change them."""
     confirmation: Confirmation | None
     recipe_runs: Mapping[str, dict[str, Any]]
     """The recipes trained beside the study, by name: their `result.json`, with `failure` or `value`."""
     refits: Mapping[str, dict[str, Any]]
     """The submission models, by label: their `metrics.json`."""
     images_path: Path | None = None
-    """Where the images are; None for the path that the study used."""
+    """Folder of the images; None for the path that the study used."""
     notes: list[str] = field(default_factory=list)
-    """What could not be shown and why, a sentence each. Sections append to it."""
+    """Missing parts with the reason, a sentence each. Sections append to it."""
 
     @property
     def metric(self) -> str:
-        """The objective, a key of `core.metrics.METRICS`."""
+        """The objective."""
         return self.study.metric
 
     @property
@@ -59,7 +59,7 @@ class StudyData:
         return self.study.direction == "maximize"
 
     def gain(self, value: float, over: float) -> float:
-        """By how much a value is better than another: positive is better in both directions."""
+        """Improvement of a value over another, positive in both directions."""
         return value - over if self.maximize else over - value
 
     # Trials
@@ -89,6 +89,11 @@ class StudyData:
         """Trials in the queue."""
         return self._of(TrialState.WAITING)
 
+    @cached_property
+    def states(self) -> dict[str, tuple[FrozenTrial, ...]]:
+        """The trials that have begun, by state."""
+        return {"complete": self.complete, "pruned": self.pruned, "failed": self.failed, "running": self.running}
+
     @property
     def finished(self) -> int:
         """The number of trials that count towards the total."""
@@ -102,7 +107,7 @@ class StudyData:
     @cached_property
     def best(self) -> FrozenTrial | None:
         """The complete trial with the best value, the first of equal ones."""
-        sign = -1.0 if self.maximize else 1.0
+        sign = -self.study.sign
         return min(self.complete, key=lambda trial: (sign * value_of(trial), trial_index_of(trial)), default=None)
 
     @cached_property
@@ -112,7 +117,7 @@ class StudyData:
 
     @property
     def best_gain(self) -> float | None:
-        """By how much the best trial is better than the baseline; None if one of them has no value."""
+        """Improvement of the best trial over the baseline; None if one of them has no value."""
         if self.best is None or self.baseline is None or self.baseline not in self.complete:
             return None
         return self.gain(value_of(self.best), value_of(self.baseline))
@@ -125,7 +130,7 @@ class StudyData:
         """Training time in seconds; of a running trial, from its `metrics.jsonl`."""
         if "elapsed_s" in trial.user_attrs:
             return float(trial.user_attrs["elapsed_s"])
-        rows = self.rows(trial.number)
+        rows = read_rows(self.study.paths.trial_metrics(trial.number))
         return float(rows[-1]["elapsed_s"]) if rows else 0.0
 
     @cached_property
@@ -133,10 +138,6 @@ class StudyData:
         """The devices of the trials, the most frequent first."""
         named = [str(trial.user_attrs["device"]) for trial in self.trials if "device" in trial.user_attrs]
         return tuple(sorted(set(named), key=lambda name: (-named.count(name), name)))
-
-    def rows(self, number: int) -> list[dict[str, Any]]:
-        """The lines of the trial's `metrics.jsonl`; empty if the file is on another machine."""
-        return read_rows(self.study.paths.trial_metrics(number))
 
     def _of(self, state: TrialState) -> tuple[FrozenTrial, ...]:
         return tuple(trial for trial in self.trials if trial.state == state)
@@ -146,16 +147,16 @@ class StudyData:
     @property
     def run_epochs(self) -> int:
         """The epochs of one fold of a full trial."""
-        return int(self.study.metadata["base"]["epochs"])
+        return fold_steps(self.study)[0]
 
     @property
     def folds(self) -> int:
         """The trainings of a trial: 1 without folds."""
-        return int(self.study.metadata["base"]["data"].get("folds") or 1)
+        return fold_steps(self.study)[1]
 
     @property
     def steps(self) -> int:
-        """The epochs of a full trial in all folds, which is the last step reported to Optuna."""
+        """The epochs of a full trial in all folds."""
         return self.run_epochs * self.folds
 
     @cached_property
@@ -173,14 +174,16 @@ class StudyData:
 
     @cached_property
     def snapshot(self) -> optuna.Study:
-        """The Optuna study with exactly these trials, even while others are being trained."""
-        return _Snapshot(self.study.optuna, self.trials)
+        """The complete trials as they were read, as a study in memory for Optuna's figures."""
+        snapshot = optuna.create_study(direction=self.study.optuna.direction)
+        snapshot.add_trials(self.complete)
+        return snapshot
 
     # Images
 
     @property
     def dataset(self) -> Dataset | None:
-        """The images, loaded on first use; None if they cannot be loaded, with the cause in `dataset_error`."""
+        """The images, loaded on first use; None with `dataset_error` if that fails."""
         return self._loaded[0]
 
     @property
@@ -210,47 +213,23 @@ class StudyData:
         return dataset, ""
 
 
-class _Snapshot(optuna.Study):
-    """A study whose trials do not change."""
-
-    def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-        super().__init__(study.study_name, storage_of(study))
-        self._frozen = sorted(trials, key=lambda trial: trial.number)
-
-    def get_trials(
-        self,
-        deepcopy: bool = True,  # noqa: ARG002  (Optuna's signature)
-        states: Container[TrialState] | None = None,
-    ) -> list[FrozenTrial]:
-        """Return the trials by number, never copies."""
-        return [trial for trial in self._frozen if states is None or trial.state in states]
-
-
 def value_of(trial: FrozenTrial) -> float:
     """Return the value of a complete trial."""
     assert trial.value is not None, "a complete trial has a value"
     return trial.value
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a `metrics.jsonl`; the last one may be being written. Empty if there is no file."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def fold_steps(study: Study) -> tuple[int, int]:
+    """Return the epochs of a fold, and the number of folds; 1 without folds."""
+    base = study.metadata["base"]
+    return int(base["epochs"]), int(base["data"].get("folds") or 1)
 
 
 def read_study_data(study: Study, *, images_path: Path | None = None) -> StudyData:
-    """Read a study's data; images and rows of epochs are read when they are used.
-
-    Args:
-        study: a search.
-        images_path: where the images are; None for the path that the study used.
-    """
-    from hpo.study.results import read_result
+    """Read a search. Images, in `images_path` if they were moved, are read on first use."""
     from hpo.submission.bundle import METRICS
 
     paths = study.paths
-    results = {reference.dir.name: read_result(reference) for reference in paths.references()}
     refits = {
         file.parent.name: json.loads(file.read_text())
         for file in sorted(paths.refit("best").parent.glob(f"[!.]*/{METRICS}"))
@@ -262,7 +241,7 @@ def read_study_data(study: Study, *, images_path: Path | None = None) -> StudyDa
         space=None if space is None else space_from_yaml(space, study.space_name),
         trials=tuple(trials[trial_index] for trial_index in sorted(trials)),
         confirmation=read_confirmation(paths.confirmation),
-        recipe_runs={name: result for name, result in results.items() if result is not None},
+        recipe_runs=read_recipe_runs(study),
         refits=refits,
         images_path=images_path,
     )

@@ -1,4 +1,4 @@
-"""A study's progress, best trial and baselines, for commands that show many studies or do not need their images."""
+"""A study's progress, best trial and baselines."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.analysis.baselines import Entry, entries_of
+from hpo.analysis.baselines import Entry, entries_of, read_recipe_runs
 from hpo.study import Counts, Study
-from hpo.study.results import read_result
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,5 @@ class StudySummary:
 def summarize(study: Study) -> StudySummary:
     """Read the current summary of a study."""
     finished = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    results = {reference.dir.name: read_result(reference) for reference in study.paths.references()}
-    runs = {name: result for name, result in results.items() if result is not None}
     best = study.best_trial() if study.confirms is None else None
-    return StudySummary(study.counts(), best, tuple(entries_of(finished, runs)))
+    return StudySummary(study.counts(), best, tuple(entries_of(finished, read_recipe_runs(study))))

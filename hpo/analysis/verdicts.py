@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from hpo.analysis.ranges import BOUNDS, Bound, Scale, depth, is_outer, narrowed,
 from hpo.errors import SpaceError
 from hpo.space import Categorical, Integer, Parameter, Real, SearchSpace
 from hpo.space.document import flow
+from hpo.text import short
 
 _AT_BOUND = 0.05  # fraction of the range; values closer to a bound are at it
 _NARROW = 0.7  # fraction of the range; a change that keeps more is not worth it
@@ -27,29 +28,18 @@ class Verdict:
 
 
 def yaml_line(found: Parameter) -> str:
-    """Write a parameter as a line of a search space; a condition with one value has no brackets."""
+    """Write a parameter as a line of a search space."""
     entry = found.describe()
     if "when" in entry:
         entry["when"] = {name: values[0] if len(values) == 1 else values for name, values in entry["when"].items()}
     return f"{found.path}: {flow(entry)}"
 
 
-def number(value: float) -> str:
-    """Format a value for a sentence."""
-    return f"{value:.3g}"
-
-
 # One parameter
 
 
 def decide(found: Parameter, evidence: Evidence, base: Any) -> Verdict:
-    """Decide on one parameter.
-
-    Args:
-        found: the parameter as it is searched.
-        evidence: the study's trials.
-        base: the baseline's value in Optuna's representation, which must stay possible; None if it has none.
-    """
+    """Decide on one parameter, which must still allow the baseline's value in Optuna's representation."""
     if evidence.too_few:
         return Verdict(found, "")
     best, drawn = evidence.among_best(found.path), evidence.drawn(found.path)
@@ -64,14 +54,13 @@ def decide(found: Parameter, evidence: Evidence, base: Any) -> Verdict:
     wider, words = widened(found, bound), crowd_words(found, bound, best)
     if wider is None:
         return Verdict(found, f"left: {words}; the field itself allows no more")
-    return Verdict(wider, f"widened to {number(wider.low if bound == 'low' else wider.high)}: {words}")
+    return Verdict(wider, f"widened to {short(getattr(wider, bound))}: {words}")
 
 
 def crowded(found: Integer | Real, evidence: Evidence) -> Bound | None:
     """Return the bound at which the best trials crowd, if there is one.
 
-    The best trial, or the median of the best, is at the bound, and significantly more of them are near it than an even
-    draw and the sampler would put there.
+    The best trial, or the median, is at it, and significantly more are near it than by an even draw or the sampler.
     """
     values, drawn = evidence.among_best(found.path), evidence.drawn(found.path)
     if len(values) < FEWEST_BEST:
@@ -92,25 +81,25 @@ def crowd_words(found: Integer | Real, bound: Bound, values: Sequence[float]) ->
     limit, side = (found.low, "lower") if bound == "low" else (found.high, "upper")
     return (
         f"{outer} of the {len(values)} best trials are in the quarter of the range at its {side} bound, "
-        f"{number(limit)}, and the best of all at {number(values[0])}"
+        f"{short(limit)}, and the best of all at {short(values[0])}"
     )
 
 
 def _judged_spread(found: Integer | Real, best: Sequence[float], drawn: Sequence[float], base: Any) -> Verdict:
     """Narrow a range to the best trials, if they are significantly close together."""
     low, high = min(best), max(best)
-    words = f"the {len(best)} best trials are between {number(low)} and {number(high)}"
+    words = f"the {len(best)} best trials are between {short(low)} and {short(high)}"
     within = sum(low <= value <= high for value in drawn)
     if spread_chance(within / len(drawn), len(best)) >= CHANCE:
         return Verdict(found, f"left: {words}, as {within} of all {len(drawn)} do, which may be chance")
     narrow = narrowed(found, low, high)
     if base is not None and not narrow.low <= base <= narrow.high:
         narrow = narrowed(found, min(low, base), max(high, base))
-        words += f", and the baseline at {number(base)}"
+        words += f", and the baseline at {short(base)}"
     scale = Scale.of(found)
     if scale.place(narrow.high) - scale.place(narrow.low) > _NARROW:
         return Verdict(found, f"left: {words}, which is too much of the range for narrowing")
-    was = f"{number(found.low)} to {number(found.high)}"
+    was = f"{short(found.low)} to {short(found.high)}"
     return Verdict(narrow, f"narrowed from {was}: {words}, and of all {len(drawn)} only {within} are in this range")
 
 
@@ -118,7 +107,7 @@ def _judged_choices(found: Categorical, best: Sequence[Any], drawn: Sequence[Any
     """Drop the choices that are significantly absent among the best trials."""
     dropped, kept = [], {}
     for choice, label in zip(found.choices, found.labels, strict=True):
-        having, having_best = _count(drawn, label), _count(best, label)
+        having, having_best = (sum(_is(value, label) for value in values) for values in (drawn, best))
         absent = having_best == 0 and missing_chance(having, len(drawn), len(best)) < CHANCE
         if absent and not _is(label, base):
             dropped.append(f"{flow(choice)} (0 of the {len(best)} best trials, {having} of all {len(drawn)})")
@@ -128,10 +117,6 @@ def _judged_choices(found: Categorical, best: Sequence[Any], drawn: Sequence[Any
     if not dropped:
         return Verdict(found, f"left: {shares}")
     return Verdict(replace(found, choices=tuple(kept)), f"dropped {', '.join(dropped)}; {shares}")
-
-
-def _count(values: Iterable[Any], label: Any) -> int:
-    return sum(_is(value, label) for value in values)
 
 
 def _is(value: Any, label: Any) -> bool:
@@ -146,49 +131,36 @@ def with_conditions(verdicts: Mapping[str, Verdict], space: SearchSpace) -> dict
     """Reduce conditions to values that are still drawn, and drop parameters that can no longer occur.
 
     Args:
-        verdicts: in the space's order, in which a parameter follows those of its condition.
+        verdicts: in the order in which a parameter follows those of its condition.
         space: the search space before any change.
     """
     settled: dict[str, Verdict] = {}
     for path, verdict in verdicts.items():
+        settled[path] = verdict
         if verdict.found is None:
-            settled[path] = verdict
             continue
-        when = {}
-        for name, allowed in space.search[path].when.items():
-            asked = settled.get(name)
-            drawn = None if asked is None else asked.found
-            when[name] = (
-                allowed if asked is None else tuple(v for v in allowed if drawn is not None and drawn.contains(v))
-            )
-        never = [name for name, allowed in when.items() if not allowed]
-        if never:
-            wanted = " or ".join(flow(value) for value in space.search[path].when[never[0]])
-            settled[path] = Verdict(None, f"no longer searched: {never[0]} is never {wanted} any more")
-        else:
+        when = dict(space.search[path].when)
+        for name in when.keys() & settled.keys():
+            drawn = settled[name].found
+            when[name] = tuple(value for value in when[name] if drawn is not None and drawn.contains(value))
+        never = next((name for name, allowed in when.items() if not allowed), None)
+        if never is None:
             settled[path] = replace(verdict, found=replace(verdict.found, when=when))
+        else:
+            wanted = " or ".join(map(flow, space.search[path].when[never]))
+            settled[path] = Verdict(None, f"no longer searched: {never} is never {wanted} any more")
     return settled
 
 
 def without_faults(verdicts: Mapping[str, Verdict], space: SearchSpace, error: SpaceError) -> dict[str, Verdict]:
-    """Revert the changes that make an invalid space.
-
-    Args:
-        verdicts: the changes.
-        space: the search space before any change.
-        error: the faults of the changed space.
-
-    Raises:
-        SpaceError: the given error, if it concerns none of the changes.
-    """
+    """Revert the changes that make an invalid space; raise the error if it concerns none of them."""
     reverted = dict(verdicts)
+    messages = [fault.message for fault in error.faults]
     for path, one in space.search.items():
-        found = verdicts[path].found
-        faults = [
-            text for fault in error.faults if (text := fault.message).startswith((f"search.{path}:", f"search.{path}."))
-        ]
-        if faults and found is not None and replace(found, when={}) != replace(one, when={}):
-            reverted[path] = Verdict(one, f"left: {yaml_line(found)} cannot be searched, {faults[0]}")
+        found, prefixes = verdicts[path].found, (f"search.{path}:", f"search.{path}.")
+        fault = next((message for message in messages if message.startswith(prefixes)), None)
+        if fault is not None and found is not None and replace(found, when={}) != replace(one, when={}):
+            reverted[path] = Verdict(one, f"left: {yaml_line(found)} cannot be searched, {fault}")
     if reverted == dict(verdicts):
         raise error
     return reverted

@@ -163,7 +163,7 @@ def study_show(options: of.ChosenStudy) -> None:
 @command(study_app, of.TopOptions, "top")
 def study_top(options: of.TopOptions) -> None:
     """Monitor a running study: its workers, their trials and rungs, the best trial, the rate and the time left."""
-    from hpo.cli.top import top_command
+    from hpo.cli.monitor import top_command
 
     top_command(options.study, storage=options.storage, every_s=options.every, once=options.once)
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 from rich.progress import TaskID
 
+from hpo.analysis.live import View, look
+from hpo.analysis.study_data import fold_steps
 from hpo.cli.console import bars, console, epoch_note, say
-from hpo.cli.monitor import View, fold_steps, look, rung_of, steps_of
+from hpo.cli.monitor import rung_of, steps_of
 from hpo.search.training import trial_label
 from hpo.space import CANDIDATE
 from hpo.study import Study

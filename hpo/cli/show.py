@@ -12,8 +12,16 @@ from optuna.trial import TrialState
 from hpo.analysis.study_data import value_of
 from hpo.analysis.summary import summarize
 from hpo.confirmation.result import read_confirmation
-from hpo.report.words import margins, next_commands, progress_text, states_text, unproven
-from hpo.storage import is_masked, mask
+from hpo.report.words import (
+    command,
+    margins,
+    next_commands,
+    progress_text,
+    states_text,
+    storage_option,
+    unproven,
+)
+from hpo.storage import mask
 from hpo.text import METRIC_WORDS, PARTLY_LUCK, assignments, count, duration, held_by, in_words, short_names
 
 if TYPE_CHECKING:
@@ -35,10 +43,8 @@ METRICS = {**METRIC_WORDS, "nll": "loss"}
 """Names of the metrics in tables."""
 
 SHOWN_TRIALS = 5
-# Accuracy hides single classes if the largest has this many times the images of the smallest.
-IMBALANCE = 1.5
-# Classes in the table by class; `result.json` and `metrics.json` have every row.
-SHOWN_CLASSES = 30
+IMBALANCE = 1.5  # accuracy hides single classes if the largest has this many times the images of the smallest
+SHOWN_CLASSES = 30  # in the table by class; `result.json` and `metrics.json` have every row
 
 
 # Studies ------------------------------------------------------------------------------------------------------------
@@ -86,11 +92,8 @@ def show_study(study: Study, reporter: Reporter) -> None:
 def _show_best_trials(study: Study, reporter: Reporter) -> None:
     complete = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     ranked = sorted(complete, key=lambda trial: (-study.sign * value_of(trial), trial.number))[:SHOWN_TRIALS]
-    reporter.table(
-        ["trial", study.metric, "parameters"],
-        [[trial.number, f"{value_of(trial):.4f}", assignments(trial.params)] for trial in ranked],
-        right=(0, 1),
-    )
+    rows = [[trial.number, f"{value_of(trial):.4f}", assignments(trial.params)] for trial in ranked]
+    reporter.table(["trial", study.metric, "parameters"], rows, right=(0, 1))
 
 
 def _show_confirmation(study: Study, reporter: Reporter) -> None:
@@ -147,15 +150,14 @@ def show_confirmation(result: ConfirmResult, reporter: Reporter) -> None:
     for line in ("", *result.confirmation.lines(), ""):
         reporter.say(line)
     study = result.study
-    storage = ["--storage", study.storage_shown] if is_masked(study.storage_shown) else []
-    commands = [shlex.join(["hpo", "refit", "best", "--study", study.name, *storage])]
-    commands += [shlex.join(["hpo", "report", study.name, *storage]), *unproven(study, result.confirmation)]
+    commands = [command(study, "refit best --study"), command(study, "report"), *unproven(study, result.confirmation)]
     _show_next(commands, reporter)
 
 
 def _show_next(commands: Sequence[str], reporter: Reporter) -> None:
-    for line in ("next:", *(f"  {command}" for command in commands)):
-        reporter.say(line)
+    reporter.say("next:")
+    for line in commands:
+        reporter.say(f"  {line}")
 
 
 # Trainings ----------------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def show_classes(rows: Sequence[Mapping[str, Any]], labels: Tensor, images: str,
 
     Args:
         rows: Of `core.metrics.per_class`.
-        labels: (N,) int64: labels of the images outside the test set, which decide whether it is imbalanced.
+        labels: (N,) int64, of the images outside the test set.
         images: Names the images that were counted.
         reporter: Shows the table.
     """
@@ -251,9 +253,7 @@ def show_refit(result: RefitResult, reporter: Reporter) -> None:
         say(f"ONNX: its probabilities differ from torch's by at most {done.onnx_difference:.1e}")
     say(f"written to {done.dir}, with a model card in its README.md")
     say()
-    storage = ["--storage", study.storage_shown] if is_masked(study.storage_shown) else []
-    commands = [f"hpo predict {shlex.quote(str(done.dir))} IMAGES -o submission.csv"]
-    commands += [shlex.join(["hpo", "report", study.name, *storage])]
+    commands = [f"hpo predict {shlex.quote(str(done.dir))} IMAGES -o submission.csv", command(study, "report")]
     commands += [] if result.confirmation is None else unproven(study, result.confirmation)
     _show_next(commands, reporter)
 
@@ -295,9 +295,8 @@ def show_diagnosis(diagnosis: Diagnosis, reporter: Reporter) -> None:
         say(f"note: {each.text}" if isinstance(each, Note) else f"{each.problem}; {each.advice}")
     say(f"study {name}: {count(len(findings), 'problem')} found" if findings else f"no problem found in study {name}")
     if fixable := sum(finding.fix is not None for finding in findings):
-        url = mask(diagnosis.check.url)
-        storage = ["--storage", url] if is_masked(url) else []
-        say(f"  {fixable} can be fixed: {shlex.join(['hpo', 'study', 'doctor', name, *storage, '--mend'])}")
+        fix = shlex.join(["hpo", "study", "doctor", name, *storage_option(mask(diagnosis.check.url)), "--mend"])
+        say(f"  {fixable} can be fixed: {fix}")
     if diagnosis.disk:
         used = sorted(diagnosis.disk.items(), key=lambda kind: -kind[1])
         kinds = ", ".join(f"{kind} {in_words(size)}" for kind, size in used)

@@ -1,7 +1,7 @@
-"""The artifacts of a trial in the dashboard: its pictures, drawn when they are first opened, and its configuration.
+"""The artifacts of a trial in the dashboard: its configuration, and its pictures, drawn when they are first opened.
 
-Optuna accepts no artifact of a finished trial, and drawing takes longer than some trainings. So the worker attaches a
-placeholder under each picture's name before the trial ends, and the picture replaces it in the artifact store later.
+Optuna accepts no artifact of a finished trial, and drawing takes longer than some trainings: so the worker attaches a
+placeholder, which the picture later replaces in the artifact store.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MIME_TYPES = {".png": "image/png"}  # all other artifacts are text
-
 
 def record(
     study: Study,
@@ -49,35 +48,36 @@ def record(
     classes: Sequence[str],
     device: str,
 ) -> None:
-    """Attach the artifacts and the note of a trial that is about to finish.
-
-    A failure is logged as a warning and ends nothing: neither a picture nor a note is worth a trial.
+    """Attach the artifacts and the note of a trial that is about to finish. A failure is only logged as a warning.
 
     Args:
         study: The trial's study.
-        space: The study's search space.
+        space: Its search space.
         trial: The running trial.
         outcome: Its result.
-        confusion: Counts (K, K) on the validation images, rows are true classes; None of a trial without a result.
-        classes: The K class names.
-        device: Description of the device that trained it.
+        confusion: Counts (K, K) on the validation images, rows are true classes; None without a result.
+        classes: K names.
+        device: That trained it.
     """
     if confusion is not None:
         table = {"classes": classes, "folds": space.baseline.data.folds or 1, "counts": confusion.tolist()}
         study.paths.trial_counts(outcome.number).write_text(json.dumps(table), encoding="utf-8")
-    try:
+    with _only_warned(outcome.number, "its pictures are missing"):
         _attach_all(study, trial, outcome)
-        if (
-            study.files.store is not None
-        ):  # other machines read the store, and cannot draw: they lack the trial's folder
+        if study.files.store is not None:  # read by machines that lack the trial's folder, and so cannot draw
             draw(study, [outcome.number])
-    except Exception as error:
-        logger.warning("trial %d: its pictures are missing (%s: %s)", outcome.number, type(error).__name__, error)
-    try:
+    with _only_warned(outcome.number, "its note is missing"):
         study.settings.add_device(device)
         note_trial(study, space, trial, outcome, device=device)
+
+
+@contextmanager
+def _only_warned(number: int, problem: str) -> Iterator[None]:
+    """Log an error as a warning: neither a picture nor a note is worth a trial."""
+    try:
+        yield
     except Exception as error:
-        logger.warning("trial %d: its note is missing (%s: %s)", outcome.number, type(error).__name__, error)
+        logger.warning("trial %d: %s (%s: %s)", number, problem, type(error).__name__, error)
 
 
 def _attach_all(study: Study, trial: Trial, outcome: Outcome) -> None:
@@ -95,19 +95,9 @@ def _attach_all(study: Study, trial: Trial, outcome: Outcome) -> None:
 
 
 def attach(trial: Trial, file: Path, store: OptunaArtifactStore) -> None:
-    """Attach a file to a running trial. The dashboard shows PNG files, and offers all others as text.
-
-    Args:
-        trial: The running trial; Optuna changes nothing in a finished one.
-        file: The file to copy into the store.
-        store: The store that the dashboard reads, `Study.artifact_store`.
-    """
-    upload_artifact(
-        artifact_store=store,
-        file_path=str(file),
-        study_or_trial=trial,
-        mimetype=_MIME_TYPES.get(file.suffix, "text/plain"),
-    )
+    """Attach a copy of a file to a running trial. The dashboard shows PNG files, and offers all others as text."""
+    kind = "image/png" if file.suffix == ".png" else "text/plain"
+    upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial, mimetype=kind)
 
 
 def _placeholder(study: str) -> bytes:
@@ -123,14 +113,7 @@ def _placeholder(study: str) -> bytes:
 
 
 def draw(study: Study, numbers: Iterable[int]) -> None:
-    """Draw the missing pictures of trials, into their folders and the artifact store.
-
-    Trials without a folder on this machine are skipped.
-
-    Args:
-        study: The study.
-        numbers: Trial numbers.
-    """
+    """Draw the missing pictures of trials that have a folder here, into it and the artifact store."""
     trials = study.optuna.get_trials(deepcopy=False)
     for number in numbers:
         _draw_trial(study, trials[number], study.files.dashboard_store())
@@ -156,20 +139,12 @@ def _missing(study: Study, number: int) -> Iterable[tuple[Path, Callable[[Path],
     if counts.exists() and not matrix.exists():
         table = json.loads(counts.read_text(encoding="utf-8"))
         of = "" if table["folds"] == 1 else f" of {count(table['folds'], 'fold')}"
-        yield (
-            matrix,
-            lambda file: confusion_matrix(
-                table["counts"], table["classes"], file, title=f"{title}, validation images{of}"
-            ),
-        )
+        whole = f"{title}, validation images{of}"
+        yield matrix, lambda file: confusion_matrix(table["counts"], table["classes"], file, title=whole)
 
 
 class PicturesOnDemand:
-    """An artifact store for optuna-dashboard that draws a trial's pictures when one of them is first opened.
-
-    Args:
-        study: The study whose artifacts are served.
-    """
+    """An artifact store for optuna-dashboard that draws a trial's pictures when one of them is first opened."""
 
     def __init__(self, study: Study) -> None:
         self._study, self._store = study, study.files.dashboard_store()
@@ -201,9 +176,6 @@ class PicturesOnDemand:
                 ids = (key.removeprefix(ARTIFACT) for key in trial.system_attrs if key.startswith(ARTIFACT))
                 self._trials |= dict.fromkeys(ids, trial)
         owner = self._trials.get(artifact_id)
-        if owner is None:  # the user attached it to the study
-            return
-        try:
-            _draw_trial(self._study, owner, self._store)
-        except Exception as error:  # the dashboard shows the placeholder
-            logger.warning("trial %d: its pictures cannot be drawn (%s)", owner.number, error)
+        if owner is not None:  # the user attached it to the study otherwise
+            with _only_warned(owner.number, "its pictures cannot be drawn"):  # the dashboard shows the placeholder
+                _draw_trial(self._study, owner, self._store)

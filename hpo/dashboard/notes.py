@@ -1,7 +1,6 @@
-"""Markdown notes of trials and studies in optuna-dashboard, with links to the pictures.
+"""Markdown notes of trials and studies in optuna-dashboard, above or below text of the user, which stays.
 
-Text that the user has written stays: below the note of a trial, and below the closing line of the note of a study.
-optuna-dashboard is imported when the first note is written: alone it takes a second, nearly all of it scikit-learn.
+optuna-dashboard is imported when the first note is written: it takes a second, nearly all of it scikit-learn.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.artifacts import get_all_artifact_meta
 
-from hpo.space import Parameter, SearchSpace
-from hpo.space.pruner import places_of
+from hpo.space import SearchSpace
+from hpo.space.pruner import places_of, spared
 from hpo.storage import is_masked
 from hpo.storage.optuna_access import trial_by_number
 from hpo.study import Study
 from hpo.text import PARTLY_LUCK, duration, sentence, short
-from hpo.trials import LET_THROUGH, RECIPE, is_baseline
+from hpo.trials import LET_THROUGH
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
@@ -31,15 +30,7 @@ _OLD_CLOSING = "\n---\n*The above is written by hpo; what is written below stays
 
 
 def note_trial(study: Study, space: SearchSpace, trial: Trial, outcome: Outcome, *, device: str) -> None:
-    """Write the note of a running trial, with links to the artifacts attached so far.
-
-    Args:
-        study: The trial's study.
-        space: The study's search space.
-        trial: The running trial.
-        outcome: Its result.
-        device: Description of the device that trained it.
-    """
+    """Write the note of a running trial that is about to end, with links to the artifacts attached so far."""
     from optuna_dashboard import get_note, save_note  # type: ignore[attr-defined]
     from optuna_dashboard.artifact import get_artifact_path  # type: ignore[attr-defined]
 
@@ -52,15 +43,7 @@ def note_trial(study: Study, space: SearchSpace, trial: Trial, outcome: Outcome,
 def trial_note(
     space: SearchSpace, outcome: Outcome, trial: FrozenTrial, *, device: str, links: Mapping[str, str]
 ) -> str:
-    """Describe a trial as Markdown: its result, why it ended, and its differences from the baseline.
-
-    Args:
-        space: The study's search space.
-        outcome: The trial's result.
-        trial: The trial, with its attributes.
-        device: Description of the device that trained it.
-        links: URL of each attached file, by name.
-    """
+    """Describe a trial as Markdown: its result, why it ended, its differences from the baseline, and links to files."""
     lines = [f"## Trial {outcome.number}: {_headline(space, outcome)}", "", _how_it_ended(space, outcome), ""]
     lines += [f"- {fact}" for fact in _facts(outcome, trial, device)]
     if links:
@@ -95,10 +78,8 @@ def _how_it_ended(space: SearchSpace, outcome: Outcome) -> str:
 
 
 def _facts(outcome: Outcome, trial: FrozenTrial, device: str) -> Iterator[str]:
-    if is_baseline(trial):
-        yield "the baseline, which is never pruned"
-    if RECIPE in trial.user_attrs:
-        yield f"the recipe {_plain(trial.user_attrs[RECIPE])}, which is never pruned"
+    if role := spared(trial):
+        yield f"{_plain(role)}, which is never pruned"
     if LET_THROUGH in trial.user_attrs:
         yield f"exempt from pruning at rung {trial.user_attrs[LET_THROUGH]}, to check the pruner"
     if outcome.replicate_of is not None:
@@ -117,14 +98,12 @@ def _differences(space: SearchSpace, outcome: Outcome) -> list[tuple[str, Any, A
     if outcome.config is not None:
         trained = outcome.config.flat()
     else:  # the parameters make no valid configuration
-        trained = baseline | {path: _decoded(space.search.get(path), value) for path, value in outcome.params.items()}
+        searched = space.search
+        decoded = {path: searched[path].decode(value) for path, value in outcome.params.items() if path in searched}
+        trained = baseline | outcome.params | decoded
     return [
         (path, baseline[path], value) for path, value in trained.items() if path != "seed" and value != baseline[path]
     ]
-
-
-def _decoded(parameter: Parameter | None, value: Any) -> Any:
-    return value if parameter is None else parameter.decode(value)
 
 
 def _plain(value: Any) -> str:
@@ -133,12 +112,7 @@ def _plain(value: Any) -> str:
 
 
 def note_study(study: Study, space: SearchSpace) -> None:
-    """Write the note of a study, in place of the one before; text of the user below it stays.
-
-    Args:
-        study: The study.
-        space: Its search space.
-    """
+    """Write the note of a study, in place of the one before; text of the user below it stays."""
     from optuna_dashboard import get_note, save_note  # type: ignore[attr-defined]
 
     written = get_note(study.optuna).replace(_OLD_CLOSING, _CLOSING)

@@ -1,8 +1,7 @@
 """Pictures of trainings and studies: learning curves, confusion matrices, mistakes, and a study's history.
 
-Matplotlib draws on its Agg canvas without pyplot, so there is no display, no global state and nothing to close. It is
-imported with the first picture. The dashboard's thumbnails are 200 pixels wide, so lines are thick and letters large.
-Colours are from the palette of Okabe and Ito (2008), which colour-blind people can distinguish.
+Matplotlib, imported with the first picture, draws on its Agg canvas without pyplot and its global state. Thumbnails in
+the dashboard are 200 pixels wide, so lines are thick and letters large. Colours are those of Okabe and Ito (2008).
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from hpo.text import METRIC_WORDS
+from hpo.text import METRIC_WORDS, cut
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,15 +43,15 @@ _LEGEND: dict[str, Any] = {"fontsize": TEXT - 2, "framealpha": 0.85, "edgecolor"
 def learning_curves(
     rows: Sequence[Mapping[str, float]], path: Path, *, title: str = "", metric: str = "accuracy"
 ) -> None:
-    """Draw losses (left) and validation scores (right) over epochs, as PNG.
+    """Draw losses (left) and validation scores (right), if there are any, over epochs, as PNG.
 
-    Each fold is a faint line; their mean is a bold line, up to the last epoch that all folds have.
+    Folds are faint lines, below the bold line of their mean. Balanced accuracy is drawn if it is the objective.
 
     Args:
-        rows: Lines of a `metrics.jsonl`; without validation scores only the training loss is drawn.
+        rows: Lines of a `metrics.jsonl`.
         path: The file to write.
         title: Title of the picture.
-        metric: The study's objective; balanced accuracy is drawn only if it is the objective.
+        metric: The study's objective.
     """
     scored = any("val_accuracy" in row for row in rows)
     width = 8.4 if scored else 5.6
@@ -76,13 +76,12 @@ def _draw_losses(axes: Axes, rows: Sequence[Mapping[str, float]]) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    epochs, rates = _series(_folds(rows)[0], "lr")
-    if rates:
+    if rates := _series(_folds(rows)[0], "lr"):
         # Only the shape, scaled to the panel's height, since a second axis would clutter the panel.
-        peak = max(rates) or 1.0
-        heights = [0.97 * rate / peak for rate in rates]
-        label = f"lr, up to {max(rates):.2g}"
-        axes.plot(epochs, heights, ":", color=GREY, linewidth=1.3, label=label, transform=axes.get_xaxis_transform())
+        peak = max(rates.values())
+        heights = [0.97 * rate / (peak or 1.0) for rate in rates.values()]
+        style: dict[str, Any] = {"color": GREY, "linewidth": 1.3, "transform": axes.get_xaxis_transform()}
+        axes.plot(list(rates), heights, ":", label=f"lr, up to {peak:.2g}", **style)
     _decorate(axes, "loss")
     if axes.lines:
         axes.legend(loc="upper right", **_LEGEND)
@@ -99,15 +98,12 @@ def _draw_scores(axes: Axes, rows: Sequence[Mapping[str, float]], metric: str) -
     folds = _folds(rows)
     last = [[row["val_accuracy"] for row in fold if "val_accuracy" in row][-1] for fold in folds]
     of = "" if len(folds) == 1 else f" ({len(folds)} folds)"
-    _decorate(axes, f"validation: accuracy {sum(last) / len(last):.4f}{of}")
+    _decorate(axes, f"validation: accuracy {fmean(last):.4f}{of}")
     axes.legend(loc="lower right", **_LEGEND)
 
 
 def confusion_matrix(confusion: ArrayLike, classes: Sequence[str], path: Path, *, title: str = "") -> None:
-    """Draw a confusion matrix as PNG: numbers are counts, colours are shares of the true class.
-
-    Correct predictions are blue. Mistakes are orange and darken with the square root of their share, so that one in
-    forty is visible.
+    """Draw a confusion matrix as PNG: correct predictions are blue, mistakes orange.
 
     Args:
         confusion: Counts (K, K) on the CPU, rows are true classes.
@@ -153,17 +149,26 @@ def _draw_cells(axes: Axes, counts: NDArray[np.int64], cell: float, letters: flo
     import numpy as np
     from matplotlib.colors import to_rgb
 
-    right = np.eye(len(counts), dtype=bool)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # a class without images has a row of zeros
-    depth = np.where(right, shares, np.sqrt(shares))[..., None]  # (K, K, 1): 0 is white, 1 the full colour
-    colors = 1 - depth * (1 - np.where(right[..., None], to_rgb(BLUE), to_rgb(ORANGE)))
-    axes.imshow(colors, interpolation="nearest")
+    _, depth = confusion_depth(counts)
+    full = np.where(np.eye(len(counts), dtype=bool)[..., None], to_rgb(BLUE), to_rgb(ORANGE))
+    axes.imshow(1 - depth[..., None] * (1 - full), interpolation="nearest")
     if len(counts) > NUMBERS_UP_TO:
         return
     fitting = min(letters, 0.85 * cell * 72 / (0.64 * len(str(counts.max()))))
     for row, column in np.argwhere(counts):
-        color = "white" if depth[row, column, 0] > 0.6 else INK
+        color = "white" if depth[row, column] > 0.6 else INK
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=fitting)
+
+
+def confusion_depth(counts: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Shares of the true class (K, K), and the depth of each cell's colour, from 0, white, to 1, full.
+
+    Mistakes darken with the square root of their share, so that one in forty is visible.
+    """
+    import numpy as np
+
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # a class without images has a row of zeros
+    return shares, np.where(np.eye(len(counts), dtype=bool), shares, np.sqrt(shares))
 
 
 def confident_errors(
@@ -176,8 +181,6 @@ def confident_errors(
 ) -> None:
     """Draw the first 24 images with their true class, predicted class and confidence, as PNG.
 
-    Small images are enlarged by a whole factor without interpolation.
-
     Args:
         images: Pixels (n, C, H, W) uint8, C 1 or 3, one image for each error.
         errors: `true` and `predicted`, each a class name or an index into `classes`, and `confidence` in [0, 1].
@@ -188,7 +191,7 @@ def confident_errors(
     Raises:
         ValueError: There are fewer errors than images.
     """
-    tiles = [_tile(image) for image in images[:SHEET]]
+    tiles = [enlarged(image, *SHEET_SIDE) for image in images[:SHEET]]
     if len(errors) < len(tiles):
         raise ValueError(f"{len(tiles)} images and {len(errors)} errors")
     if not tiles:
@@ -219,19 +222,21 @@ def confident_errors(
     _save(figure, path, title)
 
 
-def _tile(image: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Resize an image (C, H, W) for a sheet: (h, w) or (h, w, 3), enlarged by a whole factor or reduced."""
+def enlarged(image: Tensor | NDArray[np.uint8], aim: int, most: int) -> NDArray[np.uint8]:
+    """Resize (C, H, W) uint8 to (h, w, C): the longer side has about `aim` pixels and at most `most`.
+
+    Small images are enlarged by a whole factor, pixel by pixel.
+    """
     import numpy as np
     from PIL import Image
 
     pixels = np.moveaxis(np.asarray(image), 0, -1)
-    pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
     side = max(pixels.shape[:2])
-    if side > SHEET_SIDE[1]:
-        small = Image.fromarray(np.ascontiguousarray(pixels))
-        small.thumbnail((SHEET_SIDE[1], SHEET_SIDE[1]))
-        return np.asarray(small)
-    factor = max(1, min(round(SHEET_SIDE[0] / side), SHEET_SIDE[1] // side))
+    if side > most:
+        small = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+        small.thumbnail((most, most))
+        return np.atleast_3d(np.array(small))
+    factor = max(1, min(round(aim / side), most // side))
     return pixels.repeat(factor, 0).repeat(factor, 1)
 
 
@@ -255,15 +260,7 @@ def _note(words: str) -> Figure:
 def study_overview(
     study: optuna.Study, path: Path, *, metric: str, baselines: Mapping[str, float] | None = None, title: str = ""
 ) -> None:
-    """Draw the value of each trial, the best so far, and the baselines, as PNG.
-
-    Args:
-        study: The study.
-        path: The file to write.
-        metric: Name of the objective.
-        baselines: Values to draw as horizontal lines: the baseline, the recipes.
-        title: Title of the picture.
-    """
+    """Draw the value of each trial, the best so far, and the baselines' values by name, as PNG."""
     from optuna.study import StudyDirection
     from optuna.trial import TrialState
 
@@ -333,17 +330,9 @@ def _folds(rows: Sequence[Mapping[str, float]]) -> list[list[Mapping[str, float]
     return [[row for row in rows if row.get("fold", 1) == number] for number in numbers]
 
 
-def _mean_series(folds: Sequence[Sequence[Mapping[str, float]]], key: str) -> tuple[list[float], list[float]]:
-    """Epochs at which all folds have a finite value, and the mean of the folds."""
-    each = [dict(zip(*_series(fold, key), strict=True)) for fold in folds]
-    epochs = [epoch for epoch in each[0] if all(epoch in fold for fold in each)]
-    return epochs, [sum(fold[epoch] for fold in each) / len(each) for epoch in epochs]
-
-
-def _series(rows: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
-    """The finite values of a column, with their epochs."""
-    found = [(row["epoch"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
-    return [epoch for epoch, _ in found], [value for _, value in found]
+def _series(rows: Sequence[Mapping[str, float]], key: str) -> dict[float, float]:
+    """Epoch -> the value of a column, where it is finite."""
+    return {row["epoch"]: row[key] for row in rows if math.isfinite(row.get(key, math.nan))}
 
 
 def _line(
@@ -356,11 +345,12 @@ def _line(
     width: float = 2.4,
     style: str = "-",
 ) -> list[float]:
-    """Draw a column of the rows, with dots if there are few, and return its values."""
-    folds = _folds(rows)
+    """Draw a column of the rows, with dots if there are few. Returns the mean of all folds, as far as all have come."""
+    folds = [_series(fold, key) for fold in _folds(rows)]
     for fold in folds if len(folds) > 1 else ():
-        axes.plot(*_series(fold, key), style, color=color, linewidth=1.0, alpha=0.4)
-    epochs, values = _mean_series(folds, key)
+        axes.plot(list(fold), list(fold.values()), style, color=color, linewidth=1.0, alpha=0.4)
+    epochs = [epoch for epoch in folds[0] if all(epoch in fold for fold in folds)]
+    values = [fmean(fold[epoch] for fold in folds) for epoch in epochs]
     if values:
         marker = "o" if len(values) < 8 else ""
         axes.plot(epochs, values, style, label=label, color=color, linewidth=width, marker=marker, markersize=5)
@@ -391,8 +381,7 @@ def _short(name: str) -> str:
 
 
 def _one_line(name: str) -> str:
-    name = " ".join(name.split())
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    return cut(" ".join(name.split()), LONGEST_NAME)
 
 
 def _plain(text: str) -> str:

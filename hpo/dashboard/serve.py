@@ -1,8 +1,7 @@
 """Serve optuna-dashboard for a study, with its artifacts.
 
-The dashboard runs in this process, on the threaded server of the standard library, and not as a command: so it opens
-the storage as the study does, draws pictures on demand, reports a taken port at once, and ends quietly at Ctrl-C. It
-has no password, so by default it listens to this machine only.
+It runs in this process, and not as a command: so it opens the storage as the study does, draws pictures on demand, and
+reports a taken port at once. It has no password, so by default it listens to this machine only.
 """
 
 from __future__ import annotations
@@ -34,13 +33,7 @@ def command(storage_url: str, artifacts: Path) -> list[str]:
 
 
 def serve(study: Study, *, host: str, port: int, say: Callable[[str], None]) -> None:
-    """Serve the dashboard until Ctrl-C.
-
-    Args:
-        study: The study to show.
-        host: Name or address to listen on.
-        port: 0 takes any free port.
-        say: Called with each line for the user, the first with the URL of the study's page.
+    """Serve the dashboard until Ctrl-C; `say` is called with each line for the user, the first with the URL.
 
     Raises:
         StudyError: The server cannot listen on the address.
@@ -80,12 +73,7 @@ class _DashboardServer6(DashboardServer):
 
 
 def make_server(study: Study, *, host: str, port: int) -> DashboardServer:
-    """Open the study's storage and listen on the address, without answering yet.
-
-    Args:
-        study: The study to show.
-        host: Name or address to listen on.
-        port: 0 takes any free port.
+    """Open the study's storage and listen on the address, without answering yet; port 0 is any free one.
 
     Raises:
         StudyError: The server cannot listen on the address.

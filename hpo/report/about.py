@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from markupsafe import Markup
-
 from hpo.analysis.study_data import StudyData
 from hpo.report.page import Section, code, folded, section, table
 from hpo.space import space_to_yaml
@@ -12,7 +10,7 @@ from hpo.text import count
 
 def about(data: StudyData) -> Section:
     """A table of the study's metadata, and the whole space."""
-    study, metadata, images = data.study, data.study.metadata, data.study.metadata["data"]
+    study, metadata, images, space = data.study, data.study.metadata, data.study.metadata["data"], data.space
     split = metadata["base"]["data"]
     folds = f"{data.folds} folds" if data.folds > 1 else f"{split['val_fraction']:g} of the images for validation"
     rows = {
@@ -21,16 +19,15 @@ def about(data: StudyData) -> Section:
         "space": f"{study.space_name}, hash {metadata['hash'][:12]}",
         "seed": study.seed,
         "a full trial": count(data.steps, "epoch"),
-        "sampler": data.space and data.space.sampler.name,
-        "pruner": data.space and data.space.pruner.name,
+        "sampler": space and space.sampler.name,
+        "pruner": space and space.pruner.name,
         "storage": study.storage_shown,
         "created": metadata["created"],
         "command": study.settings.command and f"`{study.settings.command}`",
         "versions": ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()),
     }
-    yaml = Markup()
-    if data.space is not None:
-        yaml = folded("The search space as YAML, with every field of its baseline", code(space_to_yaml(data.space)))
+    title = "The search space as YAML, with every field of its baseline"
+    yaml = "" if space is None else folded(title, code(space_to_yaml(space)))
     lead = "The settings fixed when the study began: the same settings give the same trials."
     return section(
         "about", "The study", lead, table(["", ""], [row for row in rows.items() if row[1] is not None]), yaml

@@ -10,36 +10,20 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
 from markupsafe import Markup
 
 from core.config import TrainConfig
 from hpo.analysis.costs import saved, totals
+from hpo.analysis.outputs import Refit, refits
 from hpo.analysis.study_data import StudyData
-from hpo.confirmation.result import BASELINE, Confirmation
+from hpo.confirmation.result import BASELINE
 from hpo.confirmation.words import NO_GAIN
-from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
-from hpo.report.charts import Look, add_interval, cut, marks, set_interval_axes
-from hpo.report.page import (
-    Section,
-    code,
-    columns,
-    figure,
-    folded,
-    heading,
-    listing,
-    paragraph,
-    section,
-    table,
-    tiles,
-)
+from hpo.report.page import Section, code, columns, heading, note, paragraph, section, table, tiles
 from hpo.report.words import command, interval_text, metric_label, outdated, run_again, trial_name, unproven
 from hpo.text import count, difference, duration, gap, number, percent, score, sentence
 
 Tile = tuple[str, str, Sequence[str]]
 """A question, its answer in large letters, and lines below."""
-
-_MOST_NOTES = 4  # notes below the confirmed scores that are not folded
 
 
 def answer(data: StudyData) -> Section:
@@ -51,7 +35,7 @@ def answer(data: StudyData) -> Section:
         verdict(data),
         [paragraph(words, kind="warning") for words in warnings_of(data)],
         tiles([_better(data), _certain(data), _cost(data), *_test(data)]),
-        columns(*map(Markup("").join, (_contenders(data), _configuration(data), _costs(data), _refits(data)))),
+        columns(_configuration(data), _refits(data)),
         [heading("Next"), code("\n".join(commands))] if commands else [],
     )
 
@@ -64,15 +48,15 @@ def verdict(data: StudyData) -> str:
         return f"Tuning helped: {label} {text}." if data.confirmation.evidence else f"{sentence(text)}."
     if data.best is None:
         return "No trial is complete yet, so there is nothing to compare."
+    best = f"validation {label} {score(data.best.value)}"
     if data.best is data.baseline:
-        return f"The search found nothing better than the baseline: validation {label} {score(data.best.value)}."
+        return f"The search found nothing better than the baseline: {best}."
     gain = data.best_gain
     if gain is None:
         lead = "and the baseline is not trained, so there is no comparison"
     else:
         lead = f"{difference(data.metric, gain)} over the baseline" if gain else "the same as the baseline"
-    name = trial_name(data.best)
-    return f"Not confirmed: {name} scores best, validation {label} {score(data.best.value)}, {lead}."
+    return f"Not confirmed: {trial_name(data.best)} scores best, {best}, {lead}."
 
 
 def warnings_of(data: StudyData) -> list[str]:
@@ -90,7 +74,7 @@ def warnings_of(data: StudyData) -> list[str]:
         by = "recipe" if winner.trial is None else "trial"
         if model.get(by) != getattr(winner, by):
             found.append(
-                f"The submission model `best` is of {_refitted(model)}, and the winner is {winner.name}; "
+                f"The submission model `best` is of {Refit('best', model).origin}, and the winner is {winner.name}; "
                 f"`{command(data.study, 'refit best --study')}` replaces it."
             )
     return found
@@ -106,6 +90,30 @@ def next_commands(data: StudyData) -> list[str]:
     if data.confirmation is not None and data.confirmed:
         found += unproven(data.study, data.confirmation)
     return found
+
+
+def confirmed_text(data: StudyData) -> str:
+    """The confirmed winner's score, for a cell of a table."""
+    if data.confirmation is None:
+        return "not confirmed"
+    winner = data.confirmation.contender(data.confirmation.winner)
+    if winner.interval is None:
+        return "no score"
+    stale = "" if data.confirmed else "; older than the study"
+    return f"{interval_text(winner.interval)} (n = {winner.interval.n}), {winner.name}{stale}"
+
+
+def tested_text(data: StudyData) -> str:
+    """The refit's score on the test images, for a cell of a table."""
+    for refit in refits(data)[:1]:
+        interval = _interval(refit, data.metric, " to ")
+        return f"{score(refit.score('test', data.metric))}{interval and f' ({interval})'}, refit {refit.label}"
+    return "no refit"
+
+
+def _interval(refit: Refit, metric: str, between: str) -> str:
+    """The bounds of the test score's interval; empty if there is none."""
+    return between.join(map(score, refit.interval(metric) or ()))
 
 
 # Tiles --------------------------------------------------------------------------------------------------------------
@@ -145,11 +153,10 @@ def _certain(data: StudyData) -> Tile:
         lines.append("± is a 95 % interval, corrected for overlapping splits and for the number of challengers.")
     if made.optimism is not None and (best := made.searched_best) is not None:
         size = gap(data.metric, abs(made.optimism))
-        own = f"The search's own best score, {score(best.search_value)},"
-        flattering = f"was flattering: confirmed, it is {size} worse."
-        lines.append(
-            f"{own} {flattering if made.optimism > 0 else f'did not flatter: confirmed, it is {size} better.'}"
-        )
+        flattering = f"was flattering: confirmed, it is {size} worse"
+        honest = f"did not flatter: confirmed, it is {size} better"
+        what = f"The search's own best score, {score(best.search_value)},"
+        lines.append(f"{what} {flattering if made.optimism > 0 else honest}.")
     return question, f"95 %, n = {n}" if made.evidence else f"n = {n}", lines
 
 
@@ -158,136 +165,40 @@ def _cost(data: StudyData) -> Tile:
     times = [f"{cost.kind} {duration(cost.seconds)}" for cost in costs if cost.seconds is not None]
     trainings = count(sum(cost.trainings for cost in costs), "training")
     epochs = count(sum(cost.epochs or 0 for cost in costs), "epoch")
-    lines = [f"{sentence(', '.join(times))}.", f"{trainings}, {epochs} in all{_on_devices(data)}."]
+    devices = f", on {', '.join(data.devices)}" if data.devices else ""
+    lines = [f"{sentence(', '.join(times))}.", f"{trainings}, {epochs} in all{devices}."]
     if (less := saved(data)).epochs:
         share = less.epochs / (less.epochs + (costs[0].epochs or 0))
         lines.append(f"Pruning saved {count(less.epochs, 'epoch')}, {percent(share)} of the search.")
     return "What did it cost?", f"{duration(sum(cost.seconds or 0.0 for cost in costs))} of training", lines
 
 
-def _on_devices(data: StudyData) -> str:
-    return f", on {', '.join(data.devices)}" if data.devices else ""
-
-
 def _test(data: StudyData) -> list[Tile]:
-    if (found := _shown_refit(data)) is None:
-        return []
-    label, report = found
-    test, interval = report["test"], _interval(report, data.metric)
+    return [_tested(data, refit) for refit in refits(data)[:1]]
+
+
+def _tested(data: StudyData, refit: Refit) -> Tile:
+    test, interval = refit.report["test"], _interval(refit, data.metric, " and ")
+    what = f"{metric_label(data.metric)} of the refit `{refit.label}`, {refit.origin}, on {test['images']:,} images"
     opened = "once" if test["opened"] == 1 else f"{test['opened']} times"
-    what = f"{metric_label(data.metric)} of the refit `{label}`, {_refitted(report)}, on {test['images']:,} images"
-    between = f", 95 % between {' and '.join(interval)}" if interval else ""
-    lines = [f"{what}{between}.", f"The test set was opened {opened}."]
-    return [("On the test images", _refit_score(report, "test", data.metric), lines)]
-
-
-def _shown_refit(data: StudyData) -> tuple[str, Mapping[str, Any]] | None:
-    """`best`, or the first other refit."""
-    label = min(data.refits, key=lambda label: (label != "best", not label.startswith("best"), label), default=None)
-    return None if label is None else (label, data.refits[label])
-
-
-def _refitted(report: Mapping[str, Any]) -> str:
-    """`trial 12` or `recipe NAME`."""
-    return f"trial {report['trial']}" if report.get("trial") is not None else f"recipe {report.get('recipe')}"
-
-
-def _score_key(metric: str) -> str:
-    """The metric's name among a refit's scores."""
-    return "loss" if metric == "nll" else metric
-
-
-def _refit_score(report: Mapping[str, Any], part: str, metric: str) -> str:
-    return score(report[part]["with_tta"].get(_score_key(metric)))
-
-
-def _interval(report: Mapping[str, Any], metric: str) -> list[str]:
-    """The bounds of the test score's bootstrap interval; empty if an older version did not compute one."""
-    low, high = report["test"]["with_tta"].get("intervals", {}).get(_score_key(metric), (None, None))
-    return [] if low is None else [score(low), score(high)]
-
-
-def confirmed_text(data: StudyData) -> str:
-    """The confirmed winner's score, for a cell of a table."""
-    if data.confirmation is None:
-        return "not confirmed"
-    winner = data.confirmation.contender(data.confirmation.winner)
-    if winner.interval is None:
-        return "no score"
-    stale = "" if data.confirmed else "; older than the study"
-    return f"{interval_text(winner.interval)} (n = {winner.interval.n}), {winner.name}{stale}"
-
-
-def tested_text(data: StudyData) -> str:
-    """The refit's score on the test images, for a cell of a table."""
-    if (found := _shown_refit(data)) is None:
-        return "no refit"
-    label, report = found
-    interval = _interval(report, data.metric)
-    between = f" ({' to '.join(interval)})" if interval else ""
-    return f"{_refit_score(report, 'test', data.metric)}{between}, refit {label}"
+    lines = [f"{what}{interval and f', 95 % between {interval}'}.", f"The test set was opened {opened}."]
+    return "On the test images", score(refit.score("test", data.metric)), lines
 
 
 # Evidence -----------------------------------------------------------------------------------------------------------
 
 
-def _contenders(data: StudyData) -> list[Markup]:
-    made = data.confirmation
-    if made is None or not any(contender.interval for contender in made.contenders):
-        return []
-    notes = [f"{each.name}: {each.failure}." for each in made.contenders if each.failure]
-    notes += [f"{each.name} was stopped early: {each.stopped}." for each in made.contenders if each.stopped]
-    notes += [f"Left out: {words}." for words in made.left_out]
-    scores = [f"{each.name} {score(each.interval.mean)}" for each in made.contenders if each.interval]
-    alt = f"Confirmed scores with 95 % intervals. {'; '.join(scores)}"
-    fig = contenders_figure(made, metric_label(data.metric))
-    legend = "A dot is a mean with its 95 % interval, a small ring one training; the square is the baseline."
-    more = notes[_MOST_NOTES:]
-    return [
-        heading("Confirmed on other seeds and splits"),
-        figure(fig, alt=alt, height=100 + 40 * len(made.contenders)),
-        *(paragraph(words, kind="note") for words in [legend, *notes[:_MOST_NOTES]]),
-        *([folded("More notes", listing(more))] if more else []),
-    ]
-
-
-def contenders_figure(made: Confirmation, label: str) -> go.Figure:
-    """A row per contender, the best on top: every score, their mean and its 95 % interval."""
-    rows = {each.key: f"{cut(each.name, 22)}<br>n = {len(each.scores)}" for each in made.contenders if each.scores}
-    scored = [each for each in made.contenders if each.scores]
-    points = [
-        (value, rows[each.key], f"replicate {key}")
-        for each in scored
-        for key, values in each.scores.items()
-        for value in values
-    ]
-    x, y, text = zip(*points, strict=True)
-    hover = "%{y}<br>%{text}: %{x:.4f}"
-    fig = go.Figure(marks(x, y, hover, Look(GREY, "circle-open", 6, 1), text=text))
-    for each in scored:
-        if each.interval is None:
-            continue
-        is_base = each.key == BASELINE
-        color = ORANGE if is_base else INK if each.key == made.winner else BLUE
-        hover = f"{each.name}<br>{interval_text(each.interval)}<br>{', '.join(each.chosen_for)}"
-        add_interval(fig, rows[each.key], each.interval, hover, color=color, baseline=is_base)
-        if is_base:
-            fig.add_vline(x=each.interval.mean, line={"color": ORANGE, "dash": "dash", "width": 1.2}, layer="below")
-    set_interval_axes(fig, label, list(rows.values()))
-    return fig
-
-
-def _configuration(data: StudyData) -> list[Markup]:
+def _configuration(data: StudyData) -> Markup:
     """The winner's changes of the baseline; if there are none, the leader's as well."""
     base, made = _flat(data.study.metadata["base"]), data.confirmation
     title = heading("The configuration")
     if made is not None:
         shown = [made.contender(key) for key in dict.fromkeys((made.winner, made.leader)) if key is not None]
         body = [_changes(each.name, base, _flat(each.config), wins=each.key == made.winner) for each in shown]
-        return [title, *(body if shown[0].key == BASELINE else body[:1])]
+        return title + Markup("").join(body if shown[0].key == BASELINE else body[:1])
     if data.best is None:
-        return []
-    return [title, _changes(trial_name(data.best), base, data.study.config_of(data.best).flat(), wins=True)]
+        return Markup("")
+    return title + _changes(trial_name(data.best), base, data.study.config_of(data.best).flat(), wins=True)
 
 
 def _changes(name: str, base: Mapping[str, Any], config: Mapping[str, Any], *, wins: bool) -> Markup:
@@ -317,35 +228,18 @@ def _shown(value: Any) -> str:
     return "off" if value is None else str(value)
 
 
-def _costs(data: StudyData) -> list[Markup]:
+def _refits(data: StudyData) -> Markup:
     rows = [
         (
-            cost.kind,
-            cost.trainings,
-            None if cost.epochs is None else f"{cost.epochs:,}",
-            None if cost.seconds is None else duration(cost.seconds),
+            refit.label,
+            refit.report["networks"],
+            *(score(refit.score(part, data.metric)) for part in ("val", "test")),
+            _interval(refit, data.metric, " to "),
         )
-        for cost in totals(data)
-    ]
-    device = f"On {', '.join(data.devices)}. " if data.devices else ""
-    note = f"{device}The search's time is the sum of its trials, also if they ran side by side."
-    body = table(["", "trainings", "epochs", "time"], rows, right=(1, 2, 3))
-    return [heading("What it cost"), body, paragraph(note, kind="note")]
-
-
-def _refits(data: StudyData) -> list[Markup]:
-    rows = [
-        (
-            label,
-            report["networks"],
-            _refit_score(report, "val", data.metric),
-            _refit_score(report, "test", data.metric),
-            " to ".join(_interval(report, data.metric)),
-        )
-        for label, report in data.refits.items()
+        for refit in refits(data)
     ]
     if not rows:
-        return []
-    note = f"{sentence(metric_label(data.metric))}, with the test-time augmentation that validation chose."
+        return Markup("")
+    words = f"{sentence(metric_label(data.metric))}, with the test-time augmentation that validation chose."
     body = table(["refit", "networks", "validation", "test", "95 % of the test"], rows, right=(1, 2, 3))
-    return [heading("Submission models"), body, paragraph(note, kind="note")]
+    return heading("Submission models") + body + note(words)

@@ -2,85 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from hpo.analysis.baselines import Entry, key_of, ranked_entries
-from hpo.analysis.study_data import StudyData, value_of
+from hpo.analysis.baselines import Entry, entries_of, key_of, ranked_entries
+from hpo.analysis.study_data import StudyData
+from hpo.analysis.summary import StudySummary
 from hpo.dashboard.pictures import BLUE, GREY, ORANGE
-from hpo.report.charts import Look, error_bars, marks
-from hpo.report.page import Section, figure, paragraph, section, table
-from hpo.report.words import entry_name, interval_text, metric_label, outdated
-from hpo.text import joined, score, sentence, together
+from hpo.report.charts import Look, error_bars, marks, named_rows
+from hpo.report.page import Section, figure, folded, listing, note, paragraph, section, table
+from hpo.report.words import command, entry_name, interval_text, margins, metric_label, outdated
+from hpo.text import cut, joined, score, sentence, together
+
+_MOST_NOTES = 4  # candidates left out that are not folded
 
 
 def baselines(data: StudyData) -> Section | None:
     """The section; None if there is no complete trial, or nothing to compare it with."""
-    entries = ranked_entries(data)
-    if data.best is None or len(entries) < 2:
+    entries, made, best = ranked_entries(data), data.confirmation, data.best
+    if best is None or (len(entries) < 2 and made is None):
         return None
     notes = []
-    if data.confirmation is None:
-        note = (
+    if made is None:
+        words = (
             "All of these are scores on one split, by which the best trial was chosen: they flatter it. "
-            f"`hpo confirm {data.study.name}` trains the best and the baseline again on other seeds and splits."
+            f"`{command(data.study, 'confirm')}` trains the best and the baseline again on other seeds and splits."
         )
-        notes.append(paragraph(note, kind="note"))
-    elif not data.confirmed:
-        notes.append(paragraph(outdated(data.study, data.confirmation, data.finished), kind="warning"))
-    return section("baselines", "Baselines", _lead(data, entries), _plot(data, entries), _table(data, entries), notes)
-
-
-def _lead(data: StudyData, entries: Sequence[Entry]) -> str:
-    label, made, best = metric_label(data.metric), data.confirmation, data.best
+        notes.append(note(words))
+    else:
+        left_out = [f"Left out: {words}." for words in made.left_out]
+        notes += [] if data.confirmed else [paragraph(outdated(data.study, made, data.finished), kind="warning")]
+        notes += map(note, left_out[:_MOST_NOTES])
+        notes += [folded("More notes", listing(left_out[_MOST_NOTES:]))] if left_out[_MOST_NOTES:] else []
+    plot = figure(entries_figure(data, entries), alt=_alt(data, entries), height=120 + 36 * len(entries))
+    rivals = tuple(entries_of((*data.complete, *data.pruned, *data.failed), data.recipe_runs))
+    summary = StudySummary(data.study.counts(), best, rivals)
+    first, *lines = margins(summary, data.metric, data.study.direction)
     if made is not None:
-        if not made.evidence:
-            return f"On other seeds and splits: {made.verdict}."
-        winner = next(entry_name(entry) for entry in entries if entry.key == made.winner)
-        return f"On other seeds and splits, {winner} has {label} {made.verdict}."
-    assert best is not None, "there is something to compare"
-    value = value_of(best)
-    name = "the baseline" if best is data.baseline else key_of(best)
-    head = f"The best of the search, {name}, has {label} {score(value)}"
-    gains = {
-        entry_name(entry): data.gain(value, entry.value)
-        for entry in entries
-        if entry.key != key_of(best) and entry.value is not None
-    }
-    if not gains:
-        return f"{head}; nothing else has a value."
-    words = [
-        f"{score(gain)} better than {name}" if gain > 0 else f"no better than {name}" for name, gain in gains.items()
-    ]
-    return f"{head}: {joined(words)}. Nothing is confirmed on other splits yet."
+        lead, lines = f"On other seeds and splits: {made.verdict}.", []
+    else:
+        lead = f"{sentence(first)}; not confirmed on other seeds and splits."
+    body = [listing(list(map(str.strip, lines))) if lines else "", plot, _table(data, entries)]
+    return section("baselines", "Baselines", lead, body, notes)
 
 
 def _table(data: StudyData, entries: Sequence[Entry]) -> Markup:
     baseline = next((entry for entry in entries if entry.is_baseline), None)
+    searched, confirmed = (None, None) if baseline is None else (baseline.value, baseline.mean)
 
-    def gain(entry: Entry, score: Callable[[Entry], float | None]) -> str:
-        value, over = score(entry), None if baseline in (None, entry) else score(baseline)
-        return "–" if value is None or over is None else f"{data.gain(value, over):+.4f}"
+    def gain(entry: Entry, value: float | None, over: float | None) -> str:
+        return "–" if entry is baseline or value is None or over is None else f"{data.gain(value, over):+.4f}"
 
-    rows = []
-    for entry in entries:
-        row = [
-            _name(data, entry),
-            score(entry.value),
-            gain(entry, lambda entry: entry.value),
-        ]
-        interval = None if entry.contender is None else entry.contender.interval
-        if data.confirmation is not None and interval is None:
-            row += ["–", "–", "–"]
-        elif interval is not None:
-            alone = " (no interval)" if entry.half_width is None else ""
-            row += [f"{interval_text(interval)}{alone}", str(interval.n), gain(entry, lambda entry: entry.mean)]
-        rows.append([*row, _note(entry)])
     columns = ["", f"{metric_label(data.metric)} in the search", "better than the baseline by"]
     if data.confirmation is not None:
         columns += ["confirmed (95 % interval)", "n", "better than the baseline by"]
+    rows = []
+    for entry in entries:
+        row = [_name(data, entry), score(entry.value), gain(entry, entry.value, searched)]
+        if (interval := entry.interval) is not None:
+            text = interval_text(interval) + ("" if "±" in interval_text(interval) else " (no interval)")
+            row += [text, str(interval.n), gain(entry, interval.mean, confirmed)]
+        rows.append([*row, *["–"] * (len(columns) - len(row)), _remark(entry)])
     return table([*columns, ""], rows, right=range(1, len(columns)))
 
 
@@ -93,7 +78,7 @@ def _name(data: StudyData, entry: Entry) -> str:
     return together(entry_name(entry) + star)
 
 
-def _note(entry: Entry) -> str:
+def _remark(entry: Entry) -> str:
     if entry.failure:
         return f"could not be trained: {entry.failure}"
     if entry.contender is not None and entry.contender.stopped:
@@ -101,33 +86,51 @@ def _note(entry: Entry) -> str:
     return "" if entry.state == "complete" else f"is {entry.state}"
 
 
-def _plot(data: StudyData, entries: Sequence[Entry]) -> Markup:
-    """A row per entry, the best on top: a circle for its value in the search, a square for the confirmed one."""
+def entries_figure(data: StudyData, entries: Sequence[Entry]) -> go.Figure:
+    """A row per entry, the best on top: its value in the search; below, its trainings in the confirmation."""
     shown = [entry for entry in reversed(entries) if entry.value is not None or entry.mean is not None]
-    rows = {entry.key: place for place, entry in enumerate(shown)}
-    names = list(map(entry_name, shown))
+    names = [cut(entry_name(entry), 22) for entry in shown]
     fig = go.Figure()
-    searched = [(entry, entry.value) for entry in shown if entry.value is not None]
-    confirmed = [(entry, entry.mean) for entry in shown if entry.mean is not None]
-    bars = error_bars([entry.half_width for entry, _ in confirmed], color=ORANGE)
-    for series, name, look, below, error_x in (
-        (searched, "in the search, one split", Look(BLUE, "circle-open", 11, 2), 0.0, None),
-        (confirmed, "confirmed, with its 95 % interval", Look(ORANGE, "square", 10), 0.22, bars),
-    ):
-        if series:
-            y, text = [rows[entry.key] - below for entry, _ in series], [entry_name(entry) for entry, _ in series]
-            hover = f"%{{text}}: %{{x:.4f}} {name.partition(',')[0]}"
-            fig.add_trace(marks([x for _, x in series], y, hover, look, error_x=error_x, text=text, name=name))
+
+    def add(points: Sequence[tuple[float, str, float]], look: Look, name: str, **more: Any) -> None:
+        if points:
+            rows, text, values = zip(*points, strict=True)
+            fig.add_trace(marks(values, rows, "%{text}", look, text=text, name=name, **more))
+
+    searched = [
+        (row, f"{entry_name(entry)}: {score(entry.value)} in the search", entry.value)
+        for row, entry in enumerate(shown)
+        if entry.value is not None
+    ]
+    add(searched, Look(BLUE, "circle-open", 11, 2), "in the search, one split")
+    made = [(row - 0.22, entry.contender) for row, entry in enumerate(shown) if entry.contender is not None]
+    confirmed = [(row, one, one.interval) for row, one in made if one.interval is not None]
+    points = [
+        (row, f"{one.name}: {interval_text(found)}, n = {found.n}<br>{', '.join(one.chosen_for)}", found.mean)
+        for row, one, found in confirmed
+    ]
+    bars = error_bars([found.half_width for _, _, found in confirmed], color=ORANGE)
+    add(points, Look(ORANGE, "square", 10), "confirmed, with its 95 % interval", error_x=bars)
+    trainings = [
+        (row, f"{one.name}, replicate {replicate}: {score(value)}", value)
+        for row, one in made
+        for replicate, values in one.scores.items()
+        for value in values
+    ]
+    add(trainings, Look(GREY, "line-ns-open", 8, 1), "each of its trainings")
     for entry in shown:
         if entry.is_baseline:
             where = entry.value if entry.mean is None else entry.mean
             fig.add_vline(x=where, line={"color": GREY, "dash": "dash", "width": 1})
-    label = metric_label(data.metric)
-    axis = {"tickvals": list(rows.values()), "ticktext": names, "range": [-0.6, len(shown) - 0.4]}
     fig.update_layout(
         showlegend=True,
-        xaxis_title=f"{label} on validation images",
-        yaxis={"title": "configuration", "showgrid": True, **axis},
+        xaxis_title=f"{metric_label(data.metric)} on validation images",
+        yaxis={"title": "configuration", "showgrid": True, **named_rows(names)},
     )
-    alt = f"{sentence(joined(names))}: validation {label}, the best on top; the dashed line is the baseline"
-    return figure(fig, alt=alt, height=120 + 36 * len(shown))
+    return fig
+
+
+def _alt(data: StudyData, entries: Sequence[Entry]) -> str:
+    names = joined(list(map(entry_name, entries)))
+    what = f"validation {metric_label(data.metric)}, the best on top; the dashed line is the baseline"
+    return f"{sentence(names)}: {what}"

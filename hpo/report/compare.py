@@ -6,20 +6,18 @@ the page begins with a warning, and metrics without a common axis have figures o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate, cycle
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 
 import plotly.graph_objects as go
 from markupsafe import Markup
-from optuna.trial import FrozenTrial
 
-from hpo.analysis.costs import own, saved
-from hpo.analysis.study_data import StudyData, value_of
+from hpo.analysis.costs import own, progress, saved
+from hpo.analysis.study_data import StudyData
 from hpo.confirmation.result import BASELINE
 from hpo.report.answer import confirmed_text, tested_text, verdict
-from hpo.report.charts import add_interval, set_interval_axes, time_unit
-from hpo.report.page import (  # fmt: skip
+from hpo.report.charts import Look, best_so_far, error_bars, marks, time_unit
+from hpo.report.page import (
     COLORS,
     DASHES,
     SYMBOLS,
@@ -27,6 +25,7 @@ from hpo.report.page import (  # fmt: skip
     figure,
     heading,
     listing,
+    note,
     paragraph,
     section,
     side_by_side,
@@ -34,7 +33,8 @@ from hpo.report.page import (  # fmt: skip
 )
 from hpo.report.words import metric_label, trial_name
 from hpo.space import diff
-from hpo.text import difference, duration, gap, number, score
+from hpo.space.document import flow
+from hpo.text import difference, duration, gap, score, short
 
 _ALONG = {"trials": "trials", "epochs": "epochs trained", "time": "training time"}
 
@@ -134,23 +134,27 @@ def _confirmed_mean(data: StudyData) -> float | None:
     return None if interval is None else interval.mean
 
 
+def _by_metric(studies: Sequence[StudyData]) -> Iterator[tuple[str, list[StudyData]]]:
+    """The studies of each metric, which can share an axis."""
+    for metric in dict.fromkeys(data.metric for data in studies):
+        yield metric, [data for data in studies if data.metric == metric]
+
+
 # Progress -----------------------------------------------------------------------------------------------------------
 
 
 def _progress(studies: Sequence[StudyData]) -> Section | None:
     """The best so far of each study, by trials, by epochs and by time."""
-    shown = [data for data in studies if data.complete]
-    if not shown:
+    groups = list(_by_metric([data for data in studies if data.complete]))
+    if not groups:
         return None
-    metrics = list(dict.fromkeys(data.metric for data in shown))
     body: list[Markup] = []
-    for metric in metrics:
-        alike = [data for data in shown if data.metric == metric]
-        body += [heading(metric_label(metric))] if len(metrics) > 1 else []
-        figures = {along: progress_figure(alike, along) for along in _ALONG}
+    for metric, alike in groups:
+        body += [heading(metric_label(metric))] if len(groups) > 1 else []
         body.append(
             side_by_side(
-                [figure(fig, alt=f"Best {metric} so far, by {along}", height=340) for along, fig in figures.items()]
+                figure(progress_figure(alike, along), alt=f"Best {metric} so far, by {along}", height=340)
+                for along in _ALONG
             )
         )
     lead = "The best complete trial so far, after so many trials, so many epochs, and so much training time."
@@ -169,17 +173,17 @@ def progress_figure(studies: Sequence[StudyData], along: str) -> go.Figure:
     unit, size = time_unit(longest) if along == "time" else ("", 1.0)
     looks = zip(cycle(COLORS), cycle(DASHES), cycle(SYMBOLS), strict=False)
     for data, (color, dash, symbol) in zip(studies, looks, strict=False):
-        spent, best, numbers, end = progress(data, along)
-        if end > spent[-1]:
-            spent, best, numbers = [*spent, end], [*best, best[-1]], [*numbers, numbers[-1]]
+        costs = {"trials": lambda _: 1.0, "epochs": data.epochs, "time": data.elapsed_s}
+        found = progress(data, costs[along])
+        ends = [found.total] if found.total > found.spent[-1] else []
         fig.add_trace(
-            go.Scatter(
-                x=[each / size for each in spent],
-                y=best,
-                text=numbers,
+            best_so_far(
+                [spent / size for spent in [*found.spent, *ends]],
+                [*found.best, *found.best[-1:] * len(ends)],
+                text=[*found.trials, *found.trials[-1:] * len(ends)],
                 name=data.study.name,
                 mode="lines+markers",
-                line={"shape": "hv", "dash": dash, "color": color, "width": 2},
+                line={"dash": dash, "color": color},
                 marker={"symbol": symbol, "size": 7},
                 hovertemplate=f"{data.study.name}, trial %{{text}}<br>best so far %{{y:.4f}}<extra></extra>",
             )
@@ -187,20 +191,6 @@ def progress_figure(studies: Sequence[StudyData], along: str) -> go.Figure:
     fig.update_xaxes(title_text=_ALONG[along] + (f" ({unit})" if unit else ""), rangemode="tozero")
     fig.update_yaxes(title_text=f"validation {metric_label(studies[0].metric)}")
     return fig
-
-
-def progress(data: StudyData, along: str) -> tuple[list[float], list[float], list[int], float]:
-    """(spent so far, best so far, trial number) at each complete trial, and all that was spent."""
-    costs: Mapping[str, Callable[[FrozenTrial], float]] = {
-        "trials": lambda _: 1.0,
-        "epochs": lambda trial: float(data.epochs(trial)),
-        "time": data.elapsed_s,
-    }
-    begun = sorted((trial for trial in data.trials if trial not in data.waiting), key=lambda trial: trial.number)
-    spent = list(accumulate(map(costs[along], begun)))
-    ended = [(so_far, trial) for so_far, trial in zip(spent, begun, strict=True) if trial in data.complete]
-    best = list(accumulate((value_of(trial) for _, trial in ended), max if data.maximize else min))
-    return [so_far for so_far, _ in ended], best, [trial.number for _, trial in ended], spent[-1]
 
 
 # Confirmed ----------------------------------------------------------------------------------------------------------
@@ -211,33 +201,34 @@ def _confirmed(studies: Sequence[StudyData]) -> Section | None:
     shown = [data for data in studies if _confirmed_mean(data) is not None]
     if not shown:
         return None
-    body = []
-    for metric in dict.fromkeys(data.metric for data in shown):
-        alike = [data for data in shown if data.metric == metric]
-        alt = f"Confirmed {metric} of each study's winner and baseline, with 95 % intervals"
-        body.append(figure(confirmed_figure(alike), alt=alt, height=90 + 80 * len(alike)))
+    alt = "Confirmed {} of each study's winner and baseline, with 95 % intervals"
+    body = [
+        figure(confirmed_figure(alike), alt=alt.format(metric), height=90 + 80 * len(alike))
+        for metric, alike in _by_metric(shown)
+    ]
     missing = [data.study.name for data in studies if data not in shown]
     if missing:
-        body.append(paragraph(f"Not confirmed, and so not here: {', '.join(missing)}.", kind="note"))
+        body.append(note(f"Not confirmed, and so not here: {', '.join(missing)}."))
     lead = "Each study's winner and baseline on other seeds and splits, with 95 % intervals; squares are baselines."
     return section("confirmed", "Confirmed", lead, body)
 
 
 def confirmed_figure(studies: Sequence[StudyData]) -> go.Figure:
     """A row for each study's winner, and one for its baseline."""
-    fig, rows = go.Figure(), []
+    fig = go.Figure()
     for data, color in zip(studies, cycle(COLORS), strict=False):
         made = data.confirmation
         assert made is not None, "only confirmed studies are drawn"
-        for contender in made.contenders:
-            if contender.key not in (made.winner, BASELINE) or contender.interval is None:
+        for one in made.contenders:
+            if one.key not in (made.winner, BASELINE) or one.interval is None:
                 continue
-            name = "the baseline" if contender.key == BASELINE else contender.key
-            hover = f"%{{y}}<br>%{{x:.4f}}, n = {contender.interval.n}"
-            rows.append(f"{data.study.name}:<br>{name}")
-            is_base = contender.key == BASELINE
-            add_interval(fig, rows[-1], contender.interval, hover, color=color, baseline=is_base)
-    set_interval_axes(fig, metric_label(studies[0].metric), rows)
+            row = f"{data.study.name}:<br>{'the baseline' if one.key == BASELINE else one.key}"
+            look = Look(color, "square" if one.key == BASELINE else "circle", 11)
+            bars, hover = error_bars([one.interval.half_width]), f"%{{y}}<br>%{{x:.4f}}, n = {one.interval.n}"
+            fig.add_trace(marks([one.interval.mean], [row], hover, look, error_x=bars))
+    fig.update_xaxes(title_text=f"confirmed {metric_label(studies[0].metric)}", nticks=5)
+    fig.update_yaxes(autorange="reversed", type="category")
+    fig.update_layout(showlegend=False)
     return fig
 
 
@@ -246,47 +237,28 @@ def confirmed_figure(studies: Sequence[StudyData]) -> go.Figure:
 
 def _ranges(studies: Sequence[StudyData]) -> Section | None:
     """Each study's range of each parameter, and the best trial's value."""
-    ranges = [_searched(data.study.metadata["identity"]) for data in studies]
-    paths = list(dict.fromkeys(path for each in ranges for path in each))
+    ranges = [
+        {
+            key.removeprefix("search."): found
+            for key, found in data.study.metadata["identity"].items()
+            if "search." in key
+        }
+        for data in studies
+    ]
+    paths = dict.fromkeys(path for each in ranges for path in each)
     if not paths:
         return None
-    columns = ["parameter"]
-    for data in studies:
+    columns, rows = ["parameter"], [[path] for path in paths]
+    for data, searched in zip(studies, ranges, strict=True):
         columns += [f"{data.study.name}: range", "best"]
-    rows = []
-    for path in paths:
-        row = [path]
-        for data, searched in zip(studies, ranges, strict=True):
-            row += [_range_text(searched.get(path)), _best_value(data, path)]
-        rows.append(row)
+        best = {} if data.best is None else data.best.params
+        for row in rows:
+            path = row[0]
+            row += [f"`{flow(searched[path])}`" if path in searched else "–"]
+            row += [short(best[path]) if path in best else "–"]
     lead = "The searched ranges, and the values of the best trials; a dash: the parameter is not searched."
     body = table(columns, rows, right=range(2, len(columns), 2))
     return section("ranges", "Parameter ranges", lead, body, short="Ranges")
-
-
-def _searched(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameter -> its range."""
-    return {key.removeprefix("search."): value for key, value in identity.items() if key.startswith("search.")}
-
-
-def _range_text(described: Mapping[str, Any] | None) -> str:
-    if described is None:
-        return "–"
-    if "choices" in described:
-        words = ", ".join(map(str, described["choices"]))
-    else:
-        words = f"{number(described['low'])} to {number(described['high'])}"
-        words += ", log" if described.get("log") else ""
-        words += f", step {number(described['step'])}" if described.get("step") is not None else ""
-    when = "; ".join(f"{path}: {', '.join(map(str, values))}" for path, values in described.get("when", {}).items())
-    return f"{words} (when {when})" if when else words
-
-
-def _best_value(data: StudyData, path: str) -> str:
-    if data.best is None or path not in data.best.params:
-        return "–"
-    value = data.best.params[path]
-    return number(value) if isinstance(value, float) else str(value)
 
 
 def _differences(studies: Sequence[StudyData]) -> Section:

@@ -11,24 +11,13 @@ from optuna.trial import FrozenTrial
 
 from hpo.analysis.costs import Cost, costs_of, own, pace, pace_parameters, paced, saved, total, wall_clock
 from hpo.analysis.study_data import StudyData
-from hpo.dashboard.pictures import BLUE, GREEN, GREY, INK, ORANGE, PINK, SKY, YELLOW
-from hpo.report.charts import Look, log_axis, marks, place, set_axis, time_unit
-from hpo.report.page import Section, figure, heading, paragraph, section, side_by_side, table
-from hpo.report.words import trial_name
-from hpo.text import count, duration, joined, percent, short, together
+from hpo.dashboard.pictures import BLUE, INK, ORANGE
+from hpo.report.charts import ByParameter, Look, log_axis, marks, time_unit
+from hpo.report.page import Section, figure, heading, note, section, side_by_side, table
+from hpo.text import count, duration, joined, percent, together
 from hpo.trials import TAKEN_FROM
 
 _LOG_FROM = 20.0  # times that differ by more than this factor are drawn on a logarithmic axis
-_LOOKS = {
-    "complete trials": (BLUE, "", BLUE),
-    "pruned trials": (SKY, "/", SKY),
-    "failed trials": (ORANGE, "x", ORANGE),
-    "running trials": (GREY, ".", GREY),
-    "recipes beside the study": (GREEN, "-", GREEN),
-    "confirmation": (PINK, "\\", PINK),
-    "saved by pruning": ("white", "", INK),
-}
-"""Fill, pattern and outline of a bar."""
 
 
 def costs(data: StudyData) -> Section | None:
@@ -36,20 +25,17 @@ def costs(data: StudyData) -> Section | None:
     ended = own((*data.complete, *data.pruned, *data.failed))
     if not ended:
         return None
-    found = costs_of(data)
-    body = [_bars(data, found), _table(found)]
-    if clock := _clock_text(data, found):
-        body.append(paragraph(clock))
+    found, parameters = costs_of(data), pace_parameters(data)
     imported = sum(TAKEN_FROM in trial.user_attrs for trial in data.trials)
+    body = [_bars(data, found), _table(found), _clock_text(data, found)]
     if imported:
-        text = f"{count(imported, 'trial')} imported from another study cost nothing here."
-        body.append(paragraph(text, kind="note"))
+        body.append(note(f"{count(imported, 'trial')} imported from another study cost nothing here."))
     body += _devices(data)
-    if parameters := pace_parameters(data):
+    if parameters:
         words = joined([f"`{path}` ({percent(share)})" for path, share in parameters])
         body += [
             heading("What makes an epoch slow"),
-            paragraph(f"How much of the order of the times a parameter explains: {words}. Each mark is a trial."),
+            f"How much of the order of the times a parameter explains: {words}. Each mark is a trial.",
             side_by_side([_pace_figure(data, path) for path, _ in parameters]),
         ]
     return section("costs", "Costs", _lead(data, ended), body)
@@ -69,36 +55,30 @@ def _lead(data: StudyData, ended: Sequence[FrozenTrial]) -> str:
 
 def _bars(data: StudyData, found: Sequence[Cost]) -> Markup:
     times = {cost.kind: cost.seconds for cost in found if cost.seconds is not None}
+    colors = [BLUE] * len(times)
     if (less := saved(data)).epochs:
         times["saved by pruning"] = less.seconds
+        colors.append("white")
     longest = max(times.values())
     unit, size = time_unit(longest)
-    looks = [_LOOKS.get(kind, (YELLOW, "+", YELLOW)) for kind in times]
-    bars = [
-        go.Bar(
-            y=[kind],
-            x=[seconds / size],
-            orientation="h",
-            text=[duration(seconds)],
-            textposition="outside",
-            cliponaxis=False,
-            marker={
-                "color": color,
-                "pattern": {"shape": pattern, "fgcolor": "white", "fillmode": "overlay"},
-                "line": {"color": edge, "width": 1},
-            },
-            hovertemplate=f"{kind}: %{{x:.3g}} {unit}<extra></extra>",
-        )
-        for (kind, seconds), (color, pattern, edge) in zip(times.items(), looks, strict=True)
-    ]
+    bars = go.Bar(
+        y=list(times),
+        x=[seconds / size for seconds in times.values()],
+        orientation="h",
+        text=list(map(duration, times.values())),
+        textposition="outside",
+        cliponaxis=False,
+        marker={"color": colors, "line": {"color": INK, "width": 1}},
+        hovertemplate=f"%{{y}}: %{{x:.3g}} {unit}<extra></extra>",
+    )
     layout = {
         "showlegend": False,
         "xaxis": {"title": f"training time ({unit})", "range": [0, 1.2 * longest / size]},  # room for the bar's text
         "yaxis": {"title": "kind of training", "autorange": "reversed"},
         "bargap": 0.35,
     }
-    alt = f"Training time by kind, and what pruning saved: {len(bars)} bars"
-    return figure(go.Figure(bars, layout), alt=alt, height=90 + 38 * len(bars))
+    alt = f"Training time by kind, and what pruning saved: {len(times)} bars"
+    return figure(go.Figure(bars, layout), alt=alt, height=90 + 38 * len(times))
 
 
 def _table(found: Sequence[Cost]) -> Markup:
@@ -159,20 +139,17 @@ def _median_and_range(values: Sequence[float], form: str) -> str:
 
 
 def _pace_figure(data: StudyData, path: str) -> Markup:
-    """Seconds per epoch of every trial by a parameter; with few values, the median of each."""
+    """Seconds per epoch of every trial by a parameter; in columns, also the median of each."""
+    chart = ByParameter(data, path)
     shown = [(trial, seconds) for trial, seconds in paced(data) if path in trial.params]
-    times = [seconds for _, seconds in shown]
-    fig = go.Figure()
-    columns = set_axis(fig, path, [trial.params[path] for trial, _ in shown], shown[0][0].distributions[path])
-    x = [place(trial, trial.params[path], columns) for trial, _ in shown]
-    labels = [f"{trial_name(trial)}, {path} = {short(trial.params[path])}" for trial, _ in shown]
-    hover = "%{text}<br>%{y:.3g} s per epoch"
-    fig.add_trace(marks(x, times, hover, Look(BLUE, "circle-open", 7, 1.4), text=labels, name="a trial"))
-    if columns:
-        medians = [statistics.median(s for trial, s in shown if trial.params[path] == each) for each in columns]
+    trials, times = [trial for trial, _ in shown], [seconds for _, seconds in shown]
+    chart.add(trials, times, Look(BLUE, "circle-open", 7, 1.4), "<br>%{y:.3g} s per epoch", name="a trial")
+    if chart.step:
+        places = sorted(set(map(chart.column, trials)))
+        medians = [statistics.median(s for trial, s in shown if chart.column(trial) == at) for at in places]
         look = Look(ORANGE, "line-ew-open", 26, 3)
-        fig.add_trace(marks(range(len(columns)), medians, "median %{y:.3g} s per epoch", look, name="median"))
+        chart.fig.add_trace(marks(places, medians, "median %{y:.3g} s per epoch", look, name="median"))
     far_apart = min(times) > 0 and max(times) > _LOG_FROM * min(times)
     axis = log_axis(min(times), max(times)) if far_apart else {"rangemode": "tozero"}
-    fig.update_yaxes(title="time per epoch (s)", **axis)
-    return figure(fig, alt=f"Seconds per epoch of {count(len(shown), 'trial')} by {path}", height=320)
+    chart.fig.update_yaxes(title="time per epoch (s)", **axis)
+    return figure(chart.fig, alt=f"Seconds per epoch of {count(len(shown), 'trial')} by {path}", height=320)

@@ -1,8 +1,7 @@
 """The course of the search: its history, learning curves, importances, and the effect of each parameter.
 
-Optuna's own figures are used where it has them (history, importances, slices, parallel coordinates). They show complete
-trials only, so pruned, failed and running ones are added. Learning curves are drawn anew: Optuna's have a trace per
-trial, and do not distinguish states.
+Optuna draws importances and parallel coordinates. Its other figures show complete trials only, or do not distinguish
+states; here every trial that has begun is shown.
 """
 
 from __future__ import annotations
@@ -10,39 +9,36 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import optuna
 import plotly.graph_objects as go
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from hpo.analysis.costs import progress
 from hpo.analysis.study_data import StudyData, value_of
 from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
-from hpo.report.charts import STATE_MARKS, STATE_WORDS, STATES, Look, log_axis, marks, whole_numbers
-from hpo.report.page import SHADES, Section, figure, paragraph, section, side_by_side
+from hpo.report.charts import LOOKS, ByParameter, Look, best_so_far, trial_marks, whole_numbers
+from hpo.report.page import SHADES, Section, figure, note, section, side_by_side
 from hpo.report.words import metric_label, trial_name
-from hpo.text import count, joined, score
-from hpo.trials import FAILURE
+from hpo.text import count, counted, joined
 
 _FEW = 20  # complete trials; PED-ANOVA looks at a tenth of them, which would be less than two
 _MANY = 1000  # points of learning curves, which are drawn smaller, so that the lines can be seen
+_WORDS = {"complete": "complete", "pruned": "pruned", "failed": "failed to train", "running": "running"}
+_CURVES = {"pruned": ("solid", 0.4), "failed": ("dash", 0.9), "complete": ("solid", 0.75), "running": ("dot", 0.9)}
+"""Dash and opacity of each state's learning curves, the most interesting on top."""
 _STRIPS = {"pruned": 0.15, "failed": 0.25, "running": 0.35}
 """How far below the worst value trials without a value are drawn, as a fraction of the values' range."""
 
 
-def states(data: StudyData) -> dict[str, tuple[FrozenTrial, ...]]:
-    """The trials that have begun, by state."""
-    return {state: getattr(data, state) for state in STATES}
-
-
 def _states_text(data: StudyData) -> str:
-    return ", ".join(f"{len(trials)} {STATE_WORDS[state]}" for state, trials in states(data).items() if trials)
+    return counted({_WORDS[state]: len(trials) for state, trials in data.states.items()})
 
 
 # History ------------------------------------------------------------------------------------------------------------
@@ -50,7 +46,7 @@ def _states_text(data: StudyData) -> str:
 
 def history(data: StudyData) -> Section | None:
     """The value of every trial and the best so far; below, the number of trained epochs."""
-    if not any(states(data).values()):
+    if not any(data.states.values()):
         return None
     lead = "Every complete trial's validation score, and the best so far. Below: the number of trained epochs."
     if not data.complete:
@@ -62,68 +58,33 @@ def history(data: StudyData) -> Section | None:
 
 
 def history_figure(data: StudyData) -> go.Figure:
-    """Optuna's optimization history, and below it the epochs of all trials that have begun."""
+    """The values of the complete trials, and below them the epochs of all trials that have begun."""
     rows = 2 if data.complete else 1
     heights = [0.68, 0.32] if rows == 2 else [1.0]
     fig = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=heights)
     last = max(trial.number for trial in data.trials)
     if data.complete:
-        _add_values(fig, data, last)
-    for state, trials in states(data).items():
+        found = progress(data)
+        line = best_so_far([*found.trials, last], [*found.best, found.best[-1]], line={"color": INK}, hoverinfo="skip")
+        # The same symbol is in the legend for the lower figure.
+        points = _by_number(data, data.complete, map(value_of, data.complete), "complete", showlegend=False)
+        fig.add_traces([line, points], rows=[1, 1], cols=[1, 1])
+        if data.baseline in data.complete:
+            value = value_of(data.baseline)
+            line = {"color": ORANGE, "width": 1.5, "dash": "dash"}
+            fig.add_hline(y=value, line=line, name="baseline", showlegend=True, row=1, col=1)
+        fig.update_yaxes(title_text=f"validation {metric_label(data.metric)}", row=1, col=1)
+    for state, trials in data.states.items():
         if trials:
-            epochs = [data.epochs(trial) for trial in trials]
-            fig.add_trace(
-                _state_marks(data, state, trials, [trial.number for trial in trials], epochs), row=rows, col=1
-            )
+            fig.add_trace(_by_number(data, trials, map(data.epochs, trials), state), row=rows, col=1)
     fig.update_yaxes(title_text="epochs trained", rangemode="tozero", row=rows, col=1)
     fig.update_xaxes(title_text="trial", row=rows, col=1, **whole_numbers(last))
     return fig
 
 
-def _add_values(fig: go.Figure, data: StudyData, last: int) -> None:
-    label = metric_label(data.metric)
-    with _quiet():
-        points, best = optuna.visualization.plot_optimization_history(data.snapshot, target_name=label).data[:2]
-    look = STATE_MARKS["complete"]
-    points.update(
-        showlegend=False,  # the same symbol is in the legend for the lower figure
-        marker={"color": look["color"], "symbol": look["symbol"], "size": 7, "opacity": look["opacity"]},
-        hovertemplate="trial %{x}<br>%{y:.4f}<extra></extra>",
-    )
-    best.update(name="best so far", line={"color": INK, "width": 2, "shape": "hv"}, hoverinfo="skip")
-    fig.add_traces([best, points], rows=[1, 1], cols=[1, 1])
-    if data.baseline in data.complete:
-        line = go.Scatter(
-            x=[0, last],
-            y=[value_of(data.baseline)] * 2,
-            mode="lines",
-            name="baseline",
-            line={"color": ORANGE, "width": 1.5, "dash": "dash"},
-            hovertemplate="baseline<br>%{y:.4f}<extra></extra>",
-        )
-        fig.add_trace(line, row=1, col=1)
-    fig.update_yaxes(title_text=f"validation {label}", row=1, col=1)
-
-
-def _state_marks(
-    data: StudyData, state: str, trials: Sequence[FrozenTrial], x: Sequence[Any], y: Sequence[float]
-) -> go.Scatter:
-    look = Look(STATE_MARKS[state]["color"], STATE_MARKS[state]["symbol"], 7, 1.5)
-    labels = [_description(data, trial) for trial in trials]
-    return marks(x, y, "%{text}", look, name=STATE_WORDS[state], text=labels)
-
-
-def _description(data: StudyData, trial: FrozenTrial) -> str:
-    """A trial's name, result and epochs, for the label at the pointer."""
-    last = None if trial.last_step is None else trial.intermediate_values.get(trial.last_step)
-    if trial in data.complete:
-        result = f"{metric_label(data.metric)} {score(trial.value)}"
-    elif trial in data.failed:
-        result = f"failed: {trial.user_attrs[FAILURE]}"
-    else:
-        state = "pruned" if trial in data.pruned else "running"
-        result = state if last is None else f"{state} at {metric_label(data.metric)} {score(last)}"
-    return f"{trial_name(trial)}<br>{result}<br>{count(data.epochs(trial), 'epoch')}"
+def _by_number(data: StudyData, trials: Sequence[FrozenTrial], y: Any, state: str, **more: Any) -> go.Scatter:
+    numbers = [trial.number for trial in trials]
+    return trial_marks(data, trials, numbers, y, LOOKS[state], name=_WORDS[state], **more)
 
 
 # Learning curves ----------------------------------------------------------------------------------------------------
@@ -135,7 +96,7 @@ def learning_curves(data: StudyData) -> Section | None:
     if not reported:
         return None
     fig = curves_figure(data)
-    without = sum(map(len, states(data).values())) - len(reported)
+    without = sum(map(len, data.states.values())) - len(reported)
     lead = ["The validation score of every trial in training; pruned trials are faint."]
     if data.rungs:
         rungs = joined([f"epoch {epoch}" for epoch in data.rungs])
@@ -155,25 +116,25 @@ def curves_figure(data: StudyData) -> go.Figure:
     """One trace per state, its trials separated by gaps; on top the baseline and the best trial again."""
     fig = go.Figure()
     size = 5 if sum(len(trial.intermediate_values) for trial in data.trials) < _MANY else 2
-    for state in ("pruned", "failed", "complete", "running"):  # the most interesting on top
-        trials = [trial for trial in states(data)[state] if trial.intermediate_values]
-        look = STATE_MARKS[state]
+    for state, (dash, opacity) in _CURVES.items():
+        trials = [trial for trial in data.states[state] if trial.intermediate_values]
+        look = LOOKS[state]
         if trials:
             # Marks too: a curve of one point has no line, and the last epoch of a failed trial should be seen.
-            marker = {"symbol": look["symbol"], "size": size, "line": {"width": 1, "color": look["color"]}}
-            line = {"color": look["color"], "dash": look["dash"], "width": 1.4}
-            name = f"{STATE_WORDS[state]} ({len(trials)})"
-            fig.add_trace(_curves(trials, name, line, mode="lines+markers", marker=marker, opacity=look["opacity"]))
+            marker = {"symbol": look.symbol, "size": size, "line": {"width": 1, "color": look.color}}
+            line, name = {"color": look.color, "dash": dash, "width": 1.4}, f"{_WORDS[state]} ({len(trials)})"
+            fig.add_trace(_curves(trials, name, line=line, mode="lines+markers", marker=marker, opacity=opacity))
     baseline, best = data.baseline, data.best
     if baseline is not None and baseline.intermediate_values and baseline is not best:
-        fig.add_trace(_curves([baseline], trial_name(baseline), {"color": ORANGE, "dash": "dash", "width": 2.5}))
+        line = {"color": ORANGE, "dash": "dash", "width": 2.5}
+        fig.add_trace(_curves([baseline], trial_name(baseline), line=line, mode="lines"))
     if best is not None and best.intermediate_values:
-        fig.add_trace(_curves([best], f"best: {trial_name(best)}", {"color": INK, "width": 2.5}))
+        line = {"color": INK, "width": 2.5}
+        fig.add_trace(_curves([best], f"best: {trial_name(best)}", line=line, mode="lines"))
     for rung in data.rungs:
-        fig.add_vline(x=rung, line={"color": GREY, "width": 1, "dash": "dot"}, layer="below")
-        fig.add_annotation(
-            x=rung, y=0, yref="paper", text=f"rung {rung}", textangle=-90, showarrow=False, xanchor="left",
-            yanchor="bottom", xshift=1, font={"size": 11, "color": GREY},
+        fig.add_vline(
+            x=rung, line={"color": GREY, "width": 1, "dash": "dot"}, layer="below", annotation_text=f"rung {rung}",
+            annotation={"textangle": -90, "y": 0, "yanchor": "bottom", "font": {"size": 11, "color": GREY}},
         )  # fmt: skip
     last = max(trial.last_step or 0 for trial in data.trials)
     fig.update_xaxes(title_text="epoch", showgrid=False, **whole_numbers(max(last, data.steps)))
@@ -181,19 +142,16 @@ def curves_figure(data: StudyData) -> go.Figure:
     return fig
 
 
-def _curves(trials: Sequence[FrozenTrial], name: str, line: Mapping[str, Any], **more: Any) -> go.Scatter:
+def _curves(trials: Sequence[FrozenTrial], name: str, **look: Any) -> go.Scatter:
     """Trials as one trace, with a gap after each."""
-    x: list[int | None] = []
-    y: list[float | None] = []
-    labels: list[str] = []
+    points: list[tuple[int | None, float | None, str]] = []
     for trial in trials:
         reported = sorted(trial.intermediate_values.items())
-        x += [*(step for step, _ in reported), None]
-        y += [*(value if math.isfinite(value) else None for _, value in reported), None]
-        labels += [trial_name(trial)] * (len(reported) + 1)
+        points += [(step, value if math.isfinite(value) else None, trial_name(trial)) for step, value in reported]
+        points.append((None, None, ""))
+    x, y, text = zip(*points, strict=True)
     hover = "%{text}<br>epoch %{x}: %{y:.4f}<extra></extra>"
-    more = {"mode": "lines", "connectgaps": False, "hovertemplate": hover, **more}
-    return go.Scatter(x=x, y=y, text=labels, name=name, line=dict(line), **more)
+    return go.Scatter(x=x, y=y, text=text, name=name, connectgaps=False, hovertemplate=hover, **look)
 
 
 def _focus(data: StudyData) -> list[float] | None:
@@ -227,10 +185,15 @@ def importances(data: StudyData) -> Section | None:
         "How much each parameter decides whether a trial is among the best tenth, as fractions of one: PED-ANOVA "
         f"(Watanabe et al. 2023), from the {count(len(data.complete), 'complete trial')} only."
     )
-    body = [figure(fig, alt=f"Importance of each parameter. {lead}", height=90 + 30 * len(fig.data[0].y))]
-    if len(data.complete) < _FEW:
-        body.append(paragraph(f"With fewer than {_FEW} complete trials these fractions are little more than chance."))
-    return section("importances", "Importances", lead, body, [paragraph(f"Optuna: {n}", kind="note") for n in notes])
+    few = f"With fewer than {_FEW} complete trials these fractions are little more than chance."
+    return section(
+        "importances",
+        "Importances",
+        lead,
+        figure(fig, alt=f"Importance of each parameter. {lead}", height=90 + 30 * len(fig.data[0].y)),
+        few if len(data.complete) < _FEW else "",
+        [note(f"Optuna: {words}") for words in notes],
+    )
 
 
 def importances_figure(data: StudyData) -> tuple[go.Figure | None, list[str]]:
@@ -242,7 +205,7 @@ def importances_figure(data: StudyData) -> tuple[go.Figure | None, list[str]]:
         return None, ["one parameter is searched" if searched else "no parameter is searched"]
     if len({value_of(trial) for trial in data.complete}) == 1:
         return None, ["all complete trials have the same value"]
-    with _quiet(record=True) as caught:
+    with _quiet() as caught:
         fig = optuna.visualization.plot_param_importances(data.snapshot)
     warned = [str(each.message) for each in caught if not issubclass(each.category, FutureWarning)]
     fractions = fig.data[0].x if fig.data else ()
@@ -265,83 +228,42 @@ def slices(data: StudyData) -> Section | None:
     lead = (
         "The validation score of the complete trials over each parameter; later trials are darker. The star is the "
         "best trial, the open square the baseline; along the bottom are trials without a final score: pruned (×), "
-        "failed (▽), running (◇)."
+        "failed (▼), running (◇)."
     )
     body = [figure(fig, alt=f"Validation score over {path}", height=280) for path, fig in figures.items()]
     absent = [p for p in figures if not all(p in trial.params for trial in data.trials if trial.params)]
-    note = f"A trial is shown where it has the parameter; these exist only sometimes: {', '.join(absent)}."
-    notes = [paragraph(note, kind="note")] if absent else []
-    return section("slices", "Slices", lead, side_by_side(body), notes)
+    words = f"A trial is shown where it has the parameter; these exist only sometimes: {', '.join(absent)}."
+    return section("slices", "Slices", lead, side_by_side(body), note(words) if absent else "")
 
 
 def slice_figures(data: StudyData) -> dict[str, go.Figure]:
-    """Parameter -> Optuna's slice of it, in the space's order; for parameters of complete trials."""
-    distributions: dict[str, BaseDistribution] = {}
-    for trial in data.trials:
-        distributions |= trial.distributions
-    if data.space is not None:
-        known = {path: distributions[path] for path in data.space.distributions if path in distributions}
-        distributions = known | distributions
-    scored = {path for trial in data.complete for path in trial.params}
-    return {path: _slice(data, path, found) for path, found in distributions.items() if path in scored}
+    """Parameter -> the scores over it, in the space's order; for parameters of complete trials."""
+    scored = dict.fromkeys(path for trial in data.complete for path in trial.params)
+    known = [] if data.space is None else [path for path in data.space.distributions if path in scored]
+    return {path: _slice(data, path) for path in dict.fromkeys([*known, *scored])}
 
 
-def _slice(data: StudyData, path: str, distribution: BaseDistribution) -> go.Figure:
-    with _quiet():
-        fig = optuna.visualization.plot_slice(data.snapshot, params=[path], target_name=metric_label(data.metric))
-    values = [value_of(trial) for trial in data.complete if path in trial.params]
-    lowest, height = min(values), (max(values) - min(values)) or 0.05 * (abs(values[0]) or 1.0)
-    categorical = isinstance(distribution, CategoricalDistribution)
-    _restyle(fig, data, distribution)
-
-    def position(trial: FrozenTrial) -> Any:
-        return str(trial.params[path]) if categorical else trial.params[path]
-
-    for state, share in _STRIPS.items():
-        trials = [trial for trial in states(data)[state] if path in trial.params]
-        if trials:
-            bottom = min(values) - share * height
-            fig.add_trace(_state_marks(data, state, trials, list(map(position, trials)), [bottom] * len(trials)))
-            lowest = min(lowest, bottom)
+def _slice(data: StudyData, path: str) -> go.Figure:
+    chart = ByParameter(data, path)
+    complete = chart.having(data.complete)
+    values = [value_of(trial) for trial in complete]
+    height = (max(values) - min(values)) or 0.05 * (abs(values[0]) or 1.0)
+    chart.add(complete, values, LOOKS["complete"]._replace(outline=0.5, edge=GREY), name="complete")
+    last = max(trial.number for trial in data.trials)
+    shades = {"color": [trial.number for trial in complete], "colorscale": SHADES, "cmin": 0, "cmax": last}
+    chart.fig.data[0].update(marker=shades)
+    lowest = 0.0
+    for state, below in _STRIPS.items():
+        if trials := chart.having(data.states[state]):
+            lowest = below
+            chart.add(trials, [min(values) - below * height] * len(trials), LOOKS[state], name=_WORDS[state])
     for trial, symbol, color in ((data.baseline, "square-open", ORANGE), (data.best, "star", INK)):
-        if trial is not None and trial in data.complete and path in trial.params:
-            look = Look(color, symbol, 14, 2)
-            fig.add_trace(marks([position(trial)], [value_of(trial)], "", look, name=trial_name(trial)))
-    limits = [lowest - 0.1 * height, max(values) + 0.12 * height]
-    fig.update_yaxes(title_text=metric_label(data.metric), range=limits)
-    fig.update_xaxes(**_parameter_range(distribution))
-    fig.update_layout(showlegend=False, margin={"r": 20})
-    return fig
-
-
-def _restyle(fig: go.Figure, data: StudyData, distribution: BaseDistribution) -> None:
-    """Color Optuna's points by trial number, and name choices by `str` in place of `repr`."""
-    points = fig.data[0]
-    numbers = list(points.marker.color)
-    marker = {
-        "colorscale": SHADES,
-        "showscale": False,
-        "cmin": 0,
-        "cmax": max(trial.number for trial in data.trials),
-        "size": 8,
-        "line": {"width": 0.5, "color": GREY},
-    }
-    points.update(marker=marker, text=numbers, hovertemplate="trial %{text}<br>%{x}<br>%{y:.4f}<extra></extra>")
-    if isinstance(distribution, CategoricalDistribution):
-        names = {repr(choice): str(choice) for choice in distribution.choices}
-        points.x = [names[text] for text in points.x]
-        fig.update_xaxes(categoryarray=list(names.values()))
-
-
-def _parameter_range(distribution: BaseDistribution) -> dict[str, Any]:
-    """The whole range of a parameter, so that the untried part is visible."""
-    if isinstance(distribution, CategoricalDistribution):
-        return {"range": [-0.6, len(distribution.choices) - 0.4]}
-    low, high = float(distribution.low), float(distribution.high)  # type: ignore[attr-defined]
-    if distribution.log:  # type: ignore[attr-defined]
-        return log_axis(low, high)
-    margin = 0.05 * (high - low) or 0.5
-    return {"range": [low - margin, high + margin]}
+        if trial is not None and trial in complete:
+            chart.add([trial], [value_of(trial)], Look(color, symbol, 14, 2), name=trial_name(trial))
+    limits = [min(values) - (lowest + 0.1) * height, max(values) + 0.12 * height]
+    chart.fig.update_yaxes(title_text=metric_label(data.metric), range=limits)
+    chart.fig.update_layout(showlegend=False, margin={"r": 20})
+    return chart.fig
 
 
 def parallel_coordinates(data: StudyData) -> Section | None:
@@ -386,17 +308,14 @@ def parallel_figure(data: StudyData) -> go.Figure | None:
 
 
 @contextmanager
-def _quiet(*, record: bool = False) -> Iterator[list[warnings.WarningMessage]]:
-    """Keep Optuna's log and its experimental warnings off the terminal; with `record`, yield all warnings."""
+def _quiet() -> Iterator[list[warnings.WarningMessage]]:
+    """Keep Optuna's log off the terminal, and collect its warnings."""
     logger = logging.getLogger("optuna")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(record=record) as caught:
-            if record:
-                warnings.simplefilter("always")
-            else:
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield [] if caught is None else caught
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield caught
     finally:
         logger.setLevel(level)

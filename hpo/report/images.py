@@ -6,7 +6,6 @@ by the recorded scores of a refit.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,56 +16,64 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from hpo.analysis.outputs import Choice, Outputs, choices, read_outputs, refit_scores
+from hpo.analysis.outputs import Choice, Outputs, Refit, choices, read_outputs, refits
 from hpo.analysis.study_data import StudyData
-from hpo.dashboard.pictures import BLUE, INK, ORANGE, PALE
-from hpo.report.charts import cut
-from hpo.report.page import Section, code, figure, folded, heading, paragraph, picture, section, table
+from hpo.dashboard.pictures import BLUE, LONGEST_NAME, NUMBERS_UP_TO, ORANGE, PALE, confusion_depth
+from hpo.report.page import Section, code, figure, folded, heading, picture, section, table
 from hpo.report.words import command
-from hpo.text import count, percent
+from hpo.text import count, cut, percent
 
 if TYPE_CHECKING:
     from core.data import Dataset
 
-_NUMBERS_UP_TO = 20  # classes; smaller cells have no room for a number
 MARKED = 3
 """Classes marked as the worst."""
+_UNFOLDED = 20  # classes in a table; the others are folded
 _MISTAKES = 24  # shown
 
 
-def no_images(data: StudyData) -> list[Markup]:
+def no_images(data: StudyData) -> list[str]:
     """Why the images are missing, and how to provide them."""
     return [
-        paragraph(f"The images are not here: {data.dataset_error}. With them, this is shown:"),
+        f"The images are not here: {data.dataset_error}. With them, this is shown:",
         code(f"hpo report {data.study.name} --data IMAGES"),
     ]
 
 
-def _no_outputs(data: StudyData, choice: Choice) -> list[Markup]:
+def _no_outputs(data: StudyData, choice: Choice) -> list[str]:
     file = data.study.paths.inside(data.study.paths.trial_validation(choice.trial))
     text = (
         f"The validation outputs of {_role(choice)}, trial {choice.trial}, are not here (`{file}`). They are stored "
         "with the weights of the best trials, on the machine that trained them. Copy the file from there, or train the "
         "trial again as a submission model, whose confusion on the test images is then shown here:"
     )
-    return [paragraph(text), code(command(data.study, f"refit {choice.trial} --study"))]
+    return [text, code(command(data.study, f"refit {choice.trial} --study"))]
 
 
 def _role(choice: Choice) -> str:
     """Why the trial's outputs are shown."""
-    if choice.is_winner:
-        return "the confirmed winner"
-    best = "the best trial of the search"
-    if choice.winner is None:
+    best, winner = "the best trial of the search", choice.winner
+    if winner is None:
         return best
-    if choice.winner.trial is None:
-        return f"{best}, because the confirmed winner, {choice.winner.key}, is none of its trials"
+    if winner.trial == choice.trial:
+        return "the confirmed winner"
+    if winner.trial is None:
+        return f"{best}, because the confirmed winner, {winner.key}, is none of its trials"
     return f"{best}, because the confirmed winner's outputs were not stored"
 
 
 def _validation_heading(data: StudyData, outputs: Outputs) -> Markup:
     folds = f", each by the network of its fold of {data.folds}" if data.folds > 1 else ""
     return heading(f"Validation images, trial {outputs.choice.trial} ({_role(outputs.choice)}){folds}")
+
+
+def _test_heading(refit: Refit) -> Markup:
+    return heading(f"Test images, refit `{refit.label}`")
+
+
+def _tested(data: StudyData) -> Refit | None:
+    """The refit whose test scores are shown."""
+    return next(iter(refits(data)), None)
 
 
 # Confusion ----------------------------------------------------------------------------------------------------------
@@ -77,17 +84,17 @@ def confusion(data: StudyData) -> Section | None:
     wanted = choices(data)
     if not wanted:
         return None
-    outputs, test, classes = read_outputs(data), refit_scores(data), _classes(data)
+    outputs, test, classes = read_outputs(data), _tested(data), _classes(data)
+    body: list[str]
     if outputs is not None:
         lead = _confusion_text(outputs.confusion, classes, "validation image")
         body = [_validation_heading(data, outputs), _matrix(outputs.confusion, classes)]
     else:
         lead = "The best trial's outputs on its validation images are not available."
         body = no_images(data) if data.dataset is None else _no_outputs(data, wanted[0])
-        data.notes.append(f"validation images in the report: {body[0].striptags()}")
+        data.notes.append(f"validation images in the report: {body[0]}")
     if test is not None and (counts := test.confusion) is not None:
-        text = paragraph(_confusion_text(counts, classes, "test image"))
-        body += [heading(f"Test images, refit `{test.label}`"), _matrix(counts, classes), text]
+        body += [_test_heading(test), _matrix(counts, classes), _confusion_text(counts, classes, "test image")]
     return section("confusion", "Confusion", lead, body)
 
 
@@ -114,20 +121,20 @@ def _confusion_text(counts: NDArray[np.int64], classes: Sequence[str], noun: str
 
 def _matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> Markup:
     """A confusion matrix: correct classes blue, mistakes orange, dark with the root of their fraction."""
-    size = len(classes)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # a class without images has a row of zeros
-    right = np.eye(size, dtype=bool)
+    size, names = len(classes), [cut(name, LONGEST_NAME) for name in classes]
+    shares, depth = confusion_depth(counts)
+    right, longest = np.eye(size, dtype=bool), max(map(len, names))
     fig = go.Figure()
-    for mask, depth, color in ((right, shares, BLUE), (~right, np.sqrt(shares), ORANGE)):
+    for mask, color in ((right, BLUE), (~right, ORANGE)):
         shown = mask & (counts > 0)
-        cells = np.full((size, size), "", dtype=object)
+        labels = np.full((size, size), "", dtype=object)
         for t, p in np.argwhere(shown):
-            cells[t, p] = _cell(counts, shares, classes, t, p)
+            what = f"{classes[t]}: right" if t == p else f"{classes[t]} taken for {classes[p]}"
+            labels[t, p] = f"{what}<br>{counts[t, p]:,} images, {percent(shares[t, p], 1)} of the class"
+        cells = {"text": np.where(shown, counts.astype(object), ""), "texttemplate": "%{text}"}
         fig.add_trace(
             go.Heatmap(
                 z=np.where(shown, depth, np.nan),
-                x=list(range(size)),
-                y=list(range(size)),
                 zmin=0,
                 zmax=1,
                 colorscale=[[0, "white"], [1, color]],
@@ -135,25 +142,19 @@ def _matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> Markup:
                 xgap=1,
                 ygap=1,
                 hoverongaps=False,
-                text=cells.tolist(),
-                hovertemplate="%{text}<extra></extra>",
+                hovertext=labels,
+                hovertemplate="%{hovertext}<extra></extra>",
+                **(cells if size <= NUMBERS_UP_TO else {}),
             )
         )
-    for true, predicted in np.argwhere(counts) if size <= _NUMBERS_UP_TO else ():
-        depth = shares[true, predicted] if true == predicted else math.sqrt(shares[true, predicted])
-        font = {"color": "white" if depth > 0.6 else INK, "size": 12 if size <= 12 else 10}
-        text = str(counts[true, predicted])
-        fig.add_annotation(x=int(predicted), y=int(true), text=text, showarrow=False, font=font)
-    names = [cut(name, 18) for name in classes]
     axis: dict[str, Any] = {
         "tickvals": list(range(size)),
         "ticktext": names,
         "showgrid": False,
         "ticks": "",
-        "tickfont": {"size": 12 if size <= _NUMBERS_UP_TO else 8},
+        "tickfont": {"size": 12 if size <= NUMBERS_UP_TO else 8},
         "constrain": "domain",
     }
-    longest = max(map(len, names))
     fig.update_layout(
         showlegend=False,
         xaxis={**axis, "title": "predicted class", "tickangle": -90 if longest > 2 else 0},
@@ -165,11 +166,6 @@ def _matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> Markup:
     return figure(fig, alt=alt, height=side + 60 + room, min_width=None if size <= 12 else side + room)
 
 
-def _cell(counts: NDArray[np.int64], shares: NDArray[np.float64], classes: Sequence[str], t: int, p: int) -> str:
-    what = f"{classes[t]}: right" if t == p else f"{classes[t]} taken for {classes[p]}"
-    return f"{what}<br>{counts[t, p]:,} images, {percent(shares[t, p], 1)} of the class"
-
-
 # Class by class -----------------------------------------------------------------------------------------------------
 
 
@@ -179,8 +175,8 @@ def per_class(data: StudyData) -> Section | None:
     if (outputs := read_outputs(data)) is not None:
         title = _validation_heading(data, outputs)
         parts.append(("validation images", title, _class_scores(outputs.confusion, outputs.classes)))
-    if (test := refit_scores(data)) is not None:
-        parts.append(("test images", heading(f"Test images, refit `{test.label}`"), test.per_class))
+    if (test := _tested(data)) is not None:
+        parts.append(("test images", _test_heading(test), test.per_class))
     ranked = [(where, title, sorted(rows, key=lambda row: float(row["f1"]))) for where, title, rows in parts]
     if not ranked:
         return None  # the section on confusion states what is missing
@@ -219,10 +215,8 @@ def _class_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
         for row in rows
     ]
     columns = ("class (▼ the worst)" if marked else "class", "precision", "recall", "F1", "images")
-    first, rest = (
-        table(columns, part, right=(1, 2, 3, 4)) for part in (cells[:_NUMBERS_UP_TO], cells[_NUMBERS_UP_TO:])
-    )
-    more = len(cells) - _NUMBERS_UP_TO
+    first, rest = (table(columns, part, right=(1, 2, 3, 4)) for part in (cells[:_UNFOLDED], cells[_UNFOLDED:]))
+    more = len(cells) - _UNFOLDED
     return first + folded(f"the other {more} classes", rest) if more > 0 else first
 
 
@@ -231,7 +225,7 @@ def _class_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 def confident_errors(data: StudyData) -> Section | None:
     """The most confident mistakes on validation images, and the refit's on test images; None without both."""
-    outputs, test = read_outputs(data), refit_scores(data)
+    outputs, test = read_outputs(data), _tested(data)
     file = None if test is None else data.study.paths.refit(test.label) / "confident_errors.png"
     lead, body = "", []
     if outputs is not None:
@@ -242,7 +236,7 @@ def confident_errors(data: StudyData) -> Section | None:
     if test is not None and file is not None and file.exists():
         words = f"The most confident mistakes on the test images, refit `{test.label}`"
         lead = lead or f"{words}."
-        body += [heading(f"Test images, refit `{test.label}`"), picture(file.read_bytes(), alt=words)]
+        body += [_test_heading(test), picture(file.read_bytes(), alt=words)]
     return section("errors", "Mistakes", lead, body) if lead else None
 
 

@@ -11,7 +11,7 @@ import base64
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,21 +47,15 @@ class Section:
     """The title in the navigation; empty for the title itself."""
 
 
-def section(id: str, title: str, lead: str, *parts: Markup | Iterable[Markup], short: str = "") -> Section:
-    """Build a section from its parts, each a part or a sequence of parts."""
-    flat = [each for part in parts for each in ([part] if isinstance(part, Markup) else part)]
-    return Section(id, title, lead, Markup("\n").join(filter(None, flat)), short)
+def section(id: str, title: str, lead: str, *parts: str | Iterable[str], short: str = "") -> Section:
+    """Build a section from HTML, sentences that become paragraphs, and sequences of both; empty ones are left out."""
+    flat = [each for part in parts for each in ([part] if isinstance(part, str) else part) if each]
+    html = [each if isinstance(each, Markup) else paragraph(each) for each in flat]
+    return Section(id, title, lead, Markup("\n").join(html), short)
 
 
 def page(title: str, sections: Sequence[Section], *, subtitle: str = "", footer: Sequence[str] = ()) -> str:
-    """Render the whole HTML file.
-
-    Args:
-        title: plain text of the page's title and first heading.
-        sections: in order.
-        subtitle: plain text below the title.
-        footer: lines of plain text below all sections.
-    """
+    """Render the whole HTML file from sections and plain text."""
     drawn = any('<div class="canvas"' in each.body for each in sections)
     return _environment().get_template("page.html.j2").render(
         title=title, sections=sections, subtitle=subtitle, footer=footer, plotly=_plotly_js() if drawn else ""
@@ -84,7 +78,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["inline"] = _inline
+    environment.filters |= {"inline": _inline, "base64": _base64}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment
 
@@ -94,80 +88,35 @@ def _inline(text: object) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape("" if text is None else text))))
 
 
-def _block(name: str, *values: Any) -> Markup:
-    html: Markup = getattr(_environment().get_template("blocks.html.j2").module, name)(*values)
-    return html
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
-# Text and tables ----------------------------------------------------------------------------------------------------
+def _block(name: str) -> Callable[..., Markup]:
+    """A macro of the template, as a function that returns HTML."""
+    macro: Callable[..., Markup] = getattr(_environment().get_template("blocks.html.j2").module, name)
+    return macro
 
 
-def paragraph(text: str, *, kind: str = "") -> Markup:
-    """A paragraph of plain text, in which `…` is code; `kind` is `note`, `warning` or empty."""
-    return _block("paragraph", text, kind)
-
-
-def heading(text: str) -> Markup:
-    """A heading inside a section."""
-    return _block("heading", text)
-
-
-def listing(lines: Sequence[str]) -> Markup:
-    """A bulleted list of plain text."""
-    return _block("listing", lines)
-
-
-def code(text: str) -> Markup:
-    """Lines to copy: commands or YAML."""
-    return _block("code", text)
-
-
-def folded(summary: str, body: Markup) -> Markup:
-    """HTML that is shown when the summary is clicked, and when the page is printed."""
-    return _block("folded", summary, body)
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> Markup:
-    """A table of plain text that scrolls in its own box; columns in `right` are aligned right, None is empty."""
-    return _block("table", columns, rows, right)
-
-
-def tiles(items: Sequence[tuple[str, str, Sequence[str]]]) -> Markup:
-    """Boxes side by side, each a question, its answer in large letters, and lines of plain text."""
-    return _block("tiles", items)
-
-
-def columns(*parts: Markup) -> Markup:
-    """HTML side by side where the screen is wide enough."""
-    return _block("columns", parts)
-
-
-def side_by_side(figures: Sequence[Markup]) -> Markup:
-    """Figures in as many columns as fit on the screen."""
-    return _block("grid", figures)
-
-
-# Pictures and figures -----------------------------------------------------------------------------------------------
-
-
-def picture(png: bytes, *, alt: str, width: int | None = None) -> Markup:
-    """A PNG embedded in the page; `width` in CSS pixels, None for the picture's own."""
-    return _block("picture", base64.b64encode(png).decode(), alt, width)
+paragraph, note, heading, listing, code, folded = map(
+    _block, ("paragraph", "note", "heading", "listing", "code", "folded")
+)
+table, tiles, columns, side_by_side, picture = map(_block, ("table", "tiles", "columns", "side_by_side", "picture"))
 
 
 def figure(fig: go.Figure, *, alt: str, height: int = 420, min_width: int | None = None) -> Markup:
-    """A plotly figure in the template of all figures, as wide as the page. The figure itself is not changed.
+    """A plotly figure in the template of all figures, as wide as the page, or `min_width` and scrolled.
 
     Args:
-        fig: has titles with units on its axes and none of its own: the section's heading and lead describe it.
+        fig: has titles with units on its axes and none of its own; it is not changed.
         alt: description for readers who cannot see it.
         height: in CSS pixels.
-        min_width: in CSS pixels; on a narrower screen the figure scrolls in its own box.
+        min_width: in CSS pixels.
     """
     content = fig.to_plotly_json()
     layout = {key: value for key, value in content["layout"].items() if key not in ("title", "width", "height")}
     layout |= {"template": template(), "autosize": True}
-    return _block("figure", plain({"data": content["data"], "layout": layout}), alt, height, min_width)
+    return _block("figure")(plain({"data": content["data"], "layout": layout}), alt, height, min_width)
 
 
 def plain(value: Any) -> Any:

@@ -12,13 +12,13 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.analysis.pruning import Agreement, LetThrough, agreement, fraction_interval, let_through
 from hpo.analysis.study_data import StudyData, value_of
 from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
-from hpo.report.charts import Look, marks
-from hpo.report.page import Section, code, figure, heading, listing, paragraph, section, side_by_side, table
+from hpo.report.charts import Look, trial_marks
+from hpo.report.page import Section, code, figure, heading, listing, note, section, side_by_side, table
 from hpo.report.words import metric_label, run_again, trial_name
 from hpo.space import RungsPruner
 from hpo.space.pruner import lets_through, places_of
 from hpo.text import count, percent, score, sentence, together
-from hpo.trials import FAILURE, LET_THROUGH, trial_index_of
+from hpo.trials import FAILURE, LET_THROUGH
 
 
 def pruner_safety(data: StudyData) -> Section | None:
@@ -37,8 +37,8 @@ def pruner_safety(data: StudyData) -> Section | None:
         "Pruner safety",
         f"{_order_text(data, agreements)} {_loss_text(data, passed)}",
         _rungs_table(data, agreements),
-        paragraph(explanation, kind="note"),
-        side_by_side([_scatter(data, found) for found in agreements]),
+        note(explanation),
+        side_by_side(_scatter(data, found) for found in agreements),
         heading("What pruning lost"),
         _let_through_table(data, passed) if passed else _none_let_through(data),
     )
@@ -46,10 +46,10 @@ def pruner_safety(data: StudyData) -> Section | None:
 
 def rung_text(data: StudyData, rung: int) -> str:
     """The place of a rung: `epoch 6`; with folds, `epoch 6 of fold 1` or `the end of fold 2`."""
-    if data.folds == 1:
-        return f"epoch {rung}"
     fold, epoch = divmod(rung - 1, data.run_epochs)
-    return f"the end of fold {fold + 1}" if epoch + 1 == data.run_epochs else f"epoch {epoch + 1} of fold {fold + 1}"
+    if data.folds > 1 and epoch + 1 == data.run_epochs:
+        return f"the end of fold {fold + 1}"
+    return f"epoch {epoch + 1}" + (f" of fold {fold + 1}" if data.folds > 1 else "")
 
 
 def _rungs_table(data: StudyData, agreements: Sequence[Agreement]) -> Markup:
@@ -115,19 +115,19 @@ def _let_through_table(data: StudyData, passed: Sequence[LetThrough]) -> list[Ma
         )
     label = f"{metric_label(data.metric)} there"
     columns = ("trial", "would have been pruned at", "rank there", label, "at the end", "better than the best other by")
-    body = [table(columns, rows, right=(3, 4, 5))]
     gains = [each.gain for each in passed if each.gain is not None]
-    if gains:
-        better = sum(gain > 0 for gain in gains)
-        low, high = fraction_interval(better, len(gains))
-        text = (
-            "They were chosen by their index alone, so they are a fair sample of the pruned trials. "
-            f"{better} of {len(gains)} ended better than the best: of all pruned trials, {percent(low)} to "
-            f"{percent(high)} might have (95 % interval). A larger `pruner.let_through` narrows the interval, and "
-            "costs more full trials."
-        )
-        body.append(paragraph(text, kind="note"))
-    return body
+    body = table(columns, rows, right=(3, 4, 5))
+    if not gains:
+        return [body]
+    better = sum(gain > 0 for gain in gains)
+    low, high = fraction_interval(better, len(gains))
+    words = (
+        "They were chosen by their index alone, so they are a fair sample of the pruned trials. "
+        f"{better} of {len(gains)} ended better than the best: of all pruned trials, {percent(low)} to "
+        f"{percent(high)} might have (95 % interval). A larger `pruner.let_through` narrows the interval, and "
+        "costs more full trials."
+    )
+    return [body, note(words)]
 
 
 def _state(trial: FrozenTrial) -> str:
@@ -137,25 +137,20 @@ def _state(trial: FrozenTrial) -> str:
     return {TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}.get(trial.state, "pruned later")
 
 
-def _none_let_through(data: StudyData) -> list[Markup]:
+def _none_let_through(data: StudyData) -> list[str]:
     share = data.space.pruner.let_through if data.space and isinstance(data.space.pruner, RungsPruner) else 0.0
     chosen = [trial_index for trial_index in range(len(data.trials)) if lets_through(trial_index, share)]
+    why = f"With `pruner.let_through` at {share:g}, "
     if not share:
         why = "This study lets no trial through (`pruner.let_through` is 0)."
-    elif not chosen:
-        first = next(trial_index for trial_index in range(math.ceil(1 / share) + 1) if lets_through(trial_index, share))
-        why = (
-            f"With `pruner.let_through` at {share:g}, the trial of index {first} is the first to continue past a rung "
-            "that prunes it: this study is shorter."
-        )
-    else:
+    elif chosen:
         indices = ", ".join(map(str, chosen))
-        why = (
-            f"With `pruner.let_through` at {share:g}, trials of index {indices} would continue past a rung that prunes "
-            "them, and none was pruned."
-        )
+        why += f"trials of index {indices} would continue past a rung that prunes them, and none was pruned."
+    else:
+        first = next(trial_index for trial_index in range(math.ceil(1 / share) + 1) if lets_through(trial_index, share))
+        why += f"the trial of index {first} is the first to continue past a rung that prunes it: this study is shorter."
     return [
-        paragraph(f"{why} To measure what pruning loses, let more trials through; add `--trials` to continue:"),
+        f"{why} To measure what pruning loses, let more trials through; add `--trials` to continue:",
         code(f"{run_again(data.study)} --set pruner.let_through=0.1"),
     ]
 
@@ -166,8 +161,8 @@ def _scatter(data: StudyData, found: Agreement) -> Markup:
     cut = [t for t in data.pruned if t.last_step == rung and math.isfinite(t.intermediate_values.get(rung, math.nan))]
     values = [value_of(trial) for trial in data.complete]
     floor = min(values) - 0.08 * ((max(values) - min(values)) or 0.01)
-    fig = go.Figure()
     through = [trial for trial in data.complete if LET_THROUGH in trial.user_attrs]
+    fig = go.Figure()
     for trials, name, look in (
         (cut, "pruned here, end unknown", Look(GREY, "line-ns-open", 9, 1.2)),
         ([t for t in data.complete if t not in through], "ran to the end", Look(BLUE, "circle", 7, 1.2, "white")),
@@ -175,11 +170,8 @@ def _scatter(data: StudyData, found: Agreement) -> Markup:
     ):
         early = [trial.intermediate_values.get(rung) for trial in trials]
         final = [floor if trials is cut else value_of(trial) for trial in trials]
-        hover = "%{text}<br>at the rung %{x}" + ("" if trials is cut else "<br>at the end %{y}")
-        text = [f"{trial_name(trial)}, index {trial_index_of(trial)}" for trial in trials]
-        fig.add_trace(marks(early, final, hover, look, name=name, text=text))
-    assert data.best is not None, "there are complete trials"
-    fig.add_hline(y=value_of(data.best), line={"color": INK, "dash": "dot", "width": 1})
+        fig.add_trace(trial_marks(data, trials, early, final, look, "<br>at the rung %{x}", name=name))
+    fig.add_hline(y=(max if data.maximize else min)(values), line={"color": INK, "dash": "dot", "width": 1})
     fig.update_layout(xaxis_title=f"{label} at {where}", yaxis_title=f"final {label}", legend={"font": {"size": 11}})
     alt = (
         f"Final against early {label} at {where}, {count(len(found.points), 'finished trial')} and {len(cut)} that "
@@ -215,11 +207,10 @@ def edges(data: StudyData) -> Section | None:
         "Edges",
         f"{sentence('; '.join(places))}: values beyond have not been tried, so widen {it}.",
         listing([each.words for each in found]),
-        paragraph(f"In the space, under `search:`, with {bound} moved:"),
+        f"In the space, under `search:`, with {bound} moved:",
         code("\n".join(each.yaml_line for each in found)),
-        paragraph(
+        note(
             f"`hpo space suggest {data.study.name}` writes the whole space so; a new study on it starts from the "
-            "trials that still fit, by `--take-over`.",
-            kind="note",
+            "trials that still fit, by `--take-over`."
         ),
     )

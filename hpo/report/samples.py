@@ -7,16 +7,15 @@ same for every report. Normalization is undone, so that erased parts have the co
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hpo.analysis.study_data import StudyData
+from hpo.dashboard.pictures import enlarged
 from hpo.report.images import no_images
-from hpo.report.page import Section, paragraph, picture, section
+from hpo.report.page import Section, note, picture, section
 from hpo.text import sentence
 
 if TYPE_CHECKING:
@@ -26,47 +25,43 @@ if TYPE_CHECKING:
     from core.data import Dataset, Splits
 
 _IMAGES, _DRAWS = 8, 8
-_TILE = (64, 96)  # pixels; smaller images are enlarged and larger ones reduced, so that the file stays small
+_SIDE = 64, 96  # pixels of an enlarged image's side, the aim and the maximum, so that the file stays small
+_GAP = 3  # pixels
 
 
 def augmented_samples(data: StudyData) -> Section | None:
     """A sheet of augmented training images; None before any trial is complete."""
-    chosen = _configuration(data)
-    if chosen is None:
-        return None
-    config, owner = chosen
-    if data.dataset is None:
-        return section("augment", "Augmentation", "The images are not available.", no_images(data))
-    on = augmentations(config.augment)
-    if not on:
-        return section(
-            "augment", "Augmentation", f"{sentence(owner)} augments nothing: its network saw unchanged images."
-        )
-    lead = f"Training images as {owner} augments them: {', '.join(on)}. Each row begins with the unchanged image."
-    places = examples(data.dataset, _IMAGES)
-    names = [data.dataset.classes[int(data.dataset.labels[place])] for place in places]
-    notes = [f"From above: {', '.join(names)}."]
-    if config.augment.start_size_fraction < 1:
-        notes.append("The smaller size at the beginning of the run is not shown.")
-    sheet = picture(
-        draw_sheet(data.dataset, places, config, _DRAWS),
-        alt=f"{len(places)} images, and {_DRAWS} augmented draws of each",
-    )
-    return section("augment", "Augmentation", lead, sheet, [paragraph(note, kind="note") for note in notes])
-
-
-def _configuration(data: StudyData) -> tuple[TrainConfig, str] | None:
-    """The configuration whose augmentation is shown, and its owner in words."""
     from core.config import TrainConfig
 
     if data.confirmation is not None:
         winner = data.confirmation.contender(data.confirmation.winner)
-        return TrainConfig.model_validate(winner.config, strict=False), f"the confirmed winner, {winner.name},"
-    return None if data.best is None else (data.study.config_of(data.best), f"the best trial, {data.best.number},")
+        config, owner = TrainConfig.model_validate(winner.config, strict=False), f"the confirmed winner, {winner.name},"
+    elif data.best is not None:
+        config, owner = data.study.config_of(data.best), f"the best trial, {data.best.number},"
+    else:
+        return None
+    if data.dataset is None:
+        return section("augment", "Augmentation", "The images are not available.", no_images(data))
+    on = augmentations(config.augment)
+    if not on:
+        lead = f"{sentence(owner)} augments nothing: its network saw unchanged images."
+        return section("augment", "Augmentation", lead)
+    lead = f"Training images as {owner} augments them: {', '.join(on)}. Each row begins with the unchanged image."
+    places = examples(data.dataset, _IMAGES)
+    names = [data.dataset.classes[int(data.dataset.labels[place])] for place in places]
+    notes = [note(f"From above: {', '.join(names)}.")]
+    if config.augment.start_size_fraction < 1:
+        notes.append(note("The smaller size at the beginning of the run is not shown."))
+    sheet = draw_sheet(data.dataset, places, config, _DRAWS)
+    alt = f"{len(places)} images, and {_DRAWS} augmented draws of each"
+    return section("augment", "Augmentation", lead, picture(sheet, alt=alt), notes)
 
 
 def augmentations(config: AugmentConfig) -> list[str]:
     """The enabled augmentations, in words."""
+    policy: str = config.policy
+    if config.policy in ("randaugment", "six"):
+        policy = f"{config.policy}, {config.ops} operations at {config.strength:.3g}" if config.ops else ""
     per_image = [
         (config.flip, "alternate flips" if config.alternate_flip else f"flip {config.flip:g}"),
         (config.vertical_flip, f"vertical flip {config.vertical_flip:g}"),
@@ -74,7 +69,7 @@ def augmentations(config: AugmentConfig) -> list[str]:
         (config.crop_area_min < 1, f"crop of at least {config.crop_area_min:g} of the area"),
         (config.rotation_degrees, f"rotation ±{config.rotation_degrees:.3g}°"),
         (config.color_jitter, f"color jitter ±{config.color_jitter:.3g}"),
-        (_policy(config), _policy(config)),
+        (policy, policy),
         (config.erase, f"erasing {config.erase:g}"),
     ]
     mixing = [(config.mixup, f"mixup α {config.mixup:.3g}"), (config.cutmix, f"CutMix α {config.cutmix:.3g}")]
@@ -82,12 +77,6 @@ def augmentations(config: AugmentConfig) -> list[str]:
     if found and config.apply_to == "repeats":
         found[-1] += " (on repeats of an image only)"
     return found + [words for on, words in mixing if on and config.mix_probability]
-
-
-def _policy(config: AugmentConfig) -> str:
-    if config.policy in ("randaugment", "six"):
-        return f"{config.policy}, {config.ops} operations at {config.strength:.3g}" if config.ops else ""
-    return config.policy
 
 
 def examples(dataset: Dataset, n: int) -> list[int]:
@@ -103,14 +92,22 @@ def examples(dataset: Dataset, n: int) -> list[int]:
 def draw_sheet(dataset: Dataset, places: Sequence[int], config: TrainConfig, draws: int) -> bytes:
     """Draw a PNG with a row per image: the unchanged image, a gap, and the augmented draws, always the same."""
     import torch
+    from torchvision.utils import make_grid
 
     from core.data import folds
 
     splits = folds(dataset, config.data)[0]  # for the mean and deviation of its pixels
     chosen = torch.tensor(places)
     images, labels = dataset.images[chosen], dataset.labels[chosen]  # (n, C, H, W) uint8, (n,)
-    columns = [images, *(_draw(images, labels, splits, config.augment, draw) for draw in range(draws))]
-    return png(_sheet([[_tile(column[row]) for column in columns] for row in range(len(places))]))
+    drawn = torch.stack([_draw(images, labels, splits, config.augment, draw) for draw in range(draws)], dim=1)
+
+    def grid(tiles: Tensor, columns: int) -> Tensor:
+        shown = torch.stack([torch.from_numpy(enlarged(tile, *_SIDE)).movedim(-1, 0) for tile in tiles])
+        sheet: Tensor = make_grid(shown, nrow=columns, padding=_GAP, pad_value=255)
+        return sheet
+
+    sheet = torch.cat([grid(images, 1), grid(drawn.flatten(0, 1), draws)], dim=2)
+    return _png(sheet.movedim(0, -1).numpy())
 
 
 def _draw(images: Tensor, labels: Tensor, splits: Splits, augment: AugmentConfig, draw: int) -> Tensor:
@@ -131,36 +128,8 @@ def _draw(images: Tensor, labels: Tensor, splits: Splits, augment: AugmentConfig
     return shown.mul(std).add_(mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _tile(image: Tensor) -> NDArray[np.uint8]:
-    """Convert (C, H, W) uint8 to (h, w, 3): small images enlarged by a whole factor, large ones reduced."""
-    from PIL import Image
-
-    pixels = np.moveaxis(image.numpy(), 0, -1)
-    pixels = pixels.repeat(3, 2) if pixels.shape[2] == 1 else pixels
-    side = max(pixels.shape[:2])
-    if side > _TILE[1]:
-        small = Image.fromarray(np.ascontiguousarray(pixels))
-        small.thumbnail((_TILE[1], _TILE[1]))
-        return np.asarray(small)
-    factor = max(1, math.ceil(_TILE[0] / side))
-    return pixels.repeat(factor, 0).repeat(factor, 1)
-
-
-def _sheet(tiles: Sequence[Sequence[NDArray[np.uint8]]]) -> NDArray[np.uint8]:
-    """Arrange the tiles in rows on white, with a gap behind the first column."""
-    height, width = tiles[0][0].shape[:2]
-    gap, apart = 3, 14  # pixels
-    down, across = height + gap, width + gap
-    sheet = np.full((len(tiles) * down - gap, len(tiles[0]) * across - gap + apart, 3), 255, dtype=np.uint8)
-    for row, line in enumerate(tiles):
-        for column, tile in enumerate(line):
-            left = column * across + (apart if column else 0)
-            sheet[row * down : row * down + height, left : left + width] = tile
-    return sheet
-
-
-def png(pixels: NDArray[np.uint8]) -> bytes:
-    """Encode (H, W, 3) as PNG with at most 256 colors, which takes a quarter of the size."""
+def _png(pixels: Any) -> bytes:
+    """Encode (H, W, 3) uint8 as PNG with at most 256 colors, which takes a quarter of the size."""
     from PIL import Image
 
     image: Any = Image.fromarray(pixels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
@@ -12,10 +13,14 @@ from hpo.analysis.baselines import Entry
 from hpo.analysis.summary import StudySummary
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.confirmation.statistics import MAX_REPLICATES, Interval
+from hpo.space.pruner import spared
 from hpo.storage import is_masked
 from hpo.study import Counts, Study
-from hpo.text import count, gap, score
-from hpo.trials import RECIPE, is_baseline
+from hpo.text import count, counted, gap, score
+from hpo.trials import FAILURE
+
+if TYPE_CHECKING:
+    from hpo.analysis.study_data import StudyData
 
 
 def metric_label(metric: str) -> str:
@@ -26,9 +31,22 @@ def metric_label(metric: str) -> str:
 
 def trial_name(trial: FrozenTrial) -> str:
     """`trial 12`, with its role in parentheses."""
-    roles = ["the baseline"] if is_baseline(trial) else []
-    roles += [f"recipe {trial.user_attrs[RECIPE]}"] if RECIPE in trial.user_attrs else []
-    return f"trial {trial.number}" + (f" ({', '.join(roles)})" if roles else "")
+    role = spared(trial)
+    return f"trial {trial.number} ({role})" if role else f"trial {trial.number}"
+
+
+def describe(data: StudyData, trial: FrozenTrial) -> str:
+    """A trial's name, result and epochs, in three lines of HTML for the label at the pointer."""
+    label = metric_label(data.metric)
+    last = None if trial.last_step is None else trial.intermediate_values.get(trial.last_step)
+    if trial in data.complete:
+        result = f"{label} {score(trial.value)}"
+    elif trial in data.failed:
+        result = f"failed: {trial.user_attrs[FAILURE]}"
+    else:
+        state = "pruned" if trial in data.pruned else "running"
+        result = state if last is None else f"{state} at {label} {score(last)}"
+    return f"{trial_name(trial)}<br>{result}<br>{count(data.epochs(trial), 'epoch')}"
 
 
 def entry_name(entry: Entry) -> str:
@@ -44,14 +62,8 @@ def interval_text(interval: Interval) -> str:
 
 def states_text(counts: Counts) -> str:
     """The number of trials in each state: `12 complete, 3 pruned`."""
-    states = {
-        "complete": counts.complete,
-        "pruned": counts.pruned,
-        "failed to train": counts.failures,
-        "running": counts.running,
-        "waiting": counts.waiting,
-    }
-    return ", ".join(f"{number} {state}" for state, number in states.items() if number) or "none yet"
+    states = {("failed to train" if state == "failures" else state): n for state, n in vars(counts).items()}
+    return counted(states) or "none yet"
 
 
 def progress_text(study: Study, finished: int) -> str:
@@ -93,10 +105,14 @@ def outdated(study: Study, confirmation: Confirmation, finished: int) -> str:
 # Commands to continue with ------------------------------------------------------------------------------------------
 
 
-def command(study: Study, words: str, *, name: str | None = None, option: str = "") -> str:
-    """`hpo WORDS STUDY OPTION`; a masked password has to be given again, by `--storage`."""
-    storage = f" --storage {shlex.quote(study.storage_shown)}" if is_masked(study.storage_shown) else ""
-    return f"hpo {words} {shlex.quote(name or study.name)}{option}{storage}"
+def storage_option(url: str) -> list[str]:
+    """`--storage URL` if the URL's password is masked and has to be given again."""
+    return ["--storage", url] if is_masked(url) else []
+
+
+def command(study: Study, words: str, *options: str, name: str | None = None) -> str:
+    """`hpo WORDS STUDY OPTIONS`, with another study's `name` if given."""
+    return shlex.join(["hpo", *words.split(), name or study.name, *options, *storage_option(study.storage_shown)])
 
 
 def run_again(study: Study) -> str:
@@ -139,7 +155,7 @@ def unproven(study: Study, confirmation: Confirmation) -> list[str]:
     if confirmation.search_epochs and confirmation.replicates < MAX_REPLICATES:
         spent = max(confirmation.budget_epochs, confirmation.epochs)
         budget = math.ceil(20 * spent / confirmation.search_epochs) / 10
-        more = command(study, "confirm", option=f" --budget {budget:g}")
+        more = command(study, "confirm", "--budget", f"{budget:g}")
         commands.append(f"{more}  # twice the trainings, for more certainty")
     if leader.trial is not None:
         commands.append(f"{command(study, f'refit {leader.trial} --study')}  # {leader.name} without proof")

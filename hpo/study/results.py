@@ -42,8 +42,9 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a `metrics.jsonl`; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Read the complete lines of a `metrics.jsonl`; the last one may be being written. None if there is no file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def finite(content: Any) -> Any:

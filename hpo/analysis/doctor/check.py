@@ -41,11 +41,7 @@ Result = Finding | Note
 
 
 class StudyCheck:
-    """A study, as far as it can be read.
-
-    Args:
-        name: of the study.
-        storage_url: the storage given by the user; None for that of study.yaml, or the study's own journal.
+    """A study, as far as it can be read; by default on the storage of study.yaml or its own journal.
 
     Raises:
         StudyError: the given storage is not the study's, or lacks the password.
@@ -90,8 +86,7 @@ class StudyCheck:
     def unfinished(self) -> int:
         """The number of trials still to be trained."""
         states = [trial.state for trial in effective_trials(self.trials).values()]
-        total = len(states) if self.readable.total is None else max(self.readable.total, len(states))
-        return total - sum(state in FINISHED for state in states)
+        return max(self.readable.total or 0, len(states)) - sum(state in FINISHED for state in states)
 
     def open(self) -> Study:
         """Open the study for changes."""

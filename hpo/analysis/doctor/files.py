@@ -7,21 +7,21 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from hpo.analysis.doctor.check import FINISHED, Finding, Note, Result, StudyCheck, guarded
+from hpo.analysis.study_data import fold_steps
 from hpo.paths import StudyPaths
 from hpo.storage.atomic import UNFINISHED, replacing
 from hpo.study import Study
 from hpo.text import in_words
 from hpo.trials import ARTIFACT, TAKEN_FROM, effective_trials
 
-# Seconds without a write after which a file counts as left behind, even if its writer's last step is a slow sync.
-_IDLE_S = 600
-# A checkpoint is as large as four files of weights: the network, its average, and two of an optimizer's state.
-_CHECKPOINT_WEIGHTS = 4
+_IDLE_S = 600  # without a write, a file counts as left behind, even if its writer's last step is a slow sync
+_CHECKPOINT_WEIGHTS = 4  # files of weights in a checkpoint: the network, its average, two of an optimizer's state
 _UNFINISHED = (UNFINISHED, ".unfinished")  # suffixes of checkpoints, weights and downloads until they are complete
 _GROWING = ("journal", "trials' pictures and rows", "artifacts")  # kinds of files that every trial adds to
 
@@ -63,7 +63,7 @@ def kept_weights(check: StudyCheck) -> Iterator[Result]:
     best = study.best_trial()
     if best is None or TAKEN_FROM in best.user_attrs or study.confirms is not None:  # these keep no weights
         return
-    folds = study.metadata["base"]["data"].get("folds") or 1
+    _, folds = fold_steps(study)
     files = [check.paths.trial_model(best.number, fold) for fold in range(1, folds + 1)]
     if missing := [file for file in files if not study.files.exists(file)]:
         yield Note(f"{missing[0]}, of the best trial, is missing; hpo refit best trains it again")
@@ -164,7 +164,7 @@ def disk(check: StudyCheck) -> Iterator[Result]:
     used = disk_use(check.paths)
     weights = max(map(_size, check.paths.trials.glob("*/model*.safetensors")), default=0)
     checkpoint = max(map(_size, check.paths.checkpoint(0).parent.glob("*.pt")), default=_CHECKPOINT_WEIGHTS * weights)
-    per_trial = sum(used.get(kind, 0) for kind in _GROWING) / max(len(check.trials), 1)
+    per_trial = sum(used[kind] for kind in _GROWING) / max(len(check.trials), 1)
     needed = checkpoint + math.ceil(per_trial * check.unfinished)
     free = shutil.disk_usage(check.paths.dir).free
     if free < needed:
@@ -175,12 +175,11 @@ def disk(check: StudyCheck) -> Iterator[Result]:
         )
 
 
-def disk_use(paths: StudyPaths) -> dict[str, int]:
+def disk_use(paths: StudyPaths) -> Counter[str]:
     """Return the bytes of each kind of file that exists."""
-    use: dict[str, int] = {}
+    use = Counter[str]()
     for file in _files_in(paths.dir):
-        kind = _kind(paths, file)
-        use[kind] = use.get(kind, 0) + _size(file)
+        use[_kind(paths, file)] += _size(file)
     return use
 
 

@@ -7,11 +7,11 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,40 +154,45 @@ time.sleep(600)
 """
 
 
-@pytest.fixture
-def worker(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Start a process that claims a trial, and holds it."""
-    started = []
-
-    def claim() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", CLAIM, str(tmp_path / "own.yaml")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        started.append(process)
+@contextmanager
+def running(code: str, argument: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that prints a word and then sleeps; it is killed at the end."""
+    process = subprocess.Popen([sys.executable, "-c", code, str(argument)], stdout=subprocess.PIPE, text=True)
+    try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "claimed\n"
-        return process
-
-    yield claim
-    for process in started:
+        assert process.stdout.readline() in ("claimed\n", "held\n")
+        yield process
+    finally:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def worker(case: Case, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has claimed an additional trial, and holds it."""
+    case.study.queue.ensure_trials(TOTAL + 1)
+    with running(CLAIM, tmp_path / "own.yaml") as process:
+        yield process
+
+
+@pytest.fixture
+def killed(worker: subprocess.Popen[str]) -> int:
+    """The number of such a process, which was killed."""
+    worker.kill()
+    worker.wait()
+    return worker.pid
 
 
 # Healthy ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_study_has_no_problems_and_checks_change_nothing(case: Case) -> None:
+@pytest.mark.parametrize("options", [[], ["--mend"]], ids=["check", "fix"])
+def test_a_finished_study_has_no_problems_and_is_not_changed(case: Case, options: list[str]) -> None:
     before = tree(case.paths.dir)
-    code, lines = case.run()
+    code, lines = case.run(*options)
     assert code == 0, lines
     assert "no problem found in study own" in lines
     assert re.search(r"on the disk: [\d.]+ [kM]B: .*trials' weights [\d.]+ kB", lines[-1])
-    assert tree(case.paths.dir) == before
-
-
-def test_fixing_a_healthy_study_changes_nothing(case: Case) -> None:
-    before = tree(case.paths.dir)
-    assert case.run("--mend")[0] == 0
     assert tree(case.paths.dir) == before
 
 
@@ -201,18 +206,12 @@ def test_without_a_name_the_last_study_is_checked(
 # Processes that died ------------------------------------------------------------------------------------------------
 
 
-def test_the_trial_of_a_killed_process_is_found_and_requeued(
-    case: Case, worker: Callable[[], subprocess.Popen[str]]
-) -> None:
-    case.study.queue.ensure_trials(TOTAL + 1)
-    process = worker()
-    process.kill()
-    process.wait()
+def test_the_trial_of_a_killed_process_is_found_and_requeued(case: Case, killed: int) -> None:
     finished, before = case.finished(), tree(case.paths.dir)
     code, lines = case.run()
     assert code == 1
     line = found(lines, "RUNNING")
-    assert line.startswith(f"trial 3 (index 3) is RUNNING, but its process {process.pid} is dead; --mend requeues it")
+    assert line.startswith(f"trial 3 (index 3) is RUNNING, but its process {killed} is dead; --mend requeues it")
     assert "hpo study doctor own --mend" in found(lines, "can be fixed")
     assert tree(case.paths.dir) == before
 
@@ -224,10 +223,9 @@ def test_the_trial_of_a_killed_process_is_found_and_requeued(
     assert case.finished() == finished
 
 
-def test_a_trial_whose_process_lives_is_never_touched(case: Case, worker: Callable[[], subprocess.Popen[str]]) -> None:
-    case.study.queue.ensure_trials(TOTAL + 1)
-    worker()
-    (case.paths.checkpoint(3)).parent.mkdir(exist_ok=True)
+@pytest.mark.usefixtures("worker")
+def test_a_trial_whose_process_lives_is_never_touched(case: Case) -> None:
+    case.paths.checkpoint(3).parent.mkdir(exist_ok=True)
     case.paths.checkpoint(3).write_bytes(b"its epochs")
     before = tree(case.paths.dir)
     assert case.run("--mend")[0] == 0
@@ -273,14 +271,8 @@ time.sleep(600)
 
 
 def test_the_lock_of_a_killed_process_is_found_and_that_of_a_running_one_is_not(case: Case) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(case.paths.journal)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    try:
+    with running(HOLD, case.paths.journal):
         assert case.run()[0] == 0
-    finally:
-        process.kill()
-        process.communicate()
     code, lines = case.run()
     assert code == 1
     assert "journal.log.lock: left by a process that died" in found(lines, "journal.log.lock")
@@ -325,14 +317,6 @@ def test_other_damage_is_reported_with_its_line_beside_other_problems(case: Case
     assert "journal.log:5: damaged, and not by a crash of ours; restore it from a backup" in found(said, "damaged")
     assert found(said, f"^fixed: {old}")
     assert case.paths.journal.read_bytes() == before
-
-
-def test_a_missing_journal_is_reported(case: Case) -> None:
-    case.paths.journal.unlink()
-    code, lines = case.run("--mend")
-    assert code == 1
-    assert "journal.log is missing, and the study's trials with it; restore it from a backup" in found(lines, "missing")
-    assert not case.paths.journal.exists()
 
 
 def test_a_missing_study_yaml_is_rebuilt_from_the_storage(case: Case, capsys: Any) -> None:
@@ -476,29 +460,63 @@ def test_unneeded_files_are_reported_with_their_size_and_removed(case: Case) -> 
     assert fresh.exists()  # a process may be writing it
 
 
-def test_a_folder_without_a_trial_is_reported_and_never_deleted(case: Case) -> None:
-    stray = leave(case.paths.trial(17) / "model.safetensors")
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (
+            lambda case: case.paths.journal.unlink(),
+            r"journal\.log is missing, and the study's trials with it; restore it from a backup$",
+        ),
+        (
+            lambda case: leave(case.paths.trial(17) / "model.safetensors"),
+            r"/00017 \(1\.5 kB\) belongs to no trial of the storage",
+        ),
+        (
+            lambda case: (case.paths.refit("best") / "model.safetensors").unlink(),
+            r"refit/best.*model\.safetensors is missing",
+        ),
+        (
+            lambda case: (case.paths.refit("best") / "preprocess.json").unlink(),
+            r"refit/best.*preprocess\.json is missing",
+        ),
+    ],
+    ids=["no journal", "a folder without a trial", "a model without weights", "a model without a file"],
+)
+def test_damage_that_only_the_user_can_repair_is_reported_and_left_as_it_is(
+    case: Case, damage: Callable[[Case], object], problem: str
+) -> None:
+    damage(case)
+    before = tree(case.paths.dir)
     code, lines = case.run("--mend")
     assert code == 1
-    assert f"{stray.parent} (1.5 kB) belongs to no trial of the storage" in found(lines, "00017")
-    assert stray.exists()
+    assert found(lines, problem)
+    assert tree(case.paths.dir) == before
 
 
-def test_missing_weights_of_the_best_trial_are_noted_and_no_problem(case: Case) -> None:
+def _lose_the_best_weights(case: Case) -> None:
     best = case.study.best_trial()
     assert best is not None
     case.paths.trial_model(best.number).unlink()
+
+
+def _change_versions(case: Case) -> None:
+    metadata = case.study.metadata
+    began = {**metadata["versions"], "torch": "1.0"}
+    case.study.optuna.set_user_attr("hpo", {**metadata, "versions": began})
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (_lose_the_best_weights, r"^note: .*model\.safetensors.*hpo refit best trains it again"),
+        (_change_versions, r"^note: versions.*torch [\d.]+\S*, not 1\.0"),
+    ],
+)
+def test_a_harmless_change_is_a_note_and_no_problem(case: Case, change: Callable[[Case], None], note: str) -> None:
+    change(case)
     code, lines = case.run()
     assert code == 0
-    assert "hpo refit best trains it again" in found(lines, "^note: .*model.safetensors")
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "preprocess.json"])
-def test_a_submission_model_with_a_missing_file_is_reported(case: Case, name: str) -> None:
-    (case.paths.refit("best") / name).unlink()
-    code, lines = case.run("--mend")
-    assert code == 1
-    assert f"{name} is missing" in found(lines, "refit/best")
+    assert found(lines, note)
 
 
 def test_a_submission_model_moved_aside_by_a_crash_is_restored(case: Case) -> None:
@@ -552,27 +570,14 @@ def test_changed_and_missing_weights_are_reported_each(case: Case, tmp_path: Pat
     assert found(lines, "gone.pth")
 
 
-def test_other_versions_are_noted_and_no_problem(case: Case) -> None:
-    study = case.study
-    began = {**study.metadata["versions"], "torch": "1.0"}
-    study.optuna.set_user_attr("hpo", {**study.metadata, "versions": began})
-    code, lines = case.run()
-    assert code == 0
-    assert re.search(r"torch [\d.]+\S*, not 1\.0", found(lines, "^note: versions"))
-
-
 # However broken it is -----------------------------------------------------------------------------------------------
 
 
-def test_a_check_that_fails_is_a_finding_and_hides_no_other(
-    case: Case, worker: Callable[[], subprocess.Popen[str]]
-) -> None:
+@pytest.mark.usefixtures("killed")
+def test_a_check_that_fails_is_a_finding_and_hides_no_other(case: Case) -> None:
     study = case.study
     study.queue.ensure_trials(TOTAL + 2)
     study.optuna._storage.set_trial_system_attr(study.optuna.get_trials()[4]._trial_id, "artifacts:x", "nonsense")
-    process = worker()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     leave(case.paths.checkpoint(1))
     code, lines = case.run()
     assert code == 1
@@ -584,13 +589,8 @@ def test_a_check_that_fails_is_a_finding_and_hides_no_other(
     assert wrong(lines) == 1  # the two others are fixed
 
 
-def test_a_fix_that_fails_is_reported(
-    case: Case, worker: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case.study.queue.ensure_trials(TOTAL + 1)
-    process = worker()
-    process.kill()
-    process.wait()
+@pytest.mark.usefixtures("killed")
+def test_a_fix_that_fails_is_reported(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     leave(case.paths.checkpoint(1))
     monkeypatch.setattr(TrialQueue, "reclaim", lambda self: 1 / 0)
     code, lines = case.run("--mend")

@@ -12,10 +12,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 
 import hpo.cli.console
-import hpo.cli.top
+import hpo.cli.monitor
+from hpo.analysis.live import Rate, look, rate_of
 from hpo.cli.console import TableOf, say_screen
-from hpo.cli.monitor import Rate, look, rate_of, screen
-from hpo.cli.top import top_command
+from hpo.cli.monitor import screen, top_command
 from hpo.space import SearchSpace
 from hpo.storage.lease import own_lease
 from hpo.study import Study
@@ -205,7 +205,7 @@ def test_the_trial_of_a_dead_process_is_told_from_one_that_runs(
     assert view.left_s is None
     lines = shown(study, 1, capsys)
     assert lines[0].endswith("1 left by a dead process, 1 waiting")
-    assert lines[-2:] == ["no worker trains anything; go on with", "  hpo run space --study simulated"]
+    assert lines[-2:] == ["no worker trains anything; resume with", "  hpo run space --study simulated"]
 
 
 @pytest.mark.parametrize(("total", "last"), [(1, "nothing runs or waits any more"), (3, "  hpo run space --study s")])
@@ -264,7 +264,7 @@ def live(space: SearchSpace, monkeypatch: pytest.MonkeyPatch) -> Study:
     """A study of one trial that runs, on disk, and a terminal to see it on."""
     terminal = Console(width=110, height=30, force_terminal=True, highlight=False)
     monkeypatch.setattr(hpo.cli.console, "console", terminal)
-    monkeypatch.setattr(hpo.cli.top, "console", terminal)
+    monkeypatch.setattr(hpo.cli.monitor, "console", terminal)
     study = on_disk(space, name="live")
     study.queue.ensure_trials(1)
     return study
@@ -287,7 +287,7 @@ def test_it_looks_again_until_nothing_runs(
             live.queue.finish(claimed_trials[0], "complete", 0.4)
 
     claimed_trials: list[Any] = []
-    monkeypatch.setattr(hpo.cli.top.time, "sleep", sleep)
+    monkeypatch.setattr(hpo.cli.monitor.time, "sleep", sleep)
     top_command("live", storage=None, every_s=0.5, once=False)
     assert looks == [0.5, 0.5]
     out = capsys.readouterr().out
@@ -301,7 +301,7 @@ def test_ctrl_c_ends_it_quietly(
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hpo.cli.top.time, "sleep", interrupted)
+    monkeypatch.setattr(hpo.cli.monitor.time, "sleep", interrupted)
     assert run_hpo(monkeypatch, "study", "top", live.name) == 0
     assert capsys.readouterr().err == ""
 
@@ -313,8 +313,8 @@ def test_once_or_without_a_terminal_it_looks_once(
     if not options:
         plain = Console(highlight=False)
         monkeypatch.setattr(hpo.cli.console, "console", plain)
-        monkeypatch.setattr(hpo.cli.top, "console", plain)
-    monkeypatch.setattr(hpo.cli.top.time, "sleep", lambda _: pytest.fail("it waits"))
+        monkeypatch.setattr(hpo.cli.monitor, "console", plain)
+    monkeypatch.setattr(hpo.cli.monitor.time, "sleep", lambda _: pytest.fail("it waits"))
     assert run_hpo(monkeypatch, "study", "top", live.name, *options) == 0
     assert "0 of 1 trial finished: 1 waiting" in capsys.readouterr().out
 

@@ -344,7 +344,7 @@ ENDED = Outcome(7, 7, "complete", 0.3, None, {"optim.lr_scale": 5.0})
         ),
         (
             replace(ENDED, attributes={"kept_epoch": 3}),
-            ["those of epoch 3.", "exempt from pruning at rung 2", "the recipe a\\_b, which is never pruned"],
+            ["those of epoch 3.", "exempt from pruning at rung 2", "recipe a\\_b, which is never pruned"],
         ),
     ],
 )  # fmt: skip

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pytest
 from markupsafe import Markup
 
 from core.data import Dataset
+from hpo.analysis.costs import progress
 from hpo.analysis.study_data import StudyData, read_study_data, value_of
 from hpo.api.options import ReportOptions
 from hpo.api.study import report
@@ -26,9 +25,10 @@ from hpo.confirmation.result import write_confirmation
 from hpo.confirmation.statistics import Interval
 from hpo.errors import StudyError
 from hpo.report import sections_of, write_report
-from hpo.report.answer import answer, changed, contenders_figure, next_commands, verdict, warnings_of
-from hpo.report.charts import STATES, log_axis
-from hpo.report.compare import comparison, progress, progress_figure
+from hpo.report.answer import answer, changed, next_commands, verdict, warnings_of
+from hpo.report.baselines import baselines
+from hpo.report.charts import log_axis
+from hpo.report.compare import comparison, progress_figure
 from hpo.report.compare import warnings_of as incomparable
 from hpo.report.figures import (
     curves_figure,
@@ -39,15 +39,16 @@ from hpo.report.figures import (
     parallel_figure,
     slice_figures,
     slices,
-    states,
 )
-from hpo.report.page import Section, figure, page, paragraph, picture, plain, section, table
+from hpo.report.page import _plotly_js as PLOTLY_JS
+from hpo.report.page import figure, page, paragraph, picture, plain, section, table
 from hpo.space import load_space
 from hpo.study import Study
 from hpo.text import count, difference, number
 from hpo.trials import FAILURE
 from tests.hpo.commands import hpo
 from tests.hpo.invented import ALL_STATES, BASE, SPACE, invented_confirmation, invented_study
+from tests.hpo.report.pages import check_page, lead_of, text_of
 
 ONE_PARAMETER = f"""
 data: {{name: digits}}
@@ -60,16 +61,20 @@ FOLDS = SPACE.replace("data: {name: digits}", "data: {name: digits, folds: 3}")
 NLL = SPACE + "objective: {metric: nll}\n"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages without the megabytes of plotly.js, which take most of a test's time."""
     monkeypatch.setattr("hpo.report.page._plotly_js", lambda: Markup("plotly.js"))
 
 
+def made(digits: Dataset, space: str = SPACE, *, name: str = "made", **how: Any) -> StudyData:
+    """A study without training."""
+    return read_study_data(invented_study(space, digits, name, **how))
+
+
 # Every study gives a page -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("no_plotly")
 @pytest.mark.parametrize(
     ("space", "how", "words"),
     [
@@ -96,63 +101,10 @@ def test_every_study_gives_a_whole_page(
     assert capfd.readouterr() == ("", ""), "Optuna's messages are in the page, not on the terminal"
 
 
-@pytest.mark.usefixtures("no_plotly")
-def test_a_study_of_an_older_version_without_its_space_gives_a_page(digits: Dataset, tmp_path: Path) -> None:
-    study = invented_study(SPACE, digits, "old", trials=5)
-    data = replace(read_study_data(study), space=None)
+def test_a_study_of_an_older_version_without_its_space_gives_a_page(twelve: StudyData) -> None:
+    data = replace(twelve, space=None)
     assert data.rungs == {}
     check_page(page("old", sections_of(data)))
-
-
-class _Checker(HTMLParser):
-    """Checks that the elements of a page are balanced, and collects ids, links and headings."""
-
-    VOID = ("meta", "link", "img", "br")
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.faults: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.headings: list[int] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.ids += [found["id"] or ""] if "id" in found else []
-        self.links += [found[name] or "" for name in ("href", "src") if name in found]
-        if tag == "img" and not found.get("alt"):
-            self.faults.append("a picture without a description")
-        if re.fullmatch("h[1-6]", tag):
-            self.headings.append(int(tag[1]))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.faults.append(f"</{tag}> ends what did not begin, at {self.getpos()}")
-
-
-def check_page(text: str) -> list[dict[str, Any]]:
-    """Assert that the page is well-formed and loads nothing. Returns its figures."""
-    checker = _Checker()
-    checker.feed(text)
-    checker.close()
-    assert checker.faults == []
-    assert checker.open == []
-    assert len(set(checker.ids)) == len(checker.ids)
-    assert checker.links, "there is a navigation"
-    for link in checker.links:
-        assert link.startswith(("#", "data:")), f"the page asks for {link}"
-        assert not link.startswith("#") or link[1:] in checker.ids
-    assert "@import" not in text
-    assert not re.search(r"url\(\s*['\"]?http", text.partition("<script>")[0])
-    assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
-    assert '<meta name="viewport"' in text
-    assert checker.headings[0] == 1
-    assert all(b <= a + 1 for a, b in zip(checker.headings, checker.headings[1:], strict=False))
-    assert "Infinity" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
-    return [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', text, re.S)]
 
 
 # The parts of a page ------------------------------------------------------------------------------------------------
@@ -161,20 +113,19 @@ def check_page(text: str) -> list[dict[str, Any]]:
 HOSTILE = "</script><script>alert(1)</script><b>&\"'"
 
 
-@pytest.mark.usefixtures("no_plotly")
 def test_no_text_becomes_markup() -> None:
     fig = go.Figure(go.Scatter(x=[1], y=[1], text=[HOSTILE], name=HOSTILE))
     body = figure(fig, alt=HOSTILE) + table([HOSTILE], [[HOSTILE]]) + paragraph(HOSTILE) + picture(b"x", alt=HOSTILE)
-    text = page(HOSTILE, [section("one", HOSTILE, HOSTILE, body)])
+    text = page(HOSTILE, [section("one", HOSTILE, HOSTILE, body, HOSTILE)])
     drawn = check_page(text)
     assert drawn[0]["data"][0]["name"] == HOSTILE
     assert "<b>" not in text.partition("<script>")[0]
 
 
-def test_plotly_is_embedded_once_and_only_where_a_figure_needs_it() -> None:
+def test_plotly_is_embedded_once_and_only_where_a_figure_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpo.report.page._plotly_js", PLOTLY_JS)
     one = section("one", "One", "Lead.", figure(go.Figure(), alt="nothing"))
-    two = replace(one, id="two")
-    assert page("x", [one, two]).count("plotly.js v") == 1
+    assert page("x", [one, replace(one, id="two")]).count("plotly.js v") == 1
     assert len(page("x", [section("one", "One", "Lead.")])) < 20_000
 
 
@@ -196,7 +147,6 @@ def test_the_numbers_of_a_figure_are_plain_and_short(value: Any, shown: Any) -> 
     json.dumps(plain(value), allow_nan=False)
 
 
-@pytest.mark.usefixtures("no_plotly")
 def test_a_figure_is_not_changed_by_rendering() -> None:
     fig = go.Figure(go.Scatter(x=[1.23456789], y=[2]), {"title": "kept", "width": 300})
     before = fig.to_json()
@@ -243,16 +193,15 @@ def test_each_tick_of_a_logarithmic_axis_is_named_by_its_value(low: float, high:
 # Figures hold as many points as the study has -----------------------------------------------------------------------
 
 
-def points(fig: go.Figure, *names: str) -> int:
-    """Count the points of all traces, or of those whose names begin so, without gaps."""
-    traces = [trace for trace in fig.data if not names or (trace.name or "").startswith(names)]
-    return sum(y is not None for trace in traces for y in trace.y)
+def points(fig: go.Figure, name: str) -> int:
+    """Count the points of the traces whose names begin so, without gaps."""
+    return sum(y is not None for trace in fig.data if (trace.name or "").startswith(name) for y in trace.y)
 
 
 def test_the_shared_study_has_trials_in_every_state(everything: StudyData) -> None:
-    assert all(states(everything)[state] for state in STATES)
+    assert all(everything.states.values())
     assert len(everything.waiting) == 3
-    assert sum(map(len, states(everything).values())) + 3 == len(everything.trials) == 17
+    assert sum(map(len, everything.states.values())) + 3 == len(everything.trials) == 17
 
 
 def test_the_history_shows_every_trial_that_has_begun(everything: StudyData) -> None:
@@ -264,30 +213,26 @@ def test_the_history_shows_every_trial_that_has_begun(everything: StudyData) -> 
     values = next(trace for trace in above if trace.mode == "markers")
     assert dict(zip(values.x, values.y, strict=True)) == {t.number: t.value for t in everything.complete}
     best = next(trace for trace in above if trace.name == "best so far")
-    assert [y for y in best.y if math.isfinite(y)][-1] == value_of(everything.best)
+    assert everything.best is not None
+    assert best.y[-1] == everything.best.value
+    assert [line.y0 for line in fig.layout.shapes] == [value_of(everything.complete[0])], "the baseline"
 
 
 def test_the_learning_curves_show_every_reported_value(everything: StudyData) -> None:
     fig = curves_figure(everything)
-    for state, name in (("complete", "complete"), ("pruned", "pruned"), ("failed", "failed"), ("running", "running")):
-        assert points(fig, name) == sum(len(trial.intermediate_values) for trial in states(everything)[state])
+    for state, trials in everything.states.items():
+        assert points(fig, state) == sum(len(trial.intermediate_values) for trial in trials)
     assert {int(line.x0) for line in fig.layout.shapes} == set(everything.rungs) == {2, 5}
-    found = learning_curves(everything)
-    assert found is not None
-    assert "14 curves" in found.lead
+    assert "14 curves" in lead_of(learning_curves(everything))
 
 
 def test_the_slices_show_every_trial_that_has_the_parameter(everything: StudyData) -> None:
     figures = slice_figures(everything)
     assert list(figures) == ["optim.name", "optim.lr_scale", "optim.momentum", "loss.smoothing"]
     for path, fig in figures.items():
-        scored = [trial for trial in everything.complete if path in trial.params]
-        assert len(fig.data[0].x) == len(scored)
-        for state, name in (("pruned", "pruned"), ("failed", "failed"), ("running", "running")):
-            assert points(fig, name) == sum(path in trial.params for trial in states(everything)[state])
-    found = slices(everything)
-    assert found is not None
-    assert "these exist only sometimes: optim.momentum" in found.body
+        for state, trials in everything.states.items():
+            assert points(fig, state) == sum(path in trial.params for trial in trials)
+    assert "these exist only sometimes: optim.momentum" in text_of(slices(everything))
 
 
 def test_the_parallel_coordinates_have_a_line_for_every_complete_trial(everything: StudyData) -> None:
@@ -295,7 +240,7 @@ def test_the_parallel_coordinates_have_a_line_for_every_complete_trial(everythin
     assert fig is not None
     lines = [trace for trace in fig.data if trace.mode == "lines"]
     assert len(lines) == len(everything.complete)
-    assert lines[-1].y[0] == max(line.y[0] for line in lines), "the best lies on top"
+    assert lines[-1].y[0] == max(line.y[0] for line in lines), "the best is on top"
     assert [text.replace(".<br>", ".") for text in fig.layout.xaxis.ticktext] == [
         "accuracy", "loss.smoothing", "optim.lr_scale", "optim.momentum", "optim.name"
     ]  # fmt: skip
@@ -303,8 +248,7 @@ def test_the_parallel_coordinates_have_a_line_for_every_complete_trial(everythin
 
 def test_the_importances_are_optunas(digits: Dataset) -> None:
     study = invented_study(load_space("digits"), digits, "many", trials=60)
-    data = read_study_data(study)
-    fig, warned = importances_figure(data)
+    fig, warned = importances_figure(read_study_data(study))
     assert fig is not None
     assert warned == []
     assert dict(zip(fig.data[0].y, fig.data[0].x, strict=True)) == pytest.approx(
@@ -321,19 +265,20 @@ def test_the_importances_are_optunas(digits: Dataset) -> None:
     ],
 )
 def test_missing_importances_have_a_reason(digits: Dataset, space: str, how: dict[str, Any], why: str) -> None:
-    found = importances(read_study_data(invented_study(space, digits, "few", **how)))
+    found = importances(made(digits, space, **how))
+    assert why in lead_of(found)
     assert found is not None
-    assert why in found.lead
     assert found.body == ""
 
 
 def test_trials_added_while_the_report_is_written_are_not_in_it(digits: Dataset) -> None:
-    study = invented_study(SPACE, digits, "growing", trials=8)
-    data = read_study_data(study)
+    data = made(digits, trials=8)
     before = len(data.complete)
-    study.optuna.add_trial(optuna.trial.create_trial(value=0.99, user_attrs={"trial_index": 99}))
-    assert len([trace for trace in parallel_figure(data).data if trace.mode == "lines"]) == before
-    assert len(read_study_data(study).complete) == before + 1
+    data.study.optuna.add_trial(optuna.trial.create_trial(value=0.99, user_attrs={"trial_index": 99}))
+    fig = parallel_figure(data)
+    assert fig is not None
+    assert len([trace for trace in fig.data if trace.mode == "lines"]) == before
+    assert len(read_study_data(data.study).complete) == before + 1
 
 
 def test_a_few_outliers_do_not_flatten_the_curves_of_a_loss(digits: Dataset) -> None:
@@ -346,38 +291,34 @@ def test_a_few_outliers_do_not_flatten_the_curves_of_a_loss(digits: Dataset) -> 
     study.optuna.add_trial(diverging)
     data = read_study_data(study)
     assert curves_figure(data).layout.yaxis.range[1] < 10
-    found = learning_curves(data)
-    assert found is not None
-    assert "The axis leaves out the worst values" in found.lead
+    assert "The axis leaves out the worst values" in lead_of(learning_curves(data))
 
 
 # The answer ---------------------------------------------------------------------------------------------------------
 
 
-def text_of(found: Section) -> str:
-    """The section's words."""
-    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", found.lead + " " + found.body)))
+def confirmed(data: StudyData, lead: float = 0.031, *, evidence: bool = True, **changes: Any) -> StudyData:
+    return replace(data, confirmation=invented_confirmation(data, lead=lead, evidence=evidence, **changes))
 
 
 def test_the_answer_begins_with_the_confirmed_winner(twelve: StudyData) -> None:
-    data = replace(twelve, confirmation=invented_confirmation(twelve, lead=0.031, evidence=True))
-    found = answer(data)
-    assert found.lead.startswith("Tuning helped: accuracy 0.931 ± ")
-    assert "0.031 ± 0.006" in found.lead
-    words = text_of(found)
-    assert "Yes, +3.10 ± 0.60 points" in words
-    assert "95 %, n = 5 Each was trained on 5 other seeds and 5 splits." in words
-    assert "was flattering: confirmed, it is 1.10 points worse" in words
-    assert "confirmation 75 s." in words
-    assert f"22 trainings, {100 + sum(map(data.epochs, data.trials))} epochs in all" in words
-    assert "trial 3, for which it is too small" in words
+    data = confirmed(twelve)
+    assert re.match(r"Tuning helped: accuracy 0\.931 ± .*0\.031 ± 0\.006", answer(data).lead)
+    words = text_of(answer(data))
+    for part in (
+        "Yes, +3.10 ± 0.60 points",
+        "95 %, n = 5 Each was trained on 5 other seeds and 5 splits.",
+        "was flattering: confirmed, it is 1.10 points worse",
+        "confirmation 75 s.",
+        f"22 trainings, {100 + sum(map(data.epochs, data.trials))} epochs in all",
+    ):
+        assert part in words
     assert "hpo confirm" not in words
     assert next_commands(data) == ["hpo refit best --study twelve"]
 
 
 def test_without_a_significant_gain_the_baseline_wins(twelve: StudyData) -> None:
-    data = replace(twelve, confirmation=invented_confirmation(twelve, lead=0.002, evidence=False))
-    found = answer(data)
+    found = answer(confirmed(twelve, 0.002, evidence=False))
     assert found.lead.startswith("No significant gain")
     assert "(trial 0): the unchanged baseline." in text_of(found)
 
@@ -387,61 +328,44 @@ def test_without_a_confirmation_the_lead_is_called_flattering(twelve: StudyData)
     assert twelve.baseline is not None
     assert twelve.best is not twelve.baseline
     found = answer(twelve)
-    gain = difference("accuracy", value_of(twelve.best) - value_of(twelve.baseline))
     assert found.lead.startswith("Not confirmed: ")
-    assert gain in found.lead
+    assert difference("accuracy", value_of(twelve.best) - value_of(twelve.baseline)) in found.lead
     assert "partly luck, so this is flattering" in text_of(found)
     assert "hpo confirm twelve" in text_of(found)
 
 
 def test_there_is_a_warning_about_a_confirmation_older_than_the_study(twelve: StudyData) -> None:
-    data = twelve
-    made = replace(invented_confirmation(data, lead=0.03, evidence=True), search_trials=7)
-    data = replace(data, confirmation=made)
+    data = confirmed(twelve, search_trials=7)
     assert any("made when 7 trials were finished, and now 12 are" in words for words in warnings_of(data))
     assert "hpo confirm twelve" in next_commands(data)
 
 
-def test_the_contenders_figure_shows_every_score(twelve: StudyData) -> None:
-    made = invented_confirmation(twelve, lead=0.031, evidence=True)
-    scores, winner, base = contenders_figure(made, "accuracy").data
-    assert len(scores.x) == 10
-    assert winner.error_x.array[0] == pytest.approx(made.contenders[0].interval.half_width)
-    assert base.marker.symbol == "square"
-    assert winner.marker.symbol != base.marker.symbol
-
-
-@pytest.mark.usefixtures("no_plotly")
-def test_one_replicate_gives_a_figure_without_a_bar(twelve: StudyData) -> None:
-    made = invented_confirmation(twelve, lead=0.031, evidence=False)
-    alone = [replace(each, scores={0: (0.9,)}, interval=Interval(0.9, math.inf, 1)) for each in made.contenders]
-    made = replace(made, contenders=tuple(alone), advantage=Interval(0.03, math.inf, 1), replicates=1)
-    text = page("x", [answer(replace(twelve, confirmation=made))])
+def test_one_replicate_gives_a_page_without_intervals(twelve: StudyData) -> None:
+    found = invented_confirmation(twelve, lead=0.031, evidence=False)
+    alone = [replace(each, scores={0: (0.9,)}, interval=Interval(0.9, math.inf, 1)) for each in found.contenders]
+    found = replace(found, contenders=tuple(alone), advantage=Interval(0.03, math.inf, 1), replicates=1)
+    text = page("x", list(filter(None, (part(replace(twelve, confirmation=found)) for part in (answer, baselines)))))
     check_page(text)
     assert "n = 1<" in text
 
 
-def test_a_refits_test_score_has_its_interval(digits: Dataset) -> None:
+def test_a_refits_test_score_has_its_interval(twelve: StudyData) -> None:
     scores = {"accuracy": 0.9123, "loss": 0.3}
-    report = {
-        "trial": 3, "epochs": 10, "networks": 1, "val": {"with_tta": scores},
-        "test": {"images": 360, "opened": 2, "with_tta": scores | {"intervals": {"accuracy": [0.88, 0.94]}}},
-    }  # fmt: skip
-    data = read_study_data(invented_study(SPACE, digits, "refitted", trials=6))
-    words = text_of(answer(replace(data, refits={"best": report})))
+    test: dict[str, Any] = {"images": 360, "opened": 2, "with_tta": scores | {"intervals": {"accuracy": [0.88, 0.94]}}}
+    refitted = {"trial": 3, "epochs": 10, "networks": 1, "val": {"with_tta": scores}, "test": test}
+    words = text_of(answer(replace(twelve, refits={"best": refitted})))
     assert "0.9123 accuracy of the refit best , trial 3, on 360 images, 95 % between 0.8800 and 0.9400" in words
     assert "The test set was opened 2 times." in words
-    report["test"]["with_tta"].pop("intervals")
-    assert "on 360 images." in text_of(answer(replace(data, refits={"best": report})))
+    test["with_tta"].pop("intervals")
+    assert "on 360 images." in text_of(answer(replace(twelve, refits={"best": refitted})))
 
 
 def test_there_is_a_warning_about_a_submission_model_that_is_not_the_winners(twelve: StudyData) -> None:
-    data = twelve
+    data = confirmed(twelve)
     assert data.best is not None
-    data = replace(data, confirmation=invented_confirmation(data, lead=0.031, evidence=True))
-    of_base = {"best": {"trial": 0, "recipe": None}}
-    of_winner = {"best": {"trial": data.best.number, "recipe": None}}
-    assert any("`best` is of trial 0, and the winner is trial" in w for w in warnings_of(replace(data, refits=of_base)))
+    of_base, of_winner = ({"best": {"trial": number, "recipe": None}} for number in (0, data.best.number))
+    [warning] = warnings_of(replace(data, refits=of_base))
+    assert "`best` is of trial 0, and the winner is trial" in warning
     assert warnings_of(replace(data, refits=of_winner)) == []
 
 
@@ -454,7 +378,7 @@ def test_changed_fields_do_not_include_the_seed() -> None:
 
 
 def test_lower_is_better_for_a_loss(digits: Dataset) -> None:
-    data = read_study_data(invented_study(NLL, digits, "loss", trials=12))
+    data = made(digits, NLL, trials=12)
     assert data.best is not None
     assert data.best.value == min(map(value_of, data.complete))
     assert data.gain(0.1, 0.3) == pytest.approx(0.2)
@@ -464,28 +388,27 @@ def test_lower_is_better_for_a_loss(digits: Dataset) -> None:
 # Side by side -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("no_plotly")
 def test_the_same_study_twice_differs_in_nothing(twelve: StudyData) -> None:
-    made = {section.id: section for section in comparison([twelve, twelve])}
+    found = {section.id: section for section in comparison([twelve, twelve])}
     assert incomparable([twelve, twelve]) == []
-    assert "Nothing: space, data, seed and versions are the same." in made["differences"].body
-    assert "score the same" in made["answer"].lead
-    check_page(page("same", list(made.values())))
+    assert "Nothing: space, data, seed and versions are the same." in found["differences"].body
+    assert "score the same" in found["answer"].lead
+    check_page(page("same", list(found.values())))
 
 
-def test_progress_is_the_best_complete_trial_so_far(everything: StudyData) -> None:
+@pytest.mark.parametrize("along", ["trials", "epochs"])
+def test_progress_is_the_best_complete_trial_so_far(everything: StudyData, along: str) -> None:
     begun = [trial for trial in everything.trials if trial not in everything.waiting]
-    for along, costs in (("trials", [1.0] * len(begun)), ("epochs", [float(everything.epochs(t)) for t in begun])):
-        spent, best, numbers, end = progress(everything, along)
-        assert numbers == [trial.number for trial in everything.complete]
-        assert spent == [sum(costs[: at + 1]) for at in numbers]
-        assert best == [max(value_of(t) for t in everything.complete if t.number <= at) for at in numbers]
-        (line,) = progress_figure([everything], along).data
-        assert line.x[-1] == end == sum(costs)
-        assert line.y[-1] == best[-1]
+    costs = [1.0 if along == "trials" else float(everything.epochs(trial)) for trial in begun]
+    found = progress(everything, (lambda _: 1.0) if along == "trials" else everything.epochs)
+    assert found.trials == [trial.number for trial in everything.complete]
+    assert found.spent == [sum(costs[: at + 1]) for at in found.trials]
+    assert found.best == [max(value_of(t) for t in everything.complete if t.number <= at) for at in found.trials]
+    (line,) = progress_figure([everything], along).data
+    assert line.x[-1] == found.total == sum(costs)
+    assert line.y[-1] == found.best[-1]
 
 
-@pytest.mark.usefixtures("no_plotly")
 @pytest.mark.parametrize(
     ("space", "words"),
     [
@@ -493,32 +416,29 @@ def test_progress_is_the_best_complete_trial_so_far(everything: StudyData) -> No
         (SPACE.replace("name: digits}", "name: digits, val_fraction: 0.4}"), "split or read the images differently"),
     ],
 )
-def test_the_page_begins_with_why_scores_cannot_be_compared(digits: Dataset, space: str, words: str) -> None:
-    a = read_study_data(invented_study(SPACE, digits, "a", trials=6))
-    b = read_study_data(invented_study(space, digits, "b", trials=6, seed=1))
-    made = comparison([a, b])
-    assert any(words in line for line in incomparable([a, b]))
-    assert "cannot be compared directly" in made[0].lead
-    assert words in made[0].body
-    assert "seed: 0 → 1" in made[-1].body
-    check_page(page("a and b", made))
+def test_the_page_begins_with_why_scores_cannot_be_compared(
+    twelve: StudyData, digits: Dataset, space: str, words: str
+) -> None:
+    pair = [twelve, made(digits, space, trials=6, seed=1)]
+    found = comparison(pair)
+    assert any(words in line for line in incomparable(pair))
+    assert "cannot be compared directly" in found[0].lead
+    assert words in found[0].body
+    assert "seed: 0 → 1" in found[-1].body
+    check_page(page("both", found))
 
 
-def test_there_is_a_warning_about_other_images(digits: Dataset) -> None:
-    a = read_study_data(invented_study(SPACE, digits, "a", trials=4))
-    b = read_study_data(invented_study(SPACE, replace(digits, fingerprint="f" * 64), "b", trials=4))
-    assert any("were run on other images" in line for line in incomparable([a, b]))
+def test_there_is_a_warning_about_other_images(twelve: StudyData, digits: Dataset) -> None:
+    other = made(replace(digits, fingerprint="f" * 64), trials=4)
+    assert any("were run on other images" in line for line in incomparable([twelve, other]))
 
 
-@pytest.mark.usefixtures("no_plotly")
 def test_confirmed_studies_are_compared_by_their_confirmed_scores(twelve: StudyData, digits: Dataset) -> None:
-    other = read_study_data(invented_study(SPACE, digits, "b", trials=12))
-    a = replace(twelve, confirmation=invented_confirmation(twelve, lead=0.02, evidence=True))
-    b = replace(other, confirmation=invented_confirmation(other, lead=0.05, evidence=True))
-    made = {section.id: section for section in comparison([a, b])}
-    assert made["answer"].lead == "The confirmed winner of b is ahead by 3.00 points: 0.9500."
-    assert "confirmed" in made
-    check_page(page("a and b", list(made.values())))
+    pair = [confirmed(twelve, 0.02), confirmed(made(digits, name="b", trials=12), 0.05)]
+    found = {section.id: section for section in comparison(pair)}
+    assert found["answer"].lead == "The confirmed winner of b is ahead by 3.00 points: 0.9500."
+    assert "confirmed" in found
+    check_page(page("a and b", list(found.values())))
 
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -527,15 +447,14 @@ def test_confirmed_studies_are_compared_by_their_confirmed_scores(twelve: StudyD
 def test_the_command_writes_the_page_and_prints_its_path(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("hpo.report.page._plotly_js", PLOTLY_JS)
     study = invented_study(SPACE, digits, "told", trials=12)
-    data = read_study_data(study)
-    made = invented_confirmation(data, lead=0.031, evidence=True)
-    write_confirmation(study.paths.confirmation, made)
+    found = invented_confirmation(read_study_data(study), lead=0.031, evidence=True)
+    write_confirmation(study.paths.confirmation, found)
     assert hpo(monkeypatch, "report", "told") == 0
     said = capsys.readouterr().out
-    assert re.match(
-        rf"written to {re.escape(str(study.paths.report))} \(\d\.\d MB\) in .* s; open it in a browser", said
-    )
+    file = re.escape(str(study.paths.report))
+    assert re.match(rf"written to {file} \(\d\.\d MB\) in .* s; open it in a browser", said)
     text = study.paths.report.read_text(encoding="utf-8")
     check_page(text)
     assert "0.031 ± 0.006" in text
@@ -543,7 +462,6 @@ def test_the_command_writes_the_page_and_prints_its_path(
     assert not list(study.paths.dir.glob(".report*"))
 
 
-@pytest.mark.usefixtures("no_plotly")
 def test_the_command_sets_studies_side_by_side_and_leaves_the_report_alone(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -594,7 +512,7 @@ def test_the_study_of_a_confirmation_has_no_report(digits: Dataset, monkeypatch:
         report(ReportOptions(study="won"))
 
 
-def test_a_report_that_fails_leaves_the_old_one(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_fails_leaves_the_old_one(digits: Dataset) -> None:
     study = invented_study(SPACE, digits, "kept", trials=3)
     study.paths.report.write_text("the old one")
     study.paths.confirmation.write_text("{")
@@ -603,9 +521,8 @@ def test_a_report_that_fails_leaves_the_old_one(digits: Dataset, monkeypatch: py
     assert study.paths.report.read_text() == "the old one"
 
 
-@pytest.mark.usefixtures("no_plotly")
-def test_a_password_is_never_in_the_page(digits: Dataset, tmp_path: Path) -> None:
-    study = invented_study(SPACE, digits, "secret", trials=3)
+def test_a_password_is_never_in_the_page(twelve: StudyData, tmp_path: Path) -> None:
+    study = twelve.study
     hidden = Study(study.optuna, study.paths, study.metadata, "postgresql://me:hush-hush@db/hpo")
     write_report(hidden, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
