@@ -205,7 +205,7 @@ def confident_errors(
     letters = min(TEXT, room / max(len(part) for line in lines for part in line.split("\n")))
 
     columns = min(SHEET_COLUMNS, len(tiles))
-    across, down, head = width + 0.16, height + (0.34 if one_line else 0.54), 0.62
+    across, down, head = width + 0.16, height + (0.34 if one_line else 0.54), 0.62 if title else 0.34
     whole = max(columns * across + 0.16, 4.4), head + math.ceil(len(tiles) / columns) * down + 0.04
     margin = (whole[0] - columns * across + 0.16) / 2
     figure = _figure(*whole)
@@ -218,7 +218,7 @@ def confident_errors(
         beneath = (left + width / 2) / whole[0], (bottom - 0.05) / whole[1]
         figure.text(*beneath, _plain(line), ha="center", va="top", fontsize=letters, color=INK)
     key = "mistakes by confidence: true → predicted, confidence"
-    figure.text(0.5, 1 - 0.34 / whole[1], key, ha="center", va="top", fontsize=TEXT - 1, color=GREY)
+    figure.text(0.5, 1 - (head - 0.28) / whole[1], key, ha="center", va="top", fontsize=TEXT - 1, color=GREY)
     _save(figure, path, title)
 
 

@@ -71,6 +71,13 @@ def error_bars(half_widths: Sequence[float], **look: Any) -> dict[str, Any]:
     return {"type": "data", "array": array, "thickness": 2, "width": 5, **look}
 
 
+def around(values: Sequence[float], below: float = 0.1, above: float = 0.1) -> list[float]:
+    """The limits of an axis, with margins as fractions of the values' range; equal values have a range too."""
+    low, high = min(values), max(values)
+    span = (high - low) or 0.05 * (abs(low) or 1.0)
+    return [low - below * span, high + above * span]
+
+
 def whole_numbers(last: int) -> dict[str, Any]:
     """An axis from 0 to `last` with ticks at whole numbers only."""
     margin = max(0.5, 0.02 * last)
@@ -100,11 +107,11 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 
 def spread(trial: FrozenTrial, turn: int) -> float:
-    """The offset of a trial's mark in its column or row, in [-0.2, 0.2), so that marks do not hide each other.
+    """The offset of a trial's mark in its column or row, in [-0.15, 0.15), so that marks do not hide each other.
 
     It depends on the trial's index; turns 0 and 1 are independent of each other, for columns and rows.
     """
-    return 0.4 * ((trial_index_of(trial) * _TURNS[turn]) % 1 - 0.5)
+    return 0.3 * ((trial_index_of(trial) * _TURNS[turn] + 0.5) % 1 - 0.5)
 
 
 class ByParameter:

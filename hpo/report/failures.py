@@ -19,7 +19,7 @@ from hpo.trials import CRASHES, RESUMED_EPOCH
 
 class _Cause(NamedTuple):
     verb: str
-    """What the trials did."""
+    """In the past tense, for sentences about trials."""
     meaning: str
     look: Look
 

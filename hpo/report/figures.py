@@ -23,7 +23,7 @@ from plotly.subplots import make_subplots
 from hpo.analysis.costs import progress
 from hpo.analysis.study_data import StudyData, value_of
 from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
-from hpo.report.charts import LOOKS, ByParameter, Look, best_so_far, trial_marks, whole_numbers
+from hpo.report.charts import LOOKS, ByParameter, Look, around, best_so_far, trial_marks, whole_numbers
 from hpo.report.page import SHADES, Section, figure, note, section, side_by_side
 from hpo.report.words import metric_label, trial_name
 from hpo.text import count, counted, joined
@@ -73,7 +73,8 @@ def history_figure(data: StudyData) -> go.Figure:
             value = value_of(data.baseline)
             line = {"color": ORANGE, "width": 1.5, "dash": "dash"}
             fig.add_hline(y=value, line=line, name="baseline", showlegend=True, row=1, col=1)
-        fig.update_yaxes(title_text=f"validation {metric_label(data.metric)}", row=1, col=1)
+        limits = around([value_of(trial) for trial in data.complete])
+        fig.update_yaxes(title_text=f"validation {metric_label(data.metric)}", range=limits, row=1, col=1)
     for state, trials in data.states.items():
         if trials:
             fig.add_trace(_by_number(data, trials, map(data.epochs, trials), state), row=rows, col=1)
@@ -247,7 +248,6 @@ def _slice(data: StudyData, path: str) -> go.Figure:
     chart = ByParameter(data, path)
     complete = chart.having(data.complete)
     values = [value_of(trial) for trial in complete]
-    height = (max(values) - min(values)) or 0.05 * (abs(values[0]) or 1.0)
     chart.add(complete, values, LOOKS["complete"]._replace(outline=0.5, edge=GREY), name="complete")
     last = max(trial.number for trial in data.trials)
     shades = {"color": [trial.number for trial in complete], "colorscale": SHADES, "cmin": 0, "cmax": last}
@@ -256,12 +256,11 @@ def _slice(data: StudyData, path: str) -> go.Figure:
     for state, below in _STRIPS.items():
         if trials := chart.having(data.states[state]):
             lowest = below
-            chart.add(trials, [min(values) - below * height] * len(trials), LOOKS[state], name=_WORDS[state])
+            chart.add(trials, around(values, below)[:1] * len(trials), LOOKS[state], name=_WORDS[state])
     for trial, symbol, color in ((data.baseline, "square-open", ORANGE), (data.best, "star", INK)):
         if trial is not None and trial in complete:
             chart.add([trial], [value_of(trial)], Look(color, symbol, 14, 2), name=trial_name(trial))
-    limits = [min(values) - (lowest + 0.1) * height, max(values) + 0.12 * height]
-    chart.fig.update_yaxes(title_text=metric_label(data.metric), range=limits)
+    chart.fig.update_yaxes(title_text=metric_label(data.metric), range=around(values, lowest + 0.1, 0.12))
     chart.fig.update_layout(showlegend=False, margin={"r": 20})
     return chart.fig
 

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.analysis.pruning import Agreement, LetThrough, agreement, fraction_interval, let_through
 from hpo.analysis.study_data import StudyData, value_of
 from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
-from hpo.report.charts import Look, trial_marks
+from hpo.report.charts import Look, around, trial_marks
 from hpo.report.page import Section, code, figure, heading, listing, note, section, side_by_side, table
 from hpo.report.words import metric_label, run_again, trial_name
 from hpo.space import RungsPruner
@@ -160,7 +160,7 @@ def _scatter(data: StudyData, found: Agreement) -> Markup:
     rung, label, where = found.rung, metric_label(data.metric), rung_text(data, found.rung)
     cut = [t for t in data.pruned if t.last_step == rung and math.isfinite(t.intermediate_values.get(rung, math.nan))]
     values = [value_of(trial) for trial in data.complete]
-    floor = min(values) - 0.08 * ((max(values) - min(values)) or 0.01)
+    floor = around(values, 0.08)[0]
     through = [trial for trial in data.complete if LET_THROUGH in trial.user_attrs]
     fig = go.Figure()
     for trials, name, look in (
@@ -172,7 +172,9 @@ def _scatter(data: StudyData, found: Agreement) -> Markup:
         final = [floor if trials is cut else value_of(trial) for trial in trials]
         fig.add_trace(trial_marks(data, trials, early, final, look, "<br>at the rung %{x}", name=name))
     fig.add_hline(y=(max if data.maximize else min)(values), line={"color": INK, "dash": "dot", "width": 1})
-    fig.update_layout(xaxis_title=f"{label} at {where}", yaxis_title=f"final {label}", legend={"font": {"size": 11}})
+    fig.update_xaxes(title_text=f"{label} at {where}")
+    fig.update_yaxes(title_text=f"final {label}", range=around(values, 0.16))
+    fig.update_layout(legend={"font": {"size": 11}})
     alt = (
         f"Final against early {label} at {where}, {count(len(found.points), 'finished trial')} and {len(cut)} that "
         "were pruned there; the dotted line is the best"

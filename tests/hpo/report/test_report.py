@@ -27,7 +27,7 @@ from hpo.errors import StudyError
 from hpo.report import sections_of, write_report
 from hpo.report.answer import answer, changed, next_commands, verdict, warnings_of
 from hpo.report.baselines import baselines
-from hpo.report.charts import log_axis
+from hpo.report.charts import around, log_axis
 from hpo.report.compare import comparison, progress_figure
 from hpo.report.compare import warnings_of as incomparable
 from hpo.report.figures import (
@@ -188,6 +188,13 @@ def test_each_tick_of_a_logarithmic_axis_is_named_by_its_value(low: float, high:
     assert [float(text) for text in axis["ticktext"]] == pytest.approx(axis["tickvals"])
     assert 1 <= len(axis["tickvals"]) <= 10
     assert all(10 ** axis["range"][0] <= tick <= 10 ** axis["range"][1] for tick in axis["tickvals"])
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"), [([0.8, 0.9], [0.79, 0.92]), ([0.98, 0.98], [0.9751, 0.9898]), ([0.0], [-0.005, 0.01])]
+)
+def test_an_axis_is_a_little_wider_than_its_values(values: list[float], limits: list[float]) -> None:
+    assert around(values, 0.1, 0.2) == pytest.approx(limits)
 
 
 # Figures hold as many points as the study has -----------------------------------------------------------------------
