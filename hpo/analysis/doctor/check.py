@@ -119,10 +119,10 @@ def _last_change(paths: StudyPaths) -> float | None:
     return max((file.stat().st_mtime for file in files), default=None)
 
 
-def guarded(check: StudyCheck, name: str, run: Callable[[StudyCheck], Iterable[Result]]) -> Iterator[Result]:
-    """Run a check; an error becomes a finding."""
+def guarded(check: StudyCheck, name: str, run: Callable[[StudyCheck], Iterable[Result] | None]) -> Iterator[Result]:
+    """Run a check, which returns results or nothing; an error becomes a finding."""
     try:
-        yield from run(check)
+        yield from run(check) or ()
     except (HpoError, CoreError) as error:
         problem, _, advice = str(error).partition("; ")
         yield Finding(problem, advice or "it has to be fixed by hand")
