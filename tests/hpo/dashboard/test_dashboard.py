@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 import pytest
@@ -34,6 +35,9 @@ from hpo.trials import Outcome
 from tests.hpo.browser import open_page, why_no_browser
 from tests.hpo.commands import hpo
 from tests.hpo.confirmation.simulated import in_memory
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 SPACE = """
 data: {name: digits}
@@ -366,11 +370,13 @@ def test_a_trials_note_describes_its_end(outcome: Outcome, words: list[str], rea
 
 @pytest.mark.slow
 @pytest.mark.skipif(why_no_browser() is not None, reason=str(why_no_browser()))
-def test_a_click_leads_to_a_trials_note_its_pictures_and_its_files(real: Study, url: str, tmp_path: Path) -> None:
+def test_a_click_leads_to_a_trials_note_its_pictures_and_its_files(
+    real: Study, url: str, browser: Browser, tmp_path: Path
+) -> None:
     folder = Path(os.environ.get("HPO_SCREENSHOTS", tmp_path))
     complete = [trial for trial in real.optuna.trials if trial.state.name == "COMPLETE"][-1]
     faults: list[str] = []
-    with open_page(url, height=1300) as page:
+    with open_page(url, height=1300, browser=browser) as page:
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
 

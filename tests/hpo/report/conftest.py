@@ -1,10 +1,8 @@
-"""Studies and a browser that the report's tests share; tests that change a study make their own."""
+"""Studies that the report's tests share; tests that change a study make their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,12 +10,8 @@ from core.data import Dataset, load_dataset
 from hpo.analysis.study_data import StudyData, read_study_data
 from hpo.space import load_space
 from hpo.study import find_study
-from tests.hpo.browser import open_browser
 from tests.hpo.commands import hpo
 from tests.hpo.invented import ALL_STATES, SPACE, invented_study
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser
 
 SMALL = """
 data: {name: digits}
@@ -75,9 +69,3 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> StudyData:
 def folded(tmp_path_factory: pytest.TempPathFactory) -> StudyData:
     """A real search whose trials train two folds of an epoch."""
     return _searched(tmp_path_factory.mktemp("folded"), 1, "--set", "data.folds=2", "--set", "epochs=1")
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    with open_browser() as browser:
-        yield browser
