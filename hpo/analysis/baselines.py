@@ -12,8 +12,6 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.confirmation.result import BASELINE, Contender
 from hpo.confirmation.statistics import Interval
 from hpo.space.pruner import spared
-from hpo.study import Study
-from hpo.study.results import read_result
 from hpo.trials import FAILURE, is_baseline
 
 if TYPE_CHECKING:
@@ -70,12 +68,6 @@ def entries_of(
         Entry(f"recipe {name}", None, result.get("value"), result.get("failure"))
         for name, result in recipe_runs.items()
     ]
-
-
-def read_recipe_runs(study: Study) -> dict[str, dict[str, Any]]:
-    """Read the results of the recipes trained beside the study, by name."""
-    results = {reference.dir.name: read_result(reference) for reference in study.paths.references()}
-    return {name: result for name, result in results.items() if result is not None}
 
 
 def _value(trial: FrozenTrial) -> float | None:

@@ -16,13 +16,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from core.errors import CoreError
-from hpo.analysis.baselines import read_recipe_runs
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.paths import cache_root, data_root
 from hpo.space import SearchSpace, space_from_yaml
 from hpo.space.pruner import RungPruner, build_pruner
 from hpo.study import Study
-from hpo.study.results import read_rows
+from hpo.study.results import read_recipe_runs, read_rows
 from hpo.trials import FAILURE, effective_trials, is_baseline, trial_index_of
 
 if TYPE_CHECKING:
@@ -241,7 +240,7 @@ def read_study_data(study: Study, *, images_path: Path | None = None) -> StudyDa
         space=None if space is None else space_from_yaml(space, study.space_name),
         trials=tuple(trials[trial_index] for trial_index in sorted(trials)),
         confirmation=read_confirmation(paths.confirmation),
-        recipe_runs=read_recipe_runs(study),
+        recipe_runs=read_recipe_runs(study.paths),
         refits=refits,
         images_path=images_path,
     )

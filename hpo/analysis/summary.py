@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.analysis.baselines import Entry, entries_of, read_recipe_runs
+from hpo.analysis.baselines import Entry, entries_of
 from hpo.study import Counts, Study
+from hpo.study.results import read_recipe_runs
 
 
 @dataclass(frozen=True)
@@ -30,4 +31,4 @@ def summarize(study: Study) -> StudySummary:
     """Read the current summary of a study."""
     finished = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     best = study.best_trial() if study.confirms is None else None
-    return StudySummary(study.counts(), best, tuple(entries_of(finished, read_recipe_runs(study))))
+    return StudySummary(study.counts(), best, tuple(entries_of(finished, read_recipe_runs(study.paths))))

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hpo.paths import TrainingPaths
+from hpo.paths import StudyPaths, TrainingPaths
 from hpo.storage.atomic import replacing
 
 
@@ -28,6 +28,12 @@ def read_result(paths: TrainingPaths) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(paths.result.read_text())
     return result
+
+
+def read_recipe_runs(paths: StudyPaths) -> dict[str, dict[str, Any]]:
+    """Read the results of the recipes trained beside a study, by name."""
+    results = {reference.dir.name: read_result(reference) for reference in paths.references()}
+    return {name: result for name, result in results.items() if result is not None}
 
 
 def json_line(row: dict[str, Any]) -> str:
