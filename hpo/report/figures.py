@@ -248,7 +248,7 @@ def _slice(data: StudyData, path: str) -> go.Figure:
     chart = ByParameter(data, path)
     complete = chart.having(data.complete)
     values = [value_of(trial) for trial in complete]
-    chart.add(complete, values, LOOKS["complete"]._replace(outline=0.5, edge=GREY), name="complete")
+    chart.add(complete, values, Look(size=7, outline=0.5, edge=GREY), name="complete")
     last = max(trial.number for trial in data.trials)
     shades = {"color": [trial.number for trial in complete], "colorscale": SHADES, "cmin": 0, "cmax": last}
     chart.fig.data[0].update(marker=shades)
