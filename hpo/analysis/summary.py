@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.analysis.baselines import Entry, entries_of
-from hpo.study import Counts, Study
+from hpo.study import Study
 from hpo.study.results import read_recipe_runs
+from hpo.trials import Counts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hpo.api.options import WorkerOptions
 from hpo.report.words import progress_text
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
-from hpo.study import Study, join_study
+from hpo.study import Study, join_study, open_study
 from hpo.workers.placement import place
 from hpo.workers.work import Work
 
@@ -25,15 +25,18 @@ def worker(options: WorkerOptions, reporter: Reporter | None = None, interrupts:
     with interrupts.let_through():
         placement = place(options.device, options.devices, options.workers, options.per_device)
         joined = join_study(options.study, storage_url=options.storage)
-        config, data = joined.space.baseline.data, options.data or joined.data_path
+        space, data = joined.space(), options.data or joined.data_path
+        config = space.baseline.data
         dataset = open_dataset(config, data, skip_broken=joined.skip_broken)
-        study = joined.open(dataset, data_path=options.data)
+        study = open_study(
+            space, name=joined.name, dataset=dataset, storage_url=joined.storage_url, data_path=options.data
+        )
         study.files.use_store(options.artifacts)
         division = Division(dataset)
         report_data(dataset, division.here(config), reporter)
     work = Work(
         study,
-        joined.space,
+        space,
         division,
         placement,
         data=data,

@@ -154,10 +154,12 @@ def study_list(_: of.Options) -> None:
 @command(study_app, of.ChosenStudy, "show")
 def study_show(options: of.ChosenStudy) -> None:
     """Show one study: its trials by state, its best trials, and the next commands."""
-    from hpo.cli.show import show_study
     from hpo.study import find_study
 
-    show_study(find_study(options.study, storage_url=options.storage), Terminal())
+    study = find_study(options.study, storage_url=options.storage)
+    from hpo.cli.show import show_study  # with Optuna, which a wrong name does not wait for
+
+    show_study(study, Terminal())
 
 
 @command(study_app, of.TopOptions, "top")

@@ -44,10 +44,11 @@ def run_and_show(options: RunOptions, reporter: Reporter) -> SearchResult:
 def refit_and_show(options: RefitOptions, reporter: Reporter) -> RefitResult:
     """Refit, and show the result. Ctrl-C waits for the end of the epoch."""
     from hpo.api.refit import refit
-    from hpo.cli.show import show_refit
 
     with stoppable(reporter) as interrupts:
         result = refit(options, reporter, interrupts)
+        from hpo.cli.show import show_refit  # with Optuna, which a wrong name does not wait for
+
         show_refit(result, reporter)
     return result
 

@@ -15,9 +15,9 @@ from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.confirmation.statistics import MAX_REPLICATES, Interval
 from hpo.space.pruner import spared
 from hpo.storage import is_masked
-from hpo.study import Counts, Study
+from hpo.study import Study
 from hpo.text import count, counted, gap, score
-from hpo.trials import FAILURE
+from hpo.trials import FAILURE, Counts
 
 if TYPE_CHECKING:
     from hpo.analysis.study_data import StudyData

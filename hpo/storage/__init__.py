@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalRedisBackend
+from typing import TYPE_CHECKING
 
 from hpo.errors import StudyError
-from hpo.storage.journal import open_journal, repair_journal
 from hpo.storage.urls import advice, is_journal, is_masked, mask
 
-__all__ = ["is_journal", "is_masked", "mask", "open_storage", "repair_journal"]
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+__all__ = ["is_journal", "is_masked", "mask", "open_storage"]
 
 
 def open_storage(url: str, *, patient: bool = False) -> BaseStorage:
@@ -33,9 +32,15 @@ def open_storage(url: str, *, patient: bool = False) -> BaseStorage:
         StudyError: The URL, the driver, the server or the file does not work.
     """
     if is_journal(url):
+        from hpo.storage.journal import open_journal  # imports Optuna
+
         return open_journal(Path(url))
     try:
         if url.startswith(("redis://", "rediss://")):
+            from optuna.exceptions import ExperimentalWarning
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalRedisBackend
+
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 return JournalStorage(JournalRedisBackend(url))

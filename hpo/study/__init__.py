@@ -1,20 +1,23 @@
-"""A study: its metadata, its trials and their queue; create, find, resume and list studies."""
+"""A study: its metadata, its trials and their queue; create, find, resume and list studies.
 
-from hpo.storage.lease import Held
+A wrong name is reported before Optuna is imported, which takes as long as all the rest of such a command.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from hpo.study.open import check_search_name, find_study, join_study, list_studies, open_study
-from hpo.study.queue import TrialQueue
-from hpo.study.study import Study, Trained
-from hpo.trials import Counts
 
-__all__ = [
-    "Counts",
-    "Held",
-    "Study",
-    "Trained",
-    "TrialQueue",
-    "check_search_name",
-    "find_study",
-    "join_study",
-    "list_studies",
-    "open_study",
-]
+if TYPE_CHECKING:
+    from hpo.study.study import Study
+
+__all__ = ["Study", "check_search_name", "find_study", "join_study", "list_studies", "open_study"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Study":
+        from hpo.study.study import Study
+
+        return Study
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

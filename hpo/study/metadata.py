@@ -69,17 +69,6 @@ def shown_attributes(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def data_path_of(metadata: Mapping[str, Any]) -> Path | None:
-    """Return the `--data` that the study was created with."""
-    path = metadata["data"]["path"]
-    return None if path is None else Path(path)
-
-
-def skips_broken(metadata: Mapping[str, Any]) -> bool:
-    """Return whether broken image files were left out of the study's data."""
-    return bool(metadata["data"]["skip_broken"])
-
-
 def config_of(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:
     """Return the configuration that a trial's parameters stand for."""
     from core.config import TrainConfig

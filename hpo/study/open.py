@@ -5,13 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import optuna
-from optuna.exceptions import ExperimentalWarning
 
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmed_by, is_confirmation, studies_root
@@ -19,20 +14,19 @@ from hpo.storage import is_journal, mask, open_storage
 from hpo.study.metadata import (
     METADATA,
     check_same,
-    data_path_of,
     new_metadata,
     read_metadata,
     shown_attributes,
-    skips_broken,
     storage_url_of,
     write_metadata,
 )
-from hpo.study.study import Study, stored_space
-from hpo.study.warm_start import import_trials
 
 if TYPE_CHECKING:
+    import optuna
+
     from core.data import Dataset
     from hpo.space import SearchSpace
+    from hpo.study.study import Study
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +47,8 @@ def open_study(
     """Create a study to run trials in, or resume it.
 
     Args:
-        space: The search space.
-        name: The study's name.
-        dataset: The images.
         storage_url: An Optuna storage URL or a journal's path; None for the study's own, in a new study a journal.
-        seed: The study's seed; None for its own, in a new study 0.
+        seed: None for the study's own, in a new study 0.
         data_path: The `--data` to store.
         take_over: Name of a study whose fitting trials are imported into a new one.
         patient: Wait for a database server that does not answer yet.
@@ -66,24 +57,27 @@ def open_study(
         StudyError: The study has another space, seed, storage or data; or the storage cannot be opened.
     """
     from hpo.space.samplers import build_sampler
+    from hpo.study.study import Study
+    from hpo.study.warm_start import import_trials
 
     paths = StudyPaths.of(_checked(name))
     written = read_metadata(paths)
     url = storage_url_of(paths, written, storage_url)
-    if written is not None and is_journal(url) and not Path(url).exists():
+    if written is not None and _is_lost(url):
         raise StudyError(f"{url} is gone, but {paths.study_yaml} is there; put the journal back, or delete {paths.dir}")
     study = _create_or_load(name, url, space, patient=patient)
     metadata = _metadata_of(study, url) or _begin(study, new_metadata(space, dataset, seed=seed, data_path=data_path))
     check_same(name, metadata, space, dataset, seed)
     study.sampler = build_sampler(space.sampler, seed=metadata["seed"])
     if take_over is not None:
-        other = find_study(take_over)
-        import_trials(study, metadata, space, source=other.optuna, source_metadata=other.metadata)
+        import_trials(study, metadata, space, source=find_study(take_over))
     write_metadata(paths, metadata, storage_url=url, space=space, dataset=dataset)
     return Study(study, paths, metadata, url, space)
 
 
 def _create_or_load(name: str, url: str, space: SearchSpace, *, patient: bool) -> optuna.Study:
+    import optuna
+
     from hpo.space.pruner import build_pruner
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna would log every trial into the progress display
@@ -110,6 +104,8 @@ def _metadata_of(study: optuna.Study, url: str) -> dict[str, Any] | None:
 
 def _begin(study: optuna.Study, metadata: dict[str, Any]) -> dict[str, Any]:
     """Store the metadata of a new study."""
+    from optuna.exceptions import ExperimentalWarning
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # set_metric_names only labels an axis in the dashboard
         study.set_metric_names([metadata["metric"]])
@@ -120,16 +116,18 @@ def _begin(study: optuna.Study, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_study(name: str | None = None, *, storage_url: str | None = None) -> Study:
-    """Find a study to look at.
+    """Find a study to look at; without a name, the search that was run last.
 
     Args:
-        name: Its name; None for the search that was run last.
         storage_url: URL of its storage, if the stored one lacks the password.
 
     Raises:
         StudyError: There is no such study, or its storage cannot be opened.
     """
-    name = _last_search() if name is None else name
+    if name is None:
+        name = next((study for study in _by_last_run() if not is_confirmation(study)), None)
+        if name is None:
+            raise StudyError(f"no studies in {studies_root()} yet; begin with: hpo run digits")
     paths = StudyPaths.of(_checked(name))
     metadata = read_metadata(paths)
     if metadata is None:
@@ -137,20 +135,21 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
         there = f"there are {', '.join(known)}" if known else "there are none; begin with: hpo run digits"
         raise StudyError(f"no study {name} in {studies_root()}; {there}")
     url = storage_url_of(paths, metadata, storage_url)
-    if is_journal(url) and not Path(url).exists():
+    if _is_lost(url):
         raise StudyError(f"study {name}: its journal {url} is gone; put it back, or delete {paths.dir}")
+    from hpo.study.study import Study
+
     return Study(_load(name, url, "give the right one by --storage"), paths, metadata, url)
 
 
-def _last_search() -> str:
-    names = [name for name in _by_last_run() if not is_confirmation(name)]
-    if not names:
-        raise StudyError(f"no studies in {studies_root()} yet; begin with: hpo run digits")
-    return names[0]
+def _is_lost(url: str) -> bool:
+    return is_journal(url) and not Path(url).exists()
 
 
 def _load(name: str, url: str, advice: str) -> optuna.Study:
     """The study in the storage; `advice` ends the error message if there is none."""
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = open_storage(url)
     try:
@@ -159,53 +158,28 @@ def _load(name: str, url: str, advice: str) -> optuna.Study:
         raise StudyError(f"storage {mask(url)} has no study {name}; {advice}") from error
 
 
-@dataclass(frozen=True)
-class Joined:
-    """A study that another process has begun, before its images are loaded here."""
-
-    name: str
-    storage_url: str = field(repr=False)
-    """URL of the storage; it may contain a password."""
-    metadata: Mapping[str, Any]
-    space: SearchSpace
-
-    @property
-    def data_path(self) -> Path | None:
-        """The `--data` that the study was created with."""
-        return data_path_of(self.metadata)
-
-    @property
-    def skip_broken(self) -> bool:
-        """Whether broken image files were left out of the study's data."""
-        return skips_broken(self.metadata)
-
-    def open(self, dataset: Dataset, *, data_path: Path | None) -> Study:
-        """Open the study to run trials in.
-
-        Raises:
-            StudyError: These are not the images that it was created with.
-        """
-        return open_study(
-            self.space, name=self.name, dataset=dataset, storage_url=self.storage_url, data_path=data_path
-        )
-
-
-def join_study(name: str, *, storage_url: str | None = None) -> Joined:
+def join_study(name: str, *, storage_url: str | None = None) -> Study:
     """Find a study that was begun here or, given the URL of its storage, on any machine.
+
+    Returns:
+        The study with its space. To run trials in it, load its images and open it.
 
     Raises:
         StudyError: There is no such study, or its storage cannot be opened.
     """
-    if storage_url is None or read_metadata(StudyPaths.of(_checked(name))) is not None:
+    from hpo.study.study import Study, stored_space
+
+    paths = StudyPaths.of(_checked(name))
+    if storage_url is None or read_metadata(paths) is not None:
         found = find_study(name, storage_url=storage_url)
         url, study = found.storage_url, found.optuna
     else:
         url = storage_url
-        if is_journal(url) and not Path(url).exists():
+        if _is_lost(url):
             raise StudyError(f"storage {url}: there is no such journal; give the one that the study was begun with")
         study = _load(name, url, "begin it by hpo run, --workers 0")
     space = stored_space(study)
-    return Joined(name, url, study.user_attrs[METADATA], space)
+    return Study(study, paths, study.user_attrs[METADATA], url, space)
 
 
 def list_studies() -> list[Study]:
@@ -221,9 +195,8 @@ def list_studies() -> list[Study]:
 
 def _by_last_run() -> list[str]:
     """Names of all studies, the last run first."""
-    root = studies_root()
-    files = [StudyPaths(folder).study_yaml for folder in root.iterdir()] if root.is_dir() else []
-    found = sorted((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = [StudyPaths(folder).study_yaml for folder in studies_root().glob("*")]
+    found = sorted(filter(Path.exists, files), key=lambda file: file.stat().st_mtime, reverse=True)
     return [file.parent.name for file in found]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -13,14 +14,12 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import StudyError
 from hpo.storage import mask
 from hpo.study.files import StudyFiles
-from hpo.study.metadata import METADATA, check_fingerprint, check_weights, config_of, data_path_of, skips_broken
+from hpo.study.metadata import METADATA, check_fingerprint, check_weights, config_of
 from hpo.study.queue import TrialQueue
 from hpo.study.settings import StudySettings
 from hpo.trials import CONFIG, Counts, count_trials, effective_trials, trial_index_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from core.config import TrainConfig
     from core.data import Dataset
     from hpo.paths import StudyPaths
@@ -117,12 +116,13 @@ class Study:
     @property
     def data_path(self) -> Path | None:
         """The `--data` that the study was created with."""
-        return data_path_of(self.metadata)
+        path = self.metadata["data"]["path"]
+        return None if path is None else Path(path)
 
     @property
     def skip_broken(self) -> bool:
         """Whether broken image files were left out of the study's data."""
-        return skips_broken(self.metadata)
+        return bool(self.metadata["data"]["skip_broken"])
 
     @property
     def total(self) -> int | None:

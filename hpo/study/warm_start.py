@@ -30,42 +30,32 @@ from hpo.trials import (
 
 if TYPE_CHECKING:
     from hpo.space import SearchSpace
+    from hpo.study.study import Study
 
 logger = logging.getLogger(__name__)
 
 
-def import_trials(
-    study: optuna.Study,
-    metadata: Mapping[str, Any],
-    space: SearchSpace,
-    *,
-    source: optuna.Study,
-    source_metadata: Mapping[str, Any],
-) -> int:
+def import_trials(study: optuna.Study, metadata: Mapping[str, Any], space: SearchSpace, *, source: Study) -> None:
     """Copy the fitting finished trials of another study, with the new space's distributions.
 
     A trial keeps its index. If none of them is the new baseline, index 0 is left to that, and the trial with index 0
     gets the first free one. A study that has trials already is not changed, so that the same command can resume it.
 
-    Returns:
-        The number of imported trials.
-
     Raises:
         StudyError: The trials are not comparable, or none fits.
     """
     if study.get_trials(deepcopy=False):
-        return 0
-    name = source.study_name
-    _check_comparable(name, source_metadata, metadata, space)
+        return
+    _check_comparable(source, metadata, space)
     finished = [
         trial
-        for trial in effective_trials(source.get_trials(deepcopy=False)).values()
+        for trial in effective_trials(source.optuna.get_trials(deepcopy=False)).values()
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
     ]
-    expressed = [(trial, space.express(config_of(source_metadata, trial.params))) for trial in finished]
+    expressed = [(trial, space.express(config_of(source.metadata, trial.params))) for trial in finished]
     fitting = [(trial, params) for trial, params in expressed if params is not None]
     if not fitting:
-        raise StudyError(f"--take-over {name}: none of its {len(finished)} finished trials fits; leave it out")
+        raise StudyError(f"--take-over {source.name}: none of its {len(finished)} finished trials fits; leave it out")
     roles = _roles(fitting, space)
     trial_indices = {trial.number: trial_index_of(trial) for trial, _ in fitting}
     if not any(BASELINE in attributes for attributes in roles.values()):
@@ -73,28 +63,29 @@ def import_trials(
         trial_indices = {number: trial_index or free for number, trial_index in trial_indices.items()}
     for trial, params in fitting:
         attributes = {TRIAL_INDEX: trial_indices[trial.number], **roles.get(trial.number, {})}
-        study.add_trial(_copy_of(trial, name, int(source_metadata["seed"]), params, attributes, space))
-    logger.info("study %s: %d of %d trials taken over from %s", study.study_name, len(fitting), len(finished), name)
-    return len(fitting)
+        study.add_trial(_copy_of(trial, source, params, attributes, space))
+    taken, there = len(fitting), len(finished)
+    logger.info("study %s: %d of %d trials taken over from %s", study.study_name, taken, there, source.name)
 
 
-def _check_comparable(
-    name: str, source_metadata: Mapping[str, Any], metadata: Mapping[str, Any], space: SearchSpace
-) -> None:
+def _check_comparable(source: Study, metadata: Mapping[str, Any], space: SearchSpace) -> None:
     from hpo.space import diff
 
     differences = [
         line
-        for line in diff(source_metadata["identity"], space.identity())
+        for line in diff(source.metadata["identity"], space.identity())
         if not line.startswith(("search.", "base."))
     ]
+    weights = source.metadata.get("weights") or {}
     if differences:
-        raise StudyError(f"--take-over {name}: its trials are not comparable: {'; '.join(differences)}; leave it out")
-    if source_metadata["data"]["fingerprint"] != metadata["data"]["fingerprint"]:
-        raise StudyError(f"--take-over {name}: it was begun with other images; leave it out")
-    weights = source_metadata.get("weights") or {}
-    if any(weights.get(file, known) != known for file, known in metadata["weights"].items()):
-        raise StudyError(f"--take-over {name}: it was begun with other weights; leave it out")
+        problem = f"its trials are not comparable: {'; '.join(differences)}"
+    elif source.metadata["data"]["fingerprint"] != metadata["data"]["fingerprint"]:
+        problem = "it was begun with other images"
+    elif any(weights.get(file, known) != known for file, known in metadata["weights"].items()):
+        problem = "it was begun with other weights"
+    else:
+        return
+    raise StudyError(f"--take-over {source.name}: {problem}; leave it out")
 
 
 def _roles(fitting: Iterable[tuple[FrozenTrial, Mapping[str, Any]]], space: SearchSpace) -> dict[int, dict[str, Any]]:
@@ -112,19 +103,14 @@ def _roles(fitting: Iterable[tuple[FrozenTrial, Mapping[str, Any]]], space: Sear
 
 
 def _copy_of(
-    trial: FrozenTrial,
-    source: str,
-    source_seed: int,
-    params: Mapping[str, Any],
-    attributes: Mapping[str, Any],
-    space: SearchSpace,
+    trial: FrozenTrial, source: Study, params: Mapping[str, Any], attributes: Mapping[str, Any], space: SearchSpace
 ) -> FrozenTrial:
     from core.runtime import derive_seed  # imports torch
 
     known = with_current_names(trial.user_attrs)
     user_attrs = {key: value for key, value in known.items() if key not in (LEASE, BASELINE, RECIPE)}
-    user_attrs.setdefault(TAKEN_FROM, f"{source}/{trial.number}")
-    user_attrs.setdefault("seed", derive_seed(source_seed, "trial", trial_index_of(trial)))
+    user_attrs.setdefault(TAKEN_FROM, f"{source.name}/{trial.number}")
+    user_attrs.setdefault("seed", derive_seed(source.seed, "trial", trial_index_of(trial)))
     copied = create_trial(
         state=trial.state,
         value=trial.value,

@@ -15,9 +15,9 @@ from optuna.storages.journal import BaseJournalBackend
 
 from hpo.analysis.doctor.check import Finding, Result, StudyCheck
 from hpo.errors import StudyError
-from hpo.storage import is_journal, mask, open_storage, repair_journal
+from hpo.storage import is_journal, mask, open_storage
 from hpo.storage.atomic import replacing
-from hpo.storage.journal import torn_records
+from hpo.storage.journal import repair_journal, torn_records
 from hpo.storage.lock import GRACE_S, JournalLock
 from hpo.study import Study
 from hpo.study.metadata import METADATA

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.analysis.doctor.check import Finding, Result, StudyCheck
 from hpo.storage.lease import LEASE, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
 from hpo.storage.optuna_access import id_of, storage_of
-from hpo.study import Study, join_study
+from hpo.study import join_study
 from hpo.text import held_by, some
 from hpo.trials import effective_trials, trial_index_of
 
@@ -73,7 +73,6 @@ def indices(check: StudyCheck) -> Iterator[Result]:
 
 def _queue(check: StudyCheck) -> None:
     """Correct the queue as `hpo run` does at its start."""
-    study = check.open()
+    study = join_study(check.name, storage_url=check.url)
     assert study.total is not None
-    space = join_study(study.name, storage_url=check.url).space
-    Study(study.optuna, study.paths, study.metadata, study.storage_url, space).queue.ensure_trials(study.total)
+    study.queue.ensure_trials(study.total)

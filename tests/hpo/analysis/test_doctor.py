@@ -27,7 +27,8 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
 from hpo.space import load_space
 from hpo.storage.lease import LEASE
-from hpo.study import Study, TrialQueue, find_study, open_study
+from hpo.study import Study, find_study, open_study
+from hpo.study.queue import TrialQueue
 from hpo.text import in_words
 from tests.hpo.commands import hpo
 from tests.hpo.storage.journals import trials_of
