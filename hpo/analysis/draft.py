@@ -82,7 +82,7 @@ class Draft:
         """The study's space as plain data, in its file's short form if that still means the same."""
         document, _ = parse_yaml(space_to_yaml(self.space), self.space.name)
         assert document is not None, "a written space can be read"
-        tree: dict[str, Any] = document.plain()
+        tree: dict[str, Any] = document.content
         written = _file_of(self.study)
         if written is None:
             return tree

@@ -157,11 +157,12 @@ def open_confirmation(
     search: Study, space: SearchSpace, dataset: Dataset, splits: Sequence[Splits], *, data_path: Path | None
 ) -> Study:
     """Create or resume the confirmation of a study, beside it and in the same storage."""
-    confirming = ConfirmationSpace.of(
-        search.name,
-        space.objective,
-        space.baseline,
-        space.path,
+    confirming = ConfirmationSpace(
+        name=space.path.stem,
+        path=space.path,
+        objective=space.objective,
+        baseline=space.baseline,
+        confirms=search.name,
         train_images=len(splits[0].train),
         val_images=len(splits[0].val),
     )

@@ -31,28 +31,24 @@ class Listed(NamedTuple):
 
 def list_spaces() -> list[Listed]:
     """List all spaces, then all recipes; of several with one name, the one that the name resolves to."""
-    found: dict[tuple[Kind, str], Listed] = {}
+    found: dict[tuple[Kind, str], Path] = {}
     for kind in KINDS:
         for folder in _folders(kind):
             for path in sorted(folder.glob("*.yaml")):
-                if (kind, path.stem) not in found:
-                    found[kind, path.stem] = _listed(kind, path)
-    return list(found.values())
+                found.setdefault((kind, path.stem), path)
+    return [_listed(kind, path) for (kind, _), path in found.items()]
 
 
 def _listed(kind: Kind, path: Path) -> Listed:
     document, _ = read(path)
-    content = document.plain() if document is not None else None
+    content = None if document is None else document.content
     if not isinstance(content, dict) or not content:
         return Listed(path.stem, kind, path, "cannot be read: hpo space check")
     texts = (content.get(key) for key in ("description", "result"))
     description, result = (text if isinstance(text, str) else "" for text in texts)
-    return Listed(path.stem, kind, path, description, headline(result))
-
-
-def headline(result: str) -> str:
-    """The figure at the start of a result: `89 %` of "89 % on their validation set; …"."""
-    return re.split(r"[,;:(]|\s(?:as|for|in|of|on)\s", result, maxsplit=1)[0].strip()
+    # The figure alone: "89 %" of "89 % on their validation set; …".
+    figure = re.split(r"[,;:(]|\s(?:as|for|in|of|on)\s", result, maxsplit=1)[0].strip()
+    return Listed(path.stem, kind, path, description, figure)
 
 
 def _folders(kind: Kind) -> list[Path]:
@@ -73,7 +69,7 @@ def find(name: str, kind: Kind) -> Path:
     for folder in _folders(kind):
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
-    folders = ", ".join(shown(folder) for folder in _folders(kind))
+    folders = ", ".join(map(shown, _folders(kind)))
     noun = "search space" if kind == "space" else "recipe"
     raise SpaceError([Fault(name, f"no such {noun} in {folders}{_elsewhere(name, kind)}")])
 
@@ -86,7 +82,7 @@ def _elsewhere(name: str, kind: Kind) -> str:
     return did_you_mean(name, names)
 
 
-def kind_of(document: Document) -> Kind:
-    """Whether a file is a space or a recipe: only a space has keys of the search."""
-    keys = document.root.value if isinstance(document.root.value, dict) else {}
-    return "space" if any(key in keys for key in ("search", "base", "trials", "objective", "recipes")) else "recipe"
+def is_space(document: Document) -> bool:
+    """Whether a file is a space and not a recipe: it has keys of the search."""
+    keys = document.content if isinstance(document.content, dict) else ()
+    return any(key in keys for key in ("search", "base", "trials", "objective", "recipes"))

@@ -1,32 +1,33 @@
 """The space of a confirmation: no search, but given configurations, each trained several times.
 
 Every trial carries its configuration, with seed and split, as a user attribute, so that workers can train candidates
-chosen after they joined. The two Optuna parameters only identify the trial: `candidate`, an index, and `replicate`. The
-candidate's name is an attribute, because Optuna fixes the choices of a categorical parameter with the first trial.
+chosen after they joined. The two Optuna parameters only identify the trial. The candidate's name is an attribute,
+because Optuna fixes the choices of a categorical parameter with the first trial.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from core.config import TrainConfig
-from hpo.space.grammar import Confirm, NoPruner, Objective, RandomSampler
-from hpo.space.space import SearchSpace
+from hpo.space.grammar import Confirm, NoPruner, Pruner, RandomSampler, Sampler
+from hpo.space.space import Parameter, Recipe, SearchSpace
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 CANDIDATE = "candidate"
-"""A confirmation trial's parameter: the candidate's index; and user attribute: the candidate's name."""
+"""Parameter: the candidate's index. User attribute: its name."""
 REPLICATE = "replicate"
-"""A confirmation trial's parameter: the index of its seed and split, from 0."""
+"""Parameter: the index of the trial's seed and split."""
 
+RANDOM = RandomSampler(name="random")
+UNPRUNED = NoPruner(name="none")  # only complete trainings are compared
 MOST = 9999  # Optuna needs a bound; a confirmation has at most 8 candidates and 20 replicates at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConfirmationSpace(SearchSpace):
     """The space of a confirmation study; its baseline is that of the confirmed search."""
 
@@ -37,34 +38,13 @@ class ConfirmationSpace(SearchSpace):
     val_images: int
     """Validation images of one split or fold."""
 
-    @classmethod
-    def of(
-        cls,
-        confirms: str,
-        objective: Objective,
-        baseline: TrainConfig,
-        path: Path,
-        *,
-        train_images: int,
-        val_images: int,
-    ) -> ConfirmationSpace:
-        """Build the space that confirms the study `confirms`."""
-        return cls(
-            name=path.stem,
-            path=path,
-            description="",
-            objective=objective,
-            trials=1,
-            sampler=RandomSampler(name="random"),
-            pruner=NoPruner(name="none"),  # only complete trainings are compared
-            baseline=baseline,
-            recipes=(),
-            search={},
-            confirm=Confirm(),
-            confirms=confirms,
-            train_images=train_images,
-            val_images=val_images,
-        )
+    description: str = ""
+    trials: int = 1
+    sampler: Sampler = RANDOM
+    pruner: Pruner = UNPRUNED
+    confirm: Confirm = field(default_factory=Confirm)
+    recipes: tuple[Recipe, ...] = ()
+    search: Mapping[str, Parameter] = field(default_factory=dict)
 
     @property
     def trains_baseline(self) -> bool:
@@ -92,12 +72,3 @@ class ConfirmationSpace(SearchSpace):
     def identity(self) -> dict[str, Any]:
         """The search's identity without its parameters, and the confirmed study."""
         return {"confirms": self.confirms, **super().identity()}
-
-    def described(self) -> dict[str, Any]:
-        """Everything but the baseline, as plain data."""
-        return {
-            "confirms": self.confirms,
-            "train_images": self.train_images,
-            "val_images": self.val_images,
-            "objective": self.objective.model_dump(mode="json"),
-        }

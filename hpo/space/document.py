@@ -27,7 +27,7 @@ NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 MAX_BYTES = 1 << 20  # the longest shipped space has 5,000
 MAX_DEPTH = 32  # a configuration nests 4 deep; protects the stack from a hostile file
-MAX_NODES = 100_000  # counted with aliases expanded, against nested aliases ("billion laughs")
+MAX_NODES = 100_000  # with aliases expanded, against nested aliases ("billion laughs")
 MAX_DIGITS = 40  # a 64-bit integer has 20 digits; Python refuses more than 4,300
 
 # libyaml is ten times as fast; PyYAML's wheels have it on every platform that torch supports.
@@ -35,68 +35,29 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _BaseDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
-@dataclass(frozen=True)
-class Node:
-    """A value and the line it begins on, counted from 1."""
-
-    value: Any
-    """A scalar, a `list[Node]`, or a `dict[str, Entry]`."""
-    line: int
-    size: int = 1
-    """Number of nodes from this one down, aliases expanded."""
-    height: int = 0
-    """Levels below this node, aliases expanded."""
-
-    def plain(self) -> Any:
-        """The value as plain Python data."""
-        if isinstance(self.value, dict):
-            return {key: entry.node.plain() for key, entry in self.value.items()}
-        if isinstance(self.value, list):
-            return [node.plain() for node in self.value]
-        return self.value
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The value of a mapping's key, and the key's line."""
-
-    line: int
-    node: Node
+Place = tuple[str | int, ...]
+"""The keys and indices that lead to a value, such as `("search", "optim.lr", "low")`."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """The content of a YAML file."""
+    """The content of a YAML file as plain data, with line numbers."""
 
     name: str
     """The file's name in messages."""
-    root: Node
+    content: Any
+    lines: Mapping[Place, int]
+    """The line of each key and item, counted from 1; that of the whole content is at ()."""
 
-    def at(self, *path: str | int) -> str:
-        """`file:line` of the key or item at this path, or of its nearest existing parent."""
-        node, line = self.root, self.root.line
-        for step in path:
-            if isinstance(node.value, dict) and step in node.value:
-                entry = node.value[step]
-                node, line = entry.node, entry.line
-            elif isinstance(node.value, list) and isinstance(step, int) and step < len(node.value):
-                node = node.value[step]
-                line = node.line
-            else:
-                break
-        return f"{self.name}:{line}"
-
-    def plain(self) -> Any:
-        """The content as plain Python data."""
-        return self.root.plain()
+    def at(self, *place: str | int) -> str:
+        """`file:line` of the key or item at this place, or of its nearest existing parent."""
+        while place not in self.lines:
+            place = place[:-1]
+        return f"{self.name}:{self.lines[place]}"
 
 
 def parse_yaml(text: str, name: str) -> tuple[Document | None, list[Fault]]:
-    """Parse one YAML document.
-
-    Args:
-        text: the YAML.
-        name: the file's name in messages.
+    """Parse one YAML document, which messages call `name`.
 
     Returns:
         The document, or None if the text is not YAML or exceeds a bound; and every fault found.
@@ -105,7 +66,7 @@ def parse_yaml(text: str, name: str) -> tuple[Document | None, list[Fault]]:
         return None, [_too_long(name)]
     try:
         reader = _Reader(yaml.parse(text, Loader=_Loader), name)
-        return Document(name, reader.document()), reader.faults
+        return reader.document(), reader.faults
     except SpaceError as error:
         return None, error.faults
     except yaml.MarkedYAMLError as error:
@@ -144,7 +105,7 @@ def load_yaml(path: Path) -> Any:
     document, faults = read(path)
     if document is None or faults:
         raise SpaceError(faults[:1])
-    return document.plain()
+    return document.content
 
 
 def shown(path: Path) -> str:
@@ -177,68 +138,82 @@ def scalar(text: str) -> Any:
     raise ValueError(f"{text} is not a finite number")
 
 
+_Node = tuple[Any, dict[Place, int]]
+"""A value, and the lines of everything in it by their places from there."""
+
+
 class _Reader:
-    """Builds nodes from parser events and collects the faults of single values."""
+    """Reads parser events as plain data and collects the faults of single values."""
 
     def __init__(self, events: Iterator[Event], name: str) -> None:
         self.events = events
         self.name = name
         self.faults: list[Fault] = []
-        self.anchors: dict[str, Node] = {}
+        self.anchors: dict[str, _Node] = {}
+        self.nodes = 0
 
-    def document(self) -> Node:
+    def document(self) -> Document:
         """The only document of the stream; an empty stream is an empty mapping."""
-        found: Node | None = None
+        found: _Node | None = None
         for event in self.events:
             if isinstance(event, NodeEvent):
                 if found is not None:
                     raise SpaceError(self._faults(event, "a second document; one file holds one"))
                 found = self._node(event, depth=0)
-        return found if found is not None else Node({}, 1)
+        return Document(self.name, *(found or ({}, {(): 1})))
 
-    def _node(self, event: Event, depth: int) -> Node:
-        line = event.start_mark.line + 1
+    def _node(self, event: Event, depth: int) -> _Node:
         if isinstance(event, AliasEvent):
             if event.anchor not in self.anchors:
                 raise SpaceError(self._faults(event, f"*{event.anchor} has no complete &{event.anchor} before it"))
-            node = self.anchors[event.anchor]
-            self._check_depth(event, depth + node.height)
-            return node
-        self._check_depth(event, depth)
+            known, lines = self.anchors[event.anchor]
+            self._check_bounds(event, len(lines), depth + max(map(len, lines)))
+            return known, lines
+        self._check_bounds(event, 1, depth)
         assert isinstance(event, ScalarEvent | MappingStartEvent | SequenceStartEvent)
         if event.tag is not None:
             self.faults += self._faults(event, f"the tag {event.tag} is not allowed: plain data only")
+        lines = {(): event.start_mark.line + 1}
+        content: Any
         if isinstance(event, ScalarEvent):
-            node = Node(self._scalar(event), line)
+            content = self._scalar(event)
         elif isinstance(event, MappingStartEvent):
-            node = self._mapping(line, depth)
+            content = self._mapping(lines, depth + 1)
         else:
-            items = [self._node(item, depth + 1) for item in self._until_end()]
-            node = Node(items, line, *_extent(items))
-        if node.size > MAX_NODES:
-            raise SpaceError(self._faults(event, f"more than {MAX_NODES} values"))
+            content = self._sequence(lines, depth + 1)
         if event.anchor is not None:
-            self.anchors[event.anchor] = node
-        return node
+            self.anchors[event.anchor] = content, lines
+        return content, lines
 
-    def _mapping(self, line: int, depth: int) -> Node:
-        entries: dict[str, Entry] = {}
-        nodes = []
+    def _check_bounds(self, event: Event, nodes: int, depth: int) -> None:
+        self.nodes += nodes
+        if self.nodes > MAX_NODES:
+            raise SpaceError(self._faults(event, f"more than {MAX_NODES} values"))
+        if depth > MAX_DEPTH:
+            raise SpaceError(self._faults(event, f"nested more than {MAX_DEPTH} deep"))
+
+    def _mapping(self, lines: dict[Place, int], depth: int) -> dict[str, Any]:
+        content: dict[str, Any] = {}
         for event in self._until_end():
             if not isinstance(event, ScalarEvent):
                 raise SpaceError(self._faults(event, "a key must be a word"))
-            key, key_line = event.value, event.start_mark.line + 1
-            node = self._node(next(self.events), depth + 1)
-            nodes.append(node)
-            if key in entries:
-                self.faults += self._faults(event, f"{key}: given twice; first on line {entries[key].line}")
-            else:
-                entries[key] = Entry(key_line, node)
-        return Node(entries, line, *_extent(nodes))
+            key = event.value
+            value, within = self._node(next(self.events), depth)
+            if key in content:
+                self.faults += self._faults(event, f"{key}: given twice; first on line {lines[key,]}")
+                continue
+            content[key] = value
+            lines |= {(key, *place): line for place, line in within.items()}
+            lines[key,] = event.start_mark.line + 1
+        return content
 
-    def _check_depth(self, event: Event, depth: int) -> None:
-        if depth > MAX_DEPTH:
-            raise SpaceError(self._faults(event, f"nested more than {MAX_DEPTH} deep"))
+    def _sequence(self, lines: dict[Place, int], depth: int) -> list[Any]:
+        content: list[Any] = []
+        for event in self._until_end():
+            item, within = self._node(event, depth)
+            lines |= {(len(content), *place): line for place, line in within.items()}
+            content.append(item)
+        return content
 
     def _until_end(self) -> Iterator[Event]:
         """The first event of each item of the current collection."""
@@ -258,11 +233,6 @@ class _Reader:
 
     def _faults(self, event: Event, message: str) -> list[Fault]:
         return [Fault(f"{self.name}:{event.start_mark.line + 1}", message)]
-
-
-def _extent(nodes: Sequence[Node]) -> tuple[int, int]:
-    """Size and height of a collection of these nodes."""
-    return 1 + sum(node.size for node in nodes), 1 + max((node.height for node in nodes), default=0)
 
 
 # Writing

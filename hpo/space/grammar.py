@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,28 +39,30 @@ class Objective(_Section):
         return "minimize" if self.metric == "nll" else "maximize"
 
 
+# Samplers and pruners. Defaults that are numbers of trials are Optuna's.
+
+_RandomFirst = Annotated[int, Field(ge=1, description="Random trials before the model decides.")]
+
+
 class TpeSampler(_Section):
     """Optuna's tree-structured Parzen estimator, multivariate."""
 
     name: Literal["tpe"] = "tpe"
-    startup_trials: int = Field(default=10, ge=1)
-    """Random trials before the model decides; 10 is Optuna's default."""
+    startup_trials: _RandomFirst = 10
 
 
 class GpSampler(_Section):
     """Optuna's Gaussian process."""
 
     name: Literal["gp"]
-    startup_trials: int = Field(default=10, ge=1)
-    """Random trials before the model decides; 10 is Optuna's default."""
+    startup_trials: _RandomFirst = 10
 
 
 class CmaEsSampler(_Section):
     """CMA-ES; it ignores choices, which are drawn at random."""
 
     name: Literal["cmaes"]
-    startup_trials: int = Field(default=1, ge=1)
-    """Random trials before the model decides; 1 is Optuna's default."""
+    startup_trials: _RandomFirst = 1
 
 
 class RandomSampler(_Section):
@@ -94,7 +97,7 @@ class RungsPruner(_Section):
 
     @model_validator(mode="after")
     def _increasing(self) -> RungsPruner:
-        if any(later <= earlier for earlier, later in zip(self.rungs, self.rungs[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(self.rungs)):
             raise ValueError(f"rungs must increase, not {flow(self.rungs)}")
         return self
 
@@ -105,14 +108,16 @@ class NoPruner(_Section):
     name: Literal["none"]
 
 
+_Unpruned = Annotated[int, Field(ge=0, description="Trials that run before any is pruned.")]
+_Warmup = Annotated[float, Field(ge=0, lt=1, description="Fraction of the run before which nothing is pruned.")]
+
+
 class MedianPruner(_Section):
     """Optuna's: prunes a trial below the median of the earlier ones at the same epoch."""
 
     name: Literal["median"]
-    startup_trials: int = Field(default=5, ge=0)
-    """Trials that run before any is pruned; 5 is Optuna's default."""
-    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of the run before which nothing is pruned."""
+    startup_trials: _Unpruned = 5
+    warmup_fraction: _Warmup = 0.0
 
 
 class PercentilePruner(_Section):
@@ -121,10 +126,11 @@ class PercentilePruner(_Section):
     name: Literal["percentile"]
     keep: Fraction
     """Fraction of the trials that continue: 0.25 keeps the best quarter."""
-    startup_trials: int = Field(default=5, ge=0)
-    """Trials that run before any is pruned; 5 is Optuna's default."""
-    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of the run before which nothing is pruned."""
+    startup_trials: _Unpruned = 5
+    warmup_fraction: _Warmup = 0.0
+
+
+_Reduction = Annotated[int, Field(ge=2, description="One in this many continues.")]
 
 
 class SuccessiveHalvingPruner(_Section):
@@ -133,8 +139,7 @@ class SuccessiveHalvingPruner(_Section):
     name: Literal["successive_halving"]
     min_fraction: Fraction = 0.03
     """Fraction of the run at the first rung."""
-    reduction_factor: int = Field(default=4, ge=2)
-    """One in this many continues; 4 is Optuna's default."""
+    reduction_factor: _Reduction = 4
 
 
 class HyperbandPruner(_Section):
@@ -143,8 +148,7 @@ class HyperbandPruner(_Section):
     name: Literal["hyperband"]
     min_fraction: Fraction = 0.03
     """Fraction of the run at the first rung of the bracket that prunes first."""
-    reduction_factor: int = Field(default=3, ge=2)
-    """One in this many continues; 3 is Optuna's default."""
+    reduction_factor: _Reduction = 3
 
 
 Pruner = Annotated[
@@ -161,13 +165,16 @@ class Confirm(_Section):
     null: a third, and at least enough to train two configurations five times."""
 
 
+_MEANING = "Field: value, or list of values. Searched only if all of these hold; else the baseline's value is used."
+_When = Annotated[dict[str, Any] | None, Field(min_length=1, description=_MEANING)]
+
+
 class Choices(_Section):
     """One of several values without order."""
 
     choices: list[Any] = Field(min_length=1)
     """The values; a list for a field that is a list, null for a field that can be off."""
-    when: dict[str, Any] | None = Field(default=None, min_length=1)
-    """Field: value, or list of values. Searched only if all of these hold; otherwise the baseline's value is used."""
+    when: _When = None
 
 
 class Range(_Section):
@@ -179,8 +186,7 @@ class Range(_Section):
     """Draw uniformly over the logarithm: for factors, such as learning rates."""
     step: float | None = None
     """Draw only low, low + step, low + 2 step, … high."""
-    when: dict[str, Any] | None = Field(default=None, min_length=1)
-    """Field: value, or list of values. Searched only if all of these hold; otherwise the baseline's value is used."""
+    when: _When = None
 
 
 class SpaceFile(_Section):

@@ -7,7 +7,7 @@ field in `--set` is pinned: it is no longer searched, and recipes get its value 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +18,9 @@ from core.config import TrainConfig
 from hpo.errors import Fault, SpaceError
 from hpo.paths import search_space_dirs
 from hpo.space import parameters
-from hpo.space.catalogue import find, kind_of, list_spaces
+from hpo.space.catalogue import find, is_space, list_spaces
 from hpo.space.confirmation import ConfirmationSpace
-from hpo.space.document import Document, dump_yaml, parse_yaml, read
+from hpo.space.document import Document, Place, dump_yaml, parse_yaml, read
 from hpo.space.fields import config_fields, did_you_mean, nearest, nearest_field, no_such_field
 from hpo.space.grammar import ConfirmationText, RecipeNotes, SpaceFile, explain, location, quoted, siblings
 from hpo.space.space import RATES, Parameter, Recipe, SearchSpace, in_rate_of
@@ -29,44 +29,40 @@ Overrides = Mapping[str, Any] | Iterable[str]
 """`{"epochs": 3}`, or `["epochs=3"]` as given to `--set`."""
 
 Model = TypeVar("Model", bound=BaseModel)
-Result = TypeVar("Result", SearchSpace, Recipe)
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = ("objective", "sampler", "pruner", "confirm")
+SECTIONS = ("objective", "sampler", "pruner", "confirm")
 """The sections of a space, beside those of `TrainConfig`, that `--set` can change."""
+HEAD = ("description", "trials", *SECTIONS)
+"""Fields of `SpaceFile` that a `SearchSpace` takes as they are."""
 
 
 def load_space(name_or_path: str | Path, overrides: Overrides = ()) -> SearchSpace:
     """Read and check a search space.
 
     Args:
-        name_or_path: a name in `search_spaces/`, or a path.
-        overrides: fields to pin, and settings of objective, sampler, pruner, confirm and trials to change.
+        name_or_path: A name in `search_spaces/`, or a path.
+        overrides: Fields to pin, and settings of objective, sampler, pruner, confirm and trials to change.
 
     Raises:
-        SpaceError: all faults of the file, of its recipes, and of the overrides.
+        SpaceError: All faults of the file, of its recipes, and of the overrides.
     """
     path = find(str(name_or_path), "space")
     loader = _Loader(_parsed(overrides))
-    document = loader.read(path)
-    return loader.checked(None if document is None else loader.space(document, path))
+    return loader.checked(loader.built(read(path), path, loader.space))
 
 
 def load_recipe(name_or_path: str | Path, overrides: Overrides = ()) -> Recipe:
-    """Read and check a recipe.
-
-    Args:
-        name_or_path: a name in `search_spaces/recipes/`, or a path, such as a trial's `config.yaml`.
-        overrides: fields to change.
+    """Read and check a recipe, by its name or path; a trial's `config.yaml` is one too.
 
     Raises:
-        SpaceError: all faults of the file and of the overrides.
+        SpaceError: All faults of the file and of the overrides.
     """
     path = find(str(name_or_path), "recipe")
     loader = _Loader(_parsed(overrides), settings=False)
-    document = loader.read(path)
-    recipe = None if document is None else loader.recipe(document, path)
+    recipe = loader.built(read(path), path, loader.recipe)
     return loader.checked(None if recipe is None else loader.overridden(recipe))
 
 
@@ -77,37 +73,19 @@ def override_config(config: TrainConfig, overrides: Overrides) -> TrainConfig:
         SpaceError: All faults of the overrides.
     """
     loader = _Loader(_parsed(overrides), settings=False)
-    return loader.checked(loader.overridden(Recipe("trial", Path("trial.yaml"), "", "", "", "", config))).config
+    return loader.checked(loader.override(config, "trial: "))
 
 
 def recipe_from_yaml(text: str, name: str = "config.yaml") -> Recipe:
-    """Read a recipe from text written by `to_yaml`.
-
-    Args:
-        text: the YAML.
-        name: the file's name in messages.
-
-    Raises:
-        SpaceError: all its faults.
-    """
+    """Read a recipe from text written by `to_yaml`; SpaceError with all its faults, which call it `name`."""
     loader = _Loader({})
-    document = loader.mapping(*parse_yaml(text, name))
-    return loader.checked(None if document is None else loader.recipe(document, Path(name)))
+    return loader.checked(loader.built(parse_yaml(text, name), Path(name), loader.recipe))
 
 
 def space_from_yaml(text: str, name: str) -> SearchSpace:
-    """Read a space from text written by `space_to_yaml`.
-
-    Args:
-        text: the YAML.
-        name: the space's name.
-
-    Raises:
-        SpaceError: all its faults.
-    """
+    """Read a space of this name from text written by `space_to_yaml`; SpaceError with all its faults."""
     loader = _Loader({})
-    document = loader.mapping(*parse_yaml(text, name))
-    return loader.checked(None if document is None else loader.written_space(document, Path(f"{name}.yaml")))
+    return loader.checked(loader.built(parse_yaml(text, name), Path(f"{name}.yaml"), loader.written_space))
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -125,20 +103,14 @@ def _tree(config: TrainConfig) -> dict[str, Any]:
 
 def space_to_yaml(space: SearchSpace) -> str:
     """Write a space without its recipes, for workers that do not have its file."""
+    baseline = _tree(space.baseline)
     if isinstance(space, ConfirmationSpace):
-        return dump_yaml({**space.described(), "base": _tree(space.baseline)})
-    return dump_yaml(
-        {
-            "description": space.description,
-            "objective": space.objective.model_dump(mode="json"),
-            "trials": space.trials,
-            "sampler": space.sampler.model_dump(mode="json"),
-            "pruner": space.pruner.model_dump(mode="json"),
-            "confirm": space.confirm.model_dump(mode="json"),
-            "base": _tree(space.baseline),
-            "search": {path: parameter.describe() for path, parameter in space.search.items()},
-        }
-    )
+        counts = {"train_images": space.train_images, "val_images": space.val_images}
+        text = ConfirmationText(confirms=space.confirms, **counts, objective=space.objective, base=baseline)
+        return dump_yaml(text.model_dump(mode="json"))
+    search = {path: parameter.describe() for path, parameter in space.search.items()}
+    file = SpaceFile.model_construct(**{name: getattr(space, name) for name in HEAD})
+    return dump_yaml({**file.model_dump(mode="json", include={*HEAD}), "base": baseline, "search": search})
 
 
 def check_file(name_or_path: str | Path) -> list[Fault]:
@@ -148,9 +120,7 @@ def check_file(name_or_path: str | Path) -> list[Fault]:
         known = {entry.name: entry.path for entry in reversed(list_spaces())}  # a space before a recipe of its name
         path = known.get(str(name_or_path), path)
     loader = _Loader({})
-    document = loader.read(path)
-    if document is not None:
-        (loader.space if kind_of(document) == "space" else loader.recipe)(document, path)
+    loader.built(read(path), path, lambda file, at: (loader.space if is_space(file) else loader.recipe)(file, at))
     return loader.sorted_faults()
 
 
@@ -158,7 +128,7 @@ def _parsed(overrides: Overrides) -> dict[str, Any]:
     """Parse `--set key=value`. Values are YAML, but the text itself for a field of text.
 
     Raises:
-        SpaceError: an item is not `key=value`, is given twice, or its value is not YAML.
+        SpaceError: An item is not `key=value`, is given twice, or its value is not YAML.
     """
     if isinstance(overrides, Mapping):
         return dict(overrides)
@@ -167,31 +137,44 @@ def _parsed(overrides: Overrides) -> dict[str, Any]:
     for item in overrides:
         key, equals, text = item.partition("=")
         where = f"--set {key}"
-        if not equals:
-            faults.append(Fault(f"--set {item}", "must be key=value"))
-            continue
-        if key in found:
-            faults.append(Fault(where, "given twice"))
+        if not equals or key in found:
+            faults.append(Fault(where, "given twice" if equals else "must be key=value"))
             continue
         field = config_fields().get(key)
         document, wrong = parse_yaml(text, where)
-        found[key] = document.plain() if document is not None and text.strip() else None
-        if field is not None and field.kind == "str":
-            found[key] = found[key] if isinstance(found[key], str) else text
-        else:
+        found[key] = document.content if document is not None and text.strip() else None
+        if field is None or field.kind != "str":
             faults += [Fault(where, fault.message) for fault in wrong]
+        elif not isinstance(found[key], str):
+            found[key] = text
     if faults:
         raise SpaceError(faults)
     return found
 
 
 class _Loader:
-    """Reads files with one set of overrides and collects their faults."""
+    """Reads files with one set of overrides and collects their faults. Where there is a fault, methods return None."""
 
     def __init__(self, overrides: Mapping[str, Any], settings: bool = True) -> None:
         self.faults: list[Fault] = []
         self.settings = {key: value for key, value in overrides.items() if settings and _is_setting(key)}
         self.fields = self._field_values({key: value for key, value in overrides.items() if key not in self.settings})
+
+    def built(
+        self,
+        parsed: tuple[Document | None, list[Fault]],
+        path: Path,
+        build: Callable[[Document, Path], Result | None],
+    ) -> Result | None:
+        """Build a space or recipe from a file's content, which must be a mapping."""
+        document, faults = parsed
+        self.faults += faults
+        if document is None:
+            return None
+        if not isinstance(document.content, dict):
+            self._fault(document.at(), "must be a mapping of keys to values")
+            return None
+        return build(document, path)
 
     def checked(self, result: Result | None) -> Result:
         """Return the result; raise SpaceError if there are faults."""
@@ -208,40 +191,26 @@ class _Loader:
 
         return sorted(dict.fromkeys(self.faults), key=place)
 
-    def read(self, path: Path) -> Document | None:
-        """Read a file that must contain a mapping."""
-        return self.mapping(*read(path))
-
-    def mapping(self, document: Document | None, faults: list[Fault]) -> Document | None:
-        """Collect a document's faults; None unless it is a mapping."""
-        self.faults += faults
-        if document is not None and not isinstance(document.root.value, dict):
-            self._fault(document.at(), "must be a mapping of keys to values")
-            return None
-        return document
-
     # Recipes
 
     def recipe(self, document: Document, path: Path) -> Recipe | None:
         """The recipe in a file, without overrides."""
-        if kind_of(document) == "space":
+        if is_space(document):
             self._fault(document.at(), f"a search space, where a recipe is wanted: hpo run {path.stem}")
             return None
-        tree = document.plain()
-        given_notes = {key: tree.pop(key) for key in list(tree) if key in RecipeNotes.model_fields}
-        notes = self._validated(RecipeNotes, given_notes, document)
-        config = self._validated(TrainConfig, tree, document, more=RecipeNotes.model_fields)
+        fields = dict(document.content)
+        notes = {key: fields.pop(key) for key in RecipeNotes.model_fields if key in fields}
+        checked = self._validated(RecipeNotes, notes, document)
+        config = self._validated(TrainConfig, fields, document, more=RecipeNotes.model_fields)
         if not path.stem.strip("."):  # `...yaml`: the name becomes a folder, which would be the parent folder
             self._fault(document.at(), f"a file named {path.name} gives the recipe no name; rename it")
             return None
-        if notes is None or config is None:
-            return None
-        return Recipe(path.stem, path, notes.description, notes.source, notes.result, notes.guesses, config)
+        return None if checked is None or config is None else Recipe(path.stem, path, config, **dict(checked))
 
-    def overridden(self, recipe: Recipe) -> Recipe:
+    def overridden(self, recipe: Recipe) -> Recipe | None:
         """The recipe with the overrides applied."""
-        config = self._override(recipe.config, f"{recipe.name}: ")
-        return recipe if config is None else replace(recipe, config=config)
+        config = self.override(recipe.config, f"{recipe.name}: ")
+        return None if config is None else replace(recipe, config=config)
 
     def _to_beat(self, recipe: Recipe, baseline: TrainConfig) -> Recipe | None:
         """A space's recipe with the overrides applied, on the baseline's data and epochs.
@@ -266,63 +235,58 @@ class _Loader:
         if found is None:
             there = {path.stem: f"recipes/{path.name}" for folder in folders for path in folder.glob("recipes/*.yaml")}
             meant = did_you_mean(Path(name).stem, there, lambda stem, names: there.get(nearest(stem, names) or ""))
-            self._fault(document.at(*place), _with_path(place, f"no such file: {name}{meant}"))
+            self._fault_at(document, place, f"no such file: {name}{meant}")
             return None
-        recipe = self.read(found)
-        return None if recipe is None else self.recipe(recipe, found)
+        return self.built(read(found), found, self.recipe)
 
     # Spaces
 
     def space(self, document: Document, path: Path) -> SearchSpace | None:
-        """The search space in a file; None if there is a fault."""
-        if kind_of(document) == "recipe":
+        """The search space in a file."""
+        if not is_space(document):
             message = f"a recipe, where a search space is wanted: hpo train {path.stem}"
-            self._fault(document.at(), message if document.root.value else "an empty file")
+            self._fault(document.at(), message if document.content else "an empty file")
             return None
         if "seed" in self.fields:
             self._fault("--set seed", parameters.FIXED["seed"])
-        tree = document.plain()
-        head = self._head(tree, document)
-        baseline = self._baseline(tree, document, path)
+        head = self._head(document)
+        baseline = self._baseline(document, path)
         if baseline is not None and head is not None:
-            data = {f"data.{key}": getattr(head.data, key) for key in head.data.model_fields_set}
-            baseline = baseline.override(data)
-        search = self._search(tree, document, baseline)
-        recipes = self._recipes(tree, document, path)
-        pinned = None if baseline is None else self._override(baseline)
+            baseline = baseline.override({f"data.{key}": getattr(head.data, key) for key in head.data.model_fields_set})
+        search = self._search(document, baseline)
+        named = document.content.get("recipes")
+        recipes = [
+            self._recipe_at(name, document, path, "recipes", index)
+            for index, name in enumerate(named if isinstance(named, list) else [])
+            if isinstance(name, str)
+        ]
+        pinned = None if baseline is None else self.override(baseline)
         if self.faults or head is None or pinned is None:
             return None
         searched = self._not_pinned(search, pinned, document)
         return SearchSpace(
             name=path.stem,
             path=path,
-            description=head.description,
-            objective=head.objective,
-            trials=head.trials,
-            sampler=head.sampler,
-            pruner=head.pruner,
+            **{name: getattr(head, name) for name in HEAD},
             baseline=in_rate_of(pinned, searched),
-            recipes=tuple(found for recipe in recipes if (found := self._to_beat(recipe, pinned))),
+            recipes=tuple(left for one in recipes if one and (left := self._to_beat(one, pinned))),
             search=searched,
-            confirm=head.confirm,
         )
 
     def written_space(self, document: Document, path: Path) -> SearchSpace | None:
         """The space in a text of `space_to_yaml`, which may be a confirmation's."""
-        tree = document.plain()
-        if "confirms" not in tree:
+        if "confirms" not in document.content:
             return self.space(document, path)
-        text = self._validated(ConfirmationText, tree, document)
+        text = self._validated(ConfirmationText, document.content, document)
         baseline = None if text is None else self._validated(TrainConfig, text.base, document, "base")
         if text is None or baseline is None:
             return None
-        return ConfirmationSpace.of(
-            text.confirms, text.objective, baseline, path, train_images=text.train_images, val_images=text.val_images
-        )
+        given = {name: value for name, value in text if name != "base"}
+        return ConfirmationSpace(name=path.stem, path=path, baseline=baseline, **given)
 
-    def _head(self, tree: Mapping[str, Any], document: Document) -> SpaceFile | None:
+    def _head(self, document: Document) -> SpaceFile | None:
         """Everything but base and search, with the overridden settings."""
-        given = {key: value for key, value in tree.items() if key not in ("base", "search")}
+        given = {key: value for key, value in document.content.items() if key not in ("base", "search")}
         for key, value in self.settings.items():
             section, _, name = key.partition(".")
             if not name:
@@ -336,33 +300,22 @@ class _Loader:
             given[section] = {**old, name: value}
         return self._validated(SpaceFile, {**given, "search": {"": {}}}, document)
 
-    def _baseline(self, tree: Mapping[str, Any], document: Document, path: Path) -> TrainConfig | None:
-        given = tree.get("base", {})
+    def _baseline(self, document: Document, path: Path) -> TrainConfig | None:
+        given = document.content.get("base", {})
         if isinstance(given, str):
             recipe = self._recipe_at(given, document, path, "base")
             return None if recipe is None else recipe.config
         if isinstance(given, dict):
             return self._validated(TrainConfig, given, document, "base")
-        self._fault(document.at("base"), f"base: must be a recipe's path or a configuration, not {quoted(given)}")
+        self._fault_at(document, ("base",), f"must be a recipe's path or a configuration, not {quoted(given)}")
         return None
 
-    def _recipes(self, tree: Mapping[str, Any], document: Document, path: Path) -> list[Recipe]:
-        named = tree["recipes"] if isinstance(tree.get("recipes"), list) else []
-        found = [
-            self._recipe_at(name, document, path, "recipes", index)
-            for index, name in enumerate(named)
-            if isinstance(name, str)
-        ]
-        return [recipe for recipe in found if recipe is not None]
-
-    def _search(
-        self, tree: Mapping[str, Any], document: Document, baseline: TrainConfig | None
-    ) -> dict[str, Parameter]:
+    def _search(self, document: Document, baseline: TrainConfig | None) -> dict[str, Parameter]:
         """The file's parameters without the faulty ones, checked one by one and together."""
-        given = tree.get("search")
+        given = document.content.get("search")
         if not isinstance(given, dict) or not given:
-            message = "search: must name at least one field, with choices or with low and high"
-            self._fault(document.at("search"), message)
+            message = "must name at least one field, with choices or with low and high"
+            self._fault_at(document, ("search",), message)
             return {}
         report = self._reporter(document)
         found = {path: parameters.parameter(path, entry, report) for path, entry in given.items()}
@@ -372,13 +325,7 @@ class _Loader:
         if parameters.clashing_rates(given, report):
             sound.pop("optim.lr", None)
         sound = parameters.ordered(sound, report)
-        if baseline is None:
-            return sound
-        baseline = in_rate_of(baseline, sound)
-        sound = parameters.without_unreachable(sound, baseline, report, broken)
-        parameters.check_values(sound, baseline, report, broken)
-        parameters.check_baseline(sound, baseline, report)
-        return sound
+        return sound if baseline is None else parameters.fitting(sound, baseline, report, broken)
 
     def _not_pinned(
         self, search: dict[str, Parameter], baseline: TrainConfig, document: Document
@@ -387,10 +334,8 @@ class _Loader:
         if not self.fields:
             return search
         left = {path: one for path, one in search.items() if not {path, RATES.get(path)} & set(self.fields)}
-        baseline = in_rate_of(baseline, left)
-        left = parameters.without_unreachable(left, baseline, None)
-        parameters.check_values(left, baseline, self._reporter(document))
-        parameters.check_baseline(left, baseline, self._reporter(document))
+        # `--set optim.name=sgd` is meant to remove the parameters of the other optimizers.
+        left = parameters.fitting(left, baseline, self._reporter(document), may_drop=True)
         if not left:
             self._fault("--set", "leaves nothing to search; one configuration is trained by: hpo train")
         return left
@@ -411,8 +356,8 @@ class _Loader:
                 self._fault(f"--set {key}", explain(error.errors()[0]))
         return values
 
-    def _override(self, config: TrainConfig, prefix: str = "") -> TrainConfig | None:
-        """The configuration with the overrides applied; None if its fields then contradict each other."""
+    def override(self, config: TrainConfig, prefix: str = "") -> TrainConfig | None:
+        """The configuration with the overrides applied, unless its fields then contradict each other."""
         try:
             return config.override(self.fields)
         except ValidationError as error:
@@ -437,32 +382,32 @@ class _Loader:
             return model.model_validate(given)
         except ValidationError as error:
             for detail in error.errors():
-                loc = (*prefix, *location(detail))
+                place = (*prefix, *location(detail))
                 if detail["type"] == "extra_forbidden" and model is TrainConfig:
                     text = _unknown_field(detail["loc"], more)
                 else:
                     text = explain(detail, [".".join((*prefix, name)) for name in siblings(model, detail["loc"])])
-                path = ".".join(map(str, loc))
+                path = ".".join(map(str, place))
                 cause = [key for key in self.settings if key == path or key.startswith(f"{path}.")]
                 if cause:
                     self._fault(f"--set {', '.join(cause)}", text)
                 else:
-                    self._fault(document.at(*loc), _with_path(loc, text))
+                    self._fault_at(document, place, text)
         return None
 
     def _reporter(self, document: Document) -> parameters.Report:
-        return lambda path, message: self._fault(document.at(*path), _with_path(path, message))
+        return lambda place, message: self._fault_at(document, place, message)
+
+    def _fault_at(self, document: Document, place: Place, message: str) -> None:
+        """A fault of a key or item, as `search.optim.lr: …`; of a whole file without a place."""
+        path = ".".join(map(str, place))
+        self._fault(document.at(*place), f"{path}: {message}" if path else message)
 
     def _fault(self, where: str, message: str) -> None:
         self.faults.append(Fault(where, message))
 
 
-def _with_path(path: Sequence[str | int], message: str) -> str:
-    """`search.optim.lr: …`; a fault of a whole file has no path."""
-    return f"{'.'.join(map(str, path))}: {message}" if path else message
-
-
-def _unknown_field(loc: Sequence[str | int], more: Iterable[str]) -> str:
+def _unknown_field(loc: Place, more: Iterable[str]) -> str:
     """The message for an unknown key in a configuration."""
     path = ".".join(map(str, loc))
     if path in config_fields():
@@ -475,8 +420,8 @@ def _family(config: TrainConfig) -> str:
 
 
 def _is_setting(key: str) -> bool:
-    return key == "trials" or key.partition(".")[0] in SETTINGS
+    return key == "trials" or key.partition(".")[0] in SECTIONS
 
 
 def _setting_names() -> list[str]:
-    return ["trials", *(f"{section}.name" for section in ("sampler", "pruner")), "objective.metric", "confirm.budget"]
+    return ["trials", "sampler.name", "pruner.name", "objective.metric", "confirm.budget"]

@@ -3,64 +3,73 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
 from pydantic import ValidationError
 
 from core.config import TrainConfig
-from hpo.space.document import flow
+from hpo.space.document import Place, flow
 from hpo.space.fields import ConfigField, config_fields, did_you_mean, no_such_field
 from hpo.space.grammar import Choices, Range, explain, quoted
 from hpo.space.space import Categorical, Integer, Parameter, Real, in_rate_of, snapped
 
-Place = tuple[str | int, ...]
-"""A path in the file, such as `("search", "optim.lr", "low")`."""
 Report = Callable[[Place, str], None]
 """Takes the place of a fault and its message."""
-Conditions = Mapping[str, tuple[Any, ...]]
+Conditions = dict[str, tuple[Any, ...]]
 """Field -> the values of which it must have one."""
 
 # Fields that a search may not vary, and why.
 FIXED = {
     "seed": "a study seeds every trial itself; --seed sets the study's",
     "epochs": "trials of different lengths cannot be compared at their rungs; set it in base, or with --set",
+    **dict.fromkeys(
+        (path for path in config_fields() if path.startswith("data.")),
+        "trials on different images cannot be compared; set it under data",
+    ),
 }
-FIXED_DATA = "trials on different images cannot be compared; set it under data"
 
 MAX_COMBINATIONS = 2_000  # a validation takes about 20 µs: 40 ms
 
 
 def parameter(path: str, entry: Any, report: Report) -> Parameter | None:
     """Build the parameter of one entry of `search:`; None if it has a fault, which is reported."""
-    place = ("search", path)
+    faults: list[tuple[Place, str]] = []
+    found = _built(path, entry, lambda place, message: faults.append((place, message)))
+    for place, message in faults:
+        report(("search", path, *place), message)
+    return None if faults else found
+
+
+def _built(path: str, entry: Any, report: Report) -> Parameter | None:
     field = config_fields().get(path)
     if field is None:
-        report(place, no_such_field(path))
-        return None
-    if path in FIXED or path.startswith("data."):
-        report(place, f"cannot be searched: {FIXED.get(path, FIXED_DATA)}")
-        return None
-    if not isinstance(entry, Mapping):
-        report(place, f"must be {{choices: […]}} or {{low: …, high: …}}, not {quoted(entry)}")
-        return None
-    if "choices" not in entry and not {"low", "high"} & set(entry):
-        report(place, "needs choices, or low and high")
-        return None
+        message = no_such_field(path)
+    elif path in FIXED:
+        message = f"cannot be searched: {FIXED[path]}"
+    elif not isinstance(entry, Mapping):
+        message = f"must be {{choices: […]}} or {{low: …, high: …}}, not {quoted(entry)}"
+    elif not {"choices", "low", "high"} & set(entry):
+        message = "needs choices, or low and high"
+    else:
+        return _read(field, entry, report)
+    report((), message)
+    return None
+
+
+def _read(field: ConfigField, entry: Mapping[str, Any], report: Report) -> Parameter | None:
     grammar = Choices if "choices" in entry else Range
     try:
         written = grammar.model_validate(dict(entry))
     except ValidationError as error:
         for detail in error.errors():
-            report((*place, *detail["loc"]), explain(detail, grammar.model_fields))
+            report(detail["loc"], explain(detail, grammar.model_fields))
         return None
-    when = _conditions(path, written.when or {}, report)
+    when = {name: _allowed(name, value, report) for name, value in (written.when or {}).items()}
     if isinstance(written, Choices):
-        found: Parameter | None = _categorical(field, written, when or {}, report)
-    else:
-        found = _number(field, written, entry, when or {}, report)
-    return None if when is None else found
+        return _categorical(field, written, when, report)
+    return _number(field, written, entry, when, report)
 
 
 def _fault(field: ConfigField, value: Any) -> str | None:
@@ -72,28 +81,21 @@ def _fault(field: ConfigField, value: Any) -> str | None:
     return None
 
 
-def _conditions(path: str, when: Mapping[str, Any], report: Report) -> Conditions | None:
-    """The conditions with their values as the fields store them; None if there is a fault."""
-    found: dict[str, tuple[Any, ...]] = {}
-    faults: list[tuple[str, str]] = []
-    for name, value in when.items():
-        allowed = value if isinstance(value, list) else [value]
-        field = config_fields().get(name)
-        if field is None:
-            faults.append((name, no_such_field(name)))
-            continue
-        wrong = [fault for one in allowed if (fault := _fault(field, one))]
-        faults += [(name, fault) for fault in wrong] if allowed else [(name, "names no value")]
-        if not wrong:
-            found[name] = tuple(map(field.validate, allowed))
-    for name, fault in faults:
-        report(("search", path, "when", name), fault)
-    return None if faults else found
+def _allowed(name: str, value: Any, report: Report) -> tuple[Any, ...]:
+    """The values that a condition allows, as the field stores them."""
+    given = value if isinstance(value, list) else [value]
+    field = config_fields().get(name)
+    if field is None:
+        faults = [no_such_field(name)]
+    else:
+        faults = [fault for one in given if (fault := _fault(field, one))] if given else ["names no value"]
+    for fault in faults:
+        report(("when", name), fault)
+    return () if field is None or faults else tuple(map(field.validate, given))
 
 
-def _categorical(field: ConfigField, written: Choices, when: Conditions, report: Report) -> Parameter | None:
+def _categorical(field: ConfigField, written: Choices, when: Conditions, report: Report) -> Parameter:
     kept: list[Any] = []
-    sound = True
     for index, choice in enumerate(written.choices):
         fault = _fault(field, choice)
         if fault is None:
@@ -101,17 +103,15 @@ def _categorical(field: ConfigField, written: Choices, when: Conditions, report:
             fault = f"{quoted(choice)} is given twice" if value in kept else None
             kept.append(value)
         if fault is not None:
-            report(("search", field.path, "choices", index), fault)
-            sound = False
-    return Categorical(field.path, when, tuple(kept)) if sound else None
+            report(("choices", index), fault)
+    return Categorical(field.path, when, tuple(kept))
 
 
 def _number(
     field: ConfigField, written: Range, entry: Mapping[str, Any], when: Conditions, report: Report
 ) -> Parameter | None:
-    place = ("search", field.path)
     if field.kind not in ("int", "float"):
-        report(place, "has no order, so low and high mean nothing here; give choices")
+        report((), "has no order, so low and high mean nothing here; give choices")
         return None
     faults = dict(_range_faults(written, entry))
     # The field's own message takes precedence over the range's.
@@ -119,11 +119,9 @@ def _number(
     if field.kind == "int" and written.step is not None and not isinstance(entry["step"], int):
         faults["step"] = f"must be a whole number, not {quoted(written.step)}"
     for name, message in faults.items():
-        report((*place, name), message)
-    if faults:
-        return None
+        report((name,), message)
     if field.kind == "int":
-        return Integer(field.path, when, int(entry["low"]), int(entry["high"]), written.log, int(written.step or 1))
+        return Integer(field.path, when, int(written.low), int(written.high), written.log, int(written.step or 1))
     return Real(field.path, when, written.low, written.high, written.log, written.step)
 
 
@@ -133,11 +131,13 @@ def _range_faults(written: Range, entry: Mapping[str, Any]) -> Iterator[tuple[st
         yield "high", f"must be greater than low, {flow(low)}, not {flow(high)}"
     if written.log and written.low <= 0:
         yield "low", f"must be greater than 0 where log is true, not {flow(low)}"
-    if written.log and written.step is not None:
+    if written.step is None:
+        return
+    if written.log:
         yield "step", "a logarithmic range has no steps; leave out step or log"
-    elif written.step is not None and written.step <= 0:
+    elif written.step <= 0:
         yield "step", f"must be greater than 0, not {flow(step)}"
-    elif written.step is not None and written.low < written.high:
+    elif written.low < written.high:
         # In decimal, because 0.1 × 3 is not 0.3 in binary.
         low_, high_, step_ = (Decimal(str(number)) for number in (low, high, step))
         if (high_ - low_) % step_ != 0:
@@ -146,6 +146,14 @@ def _range_faults(written: Range, entry: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 # All of them together
+
+
+def clashing_rates(search: Collection[str], report: Report) -> bool:
+    """Report a search of both `optim.lr` and `optim.lr_scale`, which are one parameter; return whether it was."""
+    clash = {"optim.lr", "optim.lr_scale"} <= set(search)
+    if clash:
+        report(("search", "optim.lr"), "optim.lr and optim.lr_scale are one knob under two names: search one of them")
+    return clash
 
 
 def ordered(search: Mapping[str, Parameter], report: Report) -> dict[str, Parameter]:
@@ -171,86 +179,89 @@ def _parents(path: str, among: Mapping[str, Parameter]) -> list[str]:
     return [name for name in among[path].when if name in among]
 
 
-def without_unreachable(
-    search: Mapping[str, Parameter], baseline: TrainConfig, report: Report | None, broken: Container[str] = ()
+def fitting(
+    search: Mapping[str, Parameter],
+    baseline: TrainConfig,
+    report: Report,
+    broken: Collection[str] = (),
+    *,
+    may_drop: bool = False,
 ) -> dict[str, Parameter]:
-    """Return the parameters whose condition can be met.
+    """Check sorted parameters against the baseline and each other, and return those whose condition can be met.
 
     Args:
-        search: sorted by `ordered`.
-        baseline: has the values of the fields that are not searched.
-        report: receives the others; if None they are dropped silently, since `--set optim.name=sgd` is meant to remove
-            the parameters of the other optimizers.
-        broken: fields whose entries are faulty; conditions on them are not checked.
+        broken: Fields whose entries are faulty; conditions on them are not checked.
+        may_drop: Do not report the others.
     """
+    baseline = in_rate_of(baseline, search)
     kept: dict[str, Parameter] = {}
-    needs: dict[str, dict[str, tuple[Any, ...]]] = {}  # of each parameter, with the conditions of its ancestors
-    fixed = baseline.flat()
+    needs: dict[str, Conditions] = {}  # of each parameter, with the conditions of its ancestors
     for path, found in search.items():
-        wrong = None
         needs[path] = {}
         for name, allowed in found.when.items():
             if name in broken:
                 continue
-            if name in kept:
-                wrong = None if report is None else _undrawn(kept[name], allowed)
-                clash = _narrow(needs[path], {name: allowed, **needs[name]})
-                if wrong is None and clash is not None:
-                    wrong = f"can never be met: all conditions together want {clash} to have two values at once"
-            elif name in search:
-                wrong = f"can never be met: {name} itself is never searched"
-            elif fixed[name] not in allowed:
-                wrong = f"can never be met: {name} is not searched, and the baseline's is {quoted(fixed[name])}"
+            wrong = _unmet(name, allowed, search, kept, baseline)
+            if wrong is None and name in kept:
+                wrong = _narrow(needs[path], {name: allowed, **needs[name]})
             if wrong is not None:
-                if report is not None:
+                if not may_drop:
                     report(("search", path, "when", name), wrong)
                 break
-        if wrong is None:
+        else:
             kept[path] = found
+    _check_values(kept, baseline, report, broken)
+    _check_baseline(kept, baseline, report)
     return kept
 
 
-def _undrawn(found: Parameter, allowed: tuple[Any, ...]) -> str | None:
-    """The message if a condition requires a value that the search never draws, as from a continuous range."""
+def _unmet(
+    name: str,
+    allowed: tuple[Any, ...],
+    search: Mapping[str, Parameter],
+    kept: Mapping[str, Parameter],
+    baseline: TrainConfig,
+) -> str | None:
+    """The message if a condition on one field can never be met."""
+    if name not in search:
+        fixed = baseline.flat()[name]
+        text = f"can never be met: {name} is not searched, and the baseline's is {quoted(fixed)}"
+        return None if fixed in allowed else text
+    if name not in kept:
+        return f"can never be met: {name} itself is never searched"
+    found = search[name]
     for value in allowed:
         if not found.contains(value) or (isinstance(found, Real) and found.step is None):
             names = [choice for choice in getattr(found, "choices", ()) if isinstance(choice, str)]
             meant = did_you_mean(value, names)
-            return f"{quoted(value)} can never be met: search.{found.path} does not draw it{meant}"
+            return f"{quoted(value)} can never be met: search.{name} does not draw it{meant}"
     return None
 
 
-def _narrow(needs: dict[str, tuple[Any, ...]], more: Conditions) -> str | None:
-    """Add conditions to `needs`; return a field that has no possible value left."""
+def _narrow(needs: Conditions, more: Conditions) -> str | None:
+    """Add conditions to `needs`; the message if a field then has no possible value left."""
     for name, values in more.items():
         needs[name] = tuple(value for value in needs.get(name, values) if value in values)
-    return next((name for name, values in needs.items() if not values), None)
+    clash = next((name for name, values in needs.items() if not values), None)
+    return clash and f"can never be met: all conditions together want {clash} to have two values at once"
 
 
-def clashing_rates(search: Container[str], report: Report) -> bool:
-    """Report a search of both `optim.lr` and `optim.lr_scale`, which are one parameter; return whether it was."""
-    if "optim.lr" in search and "optim.lr_scale" in search:
-        report(("search", "optim.lr"), "optim.lr and optim.lr_scale are one knob under two names: search one of them")
-        return True
-    return False
-
-
-def check_baseline(search: Mapping[str, Parameter], baseline: TrainConfig, report: Report) -> None:
+def _check_baseline(search: Mapping[str, Parameter], baseline: TrainConfig, report: Report) -> None:
     """Report active parameters that cannot draw the baseline's value: trial 0 is the baseline."""
-    values = in_rate_of(baseline, search).flat()
+    values = baseline.flat()
     active: set[str] = set()
     for path, found in search.items():
         if active.issuperset(_parents(path, search)) and all(values[name] in found.when[name] for name in found.when):
             active.add(path)
             if not found.contains(snapped(found, values[path])):
-                domain = ", ".join(f"{key} {flow(value)}" for key, value in found.describe().items() if key != "when")
+                domain = ", ".join(f"{key} {flow(value)}" for key, value in found.domain().items())
                 value = quoted(values[path])
                 text = f"must contain the baseline's {value}, because trial 0 is the baseline; it has {domain}"
                 report(("search", path), text)
 
 
-def check_values(
-    search: Mapping[str, Parameter], baseline: TrainConfig, report: Report, broken: Iterable[str] = ()
+def _check_values(
+    search: Mapping[str, Parameter], baseline: TrainConfig, report: Report, broken: Collection[str]
 ) -> None:
     """Report each choice, low and high that `TrainConfig` refuses for all values of the other parameters."""
     uncertain = {_section(path) for path in broken}
@@ -259,18 +270,18 @@ def check_values(
             continue
         others = [other for name, other in search.items() if name != path and _section(name) == _section(path)]
         given = {name: allowed[0] for name, allowed in found.when.items()}
-        for place, value in _edges(found):
+        for place, value in _edges(found).items():
             values = {**given, path: value}
             refusal = _refusal(baseline, values)
             if refusal is not None and not _valid_with(baseline, values, others):
                 report(("search", path, *place), explain(refusal.errors()[0]))
 
 
-def _edges(found: Parameter) -> list[tuple[Place, Any]]:
+def _edges(found: Parameter) -> dict[Place, Any]:
+    """Place in the entry -> value, of each choice or of both bounds."""
     if isinstance(found, Categorical):
-        return [(("choices", index), choice) for index, choice in enumerate(found.choices)]
-    assert isinstance(found, Integer | Real)
-    return [(("low",), found.low), (("high",), found.high)]
+        return {("choices", index): choice for index, choice in enumerate(found.choices)}
+    return {(name,): found.domain()[name] for name in ("low", "high")}
 
 
 def _section(path: str) -> str:
@@ -288,7 +299,7 @@ def _refusal(baseline: TrainConfig, values: dict[str, Any]) -> ValidationError |
 def _valid_with(baseline: TrainConfig, values: dict[str, Any], others: list[Parameter]) -> bool:
     """Whether `TrainConfig` accepts these values with some values of the others; True if there are too many to try."""
     free = [
-        [(other.path, value) for _, value in _edges(other)]
+        [(other.path, value) for value in _edges(other).values()]
         for other in others
         if other.path not in values
         and all(name not in values or values[name] in allowed for name, allowed in other.when.items())

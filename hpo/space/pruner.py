@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from optuna.pruners import (
     BasePruner,
@@ -33,28 +32,20 @@ from hpo.space import grammar
 from hpo.storage.optuna_access import storage_of, trial_id
 from hpo.trials import LET_THROUGH, RECIPE, is_baseline, trial_index_of
 
-__all__ = ["Place", "RungPruner", "build_pruner", "lets_through", "places_of", "rung_epochs", "spared"]
-
 _RUNG = "rung:"
 
 
 def rung_epochs(fractions: Sequence[float], epochs: int) -> tuple[int, ...]:
-    """Convert fractions of a run to distinct epochs, ascending, from 1 to the one before the last."""
+    """Convert fractions of a run to distinct epochs, ascending, without the last epoch."""
     return tuple(sorted({rung for f in fractions if (rung := max(1, round(f * epochs))) < epochs}))
 
 
 def lets_through(trial_index: int, fraction: float) -> bool:
-    """Whether a trial is let through; the chosen trial indices are evenly spaced: with 0.02, 25, 75, 125 and so on.
-
-    Args:
-        trial_index: from 0.
-        fraction: of all trial indices, in [0, 0.5].
-    """
+    """Whether a trial is let through; the chosen trial indices are evenly spaced: with 0.02, 25, 75, 125 and so on."""
     return math.floor(trial_index * fraction + 0.5) > math.floor((trial_index - 1) * fraction + 0.5)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The rank of a trial at a rung, at the time of the decision."""
 
     rank: int
@@ -68,8 +59,9 @@ class Place:
 
     @property
     def standing(self) -> str:
-        """The rank as words: "3rd of 14"."""
-        return f"{_ordinal(self.rank)} of {self.of}"
+        """The rank in words: "3rd of 14"."""
+        suffix = "th" if 10 <= self.rank % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(self.rank % 10, "th")
+        return f"{self.rank}{suffix} of {self.of}"
 
 
 class RungPruner(BasePruner):
@@ -79,13 +71,10 @@ class RungPruner(BasePruner):
     not compared again, with more trials than before. NaN ranks worst, and equals survive together.
 
     Args:
-        rungs: epochs, counted from 1.
-        keep: fraction that survives each rung, in (0, 1].
-        fold_ends: steps that are rungs too; all of them together keep `keep`.
-        let_through: fraction of the trial indices whose trials continue where they would be pruned, in [0, 0.5].
-
-    Raises:
-        ValueError: an argument is out of range.
+        rungs: Epochs, counted from 1.
+        keep: Fraction that survives each rung, in (0, 1].
+        fold_ends: Steps that are rungs too; all of them together keep `keep`.
+        let_through: Fraction of the trial indices whose trials continue where they would be pruned, in [0, 0.5].
     """
 
     def __init__(
@@ -104,7 +93,7 @@ class RungPruner(BasePruner):
         self.let_through = let_through
         # Trial id -> rung -> place: a cache, so that epochs between rungs do not read the storage.
         self._places: dict[int, dict[int, Place]] = {}
-        self._stored_let_through: set[int] = set()  # ids of trials whose attribute is in the storage
+        self._marked: set[int] = set()  # ids of trials whose attribute is in the storage
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether the trial was outranked at a rung that it has reached."""
@@ -115,11 +104,13 @@ class RungPruner(BasePruner):
             if rung > trial.last_step:
                 break
             if rung not in places and rung in trial.intermediate_values:
-                places[rung] = place = self._place_at(study, trial, rung)
-                mark = [place.rank, place.of, place.kept]
-                storage_of(study).set_trial_system_attr(trial_id(trial), f"{_RUNG}{rung}", mark)
+                places[rung] = self._place_at(study, trial, rung)
+                storage_of(study).set_trial_system_attr(trial_id(trial), f"{_RUNG}{rung}", list(places[rung]))
             if rung in places and not places[rung].kept:
-                return not self._let_through(study, trial, rung)
+                if not self._continues(trial):
+                    return True
+                self._mark_let_through(study, trial, rung)
+                return False
         return False
 
     def verdict(self, study: Study, trial: Trial | FrozenTrial) -> str:
@@ -139,14 +130,10 @@ class RungPruner(BasePruner):
         # An earlier attempt may have been let through under another fraction.
         return LET_THROUGH in trial.user_attrs or lets_through(trial_index_of(trial), self.let_through)
 
-    def _let_through(self, study: Study, trial: FrozenTrial, rung: int) -> bool:
-        """Whether a trial cut at the rung continues; if so, store it once."""
-        if not self._continues(trial):
-            return False
-        if trial_id(trial) not in self._stored_let_through and LET_THROUGH not in trial.user_attrs:
+    def _mark_let_through(self, study: Study, trial: FrozenTrial, rung: int) -> None:
+        if trial_id(trial) not in self._marked and LET_THROUGH not in trial.user_attrs:
             storage_of(study).set_trial_user_attr(trial_id(trial), LET_THROUGH, rung)
-        self._stored_let_through.add(trial_id(trial))
-        return True
+        self._marked.add(trial_id(trial))
 
     def _stored_places(self, study: Study, trial: Trial | FrozenTrial) -> dict[int, Place]:
         if trial_id(trial) not in self._places:
@@ -193,11 +180,6 @@ def _goodness(value: float, sign: float) -> float:
     return -math.inf if math.isnan(value) else sign * value
 
 
-def _ordinal(n: int) -> str:
-    suffix = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{suffix}"
-
-
 class _Sparing(BasePruner):
     """Mixin: the baseline and the recipes are not pruned."""
 
@@ -219,15 +201,17 @@ class _Hyperband(_Sparing, HyperbandPruner): ...
 
 
 def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) -> BasePruner:
-    """Build the pruner of a search space.
-
-    Optuna's pruners count a retried trial twice.
+    """Build the pruner of a search space. Optuna's pruners count a retried trial twice.
 
     Args:
-        config: the space's `pruner` section; its fractions refer to the epochs of the first fold.
-        epochs: of a run, or of each fold.
-        folds: number of folds; None without folds.
+        config: The space's `pruner` section; its fractions refer to the epochs of the first fold.
+        epochs: Epochs of a run, or of each fold.
+        folds: None without folds.
     """
+
+    def epoch(fraction: float) -> int:
+        return max(1, round(fraction * epochs))
+
     match config:
         case grammar.RungsPruner():
             fold_ends = [fold * epochs for fold in range(1, folds or 1)]
@@ -240,8 +224,6 @@ def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) 
         case grammar.PercentilePruner():
             return _Percentile(100 * config.keep, config.startup_trials, round(config.warmup_fraction * epochs))
         case grammar.SuccessiveHalvingPruner():
-            first = max(1, round(config.min_fraction * epochs))
-            return _SuccessiveHalving(first, config.reduction_factor)
+            return _SuccessiveHalving(epoch(config.min_fraction), config.reduction_factor)
         case grammar.HyperbandPruner():
-            first = max(1, round(config.min_fraction * epochs))
-            return _Hyperband(first, epochs * (folds or 1), config.reduction_factor)
+            return _Hyperband(epoch(config.min_fraction), epochs * (folds or 1), config.reduction_factor)

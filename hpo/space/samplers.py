@@ -31,12 +31,7 @@ def sampler_seed(*parts: int | str) -> int:
 
 
 def build_sampler(config: grammar.Sampler, *, seed: int) -> TrialIndexSampler:
-    """Build the sampler of a search space.
-
-    Args:
-        config: the space's `sampler` section.
-        seed: the study's.
-    """
+    """Build the sampler of a search space for a study's seed."""
     common = _CommonSpace(include_pruned=isinstance(config, grammar.TpeSampler))
 
     def build(trial_index: int, trial_seed: int) -> BaseSampler:
@@ -66,12 +61,7 @@ def build_sampler(config: grammar.Sampler, *, seed: int) -> TrialIndexSampler:
 
 
 class TrialIndexSampler(BaseSampler):
-    """Delegates each trial to a new sampler.
-
-    Args:
-        build: (trial index, seed) -> an Optuna sampler.
-        seed: the study's.
-    """
+    """Delegates each trial to a new sampler, which `build` makes from a trial index and a seed."""
 
     def __init__(self, build: Callable[[int, int], BaseSampler], seed: int) -> None:
         self._build = build

@@ -41,7 +41,7 @@ def json_schema() -> dict[str, Any]:
         "description": properties["search"]["description"],
         "minProperties": 1,
         "additionalProperties": False,
-        "properties": {path: _entry(field) for path, field in config_fields().items() if _searchable(path)},
+        "properties": {path: _entry(field) for path, field in config_fields().items() if path not in FIXED},
     }
     definitions["SearchSpace"] = space
     definitions["Recipe"] = {
@@ -77,10 +77,6 @@ def _for_draft_7(schema: Any) -> Any:
 
 def _reference(name: str) -> dict[str, str]:
     return {"$ref": TEMPLATE.format(model=name)}
-
-
-def _searchable(path: str) -> bool:
-    return path not in FIXED and not path.startswith("data.")
 
 
 def _entry(field: ConfigField) -> dict[str, Any]:

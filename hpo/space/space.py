@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,16 +31,16 @@ TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Parameter:
+class Parameter(ABC):
     """A searched field, with choices or a range."""
 
     path: str
     when: Mapping[str, tuple[Any, ...]]
     """Field -> values. The parameter is active only if every field has one of its values."""
 
+    @abstractmethod
     def contains(self, value: Any) -> bool:
         """Whether the search can draw this value of the field."""
-        raise NotImplementedError
 
     def encode(self, value: Any) -> Any:
         """Convert the field's value to Optuna's."""
@@ -49,17 +50,22 @@ class Parameter:
         """Convert Optuna's value to the field's."""
         return value
 
+    @abstractmethod
     def suggest(self, trial: BaseTrial) -> Any:
         """Draw one of Optuna's values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def distribution(self) -> BaseDistribution:
         """Optuna's distribution of the parameter."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def domain(self) -> dict[str, Any]:
+        """The choices or the range as plain data, without defaults."""
 
     def describe(self) -> dict[str, Any]:
-        """The parameter's YAML entry as plain data, without defaults."""
-        return {"when": {path: list(values) for path, values in self.when.items()}} if self.when else {}
+        """The parameter's YAML entry as plain data."""
+        when = {path: list(values) for path, values in self.when.items()}
+        return {**self.domain(), "when": when} if when else self.domain()
 
 
 @dataclass(frozen=True)
@@ -90,42 +96,47 @@ class Categorical(Parameter):
 
         return CategoricalDistribution(self.labels)
 
-    def describe(self) -> dict[str, Any]:
-        return {"choices": list(self.choices), **super().describe()}
+    def domain(self) -> dict[str, Any]:
+        return {"choices": list(self.choices)}
 
 
 @dataclass(frozen=True)
-class Integer(Parameter):
-    """A whole number between two bounds, both included."""
-
-    low: int
-    high: int
-    log: bool = False
-    step: int = 1
-
-    def contains(self, value: Any) -> bool:
-        return isinstance(value, int) and self.low <= value <= self.high and (value - self.low) % self.step == 0
-
-    def suggest(self, trial: BaseTrial) -> Any:
-        return trial.suggest_int(self.path, self.low, self.high, log=self.log, step=self.step)
-
-    def distribution(self) -> BaseDistribution:
-        from optuna.distributions import IntDistribution
-
-        return IntDistribution(self.low, self.high, log=self.log, step=self.step)
-
-    def describe(self) -> dict[str, Any]:
-        return _range(self.low, self.high, self.log, None if self.step == 1 else self.step) | super().describe()
-
-
-@dataclass(frozen=True)
-class Real(Parameter):
+class _Range(Parameter):
     """A number between two bounds, both included."""
 
     low: float
     high: float
     log: bool = False
     step: float | None = None
+
+    def domain(self) -> dict[str, Any]:
+        given = {"low": self.low, "high": self.high, "log": self.log, "step": self.step}
+        return {name: value for name, value in given.items() if value != getattr(type(self), name, None)}
+
+
+@dataclass(frozen=True)
+class Integer(_Range):
+    """A whole number between two bounds, both included."""
+
+    low: int
+    high: int
+    step: int = 1
+
+    def contains(self, value: Any) -> bool:
+        return isinstance(value, int) and self.low <= value <= self.high and (value - self.low) % self.step == 0
+
+    def suggest(self, trial: BaseTrial) -> Any:
+        return trial.suggest_int(self.path, **self.domain())
+
+    def distribution(self) -> BaseDistribution:
+        from optuna.distributions import IntDistribution
+
+        return IntDistribution(**self.domain())
+
+
+@dataclass(frozen=True)
+class Real(_Range):
+    """A number between two bounds, both included."""
 
     def contains(self, value: Any) -> bool:
         if value is None or not self.low <= value <= self.high:
@@ -134,32 +145,25 @@ class Real(Parameter):
         return bool(abs(steps - round(steps)) < 1e-8)  # Optuna's own tolerance for a step
 
     def suggest(self, trial: BaseTrial) -> Any:
-        return trial.suggest_float(self.path, self.low, self.high, log=self.log, step=self.step)
+        return trial.suggest_float(self.path, **self.domain())
 
     def distribution(self) -> BaseDistribution:
         from optuna.distributions import FloatDistribution
 
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
-
-    def describe(self) -> dict[str, Any]:
-        return _range(self.low, self.high, self.log, self.step) | super().describe()
-
-
-def _range(low: float, high: float, log: bool, step: float | None) -> dict[str, Any]:
-    return {"low": low, "high": high} | ({"log": True} if log else {}) | ({} if step is None else {"step": step})
+        return FloatDistribution(**self.domain())
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete configuration, with notes on its source and result."""
+    """A complete configuration, with the notes in its file (`RecipeNotes`)."""
 
     name: str
     path: Path
+    config: TrainConfig
     description: str
     source: str
     result: str
     guesses: str
-    config: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -171,17 +175,16 @@ class SearchSpace:
     description: str
     objective: Objective
     trials: int
-    """Total number of trials of a study."""
     sampler: Sampler
     pruner: Pruner
+    confirm: Confirm
+    """Not part of the identity, since it changes no trial."""
     baseline: TrainConfig
     """Trial 0, and the values of all fields that are not searched."""
     recipes: tuple[Recipe, ...]
     """Configurations to compare the search with, on the data and epochs of its trials."""
     search: Mapping[str, Parameter]
     """Parameters by dotted path, each after those that its condition names."""
-    confirm: Confirm
-    """How the best configurations are confirmed; not part of the identity, since it changes no trial."""
 
     @property
     def metric(self) -> Metric:
@@ -193,7 +196,7 @@ class SearchSpace:
 
     @property
     def trains_baseline(self) -> bool:
-        """Whether a study of this space begins with the baseline and the recipes."""
+        """Whether a study of this space begins with its baseline and recipes."""
         return True
 
     @cached_property
@@ -202,7 +205,7 @@ class SearchSpace:
         return {path: parameter.distribution() for path, parameter in self.search.items()}
 
     def suggest(self, trial: BaseTrial) -> dict[str, Any]:
-        """Draw the active parameters of a trial; the values as Optuna stores them."""
+        """Draw the active parameters of a trial, and return their values as Optuna stores them."""
         params: dict[str, Any] = {}
         for path, parameter in self.search.items():
             if self._holds(parameter.when, self._decode(params)):
@@ -213,9 +216,9 @@ class SearchSpace:
         """Build the configuration of a trial's parameters (`trial.params`).
 
         Raises:
-            KeyError: a parameter is not searched by this space.
-            ValueError: a value is not among a parameter's choices; or its subclass pydantic.ValidationError: values
-                are allowed on their own but not together.
+            KeyError: A parameter is not searched by this space.
+            ValueError: A value is not among a parameter's choices.
+            pydantic.ValidationError: Values are allowed on their own but not together.
         """
         return self.baseline.override(self._decode(params))
 
@@ -230,7 +233,7 @@ class SearchSpace:
         return params
 
     def express(self, config: TrainConfig) -> dict[str, Any] | None:
-        """Return the parameters that give exactly this configuration, or None if the space cannot express it.
+        """Return the parameters of this configuration, or None if the space cannot express it.
 
         Seed and data set name are not compared, as in `identity`.
         """
@@ -249,22 +252,23 @@ class SearchSpace:
         return {path: self.search[path].encode(value) for path, value in values.items()}
 
     def identity(self) -> dict[str, Any]:
-        """The search, baseline, objective, split, epochs and rungs as flat JSON data, equal for comparable trials.
+        """Everything that makes trials comparable, as flat JSON data.
 
-        Settings that only steer the search, such as the sampler, are left out; also the baseline's seed, since a study
-        seeds its trials, and the data set's name, since the study adds the fingerprint of the data.
+        Left out are settings that only steer the search, such as the sampler; the baseline's seed, since a study seeds
+        its trials; and the data set's name, since the study adds the fingerprint of the data.
         """
-        flat = json.loads(json.dumps(self.baseline.flat()))
-        split = {path: value for path, value in flat.items() if path.startswith("data.") and path != "data.name"}
-        others = {path: flat[path] for path in flat if not path.startswith("data.") and path not in ("seed", "epochs")}
-        return {
+        fixed = self.baseline.flat()
+        kept = [path for path in fixed if path not in ("seed", "epochs", "data.name")]
+        identity = {
             "objective.metric": self.metric,
             "epochs": self.baseline.epochs,
-            "pruner.rungs": list(self.pruner.rungs) if isinstance(self.pruner, RungsPruner) else None,
-            **split,
-            **{f"base.{path}": value for path, value in others.items()},
-            **{f"search.{path}": json.loads(json.dumps(self.search[path].describe())) for path in sorted(self.search)},
+            "pruner.rungs": self.pruner.rungs if isinstance(self.pruner, RungsPruner) else None,
+            **{path: fixed[path] for path in kept if path.startswith("data.")},
+            **{f"base.{path}": fixed[path] for path in kept if not path.startswith("data.")},
+            **{f"search.{path}": self.search[path].describe() for path in sorted(self.search)},
         }
+        plain: dict[str, Any] = json.loads(json.dumps(identity))
+        return plain
 
     @cached_property
     def hash(self) -> str:
@@ -278,12 +282,11 @@ class SearchSpace:
     def _holds(self, when: Mapping[str, tuple[Any, ...]], values: Mapping[str, Any]) -> bool:
         """Whether a condition is met, given the values of the active parameters so far."""
         return all(
-            (path in values and values[path] in allowed) if path in self.search else self._fixed(path) in allowed
+            (path in values and values[path] in allowed)
+            if path in self.search
+            else self.baseline.flat()[path] in allowed
             for path, allowed in when.items()
         )
-
-    def _fixed(self, path: str) -> Any:
-        return self.baseline.flat()[path]
 
 
 def in_rate_of(config: TrainConfig, search: Mapping[str, Any]) -> TrainConfig:

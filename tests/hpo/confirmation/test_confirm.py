@@ -512,7 +512,15 @@ def test_a_space_without_a_budget_can_be_read(tmp_path: Path) -> None:
 def test_the_space_of_a_confirmation_is_written_and_read_back(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(PLANTED)
     space = load_space(tmp_path / "s.yaml")
-    written = ConfirmationSpace.of("s", space.objective, space.baseline, space.path, train_images=3, val_images=1)
+    written = ConfirmationSpace(
+        name="s",
+        path=space.path,
+        objective=space.objective,
+        baseline=space.baseline,
+        confirms="s",
+        train_images=3,
+        val_images=1,
+    )
     read = space_from_yaml(space_to_yaml(written), "s")
     assert isinstance(read, ConfirmationSpace)
     assert (read.baseline, read.objective, read.confirms, read.hash) == (

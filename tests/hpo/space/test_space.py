@@ -110,7 +110,7 @@ def test_scalars_follow_the_core_schema_of_yaml_1_2(text: str, value: Any) -> No
     document, faults = parse_yaml(f"key: {text}", "x")
     assert document is not None
     assert not faults
-    read = document.plain()["key"]
+    read = document.content["key"]
     assert read == value
     assert type(read) is type(value)
 
@@ -157,7 +157,7 @@ def test_an_alias_is_a_copy() -> None:
     document, faults = parse_yaml("a: &w [64, 128]\nb: *w", "x")
     assert document is not None
     assert not faults
-    assert document.plain() == {"a": [64, 128], "b": [64, 128]}
+    assert document.content == {"a": [64, 128], "b": [64, 128]}
 
 
 def test_every_duplicate_key_is_reported() -> None:
@@ -182,8 +182,8 @@ def test_written_values_are_read_back_exactly(value: Any) -> None:
     document, faults = parse_yaml(dump_yaml({"key": value, "nested": {"deep": {"key": value}}}), "x")
     assert document is not None
     assert not faults
-    assert document.plain() == {"key": value, "nested": {"deep": {"key": value}}}
-    assert type(document.plain()["key"]) is type(value)
+    assert document.content == {"key": value, "nested": {"deep": {"key": value}}}
+    assert type(document.content["key"]) is type(value)
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -953,10 +953,10 @@ def test_a_written_configuration_is_read_back_exactly(values: dict[str, Any], tm
 def test_a_written_configuration_has_all_fields_but_the_unused_learning_rate() -> None:
     document, _ = parse_yaml(to_yaml(TrainConfig()), "x")
     assert document is not None
-    written = TrainConfig.model_validate(document.plain()).flat()
+    written = TrainConfig.model_validate(document.content).flat()
     assert set(written) == set(config_fields())
-    assert "lr" not in document.plain()["optim"]
-    assert document.plain()["optim"]["lr_scale"] == 1.0
+    assert "lr" not in document.content["optim"]
+    assert document.content["optim"]["lr_scale"] == 1.0
 
 
 def test_the_faults_of_a_recipe_text_have_the_given_name() -> None:
