@@ -1,9 +1,7 @@
-"""Ctrl-C and SIGTERM: the first waits for the end of the epoch, the second does not.
+"""Ctrl-C and SIGTERM: the first waits until the epoch is saved, the second does not, the third ends the process.
 
-After the first, the running epoch is finished and saved, and the trial goes back to the queue, so that nothing is
-trained twice. A second one does not wait. Neither is raised in the middle of a storage's read or a lock's release: a
-KeyboardInterrupt between any two instructions would leave them in a state that breaks the clean-up. A third one ends
-the process at once.
+Neither of the first two is raised in the middle of a storage's read or a lock's release: a KeyboardInterrupt between
+any two instructions would leave them in a state that breaks the clean-up.
 """
 
 from __future__ import annotations
@@ -31,10 +29,8 @@ class _Mode(IntEnum):
 class Interrupts:
     """As a context manager, holds interrupts back except where they are let through.
 
-    Only the main thread receives signals. In other threads only `request` has an effect.
-
-    Args:
-        told: called at the first signal, in a thread of its own.
+    Only the main thread receives signals. In other threads only `request` has an effect. `told` is called at the first
+    signal, in a thread of its own.
     """
 
     def __init__(self, *, told: Callable[[], None] = lambda: None) -> None:

@@ -1,7 +1,6 @@
 """Train a study's waiting trials in this process, the only one or one worker of several.
 
-A trial is claimed in the storage, trained, and finished there before the next one is claimed. However
-the process ends, finished trials are in the storage, and the running one resumes from its checkpoint.
+However the process ends, finished trials are in the storage, and the running one resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -45,15 +44,8 @@ def estimate_s(
 ) -> tuple[float, float]:
     """Estimate the duration of a run from a few timed steps: (every trial in full, with pruning), in seconds.
 
-    The second number assumes that each rung keeps the configured share, and that all others train in full. For other
-    pruners than the rung pruner both are the same. Recipes are never pruned, and all folds take as long as the first.
-
-    Args:
-        space: has the baseline that is timed.
-        splits: one, or one per fold.
-        trials: how many to train.
-        recipes: how many to train beside the study.
-        device: where to train.
+    The second number assumes that each rung keeps the configured fraction; for other pruners both are the same. Recipes
+    are never pruned. Of several folds the first is timed.
     """
     folds = len(splits)
     steps = space.baseline.epochs * folds
@@ -80,21 +72,21 @@ def run_study(
     progress: StudyView = NO_PROGRESS,
     options: TrialOptions = DEFAULTS,
 ) -> None:
-    """Train trials until none of the total waits.
+    """Train trials until none of the total waits. After an error, the running trial is back in the queue.
 
     Args:
-        study: with its trials queued.
-        space: its search space.
-        splits: on the device: one, one per fold, or a function that splits the images for a configuration.
-        device: where to train.
-        interrupts: may end a trial after an epoch.
-        progress: shows the study meanwhile.
-        options: of every process that trains.
+        study: A study with queued trials.
+        space: Its search space.
+        splits: On the device: one, one per fold, or a function that splits the images for a configuration.
+        device: Where to train.
+        interrupts: May end a trial after an epoch.
+        progress: Shows the study meanwhile.
+        options: Options of every process that trains.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the running trial is back in the queue.
-        HpoError: an error that the user has to fix, such as a full disk; the running trial is back in the queue.
-        Exception: a crash; the running trial is back in the queue, as often as `study.settings.retries` allows.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+        HpoError: An error that the user has to fix, such as a full disk.
+        Exception: A crash, which counts against `study.settings.retries`.
     """
     divide: Divide = splits if callable(splits) else lambda _: splits
     space_on_disk = SpaceOnDisk(study, options.keep_gb)
@@ -102,10 +94,10 @@ def run_study(
         space,
         divide,
         study.paths,
-        seed=study.seed,
-        device=device,
-        progress=progress,
-        interrupts=interrupts,
+        study.seed,
+        device,
+        progress,
+        interrupts,
         before_training=None if study.files.store is None else study.files.store.bring,
         on_checkpoint=partial(_share_checkpoint, study, space_on_disk),
     )
@@ -121,10 +113,13 @@ def run_study(
             logger.warning("trial %d was requeued by another process while it ran; it is dropped", trial.number)
             continue
         except BaseException as error:
-            study.queue.release(trial, crashed=_is_crash(error))
+            # Other errors are not the configuration's fault, as a dead process may be.
+            crashed = isinstance(error, Exception) and not isinstance(error, (HpoError, CoreError))
+            study.queue.release(trial, crashed=crashed)
             raise
-        if counted:  # else another process trains this index now, and needs them
-            _drop_checkpoints(study, trial_index, space.baseline.data.folds or 1)
+        if counted:  # else another process trains this index now, and needs its checkpoints
+            for fold in range(1, (space.baseline.data.folds or 1) + 1):
+                study.files.drop_checkpoint(study.paths.checkpoint(trial_index, fold))
         progress.refresh(force=True)
         interrupts.check()
 
@@ -136,32 +131,28 @@ def _run_trial(
 
     The networks of its outcome are freed on return: the next trial needs the memory.
     """
-    space, device = objective.space, objective.device
+    space, device = objective.space, describe_device(objective.device)
     outcome = _stopped(study, space, trial, trial_index) or objective(trial, trial_index)
     if study.confirms is None:  # a refit takes the search's weights
-        _keep(study, space, objective.divide(space.baseline.data), trial, outcome, device)
+        splits = objective.divide(space.baseline.data)
+        matrix = None
+        if outcome.results:
+            keep_weights(study, splits, outcome)
+            matrix = validation_confusion(outcome.results, splits)
+        classes = splits[0].classes
+        artifacts.record(study, space, trial, outcome, confusion=matrix, classes=classes, device=device)
     space_on_disk.keep_within()
-    return _finish(study, trial, outcome, device)
-
-
-def _drop_checkpoints(study: Study, trial_index: int, folds: int) -> None:
-    for fold in range(1, folds + 1):
-        study.files.drop_checkpoint(study.paths.checkpoint(trial_index, fold))
+    # One thread and two do not add in the same order: with the same number, a trial's values are reproducible.
+    attributes = {**outcome.attributes, "torch_threads": torch.get_num_threads(), "device": device}
+    if outcome.failure is not None:
+        attributes[REASON] = outcome.why
+    return study.queue.finish(trial, outcome.state, outcome.value, failure=outcome.failure, attributes=attributes)
 
 
 def _share_checkpoint(study: Study, space_on_disk: SpaceOnDisk, checkpoint: Path) -> None:
     if study.files.store is not None:
         study.files.store.send(checkpoint)
     space_on_disk.keep_within()
-
-
-def _finish(study: Study, trial: optuna.Trial, outcome: Outcome, device: torch.device) -> bool:
-    """Store a trial's end; False if another process has requeued it, so that it does not count."""
-    # One thread and two do not add in the same order: with the same number, a trial's values are reproducible.
-    attributes = outcome.attributes | {"torch_threads": torch.get_num_threads(), "device": describe_device(device)}
-    if outcome.failure is not None:
-        attributes[REASON] = outcome.why
-    return study.queue.finish(trial, outcome.state, outcome.value, failure=outcome.failure, attributes=attributes)
 
 
 def _stopped(study: Study, space: SearchSpace, trial: optuna.Trial, trial_index: int) -> Outcome | None:
@@ -176,17 +167,11 @@ def _stopped(study: Study, space: SearchSpace, trial: optuna.Trial, trial_index:
     return Outcome(trial.number, trial_index, "pruned", None, None, space.shown(trial), why=why, attributes=attributes)
 
 
-def _is_crash(error: BaseException) -> bool:
-    """Whether the error may be the configuration's fault, as a dead process may be."""
-    return isinstance(error, Exception) and not isinstance(error, (HpoError, CoreError))
-
-
 def wait_for_others(study: Study, interrupts: Interrupts) -> bool:
     """Wait for trials that other processes train, which may come back to the queue.
 
     Returns:
-        Whether a trial is waiting. False if all are finished, or the running ones belong to other hosts and the storage
-        has no heartbeats to tell whether those are alive.
+        Whether a trial is waiting. False if the others are finished, or on other hosts and not known to be alive.
     """
     logged = False
     while True:
@@ -201,25 +186,3 @@ def wait_for_others(study: Study, interrupts: Interrupts) -> bool:
             logged = True
         with interrupts.let_through():
             time.sleep(_WAIT_S)
-
-
-def _keep(
-    study: Study,
-    space: SearchSpace,
-    splits: Sequence[Splits],
-    trial: optuna.Trial,
-    outcome: Outcome,
-    device: torch.device,
-) -> None:
-    """Keep the weights of the best few trials, and record the trial for the dashboard."""
-    if outcome.results:
-        keep_weights(study, splits, outcome)
-    artifacts.record(
-        study,
-        space,
-        trial,
-        outcome,
-        confusion=validation_confusion(outcome.results, splits) if outcome.results else None,
-        classes=splits[0].classes,
-        device=describe_device(device),
-    )

@@ -1,11 +1,9 @@
 """One trial: its parameters become a `TrainConfig`, `core.train` runs it, and its epochs are reported.
 
-A trial's seed follows from the study's seed and the trial index, so that a retried or resumed trial, which has a new
-number, trains the same network as the first attempt.
+A trial's seed follows from the study's seed and the trial index, so that a retried trial trains the same network.
 
 With folds (`data.folds`), a trial trains them one after the other, and its value is the mean of their kept epochs. It
-reports the epoch's score in the first fold, later the mean of the finished folds' scores and the current one, so that
-a pruner can end it after any epoch.
+reports the mean of the finished folds' scores and the current one, so that a pruner can end it after any epoch.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import json
 import logging
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,44 +42,30 @@ Divide = Callable[[DataConfig], "Sequence[Splits]"]
 """Splits the images on the device for a configuration: one split, or one per fold."""
 
 
+@dataclass(frozen=True)
 class Objective:
-    """Trains the configuration of a trial.
+    """Trains the configuration of a trial."""
 
-    Args:
-        space: translates parameters into configurations.
-        divide: gives the training and validation images.
-        paths: of the study.
-        seed: of the study.
-        device: where to train.
-        progress: shows the study after each epoch.
-        interrupts: may end a trial after an epoch.
-        before_training: called with the path of the checkpoint to resume from, which may not exist.
-        on_checkpoint: called with the path of each complete checkpoint.
-    """
-
-    def __init__(
-        self,
-        space: SearchSpace,
-        divide: Divide,
-        paths: StudyPaths,
-        *,
-        seed: int,
-        device: torch.device,
-        progress: StudyView,
-        interrupts: Interrupts,
-        before_training: Callable[[Path], None] | None = None,
-        on_checkpoint: Callable[[Path], None] | None = None,
-    ) -> None:
-        self.space, self.divide, self.paths = space, divide, paths
-        self.seed, self.device, self.progress, self.interrupts = seed, device, progress, interrupts
-        self.before_training, self.on_checkpoint = before_training, on_checkpoint
+    space: SearchSpace
+    divide: Divide
+    paths: StudyPaths
+    seed: int
+    """Seed of the study."""
+    device: torch.device
+    progress: StudyView
+    interrupts: Interrupts
+    """May end a trial after an epoch."""
+    before_training: Callable[[Path], None] | None = None
+    """Called with the path of the checkpoint to resume from, which may not exist."""
+    on_checkpoint: Callable[[Path], None] | None = None
+    """Called with the path of each complete checkpoint."""
 
     def __call__(self, trial: optuna.trial.Trial, trial_index: int) -> Outcome:
         """Run the trial to its end.
 
         Raises:
-            KeyboardInterrupt: the run is stopped.
-            Exception: a bug or an error of the machine; a configuration that cannot be trained is an outcome.
+            KeyboardInterrupt: The run is stopped.
+            Exception: A bug or an error of the machine; a configuration that cannot be trained is an outcome.
         """
         params = self.space.suggest(trial)  # all of them, before anything can fail
         twin = first_twin(trial.study.get_trials(deepcopy=False), trial.params, trial_index)
@@ -107,7 +91,7 @@ class Objective:
             if failure is None:
                 raise
             return attempt.outcome("pruned", None, failure=failure, why=str(error).partition("\n")[0])
-        return attempt.outcome("complete", attempt.value)
+        return attempt.outcome("complete", statistics.fmean(attempt.values))
 
     def _config(self, trial: optuna.trial.Trial, params: dict[str, Any], trial_index: int) -> TrainConfig:
         """The configuration with its seed: that of the parameters, or the trial's own."""
@@ -152,43 +136,35 @@ def failure_of(error: Exception) -> str | None:
     return "oom" if is_out_of_memory(error) else None
 
 
+@dataclass
 class _Attempt:
     """One trial's reports so far."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        trial: optuna.trial.Trial,
-        trial_index: int,
-        config: TrainConfig,
-        splits: Sequence[Splits],
-        twin: int | None,
-    ) -> None:
-        self.objective, self.trial, self.trial_index = objective, trial, trial_index
-        self.config, self.twin = config, twin
-        self.metric = objective.space.metric
-        self.splits, self.folds = splits, len(splits)
-        self.fold = 0
-        """The fold in training, counted from 1."""
-        self.results: list[TrainResult] = []
-        """Of the finished folds."""
-        self.values: list[float] = []
-        """Of the finished folds."""
-        self.reported: float | None = None
-        """The last value reported to Optuna."""
-        self.history: list[EpochMetrics] = []
-        self.rows: list[dict[str, float | int]] = []
-        self.last: dict[int, EpochMetrics] = {}
-        """Fold -> its last epoch so far."""
-        self.before_s = 0.0
-        """Duration of the finished folds."""
-        self.metrics_file = objective.paths.trial_metrics(trial.number)
-        self.metrics_file.write_text("")
+    objective: Objective
+    trial: optuna.trial.Trial
+    trial_index: int
+    config: TrainConfig
+    splits: Sequence[Splits]
+    twin: int | None
+    fold: int = 0
+    """The fold in training, counted from 1."""
+    results: list[TrainResult] = field(default_factory=list)
+    """Results of the finished folds."""
+    values: list[float] = field(default_factory=list)
+    """Values of the finished folds."""
+    reported: float | None = None
+    """The last value reported to Optuna."""
+    history: list[EpochMetrics] = field(default_factory=list)
+    rows: list[dict[str, float | int]] = field(default_factory=list)
+    last: dict[int, EpochMetrics] = field(default_factory=dict)
+    """Fold -> its last epoch so far."""
+    before_s: float = 0.0
+    """Duration of the finished folds."""
 
-    @property
-    def value(self) -> float:
-        """The objective, when all folds are finished."""
-        return statistics.fmean(self.values)
+    def __post_init__(self) -> None:
+        self.folds, self.metric = len(self.splits), self.objective.space.metric
+        self.metrics_file = self.objective.paths.trial_metrics(self.trial.number)
+        self.metrics_file.write_text("")
 
     def begin(self, fold: int) -> None:
         """Start a fold."""

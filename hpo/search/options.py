@@ -8,10 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class TrialOptions(BaseModel):
-    """Options of running trials, shared by `hpo run` and `hpo worker`, and passed whole to each worker process.
-
-    A new field becomes an option of both commands; code that trains reads it from here.
-    """
+    """Options of running trials, shared by `hpo run` and `hpo worker`, and passed whole to each worker process."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -24,16 +24,7 @@ Row = tuple[str, ...]
 def profile_training(
     config: TrainConfig, splits: Splits, paths: TrainingPaths, *, name: str, device: torch.device, reporter: Reporter
 ) -> None:
-    """Measure a training before it starts, show how its time is spent, and write that into its folder.
-
-    Args:
-        config: The configuration to train.
-        splits: Of the first fold, if there are folds.
-        paths: The training's folder.
-        name: Name of the training.
-        device: Device to measure on.
-        reporter: Shows the table.
-    """
+    """Measure a training before it starts, show how its time is spent, and write that into its folder."""
     reporter.say(f"profiling {name}: its last steps, timed; {describe_device(device)}")
     measured = profile(config, splits, device=device)
     columns, rows = _columns(measured), _rows(measured)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from filelock import FileLock
@@ -12,7 +11,6 @@ from core.config import TrainConfig
 from core.data import Splits
 from core.loop import EpochMetrics
 from core.runtime import derive_seed
-from hpo.paths import TrainingPaths
 from hpo.reporter import NO_PROGRESS, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.objective import failure_of
@@ -43,39 +41,25 @@ def run_recipes(
     """Train the pending recipes, as long as a trial each.
 
     Args:
-        study: keeps the results in its folder.
-        space: has the recipes.
-        splits: on the device: one, or one per fold.
-        device: where to train.
-        interrupts: may stop a training after an epoch.
-        say: shows the user one line for each result.
-        progress: shows the training meanwhile.
-
-    Raises:
-        KeyboardInterrupt: the run is stopped; the same command resumes from the checkpoint.
-        StudyError: the disk is full.
+        study: Keeps the results in its folder.
+        space: Has the recipes.
+        splits: On the device: one, or one per fold.
+        device: Where to train.
+        interrupts: May stop a training after an epoch; the same command resumes from the checkpoint.
+        say: Shows the user one line for each result.
+        progress: Shows the training meanwhile.
     """
     for recipe in pending_recipes(study, space):
         paths = study.paths.reference(recipe.name)
-        with _locked(paths, interrupts):
+        paths.dir.mkdir(parents=True, exist_ok=True)
+        with interrupts.let_through():  # two processes would overwrite each other's checkpoints
+            lock = FileLock(paths.lock).acquire()
+        with lock:
             if not _is_trained(study, recipe):  # by another run of the study
                 _run(study, space, splits, recipe, device=device, interrupts=interrupts, progress=progress)
         result = read_result(paths) or {}
         came_to = f"{result['value']:.4f}" if "value" in result else f"{result['failure']}  ({result['why']})"
         say(f"recipe {recipe.name}  {space.metric} {came_to}")
-
-
-@contextlib.contextmanager
-def _locked(paths: TrainingPaths, interrupts: Interrupts) -> Iterator[None]:
-    """Keep other processes from training into the folder: they would overwrite each other's checkpoints."""
-    paths.dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(paths.lock)
-    with interrupts.let_through():
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _run(

@@ -1,8 +1,8 @@
 """Train a trial of a study again, alone, and compare it with the original.
 
 A trial is determined by the study's metadata, its parameters and its trial index. On a CPU the result is bit for bit
-the same with the same number of torch threads, which add in different orders. A pruned trial is trained to its end;
-only the epochs that the original had are compared.
+the same with the same number of torch threads. A pruned trial is trained to its end; only the epochs that the original
+had are compared.
 """
 
 from __future__ import annotations
@@ -60,11 +60,7 @@ class Replay:
         return f"{ended} after {epochs} of {self.config.epochs * (self.config.data.folds or 1)} epochs"
 
     def check(self, dataset: Dataset) -> None:
-        """Check that images and pretrained weights are the trial's.
-
-        Raises:
-            StudyError: They differ.
-        """
+        """Raise StudyError unless images and pretrained weights are the trial's."""
         self.study.check_data(dataset)
         self.study.check_weights(self.config)
 
@@ -125,11 +121,7 @@ class Replay:
 
 
 def replay_of(given: str, *, storage: str | None) -> Replay:
-    """Look up the trial that `--from` names.
-
-    Args:
-        given: `STUDY/NUMBER`.
-        storage: URL of the study's storage; None finds the study by its name.
+    """Look up the trial that `--from` names as `STUDY/NUMBER`.
 
     Raises:
         StudyError: There is no such study or trial, or the trial cannot be trained again.
@@ -149,10 +141,8 @@ def replay_of(given: str, *, storage: str | None) -> Replay:
 
 def _check_has_run(given: str, trial: FrozenTrial) -> None:
     """Raise StudyError if a trial is not finished, or may lack parameters."""
-    if trial.state == TrialState.WAITING:
-        raise StudyError(f"--from {given}: that trial is waiting; choose a finished one")
-    if trial.state == TrialState.RUNNING:
-        raise StudyError(f"--from {given}: that trial is running; choose a finished one")
+    if not trial.state.is_finished():
+        raise StudyError(f"--from {given}: that trial is {trial.state.name.lower()}; choose a finished one")
     cut_off = trial.state == TrialState.FAIL or trial.user_attrs.get(FAILURE) == "crashed"
     if cut_off and not trial.intermediate_values:
         raise StudyError(f"--from {given}: that trial ended before its first epoch; choose one that trained an epoch")

@@ -1,7 +1,7 @@
 """A training recorded in a folder, of `hpo train` or a study's recipe, and functions that it shares with trials.
 
-Folds are trained one after the other, and the training's value is the mean over them. The first fold uses the
-configuration's own seed, so that it gives the same network as a training without folds on its images.
+The value of a training with folds is the mean over them. The first fold uses the configuration's own seed, so that it
+gives the same network as a training without folds on its images.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def train_recorded(
     The result file is written last: if it exists, the training is finished.
 
     Args:
-        config: of the training.
-        splits: one, or one per fold.
-        paths: of the folder.
-        metric: the objective, which early stopping and the choice of the kept epoch use too.
-        device: where to train.
-        watch: shows the training.
+        config: The configuration.
+        splits: One, or one per fold.
+        paths: Names in the folder.
+        metric: The objective, also for early stopping and the choice of the kept epoch.
+        device: Where to train.
+        watch: Shows the training.
     """
     paths.dir.mkdir(parents=True, exist_ok=True)
     paths.config.write_text(to_yaml(config))
@@ -114,13 +114,7 @@ def train_recorded(
 
 
 def resume_or_restart(checkpoint: Path, name: str, attempt: Callable[[], TrainResult]) -> TrainResult:
-    """Run `attempt`; if its checkpoint cannot be used, warn, delete it and run `attempt` again.
-
-    Args:
-        checkpoint: the one that `attempt` resumes from.
-        name: of the training, for the warning.
-        attempt: the training.
-    """
+    """Run the training `attempt`; if its checkpoint cannot be used, warn, delete it and run `attempt` again."""
     try:
         return attempt()
     except CheckpointError as error:
@@ -140,24 +134,13 @@ def fold_label(fold: int, folds: int) -> str:
 
 
 def trial_label(trial: FrozenTrial, *, epochs: int, folds: int) -> str:
-    """Name a running trial, and the fold that it trains: `trial 3, fold 2 of 5`.
-
-    Args:
-        trial: as the storage has it.
-        epochs: of one fold.
-        folds: their number.
-    """
+    """Name a running trial, and the fold that it trains: `trial 3, fold 2 of 5`; `epochs` are those of one fold."""
     fold = min(folds, (trial.last_step or 0) // epochs + 1)
     return ", ".join(filter(None, (f"trial {trial.number}", fold_label(fold, folds))))
 
 
 def fold_rows(histories: Sequence[Sequence[EpochMetrics]], metric: str) -> list[dict[str, float | int]]:
-    """Return the rows of `metrics.jsonl`; with folds each has its fold, and the elapsed time continues over them.
-
-    Args:
-        histories: one, or one per fold, in order; of a running fold its epochs so far.
-        metric: the objective.
-    """
+    """Return the rows of `metrics.jsonl`; with folds each has its fold, and the elapsed time continues over them."""
     if len(histories) == 1:
         return [epoch.row(metric) for epoch in histories[0]]
     rows: list[dict[str, float | int]] = []
@@ -169,10 +152,7 @@ def fold_rows(histories: Sequence[Sequence[EpochMetrics]], metric: str) -> list[
 
 
 def validation_confusion(results: Sequence[TrainResult], splits: Sequence[Splits]) -> Tensor:
-    """Return the confusion matrix (K, K) int64 on the CPU of the kept networks on their validation images.
-
-    With folds it counts each image once, by the network that was not trained on it.
-    """
+    """Return the confusion matrix (K, K) int64 of the kept networks on their validation images, on the CPU."""
     tables = []
     for result, divided in zip(results, splits, strict=True):
         assert result.val_logits is not None, "a recorded training has validation images"

@@ -29,13 +29,7 @@ DEFAULTS = TrialOptions()
 
 
 def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> None:
-    """Keep the weights of a complete trial if it is among the best, and delete those that no longer are.
-
-    Args:
-        study: the trial's.
-        splits: that it was trained on: one, or one per fold.
-        outcome: with its networks.
-    """
+    """Keep the weights of a complete trial if it is among the best, and delete those that no longer are."""
     assert outcome.value is not None
     values = _complete_values(study)
     values[outcome.number] = study.sign * outcome.value
@@ -54,10 +48,7 @@ def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> No
 
 
 def _write_validation(path: Path, result: TrainResult, splits: Splits) -> None:
-    """Write the network's `logits` (M, K) float32 on its validation images, and their `indices` (M,) int64.
-
-    The indices are positions in the data set. A report reads them instead of running the network.
-    """
+    """Write the network's `logits` (M, K) float32 on its validation images, and their `indices` (M,) int64."""
     assert result.val_logits is not None, "a trial has validation images"
     with replacing(path) as file:
         save_file({"logits": result.val_logits.cpu().contiguous(), "indices": splits.val.cpu()}, str(file))
@@ -71,14 +62,10 @@ def keep_best_weights(study: Study, *, folds: int, options: TrialOptions = DEFAU
 
 
 class SpaceOnDisk:
-    """Keeps a study's weights and checkpoints within a limit.
+    """Keeps a study's weights and checkpoints within a limit in 10^9 bytes, if there is one.
 
-    Weights are deleted first, the worst trial's before others': a refit trains again what is missing. Checkpoints of
-    running trials are never deleted; if they alone exceed the limit, there is one warning.
-
-    Args:
-        study: whose files are counted.
-        keep_gb: the limit in 10^9 bytes; None for none.
+    The weights of the worst trial are deleted first: a refit trains again what is missing. Checkpoints of running
+    trials are never deleted; if they alone exceed the limit, there is one warning.
     """
 
     def __init__(self, study: Study, keep_gb: float | None) -> None:
@@ -140,11 +127,7 @@ def _delete(study: Study, numbers: Iterable[int], *, folds: int) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Explain a full disk in one line, and how to resume: no configuration is at fault.
-
-    Raises:
-        StudyError: instead of the error of the library that wrote.
-    """
+    """Raise a StudyError that explains how to resume after a full disk: no configuration is at fault."""
     try:
         yield
     except Exception as error:

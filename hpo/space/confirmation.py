@@ -1,8 +1,7 @@
 """The space of a confirmation: no search, but given configurations, each trained several times.
 
-Every trial carries its configuration, with seed and split, as a user attribute, so that workers can train candidates
-chosen after they joined. The two Optuna parameters only identify the trial. The candidate's name is an attribute,
-because Optuna fixes the choices of a categorical parameter with the first trial.
+A trial's configuration, with seed and split, is a user attribute, so that workers can train candidates chosen after
+they joined. The two Optuna parameters only identify the trial.
 """
 
 from __future__ import annotations

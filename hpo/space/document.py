@@ -1,8 +1,8 @@
 """YAML 1.2 as plain data with a line number for every value, and back.
 
-PyYAML parses and emits the syntax. Its constructors are not used: they resolve scalars by YAML 1.1 (`off` is false,
-`1e-4` a string), accept duplicate keys, and recurse without a bound. Here scalars follow the core schema of YAML 1.2
-(https://yaml.org/spec/1.2.2/#103-core-schema), duplicate keys and tags are faults, and size and depth are bounded.
+PyYAML parses and emits the syntax. Its constructors resolve scalars by YAML 1.1 (`off` is false, `1e-4` a string),
+accept duplicate keys, and recurse without a bound. Here scalars follow the core schema of YAML 1.2
+(https://yaml.org/spec/1.2.2/#103-core-schema).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parse_yaml(text: str, name: str) -> tuple[Document | None, list[Fault]]:
     """Parse one YAML document, which messages call `name`.
 
     Returns:
-        The document, or None if the text is not YAML or exceeds a bound; and every fault found.
+        The document, None if it cannot be read at all; and every fault.
     """
     if len(text) > MAX_BYTES:
         return None, [_too_long(name)]

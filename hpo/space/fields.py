@@ -43,11 +43,7 @@ class ConfigField:
         return TypeAdapter(self.annotated, config=ConfigDict(strict=True))
 
     def validate(self, value: Any) -> Any:
-        """Return the value as the field stores it: an int becomes a float in a float field.
-
-        Raises:
-            pydantic.ValidationError: wrong type, or out of bounds.
-        """
+        """Return the value as the field stores it, a float for an int; pydantic.ValidationError if it refuses it."""
         return self.adapter.validate_python(value)
 
 
@@ -55,18 +51,6 @@ class ConfigField:
 def config_fields() -> dict[str, ConfigField]:
     """All fields of `TrainConfig` by dotted path, in declaration order."""
     return {field.path: field for field in _leaves(TrainConfig, "")}
-
-
-@cache
-def config_sections() -> dict[str, tuple[str, ...]]:
-    """All sections of `TrainConfig` (`optim`, `optim.swats`), each with the paths of its fields."""
-    found: dict[str, tuple[str, ...]] = {}
-    for path in config_fields():
-        parts = path.split(".")
-        for length in range(1, len(parts)):
-            section = ".".join(parts[:length])
-            found[section] = (*found.get(section, ()), path)
-    return found
 
 
 def _leaves(model: type[BaseModel], prefix: str) -> Iterable[ConfigField]:
@@ -101,8 +85,7 @@ def did_you_mean(word: Any, names: Iterable[str], find: Callable[[str, Iterable[
 
 
 def no_such_field(path: str, more: Iterable[str] = ()) -> str:
-    """The message for a path that is not a field of `TrainConfig`; `more` are other names to suggest."""
-    sections = config_sections()
-    if path in sections:
-        return f"is a group of fields; name one of them: {', '.join(sections[path])}"
+    """The message for a path that is no field of `TrainConfig`; `more` are other names to suggest."""
+    if inside := [field for field in config_fields() if field.startswith(f"{path}.")]:
+        return f"is a group of fields; name one of them: {', '.join(inside)}"
     return f"no such field{did_you_mean(path, [*config_fields(), *more], nearest_field)}"

@@ -1,7 +1,4 @@
-"""The keys of a search-space file as pydantic models, and their validation errors in plain words.
-
-`base`, `data` and `search` refer to `TrainConfig`; `hpo.space.load` checks their content against its fields.
-"""
+"""The keys of a search-space file as pydantic models, and their validation errors in plain words."""
 
 from __future__ import annotations
 
@@ -92,8 +89,7 @@ class RungsPruner(_Section):
     keep: Fraction = 0.33
     """Fraction of the trials at a rung that continue."""
     let_through: float = Field(default=0.02, ge=0, le=0.5)
-    """Fraction of the trials that are not pruned, to measure the loss by pruning; 0 is off. Chosen by trial index; the
-    default affects at most four of 200 trials, and none of the first 25."""
+    """Fraction of the trials that are not pruned, to measure the loss by pruning; 0 is off. 0.02 is four of 200."""
 
     @model_validator(mode="after")
     def _increasing(self) -> RungsPruner:

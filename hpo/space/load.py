@@ -1,7 +1,6 @@
 """Builds checked `SearchSpace`s and `Recipe`s from files and `--set`. All faults are collected before any is raised.
 
-A space has three layers: its baseline (a recipe's file, or a configuration in place), its own `data`, then `--set`. A
-field in `--set` is pinned: it is no longer searched, and recipes get its value too.
+A field in `--set` is pinned: it is no longer searched, and recipes get its value too.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def load_space(name_or_path: str | Path, overrides: Overrides = ()) -> SearchSpa
         overrides: Fields to pin, and settings of objective, sampler, pruner, confirm and trials to change.
 
     Raises:
-        SpaceError: All faults of the file, of its recipes, and of the overrides.
+        SpaceError: All faults.
     """
     path = find(str(name_or_path), "space")
     loader = _Loader(_parsed(overrides))
@@ -55,11 +54,7 @@ def load_space(name_or_path: str | Path, overrides: Overrides = ()) -> SearchSpa
 
 
 def load_recipe(name_or_path: str | Path, overrides: Overrides = ()) -> Recipe:
-    """Read and check a recipe, by its name or path; a trial's `config.yaml` is one too.
-
-    Raises:
-        SpaceError: All faults of the file and of the overrides.
-    """
+    """Read and check a recipe, by its name or path; SpaceError with all faults. A trial's `config.yaml` is one too."""
     path = find(str(name_or_path), "recipe")
     loader = _Loader(_parsed(overrides), settings=False)
     recipe = loader.built(read(path), path, loader.recipe)
@@ -67,11 +62,7 @@ def load_recipe(name_or_path: str | Path, overrides: Overrides = ()) -> Recipe:
 
 
 def override_config(config: TrainConfig, overrides: Overrides) -> TrainConfig:
-    """Apply overrides to a configuration, checked as those of a recipe are.
-
-    Raises:
-        SpaceError: All faults of the overrides.
-    """
+    """Apply overrides to a configuration, checked as those of a recipe are; SpaceError with all faults."""
     loader = _Loader(_parsed(overrides), settings=False)
     return loader.checked(loader.override(config, "trial: "))
 
@@ -125,11 +116,7 @@ def check_file(name_or_path: str | Path) -> list[Fault]:
 
 
 def _parsed(overrides: Overrides) -> dict[str, Any]:
-    """Parse `--set key=value`. Values are YAML, but the text itself for a field of text.
-
-    Raises:
-        SpaceError: An item is not `key=value`, is given twice, or its value is not YAML.
-    """
+    """Parse `--set key=value`. Values are YAML, but the text itself for a field of text."""
     if isinstance(overrides, Mapping):
         return dict(overrides)
     found: dict[str, Any] = {}
@@ -215,8 +202,7 @@ class _Loader:
     def _to_beat(self, recipe: Recipe, baseline: TrainConfig) -> Recipe | None:
         """A space's recipe with the overrides applied, on the baseline's data and epochs.
 
-        None, with a warning, if an override does not exist for the recipe's network and the baseline has another kind
-        of network: that must not prevent the search.
+        None, with a warning, if an override does not exist for the recipe's network, but for the baseline's.
         """
         same = {path: value for path, value in baseline.flat().items() if path.startswith("data.") or path == "epochs"}
         try:

@@ -157,10 +157,7 @@ def clashing_rates(search: Collection[str], report: Report) -> bool:
 
 
 def ordered(search: Mapping[str, Parameter], report: Report) -> dict[str, Parameter]:
-    """Sort the parameters so that each comes after those in its condition; report and leave out circles.
-
-    Otherwise the order of the file is kept, so `graphlib` does not fit.
-    """
+    """Sort the parameters, each after those in its condition, else as in the file; report and leave out circles."""
     done: dict[str, Parameter] = {}
     waiting = dict(search)
     while ready := [path for path in waiting if not _parents(path, waiting)]:
@@ -190,7 +187,7 @@ def fitting(
     """Check sorted parameters against the baseline and each other, and return those whose condition can be met.
 
     Args:
-        broken: Fields whose entries are faulty; conditions on them are not checked.
+        broken: Fields with faulty entries; conditions on them are not checked.
         may_drop: Do not report the others.
     """
     baseline = in_rate_of(baseline, search)

@@ -5,10 +5,10 @@ A trial survives a rung (an epoch) if it is among the best ceil(keep × n) of th
 the value of that epoch, and counts a retried trial once.
 
 With folds, epoch e of fold j is step (j - 1) × epochs + e. The end of every fold but the last is a rung too, for the
-mean over the finished folds. Each keeps the n-th root of `keep`, so that all of them prune as much as one rung.
+mean over the finished folds.
 
-A few trials (`let_through`), chosen by trial index alone, continue from the rung that would prune them, to measure the
-loss by pruning. They do not count at later rungs, so other trials are pruned as if there were none.
+A few trials (`let_through`), chosen by trial index alone, continue where they would be pruned, to measure the loss by
+pruning. They do not count at later rungs, so other trials are pruned as if there were none.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Place(NamedTuple):
 class RungPruner(BasePruner):
     """Prunes a trial that at a rung is not among the best `keep` of the trials that have reached it so far.
 
-    The decision is stored in the trial (one system attribute per rung), so that an attempt resumed from a checkpoint is
-    not compared again, with more trials than before. NaN ranks worst, and equals survive together.
+    The decision is stored in the trial, so that a resumed attempt is not compared again, with more trials than before.
+    NaN ranks worst, and equals survive together.
 
     Args:
         rungs: Epochs, counted from 1.
         keep: Fraction that survives each rung, in (0, 1].
-        fold_ends: Steps that are rungs too; all of them together keep `keep`.
-        let_through: Fraction of the trial indices whose trials continue where they would be pruned, in [0, 0.5].
+        fold_ends: Steps that are rungs too, each with the n-th root of `keep`, so that together they keep `keep`.
+        let_through: Fraction of the trial indices whose trials are not pruned, in [0, 0.5].
     """
 
     def __init__(
@@ -204,7 +204,7 @@ def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) 
     """Build the pruner of a search space. Optuna's pruners count a retried trial twice.
 
     Args:
-        config: The space's `pruner` section; its fractions refer to the epochs of the first fold.
+        config: Its fractions refer to the epochs of the first fold.
         epochs: Epochs of a run, or of each fold.
         folds: None without folds.
     """

@@ -1,8 +1,7 @@
 """Optuna's samplers with proposals that depend only on the study's seed and the trial index.
 
-With Optuna's own, an interrupted study would continue differently from an uninterrupted one, because their random
-generators advance with every draw. Here every trial gets a new sampler, seeded from the study's seed, the trial index
-and, for values drawn one by one, the parameter's name; it sees each trial index once.
+Optuna's random generators advance with every draw, so an interrupted study would continue differently. Here every
+trial gets a new sampler, seeded from the study's seed, the trial index and, for values drawn one by one, the name.
 """
 
 from __future__ import annotations
@@ -102,8 +101,7 @@ class TrialIndexSampler(BaseSampler):
 class _CommonSpace(IntersectionSearchSpace):
     """The parameters common to all finished trials, updated in any order of trials.
 
-    Optuna's class remembers the last trial number it has seen, so it would miss a trial that was retried late; a new
-    instance per trial takes 20 ms at 1,000 trials.
+    Optuna's class would miss a trial that was retried late; a new instance per trial takes 20 ms at 1,000 trials.
     """
 
     def __init__(self, *, include_pruned: bool) -> None:

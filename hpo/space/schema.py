@@ -1,6 +1,6 @@
 """The JSON Schema of spaces and recipes, with which editors complete field names and check values.
 
-One schema serves both kinds of file: a file with a `search` key is a space, any other is a recipe.
+A file with a `search` key is a space, any other is a recipe.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`SearchSpace`: a checked search space, which maps between Optuna's parameters and `TrainConfig`.
 
-An inactive parameter, whose condition is not met, is not suggested and keeps the baseline's value. A condition on an
-inactive parameter is never met, even if the baseline's value would meet it.
+A parameter whose condition is not met is inactive: it is not suggested, keeps the baseline's value, and meets no
+condition.
 """
 
 from __future__ import annotations
@@ -254,8 +254,8 @@ class SearchSpace:
     def identity(self) -> dict[str, Any]:
         """Everything that makes trials comparable, as flat JSON data.
 
-        Left out are settings that only steer the search, such as the sampler; the baseline's seed, since a study seeds
-        its trials; and the data set's name, since the study adds the fingerprint of the data.
+        Not in it: settings that only steer the search; the baseline's seed, since a study seeds its trials; and the data
+        set's name, since the study adds the fingerprint of the data.
         """
         fixed = self.baseline.flat()
         kept = [path for path in fixed if path not in ("seed", "epochs", "data.name")]

@@ -1,9 +1,8 @@
 """Storages of studies: Optuna's journal file by default, or any storage that a URL names.
 
-Problems that the user can fix are reported in one line, without the password. A record torn by a crash and the lock of
-a killed process are repaired without asking. A database server that restarts is waited for. `open_storage` selects the
-storage by its URL: a new kind is a branch there, with its driver in `urls.py`. Only this package uses private names of
-Optuna.
+Errors are one line, without the password. A record torn by a crash and the lock of a killed process are repaired. A
+database server that restarts is waited for. A new kind of storage is a branch of `open_storage`, with its driver in
+`urls.py`. Only this package uses private names of Optuna.
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ __all__ = ["is_journal", "is_masked", "mask", "open_storage"]
 
 
 def open_storage(url: str, *, patient: bool = False) -> BaseStorage:
-    """Open a storage, and create its tables or its file if they do not exist.
+    """Open an Optuna storage URL or a journal's path, and create its tables or its file if they do not exist.
 
     Args:
-        url: An Optuna storage URL, or the path of a journal.
         patient: Wait for a database that does not answer, as all later operations do.
 
     Raises:

@@ -1,10 +1,10 @@
 """Artifact store: files of a study in a place that all of its machines can reach.
 
-Checkpoints, weights and the dashboard's artifacts have the names that they have in the study's folder. Readers see
-complete files only: object stores replace objects atomically, elsewhere a file is written under another name and moved.
+Readers see complete files only: object stores replace objects atomically, elsewhere a file is written under another
+name and moved.
 
-Clocks of machines differ. So beside its copy of a checkpoint, a machine keeps the tag (such as the ETag) of the equal
-stored file; while that is the same, no other machine has stored a later one.
+Beside its copy of a checkpoint, a machine keeps the tag (such as the ETag) of the equal stored file; while that is the
+same, no other machine has stored a later one. Clocks of machines differ.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ class ArtifactStore:
     Args:
         url: A path or URL; the files are in a folder of the study's name there.
         folder: The study's folder on this machine.
-
-    Raises:
-        StudyError: The URL is invalid, or there is no driver for it.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -62,8 +59,6 @@ class ArtifactStore:
         """The URL without its password."""
         return mask(self.url)
 
-    # Files by name
-
     def put(self, local: Path, name: str) -> None:
         """Store a file, in place of an older one."""
         target = self._at(name)
@@ -76,7 +71,10 @@ class ArtifactStore:
             unfinished = f"{parent}/.{last}.{uuid.uuid4().hex}{_UNFINISHED}"
             try:
                 self._write(local, unfinished)
-                self._move(unfinished, target)
+                if self._local:
+                    Path(unfinished).replace(target)
+                else:
+                    self._files.mv(unfinished, target)
             except BaseException:
                 with contextlib.suppress(Exception):  # the first error is the one to report
                     self._files.rm_file(unfinished)
@@ -90,12 +88,6 @@ class ArtifactStore:
             shutil.copyfileobj(source, sink)
             sink.flush()
             os.fsync(sink.fileno())
-
-    def _move(self, source: str, target: str) -> None:
-        if self._local:
-            Path(source).replace(target)
-        else:
-            self._files.mv(source, target)
 
     def fetch(self, name: str, local: Path) -> bool:
         """Fetch a file, in place of `local`; False if the store has no such file."""
@@ -137,8 +129,6 @@ class ArtifactStore:
             except FileNotFoundError:
                 return 0
 
-    # Checkpoints
-
     def bring(self, checkpoint: Path) -> None:
         """Fetch a checkpoint before a training, if another machine has stored a later one."""
         if (tag := self._tag(checkpoint)) is None:
@@ -173,10 +163,8 @@ class ArtifactStore:
     def _name(self, file: Path) -> str:
         return file.relative_to(self._folder).as_posix()
 
-    # Shared
-
     def for_optuna(self, folder: Path) -> OptunaArtifactStore:
-        """Return an artifact store for Optuna and its dashboard, in a folder of the study's folder."""
+        """Return the part of the store that is a folder of the study's folder, for Optuna and its dashboard."""
         return cast("OptunaArtifactStore", _Artifacts(self, folder.relative_to(self._folder).as_posix()))
 
     def open(self, name: str) -> BinaryIO:

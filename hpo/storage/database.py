@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Container, Sequence
 from datetime import datetime
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
@@ -17,7 +17,7 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Engine, event
 
 from hpo.storage.lease import LEASE, own_lease
 from hpo.storage.outage import Outage, is_no_outage
@@ -45,12 +45,7 @@ def open_database(url: str, *, patient: bool = False) -> BaseStorage:
     """Open a database, and create its tables if they do not exist.
 
     Args:
-        url: URL of the database.
         patient: Wait for a server that does not answer, as all later operations do.
-
-    Raises:
-        StudyError: The server did not answer in time.
-        Exception: Any other error of SQLAlchemy, the driver or Optuna.
     """
     database = Outage(url).outlast(lambda _: _with_tables(url)) if patient else _with_tables(url)
     return get_storage(database)
@@ -89,9 +84,8 @@ def _engine_options(url: str) -> dict[str, Any]:
 class _Database(RDBStorage):
     """Optuna's database storage, which repeats operations while the server does not answer.
 
-    Repetition is harmless: attributes, reports, parameters and heartbeats are overwritten with the same. A trial that
-    has ended as requested was ended by the earlier attempt, and a claim is recognized by the lease in the same
-    transaction. Of two trials that are created the second is never run.
+    Repetition is harmless: values are overwritten with the same, a claim is recognized by its lease in the same
+    transaction, and of two trials that are created the second is never run.
     """
 
     def __init__(self, url: str) -> None:
@@ -102,9 +96,8 @@ class _Database(RDBStorage):
             )
         self.outage = Outage(url)
         self._waiting: dict[int, FrozenTrial] = {}
-        if self.engine.name in _SET_UPS:
-            _SET_UPS[self.engine.name](self.engine)
-            self.engine.dispose()  # connections from before the set-up
+        _set_up(self.engine)
+        self.engine.dispose()  # connections from before the set-up
         logging.getLogger("optuna.storages._rdb.storage").addFilter(is_no_outage)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
@@ -183,37 +176,32 @@ for _name in (
     setattr(_Database, _name, _outlasting(getattr(_Database, _name)))
 
 
-def _serialise(engine: Engine) -> None:
-    """Make every transaction of a SQLite storage exclusive from its start.
+_ON_CONNECT = {
+    # The write-ahead log saves most of the syncs.
+    "sqlite": ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL"),
+    # Heartbeats in UTC; with summer time, every trial would look dead for an hour a year.
+    "postgresql": ("SET TIME ZONE 'UTC'",),
+    "mysql": ("SET time_zone = '+00:00'",),
+}
+
+
+def _set_up(engine: Engine) -> None:
+    """Prepare every connection, and make every transaction of SQLite exclusive from its start.
 
     SQLite has no SELECT … FOR UPDATE, so in deferred transactions two processes could claim the same trial, or one that
-    writes after reading would get "database is locked". The write-ahead log saves most of the syncs.
+    writes after reading would get "database is locked".
     """
+    is_sqlite = engine.name == "sqlite"
 
     @event.listens_for(engine, "connect")
-    def set_up(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # no implicit BEGIN
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _in_utc(engine: Engine, statement: str) -> None:
-    """Store heartbeats in UTC; with summer time, every trial would look dead for an hour a year."""
-
-    @event.listens_for(engine, "connect")
-    def set_up(connection: Any, _: Any) -> None:
+    def connect(connection: Any, _: Any) -> None:
+        if is_sqlite:
+            connection.isolation_level = None  # no implicit BEGIN
         cursor = connection.cursor()
-        cursor.execute(statement)
+        for statement in _ON_CONNECT.get(engine.name, ()):
+            cursor.execute(statement)
         cursor.close()
         connection.commit()  # else the pool's first rollback reverts it
 
-
-_SET_UPS: dict[str, Callable[[Engine], None]] = {
-    "sqlite": _serialise,
-    "postgresql": partial(_in_utc, statement="SET TIME ZONE 'UTC'"),
-    "mysql": partial(_in_utc, statement="SET time_zone = '+00:00'"),
-}
+    if is_sqlite:
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))

@@ -27,15 +27,15 @@ from hpo.storage.lock import JournalLock
 logger = logging.getLogger(__name__)
 
 _FULL = FULL_DISK | {errno.EFBIG}  # the limit of a file's size
+_REPORTS = {
+    *(JournalOperation.SET_TRIAL_PARAM, JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE),
+    *(JournalOperation.SET_TRIAL_USER_ATTR, JournalOperation.SET_TRIAL_SYSTEM_ATTR),
+}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """Open or create a journal, and repair it after a crash.
-
-    Raises:
-        StudyError: The file cannot be opened, or is damaged in another way.
-    """
+    """Open or create a journal, and repair it after a crash; StudyError if it cannot be opened or repaired."""
     with _explained(path, "opened"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -61,10 +61,9 @@ def _explained(path: Path, what: str) -> Iterator[None]:
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal file with atomic appends, synced once a trial instead of once a record.
+    """Optuna's journal file with atomic appends, synced once a trial instead of 25 times, each 0.5 to 6 ms.
 
-    A power failure may lose the reports of running trials, which it interrupts anyway. A trial writes about 25 records,
-    and a sync takes 0.5 to 6 ms.
+    A power failure may lose the reports of running trials, which it interrupts anyway.
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,17 +120,9 @@ def _write_whole(descriptor: int, record: bytes) -> None:
 
 def _is_lasting(log: dict[str, Any]) -> bool:
     """Whether a record ends a trial, adds a finished one, or is about the study."""
-    match log["op_code"]:
-        case JournalOperation.SET_TRIAL_STATE_VALUES | JournalOperation.CREATE_TRIAL:
-            return TrialState(log.get("state", TrialState.RUNNING)).is_finished()
-        case JournalOperation.SET_TRIAL_PARAM | JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE:
-            return False
-        case JournalOperation.SET_TRIAL_USER_ATTR | JournalOperation.SET_TRIAL_SYSTEM_ATTR:
-            return False
-    return True
-
-
-# Repair
+    if log["op_code"] in (JournalOperation.SET_TRIAL_STATE_VALUES, JournalOperation.CREATE_TRIAL):
+        return TrialState(log.get("state", TrialState.RUNNING)).is_finished()
+    return log["op_code"] not in _REPORTS
 
 
 def _cut_torn_tail(descriptor: int, path: Path) -> None:
@@ -149,10 +140,7 @@ def repair_journal(path: Path) -> None:
     """Repair a torn last line, or a torn record in front of a complete one.
 
     The record is moved to `*.torn`. In front of a complete one it becomes spaces, so that no bytes move that other
-    processes are reading.
-
-    Raises:
-        StudyError: Any other damage; without a complete line, all later trials would have other numbers.
+    processes are reading. Other damage is a StudyError: without a complete line, later trials would have other numbers.
     """
     if not torn_records(path.read_bytes(), path):
         return
@@ -163,7 +151,9 @@ def repair_journal(path: Path) -> None:
             if end == len(content):
                 os.ftruncate(descriptor, start)
             else:
-                _blank(path, start, end)
+                with path.open("r+b") as journal:  # a descriptor opened for appending would write at the end
+                    journal.seek(start)
+                    journal.write(b" " * (end - start))
 
 
 def _keep(path: Path, torn: bytes) -> None:
@@ -172,22 +162,11 @@ def _keep(path: Path, torn: bytes) -> None:
     logger.warning("%s: a record torn by a crash was taken out, and kept in %s.torn", path, path.name)
 
 
-def _blank(path: Path, start: int, end: int) -> None:
-    # A descriptor opened for appending would write at the end.
-    with path.open("r+b") as journal:
-        journal.seek(start)
-        journal.write(b" " * (end - start))
-
-
 _RECORD = b'{"op_code":'  # start of each of Optuna's lines
 
 
 def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
-    """Return the first byte of each torn record and the byte after it.
-
-    Raises:
-        StudyError: The journal is damaged in another way.
-    """
+    """Return the first byte of each torn record and the byte after it; StudyError about other damage."""
     if content.startswith(b"SQLite format 3"):
         raise StudyError(f"{path} is an SQLite file; give it as --storage sqlite:///{path}")
     torn, start = [], 0
@@ -196,10 +175,8 @@ def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
         if end == len(content):  # the text after the last newline is empty or a torn tail
             torn += [(start, end)] if line else []
         elif not _is_record(line):
-            whole = next(
-                (at.start() for at in re.finditer(re.escape(_RECORD), line) if _is_record(line[at.start() :])), 0
-            )
-            if whole:
+            starts = (at.start() for at in re.finditer(re.escape(_RECORD), line))
+            if whole := next((at for at in starts if _is_record(line[at:])), 0):
                 torn.append((start, start + whole))
             elif end + 1 == len(content):
                 torn.append((start, end + 1))

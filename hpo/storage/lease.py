@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import psutil
 from optuna.storages import BaseStorage
@@ -52,13 +52,11 @@ class Held(NamedTuple):
 
 def own_lease() -> dict[str, Any]:
     """Return a lease that no later process and no process of another host has."""
-    lease = {"host": host(), "boot": _boot_id(), **_process(os.getpid())}
+    lease: dict[str, Any] = {"host": host(), "boot": _boot_id(), "pid": os.getpid(), "start": _start_of(os.getpid())}
     parent = multiprocessing.parent_process()
-    return lease if parent is None or parent.pid is None else {**lease, "parent": _process(parent.pid)}
-
-
-def _process(pid: int) -> dict[str, int | None]:
-    return {"pid": pid, "start": _process_start(pid)}
+    if parent is not None and parent.pid is not None:
+        lease["parent"] = {"pid": parent.pid, "start": _start_of(parent.pid)}
+    return lease
 
 
 def held_elsewhere(trial: FrozenTrial) -> Held | None:
@@ -82,7 +80,7 @@ def is_abandoned(trial: FrozenTrial) -> bool:
         return True
     if lease["start"] is None:  # of version 0.1.0, on systems without /proc
         return not psutil.pid_exists(lease["pid"])
-    return bool(_process_start(lease["pid"]) != lease["start"])
+    return bool(_start_of(lease["pid"]) != lease["start"])
 
 
 def died_alone(trial: FrozenTrial) -> bool:
@@ -91,33 +89,22 @@ def died_alone(trial: FrozenTrial) -> bool:
     if lease is None or lease["host"] != host() or lease["boot"] != _boot_id():
         return False
     parent = lease.get("parent")
-    return parent is None or _process_start(parent["pid"]) == parent["start"]
+    return parent is None or _start_of(parent["pid"]) == parent["start"]
 
 
-# Heartbeats
-
-
-def has_heartbeat(storage: BaseStorage) -> bool:
+def has_heartbeat(storage: BaseStorage) -> TypeGuard[BaseHeartbeat]:
     """Return whether the storage keeps heartbeats."""
-    return _heartbeat_of(storage) is not None
-
-
-def _heartbeat_of(storage: BaseStorage) -> BaseHeartbeat | None:
-    return storage if isinstance(storage, BaseHeartbeat) and storage.get_heartbeat_interval() is not None else None
+    return isinstance(storage, BaseHeartbeat) and storage.get_heartbeat_interval() is not None
 
 
 @contextmanager
 def heartbeat(storage: BaseStorage, trial_id: int) -> Iterator[None]:
-    """Record heartbeats of a trial in a thread while the block runs, if the storage keeps heartbeats.
-
-    The thread logs errors and continues.
-    """
-    heart = _heartbeat_of(storage)
-    if heart is None:
+    """Record heartbeats of a trial in a thread while the block runs, if the storage keeps them; log errors."""
+    if not has_heartbeat(storage):
         yield
         return
-    done = threading.Event()
-    thread = threading.Thread(target=_beat, args=(heart, trial_id, done), name=f"heartbeat of {trial_id}", daemon=True)
+    done, name = threading.Event(), f"heartbeat of {trial_id}"
+    thread = threading.Thread(target=_beat, args=(storage, trial_id, done), name=name, daemon=True)
     thread.start()
     try:
         yield
@@ -142,15 +129,11 @@ def _beat(heart: BaseHeartbeat, trial_id: int, done: threading.Event) -> None:
 
 def stale_elsewhere(storage: BaseStorage, study_id: int) -> set[int]:
     """Return the numbers of other hosts' running trials whose heartbeats have stopped."""
-    heart = _heartbeat_of(storage)
-    if heart is None:
-        return set()
-    stale = set(heart._get_stale_trial_ids(study_id))
     running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+    if not has_heartbeat(storage):
+        return set()
+    stale = set(storage._get_stale_trial_ids(study_id))
     return {trial.number for trial in running if trial_id(trial) in stale and held_elsewhere(trial) is not None}
-
-
-# Hosts and processes
 
 
 def machine() -> str:
@@ -177,11 +160,8 @@ def _boot_id() -> str | None:
     return file.read_text().strip() if file.exists() else None
 
 
-def _process_start(pid: int) -> int | None:
-    """Start of a process in hundredths of a second; None if it is not running, or belongs to another user.
-
-    On Linux it counts from the boot, as the ticks in leases of version 0.1.0, and does not change with the clock.
-    """
+def _start_of(pid: int) -> int | None:
+    """Start of a process in hundredths of a second, on Linux since the boot; None if it does not run or is not ours."""
     while True:
         boot_s = psutil.boot_time() if psutil.LINUX else 0.0
         try:

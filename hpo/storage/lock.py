@@ -1,15 +1,14 @@
 """The lock of a journal file, which also excludes processes of Optuna, and does not outlast a killed holder.
 
-Optuna's lock is a symbolic link whose holder cannot be checked, so Optuna waits 30 s before it breaks one. Here a
-process takes the kernel's flock, which ends with its holder, and then creates Optuna's link with a text that names this
-machine. A link of this machine that the next holder of the flock finds is that of a dead process. Links of Optuna and
-of other machines, which may not share the flock, are waited for as Optuna does.
-
-filelock polls; flock serves many waiting processes in turn.
+Optuna's lock is a symbolic link, which it breaks after 30 s, since its holder cannot be checked. Here a process takes
+the kernel's flock, which ends with its holder, and then creates Optuna's link with a text that names this machine. Such
+a link that the next holder of the flock finds is that of a dead process. Links of Optuna and of other machines, which
+may not share the flock, are waited for. filelock polls; flock serves many waiting processes in turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
@@ -71,11 +70,9 @@ class JournalLock(BaseJournalFileLock):
             os.close(descriptor)
 
     def __enter__(self) -> None:
-        """Wait for the lock."""
         self.acquire()
 
     def __exit__(self, *_: object) -> None:
-        """Release the lock."""
         self.release()
 
     def is_left_by_dead(self) -> bool:
@@ -100,11 +97,8 @@ class JournalLock(BaseJournalFileLock):
         own = _link_text(self._path.name)
         written, since = self._written_at(), time.monotonic()
         while True:
-            try:
+            with contextlib.suppress(FileExistsError):
                 self._link.symlink_to(own)
-            except FileExistsError:
-                pass
-            else:
                 return
             if self._holder() == own:
                 self._link.unlink(missing_ok=True)
@@ -125,19 +119,16 @@ class JournalLock(BaseJournalFileLock):
 
     def _written_at(self) -> int | None:
         # Optuna takes the time of the link's target, which a relative link may not lead to.
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return self._path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
+        return None
 
     def _break_link(self) -> None:
         # Renamed first, so that only one of several processes breaks it.
         broken = self._link.with_name(f"{self._link.name}{uuid.uuid4()}.rename")
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self._link.rename(broken)
-        except FileNotFoundError:
-            return
-        broken.unlink()
+            broken.unlink()
 
 
 @cache

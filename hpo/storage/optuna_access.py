@@ -5,25 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import optuna
-    from optuna.artifacts._protocol import ArtifactStore as OptunaArtifactStore
+    from optuna.artifacts._protocol import ArtifactStore
     from optuna.samplers import CmaEsSampler, GPSampler, QMCSampler, TPESampler
     from optuna.search_space import IntersectionSearchSpace
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial
 
-__all__ = [
-    "OptunaArtifactStore",
-    "attributes_of",
-    "forget_cached_trials",
-    "get_trials_cached",
-    "id_of",
-    "set_qmc_point",
-    "set_search_space",
-    "storage_of",
-    "trial_by_number",
-    "trial_id",
-]
+    OptunaArtifactStore: TypeAlias = ArtifactStore
 
 
 def storage_of(study: optuna.Study) -> BaseStorage:

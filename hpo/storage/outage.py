@@ -26,7 +26,8 @@ PATIENCE_S = 300.0
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 10.0
 
-_CODES = {
+_Kind = Literal["lost", "busy", "full"]
+_CODES: dict[_Kind, re.Pattern[str]] = {
     # No connection, or a broken one; too many of them; a shutdown, a start; a standby that is not the primary yet.
     "lost": re.compile(r"08\w{3}|53300|57P0[1235]|25006|1040|1053|2002|2003|2006|2013|2055"),
     # A deadlock or a lock timeout: the other transaction succeeded, and this one can be repeated.
@@ -89,11 +90,8 @@ class Outage:
                 ) from error
             if again and not self._said:  # the first error may be that of a connection that was dropped while idle
                 self._said = True
-                words, minutes = self._words(error), PATIENCE_S / 60
-                shown = mask(self._url)
-                logger.warning(
-                    "storage %s does not answer (%s); trying again for up to %g minutes", shown, words, minutes
-                )
+                text = "storage %s does not answer (%s); trying again for up to %g minutes"
+                logger.warning(text, mask(self._url), self._words(error), PATIENCE_S / 60)
 
     def _end(self) -> None:
         if self._since is None:
@@ -114,18 +112,14 @@ def is_no_outage(_record: logging.LogRecord) -> bool:
     return error is None or _kind_of(error) != "lost"
 
 
-def _kind_of(error: BaseException) -> Literal["lost", "busy", "full"] | None:
+def _kind_of(error: BaseException) -> _Kind | None:
     """The kind of a server's problem; None for all other errors."""
     cause = _cause_of(error)
     if cause is None or cause.orig is None:
         return None
     if cause.connection_invalidated:
         return "lost"
-    code = _code_of(cause)
-    for kind in ("lost", "busy", "full"):
-        if _CODES[kind].fullmatch(code):
-            return kind
-    return None
+    return next((kind for kind, codes in _CODES.items() if codes.fullmatch(_code_of(cause))), None)
 
 
 def _cause_of(error: BaseException | None) -> DBAPIError | None:

@@ -1,6 +1,6 @@
 """A study: its metadata, its trials and their queue; create, find, resume and list studies.
 
-A wrong name is reported before Optuna is imported, which takes as long as all the rest of such a command.
+A wrong name is reported before Optuna is imported.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A study as a dataframe: one row per trial index, every column flat, for pandas and CSV.
 
-Interrupted attempts have no row (see `hpo.trials.effective_trials`). The order of the columns is the same for every
-study, so that scripts can rely on it. `value` is that of complete trials only; the last value of a pruned trial was
-measured after fewer epochs, and is in `last_value`.
+Interrupted attempts have no row (see `hpo.trials.effective_trials`). `value` is that of complete trials only; the last
+value of a pruned trial was measured after fewer epochs, and is in `last_value`.
 """
 
 from __future__ import annotations
@@ -66,15 +65,12 @@ _NOT_SHOWN = {TRIAL_INDEX, LEASE, FAILURE, BASELINE, RECIPE, *OLD_NAMES.values()
 def trials_frame(study: Study) -> pandas.DataFrame:
     """Return a study's trials as a dataframe, one row per trial index, in the order of their numbers.
 
-    Args:
-        study: Any study.
-
     Returns:
-        Columns: `number`, `trial_index`, `state` (complete, pruned, running, waiting), `failure` (diverged, oom,
-        invalid or crashed; then `state` is pruned), `value`, `last_value`, `baseline`, `recipe`, `epochs` (trained),
-        `kept_epoch`, `elapsed_s`, `images_per_s`, `started`, `ended` (local time), `device` and other attributes of
-        every study's trials; `params.optim.lr_scale` etc., one for each searched field; all other attributes by name;
-        and for each rung `rungs.6` (the value there), `rungs.6.rank` and `rungs.6.of` (the place among how many).
+        First the same columns for every study: `number`, `trial_index`, `state` (complete, pruned, running, waiting),
+        `failure` (diverged, oom, invalid, crashed; then `state` is pruned), `value`, `last_value`, `baseline`,
+        `recipe`, `epochs` (trained), `kept_epoch`, `elapsed_s`, `images_per_s`, `started`, `ended` (local time),
+        `device` and others. Then `params.optim.lr_scale` etc., one for each searched field; all other attributes by
+        name; and for each rung `rungs.6` (the value), `rungs.6.rank` and `rungs.6.of` (the place among how many).
     """
     import pandas  # takes half a second
 

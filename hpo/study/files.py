@@ -38,8 +38,7 @@ class StudyFiles:
             url: A path, or a URL that fsspec supports; None for the study's own, if it has one.
 
         Raises:
-            StudyError: The study has another store, or has begun without one; the password is missing; or fsspec has
-                no driver for the URL.
+            StudyError: The study has another store, or has begun without one; or the URL lacks its password or driver.
         """
         known: str | None = self._settings.get(_STORE)
         if url is None and known is None:

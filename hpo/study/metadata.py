@@ -137,11 +137,7 @@ def check_fingerprint(name: str, metadata: Mapping[str, Any], fingerprint: str) 
 
 
 def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
-    """Return the content of study.yaml, or None if there is no such file.
-
-    Raises:
-        StudyError: It cannot be read, or is not the file of a study.
-    """
+    """Return the content of study.yaml, or None if there is none; StudyError if it cannot be read."""
     if not paths.study_yaml.exists():
         return None
     try:

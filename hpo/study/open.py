@@ -163,9 +163,6 @@ def join_study(name: str, *, storage_url: str | None = None) -> Study:
 
     Returns:
         The study with its space. To run trials in it, load its images and open it.
-
-    Raises:
-        StudyError: There is no such study, or its storage cannot be opened.
     """
     from hpo.study.study import Study, stored_space
 

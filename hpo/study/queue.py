@@ -1,9 +1,9 @@
 """The queue of a study's trials: enqueue, claim, finish, release and reclaim.
 
 Each index of a study's total is a waiting trial. A worker claims it by a compare-and-set on its state in the storage,
-not by Optuna's `ask`, which creates trials: so the total is exact under any number of workers. When the process of a
-claimed trial is dead, the attempt is marked failed and its index queued again with the same parameters. If two
-processes queue an index at once, the later trial is never claimed.
+not by Optuna's `ask`, which creates trials: so the total is exact. When the process of a claimed trial is dead, the
+attempt is marked failed and its index queued again with the same parameters. If two processes queue an index at once,
+the later trial is never claimed.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ class TrialQueue:
     def ensure_trials(self, total: int) -> Counts:
         """Queue the missing trial indices from 0 to `total` - 1: the baseline, recipes of the space, then free trials.
 
-        The baseline gets the first free index, which is 0 unless trials were imported. An index whose attempts were all
-        interrupted is queued with the parameters of the last one.
+        An index whose attempts were all interrupted is queued with the parameters of the last one.
         """
         self._settings.total = total
         trials = self._trials()
@@ -112,12 +111,9 @@ class TrialQueue:
         return count_trials(self._trials())
 
     def enqueue(self, trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
-        """Queue these trials after all others, and raise the total accordingly.
+        """Queue trials, given by parameters and user attributes, after all others, and raise the total accordingly.
 
         The total is raised last, also without new trials, in case another process died before it raised the total.
-
-        Args:
-            trials: Parameters and user attributes of each trial.
         """
         first = max(map(trial_index_of, self._trials()), default=-1) + 1
         for trial_index, (params, attributes) in enumerate(trials, first):
@@ -196,14 +192,11 @@ class TrialQueue:
 
         Returns:
             The running trial, whose lease this process holds, and its index; None if no trial of the total is waiting.
-            The sampler suggests its parameters, as after Optuna's `ask`, except for fixed ones.
+            The sampler suggests its parameters, except for fixed ones.
         """
         self._known_space()
         forget_cached_trials(self._study)
-        total = self._settings.total
-        for trial_index, trial in sorted(effective_trials(self._trials()).items()):
-            if trial.state != TrialState.WAITING or (total is not None and trial_index >= total):
-                continue
+        for trial_index, trial in self._waiting():
             try:
                 claimed = self._storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
             except UpdateFinishedTrialError:
@@ -222,21 +215,18 @@ class TrialQueue:
         failure: str | None = None,
         attributes: Mapping[str, Any] | None = None,
     ) -> bool:
-        """End a claimed trial.
+        """End a claimed trial, which then counts towards the total.
 
         Args:
             trial: A trial that `claim` returned.
-            state: `complete` or `pruned`; both count towards the total.
-            value: The objective of a complete trial.
+            state: `complete` or `pruned`.
+            value: The objective of a complete trial, which must be finite.
             failure: `diverged`, `oom` or `invalid`, if a pruned trial could not be trained. It becomes a constraint, so
                 that the sampler avoids the region; trials without one count as feasible.
             attributes: User attributes to store.
 
         Returns:
-            False if the trial was taken from this process before; then the result is dropped.
-
-        Raises:
-            ValueError: A complete trial has no finite value.
+            False, and the result is dropped, if the trial was taken from this process before.
         """
         if state == "complete" and (value is None or not math.isfinite(value)):
             raise ValueError(f"trial {trial.number} is complete with the value {value}")
@@ -246,10 +236,7 @@ class TrialQueue:
             if failure is not None:
                 trial.set_user_attr(FAILURE, failure)
                 trial.set_constraint(FAILURE, 1.0)
-            if state == "complete":
-                self._study.tell(trial, value, state=TrialState.COMPLETE)
-            else:
-                self._study.tell(trial, state=TrialState.PRUNED)
+            self._study.tell(trial, value if state == "complete" else None, state=TrialState[state.upper()])
         except (UpdateFinishedTrialError, ValueError):
             if self._storage.get_trial(trial_id(trial)).state == TrialState.RUNNING:
                 raise
@@ -271,15 +258,12 @@ class TrialQueue:
     # Reclaim
 
     def reclaim(self, *, force: bool = False, blameless: bool = False) -> list[int]:
-        """Queue the trials of dead processes again.
+        """Queue the trials of dead processes again, and return their indices.
 
         Args:
             force: Also reclaim trials of other hosts, whose processes cannot be checked without heartbeats. The result
                 of a process that is alive after all is dropped.
             blameless: Do not count the deaths against the retries, because the caller killed the processes.
-
-        Returns:
-            The indices that were queued again.
         """
         running = self._running()
         if not running:
@@ -321,11 +305,16 @@ class TrialQueue:
 
     def waiting(self) -> int:
         """Return how many trials of the total are waiting."""
+        return len(self._waiting())
+
+    def _waiting(self) -> list[tuple[int, FrozenTrial]]:
+        """The waiting trials of the total by index, lowest first."""
         total = self._settings.total
-        return sum(
-            trial.state == TrialState.WAITING and (total is None or trial_index < total)
-            for trial_index, trial in effective_trials(self._trials()).items()
-        )
+        return [
+            (trial_index, trial)
+            for trial_index, trial in sorted(effective_trials(self._trials()).items())
+            if trial.state == TrialState.WAITING and (total is None or trial_index < total)
+        ]
 
     def _running(self) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if trial.state == TrialState.RUNNING]

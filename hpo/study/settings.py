@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hpo.storage.optuna_access import attributes_of
 
@@ -12,11 +12,37 @@ if TYPE_CHECKING:
 
     from hpo.space import SearchSpace
 
-_DEFAULT_RETRIES = 3  # one more than a pool restarts a worker
+T = TypeVar("T")
+
+
+class _Setting(Generic[T]):
+    """A setting with its default. Assigning one stores it if it differs."""
+
+    def __init__(self, key: str, default: T) -> None:
+        self._key, self._default = key, default
+
+    def __get__(self, settings: StudySettings, _: type[StudySettings]) -> T:
+        value: T = settings.get(self._key, self._default)
+        return value
+
+    def __set__(self, settings: StudySettings, value: T) -> None:
+        if value != settings.get(self._key, self._default):
+            settings.set(self._key, value)
 
 
 class StudySettings:
-    """Settings of a study in its storage. Assigning one stores it if it differs."""
+    """Settings of a study in its storage."""
+
+    total = _Setting[int | None]("trials", None)
+    """Number of trials that the study was last run for; None before its first run."""
+    command = _Setting[str | None]("command", None)
+    """Command that last ran the study, without any password; None before its first run."""
+    retries = _Setting("retries", 3)  # one more than a pool restarts a worker
+    """How often a trial is retried after its process died, until it counts as failed."""
+    space = _Setting[str | None]("space", None)
+    """The search space as YAML, for workers that have no file of it."""
+    verdict = _Setting[str | None]("confirmation", None)
+    """Result of the confirmation in words; None of a study that was not confirmed."""
 
     def __init__(self, study: optuna.Study) -> None:
         self._study = study
@@ -30,57 +56,11 @@ class StudySettings:
         if self.get(key) != value:
             self._study.set_user_attr(key, value)
 
-    @property
-    def total(self) -> int | None:
-        """Number of trials that the study was last run for; None before its first run."""
-        total = self.get("trials")
-        return None if total is None else int(total)
-
-    @total.setter
-    def total(self, total: int) -> None:
-        self.set("trials", total)
-
-    @property
-    def command(self) -> str | None:
-        """Command that last ran the study, without any password; None before its first run."""
-        command = self.get("command")
-        return None if command is None else str(command)
-
-    @command.setter
-    def command(self, command: str) -> None:
-        self.set("command", command)
-
-    @property
-    def retries(self) -> int:
-        """How often a trial is retried after its process died, until it counts as failed."""
-        return int(self.get("retries", _DEFAULT_RETRIES))
-
-    @retries.setter
-    def retries(self, retries: int) -> None:
-        if retries != self.retries:
-            self.set("retries", retries)
-
-    @property
-    def space(self) -> str | None:
-        """The search space as YAML, for workers that have no file of it."""
-        text = self.get("space")
-        return None if text is None else str(text)
-
     def set_space(self, space: SearchSpace) -> None:
         """Store the search space."""
         from hpo.space import space_to_yaml
 
-        self.set("space", space_to_yaml(space))
-
-    @property
-    def verdict(self) -> str | None:
-        """Result of the confirmation in words; None of a study that was not confirmed."""
-        verdict = self.get("confirmation")
-        return None if verdict is None else str(verdict)
-
-    @verdict.setter
-    def verdict(self, verdict: str) -> None:
-        self.set("confirmation", verdict)
+        self.space = space_to_yaml(space)
 
     def packing(self, device: str) -> tuple[int, str] | None:
         """Return the best number of simultaneous trials on a device of this host, and the reason; None if unknown."""

@@ -45,8 +45,8 @@ class Study:
         optuna_study: The study in Optuna's storage.
         paths: Names in the study's folder.
         metadata: The content of study.yaml.
-        storage_url: URL of the storage, possibly with a password.
-        space: The search space; needed to queue or claim trials.
+        storage_url: URL of the storage; it may contain a password.
+        space: Needed to queue or claim trials.
     """
 
     def __init__(
@@ -135,11 +135,7 @@ class Study:
         return self.settings.command
 
     def space(self) -> SearchSpace:
-        """Return the search space of the last run, without its recipes.
-
-        Raises:
-            StudyError: The study was created by another version, or by another program.
-        """
+        """Return the search space of the last run, without its recipes; for errors, see `stored_space`."""
         return stored_space(self.optuna)
 
     def check_data(self, dataset: Dataset) -> None:
@@ -209,11 +205,7 @@ def _value(trial: FrozenTrial) -> float:
 
 
 def stored_space(study: optuna.Study) -> SearchSpace:
-    """Return the search space that is stored with a study, without its recipes.
-
-    Raises:
-        StudyError: The study was created by another version, or by another program.
-    """
+    """Return the search space that is stored with a study, without its recipes; StudyError if there is none."""
     from hpo.space import space_from_yaml
 
     settings = StudySettings(study)

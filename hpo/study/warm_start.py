@@ -1,7 +1,6 @@
 """Import the trials of another study whose configurations the new space can express.
 
-Everything except the search and the baseline must be the same: objective, training and images. A complete trial is the
-baseline or a recipe of the new study if it has the parameters of that.
+Everything except the search and the baseline must be the same: objective, training and images.
 """
 
 from __future__ import annotations
