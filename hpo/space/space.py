@@ -254,8 +254,8 @@ class SearchSpace:
     def identity(self) -> dict[str, Any]:
         """Everything that makes trials comparable, as flat JSON data.
 
-        Not in it: settings that only steer the search; the baseline's seed, since a study seeds its trials; and the data
-        set's name, since the study adds the fingerprint of the data.
+        Not in it: settings that only steer the search; the baseline's seed, since a study seeds its trials; and the
+        data set's name, since the study adds the fingerprint of the data.
         """
         fixed = self.baseline.flat()
         kept = [path for path in fixed if path not in ("seed", "epochs", "data.name")]
