@@ -57,7 +57,6 @@ class Interrupts:
 
     @property
     def asked(self) -> bool:
-        """Whether the run should stop."""
         return self._count > 0
 
     def request(self) -> None:
@@ -65,7 +64,6 @@ class Interrupts:
         self._count = max(self._count, 1)
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if the run should stop."""
         if self.asked:
             raise KeyboardInterrupt
 

@@ -61,12 +61,7 @@ class Objective:
     """Called with the path of each complete checkpoint."""
 
     def __call__(self, trial: optuna.trial.Trial, trial_index: int) -> Outcome:
-        """Run the trial to its end.
-
-        Raises:
-            KeyboardInterrupt: The run is stopped.
-            Exception: A bug or an error of the machine; a configuration that cannot be trained is an outcome.
-        """
+        """Run the trial to its end. A configuration that cannot be trained is an outcome, not an exception."""
         params = self.space.suggest(trial)  # all of them, before anything can fail
         twin = first_twin(trial.study.get_trials(deepcopy=False), trial.params, trial_index)
         if twin is not None:
@@ -94,14 +89,12 @@ class Objective:
         return attempt.outcome("complete", statistics.fmean(attempt.values))
 
     def _config(self, trial: optuna.trial.Trial, params: dict[str, Any], trial_index: int) -> TrainConfig:
-        """The configuration with its seed: that of the parameters, or the trial's own."""
         own = trial.user_attrs.get(CONFIG)
         if own is not None:
             return TrainConfig.model_validate_json(json.dumps(own))
         return self.space.config(params).override({"seed": derive_seed(self.seed, "trial", trial_index)})
 
     def _train(self, attempt: _Attempt) -> TrainResult:
-        """Train a fold from its checkpoint, or from the start if there is none that can be used."""
         checkpoint = self.paths.checkpoint(attempt.trial_index, attempt.fold)
         if self.before_training is not None:
             self.before_training(checkpoint)
@@ -167,7 +160,6 @@ class _Attempt:
         self.metrics_file.write_text("")
 
     def begin(self, fold: int) -> None:
-        """Start a fold."""
         self.fold = fold
         self.before_s = self.history[-1].elapsed_s if self.history else 0.0
 
@@ -195,7 +187,6 @@ class _Attempt:
         )
 
     def epoch_ended(self, epoch: EpochMetrics) -> None:
-        """Report an epoch, and raise TrialPruned if the pruner ends the trial."""
         with self.objective.interrupts.held():
             self._judge(epoch)
         if epoch.epoch < self.config.epochs:  # after the last one the trial is over
@@ -238,7 +229,6 @@ class _Attempt:
         self.trial.report(value, (self.fold - 1) * self.config.epochs + epoch)
 
     def _verdict(self) -> str:
-        """The pruner's explanation, if it gives one."""
         verdict = getattr(self.trial.study.pruner, "verdict", None)
         return "" if verdict is None else str(verdict(self.trial.study, self.trial))
 
@@ -250,7 +240,6 @@ class _Attempt:
         failure: str | None = None,
         why: str = "",
     ) -> Outcome:
-        """The trial's end, with the attributes to store."""
         return Outcome(
             self.trial.number,
             self.trial_index,

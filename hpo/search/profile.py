@@ -91,7 +91,6 @@ def _remarks(measured: Profile) -> list[str]:
 
 
 def _percent(share: float) -> str:
-    """One decimal below 1 %."""
     return f"{100 * share:.0f} %" if round(100 * share) else f"{100 * share:.1f} %"
 
 
@@ -100,12 +99,10 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _flops(flops: float) -> str:
-    """For example 412 TFLOP/s or 9.5 GFLOP/s."""
     return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
-    """Format as Markdown, the first column aligned to the left and the others to the right."""
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
 
@@ -130,7 +127,6 @@ def _sizes(config: TrainConfig, splits: Splits) -> dict[str, Any]:
 
 
 def _numbers(measured: Profile) -> dict[str, Any]:
-    """All numbers of `core.loop.profile.Profile`, measured and derived."""
     return {
         **asdict(measured),
         "epoch_s": measured.epoch_s,

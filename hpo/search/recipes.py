@@ -72,7 +72,6 @@ def _run(
     interrupts: Interrupts,
     progress: StudyView,
 ) -> None:
-    """Train one recipe into its folder, or write there why it cannot be trained."""
     paths, config = study.paths.reference(recipe.name), _config_of(study, recipe)
     if paths.config.exists() and paths.config.read_text() != to_yaml(config):
         for outdated in (paths.result, *paths.checkpoints(len(splits))):
@@ -91,7 +90,6 @@ def _run(
 
 
 def _watched(progress: StudyView, interrupts: Interrupts, name: str, config: TrainConfig) -> Watch:
-    """Show each fold's training, and let an interrupt end it after an epoch."""
 
     def watch(label: str) -> Callable[[EpochMetrics], None]:
         shown = progress.training(", ".join(filter(None, (f"recipe {name}", label))), epochs=config.epochs)
@@ -110,6 +108,5 @@ def _config_of(study: Study, recipe: Recipe) -> TrainConfig:
 
 
 def _is_trained(study: Study, recipe: Recipe) -> bool:
-    """Whether the recipe has a result in its present form."""
     paths = study.paths.reference(recipe.name)
     return paths.result.exists() and paths.config.read_text() == to_yaml(_config_of(study, recipe))

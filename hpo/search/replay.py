@@ -44,12 +44,10 @@ class Replay:
 
     @property
     def name(self) -> str:
-        """Name of the folder that it is trained into."""
         return f"{self.study.name}-trial-{self.trial.number:05d}"
 
     @property
     def was(self) -> str:
-        """Its result, in words."""
         trial, study = self.trial, self.study
         if FAILURE in trial.user_attrs:
             return str(trial.user_attrs[FAILURE])
@@ -105,7 +103,6 @@ class Replay:
         ]
 
     def _apart(self, device: torch.device) -> str:
-        """Known differences between this training and the trial."""
         known: dict[str, Any] = self.study.metadata.get("versions", {})
         now = versions()
         attributes = self.trial.user_attrs
@@ -121,11 +118,7 @@ class Replay:
 
 
 def replay_of(given: str, *, storage: str | None) -> Replay:
-    """Look up the trial that `--from` names as `STUDY/NUMBER`.
-
-    Raises:
-        StudyError: There is no such study or trial, or the trial cannot be trained again.
-    """
+    """Look up the trial that `--from` names as `STUDY/NUMBER`; StudyError if it cannot be trained again."""
     name, slash, number = given.rpartition("/")
     if not (slash and name and number.isdecimal()):
         raise StudyError(f"--from {given}: give STUDY/TRIAL, as in digits/7")

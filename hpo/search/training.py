@@ -55,7 +55,6 @@ class Recorded:
 
     @property
     def spread(self) -> float | None:
-        """The sample standard deviation over the folds; None without folds."""
         return spread(self.values)
 
 

@@ -73,7 +73,6 @@ class SpaceOnDisk:
         self._warned = False
 
     def keep_within(self) -> None:
-        """Delete weights that exceed the limit."""
         if self._keep_gb is None:
             return
         sizes = {path: _size(path) for path in self._study.paths.weights_and_checkpoints()}
@@ -104,7 +103,6 @@ def _size(path: Path) -> int:
 
 
 def _complete_values(study: Study) -> dict[int, float]:
-    """Trial -> its value, larger is better."""
     return {
         trial.number: study.sign * trial.value
         for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

@@ -56,11 +56,7 @@ def _folders(kind: Kind) -> list[Path]:
 
 
 def find(name: str, kind: Kind) -> Path:
-    """Find the file that a name or path refers to.
-
-    Raises:
-        SpaceError: no such file; the message suggests the nearest name.
-    """
+    """Find the file that a name or path refers to; SpaceError with the nearest name if there is none."""
     path = Path(name)
     if path.is_file():
         return path

@@ -47,12 +47,11 @@ class ConfirmationSpace(SearchSpace):
 
     @property
     def trains_baseline(self) -> bool:
-        """False: a confirmation queues the trials that it needs."""
         return False
 
     @property
     def test_share(self) -> float:
-        """Validation images / training images of one split: the correlation term of overlapping splits."""
+        """Correlation term of overlapping splits."""
         return self.val_images / self.train_images
 
     @property
@@ -61,13 +60,10 @@ class ConfirmationSpace(SearchSpace):
         return 0.0 if self.metric == "nll" else 1 / self.val_images
 
     def suggest(self, trial: BaseTrial) -> dict[str, Any]:
-        """Return the two parameters, which were fixed when the trial was queued."""
         return {name: trial.suggest_int(name, 0, MOST) for name in (CANDIDATE, REPLICATE)}
 
     def shown(self, trial: BaseTrial) -> dict[str, Any]:
-        """The parameters as views show them, the candidate by its name."""
         return {**trial.params, CANDIDATE: trial.user_attrs[CANDIDATE]}
 
     def identity(self) -> dict[str, Any]:
-        """The search's identity without its parameters, and the confirmed study."""
         return {"confirms": self.confirms, **super().identity()}

@@ -97,11 +97,7 @@ def _too_long(name: str) -> Fault:
 
 
 def load_yaml(path: Path) -> Any:
-    """Read a YAML file as plain data, within the same bounds as a search space.
-
-    Raises:
-        SpaceError: the first fault, on one line.
-    """
+    """Read a YAML file as plain data, within the bounds of a search space; SpaceError with its first fault."""
     document, faults = read(path)
     if document is None or faults:
         raise SpaceError(faults[:1])
@@ -117,11 +113,7 @@ def shown(path: Path) -> str:
 
 
 def scalar(text: str) -> Any:
-    """Resolve a plain scalar by YAML 1.2's core schema.
-
-    Raises:
-        ValueError: a number that is not finite, or too long.
-    """
+    """Resolve a plain scalar by YAML 1.2's core schema; ValueError about a number that is not finite, or too long."""
     if NULL.fullmatch(text):
         return None
     if BOOL.fullmatch(text):
@@ -153,7 +145,6 @@ class _Reader:
         self.nodes = 0
 
     def document(self) -> Document:
-        """The only document of the stream; an empty stream is an empty mapping."""
         found: _Node | None = None
         for event in self.events:
             if isinstance(event, NodeEvent):
@@ -216,7 +207,6 @@ class _Reader:
         return content
 
     def _until_end(self) -> Iterator[Event]:
-        """The first event of each item of the current collection."""
         for event in self.events:
             if not isinstance(event, NodeEvent):
                 return

@@ -39,11 +39,10 @@ class ConfigField:
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
-        """Validates values as strictly as `TrainConfig` does."""
         return TypeAdapter(self.annotated, config=ConfigDict(strict=True))
 
     def validate(self, value: Any) -> Any:
-        """Return the value as the field stores it, a float for an int; pydantic.ValidationError if it refuses it."""
+        """Return the value as the field stores it, a float for an int; pydantic.ValidationError if it is refused."""
         return self.adapter.validate_python(value)
 
 

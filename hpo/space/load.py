@@ -140,7 +140,7 @@ def _parsed(overrides: Overrides) -> dict[str, Any]:
 
 
 class _Loader:
-    """Reads files with one set of overrides and collects their faults. Where there is a fault, methods return None."""
+    """Reads files with one set of overrides and collects their faults; what has a fault becomes None."""
 
     def __init__(self, overrides: Mapping[str, Any], settings: bool = True) -> None:
         self.faults: list[Fault] = []
@@ -164,13 +164,11 @@ class _Loader:
         return build(document, path)
 
     def checked(self, result: Result | None) -> Result:
-        """Return the result; raise SpaceError if there are faults."""
         if self.faults or result is None:
             raise SpaceError(self.sorted_faults())
         return result
 
     def sorted_faults(self) -> list[Fault]:
-        """The faults without repetitions, by file and line."""
 
         def place(fault: Fault) -> tuple[str, int]:
             name, _, line = fault.where.rpartition(":")
@@ -181,7 +179,6 @@ class _Loader:
     # Recipes
 
     def recipe(self, document: Document, path: Path) -> Recipe | None:
-        """The recipe in a file, without overrides."""
         if is_space(document):
             self._fault(document.at(), f"a search space, where a recipe is wanted: hpo run {path.stem}")
             return None
@@ -195,7 +192,6 @@ class _Loader:
         return None if checked is None or config is None else Recipe(path.stem, path, config, **dict(checked))
 
     def overridden(self, recipe: Recipe) -> Recipe | None:
-        """The recipe with the overrides applied."""
         config = self.override(recipe.config, f"{recipe.name}: ")
         return None if config is None else replace(recipe, config=config)
 
@@ -271,7 +267,6 @@ class _Loader:
         return ConfirmationSpace(name=path.stem, path=path, baseline=baseline, **given)
 
     def _head(self, document: Document) -> SpaceFile | None:
-        """Everything but base and search, with the overridden settings."""
         given = {key: value for key, value in document.content.items() if key not in ("base", "search")}
         for key, value in self.settings.items():
             section, _, name = key.partition(".")
@@ -297,7 +292,7 @@ class _Loader:
         return None
 
     def _search(self, document: Document, baseline: TrainConfig | None) -> dict[str, Parameter]:
-        """The file's parameters without the faulty ones, checked one by one and together."""
+        """The file's sound parameters."""
         given = document.content.get("search")
         if not isinstance(given, dict) or not given:
             message = "must name at least one field, with choices or with low and high"
@@ -329,7 +324,6 @@ class _Loader:
     # Overrides
 
     def _field_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The overrides of `TrainConfig`, each checked on its own."""
         values: dict[str, Any] = {}
         for key, value in given.items():
             field = config_fields().get(key)
@@ -343,7 +337,7 @@ class _Loader:
         return values
 
     def override(self, config: TrainConfig, prefix: str = "") -> TrainConfig | None:
-        """The configuration with the overrides applied, unless its fields then contradict each other."""
+        """The configuration with the overrides applied."""
         try:
             return config.override(self.fields)
         except ValidationError as error:
@@ -385,7 +379,7 @@ class _Loader:
         return lambda place, message: self._fault_at(document, place, message)
 
     def _fault_at(self, document: Document, place: Place, message: str) -> None:
-        """A fault of a key or item, as `search.optim.lr: …`; of a whole file without a place."""
+        """Add a fault of a key or item, as `search.optim.lr: …`."""
         path = ".".join(map(str, place))
         self._fault(document.at(*place), f"{path}: {message}" if path else message)
 
@@ -394,7 +388,6 @@ class _Loader:
 
 
 def _unknown_field(loc: Place, more: Iterable[str]) -> str:
-    """The message for an unknown key in a configuration."""
     path = ".".join(map(str, loc))
     if path in config_fields():
         return f"must be written nested: {path.replace('.', ': {')}: …{'}' * path.count('.')}"

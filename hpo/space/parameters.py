@@ -73,7 +73,6 @@ def _read(field: ConfigField, entry: Mapping[str, Any], report: Report) -> Param
 
 
 def _fault(field: ConfigField, value: Any) -> str | None:
-    """The message if the field refuses the value."""
     try:
         field.validate(value)
     except ValidationError as error:

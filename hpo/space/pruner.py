@@ -96,7 +96,6 @@ class RungPruner(BasePruner):
         self._marked: set[int] = set()  # ids of trials whose attribute is in the storage
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Whether the trial was outranked at a rung that it has reached."""
         if spared(trial) or trial.last_step is None:
             return False
         places = self._stored_places(study, trial)

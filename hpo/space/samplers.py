@@ -132,7 +132,6 @@ class _ByTrialIndex:
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
-        """Optuna's samplers call this method."""
         trials = [
             _renumbered(trial)
             for trial in get_trials_cached(self._study, use_cache=use_cache)

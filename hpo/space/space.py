@@ -223,7 +223,6 @@ class SearchSpace:
         return self.baseline.override(self._decode(params))
 
     def shown(self, trial: BaseTrial) -> dict[str, Any]:
-        """A trial's parameters as views show them."""
         return dict(trial.params)
 
     def baseline_params(self) -> dict[str, Any]:
@@ -280,7 +279,6 @@ class SearchSpace:
         return {path: self.search[path].decode(value) for path, value in params.items()}
 
     def _holds(self, when: Mapping[str, tuple[Any, ...]], values: Mapping[str, Any]) -> bool:
-        """Whether a condition is met, given the values of the active parameters so far."""
         return all(
             (path in values and values[path] in allowed)
             if path in self.search

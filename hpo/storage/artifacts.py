@@ -116,13 +116,11 @@ class ArtifactStore:
                     self._files.rm_file(path)
 
     def exists(self, name: str) -> bool:
-        """Return whether the store has a file."""
         target = self._at(name)
         with self._explained("read"):
             return bool(self._files.exists(target))
 
     def size(self) -> int:
-        """Return the size of all the study's files in bytes."""
         with self._explained("read"):
             try:
                 return sum(int(info["size"] or 0) for info in self._files.find(self._root, detail=True).values())
@@ -168,7 +166,6 @@ class ArtifactStore:
         return cast("OptunaArtifactStore", _Artifacts(self, folder.relative_to(self._folder).as_posix()))
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading; FileNotFoundError if there is none."""
         return cast("BinaryIO", self._files.open(self._at(name), "rb"))
 
     def _at(self, name: str) -> str:
@@ -189,7 +186,7 @@ class ArtifactStore:
 
 
 class _Artifacts:
-    """The interface that Optuna and its dashboard expect of an artifact store."""
+    """Implements Optuna's protocol."""
 
     def __init__(self, store: ArtifactStore, folder: str) -> None:
         self._store, self._folder = store, folder
@@ -214,12 +211,10 @@ class _Artifacts:
 
 
 def _tag_file(checkpoint: Path) -> Path:
-    """The file beside a checkpoint that holds its tag in the store."""
     return checkpoint.with_name(checkpoint.name + ".mark")
 
 
 def _advice(url: str, error: Exception, done: str) -> str:
-    """The problem with the store, and how to fix it."""
     scheme = url.partition("://")[0]
     if (module := missing_module(error)) is not None:
         return f"{scheme}:// needs {module}: pip install {module}"

@@ -1,7 +1,7 @@
 """Leases: which process runs a trial, so that trials of dead processes can be reclaimed.
 
-A process of the same host is checked by its number and start time, which is certain. Processes of other hosts are
-checked by their heartbeats in a database, timed by its server's clock only. A journal has none.
+A process of the same host is checked by its number and start time, those of other hosts by their heartbeats in a
+database, timed by its server's clock only. A journal has none.
 """
 
 from __future__ import annotations

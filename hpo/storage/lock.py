@@ -32,7 +32,7 @@ _PAUSE_S = 0.002  # between two checks of a link; Optuna holds its link for a wr
 
 
 class JournalLock(BaseJournalFileLock):
-    """Excludes every other writer of the journal at `path`. An exception of a signal handler ends the waiting."""
+    """Excludes every other writer of the journal. An exception of a signal handler ends the waiting."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -57,7 +57,6 @@ class JournalLock(BaseJournalFileLock):
         return True
 
     def release(self) -> None:
-        """Release the lock, which must be held."""
         if self._optunas is not None:
             self._optunas.release()
             return
@@ -76,7 +75,6 @@ class JournalLock(BaseJournalFileLock):
         self.release()
 
     def is_left_by_dead(self) -> bool:
-        """Return whether the link was left by a dead process, as far as this machine can check."""
         if fcntl is not None and self._flock.exists():
             descriptor = os.open(self._flock, os.O_RDWR)
             try:
@@ -111,7 +109,6 @@ class JournalLock(BaseJournalFileLock):
                 time.sleep(_PAUSE_S)
 
     def _holder(self) -> str | None:
-        """The link's text; None if there is no link."""
         try:
             return os.readlink(self._link)  # noqa: PTH115 — a Path would normalize the text
         except FileNotFoundError:

@@ -113,7 +113,6 @@ def is_no_outage(_record: logging.LogRecord) -> bool:
 
 
 def _kind_of(error: BaseException) -> _Kind | None:
-    """The kind of a server's problem; None for all other errors."""
     cause = _cause_of(error)
     if cause is None or cause.orig is None:
         return None
@@ -123,7 +122,6 @@ def _kind_of(error: BaseException) -> _Kind | None:
 
 
 def _cause_of(error: BaseException | None) -> DBAPIError | None:
-    """The driver's error behind Optuna's."""
     while error is not None and not isinstance(error, DBAPIError):
         # If Optuna tried another query in the same transaction, SQLAlchemy's error hides the first one.
         error = error.__context__ if isinstance(error, PendingRollbackError) else error.__cause__

@@ -46,7 +46,6 @@ def options_of(url: str) -> set[str]:
 
 
 def _secrets(url: str) -> list[str]:
-    """The secret parts of a URL as they are written there."""
     if is_journal(url):
         return []
     # The password of urlsplit stops at a `/` or `#`, which users forget to quote. There may be several schemes, as in

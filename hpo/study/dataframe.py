@@ -86,7 +86,6 @@ def trials_frame(study: Study) -> pandas.DataFrame:
 
 
 def _searched(identity: Mapping[str, Any]) -> dict[str, str]:
-    """Column of each searched field -> its type."""
     found = {}
     for key, parameter in identity.items():
         section, _, path = key.partition(".")
@@ -98,7 +97,6 @@ def _searched(identity: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
-    """The columns of a trial."""
     attributes = trial.user_attrs
     reported = trial.intermediate_values
     row: dict[str, Any] = {

@@ -114,7 +114,6 @@ def check_weights(name: str, metadata: Mapping[str, Any], files: Iterable[str | 
 
 
 def _weight_files(space: SearchSpace) -> list[str]:
-    """Files of pretrained weights that trials may start from."""
     searched = space.search.get(_FILE)
     choices = searched.describe().get("choices", []) if searched else []
     return sorted({file for file in (space.baseline.model.pretrained_file, *choices) if file is not None})

@@ -103,7 +103,6 @@ def _metadata_of(study: optuna.Study, url: str) -> dict[str, Any] | None:
 
 
 def _begin(study: optuna.Study, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Store the metadata of a new study."""
     from optuna.exceptions import ExperimentalWarning
 
     with warnings.catch_warnings():
@@ -191,7 +190,6 @@ def list_studies() -> list[Study]:
 
 
 def _by_last_run() -> list[str]:
-    """Names of all studies, the last run first."""
     files = [StudyPaths(folder).study_yaml for folder in studies_root().glob("*")]
     found = sorted(filter(Path.exists, files), key=lambda file: file.stat().st_mtime, reverse=True)
     return [file.parent.name for file in found]

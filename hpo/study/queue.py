@@ -308,7 +308,6 @@ class TrialQueue:
         return len(self._waiting())
 
     def _waiting(self) -> list[tuple[int, FrozenTrial]]:
-        """The waiting trials of the total by index, lowest first."""
         total = self._settings.total
         return [
             (trial_index, trial)

@@ -12,12 +12,7 @@ from hpo.storage.atomic import replacing
 
 
 def write_result(paths: TrainingPaths, result: dict[str, Any]) -> None:
-    """Write `result.json` atomically.
-
-    Args:
-        paths: The training's folder.
-        result: Its `value`, or `failure` if it could not be trained, and more.
-    """
+    """Write `result.json` atomically: its `value`, or `failure` if it could not be trained, and more."""
     with replacing(paths.result) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
 

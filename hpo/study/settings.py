@@ -16,8 +16,6 @@ T = TypeVar("T")
 
 
 class _Setting(Generic[T]):
-    """A setting with its default. Assigning one stores it if it differs."""
-
     def __init__(self, key: str, default: T) -> None:
         self._key, self._default = key, default
 
@@ -31,7 +29,7 @@ class _Setting(Generic[T]):
 
 
 class StudySettings:
-    """Settings of a study in its storage."""
+    """Settings of a study in its storage. Assigning one stores it if it differs."""
 
     total = _Setting[int | None]("trials", None)
     """Number of trials that the study was last run for; None before its first run."""
@@ -57,7 +55,6 @@ class StudySettings:
             self._study.set_user_attr(key, value)
 
     def set_space(self, space: SearchSpace) -> None:
-        """Store the search space."""
         from hpo.space import space_to_yaml
 
         self.space = space_to_yaml(space)
@@ -68,7 +65,6 @@ class StudySettings:
         return None if known is None else (int(known["trials"]), str(known["why"]))
 
     def set_packing(self, device: str, trials: int, why: str) -> None:
-        """Store the best number of simultaneous trials on a device of this host, and the reason."""
         self.set("packing", {**self.get("packing", {}), _on_this_host(device): {"trials": trials, "why": why}})
 
     def add_device(self, device: str) -> None:

@@ -69,12 +69,10 @@ class Study:
 
     @property
     def name(self) -> str:
-        """The study's name."""
         return self.paths.name
 
     @property
     def space_name(self) -> str:
-        """Name of the search space."""
         return str(self.metadata["space"])
 
     @property
@@ -85,7 +83,6 @@ class Study:
 
     @property
     def metric(self) -> str:
-        """Name of the objective."""
         return str(self.metadata["metric"])
 
     @property
@@ -95,7 +92,6 @@ class Study:
 
     @property
     def sign(self) -> int:
-        """1 if the objective is maximized, -1 if it is minimized."""
         return 1 if self.direction == "maximize" else -1
 
     @property
@@ -110,7 +106,6 @@ class Study:
 
     @property
     def data_name(self) -> str:
-        """Name of the data set."""
         return str(self.metadata["data"]["name"])
 
     @property
@@ -126,16 +121,16 @@ class Study:
 
     @property
     def total(self) -> int | None:
-        """Number of trials that the study was last run for; None before its first run."""
+        """Number of trials that the study was last run for; None before."""
         return self.settings.total
 
     @property
     def command(self) -> str | None:
-        """Command that last ran the study, without any password; None before its first run."""
+        """Command that last ran the study, without any password; None before."""
         return self.settings.command
 
     def space(self) -> SearchSpace:
-        """Return the search space of the last run, without its recipes; for errors, see `stored_space`."""
+        """Return the search space of the last run, without its recipes."""
         return stored_space(self.optuna)
 
     def check_data(self, dataset: Dataset) -> None:
@@ -149,7 +144,6 @@ class Study:
     # Trials and results
 
     def counts(self) -> Counts:
-        """Return the number of trials by state."""
         return count_trials(self.optuna.get_trials(deepcopy=False))
 
     def best_trial(self) -> FrozenTrial | None:
@@ -159,11 +153,7 @@ class Study:
         return min(complete, key=lambda trial: (-self.sign * _value(trial), trial_index_of(trial)), default=None)
 
     def trained(self, number: int) -> Trained:
-        """Return the configuration and the result of a complete trial.
-
-        Raises:
-            StudyError: There is no such trial, or it is not complete.
-        """
+        """Return the configuration and the result of a complete trial; StudyError if there is no such."""
         trials = self.optuna.get_trials(deepcopy=False)
         if not 0 <= number < len(trials):
             raise StudyError(f"study {self.name} has no trial {number}; its trials are 0 to {len(trials) - 1}")
@@ -176,11 +166,7 @@ class Study:
         return Trained(config, _value(trial), epochs=int(trial.user_attrs.get("kept_epoch", ran)), ran=ran)
 
     def config_of(self, trial: FrozenTrial) -> TrainConfig:
-        """Return the configuration of a trial in any state, with its seed.
-
-        Raises:
-            StudyError: Its parameters make no valid configuration.
-        """
+        """Return the configuration of a trial in any state, with its seed; StudyError if its parameters make none."""
         from pydantic import ValidationError
 
         from core.config import TrainConfig
