@@ -178,18 +178,19 @@ class _Attempt:
                 self._report(epoch)
             self.trial.set_user_attr(RESUMED_EPOCH, (self.fold - 1) * self.config.epochs + len(history))
         fold = f" of {fold_label(self.fold, self.folds)}" if self.folds > 1 else ""
-        logger.info(
-            "trial %d resumes after epoch %d%s, from the checkpoint of trial index %d",
-            self.trial.number,
-            len(history),
-            fold,
-            self.trial_index,
-        )
+        text = "trial %d resumes after epoch %d%s, from the checkpoint of trial index %d"
+        logger.info(text, self.trial.number, len(history), fold, self.trial_index)
 
     def epoch_ended(self, epoch: EpochMetrics) -> None:
+        # After the last epoch the trial is over; `end` judges a fold by its kept epoch.
+        last = epoch.epoch == self.config.epochs
         with self.objective.interrupts.held():
-            self._judge(epoch)
-        if epoch.epoch < self.config.epochs:  # after the last one the trial is over
+            self._report(epoch)
+            pruned = not last and self.trial.should_prune()
+            self.objective.progress.refresh()
+            if pruned:
+                raise optuna.TrialPruned(self._verdict() or f"pruned at epoch {epoch.epoch}")
+        if not last:
             self.objective.interrupts.check()
 
     def end(self, result: TrainResult) -> None:
@@ -204,15 +205,6 @@ class _Attempt:
         self._report_value(statistics.fmean(self.values), epoch=self.config.epochs)
         if self.fold < self.folds and self.trial.should_prune():
             raise optuna.TrialPruned(self._verdict() or f"pruned at the end of fold {self.fold}")
-
-    def _judge(self, epoch: EpochMetrics) -> None:
-        self._report(epoch)
-        # At the last epoch there is nothing left to save. The end of a fold is judged by its kept epoch, in `end`.
-        last = epoch.epoch == self.config.epochs
-        pruned = not last and self.trial.should_prune()
-        self.objective.progress.refresh()
-        if pruned:
-            raise optuna.TrialPruned(self._verdict() or f"pruned at epoch {epoch.epoch}")
 
     def _report(self, epoch: EpochMetrics) -> None:
         timed = replace(epoch, elapsed_s=self.before_s + epoch.elapsed_s)

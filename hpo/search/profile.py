@@ -27,7 +27,8 @@ def profile_training(
     """Measure a training before it starts, show how its time is spent, and write that into its folder."""
     reporter.say(f"profiling {name}: its last steps, timed; {describe_device(device)}")
     measured = profile(config, splits, device=device)
-    columns, rows = _columns(measured), _rows(measured)
+    columns = ["part", "s an epoch", "share", *([] if measured.replayed is None else ["kernel by kernel, s"])]
+    rows = _rows(measured)
     reporter.table(columns, rows, right=range(1, len(columns)))
     remarks = _remarks(measured)
     for remark in remarks:
@@ -46,25 +47,17 @@ def profile_training(
     paths.profile.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
-def _columns(measured: Profile) -> list[str]:
-    by_kernel = [] if measured.replayed is None else ["kernel by kernel, s"]
-    return ["part", "s an epoch", "share", *by_kernel]
-
-
 def _rows(measured: Profile) -> list[Row]:
     """One row per part, then their sum. Seconds have the decimals that the sum needs for four digits."""
     decimals = max(3 - math.floor(math.log10(measured.epoch_s)), 0)
-    trained, launched = measured.parts(measured.trained), measured.parts(measured.launched)
-    parts: list[tuple[str, float, float]] = [(part, seconds, launched[part]) for part, seconds in trained.items()]
-    return [
-        (
-            part,
-            f"{seconds:.{decimals}f}",
-            _percent(seconds / measured.epoch_s),
-            *([] if measured.replayed is None else [f"{by_kernel:.{decimals}f}"]),
-        )
-        for part, seconds, by_kernel in [*parts, ("epoch", measured.epoch_s, sum(launched.values()))]
-    ]
+    trained: dict[str, float] = {**measured.parts(measured.trained), "epoch": measured.epoch_s}
+    launched: dict[str, float] = {**measured.parts(measured.launched)}
+    launched["epoch"] = sum(launched.values())
+    rows = []
+    for part, seconds in trained.items():
+        by_kernel = [] if measured.replayed is None else [f"{launched[part]:.{decimals}f}"]
+        rows.append((part, f"{seconds:.{decimals}f}", _percent(seconds / measured.epoch_s), *by_kernel))
+    return rows
 
 
 def _remarks(measured: Profile) -> list[str]:
@@ -127,15 +120,11 @@ def _sizes(config: TrainConfig, splits: Splits) -> dict[str, Any]:
 
 
 def _numbers(measured: Profile) -> dict[str, Any]:
+    derived = ("epoch_s", "images_per_s", "graph_saves", "step_flops", "network_flops", "largest")
     return {
         **asdict(measured),
-        "epoch_s": measured.epoch_s,
+        **{name: getattr(measured, name) for name in derived},
         "shares": {part: s / measured.epoch_s for part, s in measured.parts(measured.trained).items()},
-        "images_per_s": measured.images_per_s,
-        "graph_saves": measured.graph_saves,
-        "step_flops": measured.step_flops,
-        "network_flops": measured.network_flops,
         "step_share_of_peak": measured.step_flops / measured.peak_flops,
         "network_share_of_peak": measured.network_flops / measured.peak_flops,
-        "largest": measured.largest,
     }

@@ -80,7 +80,8 @@ class Replay:
             return f"{trial} has no epoch to compare with"
         for place, here, there in pairs:
             for key in here:
-                if key not in _TIMES and _as_text(here[key]) != _as_text(there.get(key)):
+                # As JSON, so that values compare bit for bit and NaN equals itself.
+                if key not in _TIMES and json.dumps(here[key]) != json.dumps(there.get(key)):
                     return (
                         f"{trial} differs from {place} on: {key} {here[key]!r} against {there.get(key)!r} "
                         f"({self._apart(device)})"
@@ -119,8 +120,8 @@ class Replay:
 
 def replay_of(given: str, *, storage: str | None) -> Replay:
     """Look up the trial that `--from` names as `STUDY/NUMBER`; StudyError if it cannot be trained again."""
-    name, slash, number = given.rpartition("/")
-    if not (slash and name and number.isdecimal()):
+    name, _, number = given.rpartition("/")
+    if not (name and number.isdecimal()):
         raise StudyError(f"--from {given}: give STUDY/TRIAL, as in digits/7")
     study = find_study(name, storage_url=storage)
     trials = study.optuna.get_trials(deepcopy=False)
@@ -157,8 +158,3 @@ def _reports(recorded: Recorded, metric: str, epochs: int) -> dict[int, float]:
 
 def _place(row: Mapping[str, Any]) -> str:
     return f"epoch {row['epoch']}" + (f" of fold {row['fold']}" if "fold" in row else "")
-
-
-def _as_text(value: Any) -> str:
-    """The value as JSON, so that values compare bit for bit and NaN equals itself."""
-    return json.dumps(value)

@@ -32,9 +32,10 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = ("objective", "sampler", "pruner", "confirm")
-"""The sections of a space, beside those of `TrainConfig`, that `--set` can change."""
-HEAD = ("description", "trials", *SECTIONS)
+SETTINGS = ("trials", "objective", "sampler", "pruner", "confirm")
+"""Keys of a space, beside those of `TrainConfig`, that `--set` can change."""
+SUGGESTED = ("trials", "sampler.name", "pruner.name", "objective.metric", "confirm.budget")
+HEAD = ("description", *SETTINGS)
 """Fields of `SpaceFile` that a `SearchSpace` takes as they are."""
 
 
@@ -144,7 +145,9 @@ class _Loader:
 
     def __init__(self, overrides: Mapping[str, Any], settings: bool = True) -> None:
         self.faults: list[Fault] = []
-        self.settings = {key: value for key, value in overrides.items() if settings and _is_setting(key)}
+        self.settings = {
+            key: value for key, value in overrides.items() if settings and key.partition(".")[0] in SETTINGS
+        }
         self.fields = self._field_values({key: value for key, value in overrides.items() if key not in self.settings})
 
     def built(
@@ -328,7 +331,7 @@ class _Loader:
         for key, value in given.items():
             field = config_fields().get(key)
             if field is None:
-                self._fault(f"--set {key}", no_such_field(key, _setting_names()))
+                self._fault(f"--set {key}", no_such_field(key, SUGGESTED))
                 continue
             try:
                 values[key] = field.validate(value)
@@ -396,11 +399,3 @@ def _unknown_field(loc: Place, more: Iterable[str]) -> str:
 
 def _family(config: TrainConfig) -> str:
     return config.model.name.partition("/")[0]
-
-
-def _is_setting(key: str) -> bool:
-    return key == "trials" or key.partition(".")[0] in SECTIONS
-
-
-def _setting_names() -> list[str]:
-    return ["trials", "sampler.name", "pruner.name", "objective.metric", "confirm.budget"]

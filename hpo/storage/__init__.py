@@ -1,7 +1,6 @@
 """Storages of studies: Optuna's journal file by default, or any storage that a URL names.
 
-Errors are one line, without the password. A record torn by a crash and the lock of a killed process are repaired. A
-database server that restarts is waited for. A new kind of storage is a branch of `open_storage`, with its driver in
+Errors are one line, without the password. A new kind of storage is a branch of `open_storage`, with its driver in
 `urls.py`. Only this package uses private names of Optuna.
 """
 

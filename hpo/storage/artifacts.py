@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from hpo.errors import FULL_DISK, StudyError
 from hpo.storage import mask
+from hpo.storage.atomic import replacing
 from hpo.storage.urls import missing_module, words_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class ArtifactStore:
     Every method raises StudyError if the store cannot be reached, is full, or denies access.
 
     Args:
-        url: A path or URL; the files are in a folder of the study's name there.
+        url: The files are in a folder of the study's name there.
         folder: The study's folder on this machine.
     """
 
@@ -93,20 +94,14 @@ class ArtifactStore:
         """Fetch a file, in place of `local`; False if the store has no such file."""
         source = self._at(name)
         local.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = local.with_name(f".{local.name}.{uuid.uuid4().hex}{_UNFINISHED}")
-        try:
-            with self._explained("read"):
-                try:
-                    self._files.get_file(source, str(unfinished))
-                except FileNotFoundError:
-                    return False
-            unfinished.replace(local)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return True
+        with self._explained("read"), contextlib.suppress(FileNotFoundError):
+            with replacing(local) as unfinished:
+                self._files.get_file(source, str(unfinished))
+            return True
+        return False
 
     def remove(self, name: str) -> None:
-        """Delete a file if it exists, and incomplete copies that killed processes have left."""
+        """Delete a file if it exists, and the incomplete copies of killed processes."""
         target = self._at(name)
         with self._explained("written"):
             parent, _, last = target.rpartition("/")
@@ -121,11 +116,9 @@ class ArtifactStore:
             return bool(self._files.exists(target))
 
     def size(self) -> int:
-        with self._explained("read"):
-            try:
-                return sum(int(info["size"] or 0) for info in self._files.find(self._root, detail=True).values())
-            except FileNotFoundError:
-                return 0
+        with self._explained("read"), contextlib.suppress(FileNotFoundError):
+            return sum(int(info["size"] or 0) for info in self._files.find(self._root, detail=True).values())
+        return 0
 
     def bring(self, checkpoint: Path) -> None:
         """Fetch a checkpoint before a training, if another machine has stored a later one."""
@@ -150,19 +143,16 @@ class ArtifactStore:
         _tag_file(checkpoint).unlink(missing_ok=True)
 
     def _tag(self, checkpoint: Path) -> str | None:
-        """A tag that changes with every stored version of the checkpoint; None if there is none."""
-        there = self._at(self._name(checkpoint))
-        with self._explained("read"):
-            try:
-                return str(self._files.ukey(there))
-            except FileNotFoundError:
-                return None
+        """A tag of the stored version of the checkpoint; None if there is none."""
+        with self._explained("read"), contextlib.suppress(FileNotFoundError):
+            return str(self._files.ukey(self._at(self._name(checkpoint))))
+        return None
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self._folder).as_posix()
 
     def for_optuna(self, folder: Path) -> OptunaArtifactStore:
-        """Return the part of the store that is a folder of the study's folder, for Optuna and its dashboard."""
+        """Return a folder of the study's folder as a store for Optuna and its dashboard."""
         return cast("OptunaArtifactStore", _Artifacts(self, folder.relative_to(self._folder).as_posix()))
 
     def open(self, name: str) -> BinaryIO:

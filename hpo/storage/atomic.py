@@ -16,9 +16,7 @@ UNFINISHED = ".tmp"
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """Replace a file atomically by the one that the block writes; after an exception the old one stays.
 
-    Args:
-        path: The file to replace or create; the block gets a unique path in the same folder to write to.
-        synced: Sync the new file first, so that it survives a power failure.
+    The block gets a unique path in the same folder. If `synced`, the new file survives a power failure.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
     try:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Sequence
 from datetime import datetime
 from functools import wraps
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
@@ -21,22 +22,21 @@ from sqlalchemy import Engine, event
 
 from hpo.storage.lease import LEASE, own_lease
 from hpo.storage.outage import Outage, is_no_outage
-from hpo.storage.urls import options_of
 
 HEARTBEAT_S = 30
 """Seconds between two heartbeats of a running trial; each is one write."""
 GRACE_S = 360
-"""Seconds without a heartbeat until a trial counts as dead; workers that survive an outage send one before."""
+"""Seconds without a heartbeat until a trial counts as dead; longer than any outage that is waited for."""
 
 # Timeouts of a connection to a server, and of a locked SQLite file.
 _CONNECT_TIMEOUT_S = 10
 _SQLITE_TIMEOUT_S = 60
 # Seconds until a lost machine is noticed; the default of most systems is two hours.
 _SILENCE_S = 60
-# Most trials that are read by id: SQLite before 3.32 takes 999 values in a statement.
+# Trials that are read by id: SQLite before 3.32 takes 999 values in a statement.
 _MOST_BY_NUMBER = 900
 _LAST_TRIAL = 2**31 - 1  # largest value of the id column
-# Attempts to open a schema that another process is creating, which takes about a second.
+# For a schema that another process is creating, which takes about a second.
 _SCHEMA_ATTEMPTS = 20
 _SCHEMA_PAUSE_S = 0.25
 
@@ -66,9 +66,9 @@ def _with_tables(url: str) -> _Database:
 def _engine_options(url: str) -> dict[str, Any]:
     if url.startswith("sqlite"):
         return {"connect_args": {"timeout": _SQLITE_TIMEOUT_S}}
-    # A check for dropped connections would take a sixth longer; failed operations are repeated on a new connection.
+    # No check for dropped connections, which takes a sixth longer: failed operations are repeated on a new one.
     options: dict[str, Any] = {"pool_pre_ping": False}
-    # One for the worker and a short-lived one for its heartbeat: PostgreSQL allows 100 by default.
+    # One for the worker, one for its heartbeat: PostgreSQL allows 100 by default.
     options |= {"pool_size": 1, "max_overflow": 9}
     if url.startswith("postgresql"):
         known = {"keepalives_idle": _SILENCE_S // 2, "keepalives_interval": _SILENCE_S // 6, "keepalives_count": 3}
@@ -77,7 +77,7 @@ def _engine_options(url: str) -> dict[str, Any]:
         known = {"connect_timeout": _CONNECT_TIMEOUT_S, "read_timeout": _SILENCE_S, "write_timeout": _SILENCE_S}
     else:
         return options
-    asked = options_of(url)
+    asked = {name for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)}
     return options | {"connect_args": {name: value for name, value in known.items() if name not in asked}}
 
 
@@ -111,7 +111,7 @@ class _Database(RDBStorage):
             trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
             self.check_trial_is_updatable(trial_id, trial.state)
             if trial.state != TrialState.WAITING:
-                # Another process has it, or this one, if the earlier attempt succeeded and its answer was lost.
+                # Another process has it, or this one, if the answer to its earlier attempt was lost.
                 leases = [json.loads(item.value_json) for item in trial.user_attributes if item.key == LEASE]
                 return again and leases == [own_lease()]
             self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, LEASE, own_lease())
@@ -138,7 +138,7 @@ class _Database(RDBStorage):
         included_trial_ids: set[int],
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
-        """Read trials as Optuna does, but waiting ones only once until they run: most trials of a study are waiting."""
+        """Read trials as Optuna does, but waiting ones, which are most, only once until they run."""
         if states is not None:
             return super()._get_trials(study_id, states, included_trial_ids, trial_id_greater_than)
         with _create_scoped_session(self.scoped_session) as session:
@@ -188,8 +188,8 @@ _ON_CONNECT = {
 def _set_up(engine: Engine) -> None:
     """Prepare every connection, and make every transaction of SQLite exclusive from its start.
 
-    SQLite has no SELECT … FOR UPDATE, so in deferred transactions two processes could claim the same trial, or one that
-    writes after reading would get "database is locked".
+    SQLite has no SELECT … FOR UPDATE: with deferred transactions two processes could claim the same trial, or get
+    "database is locked".
     """
     is_sqlite = engine.name == "sqlite"
 

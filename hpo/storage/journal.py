@@ -1,7 +1,7 @@
 """Optuna's journal file, protected against crashes, full disks and killed writers.
 
-A failed or killed write leaves a torn tail without a newline, which no process has read; the next holder of the lock
-cuts it off. Optuna 5.0 appends to the tail, and then cannot read the journal any more; that is repaired too.
+A failed or killed write leaves a torn tail without a newline, which the next holder of the lock cuts off. Optuna 5.0
+appends to the tail, and then cannot read the journal any more; that is repaired too.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class _Journal(JournalFileBackend):
                 os.fsync(descriptor)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """Yield the records from this number on; StudyError if the journal is damaged, and not by a crash."""
+        """Yield the records from this number on; StudyError about damage that is not a crash's."""
         number = log_number_from
         with _explained(self._path, "read"):
             try:

@@ -31,8 +31,7 @@ logger = logging.getLogger(__name__)
 LEASE = "lease"
 """User attribute of a claimed trial: host, boot, process and its start time."""
 
-# A running trial without a lease is being claimed, or its process died between the two writes. A write takes
-# milliseconds, a few seconds under many workers.
+# A running trial without a lease is being claimed, or its process died between the two writes.
 _GRACE_S = 60
 
 # Inode of the pid namespace that a machine boots with: PROC_PID_INIT_INO of Linux (include/linux/proc_ns.h).
@@ -69,7 +68,7 @@ def held_elsewhere(trial: FrozenTrial) -> Held | None:
 
 
 def is_abandoned(trial: FrozenTrial) -> bool:
-    """Return whether the process that claimed a running trial is dead, as far as this host can check."""
+    """Return whether the process of a running trial is dead, as far as this host can check."""
     lease = trial.user_attrs.get(LEASE)
     if lease is None:
         begun = trial.datetime_start
@@ -84,7 +83,7 @@ def is_abandoned(trial: FrozenTrial) -> bool:
 
 
 def died_alone(trial: FrozenTrial) -> bool:
-    """Return whether an abandoned trial's process died without its machine or parent, perhaps by its configuration."""
+    """Return whether an abandoned trial's process died without its machine or parent."""
     lease = trial.user_attrs.get(LEASE)
     if lease is None or lease["host"] != host() or lease["boot"] != _boot_id():
         return False

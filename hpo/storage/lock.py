@@ -27,8 +27,8 @@ except ImportError:  # Windows, where Optuna's own lock is used
     fcntl = None  # type: ignore[assignment]
 
 GRACE_S = 30
-"""Seconds without a write after which a link counts as a dead process's, as in Optuna's JournalFileSymlinkLock."""
-_PAUSE_S = 0.002  # between two checks of a link; Optuna holds its link for a write and a sync, some milliseconds
+"""Seconds without a write until a link counts as a dead process's, as in Optuna's JournalFileSymlinkLock."""
+_PAUSE_S = 0.002  # between two checks of a link; Optuna holds its own for some milliseconds
 
 
 class JournalLock(BaseJournalFileLock):
@@ -132,7 +132,7 @@ class JournalLock(BaseJournalFileLock):
 def _link_text(name: str) -> str:
     """A path to the journal that names this machine, in `./` and `.//` for the bits of a checksum.
 
-    Optuna reads the time of the link's target. ext4 stores up to 60 bytes without a block that a full disk lacks.
+    Optuna reads the time of the link's target. ext4 stores up to 60 bytes without using a block.
     """
     bits = zlib.crc32(machine().encode()) & 0xFFFF
     return "".join(".//" if bits >> place & 1 else "./" for place in range(16)) + name

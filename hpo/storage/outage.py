@@ -22,26 +22,26 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 300.0
 """Seconds to retry: enough for the restart of a machine and the recovery of a database."""
 
-# Pauses between attempts double, and are randomly up to half shorter, so that workers do not retry at the same moment.
+# Pauses double, and are randomly up to half shorter, so that workers do not retry at the same moment.
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 10.0
 
 _Kind = Literal["lost", "busy", "full"]
 _CODES: dict[_Kind, re.Pattern[str]] = {
-    # No connection, or a broken one; too many of them; a shutdown, a start; a standby that is not the primary yet.
+    # No connection, or a broken one; too many; a shutdown, a start; a standby that is not the primary yet.
     "lost": re.compile(r"08\w{3}|53300|57P0[1235]|25006|1040|1053|2002|2003|2006|2013|2055"),
     # A deadlock or a lock timeout: the other transaction succeeded, and this one can be repeated.
     "busy": re.compile(r"40001|40P01|55P03|1205|1213|SQLITE_(BUSY|LOCKED)\w*"),
     "full": re.compile(r"53100|1021|1114|SQLITE_(FULL|IOERR\w*)"),
 }
-"""PostgreSQL's SQLSTATE (appendix A of its manual), MySQL's numbers and SQLite's names; messages vary by language."""
+"""PostgreSQL's SQLSTATE (appendix A of its manual), MySQL's numbers and SQLite's names."""
 _NO_CONNECTION = "08001"
 
 _T = TypeVar("_T")
 
 
 class Outage:
-    """State of a server that all threads of this process share, so that an outage is logged once."""
+    """State of a server, shared by all threads of this process, so that an outage is logged once."""
 
     def __init__(self, url: str) -> None:
         self._url = url

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, unquote_plus, urlsplit
+from urllib.parse import unquote_plus
 
 MASK = "***"
 _DRIVERS = {
@@ -40,22 +40,16 @@ def is_masked(url: str) -> bool:
     return MASK in _secrets(url)
 
 
-def options_of(url: str) -> set[str]:
-    """Return the names of the options after a URL's `?`."""
-    return {name for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)}
-
-
 def _secrets(url: str) -> list[str]:
     if is_journal(url):
         return []
-    # The password of urlsplit stops at a `/` or `#`, which users forget to quote. There may be several schemes, as in
-    # `simplecache::ftp://`.
+    # The password of urlsplit stops at a `/` or `#`, which users forget to quote. There may be several schemes.
     found = re.search(r"://[^:@/]*:(.+)@", url)
     return ([found[1]] if found else []) + re.findall(rf"(?i)[?&](?:{_SECRET_PARAMETERS})=([^&#]+)", url)
 
 
 def advice(url: str, error: BaseException) -> str:
-    """Describe the problem with a storage that cannot be opened, and how to fix it."""
+    """Describe why a storage cannot be opened, and how to fix it."""
     missing = missing_module(error)
     if missing in _DRIVERS:
         extra, scheme = _DRIVERS[missing]
@@ -79,7 +73,7 @@ def words_of(url: str, error: BaseException) -> str:
 
 
 def missing_module(error: BaseException | None) -> str | None:
-    """Return the name of the module whose import failed, if that is the cause of an error."""
+    """Return the name of the module whose import failed, if that caused the error."""
     while error is not None:
         if isinstance(error, ModuleNotFoundError):
             return error.name

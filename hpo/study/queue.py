@@ -95,7 +95,7 @@ class TrialQueue:
         effective = effective_trials(trials)
         for trial in trials:
             if trial.state == TrialState.WAITING and effective[trial_index_of(trial)] is not trial:
-                self._fail(trial)  # two processes queued the same index, this one later
+                self._set_state(trial, TrialState.FAIL)  # two processes queued the same index, this one later
         last_attempt = {trial_index_of(trial): trial for trial in trials}
         for trial_index in sorted(last_attempt.keys() - effective.keys()):
             if trial_index < total:
@@ -197,11 +197,7 @@ class TrialQueue:
         self._known_space()
         forget_cached_trials(self._study)
         for trial_index, trial in self._waiting():
-            try:
-                claimed = self._storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
-            except UpdateFinishedTrialError:
-                continue
-            if claimed:
+            if self._set_state(trial, TrialState.RUNNING):
                 self._storage.set_trial_user_attr(trial_id(trial), LEASE, own_lease())
                 return optuna.Trial(self._study, trial_id(trial)), trial_index
         return None
@@ -330,7 +326,7 @@ class TrialQueue:
         except UpdateFinishedTrialError:
             return False
         # If the process dies between these two, `ensure_trials` queues the index again.
-        if not self._fail(trial):
+        if not self._set_state(trial, TrialState.FAIL):
             return False
         self._queue_again(trial, crashes=crashes)
         return True
@@ -356,9 +352,9 @@ class TrialQueue:
             crashes,
         )
 
-    def _fail(self, trial: FrozenTrial) -> bool:
-        """Mark an attempt as failed; False if another process has ended it."""
+    def _set_state(self, trial: FrozenTrial, state: TrialState) -> bool:
+        """Set a trial's state; False if another process did."""
         try:
-            return bool(self._storage.set_trial_state_values(trial_id(trial), TrialState.FAIL))
+            return bool(self._storage.set_trial_state_values(trial_id(trial), state))
         except UpdateFinishedTrialError:
             return False
