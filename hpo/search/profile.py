@@ -50,13 +50,13 @@ def profile_training(
 def _rows(measured: Profile) -> list[Row]:
     """One row per part, then their sum. Seconds have the decimals that the sum needs for four digits."""
     decimals = max(3 - math.floor(math.log10(measured.epoch_s)), 0)
-    trained: dict[str, float] = {**measured.parts(measured.trained), "epoch": measured.epoch_s}
-    launched: dict[str, float] = {**measured.parts(measured.launched)}
-    launched["epoch"] = sum(launched.values())
+    trained, launched = measured.parts(measured.trained), measured.parts(measured.launched)
+    parts = [(str(part), seconds, launched[part]) for part, seconds in trained.items()]
+    parts.append(("epoch", measured.epoch_s, sum(launched.values())))
     rows = []
-    for part, seconds in trained.items():
-        by_kernel = [] if measured.replayed is None else [f"{launched[part]:.{decimals}f}"]
-        rows.append((part, f"{seconds:.{decimals}f}", _percent(seconds / measured.epoch_s), *by_kernel))
+    for part, seconds, by_kernel in parts:
+        last = () if measured.replayed is None else (f"{by_kernel:.{decimals}f}",)
+        rows.append((part, f"{seconds:.{decimals}f}", _percent(seconds / measured.epoch_s), *last))
     return rows
 
 
