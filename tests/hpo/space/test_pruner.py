@@ -19,8 +19,14 @@ from hpo.trials import BASELINE, LET_THROUGH, RECIPE, TRIAL_INDEX
 NAN = math.nan
 
 
-def study_with(pruner: RungPruner, *, direction: str = "maximize") -> optuna.Study:
-    return optuna.create_study(direction=direction, pruner=pruner)
+def study_with(
+    pruner: RungPruner, *others: Mapping[int, float], direction: str = "maximize", first: int = 0
+) -> optuna.Study:
+    """A study with pruned trials that have reported these values, at indices from `first`."""
+    study = optuna.create_study(direction=direction, pruner=pruner)
+    for trial_index, values in enumerate(others, first):
+        add(study, trial_index, values)
+    return study
 
 
 def add(
@@ -31,6 +37,22 @@ def add(
     study.add_trial(
         create_trial(state=state, value=value, intermediate_values=dict(values), user_attrs={TRIAL_INDEX: trial_index})
     )
+
+
+def retried(study: optuna.Study, first: optuna.Trial, **pruner: Any) -> optuna.Trial:
+    """The next attempt at a trial whose process was killed, in another process with another instance of the pruner."""
+    study.tell(first, state=TrialState.FAIL)
+    was = study.trials[first.number]
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=was.user_attrs, system_attrs=was.system_attrs))
+    keeps = study.pruner.keeps
+    study.pruner = RungPruner(list(keeps), next(iter(keeps.values())), **pruner)
+    again = study.ask()
+    assert again.number != first.number
+    return again
+
+
+def verdict(study: optuna.Study, trial: optuna.Trial) -> str:
+    return str(study.pruner.verdict(study, trial))
 
 
 def running(study: optuna.Study, trial_index: int, **attributes: Any) -> optuna.Trial:
@@ -122,46 +144,37 @@ def test_trials_of_any_state_count_if_they_have_a_value_at_the_rung(state: Trial
     add(study, 1, {1: 0.9}, state)  # has not reached the rung
     trial = running(study, 2)
     assert judge(trial, 2, 0.1)
-    assert study.pruner.verdict(study, trial) == "rung 2: 2nd of 2, pruned"
+    assert verdict(study, trial) == "rung 2: 2nd of 2, pruned"
 
 
 def test_equals_survive_together() -> None:
-    study = study_with(RungPruner([1], 0.25))
-    for trial_index in range(4):
-        add(study, trial_index, {1: 0.7})
+    study = study_with(RungPruner([1], 0.25), *[{1: 0.7}] * 4)
     assert not judge(running(study, 9), 1, 0.7)
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_nan_ranks_worst(direction: str) -> None:
-    study = study_with(RungPruner([1], 0.5), direction=direction)
-    add(study, 0, {1: NAN})
+    study = study_with(RungPruner([1], 0.5), {1: NAN}, direction=direction)
     assert not judge(running(study, 1), 1, 1000.0 if direction == "minimize" else -1000.0)
     add(study, 2, {1: 0.0})
     assert judge(running(study, 3), 1, NAN)
 
 
-def test_the_baseline_is_never_pruned_but_counts_in_the_ranking() -> None:
-    study = study_with(RungPruner([1], 0.5))
-    add(study, 1, {1: 0.9})
-    base = running(study, 0, **{BASELINE: True})
-    assert not judge(base, 1, 0.5)
-    assert study.pruner.verdict(study, base) == "the baseline, never pruned"
+@pytest.mark.parametrize(
+    ("attribute", "name"), [({BASELINE: True}, "the baseline"), ({RECIPE: "theirs"}, "recipe theirs")]
+)
+def test_the_baseline_and_recipes_are_never_pruned_but_count(attribute: Mapping[str, Any], name: str) -> None:
+    study = study_with(RungPruner([1], 0.5, let_through=0.5), {1: 0.9})
+    spared = running(study, 1, **attribute)
+    assert not judge(spared, 1, 0.5)
+    assert verdict(study, spared) == f"{name}, never pruned"
+    assert LET_THROUGH not in study.trials[spared.number].user_attrs
     assert judge(running(study, 2), 1, 0.1)
-    assert not judge(running(study, 3), 1, 0.6)  # 2nd of 4, including the baseline
-
-
-def test_a_recipe_is_never_pruned() -> None:
-    study = study_with(RungPruner([1], 0.5))
-    add(study, 1, {1: 0.9})
-    recipe = running(study, 2, **{RECIPE: "theirs"})
-    assert not judge(recipe, 1, 0.5)
-    assert study.pruner.verdict(study, recipe) == "recipe theirs, never pruned"
+    assert not judge(running(study, 4), 1, 0.6)  # 2nd of 4
 
 
 def test_nothing_is_pruned_between_rungs() -> None:
-    study = study_with(RungPruner([2, 6], 0.5))
-    add(study, 0, dict.fromkeys(range(1, 9), 0.9))
+    study = study_with(RungPruner([2, 6], 0.5), dict.fromkeys(range(1, 9), 0.9))
     trial = running(study, 1)
     assert [judge(trial, epoch, 1.0 if epoch == 2 else 0.0) for epoch in range(1, 7)] == [False] * 5 + [True]
 
@@ -180,48 +193,33 @@ def test_a_retried_trial_keeps_the_decisions_of_rungs_that_it_passed() -> None:
     study = study_with(RungPruner([2, 4], 0.5))
     first = running(study, 0)
     assert not judge(first, 2, 0.1)
-    study.tell(first, state=TrialState.FAIL)
     for trial_index in range(1, 9):
         add(study, trial_index, {2: 0.9, 4: 0.9})
-    marks = study.trials[first.number].system_attrs
-    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={TRIAL_INDEX: 0}, system_attrs=marks))
-    study.pruner = RungPruner([2, 4], 0.5)  # another process
-    again = study.ask()
-    assert again.number != first.number
+    again = retried(study, first)
     assert not judge(again, 1, 0.1)
-    assert study.pruner.verdict(study, again) == "first rung: 2"
+    assert verdict(study, again) == "first rung: 2"
     assert not judge(again, 2, 0.1)
-    assert study.pruner.verdict(study, again) == "rung 2: 1st of 1, kept"
+    assert verdict(study, again) == "rung 2: 1st of 1, kept"
     assert judge(again, 4, 0.1)
 
 
 def test_a_retried_trial_is_pruned_at_the_same_rung_as_its_first_attempt() -> None:
     """The process was killed after storing the decision, before the trial ended."""
-    study = study_with(RungPruner([1, 3], 0.5))
-    for trial_index in range(1, 9):
-        add(study, trial_index, {1: 0.1, 3: 0.9})
+    study = study_with(RungPruner([1, 3], 0.5), *[{1: 0.1, 3: 0.9}] * 8, first=1)
     first = running(study, 0)
     assert [judge(first, epoch, 0.5) for epoch in (1, 2, 3)] == [False, False, True]
-    study.tell(first, state=TrialState.FAIL)
-    marks = study.trials[first.number].system_attrs
-    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={TRIAL_INDEX: 0}, system_attrs=marks))
-    study.pruner = RungPruner([1, 3], 0.5)  # another process
-    again = study.ask()
-    verdicts = []
-    for epoch in (1, 2, 3):
-        pruned = judge(again, epoch, 0.5)
-        verdicts.append((pruned, study.pruner.verdict(study, again)))
+    again = retried(study, first)
+    verdicts = [(judge(again, epoch, 0.5), verdict(study, again)) for epoch in (1, 2, 3)]
     passed = "rung 1: 1st of 9, kept"
     assert verdicts == [(False, passed), (False, passed), (True, "rung 3: 9th of 9, pruned")]
 
 
 def test_a_rung_without_a_decision_is_decided_at_the_next_report() -> None:
-    study = study_with(RungPruner([2], 0.5))
-    add(study, 0, {2: 0.9})
+    study = study_with(RungPruner([2], 0.5), {2: 0.9})
     trial = running(study, 1)
     trial.report(0.1, 2)
     assert judge(trial, 3, 1.0)
-    assert study.pruner.verdict(study, trial) == "rung 2: 2nd of 2, pruned"
+    assert verdict(study, trial) == "rung 2: 2nd of 2, pruned"
 
 
 def test_a_trial_index_counts_once_with_its_latest_attempt() -> None:
@@ -230,7 +228,7 @@ def test_a_trial_index_counts_once_with_its_latest_attempt() -> None:
     add(study, 0, {1: 0.2}, TrialState.COMPLETE)
     trial = running(study, 1)
     judge(trial, 1, 0.5)
-    assert study.pruner.verdict(study, trial) == "rung 1: 1st of 2, kept"
+    assert verdict(study, trial) == "rung 1: 1st of 2, kept"
 
 
 def test_failed_trials_do_not_count() -> None:
@@ -241,19 +239,17 @@ def test_failed_trials_do_not_count() -> None:
 
 def test_the_verdict_before_the_first_rung_names_it() -> None:
     study = study_with(RungPruner([3], 0.5))
-    assert study.pruner.verdict(study, running(study, 0)) == "first rung: 3"
+    assert verdict(study, running(study, 0)) == "first rung: 3"
 
 
 @pytest.mark.parametrize(
     ("rank", "words"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (22, "22nd")]
 )
 def test_the_verdict_is_a_phrase(rank: int, words: str) -> None:
-    study = study_with(RungPruner([1], 1.0))
-    for trial_index in range(1, rank):
-        add(study, trial_index, {1: 0.9})
+    study = study_with(RungPruner([1], 1.0), *[{1: 0.9}] * (rank - 1), first=1)
     trial = running(study, 0)
     judge(trial, 1, 0.5)
-    assert study.pruner.verdict(study, trial) == f"rung 1: {words} of {rank}, kept"
+    assert verdict(study, trial) == f"rung 1: {words} of {rank}, kept"
 
 
 # Trials let through
@@ -299,15 +295,13 @@ def test_the_fraction_comes_from_the_space_and_is_not_part_of_its_hash() -> None
 
 
 def test_a_trial_that_is_let_through_is_never_pruned_and_marked() -> None:
-    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
-    for trial_index in (0, 2):
-        add(study, trial_index, {2: 0.9, 4: 0.9})
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5), *[{2: 0.9, 4: 0.9}] * 2, first=2)
     trial = running(study, 1)
     assert not judge(trial, 1, 0.1)
-    assert study.pruner.verdict(study, trial) == "first rung: 2"
+    assert verdict(study, trial) == "first rung: 2"
     for epoch in (2, 3, 4, 5):
         assert not judge(trial, epoch, 0.1)
-        assert study.pruner.verdict(study, trial) == "rung 2: 3rd of 3, let through on purpose"
+        assert verdict(study, trial) == "rung 2: 3rd of 3, let through on purpose"
     frozen = study.trials[trial.number]
     assert frozen.user_attrs[LET_THROUGH] == 2
     assert frozen.system_attrs["rung:2"] == [3, 3, False]
@@ -315,48 +309,32 @@ def test_a_trial_that_is_let_through_is_never_pruned_and_marked() -> None:
 
 
 def test_a_chosen_trial_that_passes_all_rungs_is_not_marked() -> None:
-    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
-    add(study, 0, {2: 0.1, 4: 0.1})
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5), {2: 0.1, 4: 0.1})
     trial = running(study, 1)
     assert not any(judge(trial, epoch, 0.5) for epoch in range(1, 6))
     assert LET_THROUGH not in study.trials[trial.number].user_attrs
-    assert study.pruner.verdict(study, trial) == "rung 4: 1st of 2, kept"
-
-
-@pytest.mark.parametrize("attribute", [{BASELINE: True}, {RECIPE: "theirs"}])
-def test_the_baseline_and_the_recipes_are_not_marked_as_let_through(attribute: Mapping[str, Any]) -> None:
-    study = study_with(RungPruner([2], 0.5, let_through=0.5))
-    add(study, 0, {2: 0.9})
-    trial = running(study, 1, **attribute)
-    assert not judge(trial, 2, 0.1)
-    assert LET_THROUGH not in study.trials[trial.number].user_attrs
+    assert verdict(study, trial) == "rung 4: 1st of 2, kept"
 
 
 def test_a_trial_that_was_let_through_does_not_count_at_later_rungs() -> None:
-    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
-    add(study, 0, {2: 0.9, 4: 0.5})
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5), {2: 0.9, 4: 0.5})
     late = running(study, 1)
     assert not any(judge(late, epoch, value) for epoch, value in ((2, 0.1), (3, 0.9), (4, 0.9)))
     other = running(study, 2)
     assert not judge(other, 2, 0.95)
-    assert study.pruner.verdict(study, other) == "rung 2: 1st of 3, kept"  # there it counts
+    assert verdict(study, other) == "rung 2: 1st of 3, kept"  # there it counts
     assert not judge(other, 4, 0.6)
-    assert study.pruner.verdict(study, other) == "rung 4: 1st of 2, kept"  # there it does not
+    assert verdict(study, other) == "rung 4: 1st of 2, kept"  # there it does not
 
 
 @pytest.mark.parametrize("share", [0.5, 0.0], ids=["the same share", "none are let through any more"])
 def test_a_retried_trial_is_let_through_as_its_first_attempt_was(share: float) -> None:
-    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5))
-    add(study, 0, {2: 0.9})
+    study = study_with(RungPruner([2, 4], 0.5, let_through=0.5), {2: 0.9})
     first = running(study, 1)
     assert not judge(first, 2, 0.1)
-    study.tell(first, state=TrialState.FAIL)
-    was = study.trials[first.number]
-    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=was.user_attrs, system_attrs=was.system_attrs))
-    study.pruner = RungPruner([2, 4], 0.5, let_through=share)  # another process
-    again = study.ask()
+    again = retried(study, first, let_through=share)
     assert not any(judge(again, epoch, 0.1) for epoch in range(1, 6))
-    assert study.pruner.verdict(study, again) == "rung 2: 2nd of 2, let through on purpose"
+    assert verdict(study, again) == "rung 2: 2nd of 2, let through on purpose"
     assert study.trials[again.number].user_attrs[LET_THROUGH] == 2
 
 
@@ -435,15 +413,22 @@ def test_each_name_builds_its_pruner(name: str) -> None:
     assert isinstance(build_pruner(config, epochs=60), kind)
 
 
+def study_with_good(pruner: optuna.pruners.BasePruner, curve: list[float]) -> optuna.Study:
+    """A study with eleven complete trials of this curve."""
+    # Hyperband chooses a bracket by the study's name; with a random name some brackets prune too late.
+    study = optuna.create_study(direction="maximize", pruner=pruner, study_name="s")
+    for trial_index in range(1, 12):
+        good = running(study, trial_index)
+        for step, value in enumerate(curve, 1):
+            judge(good, step, value)
+        study.tell(good, 0.9)
+    return study
+
+
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
 def test_every_pruner_prunes_bad_trials_but_not_the_baseline_and_the_recipes(name: str) -> None:
     epochs = 30
-    study = optuna.create_study(direction="maximize", pruner=build_pruner(PRUNERS[name][0], epochs), study_name="s")
-    for trial_index in range(1, 12):
-        good = running(study, trial_index)
-        for epoch in range(1, epochs + 1):
-            judge(good, epoch, 0.9)
-        study.tell(good, 0.9)
+    study = study_with_good(build_pruner(PRUNERS[name][0], epochs), [0.9] * epochs)
     for trial_index, attribute in ((0, {BASELINE: True}), (12, {RECIPE: "theirs"})):
         spared = running(study, trial_index, **attribute)
         assert not any(judge(spared, epoch, 0.0) for epoch in range(1, epochs + 1))
@@ -454,14 +439,8 @@ def test_every_pruner_prunes_bad_trials_but_not_the_baseline_and_the_recipes(nam
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
 def test_every_pruner_prunes_a_trial_that_gets_worse_in_a_later_fold(name: str) -> None:
     epochs, folds = 10, 3
-    # Hyperband chooses a bracket by the study's name; with a random name some brackets prune too late.
-    pruner = build_pruner(PRUNERS[name][0], epochs, folds)
-    study = optuna.create_study(direction="maximize", pruner=pruner, study_name="s")
-    for trial_index in range(1, 12):
-        good = running(study, trial_index)
-        for step in range(1, epochs * folds + 1):
-            judge(good, step, 0.8 + 0.001 * step)
-        study.tell(good, 0.9)
+    rising = [0.8 + 0.001 * step for step in range(1, epochs * folds + 1)]
+    study = study_with_good(build_pruner(PRUNERS[name][0], epochs, folds), rising)
     late = running(study, 99)
     verdicts = [judge(late, s, 0.8 + 0.001 * s if s < epochs else 0.1) for s in range(1, epochs * folds + 1)]
     assert not any(verdicts[: epochs - 1])
