@@ -19,7 +19,9 @@ class _Setting(Generic[T]):
     def __init__(self, key: str, default: T) -> None:
         self._key, self._default = key, default
 
-    def __get__(self, settings: StudySettings, _: type[StudySettings]) -> T:
+    def __get__(self, settings: StudySettings | None, _: type[StudySettings]) -> T:
+        if settings is None:  # read from the class
+            return self  # type: ignore[return-value]
         value: T = settings.get(self._key, self._default)
         return value
 
