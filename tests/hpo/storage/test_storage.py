@@ -584,7 +584,6 @@ def test_one_thread_uses_one_connection(server: Server, open_: Open) -> None:
     with psycopg.connect(server.url.replace("+psycopg", "")) as connection:
         count = connection.execute("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'")
         assert count.fetchone() == (3 + 1,)
-    for storage in storages:
 
 
 @pytest.fixture
@@ -661,7 +660,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("server").url)
 
 
-def test_trials_are_read_as_they_are_although_waiting_ones_are_not_read_again(database: str, open_: Open, open_: Open) -> None:
+def test_trials_are_read_as_they_are_although_waiting_ones_are_not_read_again(database: str, open_: Open) -> None:
     one, other = open_(database), open_(database)
     study = begin(one, waiting=6)
     numbers = [trial._trial_id for trial in one.get_all_trials(study)]
@@ -730,14 +729,13 @@ sys.exit(sum(process.exitcode != 0 for process in processes))
 """
 
 
-def work_off(url: str, *, workers: int, total: int, epochs: int) -> None:
+def work_off(url: str, open_: Open = open_storage, *, workers: int, total: int, epochs: int) -> None:
     """Let processes begin a study at the same moment, two of them queue it, and all run it; check the trials."""
     process = run_python(CREW, url, str(total), str(epochs), str(workers))
     process.communicate(timeout=300)
     assert process.returncode == 0
-    storage = open_storage(url)
+    storage = open_(url)
     trials = storage.get_all_trials(storage.get_study_id_from_name("s"))
-    if "://" in url:
     results = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     assert sorted(trial.user_attrs["trial_index"] for trial in results) == list(range(total))
     assert not any(trial.state == TrialState.RUNNING for trial in trials)
@@ -746,8 +744,8 @@ def work_off(url: str, *, workers: int, total: int, epochs: int) -> None:
     assert len({trial.user_attrs[LEASE]["pid"] for trial in results}) > workers / 2
 
 
-def test_eight_workers_that_begin_at_once_make_exactly_the_total_in_a_database(database: str, open_: Open, open_: Open) -> None:
-    work_off(database, workers=8, total=16, epochs=4)
+def test_eight_workers_that_begin_at_once_make_exactly_the_total_in_a_database(database: str, open_: Open) -> None:
+    work_off(database, open_, workers=8, total=16, epochs=4)
 
 
 def test_32_workers_that_begin_at_once_make_exactly_the_total_on_a_journal(tmp_path: Path) -> None:
@@ -795,7 +793,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_dead_processes_of_other_hosts_are_found_by_their_heartbeats(database: str, open_: Open, short_beats: None) -> None:
+def test_dead_processes_of_other_hosts_are_found_by_their_heartbeats(
+    database: str, open_: Open, short_beats: None
+) -> None:
     storage = open_(database)
     assert has_heartbeat(storage)
     study = begin(storage, waiting=3)
