@@ -76,14 +76,14 @@ class Interrupts:
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """Leave a first interrupt inside to `check`, which the trainer calls after each epoch; raise a second one."""
+        """Leave a first interrupt inside to `check`, called after each epoch; raise a second one."""
         self._thread = threading.get_ident()
         with self._in_mode(_Mode.PATIENT):
             yield
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Delay interrupts until the end of the block. In other threads than the trainer's this does nothing."""
+        """Delay interrupts until the end of the block, in the trainer's thread."""
         if self._thread not in (None, threading.get_ident()):
             yield
             return

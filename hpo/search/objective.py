@@ -1,9 +1,9 @@
 """One trial: its parameters become a `TrainConfig`, `core.train` runs it, and its epochs are reported.
 
-A trial's seed follows from the study's seed and the trial index, so that a retried trial trains the same network.
+The seed follows from the study's seed and the trial index, so that a retried trial trains the same network.
 
-With folds (`data.folds`), a trial trains them one after the other, and its value is the mean of their kept epochs. It
-reports the mean of the finished folds' scores and the current one, so that a pruner can end it after any epoch.
+The value of a trial with folds (`data.folds`) is the mean of their kept epochs. It reports the mean of the finished
+folds' scores and the current one, so that a pruner can end it after any epoch.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class _Attempt:
         return frozenset(step - begun for step in pruner.keeps if begun < step <= begun + self.config.epochs)
 
     def resumed(self, history: tuple[EpochMetrics, ...]) -> None:
-        """Report the epochs of the interrupted attempt again. Its rungs have been judged."""
+        """Report the epochs of the interrupted attempt again."""
         with self.objective.interrupts.held():
             for epoch in history:
                 self._report(epoch)
@@ -194,7 +194,7 @@ class _Attempt:
             self.objective.interrupts.check()
 
     def end(self, result: TrainResult) -> None:
-        """Add a finished fold, report the mean so far, and raise TrialPruned if the pruner ends the trial."""
+        """Add a finished fold, and raise TrialPruned if the pruner ends the trial."""
         self.values.append(result.value(self.metric))
         if self.folds == 1:
             self.results.append(result)

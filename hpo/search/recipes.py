@@ -1,4 +1,4 @@
-"""Recipe runs: trainings of a study's recipes that are not among its trials, to compare the search with."""
+"""Recipe runs: trainings of recipes that are not among the trials, to compare the search with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpo.study.results import read_result, write_result
 
 
 def pending_recipes(study: Study, space: SearchSpace) -> list[Recipe]:
-    """Return the recipes that are not trials of the study and have not been trained in their present form."""
+    """Return the recipes that are not trials and not trained in their present form."""
     unqueued = {recipe.name for recipe in study.queue.missing_recipes()}
     outside = [recipe for recipe in space.recipes if recipe.name in unqueued or space.express(recipe.config) is None]
     return [recipe for recipe in outside if not _is_trained(study, recipe)]

@@ -1,8 +1,6 @@
-"""Train a trial of a study again, alone, and compare it with the original.
+"""Train a trial of a study again, alone, and compare it with the original, epoch by epoch.
 
-A trial is determined by the study's metadata, its parameters and its trial index. On a CPU the result is bit for bit
-the same with the same number of torch threads. A pruned trial is trained to its end; only the epochs that the original
-had are compared.
+On a CPU the result is bit for bit the same with the same number of torch threads.
 """
 
 from __future__ import annotations
@@ -143,7 +141,7 @@ def _check_has_run(given: str, trial: FrozenTrial) -> None:
 
 
 def _reports(recorded: Recorded, metric: str, epochs: int) -> dict[int, float]:
-    """Step -> the value that a trial reports: with folds, the mean of the earlier folds and this epoch's score."""
+    """Step -> the value that a trial reports."""
     folds = len(recorded.results)
     reports: dict[int, float] = {}
     for fold, result in enumerate(recorded.results, 1):

@@ -1,7 +1,7 @@
-"""A training recorded in a folder, of `hpo train` or a study's recipe, and functions that it shares with trials.
+"""A training recorded in a folder, and functions that it shares with trials.
 
-The value of a training with folds is the mean over them. The first fold uses the configuration's own seed, so that it
-gives the same network as a training without folds on its images.
+The value of a training with folds is the mean over them. The first fold uses the configuration's own seed, as a
+training without folds on its images.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from hpo.study.results import json_line, write_result
 logger = logging.getLogger(__name__)
 
 Watch = Callable[[str], Callable[[EpochMetrics], None]]
-"""Called before each training with the label of its fold, empty without folds. Returns a function that is called after
-each epoch."""
+"""Called before each training with the label of its fold. Returns a function that is called after each epoch."""
 
 
 @dataclass(frozen=True)

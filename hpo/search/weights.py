@@ -55,7 +55,7 @@ def _write_validation(path: Path, result: TrainResult, splits: Splits) -> None:
 
 
 def keep_best_weights(study: Study, *, folds: int, options: TrialOptions = DEFAULTS) -> None:
-    """Delete weights beyond the best trials', which two workers kept at the same time, and those beyond `keep_gb`."""
+    """Delete weights beyond the best trials', which two workers kept at once, and those beyond `keep_gb`."""
     values = _complete_values(study)
     _delete(study, values.keys() - set(_best_of(values)), folds=folds)
     SpaceOnDisk(study, options.keep_gb).keep_within()
@@ -64,8 +64,7 @@ def keep_best_weights(study: Study, *, folds: int, options: TrialOptions = DEFAU
 class SpaceOnDisk:
     """Keeps a study's weights and checkpoints within a limit in 10^9 bytes, if there is one.
 
-    The weights of the worst trial are deleted first: a refit trains again what is missing. Checkpoints of running
-    trials are never deleted; if they alone exceed the limit, there is one warning.
+    The weights of the worst trial go first: a refit trains again what is missing. Checkpoints are never deleted.
     """
 
     def __init__(self, study: Study, keep_gb: float | None) -> None:

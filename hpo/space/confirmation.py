@@ -1,7 +1,7 @@
 """The space of a confirmation: no search, but given configurations, each trained several times.
 
-A trial's configuration, with seed and split, is a user attribute, so that workers can train candidates chosen after
-they joined. The two Optuna parameters only identify the trial.
+A trial's configuration is a user attribute, so that workers can train candidates chosen after they joined. The two
+Optuna parameters only identify the trial.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """YAML 1.2 as plain data with a line number for every value, and back.
 
-PyYAML parses and emits the syntax. Its constructors resolve scalars by YAML 1.1 (`off` is false, `1e-4` a string),
-accept duplicate keys, and recurse without a bound. Here scalars follow the core schema of YAML 1.2
-(https://yaml.org/spec/1.2.2/#103-core-schema).
+PyYAML's constructors resolve scalars by YAML 1.1 (`off` is false, `1e-4` a string), accept duplicate keys, and recurse
+without a bound. Here scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema).
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def _leaves(model: type[BaseModel], prefix: str) -> Iterable[ConfigField]:
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The closest spelling, if any is close; preferably one that starts with the word, as adamw with adam."""
+    """The closest spelling; preferably one that starts with the word, as adamw with adam."""
     close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.6)  # 0.6 is difflib's own
     return next((name for name in close if name.startswith(word)), close[0] if close else None)
 
@@ -78,7 +78,7 @@ def nearest_field(path: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: Any, names: Iterable[str], find: Callable[[str, Iterable[str]], str | None] = nearest) -> str:
-    """The end of a message: `; did you mean optim.lr?`; empty if no name is near, or `word` is not a string."""
+    """The end of a message, `; did you mean optim.lr?`, or nothing."""
     found = find(word, names) if isinstance(word, str) else None
     return "" if found is None else f"; did you mean {found}?"
 

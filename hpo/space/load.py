@@ -69,13 +69,13 @@ def override_config(config: TrainConfig, overrides: Overrides) -> TrainConfig:
 
 
 def recipe_from_yaml(text: str, name: str = "config.yaml") -> Recipe:
-    """Read a recipe from text written by `to_yaml`; SpaceError with all its faults, which call it `name`."""
+    """Read a recipe from text written by `to_yaml`; SpaceError with all its faults."""
     loader = _Loader({})
     return loader.checked(loader.built(parse_yaml(text, name), Path(name), loader.recipe))
 
 
 def space_from_yaml(text: str, name: str) -> SearchSpace:
-    """Read a space of this name from text written by `space_to_yaml`; SpaceError with all its faults."""
+    """Read a space from text written by `space_to_yaml`; SpaceError with all its faults."""
     loader = _Loader({})
     return loader.checked(loader.built(parse_yaml(text, name), Path(f"{name}.yaml"), loader.written_space))
 

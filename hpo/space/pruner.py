@@ -1,14 +1,14 @@
 """Prunes trials at rungs by asynchronous successive halving; also builds Optuna's pruners by name.
 
 A trial survives a rung (an epoch) if it is among the best ceil(keep × n) of the n trials that have reached it so far
-(Li et al. 2018, arXiv 1810.05934). Unlike Optuna's implementation this one takes any rungs, decides once at each, from
-the value of that epoch, and counts a retried trial once.
+(Li et al. 2018, arXiv 1810.05934). Unlike Optuna's implementation this one takes any rungs, decides once at each, and
+counts a retried trial once.
 
 With folds, epoch e of fold j is step (j - 1) × epochs + e. The end of every fold but the last is a rung too, for the
 mean over the finished folds.
 
-A few trials (`let_through`), chosen by trial index alone, continue where they would be pruned, to measure the loss by
-pruning. They do not count at later rungs, so other trials are pruned as if there were none.
+A few trials (`let_through`) continue where they would be pruned, to measure the loss by pruning. They do not count at
+later rungs, so other trials are pruned as if there were none.
 """
 
 from __future__ import annotations

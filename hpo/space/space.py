@@ -216,8 +216,8 @@ class SearchSpace:
         """Build the configuration of a trial's parameters (`trial.params`).
 
         Raises:
-            KeyError: A parameter is not searched by this space.
-            ValueError: A value is not among a parameter's choices.
+            KeyError: A parameter is not searched.
+            ValueError: A value is not among the choices.
             pydantic.ValidationError: Values are allowed on their own but not together.
         """
         return self.baseline.override(self._decode(params))
@@ -232,10 +232,7 @@ class SearchSpace:
         return params
 
     def express(self, config: TrainConfig) -> dict[str, Any] | None:
-        """Return the parameters of this configuration, or None if the space cannot express it.
-
-        Seed and data set name are not compared, as in `identity`.
-        """
+        """Return the parameters of this configuration, but for seed and data set; None if the space lacks it."""
         wanted = in_rate_of(config, self.search).flat()
         values: dict[str, Any] = {}
         for path, parameter in self.search.items():

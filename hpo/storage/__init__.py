@@ -1,7 +1,7 @@
 """Storages of studies: Optuna's journal file by default, or any storage that a URL names.
 
-Errors are one line, without the password. A new kind of storage is a branch of `open_storage`, with its driver in
-`urls.py`. Only this package uses private names of Optuna.
+A new kind of storage is a branch of `open_storage`, with its driver in `urls.py`. Only this package uses private names
+of Optuna.
 """
 
 from __future__ import annotations

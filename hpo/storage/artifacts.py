@@ -1,10 +1,7 @@
 """Artifact store: files of a study in a place that all of its machines can reach.
 
-Readers see complete files only: object stores replace objects atomically, elsewhere a file is written under another
-name and moved.
-
-Beside its copy of a checkpoint, a machine keeps the tag (such as the ETag) of the equal stored file; while that is the
-same, no other machine has stored a later one. Clocks of machines differ.
+Readers see complete files only. Beside its copy of a checkpoint, a machine keeps the tag (such as the ETag) of the
+equal stored file; while that is the same, no other machine has stored a later one. Clocks of machines differ.
 """
 
 from __future__ import annotations
@@ -26,9 +23,9 @@ from hpo.storage.urls import missing_module, words_of
 if TYPE_CHECKING:
     from hpo.storage.optuna_access import OptunaArtifactStore
 
-# Protocols of object stores, which replace an object atomically.
+# Object stores, which replace an object atomically.
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss"}
-# Suffix of a file while it is written; its prefix is a dot.
+# Suffix of a file while it is written.
 _UNFINISHED = ".unfinished"
 
 
@@ -121,7 +118,7 @@ class ArtifactStore:
         return 0
 
     def bring(self, checkpoint: Path) -> None:
-        """Fetch a checkpoint before a training, if another machine has stored a later one."""
+        """Fetch a checkpoint, if another machine has stored a later one."""
         if (tag := self._tag(checkpoint)) is None:
             return
         tag_file = _tag_file(checkpoint)
@@ -132,12 +129,12 @@ class ArtifactStore:
             tag_file.write_text(tag, encoding="utf-8")
 
     def send(self, checkpoint: Path) -> None:
-        """Store a checkpoint that has just been saved."""
+        """Store a saved checkpoint."""
         self.put(checkpoint, self._name(checkpoint))
         _tag_file(checkpoint).write_text(self._tag(checkpoint) or "", encoding="utf-8")
 
     def drop(self, checkpoint: Path) -> None:
-        """Delete the checkpoint of a finished trial, in the store and on this machine."""
+        """Delete a checkpoint, in the store and on this machine."""
         self.remove(self._name(checkpoint))
         checkpoint.unlink(missing_ok=True)
         _tag_file(checkpoint).unlink(missing_ok=True)

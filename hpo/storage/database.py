@@ -42,11 +42,7 @@ _SCHEMA_PAUSE_S = 0.25
 
 
 def open_database(url: str, *, patient: bool = False) -> BaseStorage:
-    """Open a database, and create its tables if they do not exist.
-
-    Args:
-        patient: Wait for a server that does not answer, as all later operations do.
-    """
+    """Open a database, and create its tables; if `patient`, wait for a server that does not answer."""
     database = Outage(url).outlast(lambda _: _with_tables(url)) if patient else _with_tables(url)
     return get_storage(database)
 
@@ -84,8 +80,8 @@ def _engine_options(url: str) -> dict[str, Any]:
 class _Database(RDBStorage):
     """Optuna's database storage, which repeats operations while the server does not answer.
 
-    Repetition is harmless: values are overwritten with the same, a claim is recognized by its lease in the same
-    transaction, and of two trials that are created the second is never run.
+    Repetition is harmless: values are overwritten with the same, a claim is recognized by its lease, and of two trials
+    that are created the second is never run.
     """
 
     def __init__(self, url: str) -> None:
@@ -101,7 +97,7 @@ class _Database(RDBStorage):
         logging.getLogger("optuna.storages._rdb.storage").addFilter(is_no_outage)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Set the state as Optuna does; with RUNNING, also store this process's lease and a first heartbeat."""
+        """Set the state; with RUNNING, also store this process's lease and a first heartbeat."""
         if state == TrialState.RUNNING:
             return self.outage.outlast(lambda again: self._claim(trial_id, again=again))
         return self.outage.outlast(lambda again: self._end(trial_id, state, values, again=again))

@@ -61,10 +61,7 @@ def _explained(path: Path, what: str) -> Iterator[None]:
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal file with atomic appends, synced once a trial instead of 25 times, each 0.5 to 6 ms.
-
-    A power failure may lose the reports of running trials, which it interrupts anyway.
-    """
+    """Optuna's journal file with atomic appends, synced once a trial instead of 25 times, each 0.5 to 6 ms."""
 
     def __init__(self, path: Path) -> None:
         self._lock: JournalLock
@@ -126,7 +123,7 @@ def _is_lasting(log: dict[str, Any]) -> bool:
 
 
 def _cut_torn_tail(descriptor: int, path: Path) -> None:
-    """Cut off the text after the last newline. The caller holds the lock, so its writer is dead."""
+    """Cut off the text after the last newline. The caller holds the lock."""
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return
@@ -137,10 +134,10 @@ def _cut_torn_tail(descriptor: int, path: Path) -> None:
 
 
 def repair_journal(path: Path) -> None:
-    """Repair a torn last line, or a torn record in front of a complete one.
+    """Repair a torn last line, or a torn record in front of a complete one; StudyError about other damage.
 
     The record is moved to `*.torn`. In front of a complete one it becomes spaces, so that no bytes move that other
-    processes are reading. Other damage is a StudyError: without a complete line, later trials would have other numbers.
+    processes are reading.
     """
     if not torn_records(path.read_bytes(), path):
         return

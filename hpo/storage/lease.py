@@ -1,7 +1,6 @@
 """Leases: which process runs a trial, so that trials of dead processes can be reclaimed.
 
-A process of the same host is checked by its number and start time, those of other hosts by their heartbeats in a
-database, timed by its server's clock only. A journal has none.
+Processes of the same host are checked by number and start time, those of other hosts by heartbeats in a database.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from hpo.storage.optuna_access import trial_id
 logger = logging.getLogger(__name__)
 
 LEASE = "lease"
-"""User attribute of a claimed trial: host, boot, process and its start time."""
+"""User attribute of a claimed trial: its host, boot and process."""
 
 # A running trial without a lease is being claimed, or its process died between the two writes.
 _GRACE_S = 60
 
-# Inode of the pid namespace that a machine boots with: PROC_PID_INIT_INO of Linux (include/linux/proc_ns.h).
+# Inode of the machine's own pid namespace: PROC_PID_INIT_INO (include/linux/proc_ns.h).
 _FIRST_PID_NAMESPACE = "4026531836"
 
-_LAST_BEAT_S = 1.0  # how long the end of a trial waits for a heartbeat that is being written
+_LAST_BEAT_S = 1.0  # wait for a heartbeat that is being written
 
 
 class Held(NamedTuple):
@@ -98,7 +97,7 @@ def has_heartbeat(storage: BaseStorage) -> TypeGuard[BaseHeartbeat]:
 
 @contextmanager
 def heartbeat(storage: BaseStorage, trial_id: int) -> Iterator[None]:
-    """Record heartbeats of a trial in a thread while the block runs, if the storage keeps them; log errors."""
+    """Record heartbeats of a trial while the block runs, if the storage keeps them; errors are logged."""
     if not has_heartbeat(storage):
         yield
         return
@@ -127,7 +126,7 @@ def _beat(heart: BaseHeartbeat, trial_id: int, done: threading.Event) -> None:
 
 
 def stale_elsewhere(storage: BaseStorage, study_id: int) -> set[int]:
-    """Return the numbers of other hosts' running trials whose heartbeats have stopped."""
+    """Return the numbers of other hosts' running trials without heartbeats."""
     running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
     if not has_heartbeat(storage):
         return set()
@@ -136,12 +135,12 @@ def stale_elsewhere(storage: BaseStorage, study_id: int) -> set[int]:
 
 
 def machine() -> str:
-    """Return an id of the running kernel, which the containers of a machine share."""
+    """Return an id of the running kernel; containers share it."""
     return _boot_id() or socket.gethostname()
 
 
 def host() -> str:
-    """Return an id of this machine or container, whose processes see each other."""
+    """Return an id of this machine or container."""
     return socket.gethostname() + _pid_namespace()
 
 
@@ -160,7 +159,7 @@ def _boot_id() -> str | None:
 
 
 def _start_of(pid: int) -> int | None:
-    """Start of a process in hundredths of a second, on Linux since the boot; None if it does not run or is not ours."""
+    """Start of a process in hundredths of a second, on Linux since the boot; None if not running."""
     while True:
         boot_s = psutil.boot_time() if psutil.LINUX else 0.0
         try:

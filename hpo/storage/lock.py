@@ -1,9 +1,8 @@
 """The lock of a journal file, which also excludes processes of Optuna, and does not outlast a killed holder.
 
-Optuna's lock is a symbolic link, which it breaks after 30 s, since its holder cannot be checked. Here a process takes
-the kernel's flock, which ends with its holder, and then creates Optuna's link with a text that names this machine. Such
-a link that the next holder of the flock finds is that of a dead process. Links of Optuna and of other machines, which
-may not share the flock, are waited for. filelock polls; flock serves many waiting processes in turn.
+A process takes the kernel's flock, which ends with its holder and serves waiting processes in turn, and then creates
+Optuna's lock: a symbolic link, here with a text that names this machine. Such a link that the next holder of the flock
+finds is that of a dead process. Links of Optuna and of other machines, which may not share the flock, are waited for.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class JournalLock(BaseJournalFileLock):
         self._optunas = JournalFileOpenLock(str(path)) if fcntl is None else None
 
     def acquire(self) -> bool:
-        """Wait for the lock; OSError if the file system has no such lock, or no space for it."""
+        """Wait for the lock; OSError if the file system has none, or no space for it."""
         if self._optunas is not None:
             return self._optunas.acquire()
         # A new descriptor each time, because forked processes would share an open one.

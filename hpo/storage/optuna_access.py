@@ -1,4 +1,4 @@
-"""Access to parts of Optuna that have no public name; no other package uses Optuna's private names."""
+"""Parts of Optuna without a public name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def storage_of(study: optuna.Study) -> BaseStorage:
 
 
 def id_of(study: optuna.Study) -> int:
-    """Return the id of a study in its storage."""
+    """Return a study's id in its storage."""
     return study._study_id
 
 
@@ -33,12 +33,12 @@ def attributes_of(study: optuna.Study) -> dict[str, Any]:
 
 
 def trial_id(trial: FrozenTrial | Trial) -> int:
-    """Return the id of a trial in its storage."""
+    """Return a trial's id in its storage."""
     return trial._trial_id
 
 
 def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial:
-    """Return a trial as it is in the storage now."""
+    """Return a trial as it is now."""
     storage = study._storage
     return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
 

@@ -20,7 +20,7 @@ from hpo.storage.urls import mask, words_of
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
-"""Seconds to retry: enough for the restart of a machine and the recovery of a database."""
+"""Seconds to retry: enough for a machine to restart and a database to recover."""
 
 # Pauses double, and are randomly up to half shorter, so that workers do not retry at the same moment.
 _FIRST_PAUSE_S = 0.1
@@ -107,7 +107,7 @@ class Outage:
 
 
 def is_no_outage(_record: logging.LogRecord) -> bool:
-    """Filter for log records about outages, which `Outage` logs itself."""
+    """Filter out Optuna's log records about outages."""
     error = sys.exc_info()[1]
     return error is None or _kind_of(error) != "lost"
 

@@ -1,4 +1,4 @@
-"""URLs of storages: their passwords, and advice for one that cannot be opened."""
+"""URLs of storages: passwords, and advice for one that cannot be opened."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_journal(url: str) -> bool:
 
 
 _SECRET_PARAMETERS = "password|sslpassword|account_key|sas_token|sig|secret|token"
-"""Secret parameters in the query of a URL, of databases and of fsspec."""
+"""Secret parameters in the query of a URL."""
 
 
 def mask(url: str) -> str:

@@ -1,7 +1,7 @@
 """A study as a dataframe: one row per trial index, every column flat, for pandas and CSV.
 
-Interrupted attempts have no row (see `hpo.trials.effective_trials`). `value` is that of complete trials only; the last
-value of a pruned trial was measured after fewer epochs, and is in `last_value`.
+Interrupted attempts have no row. The last value of a pruned trial was measured after fewer epochs, so it is not in
+`value` but in `last_value`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The files of a study: in its folder, and in the artifact store that its machines share, if there is one."""
+"""The files of a study: in its folder, and in the artifact store of its machines."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class StudyFiles:
         return url
 
     def exists(self, file: Path) -> bool:
-        """Return whether a file of the study's folder is in the artifact store or, without one, in the folder."""
+        """Return whether a file is in the artifact store or, without one, in the study's folder."""
         return file.exists() if self.store is None else self.store.exists(self._paths.inside(file))
 
     def share(self, file: Path) -> None:
@@ -87,7 +87,7 @@ class StudyFiles:
             self.store.remove(self._paths.inside(file))
 
     def drop_checkpoint(self, checkpoint: Path) -> None:
-        """Delete the checkpoint of a finished trial, in the folder and in the artifact store."""
+        """Delete the checkpoint of a finished trial, also in the artifact store."""
         from core.checkpoint import unfinished  # imports torch
 
         if self.store is not None:
@@ -106,7 +106,7 @@ class StudyFiles:
 
     @property
     def dashboard_folder(self) -> Path | None:
-        """The folder for `optuna-dashboard --artifact-dir`; None if the artifacts are at a URL."""
+        """The folder for `optuna-dashboard --artifact-dir`; None for a URL."""
         known = self._settings.get(_STORE)
         if known is None:
             return self._paths.artifacts
@@ -115,7 +115,7 @@ class StudyFiles:
         return Path(known) / self._paths.dir.name / self._paths.inside(self._paths.artifacts)
 
     def dashboard_store(self) -> OptunaArtifactStore:
-        """Return the store of the dashboard's artifacts, and create its folder if it is missing."""
+        """Return the store of the dashboard's artifacts."""
         if self.store is not None:
             return self.store.for_optuna(self._paths.artifacts)
         from optuna.artifacts import FileSystemArtifactStore

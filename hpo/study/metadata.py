@@ -56,7 +56,7 @@ def new_metadata(space: SearchSpace, dataset: Dataset, *, seed: int | None, data
 
 
 def shown_attributes(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flat user attributes of a study with this metadata, to be read in a dashboard."""
+    """Return flat user attributes for the dashboard."""
     return {
         "data": metadata["data"]["name"],
         "data_fingerprint": metadata["data"]["fingerprint"],
@@ -83,7 +83,7 @@ def config_of(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> TrainCo
 
 
 def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset, seed: int | None) -> None:
-    """Raise StudyError unless a run has the space, images, weights and seed of the study, so that trials compare."""
+    """Raise StudyError unless a run has the space, images, weights and seed of the study."""
     advice = (
         "give what it was begun with, --set included, or begin another study: --study NAME, with "
         f"--take-over {name} if its trials are to count where they fit"
@@ -103,7 +103,7 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
 
 
 def check_weights(name: str, metadata: Mapping[str, Any], files: Iterable[str | None]) -> None:
-    """Raise StudyError if one of these files of weights has changed since the study was created."""
+    """Raise StudyError if one of these files of weights has changed."""
     known = metadata.get("weights") or {}
     for file in files:
         if file is not None and file in known and _weights_fingerprint(file) != known[file]:
@@ -151,7 +151,7 @@ def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
 def write_metadata(
     paths: StudyPaths, metadata: Mapping[str, Any], *, storage_url: str, space: SearchSpace, dataset: Dataset
 ) -> None:
-    """Write study.yaml atomically if it is missing, else set its time, by which `find_study` finds the last run."""
+    """Write study.yaml if it is missing, else set its time, by which `find_study` finds the last run."""
     file = paths.study_yaml
     if file.exists():
         os.utime(file)

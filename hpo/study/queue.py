@@ -1,9 +1,8 @@
 """The queue of a study's trials: enqueue, claim, finish, release and reclaim.
 
 Each index of a study's total is a waiting trial. A worker claims it by a compare-and-set on its state in the storage,
-not by Optuna's `ask`, which creates trials: so the total is exact. When the process of a claimed trial is dead, the
-attempt is marked failed and its index queued again with the same parameters. If two processes queue an index at once,
-the later trial is never claimed.
+so the total is exact. When its process is dead, the attempt is marked failed and its index queued again with the same
+parameters. If two processes queue an index at once, the later trial is never claimed.
 """
 
 from __future__ import annotations
@@ -86,10 +85,7 @@ class TrialQueue:
     # Enqueue
 
     def ensure_trials(self, total: int) -> Counts:
-        """Queue the missing trial indices from 0 to `total` - 1: the baseline, recipes of the space, then free trials.
-
-        An index whose attempts were all interrupted is queued with the parameters of the last one.
-        """
+        """Queue the missing indices from 0 to `total` - 1: the baseline, recipes of the space, then free trials."""
         self._settings.total = total
         trials = self._trials()
         effective = effective_trials(trials)
@@ -248,7 +244,7 @@ class TrialQueue:
             self._interrupt(frozen, crashed=crashed)
 
     def heartbeat(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
-        """Context in which other hosts can see that the trial's process is alive, if the storage keeps heartbeats."""
+        """Show other hosts meanwhile that the trial's process is alive."""
         return heartbeat(self._storage, trial_id(trial))
 
     # Reclaim
@@ -286,11 +282,11 @@ class TrialQueue:
         return self.waiting() > 0
 
     def held_elsewhere(self) -> list[Held]:
-        """Return the running trials of processes on other hosts or in other containers, which may be dead."""
+        """Return the running trials of other hosts or containers, which may be dead."""
         return [held for trial in self._running() if (held := held_elsewhere(trial)) is not None]
 
     def at_work(self) -> list[int]:
-        """Return the numbers of the total's running trials, without those whose process cannot be checked from here."""
+        """Return the numbers of the total's running trials that can be checked from here."""
         total = self._settings.total
         return [
             trial.number

@@ -49,7 +49,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def finite(content: Any) -> Any:
-    """Replace NaN and infinity, for which JSON has no numbers, by None; keys become strings and tuples lists."""
+    """Replace NaN and infinity by None for JSON; keys become strings and tuples lists."""
     if isinstance(content, dict):
         return {str(key): finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

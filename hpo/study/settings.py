@@ -34,15 +34,15 @@ class StudySettings:
     """Settings of a study in its storage. Assigning one stores it if it differs."""
 
     total = _Setting[int | None]("trials", None)
-    """Number of trials that the study was last run for; None before its first run."""
+    """Number of trials that the study was last run for; None before."""
     command = _Setting[str | None]("command", None)
-    """Command that last ran the study, without any password; None before its first run."""
+    """Command that last ran the study, without any password; None before."""
     retries = _Setting("retries", 3)  # one more than a pool restarts a worker
     """How often a trial is retried after its process died, until it counts as failed."""
     space = _Setting[str | None]("space", None)
     """The search space as YAML, for workers that have no file of it."""
     verdict = _Setting[str | None]("confirmation", None)
-    """Result of the confirmation in words; None of a study that was not confirmed."""
+    """Result of the confirmation in words; None before."""
 
     def __init__(self, study: optuna.Study) -> None:
         self._study = study
@@ -62,7 +62,7 @@ class StudySettings:
         self.space = space_to_yaml(space)
 
     def packing(self, device: str) -> tuple[int, str] | None:
-        """Return the best number of simultaneous trials on a device of this host, and the reason; None if unknown."""
+        """Return the best number of simultaneous trials on a device, and the reason; None if unknown."""
         known = self.get("packing", {}).get(_on_this_host(device))
         return None if known is None else (int(known["trials"]), str(known["why"]))
 
@@ -78,5 +78,5 @@ class StudySettings:
 
 
 def _on_this_host(device: str) -> str:
-    """Hosts of a study may have devices of the same name, but other processors and memory."""
+    """Hosts may have devices of the same name, but other processors and memory."""
     return f"{socket.gethostname()}: {device}"

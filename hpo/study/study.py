@@ -1,4 +1,4 @@
-"""A study as it is in its storage: metadata, trials, best trial, results. `TrialQueue` changes its trials."""
+"""A study in its storage: metadata, trials, best trial, results."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Study:
         check_fingerprint(self.name, self.metadata, dataset.fingerprint)
 
     def check_weights(self, config: TrainConfig) -> None:
-        """Raise StudyError if the file of pretrained weights has changed since the study was created."""
+        """Raise StudyError if the file of pretrained weights has changed."""
         check_weights(self.name, self.metadata, [config.model.pretrained_file])
 
     # Trials and results
@@ -147,7 +147,7 @@ class Study:
         return count_trials(self.optuna.get_trials(deepcopy=False))
 
     def best_trial(self) -> FrozenTrial | None:
-        """Return the complete trial with the best value, the one with the lowest index if several have it."""
+        """Return the complete trial with the best value, of several the one with the lowest index."""
         trials = effective_trials(self.optuna.get_trials(deepcopy=False)).values()
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         return min(complete, key=lambda trial: (-self.sign * _value(trial), trial_index_of(trial)), default=None)
