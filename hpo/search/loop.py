@@ -75,13 +75,8 @@ def run_study(
     """Train trials until none of the total waits. After an error, the running trial is back in the queue.
 
     Args:
-        study: A study with queued trials.
-        space: Its search space.
         splits: On the device: one, one per fold, or a function that splits the images for a configuration.
-        device: Where to train.
         interrupts: May end a trial after an epoch.
-        progress: Shows the study meanwhile.
-        options: Options of every process that trains.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM.

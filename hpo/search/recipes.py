@@ -38,16 +38,12 @@ def run_recipes(
     say: Callable[[str], None],
     progress: StudyView = NO_PROGRESS,
 ) -> None:
-    """Train the pending recipes, as long as a trial each.
+    """Train the pending recipes into the study's folder, as long as a trial each.
 
     Args:
-        study: Keeps the results in its folder.
-        space: Has the recipes.
         splits: On the device: one, or one per fold.
-        device: Where to train.
         interrupts: May stop a training after an epoch; the same command resumes from the checkpoint.
         say: Shows the user one line for each result.
-        progress: Shows the training meanwhile.
     """
     for recipe in pending_recipes(study, space):
         paths = study.paths.reference(recipe.name)

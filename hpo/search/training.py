@@ -66,17 +66,11 @@ def train_recorded(
     device: torch.device,
     watch: Watch,
 ) -> Recorded:
-    """Train, and write configuration, checkpoints and results into the folder.
-
-    The result file is written last: if it exists, the training is finished.
+    """Train, and write configuration, checkpoints and, last, the result into the folder.
 
     Args:
-        config: The configuration.
         splits: One, or one per fold.
-        paths: Names in the folder.
         metric: The objective, also for early stopping and the choice of the kept epoch.
-        device: Where to train.
-        watch: Shows the training.
     """
     paths.dir.mkdir(parents=True, exist_ok=True)
     paths.config.write_text(to_yaml(config))

@@ -56,11 +56,7 @@ class Document:
 
 
 def parse_yaml(text: str, name: str) -> tuple[Document | None, list[Fault]]:
-    """Parse one YAML document, which messages call `name`.
-
-    Returns:
-        The document, None if it cannot be read at all; and every fault.
-    """
+    """Parse one YAML document, which messages call `name`; None if it cannot be read, and every fault."""
     if len(text) > MAX_BYTES:
         return None, [_too_long(name)]
     try:

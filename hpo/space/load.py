@@ -40,14 +40,9 @@ HEAD = ("description", *SETTINGS)
 
 
 def load_space(name_or_path: str | Path, overrides: Overrides = ()) -> SearchSpace:
-    """Read and check a search space.
+    """Read and check a search space, by its name or path; SpaceError with all faults.
 
-    Args:
-        name_or_path: A name in `search_spaces/`, or a path.
-        overrides: Fields to pin, and settings of objective, sampler, pruner, confirm and trials to change.
-
-    Raises:
-        SpaceError: All faults.
+    Overrides pin fields, and change settings of objective, sampler, pruner, confirm and trials.
     """
     path = find(str(name_or_path), "space")
     loader = _Loader(_parsed(overrides))

@@ -185,9 +185,7 @@ def fitting(
 ) -> dict[str, Parameter]:
     """Check sorted parameters against the baseline and each other, and return those whose condition can be met.
 
-    Args:
-        broken: Fields with faulty entries; conditions on them are not checked.
-        may_drop: Do not report the others.
+    Conditions on `broken` fields, which have faulty entries, are not checked. `may_drop` reports no unmet condition.
     """
     baseline = in_rate_of(baseline, search)
     kept: dict[str, Parameter] = {}

@@ -200,12 +200,9 @@ class _Hyperband(_Sparing, HyperbandPruner): ...
 
 
 def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) -> BasePruner:
-    """Build the pruner of a search space. Optuna's pruners count a retried trial twice.
+    """Build the pruner of a search space for runs, or folds, of these epochs.
 
-    Args:
-        config: Its fractions refer to the epochs of the first fold.
-        epochs: Epochs of a run, or of each fold.
-        folds: None without folds.
+    Optuna's pruners count a retried trial twice.
     """
 
     def epoch(fraction: float) -> int:

@@ -33,10 +33,6 @@ class ArtifactStore:
     """A study's files at a path or URL, by their names in the study's folder: `checkpoints/00007.pt`.
 
     Every method raises StudyError if the store cannot be reached, is full, or denies access.
-
-    Args:
-        url: The files are in a folder of the study's name there.
-        folder: The study's folder on this machine.
     """
 
     def __init__(self, url: str, folder: Path) -> None:

@@ -69,8 +69,8 @@ def trials_frame(study: Study) -> pandas.DataFrame:
         First the same columns for every study: `number`, `trial_index`, `state` (complete, pruned, running, waiting),
         `failure` (diverged, oom, invalid, crashed; then `state` is pruned), `value`, `last_value`, `baseline`,
         `recipe`, `epochs` (trained), `kept_epoch`, `elapsed_s`, `images_per_s`, `started`, `ended` (local time),
-        `device` and others. Then `params.optim.lr_scale` etc., one for each searched field; all other attributes by
-        name; and for each rung `rungs.6` (the value), `rungs.6.rank` and `rungs.6.of` (the place among how many).
+        `device` and others. Then `params.optim.lr_scale` etc., one for each searched field; all other attributes; and
+        for each rung `rungs.6` (the value), `rungs.6.rank` and `rungs.6.of` (the place among how many).
     """
     import pandas  # takes half a second
 

@@ -117,11 +117,7 @@ def _begin(study: optuna.Study, metadata: dict[str, Any]) -> dict[str, Any]:
 def find_study(name: str | None = None, *, storage_url: str | None = None) -> Study:
     """Find a study to look at; without a name, the search that was run last.
 
-    Args:
-        storage_url: URL of its storage, if the stored one lacks the password.
-
-    Raises:
-        StudyError: There is no such study, or its storage cannot be opened.
+    The storage's URL is only needed if the stored one lacks the password. StudyError if there is no such study.
     """
     if name is None:
         name = next((study for study in _by_last_run() if not is_confirmation(study)), None)

@@ -188,7 +188,7 @@ class TrialQueue:
 
         Returns:
             The running trial, whose lease this process holds, and its index; None if no trial of the total is waiting.
-            The sampler suggests its parameters, except for fixed ones.
+            The sampler suggests its free parameters.
         """
         self._known_space()
         forget_cached_trials(self._study)
@@ -214,7 +214,7 @@ class TrialQueue:
             state: `complete` or `pruned`.
             value: The objective of a complete trial, which must be finite.
             failure: `diverged`, `oom` or `invalid`, if a pruned trial could not be trained. It becomes a constraint, so
-                that the sampler avoids the region; trials without one count as feasible.
+                that the sampler avoids the region.
             attributes: User attributes to store.
 
         Returns:
@@ -253,8 +253,7 @@ class TrialQueue:
         """Queue the trials of dead processes again, and return their indices.
 
         Args:
-            force: Also reclaim trials of other hosts, whose processes cannot be checked without heartbeats. The result
-                of a process that is alive after all is dropped.
+            force: Also reclaim trials of other hosts, whose processes cannot be checked without heartbeats.
             blameless: Do not count the deaths against the retries, because the caller killed the processes.
         """
         running = self._running()

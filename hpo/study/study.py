@@ -45,7 +45,7 @@ class Study:
         optuna_study: The study in Optuna's storage.
         paths: Names in the study's folder.
         metadata: The content of study.yaml.
-        storage_url: URL of the storage; it may contain a password.
+        storage_url: It may contain a password.
         space: Needed to queue or claim trials.
     """
 

@@ -39,9 +39,6 @@ def import_trials(study: optuna.Study, metadata: Mapping[str, Any], space: Searc
 
     A trial keeps its index. If none of them is the new baseline, index 0 is left to that, and the trial with index 0
     gets the first free one. A study that has trials already is not changed, so that the same command can resume it.
-
-    Raises:
-        StudyError: The trials are not comparable, or none fits.
     """
     if study.get_trials(deepcopy=False):
         return
