@@ -69,10 +69,12 @@ class Study:
 
     @property
     def name(self) -> str:
+        """The study's name."""
         return self.paths.name
 
     @property
     def space_name(self) -> str:
+        """Name of the search space."""
         return str(self.metadata["space"])
 
     @property
@@ -83,6 +85,7 @@ class Study:
 
     @property
     def metric(self) -> str:
+        """Name of the objective."""
         return str(self.metadata["metric"])
 
     @property
@@ -92,6 +95,7 @@ class Study:
 
     @property
     def sign(self) -> int:
+        """1 if the objective is maximized, -1 if it is minimized."""
         return 1 if self.direction == "maximize" else -1
 
     @property
@@ -106,6 +110,7 @@ class Study:
 
     @property
     def data_name(self) -> str:
+        """Name of the data set."""
         return str(self.metadata["data"]["name"])
 
     @property
@@ -144,6 +149,7 @@ class Study:
     # Trials and results
 
     def counts(self) -> Counts:
+        """Return the number of trials by state."""
         return count_trials(self.optuna.get_trials(deepcopy=False))
 
     def best_trial(self) -> FrozenTrial | None:
