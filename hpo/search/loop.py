@@ -108,7 +108,7 @@ def run_study(
             logger.warning("trial %d was requeued by another process while it ran; it is dropped", trial.number)
             continue
         except BaseException as error:
-            # Other errors are not the configuration's fault, as a dead process may be.
+            # A crash may be the configuration's fault, an interrupt or a user's error is not.
             crashed = isinstance(error, Exception) and not isinstance(error, (HpoError, CoreError))
             study.queue.release(trial, crashed=crashed)
             raise

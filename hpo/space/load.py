@@ -167,6 +167,7 @@ class _Loader:
         return result
 
     def sorted_faults(self) -> list[Fault]:
+        """The faults by file and line."""
 
         def place(fault: Fault) -> tuple[str, int]:
             name, _, line = fault.where.rpartition(":")

@@ -11,7 +11,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,8 +110,9 @@ class _Range(Parameter):
     step: float | None = None
 
     def domain(self) -> dict[str, Any]:
+        defaults = {field.name: field.default for field in fields(self)}
         given = {"low": self.low, "high": self.high, "log": self.log, "step": self.step}
-        return {name: value for name, value in given.items() if value != getattr(type(self), name, None)}
+        return {name: value for name, value in given.items() if value != defaults[name]}
 
 
 @dataclass(frozen=True)
