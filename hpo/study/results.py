@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.storage.atomic import replacing
@@ -49,9 +50,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def finite(content: Any) -> Any:
-    """Replace NaN and infinity by None for JSON; keys become strings and tuples lists."""
-    if isinstance(content, dict):
-        return {str(key): finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    """Convert to JSON's types; NaN and infinity become None."""
+    return to_jsonable_python(content, inf_nan_mode="null")

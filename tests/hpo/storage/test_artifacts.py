@@ -41,24 +41,32 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return there[request.param]
 
 
+@pytest.fixture
+def store(tmp_path: Path, url: str) -> ArtifactStore:
+    return machine(tmp_path, url)[0]
+
+
 def machine(tmp_path: Path, url: str, name: str = "here") -> tuple[ArtifactStore, StudyPaths]:
     """The store as used by a machine, and the study's folder there."""
     paths = StudyPaths(tmp_path / name / "own")
     return ArtifactStore(url, paths.dir), paths
 
 
-def a_file(folder: Path, content: bytes) -> Path:
+def a_file(folder: Path, content: bytes, name: str = "a.bin") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "a.bin"
+    file = folder / name
     file.write_bytes(content)
     return file
+
+
+def saved(checkpoint: Path, content: bytes) -> Path:
+    return a_file(checkpoint.parent, content, checkpoint.name)
 
 
 # Files
 
 
-def test_the_latest_version_of_a_file_is_fetched(tmp_path: Path, url: str) -> None:
-    store, _ = machine(tmp_path, url)
+def test_the_latest_version_of_a_file_is_fetched(tmp_path: Path, store: ArtifactStore) -> None:
     assert not store.exists(NAME)
     assert store.size() == 0
     for content in (b"first" * 1000, b"second"):
@@ -71,8 +79,7 @@ def test_the_latest_version_of_a_file_is_fetched(tmp_path: Path, url: str) -> No
     assert list(there.parent.iterdir()) == [there]
 
 
-def test_fetching_a_missing_file_changes_nothing(tmp_path: Path, url: str) -> None:
-    store, _ = machine(tmp_path, url)
+def test_fetching_a_missing_file_changes_nothing(tmp_path: Path, store: ArtifactStore) -> None:
     mine = a_file(tmp_path, b"mine")
     assert not store.fetch(NAME, mine)
     assert mine.read_bytes() == b"mine"
@@ -83,8 +90,7 @@ def test_fetching_a_missing_file_changes_nothing(tmp_path: Path, url: str) -> No
     assert store.size() == 0
 
 
-def test_studies_do_not_see_each_others_files(tmp_path: Path, url: str) -> None:
-    store, _ = machine(tmp_path, url)
+def test_studies_do_not_see_each_others_files(tmp_path: Path, url: str, store: ArtifactStore) -> None:
     other = ArtifactStore(url, tmp_path / "here" / "another")
     store.put(a_file(tmp_path, b"mine"), NAME)
     assert not other.exists(NAME)
@@ -92,8 +98,7 @@ def test_studies_do_not_see_each_others_files(tmp_path: Path, url: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../another/x", "/etc/x", "a/../../x", ""])
-def test_no_name_leads_out_of_the_studys_folder(name: str, tmp_path: Path, url: str) -> None:
-    store, _ = machine(tmp_path, url)
+def test_no_name_leads_out_of_the_studys_folder(name: str, tmp_path: Path, store: ArtifactStore) -> None:
     with pytest.raises(ValueError, match="is no name of a file in a study's folder"):
         store.put(a_file(tmp_path, b"x"), name)
 
@@ -101,8 +106,9 @@ def test_no_name_leads_out_of_the_studys_folder(name: str, tmp_path: Path, url: 
 # Torn uploads
 
 
-def test_a_failed_upload_leaves_the_old_file_only(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, _ = machine(tmp_path, url)
+def test_a_failed_upload_leaves_the_old_file_only(
+    tmp_path: Path, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.put(a_file(tmp_path, b"old"), NAME)
     written = type(store)._write
 
@@ -167,8 +173,7 @@ def test_a_machine_resumes_from_the_checkpoint_that_was_stored_last_by_any_machi
     assert not mine.exists()  # none is stored
 
     def save(checkpoint: Path, content: bytes, store: ArtifactStore) -> None:
-        a_file(checkpoint.parent, content).replace(checkpoint)
-        store.send(checkpoint)
+        store.send(saved(checkpoint, content))
 
     save(mine, b"epoch 1", here)
     there.bring(theirs)
@@ -188,15 +193,15 @@ def test_a_machine_resumes_from_the_checkpoint_that_was_stored_last_by_any_machi
 
 def test_a_checkpoint_of_unknown_origin_is_replaced_by_the_stored_one(tmp_path: Path, url: str) -> None:
     (here, at_home), (there, away) = machine(tmp_path, url), machine(tmp_path, url, "there")
-    there.send(a_file(away.checkpoint(7).parent, b"theirs").rename(away.checkpoint(7)))
-    mine = a_file(at_home.checkpoint(7).parent, b"mine").rename(at_home.checkpoint(7))
+    there.send(saved(away.checkpoint(7), b"theirs"))
+    mine = saved(at_home.checkpoint(7), b"mine")
     here.bring(mine)
     assert mine.read_bytes() == b"theirs"
 
 
 def test_the_checkpoint_of_a_finished_trial_is_deleted_in_the_store_and_here(tmp_path: Path, url: str) -> None:
     store, paths = machine(tmp_path, url)
-    checkpoint = a_file(paths.checkpoint(7).parent, b"x").rename(paths.checkpoint(7))
+    checkpoint = saved(paths.checkpoint(7), b"x")
     store.send(checkpoint)
     store.drop(checkpoint)
     assert not list(checkpoint.parent.iterdir())
@@ -257,8 +262,7 @@ def test_a_store_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path) 
         store.put(a_file(tmp_path, b"x"), NAME)
 
 
-def test_missing_permission_is_reported(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, _ = machine(tmp_path, url)
+def test_missing_permission_is_reported(tmp_path: Path, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def refuses(*arguments: Any, **options: Any) -> None:
         raise PermissionError(errno.EACCES, "Access Denied")
