@@ -157,6 +157,11 @@ def build_averaging(config: AveragingConfig, model: nn.Module, total_steps: int,
     return None
 
 
+def validations_per_epoch(config: AveragingConfig) -> float:
+    """Return the mean number of validations: weights and EMA are both scored until the EMA has caught up."""
+    return 1 + CAUGHT_UP_FRACTION if config.name == "ema" else 1
+
+
 @torch.no_grad()
 def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
     """Recompute the running statistics of all batch norms as the mean over batches (N, C, H, W).

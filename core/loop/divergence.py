@@ -64,7 +64,7 @@ class Divergence:
 
     def is_lost(self, epoch: EpochMetrics) -> bool:
         """Return whether the epoch has diverged; always False during the warm-up."""
-        if epoch.raw is None or epoch.epoch <= self._warmup_fraction * self._epochs:
+        if not epoch.validated or epoch.epoch <= self._warmup_fraction * self._epochs:
             return False
         judged = [scores for scores in (epoch.raw, epoch.averaged) if scores is not None]
         return epoch.train_loss > FACTOR * self.train_loss and all(map(self._is_no_better, judged))

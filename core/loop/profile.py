@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from core import metrics
+from core.averaging import validations_per_epoch
 from core.config import TrainConfig
 from core.data import Splits
 from core.loop.graphs import CAPTURED_STEP, Capture, CapturedSteps, CudaCapture
@@ -66,7 +67,7 @@ class Profile:
     replayed: Times | None
     """Steps replayed as CUDA graphs; None if they are not captured."""
     evaluation_s: float
-    """Passes over the validation images per epoch: two with EMA. SWA's only evaluation is not included."""
+    """Passes over the validation images per epoch. SWA's only evaluation is not included."""
     images: int
     steps: int
     timed_steps: int
@@ -191,7 +192,7 @@ def _measure(
         return Profile(
             launched=launched,
             replayed=replayed,
-            evaluation_s=_evaluation_s(run) * (2 if config.averaging.name == "ema" else 1),
+            evaluation_s=_evaluation_s(run) * validations_per_epoch(config.averaging),
             images=run.visits,
             steps=len(batch_sizes(run.visits, config.batch_size)),
             timed_steps=steps,

@@ -19,7 +19,7 @@ class EpochMetrics:
     lr: float
     train_loss: float
     raw: Scores | None
-    """Validation scores of the weights; None without validation images."""
+    """Validation scores of the weights; None if the average's alone count, and without validation images."""
     averaged: Scores | None
     """Validation scores of the averaged weights; None while there are none."""
     averaged_counts: bool
@@ -33,6 +33,11 @@ class EpochMetrics:
     """Images per pass through the network if a whole batch did not fit the device's memory, which only affects batch
     norm. None: whole batches."""
 
+    @property
+    def validated(self) -> bool:
+        """Whether there were validation images."""
+        return self.raw is not None or self.averaged is not None
+
     def score(self, metric: str) -> float:
         """Return the score of this epoch by that metric.
 
@@ -45,14 +50,12 @@ class EpochMetrics:
 
     def counted(self, metric: str = "accuracy") -> Scores:
         """Return the scores that `score` uses."""
-        if self.raw is None:
+        candidates = (self.averaged,) if self.averaged_counts else (self.averaged, self.raw)
+        scores = [scores for scores in candidates if scores is not None]
+        if not scores:
             raise ValueError("there were no validation images to score")
-        if self.averaged is None:
-            return self.raw
-        if self.averaged_counts:
-            return self.averaged
         better = max if metrics.METRICS[metric] == "maximize" else min
-        return better(self.averaged, self.raw, key=lambda scores: metrics.value(scores, metric))
+        return better(scores, key=lambda scores: metrics.value(scores, metric))
 
     def row(self, metric: str = "accuracy") -> dict[str, float | int]:
         """Return one flat row of `metrics.jsonl`; `val_` columns are the scores counted by that metric."""
@@ -62,16 +65,16 @@ class EpochMetrics:
             "lr": self.lr,
             "train_loss": self.train_loss,
         }
-        if self.raw is not None:
+        if self.validated:
             counted = self.counted(metric)
             row |= {
                 "val_loss": counted.loss,
                 "val_accuracy": counted.accuracy,
                 "val_macro_f1": counted.macro_f1,
                 "val_balanced_accuracy": counted.balanced_accuracy,
-                "raw_val_loss": self.raw.loss,
-                "raw_val_accuracy": self.raw.accuracy,
             }
+        if self.raw is not None:
+            row |= {"raw_val_loss": self.raw.loss, "raw_val_accuracy": self.raw.accuracy}
         if self.averaged is not None:
             row |= {"averaged_val_loss": self.averaged.loss, "averaged_val_accuracy": self.averaged.accuracy}
         if self.micro_batch is not None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from core import metrics
 from core.augment import Augment, alternating_flips, size_at
-from core.averaging import build_averaging, recalibrate
+from core.averaging import build_averaging, recalibrate, validations_per_epoch
 from core.checkpoint import Checkpoints, load_checkpoint
 from core.config import TrainConfig
 from core.data import Splits
@@ -175,7 +175,7 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
         if len(probe):
             run.logits(run.model, probe)
         validation_s = (clock(device) - started) * len(splits.val) / max(len(probe), 1)
-    return training_s + validation_s * (2 if config.averaging.name == "ema" else 1)
+    return training_s + validation_s * validations_per_epoch(config.averaging)
 
 
 class Run:
@@ -323,7 +323,8 @@ class Run:
         trained_s = clock(self.device) - started
         if not math.isfinite(train_loss):
             raise _diverged("training", number, train_loss)
-        raw, averaged = self._validate(final=final)
+        averaged_counts = final or (self.averaging is not None and self.averaging.caught_up(number))
+        raw, averaged = self._validate(averaged_counts=averaged_counts, final=final)
         for scores in (raw, averaged):
             if scores is not None and not math.isfinite(scores.loss):
                 raise _diverged("validation", number, scores.loss)
@@ -335,7 +336,7 @@ class Run:
             train_loss=train_loss,
             raw=raw,
             averaged=averaged,
-            averaged_counts=averaged is not None and (final or self._average_caught_up(number)),
+            averaged_counts=averaged_counts and averaged is not None,
             images=self.visits,
             images_per_s=self.visits / trained_s,
             elapsed_s=self.elapsed_s,
@@ -380,17 +381,17 @@ class Run:
         ]
         return torch.cat(outputs)
 
-    def _validate(self, *, final: bool) -> tuple[Scores | None, Scores | None]:
-        val, average = self.splits.val, self._average(final=final)
-        if not len(val):
+    def _validate(self, *, averaged_counts: bool, final: bool) -> tuple[Scores | None, Scores | None]:
+        """Score the weights, unless only those of their average count, and the average."""
+        average = self._average(final=final)
+        if not len(self.splits.val):
             return None, None
-        labels = self.splits.labels[val]
-        self.last_logits = self.logits(self.model, val)
-        raw = metrics.scores(self.last_logits, labels)
-        if average is None:
-            return raw, None
-        self.last_logits = self.logits(average, val)
-        return raw, metrics.scores(self.last_logits, labels)
+        raw = self._score(self.model) if average is None or not averaged_counts else None
+        return raw, None if average is None else self._score(average)
+
+    def _score(self, model: nn.Module) -> Scores:
+        self.last_logits = self.logits(model, self.splits.val)
+        return metrics.scores(self.last_logits, self.splits.labels[self.splits.val])
 
     def _average(self, *, final: bool) -> nn.Module | None:
         """The averaged network, ready for evaluation; with SWA only at the end, since it has to be recalibrated."""
@@ -410,11 +411,8 @@ class Run:
         with self.autocast():
             recalibrate(average, map(self.prepare, self.feed.batches(rows)))
 
-    def _average_caught_up(self, epoch: int) -> bool:
-        return self.averaging is not None and self.averaging.caught_up(epoch)
-
     def _remember_best(self, now: EpochMetrics) -> None:
-        if self.config.early_stop.patience_fraction is None or now.raw is None:
+        if self.config.early_stop.patience_fraction is None or not now.validated:
             return
         sign = 1 if self.maximize else -1
         if self.best is None or sign * now.score(self.metric) > sign * self.best[0].score(self.metric):

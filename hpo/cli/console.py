@@ -63,7 +63,7 @@ def bars() -> Progress:
 
 def epoch_note(epoch: EpochMetrics, metric: str) -> str:
     """Describe an epoch beside its bar: loss, score if it was validated, and speed."""
-    scored = "" if epoch.raw is None else f"  {metric} {epoch.score(metric):.4f}"
+    scored = f"  {metric} {epoch.score(metric):.4f}" if epoch.validated else ""
     return f"loss {epoch.train_loss:.3f}{scored}  {epoch.images_per_s:,.0f} images/s"
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from core.augment import Augment
 from core.config import AugmentConfig
-from tests.core.recorded import Operations
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -101,16 +100,3 @@ def assert_same_geometry(ours: Tensor, theirs: Tensor) -> None:
     """Compare within one level, except for a few pixels at borders that float32 rounds differently."""
     difference = (ours - theirs.float()).abs()
     assert (difference > 1).float().mean() < 1e-3
-
-
-class RefuseToWait(Operations):
-    """Fails on calls that synchronize with the host or copy numbers from it."""
-
-    WAITING = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        assert not name.startswith(self.WAITING), f"{name} waits for the device"
-        if name in ("index", "index_put", "index_put_"):
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a mask as an index waits for the device"
-        return func(*args, **kwargs)

@@ -1,13 +1,19 @@
-"""A data set and a network that train in a tenth of a second."""
+"""A data set and a network that train in a tenth of a second, and trainings shared by tests."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
+import core.loop.run
 from core.config import TrainConfig
 from core.data import Splits
+from core.loop import Execution, TrainResult, train
+from core.loop.run import Run
+from tests.core.trainings import CASES, CPU, EveryStepByPython, WatchedRun
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +47,32 @@ def tiny() -> TrainConfig:
             "augment.flip": 0.0,
         }
     )
+
+
+class Train:
+    """Trains each case of `CASES` for five epochs once for each kind of execution.
+
+    Trainings by `EveryStepByPython` raise HostReadError if an epoch synchronizes.
+    """
+
+    def __init__(self, tiny: TrainConfig, splits: Splits) -> None:
+        self._tiny, self._splits = tiny, splits
+        self._results: dict[Any, TrainResult] = {}
+
+    def config(self, case: str) -> TrainConfig:
+        return self._tiny.override({"epochs": 5, **CASES[case]})
+
+    def __call__(self, case: str, *, streamed: bool = False, capture: Any = None) -> TrainResult:
+        key = (case, streamed, capture)
+        if key not in self._results:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(core.loop.run, "Run", WatchedRun if capture is EveryStepByPython else Run)
+                self._results[key] = train(
+                    self.config(case), self._splits, device=CPU, execution=Execution(streamed, capture)
+                )
+        return self._results[key]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: TrainConfig, digits: Splits) -> Train:
+    return Train(tiny, digits)

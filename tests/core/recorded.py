@@ -133,12 +133,14 @@ class HostReads:
     Args:
         device: the training's device; copies from it to other devices are detected.
         raises: raise HostReadError instead of counting.
+        numbers: also detect tensors made from the host's numbers, whose copy to a device waits.
     """
 
-    def __init__(self, device: str | torch.device = "cpu", *, raises: bool = True) -> None:
+    def __init__(self, device: str | torch.device = "cpu", *, raises: bool = True, numbers: bool = False) -> None:
         self.found: list[str] = []
         """The operations that were such, in order."""
         self._raises = raises
+        self.reading = _READING | {aten.lift_fresh} if numbers else _READING
         self._modes = (_ReadingMethods(self), _ReadingOperations(self, torch.device(device)))
 
     @property
@@ -174,7 +176,7 @@ class _ReadingOperations(Operations):
 
     def _waits(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         operation = func.overloadpacket
-        if operation in _READING:
+        if operation in self._reads.reading:
             return True
         if operation is aten.repeat_interleave:
             return kwargs.get("output_size") is None

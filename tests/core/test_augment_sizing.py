@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from core.augment import resize, size_at
 from core.config import AugmentConfig
-from tests.core.augment_cases import RefuseToWait
+from tests.core.recorded import HostReads
 
 
 def config(start: float = 0.5, full_from: float = 0.5) -> AugmentConfig:
@@ -100,5 +100,5 @@ def test_full_size_returns_the_same_tensor() -> None:
 
 def test_resizing_does_not_synchronize() -> None:
     images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    with RefuseToWait():
+    with HostReads(numbers=True):
         resize(images, (20, 20))

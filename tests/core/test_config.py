@@ -20,6 +20,7 @@ from core.loop import train
 CPU = torch.device("cpu")
 
 SWATS = {"optim.name": "swats"}
+TIMM = {"model.name": "timm/test_resnet", "model.widths": (64, 128, 256, 512), "model.blocks": (2, 2, 2, 2)}
 CRITERION = {"optim.name": "swats", "optim.swats.switch": "criterion"}
 
 # field -> (other fields it depends on, another value).
@@ -53,7 +54,7 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "augment.mix_off_fraction": ({"augment.mixup": 0.4}, 0.5),
     "augment.start_size_fraction": ({}, 0.5),
     "augment.full_size_from_fraction": ({"augment.start_size_fraction": 0.5}, 1.0),
-    "model.name": ({"model.widths": (64, 128, 256, 512), "model.blocks": (2, 2, 2, 2), "epochs": 1}, "timm/resnet10t"),
+    "model.name": ({**TIMM, "epochs": 1}, "timm/mobilenetv3_small_050"),
     "model.widths": ({}, (16, 16)),
     "model.blocks": ({}, (2, 1)),
     "model.width": ({}, 2.0),
@@ -123,9 +124,9 @@ def trained() -> dict[str, dict[str, torch.Tensor]]:
 
 @functools.cache
 def few(data: DataConfig) -> Splits:
-    """150 training and 60 validation images of a data set."""
+    """100 training and 40 validation images of a data set."""
     splits = split(load_dataset(data), data)
-    return dataclasses.replace(splits, train=splits.train[:150], val=splits.val[:60])
+    return dataclasses.replace(splits, train=splits.train[:100], val=splits.val[:40])
 
 
 def weights(config: TrainConfig) -> dict[str, torch.Tensor]:

@@ -34,39 +34,17 @@ from core.loop.profile import profile
 from core.loop.run import Run
 from core.models import compiled
 from core.runtime import forbidden_waits, own_stream
-from tests.core.recorded import HostReadError, HostReads, RecordedGraph, let_the_cpu_capture
-from tests.core.test_loop import STATEFUL, same
+from tests.core.conftest import Train
+from tests.core.recorded import HostReadError, RecordedGraph, let_the_cpu_capture
+from tests.core.trainings import CASES, CPU, STATEFUL, EveryStepByPython, WatchedRun, same
 
-CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
-
-CASES = STATEFUL | {
-    "smoothing that changes, focal": {
-        "loss.smoothing": 0.2, "loss.smoothing_final": 0.0, "loss.name": "focal", "optim.name": "sgd",
-    },
-    "smoothing that changes, clipped": {"loss.smoothing": 0.2, "loss.smoothing_final": 0.0, "optim.grad_clip": 0.3},
-    "mixed half of the time, then no more": {
-        "augment.cutmix": 1.0, "augment.mix_probability": 0.5, "augment.mix_off_fraction": 0.6, "averaging.name": "ema",
-    },
-    "no momentum, erased, turned": {
-        "optim.name": "sgd", "optim.momentum": 0.0, "augment.erase": 0.5, "augment.rotation_degrees": 20.0,
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _captured_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Capture shapes that a short training uses only a few times."""
     monkeypatch.setattr(core.loop.graphs, "CAPTURED_STEP", WARM_UP_STEPS + 1)
-
-
-class EveryStepByPython:
-    """A capture whose replays call the function, with values on the device."""
-
-    @staticmethod
-    def capture(function: Callable[[], None]) -> Callable[[], None]:
-        function()
-        return function
 
 
 class Failing:
@@ -94,22 +72,15 @@ def losses(result: TrainResult) -> list[float]:
     return [epoch.train_loss for epoch in result.history]
 
 
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
-class TestACapturedTraining:
-    """Bitwise equal to the same kernels launched by Python; losses within 1e-3 of a training with plain numbers.
-
-    Scalars on the device are float32 where Python has float64.
-    """
-
-    def test_equals_launched_steps_bitwise_and_plain_ones_in_loss(
-        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        let_the_cpu_capture(monkeypatch)
-        config = tiny.override({"epochs": 5, **changes})
-        replayed = train(config, digits, device=CPU, execution=Execution(capture=RecordedGraph))
-        launched = train(config, digits, device=CPU, execution=Execution(capture=EveryStepByPython))
-        assert same(replayed, launched)
-        assert losses(replayed) == pytest.approx(losses(train(config, digits, device=CPU)), rel=1e-3)
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_training_equals_launched_steps_bitwise_and_plain_ones_in_loss(
+    trained: Train, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are within 1e-3 of plain ones, since scalars on the device are float32 where Python has float64."""
+    let_the_cpu_capture(monkeypatch)
+    replayed = trained(case, capture=RecordedGraph)
+    assert same(replayed, trained(case, capture=EveryStepByPython))
+    assert losses(replayed) == pytest.approx(losses(trained(case)), rel=1e-3)
 
 
 def test_a_captured_training_resumes_bitwise(digits: Splits, tiny: TrainConfig, tmp_path: Path) -> None:
@@ -196,63 +167,29 @@ def test_a_capture_error_names_the_fix(digits: Splits, tiny: TrainConfig, monkey
         train(tiny, digits, device=CPU, execution=Execution(capture=capture))
 
 
-@pytest.mark.parametrize("changes", STATEFUL.values(), ids=STATEFUL.keys())
-class TestAStreamedTraining:
-    def test_equals_the_resident_one_bitwise(self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any]) -> None:
-        config = tiny.override(changes)
-        streamed = train(config, digits, device=CPU, execution=Execution(streamed=True))
-        assert same(streamed, train(config, digits, device=CPU))
-
-    def test_equals_the_resident_one_bitwise_when_captured(
-        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        let_the_cpu_capture(monkeypatch)
-        streamed, resident = (
-            train(tiny.override(changes), digits, device=CPU, execution=Execution(streamed, RecordedGraph))
-            for streamed in (True, False)
-        )
-        assert same(streamed, resident)
+@pytest.mark.parametrize("capture", [None, RecordedGraph], ids=["launched", "captured"])
+@pytest.mark.parametrize("case", STATEFUL)
+def test_a_streamed_training_equals_the_resident_one_bitwise(
+    trained: Train, case: str, capture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_the_cpu_capture(monkeypatch)
+    assert same(trained(case, streamed=True, capture=capture), trained(case, capture=capture))
 
 
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
-class TestNoSynchronization:
-    """Covers the device part of a step as captured on a GPU."""
+@pytest.mark.parametrize("case", CASES)
+def test_an_epoch_does_not_synchronize(trained: Train, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Covers the device part of every step as captured on a GPU, and the batches."""
+    let_the_cpu_capture(monkeypatch)
+    assert trained(case, capture=EveryStepByPython).history[-1].step >= 9
 
-    def watched(self, config: TrainConfig, splits: Splits) -> Run:
-        run = Run(config, splits, CPU, execution=Execution(capture=EveryStepByPython))
-        launch = run.one_step.launch
 
-        def watch(*step: Any) -> None:
-            with HostReads():
-                launch(*step)
-
-        run.one_step.launch = watch
-        run.model.train()
-        return run
-
-    def test_an_epoch_does_not_synchronize(
-        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        let_the_cpu_capture(monkeypatch)
-        run = self.watched(tiny.override(changes), digits)
-        for epoch in range(1, 4):
-            batches = run.batches(epoch)
-            while True:
-                with HostReads():
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                run.step(batch)
-        assert run.step_count >= 9
-
-    def test_a_single_item_is_detected(
-        self, digits: Splits, tiny: TrainConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        let_the_cpu_capture(monkeypatch)
-        run = self.watched(tiny.override(changes), digits)
-        run.one_step.network = lambda images: run.model(images * images.abs().max().item())
-        with pytest.raises(HostReadError):
-            run.step(next(run.batches(epoch=1)))
+@pytest.mark.parametrize("case", CASES)
+def test_a_single_item_is_detected(digits: Splits, trained: Train, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_the_cpu_capture(monkeypatch)
+    run = WatchedRun(trained.config(case), digits, CPU, execution=Execution(capture=EveryStepByPython))
+    run.one_step.network = lambda images: run.model(images * images.abs().max().item())
+    with pytest.raises(HostReadError):
+        run.step(next(run.batches(epoch=1)))
 
 
 class TestABatchThatDoesNotFit:

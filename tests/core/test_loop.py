@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,49 +13,12 @@ from core.checkpoint import load_checkpoint
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
-from core.loop import EpochMetrics, TrainResult, seconds_per_epoch, train
+from core.loop import EpochMetrics, seconds_per_epoch, train
 from core.loop.step import batch_sizes
 from core.metrics import Scores
 from core.schedule import reductions
-
-CPU = torch.device("cpu")
-
-# Configurations with state that a resumed run could lose.
-STATEFUL = {
-    "adamw, ema, mixup, dropout": {
-        "averaging.name": "ema", "averaging.half_life_fraction": 0.1, "augment.mixup": 0.4, "augment.cutmix": 1.0,
-        "model.dropout": 0.3, "model.drop_path": 0.2, "augment.ops": 2,
-    },
-    "sgd, swa": {"optim.name": "sgd", "averaging.name": "swa", "averaging.swa_start_fraction": 0.25},
-    "nadam, clipped, balanced": {"optim.name": "nadam", "optim.grad_clip": 0.5, "sampling.name": "balanced"},
-    "swats at a fraction": {"optim.name": "swats", "optim.swats.switch_fraction": 0.5},
-    "swats by its criterion": {
-        "optim.name": "swats", "optim.swats.switch": "criterion", "optim.swats.tolerance": 1.0,
-    },
-    "early stopping": {"early_stop.patience_fraction": 0.75},
-    "muon, copies, alternating flips, growing": {
-        "optim.name": "muon", "sampling.oversample": 3, "augment.apply_to": "repeats", "augment.flip": 0.5,
-        "augment.alternate_flip": True, "augment.start_size_fraction": 0.5, "augment.policy": "autoaugment_cifar10",
-    },
-    "the head first, on a plateau": {
-        "optim.head_only_fraction": 0.4, "optim.backbone_lr_scale": 0.1, "schedule.name": "plateau",
-        "schedule.patience_fraction": 0.2, "loss.class_weights": "effective", "loss.class_weights_from_fraction": 0.5,
-    },
-}  # fmt: skip
-
-
-def weights_of(result: TrainResult) -> dict[str, torch.Tensor]:
-    return result.model.state_dict()
-
-
-def same(one: TrainResult, other: TrainResult) -> bool:
-    """Compare weights and the scores of every epoch, bitwise."""
-    ours, theirs = weights_of(one), weights_of(other)
-    timeless = [
-        [dataclasses.replace(epoch, images_per_s=0.0, elapsed_s=0.0) for epoch in result.history]
-        for result in (one, other)
-    ]
-    return all(torch.equal(ours[name], theirs[name]) for name in ours) and timeless[0] == timeless[1]
+from tests.core.conftest import Train
+from tests.core.trainings import CPU, STATEFUL, same
 
 
 def test_the_network_learns_digits(digits: Splits, tiny: TrainConfig) -> None:
@@ -66,44 +28,40 @@ def test_the_network_learns_digits(digits: Splits, tiny: TrainConfig) -> None:
     assert result.history[-1].train_loss < 0.7 * result.history[0].train_loss
 
 
-@pytest.mark.parametrize("changes", STATEFUL.values(), ids=STATEFUL.keys())
-def test_the_same_seed_gives_bitwise_the_same_training(
-    digits: Splits, tiny: TrainConfig, changes: dict[str, Any]
-) -> None:
-    config = tiny.override(changes)
-    torch.manual_seed(1)
-    first = train(config, digits, device=CPU)
+@pytest.mark.parametrize("case", STATEFUL)
+def test_the_same_seed_gives_bitwise_the_same_training(digits: Splits, trained: Train, case: str) -> None:
+    first = trained(case)
     torch.manual_seed(2)  # other use of torch's global generator
-    assert same(first, train(config, digits, device=CPU))
+    assert same(first, train(trained.config(case), digits, device=CPU))
 
 
-@pytest.mark.parametrize("changes", STATEFUL.values(), ids=STATEFUL.keys())
+@pytest.mark.parametrize("case", STATEFUL)
 def test_a_resumed_training_equals_the_uninterrupted_one_bitwise(
-    digits: Splits, tiny: TrainConfig, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Splits, trained: Train, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", float("inf"))
-    config = tiny.override({"epochs": 6, **changes})
-    uninterrupted = train(config, digits, device=CPU)
+    config = trained.config(case)
 
-    def stop_in_the_fourth(epoch: EpochMetrics) -> None:
-        if epoch.epoch == 4:
+    def stop_in_the_third(epoch: EpochMetrics) -> None:
+        if epoch.epoch == 3:
             raise KeyboardInterrupt
 
     checkpoint = tmp_path / "trial.pt"
     with pytest.raises(KeyboardInterrupt):
-        train(config, digits, device=CPU, on_epoch_end=stop_in_the_fourth, checkpoint_to=checkpoint)
+        train(config, digits, device=CPU, on_epoch_end=stop_in_the_third, checkpoint_to=checkpoint)
     told: list[int] = []
-    trained: list[int] = []
+    resumed_epochs: list[int] = []
     resumed = train(
         config,
         digits,
         device=CPU,
         resume_from=checkpoint,
         on_resume=lambda history: told.extend(epoch.epoch for epoch in history),
-        on_epoch_end=lambda epoch: trained.append(epoch.epoch),
+        on_epoch_end=lambda epoch: resumed_epochs.append(epoch.epoch),
     )
-    assert told == [1, 2, 3, 4]
-    assert trained == [epoch.epoch for epoch in uninterrupted.history[4:]]
+    uninterrupted = trained(case)
+    assert told == [1, 2, 3]
+    assert resumed_epochs == [epoch.epoch for epoch in uninterrupted.history[3:]]
     assert same(uninterrupted, resumed)
 
 
@@ -354,10 +312,18 @@ def test_a_single_training_image_is_refused(digits: Splits, tiny: TrainConfig) -
 
 def test_a_short_ema_follows_the_weights(digits: Splits, tiny: TrainConfig) -> None:
     """Without the warm-up, the average of a short run would still be the initial weights."""
-    result = train(tiny.override({"epochs": 15, "averaging.name": "ema"}), digits, device=CPU)
-    assert result.kept.raw is not None
-    assert result.kept.averaged is not None
-    assert result.kept.averaged.accuracy > result.kept.raw.accuracy - 0.05
+    config = tiny.override({"epochs": 15})
+    averaged = train(config.override({"averaging.name": "ema"}), digits, device=CPU)
+    assert averaged.value("accuracy") > train(config, digits, device=CPU).value("accuracy") - 0.05
+
+
+def test_weights_are_validated_until_their_average_has_caught_up(digits: Splits, tiny: TrainConfig) -> None:
+    history = train(tiny.override({"epochs": 8, "averaging.name": "ema"}), digits, device=CPU).history
+    assert [epoch.raw is not None for epoch in history] == [True] + [False] * 7  # a quarter of the run is two epochs
+    assert all(epoch.averaged is not None and epoch.validated for epoch in history)
+    assert "raw_val_accuracy" in history[0].row()
+    assert "raw_val_accuracy" not in history[1].row()
+    assert history[1].row()["val_accuracy"] == history[1].row()["averaged_val_accuracy"]
 
 
 def test_seconds_per_epoch_is_plausible(digits: Splits, tiny: TrainConfig) -> None:

@@ -30,10 +30,9 @@ from core.loop.profile import (
     profile,
 )
 from tests.core.recorded import RecordedGraph
-from tests.core.test_execution import Counting, EveryStepByPython
-from tests.core.test_loop import same
+from tests.core.test_execution import Counting
+from tests.core.trainings import CPU, EveryStepByPython, same
 
-CPU = torch.device("cpu")
 STEP = ["augment", "forward", "backward", "optimizer"]
 
 # Ten seconds of training on 60 images and two of evaluation.
@@ -93,8 +92,8 @@ class TestTheTimesOfAnEpoch:
         # A step reads the clock ten times: nine seconds, plus one to the next step; five are the parts'.
         assert measured.launched.sections_s == dict.fromkeys([*STEP, "averaging"], 2 * 192 / 128)
         assert measured.launched.seconds == (2 * 10 + 1) * 192 / 128
-        assert measured.evaluation_s == 2  # with EMA, twice one second
-        assert measured.images_per_s == pytest.approx(192 / (31.5 + 2))
+        assert measured.evaluation_s == 1.25  # of a second, with both weights and EMA in a quarter of the run
+        assert measured.images_per_s == pytest.approx(192 / (31.5 + 1.25))
         assert (measured.images, measured.steps, measured.timed_steps) == (192, 3, 2)
 
     def test_continue_over_epochs_and_count_images(

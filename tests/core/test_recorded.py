@@ -251,6 +251,17 @@ def test_other_operations_are_allowed(name: str) -> None:
     assert reads.found == []
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_numbers_from_the_host_are_detected_on_request(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        with HostReads():
+            VECTOR + torch.tensor([1.0])
+        with pytest.raises(HostReadError, match="lift_fresh"), HostReads(numbers=True):
+            VECTOR + torch.tensor([1.0])
+        with pytest.raises(HostReadError, match="_local_scalar_dense"), HostReads(numbers=True):
+            float(VECTOR.sum())
+
+
 def test_a_training_step_is_free_of_host_reads() -> None:
     model, images = network(), torch.randn(6, 3, 8, 8)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -26,24 +26,18 @@ import core.loop.run
 from core.config import TrainConfig
 from core.data import Splits
 from core.loop import EpochMetrics, train
+from tests.core.trainings import CPU, STATEFUL
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = torch.device("cpu")
 EPOCHS = 6
 KILLS = 3
 
 # Together they use all state of a checkpoint.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "adamw, ema, mixup and cutmix, dropout": {
-        "averaging.name": "ema", "averaging.half_life_fraction": 0.1, "augment.mixup": 0.4, "augment.cutmix": 1.0,
-        "model.dropout": 0.3, "model.drop_path": 0.2, "augment.ops": 2,
-    },
+    **{name: STATEFUL[name] for name in ("adamw, ema, mixup, dropout", "swats by its criterion")},
     "sgd, swa, growing images, smoothing": {
         "optim.name": "sgd", "averaging.name": "swa", "averaging.swa_start_fraction": 0.25,
         "augment.start_size_fraction": 0.5, "loss.smoothing": 0.2, "loss.smoothing_final": 0.0,
-    },
-    "swats by its criterion": {
-        "optim.name": "swats", "optim.swats.switch": "criterion", "optim.swats.tolerance": 1.0,
     },
     "nadam, early stopping on an ema": {
         "optim.name": "nadam", "early_stop.patience_fraction": 1.0, "averaging.name": "ema", "optim.lr_scale": 30.0,
@@ -193,7 +187,7 @@ def same(one: Life, other: Life) -> bool:
 def test_a_repeatedly_killed_training_equals_the_undisturbed_one_bitwise(
     server: Server, tiny: TrainConfig, tmp_path: Path, changes: dict[str, Any], share: float
 ) -> None:
-    config = tiny.override({"epochs": EPOCHS, **changes}).model_dump_json()
+    config = tiny.override({"epochs": EPOCHS, "batch_size": 96, **changes}).model_dump_json()  # two steps an epoch
     twin = Life(tmp_path / "twin", server.data, config, share, kill=None)
     assert server.run(twin) == 0
     calls = statistics.median(line["calls"] for line in lines_of(twin))  # per epoch with its checkpoint

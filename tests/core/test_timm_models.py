@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -205,8 +207,9 @@ FORMATS: dict[str, Save] = {
 }
 
 
+@functools.cache
 def _source(name: str, **arguments: Any) -> nn.Module:
-    """A model with random weights and statistics."""
+    """A model with random weights and statistics, which no test changes."""
     torch.manual_seed(7)
     model = timm.create_model(name, **arguments)
     with torch.no_grad():
@@ -228,7 +231,7 @@ def _load(name: str, path: Path | str, *, side: int = 64, **arguments: Any) -> n
 
 def _logits(model: nn.Module, channels: int = 3, side: int = 64) -> torch.Tensor:
     with torch.no_grad():
-        return model.to(memory_format=torch.channels_last).eval()(_images(2, channels, side, side))
+        return copy.deepcopy(model).to(memory_format=torch.channels_last).eval()(_images(2, channels, side, side))
 
 
 @pytest.mark.parametrize("file", FORMATS)
