@@ -1,9 +1,9 @@
 """Averages of weights over time and over networks.
 
-EMA: an exponential moving average of parameters and batch-norm statistics after every step, with a decay of min(d, (1 +
-t) / (10 + t)) at update t, as in TensorFlow. SWA: the mean of the weights at the ends of the last epochs (Izmailov et
-al. 2018, arXiv 1803.05407). `mean_of`: a uniform soup of networks (Wortsman et al. 2022, arXiv 2203.05482), accurate
-only if the loss is low between them. The latter two need `recalibrate`.
+EMA averages parameters and batch-norm statistics after every step, with a decay of min(d, (1 + t) / (10 + t)) at
+update t, as TensorFlow's `ExponentialMovingAverage`. SWA (arXiv 1803.05407) is the mean of the weights at the ends of
+the last epochs, and `mean_of` a uniform soup of networks (arXiv 2203.05482), accurate only if the loss is low between
+them. These two need `recalibrate`.
 """
 
 from __future__ import annotations
@@ -21,28 +21,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from core.config import AveragingConfig
 from core.runtime import evaluating
 
-# Fraction of the run from which the EMA is used for decisions. Its accuracy on digits (60 epochs of 16 steps, 3 seeds,
-# half-lives from 0.005 to 0.5 of the run) is lower than that of the weights by 0.09 after 2 epochs of AdamW, 0.008
-# after 6, 0.005 after 12, 0.002 after 18; with SGD by 0.001 after 6.
+# The EMA's accuracy on digits (60 epochs of 16 steps, 3 seeds, half-lives from 0.005 to 0.5 of the run) is lower than
+# that of the weights by 0.09 after 2 epochs of AdamW, 0.008 after 6, 0.005 after 12, 0.002 after 18; with SGD by 0.001
+# after 6.
 CAUGHT_UP_FRACTION = 0.25
-# (1 + t) / (10 + t), as in TensorFlow's `ExponentialMovingAverage`.
 WARMUP_OFFSET = 10
 
 
 class Averaging(ABC):
-    """A copy of a network whose weights are an average over time.
-
-    Args:
-        model: the network on its device; its tensors must keep their storage.
-    """
+    """An average over time of a network, whose tensors must keep their storage."""
 
     needs_recalibration = False
-    """Whether `module` needs `recalibrate` before it is evaluated."""
+    """Whether evaluating `module` needs `recalibrate` first."""
 
     def __init__(self, model: nn.Module) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         """The averaged network, in evaluation mode."""
-        self._count = 0  # number of averaged states
+        self._count = 0  # averaged states
         self._own, self._theirs = _tensors(self.module), _tensors(model)
 
     @property
@@ -52,26 +47,26 @@ class Averaging(ABC):
 
     @abstractmethod
     def next_weight(self) -> float | None:
-        """Return the share of the network in the next update, in (0, 1]; None if steps are not averaged."""
+        """Return the weight of the network in the next update, in (0, 1]; None if steps are not averaged."""
 
     @abstractmethod
     def update(self, weight: float | Tensor) -> None:
-        """Average the current weights after a step, with `next_weight()` as a number or scalar on the device."""
+        """Average the weights after a step (device part), with `next_weight()`."""
 
     @abstractmethod
     def end_update(self) -> None:
-        """Count the update. Call after every `update` (host part)."""
+        """Count the update (host part)."""
 
     @abstractmethod
     def end_epoch(self, epoch: int) -> None:
-        """Call at the end of every epoch, counted from 1."""
+        """Average the weights after an epoch, counted from 1."""
 
     @abstractmethod
     def caught_up(self, epoch: int) -> bool:
-        """Return whether the average at the end of this epoch, counted from 1, no longer lags behind the weights."""
+        """Return whether the average no longer lags behind the weights at the end of this epoch, counted from 1."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for `load_state_dict`. Tensors are live: save or copy them before the next step."""
+        """Return the state, of live tensors: save or copy them before the next step."""
         return {"module": self.module.state_dict(), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -81,10 +76,10 @@ class Averaging(ABC):
 
     @torch.no_grad()
     def _blend(self, weight: float | Tensor) -> None:
-        """Move the average towards the network by `weight` in [0, 1]; integer tensors are copied."""
+        """Move the average towards the network; integer tensors are copied."""
         (floats, integers), (their_floats, their_integers) = self._own, self._theirs
         if isinstance(weight, Tensor):
-            # No foreach lerp accepts a scalar on the device, so the difference is allocated.
+            # No foreach lerp accepts a scalar on the device.
             way = torch._foreach_sub(their_floats, floats)
             torch._foreach_mul_(way, weight)
             torch._foreach_add_(floats, way)
@@ -95,7 +90,7 @@ class Averaging(ABC):
 
 
 class ExponentialAveraging(Averaging):
-    """EMA; see the module docstring."""
+    """EMA."""
 
     def __init__(self, config: AveragingConfig, model: nn.Module, total_steps: int, epochs: int) -> None:
         super().__init__(model)
@@ -103,7 +98,7 @@ class ExponentialAveraging(Averaging):
         self._epochs = epochs
 
     def decay_at(self, t: int) -> float:
-        """Return the decay at update t, counted from 0."""
+        """Return the decay at update t >= 0."""
         return min(self._decay, (1 + t) / (WARMUP_OFFSET + t))
 
     def next_weight(self) -> float:
@@ -123,7 +118,7 @@ class ExponentialAveraging(Averaging):
 
 
 class StochasticAveraging(Averaging):
-    """SWA; see the module docstring."""
+    """SWA."""
 
     def __init__(self, config: AveragingConfig, model: nn.Module, epochs: int) -> None:
         super().__init__(model)
@@ -131,13 +126,13 @@ class StochasticAveraging(Averaging):
         self.needs_recalibration = bool(_batch_norms(model))
 
     def next_weight(self) -> None:
-        """Return None."""
+        return None
 
     def update(self, weight: float | Tensor) -> None:
-        """Do nothing."""
+        pass
 
     def end_update(self) -> None:
-        """Do nothing."""
+        pass
 
     def end_epoch(self, epoch: int) -> None:
         if epoch >= self._start_epoch:
@@ -149,7 +144,7 @@ class StochasticAveraging(Averaging):
 
 
 def build_averaging(config: AveragingConfig, model: nn.Module, total_steps: int, epochs: int) -> Averaging | None:
-    """Create the averaging of a run of that length, or None."""
+    """Create a run's averaging, if any."""
     if config.name == "ema":
         return ExponentialAveraging(config, model, total_steps, epochs)
     if config.name == "swa":
@@ -164,12 +159,9 @@ def validations_per_epoch(config: AveragingConfig) -> float:
 
 @torch.no_grad()
 def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Recompute the running statistics of all batch norms as the mean over batches (N, C, H, W).
+    """Recompute the batch norms' running statistics as the mean over batches (N, C, H, W), at least one.
 
-    Like `torch.optim.swa_utils.update_bn`, but dropout and drop path stay off, and modes are restored.
-
-    Raises:
-        ValueError: there is no batch.
+    Unlike in `torch.optim.swa_utils.update_bn`, dropout and drop path stay off, and modes are restored.
     """
     norms = _batch_norms(module)
     if not norms:
@@ -194,11 +186,7 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def mean_of(models: Sequence[nn.Module]) -> nn.Module:
-    """Return the mean of several networks in evaluation mode; integer buffers are the first one's. Needs `recalibrate`.
-
-    Raises:
-        ValueError: there is no model, or their tensors differ in names or shapes.
-    """
+    """Return the mean of networks of one architecture in evaluation mode; integer buffers are the first one's."""
     if not models:
         raise ValueError("no networks to average")
     mean = copy.deepcopy(models[0]).eval().requires_grad_(False)
@@ -208,7 +196,7 @@ def mean_of(models: Sequence[nn.Module]) -> nn.Module:
         raise ValueError("the networks are not of one architecture")
     for name, tensor in mean.state_dict().items():
         if tensor.is_floating_point():
-            # In float64, so that the mean of equal weights is bitwise equal to them.
+            # In float64 the mean of equal weights is bitwise equal to them.
             tensor.copy_(torch.stack([state[name].detach().double() for state in states]).mean(0))
     return mean
 

@@ -1,7 +1,7 @@
-"""Checkpoints: the complete state of a training in one file, written atomically.
+"""Checkpoints: a training's state in one file.
 
-The file is written to a fixed temporary name, synced and renamed, and the folder is synced, so a crash leaves either
-the old or the new file. Files are loaded with `weights_only` and cannot run code.
+It is written to a temporary name, synced and renamed, so a crash leaves either the old or the new file. Loading cannot
+run code.
 """
 
 from __future__ import annotations
@@ -22,16 +22,13 @@ from core.errors import CheckpointError
 
 FORMAT = 3
 
-# Upper limit of the interval: about the optimum for a save of 12 s on a machine that is preempted every hour, sqrt(2 ·
-# 12 s · 3600 s) (Young 1974, "A first order approximation to the optimum checkpoint interval").
+# About the optimum for a save of 12 s on a machine that is preempted every hour, sqrt(2 · 12 s · 3600 s) (Young 1974,
+# "A first order approximation to the optimum checkpoint interval").
 LONGEST_INTERVAL_S = 300.0
 
 
 class Checkpoints:
-    """Saves checkpoints of one training to one file, limiting the time spent on it.
-
-    `share` is the maximum fraction of the training time spent on saving, in (0, inf]. The first save is due at once.
-    """
+    """Saves checkpoints of a training, in at most the fraction `share` in (0, inf] of its time."""
 
     def __init__(
         self,
@@ -47,15 +44,11 @@ class Checkpoints:
 
     @property
     def due(self) -> bool:
-        """Whether enough time has passed since the last save."""
+        """Whether enough time has passed since the last save; True at first."""
         return time.perf_counter() - self._saved_at >= self._interval_s
 
     def save(self) -> None:
-        """Save now, whether due or not.
-
-        Raises:
-            OSError: writing failed. The previous checkpoint is intact.
-        """
+        """Save now, as `save_checkpoint`."""
         began = time.perf_counter()
         save_checkpoint(self._path, self._state())
         self._saved_at = time.perf_counter()
@@ -65,15 +58,15 @@ class Checkpoints:
 
 
 def unfinished(path: Path) -> Path:
-    """Return the name of a checkpoint while it is being written. A killed process may leave this file behind."""
+    """Return the name of a checkpoint while it is being written, which a killed process may leave behind."""
     return path.with_name(f"{path.name}.tmp")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values atomically. Only one process may write a file at a time.
+    """Write tensors and plain values atomically; one process at a time.
 
     Raises:
-        OSError: writing failed. The previous file at `path` is intact.
+        OSError: writing failed; the previous file is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = unfinished(path)
@@ -90,7 +83,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _original_error() -> Iterator[None]:
-    """Raise the error that stopped a save, where torch raises one about the file's length."""
+    """Raise the cause of an error of torch about the file's length."""
     try:
         yield
     except RuntimeError as error:
@@ -132,11 +125,7 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse damaged tensors and decompression bombs, which torch would load without an error.
-
-    Raises:
-        zipfile.BadZipFile: it is damaged, or not an archive.
-    """
+    """Raise BadZipFile for damaged tensors and decompression bombs, which torch would load."""
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
             raise zipfile.BadZipFile("it unpacks to more than it is")

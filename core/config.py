@@ -1,8 +1,7 @@
 """`TrainConfig`: every setting of one training as a tree of typed, bounded, frozen models.
 
-A field is named by its dotted path (`optim.lr`) everywhere. Every duration is a fraction of the run, so a recipe stays
-the same at any number of `epochs`. `None` means off. A field that does not apply to the chosen model or optimizer
-either has no effect (`optim.momentum` under `adamw`) or is refused (`model.widths` under a timm model).
+A field is named by its dotted path (`optim.lr`). A field that does not apply to the chosen model or optimizer either
+has no effect (`optim.momentum` under `adamw`) or is refused (`model.widths` under a timm model).
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 # Optimizer -> (learning rate of `lr_scale` 1 at batch 256, exponent of batch / 256 that scales it).
-# SGD: linear scaling from 0.1 (Goyal et al. 2017, arXiv 1706.02677). Adaptive optimizers: the default 1e-3 of Kingma
-# and Ba 2015, with square-root scaling (Malladi et al. 2022, arXiv 2205.10287). SWATS starts as Adam. Muon's updates
-# are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so it uses the same rate.
+# SGD: linear scaling (arXiv 1706.02677). Adaptive optimizers: Adam's default with square-root scaling (arXiv
+# 2205.10287). Muon's updates are scaled to the size of AdamW's.
 REFERENCE_LR: dict[str, tuple[float, float]] = {
     "sgd": (0.1, 1.0),
     "adamw": (1e-3, 0.5),
@@ -39,76 +37,70 @@ class DataConfig(_Section):
     val_fraction: float = Field(default=0.25, gt=0, lt=1)
     """Fraction of the non-test images used for validation, stratified by class."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Fraction of all images used as the test set, if the data set has no test images of its own."""
+    """Fraction of all images used as the test set, if the data set has none of its own."""
     split_seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the validation split. The test set does not depend on it."""
     folds: int | None = Field(default=None, ge=2, le=20)
-    """k-fold cross-validation: trains this many networks and scores their mean. None trains one, validated on
-    `val_fraction`."""
+    """k-fold cross-validation: the mean score of this many networks. None trains one, validated on `val_fraction`."""
     image_size: int | None = Field(default=None, ge=4, le=1024)
-    """Height and width in pixels to which images are resized while decoding. None keeps their size, which must be the
-    same for all."""
+    """Height and width in pixels to which images are resized. None keeps their size, which must be the same for all."""
     normalize: Literal["train", "half", "imagenet"] = "train"
-    """Mean and standard deviation used to normalize pixels: those of the training images, 0.5 and 0.5, or ImageNet's.
-    """
+    """Mean and standard deviation of pixels: those of the training images, 0.5 and 0.5, or ImageNet's."""
 
 
 class SamplingConfig(_Section):
     """The images shown in one epoch."""
 
     name: Literal["shuffled", "balanced"] = "shuffled"
-    """`shuffled` visits every image in random order; `balanced` makes as many draws with every class equally likely."""
+    """`shuffled` visits every image once; `balanced` makes as many draws with every class equally likely."""
     oversample: int = Field(default=1, ge=1, le=100)
     """Maximum visits of an image per epoch: smaller classes are repeated up to the size of the largest. 1 is off."""
     undersample: float = Field(default=1.0, gt=0, le=1)
-    """Maximum images of a class per epoch, as a fraction of the largest class; another random part in each epoch. 1 is
-    off."""
+    """Maximum images of a class per epoch, as a fraction of the largest class; others in each epoch. 1 is off."""
 
 
 class AugmentConfig(_Section):
-    """Augmentation of training images. Validation and test images are never augmented."""
+    """Augmentation of training images."""
 
     apply_to: Literal["all", "repeats"] = "all"
-    """Augment every training image, or only repeated visits within an epoch (`sampling.oversample`)."""
+    """Augment every visit, or only repeated ones within an epoch (`sampling.oversample`)."""
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     alternate_flip: bool = False
-    """Flip every image in every second epoch, half of the images starting in the first; needs `flip` 0.5 (Jordan 2024,
-    arXiv 2404.00498)."""
+    """Flip every image in every second epoch, half of them from the first on; needs `flip` 0.5 (arXiv 2404.00498)."""
     vertical_flip: float = Field(default=0.0, ge=0, le=1)
     """Probability of a vertical flip."""
     crop_pad_fraction: float = Field(default=0.125, ge=0, le=0.5)
     """Padding before the random crop, as a fraction of the image side: 0.125 is the usual 4 pixels of 32."""
     crop_area_min: float = Field(default=1.0, ge=0.05, le=1)
-    """Minimum area of a random resized crop as a fraction of the image, with aspect ratios from 3:4 to 4:3 (Szegedy et
-    al. 2014, arXiv 1409.4842; torchvision's RandomResizedCrop). 1 is off."""
+    """Minimum area of a random resized crop as a fraction of the image, with aspect ratios from 3:4 to 4:3 (arXiv
+    1409.4842). 1 is off."""
     rotation_degrees: float = Field(default=0.0, ge=0, le=180)
-    """Rotations are drawn uniformly from minus to plus this angle."""
+    """Rotations are uniform from minus to plus this angle."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
-    """Brightness, contrast and saturation are each scaled by a factor drawn from 1 minus to 1 plus this."""
+    """Brightness, contrast and saturation are each scaled by a factor from 1 minus to 1 plus this."""
     policy: Literal["randaugment", "six", "trivialaugment", "autoaugment_cifar10"] = "randaugment"
-    """`randaugment`: `ops` of fourteen operations at `strength` (Cubuk et al. 2020, arXiv 1909.13719). `six`: `ops` of
-    rotation, shear, two shifts, brightness and contrast, at up to `strength`. `trivialaugment`: one operation at a
-    random strength (Müller and Hutter 2021, arXiv 2103.10158). `autoaugment_cifar10`: the 25 pairs of AutoAugment for
-    CIFAR-10 (Cubuk et al. 2019, arXiv 1805.09501)."""
+    """`randaugment`: `ops` of fourteen operations at `strength` (arXiv 1909.13719). `six`: `ops` of rotation, shear,
+    two shifts, brightness and contrast, at up to `strength`. `trivialaugment`: one operation at a random strength
+    (arXiv 2103.10158). `autoaugment_cifar10`: the 25 pairs of AutoAugment (arXiv 1805.09501)."""
     ops: int = Field(default=0, ge=0, le=4)
     """`randaugment`, `six`: operations per image. 0 is off."""
     strength: float = Field(default=0.3, ge=0, le=1)
-    """`randaugment`, `six`: strength of an operation, from 0 (none) to 1 (maximum of its published range)."""
+    """`randaugment`, `six`: from 0 (none) to 1 (maximum of an operation's published range)."""
     erase: float = Field(default=0.0, ge=0, le=1)
-    """Probability of erasing a rectangle (Zhong et al. 2017, arXiv 1708.04896)."""
+    """Probability of erasing a rectangle (arXiv 1708.04896)."""
     mixup: float = Field(default=0.0, ge=0, le=10)
-    """Mixup's alpha (Zhang et al. 2018, arXiv 1710.09412). 0 is off."""
+    """Mixup's alpha (arXiv 1710.09412). 0 is off."""
     cutmix: float = Field(default=0.0, ge=0, le=10)
-    """CutMix's alpha (Yun et al. 2019, arXiv 1905.04899). 0 is off. With mixup on too, each batch draws one of them."""
+    """CutMix's alpha (arXiv 1905.04899). 0 is off. With mixup on too, each batch draws one of them."""
     mix_probability: float = Field(default=1.0, ge=0, le=1)
     """Probability of mixing a batch."""
     mix_off_fraction: float = Field(default=1.0, ge=0, le=1)
     """Fraction of the run after which no batch is mixed."""
     start_size_fraction: float = Field(default=1.0, ge=0.25, le=1)
-    """Side of the images at the start of the run, as a fraction of the full side. 1 is off."""
+    """Side of the images at the start of the run, as a fraction of the full side (arXiv 2104.00298). 1 is off."""
     full_size_from_fraction: float = Field(default=0.5, gt=0, le=1)
-    """Fraction of the run at which images reach their full size. The side grows linearly until then."""
+    """Fraction of the run until which the side grows linearly."""
 
     @model_validator(mode="after")
     def _check_flip(self) -> AugmentConfig:
@@ -123,7 +115,7 @@ class ModelConfig(_Section):
     """The network. Each family refuses the fields of the others (`FAMILY_FIELDS`)."""
 
     name: str = Field(default="resnet", pattern=r"^(resnet|vgg|timm/[\w.\-]+)$")
-    """`resnet` or `vgg` (networks for small images, see `core.models`), or `timm/NAME`, any timm model."""
+    """`resnet` or `vgg`, networks for small images, or `timm/NAME`, any timm model."""
     widths: Annotated[tuple[Annotated[StrictInt, Field(ge=4, le=4096)], ...], Field(strict=False)] = Field(
         default=(64, 128, 256, 512), min_length=1, max_length=6
     )
@@ -137,7 +129,7 @@ class ModelConfig(_Section):
     depth: float = Field(default=1.0, ge=0.25, le=4)
     """Factor for `blocks`, rounded, at least 1."""
     block: Literal["basic", "bottleneck"] = "basic"
-    """Two 3×3 convolutions, or 1×1, 3×3, 1×1 with four times the output channels (He et al. 2015)."""
+    """Two 3×3 convolutions, or 1×1, 3×3, 1×1 with four times the output channels (arXiv 1512.03385)."""
     stem_kernel: Literal[3, 7] = 3
     """Kernel side of the first convolution."""
     stem_stride: Literal[1, 2] = 1
@@ -145,28 +137,27 @@ class ModelConfig(_Section):
     max_pool: bool = False
     """A 3×3 max-pool of stride 2 after the stem."""
     se: bool = False
-    """Squeeze-and-excitation in every block (Hu et al. 2018, arXiv 1709.01507)."""
+    """Squeeze-and-excitation in every block (arXiv 1709.01507)."""
     anti_alias: bool = False
-    """Blur before each step of stride 2 in the blocks and the max-pool (Zhang 2019, arXiv 1904.11486)."""
+    """Blur before each step of stride 2 in the blocks and the max-pool (arXiv 1904.11486)."""
     norm: Literal["batch", "group", "none"] = "batch"
-    """Batch norm, group norm with at most 16 channels per group (Wu and He 2018, arXiv 1803.08494), or, for `vgg`,
-    none."""
+    """Batch norm, group norm with at most 16 channels per group (arXiv 1803.08494), or, for `vgg`, none."""
     activation: Literal["relu", "silu", "mish"] = "relu"
     """Activation function of the whole network."""
     hidden: int | None = Field(default=None, ge=8, le=8192)
     """`vgg`: units of the two hidden layers before the classifier (4,096 in VGG16), on features pooled to 7×7. None
     classifies the mean of the features."""
     drop_path: float = Field(default=0.0, ge=0, le=0.9)
-    """Stochastic depth: probability of dropping the last block (Huang et al. 2016, arXiv 1603.09382)."""
+    """Stochastic depth: probability of dropping the last block (arXiv 1603.09382)."""
     drop_path_shape: Literal["linear", "uniform"] = "linear"
-    """The probability grows linearly from the first block, or is the same for every block."""
+    """The probability grows linearly from 0, or is the same for every block."""
     dropout: float = Field(default=0.0, ge=0, le=0.9)
     """Dropout before the classifier and, for `vgg`, after each hidden layer."""
     pretrained: bool = False
     """Start from timm's pretrained weights: from `pretrained_file`, the hub's cache, or a download."""
     pretrained_file: str | None = Field(default=None, min_length=1)
-    """Weights file in timm's format, .safetensors or .pth, used instead of the published weights. Its classifier is
-    dropped if it is for other classes."""
+    """Weights file in timm's format, .safetensors or .pth, instead of the published weights. A classifier of other
+    classes is dropped."""
 
     @model_validator(mode="after")
     def _check_family(self) -> ModelConfig:
@@ -196,30 +187,28 @@ FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
     "drop_path_shape": ("resnet",), "hidden": ("vgg",), "drop_path": ("resnet", "timm"), "pretrained": ("timm",),
     "pretrained_file": ("timm",),
 }  # fmt: skip
-"""Families that accept each field; the others refuse it. Fields not listed here apply to every family."""
+"""Families that accept each field; fields not listed apply to every family."""
 
 
 class LossConfig(_Section):
-    """The training loss, for hard or mixed targets."""
+    """The training loss."""
 
     name: Literal["cross_entropy", "focal", "bce"] = "cross_entropy"
-    """Cross-entropy; focal loss (Lin et al. 2017, arXiv 1708.02002); or binary cross-entropy per class (Wightman et al.
-    2021, arXiv 2110.00476)."""
+    """Cross-entropy; focal loss (arXiv 1708.02002); or binary cross-entropy per class (arXiv 2110.00476)."""
     gamma: float = Field(default=2.0, ge=0, le=10)
     """`focal`: how far well-classified images are discounted. 0 is cross-entropy; the paper uses 2."""
     smoothing: float = Field(default=0.0, ge=0, le=0.9)
-    """Label smoothing for hard targets. Mixed targets are not smoothed."""
+    """Label smoothing (arXiv 1512.00567). Mixed targets are not smoothed."""
     smoothing_final: float | None = Field(default=None, ge=0, le=0.9)
-    """Smoothing at the end of the run, reached linearly from `smoothing`. None keeps it constant."""
+    """Smoothing at the end of the run, reached linearly. None keeps it constant."""
     logit_adjustment: float = Field(default=0.0, ge=0, le=3)
-    """Adds this times log(class frequency) to each logit, in training only. 1 is balanced softmax (Ren et al. 2020,
-    arXiv 2007.10740; Menon et al. 2021, arXiv 2007.07314); 0 is off."""
+    """Adds this times log(class frequency) to each logit in training (arXiv 2007.07314). 1 is balanced softmax (arXiv
+    2007.10740); 0 is off."""
     class_weights: Literal["none", "inverse", "effective"] = "none"
-    """Weight of an image by its class: equal, inverse class frequency, or inverse effective number (Cui et al. 2019,
-    arXiv 1901.05555)."""
-    class_weights_from_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of the run from which `class_weights` apply: deferred re-weighting (Cao et al. 2019, arXiv 1906.07413).
+    """Weight of an image by its class: equal, inverse class frequency, or inverse effective number (arXiv 1901.05555).
     """
+    class_weights_from_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the run from which `class_weights` apply: deferred re-weighting (arXiv 1906.07413)."""
 
     @model_validator(mode="after")
     def _check_name(self) -> LossConfig:
@@ -229,15 +218,15 @@ class LossConfig(_Section):
 
 
 class SwatsConfig(_Section):
-    """Switch of SWATS from Adam to SGD (Keskar and Socher 2017, arXiv 1712.07628)."""
+    """Switch of SWATS from Adam to SGD (arXiv 1712.07628)."""
 
     switch: Literal["fraction", "criterion"] = "fraction"
     """Switch at a fixed fraction of the run, or when the projected SGD rate has settled."""
     switch_fraction: float = Field(default=0.25, gt=0, lt=1)
-    """`fraction`: the fraction of the run at which to switch."""
+    """`fraction`: the fraction of the run."""
     tolerance: float = Field(default=1e-9, gt=0, le=1)
-    """`criterion`: maximum difference of the projected rate to its moving average, as a learning rate at the schedule's
-    peak. The paper uses 1e-9."""
+    """`criterion`: maximum difference of the projected rate at the schedule's peak to its moving average. The paper
+    uses 1e-9."""
 
 
 class OptimConfig(_Section):
@@ -245,27 +234,26 @@ class OptimConfig(_Section):
 
     name: Literal["sgd", "adamw", "nadam", "swats", "muon"] = "adamw"
     """SGD with momentum; AdamW; NAdam; SWATS, which starts as Adam and becomes SGD; or Muon for matrices and filters
-    with AdamW for the rest (Jordan et al. 2024, timm's implementation)."""
+    with AdamW for the rest."""
     lr: float | None = Field(default=None, gt=0, le=100)
     """Peak learning rate."""
     lr_scale: float | None = Field(default=None, gt=0, le=1000)
     """Peak learning rate as a multiple of the optimizer's reference at this batch size (`REFERENCE_LR`)."""
     weight_decay: float = Field(default=5e-5, ge=0, le=0.1)
-    """Fraction by which each weight shrinks per step at the schedule's peak; norms and biases are not decayed.
-    Decoupled from the learning rate, so it means the same under every optimizer (torch's AdamW calls this lr ×
-    weight_decay)."""
+    """Fraction by which each weight, except norms and biases, shrinks per step at the schedule's peak. It means the
+    same under every optimizer (torch's AdamW calls this lr × weight_decay)."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of SGD and Muon, and of SWATS after its switch."""
     nesterov: bool = True
     """Nesterov momentum for SGD, for Muon and its AdamW (then NAdamW), and for SWATS after its switch."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment for AdamW, NAdam, Muon's vectors, and SWATS before its switch."""
+    """Decay of the first moment for AdamW, NAdam, Muon's AdamW, and SWATS before its switch."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the second moment for AdamW, NAdam, Muon's vectors, and SWATS before its switch."""
+    """Decay of the second moment, likewise."""
     grad_clip: float | None = Field(default=None, gt=0)
     """Maximum norm of all gradients together. None is off."""
     backbone_lr_scale: float = Field(default=1.0, gt=0, le=1)
-    """Learning rate of everything before the classifier, as a fraction of the classifier's."""
+    """Learning rate of all other layers as a fraction of the classifier's."""
     head_only_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the run in which only the classifier is trained. 0 is off."""
     swats: SwatsConfig = SwatsConfig()
@@ -293,7 +281,7 @@ class OptimConfig(_Section):
         return self
 
     def peak_lr(self, batch_size: int) -> float:
-        """Peak learning rate: `lr`, or `lr_scale` × reference × (batch_size / 256) ** exponent."""
+        """Return `lr`, or `lr_scale` × reference × (batch_size / 256) ** exponent."""
         if self.lr is not None:
             return self.lr
         assert self.lr_scale is not None
@@ -309,11 +297,10 @@ class ScheduleConfig(_Section):
     """The learning rate over the run, as a factor of its peak."""
 
     name: Literal["cosine", "linear", "constant", "step", "pieces", "plateau"] = "cosine"
-    """Decay after the warm-up: `cosine` or `linear` to `final_factor`; `constant`; `step` by `gamma` every
-    `step_fraction`; `pieces` as listed; or `plateau` by `gamma` when validation has not improved for
-    `patience_fraction`."""
+    """Decay after the warm-up: `cosine` (arXiv 1608.03983) or `linear` to `final_factor`; `constant`; `step` by
+    `gamma`; `pieces` as listed; or `plateau` by `gamma` when validation stops improving."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Fraction of the run in which the factor rises linearly to 1."""
+    """Fraction of the run in which the factor rises linearly to 1 (arXiv 1706.02677)."""
     warmup_start: float = Field(default=0.01, ge=0, le=1)
     """Factor at the start of the warm-up."""
     final_factor: float = Field(default=0.0, ge=0, le=1)
@@ -323,8 +310,7 @@ class ScheduleConfig(_Section):
     gamma: float = Field(default=0.1, gt=0, le=1)
     """`step`, `plateau`: multiplier of the factor at each reduction."""
     pieces: Annotated[tuple[Piece, ...], Field(strict=False)] = ((0.5, 0.1), (0.75, 0.01))
-    """`pieces`: increasing pairs (fraction of the run from which a factor applies, factor). Before the first, the
-    factor is 1."""
+    """`pieces`: increasing pairs (fraction of the run from which a factor applies, factor), from 1 on."""
     patience_fraction: float = Field(default=0.1, gt=0, le=1)
     """`plateau`: fraction of the run without a better validation score that triggers a reduction (torch's
     ReduceLROnPlateau)."""
@@ -338,10 +324,10 @@ class ScheduleConfig(_Section):
 
 
 class AveragingConfig(_Section):
-    """Averaging of the weights over time. The averaged weights are evaluated and kept."""
+    """Averaging of the weights over time. The average is evaluated and kept."""
 
     name: Literal["none", "ema", "swa"] = "none"
-    """None, exponential moving average, or stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407)."""
+    """None, exponential moving average, or stochastic weight averaging (arXiv 1803.05407)."""
     half_life_fraction: float = Field(default=0.02, gt=0, le=0.5)
     """EMA: half-life of a weight's contribution, as a fraction of the run."""
     swa_start_fraction: float = Field(default=0.75, ge=0, lt=1)
@@ -356,15 +342,14 @@ class EarlyStopConfig(_Section):
 
 
 class PrecisionConfig(_Section):
-    """Arithmetic and execution of the training step."""
+    """Arithmetic and execution of a step."""
 
     autocast: Literal["auto", "off", "bf16"] = "auto"
     """bfloat16 for matrix products and convolutions. `auto` is bf16 on CUDA and off elsewhere."""
     compile: bool = False
     """Compile the network with torch.compile. Takes about a minute before the first step, unless cached on disk."""
     cuda_graphs: bool = True
-    """On CUDA, record the whole step once and replay it. Set to false for networks that synchronize with the host in
-    their forward pass."""
+    """On CUDA, record the whole step once and replay it. False for networks that synchronize with the host."""
 
 
 class TrainConfig(_Section):
@@ -375,7 +360,7 @@ class TrainConfig(_Section):
     batch_size: int = Field(default=128, ge=2, le=65_536)
     """Images per step."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of the initial weights, order, augmentation and dropout. A study sets it for each trial."""
+    """Of initial weights, order, augmentation and dropout. A study sets it for each trial."""
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -398,9 +383,7 @@ class TrainConfig(_Section):
         return self
 
     def override(self, values: dict[str, Any]) -> TrainConfig:
-        """Return a validated copy with the fields at these dotted paths replaced.
-
-        `optim.lr` and `optim.lr_scale` clear each other.
+        """Return a validated copy with the fields at these paths replaced. The two rates clear each other.
 
         Raises:
             KeyError: a path is not a field.

@@ -1,21 +1,21 @@
-"""Exceptions of `core`, grouped by how a caller can react."""
+"""Exceptions of `core`, by how a caller can react."""
 
 
 class CoreError(Exception):
-    """Base class of the errors that `core` raises on purpose."""
+    """Base class."""
 
 
 class UserError(CoreError):
-    """An error caused by user input: a path, a file, a value. Its one-line text names the problem and the fix."""
+    """Caused by user input. Its line names the problem and the fix."""
 
 
 class ConfigError(UserError):
-    """A configuration whose fields are valid but that cannot be trained, such as images too small for the network."""
+    """A configuration with valid fields that cannot be trained."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be resumed: damaged, of another format, or of another configuration."""
+    """A checkpoint that cannot be resumed."""
 
 
 class DivergedError(CoreError):
-    """The loss became non-finite, or stayed far above that of uniform predictions."""
+    """The loss is not finite, or stays far above that of uniform predictions."""

@@ -1,7 +1,6 @@
-"""Delivery of image batches to the device, from device memory or streamed from the host.
+"""Batches of images from device memory, or streamed from the host, bitwise equal.
 
-A larger data set stays on the host, memory-mapped: while the device works on a batch, a thread gathers the next into
-pinned memory and sends it. Both feeds deliver bitwise equal batches.
+A larger data set stays on the host, memory-mapped: a thread gathers the next batch into pinned memory and sends it.
 """
 
 from __future__ import annotations
@@ -21,22 +20,19 @@ class Feed(ABC):
     """Source of image batches on a device."""
 
     images: Tensor  # (N, C, H, W) uint8, on the device or the host
-    device: torch.device  # Device of the delivered batches
+    device: torch.device  # Of the batches
 
     @abstractmethod
     def take(self, rows: Tensor) -> Tensor:
-        """Return a copy of the images (B, C, H, W) at these rows: (B,) int64 on the device."""
+        """Copy the images at rows (B,) int64 on the device."""
 
     @abstractmethod
     def batches(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield the images (B, C, H, W) of each batch of rows, (B,) int64 on the device.
-
-        A batch may be modified, and is valid until the next one is requested.
-        """
+        """Yield the images at each batch of rows. A batch may be modified, and is valid until the next request."""
 
 
 class Resident(Feed):
-    """Images in device memory. Nothing waits for the device."""
+    """Images in device memory. Never waits."""
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
         self.images = images.to(device)
@@ -50,28 +46,25 @@ class Resident(Feed):
 
 
 class Streamed(Feed):
-    """Images on the host, in memory or memory-mapped, sent batch by batch.
+    """Images on the host, sent batch by batch.
 
-    Each iterator of `batches` has its own thread, which ends with the iterator and whose errors are raised when the
-    batch is requested. Truncating a memory-mapped file kills the process (SIGBUS).
-
-    Raises:
-        ValueError: the images are not on the host.
+    Each iterator has a thread, which ends with it and whose errors are raised when the batch is requested. Truncating a
+    memory-mapped file kills the process (SIGBUS).
     """
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
         if images.device.type != "cpu":
             raise ValueError(f"only images on the host can be streamed, these are on {images.device}")
         self.images, self.device = images, device
-        # At most one pair: allocating pinned memory takes longer than filling it.
+        # Kept, since allocating pinned memory takes longer than filling it.
         self._idle: deque[tuple[_Buffer, _Buffer]] = deque(maxlen=1)
 
     def take(self, rows: Tensor) -> Tensor:
-        """See `Feed`. Waits for the device."""
+        """See `Feed`. Waits."""
         return torch.index_select(self.images, 0, rows.cpu()).to(self.device)
 
     def batches(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
-        """See `Feed`. Waits for the device at the first batch only."""
+        """See `Feed`. Waits at the first batch only."""
         if not rows:
             return
         sizes = [len(batch) for batch in rows]
@@ -79,7 +72,7 @@ class Streamed(Feed):
         buffers = self._idle.pop() if self._idle else (self._buffer(), self._buffer())
         for buffer in buffers:
             buffer.reserve(max(sizes))
-        # An executor per iterator: it forwards exceptions and ends its thread, also at interpreter exit.
+        # Forwards exceptions, and ends its thread also at interpreter exit.
         thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
         try:
             ahead = deque(
@@ -102,20 +95,14 @@ class Streamed(Feed):
 
 
 def open_feed(images: Tensor, device: torch.device, *, streamed: bool | None = None) -> Feed:
-    """Create the feed of images (N, C, H, W) uint8 to a device.
-
-    `streamed` True keeps the images on the host, False moves them to the device; None streams if they are not there.
-
-    Raises:
-        ValueError: `streamed` is true and the images are not on the host.
-    """
+    """Create the feed of images (N, C, H, W) uint8; None streams those that are not on the device."""
     if streamed is None:
         streamed = images.device != _with_index(device)
     return Streamed(images, device) if streamed else Resident(images, device)
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """The device in the form of `Tensor.device`: CUDA with an index, the CPU without."""
+    """The device as `Tensor.device` has it."""
     if device.type == "cpu":
         return torch.device("cpu")
     return torch.device(device.type, torch.cuda.current_device()) if device.index is None else device
@@ -139,7 +126,7 @@ class _Buffer:
         return self._host[:size]
 
     def release(self) -> None:
-        """Mark the batch as used once the caller has launched all work on it."""
+        """Mark the batch as used by launched work."""
 
     @torch.inference_mode(False)  # inference tensors cannot be written to elsewhere
     def _room(self, size: int, *, device: torch.device | None = None, pin_memory: bool = False) -> Tensor:
@@ -148,12 +135,12 @@ class _Buffer:
 
 
 class _PinnedBuffer(_Buffer):
-    """Pinned host memory and CUDA memory for one batch, and the copy between them on its own stream."""
+    """Pinned memory, CUDA memory, and the copy between them on its own stream."""
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
         super().__init__(images)
         self._stream = _copy_stream(_with_index(device))
-        # `blocking` lets the thread sleep while waiting instead of spinning on a core.
+        # `blocking` lets the thread sleep.
         self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._used_by = self._stream
@@ -165,7 +152,7 @@ class _PinnedBuffer(_Buffer):
             with torch.cuda.stream(self._stream):  # memory belongs to the stream it was allocated on
                 host = self._room(size, pin_memory=True)
                 self._device = self._room(size, device=self._stream.device)
-            self._host = host  # last: a failed device allocation leaves the old size
+            self._host = host  # last, in case the device's allocation fails
 
     def fill(self, rows: Tensor) -> None:
         self._copied.synchronize()
@@ -179,13 +166,13 @@ class _PinnedBuffer(_Buffer):
         self._used_by = torch.cuda.current_stream(self._stream.device)
         self._used_by.wait_event(self._copied)
         batch = self._device[:size]
-        batch.record_stream(self._used_by)  # keeps the memory from being reused before this work is done
+        batch.record_stream(self._used_by)  # keeps the memory until this work is done
         return batch
 
     def release(self) -> None:
         stream = torch.cuda.current_stream(self._stream.device)
         self._used.record(stream)
-        if stream != self._used_by:  # garbage collection may close an iterator on any thread and stream
+        if stream != self._used_by:  # garbage collection may close an iterator on any stream
             self._stream.wait_stream(self._used_by)
 
 
@@ -193,6 +180,6 @@ class _PinnedBuffer(_Buffer):
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """Stream of copies, shared so that memory freed by one feed is available to the next.
 
-    High-priority streams come from a separate pool in torch, so this one is never used for a capture.
+    torch takes high-priority streams from a separate pool, so this one is never used for a capture.
     """
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

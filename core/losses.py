@@ -1,14 +1,10 @@
 """Training losses for class labels and for mixtures of classes, computed in float32.
 
-Focal loss (Lin et al. 2017, arXiv 1708.02002) is sum over k of t_k (1 - p_k)^gamma (-log p_k). `bce` is binary
-cross-entropy (Wightman et al. 2021, arXiv 2110.00476), summed over classes where timm averages. Label smoothing
-(Szegedy et al. 2016, arXiv 1512.00567) applies to class labels only.
+Focal loss (arXiv 1708.02002) is sum over k of t_k (1 - p_k)^gamma (-log p_k). `bce` is summed over classes, where timm
+averages. Label smoothing applies to class labels only.
 
-Logit adjustment adds tau · log(class frequency) to each logit in training (Menon et al. 2021, arXiv 2007.07314,
-equation 10; balanced softmax, Ren et al. 2020, arXiv 2007.10740). Class weights are inverse class frequencies or
-inverse effective numbers (Cui et al. 2019, arXiv 1901.05555), optionally for the end of the run only (Cao et al. 2019,
-arXiv 1906.07413). The batch's sum is divided by the sum of its weights, also for mixtures, where torch divides by the
-number of images.
+Logit adjustment adds tau · log(class frequency) to each logit (arXiv 2007.07314, equation 10). The weighted sum of a
+batch is divided by the sum of its weights, also for mixtures, where torch divides by the number of images.
 """
 
 from __future__ import annotations
@@ -22,22 +18,19 @@ from torch.nn import functional as F
 
 from core.config import LossConfig
 
-# Largest beta of Cui et al. 2019, section 5: best on their long-tailed CIFAR-10; also used by Cao et al. 2019.
+# Best on the long-tailed CIFAR-10 of arXiv 1901.05555, section 5; also used by arXiv 1906.07413.
 EFFECTIVE_BETA = 0.9999
 
 
 def smoothing_at(config: LossConfig, progress: float) -> float:
-    """Return the label smoothing at this progress of the run, in [0, 1], interpolated linearly."""
+    """Return the label smoothing at this progress of the run, in [0, 1]."""
     if config.smoothing_final is None:
         return config.smoothing
     return config.smoothing + (config.smoothing_final - config.smoothing) * progress
 
 
 def class_weights(config: LossConfig, class_counts: Tensor) -> Tensor | None:
-    """Return the weight of each class, (K,) positive float32 of mean 1, or None for equal weights.
-
-    Classes without images, in `class_counts` (K,), count as having one.
-    """
+    """Return the weight of each class, (K,) float32 of mean 1, or None if equal; no images in a class count as one."""
     if config.class_weights == "none":
         return None
     images = class_counts.clamp(min=1).double()
@@ -49,19 +42,14 @@ def class_weights(config: LossConfig, class_counts: Tensor) -> Tensor | None:
 
 
 class Stage(NamedTuple):
-    """Loss settings that depend on the progress of the run."""
+    """Settings that depend on the progress of the run."""
 
-    smoothing: float | Tensor  # In [0, 1). A scalar on the device if steps are captured and it changes between steps
+    smoothing: float | Tensor  # A scalar on the device if it changes between captured steps
     weighted: bool  # Whether class weights apply
 
 
 class Criterion:
-    """The loss of a training. No call waits for the device.
-
-    Args:
-        config: the loss.
-        class_counts: (K,) int64 training images of each class, on the training's device; 0 counts as 1.
-    """
+    """The loss of a training with `class_counts` (K,) images of each class. Never waits for the device."""
 
     def __init__(self, config: LossConfig, class_counts: Tensor) -> None:
         self.config = config
@@ -72,12 +60,12 @@ class Criterion:
             self.adjustment = (config.logit_adjustment * (images / images.sum()).log()).float()
 
     def stage(self, progress: float) -> Stage:
-        """Return the settings at this progress of the run, in [0, 1]."""
+        """Return the settings at this progress of the run."""
         weighted = self.weights is not None and progress >= self.config.class_weights_from_fraction
         return Stage(smoothing_at(self.config, progress), weighted)
 
     def __call__(self, logits: Tensor, labels: Tensor, stage: Stage) -> Tensor:
-        """Return the mean loss of logits (N, K) for labels (N,), weighted if class weights apply."""
+        """Return the mean loss of logits (N, K) for labels (N,)."""
         smoothing, weights = stage.smoothing, self.weights if stage.weighted else None
         logits = self._adjusted(logits)
         if self.config.name == "cross_entropy" and isinstance(smoothing, float):
@@ -92,18 +80,18 @@ class Criterion:
         return losses.mean() if weights is None else losses.sum() / self._weight(labels)
 
     def mixed(self, logits: Tensor, targets: Tensor, stage: Stage) -> Tensor:
-        """Return the mean loss of logits (N, K) for targets (N, K) whose rows sum to 1, without smoothing."""
+        """Return the mean loss of logits (N, K) for targets (N, K) whose rows sum to 1."""
         targets, weights = targets.float(), self.weights if stage.weighted else None
         logits = self._adjusted(logits)
         if self.config.name == "cross_entropy":
             losses = F.cross_entropy(logits, targets, weight=weights, reduction="none")
         else:
             losses = self._losses(logits, targets, targets, weights)
-        # Sums instead of a matrix product, which would depend on the TF32 settings.
+        # A matrix product would depend on the TF32 settings.
         return losses.mean() if weights is None else losses.sum() / self._weight(targets)
 
     def share(self, part: Tensor, whole: Tensor, stage: Stage) -> Tensor | float:
-        """Return the weight of a part of a batch, labels (n,) or mixtures (n, K), in the loss of the whole."""
+        """Return the weight of a part of a batch in the loss of the whole, by labels (n,) or mixtures (n, K)."""
         if not stage.weighted:
             return len(part) / len(whole)
         return self._weight(part) / self._weight(whole)
@@ -116,7 +104,7 @@ class Criterion:
         return logits.float() if self.adjustment is None else logits.float() + self.adjustment
 
     def _losses(self, logits: Tensor, targets: Tensor, classes: Tensor, weights: Tensor | None) -> Tensor:
-        """Focal or binary loss of each image: (N,) float32. `classes` are the targets before smoothing."""
+        """Focal or binary loss of each image. `classes` are the targets before smoothing."""
         if self.config.name == "focal":
             losses = focal_terms(logits, self.config.gamma) * targets
             return losses.sum(1) if weights is None else (losses * weights).sum(1)
@@ -125,10 +113,8 @@ class Criterion:
 
 
 def focal_terms(logits: Tensor, gamma: float) -> Tensor:
-    """Return (1 - p)^gamma (-log p) of each class for float32 logits: (N, K).
-
-    1 - p is clamped to the smallest float32, since the gradient at p = 1 is NaN for gamma below 1.
-    """
+    """Return (1 - p)^gamma (-log p) of each class for float32 logits: (N, K)."""
     log_p = F.log_softmax(logits, dim=1)
     wrong = -torch.expm1(log_p)  # 1 - p, exact where p is near 1
+    # The gradient at p = 1 is NaN for gamma below 1.
     return wrong.clamp(min=torch.finfo(torch.float32).tiny) ** gamma * -log_p

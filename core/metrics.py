@@ -1,8 +1,6 @@
-"""Classification metrics: accuracy, balanced accuracy, macro-F1, log loss, calibration, confusion, and their intervals.
+"""Classification metrics and their bootstrap intervals over images, computed on the logits' device.
 
-Everything is computed on the logits' device and transferred once. Definitions are scikit-learn's; the expected
-calibration error is that of Guo et al. 2017, arXiv 1706.04599. Confidence intervals are bootstrap intervals (Efron
-1979) over images: a resample is a row of counts, and many resamples are one matrix product.
+Definitions are scikit-learn's; the expected calibration error is that of arXiv 1706.04599.
 """
 
 from __future__ import annotations
@@ -14,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Guo et al. 2017, section 5: 15 bins of equal width.
-ECE_BINS = 15
-# Images counted at once over all resamples: 8 MB of float64.
-_DRAWN_AT_ONCE = 1_000_000
+ECE_BINS = 15  # section 5 of the paper
+_DRAWN_AT_ONCE = 1_000_000  # images over all resamples: 8 MB of float64
 
 METRICS: dict[str, Literal["maximize", "minimize"]] = {
     "accuracy": "maximize",
@@ -25,27 +21,27 @@ METRICS: dict[str, Literal["maximize", "minimize"]] = {
     "macro_f1": "maximize",
     "nll": "minimize",
 }
-"""Metrics that a study may optimize, and their direction."""
+"""Metrics that a study may optimize."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of predictions, averaged over images unless noted."""
+    """Scores of predictions."""
 
     loss: float
-    """Cross-entropy without smoothing (negative log-likelihood), in nats."""
+    """Cross-entropy without smoothing, in nats."""
     accuracy: float
     balanced_accuracy: float
     """Mean recall of the classes that have images."""
     macro_f1: float
     """Mean F1 of the classes that have images or predictions."""
     ece: float
-    """Expected calibration error over 15 bins of confidence."""
+    """Expected calibration error."""
 
 
 def scores(logits: Tensor, labels: Tensor) -> Scores:
-    """Compute every score of logits (N, K) for labels (N,) int64 in [0, K); N is at least 1. NaN yields a NaN loss."""
-    logits = logits.double()  # float64: sums over many images
+    """Score logits (N, K), N at least 1, for labels (N,) int64."""
+    logits = logits.double()
     counts = confusion(logits, labels).double()
     hits, support, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     present, involved = support > 0, support + predicted > 0
@@ -68,20 +64,10 @@ def bootstrap_intervals(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """Return a percentile bootstrap interval (low, high) over images for each score.
+    """Return a percentile bootstrap interval (low, high) for each score of logits (N, K), for labels (N,).
 
-    It shows the variation over samples of images for fixed predictions, not over trainings. That of the calibration
-    error is biased upwards, since resampling adds miscalibration.
-
-    Args:
-        logits: (N, K) logits or log-probabilities, N at least 1.
-        labels: (N,) int64 in [0, K), on the same device.
-        generator: draws the resamples, on its own device.
-        resamples: number of resamples.
-        confidence: coverage in (0, 1).
-
-    Raises:
-        ValueError: `resamples` or `confidence` is out of range.
+    It shows the variation over images, not over trainings. That of the calibration error is biased upwards, since
+    resampling adds miscalibration.
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"{resamples} resamples with a confidence of {confidence}")
@@ -93,7 +79,7 @@ def bootstrap_intervals(
         shape = (min(at_once, resamples - first), images)
         chosen = torch.randint(images, shape, generator=generator, device=generator.device).to(labels.device)
         counts = torch.zeros(chosen.shape, dtype=torch.int64, device=labels.device)
-        counts.scatter_add_(1, chosen, torch.ones_like(chosen))  # exact in any order
+        counts.scatter_add_(1, chosen, torch.ones_like(chosen))
         drawn.append(terms.scores(counts.double()))
     tail = (1 - confidence) / 2
     ends = torch.cat(drawn).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64, device=labels.device), dim=0)
@@ -103,13 +89,13 @@ def bootstrap_intervals(
 
 @dataclass(frozen=True)
 class _Terms:
-    """Contribution of each image to the sums that scores are made of: (N, ·) float64 each."""
+    """Each image's terms of the sums of scores, so that a resample is a row of a matrix product: (N, ·) float64."""
 
-    loss: Tensor
+    loss: Tensor  # (N, 1)
     hits: Tensor  # (N, K): 1 at the label if the prediction is correct
-    truth: Tensor  # (N, K): 1 at the label
-    predicted: Tensor  # (N, K): 1 at the predicted class
-    gaps: Tensor  # (N, 15): correctness minus confidence, in the bin of the confidence
+    truth: Tensor  # (N, K)
+    predicted: Tensor  # (N, K)
+    gaps: Tensor  # (N, 15)
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> _Terms:
@@ -120,7 +106,7 @@ class _Terms:
         return cls(loss, truth * predicted, truth, predicted, _calibration_gaps(logits, labels))
 
     def scores(self, counts: Tensor) -> Tensor:
-        """Compute the fields of `Scores`, in order, for resamples with these counts of images (R, N): (R, 5)."""
+        """Return the fields of `Scores`, in order, for resamples with these counts of images (R, N): (R, 5)."""
         images = counts.sum(1)
         hits, support, predicted = counts @ self.hits, counts @ self.truth, counts @ self.predicted  # (R, K)
         present, involved = support > 0, support + predicted > 0
@@ -135,7 +121,7 @@ class _Terms:
 
 
 def value(scores: Scores, metric: str) -> float:
-    """Return the score of a metric in `METRICS`; `nll` is the loss."""
+    """Return the score of a metric in `METRICS`."""
     if metric not in METRICS:
         raise ValueError(f"{metric!r} is not a metric; choose from {', '.join(METRICS)}")
     found: float = getattr(scores, "loss" if metric == "nll" else metric)
@@ -143,16 +129,16 @@ def value(scores: Scores, metric: str) -> float:
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:
-    """Count predictions (columns) of each true class (rows) for logits (N, K) and labels (N,): (K, K) int64."""
+    """Count predictions (columns) of each class (rows): (K, K) int64."""
     classes = logits.shape[1]
     cells = labels * classes + logits.argmax(1)  # (N,)
-    # Not bincount, which waits for the device. Integer sums are exact in any order.
+    # bincount would wait for the device.
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=logits.device)
     return counts.index_add_(0, cells, torch.ones_like(cells)).view(classes, classes)
 
 
 def per_class(confusion: Tensor, classes: tuple[str, ...]) -> list[dict[str, str | float | int]]:
-    """Return the precision, recall, F1 (0 if undefined) and support of each class, from a confusion matrix (K, K)."""
+    """Return the precision, recall, F1 (0 if undefined) and support of each class."""
     rows: list[list[int]] = confusion.tolist()
     table: list[dict[str, str | float | int]] = []
     for index, (name, row, column) in enumerate(zip(classes, rows, zip(*rows, strict=True), strict=True)):
@@ -170,15 +156,15 @@ def per_class(confusion: Tensor, classes: tuple[str, ...]) -> list[dict[str, str
 
 
 def _calibration_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Gap of accuracy and mean confidence over bins (0, 1/15], (1/15, 2/15], …, weighted by images."""
+    """Gap of accuracy and mean confidence over bins, weighted by images."""
     return _calibration_gaps(logits, labels).sum(0).abs().sum() / len(labels)
 
 
 def _calibration_gaps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Correctness minus confidence of each image, in the bin of its confidence: (N, 15), else 0."""
+    """Correctness minus confidence of each image, in its bin (0, 1/15], (1/15, 2/15], …: (N, 15), else 0."""
     confidence, predicted = logits.softmax(1).max(1)  # (N,), (N,)
     gap = (predicted == labels).double() - confidence
     bins = (confidence * ECE_BINS).ceil().clamp(1, ECE_BINS)  # (N,)
     inside = bins.unsqueeze(1) == torch.arange(1, ECE_BINS + 1, device=logits.device)  # (N, 15)
-    # A mask to be summed over: index_add_ of floats is not deterministic on CUDA.
+    # index_add_ of floats is not deterministic on CUDA.
     return inside * gap.unsqueeze(1)

@@ -1,21 +1,16 @@
-"""Optimizers and parameter groups: SGD, AdamW, NAdam, Muon, and SWATS, which starts as AdamW and becomes SGD.
+"""Optimizers: SGD, AdamW, NAdam, Muon, and SWATS, which starts as AdamW and becomes SGD.
 
-Weight decay is decoupled from the learning rate (Loshchilov and Hutter 2019, arXiv 1711.05101): every step first
-shrinks each weight, w *= 1 - factor × weight_decay, where `factor` is the schedule's. Vectors (norms and biases) are
-not decayed.
+Weight decay is decoupled from the learning rate (arXiv 1711.05101): every step first shrinks each matrix or filter, w
+*= 1 - factor × weight_decay, with the schedule's factor.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) is timm's, since torch's does not support
-convolutions. Updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one rate serves
-both. AdamW handles vectors and the classifier.
+Muon (https://kellerjordan.github.io/posts/muon/) is timm's, since torch's does not support convolutions. Updates are
+scaled to the size of AdamW's (arXiv 2502.16982), which handles vectors and the classifier at the same rate.
 
-SWATS (Keskar and Socher 2017, arXiv 1712.07628) switches from Adam to SGD with momentum, starting at v = 0: at a fixed
-`fraction` of the run to `lr_scale` × SGD's reference rate, or by the `criterion` of Algorithm 1. In each Adam step p
-for the gradient g, γ = pᵀp / (−pᵀg) is the SGD rate whose step projects onto p, and λ its moving average with β₂. Once
-|λ / (1 − β₂ᵏ) − γ| < tolerance after the warm-up, SGD starts in the next epoch with the rate (1 − momentum) Λ, Λ = λ /
-(1 − β₂ᵏ), if Λ > 0. Rates refer to the schedule's peak.
-
-`begin_step` and `end_step` run on the host. `step` runs on the device without waiting and can be captured as a CUDA
-graph, with the schedule's factor as a scalar on the device.
+SWATS (arXiv 1712.07628) switches to SGD with momentum, starting at v = 0: at a `fraction` of the run to `lr_scale` ×
+SGD's reference rate, or by the `criterion` of Algorithm 1. In each Adam step p for the gradient g, γ = pᵀp / (−pᵀg) is
+the SGD rate whose step projects onto p, and λ its moving average with β₂. Once |λ / (1 − β₂ᵏ) − γ| < tolerance after
+the warm-up, SGD starts in the next epoch with the rate (1 − momentum) Λ, Λ = λ / (1 − β₂ᵏ), if Λ > 0. Rates refer to
+the schedule's peak.
 """
 
 from __future__ import annotations
@@ -31,30 +26,29 @@ from core.config import REFERENCE_LR, OptimConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-_COUNTERS = {"step", "mu_product"}  # torch's and timm's step counters
-ADAM_EPS = 1e-8  # Kingma and Ba 2015, arXiv 1412.6980; torch's default
-# timm's Muon is capturable since 1.0.28, but up to 1.0.30 its AdamW divides 0 by 0 if both the rate and a second moment
-# are 0, as in the first step of a warm-up from 0.
+_COUNTERS = {"step", "mu_product"}  # torch's and timm's
+ADAM_EPS = 1e-8  # arXiv 1412.6980; torch's default
+# Before, its AdamW divides 0 by 0 if the rate and a second moment are 0, as in the first step of a warm-up from 0.
 _CAPTURABLE_MUON = (1, 0, 31)
 
 
 class StepOptimizer:
     """An optimizer driven by the schedule's factor and the progress of the run.
 
-    A step is `begin_step`, the forward and backward passes, `step`, `end_step`.
+    A step is `begin_step` on the host, forward and backward pass, `step` on the device, `end_step` on the host.
 
     Args:
         config: the run's configuration.
-        model: the network, already on its device. Parameters without gradients are ignored.
+        model: the network on its device; parameters without gradients are ignored.
         head: the classifier's parameters, if `needs_head`.
-        capturable: whether `step` can be captured in a CUDA graph, which is slower without capture. torch's NAdam and
-            timm's Muon support it on CUDA only.
+        capturable: whether a CUDA graph can capture `step`, which is slower without. torch's NAdam and timm's Muon
+            support it on CUDA only.
     """
 
     switched_at: float | None = None
-    """SWATS: progress at the first step of SGD; None before."""
+    """SWATS: progress at the switch."""
     sgd_lr: float | None = None
-    """SWATS: peak learning rate of torch's SGD; None before the switch."""
+    """SWATS: peak learning rate of SGD after the switch."""
 
     def __init__(
         self, config: TrainConfig, model: nn.Module, head: Collection[nn.Parameter] = (), *, capturable: bool = False
@@ -68,29 +62,26 @@ class StepOptimizer:
             logger.info("timm's Muon can be captured in a CUDA graph from timm 1.0.31 on: steps are not captured")
             self._capturable = False
         self.lr = config.optim.peak_lr(config.batch_size)
-        """Learning rate of the classifier in the last step; the peak rate before the first."""
+        """Of the classifier in the last step; the peak rate before the first."""
         self._begin(config.optim.name, self.lr)
 
     @property
     def capturable(self) -> bool:
-        """Whether `step` can be captured in a CUDA graph and accepts its factor as a tensor."""
+        """Whether `step` can be captured, with its factor as a tensor."""
         return self._capturable
 
     @property
     def phase(self) -> Hashable:
-        """Key of the kernels that `step` launches. A captured step is valid while the key stays equal.
-
-        The first step of a phase creates state, so it cannot be captured.
-        """
+        """Key of the kernels of `step`. The first step of a phase creates state, so it cannot be captured."""
         return (self._frozen,)
 
     @property
     def moments(self) -> int:
-        """Maximum number of state tensors per parameter over the run."""
+        """Maximum number of state tensors per parameter."""
         return int(self._config.momentum > 0) if self._config.name == "sgd" else 2
 
     def begin_step(self, progress: float) -> None:
-        """Freeze or unfreeze the backbone before the forward pass, at `progress` in [0, 1) of the run (host part)."""
+        """Freeze or unfreeze the backbone, at `progress` in [0, 1) of the run."""
         frozen = progress < self._config.head_only_fraction
         if frozen == self._frozen:
             return
@@ -101,15 +92,7 @@ class StepOptimizer:
         self._frozen = frozen
 
     def step(self, factor: float | Tensor) -> None:
-        """Clip gradients, decay weights and update them (device part).
-
-        Args:
-            factor: `core.schedule.factor` at this progress, in [0, 1]: a number, or if `capturable` a float32 scalar ()
-                on the device.
-
-        Raises:
-            TypeError: the factor is a tensor, and the optimizer is not `capturable`.
-        """
+        """Clip gradients, decay weights and update them. The schedule's `factor` is a tensor only if `capturable`."""
         self._set_rates(factor)
         if self._config.grad_clip is not None:
             nn.utils.clip_grad_norm_(self._params, self._config.grad_clip, foreach=True)
@@ -122,22 +105,22 @@ class StepOptimizer:
         self._observe()
 
     def end_step(self, factor: float) -> None:
-        """Record the schedule's factor, as a number. Call after each step (host part)."""
+        """Record the rate of the step."""
         self.lr = self._peak_lr * factor
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, or fill them with zeros."""
+        """Clear the gradients or fill them with zeros."""
         self._inner.zero_grad(set_to_none)
 
     def end_epoch(self) -> None:
-        """Call at the end of every epoch. May wait for the device."""
+        """Read device state. May wait for the device."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for `load_state_dict`. Tensors are live: save or copy them before the next step."""
         return {"lr": self.lr, "moments": self._inner.state_dict()["state"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state, bitwise, also from another device; learning rates are taken from the configuration."""
+        """Restore a state, also from another device; learning rates are the configuration's."""
         self.lr = state["lr"]
         moments = {
             index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in moment.items()}
@@ -146,8 +129,7 @@ class StepOptimizer:
         self._inner.load_state_dict({"state": moments, "param_groups": self._inner.state_dict()["param_groups"]})
         self._hold_rates()  # torch has copied the groups
         if not self._capturable and not self._inner.defaults.get("fused"):
-            # These count on the CPU and would wait for the device in each step if `map_location` had moved their
-            # counters. Fused and capturable optimizers count on the device.
+            # These count on the CPU, and each step would wait for counters that `map_location` moved to the device.
             for moment in self._inner.state.values():
                 for name in _COUNTERS & moment.keys():
                     moment[name] = moment[name].cpu()
@@ -158,12 +140,12 @@ class StepOptimizer:
     def _begin(self, name: str, peak_lr: float) -> None:
         config = self._config
         self._peak_lr = peak_lr
-        # torch's SGD passes decay through the momentum, and timm's Muon has a single decay for all its groups.
+        # torch's SGD passes decay through the momentum, and timm's Muon has one decay for all groups.
         self._shrinks_by_hand = name in ("sgd", "muon")
         betas = (config.beta1, config.beta2)
         groups = self._groups(peak_lr, decay=0.0 if self._shrinks_by_hand else config.weight_decay)
         if name == "sgd":
-            # Without momentum Nesterov's form is the same step, and torch rejects it.
+            # torch rejects Nesterov's form without momentum, where it is the same step.
             nesterov = config.nesterov and config.momentum > 0
             self._inner: torch.optim.Optimizer = torch.optim.SGD(
                 groups, lr=peak_lr, momentum=config.momentum, nesterov=nesterov, fused=True
@@ -181,7 +163,7 @@ class StepOptimizer:
         elif name == "muon":
             from timm.optim.muon import Muon
 
-            # Older versions of timm do not have `capturable`.
+            # Older versions have no `capturable`.
             options: dict[str, Any] = {"capturable": True} if self._capturable else {}
             self._inner = Muon(
                 groups, lr=peak_lr, momentum=config.momentum, nesterov=config.nesterov, betas=betas, **options
@@ -193,7 +175,7 @@ class StepOptimizer:
         if self._capturable:
             device = self._params[0].device
             peaks = [peak_lr * group["lr_scale"] for group in self._inner.param_groups]
-            # Filled on the device: copying numbers from the host would wait.
+            # Copying numbers from the host would wait.
             self._peak_rates = torch.stack([torch.full((), peak, dtype=torch.float32, device=device) for peak in peaks])
             self._rates = self._peak_rates.clone()
             self._hold_rates()
@@ -218,7 +200,7 @@ class StepOptimizer:
             for of_head in (False, True):
                 params = [p for p in self._params if _is_decayed(p) == decayed and (id(p) in self._head) == of_head]
                 scale = 1.0 if of_head else self._config.backbone_lr_scale
-                # AdamW and NAdam shrink by lr × weight_decay = factor × peak_lr × lr_scale × weight_decay.
+                # AdamW and NAdam shrink by lr × weight_decay.
                 per_lr = decay / (peak_lr * scale) if decayed else 0.0
                 group = {"params": params, "weight_decay": per_lr, "lr_scale": scale}
                 if self._config.name == "muon" and (of_head or not decayed):
@@ -229,7 +211,7 @@ class StepOptimizer:
 
 
 class Swats(StepOptimizer):
-    """SWATS; see the module docstring."""
+    """SWATS."""
 
     def __init__(
         self, config: TrainConfig, model: nn.Module, head: Collection[nn.Parameter] = (), *, capturable: bool = False
@@ -307,15 +289,12 @@ class Swats(StepOptimizer):
 
 
 class _Projection:
-    """Estimate of SGD's rate by Algorithm 1, on the device in float64.
-
-    With an Adam step p = −α d at the schedule's peak, γ = pᵀp / (−pᵀg) = α dᵀd / dᵀg.
-    """
+    """Estimate of SGD's rate in float64. With an Adam step p = −α d at the schedule's peak, γ = α dᵀd / dᵀg."""
 
     def __init__(self, config: OptimConfig, peak_lr: float, device: torch.device) -> None:
         self._beta1, self._beta2 = config.beta1, config.beta2
         self._tolerance, self._peak_lr = config.swats.tolerance, peak_lr
-        # On the device, even the count, and changed in place, so that captured steps can use them.
+        # On the device and changed in place, for captured steps.
         self._k = torch.zeros((), dtype=torch.float64, device=device)
         self._average = torch.zeros((), dtype=torch.float64, device=device)  # λ
         self._settled_lr = torch.zeros((), dtype=torch.float64, device=device)  # Λ when met, else 0
@@ -341,7 +320,7 @@ class _Projection:
             self._settled_lr.copy_(torch.where(met, lr, self._settled_lr))
 
     def read(self) -> float | None:
-        """Return Λ, or None while the criterion has not been met. Waits for the device."""
+        """Return Λ once the criterion was met. Waits for the device."""
         return self._settled_lr.item() or None
 
     def state_dict(self) -> dict[str, Any]:
@@ -354,7 +333,7 @@ class _Projection:
 
 
 def needs_head(config: OptimConfig) -> bool:
-    """Return whether the optimizer needs to know the classifier's parameters."""
+    """Return whether the optimizer treats the classifier differently."""
     return config.name == "muon" or config.backbone_lr_scale != 1 or config.head_only_fraction > 0
 
 
@@ -366,7 +345,7 @@ def build_optimizer(
     *,
     capturable: bool = False,
 ) -> StepOptimizer:
-    """Create the optimizer of a run of `total_steps`; other arguments are those of `StepOptimizer`."""
+    """Create a run's optimizer; see `StepOptimizer`."""
     if config.optim.name != "swats":
         return StepOptimizer(config, model, head, capturable=capturable)
     swats = config.optim.swats
@@ -390,7 +369,7 @@ def _is_decayed(parameter: Tensor) -> bool:
 
 
 def _sum(tensors: tuple[Tensor, ...]) -> Tensor:
-    """Sum of all elements as a float64 scalar, from 1-norms, since there is no foreach sum. Overwrites the tensors."""
+    """Sum of all elements from 1-norms, since there is no foreach sum. Overwrites the tensors."""
     absolute = torch.stack(torch._foreach_norm(tensors, 1)).double().sum()
     torch._foreach_clamp_min_(tensors, 0)
     return 2 * torch.stack(torch._foreach_norm(tensors, 1)).double().sum() - absolute

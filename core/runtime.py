@@ -18,10 +18,10 @@ from core.errors import UserError
 
 
 def select_device(name: str | None = None, *, option: str = "--device") -> torch.device:
-    """Return the named device, or else the first CUDA device, or else the CPU.
+    """Return the named device, by default the first GPU or else the CPU.
 
     Raises:
-        UserError: the name is invalid, or this machine has no such device; `option` is the option that supplied it.
+        UserError: there is no such device; the message names `option`.
     """
     if name is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -41,7 +41,7 @@ def select_device(name: str | None = None, *, option: str = "--device") -> torch
 
 
 def describe_device(device: torch.device) -> str:
-    """Return the GPU's name, or the number of CPU threads that torch uses."""
+    """Return the GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -49,23 +49,22 @@ def describe_device(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its queued work."""
+    """Wait for the device's queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def clock(device: torch.device) -> float:
-    """Return a time in seconds after waiting for the device. Only differences are meaningful."""
+    """Wait for the device, and return a time in seconds for differences."""
     synchronize(device)
     return time.perf_counter()
 
 
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA, run the body on a separate stream, ordered after earlier and before later work.
+    """On CUDA, run the body on a separate stream, since the default one cannot be captured.
 
-    CUDA graphs cannot be captured on the default stream. The stream is reused, so that memory freed by one training is
-    available to the next.
+    The stream is reused, so that memory freed by one training is available to the next.
     """
     if device.type != "cuda":
         yield
@@ -86,7 +85,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def forbidden_waits(device: torch.device) -> Iterator[None]:
-    """On CUDA, raise RuntimeError if torch makes the host wait for the device within the body."""
+    """On CUDA, raise RuntimeError if the host would wait for the device within the body."""
     if device.type != "cuda":
         yield
         return
@@ -96,7 +95,7 @@ def forbidden_waits(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def allowed_waits() -> Iterator[None]:
-    """Suspend `forbidden_waits` within the body, on CUDA."""
+    """Suspend `forbidden_waits`."""
     with _sync_debug_mode("default"):
         yield
 
@@ -114,30 +113,26 @@ def _sync_debug_mode(mode: str) -> Iterator[None]:
 
 
 def autocast(mode: str, device: torch.device) -> torch.autocast:
-    """Return the autocast context of `precision.autocast`: `auto` is bf16 on CUDA and off elsewhere."""
+    """Return the context of `precision.autocast`."""
     enabled = compute_dtype(mode, device) == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def compute_dtype(mode: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a network's computations under that `precision.autocast`: bfloat16 or float32."""
+    """Return the dtype of `precision.autocast`: bfloat16 or float32."""
     return torch.bfloat16 if mode == "bf16" or (mode == "auto" and device.type == "cuda") else torch.float32
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the error means that a device is out of memory.
-
-    The CPU allocator raises a plain RuntimeError, and so do CUDA libraries, which allocate outside torch's allocator.
-    """
+    """Return whether a device is out of memory. The CPU and CUDA's libraries raise a plain RuntimeError."""
     said = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def free_memory(device: torch.device) -> int:
-    """Return an upper bound of the bytes that tensors may still use on the device.
+    """Return an upper bound of the bytes that tensors may still use.
 
-    On CUDA, includes unused memory of torch's allocator, within `torch.cuda.set_per_process_memory_fraction`. On the
-    CPU, limited by the process's control groups (v1 or v2).
+    On CUDA, within `torch.cuda.set_per_process_memory_fraction`; on the CPU, within its control groups (v1 or v2).
     """
     if device.type == "cpu":
         return _free_host_memory(Path("/"))
@@ -154,10 +149,7 @@ def _free_host_memory(root: Path) -> int:
 
 
 def _left_by_control_groups(root: Path) -> Iterator[int]:
-    """Memory left by the limit of each control group of this process and of its parents.
-
-    Missing paths are skipped, since a container's listed path may be that of the host.
-    """
+    """Memory left by each control group of this process. In a container, listed paths may be the host's and missing."""
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -181,20 +173,20 @@ def _left_by_control_groups(root: Path) -> Iterator[int]:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a seed in [0, 2**63) that depends on all parts, such as (trial seed, "epoch", 7)."""
+    """Return a seed in [0, 2**63) from parts such as (trial seed, "epoch", 7)."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def make_generator(device: torch.device, *parts: int | str) -> torch.Generator:
-    """Return a generator on the device, seeded with `derive_seed(*parts)`."""
+    """Return a generator seeded with `derive_seed(*parts)`."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
 
 
 def seed_global(device: torch.device, *parts: int | str) -> None:
-    """Seed torch's global CPU generator and that of the device with `derive_seed(*parts)`.
+    """Seed the global generators of CPU and device with `derive_seed(*parts)`.
 
-    `torch.manual_seed` would seed every device type, which takes a millisecond.
+    `torch.manual_seed` seeds every type of device, in a millisecond.
     """
     seed = derive_seed(*parts)
     torch.default_generator.manual_seed(seed)
@@ -205,7 +197,7 @@ def seed_global(device: torch.device, *parts: int | str) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set the model to evaluation mode in the body, then restore the mode of each module."""
+    """Set evaluation mode in the body, then restore each module's mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -217,17 +209,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def isolated_rng(device: torch.device) -> Iterator[None]:
-    """Restore torch's global generators, which initialization and dropout use, after the body."""
+    """Restore torch's global generators after the body."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalize pixels (N, C, H, W) uint8 to float32 channels_last.
-
-    `mean` and `std` have one number per channel, of pixels in [0, 1].
-    """
+    """Normalize (N, C, H, W) uint8 to float32 channels_last, by the mean and std of pixels in [0, 1] per channel."""
     return normalize_by(images, *scale_and_shift(mean, std, images.device))
 
 
@@ -239,10 +228,7 @@ def normalize_by(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def spread(constants: Tensor, shape: Sequence[int], layout: torch.memory_format) -> Tensor:
-    """Expand constants per channel (1, C, 1, 1) to one image (1, C, H, W) for a batch of `shape` (N, C, H, W).
-
-    On a CPU, addcmul with this operand is ten times as fast as with a broadcast one.
-    """
+    """Expand constants (1, C, 1, 1) to an image of a batch's `shape`: a CPU's addcmul is then ten times as fast."""
     return constants.expand(1, *shape[1:]).contiguous(memory_format=layout)
 
 
@@ -251,8 +237,7 @@ def spread(constants: Tensor, shape: Sequence[int], layout: torch.memory_format)
 def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the factor and offset (1, C, 1, 1) that normalize a pixel.
 
-    Cached, since copying numbers to the device waits for it. The cache may evict them, so the owner of a CUDA graph
-    must keep a reference.
+    Cached, since copying to the device waits. The owner of a CUDA graph must keep a reference.
     """
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)

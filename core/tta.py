@@ -1,8 +1,7 @@
-"""Predictions over one or several views of each image (test-time augmentation).
+"""Test-time augmentation: the mean of the probabilities over fixed views of each image.
 
-The softmax probabilities of the views are averaged, and their logarithm is returned. Views are fixed: `flip` adds the
-mirror image; `flip_shift` are the six views of Jordan 2024, arXiv 2404.00498: the image and two diagonal translations
-by 1/32 of the side, filled by reflection, each also mirrored.
+`flip_shift` are the six views of arXiv 2404.00498: the image and two diagonal translations by 1/32 of the side, filled
+by reflection, each also mirrored.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 
 from core.runtime import evaluating
 
-# Jordan 2024: one of CIFAR-10's 32 pixels.
-STEP_FRACTION = 1 / 32
+STEP_FRACTION = 1 / 32  # one of CIFAR-10's pixels
 
 
 class View(NamedTuple):
-    """A transformation of an image: moved down and right by whole steps, then mirrored."""
+    """An image moved by whole steps, then mirrored."""
 
     flip: bool = False
     down: int = 0
@@ -37,7 +35,7 @@ VIEWS: dict[str, tuple[View, ...]] = {
     "shift": (View(), View(down=-1), View(down=1), View(right=-1), View(right=1)),
     "flip_shift": tuple(View(flip, step, step) for flip in (False, True) for step in (0, -1, 1)),
 }
-"""Sets of views by name: 1, 2, 5 and 6 views."""
+"""Views by name."""
 
 
 def predict_logits(
@@ -49,17 +47,15 @@ def predict_logits(
     batch_size: int = 512,
     autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Tensor:
-    """Predict (N, K) float32 logits in evaluation mode, without gradients; the model's mode is restored.
-
-    Several views give the logarithm of their mean probabilities.
+    """Predict (N, K) float32 logits in evaluation mode, or the logarithm of the mean probabilities of several views.
 
     Args:
-        model: maps prepared images to logits (n, K).
+        model: maps prepared images to logits.
         images: (N, C, H, W) uint8, N at least 1.
-        prepare: turns (n, C, H, W) uint8 into the model's input, such as by normalizing.
+        prepare: turns uint8 images into the model's input.
         views: a name in `VIEWS`.
         batch_size: images per forward pass, counting every view.
-        autocast: creates the context in which the model runs.
+        autocast: context in which the model runs.
     """
     chosen = VIEWS[views]
     outputs = []
@@ -73,7 +69,7 @@ def predict_logits(
 
 
 def look(images: Tensor, view: View) -> Tensor:
-    """Apply a view to images (N, C, H, W) of any dtype."""
+    """Apply a view to images (N, C, H, W)."""
     for dim, steps in ((-2, view.down), (-1, view.right)):
         if steps:
             images = images.index_select(dim, _moved(images.shape[dim], steps, images.device))
@@ -81,7 +77,7 @@ def look(images: Tensor, view: View) -> Tensor:
 
 
 def average(logits: Tensor) -> Tensor:
-    """Combine the logits (V, n, K) of views to (n, K): those of a single view, or the log of the mean softmax."""
+    """Combine the logits of views: (V, n, K) to (n, K)."""
     if len(logits) == 1:
         return logits[0]
     return F.log_softmax(logits, dim=-1).logsumexp(0) - math.log(len(logits))

@@ -1,8 +1,7 @@
-"""Per-image augmentation of whole batches on the device: a geometric pass, a photometric pass, then mixing.
+"""Per-image augmentation of whole batches on the device: geometry, photometry, then mixing.
 
-All shapes are fixed, so nothing waits for the device, and each operation still processes only the images that need it:
-a batch is padded to a multiple of the number of a policy's operations, shuffled and divided evenly among them. Only the
-operations of two images of a batch (on a CPU, of a chunk) are slightly anticorrelated.
+Shapes are fixed, so nothing waits for the device: a batch is padded, shuffled and divided evenly among the policy's
+operations. This slightly anticorrelates the operations of two of its images.
 """
 
 from core.augment.mixing import MixPlan, apply_mix, mixes, plan_mix, symmetric_beta

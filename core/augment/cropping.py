@@ -1,4 +1,4 @@
-"""Random resized crops (Szegedy et al. 2014, arXiv 1409.4842; torchvision's RandomResizedCrop)."""
+"""Random resized crops (arXiv 1409.4842; torchvision's RandomResizedCrop)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from core.augment.draws import rectangles, uniform
 from core.augment.geometry import affine
 
-# torchvision's default and the paper's: range of width over height.
+# torchvision's default and the paper's
 _ASPECT = (3 / 4, 4 / 3)
 
 
 class Crops(NamedTuple):
-    """A rectangle per image, in whole pixels: (n,) float32 each."""
+    """A rectangle per image, in pixels: (n,) float32 each."""
 
     top: Tensor
     left: Tensor
@@ -23,24 +23,21 @@ class Crops(NamedTuple):
     width: Tensor
 
     def matrices(self, size: tuple[int, int]) -> Tensor:
-        """Return the matrices that enlarge each rectangle to an image of `size` (H, W): (n, 2, 3)."""
+        """Return the matrices that enlarge each rectangle to `size` (H, W)."""
         height, width = size
         x = self.left + (self.width - width) / 2
         y = self.top + (self.height - height) / 2
         return affine(x, a=self.width / width, x=x, d=self.height / height, y=y)
 
     def frames(self, size: tuple[int, int]) -> Tensor:
-        """Return the first and last pixel of each rectangle across, then down, from the image's centre: (n, 2, 2)."""
+        """Return the rectangles as `frames` of `geometry.warp`."""
         left, top = self.left - (size[1] - 1) / 2, self.top - (size[0] - 1) / 2
         frames = torch.stack([left, left + self.width - 1, top, top + self.height - 1], dim=1)
         return frames.view(-1, 2, 2)
 
 
 def draw_crops(count: int, size: tuple[int, int], area_min: float, generator: torch.Generator) -> Crops:
-    """Draw a rectangle in each of `count` images of `size` (H, W), with an area of at least `area_min` in (0, 1].
-
-    If none of ten draws fits the image, as may happen for elongated images, the largest centred rectangle is used.
-    """
+    """Draw a rectangle in each image; if none of ten draws fits, the largest centred one."""
     height, width = size
     high, wide, found = rectangles(count, size, size, generator, area=(area_min, 1), aspect=_ASPECT)
     low, most = _ASPECT

@@ -1,4 +1,4 @@
-"""Random numbers for a batch, drawn from a generator on its device without synchronization."""
+"""Random numbers for a batch, drawn without synchronization."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _TRIES = 10
 
 
 def uniform(shape: int | Sequence[int], generator: torch.Generator, low: float, high: float) -> Tensor:
-    """Draw float32 from [low, high), of that shape or length."""
+    """Draw float32 from [low, high)."""
     size = (shape,) if isinstance(shape, int) else tuple(shape)
     return torch.rand(size, generator=generator, device=generator.device).mul_(high - low).add_(low)
 
 
 def random_sign(count: int, generator: torch.Generator) -> Tensor:
-    """Draw 1 or -1 with equal probability: (count,) float32."""
+    """Draw 1.0 or -1.0 with equal probability."""
     return uniform(count, generator, -1, 1).sign_()
 
 
@@ -31,14 +31,13 @@ def rectangles(
     area: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw sizes of rectangles in images of `size` (H, W) as torchvision does for crops and erasing.
+    """Draw rectangles in images of `size` (H, W) as torchvision does for crops and erasing.
 
-    `area`, as a fraction of the image, is drawn uniformly, and `aspect`, height over width, log-uniformly.
+    `area`, as a fraction of the image, is uniform, and `aspect`, height over width, log-uniform.
 
     Returns:
-        Heights and widths (count,) float32 in whole pixels, and whether one of ten draws was within `largest` (h, w).
+        Heights and widths (count,) float32 in pixels, and whether one of ten draws was within `largest` (h, w).
     """
-    # torchvision redraws up to ten times. Here all ten are drawn at once.
     tries = (_TRIES, count)
     pixels = uniform(tries, generator, *area) * (size[0] * size[1])
     ratio = uniform(tries, generator, math.log(aspect[0]), math.log(aspect[1])).exp_()
@@ -49,8 +48,5 @@ def rectangles(
 
 
 def assign_evenly(slots: int, choices: int, generator: torch.Generator) -> Tensor:
-    """Shuffle the positions 0 … slots - 1 and divide them evenly: (choices, slots / choices) int64.
-
-    `slots` must be a multiple of `choices`.
-    """
+    """Shuffle the positions 0 … slots - 1 and divide them evenly: (choices, slots / choices) int64."""
     return uniform(slots, generator, 0, 1).argsort().view(choices, -1)

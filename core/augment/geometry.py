@@ -1,7 +1,7 @@
-"""Affine transformations of images, one matrix (n, 2, 3) per image.
+"""Affine transformations by a matrix (n, 2, 3) per image, as defined by torchvision's v2 transforms.
 
-A matrix maps output positions to input positions, in pixels from the image's centre. Flips and whole-pixel shifts are
-exact copies; only shears, rotations and crops are interpolated. Definitions are those of torchvision's v2 transforms.
+A matrix maps output positions to input positions, in pixels from the centre. Flips and whole-pixel shifts are exact
+copies.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from core.augment.scratch import Scratch, blocks
 
 def affine(like: Tensor, a: Tensor | float = 1.0, b: Tensor | float = 0.0, x: Tensor | float = 0.0,
            c: Tensor | float = 0.0, d: Tensor | float = 1.0, y: Tensor | float = 0.0) -> Tensor:  # fmt: skip
-    """Return [[a, b, x], [c, d, y]] for each element of `like` (n,): (n, 2, 3). Plain numbers must be 0 or 1."""
+    """Return [[a, b, x], [c, d, y]] for each element of `like` (n,). Plain numbers must be 0 or 1."""
     constant = {0.0: torch.zeros_like(like), 1.0: torch.ones_like(like)}
     entries = [entry if isinstance(entry, Tensor) else constant[entry] for entry in (a, b, x, c, d, y)]
     return torch.stack(entries, dim=1).view(-1, 2, 3)
 
 
 def then(first: Tensor, second: Tensor) -> Tensor:
-    """Compose matrices (n, 2, 3): the images of `first`, transformed by `second`."""
-    # Written out: a matrix product would follow the autocast and TF32 settings and lose whole pixels.
+    """Compose matrices: the images of `first`, transformed by `second`."""
+    # A matrix product would follow the autocast and TF32 settings and lose whole pixels.
     product = first[:, :, 0:1] * second[:, 0:1, :] + first[:, :, 1:2] * second[:, 1:2, :]
     product[:, :, 2] += first[:, :, 2]
     return product
 
 
 def rotation(degrees: Tensor) -> Tensor:
-    """Rotate counter-clockwise about the centre by `degrees` (n,): (n, 2, 3)."""
+    """Rotate counter-clockwise about the centre."""
     angle = torch.deg2rad(degrees)
     cos, sin = angle.cos(), angle.sin()
     return affine(degrees, a=cos, b=-sin, c=sin, d=cos)
 
 
 def shear_x(slope: Tensor, size: tuple[int, int]) -> Tensor:
-    """Shear along rows by `slope` (n,) about the top left corner, as in torchvision's RandAugment: (n, 2, 3)."""
+    """Shear along rows about the top left corner, as in torchvision's RandAugment."""
     return affine(slope, b=slope, x=slope * (size[0] / 2))
 
 
 def shear_y(slope: Tensor, size: tuple[int, int]) -> Tensor:
-    """Shear along columns by `slope` (n,) about the top left corner: (n, 2, 3)."""
+    """Shear along columns about the top left corner."""
     return affine(slope, c=slope, y=slope * (size[1] / 2))
 
 
 def translate_x(pixels: Tensor) -> Tensor:
-    """Move right by whole `pixels` (n,): (n, 2, 3)."""
+    """Move right by whole pixels."""
     return affine(pixels, x=-pixels)
 
 
 def translate_y(pixels: Tensor) -> Tensor:
-    """Move down by whole `pixels` (n,): (n, 2, 3)."""
+    """Move down by whole pixels."""
     return affine(pixels, y=-pixels)
 
 
@@ -65,22 +65,16 @@ def warp(
     dtype: torch.dtype = torch.float32,
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """Transform images by any matrices: bilinear, black outside, rounded to whole numbers.
+    """Transform images (n, C, H, W): bilinear, black outside, rounded to whole numbers.
 
-    Args:
-        images: (n, C, H, W).
-        matrices: (n, 2, 3).
-        frames: (n, 2, 2) first and last pixel across, then down, from the centre, of a part of each image. Within half
-            a pixel outside of it, its edge is repeated, as torchvision enlarges crops.
-        dtype: of the result.
-        scratch: memory for intermediate images.
+    `frames` (n, 2, 2) are the first and last pixel across, then down, from the centre, of a part of each image. Within
+    half a pixel outside of it, its edge is repeated, as torchvision enlarges crops.
     """
     count, channels, height, width = images.shape
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = torch.arange(height, device=images.device) - (height - 1) / 2
-    # A black border of one pixel replaces grid_sample's masks, a third of its time on a CPU. Coordinates are from -1 to
-    # 1 across the bordered image. (n, 2, 1, W) + (n, 2, H, 1) is a hundred times as fast on a CPU as affine_grid, whose
-    # matrix product has an inner length of 3.
+    # A black border replaces grid_sample's masks, a third of its time on a CPU. Coordinates are from -1 to 1 across the
+    # bordered image. (n, 2, 1, W) + (n, 2, H, 1) is a hundred times as fast on a CPU as affine_grid.
     units = (2 / (width + 2), 2 / (height + 2))
     matrices = torch.cat([matrices[:, :1] * units[0], matrices[:, 1:] * units[1]], dim=1)
     across = (matrices[:, :, 0:1] * x).view(count, 2, 1, width)
@@ -105,8 +99,7 @@ def warp(
             for axis, unit in enumerate(units):
                 places = grid[:, axis]
                 low, high = (its_edges[:, axis] * unit).view(-1, 2, 1, 1).unbind(1)
-                # Positions beyond the edge are moved inwards by at most half a pixel, which keeps the mapping
-                # continuous.
+                # At most half a pixel, which keeps the mapping continuous.
                 places -= (places - torch.clamp(places, low, high)).clamp_(-unit / 2, unit / 2)
         grid = grid.permute(0, 2, 3, 1)
         values = F.grid_sample(room[: len(part)], grid, padding_mode="border", align_corners=False)
@@ -119,16 +112,16 @@ def shift(images: Tensor, sources: Tensor, matrices: Tensor, *, reach: int, mirr
 
     Args:
         images: the input.
-        sources: (m,) image shown by each output.
-        matrices: (m, 2, 3), of which the signs of the diagonal and the whole-pixel shift are used.
+        sources: (m,) rows of `images`.
+        matrices: (m, 2, 3) of flips and whole-pixel shifts.
         reach: maximum sideways shift in pixels.
         mirrored: whether any matrix flips sideways.
         scratch: memory for intermediate images.
     """
     count, channels, height, width = images.shape
     reach = min(reach, width)
-    # Rows are stored with `reach` black pixels between them, and again mirrored, so a shifted row is `width` contiguous
-    # pixels: one memory copy, ten times as fast as an index per pixel.
+    # Rows are stored with `reach` black pixels between them, and again mirrored, so a shifted row is one memory copy:
+    # ten times as fast as an index per pixel.
     stride = width + reach
     copies = 2 if mirrored else 1
     padded = scratch.zeroed_once("rows", (copies * count * channels * height + 1, stride), images)

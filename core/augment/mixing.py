@@ -1,7 +1,4 @@
-"""Mixup and CutMix of images within a batch and of their labels, with one draw per batch as in timm.
-
-Mixup: Zhang et al. 2018, arXiv 1710.09412. CutMix: Yun et al. 2019, arXiv 1905.04899.
-"""
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) within a batch, with one draw per batch as in timm."""
 
 from __future__ import annotations
 
@@ -18,26 +15,22 @@ from core.config import AugmentConfig
 
 @dataclass(frozen=True)
 class MixPlan:
-    """Parameters for mixing one batch.
-
-    If steps are captured in a CUDA graph, `keep` and `box` are tensors on the device, read by each replay.
-    """
+    """Parameters for mixing a batch: numbers, or float32 tensors on the device for captured steps."""
 
     kind: Literal["mixup", "cutmix"]
     keep: float | Tensor
-    """Fraction of each image that is kept, in [0, 1]; for cutmix, one minus the box's fraction. A tensor is () float32.
-    """
+    """Fraction of each image that is kept, in [0, 1]."""
     box: tuple[int, int, int, int] | Tensor | None = None
-    """For cutmix: top, bottom, left, right in pixels; a tensor is (4,) float32 of whole numbers."""
+    """For cutmix: top, bottom, left, right in pixels."""
 
 
 def mixes(config: AugmentConfig, progress: float) -> bool:
-    """Return whether batches may be mixed at this progress of the run, in [0, 1]."""
+    """Return whether batches may be mixed at this progress of the run."""
     return (config.mixup > 0 or config.cutmix > 0) and progress < config.mix_off_fraction
 
 
 def plan_mix(config: AugmentConfig, generator: torch.Generator, shape: Sequence[int]) -> MixPlan | None:
-    """Draw the mixing of the next batch of `shape` (N, C, H, W), or None, with a CPU generator."""
+    """Draw the mixing, if any, of a batch of `shape` (N, C, H, W), with a CPU generator."""
     chance, choice, row, column = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
     if chance >= config.mix_probability or not (config.mixup or config.cutmix):
         return None
@@ -51,24 +44,20 @@ def plan_mix(config: AugmentConfig, generator: torch.Generator, shape: Sequence[
     y, x = int(row * height), int(column * width)
     top, bottom = max(y - half_height, 0), min(y + half_height, height)
     left, right = max(x - half_width, 0), min(x + half_width, width)
-    # The box is clipped and rounded, so targets use its actual area.
+    # Targets use the area of the clipped and rounded box.
     return MixPlan("cutmix", 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
 def apply_mix(
     images: Tensor, labels: Tensor, num_classes: int, plan: MixPlan, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Mix each image (N, C, H, W) float and its label (N,) with another one of the batch.
-
-    Returns:
-        Mixed images, channels_last in the images' dtype, and targets (N, K) float32 whose rows sum to 1.
-    """
+    """Mix each image with another one of the batch; return images, channels_last, and targets (N, K) float32."""
     partner = torch.rand(len(images), generator=generator, device=images.device).argsort()
-    # one_hot would wait for the device to compute the largest label.
+    # one_hot would wait for the device.
     own = torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
     targets = torch.lerp(own.index_select(0, partner), own, plan.keep)
     if plan.box is None:
-        # In float32, since a weight tensor would be rounded to the images' dtype.
+        # A weight tensor would be rounded to the images' dtype.
         others = images.index_select(0, partner).float()
         mixed = torch.lerp(others, images.float(), plan.keep).to(images.dtype)
     else:
@@ -77,7 +66,7 @@ def apply_mix(
 
 
 def _paste(images: Tensor, partner: Tensor, box: tuple[int, int, int, int] | Tensor) -> Tensor:
-    """New images (N, C, H, W) with the box taken from those at `partner` (N,)."""
+    """Copy images with the box taken from those at `partner` (N,)."""
     if isinstance(box, Tensor):
         top, bottom, left, right = box.unbind()
         y = torch.arange(images.shape[-2], device=images.device)[:, None]
@@ -94,8 +83,8 @@ def _paste(images: Tensor, partner: Tensor, box: tuple[int, int, int, int] | Ten
 def symmetric_beta(alpha: float, generator: torch.Generator) -> float:
     """Draw from Beta(alpha, alpha), alpha > 0, with a CPU generator.
 
-    Computed as g / (g + h) with g and h from Gamma(alpha), in logarithms: log Gamma(alpha) = log Gamma(alpha + 1) +
-    log(U) / alpha (Marsaglia and Tsang 2000, section 6), since for small alpha both would underflow.
+    That is g / (g + h) with g and h from Gamma(alpha). Small ones would underflow without logarithms: log Gamma(alpha)
+    = log Gamma(alpha + 1) + log(U) / alpha (Marsaglia and Tsang 2000, section 6).
     """
     shape = torch.full((2,), alpha + 1, dtype=torch.float64)
     gamma = torch._standard_gamma(shape, generator=generator)

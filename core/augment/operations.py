@@ -1,8 +1,4 @@
-"""Augmentation operations by torchvision's names, with a signed level (n,) in [-1, 1].
-
-Level 0 is the identity, bitwise for photometric operations and shifts. Definitions and ranges are those of
-torchvision's v2 transforms unless noted.
-"""
+"""Operations of torchvision's v2 transforms, unless noted, with a signed level (n,) in [-1, 1]; 0 is the identity."""
 
 from __future__ import annotations
 
@@ -20,27 +16,26 @@ class Ranges:
     """Magnitudes at level 1."""
 
     shear: float  # Slope
-    translate_fraction: float  # Shift as a fraction of the image's side
-    translate_pixels: float  # Maximum shift in pixels
-    degrees: float  # Rotation angle
-    factor_change: float
-    """Brightness, saturation, contrast and sharpness are scaled by 1 plus this; at level -1 by 1 minus this."""
+    translate_fraction: float  # Of the image's side
+    translate_pixels: float  # Maximum
+    degrees: float
+    factor_change: float  # Brightness, saturation, contrast and sharpness are scaled by 1 ± this
     bits_lost: int  # Posterize keeps 8 minus this
 
     def translate(self, side: int) -> float:
-        """Return the shift at level 1 in pixels, along a side of that many pixels."""
+        """Return the shift in pixels at level 1."""
         return min(self.translate_fraction * side, self.translate_pixels)
 
     def factor(self, level: Tensor) -> Tensor:
-        """Return the factor of brightness and similar operations: (n,), 1 at level 0."""
+        """Return the factor of brightness and similar operations."""
         return 1 + self.factor_change * level
 
     def bits(self, level: Tensor) -> Tensor:
-        """Return the bits that posterize keeps: (n,) whole numbers, 8 at level 0."""
+        """Return the bits that posterize keeps."""
         return 8 - (self.bits_lost * level.abs()).round()
 
 
-# `RandAugment._AUGMENTATION_SPACE` and `AutoAugment._AUGMENTATION_SPACE`.
+# Of `RandAugment` and `AutoAugment`.
 STANDARD = Ranges(
     shear=0.3,
     translate_fraction=150.0 / 331.0,
@@ -49,7 +44,7 @@ STANDARD = Ranges(
     factor_change=0.9,
     bits_lost=4,
 )
-# `TrivialAugmentWide._AUGMENTATION_SPACE`, with shifts limited to the image's side.
+# Of `TrivialAugmentWide`, with shifts limited to the image's side.
 WIDE = Ranges(
     shear=0.99,
     translate_fraction=1.0,
@@ -76,9 +71,9 @@ PHOTOMETRIC_OPS: dict[str, Callable[[Tensor, Tensor, Ranges], Tensor]] = {
     "Contrast": lambda pixels, level, ranges: photometry.contrast(pixels, ranges.factor(level)),
     "Sharpness": lambda pixels, level, ranges: photometry.sharpness(pixels, ranges.factor(level)),
     "Posterize": lambda pixels, level, ranges: photometry.posterize(pixels, ranges.bits(level)),
-    # 256 as in AutoAugment (arXiv 1805.09501), not torchvision's 255, so that low levels do not change white.
+    # 256 as in AutoAugment's paper, not torchvision's 255, so that low levels do not change white.
     "Solarize": lambda pixels, level, _ranges: photometry.solarize(pixels, 256 * (1 - level.abs())),
-    # torchvision ignores the magnitude of these three. Here they are blended by it, so that 0 is the identity.
+    # torchvision ignores the magnitude of these three.
     "AutoContrast": lambda pixels, level, _ranges: photometry.autocontrast(pixels, level.abs()),
     "Equalize": lambda pixels, level, _ranges: photometry.equalize(pixels, level.abs()),
     "Invert": lambda pixels, level, _ranges: photometry.invert(pixels, level.abs()),
@@ -86,4 +81,4 @@ PHOTOMETRIC_OPS: dict[str, Callable[[Tensor, Tensor, Ranges], Tensor]] = {
 """(pixels (n, C, H, W) float32, level (n,), ranges) -> pixels."""
 
 OPS = ("Identity", *GEOMETRIC_OPS, *(name for name in PHOTOMETRIC_OPS if name != "Invert"))
-"""The fourteen operations of RandAugment and TrivialAugment, which exclude `Invert`."""
+"""The fourteen operations of RandAugment and TrivialAugment."""

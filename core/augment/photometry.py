@@ -1,7 +1,6 @@
-"""torchvision's photometric operations on pixels (n, C, H, W), with a magnitude (n,) per image.
+"""torchvision's photometric operations, with a magnitude (n,) per image and its rounding of uint8.
 
-Pixels are uint8 or float32 of whole numbers, with one or three channels. Operations round as torchvision does on uint8,
-and do not modify their input.
+Pixels (n, C, H, W) are uint8 or whole float32, with one or three channels, and not modified.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Luma weights of ITU-R BT.601 as torchvision rounds them.
+# ITU-R BT.601, as torchvision rounds it.
 _LUMA = (0.2989, 0.587, 0.114)
 
 
@@ -22,15 +21,15 @@ def _floats(pixels: Tensor) -> Tensor:
 
 
 def whole(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Truncate values in [0, 256) float32 to `dtype`; may modify `values`."""
+    """Truncate values in [0, 256) to `dtype`; may modify them."""
     if dtype == values.dtype:
         return values.floor_()
-    # Via int16: a CPU's direct cast to uint8 is not vectorized and takes 2.5 times as long.
+    # A CPU's direct cast to uint8 is not vectorized and takes 2.5 times as long.
     return values.to(torch.int16).to(dtype)
 
 
 def _quantize(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Clamp and truncate as a cast to uint8; modifies `values`."""
+    """Clamp and truncate; modifies `values`."""
     return whole(values.clamp_(0, 255), dtype)
 
 
@@ -43,19 +42,19 @@ def _grey(pixels: Tensor) -> Tensor:
 
 
 def brightness(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Scale by `factor` >= 0; 0 is black, 1 the identity."""
+    """Scale; 0 is black, 1 the identity."""
     return _quantize(_floats(pixels).mul_(_each(factor)), pixels.dtype)
 
 
 def contrast(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean grey by `factor` >= 0; 0 is flat grey, 1 the identity."""
+    """Blend with the mean grey; 0 is flat grey, 1 the identity."""
     values = _floats(pixels)
     mean = _grey(values).mean(dim=(1, 2, 3), keepdim=True)
     return _quantize(values.mul_(_each(factor)).add_(mean * (1 - _each(factor))), pixels.dtype)
 
 
 def saturation(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Blend with greyscale by `factor` >= 0; 0 is greyscale, 1 the identity."""
+    """Blend with greyscale; 1 is the identity."""
     if pixels.shape[1] == 1:
         return pixels
     values = _floats(pixels)
@@ -64,11 +63,11 @@ def saturation(pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def sharpness(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Blend with a smoothed copy by `factor` >= 0; 1 is the identity. Border pixels are not changed."""
+    """Blend with a smoothed copy except at the border; 1 is the identity."""
     values = _floats(pixels)
     smooth = torch.zeros_like(values)
-    # PIL's SMOOTH kernel: ones around a five, over 13. Sums of whole numbers are exact in any order. They run along the
-    # batch as one line of memory, three times as fast as row by row; the borders are restored afterwards.
+    # PIL's SMOOTH kernel: ones around a five, over 13. Sums along the batch as one line of memory are three times as
+    # fast as row by row.
     line, width = values.view(-1), values.shape[-1]
     down = line[: -2 * width] + line[width:-width]
     down += line[2 * width :]
@@ -82,30 +81,30 @@ def sharpness(pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def posterize(pixels: Tensor, bits: Tensor) -> Tensor:
-    """Keep the highest `bits` of each pixel, whole numbers 0 … 8; 8 is the identity."""
+    """Keep the highest `bits`, whole numbers 0 … 8."""
     kept = (256 - (1 << (8 - _each(bits)).int())).to(torch.uint8)
     return (pixels.to(torch.uint8) & kept).to(pixels.dtype)
 
 
 def solarize(pixels: Tensor, threshold: Tensor) -> Tensor:
-    """Invert pixels at or above `threshold`, 0 … 256; 256 is the identity."""
+    """Invert pixels at or above `threshold`, 0 … 256."""
     levels = pixels.to(torch.uint8)
-    least = _each(threshold).ceil()  # lowest inverted level
+    least = _each(threshold).ceil()
     any_level = (least < 256).to(torch.uint8).mul_(255)
-    # In uint8 arithmetic: on a CPU a comparison takes ten times as long, and `where` a hundred times.
+    # On a CPU a comparison would take ten times as long, and `where` a hundred times.
     below = torch.maximum(levels, least.clamp(max=255).to(torch.uint8)).sub_(levels).clamp_(max=1)  # 0 or 1
     inverted = below.sub_(1).bitwise_and_(any_level)  # 255 or 0
     return inverted.bitwise_xor_(levels).to(pixels.dtype)
 
 
 def invert(pixels: Tensor, amount: Tensor) -> Tensor:
-    """Blend with the negative by `amount`, 0 … 1."""
+    """Blend with the negative by `amount`."""
     values = _floats(pixels)
     return whole((255 - 2 * values).mul_(_each(amount)).add_(values).round_(), pixels.dtype)
 
 
 def autocontrast(pixels: Tensor, amount: Tensor) -> Tensor:
-    """Blend with each channel stretched to 0 … 255 by `amount`, 0 … 1; constant channels are not changed."""
+    """Blend with each channel, unless constant, stretched to 0 … 255."""
     values = _floats(pixels)
     low, high = (extreme.float() for extreme in (pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)))
     flat = low == high
@@ -115,13 +114,13 @@ def autocontrast(pixels: Tensor, amount: Tensor) -> Tensor:
 
 
 def equalize(pixels: Tensor, amount: Tensor) -> Tensor:
-    """Blend with histogram equalization of each channel by `amount`, 0 … 1, by PIL's integer rule."""
+    """Blend with histogram equalization of each channel by PIL's integer rule."""
     count, channels, height, width = pixels.shape
     index = pixels.view(count, channels, height * width).long()
     histogram = torch.zeros(count, channels, 256, dtype=torch.int32, device=pixels.device)
     histogram.scatter_add_(2, index, histogram.new_ones(1).expand_as(index))
     total = histogram.cumsum(2, dtype=torch.int32)
-    brightest = histogram.gather(2, total.argmax(2, keepdim=True))  # pixels with the highest value
+    brightest = histogram.gather(2, total.argmax(2, keepdim=True))
     step = (height * width - brightest).div_(255, rounding_mode="floor")
     table = (total - histogram + step // 2).div_(step.clamp(min=1), rounding_mode="floor").clamp_(0, 255)
     levels = torch.arange(256, dtype=torch.float32, device=pixels.device)

@@ -1,7 +1,7 @@
 """`Augment`: augmentation and normalization of a batch of training images.
 
-Geometry is composed into one affine matrix per image. Between operations pixels are uint8, a quarter of float32's
-memory. Images are sorted by their assigned operation, so that each operation works in place on contiguous memory.
+Geometry is one affine matrix per image. Images are uint8 and sorted by their operation, which works in place on
+contiguous memory.
 """
 
 from __future__ import annotations
@@ -22,29 +22,22 @@ from core.augment.scratch import Scratch, blocks
 from core.config import AugmentConfig
 from core.runtime import normalize_by, scale_and_shift, spread
 
-# Size of a CPU's chunk in float32, which limits the working memory to 1.5 times this. Random numbers are drawn per
-# chunk, so the size is the same on all machines.
+# Limits the working memory to 1.5 times this. The same on all machines, since random numbers are drawn per chunk.
 _CPU_CHUNK_BYTES = 32 * 2**20
 
 
 def alternating_flips(first: Tensor, epoch: int) -> Tensor:
-    """Return which images are flipped in an epoch, counted from 1, so that two epochs show every image both ways.
-
-    Odd epochs flip the images of `first` (n,) bool, even ones the others (Jordan 2024, arXiv 2404.00498).
-    """
+    """Return the flipped images of an epoch: those of `first` (n,) bool in odd ones, else the others."""
     return first if epoch % 2 == 1 else ~first
 
 
 def put_rows(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Assign pixels[rows] = values in place, for contiguous (…, C, H, W). Repeated rows must have equal values."""
+    """Assign pixels[rows] = values in place, for contiguous tensors and equal values of repeated rows."""
     _wide_rows(pixels).index_copy_(0, rows, _wide_rows(values))
 
 
 def _wide_rows(images: Tensor) -> Tensor:
-    """View of images (n, C, H, W) uint8 with the widest elements possible.
-
-    A CPU copies element by element, so this is sixteen times as fast.
-    """
+    """View of images (n, C, H, W) uint8 as wide elements, which a CPU copies sixteen times as fast."""
     rows = images.view(len(images), -1)
     return rows.view(torch.complex128) if rows.shape[1] % 16 == 0 else rows
 
@@ -54,16 +47,9 @@ def _inverse(order: Tensor) -> Tensor:
 
 
 class Augment:
-    """Turns uint8 training images into augmented, normalized network input, without waiting for the device.
+    """Turns uint8 training images into augmented, normalized network input. Can be captured in a CUDA graph.
 
-    Equal states of the generators give equal bits. A call can be captured in a CUDA graph.
-
-    Args:
-        config: the augmentation.
-        mean: one per channel, of pixels in [0, 1]; one or three channels.
-        std: one per channel, of pixels in [0, 1].
-        device: device of the images.
-        dtype: of the result, which is computed in float32 and rounded once.
+    `mean` and `std` are those of pixels in [0, 1] per channel. Results are rounded once from float32 to `dtype`.
     """
 
     def __init__(
@@ -76,7 +62,7 @@ class Augment:
     ) -> None:
         self.config = config
         self.dtype = dtype
-        # Kept alive for CUDA graphs that read them.
+        # CUDA graphs read them.
         self._scale, self._shift = scale_and_shift(mean, std, device)
         self._policy = build_policy(config, device)
         self._scratch = Scratch()
@@ -105,12 +91,8 @@ class Augment:
         Args:
             images: (N, C, H, W) uint8.
             generator: the device's.
-            flips: (N,) bool, images flipped sideways, if `alternate_flip` is true.
-            repeats: (N,) bool, repeated visits within the epoch, if `apply_to` is "repeats"; others are only
-                normalized.
-
-        Raises:
-            ValueError: `flips` or `repeats` is needed and not given.
+            flips: (N,) bool, required by `alternate_flip`.
+            repeats: (N,) bool, required by `apply_to` "repeats"; other visits are only normalized.
         """
         config = self.config
         if config.alternate_flip and flips is None:
@@ -122,14 +104,14 @@ class Augment:
         augmented = self._augment(images, flips if config.alternate_flip else None, generator)
         if config.apply_to == "all" or repeats is None:
             return augmented
-        # First visits are augmented too and discarded, since their number is only known on the device.
+        # First visits are augmented too, since only the device knows their number.
         chosen = torch.where(repeats.view(-1, 1, 1, 1), augmented, self._normalize(images))
         return chosen.contiguous(memory_format=torch.channels_last)
 
     def _augment(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> Tensor:
         out = torch.empty(images.shape, dtype=self.dtype, device=images.device, memory_format=torch.channels_last)
         chunk = self._chunk(images)
-        # Inference mode saves 5 % of a CPU's time. `out` is created outside of it, since the backward pass needs it.
+        # Inference mode saves 5 % of a CPU's time; the backward pass needs `out` from outside of it.
         with torch.inference_mode():
             erased = draw_erased(images.shape, self.config.erase, generator) if self.config.erase else None
             for start in range(0, len(images), chunk):
@@ -141,7 +123,7 @@ class Augment:
         return out
 
     def _finish(self, pixels: Tensor, places: Tensor, shown: tuple[Tensor, Tensor] | None, out: Tensor) -> None:
-        """Write pixels[places], normalized, to `out`, and 0 where neither row nor column of `shown` is 1."""
+        """Write pixels[places], normalized, to `out`, and 0 where row and column of `shown` are 0."""
         sizes = blocks(len(out), out)
         scale, shift = (spread(c, out.shape, torch.contiguous_format) for c in (self._scale, self._shift))
         room = self._scratch.zeroed_once("normalised", (sizes[0], *out.shape[1:]), self._scale)
@@ -172,8 +154,7 @@ class Augment:
         return math.ceil(count / choices) * choices
 
     def _change(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Everything but erasing and normalizing: padded uint8 images, and the places (n,) of the n images in them."""
-        # Padding is augmented too and discarded.
+        """Return padded uint8 images before erasing and normalizing, and the places (n,) of the n images in them."""
         assignments = self._policy.assign(self._slots(len(images)), generator)
         pixels = self._move(images, assignments, flips, generator) if self._moves else images
         if self.config.color_jitter:
@@ -199,7 +180,7 @@ class Augment:
     def _move(
         self, images: Tensor, assignments: list[Assignment], flips: Tensor | None, generator: torch.Generator
     ) -> Tensor:
-        """The geometric pass: padded images (slots, C, H, W) uint8, in the order of the first assignment."""
+        """Return padded images (slots, C, H, W) uint8 in the order of the first assignment."""
         config = self.config
         count, _, height, width = images.shape
         slots = len(assignments[0].levels) if assignments else count
@@ -234,7 +215,7 @@ class Augment:
             return warp(images.index_select(0, sources), matrices, frames, dtype=torch.uint8, scratch=self._scratch)
         reach = pad_x + self._policy.reach(width)
         pixels = shift(images, sources, matrices, reach=reach, mirrored=config.flip > 0, scratch=self._scratch)
-        # An image that two assignments interpolate is written twice, with equal values.
+        # Images interpolated by two assignments are written twice, with equal values.
         interpolated = [
             assignment.rows[name] for assignment in assignments for name in INTERPOLATED_OPS if name in assignment.rows
         ]

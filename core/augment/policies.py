@@ -1,11 +1,9 @@
 """Policies that select operations and levels for each image of a batch.
 
-RandAugment: Cubuk et al. 2020, arXiv 1909.13719. TrivialAugment: Müller and Hutter 2021, arXiv 2103.10158. AutoAugment:
-Cubuk et al. 2019, arXiv 1805.09501.
+RandAugment: arXiv 1909.13719. TrivialAugment: arXiv 2103.10158. AutoAugment: arXiv 1805.09501.
 
-Geometry is applied before photometry. AutoAugment's table has the opposite order only once, a whole-pixel shift after
-`Color`, which gives the same result. Pixels moved over the border by one operation can be moved back by another, while
-torchvision loses them.
+Geometry is applied before photometry; AutoAugment has the opposite order only for a whole-pixel shift after `Color`,
+where the result is the same. A second operation can move pixels back that torchvision loses at the border.
 """
 
 from __future__ import annotations
@@ -25,14 +23,14 @@ SIX = ("Rotate", "ShearX", "TranslateX", "TranslateY", "Brightness", "Contrast")
 """Plain operations that also affect grey images."""
 
 IN_FULL = ("AutoContrast", "Equalize")
-"""Operations that TrivialAugment applies in full, independent of the drawn level."""
+"""Operations that TrivialAugment applies in full."""
 
-# torchvision's `TrivialAugmentWide(num_magnitude_bins=31)`, and the 10 of `AutoAugment`.
+# torchvision's
 _TRIVIAL_BINS = 31
 _AUTO_BINS = 10
 
 SubPolicy = tuple[tuple[str, float, int | None], ...]
-"""Operations in order: name, probability, magnitude bin of 10, or None for operations without magnitude."""
+"""Operations in order: name, probability, magnitude bin if any."""
 
 AUTOAUGMENT_CIFAR10: tuple[SubPolicy, ...] = (
     (("Invert", 0.1, None), ("Contrast", 0.2, 6)),
@@ -66,18 +64,18 @@ AUTOAUGMENT_CIFAR10: tuple[SubPolicy, ...] = (
 
 @dataclass(frozen=True)
 class Assignment:
-    """One operation per image: `rows[name]` (k,) are the images changed by `name`, `levels` is (slots,)."""
+    """One operation per image: `name` changes the images `rows[name]` (k,), at `levels` (slots,)."""
 
     rows: dict[str, Tensor]
     levels: Tensor
 
     def level_of(self, name: str) -> Tensor:
-        """Return the levels (k,) of the images changed by `name`."""
+        """Return the levels of `rows[name]`."""
         return self.levels.index_select(0, self.rows[name])
 
     @cached_property
     def order(self) -> Tensor:
-        """The images sorted by operation: (slots,) int64."""
+        """The images (slots,) sorted by operation."""
         return torch.cat(list(self.rows.values()))
 
 
@@ -86,26 +84,26 @@ class Policy(Protocol):
 
     @property
     def ranges(self) -> Ranges:
-        """Magnitudes of the assigned levels."""
+        """Magnitudes of level 1."""
 
     @property
     def choices(self) -> int:
-        """Number of alternatives; the padded batch size is a multiple of it."""
+        """Number of alternatives, which divides the number of slots."""
 
     @property
     def ops(self) -> int:
         """Operations per image; 0 is off."""
 
     def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
-        """Draw `ops` assignments, in order, for `slots` images."""
+        """Draw `ops` assignments, in order."""
 
     def reach(self, width: int) -> int:
-        """Return the maximum sideways shift in pixels of all operations together, for images of that width."""
+        """Return the maximum sideways shift in pixels of all operations together."""
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Assigns `ops` of `names` to each image, at `strength` in (0, 1] with a random sign."""
+    """Assigns `ops` of `names`, at `strength` in (0, 1] with a random sign."""
 
     ops: int
     strength: float
@@ -131,7 +129,7 @@ class RandAugment:
 
 
 class SixPlain(RandAugment):
-    """Assigns `ops` of `SIX` to each image, at uniform levels from minus to plus `strength`."""
+    """Assigns `ops` of `SIX`, at uniform levels from minus to plus `strength`."""
 
     def _levels(self, slots: int, generator: torch.Generator) -> Tensor:
         return uniform(slots, generator, -self.strength, self.strength)
@@ -139,7 +137,7 @@ class SixPlain(RandAugment):
 
 @dataclass(frozen=True)
 class TrivialAugment:
-    """Assigns one of `OPS` to each image, at one of 31 levels from 0 to 1 with a random sign, in the wide ranges."""
+    """Assigns one of `OPS`, at one of 31 levels from 0 to 1 with a random sign."""
 
     ranges: Ranges = WIDE
     choices: int = len(OPS)
@@ -158,17 +156,14 @@ class TrivialAugment:
 
 
 class AutoAugment:
-    """Assigns a sub-policy of `table` to each image: operations in order, each with its probability.
-
-    Operations that are not drawn get level 0, which is the identity.
-    """
+    """Assigns a sub-policy of `table`; operations that are not drawn have level 0, the identity."""
 
     ranges = STANDARD
 
     def __init__(self, table: tuple[SubPolicy, ...], device: torch.device) -> None:
         self.choices = len(table)
         self.ops = len(table[0])
-        self._steps = tuple(zip(*table, strict=True))  # for each operation, its alternatives
+        self._steps = tuple(zip(*table, strict=True))
         by_step = [[(p, 1.0 if k is None else k / (_AUTO_BINS - 1)) for _, p, k in step] for step in self._steps]
         self._table = torch.tensor(by_step, device=device)  # (ops, choices, 2): probability, level
 
@@ -193,7 +188,7 @@ class AutoAugment:
 
 
 def build_policy(config: AugmentConfig, device: torch.device) -> Policy:
-    """Create the policy of `augment.policy`. Its `ops` is 0 if it is switched off by `ops` or `strength`."""
+    """Create the policy of `augment.policy`."""
     if config.policy == "trivialaugment":
         return TrivialAugment()
     if config.policy == "autoaugment_cifar10":

@@ -1,7 +1,7 @@
 """Reusable memory for a CPU's augmentation, and block sizes that fit its cache.
 
-A CPU's freed blocks of ten megabytes are returned to the system and faulted in again page by page, which took up to a
-third of the time. On a GPU torch's allocator caches memory, so every block is newly allocated.
+Returning blocks of ten megabytes to the system and faulting them in again took up to a third of a CPU's time. On a GPU
+torch's allocator caches memory.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Size of the float32 images that a core processes at once, so that they and results stay in its cache.
+# Float32 images that a core processes at once, so that they and results stay in its cache.
 _CORE_BLOCK_BYTES = 1100 * 2**10
 
 
 def blocks(count: int, images: Tensor) -> list[int]:
-    """Return the sizes of blocks in which `count` images (…, C, H, W) are processed: all at once on a GPU.
-
-    Results do not depend on them.
-    """
+    """Return the block sizes, which do not affect results, for `count` images (…, C, H, W); one block on a GPU."""
     if images.device.type != "cpu":
         return [count]
     block_bytes = _CORE_BLOCK_BYTES * torch.get_num_threads()  # threads share a block
@@ -30,13 +27,13 @@ def blocks(count: int, images: Tensor) -> list[int]:
 
 
 class Scratch:
-    """Reusable blocks by name and shape. The content of a block is valid until it is requested again."""
+    """Blocks of memory by name and shape, valid until requested again."""
 
     def __init__(self) -> None:
         self._blocks: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def zeroed_once(self, name: str, layout: Sequence[int], like: Tensor) -> Tensor:
-        """Return a block with the dtype and device of `like`, zero except for earlier writes."""
+        """Return a block like `like` in dtype and device, zero except for earlier writes."""
         key = (name, tuple(layout))
         if like.device.type != "cpu":
             return like.new_zeros(key[1])

@@ -1,7 +1,4 @@
-"""Progressive resizing: small images first, full size later (Tan and Le 2021, arXiv 2104.00298).
-
-The cost of convolutions grows with the square of the side: at half the side an epoch costs a quarter.
-"""
+"""Progressive resizing (arXiv 2104.00298): at half the side an epoch costs a quarter."""
 
 from __future__ import annotations
 
@@ -11,20 +8,16 @@ from torch import Tensor
 
 from core.config import AugmentConfig
 
-# Few different shapes, since each is compiled and tuned separately. Eighths of 32, 64, 96, … are multiples of 4 pixels,
-# which two strides of 2 divide evenly.
+# Few, since each shape is compiled and tuned separately. Eighths of 32, 64, 96, … are multiples of 4 pixels, which two
+# strides of 2 divide evenly.
 _STEPS = 8
 _PIXELS_A_STEP = 4
 
 
 def size_at(config: AugmentConfig, progress: float, size: tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) of the training images at this progress of the run in [0, 1], for full images of `size`.
+    """Return the size (H, W) of the training images at this progress of the run in [0, 1], up to `size`.
 
-    The side grows linearly from `start_size_fraction` to 1 at `full_size_from_fraction`, in eighths, or in whole pixels
-    of the shorter side if an eighth is less than 4 pixels. Both sides shrink alike.
-
-    Raises:
-        ValueError: `progress` is outside [0, 1].
+    The side grows in eighths, or in pixels of the shorter side if an eighth is less than 4 pixels.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress {progress} is outside [0, 1]")
@@ -40,11 +33,10 @@ def size_at(config: AugmentConfig, progress: float, size: tuple[int, int]) -> tu
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize images (N, C, H, W) float, channels_last, to `size` (h, w); the input itself if it has that size."""
+    """Resize images (N, C, H, W) float, channels_last."""
     if images.shape[-2:] == size:
         return images
-    # Antialiased bilinear: on two cores 12 ms for 256 × 3 × 96² to 72², where area averaging took 17 ms, and faster at
-    # nearly every other size. Area averaging also weights pixels unevenly at fractional ratios.
-    # In float32: not implemented for bf16 on a CPU.
+    # On two cores 12 ms for 256 × 3 × 96² to 72². Area averaging took 17 ms, and weights pixels unevenly at fractional
+    # ratios. Not implemented for bf16 on a CPU.
     smaller = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
     return smaller.to(images.dtype, memory_format=torch.channels_last)

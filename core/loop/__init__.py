@@ -1,8 +1,4 @@
-"""The training loop, which combines the other modules of `core`.
-
-The images are on the device as uint8. Each epoch permutes indices there, and for each batch gathers, augments, mixes,
-trains and averages; the host reads one number per epoch.
-"""
+"""The training loop, which combines the other modules of `core`. The host reads one number per epoch."""
 
 from core.loop.results import EpochMetrics, TrainResult
 from core.loop.run import EVALUATION_BATCH, Execution, seconds_per_epoch, train

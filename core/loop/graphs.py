@@ -1,8 +1,7 @@
 """Training steps as CUDA graphs, captured once per shape and then replayed.
 
-A small network's step is hundreds of kernels, which the host cannot launch as fast as the device runs them. A captured
-step reads its batch and values from fixed tensors, filled before each replay; random generators continue as without
-capture.
+The host cannot launch the hundreds of kernels of a small network's step as fast as the device runs them. A captured
+step reads its batch and values from fixed tensors. Random generators continue as without capture.
 """
 
 from __future__ import annotations
@@ -19,34 +18,27 @@ from core.errors import ConfigError
 from core.loop.step import Batch, Launch, StepShape, StepValues
 from core.runtime import allowed_waits, forbidden_waits, is_out_of_memory
 
-# Steps of a shape before a capture. The second is checked for host synchronization, which cannot be captured; in the
-# first, a network may still create constants.
+# The second step of a shape is checked for host synchronization; in the first, a network may still create constants.
 WARM_UP_STEPS = 2
-# The captured step of a shape. A capture takes as long as ten steps, so rare shapes are not worth one.
+# A capture takes as long as ten steps, so rare shapes are not worth one.
 CAPTURED_STEP = 8
 
-# Errors of torch and CUDA in a capture: "called a synchronizing CUDA operation", "operation not permitted when stream
-# is capturing", "cudaErrorStreamCapture…".
+# "called a synchronizing CUDA operation", "not permitted when stream is capturing", "cudaErrorStreamCapture…"
 _OF_CAPTURES = re.compile("synchroniz|captur", re.IGNORECASE)
 
-
-# Since torch 2.14 generators are registered automatically, and doing so explicitly warns.
+# Since torch 2.14, where doing so explicitly warns.
 GENERATORS_REGISTER_THEMSELVES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
 class Capture(Protocol):
-    """Records a function's kernels and replays them on the same memory."""
+    """Records a function's kernels."""
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Run the function once, and return a function that runs it again."""
+        """Run the function once, and return its replay on the same memory."""
 
 
 class CudaCapture:
-    """CUDA graphs with a shared memory pool; they must run one after the other.
-
-    Args:
-        generators: the CUDA generators in use, except torch's default one.
-    """
+    """CUDA graphs in one memory pool, which must run one after the other. `generators` excludes torch's default one."""
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self._generators = generators
@@ -82,11 +74,7 @@ class CapturedSteps:
         self._values = StepValues(factor, average, smoothing, keep, self._row[4:])
 
     def __call__(self, batch: Batch, shape: StepShape, values: StepValues) -> None:
-        """Make a step, replayed if its shape was captured.
-
-        Raises:
-            ConfigError: the network's step cannot be captured.
-        """
+        """Make a step, or replay it. Raises ConfigError if it cannot be captured."""
         self._fill(values)
         if (replay := self._replays.get(shape)) is not None:
             torch._foreach_copy_(self._inputs[len(batch)].tensors, batch.tensors)
@@ -112,7 +100,7 @@ class CapturedSteps:
 
     @contextlib.contextmanager
     def _capture_errors(self, why: str) -> Iterator[None]:
-        """Raise ConfigError with a fix for capture errors; other errors propagate."""
+        """Turn errors of captures into a ConfigError with a fix."""
         try:
             yield
         except RuntimeError as error:

@@ -1,8 +1,6 @@
-"""Probe of whether a step fits the device's memory, and splitting of batches that do not.
+"""Tries the passes of the largest batch, and splits batches that do not fit the device's memory into 2, 4, … parts.
 
-The passes of the largest batch at full image size are tried, with memory reserved for the optimizer's state. If they do
-not fit, the batch is processed in 2, 4, … parts. Gradients are still those of the whole batch; only batch norm sees
-fewer images at once, which is recorded in the results.
+Gradients are still those of the whole batch; only batch norm sees fewer images at once.
 """
 
 from __future__ import annotations
@@ -31,10 +29,12 @@ def micro_batch_that_fits(
 ) -> int | None:
     """Return the largest micro-batch that fits, halving from the whole batch; None: the whole batch.
 
+    The model's buffers are restored and its gradients cleared.
+
     Args:
-        try_step: runs the passes of a whole batch in micro-batches of that size.
-        model: the network; its buffers are restored and its gradients cleared.
-        batch_size: size of the whole batch.
+        try_step: runs the passes of a batch in micro-batches of that size.
+        model: the network.
+        batch_size: images of the batch.
         moments: state tensors per parameter that the optimizer will need.
 
     Raises:
@@ -68,11 +68,7 @@ def micro_batch_that_fits(
 
 
 def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int) -> int:
-    """Return the largest number of images that `try_batch` has memory for, halving from `batch_size`.
-
-    Raises:
-        torch.OutOfMemoryError: not even one image fits; on a CPU a RuntimeError.
-    """
+    """Return the largest batch that fits, halving from `batch_size`; raises the error if not even one image fits."""
     while (error := _out_of_memory(partial(try_batch, batch_size))) is not None:
         if batch_size == 1:
             raise error

@@ -1,7 +1,7 @@
 """Time of each part of a training step, and utilization of the device.
 
-Times are measured on a separate `Run`, repeating the run's last step: full image size, no frozen layers. On a GPU,
-parts are timed by events on the device, which are captured with captured steps.
+A separate `Run` repeats its last step: full image size, no frozen layers. On a GPU, events time the parts, also in
+captured steps.
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ from core.loop.step import Batch, Section, batch_sizes
 from core.runtime import clock, compute_dtype, isolated_rng, own_stream
 
 Part = Literal[Section, "evaluation", "host"]
-"""Parts of an epoch's time; see `Times.host_s` for `host`."""
+"""Parts of an epoch's time."""
 
 SECTIONS: tuple[Section, ...] = get_args(Section)
 
-# Limits of the measured time and number of steps.
 MEASURED_S = 2.0
 FEWEST_STEPS, MOST_STEPS = 3, 200
-# Largest side of multiplied matrices: 8192 saturates an H200 and takes 0.4 GB in bf16. The time limit stops a CPU at
-# smaller ones.
+# 8192 saturates an H200 and takes 0.4 GB in bf16; the time stops a CPU earlier.
 LARGEST_SIDE, LONGEST_PRODUCT_S = 8192, 0.2
 
 USUAL = Execution()
@@ -45,80 +43,80 @@ USUAL = Execution()
 
 @dataclass(frozen=True)
 class Times:
-    """Time of an epoch's steps for one way of launching them, in seconds per epoch."""
+    """Seconds per epoch of its steps."""
 
     sections_s: dict[Section, float]
-    """Seconds by part, in order; on CUDA including gaps while the host launches kernels."""
+    """By part, in order; on CUDA including gaps while the host launches kernels."""
     host_s: float
-    """Remaining time: gathering images, random numbers per batch, Python; on CUDA also waiting for images or host."""
+    """The rest: gathering images, random numbers per batch, Python; on CUDA also waiting."""
 
     @property
     def seconds(self) -> float:
-        """Total time."""
+        """Total."""
         return sum(self.sections_s.values()) + self.host_s
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Time of a training's epochs, by part; work done once per epoch counts only if the timed steps include it."""
+    """Time of a training's epochs. Work per epoch counts only if the timed steps include it."""
 
     launched: Times
-    """Steps without capture."""
+    """Without capture."""
     replayed: Times | None
-    """Steps replayed as CUDA graphs; None if they are not captured."""
+    """As CUDA graphs, if steps are captured."""
     evaluation_s: float
-    """Passes over the validation images per epoch. SWA's only evaluation is not included."""
+    """Validation per epoch, without SWA's at the end."""
     images: int
     steps: int
     timed_steps: int
     parameters: int
     flops_per_image: int
-    """Forward and backward pass of one image: see `flops_per_image`."""
+    """See the function of that name."""
     dtype: Literal["bfloat16", "float32"]
     peak_flops: float
     """FLOP/s: `measured_peak_flops` of that dtype."""
     peak_memory_bytes: int | None
-    """Peak memory of tensors on the device without capture, including images and weights; None on a CPU."""
+    """Of all tensors on the device without capture; None on a CPU."""
 
     @property
     def trained(self) -> Times:
-        """Steps as in a training: replayed if they are captured."""
+        """As in a training: replayed if captured."""
         return self.launched if self.replayed is None else self.replayed
 
     @property
     def epoch_s(self) -> float:
-        """Seconds per epoch of training and evaluation."""
+        """Seconds per epoch with evaluation."""
         return self.trained.seconds + self.evaluation_s
 
     @property
     def images_per_s(self) -> float:
-        """Training images per second, including evaluation time."""
+        """Training images per second of `epoch_s`."""
         return self.images / self.epoch_s
 
     @property
     def graph_saves(self) -> float | None:
-        """Fraction of a step's time saved by replaying it; None if steps are not captured."""
+        """Fraction of a step's time saved by replaying it, if captured."""
         return None if self.replayed is None else 1 - self.replayed.seconds / self.launched.seconds
 
     @property
     def step_flops(self) -> float:
-        """FLOP/s of whole steps, without evaluation."""
+        """FLOP/s of steps."""
         return self.flops_per_image * self.images / self.trained.seconds
 
     @property
     def network_flops(self) -> float:
-        """FLOP/s of the forward and backward passes only."""
+        """FLOP/s of forward and backward passes."""
         took_s = self.trained.sections_s["forward"] + self.trained.sections_s["backward"]
         return self.flops_per_image * self.images / took_s
 
     @property
     def largest(self) -> Part:
-        """The part that takes the most time."""
+        """The slowest part."""
         parts = self.parts(self.trained)
         return max(parts, key=lambda part: parts[part])
 
     def parts(self, times: Times) -> dict[Part, float]:
-        """Return the seconds per epoch of each part, for `launched` or `replayed`."""
+        """Return the seconds per epoch of each part."""
         parts: dict[Part, float] = {"evaluation": self.evaluation_s, "host": times.host_s}
         return {name: times.sections_s[name] for name in SECTIONS if name in times.sections_s} | parts
 
@@ -131,9 +129,7 @@ def profile(
     steps: int | None = None,
     execution: Execution = USUAL,
 ) -> Profile:
-    """Measure the time of a training's epochs on a separate run; torch's generators are restored.
-
-    `steps` are timed for each way of launching them; by default as many as take `MEASURED_S`.
+    """Measure the time of a training's epochs, from `steps` of them; by default as many as take `MEASURED_S`.
 
     Raises:
         ConfigError: the data do not fit the network, or a step cannot be captured.
@@ -142,12 +138,12 @@ def profile(
     with isolated_rng(device), own_stream(device):
         measured = _measure(config, splits, device, steps, execution)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # frees the graphs' memory
+        torch.cuda.empty_cache()  # of the graphs
     return measured
 
 
 def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int:
-    """Count the operations of both passes of one image (C, H, W): convolutions, matrix products and attention."""
+    """Count the operations of convolutions, matrix products and attention in both passes of one image (C, H, W)."""
     network = copy.deepcopy(model).to("meta")
     images = torch.empty(2, *image, device="meta")  # batch norm needs two
     with FlopCounterMode(display=False) as counter:
@@ -156,10 +152,7 @@ def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int:
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of the fastest product of square matrices, with sides from 256 to `LARGEST_SIDE`.
-
-    The side grows until a product takes `LONGEST_PRODUCT_S`. On CUDA, float32 uses the precision of convolutions.
-    """
+    """Measure the FLOP/s of the fastest product of square matrices, float32 as precise as convolutions."""
     fastest, side = 0.0, 256
     with products_as_precise_as_convolutions():
         while True:
@@ -205,7 +198,7 @@ def _measure(
 
 
 def _steps_to_time(run: Run) -> int:
-    """Number of steps that take `MEASURED_S`, within bounds. Also warms up."""
+    """Number of steps that take `MEASURED_S`, after a warm-up."""
     _run_steps(run, 1)
     return min(max(round(MEASURED_S / _run_steps(run, 1).seconds), FEWEST_STEPS), MOST_STEPS)
 
@@ -218,7 +211,7 @@ def _launched(run: Run, steps: int) -> Times:
 
 
 def _replayed(run: Run, steps: int, capture: Callable[[], Capture]) -> Times:
-    """Time replayed steps: in total without events, and by part with events."""
+    """Time replayed steps: in total without events, by part with them."""
     run.one_step.section = lambda _: contextlib.nullcontext()
     _capture_all(run, steps, capture())
     untimed = _run_steps(run, steps)
@@ -238,17 +231,14 @@ def _capture_all(run: Run, steps: int, capture: Capture) -> None:
 
 
 class TimedSteps(NamedTuple):
-    """The time of some training steps, and the images in them."""
+    """Time of steps, and their images."""
 
     seconds: float
     images: int
 
 
 def _run_steps(run: Run, steps: int, stopwatch: Stopwatch | None = None) -> TimedSteps:
-    """Make so many steps after an untimed one, counting their parts on the stopwatch.
-
-    Every call makes the same steps, from the first epoch on. The untimed step draws the epoch's order.
-    """
+    """Time the run's first steps, after an untimed one that draws the epoch's order."""
     batches = chain.from_iterable(map(run.batches, count(1)))
     _step(run, next(batches))
     if stopwatch is not None:
@@ -270,14 +260,14 @@ def _step(run: Run, batch: Batch) -> None:
 
 
 def _times(run: Run, timed: TimedSteps, stopwatch: Stopwatch) -> Times:
-    """Convert to times per epoch. The parts of replayed steps are measured separately and may exceed their total."""
+    """Convert to times per epoch. The parts of replayed steps, measured separately, may exceed their total."""
     epochs = timed.images / run.visits
     sections = {name: stopwatch.seconds[name] / epochs for name in SECTIONS if name in stopwatch.seconds}
     return Times(sections, max(timed.seconds / epochs - sum(sections.values()), 0.0))
 
 
 def _evaluation_s(run: Run) -> float:
-    """Seconds of a pass over the validation images; extrapolated from one batch if longer than `MEASURED_S`."""
+    """Seconds of validating; extrapolated from a batch if longer than `MEASURED_S`."""
     val = run.splits.val
     if not len(val):
         return 0.0
@@ -294,12 +284,12 @@ def _score_s(run: Run, rows: Tensor) -> float:
 
 
 def _product_s(side: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the fastest of three products of two matrices of that side."""
+    """Seconds of the fastest of three products."""
     generator = torch.Generator(device).manual_seed(0)
     one, other = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(one)
     fastest = math.inf
-    for _ in range(3):  # the first is a warm-up
+    for _ in range(3):
         started = clock(device)
         torch.mm(one, other, out=product)
         fastest = min(fastest, clock(device) - started)
@@ -308,14 +298,14 @@ def _product_s(side: int, device: torch.device, dtype: torch.dtype) -> float:
 
 @contextlib.contextmanager
 def products_as_precise_as_convolutions() -> Iterator[None]:
-    """Within the body, CUDA multiplies float32 matrices as precisely as it convolves, in TF32 by default."""
+    """Within the body, CUDA multiplies float32 matrices as precisely as it convolves: by default in TF32."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if before == "tf32" or convolutions.fp32_precision != "tf32":
         yield
         return
-    # The older name also sets the newer: torch refuses to read one if only the other was set.
+    # Sets both names: torch refuses to read one if only the other was set.
     products.allow_tf32 = True
     try:
         yield
@@ -329,7 +319,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[Section, float] = {}
-        """Seconds by part since the reset."""
+        """By part."""
 
     def reset(self) -> None:
         """Set all times to zero."""
@@ -337,24 +327,24 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def section(self, name: Section) -> Iterator[None]:
-        """Time a part of a step; for `TrainStep.section`."""
+        """Time a part; for `TrainStep.section`."""
         started = time.perf_counter()
         yield
         self._add(name, time.perf_counter() - started)
 
     def take(self) -> list[Span]:
-        """Return the spans since the last call, to be counted by `read`: none here."""
+        """Return the device's spans since the last call."""
         return []
 
     def read(self, spans: list[Span]) -> None:
-        """Wait for the device, and count these spans."""
+        """Wait for the device, and add these spans."""
 
     def _add(self, name: Section, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 class DeviceStopwatch(Stopwatch):
-    """Sums the time of the parts of steps on a CUDA device, by events, which each replay of a graph records again."""
+    """Sums the time of parts by CUDA events, which each replay of a graph records again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -380,13 +370,13 @@ class DeviceStopwatch(Stopwatch):
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.current_stream().synchronize()
         if spans:
-            spans[-1].end.synchronize()  # the last one in the stream
+            spans[-1].end.synchronize()
         for span in spans:
             self._add(span.name, span.begin.elapsed_time(span.end) / 1000)  # milliseconds
 
 
 class Span(NamedTuple):
-    """One part of one step on the device's timeline."""
+    """A part of a step on the device's timeline."""
 
     name: Section
     begin: torch.cuda.Event
@@ -394,13 +384,12 @@ class Span(NamedTuple):
 
 
 class TimedCapture:
-    """A `Capture` whose replays are counted on a stopwatch. Each replay waits for the device."""
+    """A `Capture` whose replays add to a stopwatch, waiting for the device."""
 
     def __init__(self, capture: Capture, stopwatch: Stopwatch) -> None:
         self._capture, self._stopwatch = capture, stopwatch
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """See `Capture`."""
         self._stopwatch.take()  # discard steps without capture
         replay = self._capture.capture(function)
         spans = self._stopwatch.take()
@@ -413,10 +402,10 @@ class TimedCapture:
 
 
 def _event() -> torch.cuda.Event:
-    """A timing event. `external` makes it a node of a captured graph."""
+    """A timing event, as a node of a captured graph (`external`)."""
     return torch.cuda.Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]
 
 
 def stopwatch_of(device: torch.device) -> Stopwatch:
-    """Return the stopwatch for the device."""
+    """Create the device's stopwatch."""
     return DeviceStopwatch() if device.type == "cuda" else Stopwatch()

@@ -1,4 +1,4 @@
-"""Results of a training, per epoch and at its end."""
+"""Results of a training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from core.metrics import Scores
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """Metrics of one epoch, counted from 1."""
+    """Metrics of an epoch, counted from 1."""
 
     epoch: int
     step: int
@@ -21,17 +21,16 @@ class EpochMetrics:
     raw: Scores | None
     """Validation scores of the weights; None if the average's alone count, and without validation images."""
     averaged: Scores | None
-    """Validation scores of the averaged weights; None while there are none."""
+    """Those of the averaged weights; None while there are none."""
     averaged_counts: bool
     """Whether the average has caught up, so that its scores alone count."""
     images: int
     images_per_s: float
-    """Training throughput, without validation."""
+    """Training images per second."""
     elapsed_s: float
-    """Seconds since the start of the training, including validation and the time before a resumption."""
+    """Seconds including validation and the time before a resumption."""
     micro_batch: int | None = None
-    """Images per pass through the network if a whole batch did not fit the device's memory, which only affects batch
-    norm. None: whole batches."""
+    """Images per pass if a batch did not fit the memory, which only affects batch norm."""
 
     @property
     def validated(self) -> bool:
@@ -39,9 +38,7 @@ class EpochMetrics:
         return self.raw is not None or self.averaged is not None
 
     def score(self, metric: str) -> float:
-        """Return the score of this epoch by that metric.
-
-        This is the averaged weights' score once the average has caught up, and before that the better of both.
+        """Return the average's score once it has caught up, and before that the better of both.
 
         Raises:
             ValueError: there were no validation images.
@@ -58,7 +55,7 @@ class EpochMetrics:
         return better(scores, key=lambda scores: metrics.value(scores, metric))
 
     def row(self, metric: str = "accuracy") -> dict[str, float | int]:
-        """Return one flat row of `metrics.jsonl`; `val_` columns are the scores counted by that metric."""
+        """Return a row of `metrics.jsonl`; `val_` columns are the scores counted by that metric."""
         row: dict[str, float | int] = {
             "epoch": self.epoch,
             "step": self.step,
@@ -87,13 +84,13 @@ class TrainResult:
     """Result of a finished training."""
 
     model: nn.Module
-    """The kept network, in evaluation mode: the average if there is one."""
+    """In evaluation mode; the average if there is one."""
     history: tuple[EpochMetrics, ...]
     kept: EpochMetrics
-    """The epoch of the kept weights: the last, or the best with early stopping."""
+    """The model's epoch: the last, or the best with early stopping."""
     val_logits: Tensor | None
-    """(M, K) float32 of the kept network on the validation images, in the order of `Splits.val`."""
+    """(M, K) float32 of the model, in the order of `Splits.val`."""
 
     def value(self, metric: str) -> float:
-        """Return the final score by that metric."""
+        """Return the model's score by that metric."""
         return self.kept.score(metric)

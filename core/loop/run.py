@@ -1,7 +1,7 @@
 """`train`: the loop over epochs, with validation, early stopping and checkpoints.
 
-Random numbers of an epoch depend on the seed and the epoch's number only, so a resumed training continues exactly:
-bitwise on a CPU, and on CUDA up to the order of sums in its kernels.
+Random numbers depend on the seed and the epoch's number only, so a resumed training continues exactly: bitwise on a
+CPU, and on CUDA up to the order of sums in its kernels.
 """
 
 from __future__ import annotations
@@ -58,25 +58,22 @@ logger = logging.getLogger(__name__)
 
 # Images per forward pass without gradients: fills a GPU, yet fits a small one at 224².
 EVALUATION_BATCH = 512
-# Maximum fraction of a training's time spent on saving checkpoints. A killed process loses at most an epoch or the time
-# of twenty saves. The smallest network takes 4 ms to save after an epoch of 0.14 s, so it is saved every epoch.
+# Maximum fraction of a training's time spent on saving checkpoints: a killed process loses at most an epoch or the time
+# of twenty saves.
 CHECKPOINT_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a training is executed.
-
-    Results are equal up to the order of sums, and to batch norm's statistics if a memory probe splits batches.
-    """
+    """How a training is executed. Affects only the order of sums, and batch norm if a probe splits batches."""
 
     streamed: bool | None = None
-    """Whether images are streamed to the device; None: if they are not on it."""
+    """None streams images that are not on the device."""
     capture: Capture | None = None
-    """How steps are captured, unless `precision.cuda_graphs` is false; None: as CUDA graphs on CUDA, else not."""
+    """None captures CUDA graphs on CUDA only. Off if `precision.cuda_graphs` is false."""
     probe: bool | None = None
-    """Whether a step is tried before the training, and batches that do not fit the memory are split. None: on CUDA
-    only, since a CPU runs short of memory long before its allocator fails."""
+    """Try a step first, and split batches that do not fit the memory. None: on CUDA only, since a CPU runs short of
+    memory long before its allocator fails."""
 
 
 def train(
@@ -99,18 +96,18 @@ def train(
 
     Args:
         config: the configuration.
-        splits: training and validation images, on the device or the host.
+        splits: images on the device or the host.
         device: where to train.
-        on_epoch_end: called after every epoch; its exceptions propagate. A KeyboardInterrupt saves a checkpoint first.
-        on_resume: called once with the history of the checkpoint before resuming.
-        resume_from: a checkpoint of the same configuration; ignored if the file does not exist.
+        on_epoch_end: its exceptions propagate; a KeyboardInterrupt saves a checkpoint first.
+        on_resume: called with the checkpoint's history.
+        resume_from: a checkpoint of the same configuration; ignored if it does not exist.
         checkpoint_to: file for checkpoints, saved as often as `CHECKPOINT_SHARE` permits.
-        checkpoint_at: epochs after which a checkpoint is always saved, once `on_epoch_end` has returned.
-        checkpoint_at_end: also save one after the last epoch.
+        checkpoint_at: epochs that are always saved, once `on_epoch_end` has returned.
+        checkpoint_at_end: always save the last epoch.
         on_checkpoint: called with the path after each save.
         stop_after: end after this epoch, on the schedule of the whole run.
-        metric: metric of early stopping; one of `core.metrics.METRICS`.
-        execution: how the training is executed.
+        metric: decides early stopping; one of `core.metrics.METRICS`.
+        execution: how to execute it.
 
     Raises:
         ConfigError: the data do not fit the network, or a step cannot be captured.
@@ -151,10 +148,10 @@ def _saving_on_interrupt(checkpoints: Checkpoints | None) -> Iterator[None]:
 
 
 def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.device, steps: int = 3) -> float:
-    """Estimate the time of one epoch of training and validation from a few timed steps, without capture."""
+    """Estimate the time of an epoch with validation from a few steps without capture."""
     plain = config.override({"precision.compile": False, "precision.cuda_graphs": False})
     with isolated_rng(device), own_stream(device), Run(plain, splits, device) as run:
-        # The last steps of the run: images have their full size and no layer is frozen.
+        # In the last steps images have their full size and no layer is frozen.
         run.step_count = max(0, run.total_steps - steps - 2)
         sizes: list[int] = []
         batches = run.batches(epoch=1)
@@ -233,7 +230,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the CUDA graphs, whose reference cycle with the run would keep their memory."""
+        """Release the CUDA graphs: their reference cycle with the run would keep their memory."""
         self.one_step.launch = None
 
     def _build_step(self) -> TrainStep:
@@ -274,7 +271,7 @@ class Run:
             try_step, self.model, batch_size=largest, moments=self.optimizer.moments
         )
         if cuda:
-            # A graph's memory is not available to anything else: other steps and evaluation need as much again.
+            # A graph keeps its memory to itself: other steps and evaluation need as much again.
             needed = torch.cuda.max_memory_allocated(self.device) - held
             self._graphs_fit = self.one_step.micro_batch is None and free_memory(self.device) >= 2 * needed
             if self._captures and not self._graphs_fit:
@@ -306,7 +303,7 @@ class Run:
                 ) from error
 
     def epoch(self, *, final: bool) -> EpochMetrics:
-        """Train and validate the next epoch."""
+        """Train and validate an epoch."""
         number = len(self.history) + 1
         started = clock(self.device)
         self.model.train()
@@ -348,7 +345,7 @@ class Run:
         return now
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch, after seeding its random numbers."""
+        """Seed an epoch's random numbers, and yield its batches."""
         self.generator.manual_seed(derive_seed(self.config.seed, "epoch", epoch))
         self.host_generator = make_generator(torch.device("cpu"), self.config.seed, "mix", epoch)
         seed_global(self.device, self.config.seed, "dropout", epoch)
@@ -373,7 +370,7 @@ class Run:
         self.step_count += 1
 
     def logits(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """Return the logits of the images at these rows, without augmentation: (M, K) float32."""
+        """Return the logits (M, K) float32 of the images at these rows, without augmentation."""
         chunks = torch.split(rows, self.evaluation_batch)
         outputs = [
             predict_logits(model, images, prepare=self.prepare, batch_size=len(images), autocast=self.autocast)
@@ -394,7 +391,7 @@ class Run:
         return metrics.scores(self.last_logits, self.splits.labels[self.splits.val])
 
     def _average(self, *, final: bool) -> nn.Module | None:
-        """The averaged network, ready for evaluation; with SWA only at the end, since it has to be recalibrated."""
+        """The averaged network for evaluation; with SWA only at the end, since it is recalibrated first."""
         if self.averaging is None or not self.averaging.ready:
             return None
         if self.averaging.needs_recalibration:
@@ -404,7 +401,7 @@ class Run:
         return self.averaging.module
 
     def _recalibrate(self, average: nn.Module) -> None:
-        """Recalibrate on shuffled training images: sorted by class, the variance of a batch would be too small."""
+        """Recalibrate on shuffled images: sorted by class, the variance of a batch would be too small."""
         generator = make_generator(self.device, self.config.seed, "recalibrate")
         order = torch.randperm(len(self.splits.train), generator=generator, device=self.device)
         rows = torch.split(self.splits.train[order], batch_sizes(len(order), self.evaluation_batch))
@@ -428,7 +425,7 @@ class Run:
         return len(self.history) - self.best[0].epoch >= max(1, round(patience * self.config.epochs))
 
     def result(self) -> TrainResult:
-        """Return the kept network: the last epoch's average or weights, or the best epoch's with early stopping."""
+        """Return the last epoch's average or weights, or with early stopping the best epoch's."""
         if self.best is not None:
             kept, weights = self.best
             model = copy.deepcopy(self.model)
@@ -443,10 +440,7 @@ class Run:
         return TrainResult(model.eval(), tuple(self.history), kept, logits)
 
     def state(self) -> dict[str, Any]:
-        """Return the state for `load` at the end of an epoch.
-
-        The schedule follows from the step count and the history, and generators are seeded per epoch.
-        """
+        """Return the state for `load`. The schedule follows from it, and generators are seeded per epoch."""
         return {
             "identity": self._identity,
             "model": self.model.state_dict(),
@@ -468,11 +462,7 @@ class Run:
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        """Restore the state of the checkpoint at `path`.
-
-        Raises:
-            CheckpointError: it is of another configuration, data set or metric.
-        """
+        """Restore the state of the checkpoint at `path`, or raise CheckpointError if it is of another training."""
         for what, ours in self._identity.items():
             if state["identity"][what] != ours:
                 raise CheckpointError(f"{path}: belongs to another {what}; delete it to train from the beginning")
@@ -488,7 +478,7 @@ class Run:
 
 
 def _digest(splits: Splits) -> str:
-    """Digest of a data set and its split: labels, rows and pixel statistics, not the pixels themselves."""
+    """Digest of labels, split and pixel statistics, not of the pixels."""
     digest = hashlib.sha256(repr((splits.images.shape, splits.classes, splits.mean, splits.std)).encode())
     for rows in (splits.labels, splits.train, splits.val):
         digest.update(rows.cpu().numpy().tobytes())

@@ -1,7 +1,7 @@
-"""One optimizer step, in two parts: decisions on the host, and work on the device.
+"""One optimizer step: decisions on the host, then work on the device.
 
-The device part can be captured as a CUDA graph, where Python numbers are constants. So everything that selects kernels
-is in `StepShape`, and everything else that changes between steps is in `StepValues`.
+A CUDA graph captures the device part, in which Python numbers are constants. So `StepShape` has everything that selects
+kernels, and `StepValues` everything else that changes between steps.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class Batch:
 
     images: Tensor  # (B, C, H, W) uint8
     labels: Tensor  # (B,) int64
-    repeats: Tensor | None  # (B,) bool, whether the image was already shown in this epoch; None if unused
-    flips: Tensor | None  # (B,) bool, whether the image is flipped; None if flips are drawn
+    repeats: Tensor | None  # (B,) bool, already shown in this epoch; None if unused
+    flips: Tensor | None  # (B,) bool; None if flips are drawn
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors that are not None, in a fixed order."""
+        """The tensors that are used, in a fixed order."""
         return [tensor for tensor in (self.images, self.labels, self.repeats, self.flips) if tensor is not None]
 
     def like(self) -> Batch:
-        """Return an uninitialized batch of the same shapes."""
+        """Allocate a batch of the same shapes."""
         images, labels = torch.empty_like(self.images), torch.empty_like(self.labels)
         repeats, flips = (None if t is None else torch.empty_like(t) for t in (self.repeats, self.flips))
         return Batch(images, labels, repeats, flips)
@@ -51,7 +51,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepShape:
-    """Everything that selects a step's kernels. Steps of one shape differ in values only."""
+    """Selects a step's kernels."""
 
     images: int
     size: tuple[int, int]  # Height and width in pixels of the network's input
@@ -62,13 +62,13 @@ class StepShape:
 
 @dataclass(frozen=True)
 class StepValues:
-    """Values that change between steps: numbers, or scalars on the device. 0 if unused."""
+    """Numbers, or scalars on the device, that change between steps; 0 if unused."""
 
-    factor: float | Tensor  # Learning rate as a factor of its peak
-    average: float | Tensor  # Weight of the new weights in their average
-    smoothing: float | Tensor  # Label smoothing
-    keep: float | Tensor  # Fraction of an image that is kept when it is mixed
-    box: tuple[int, int, int, int] | Tensor  # (4,) box of CutMix in pixels: top, bottom, left, right
+    factor: float | Tensor  # Of the peak learning rate
+    average: float | Tensor  # Weight of the network in its average
+    smoothing: float | Tensor
+    keep: float | Tensor  # See `MixPlan`, as for `box`
+    box: tuple[int, int, int, int] | Tensor
 
 
 class Launch(Protocol):
@@ -78,10 +78,7 @@ class Launch(Protocol):
 
 
 class TrainStep:
-    """Makes the steps of one training.
-
-    `network` is the model or its compiled form. `generator` is the device's, which the loop reseeds in every epoch.
-    """
+    """Makes the steps of one training. The loop reseeds `generator`, the device's, in every epoch."""
 
     def __init__(
         self,
@@ -100,22 +97,18 @@ class TrainStep:
         self.augment, self.criterion, self.optimizer, self.averaging = augment, criterion, optimizer, averaging
         self.num_classes, self.autocast, self.generator = num_classes, autocast, generator
         self.micro_batch: int | None = None
-        """Images per pass through the network; None: the whole batch."""
+        """Images per pass; None: the whole batch."""
         self.loss_sum = torch.zeros((), device=generator.device)
-        """Sum of the losses of the images since it was last zeroed."""
+        """Sum of losses over images."""
         self.launch: Launch | None = None
         """Runs the device part; None: `run`."""
         self.section: Callable[[Section], AbstractContextManager[object]] = lambda _: contextlib.nullcontext()
-        """Creates the context of each part of a step, for timing."""
+        """Context of each part, for timing."""
 
     def __call__(self, batch: Batch, progress: float, factor: float, host_generator: torch.Generator) -> None:
-        """Make one step, and add the losses of its images to `loss_sum`.
+        """Make a step at this progress of the run, in [0, 1), and add its losses to `loss_sum`.
 
-        Args:
-            batch: the input.
-            progress: completed fraction of the run's steps, in [0, 1).
-            factor: learning rate as a factor of its peak.
-            host_generator: CPU generator of random numbers per batch.
+        `factor` is that of the peak learning rate; `host_generator` draws the random numbers of whole batches.
         """
         self.optimizer.begin_step(progress)
         height, width = batch.images.shape[-2:]
@@ -139,7 +132,7 @@ class TrainStep:
             self.averaging.end_update()
 
     def run(self, batch: Batch, shape: StepShape, values: StepValues) -> None:
-        """The device part. It never waits for the device, and depends on Python values only through the shape."""
+        """The device part. Never waits, and depends on Python values through the shape only."""
         with self.section("augment"):
             images, targets = self.inputs(batch, shape, values)
         self.optimizer.zero_grad()
@@ -151,13 +144,13 @@ class TrainStep:
                 self.averaging.update(values.average)
 
     def try_memory(self, images: Tensor, labels: Tensor) -> None:
-        """Run the passes of a step with maximum memory, on images (B, C, H, W) uint8 and labels (B,)."""
+        """Run the passes of the step that needs most memory."""
         flags = torch.zeros_like(labels, dtype=torch.bool)
         seen = self.augment(images, self.generator, flips=flags, repeats=flags)
         self.forward_and_back(seen, labels, self.criterion.stage(1.0))
 
     def inputs(self, batch: Batch, shape: StepShape, values: StepValues) -> tuple[Tensor, Tensor]:
-        """Return the network's input (B, C, h, w) and its targets: labels (B,), or mixtures (B, K)."""
+        """Return the network's input (B, C, h, w), and labels (B,) or mixtures (B, K)."""
         images = self.augment(batch.images, self.generator, flips=batch.flips, repeats=batch.repeats)
         images = resize(images, shape.size)
         if shape.mix is None:
@@ -166,10 +159,7 @@ class TrainStep:
         return apply_mix(images, batch.labels, self.num_classes, plan, self.generator)
 
     def forward_and_back(self, images: Tensor, targets: Tensor, stage: Stage) -> None:
-        """Accumulate the gradients of the batch's loss, by micro-batches if the batch is too large.
-
-        Mixing, class weights and the loss are those of the whole batch; batch norm sees micro-batches.
-        """
+        """Accumulate the gradients of the batch's loss. Only batch norm sees micro-batches."""
         parts = [(images, targets)]
         if self.micro_batch is not None:
             sizes = batch_sizes(len(images), self.micro_batch)
@@ -186,16 +176,13 @@ class TrainStep:
             self.loss_sum += loss.detach() * len(images)
 
     def _smoothing(self, values: StepValues) -> float | Tensor:
-        """A number if constant over the run, as torch's own loss requires."""
+        """A number if it is constant, as torch's own loss requires."""
         constant = self.config.loss.smoothing_final is None
         return self.config.loss.smoothing if constant else values.smoothing
 
 
 def batch_sizes(images: int, batch_size: int) -> list[int]:
-    """Return the sizes of an epoch's batches; a remainder of one image joins the batch before it.
-
-    No image is dropped, and batch norm needs at least two images.
-    """
+    """Return the sizes of an epoch's batches. A single image joins the batch before it: batch norm needs two."""
     sizes = [batch_size] * (images // batch_size)
     rest = images % batch_size
     if rest == 1 and sizes:

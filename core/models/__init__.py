@@ -1,7 +1,4 @@
-"""Construction of networks by configuration, with one family per file.
-
-Families are imported when used, since importing timm takes half a second.
-"""
+"""Construction of networks. A family is imported when used, since importing timm takes half a second."""
 
 from __future__ import annotations
 
@@ -19,11 +16,7 @@ from core.runtime import is_out_of_memory
 
 
 def check_model_name(name: str) -> None:
-    """Check that a `model.name` exists, without building the network or looking for weights.
-
-    Raises:
-        UserError: timm has no model of this name, or no weights with its tag; the message suggests similar names.
-    """
+    """Raise UserError if there is no such `model.name`, without building the network."""
     if name.startswith("timm/"):
         from core.models import timm_models
 
@@ -31,11 +24,7 @@ def check_model_name(name: str) -> None:
 
 
 def weights_fingerprint(pretrained_file: str) -> str:
-    """Return the hex SHA-256 of the file of `model.pretrained_file`.
-
-    Raises:
-        UserError: the file does not exist.
-    """
+    """Return the hex SHA-256 of `model.pretrained_file`, or raise UserError if it does not exist."""
     from core.models.weight_files import locate_weights
 
     with locate_weights(pretrained_file).open("rb") as file:
@@ -45,19 +34,12 @@ def weights_fingerprint(pretrained_file: str) -> str:
 def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
     """Build the network on the CPU, in training mode, channels_last, with weights from torch's global generator.
 
-    Args:
-        config: the network.
-        num_classes: number of logits.
-        in_channels: channels of the images.
-        image_size: (H, W) in pixels.
-
-    Returns:
-        A module that maps normalized images (N, in_channels, H, W) to logits (N, num_classes).
+    It maps normalized images (N, in_channels, H, W) to logits (N, num_classes).
 
     Raises:
-        ConfigError: the network does not support this image size or a field that is set, or the weights of
-            `model.pretrained_file` belong to another model.
-        UserError: timm has no such model, or its pretrained weights are unavailable or unreadable.
+        ConfigError: the network does not support this `image_size` (H, W) or a field that is set, or the weights are
+            another model's.
+        UserError: there is no such model, or its weights are unavailable or unreadable.
     """
     model: nn.Module
     if config.name == "resnet":
@@ -78,11 +60,7 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, imag
 
 
 def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Tensor) -> None:
-    """Check that a built network supports images (N, C, H, W) of a smaller size.
-
-    Raises:
-        ConfigError: the network does not support images of this size.
-    """
+    """Raise ConfigError if the network does not support images (N, C, H, W) of this size."""
     height, width = images.shape[-2:]
     if config.name == "resnet":
         from core.models import resnet
@@ -105,9 +83,7 @@ def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Te
 
 
 def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Tensor], torch.Tensor]:
-    """Compile the network with torch.compile, sharing its weights, for training on batches of few shapes.
-
-    Compiled code is cached on disk, and in the process for the next network of the same architecture.
+    """Compile the network, sharing its weights. Code is cached on disk, and in the process for the same architecture.
 
     Raises:
         UserError: the network is on the CPU, and there is no C++ compiler.
@@ -122,8 +98,7 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Ten
         raise UserError(
             "precision.compile: on a CPU torch.compile needs a C++ compiler; install g++, or set it to false"
         )
-    # All networks share one code object, whose limit of 8 compilations would be exceeded. A run has up to 16 shapes:
-    # eight image sizes with two batch sizes each.
+    # All networks share one code object. A run has up to 16 shapes: eight image sizes with two batch sizes each.
     torch._dynamo.config.recompile_limit = 32
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     if str(model) != _architecture:
@@ -133,17 +108,13 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Ten
 
 
 _architecture = ""
-"""Architecture of the last compiled network."""
+"""Of the last compiled network."""
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the classifier, which is not pretrained.
+    """Return the classifier's parameters, or raise ConfigError if there is no separate classifier.
 
-    This is `fc` of our networks, and timm's classifier otherwise: usually the last linear layer, two of them in a
-    distilled model, sometimes with a norm.
-
-    Raises:
-        ConfigError: the model has no separate classifier.
+    timm's is usually the last linear layer, sometimes with a norm; a distilled model has two.
     """
     find = getattr(model, "get_classifier", None)
     heads = find() if find is not None else getattr(model, "fc", None)

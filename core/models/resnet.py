@@ -1,11 +1,8 @@
 """Residual network for small images, from timm's blocks and a stem that keeps the resolution.
 
-With `stem_kernel: 7, stem_stride: 2, max_pool: true` this is ResNet-18 (He et al. 2015, arXiv 1512.03385), with the
-parameter names of torchvision and timm. `anti_alias` blurs after the 3×3 convolution of each downsampling block and
-after the max-pool (Zhang 2019, arXiv 1904.11486), as in timm's `resnetblur18`.
-
-Convolutions are initialized Kaiming normal over fan-out (arXiv 1502.01852), and each block's last norm at zero, so that
-blocks start as identities (Goyal et al. 2017, arXiv 1706.02677).
+With `stem_kernel: 7, stem_stride: 2, max_pool: true` this is ResNet-18 with the parameter names of torchvision and
+timm; with `anti_alias`, timm's `resnetblur18`. Convolutions are initialized Kaiming normal over fan-out (arXiv
+1502.01852), and each block's last norm at zero, so that blocks start as identities (arXiv 1706.02677).
 """
 
 from __future__ import annotations
@@ -26,8 +23,8 @@ from torch import nn
 from core.config import ModelConfig
 from core.models.stages import ACTIVATIONS, NORMS, check_image_size, stage_blocks, stage_widths
 
-# oneDNN 3.13 (torch 2.15) segfaults in the backward pass of 1×1 convolutions of stride 2 in channels_last with fewer
-# input channels than an AVX-512 register has floats: with 4, 8 and 12 channels of 48×48, but not with 16.
+# oneDNN 3.13 (torch 2.15) segfaults in the backward pass of 1×1 convolutions of stride 2 in channels_last with 4, 8 and
+# 12 input channels of 48×48, fewer than an AVX-512 register has floats.
 FEWEST_STRIDED_CHANNELS = 16
 
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -45,11 +42,7 @@ class SubsampledConv(nn.Conv2d):
 def build_resnet(
     config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int]
 ) -> nn.Sequential:
-    """Build the network; see `core.models.build_model`.
-
-    Raises:
-        ConfigError: a step of stride 2 would apply to a side of one pixel.
-    """
+    """Build the network; see `core.models.build_model`."""
     check_resnet_size(config, image_size)
     widths, blocks = stage_widths(config), stage_blocks(config)
     rates = drop_path_rates(config.drop_path, sum(blocks), config.drop_path_shape)
@@ -80,7 +73,7 @@ def build_resnet(
 
 
 def drop_path_rates(last: float, blocks: int, shape: str = "linear") -> list[float]:
-    """Return the drop probability of each block: `linear` from 0 to `last`, or `uniform`."""
+    """Return the drop probability of each block, by `model.drop_path_shape`."""
     if shape == "uniform" or blocks == 1:
         return [last] * blocks
     return [last * index / (blocks - 1) for index in range(blocks)]
@@ -124,7 +117,7 @@ def _initialise(network: nn.Module) -> None:
 
 
 def check_resnet_size(config: ModelConfig, image_size: tuple[int, int]) -> None:
-    """Raise ConfigError if a step of stride 2 would apply to a side of one pixel, for images (H, W)."""
+    """Raise ConfigError if a step of stride 2 would apply to a side of one pixel."""
     stem = ["model.stem_stride: 2"] if config.stem_stride == 2 else []
     stem += ["model.max_pool: true"] if config.max_pool else []
     later = (f"stage {stage} of model.widths" for stage in range(2, len(config.widths) + 1))

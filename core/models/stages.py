@@ -1,8 +1,4 @@
-"""Common parts of the families for small images: scaled stages, norms, activations, minimum image size.
-
-A network is scaled by width and depth, as by He et al. (2015, arXiv 1512.03385) and Zagoruyko and Komodakis (2016,
-arXiv 1605.07146).
-"""
+"""Common parts of the families for small images."""
 
 from __future__ import annotations
 
@@ -15,9 +11,9 @@ from torch import nn
 from core.config import ModelConfig
 from core.errors import ConfigError
 
-# Wu and He 2018, arXiv 1803.08494, table 3: best fixed number of channels per group.
+# Best fixed number of channels per group (arXiv 1803.08494, table 3).
 GROUP_CHANNELS = 16
-# Tensor cores and vector units prefer multiples of eight channels.
+# Preferred by tensor cores and vector units.
 WIDTH_MULTIPLE = 8
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "mish": nn.Mish}
@@ -35,17 +31,17 @@ NORMS: dict[str, type[nn.BatchNorm2d] | type[FixedGroupNorm]] = {"batch": nn.Bat
 
 
 def stage_widths(config: ModelConfig) -> list[int]:
-    """Return the channels of each stage, scaled by `width`."""
+    """Return the channels of each stage."""
     return [scale_width(width, config.width) for width in config.widths]
 
 
 def stage_blocks(config: ModelConfig) -> list[int]:
-    """Return the blocks of each stage: `blocks` times `depth`, rounded half up, at least 1."""
+    """Return the blocks of each stage, rounded half up, at least 1."""
     return [max(1, math.floor(count * config.depth + 0.5)) for count in config.blocks]
 
 
 def scale_width(width: int, factor: float) -> int:
-    """Return `width` if the factor is 1, else scaled to the nearest multiple of 8, at least 8."""
+    """Return the width itself if the factor is 1, else scaled to the nearest multiple of 8."""
     if factor == 1:
         return width
     return WIDTH_MULTIPLE * max(1, math.floor(width * factor / WIDTH_MULTIPLE + 0.5))
@@ -54,11 +50,7 @@ def scale_width(width: int, factor: float) -> int:
 def check_image_size(
     image_size: tuple[int, int], steps: Iterable[str], *, halve: Callable[[int], int], remedy: str = ""
 ) -> None:
-    """Check that no step of stride 2 applies to a side of one pixel, given the sides that `halve` returns.
-
-    Raises:
-        ConfigError: a step does; `remedy` is an alternative to fewer stages.
-    """
+    """Raise ConfigError if a step of stride 2 applies to a side of one pixel; `remedy` is another fix."""
     height, width = image_size
     side = min(image_size)
     for step in steps:

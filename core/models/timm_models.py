@@ -1,9 +1,7 @@
 """timm's models by name: `timm/convnext_atto`, `timm/vit_small_patch16_224.augreg_in21k`.
 
-Unsupported options are errors when the model is built. Pretrained weights in the hub's cache are read without network
-access. A weights file must match the complete model, since timm skips layers that do not match and only logs it.
-
-timm: Wightman 2019, https://github.com/huggingface/pytorch-image-models.
+Weights in the hub's cache are read without network access. A file must match the complete model, since timm skips
+layers that do not match and only logs it.
 """
 
 from __future__ import annotations
@@ -25,9 +23,9 @@ from core.errors import ConfigError, UserError
 from core.models.weight_files import locate_weights, read_weights, state_dict_faults
 from core.runtime import isolated_rng
 
-# Timeout of the hub's first response in seconds; its own client retries for almost a minute.
+# Of the hub's first response; its own client retries for almost a minute.
 HUB_TIMEOUT_S = 10.0
-# Names of weights files in timm's repositories on the hub; the one that cannot run code first.
+# The one that cannot run code first.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # timm's optional argument -> the field that sets it.
 _FIELDS = {"drop_rate": "model.dropout", "drop_path_rate": "model.drop_path"}
@@ -40,7 +38,7 @@ def build_timm_model(
 
     Raises:
         ConfigError: the model does not support an option or this image size, or the weights are another model's.
-        UserError: timm has no such model or no pretrained weights for it, or they are unavailable or unreadable.
+        UserError: there is no such model, or its weights are unavailable or unreadable.
     """
     cfg = find_model(config.name)
     name = config.name.removeprefix("timm/")
@@ -63,10 +61,10 @@ def build_timm_model(
 
 
 def find_model(name: str) -> Any:
-    """Return timm's pretrained configuration of the model `timm/NAME`: image size, weights.
+    """Return timm's configuration of `timm/NAME`: image size, weights.
 
     Raises:
-        UserError: timm has no model of this name, or no weights with this tag.
+        UserError: timm has no such model, or no weights with this tag.
     """
     name = name.removeprefix("timm/")
     architecture, _, tag = name.partition(".")
@@ -83,7 +81,7 @@ def find_model(name: str) -> Any:
 
 
 def _create(name: str, arguments: dict[str, Any], cfg: Any) -> nn.Module:
-    """Create timm's model, and raise its errors in terms of the configuration."""
+    """Create the model, with errors in terms of the configuration."""
     try:
         model: nn.Module = timm.create_model(name, **arguments)
     except TypeError as error:
@@ -101,13 +99,13 @@ def _create(name: str, arguments: dict[str, Any], cfg: Any) -> nn.Module:
         if "img_size" not in arguments:
             raise
         raise _unfit(name, arguments["img_size"], cfg, error) from error
-    # The model keeps its pretrained configuration: without this, every weight would exist twice, also in copies.
+    # Otherwise every weight would exist twice, also in copies.
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
     return model
 
 
 def _check_logits(name: str, model: nn.Module, shape: tuple[int, ...], num_classes: int, cfg: Any) -> None:
-    """Predict two black images, since many models only fail in the forward pass for images that are too small."""
+    """Predict black images: many models fail only then if images are too small."""
     training = model.training
     with isolated_rng(torch.device("cpu")), torch.no_grad():
         try:
@@ -120,10 +118,7 @@ def _check_logits(name: str, model: nn.Module, shape: tuple[int, ...], num_class
 
 
 def _published(name: str, cfg: Any) -> dict[str, Any]:
-    """Arguments of timm for the published weights, from the hub's cache or downloaded into it.
-
-    A few old models have weights at a URL only, which torch.hub loads.
-    """
+    """Arguments for the published weights, downloaded if needed; torch.hub loads those of a few old models."""
     if not cfg.has_weights:
         raise UserError(f"model.pretrained: timm has no weights for {name}; set it to false, or choose another model")
     if not cfg.hf_hub_id:
@@ -134,18 +129,13 @@ def _published(name: str, cfg: Any) -> dict[str, Any]:
             break
     else:
         path = _download(name, cfg.hf_hub_id)
-    # The file links to a blob, which would be reused if only the link were deleted.
+    # Deleting only the link to the blob would not help.
     advice = f"delete {Path(path).parents[2]}, and the next run downloads them again"
     return _pretrained({"state_dict": read_weights(Path(path), "model.pretrained", advice)})
 
 
 def _from_file(name: str, path: Path, arguments: dict[str, Any], cfg: Any) -> dict[str, Any]:
-    """Arguments of timm for the weights in a file, after checking that they match this model.
-
-    Raises:
-        ConfigError: they do not; the message names the first differing layers.
-        UserError: the file has no weights.
-    """
+    """Arguments for the weights in a file, after checking that they are this model's."""
     weights = read_weights(path, "model.pretrained_file", "give a file of the state dict alone")
     classes, channels = _outputs(weights, cfg), _inputs(weights, cfg, arguments["in_chans"])
     overlay = {"state_dict": weights, "num_classes": classes, "input_size": (channels, *cfg.input_size[1:])}
@@ -159,16 +149,13 @@ def _pretrained(overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outputs(weights: dict[str, Tensor], cfg: Any) -> int:
-    """Classes of the file's classifier; 0 without a classifier."""
+    """Classes of the file's classifier, if any."""
     weight = weights.get(f"{_first(cfg.classifier)}.weight")
     return 0 if weight is None or weight.ndim == 0 else weight.shape[0]
 
 
 def _inputs(weights: dict[str, Tensor], cfg: Any, in_channels: int) -> int:
-    """Input channels of the file's model: `in_channels` if its first layer matches, else timm's default.
-
-    timm adapts its default of three channels to any other number.
-    """
+    """Input channels of the file's model: `in_channels`, or timm's default, which timm adapts."""
     weight = weights.get(f"{_first(cfg.first_conv)}.weight")
     fits = weight is not None and weight.ndim == 4 and weight.shape[1] == in_channels
     return in_channels if fits else int(cfg.input_size[0])
@@ -181,11 +168,10 @@ def _first(names: str | tuple[str, ...] | None) -> str:
 def _check_fit(
     name: str, path: Path, weights: dict[str, Tensor], own: dict[str, Any], pretrained: dict[str, Any], cfg: Any
 ) -> None:
-    """Raise ConfigError if the file is of another model.
+    """Raise ConfigError if the file is of another model. `own` are arguments with the file's classes and channels.
 
-    If names or shapes differ, timm may be able to convert them (position embeddings of another image size, older
-    names), which must load strictly and fill every layer. `own` are timm's arguments with the file's classes and
-    channels.
+    timm may convert other names or shapes (older names, position embeddings of another image size), which must load
+    strictly and fill every layer.
     """
     with isolated_rng(torch.device("cpu")):
         torch.manual_seed(0)
@@ -200,7 +186,7 @@ def _check_fit(
             raise
         except Exception as error:  # timm's converters raise many types
             raise _misfit(name, path, faults) from error
-    # A few models are not loaded strictly: layers that still have their initial random values were not loaded.
+    # A few models do not load strictly, and layers that were not loaded have their initial values.
     doubtful = [key for key in empty if key not in weights or weights[key].shape != empty[key].shape]
     if any(_is_drawn(empty[key]) and torch.equal(filled[key], empty[key]) for key in doubtful):
         raise _misfit(name, path, faults)
@@ -214,15 +200,12 @@ def _misfit(name: str, path: Path, faults: list[str]) -> ConfigError:
 
 
 def _is_drawn(tensor: Tensor) -> bool:
-    """Whether a tensor is initialized with random numbers and not constant, as norms and biases are."""
+    """Whether a tensor is random, and not constant as norms and biases are."""
     return tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor != tensor.flatten()[0]).any())
 
 
 def _check_first_layer(name: str, model: nn.Module, in_channels: int) -> None:
-    """Raise if timm dropped the pretrained first layer because of another number of channels.
-
-    timm adapts convolutions only, and otherwise logs that the layer is initialized randomly.
-    """
+    """Raise if timm only logged that it cannot adapt the first layer to other channels: it adapts convolutions only."""
     described: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     layer = _first(described.get("first_conv"))
     channels = described.get("input_size", (in_channels,))[0]
@@ -249,7 +232,7 @@ def _download(name: str, repository: str) -> str:
             return huggingface_hub.hf_hub_download(repository, WEIGHT_FILES[0], cache_dir=hub.HF_HUB_CACHE)
         except EntryNotFoundError:
             return huggingface_hub.hf_hub_download(repository, WEIGHT_FILES[1], cache_dir=hub.HF_HUB_CACHE)
-    except Exception as error:  # errors of the hub's HTTP library vary with its version
+    except Exception as error:  # types vary with the hub's version
         raise _not_at_hand(name, f"{WEIGHT_FILES[0]} of {repository}", hub.HF_HUB_CACHE, error) from error
 
 

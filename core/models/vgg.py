@@ -1,10 +1,7 @@
-"""VGG for small images: stages of 3×3 convolutions, each followed by a max-pool, and a classifier.
+"""VGG (arXiv 1409.1556) for small images: stages of 3×3 convolutions, each followed by a max-pool, and a classifier.
 
-`hidden` builds the published classifier; by default the mean over positions is classified. With `hidden: 4096` this is
-torchvision's `vgg16` (`norm: none`) or `vgg16_bn`, with the same parameter names and initialization, except that
-`hidden1`, `hidden2` and `fc` are `classifier.0`, `.3` and `.6` there.
-
-Simonyan and Zisserman 2015, arXiv 1409.1556; Kaiming initialization, arXiv 1502.01852.
+With `hidden: 4096` this is torchvision's `vgg16` (`norm: none`) or `vgg16_bn`, with its initialization and parameter
+names, except that `hidden1`, `hidden2` and `fc` are `classifier.0`, `.3` and `.6` there.
 """
 
 from __future__ import annotations
@@ -16,18 +13,13 @@ from torch import nn
 from core.config import ModelConfig
 from core.models.stages import ACTIVATIONS, NORMS, check_image_size, scale_width, stage_blocks, stage_widths
 
-# Pooled side of the features before the hidden layers: 224 after five halvings.
-POOLED_SIDE = 7
+POOLED_SIDE = 7  # of the features before the hidden layers: 224 after five halvings
 # torchvision's. Section 3.1 of the paper calls 0.01 the variance.
 LINEAR_STD = 0.01
 
 
 def build_vgg(config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Sequential:
-    """Build the network; see `core.models.build_model`.
-
-    Raises:
-        ConfigError: a max-pool would apply to a side of one pixel.
-    """
+    """Build the network; see `core.models.build_model`."""
     check_vgg_size(config, image_size)
     widths = stage_widths(config)
 
@@ -55,13 +47,13 @@ def build_vgg(config: ModelConfig, *, num_classes: int, in_channels: int, image_
 
 
 def check_vgg_size(config: ModelConfig, image_size: tuple[int, int]) -> None:
-    """Raise ConfigError if a max-pool would apply to a side of one pixel, for images (H, W)."""
+    """Raise ConfigError if a max-pool would apply to a side of one pixel."""
     pools = [f"the max-pool of stage {stage} of model.widths" for stage in range(1, len(config.widths) + 1)]
     check_image_size(image_size, pools, halve=lambda side: side // 2)
 
 
 def _features(config: ModelConfig, in_channels: int, widths: list[int]) -> nn.Sequential:
-    """The stages in sequence, numbered as in torchvision: (N, in_channels, H, W) to (N, widths[-1], H', W')."""
+    """The stages in sequence, numbered as in torchvision."""
     layers: list[nn.Module] = []
     channels = in_channels
     for width, count in zip(widths, stage_blocks(config), strict=True):

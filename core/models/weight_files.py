@@ -1,7 +1,6 @@
-"""Weights files: located, read without running code, and compared with the model.
+"""Weights files, read without running code.
 
-A file is used only if it is the complete state dict of the model: a partly untrained network would look like a bad
-configuration.
+A file must be the model's complete state dict: a partly untrained network would look like a bad configuration.
 """
 
 from __future__ import annotations
@@ -15,11 +14,7 @@ from core.errors import UserError
 
 
 def locate_weights(file: str) -> Path:
-    """Return the file's absolute path, with `~` expanded.
-
-    Raises:
-        UserError: the file does not exist.
-    """
+    """Return the absolute path, with `~` expanded, or raise UserError if there is no such file."""
     try:
         path = Path(file).expanduser().absolute()
     except RuntimeError as error:  # unknown user
@@ -34,12 +29,10 @@ def locate_weights(file: str) -> Path:
 
 
 def read_weights(path: Path, field: str, advice: str) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file, or of a torch file with a state dict or a checkpoint of timm's.
-
-    Averaged weights of a checkpoint are preferred, as in timm. Files that could run code are refused.
+    """Read a state dict, or that of a checkpoint of timm's, averaged if it has one. Files that run code are refused.
 
     Raises:
-        UserError: the file cannot be read, or has no state dict; `field` and `advice` are part of the message.
+        UserError: the file cannot be read, or has no state dict; the message has `field` and `advice`.
     """
     try:
         # timm's default varies between releases.
@@ -48,7 +41,7 @@ def read_weights(path: Path, field: str, advice: str) -> dict[str, Tensor]:
         raise
     except OSError as error:
         raise UserError(f"{field}: {path} cannot be read ({error.strerror or type(error).__name__})") from error
-    except Exception as error:  # readers raise many types on invalid files
+    except Exception as error:  # readers raise many types
         kind = "whole .safetensors file" if path.suffix == ".safetensors" else "torch file of tensors and plain values"
         raise UserError(f"{field}: {path} is no {kind}; {advice}") from error
     others = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
@@ -59,13 +52,9 @@ def read_weights(path: Path, field: str, advice: str) -> dict[str, Tensor]:
 
 
 def state_dict_faults(weights: dict[str, Tensor], model: dict[str, Tensor], *, file: str, name: str) -> list[str]:
-    """Describe the differences of `weights` to the state dict `model`, naming the file and the model.
-
-    Returns one entry each for other shapes, missing layers and surplus layers, with the first layer and the number of
-    others.
-    """
+    """Describe other shapes, missing and surplus layers of `weights`, by the first layer and the number of others."""
     shapes = [key for key in model if key in weights and weights[key].shape != model[key].shape]
-    # Files from before torch 0.4.1 lack the number of batches, which torch fills in.
+    # torch fills in the number of batches, missing before version 0.4.1.
     missing = [key for key in model if key not in weights and not key.endswith("num_batches_tracked")]
     surplus = [key for key in weights if key not in model]
     faults = []
