@@ -38,6 +38,19 @@ def config(name: str, **optim: Any) -> TrainConfig:
     return TrainConfig(batch_size=256).override({"optim.name": name, "schedule.warmup_fraction": 0.0, **fields})
 
 
+def built(chosen: TrainConfig, *, capturable: bool = False, device: str = "cpu") -> tuple[StepOptimizer, nn.Module]:
+    """Create an optimizer, with the network that it trains."""
+    model = network().to(device)
+    return build_optimizer(chosen, model, STEPS, list(model[5].parameters()), capturable=capturable), model
+
+
+def trained(chosen: TrainConfig, *, capturable: bool = False) -> tuple[StepOptimizer, nn.Module]:
+    """Create an optimizer with its network, and make all steps of `run`."""
+    optimizer, model = built(chosen, capturable=capturable)
+    run(optimizer, model, range(STEPS))
+    return optimizer, model
+
+
 def set_gradients(model: nn.Module, step: int) -> None:
     """Set random gradients that depend on the step only, in each parameter's layout."""
     generator = torch.Generator().manual_seed(step)
@@ -68,9 +81,8 @@ def run(optimizer: StepOptimizer, model: nn.Module, steps: Iterable[int], total:
 @pytest.mark.parametrize("lr", [1e-4, 1.0])
 @pytest.mark.parametrize("name", KINDS)
 def test_weight_decay_is_equal_for_all_optimizers(name: str, lr: float) -> None:
-    model = network()
+    optimizer, model = built(config(name, lr=lr, weight_decay=0.01, swats__switch_fraction=0.5))
     before = copy.deepcopy(model)
-    optimizer = build_optimizer(config(name, lr=lr, weight_decay=0.01, swats__switch_fraction=0.5), model, STEPS)
     for step in range(STEPS):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -122,14 +134,8 @@ def run_reference(
 @pytest.mark.parametrize("grad_clip", [None, 1.0])
 @pytest.mark.parametrize("name", ["adamw", "nadam"])
 def test_adaptive_optimizers_match_torch(name: str, grad_clip: float | None) -> None:
-    ours, theirs = network(), network()
-    run(
-        build_optimizer(
-            config(name, lr=0.02, weight_decay=0.01, beta1=0.8, beta2=0.95, grad_clip=grad_clip), ours, STEPS
-        ),
-        ours,
-        range(STEPS),
-    )
+    theirs = network()
+    _, ours = trained(config(name, lr=0.02, weight_decay=0.01, beta1=0.8, beta2=0.95, grad_clip=grad_clip))
     run_reference(by_hand(name, theirs, 0.02, 0.01), theirs, lr=0.02, grad_clip=grad_clip)
     assert_same(ours, theirs)
 
@@ -137,16 +143,9 @@ def test_adaptive_optimizers_match_torch(name: str, grad_clip: float | None) -> 
 @pytest.mark.parametrize("grad_clip", [None, 1.0])
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.9, False), (0.0, True), (0.0, False)])
 def test_sgd_matches_torch_with_decoupled_decay(momentum: float, nesterov: bool, grad_clip: float | None) -> None:
-    ours, theirs = network(), network()
-    run(
-        build_optimizer(
-            config("sgd", lr=0.1, weight_decay=0.01, momentum=momentum, nesterov=nesterov, grad_clip=grad_clip),
-            ours,
-            STEPS,
-        ),
-        ours,
-        range(STEPS),
-    )
+    theirs = network()
+    chosen = config("sgd", lr=0.1, weight_decay=0.01, momentum=momentum, nesterov=nesterov, grad_clip=grad_clip)
+    _, ours = trained(chosen)
     reference = torch.optim.SGD(
         theirs.parameters(), momentum=momentum, nesterov=nesterov and momentum > 0, lr=1.0, foreach=False, fused=False
     )
@@ -155,17 +154,16 @@ def test_sgd_matches_torch_with_decoupled_decay(momentum: float, nesterov: bool,
 
 
 def test_adamw_without_decay_matches_adam() -> None:
-    ours, theirs = network(), network()
-    run(build_optimizer(config("adamw", lr=0.02, weight_decay=0.0), ours, STEPS), ours, range(STEPS))
+    theirs = network()
+    _, ours = trained(config("adamw", lr=0.02, weight_decay=0.0))
     run_reference(torch.optim.Adam(theirs.parameters(), lr=1.0, foreach=False, fused=False), theirs, lr=0.02)
     assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_matches_timm_with_decoupled_decay(nesterov: bool) -> None:
-    ours, theirs = network(), network()
-    chosen = config("muon", lr=0.02, weight_decay=0.01, momentum=0.8, nesterov=nesterov)
-    run(build_optimizer(chosen, ours, STEPS, head=list(ours[5].parameters())), ours, range(STEPS))
+    theirs = network()
+    _, ours = trained(config("muon", lr=0.02, weight_decay=0.01, momentum=0.8, nesterov=nesterov))
     vectors = [p for p in theirs.parameters() if p.ndim < 2]
     groups = [{"params": [theirs[0].weight]}, {"params": [theirs[5].weight, *vectors], "use_fallback": True}]
     reference = timm.optim.Muon(groups, lr=1.0, momentum=0.8, nesterov=nesterov, betas=(0.9, 0.999))
@@ -175,14 +173,8 @@ def test_muon_matches_timm_with_decoupled_decay(nesterov: bool) -> None:
 
 def test_muons_first_step_orthogonalizes_the_gradient() -> None:
     """The update is UVᵀ of the gradient's UΣVᵀ, times 0.2 √max(out, in) of Liu et al."""
-    model = network()
+    optimizer, model = built(config("muon", lr=0.1, weight_decay=0.0, momentum=0.0, nesterov=False))
     before = model[0].weight.detach().clone()
-    optimizer = build_optimizer(
-        config("muon", lr=0.1, weight_decay=0.0, momentum=0.0, nesterov=False),
-        model,
-        STEPS,
-        list(model[5].parameters()),
-    )
     set_gradients(model, 0)
     assert model[0].weight.grad is not None
     left, _, right = torch.linalg.svd(model[0].weight.grad.flatten(1), full_matrices=False)
@@ -199,20 +191,19 @@ def test_muons_first_step_orthogonalizes_the_gradient() -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_backbone_has_its_own_rate(name: str) -> None:
-    model, slow, fast = network(), network(), network()
     fields: dict[str, Any] = {"weight_decay": 0.01, "swats__switch_fraction": 0.5}
-    for net, more in ((model, {"lr": 0.01, "backbone_lr_scale": 0.1}), (slow, {"lr": 0.001}), (fast, {"lr": 0.01})):
-        run(build_optimizer(config(name, **fields, **more), net, STEPS, list(net[5].parameters())), net, range(STEPS))
+    model, slow, fast = (
+        trained(config(name, **fields, **more))[1]
+        for more in ({"lr": 0.01, "backbone_lr_scale": 0.1}, {"lr": 0.001}, {"lr": 0.01})
+    )
     for at, (one, low, high) in enumerate(zip(model.parameters(), slow.parameters(), fast.parameters(), strict=True)):
         torch.testing.assert_close(one, high if at >= 4 else low, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_only_the_head_is_trained_at_first(name: str) -> None:
-    model = network()
+    optimizer, model = built(config(name, weight_decay=0.01, head_only_fraction=0.5, swats__switch_fraction=0.75))
     before = copy.deepcopy(model)
-    chosen = config(name, weight_decay=0.01, head_only_fraction=0.5, swats__switch_fraction=0.75)
-    optimizer = build_optimizer(chosen, model, STEPS, list(model[5].parameters()))
     images = torch.randn(4, 3, 8, 8)
     for step in range(STEPS):
         if step == STEPS // 2:
@@ -248,8 +239,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_learning_rate_is_the_peak_times_the_factor(name: str) -> None:
-    model = network()
-    optimizer = build_optimizer(config(name, lr_scale=2.0), model, STEPS)
+    optimizer, model = built(config(name, lr_scale=2.0))
     peak = 0.2 if name == "sgd" else 2e-3
     assert optimizer.lr == pytest.approx(peak)
     set_gradients(model, 0)
@@ -258,8 +248,7 @@ def test_the_learning_rate_is_the_peak_times_the_factor(name: str) -> None:
 
 
 def test_clipping_limits_the_norm_of_all_gradients() -> None:
-    model = network()
-    optimizer = build_optimizer(config("sgd", grad_clip=0.5), model, STEPS)
+    optimizer, model = built(config("sgd", grad_clip=0.5))
     set_gradients(model, 0)
     advance(optimizer, 0.0, 1.0)
     total = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
@@ -292,8 +281,7 @@ def test_a_network_of_matrices_only_trains(name: str) -> None:
 
 
 def test_zero_grad_clears_or_zeroes() -> None:
-    model = network()
-    optimizer = build_optimizer(config("adamw"), model, STEPS)
+    optimizer, model = built(config("adamw"))
     set_gradients(model, 0)
     optimizer.zero_grad(set_to_none=False)
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -310,17 +298,15 @@ RESUMED = [
 
 def resumed(chosen: TrainConfig, stop: int, forms: tuple[bool, bool]) -> tuple[StepOptimizer, nn.Module]:
     """Stop a run and resume it from a file; each half may be capturable."""
-    first_model = network()
-    first = build_optimizer(chosen, first_model, STEPS, capturable=forms[0])
+    first, first_model = built(chosen, capturable=forms[0])
     run(first, first_model, range(stop))
     file = io.BytesIO()
     torch.save((first_model.state_dict(), first.state_dict()), file)
     file.seek(0)
     weights, state = torch.load(file, weights_only=True)
 
-    model = network()
+    optimizer, model = built(chosen, capturable=forms[1])
     model.load_state_dict(weights)
-    optimizer = build_optimizer(chosen, model, STEPS, capturable=forms[1])
     optimizer.load_state_dict(state)
     assert optimizer.lr == first.lr
     run(optimizer, model, range(stop, STEPS))
@@ -335,9 +321,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(
 ) -> None:
     let_the_cpu_capture(monkeypatch)
     chosen = config(name, weight_decay=0.01, grad_clip=3.0, **fields)
-    whole_model = network()
-    whole = build_optimizer(chosen, whole_model, STEPS, capturable=capturable)
-    run(whole, whole_model, range(STEPS))
+    whole, whole_model = trained(chosen, capturable=capturable)
     optimizer, model = resumed(chosen, stop, (capturable, capturable))
     for one, other in zip(model.parameters(), whole_model.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -352,9 +336,7 @@ def test_states_can_be_exchanged_between_captured_and_plain_runs(
 ) -> None:
     let_the_cpu_capture(monkeypatch)
     chosen = config(name, weight_decay=0.01, **fields)
-    whole_model = network()
-    whole = build_optimizer(chosen, whole_model, STEPS)
-    run(whole, whole_model, range(STEPS))
+    whole, whole_model = trained(chosen)
     optimizer, model = resumed(chosen, 7, forms)
     for one, other in zip(model.parameters(), whole_model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=rounding(name))
@@ -366,8 +348,7 @@ def test_states_can_be_exchanged_between_captured_and_plain_runs(
 def test_cpu_counters_return_to_the_cpu(name: str, capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading counters on the device would wait in each step."""
     let_the_cpu_capture(monkeypatch)
-    model = network()
-    optimizer = build_optimizer(config(name), model, STEPS, list(model[5].parameters()), capturable=capturable)
+    optimizer, model = built(config(name), capturable=capturable)
     run(optimizer, model, range(2))
     state = optimizer.state_dict()
     moved: list[str] = []
@@ -387,13 +368,11 @@ def test_cpu_counters_return_to_the_cpu(name: str, capturable: bool, monkeypatch
 
 
 def test_loading_copies_the_state() -> None:
-    model = network()
-    optimizer = build_optimizer(config("sgd"), model, STEPS)
+    optimizer, model = built(config("sgd"))
     run(optimizer, model, range(3))
     state = optimizer.state_dict()
     before = copy.deepcopy(state)
-    other_model = network()
-    other = build_optimizer(config("sgd"), other_model, STEPS)
+    other, other_model = built(config("sgd"))
     other.load_state_dict(state)
     run(other, other_model, range(3))
     assert all(
@@ -408,8 +387,7 @@ def test_loading_copies_the_state() -> None:
     [("sgd", "fraction"), ("adamw", "fraction"), ("swats", "fraction"), ("swats", "criterion")],
 )
 def test_a_step_does_not_synchronize(name: str, switch: str) -> None:
-    model = network()
-    optimizer = build_optimizer(config(name, grad_clip=1.0, swats__switch=switch), model, STEPS)
+    optimizer, model = built(config(name, grad_clip=1.0, swats__switch=switch))
     for step in range(STEPS):
         set_gradients(model, step)
         with HostReads():
@@ -471,8 +449,7 @@ def trajectory(
     """
     kind, fields = RUNS[name]
     chosen = config(kind, lr_scale=3.0, weight_decay=0.01, **fields).override({"schedule.warmup_fraction": 0.1})
-    model = network().to(device)
-    optimizer = build_optimizer(chosen, model, STEPS, list(model[5].parameters()), capturable=capturable)
+    optimizer, model = built(chosen, capturable=capturable, device=device)
     averaging = build_averaging(AveragingConfig(name="ema", half_life_fraction=0.1), model, STEPS, 4)
     assert averaging is not None
     factor, weight = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -531,9 +508,7 @@ def test_a_tensor_factor_matches_a_number(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", RUNS)
 def test_the_phase_distinguishes_steps_with_other_operations(name: str) -> None:
     kind, fields = RUNS[name]
-    model = network()
-    chosen = config(kind, **fields).override({"schedule.warmup_fraction": 0.1})
-    optimizer = build_optimizer(chosen, model, STEPS, list(model[5].parameters()))
+    optimizer, model = built(config(kind, **fields).override({"schedule.warmup_fraction": 0.1}))
     phases: dict[Hashable, None] = {}
     for step in range(STEPS):
         set_gradients(model, step)
@@ -547,8 +522,7 @@ def test_the_phase_distinguishes_steps_with_other_operations(name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_moments_is_the_maximum_number_of_state_tensors(name: str) -> None:
     kind, fields = RUNS[name]
-    model = network()
-    optimizer = build_optimizer(config(kind, **fields), model, STEPS, list(model[5].parameters()))
+    optimizer, model = built(config(kind, **fields))
     held = 0
     for step in range(STEPS):
         set_gradients(model, step)
@@ -561,8 +535,7 @@ def test_moments_is_the_maximum_number_of_state_tensors(name: str) -> None:
 
 
 def test_a_tensor_factor_is_refused_unless_capturable() -> None:
-    model = network()
-    optimizer = build_optimizer(config("sgd"), model, STEPS)
+    optimizer, model = built(config("sgd"))
     assert not optimizer.capturable
     set_gradients(model, 0)
     with pytest.raises(TypeError, match="not capturable"):
@@ -574,9 +547,8 @@ def test_older_timm_versions_cannot_capture_muon(
     version: str, capturable: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(timm, "__version__", version)
-    model = network()
     with caplog.at_level(logging.INFO):
-        optimizer = build_optimizer(config("muon"), model, STEPS, list(model[5].parameters()), capturable=True)
+        optimizer, model = built(config("muon"), capturable=True)
     assert optimizer.capturable is capturable
     assert ("timm 1.0.31" in caplog.text) is not capturable
     if not capturable:
@@ -611,11 +583,8 @@ def test_on_cuda_a_captured_step_equals_the_eager_one(name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_on_cuda_a_step_does_not_synchronize(name: str, capturable: bool) -> None:
     kind, fields = RUNS[name]
-    model = network().cuda()
+    optimizer, model = built(config(kind, **({"grad_clip": 1.0} | fields)), capturable=capturable, device="cuda")
     gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
-    optimizer = build_optimizer(
-        config(kind, **({"grad_clip": 1.0} | fields)), model, STEPS, list(model[5].parameters()), capturable=capturable
-    )
     averaging = build_averaging(AveragingConfig(name="ema"), model, STEPS, 4)
     assert averaging is not None
     factor, weight = torch.ones((), device="cuda"), torch.full((), 0.1, device="cuda")
@@ -634,9 +603,8 @@ def test_on_cuda_a_step_does_not_synchronize(name: str, capturable: bool) -> Non
 
 
 def test_swats_is_adamw_then_sgd_at_its_reference_rate() -> None:
-    ours, theirs = network(), network()
-    swats = build_optimizer(config("swats", lr_scale=2.0, weight_decay=0.01, swats__switch_fraction=0.5), ours, STEPS)
-    adamw = build_optimizer(config("adamw", lr_scale=2.0, weight_decay=0.01), theirs, STEPS)
+    swats, ours = built(config("swats", lr_scale=2.0, weight_decay=0.01, swats__switch_fraction=0.5))
+    adamw, theirs = built(config("adamw", lr_scale=2.0, weight_decay=0.01))
     run(swats, ours, range(10))
     run(adamw, theirs, range(10))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
@@ -655,12 +623,7 @@ def test_swats_is_adamw_then_sgd_at_its_reference_rate() -> None:
 def test_an_absolute_rate_is_converted_to_its_scale(batch_size: int) -> None:
     scaled = config("swats", lr_scale=0.3).override({"batch_size": batch_size})
     absolute = scaled.override({"optim.lr": scaled.optim.peak_lr(batch_size)})
-    rates = []
-    for chosen in (scaled, absolute):
-        model = network()
-        optimizer = build_optimizer(chosen, model, STEPS)
-        run(optimizer, model, range(STEPS))
-        rates.append(optimizer.sgd_lr)
+    rates = [trained(chosen)[0].sgd_lr for chosen in (scaled, absolute)]
     expected = config("sgd", lr_scale=0.3).override({"batch_size": batch_size}).optim.peak_lr(batch_size)
     assert rates == pytest.approx([expected, expected])
 
@@ -730,6 +693,11 @@ def criterion(**fields: Any) -> TrainConfig:
     return config("swats", swats__switch="criterion", **{"weight_decay": 0.0, "nesterov": False, **fields})
 
 
+def built_on_weights(chosen: TrainConfig) -> tuple[StepOptimizer, Weights]:
+    model = Weights(START)
+    return build_optimizer(chosen, model, STEPS), model
+
+
 def test_swats_matches_algorithm_1_on_a_quadratic() -> None:
     steps = 300
     paper = Algorithm1(alpha=0.05, beta1=0.9, beta2=0.99, tolerance=3e-3)
@@ -753,8 +721,7 @@ def test_swats_matches_algorithm_1_on_a_quadratic() -> None:
 def test_the_projected_rate_of_a_constant_gradient() -> None:
     """Adam moves every weight by lr × sign(g), so γ = lr² n / (lr Σ|g|) is constant."""
     gradient = torch.tensor([1.0, -2.0, 0.5, 4.0, -1.0, 3.5], dtype=torch.float64)
-    model = Weights(START)
-    optimizer = build_optimizer(criterion(lr=0.01, momentum=0.8, swats__tolerance=1e-6), model, STEPS)
+    optimizer, model = built_on_weights(criterion(lr=0.01, momentum=0.8, swats__tolerance=1e-6))
     switched = follow(optimizer, model, lambda _: gradient, factor=lambda step: 1 - step / STEPS)
     assert switched == 5
     assert optimizer.sgd_lr == pytest.approx((1 - 0.8) * 0.01 / 2, rel=1e-6)
@@ -778,16 +745,14 @@ def follow(
 
 @pytest.mark.parametrize(("warmup_fraction", "switched"), [(0.0, 5), (0.2, 5), (0.25, 10), (0.3, 10), (0.5, 15)])
 def test_the_criterion_is_not_tested_during_the_warmup(warmup_fraction: float, switched: int) -> None:
-    model = Weights(START)
     chosen = criterion(lr=0.01, swats__tolerance=1e-6).override({"schedule.warmup_fraction": warmup_fraction})
-    optimizer = build_optimizer(chosen, model, STEPS)
+    optimizer, model = built_on_weights(chosen)
     assert follow(optimizer, model, lambda _: torch.ones(6, dtype=torch.float64)) == switched
 
 
 def test_sgd_uses_the_rate_of_the_first_step_that_met_the_criterion() -> None:
     """Met at the second step with γ = lr / 1; later steps have another rate."""
-    model = Weights(START)
-    optimizer = build_optimizer(criterion(lr=0.01, momentum=0.0, swats__tolerance=1e-6), model, STEPS)
+    optimizer, model = built_on_weights(criterion(lr=0.01, momentum=0.0, swats__tolerance=1e-6))
     follow(optimizer, model, lambda step: torch.full((6,), 1.0 if step < 2 else 1.5, dtype=torch.float64))
     assert optimizer.sgd_lr == pytest.approx(0.01, rel=1e-5)
 
@@ -797,16 +762,14 @@ def test_an_estimate_that_is_not_positive_never_switches() -> None:
 
     The gradient is opposite to the momentum from the second step on, so γ is negative.
     """
-    model = Weights(START)
-    optimizer = build_optimizer(criterion(lr=0.01, beta2=0.0, swats__tolerance=1e-6), model, STEPS)
+    optimizer, model = built_on_weights(criterion(lr=0.01, beta2=0.0, swats__tolerance=1e-6))
     turn = torch.full((6,), -1e-3, dtype=torch.float64)
     assert follow(optimizer, model, lambda step: -1000 * turn if step == 0 else turn) is None
 
 
 def test_a_step_orthogonal_to_its_gradient_keeps_the_average() -> None:
     """pᵀg = 0 if the gradient is 0, and the paper then keeps λ."""
-    model = Weights(START)
-    optimizer = build_optimizer(criterion(lr=0.01, swats__tolerance=1e-12), model, STEPS)
+    optimizer, model = built_on_weights(criterion(lr=0.01, swats__tolerance=1e-12))
     model.set_gradient(torch.ones(6, dtype=torch.float64))
     advance(optimizer, 0.0, 1.0)
     before = optimizer.state_dict()["projection"]["average"].clone()
@@ -817,7 +780,6 @@ def test_a_step_orthogonal_to_its_gradient_keeps_the_average() -> None:
 
 def test_the_papers_tolerance_is_used() -> None:
     """On a quadratic the projected rate changes by more than 1e-9 in every step."""
-    model = Weights(START)
-    optimizer = build_optimizer(criterion(lr=0.05), model, STEPS)
+    optimizer, model = built_on_weights(criterion(lr=0.05))
     follow(optimizer, model, lambda _: CURVATURE * model.flat())
     assert optimizer.switched_at is None

@@ -57,14 +57,6 @@ def test_shuffled_does_not_use_the_classes() -> None:
 
 @pytest.mark.parametrize("setting", VISITS)
 @pytest.mark.parametrize("seed", range(3))
-def test_every_class_has_the_configured_visits(setting: tuple[int, float], seed: int) -> None:
-    config = SamplingConfig(oversample=setting[0], undersample=setting[1])
-    visited = IMBALANCED[order(config, seed, IMBALANCED)]
-    assert torch.bincount(visited, minlength=9).tolist() == list(VISITS[setting])
-
-
-@pytest.mark.parametrize("setting", VISITS)
-@pytest.mark.parametrize("seed", range(3))
 def test_visits_are_spread_evenly_over_the_images_of_a_class(setting: tuple[int, float], seed: int) -> None:
     config = SamplingConfig(oversample=setting[0], undersample=setting[1])
     times = torch.bincount(order(config, seed, IMBALANCED), minlength=len(IMBALANCED))
