@@ -101,8 +101,8 @@ def report_estimate(
     """Show the time that waiting trials, and recipes beside the study, take on this device, from a few timed steps."""
     with work.interrupts.let_through():
         in_full, pruned = estimate_s(work.space, work.images(), trials=trials, recipes=recipes, device=work.device)
-    time = f"about {duration(pruned)}, {duration(in_full)} without pruning"
-    time = time if pruned < in_full else f"up to {duration(in_full)}"
+    whole = duration(in_full)
+    time = f"about {duration(pruned)}, {whole} without pruning" if pruned < in_full else f"up to {whole}"
     beside = f", including {recipes} recipe(s) trained beside the study" if recipes else ""
     alone = "" if work.inline else f", one {noun} at a time"
     reporter.say(f"this will take {time}{beside}{alone}{ending}")
