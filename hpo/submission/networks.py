@@ -22,7 +22,7 @@ from core.averaging import mean_of, recalibrate
 from core.config import TrainConfig
 from core.data import Splits
 from core.feed import open_feed
-from core.loop import EVALUATION_BATCH, TrainResult, train
+from core.loop import EVALUATION_BATCH, train
 from core.loop.step import batch_sizes
 from core.models import build_model
 from core.runtime import autocast, derive_seed, make_generator, normalize
@@ -203,21 +203,18 @@ class Trainer:
         The only training has no name for the user (empty), and no place among several (None).
         """
         checkpoint = self.paths.refit_checkpoint(self.label, part)
-        on_epoch_end = None if self.watch is None else self.watch(name)
-
-        def attempt() -> TrainResult:
-            return train(
-                config,
-                splits,
-                device=self.device,
-                on_epoch_end=on_epoch_end,
-                resume_from=checkpoint,
-                checkpoint_to=checkpoint,
-                checkpoint_at_end=True,
-                metric=self.metric,
-                stop_after=stop_after,
-            )
-
+        attempt = partial(
+            train,
+            config,
+            splits,
+            device=self.device,
+            on_epoch_end=None if self.watch is None else self.watch(name),
+            resume_from=checkpoint,
+            checkpoint_to=checkpoint,
+            checkpoint_at_end=True,
+            metric=self.metric,
+            stop_after=stop_after,
+        )
         result = resume_or_restart(checkpoint, name or "the refit", attempt)
         head: Row = {} if place is None else {"fold": place}
         rows = tuple({**head, **epoch.row(self.metric)} for epoch in result.history)
