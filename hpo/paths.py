@@ -18,6 +18,11 @@ def studies_root() -> Path:
     return Path(os.environ.get("HPO_STUDIES") or "studies")
 
 
+def no_studies() -> str:
+    """The sentence about a folder without studies."""
+    return f"no studies in {studies_root()} yet; begin with: hpo run digits"
+
+
 def cache_root() -> Path:
     """Return the folder of decoded data sets: $HPO_CACHE, by default `~/.cache/hpo`."""
     return Path(os.environ.get("HPO_CACHE") or Path.home() / ".cache" / "hpo")

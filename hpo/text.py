@@ -132,6 +132,11 @@ def joined(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
 
 
+def done_and_safe(finished: int, total: int | None, noun: str = "trials") -> str:
+    """Reassure after a stop: `3 of 10 trials are done and safe`."""
+    return f"{finished} of {total} {noun} are done and safe"
+
+
 def held_by(name: str, host: str, since: datetime) -> str:
     """Describe a trial that a process on another host trains: `trial 3 is held by a process on b since …`."""
     return f"{name} is held by a process on {host} since {since:%Y-%m-%d %H:%M}"

@@ -19,7 +19,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate_s, wait_for_others
 from hpo.search.training import Watch
 from hpo.study import Study
-from hpo.text import duration
+from hpo.text import done_and_safe, duration
 from hpo.workers.work import Work
 
 
@@ -90,7 +90,7 @@ def resumable(study: Study, noun: str, command: str, reporter: Reporter) -> Iter
     try:
         yield
     except KeyboardInterrupt:
-        reporter.say(f"stopped: {study.counts().finished} of {study.total} {noun} are done and safe; resume with")
+        reporter.say(f"stopped: {done_and_safe(study.counts().finished, study.total, noun)}; resume with")
         reporter.say(f"  {command}")
         raise
 

@@ -138,7 +138,7 @@ def dashboard(options: of.DashboardOptions) -> None:
 def study_list(_: of.Options) -> None:
     """List the studies here, with their progress."""
     from hpo.api.study import list_studies
-    from hpo.paths import studies_root
+    from hpo.paths import no_studies
     from hpo.report.words import states_text
 
     rows = []
@@ -148,7 +148,7 @@ def study_list(_: of.Options) -> None:
     if rows:
         table(["study", "space", "trials", "objective", "best", "storage"], rows, right=(4,))
     else:
-        say(f"no studies in {studies_root()} yet; start with: hpo run digits")
+        say(no_studies())
 
 
 @command(study_app, of.ChosenStudy, "show")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import StudyError
-from hpo.paths import StudyPaths, confirmed_by, is_confirmation, studies_root
+from hpo.paths import StudyPaths, confirmed_by, is_confirmation, no_studies, studies_root
 from hpo.storage import is_journal, mask, open_storage
 from hpo.study.metadata import (
     METADATA,
@@ -122,7 +122,7 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
     if name is None:
         name = next((study for study in _by_last_run() if not is_confirmation(study)), None)
         if name is None:
-            raise StudyError(f"no studies in {studies_root()} yet; begin with: hpo run digits")
+            raise StudyError(no_studies())
     paths = StudyPaths.of(_checked(name))
     metadata = read_metadata(paths)
     if metadata is None:

@@ -21,6 +21,7 @@ from hpo.search.training import trial_label
 from hpo.search.weights import keep_best_weights
 from hpo.storage.lease import LEASE
 from hpo.study import Study
+from hpo.text import done_and_safe
 from hpo.workers.engine import Engine, Exit, Failure, Output, Worker, WorkerSlot, WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class _Supervisor:
         fewer = "fewer trials at once with --per-device" if len(self.places) > 1 else "to free some memory"
         return StudyError(
             f"study {self.study.name}: every worker dies early, the last one {self.last_words}; "
-            f"{counts.finished} of {total} trials are done and safe; try {fewer}, then run the same command again"
+            f"{done_and_safe(counts.finished, total)}; try {fewer}, then run the same command again"
         )
 
     def stop(self) -> None:

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from core.errors import CoreError
 from hpo.errors import HpoError, StudyError
-from hpo.paths import StudyPaths, is_confirmation, studies_root
+from hpo.paths import StudyPaths, is_confirmation, no_studies, studies_root
 from hpo.storage.urls import words_of
 from hpo.study import Study, find_study, join_study
 from hpo.study.metadata import read_metadata, storage_url_of
@@ -104,7 +104,7 @@ def find_study_check(name: str | None, *, storage_url: str | None) -> StudyCheck
     if name is None:
         searches = [known for known in times if not is_confirmation(known)]
         if not searches:
-            raise StudyError(f"no studies in {studies_root()} yet; begin with: hpo run digits")
+            raise StudyError(no_studies())
         return StudyCheck(max(searches, key=times.__getitem__), storage_url)
     if name not in times and storage_url is None:
         return StudyCheck(find_study(name).name)  # raises an error that lists the studies
