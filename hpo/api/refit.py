@@ -1,6 +1,6 @@
 """`hpo refit`: turn the winner of a search, or any trial, into a submission model.
 
-What needs torch is imported in functions, so that a wrong name is reported at once.
+What needs torch or Optuna is imported in functions, so that a wrong name is reported at once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from hpo.errors import StudyError
 from hpo.paths import refit_label
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
-from hpo.study import Study, find_study
+from hpo.study import find_study
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from core.config import TrainConfig
+    from hpo.study import Study
     from hpo.submission import Refitted
 
 # Networks of an ensemble, as `data.folds` and a bundle allow.
