@@ -23,10 +23,7 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature in [`LOWEST`, `HIGHEST`] that maximizes the likelihood of the labels (N,).
-
-    `logits` (N, K) may be log-probabilities. The result is 1 if no temperature makes a difference, and a bound if all
-    predictions are correct, or worse than uniform ones.
+    """Return the temperature in [`LOWEST`, `HIGHEST`] that maximizes the likelihood; 1 if none makes a difference.
 
     Raises:
         ValueError: some logits are not finite.

@@ -48,8 +48,8 @@ class Resident(Feed):
 class Streamed(Feed):
     """Images on the host, sent batch by batch.
 
-    Each iterator has a thread, which ends with it and whose errors are raised when the batch is requested. Truncating a
-    memory-mapped file kills the process (SIGBUS).
+    Each iterator has a thread, which ends with it and whose errors are raised with the batch. Truncating a mapped file
+    kills the process (SIGBUS).
     """
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
@@ -178,8 +178,5 @@ class _PinnedBuffer(_Buffer):
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Stream of copies, shared so that memory freed by one feed is available to the next.
-
-    torch takes high-priority streams from a separate pool, so this one is never used for a capture.
-    """
+    """Stream of copies, shared so that its freed memory is too. A high-priority one is never used for a capture."""
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

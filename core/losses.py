@@ -30,7 +30,7 @@ def smoothing_at(config: LossConfig, progress: float) -> float:
 
 
 def class_weights(config: LossConfig, class_counts: Tensor) -> Tensor | None:
-    """Return the weight of each class, (K,) float32 of mean 1, or None if equal; no images in a class count as one."""
+    """Return the weight of each class, (K,) of mean 1, or None if equal. An empty class counts as one image."""
     if config.class_weights == "none":
         return None
     images = class_counts.clamp(min=1).double()
@@ -49,7 +49,7 @@ class Stage(NamedTuple):
 
 
 class Criterion:
-    """The loss of a training with `class_counts` (K,) images of each class. Never waits for the device."""
+    """The loss of a training with `class_counts` (K,) images. Never waits for the device."""
 
     def __init__(self, config: LossConfig, class_counts: Tensor) -> None:
         self.config = config
@@ -91,7 +91,7 @@ class Criterion:
         return losses.mean() if weights is None else losses.sum() / self._weight(targets)
 
     def share(self, part: Tensor, whole: Tensor, stage: Stage) -> Tensor | float:
-        """Return the weight of a part of a batch in the loss of the whole, by labels (n,) or mixtures (n, K)."""
+        """Return the weight of a part of a batch in the loss, by labels (n,) or mixtures (n, K)."""
         if not stage.weighted:
             return len(part) / len(whole)
         return self._weight(part) / self._weight(whole)

@@ -64,10 +64,9 @@ def bootstrap_intervals(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """Return a percentile bootstrap interval (low, high) for each score of logits (N, K), for labels (N,).
+    """Return a percentile bootstrap interval (low, high) over images for each score.
 
-    It shows the variation over images, not over trainings. That of the calibration error is biased upwards, since
-    resampling adds miscalibration.
+    That of the calibration error is biased upwards, since resampling adds miscalibration.
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"{resamples} resamples with a confidence of {confidence}")
@@ -89,7 +88,7 @@ def bootstrap_intervals(
 
 @dataclass(frozen=True)
 class _Terms:
-    """Each image's terms of the sums of scores, so that a resample is a row of a matrix product: (N, ·) float64."""
+    """Each image's terms of the sums of scores, for matrix products with resamples: (N, ·) float64."""
 
     loss: Tensor  # (N, 1)
     hits: Tensor  # (N, K): 1 at the label if the prediction is correct

@@ -35,20 +35,15 @@ _CAPTURABLE_MUON = (1, 0, 31)
 class StepOptimizer:
     """An optimizer driven by the schedule's factor and the progress of the run.
 
-    A step is `begin_step` on the host, forward and backward pass, `step` on the device, `end_step` on the host.
-
-    Args:
-        config: the run's configuration.
-        model: the network on its device; parameters without gradients are ignored.
-        head: the classifier's parameters, if `needs_head`.
-        capturable: whether a CUDA graph can capture `step`, which is slower without. torch's NAdam and timm's Muon
-            support it on CUDA only.
+    A step is `begin_step` on the host, both passes, `step` on the device, `end_step` on the host. `head` are the
+    classifier's parameters, if `needs_head`. A CUDA graph can capture `step` if `capturable`, which torch's NAdam and
+    timm's Muon support on CUDA only.
     """
 
     switched_at: float | None = None
-    """SWATS: progress at the switch."""
+    """Progress at the switch of SWATS."""
     sgd_lr: float | None = None
-    """SWATS: peak learning rate of SGD after the switch."""
+    """Peak learning rate after it."""
 
     def __init__(
         self, config: TrainConfig, model: nn.Module, head: Collection[nn.Parameter] = (), *, capturable: bool = False
@@ -62,7 +57,7 @@ class StepOptimizer:
             logger.info("timm's Muon can be captured in a CUDA graph from timm 1.0.31 on: steps are not captured")
             self._capturable = False
         self.lr = config.optim.peak_lr(config.batch_size)
-        """Of the classifier in the last step; the peak rate before the first."""
+        """Of the classifier in the last step; at first the peak."""
         self._begin(config.optim.name, self.lr)
 
     @property
@@ -116,11 +111,11 @@ class StepOptimizer:
         """Read device state. May wait for the device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for `load_state_dict`. Tensors are live: save or copy them before the next step."""
+        """Return the state, of live tensors."""
         return {"lr": self.lr, "moments": self._inner.state_dict()["state"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state, also from another device; learning rates are the configuration's."""
+        """Restore a state, also from another device."""
         self.lr = state["lr"]
         moments = {
             index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in moment.items()}
@@ -135,17 +130,17 @@ class StepOptimizer:
                     moment[name] = moment[name].cpu()
 
     def _observe(self) -> None:
-        """Hook at the end of the device part."""
+        """End the device part."""
 
     def _begin(self, name: str, peak_lr: float) -> None:
         config = self._config
         self._peak_lr = peak_lr
-        # torch's SGD passes decay through the momentum, and timm's Muon has one decay for all groups.
+        # torch's SGD decays through the momentum, and timm's Muon all groups alike.
         self._shrinks_by_hand = name in ("sgd", "muon")
         betas = (config.beta1, config.beta2)
         groups = self._groups(peak_lr, decay=0.0 if self._shrinks_by_hand else config.weight_decay)
         if name == "sgd":
-            # torch rejects Nesterov's form without momentum, where it is the same step.
+            # torch rejects Nesterov's form without momentum.
             nesterov = config.nesterov and config.momentum > 0
             self._inner: torch.optim.Optimizer = torch.optim.SGD(
                 groups, lr=peak_lr, momentum=config.momentum, nesterov=nesterov, fused=True
@@ -200,7 +195,7 @@ class StepOptimizer:
             for of_head in (False, True):
                 params = [p for p in self._params if _is_decayed(p) == decayed and (id(p) in self._head) == of_head]
                 scale = 1.0 if of_head else self._config.backbone_lr_scale
-                # AdamW and NAdam shrink by lr × weight_decay.
+                # Both shrink by lr × weight_decay.
                 per_lr = decay / (peak_lr * scale) if decayed else 0.0
                 group = {"params": params, "weight_decay": per_lr, "lr_scale": scale}
                 if self._config.name == "muon" and (of_head or not decayed):
@@ -369,7 +364,7 @@ def _is_decayed(parameter: Tensor) -> bool:
 
 
 def _sum(tensors: tuple[Tensor, ...]) -> Tensor:
-    """Sum of all elements from 1-norms, since there is no foreach sum. Overwrites the tensors."""
+    """Sum of all elements from 1-norms, for want of a foreach sum. Overwrites the tensors."""
     absolute = torch.stack(torch._foreach_norm(tensors, 1)).double().sum()
     torch._foreach_clamp_min_(tensors, 0)
     return 2 * torch.stack(torch._foreach_norm(tensors, 1)).double().sum() - absolute

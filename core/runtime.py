@@ -62,10 +62,7 @@ def clock(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA, run the body on a separate stream, since the default one cannot be captured.
-
-    The stream is reused, so that memory freed by one training is available to the next.
-    """
+    """On CUDA, run the body on a stream that can be captured, reused so that its freed memory is too."""
     if device.type != "cuda":
         yield
         return
@@ -130,10 +127,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return an upper bound of the bytes that tensors may still use.
-
-    On CUDA, within `torch.cuda.set_per_process_memory_fraction`; on the CPU, within its control groups (v1 or v2).
-    """
+    """Return an upper bound of the bytes that tensors may still use, within the process's limits."""
     if device.type == "cpu":
         return _free_host_memory(Path("/"))
     free, total = torch.cuda.mem_get_info(device)
@@ -149,7 +143,7 @@ def _free_host_memory(root: Path) -> int:
 
 
 def _left_by_control_groups(root: Path) -> Iterator[int]:
-    """Memory left by each control group of this process. In a container, listed paths may be the host's and missing."""
+    """Memory left by each control group (v1 or v2). In a container, listed paths may be the host's and missing."""
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -184,10 +178,7 @@ def make_generator(device: torch.device, *parts: int | str) -> torch.Generator:
 
 
 def seed_global(device: torch.device, *parts: int | str) -> None:
-    """Seed the global generators of CPU and device with `derive_seed(*parts)`.
-
-    `torch.manual_seed` seeds every type of device, in a millisecond.
-    """
+    """Seed the global generators of CPU and device. `torch.manual_seed` seeds all devices, in a millisecond."""
     seed = derive_seed(*parts)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

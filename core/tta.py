@@ -49,13 +49,7 @@ def predict_logits(
 ) -> Tensor:
     """Predict (N, K) float32 logits in evaluation mode, or the logarithm of the mean probabilities of several views.
 
-    Args:
-        model: maps prepared images to logits.
-        images: (N, C, H, W) uint8, N at least 1.
-        prepare: turns uint8 images into the model's input.
-        views: a name in `VIEWS`.
-        batch_size: images per forward pass, counting every view.
-        autocast: context in which the model runs.
+    `prepare` turns images (N, C, H, W) uint8 into the model's input. `batch_size` counts every view.
     """
     chosen = VIEWS[views]
     outputs = []

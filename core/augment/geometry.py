@@ -73,8 +73,8 @@ def warp(
     count, channels, height, width = images.shape
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = torch.arange(height, device=images.device) - (height - 1) / 2
-    # A black border replaces grid_sample's masks, a third of its time on a CPU. Coordinates are from -1 to 1 across the
-    # bordered image. (n, 2, 1, W) + (n, 2, H, 1) is a hundred times as fast on a CPU as affine_grid.
+    # A black border replaces grid_sample's masks, a third of its time on a CPU. (n, 2, 1, W) + (n, 2, H, 1) is a
+    # hundred times as fast there as affine_grid.
     units = (2 / (width + 2), 2 / (height + 2))
     matrices = torch.cat([matrices[:, :1] * units[0], matrices[:, 1:] * units[1]], dim=1)
     across = (matrices[:, :, 0:1] * x).view(count, 2, 1, width)
@@ -108,15 +108,9 @@ def warp(
 
 
 def shift(images: Tensor, sources: Tensor, matrices: Tensor, *, reach: int, mirrored: bool, scratch: Scratch) -> Tensor:
-    """Flip images (n, C, H, W) uint8 and move them by whole pixels, exactly, black outside: (m, C, H, W) uint8.
+    """Flip images[sources] uint8 and move them by whole pixels, exactly, black outside: (m, C, H, W).
 
-    Args:
-        images: the input.
-        sources: (m,) rows of `images`.
-        matrices: (m, 2, 3) of flips and whole-pixel shifts.
-        reach: maximum sideways shift in pixels.
-        mirrored: whether any matrix flips sideways.
-        scratch: memory for intermediate images.
+    `matrices` (m, 2, 3) move at most `reach` pixels sideways, and flip sideways only if `mirrored`.
     """
     count, channels, height, width = images.shape
     reach = min(reach, width)

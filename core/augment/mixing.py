@@ -81,10 +81,10 @@ def _paste(images: Tensor, partner: Tensor, box: tuple[int, int, int, int] | Ten
 
 
 def symmetric_beta(alpha: float, generator: torch.Generator) -> float:
-    """Draw from Beta(alpha, alpha), alpha > 0, with a CPU generator.
+    """Draw from Beta(alpha, alpha) with a CPU generator: g / (g + h) with g and h from Gamma(alpha).
 
-    That is g / (g + h) with g and h from Gamma(alpha). Small ones would underflow without logarithms: log Gamma(alpha)
-    = log Gamma(alpha + 1) + log(U) / alpha (Marsaglia and Tsang 2000, section 6).
+    Small ones would underflow without logarithms: log Gamma(alpha) = log Gamma(alpha + 1) + log(U) / alpha (Marsaglia
+    and Tsang 2000, section 6).
     """
     shape = torch.full((2,), alpha + 1, dtype=torch.float64)
     gamma = torch._standard_gamma(shape, generator=generator)

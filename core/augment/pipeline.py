@@ -32,7 +32,7 @@ def alternating_flips(first: Tensor, epoch: int) -> Tensor:
 
 
 def put_rows(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Assign pixels[rows] = values in place, for contiguous tensors and equal values of repeated rows."""
+    """Assign pixels[rows] = values in place; repeated rows must have equal values."""
     _wide_rows(pixels).index_copy_(0, rows, _wide_rows(values))
 
 
@@ -88,11 +88,7 @@ class Augment:
         The order is padded crop, crop by area, flips, rotation, the policy's geometry, colour jitter, the policy's
         photometry, erasing.
 
-        Args:
-            images: (N, C, H, W) uint8.
-            generator: the device's.
-            flips: (N,) bool, required by `alternate_flip`.
-            repeats: (N,) bool, required by `apply_to` "repeats"; other visits are only normalized.
+        `alternate_flip` needs `flips` (N,) bool, and `apply_to: repeats` needs `repeats` (N,) bool.
         """
         config = self.config
         if config.alternate_flip and flips is None:
@@ -111,7 +107,7 @@ class Augment:
     def _augment(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> Tensor:
         out = torch.empty(images.shape, dtype=self.dtype, device=images.device, memory_format=torch.channels_last)
         chunk = self._chunk(images)
-        # Inference mode saves 5 % of a CPU's time; the backward pass needs `out` from outside of it.
+        # Saves 5 % of a CPU's time; the backward pass needs `out` from outside of it.
         with torch.inference_mode():
             erased = draw_erased(images.shape, self.config.erase, generator) if self.config.erase else None
             for start in range(0, len(images), chunk):
@@ -154,7 +150,7 @@ class Augment:
         return math.ceil(count / choices) * choices
 
     def _change(self, images: Tensor, flips: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return padded uint8 images before erasing and normalizing, and the places (n,) of the n images in them."""
+        """Return padded uint8 images before erasing, and the places (n,) of the n images in them."""
         assignments = self._policy.assign(self._slots(len(images)), generator)
         pixels = self._move(images, assignments, flips, generator) if self._moves else images
         if self.config.color_jitter:

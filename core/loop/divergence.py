@@ -29,10 +29,7 @@ STANDARD_ERRORS = 2.0
 
 
 class Divergence:
-    """Detects divergence of a training; nothing is detected without validation images.
-
-    `train_counts` (K,) are training images per class, `val_labels` (M,) classes.
-    """
+    """Detects divergence of a training with `train_counts` (K,) images of each class, from its validation."""
 
     def __init__(self, config: TrainConfig, criterion: Criterion, train_counts: Tensor, val_labels: Tensor) -> None:
         self._warmup_fraction, self._epochs = config.schedule.warmup_fraction, config.epochs

@@ -38,7 +38,7 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """CUDA graphs in one memory pool, which must run one after the other. `generators` excludes torch's default one."""
+    """CUDA graphs in one memory pool, run one after the other. `generators` excludes torch's default one."""
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self._generators = generators
@@ -104,7 +104,7 @@ class CapturedSteps:
         try:
             yield
         except RuntimeError as error:
-            # Ending a failed capture raises a second, less specific error.
+            # Ending a failed capture raises a less specific error.
             cause = error.__context__ or error
             if is_out_of_memory(error) or is_out_of_memory(cause) or not _OF_CAPTURES.search(f"{error} {cause}"):
                 raise

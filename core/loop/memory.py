@@ -29,13 +29,8 @@ def micro_batch_that_fits(
 ) -> int | None:
     """Return the largest micro-batch that fits, halving from the whole batch; None: the whole batch.
 
-    The model's buffers are restored and its gradients cleared.
-
-    Args:
-        try_step: runs the passes of a batch in micro-batches of that size.
-        model: the network.
-        batch_size: images of the batch.
-        moments: state tensors per parameter that the optimizer will need.
+    `try_step` runs the passes of a batch in micro-batches of that size; the model's buffers are restored. `moments` is
+    the optimizer's number of state tensors per parameter.
 
     Raises:
         torch.OutOfMemoryError: not even `SMALLEST_MICRO_BATCH` images fit; on a CPU a RuntimeError.

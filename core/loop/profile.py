@@ -95,7 +95,7 @@ class Profile:
 
     @property
     def graph_saves(self) -> float | None:
-        """Fraction of a step's time saved by replaying it, if captured."""
+        """Fraction of a step's time saved by capture."""
         return None if self.replayed is None else 1 - self.replayed.seconds / self.launched.seconds
 
     @property
@@ -129,11 +129,9 @@ def profile(
     steps: int | None = None,
     execution: Execution = USUAL,
 ) -> Profile:
-    """Measure the time of a training's epochs, from `steps` of them; by default as many as take `MEASURED_S`.
+    """Measure the time of a training's epochs from `steps`; by default as many as take `MEASURED_S`.
 
-    Raises:
-        ConfigError: the data do not fit the network, or a step cannot be captured.
-        torch.OutOfMemoryError: not even a small part of a batch fits the device's memory; on a CPU a RuntimeError.
+    Raises the errors of `core.loop.train` at its start.
     """
     with isolated_rng(device), own_stream(device):
         measured = _measure(config, splits, device, steps, execution)
@@ -238,7 +236,7 @@ class TimedSteps(NamedTuple):
 
 
 def _run_steps(run: Run, steps: int, stopwatch: Stopwatch | None = None) -> TimedSteps:
-    """Time the run's first steps, after an untimed one that draws the epoch's order."""
+    """Time the first steps, after an untimed one that draws the order."""
     batches = chain.from_iterable(map(run.batches, count(1)))
     _step(run, next(batches))
     if stopwatch is not None:
@@ -260,7 +258,7 @@ def _step(run: Run, batch: Batch) -> None:
 
 
 def _times(run: Run, timed: TimedSteps, stopwatch: Stopwatch) -> Times:
-    """Convert to times per epoch. The parts of replayed steps, measured separately, may exceed their total."""
+    """Convert to times per epoch. Parts of replayed steps, measured separately, may exceed their total."""
     epochs = timed.images / run.visits
     sections = {name: stopwatch.seconds[name] / epochs for name in SECTIONS if name in stopwatch.seconds}
     return Times(sections, max(timed.seconds / epochs - sum(sections.values()), 0.0))
@@ -298,14 +296,14 @@ def _product_s(side: int, device: torch.device, dtype: torch.dtype) -> float:
 
 @contextlib.contextmanager
 def products_as_precise_as_convolutions() -> Iterator[None]:
-    """Within the body, CUDA multiplies float32 matrices as precisely as it convolves: by default in TF32."""
+    """Multiply float32 matrices on CUDA as precisely as it convolves: by default in TF32."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if before == "tf32" or convolutions.fp32_precision != "tf32":
         yield
         return
-    # Sets both names: torch refuses to read one if only the other was set.
+    # Sets both names: torch refuses to read a single one.
     products.allow_tf32 = True
     try:
         yield
@@ -315,7 +313,7 @@ def products_as_precise_as_convolutions() -> Iterator[None]:
 
 
 class Stopwatch:
-    """Sums the time of the parts of steps by the host's clock."""
+    """Sums the time of parts by the host's clock."""
 
     def __init__(self) -> None:
         self.seconds: dict[Section, float] = {}

@@ -58,8 +58,7 @@ logger = logging.getLogger(__name__)
 
 # Images per forward pass without gradients: fills a GPU, yet fits a small one at 224².
 EVALUATION_BATCH = 512
-# Maximum fraction of a training's time spent on saving checkpoints: a killed process loses at most an epoch or the time
-# of twenty saves.
+# Of a training's time for saving checkpoints: a killed process loses at most an epoch or the time of twenty saves.
 CHECKPOINT_SHARE = 0.05
 
 
@@ -101,12 +100,12 @@ def train(
         on_epoch_end: its exceptions propagate; a KeyboardInterrupt saves a checkpoint first.
         on_resume: called with the checkpoint's history.
         resume_from: a checkpoint of the same configuration; ignored if it does not exist.
-        checkpoint_to: file for checkpoints, saved as often as `CHECKPOINT_SHARE` permits.
-        checkpoint_at: epochs that are always saved, once `on_epoch_end` has returned.
+        checkpoint_to: saved as often as `CHECKPOINT_SHARE` permits.
+        checkpoint_at: epochs that are always saved, after `on_epoch_end`.
         checkpoint_at_end: always save the last epoch.
         on_checkpoint: called with the path after each save.
-        stop_after: end after this epoch, on the schedule of the whole run.
-        metric: decides early stopping; one of `core.metrics.METRICS`.
+        stop_after: last epoch, on the schedule of the whole run.
+        metric: of early stopping; one of `core.metrics.METRICS`.
         execution: how to execute it.
 
     Raises:
@@ -271,7 +270,7 @@ class Run:
             try_step, self.model, batch_size=largest, moments=self.optimizer.moments
         )
         if cuda:
-            # A graph keeps its memory to itself: other steps and evaluation need as much again.
+            # Other steps and evaluation need as much memory as a graph keeps to itself.
             needed = torch.cuda.max_memory_allocated(self.device) - held
             self._graphs_fit = self.one_step.micro_batch is None and free_memory(self.device) >= 2 * needed
             if self._captures and not self._graphs_fit:
@@ -391,7 +390,7 @@ class Run:
         return metrics.scores(self.last_logits, self.splits.labels[self.splits.val])
 
     def _average(self, *, final: bool) -> nn.Module | None:
-        """The averaged network for evaluation; with SWA only at the end, since it is recalibrated first."""
+        """The average for evaluation; with SWA only at the end, since it is recalibrated first."""
         if self.averaging is None or not self.averaging.ready:
             return None
         if self.averaging.needs_recalibration:
@@ -418,7 +417,7 @@ class Run:
             self.best = (now, {name: tensor.clone() for name, tensor in counted.state_dict().items()})
 
     def ran_out_of_patience(self) -> bool:
-        """Return whether early stopping ends the run now."""
+        """Return whether early stopping ends the run."""
         patience = self.config.early_stop.patience_fraction
         if patience is None or self.best is None:
             return False
@@ -440,7 +439,7 @@ class Run:
         return TrainResult(model.eval(), tuple(self.history), kept, logits)
 
     def state(self) -> dict[str, Any]:
-        """Return the state for `load`. The schedule follows from it, and generators are seeded per epoch."""
+        """Return the state. Generators are seeded per epoch, and the schedule follows from the history."""
         return {
             "identity": self._identity,
             "model": self.model.state_dict(),

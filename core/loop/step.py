@@ -1,7 +1,7 @@
 """One optimizer step: decisions on the host, then work on the device.
 
-A CUDA graph captures the device part, in which Python numbers are constants. So `StepShape` has everything that selects
-kernels, and `StepValues` everything else that changes between steps.
+A CUDA graph captures the latter, with Python numbers as constants. So `StepShape` selects kernels, and `StepValues` are
+all other numbers that change.
 """
 
 from __future__ import annotations
@@ -106,10 +106,7 @@ class TrainStep:
         """Context of each part, for timing."""
 
     def __call__(self, batch: Batch, progress: float, factor: float, host_generator: torch.Generator) -> None:
-        """Make a step at this progress of the run, in [0, 1), and add its losses to `loss_sum`.
-
-        `factor` is that of the peak learning rate; `host_generator` draws the random numbers of whole batches.
-        """
+        """Make a step at this progress of the run, in [0, 1), with this factor of the peak learning rate."""
         self.optimizer.begin_step(progress)
         height, width = batch.images.shape[-2:]
         size = size_at(self.config.augment, progress, (height, width))
@@ -132,7 +129,7 @@ class TrainStep:
             self.averaging.end_update()
 
     def run(self, batch: Batch, shape: StepShape, values: StepValues) -> None:
-        """The device part. Never waits, and depends on Python values through the shape only."""
+        """The device part. Depends on Python values through the shape only."""
         with self.section("augment"):
             images, targets = self.inputs(batch, shape, values)
         self.optimizer.zero_grad()
