@@ -1,7 +1,7 @@
 """The configurations worth confirming, each with its reasons.
 
-The best of many noisy scores is partly luck. So other criteria choose too: the score at a rung, the mean over a trial's
-neighbours in the search space, the recipes, and the baseline.
+The best of many noisy scores is partly luck, so other criteria choose too: the score at a rung, and the mean over a
+trial's neighbours in the search space.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def best_trial(study: Study) -> FrozenTrial:
 def candidates(study: Study, space: SearchSpace) -> list[Candidate]:
     """Return the candidates of all criteria and the baseline, in order of preference.
 
-    A configuration chosen by several criteria appears once, with all reasons. The baseline and recipes keep their keys.
+    A configuration chosen by several criteria appears once, with all reasons.
     """
     return _Choice(study, space).made()
 

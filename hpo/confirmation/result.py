@@ -61,7 +61,6 @@ class Candidate:
     trial: int | None
     """The complete trial of the search that trained it, the best of several."""
     recipe: str | None
-    """Name of the recipe."""
     chosen_for: tuple[str, ...]
     """Reasons: "best validation score", "best at epoch 6"."""
     config: dict[str, Any]
@@ -99,7 +98,6 @@ class Contender(Candidate):
     failure: str | None
     """Why it could not be trained."""
     interval: Interval | None
-    """Interval of its score; None without a score."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,6 @@ class Confirmation:
     epochs: int
     trainings: int
     replicates: int
-    """The largest number of replicates of a configuration."""
     elapsed_s: float
     left_out: tuple[str, ...]
     """One sentence for each candidate that was not confirmed, with the reason."""

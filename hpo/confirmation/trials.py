@@ -222,7 +222,6 @@ class Plan:
 
     @property
     def is_over_budget(self) -> bool:
-        """Whether the smallest useful confirmation costs more than the budget."""
         return self.allocation.trainings * self.cost_epochs > self.budget_epochs
 
     def queue(self, study: Study, dataset: Dataset | None = None) -> int:

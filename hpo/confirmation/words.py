@@ -23,7 +23,7 @@ def score(interval: Interval | None) -> str:
 def plus_minus(interval: Interval) -> str:
     """Format a mean with its half width: "0.912 ± 0.004"; without a half width, the mean alone.
 
-    There are enough decimals for a half width above zero, and for comparing it with the mean.
+    There are enough decimals to compare the half width with zero and with the mean.
     """
     if not math.isfinite(interval.half_width):
         return f"{interval.mean:.{_DECIMALS}f}"

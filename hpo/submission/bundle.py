@@ -89,7 +89,6 @@ class Bundle:
     trial: int | None = None
     """Number of the refitted trial."""
     source: str | None = None
-    """Source of the data: a path or a description."""
     temperature: float = 1.0
     """Divisor of the averaged logits, which calibrates the probabilities."""
 

@@ -1,7 +1,7 @@
 """The model card: the README of a bundle, with its use, scores, limits, data and configuration.
 
 The text is in `templates/card.md.j2`; every sentence in it follows from a number in the bundle or its report. At its
-head is the metadata that Hugging Face reads, without a license, which is not known.
+head is the metadata that Hugging Face reads.
 """
 
 from __future__ import annotations

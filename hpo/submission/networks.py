@@ -1,7 +1,4 @@
-"""The networks of a refit: kept by the trial or trained now, and their predictions.
-
-Several networks are members, with different seeds, or folds, each trained without another part of the images.
-"""
+"""The networks of a refit, kept by the trial or trained now: one, the folds, or members with different seeds."""
 
 from __future__ import annotations
 
@@ -62,7 +59,6 @@ class Network:
         return self._logits(feed.batches(torch.split(self.splits.val, EVALUATION_BATCH)), views)
 
     def _logits(self, batches: Iterable[Tensor], views: str) -> Tensor:
-        """Predict batch by batch on the labels' device, and move the network back afterwards."""
         home, device = next(self.model.parameters()).device, self.splits.labels.device
         try:
             self.model.to(device)

@@ -159,7 +159,6 @@ class _Trained:
     epochs: int | list[int]
     """Number of epochs; with folds, the kept epoch of each network."""
     in_folds: bool
-    """Whether the model is an ensemble of folds."""
     folds: int
     """Number of parts of the validation images, each predicted by another network."""
     elapsed_s: float
@@ -204,7 +203,6 @@ def _record_opening(paths: StudyPaths, label: str, number: int | None) -> int:
 
 
 def _report(trained: _Trained, tested: Tested, dataset: Dataset) -> dict[str, Any]:
-    """The part of `metrics.json` about the model's training, the decisions and the scores."""
     decision, classes = trained.decision, dataset.classes
     on_fewer = "the training images of each fold only" if trained.folds > 1 else "training images only"
     on_all = "the training images of each member's fold" if trained.in_folds else "training and validation images"

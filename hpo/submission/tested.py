@@ -88,7 +88,6 @@ class Tested:
         }
 
     def write(self, folder: Path, dataset: Dataset) -> None:
-        """Write the predictions, the confusion matrix and the most confident mistakes into the bundle's folder."""
         classes, title = dataset.classes, f"{dataset.name}, test images"
         images = self.set.images[self.mistakes.to(self.set.images.device)].cpu()
         confusion_matrix(self.confusion, classes, folder / "confusion.png", title=title)
