@@ -25,18 +25,14 @@ class Entry:
     key: str
     """`baseline`, `trial 12` or `recipe NAME`, as in a confirmation."""
     trial: int | None
-    """The number of its trial in the search."""
     value: float | None
-    """Its value in the search."""
     failure: str | None = None
     """Why it could not be trained."""
     state: str = "complete"
     contender: Contender | None = None
-    """Its scores in the confirmation."""
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is the baseline configuration."""
         return self.key == BASELINE
 
     @property
@@ -46,7 +42,6 @@ class Entry:
 
     @property
     def mean(self) -> float | None:
-        """The confirmed score."""
         return None if self.interval is None else self.interval.mean
 
 

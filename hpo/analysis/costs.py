@@ -41,7 +41,6 @@ class Saved(NamedTuple):
 
     epochs: int
     seconds: float
-    """At each trial's own pace."""
 
 
 class Progress(NamedTuple):
@@ -53,7 +52,6 @@ class Progress(NamedTuple):
     """By all trials, up to this one."""
     best: list[float]
     total: float
-    """Spent by all trials."""
 
 
 def own(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:

@@ -68,13 +68,11 @@ class Draft:
         return "\n".join(lines) + "\n"
 
     def _sources(self) -> str:
-        """The number of trials behind the suggestion."""
         complete, finished = self.evidence.complete, len(self.evidence.finished)
         begin = SUGGESTED.removeprefix("# ")
         return f"{begin} {self.study.name}: {complete} trials complete, {finished - complete} pruned."
 
     def _fitting(self, checked: SearchSpace) -> int:
-        """The number of finished trials that the new space could have drawn."""
         configs = (config_of(self.study.metadata, trial.params) for trial in self.evidence.finished)
         return sum(checked.express(config) is not None for config in configs)
 
@@ -97,7 +95,6 @@ class Draft:
         return short if same else tree
 
     def _recipes(self) -> list[str]:
-        """The paths of the study's recipes, for a file in another folder."""
         if self.space.recipes:
             return [_nameable(recipe.path.parent, recipe.path.name) for recipe in self.space.recipes]
         written = _file_of(self.study)  # the study does not store them

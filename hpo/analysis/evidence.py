@@ -50,7 +50,7 @@ class Evidence:
         return [trial.params[path] for trial in self.finished if path in trial.params]
 
     def among_best(self, path: str) -> list[Any]:
-        """A parameter's values in the best trials that have it, the best trial's first."""
+        """The same of the best trials, the best trial's first."""
         return [trial.params[path] for trial in self.best if path in trial.params]
 
 

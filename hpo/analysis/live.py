@@ -42,7 +42,6 @@ class View:
     abandoned: tuple[FrozenTrial, ...]
     """Those of dead processes of this machine."""
     waiting: int
-    """Number of waiting trials."""
     finished: tuple[FrozenTrial, ...]
     """Latest first."""
     rate: Rate | None
@@ -52,7 +51,6 @@ class View:
 
     @property
     def over(self) -> bool:
-        """Whether no trial runs or waits."""
         return not self.running and not self.waiting and not self.abandoned
 
     @property

@@ -40,7 +40,6 @@ class Outputs:
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        """Predicted classes, (M,)."""
         return np.asarray(self.probabilities.argmax(1), dtype=np.int64)
 
     @property
@@ -56,7 +55,6 @@ class Refit:
 
     label: str
     report: Mapping[str, Any]
-    """Its `metrics.json`."""
 
     @property
     def origin(self) -> str:
@@ -82,7 +80,6 @@ class Refit:
 
     @property
     def per_class(self) -> list[dict[str, Any]]:
-        """The rows of `core.metrics.per_class` of the test images."""
         return list(self.report["test"]["with_tta"]["per_class"])
 
 

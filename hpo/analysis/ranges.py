@@ -32,11 +32,9 @@ class Scale:
 
     @classmethod
     def of(cls, found: Integer | Real) -> Scale:
-        """Return the scale of a parameter."""
         return cls(float(found.low), float(found.high), found.log)
 
     def place(self, value: float) -> float:
-        """Map a value to its place."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -118,7 +116,6 @@ def _steps(found: Integer | Real) -> int:
 
 
 def _on_grid(found: Integer | Real, steps: int) -> float:
-    """The value so many steps from the low end, in decimal."""
     return float(Decimal(str(found.low)) + steps * Decimal(str(found.step)))
 
 

@@ -49,12 +49,10 @@ class StudyData:
 
     @property
     def metric(self) -> str:
-        """The objective."""
         return self.study.metric
 
     @property
     def maximize(self) -> bool:
-        """Whether larger values are better."""
         return self.study.direction == "maximize"
 
     def gain(self, value: float, over: float) -> float:
@@ -65,12 +63,10 @@ class StudyData:
 
     @cached_property
     def complete(self) -> tuple[FrozenTrial, ...]:
-        """Trials trained to the end."""
         return self._of(TrialState.COMPLETE)
 
     @cached_property
     def pruned(self) -> tuple[FrozenTrial, ...]:
-        """Trials stopped by the pruner."""
         return tuple(trial for trial in self._of(TrialState.PRUNED) if FAILURE not in trial.user_attrs)
 
     @cached_property
@@ -80,12 +76,10 @@ class StudyData:
 
     @cached_property
     def running(self) -> tuple[FrozenTrial, ...]:
-        """Trials in training."""
         return self._of(TrialState.RUNNING)
 
     @cached_property
     def waiting(self) -> tuple[FrozenTrial, ...]:
-        """Trials in the queue."""
         return self._of(TrialState.WAITING)
 
     @cached_property
@@ -95,7 +89,6 @@ class StudyData:
 
     @property
     def finished(self) -> int:
-        """The number of trials that count towards the total."""
         return len(self.complete) + len(self.pruned) + len(self.failed)
 
     @property
@@ -111,7 +104,6 @@ class StudyData:
 
     @cached_property
     def baseline(self) -> FrozenTrial | None:
-        """The trial of the baseline configuration, in any state."""
         return next((trial for trial in self.trials if is_baseline(trial)), None)
 
     @property
@@ -134,7 +126,6 @@ class StudyData:
 
     @cached_property
     def devices(self) -> tuple[str, ...]:
-        """The devices of the trials, the most frequent first."""
         named = [str(trial.user_attrs["device"]) for trial in self.trials if "device" in trial.user_attrs]
         return tuple(sorted(set(named), key=lambda name: (-named.count(name), name)))
 
@@ -187,7 +178,6 @@ class StudyData:
 
     @property
     def dataset_error(self) -> str:
-        """Why the images could not be loaded, in one line."""
         return self._loaded[1]
 
     @cached_property

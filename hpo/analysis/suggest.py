@@ -29,7 +29,6 @@ class Edge(NamedTuple):
     yaml_line: str
     """The parameter with the bound moved, as a line of a search space."""
     words: str
-    """Explanation with the supporting numbers."""
 
 
 def edges(study: Study, space: SearchSpace) -> tuple[Edge, ...]:

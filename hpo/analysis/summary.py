@@ -24,7 +24,6 @@ class StudySummary:
 
     @property
     def best_value(self) -> float | None:
-        """The value of the best trial."""
         return None if self.best is None else self.best.value
 
 

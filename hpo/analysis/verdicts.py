@@ -86,7 +86,6 @@ def crowd_words(found: Integer | Real, bound: Bound, values: Sequence[float]) ->
 
 
 def _judged_spread(found: Integer | Real, best: Sequence[float], drawn: Sequence[float], base: Any) -> Verdict:
-    """Narrow a range to the best trials, if they are significantly close together."""
     low, high = min(best), max(best)
     words = f"the {len(best)} best trials are between {short(low)} and {short(high)}"
     within = sum(low <= value <= high for value in drawn)
@@ -104,7 +103,6 @@ def _judged_spread(found: Integer | Real, best: Sequence[float], drawn: Sequence
 
 
 def _judged_choices(found: Categorical, best: Sequence[Any], drawn: Sequence[Any], base: Any) -> Verdict:
-    """Drop the choices that are significantly absent among the best trials."""
     dropped, kept = [], {}
     for choice, label in zip(found.choices, found.labels, strict=True):
         having, having_best = (sum(_is(value, label) for value in values) for values in (drawn, best))

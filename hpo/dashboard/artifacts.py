@@ -51,13 +51,8 @@ def record(
     """Attach the artifacts and the note of a trial that is about to finish. A failure is only logged as a warning.
 
     Args:
-        study: The trial's study.
-        space: Its search space.
-        trial: The running trial.
-        outcome: Its result.
         confusion: Counts (K, K) on the validation images, rows are true classes; None without a result.
         classes: K names.
-        device: That trained it.
     """
     if confusion is not None:
         table = {"classes": classes, "folds": space.baseline.data.folds or 1, "counts": confusion.tolist()}
@@ -81,7 +76,6 @@ def _only_warned(number: int, problem: str) -> Iterator[None]:
 
 
 def _attach_all(study: Study, trial: Trial, outcome: Outcome) -> None:
-    """Attach a placeholder for each picture that can be drawn later, and the configuration."""
     number, paths, store = outcome.number, study.paths, study.files.dashboard_store()
     pictures = [paths.trial_curves(number)] if outcome.rows else []
     pictures += [paths.trial_confusion(number)] if outcome.results else []
@@ -163,11 +157,9 @@ class PicturesOnDemand:
         return self._store.open_reader(artifact_id)
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        """Store an artifact that the user uploads in the dashboard."""
         self._store.write(artifact_id, content_body)
 
     def remove(self, artifact_id: str) -> None:
-        """Delete an artifact."""
         self._store.remove(artifact_id)
 
     def _draw(self, artifact_id: str) -> None:

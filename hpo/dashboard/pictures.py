@@ -49,8 +49,6 @@ def learning_curves(
 
     Args:
         rows: Lines of a `metrics.jsonl`.
-        path: The file to write.
-        title: Title of the picture.
         metric: The study's objective.
     """
     scored = any("val_accuracy" in row for row in rows)
@@ -108,8 +106,6 @@ def confusion_matrix(confusion: ArrayLike, classes: Sequence[str], path: Path, *
     Args:
         confusion: Counts (K, K) on the CPU, rows are true classes.
         classes: K names. Cells have numbers up to 20 classes, sides have names up to 100.
-        path: The file to write.
-        title: Title of the picture.
     """
     import numpy as np
 
@@ -145,7 +141,6 @@ def confusion_matrix(confusion: ArrayLike, classes: Sequence[str], path: Path, *
 
 
 def _draw_cells(axes: Axes, counts: NDArray[np.int64], cell: float, letters: float) -> None:
-    """Colour the cells of a confusion matrix, and write the counts into them if they fit."""
     import numpy as np
     from matplotlib.colors import to_rgb
 
@@ -185,8 +180,6 @@ def confident_errors(
         images: Pixels (n, C, H, W) uint8, C 1 or 3, one image for each error.
         errors: `true` and `predicted`, each a class name or an index into `classes`, and `confidence` in [0, 1].
         classes: K names.
-        path: The file to write.
-        title: Title of the picture.
 
     Raises:
         ValueError: There are fewer errors than images.
@@ -251,7 +244,6 @@ def _caption(error: Mapping[str, Any], classes: Sequence[str]) -> tuple[str, str
 
 
 def _note(words: str) -> Figure:
-    """A small figure with a text, for a sheet without images."""
     figure = _figure(4.4, 1.1)
     figure.text(0.5, 0.3, words, ha="center", va="center", fontsize=TEXT, color=INK)
     return figure
@@ -305,7 +297,6 @@ def _values(study: optuna.Study, state: TrialState) -> dict[int, float]:
 
 
 def _focus(values: Sequence[float]) -> tuple[float, float]:
-    """Limits of an axis, with a margin around the values."""
     low, high = min(values), max(values)
     room = 0.25 * (high - low) or 0.05 * (abs(high) or 1.0)
     return low - room, high + room
@@ -315,7 +306,6 @@ def _focus(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, drawn by Agg."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

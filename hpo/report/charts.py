@@ -26,7 +26,6 @@ class Look(NamedTuple):
     color: str = BLUE
     symbol: str = "circle"
     size: float = 8
-    """In pixels."""
     outline: float = 0
     """Its width in pixels; open and thin symbols need one."""
     edge: str | None = None

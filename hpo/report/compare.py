@@ -77,7 +77,6 @@ def _answers(studies: Sequence[StudyData]) -> Section:
 
 
 def _headline(studies: Sequence[StudyData]) -> str:
-    """The study that leads, if there is one."""
     if warnings_of(studies):
         return "These studies' scores cannot be compared directly."
     confirmed = all(_confirmed_mean(data) is not None for data in studies)
@@ -144,7 +143,6 @@ def _by_metric(studies: Sequence[StudyData]) -> Iterator[tuple[str, list[StudyDa
 
 
 def _progress(studies: Sequence[StudyData]) -> Section | None:
-    """The best so far of each study, by trials, by epochs and by time."""
     groups = list(_by_metric([data for data in studies if data.complete]))
     if not groups:
         return None
@@ -197,7 +195,6 @@ def progress_figure(studies: Sequence[StudyData], along: str) -> go.Figure:
 
 
 def _confirmed(studies: Sequence[StudyData]) -> Section | None:
-    """The confirmed winner and baseline of each study, with their intervals."""
     shown = [data for data in studies if _confirmed_mean(data) is not None]
     if not shown:
         return None
@@ -236,7 +233,6 @@ def confirmed_figure(studies: Sequence[StudyData]) -> go.Figure:
 
 
 def _ranges(studies: Sequence[StudyData]) -> Section | None:
-    """Each study's range of each parameter, and the best trial's value."""
     ranges = [
         {
             key.removeprefix("search."): found
@@ -262,7 +258,6 @@ def _ranges(studies: Sequence[StudyData]) -> Section | None:
 
 
 def _differences(studies: Sequence[StudyData]) -> Section:
-    """Other differences between the first study and each other one."""
     first, body = studies[0], []
     for other in studies[1:]:
         ours, theirs = first.study.metadata, other.study.metadata

@@ -51,7 +51,6 @@ def _no_outputs(data: StudyData, choice: Choice) -> list[str]:
 
 
 def _role(choice: Choice) -> str:
-    """Why the trial's outputs are shown."""
     best, winner = "the best trial of the search", choice.winner
     if winner is None:
         return best

@@ -59,7 +59,6 @@ class StudyCheck:
 
     @property
     def name(self) -> str:
-        """The study's name."""
         return self.paths.name
 
     @property
@@ -89,7 +88,6 @@ class StudyCheck:
         return max(self.readable.total or 0, len(states)) - sum(state in FINISHED for state in states)
 
     def open(self) -> Study:
-        """Open the study for changes."""
         return find_study(self.name, storage_url=self.url)
 
 

@@ -119,7 +119,6 @@ def leftovers(check: StudyCheck) -> Iterator[Result]:
 
 
 def _is_idle(path: Path) -> bool:
-    """Whether no process has written it for long."""
     try:
         last = max(file.lstat().st_mtime for file in (path, *_files_in(path)))
     except FileNotFoundError:  # its writer has just completed it

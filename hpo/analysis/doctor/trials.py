@@ -72,7 +72,6 @@ def indices(check: StudyCheck) -> Iterator[Result]:
 
 
 def _queue(check: StudyCheck) -> None:
-    """Correct the queue as `hpo run` does at its start."""
     study = join_study(check.name, storage_url=check.url)
     assert study.total is not None
     study.queue.ensure_trials(study.total)
