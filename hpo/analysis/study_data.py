@@ -182,24 +182,33 @@ class StudyData:
 
     @cached_property
     def _loaded(self) -> tuple[Dataset | None, str]:
-        from core.config import TrainConfig
-        from core.data import load_dataset
         from hpo.errors import HpoError
 
-        study = self.study
-        config = TrainConfig.model_validate_json(json.dumps(study.metadata["base"])).data
         try:
-            dataset = load_dataset(
-                config,
-                data_path=self.images_path or study.data_path,
-                data_root=data_root(),
-                cache_dir=cache_root(),
-                skip_broken=study.skip_broken,
-            )
-            study.check_data(dataset)
+            dataset = load_images(self.study, self.images_path)
+            self.study.check_data(dataset)
         except (CoreError, HpoError, OSError) as error:
             return None, str(error).partition("\n")[0]
         return dataset, ""
+
+
+def load_images(study: Study, path: Path | None = None, *, download: bool = True) -> Dataset:
+    """Load the images of a study, from where it found them or from this path.
+
+    Raises:
+        CoreError: they cannot be read.
+    """
+    from core.config import TrainConfig
+    from core.data import load_dataset
+
+    return load_dataset(
+        TrainConfig.model_validate_json(json.dumps(study.metadata["base"])).data,
+        data_path=path or study.data_path,
+        data_root=data_root(),
+        cache_dir=cache_root(),
+        skip_broken=study.skip_broken,
+        download=download,
+    )
 
 
 def value_of(trial: FrozenTrial) -> float:

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 
-from core.config import TrainConfig
 from core.errors import CoreError
 from hpo.analysis.doctor.check import Finding, Note, Result, StudyCheck, guarded
-from hpo.paths import cache_root, data_root
+from hpo.analysis.study_data import load_images
 from hpo.study.metadata import check_weights
 from hpo.study.versions import versions
 
 
 def images(check: StudyCheck) -> Iterator[Result]:
     """Check that the images can be read and have not changed."""
-    from core.data import load_dataset  # imports torch, which most checks do not need
-
     study = check.readable
     where = study.data_name if study.data_path is None else str(study.data_path)
     try:
-        dataset = load_dataset(
-            TrainConfig.model_validate_json(json.dumps(study.metadata["base"])).data,
-            data_path=study.data_path,
-            data_root=data_root(),
-            cache_dir=cache_root(),
-            skip_broken=study.skip_broken,
-            download=False,
-        )
+        dataset = load_images(study, download=False)
     except CoreError as error:
         yield Finding(f"the study's images ({where}) cannot be read: {error}", "restore them, or give them by --data")
         return
