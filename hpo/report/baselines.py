@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,8 +64,8 @@ def _table(data: StudyData, entries: Sequence[Entry]) -> Markup:
     for entry in entries:
         row = [_name(data, entry), score(entry.value), gain(entry, entry.value, searched)]
         if (interval := entry.interval) is not None:
-            text = interval_text(interval) + ("" if "±" in interval_text(interval) else " (no interval)")
-            row += [text, str(interval.n), gain(entry, interval.mean, confirmed)]
+            alone = "" if math.isfinite(interval.half_width) else " (no interval)"
+            row += [f"{interval_text(interval)}{alone}", str(interval.n), gain(entry, interval.mean, confirmed)]
         rows.append([*row, *["–"] * (len(columns) - len(row)), _remark(entry)])
     return table([*columns, ""], rows, right=range(1, len(columns)))
 
