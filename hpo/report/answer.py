@@ -18,8 +18,9 @@ from hpo.analysis.outputs import Refit, refits
 from hpo.analysis.study_data import StudyData
 from hpo.confirmation.result import BASELINE
 from hpo.confirmation.words import NO_GAIN
+from hpo.confirmation.words import score as interval_score
 from hpo.report.page import Section, code, columns, heading, note, paragraph, section, table, tiles
-from hpo.report.words import command, interval_text, metric_label, outdated, run_again, trial_name, unproven
+from hpo.report.words import command, metric_label, outdated, run_again, trial_name, unproven
 from hpo.text import count, difference, duration, gap, number, percent, score, sentence
 
 Tile = tuple[str, str, Sequence[str]]
@@ -97,10 +98,8 @@ def confirmed_text(data: StudyData) -> str:
     if data.confirmation is None:
         return "not confirmed"
     winner = data.confirmation.contender(data.confirmation.winner)
-    if winner.interval is None:
-        return "no score"
     stale = "" if data.confirmed else "; older than the study"
-    return f"{interval_text(winner.interval)} (n = {winner.interval.n}), {winner.name}{stale}"
+    return f"{interval_score(winner.interval)}, {winner.name}{stale}"
 
 
 def tested_text(data: StudyData) -> str:

@@ -12,10 +12,12 @@ from markupsafe import Markup
 from hpo.analysis.baselines import Entry, entries_of, key_of, ranked_entries
 from hpo.analysis.study_data import StudyData
 from hpo.analysis.summary import StudySummary
+from hpo.confirmation.words import plus_minus
+from hpo.confirmation.words import score as interval_score
 from hpo.dashboard.pictures import BLUE, GREY, ORANGE
 from hpo.report.charts import Look, error_bars, marks, named_rows
 from hpo.report.page import Section, figure, folded, listing, note, paragraph, section, table
-from hpo.report.words import command, entry_name, interval_text, margins, metric_label, outdated
+from hpo.report.words import command, entry_name, margins, metric_label, outdated
 from hpo.text import cut, joined, score, sentence, together
 
 _MOST_NOTES = 4  # candidates left out that are not folded
@@ -65,7 +67,7 @@ def _table(data: StudyData, entries: Sequence[Entry]) -> Markup:
         row = [_name(data, entry), score(entry.value), gain(entry, entry.value, searched)]
         if (interval := entry.interval) is not None:
             alone = "" if math.isfinite(interval.half_width) else " (no interval)"
-            row += [f"{interval_text(interval)}{alone}", str(interval.n), gain(entry, interval.mean, confirmed)]
+            row += [f"{plus_minus(interval)}{alone}", str(interval.n), gain(entry, interval.mean, confirmed)]
         rows.append([*row, *["–"] * (len(columns) - len(row)), _remark(entry)])
     return table([*columns, ""], rows, right=range(1, len(columns)))
 
@@ -107,7 +109,7 @@ def entries_figure(data: StudyData, entries: Sequence[Entry]) -> go.Figure:
     made = [(row - 0.22, entry.contender) for row, entry in enumerate(shown) if entry.contender is not None]
     confirmed = [(row, one, one.interval) for row, one in made if one.interval is not None]
     points = [
-        (row, f"{one.name}: {interval_text(found)}, n = {found.n}<br>{', '.join(one.chosen_for)}", found.mean)
+        (row, f"{one.name}: {interval_score(found)}<br>{', '.join(one.chosen_for)}", found.mean)
         for row, one, found in confirmed
     ]
     bars = error_bars([found.half_width for _, _, found in confirmed], color=ORANGE)

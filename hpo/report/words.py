@@ -12,7 +12,7 @@ from hpo import text
 from hpo.analysis.baselines import Entry
 from hpo.analysis.summary import StudySummary
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
-from hpo.confirmation.statistics import MAX_REPLICATES, Interval
+from hpo.confirmation.statistics import MAX_REPLICATES
 from hpo.space.pruner import spared
 from hpo.storage import is_masked
 from hpo.study import Study
@@ -52,12 +52,6 @@ def describe(data: StudyData, trial: FrozenTrial) -> str:
 def entry_name(entry: Entry) -> str:
     """`the baseline`, `trial 12` or `recipe NAME`."""
     return "the baseline" if entry.is_baseline else entry.key
-
-
-def interval_text(interval: Interval) -> str:
-    """A score with its interval if it has one: `0.9123 ± 0.0041`."""
-    spread = f" ± {interval.half_width:.4f}" if math.isfinite(interval.half_width) else ""
-    return f"{score(interval.mean)}{spread}"
 
 
 def states_text(counts: Counts) -> str:

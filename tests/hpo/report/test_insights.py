@@ -514,7 +514,7 @@ def test_a_best_trial_that_is_the_baseline_is_listed_once(digits: Dataset) -> No
 def test_confirmed_scores_are_shown_with_their_intervals(real: StudyData) -> None:
     confirmed = replace(real, confirmation=a_confirmation(real))
     section = baselines.baselines(confirmed)
-    assert "0.9000 ± 0.0100" in text_of(section)
+    assert "0.900 ± 0.010" in text_of(section)
     assert "better than the baseline by" in lead_of(section)
     assert "cannot win: worse by 0.2" in text_of(section)
     assert "Left out: trial 3, for which it is too small." in text_of(section)
@@ -533,7 +533,7 @@ def test_one_replicate_has_a_mark_and_no_interval(real: StudyData) -> None:
     made = a_confirmation(real)
     alone = replace(made.contenders[0], interval=Interval(0.9, math.inf, 1))
     section = baselines.baselines(replace(real, confirmation=replace(made, contenders=(alone, *made.contenders[1:]))))
-    assert "0.9000 (no interval)" in text_of(section)
+    assert "0.900 (no interval)" in text_of(section)
 
 
 def test_there_is_a_warning_about_a_confirmation_of_fewer_trials(real: StudyData) -> None:
