@@ -14,7 +14,7 @@ from hpo.analysis.study_data import StudyData
 from hpo.analysis.summary import StudySummary
 from hpo.confirmation.words import plus_minus
 from hpo.confirmation.words import score as interval_score
-from hpo.dashboard.pictures import BLUE, GREY, ORANGE
+from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
 from hpo.report.charts import Look, error_bars, marks, named_rows
 from hpo.report.page import Section, figure, folded, listing, note, paragraph, section, table
 from hpo.report.words import command, entry_name, margins, metric_label, outdated
@@ -40,7 +40,7 @@ def baselines(data: StudyData) -> Section | None:
         notes += [] if data.confirmed else [paragraph(outdated(data.study, made, data.finished), kind="warning")]
         notes += map(note, left_out[:_MOST_NOTES])
         notes += [folded("More notes", listing(left_out[_MOST_NOTES:]))] if left_out[_MOST_NOTES:] else []
-    plot = figure(entries_figure(data, entries), alt=_alt(data, entries), height=120 + 36 * len(entries))
+    plot = figure(entries_figure(data, entries), alt=_alt(data, entries), height=150 + 36 * len(entries))
     rivals = tuple(entries_of((*data.complete, *data.pruned, *data.failed), data.recipe_runs))
     summary = StudySummary(data.study.counts(), best, rivals)
     first, *lines = margins(summary, data.metric, data.study.direction)
@@ -120,7 +120,7 @@ def entries_figure(data: StudyData, entries: Sequence[Entry]) -> go.Figure:
         for replicate, values in one.scores.items()
         for value in values
     ]
-    add(trainings, Look(GREY, "line-ns-open", 8, 1), "each of its trainings")
+    add(trainings, Look(INK, "line-ns-open", 10, 1.5), "each of its trainings")
     for entry in shown:
         if entry.is_baseline:
             where = entry.value if entry.mean is None else entry.mean

@@ -107,6 +107,8 @@ def _clock_text(data: StudyData, found: Sequence[Cost]) -> str:
     words = f"By the clock the trials took {duration(busy)}"
     if trained > 1.05 * busy:
         words += f", for {duration(trained)} of training: {trained / busy:.1f} at a time, on average"
+    elif trained > 0.95 * busy:
+        words += ", nearly all of it training"
     else:
         words += f", {duration(trained)} of it training, the rest pictures, storage and the like"
     if whole > 1.05 * busy:
