@@ -14,6 +14,9 @@ from core.config import ModelConfig
 from core.errors import ConfigError, UserError
 from core.runtime import is_out_of_memory
 
+# All networks share one code object. A run has up to 16 shapes: eight image sizes with two batch sizes each.
+RECOMPILE_LIMIT = 32
+
 
 def check_model_name(name: str) -> None:
     """Raise UserError if there is no such `model.name`, without building the network."""
@@ -98,8 +101,7 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Ten
         raise UserError(
             "precision.compile: on a CPU torch.compile needs a C++ compiler; install g++, or set it to false"
         )
-    # All networks share one code object. A run has up to 16 shapes: eight image sizes with two batch sizes each.
-    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     if str(model) != _architecture:
         torch.compiler.reset()
