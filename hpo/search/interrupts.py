@@ -29,8 +29,7 @@ class _Mode(IntEnum):
 class Interrupts:
     """As a context manager, holds interrupts back except where they are let through.
 
-    Only the main thread receives signals. In other threads only `request` has an effect. `told` is called at the first
-    signal, in a thread of its own.
+    Only the main thread receives signals. `told` is called at the first one, in a thread of its own.
     """
 
     def __init__(self, *, told: Callable[[], None] = lambda: None) -> None:

@@ -76,10 +76,9 @@ def run_study(
 
     Args:
         splits: On the device: one, one per fold, or a function that splits the images for a configuration.
-        interrupts: May end a trial after an epoch.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after an epoch.
         HpoError: An error that the user has to fix, such as a full disk.
         Exception: A crash, which counts against `study.settings.retries`.
     """
@@ -151,7 +150,7 @@ def _share_checkpoint(study: Study, space_on_disk: SpaceOnDisk, checkpoint: Path
 
 
 def _stopped(study: Study, space: SearchSpace, trial: optuna.Trial, trial_index: int) -> Outcome | None:
-    """The outcome of a confirmation's trial that is not trained, since its candidate can no longer win; else None."""
+    """The outcome of a confirmation's trial whose candidate can no longer win; else None."""
     if not isinstance(space, ConfirmationSpace):
         return None
     space.suggest(trial)
@@ -163,10 +162,9 @@ def _stopped(study: Study, space: SearchSpace, trial: optuna.Trial, trial_index:
 
 
 def wait_for_others(study: Study, interrupts: Interrupts) -> bool:
-    """Wait for trials that other processes train, which may come back to the queue.
+    """Wait for other processes' trials, which may come back to the queue; return whether one does.
 
-    Returns:
-        Whether a trial is waiting. False if the others are finished, or on other hosts and not known to be alive.
+    Running trials of other hosts that are not known to be alive are not waited for.
     """
     logged = False
     while True:

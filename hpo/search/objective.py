@@ -56,7 +56,7 @@ class Objective:
     interrupts: Interrupts
     """May end a trial after an epoch."""
     before_training: Callable[[Path], None] | None = None
-    """Called with the path of the checkpoint to resume from, which may not exist."""
+    """Called with the path of the checkpoint to resume from."""
     on_checkpoint: Callable[[Path], None] | None = None
     """Called with the path of each complete checkpoint."""
 

@@ -1,7 +1,6 @@
 """A training recorded in a folder, and functions that it shares with trials.
 
-The value of a training with folds is the mean over them. The first fold uses the configuration's own seed, as a
-training without folds on its images.
+The value of a training with folds is the mean over them. The first fold keeps the configuration's seed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The space of a confirmation: no search, but given configurations, each trained several times.
 
-A trial's configuration is a user attribute, so that workers can train candidates chosen after they joined. The two
-Optuna parameters only identify the trial.
+A trial's configuration is a user attribute, so that workers can train candidates chosen after they joined.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class ConfirmationSpace(SearchSpace):
 
     @property
     def resolution(self) -> float:
-        """Smallest change of a score: one validation image; 0 for the loss, which is continuous."""
+        """Smallest change of a score: one validation image; 0 for the loss."""
         return 0.0 if self.metric == "nll" else 1 / self.val_images
 
     def suggest(self, trial: BaseTrial) -> dict[str, Any]:

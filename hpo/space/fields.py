@@ -1,4 +1,4 @@
-"""The fields of `TrainConfig` by dotted path: the only names that a space, a recipe or `--set` may use."""
+"""The fields of `TrainConfig` by dotted path, for spaces, recipes and `--set`."""
 
 from __future__ import annotations
 

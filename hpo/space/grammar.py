@@ -81,7 +81,7 @@ Sampler = Annotated[
 
 
 class RungsPruner(_Section):
-    """A trial passes a rung if it is among the best of those that reached it (`hpo.space.pruner.RungPruner`)."""
+    """A trial passes a rung if it is among the best of those that reached it."""
 
     name: Literal["rungs"] = "rungs"
     rungs: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] = (0.03, 0.1, 0.3)

@@ -1,14 +1,11 @@
 """Prunes trials at rungs by asynchronous successive halving; also builds Optuna's pruners by name.
 
 A trial survives a rung (an epoch) if it is among the best ceil(keep × n) of the n trials that have reached it so far
-(Li et al. 2018, arXiv 1810.05934). Unlike Optuna's implementation this one takes any rungs, decides once at each, and
-counts a retried trial once.
+(Li et al. 2018, arXiv 1810.05934). Unlike Optuna's, it takes any rungs, decides once at each, and counts a retried
+trial once. With folds, epoch e of fold j is step (j - 1) × epochs + e, and the end of every fold but the last is a rung
+too, for the mean over the finished folds.
 
-With folds, epoch e of fold j is step (j - 1) × epochs + e. The end of every fold but the last is a rung too, for the
-mean over the finished folds.
-
-A few trials (`let_through`) continue where they would be pruned, to measure the loss by pruning. They do not count at
-later rungs, so other trials are pruned as if there were none.
+A few trials continue where they would be pruned, to measure the loss by pruning. They do not count at later rungs.
 """
 
 from __future__ import annotations
@@ -67,13 +64,12 @@ class Place(NamedTuple):
 class RungPruner(BasePruner):
     """Prunes a trial that at a rung is not among the best `keep` of the trials that have reached it so far.
 
-    The decision is stored in the trial, so that a resumed attempt is not compared again, with more trials than before.
-    NaN ranks worst, and equals survive together.
+    The decision is stored in the trial, so that a resumed attempt is not compared again. NaN ranks worst.
 
     Args:
         rungs: Epochs, counted from 1.
         keep: Fraction that survives each rung, in (0, 1].
-        fold_ends: Steps that are rungs too, each with the n-th root of `keep`, so that together they keep `keep`.
+        fold_ends: Steps that are rungs too, each with the n-th root of `keep`.
         let_through: Fraction of the trial indices whose trials are not pruned, in [0, 0.5].
     """
 
@@ -113,7 +109,7 @@ class RungPruner(BasePruner):
         return False
 
     def verdict(self, study: Study, trial: Trial | FrozenTrial) -> str:
-        """The trial's last decision for a progress display: "rung 6: 3rd of 14, kept"."""
+        """The trial's last decision: "rung 6: 3rd of 14, kept"."""
         if why := spared(trial):
             return f"{why}, never pruned"
         frozen = storage_of(study).get_trial(trial_id(trial))
@@ -155,14 +151,14 @@ class RungPruner(BasePruner):
 
 
 def spared(trial: Trial | FrozenTrial) -> str:
-    """The name of a trial that is never pruned, the baseline or a recipe; empty for other trials."""
+    """The baseline or a recipe, which is never pruned; empty for other trials."""
     if is_baseline(trial):
         return "the baseline"
     return f"recipe {trial.user_attrs[RECIPE]}" if RECIPE in trial.user_attrs else ""
 
 
 def places_of(trial: FrozenTrial) -> dict[int, Place]:
-    """The trial's place at each rung that it has reached, ascending by rung."""
+    """The trial's place at each rung that it has reached."""
     return dict(sorted(_reached(_marks(trial.system_attrs), trial.last_step or 0).items()))
 
 

@@ -1,7 +1,7 @@
 """Optuna's samplers with proposals that depend only on the study's seed and the trial index.
 
 Optuna's random generators advance with every draw, so an interrupted study would continue differently. Here every
-trial gets a new sampler, seeded from the study's seed, the trial index and, for values drawn one by one, the name.
+trial gets a new sampler.
 """
 
 from __future__ import annotations

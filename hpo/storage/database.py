@@ -184,8 +184,7 @@ _ON_CONNECT = {
 def _set_up(engine: Engine) -> None:
     """Prepare every connection, and make every transaction of SQLite exclusive from its start.
 
-    SQLite has no SELECT … FOR UPDATE: with deferred transactions two processes could claim the same trial, or get
-    "database is locked".
+    It has no SELECT … FOR UPDATE: in deferred transactions two processes could claim the same trial.
     """
     is_sqlite = engine.name == "sqlite"
 

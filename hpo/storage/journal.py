@@ -1,7 +1,7 @@
 """Optuna's journal file, protected against crashes, full disks and killed writers.
 
-A failed or killed write leaves a torn tail without a newline, which the next holder of the lock cuts off. Optuna 5.0
-appends to the tail, and then cannot read the journal any more; that is repaired too.
+A failed or killed write leaves a torn tail, which the next holder of the lock cuts off. Optuna 5.0 appends to the tail,
+and then cannot read the journal any more; that is repaired too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def open_journal(path: Path) -> JournalStorage:
 
 @contextmanager
 def _explained(path: Path, what: str) -> Iterator[None]:
-    """Turn an error of the system into one line. `what` completes "cannot be …"."""
+    """Explain an error of the system in one line. `what` completes "cannot be …"."""
     try:
         yield
     except OSError as error:
@@ -136,8 +136,7 @@ def _cut_torn_tail(descriptor: int, path: Path) -> None:
 def repair_journal(path: Path) -> None:
     """Repair a torn last line, or a torn record in front of a complete one; StudyError about other damage.
 
-    The record is moved to `*.torn`. In front of a complete one it becomes spaces, so that no bytes move that other
-    processes are reading.
+    The record is moved to `*.torn`. In front of a complete one it becomes spaces, for processes that are reading.
     """
     if not torn_records(path.read_bytes(), path):
         return

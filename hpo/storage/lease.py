@@ -67,7 +67,7 @@ def held_elsewhere(trial: FrozenTrial) -> Held | None:
 
 
 def is_abandoned(trial: FrozenTrial) -> bool:
-    """Return whether the process of a running trial is dead, as far as this host can check."""
+    """Return whether a running trial's process is dead, as far as this host knows."""
     lease = trial.user_attrs.get(LEASE)
     if lease is None:
         begun = trial.datetime_start

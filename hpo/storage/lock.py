@@ -1,8 +1,8 @@
 """The lock of a journal file, which also excludes processes of Optuna, and does not outlast a killed holder.
 
-A process takes the kernel's flock, which ends with its holder and serves waiting processes in turn, and then creates
-Optuna's lock: a symbolic link, here with a text that names this machine. Such a link that the next holder of the flock
-finds is that of a dead process. Links of Optuna and of other machines, which may not share the flock, are waited for.
+A process takes the kernel's flock, which ends with its holder, and then creates Optuna's lock: a symbolic link, here
+with a text that names this machine. Such a link under a free flock is that of a dead process. Links of Optuna and of
+other machines, which may not share the flock, are waited for.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Outage:
                     f"storage {mask(self._url)}: has not answered for {(now - self._since) / 60:.0f} minutes"
                     f" ({self._words(error)}); when the server runs again, run the same command again to resume"
                 ) from error
-            if again and not self._said:  # the first error may be that of a connection that was dropped while idle
+            if again and not self._said:  # the first time, an idle connection may have been dropped
                 self._said = True
                 text = "storage %s does not answer (%s); trying again for up to %g minutes"
                 logger.warning(text, mask(self._url), self._words(error), PATIENCE_S / 60)

@@ -123,7 +123,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _flat(attributes: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Nested values under dotted names; the items of a list are counted from 1."""
+    """Nested values under dotted names; items of lists are counted from 1."""
     for key, value in attributes.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):

@@ -32,10 +32,7 @@ class StudyFiles:
         """The shared artifact store, after `use_store`."""
 
     def use_store(self, url: str | None) -> None:
-        """Use an artifact store that other machines can reach too.
-
-        Args:
-            url: A path, or a URL that fsspec supports; None for the study's own, if it has one.
+        """Use an artifact store at a path or URL that other machines can reach; None for the study's own, if any.
 
         Raises:
             StudyError: The study has another store, or has begun without one; or the URL lacks its password or driver.

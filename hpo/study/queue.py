@@ -1,8 +1,7 @@
 """The queue of a study's trials: enqueue, claim, finish, release and reclaim.
 
 Each index of a study's total is a waiting trial. A worker claims it by a compare-and-set on its state in the storage,
-so the total is exact. When its process is dead, the attempt is marked failed and its index queued again with the same
-parameters. If two processes queue an index at once, the later trial is never claimed.
+so the total is exact. When its process is dead, the attempt is marked failed and its index queued again.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrialQueue:
-    """Changes a study's trials. Without the search space it can only release and reclaim them."""
+    """Changes a study's trials. Without the space it can only release and reclaim them."""
 
     def __init__(
         self,
@@ -107,9 +106,9 @@ class TrialQueue:
         return count_trials(self._trials())
 
     def enqueue(self, trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
-        """Queue trials, given by parameters and user attributes, after all others, and raise the total accordingly.
+        """Queue trials, given by parameters and user attributes, after all others, and raise the total.
 
-        The total is raised last, also without new trials, in case another process died before it raised the total.
+        The total is raised last, also without new trials, in case another process died before it did.
         """
         first = max(map(trial_index_of, self._trials()), default=-1) + 1
         for trial_index, (params, attributes) in enumerate(trials, first):
@@ -166,7 +165,7 @@ class TrialQueue:
         )
 
     def _queue_again(self, attempt: FrozenTrial, *, crashes: int = 0) -> None:
-        """Queue the index of an interrupted attempt, with its parameters and its places at the pruner's rungs."""
+        """Queue the index of an interrupted attempt, with its parameters and rungs."""
         dropped = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, REASON, STOPPED, "error"}
         attributes = {key: value for key, value in with_current_names(attempt.user_attrs).items() if key not in dropped}
         # The sampler's and the pruner's system attributes stay; the artifacts belong to the attempt.
@@ -310,7 +309,7 @@ class TrialQueue:
         return [trial for trial in self._trials() if trial.state == TrialState.RUNNING]
 
     def _interrupt(self, trial: FrozenTrial, *, crashed: bool) -> bool:
-        """End an attempt and queue its index again; False if another process did, or if it crashed too often."""
+        """End an attempt and queue its index again; False if another process did, or after too many crashes."""
         # An attempt without parameters died before its configuration could be at fault.
         crashes = int(trial.user_attrs.get(CRASHES, 0)) + bool(crashed and trial.params)
         if crashes > self._settings.retries:

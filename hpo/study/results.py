@@ -44,7 +44,7 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a `metrics.jsonl`; the last one may be being written. None if there is no file."""
+    """Read the complete lines of a `metrics.jsonl`, if there is one; the last may be being written."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -38,9 +38,9 @@ class StudySettings:
     command = _Setting[str | None]("command", None)
     """Command that last ran the study, without any password; None before."""
     retries = _Setting("retries", 3)  # one more than a pool restarts a worker
-    """How often a trial is retried after its process died, until it counts as failed."""
+    """How often a trial is retried after its process died."""
     space = _Setting[str | None]("space", None)
-    """The search space as YAML, for workers that have no file of it."""
+    """The search space as YAML."""
     verdict = _Setting[str | None]("confirmation", None)
     """Result of the confirmation in words; None before."""
 
