@@ -16,17 +16,8 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from hpo.storage.lease import (
-    LEASE,
-    Held,
-    died_alone,
-    has_heartbeat,
-    heartbeat,
-    held_elsewhere,
-    is_abandoned,
-    own_lease,
-    stale_elsewhere,
-)
+from hpo.storage import lease
+from hpo.storage.lease import LEASE, Held
 from hpo.storage.optuna_access import forget_cached_trials, id_of, storage_of, trial_id
 from hpo.trials import (
     ARTIFACT,
@@ -193,7 +184,7 @@ class TrialQueue:
         forget_cached_trials(self._study)
         for trial_index, trial in self._waiting():
             if self._set_state(trial, TrialState.RUNNING):
-                self._storage.set_trial_user_attr(trial_id(trial), LEASE, own_lease())
+                self._storage.set_trial_user_attr(trial_id(trial), LEASE, lease.own_lease())
                 return optuna.Trial(self._study, trial_id(trial)), trial_index
         return None
 
@@ -244,7 +235,7 @@ class TrialQueue:
 
     def heartbeat(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
         """Show other hosts meanwhile that the trial's process is alive."""
-        return heartbeat(self._storage, trial_id(trial))
+        return lease.heartbeat(self._storage, trial_id(trial))
 
     # Reclaim
 
@@ -256,21 +247,15 @@ class TrialQueue:
             blameless: Do not count the deaths against the retries, because the caller killed the processes.
         """
         running = self._running()
-        if not running:
-            return []
-        silent: set[int] = set()
-        if any(map(held_elsewhere, running)):
-            silent = stale_elsewhere(self._storage, id_of(self._study))
+        elsewhere = any(map(lease.held_elsewhere, running))
+        silent = lease.stale_elsewhere(self._storage, id_of(self._study)) if elsewhere else set()
         queued = []
         for trial in running:
-            if is_abandoned(trial):
-                lost = self._interrupt(trial, crashed=not blameless and died_alone(trial))
-            elif trial.number in silent or (force and held_elsewhere(trial) is not None):
-                lost = self._interrupt(trial, crashed=False)
-            else:
-                continue
-            if lost:
-                queued.append(trial_index_of(trial))
+            abandoned = lease.is_abandoned(trial)
+            if abandoned or trial.number in silent or (force and lease.held_elsewhere(trial) is not None):
+                crashed = abandoned and not blameless and lease.died_alone(trial)
+                if self._interrupt(trial, crashed=crashed):
+                    queued.append(trial_index_of(trial))
         return queued
 
     def requeue_lost(self) -> bool:
@@ -281,7 +266,7 @@ class TrialQueue:
 
     def held_elsewhere(self) -> list[Held]:
         """Return the running trials of other hosts or containers, which may be dead."""
-        return [held for trial in self._running() if (held := held_elsewhere(trial)) is not None]
+        return [held for trial in self._running() if (held := lease.held_elsewhere(trial)) is not None]
 
     def at_work(self) -> list[int]:
         """Return the numbers of the total's running trials that can be checked from here."""
@@ -290,7 +275,7 @@ class TrialQueue:
             trial.number
             for trial in self._running()
             if (total is None or trial_index_of(trial) < total)
-            and (held_elsewhere(trial) is None or has_heartbeat(self._storage))
+            and (lease.held_elsewhere(trial) is None or lease.has_heartbeat(self._storage))
         ]
 
     def waiting(self) -> int:
