@@ -86,11 +86,8 @@ class SpaceOnDisk:
                 excess -= sizes.get(path, 0)
         if excess > 0 and not self._warned:
             self._warned = True
-            logger.warning(
-                "--keep-gb %g: the checkpoints of the running trials alone take %.2f GB more; they are kept",
-                self._keep_gb,
-                excess / 1e9,
-            )
+            text = "--keep-gb %g: the checkpoints of the running trials alone take %.2f GB more; they are kept"
+            logger.warning(text, self._keep_gb, excess / 1e9)
 
 
 def _size(path: Path) -> int:
@@ -102,6 +99,7 @@ def _size(path: Path) -> int:
 
 
 def _complete_values(study: Study) -> dict[int, float]:
+    """Trial -> its value, larger is better."""
     return {
         trial.number: study.sign * trial.value
         for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
