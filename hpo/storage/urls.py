@@ -28,8 +28,6 @@ _SECRET_PARAMETERS = "password|sslpassword|account_key|sas_token|sig|secret|toke
 
 def mask(url: str) -> str:
     """Return the URL with `***` for its password, to be shown and stored."""
-    if is_journal(url):
-        return url
     for secret in _secrets(url):
         url = url.replace(secret, MASK)
     return url
