@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.hpo.commands import RunHpo
+
+# With few processes, a long file that began last would keep all of them waiting.
+LONGEST_FILES = ("test_ray.py", "test_chaos.py", "test_house.py", "test_end_to_end.py", "test_safety.py")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, in the order of `LONGEST_FILES`."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -38,3 +48,9 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "studies"))
     monkeypatch.setenv("HPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HPO_DATA", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def run_hpo(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> RunHpo:
+    """Runs `hpo` commands in this process and returns what they print."""
+    return RunHpo(monkeypatch, capfd)

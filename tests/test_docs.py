@@ -149,14 +149,17 @@ def test_the_command_pages_list_every_command_and_run_option() -> None:
 
 # Snippets -----------------------------------------------------------------------------------------------------------
 
-PYTHON = [
-    pytest.param(block, id=f"{page_id(path)}:{number}")
-    for path in PAGES
-    for number, block in enumerate(blocks(path.read_text(encoding="utf-8"), "python"))
-]
+
+def snippets(language: str) -> list[Any]:
+    """The blocks of all pages in a language, as parameters."""
+    return [
+        pytest.param(block, id=f"{page_id(path)}:{number}")
+        for path in PAGES
+        for number, block in enumerate(blocks(path.read_text(encoding="utf-8"), language))
+    ]
 
 
-@pytest.mark.parametrize("snippet", PYTHON)
+@pytest.mark.parametrize("snippet", snippets("python"))
 def test_python_snippets_compile_and_import_names_that_exist(snippet: str) -> None:
     imports = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.ImportFrom)]
     assert imports
@@ -165,14 +168,7 @@ def test_python_snippets_compile_and_import_names_that_exist(snippet: str) -> No
         assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
-SPACES = [
-    pytest.param(block, id=f"{page_id(path)}:{number}")
-    for path in PAGES
-    for number, block in enumerate(blocks(path.read_text(encoding="utf-8"), "yaml"))
-]
-
-
-@pytest.mark.parametrize("snippet", SPACES)
+@pytest.mark.parametrize("snippet", snippets("yaml"))
 def test_search_spaces_in_the_docs_are_valid(snippet: str, tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "search_spaces" / "recipes")
     path = tmp_path / "space.yaml"

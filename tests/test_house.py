@@ -7,6 +7,7 @@ dependency. Two tables, `CORE_FOUNDATION` and `LAYERS`, hold the rules.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import json
 import os
@@ -60,13 +61,14 @@ STUDY_NAMES = {"journal.log", "study.yaml", "artifacts", "trials", "metrics.json
 """Names under `studies/` that `hpo/paths.py` alone spells as a path; elsewhere they come from `StudyPaths`."""
 
 HEAVY = ("torch", "torchvision", "timm", "optuna", "sklearn", "matplotlib", "pandas")
-"""Libraries that `hpo --help` must not import."""
+"""Libraries that take seconds to import."""
 
 
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -425,19 +427,20 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.skipif("hpo.cli" not in MODULES, reason="hpo.cli is not written")
-def test_importing_the_command_line_imports_no_heavy_library(tmp_path: Path) -> None:
-    code = f"import sys, hpo.cli; print([name for name in {HEAVY!r} if name in sys.modules])"
-    done = run_python(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
-
-
-def test_importing_the_packages_has_no_side_effect(tmp_path: Path) -> None:
+def test_importing_the_packages_has_no_side_effect_and_needs_no_module_of_unix(tmp_path: Path) -> None:
+    """One process for both, since it takes five seconds to import the libraries. Its fork does without Unix."""
     theirs = sorted({t for found in IMPORTS.values() for t, _ in found if t.split(".")[0] not in ("core", "hpo")})
     code = f"""
-import importlib, contextlib, json, logging, os, random, warnings
-import numpy, torch
+import importlib, contextlib, json, logging, os, random, sys, warnings
+import numpy, psutil, torch  # psutil has a module for each system
+for name in {HEAVY!r}:
+    importlib.import_module(name)
+if os.fork() == 0:
+    sys.modules["fcntl"] = sys.modules["resource"] = None
+    for name in {sorted(MODULES)!r}:
+        importlib.import_module(name)
+    os._exit(0)
+assert os.wait()[1] == 0, "a module of Unix is needed"
 def state():
     return {{
         "torch threads": torch.get_num_threads(), "torch seed": torch.initial_seed(),
@@ -460,18 +463,6 @@ print(json.dumps([key for key in before if before[key] != after[key]]))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
     assert list(tmp_path.iterdir()) == [], "importing wrote files"
-
-
-def test_every_module_can_be_imported_without_the_modules_of_unix(tmp_path: Path) -> None:
-    code = f"""
-import importlib, sys
-import psutil  # has a module for each system
-sys.modules["fcntl"] = sys.modules["resource"] = None
-for name in {sorted(MODULES)!r}:
-    importlib.import_module(name)
-"""
-    done = run_python(code, tmp_path)
-    assert done.returncode == 0, done.stderr
 
 
 # The repository ------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
 
 from core.config import DataConfig, TrainConfig
 from core.data import Dataset, Splits, load_dataset, split
@@ -29,7 +28,8 @@ from core.loop import train
 from hpo.space import load_recipe, load_space
 from hpo.space.space import Categorical, Integer, Parameter, Real, SearchSpace
 from tests.conftest import SHARED_DATA
-from tests.hpo.api.test_end_to_end import hpo, rows_of
+from tests.hpo.commands import RunHpo
+from tests.hpo.digits import digit_pixels, rows_of
 
 SPACES = Path(__file__).resolve().parents[1] / "search_spaces"
 SPACE_NAMES = sorted(path.stem for path in SPACES.glob("*.yaml"))
@@ -81,11 +81,10 @@ def tar_members(archive: Path, wanted: Mapping[str, int]) -> Iterator[tuple[str,
 
 def digits_as_photographs(path: Path, classes: int) -> None:
     """Write real digits as 32×32 images with three channels, in place of missing photographs."""
-    source = load_digits()
-    chosen = np.concatenate([np.flatnonzero(source.target == digit)[:10] for digit in range(classes)])
-    pixels = (source.images[chosen] * (255 / 16)).round().astype(np.uint8)
-    np.savez(path, x_train=np.kron(pixels, np.ones((1, 4, 4), np.uint8))[..., None].repeat(3, -1),
-             y_train=source.target[chosen])  # fmt: skip
+    pixels, labels = digit_pixels()
+    chosen = np.concatenate([np.flatnonzero(labels == digit)[:10] for digit in range(classes)])
+    images = np.kron(pixels[chosen], np.ones((1, 4, 4), np.uint8))[..., None].repeat(3, -1)
+    np.savez(path, x_train=images, y_train=labels[chosen])
 
 
 @pytest.fixture(scope="session")
@@ -268,26 +267,24 @@ ROADS: dict[str, tuple[str, str, list[str]]] = {
 
 @pytest.mark.parametrize("road", ROADS)
 def test_each_space_works_from_search_to_predictions(
-    road: str, cuts: Mapping[str, Path], shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    road: str, cuts: Mapping[str, Path], shared_data: Path, tmp_path: Path, run_hpo: RunHpo
+) -> None:
     space, images, small = ROADS[road]
     sets = [*small, "epochs=2", "batch_size=16", "data.val_fraction=0.25", "data.image_size=32", "pruner.rungs=[0.5]"]
     if space == "intel_scenes":
         sets.append(f"model.pretrained_file={pretrained_file(tmp_path / 'weights.safetensors')}")
     options = [word for value in sets for word in ("--set", value)]
     data = str(cuts[images])
-    assert hpo(monkeypatch, "run", space, "--data", data, "--trials", "3", *options) == 0
-    said = capsys.readouterr().out
+    said = run_hpo("run", space, "--data", data, "--trials", "3", *options)
     for recipe in load_space(space).recipes:
         assert f"recipe {recipe.name} " in said or recipe.name == "stl10_jan30_ema", "which that space can express"
-    assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
+    run_hpo("refit", "best", "--no-confirm")
     bundle = tmp_path / "studies" / space / "refit/best"
     metrics = json.loads((bundle / "metrics.json").read_text())
     assert metrics["objective"] == load_space(space).metric
     assert metrics["test"]["images"] > 0
     out = tmp_path / "submission.csv"
-    assert hpo(monkeypatch, "predict", str(bundle), data, "-o", str(out)) == 0
+    run_hpo("predict", str(bundle), data, "-o", str(out))
     rows = rows_of(out)
     assert len(rows) == sum(path.suffix == ".jpg" for path in cuts[images].rglob("*"))
     assert {row["label"] for row in rows} <= set(json.loads((bundle / "classes.json").read_text()))
@@ -301,9 +298,5 @@ def pretrained_file(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["imbalanced", "intel_scenes"])
-def test_a_space_for_any_images_requires_data(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert hpo(monkeypatch, "run", name, "--set", "model.pretrained=false") == 2
-    [error] = capsys.readouterr().err.strip().splitlines()
-    assert "path/to/images" in error
+def test_a_space_for_any_images_requires_data(name: str, run_hpo: RunHpo) -> None:
+    assert "path/to/images" in run_hpo.fails("run", name, "--set", "model.pretrained=false")

@@ -18,7 +18,6 @@ import torch
 
 from core.checkpoint import load_checkpoint
 from core.errors import CoreError
-from hpo import cli
 from hpo.dashboard import serve
 from hpo.errors import HpoError
 from hpo.space import dump_yaml, load_yaml
@@ -26,7 +25,7 @@ from hpo.space.document import MAX_BYTES
 from hpo.submission.bundle import load_bundle
 from tests.core.test_data import tree, write_folder, write_zip
 from tests.core.test_hostile_data import Evil
-from tests.hpo.commands import SPACE
+from tests.hpo.commands import SPACE, RunHpo
 from tests.hpo.confirmation.simulated import on_disk, space_of
 from tests.hpo.storage.postgresql import Server, free_port, running_server
 from tests.hpo.submission.test_bundle import write as write_bundle
@@ -34,18 +33,6 @@ from tests.hpo.submission.test_bundle import write as write_bundle
 CPU = torch.device("cpu")
 SECRET = "correct.horse-battery"
 TINY = ("--set", "epochs=2", "--set", "model.widths=[8]", "--set", "model.blocks=[1]", "--set", "pruner.name=none")
-
-
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command that ends with exit code 2 and one line, and return the line."""
-    monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("hpo: ")
-    assert told.rstrip("\n").isprintable()  # one line without control characters
-    return told
 
 
 # Code
@@ -79,20 +66,18 @@ def test_a_bundle_with_code_is_refused_before_it_runs(tmp_path: Path, proof: Pat
     assert str(raised.value).isprintable()
 
 
-def test_a_file_of_torch_is_not_a_bundle(
-    tmp_path: Path, proof: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_of_torch_is_not_a_bundle(tmp_path: Path, proof: Path, run_hpo: RunHpo) -> None:
     (tmp_path / "best").mkdir()
     torch.save(Evil(proof), tmp_path / "best" / "model.pt")
     for bundle in (tmp_path / "best", tmp_path / "best" / "model.pt"):
-        told = refused(monkeypatch, capsys, "predict", str(bundle), str(tmp_path))
+        told = run_hpo.fails("predict", str(bundle), str(tmp_path))
         assert "give" in told
         assert "hpo refit" in told
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin"])
 def test_a_file_of_weights_with_code_is_refused_before_it_runs(
-    tmp_path: Path, proof: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suffix: str
+    tmp_path: Path, proof: Path, suffix: str, run_hpo: RunHpo
 ) -> None:
     path = tmp_path / f"weights{suffix}"
     torch.save({"state_dict": Evil(proof)}, path)
@@ -100,15 +85,13 @@ def test_a_file_of_weights_with_code_is_refused_before_it_runs(
     recipe.write_text(
         f"data: {{name: digits}}\nmodel: {{name: timm/resnet10t, pretrained: true, pretrained_file: {path}}}\n"
     )
-    told = refused(monkeypatch, capsys, "train", str(recipe), "--device", "cpu")
+    told = run_hpo.fails("train", str(recipe), "--device", "cpu")
     assert f"model.pretrained_file: {path} is no " in told
 
 
-def test_data_with_code_is_refused_before_it_runs(
-    tmp_path: Path, proof: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_with_code_is_refused_before_it_runs(tmp_path: Path, proof: Path, run_hpo: RunHpo) -> None:
     np.savez(tmp_path / "set.npz", allow_pickle=True, x=np.array([Evil(proof)], dtype=object), y=np.zeros(1))
-    told = refused(monkeypatch, capsys, "run", "digits", "--data", str(tmp_path / "set.npz"))
+    told = run_hpo.fails("run", "digits", "--data", str(tmp_path / "set.npz"))
     assert "cannot be read as an .npz of plain arrays" in told
 
 
@@ -129,17 +112,10 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
     ids=["aliases", "depth", "more depth than libyaml parses", "size"],
 )
 class TestYaml:
-    def test_of_a_space_or_recipe(
-        self,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-        text: str,
-        told: str,
-    ) -> None:
+    def test_of_a_space_or_recipe(self, tmp_path: Path, text: str, told: str, run_hpo: RunHpo) -> None:
         (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
         for command in ("run", "train"):
-            assert f"own.yaml{told}" in refused(monkeypatch, capsys, command, str(tmp_path / "own.yaml"))
+            assert f"own.yaml{told}" in run_hpo.fails(command, str(tmp_path / "own.yaml"))
 
     def test_of_a_study_yaml(self, tmp_path: Path, text: str, told: str) -> None:
         (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
@@ -201,7 +177,7 @@ def test_a_study_yaml_written_by_an_older_version_is_read_unchanged(tmp_path: Pa
 @pytest.mark.parametrize("name", ["../x", "..", ".hidden", "/tmp/x", "a/b", "a\\b", "a\nb", "-x", "a" * 101, "\x1b[2J"])
 @pytest.mark.parametrize("command", ["run", "show", "dashboard", "refit"])
 def test_the_name_of_a_study_cannot_leave_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, run_hpo: RunHpo
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = {
@@ -211,35 +187,29 @@ def test_the_name_of_a_study_cannot_leave_the_folder(
         "dashboard": ["dashboard"],
     }
     option = [f"--study={name}"] if command in ("run", "refit") else ["--", name]
-    told = refused(monkeypatch, capsys, *words[command], *option)
+    told = run_hpo.fails(*words[command], *option)
     assert "a name is letters, digits, _ . - and begins with no . or -" in told
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts]
 
 
-def test_the_name_of_a_space_cannot_leave_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_name_of_a_space_cannot_leave_the_folder(tmp_path: Path, run_hpo: RunHpo) -> None:
     file = tmp_path / "...yaml"
     file.write_text("data: {name: digits}\nsearch: {optim.lr_scale: {low: 0.5, high: 2}}\n")
-    assert "--study '..': a name is letters" in refused(monkeypatch, capsys, "run", str(file))
+    assert "--study '..': a name is letters" in run_hpo.fails("run", str(file))
 
 
-def test_the_name_of_a_recipe_cannot_leave_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_name_of_a_recipe_cannot_leave_the_folder(tmp_path: Path, run_hpo: RunHpo) -> None:
     (tmp_path / "...yaml").write_text("epochs: 1\n")
     space = tmp_path / "own.yaml"
     space.write_text(
         "data: {name: digits}\nrecipes: [...yaml]\nbase: {epochs: 1}\nsearch: {optim.lr_scale: {low: 0.5, high: 2}}\n"
     )
-    told = refused(monkeypatch, capsys, "run", str(space))
+    told = run_hpo.fails("run", str(space))
     assert "a file named ...yaml gives the recipe no name; rename it" in told
 
 
 @pytest.mark.parametrize("kind", ["zip", "csv"])
-def test_paths_outside_the_data_are_refused_by_every_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_paths_outside_the_data_are_refused_by_every_command(tmp_path: Path, kind: str, run_hpo: RunHpo) -> None:
     (tmp_path / "set").mkdir()
     if kind == "zip":
         path, wanted = write_zip(tmp_path / "set.zip", tree() | {"../evil.png": b""}), "points outside the archive"
@@ -248,8 +218,8 @@ def test_paths_outside_the_data_are_refused_by_every_command(
         path, wanted = tmp_path / "set" / "set.csv", "set.csv:3: ../../secret.png is outside"
         path.write_text("path,label\ncat/00.png,cat\n../../secret.png,dog\n", encoding="utf-8")
     bundle = write_bundle(tmp_path / "best")
-    assert wanted in refused(monkeypatch, capsys, "run", "digits", "--data", str(path))
-    assert wanted in refused(monkeypatch, capsys, "predict", str(bundle), str(path), "-o", str(tmp_path / "out.csv"))
+    assert wanted in run_hpo.fails("run", "digits", "--data", str(path))
+    assert wanted in run_hpo.fails("predict", str(bundle), str(path), "-o", str(tmp_path / "out.csv"))
     assert not (tmp_path / "out.csv").exists()
 
 
@@ -269,13 +239,13 @@ def test_the_dashboard_warns_if_others_can_reach_it(
     assert any("the dashboard asks for no password" in line for line in said) == open_to_others
 
 
-def test_the_dashboard_listens_on_this_machine_only_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dashboard_listens_on_this_machine_only_by_default(
+    monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
+) -> None:
     asked: list[str] = []
     monkeypatch.setattr("hpo.api.study.dashboard", lambda options, _: asked.append(options.host))
     for arguments in ([], ["--host", "0.0.0.0"]):
-        monkeypatch.setattr(sys, "argv", ["hpo", "dashboard", *arguments])
-        with pytest.raises(SystemExit):
-            cli.main()
+        run_hpo("dashboard", *arguments)
     assert asked == ["127.0.0.1", "0.0.0.0"]
 
 
@@ -316,7 +286,7 @@ def test_a_password_is_in_no_output_no_file_and_no_workers_command_line(tmp_path
         while process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
                 seen[child.pid] = words_of(child) or seen.get(child.pid, "")
-            time.sleep(0.05)
+            time.sleep(0.2)
         output = process.communicate()[0]
     finally:
         if process.poll() is None:
@@ -333,11 +303,7 @@ def test_a_password_is_in_no_output_no_file_and_no_workers_command_line(tmp_path
 
 @pytest.mark.parametrize("wrong", ["port", "database", "host", "driver", "scheme"])
 def test_a_password_is_in_no_error(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    server: Server,
-    wrong: str,
+    caplog: pytest.LogCaptureFixture, server: Server, wrong: str, run_hpo: RunHpo
 ) -> None:
     url = with_password(server.url)
     url = {
@@ -347,6 +313,6 @@ def test_a_password_is_in_no_error(
         "driver": url.replace("psycopg", "psycopg2"),
         "scheme": url.replace("postgresql+psycopg", "postgres"),
     }[wrong]
-    told = refused(monkeypatch, capsys, "run", "digits", "--storage", url, *TINY)
+    told = run_hpo.fails("run", "digits", "--storage", url, *TINY)
     assert SECRET not in told + caplog.text
     assert "hpo:***@" in told

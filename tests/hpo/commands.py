@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,42 @@ def hpo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(ended.value.code or 0)
+
+
+@contextmanager
+def studies_in(folder: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Keep studies and cached images in `folder/studies` and `folder/cache`, for fixtures that tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_STUDIES", str(folder / "studies"))
+        patch.setenv("HPO_CACHE", str(folder / "cache"))
+        yield patch
+
+
+class RunHpo:
+    """Runs `hpo` in this process. A test gets it as the fixture `run_hpo`."""
+
+    error: str
+    """The standard error of the last command."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capture = capture
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """Run a command, which must exit with this code, and return its standard output."""
+        self._capture.readouterr()
+        ended = hpo(self._monkeypatch, *arguments)
+        output, self.error = self._capture.readouterr()
+        assert ended == code, output + self.error
+        return output
+
+    def fails(self, *arguments: str) -> str:
+        """Run a command with a mistake of the user and return its only line on standard error."""
+        self(*arguments, code=2)
+        [line] = self.error.strip().splitlines()
+        assert line.startswith("hpo: ")
+        assert line.isprintable()
+        return line
 
 
 @contextmanager

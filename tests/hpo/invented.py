@@ -22,6 +22,7 @@ from hpo.space import SearchSpace, space_from_yaml
 from hpo.space.pruner import build_pruner
 from hpo.study import Study, open_study
 from hpo.trials import BASELINE, FAILURE, TRIAL_INDEX
+from tests.hpo.confirmation.simulated import some_confirmation, some_contender
 
 BASE = "base: {model: {widths: [8], blocks: [1]}, epochs: 10, batch_size: 128, augment: {flip: 0.0}"
 SPACE = f"""
@@ -170,16 +171,14 @@ def invented_confirmation(
 
     def contender(key: str, trial: FrozenTrial, mean: float, reason: str) -> Contender:
         scores = {replicate: (mean + half_width * (replicate - 2) / 2,) for replicate in range(5)}
-        config, interval = data.study.config_of(trial).model_dump(mode="json"), Interval(mean, half_width, 5)
-        return Contender(key, trial.number, None, (reason,), config, 10, trial.value, scores, None, None, interval)
+        config, interval = data.study.config_of(trial), Interval(mean, half_width, 5)
+        of_trial = {"trial": trial.number, "search_value": trial.value, "chosen_for": (reason,)}
+        return some_contender(key, config, mean, scores=scores, interval=interval, **of_trial)
 
-    best = contender(f"trial {data.best.number}", data.best, base + lead, "best validation score")
-    content: dict[str, Any] = {
-        "contenders": (best, contender(BASELINE_KEY, data.baseline, base, "the baseline")),
-        "leader": best.key,
-        "winner": best.key if evidence else BASELINE_KEY,
-        "evidence": evidence,
-        "advantage": Interval(lead, 0.006, 5),
+    fields: dict[str, Any] = {
+        "study": data.study.name,
+        "metric": data.metric,
+        "direction": data.study.direction,
         "optimism": 0.011,
         "search_epochs": 120,
         "budget_epochs": 40,
@@ -189,8 +188,12 @@ def invented_confirmation(
         "elapsed_s": 75.0,
         "left_out": ("trial 3, for which it is too small",),
         "search_trials": data.finished,
-        "created": "2026-01-01T00:00:00+00:00",
-        "versions": {},
     }
-    study, metric, direction = data.study.name, data.metric, data.study.direction
-    return Confirmation(study=study, metric=metric, direction=direction, **(content | changes))
+    best = contender(f"trial {data.best.number}", data.best, base + lead, "best validation score")
+    return some_confirmation(
+        best,
+        contender(BASELINE_KEY, data.baseline, base, "the baseline"),
+        evidence=evidence,
+        advantage=Interval(lead, 0.006, 5),
+        **(fields | changes),
+    )

@@ -12,12 +12,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from sklearn.datasets import load_digits
 
 from hpo import load_bundle
 from hpo.study import Study, find_study
 from hpo.trials import effective_trials, is_baseline
-from tests.hpo.commands import hpo
+from tests.hpo.commands import RunHpo
+from tests.hpo.digits import digit_pixels
 
 ARCHIVE = Path(__file__).parent / "old" / "studies-0.1.0.tar.xz"
 STORAGE = {"journal": [], "sqlite": ["--storage", "sqlite:///sqlite.db"]}
@@ -39,11 +39,6 @@ def study(folder: Path, kind: str) -> Study:
     return find_study(kind)
 
 
-def resume(monkeypatch: pytest.MonkeyPatch, kind: str, *options: str) -> int:
-    arguments = ["own.yaml", "--study", kind, "--trials", "10", "--set", "epochs=6", *STORAGE[kind], *options]
-    return hpo(monkeypatch, "run", *arguments)
-
-
 def test_its_trials_are_counted_and_its_best_and_baseline_are_known(study: Study) -> None:
     counts = study.counts()
     assert (counts.complete, counts.pruned, counts.running, counts.waiting) == (3, 3, 0, 4)
@@ -55,25 +50,20 @@ def test_its_trials_are_counted_and_its_best_and_baseline_are_known(study: Study
     assert best.number == 5
 
 
-def test_it_continues_from_its_checkpoints_to_exactly_its_total(
-    study: Study, kind: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_it_continues_from_its_checkpoints_to_exactly_its_total(study: Study, kind: str, run_hpo: RunHpo) -> None:
     before = {index: trial.value for index, trial in effective_trials(study.optuna.trials).items()}
-    assert resume(monkeypatch, kind) == 0
+    run_hpo("run", "own.yaml", "--study", kind, "--trials", "10", "--set", "epochs=6", *STORAGE[kind])
     trials = effective_trials(find_study(kind).optuna.trials)
     assert sorted(trials) == list(range(10))
     assert all(trial.state.is_finished() for trial in trials.values())
     assert {index: trials[index].value for index in range(6)} == {index: before[index] for index in range(6)}
     assert all(trials[index].user_attrs["resumed_epoch"] > 0 for index in (6, 7))
     assert not any((study.paths.checkpoint(index)).exists() for index in range(10))
-    assert "Traceback" not in capfd.readouterr().err
+    assert "Traceback" not in run_hpo.error
 
 
-def test_its_confirmation_is_read_and_a_refit_needs_no_other(
-    study: Study, kind: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert hpo(monkeypatch, "refit", "best", "--study", kind) == 0
-    printed = capfd.readouterr().out
+def test_its_confirmation_is_read_and_a_refit_needs_no_other(study: Study, kind: str, run_hpo: RunHpo) -> None:
+    printed = run_hpo("refit", "best", "--study", kind)
     assert "on other seeds and splits" not in printed, "confirmed a second time"
     assert "trial 0" in printed, "the confirmation's winner is the baseline"
     openings = [json.loads(line) for line in study.paths.test_openings.read_text().splitlines()]
@@ -82,17 +72,10 @@ def test_its_confirmation_is_read_and_a_refit_needs_no_other(
 
 def test_its_model_still_labels_images(folder: Path, kind: str) -> None:
     bundle = load_bundle(folder / "studies" / kind / "refit" / "best", "cpu")
-    images = (load_digits().images[:20] * (255 / 16)).round().astype("uint8")
-    assert len(bundle.predict(list(images)).names) == 20
+    assert len(bundle.predict(list(digit_pixels()[0][:20])).names) == 20
 
 
 @pytest.mark.parametrize("command", [("report",), ("study", "show"), ("study", "trials"), ("study", "doctor")])
-def test_it_is_shown_and_checked(
-    study: Study,
-    kind: str,
-    command: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    assert hpo(monkeypatch, *command, kind) == 0
-    assert "Traceback" not in capfd.readouterr().err
+def test_it_is_shown_and_checked(study: Study, kind: str, command: tuple[str, ...], run_hpo: RunHpo) -> None:
+    run_hpo(*command, kind)
+    assert "Traceback" not in run_hpo.error

@@ -26,7 +26,7 @@ from hpo.cli.console import console
 from hpo.errors import BundleError, SpaceError, StudyError
 from hpo.study import Study
 from hpo.submission.bundle import LoadedBundle
-from tests.hpo.commands import SPACE
+from tests.hpo.commands import SPACE, studies_in
 from tests.hpo.commands import hpo as command
 from tests.hpo.submission.test_bundle import write
 
@@ -59,9 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     """A search of two trials and its refit, both from Python."""
     folder = tmp_path_factory.mktemp("library")
     (folder / "small.yaml").write_text(SPACE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HPO_STUDIES", str(folder / "studies"))
-        patch.setenv("HPO_CACHE", str(folder / "cache"))
+    with studies_in(folder) as patch:
         patch.setattr(console, "_file", said := io.StringIO())
         study = run(folder / "small.yaml", trials=2, set=SET, device="cpu")
         model = refit(study, device="cpu", confirm=False, quiet=True)

@@ -30,7 +30,8 @@ from hpo.search.loop import run_study
 from hpo.search.replay import Replay, replay_of
 from hpo.space import load_space
 from hpo.study import Study, open_study
-from tests.hpo.commands import hpo
+from tests.hpo.api.test_end_to_end import digits_npz
+from tests.hpo.commands import RunHpo, studies_in
 from tests.hpo.zygote import Hpo
 
 CPU = torch.device("cpu")
@@ -89,9 +90,7 @@ def run_all(space_text: str, name: str, trials: int, folder: Path, *, crash: boo
 def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study of six trials, of which trial 0, the base, was cut off once, and of one with folds."""
     folder = tmp_path_factory.mktemp("replay")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HPO_STUDIES", str(folder / "studies"))
-        patch.setenv("HPO_CACHE", str(folder / "cache"))
+    with studies_in(folder):
         run_all(SPACE, "own", 6, folder, crash=True)
         run_all(SPACE.replace("name: digits", "name: digits, folds: 2"), "folded", 3, folder)
     return folder / "studies"
@@ -140,44 +139,34 @@ def replayed_rows(studies: Path, replay: Replay) -> list[dict[str, Any]]:
     ],
 )
 def test_a_replayed_trial_reproduces_its_rows_bit_for_bit(
-    study: str,
-    state: str,
-    retried: bool,
-    there: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    study: str, state: str, retried: bool, there: Path, run_hpo: RunHpo
 ) -> None:
     replay = one_of(study, state, retried=retried)
-    assert hpo(monkeypatch, "train", "--from", f"{study}/{replay.trial.number}") == 0
+    said = run_hpo("train", "--from", f"{study}/{replay.trial.number}")
     was = rows_of(replay.study.paths.trial_metrics(replay.trial.number))
     rows = replayed_rows(there, replay)
     assert rows[: len(was)] == was
     assert len(rows) == 6 * (2 if study == "folded" else 1)  # a pruned trial is trained to its end
     if state == "PRUNED":
         assert len(was) < len(rows)
-    said = capsys.readouterr().out
     assert f"the {len(was)} epochs of trial {replay.trial.number} are reproduced bit for bit" in said
 
 
 @pytest.mark.parametrize("study", ["own", "folded"])
-def test_without_the_trials_folder_the_stored_values_are_compared(
-    study: str, there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_the_trials_folder_the_stored_values_are_compared(study: str, there: Path, run_hpo: RunHpo) -> None:
     replay = one_of(study, "COMPLETE")
     file = replay.study.paths.trial_metrics(replay.trial.number)
     aside = file.rename(file.with_suffix(".aside"))
     try:
-        assert hpo(monkeypatch, "train", "--from", f"{study}/{replay.trial.number}") == 0
+        said = run_hpo("train", "--from", f"{study}/{replay.trial.number}")
     finally:
         aside.rename(file)
     steps = 12 if study == "folded" else 6
-    assert f"the {steps} epochs of trial {replay.trial.number} are reproduced bit" in capsys.readouterr().out
+    assert f"the {steps} epochs of trial {replay.trial.number} are reproduced bit" in said
 
 
 @pytest.mark.parametrize("study", ["own", "folded"])
-def test_a_differing_epoch_is_named_with_both_numbers(
-    study: str, there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_differing_epoch_is_named_with_both_numbers(study: str, there: Path, run_hpo: RunHpo) -> None:
     replay = one_of(study, "COMPLETE")
     file = replay.study.paths.trial_metrics(replay.trial.number)
     before = file.read_text()
@@ -185,11 +174,10 @@ def test_a_differing_epoch_is_named_with_both_numbers(
     was = json.loads(lines[4])
     file.write_text("\n".join([*lines[:4], json.dumps(was | {"val_loss": 9.5}), *lines[5:]]) + "\n")
     try:
-        assert hpo(monkeypatch, "train", "--from", f"{study}/{replay.trial.number}") == 0
+        said = run_hpo("train", "--from", f"{study}/{replay.trial.number}")
     finally:
         file.write_text(before)
     place = "epoch 5 of fold 1" if study == "folded" else "epoch 5"
-    said = capsys.readouterr().out
     assert f"trial {replay.trial.number} differs from {place} on: val_loss {was['val_loss']!r} against 9.5"
     assert f"from {place} on: val_loss {was['val_loss']!r} against 9.5 (for no known reason)" in said
 
@@ -223,12 +211,9 @@ def test_a_replay_uses_as_many_threads_as_the_trial(there: Path) -> None:
     assert torch.get_num_threads() == 1
 
 
-def test_a_changed_trial_is_no_replay(
-    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_trial_is_no_replay(there: Path, run_hpo: RunHpo) -> None:
     changes = ("--set", "epochs=1", "--metric", "macro_f1")
-    assert hpo(monkeypatch, "train", "--from", "own/1", *changes) == 0
-    said = capsys.readouterr().out
+    said = run_hpo("train", "--from", "own/1", *changes)
     assert "with --set epochs=1 --metric macro_f1 this is no replay, and is not compared with the trial" in said
     assert "bit for bit" not in said
     assert "training own-trial-00001: 1 epochs" in said
@@ -256,17 +241,9 @@ def test_a_changed_trial_is_no_replay(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_user_error_is_one_line_with_exit_code_2(
-    arguments: list[str],
-    told: str,
-    there: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], told: str, there: Path, run_hpo: RunHpo
 ) -> None:
-    assert hpo(monkeypatch, "train", *arguments) == 2
-    error = capsys.readouterr().err
-    assert told in error
-    assert error.startswith("hpo: ")
-    assert len(error.strip().splitlines()) == 1
+    assert told in run_hpo.fails("train", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -279,20 +256,11 @@ def test_a_user_error_is_one_line_with_exit_code_2(
     ],
 )
 def test_an_unfinished_trial_cannot_be_replayed(
-    state: str,
-    attributes: Mapping[str, Any],
-    told: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    state: str, attributes: Mapping[str, Any], told: str, tmp_path: Path, run_hpo: RunHpo
 ) -> None:
     study = run_all(SPACE, "fresh", 0, tmp_path)
     study.optuna.add_trial(create_trial(state=TrialState[state], user_attrs={"trial_index": 0, **attributes}))
-    capsys.readouterr()
-    assert hpo(monkeypatch, "train", "--from", "fresh/0") == 2
-    error = capsys.readouterr().err
-    assert f"hpo: --from fresh/0: that trial {told}" in error
-    assert len(error.strip().splitlines()) == 1
+    assert f"hpo: --from fresh/0: that trial {told}" in run_hpo.fails("train", "--from", "fresh/0")
 
 
 def test_parameters_without_a_valid_configuration_are_an_error(there: Path) -> None:
@@ -304,14 +272,11 @@ def test_parameters_without_a_valid_configuration_are_an_error(there: Path) -> N
         study.config_of(trial)
 
 
-def test_other_images_than_the_trials_are_refused(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from tests.hpo.api.test_end_to_end import digits_npz
-
+def test_other_images_than_the_trials_are_refused(there: Path, tmp_path: Path, run_hpo: RunHpo) -> None:
     digits_npz(tmp_path / "own.npz", shuffle_test=False)
-    assert hpo(monkeypatch, "train", "--from", "own/1", "--data", str(tmp_path / "own.npz")) == 2
-    assert "study own was begun with other images" in capsys.readouterr().err
+    assert "study own was begun with other images" in run_hpo.fails(
+        "train", "--from", "own/1", "--data", str(tmp_path / "own.npz")
+    )
 
 
 # Ctrl-C -------------------------------------------------------------------------------------------------------------
@@ -346,7 +311,7 @@ def start(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
 def test_an_interrupt_stops_after_the_epoch_and_the_same_command_resumes(
-    stop: signal.Signals, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    stop: signal.Signals, start: Any, tmp_path: Path, run_hpo: RunHpo
 ) -> None:
     command = ("digits_base", *(word for value in TINY for word in ("--set", value)))
     process = start(*command, until=": epoch 2 of 10")
@@ -359,8 +324,7 @@ def test_an_interrupt_stops_after_the_epoch_and_the_same_command_resumes(
     left_at = len(torch.load(checkpoint, weights_only=True)["history"])
     assert 2 <= left_at < 10
 
-    assert hpo(monkeypatch, "train", *command) == 0
-    said = capsys.readouterr().out
+    said = run_hpo("train", *command)
     assert "resuming from its checkpoint" in said
     first = next(line for line in said.splitlines() if ": epoch " in line)
     assert f": epoch {left_at + 1} of 10" in first
@@ -371,9 +335,9 @@ def test_an_interrupt_stops_after_the_epoch_and_the_same_command_resumes(
 def test_a_second_interrupt_stops_at_once(start: Any, tmp_path: Path) -> None:
     """In the second epoch: in the first, torch still imports parts of itself, and a KeyboardInterrupt there makes
     Python end by the signal itself, which only a shell takes for the same."""
-    large = ("--set", "batch_size=2", "--set", "model.widths=[128, 256]")  # an epoch of many seconds
+    large = ("--set", "batch_size=4", "--set", "model.widths=[64, 128]")  # an epoch of seconds
     process = start("digits_base", *large, "--set", "epochs=10", until="epoch 1 of 10")
-    time.sleep(0.5)
+    time.sleep(0.2)
     [checkpoint] = (tmp_path / "studies/trainings").glob("*/checkpoint.pt")
     saved = checkpoint.stat().st_mtime_ns
     process.send_signal(signal.SIGINT)
@@ -386,7 +350,7 @@ def test_a_second_interrupt_stops_at_once(start: Any, tmp_path: Path) -> None:
 
 
 def test_an_interrupt_stops_a_refit_before_the_test_set_is_opened(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
 ) -> None:
     shutil.copytree(there, tmp_path / "studies", ignore=shutil.ignore_patterns("trainings"))
     monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "studies"))
@@ -404,18 +368,18 @@ def test_an_interrupt_stops_a_refit_before_the_test_set_is_opened(
     monkeypatch.setattr(TrainProgress, "epoch_ended", epoch_ended)
     for file in paths.trial_models(number):
         file.unlink()  # else it trains once
-    assert hpo(monkeypatch, "refit", str(number), "--study", "own") == 130
+    said = run_hpo("refit", str(number), "--study", "own", code=130)
     assert seen == [1, 2]
-    assert "stopped; the same command resumes from the last checkpoint" in capsys.readouterr().out
+    assert "stopped; the same command resumes from the last checkpoint" in said
     assert not paths.test_openings.exists()
 
-    assert hpo(monkeypatch, "refit", str(number), "--study", "own") == 0
+    said = run_hpo("refit", str(number), "--study", "own")
     assert seen == [1, 2, 3, 4, 5, 6, *range(1, 7)]
-    assert "opened once" in capsys.readouterr().out
+    assert "opened once" in said
 
 
 def test_an_interrupt_after_the_last_epoch_of_a_refit_keeps_its_output(
-    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
 ) -> None:
     shutil.copytree(there, tmp_path / "studies", ignore=shutil.ignore_patterns("trainings"))
     monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "studies"))
@@ -428,7 +392,6 @@ def test_an_interrupt_after_the_last_epoch_of_a_refit_keeps_its_output(
         return done
 
     monkeypatch.setattr(submission, "refit", refit)
-    assert hpo(monkeypatch, "refit", str(number), "--study", "own") == 130
-    said = capsys.readouterr().out
+    said = run_hpo("refit", str(number), "--study", "own", code=130)
     assert "opened once" in said
     assert "stopped" not in said

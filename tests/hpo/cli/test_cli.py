@@ -13,7 +13,7 @@ import torch
 import typer
 
 from hpo import cli
-from tests.hpo.commands import hpo
+from tests.hpo.commands import RunHpo
 
 SURFACE = {
     "run": """
@@ -212,58 +212,37 @@ def test_the_package_and_its_help_need_no_file_locks_of_unix() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_user_error_is_one_line_with_exit_code_2(
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert hpo(monkeypatch, *arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("hpo: ")
-    assert len(error.strip().splitlines()) == 1
+def test_a_user_error_is_one_line_with_exit_code_2(arguments: list[str], message: str, run_hpo: RunHpo) -> None:
+    assert message in run_hpo.fails(*arguments)
 
 
-def test_a_mistyped_option_exits_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert hpo(monkeypatch, "run", "digits", "--trails", "3") == 2
-    assert "--trials" in capsys.readouterr().err
+def test_a_mistyped_option_exits_with_2(run_hpo: RunHpo) -> None:
+    run_hpo("run", "digits", "--trails", "3", code=2)
+    assert "--trials" in run_hpo.error
 
 
-def test_the_list_of_no_studies_shows_how_to_start(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert hpo(monkeypatch, "study", "list") == 0
-    assert "hpo run digits" in capsys.readouterr().out
+def test_the_list_of_no_studies_shows_how_to_start(run_hpo: RunHpo) -> None:
+    assert "hpo run digits" in run_hpo("study", "list")
 
 
-def test_all_built_in_data_sets_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert hpo(monkeypatch, "data", "list") == 0
-    out = capsys.readouterr().out
+def test_all_built_in_data_sets_are_listed(run_hpo: RunHpo) -> None:
+    out = run_hpo("data", "list")
     for name in ("digits", "stl10", "cifar10", "cifar100", "fashion_mnist"):
         assert name in out
 
 
-def test_the_spaces_and_recipes_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert hpo(monkeypatch, "space", "list") == 0
-    out = capsys.readouterr().out
-    assert "stl10_small" in out
-    assert "digits" in out
-
-
-def test_the_committed_schema_is_what_the_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_committed_schema_is_what_the_command_writes(tmp_path: Path, run_hpo: RunHpo) -> None:
     """If this fails, run `hpo space schema -o search_spaces/schema.json`."""
-    assert hpo(monkeypatch, "space", "schema", "-o", str(tmp_path / "schema.json")) == 0
+    run_hpo("space", "schema", "-o", str(tmp_path / "schema.json"))
     committed = Path(cli.__file__).resolve().parents[2] / "search_spaces" / "schema.json"
     assert (tmp_path / "schema.json").read_text() == committed.read_text()
 
 
-def test_running_out_of_memory_is_a_user_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_running_out_of_memory_is_a_user_error(monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo) -> None:
     def train_recorded(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("hpo.api.train.train_recorded", train_recorded)
-    assert hpo(monkeypatch, "train", "digits_base") == 2
-    assert capsys.readouterr().err.startswith("hpo: out of memory: not even a small part of a batch fits the device")
+    assert run_hpo.fails("train", "digits_base").startswith(
+        "hpo: out of memory: not even a small part of a batch fits the device"
+    )

@@ -21,7 +21,7 @@ from hpo.storage.lease import own_lease
 from hpo.study import Study
 from hpo.text import short_names
 from hpo.trials import TAKEN_FROM, TRIAL_INDEX
-from tests.hpo.commands import hpo as run_hpo
+from tests.hpo.commands import RunHpo
 from tests.hpo.confirmation.simulated import in_memory, on_disk, space_of
 
 SPACE = """
@@ -295,32 +295,26 @@ def test_it_looks_again_until_nothing_runs(
         assert seen in out
 
 
-def test_ctrl_c_ends_it_quietly(
-    live: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_ends_it_quietly(live: Study, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo) -> None:
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hpo.cli.monitor.time, "sleep", interrupted)
-    assert run_hpo(monkeypatch, "study", "top", live.name) == 0
-    assert capsys.readouterr().err == ""
+    run_hpo("study", "top", live.name)
+    assert run_hpo.error == ""
 
 
 @pytest.mark.parametrize("options", [["--once"], []])
 def test_once_or_without_a_terminal_it_looks_once(
-    options: list[str], live: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str], live: Study, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
 ) -> None:
     if not options:
         plain = Console(highlight=False)
         monkeypatch.setattr(hpo.cli.console, "console", plain)
         monkeypatch.setattr(hpo.cli.monitor, "console", plain)
     monkeypatch.setattr(hpo.cli.monitor.time, "sleep", lambda _: pytest.fail("it waits"))
-    assert run_hpo(monkeypatch, "study", "top", live.name, *options) == 0
-    assert "0 of 1 trial finished: 1 waiting" in capsys.readouterr().out
+    assert "0 of 1 trial finished: 1 waiting" in run_hpo("study", "top", live.name, *options)
 
 
-def test_a_study_that_is_not_there_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_hpo(monkeypatch, "study", "top", "nowhere") == 2
-    assert capsys.readouterr().err.startswith("hpo: no study nowhere in ")
+def test_a_study_that_is_not_there_is_one_line(run_hpo: RunHpo) -> None:
+    assert run_hpo.fails("study", "top", "nowhere").startswith("hpo: no study nowhere in ")

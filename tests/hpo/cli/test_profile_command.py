@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ import hpo.search.profile
 import hpo.search.training
 from core.loop import EpochMetrics, TrainResult
 from core.loop.profile import Profile, Times
-from hpo import cli
 from hpo.paths import TrainingPaths, studies_root
+from tests.hpo.commands import RunHpo
 
 TRAIN = ["train", "digits_base", "--set", "epochs=2", "--set", "model.widths=[8]", "--set", "model.blocks=[1]"]
 EMA = ["--set", "averaging.name=ema"]
@@ -46,30 +45,25 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core.loop.profile, "LONGEST_PRODUCT_S", 0.0)
 
 
-def hpo_train(*options: str, monkeypatch: pytest.MonkeyPatch) -> TrainingPaths:
-    """Runs the command in this process; returns the one training's folder."""
-    monkeypatch.setattr(sys, "argv", ["hpo", *TRAIN, "--device", "cpu", *options])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
+def hpo_train(run_hpo: RunHpo, *options: str) -> TrainingPaths:
+    """Run the command and return the one training's folder."""
+    run_hpo(*TRAIN, "--device", "cpu", *options)
     (folder,) = studies_root().glob("trainings/*")
     return TrainingPaths(folder)
 
 
-def said(monkeypatch: pytest.MonkeyPatch, measured: Profile, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def said(monkeypatch: pytest.MonkeyPatch, measured: Profile, run_hpo: RunHpo) -> list[str]:
     """The lines of a profile that came to this, without those before and after it."""
     monkeypatch.setattr(hpo.search.profile, "profile", lambda *_, **__: measured)
-    hpo_train("--profile", monkeypatch=monkeypatch)
-    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    output = run_hpo(*TRAIN, "--device", "cpu", "--profile")
+    lines = [line.rstrip() for line in output.splitlines()]
     first, last = (next(i for i, line in enumerate(lines) if line.startswith(w)) for w in ("profiling", "training"))
     return lines[first + 1 : last]
 
 
 class TestTheTable:
-    def test_of_graphs_shows_both_times_and_the_saving(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        lines = said(monkeypatch, MEASURED, capsys)
+    def test_of_graphs_shows_both_times_and_the_saving(self, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo) -> None:
+        lines = said(monkeypatch, MEASURED, run_hpo)
         assert lines == [
             "part        s an epoch  share  kernel by kernel, s",
             "augment          0.500    9 %                1.000",
@@ -91,27 +85,23 @@ class TestTheTable:
             "largest cost: backward, 35 % of an epoch",
         ]
 
-    def test_without_a_gpu_leaves_graphs_and_memory_out(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_without_a_gpu_leaves_graphs_and_memory_out(self, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo) -> None:
         plain = dataclasses.replace(MEASURED, replayed=None, peak_memory_bytes=None)
-        text = "\n".join(said(monkeypatch, plain, capsys))
+        text = "\n".join(said(monkeypatch, plain, run_hpo))
         assert "kernel" not in text
         assert "memory" not in text
         assert text.endswith("largest cost: host, 46 % of an epoch")
 
-    def test_fits_a_terminal_of_80_columns(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_fits_a_terminal_of_80_columns(self, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo) -> None:
         slow = dataclasses.replace(MEASURED, evaluation_s=43_210.0, peak_flops=7.9e10, flops_per_image=10**4)
-        lines = said(monkeypatch, slow, capsys)
+        lines = said(monkeypatch, slow, run_hpo)
         assert max(map(len, lines)) <= 80
         assert "evaluation       43210  100 %                43210" in lines  # as many digits as there are, no more
 
 
 class TestTheFiles:
-    def test_hold_the_table(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        lines = said(monkeypatch, MEASURED, capsys)
+    def test_hold_the_table(self, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo) -> None:
+        lines = said(monkeypatch, MEASURED, run_hpo)
         (folder,) = studies_root().glob("trainings/*")
         written = TrainingPaths(folder).profile_table.read_text(encoding="utf-8").splitlines()
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in written if line.startswith("| ")]
@@ -119,8 +109,8 @@ class TestTheFiles:
         assert shown == [line.replace(" ", "") for line in lines[:9]]
         assert [line.removeprefix("- ") for line in written if line.startswith("- ")] == lines[9:]
 
-    def test_hold_every_number_and_the_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        paths = hpo_train("--profile", *EMA, monkeypatch=monkeypatch)
+    def test_hold_every_number_and_the_sizes(self, run_hpo: RunHpo) -> None:
+        paths = hpo_train(run_hpo, "--profile", *EMA)
         numbers: dict[str, Any] = json.loads(paths.profile.read_text())
         assert list(numbers["shares"]) == PARTS
         assert sum(numbers["shares"].values()) == pytest.approx(1)
@@ -135,20 +125,20 @@ class TestTheFiles:
         assert numbers["device"].startswith("CPU, ")
         assert numbers["versions"]["torch"] in torch.__version__
 
-    def test_are_not_written_without_the_option(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        paths = hpo_train(monkeypatch=monkeypatch)
+    def test_are_not_written_without_the_option(self, run_hpo: RunHpo) -> None:
+        paths = hpo_train(run_hpo)
         assert not paths.profile.exists()
         assert not paths.profile_table.exists()
 
 
 class TestTheTraining:
     @pytest.mark.parametrize("options", [EMA, FOLDS], ids=["ema", "folds"])
-    def test_is_bitwise_the_same_as_without(self, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        paths = hpo_train(*options, monkeypatch=monkeypatch)
+    def test_is_bitwise_the_same_as_without(self, options: list[str], run_hpo: RunHpo) -> None:
+        paths = hpo_train(run_hpo, *options)
         models = sorted(paths.dir.glob("*.safetensors"))
         without = [load_file(model) for model in models]
         scores = epochs_of(paths)
-        again = hpo_train("--profile", *options, monkeypatch=monkeypatch)
+        again = hpo_train(run_hpo, "--profile", *options)
         assert again == paths  # the option makes no other training of it
         assert paths.profile.exists()
         assert sorted(paths.dir.glob("*.safetensors")) == models
@@ -157,18 +147,15 @@ class TestTheTraining:
             assert all(torch.equal(before[name], after[name]) for name in before)
         assert epochs_of(paths) == scores
 
-    def test_with_folds_is_profiled_once_on_the_first_fold(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        paths = hpo_train("--profile", *FOLDS, monkeypatch=monkeypatch)
+    def test_with_folds_is_profiled_once_on_the_first_fold(self, run_hpo: RunHpo) -> None:
+        paths = hpo_train(run_hpo, "--profile", *FOLDS)
         numbers = json.loads(paths.profile.read_text())
         rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
         assert [row["fold"] for row in rows] == [1, 1, 2, 2]
         assert numbers["images"] * 2 == pytest.approx(1438, abs=2)  # halves of what is not test
 
-    def test_resumes_from_its_checkpoint(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_resumes_from_its_checkpoint(self, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo) -> None:
         """The first fold's checkpoint waits for the second, which is stopped here at its first epoch."""
-        monkeypatch.setattr(sys, "argv", ["hpo", *TRAIN, *FOLDS, "--device", "cpu"])
         train = hpo.search.training.train
 
         def cut_off(config: Any, *args: Any, **kwargs: Any) -> TrainResult:
@@ -177,9 +164,7 @@ class TestTheTraining:
             return train(config, *args, **kwargs)
 
         monkeypatch.setattr(hpo.search.training, "train", cut_off)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert stopped.value.code == 130  # the exit code of a shell after Ctrl-C
+        run_hpo(*TRAIN, *FOLDS, "--device", "cpu", code=130)  # the exit code of a shell after Ctrl-C
         trained: list[str] = []
 
         def counted(config: Any, *args: Any, on_epoch_end: Any, **kwargs: Any) -> TrainResult:
@@ -190,11 +175,10 @@ class TestTheTraining:
             return train(config, *args, on_epoch_end=told, **kwargs)
 
         monkeypatch.setattr(hpo.search.training, "train", counted)
-        capsys.readouterr()
-        paths = hpo_train("--profile", *FOLDS, monkeypatch=monkeypatch)
-        assert "resuming from its checkpoint" in capsys.readouterr().out
+        output = run_hpo(*TRAIN, "--device", "cpu", "--profile", *FOLDS)
+        assert "resuming from its checkpoint" in output
         assert trained == ["False, 1", "False, 2"]
-        assert paths.profile.exists()
+        assert list(studies_root().glob("trainings/*/profile.json"))
 
 
 def epochs_of(paths: TrainingPaths) -> list[dict[str, Any]]:

@@ -13,18 +13,17 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 import hpo.cli.console
-from core.config import TrainConfig
 from core.data import load_dataset
 from hpo.api.options import ExportOptions
 from hpo.api.study import export
-from hpo.confirmation.result import Confirmation, Contender, write_confirmation
+from hpo.confirmation.result import write_confirmation
 from hpo.confirmation.statistics import Interval
 from hpo.space import SearchSpace, check_file, load_recipe, load_space
 from hpo.study import Study
 from hpo.study.dataframe import trials_frame
 from hpo.trials import BASELINE, TRIAL_INDEX
-from tests.hpo.commands import hpo as run_hpo
-from tests.hpo.confirmation.simulated import on_disk, space_of
+from tests.hpo.commands import RunHpo
+from tests.hpo.confirmation.simulated import on_disk, some_confirmation, some_contender, space_of
 
 SPACE = """
 data: {name: digits}
@@ -76,11 +75,6 @@ def study(space: SearchSpace) -> Study:
     add(study, space, TrialState.RUNNING, ADAM, intermediate_values={1: 0.2}, attributes={TRIAL_INDEX: 4})
     add(study, space, TrialState.WAITING, {}, attributes={TRIAL_INDEX: 5})
     return study
-
-
-def output_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert run_hpo(monkeypatch, *arguments) == 0
-    return capsys.readouterr().out
 
 
 # The frame
@@ -141,10 +135,8 @@ def test_columns_have_the_same_order_and_types_for_any_number_of_trials(study: S
 # The table and CSV
 
 
-def test_csv_has_every_column_and_the_output_nothing_else(
-    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = output_of(monkeypatch, capsys, "study", "trials", "s", "--csv")
+def test_csv_has_every_column_and_the_output_nothing_else(study: Study, run_hpo: RunHpo) -> None:
+    text = run_hpo("study", "trials", "s", "--csv")
     rows = list(csv.DictReader(io.StringIO(text)))
     frame = trials_frame(study)
     assert len(rows) == len(frame)
@@ -155,13 +147,11 @@ def test_csv_has_every_column_and_the_output_nothing_else(
     assert read["value"].dropna().tolist() == [0.7, 0.9]
 
 
-def test_a_file_has_the_same_csv(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = output_of(monkeypatch, capsys, "study", "trials", "s", "--csv")
+def test_a_file_has_the_same_csv(study: Study, tmp_path: Path, run_hpo: RunHpo) -> None:
+    text = run_hpo("study", "trials", "s", "--csv")
     file = tmp_path / "out.csv"
     file.write_text("old")
-    said = output_of(monkeypatch, capsys, "study", "trials", "s", "-o", str(file))
+    said = run_hpo("study", "trials", "s", "-o", str(file))
     assert file.read_bytes().decode() == text
     assert (
         said == f"6 trials of study {study.name}, {len(text.splitlines()[0].split(','))} columns, written to {file}\n"
@@ -172,22 +162,19 @@ def test_a_file_has_the_same_csv(
 @pytest.mark.parametrize("place", ["nodir/out.csv", "."])
 @pytest.mark.parametrize("command", [["study", "trials", "s"], ["study", "export", "best", "--study", "s"]])
 def test_an_unwritable_output_is_a_one_line_error(
-    place: str, command: list[str], study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    place: str, command: list[str], study: Study, tmp_path: Path, run_hpo: RunHpo
+) -> None:
     assert study.name == "s"
-    assert run_hpo(monkeypatch, *command, "-o", str(tmp_path / place)) == 2
-    error = capsys.readouterr().err
+    error = run_hpo.fails(*command, "-o", str(tmp_path / place))
     assert error.startswith(f"hpo: {tmp_path / place}: cannot be written (")
-    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("width", [100, 120])
 def test_a_trial_is_one_line_on_a_terminal(
-    width: int, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    width: int, study: Study, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
 ) -> None:
     monkeypatch.setattr(hpo.cli.console, "console", Console(width=width, force_terminal=True, no_color=True))
-    lines = output_of(monkeypatch, capsys, "study", "trials", study.name).splitlines()
+    lines = run_hpo("study", "trials", study.name).splitlines()
     assert len(lines) == 7
     assert lines[4].split()[:6] == ["4", "complete", "0.9000", "2", "3.2", "s"]
     assert "lr_scale=0.5" in lines[4]
@@ -196,20 +183,18 @@ def test_a_trial_is_one_line_on_a_terminal(
 
 
 def test_output_to_a_pipe_is_never_cut(
-    space: SearchSpace, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    space: SearchSpace, study: Study, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
 ) -> None:
     monkeypatch.setattr(hpo.cli.console, "console", Console(width=40))
-    lines = output_of(monkeypatch, capsys, "study", "trials", study.name).splitlines()
+    lines = run_hpo("study", "trials", study.name).splitlines()
     assert len(lines) == 7
     assert "widths=[16]" in lines[4]
     assert "optim.name=sgd" in lines[4]
 
 
-def test_a_study_without_trials_shows_how_to_run_it(
-    space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_without_trials_shows_how_to_run_it(space: SearchSpace, run_hpo: RunHpo) -> None:
     on_disk(space, name="empty")
-    assert output_of(monkeypatch, capsys, "study", "trials", "empty") == (
+    assert run_hpo("study", "trials", "empty") == (
         "study empty has no trials yet; run it with: hpo run space --study empty\n"
     )
 
@@ -219,9 +204,9 @@ def test_a_study_without_trials_shows_how_to_run_it(
 
 @pytest.mark.parametrize("which", ["best", "4", "2", "0"])
 def test_an_exported_trial_is_a_complete_recipe_and_a_baseline(
-    which: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    which: str, study: Study, tmp_path: Path, run_hpo: RunHpo
 ) -> None:
-    text = output_of(monkeypatch, capsys, "study", "export", which, "--study", "s")
+    text = run_hpo("study", "export", which, "--study", "s")
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     assert check_file(file) == []
@@ -238,15 +223,13 @@ def test_an_exported_trial_is_a_complete_recipe_and_a_baseline(
     assert based.baseline.flat() == recipe.config.flat()
 
 
-def test_an_exported_trial_can_be_trained(
-    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_exported_trial_can_be_trained(space: SearchSpace, tmp_path: Path, run_hpo: RunHpo) -> None:
     study = on_disk(space, name="real", dataset=load_dataset(space.baseline.data))
     add(study, space, TrialState.COMPLETE, ADAM, value=0.4, attributes={TRIAL_INDEX: 0})
     file = tmp_path / "mine.yaml"
-    said = output_of(monkeypatch, capsys, "study", "export", "best", "--study", "real", "-o", str(file)).splitlines()
+    said = run_hpo("study", "export", "best", "--study", "real", "-o", str(file)).splitlines()
     assert said[-1] == f"  hpo train {file}"
-    assert run_hpo(monkeypatch, *said[-1].split()[1:], "--device", "cpu") == 0
+    run_hpo(*said[-1].split()[1:], "--device", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -258,43 +241,30 @@ def test_an_exported_trial_can_be_trained(
         ("6", r"study s: trial 6 is waiting, and has no configuration yet"),
     ],
 )
-def test_an_unexportable_trial_is_a_one_line_error(
-    trial: str, why: str, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_hpo(monkeypatch, "study", "export", trial, "--study", study.name) == 2
-    assert why in capsys.readouterr().err
+def test_an_unexportable_trial_is_a_one_line_error(trial: str, why: str, study: Study, run_hpo: RunHpo) -> None:
+    run_hpo("study", "export", trial, "--study", study.name, code=2)
+    assert why in run_hpo.error
 
 
-def test_a_study_without_complete_trials_has_no_best(
-    space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_without_complete_trials_has_no_best(space: SearchSpace, run_hpo: RunHpo) -> None:
     on_disk(space, name="empty")
-    assert run_hpo(monkeypatch, "study", "export", "best") == 2
-    assert capsys.readouterr().err == "hpo: study empty has no complete trial yet; resume it with hpo run\n"
+    said = run_hpo.fails("study", "export", "best")
+    assert said == "hpo: study empty has no complete trial yet; resume it with hpo run"
 
 
-def confirmation(study: Study, space: SearchSpace, *, finished: int) -> Confirmation:
-    """One by which the base won, in a study of so many finished trials."""
-
-    def contender(key: str, config: TrainConfig, mean: float) -> Contender:
-        return Contender(key, 0 if key == "baseline" else 4, None, (), config.model_dump(mode="json"), 2, 0.7,
-                         {0: (mean,), 1: (mean,)}, None, None, Interval(mean, 0.01, 2))  # fmt: skip
-
-    best = contender("trial 4", study.config_of(study.optuna.trials[4]), 0.6)
-    base = contender("baseline", space.baseline, 0.65)
-    return Confirmation(
-        study.name, "accuracy", "maximize", (base, best), "trial 4", "baseline", evidence=False,
-        advantage=Interval(-0.05, 0.02, 2), optimism=0.3, search_epochs=9, budget_epochs=8, epochs=8, trainings=4,
-        replicates=2, elapsed_s=1.0, left_out=(), search_trials=finished,
-        created="2026-01-30T12:00:00+00:00", versions={},
+def confirm(study: Study, space: SearchSpace, *, finished: int) -> None:
+    """Write a confirmation that the baseline won, in a study of so many finished trials."""
+    best = some_contender("trial 4", study.config_of(study.optuna.trials[4]), 0.6)
+    found = some_confirmation(
+        best, some_contender("baseline", space.baseline, 0.65), study=study.name, evidence=False,
+        advantage=Interval(-0.05, 0.02, 2), search_trials=finished,
     )  # fmt: skip
+    write_confirmation(study.paths.confirmation, found)
 
 
-def test_best_exports_the_confirmed_winner_with_its_verdict(
-    study: Study, space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_confirmation(study.paths.confirmation, confirmation(study, space, finished=study.counts().finished))
-    text = output_of(monkeypatch, capsys, "study", "export", "best", "--study", "s")
+def test_best_exports_the_confirmed_winner_with_its_verdict(study: Study, space: SearchSpace, run_hpo: RunHpo) -> None:
+    confirm(study, space, finished=study.counts().finished)
+    text = run_hpo("study", "export", "best", "--study", "s")
     assert text.replace("\n# ", " ").startswith("# Confirmed on other seeds and splits: no significant gain: trial 4")
     file = study.paths.dir / "winner.yaml"
     file.write_text(text)
@@ -302,11 +272,9 @@ def test_best_exports_the_confirmed_winner_with_its_verdict(
     assert load_recipe(file).description == "the winner of study s: the baseline (trial 0)"
 
 
-def test_an_outdated_confirmation_is_ignored(
-    study: Study, space: SearchSpace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_confirmation(study.paths.confirmation, confirmation(study, space, finished=study.counts().finished - 1))
-    text = output_of(monkeypatch, capsys, "study", "export", "best", "--study", "s")
+def test_an_outdated_confirmation_is_ignored(study: Study, space: SearchSpace, run_hpo: RunHpo) -> None:
+    confirm(study, space, finished=study.counts().finished - 1)
+    text = run_hpo("study", "export", "best", "--study", "s")
     assert "not confirmed since these trials ran" in text
     assert "trial 4 of study s" in text
 

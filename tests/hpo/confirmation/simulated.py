@@ -1,4 +1,4 @@
-"""Studies whose trials are scored by a formula in place of a training: for what only reads studies."""
+"""Studies and confirmations whose scores come from a formula in place of a training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState, create_trial
 
+from core.config import TrainConfig
+from hpo.confirmation.result import BASELINE as BASELINE_KEY
+from hpo.confirmation.result import Confirmation, Contender
+from hpo.confirmation.statistics import Interval
 from hpo.paths import StudyPaths
 from hpo.space import SearchSpace, load_space
 from hpo.study import Study, open_study
@@ -29,6 +33,7 @@ class Images:
     fingerprint: str = "ab" * 32
     classes: tuple[str, ...] = ("0", "1")
     report: Any = field(default_factory=lambda: SimpleNamespace(broken=()))
+    images: Any = None
 
 
 def space_of(folder: Path, text: str, name: str = "space") -> SearchSpace:
@@ -83,3 +88,44 @@ def add_trials(
                 user_attrs={TRIAL_INDEX: trial_index, **({BASELINE: True} if trial_index == 0 else {})},
             )
         )
+
+
+def some_contender(key: str, config: TrainConfig, mean: float, **changes: Any) -> Contender:
+    """A contender of three replicates. `changes` are fields with other values."""
+    kind, _, name = key.partition(" ")
+    fields: dict[str, Any] = {
+        "trial": 0 if key == BASELINE_KEY else int(name) if kind == "trial" else None,
+        "recipe": name if kind == "recipe" else None,
+        "chosen_for": ("a test",),
+        "config": config.model_dump(mode="json"),
+        "epochs": config.epochs,
+        "search_value": mean,
+        "scores": {1: (mean - 0.01,), 2: (mean,), 3: (mean + 0.01,)},
+        "stopped": None,
+        "failure": None,
+        "interval": Interval(mean, 0.02, 3),
+    }
+    return Contender(key=key, **(fields | changes))
+
+
+def some_confirmation(*contenders: Contender, evidence: bool, advantage: Interval, **changes: Any) -> Confirmation:
+    """A confirmation led by the first contender, who wins with evidence. `changes` are fields with other values."""
+    fields: dict[str, Any] = {
+        "study": "own",
+        "metric": "accuracy",
+        "direction": "maximize",
+        "leader": contenders[0].key,
+        "winner": contenders[0].key if evidence else BASELINE_KEY,
+        "optimism": 0.01,
+        "search_epochs": 6,
+        "budget_epochs": 2,
+        "epochs": 12,
+        "trainings": 6,
+        "replicates": 3,
+        "elapsed_s": 1.0,
+        "left_out": (),
+        "search_trials": 3,
+        "created": "2026-01-01T00:00:00+00:00",
+        "versions": {},
+    }
+    return Confirmation(contenders=contenders, evidence=evidence, advantage=advantage, **(fields | changes))

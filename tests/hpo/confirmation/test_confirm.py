@@ -10,7 +10,6 @@ import signal
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,11 +32,12 @@ from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths
 from hpo.search.interrupts import Interrupts
 from hpo.space import ConfirmationSpace, SearchSpace, load_space, space_from_yaml, space_to_yaml
-from hpo.study import Study, find_study, list_studies, open_study
+from hpo.study import Study, find_study, list_studies
 from hpo.study.results import write_result
 from hpo.study.settings import StudySettings
 from hpo.trials import BASELINE, CONFIG, RECIPE, STOPPED, TRIAL_INDEX
-from tests.hpo.commands import hpo
+from tests.hpo.commands import RunHpo, hpo, studies_in
+from tests.hpo.confirmation.simulated import Images, on_disk, space_of
 
 CPU = torch.device("cpu")
 # Two epochs are enough for the right learning rate (0.6), and far too few for a small one (0.1).
@@ -58,17 +58,10 @@ HOPELESS = SPACE.format(base=300, choices="[1, 300]", budget=5)
 
 
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset(TrainConfig().data)
-
-
-@pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of studies: `planted`, `hopeless`, both confirmed, and `searched`, which is `planted` before that."""
     folder = tmp_path_factory.mktemp("confirm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HPO_STUDIES", str(folder / "studies"))
-        patch.setenv("HPO_CACHE", str(folder / "cache"))
+    with studies_in(folder) as patch:
         for name, text in {"planted": PLANTED, "hopeless": HOPELESS}.items():
             (folder / f"{name}.yaml").write_text(text)
             assert hpo(patch, "run", str(folder / f"{name}.yaml"), "--trials", str(TRIALS), "--device", "cpu") == 0
@@ -231,12 +224,9 @@ def test_a_division_of_the_images_is_the_same_on_every_device(digits: Dataset) -
 # Resuming
 
 
-def test_confirming_again_trains_nothing_and_prints_the_same(
-    studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_confirming_again_trains_nothing_and_prints_the_same(studies: Path, run_hpo: RunHpo) -> None:
     before = result_of("planted")
-    assert hpo(monkeypatch, "confirm", "planted") == 0
-    said = capfd.readouterr().out
+    said = run_hpo("confirm", "planted")
     assert result_of("planted") == before
     assert all(line in said for line in before.lines())
     assert "this will take" not in said
@@ -245,13 +235,13 @@ def test_confirming_again_trains_nothing_and_prints_the_same(
 
 
 def test_trainings_are_kept_after_more_trials_and_with_another_budget(
-    studies: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+    studies: Path, trained: Path, run_hpo: RunHpo
 ) -> None:
     before = {
         (training.identity, training.replicate): training for training in trainings(find_study("planted.confirm"))
     }
-    assert hpo(monkeypatch, "run", str(trained / "planted.yaml"), "--trials", "3", "--device", "cpu") == 0
-    assert hpo(monkeypatch, "confirm", "planted", "--budget", "4", "--device", "cpu") == 0
+    run_hpo("run", str(trained / "planted.yaml"), "--trials", "3", "--device", "cpu")
+    run_hpo("confirm", "planted", "--budget", "4", "--device", "cpu")
     after = trainings(find_study("planted.confirm"))
     assert len(after) == len({(training.identity, training.replicate) for training in after}) == 12
     assert result_of("planted").replicates == 6  # 4 × 6 epochs are twelve trainings
@@ -261,7 +251,7 @@ def test_trainings_are_kept_after_more_trials_and_with_another_budget(
 
 @pytest.mark.slow
 def test_an_interrupted_confirmation_resumes_with_two_workers_to_the_same_result(
-    searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
 ) -> None:
     def refreshed(progress: StudyProgress, *, force: bool = False) -> None:
         refresh(progress, force=force)
@@ -271,32 +261,30 @@ def test_an_interrupted_confirmation_resumes_with_two_workers_to_the_same_result
     refresh = StudyProgress.refresh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StudyProgress, "refresh", refreshed)
-        assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu") == 130
-    assert "stopped: 3 of 10 trainings are done and safe; resume with\n  hpo confirm planted" in capfd.readouterr().out
+        said = run_hpo("confirm", "planted", "--device", "cpu", code=130)
+    assert "stopped: 3 of 10 trainings are done and safe; resume with\n  hpo confirm planted" in said
     assert not StudyPaths.of("planted").confirmation.exists()
-    assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu", "--workers", "2") == 0
+    run_hpo("confirm", "planted", "--device", "cpu", "--workers", "2")
     after = scores_of(result_of("planted"))
     monkeypatch.setenv("HPO_STUDIES", str(trained / "studies"))
     assert after == scores_of(result_of("planted"))
 
 
 def test_a_worker_that_joins_trains_the_same(
-    searches: Path, trained: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+    searches: Path, trained: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
 ) -> None:
     study = begun("planted", digits, share=5)
-    assert hpo(monkeypatch, "worker", "planted.confirm", "--device", "cpu") == 0
+    run_hpo("worker", "planted.confirm", "--device", "cpu")
     there = [(training.identity, training.replicate, training.values) for training in trainings(study)]
     monkeypatch.setenv("HPO_STUDIES", str(trained / "studies"))
     undisturbed = trainings(find_study("planted.confirm"))
     assert there == [(training.identity, training.replicate, training.values) for training in undisturbed]
 
 
-def test_a_result_without_some_trainings_is_completed(
-    studies: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_without_some_trainings_is_completed(studies: Path, digits: Dataset, run_hpo: RunHpo) -> None:
     study = begun("planted", digits, share=6)
     assert (study.queue.waiting(), result_of("planted").trainings) == (2, 10)
-    assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu") == 0
+    run_hpo("confirm", "planted", "--device", "cpu")
     assert (study.queue.waiting(), result_of("planted").trainings) == (0, 12)
 
 
@@ -502,16 +490,14 @@ def test_the_space_sets_the_budget_which_does_not_change_the_hash(tmp_path: Path
 
 
 def test_a_space_without_a_budget_can_be_read(tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text(PLANTED)
-    lines = space_to_yaml(load_space(tmp_path / "s.yaml")).splitlines(keepends=True)
+    lines = space_to_yaml(space_of(tmp_path, PLANTED)).splitlines(keepends=True)
     start = next(place for place, line in enumerate(lines) if line.startswith("confirm:"))
     end = next(place for place in range(start + 1, len(lines)) if not lines[place].startswith(" "))
     assert space_from_yaml("".join(lines[:start] + lines[end:]), "s").confirm.budget is None
 
 
 def test_the_space_of_a_confirmation_is_written_and_read_back(tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text(PLANTED)
-    space = load_space(tmp_path / "s.yaml")
+    space = space_of(tmp_path, PLANTED)
     written = ConfirmationSpace(
         name="s",
         path=space.path,
@@ -553,14 +539,11 @@ def invented(
     at: dict[int, dict[int, float]] | None = None,
     attributes: dict[int, dict[str, Any]] | None = None,
     base: float = 0.5,
+    text: str = RUNGS,
 ) -> tuple[Study, SearchSpace]:
     """A search of ten epochs per trial with invented values: trial 0 is the baseline."""
-    folder = StudyPaths.of(name).dir.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.yaml").write_text(RUNGS)
-    space = load_space(folder / f"{name}.yaml")
-    study = open_study(space, name=name, dataset=dataset)
-    study.settings.set_space(space)
+    space = space_from_yaml(text, name)
+    study = on_disk(space, name=name, dataset=dataset)
     for number, value in {0: base, **values}.items():
         rate = 1.0 if number == 0 else (lr_scale or {}).get(number, 2.0 + number / 100)
         study.optuna.add_trial(
@@ -578,9 +561,7 @@ def invented(
     return study, space
 
 
-IMAGES: Any = SimpleNamespace(
-    name="digits", fingerprint="ab" * 32, classes=("0", "1"), report=SimpleNamespace(broken=()), images=None
-)
+IMAGES = Images()
 
 
 def reasons(study: Study, space: SearchSpace) -> dict[str, tuple[str, ...]]:
@@ -693,21 +674,9 @@ def test_a_recipe_that_was_trained_beside_the_study_is_a_candidate() -> None:
     assert theirs.train_config.batch_size == 16
 
 
-def test_with_the_loss_as_objective_less_is_better(tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text(RUNGS + "objective: {metric: nll}\n")
-    space = load_space(tmp_path / "s.yaml")
-    study = open_study(space, name="s", dataset=IMAGES)
-    for number, value in enumerate((1.0, 0.4, 0.6)):
-        study.optuna.add_trial(
-            create_trial(
-                state=TrialState.COMPLETE,
-                value=value,
-                params={"optim.lr_scale": 1.0 + number},
-                distributions=space.distributions,
-                user_attrs={TRIAL_INDEX: number, **({BASELINE: True} if number == 0 else {})},
-                intermediate_values={5: -value},
-            )
-        )
+def test_with_the_loss_as_objective_less_is_better() -> None:
+    at = {0: {5: -1.0}, 1: {5: -0.4}, 2: {5: -0.6}}
+    study, space = invented("s", {1: 0.4, 2: 0.6}, IMAGES, base=1.0, at=at, text=f"{RUNGS}objective: {{metric: nll}}\n")
     assert reasons(study, space)["trial 1"] == ("best validation score",)
     assert "best at epoch 5" in reasons(study, space)["baseline"]
 
@@ -715,9 +684,7 @@ def test_with_the_loss_as_objective_less_is_better(tmp_path: Path) -> None:
 # Beside the search
 
 
-def test_the_confirmation_is_a_study_beside_the_search_and_in_its_storage(
-    studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_confirmation_is_a_study_beside_the_search_and_in_its_storage(studies: Path, run_hpo: RunHpo) -> None:
     confirmation, search = find_study("planted.confirm"), find_study("planted")
     assert confirmation.confirms == "planted"
     assert search.confirms is None
@@ -733,15 +700,11 @@ def test_the_confirmation_is_a_study_beside_the_search_and_in_its_storage(
         ["study", "doctor", "planted.confirm"],
         ["study", "list"],
     ):
-        assert hpo(monkeypatch, *arguments) == 0
-        assert "planted.confirm" in capfd.readouterr().out or arguments[-1] in ("show", "doctor")
+        assert "planted.confirm" in run_hpo(*arguments) or arguments[-1] in ("show", "doctor")
 
 
-def test_a_confirmation_is_shown_by_its_candidates(
-    studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert hpo(monkeypatch, "study", "show", "hopeless.confirm") == 0
-    said = capfd.readouterr().out
+def test_a_confirmation_is_shown_by_its_candidates(studies: Path, run_hpo: RunHpo) -> None:
+    said = run_hpo("study", "show", "hopeless.confirm")
     assert "study hopeless.confirm (confirms hopeless): 10 of 10 trials finished" in said
     assert "best:" not in said
     assert "hpo refit" not in said
@@ -749,49 +712,38 @@ def test_a_confirmation_is_shown_by_its_candidates(
     assert any(line.split()[:2] == ["baseline", "5"] for line in said.splitlines())
 
 
-def test_the_search_is_shown_with_its_confirmation(
-    studies: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_search_is_shown_with_its_confirmation(studies: Path, trained: Path, run_hpo: RunHpo) -> None:
     verdict = result_of("planted").verdict
-    assert hpo(monkeypatch, "study", "show", "planted") == 0
-    said = capfd.readouterr().out
+    said = run_hpo("study", "show", "planted")
     assert verdict in said
     assert "  hpo confirm" not in said
     assert "  hpo refit best --study planted\n" in said
-    assert hpo(monkeypatch, "run", str(trained / "planted.yaml"), "--trials", "3", "--device", "cpu") == 0
-    said = capfd.readouterr().out
+    said = run_hpo("run", str(trained / "planted.yaml"), "--trials", "3", "--device", "cpu")
     assert "confirmed, 1 trial ago" in said
     assert "  hpo confirm planted\n" in said
 
 
-def test_a_training_of_a_confirmation_is_reproducible_bit_by_bit(
-    studies: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert hpo(monkeypatch, "train", "--from", "planted.confirm/3", "--device", "cpu") == 0
-    assert "the 2 epochs of trial 3 are reproduced bit for bit" in capfd.readouterr().out
+def test_a_training_of_a_confirmation_is_reproducible_bit_by_bit(studies: Path, run_hpo: RunHpo) -> None:
+    assert "the 2 epochs of trial 3 are reproduced bit for bit" in run_hpo(
+        "train", "--from", "planted.confirm/3", "--device", "cpu"
+    )
 
 
 # Edge cases and errors
 
 
-def test_an_unfinished_search_can_be_confirmed(
-    searches: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unfinished_search_can_be_confirmed(searches: Path, trained: Path, run_hpo: RunHpo) -> None:
     run = ("run", str(trained / "planted.yaml"), "--trials", "9", "--workers", "0")
-    assert hpo(monkeypatch, *run) == 0
-    assert hpo(monkeypatch, "confirm", "planted", "--device", "cpu", "--budget", "0.1") == 0
-    said = capfd.readouterr().out
+    run_hpo(*run)
+    said = run_hpo("confirm", "planted", "--device", "cpu", "--budget", "0.1")
     assert "the search has only 2 of 9 trials; confirming its result so far" in said
     assert "that exceeds the budget, but fewer trainings could not show a difference" in said
     assert result_of("planted").replicates == 3
 
 
-def test_the_baseline_wins_without_training_if_no_other_trial_is_complete(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_baseline_wins_without_training_if_no_other_trial_is_complete(run_hpo: RunHpo) -> None:
     invented("s", {}, IMAGES)
-    assert hpo(monkeypatch, "confirm", "s") == 0
-    assert "no other trial was compared with the baseline" in capfd.readouterr().out
+    assert "no other trial was compared with the baseline" in run_hpo("confirm", "s")
     confirmation = result_of("s")
     assert (confirmation.winner, confirmation.leader, confirmation.trainings) == ("baseline", None, 0)
     assert not StudyPaths.of("s.confirm").dir.exists()
@@ -806,29 +758,13 @@ def test_the_baseline_wins_without_training_if_no_other_trial_is_complete(
         (("run", "digits", "--study", "x.confirm"), "study x.confirm: the ending is reserved for what hpo confirm"),
     ],
 )
-def test_a_mistake_is_one_line(
-    arguments: tuple[str, ...],
-    said: str,
-    studies: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    assert hpo(monkeypatch, *arguments) == 2
-    error = capfd.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], said: str, studies: Path, run_hpo: RunHpo) -> None:
+    assert said in run_hpo.fails(*arguments)
 
 
-def test_a_search_without_a_complete_trial_has_nothing_to_confirm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "s.yaml").write_text(RUNGS)
-    space = load_space(tmp_path / "s.yaml")
-    study = open_study(space, name="s", dataset=IMAGES)
-    study.settings.set_space(space)
-    study.queue.ensure_trials(3)
-    assert hpo(monkeypatch, "confirm") == 2
-    assert "study s has no complete trial yet" in capfd.readouterr().err
+def test_a_search_without_a_complete_trial_has_nothing_to_confirm(tmp_path: Path, run_hpo: RunHpo) -> None:
+    on_disk(space_of(tmp_path, RUNGS), name="s").queue.ensure_trials(3)
+    assert "study s has no complete trial yet" in run_hpo.fails("confirm")
 
 
 def test_the_confirmation_of_another_study_with_the_name_is_refused(studies: Path, digits: Dataset) -> None:
@@ -846,13 +782,11 @@ def test_the_confirmation_of_another_study_with_the_name_is_refused(studies: Pat
 # With folds
 
 
-def test_with_folds_every_replicate_has_a_value_for_each_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_folds_every_replicate_has_a_value_for_each_of_its_own(tmp_path: Path, run_hpo: RunHpo) -> None:
     text = PLANTED.replace("{name: digits}", "{name: digits, folds: 2}").replace("epochs: 2", "epochs: 1")
     (tmp_path / "f.yaml").write_text(text)
-    assert hpo(monkeypatch, "run", str(tmp_path / "f.yaml"), "--trials", "2", "--device", "cpu") == 0
-    assert hpo(monkeypatch, "confirm", "--budget", "0.1", "--device", "cpu") == 0
+    run_hpo("run", str(tmp_path / "f.yaml"), "--trials", "2", "--device", "cpu")
+    run_hpo("confirm", "--budget", "0.1", "--device", "cpu")
     confirmation = result_of("f")
     assert {len(values) for one in confirmation.contenders for values in one.scores.values()} == {2}
     assert {len(one.scores) for one in confirmation.contenders} == {3}

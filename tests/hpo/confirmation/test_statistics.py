@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from core.config import TrainConfig
 from hpo.confirmation.result import (
     Confirmation,
     Contender,
@@ -41,6 +42,7 @@ from hpo.confirmation.statistics import (
     paired,
 )
 from hpo.errors import StudyError
+from tests.hpo.confirmation.simulated import some_confirmation, some_contender
 
 SEEDS = 200
 VALUES = [0.912, 0.907, 0.921, 0.915, 0.899, 0.910]
@@ -513,37 +515,15 @@ INTERVAL = Interval(0.9123, 0.0041, 5)
 
 
 def contender(key: str, **changes: Any) -> Contender:
-    number = int(key.removeprefix("trial ")) if key.startswith("trial") else None
-    about: dict[str, Any] = {
-        "key": key,
-        "trial": 0 if key == "baseline" else number,
-        "recipe": None,
-        "chosen_for": ("the baseline",) if key == "baseline" else ("best validation score", "best at epoch 6"),
-        "config": {"epochs": 20, "data": {"name": "digits"}},
-        "epochs": 20,
-        "search_value": 0.88,
-        "scores": {3: (0.91,), 4: (0.915,)},
-        "stopped": None,
-        "failure": None,
-        "interval": INTERVAL,
-    }
-    return Contender(**{**about, **changes})
+    chosen_for = ("the baseline",) if key == "baseline" else ("best validation score", "best at epoch 6")
+    fields: dict[str, Any] = {"search_value": 0.88, "scores": {3: (0.91,), 4: (0.915,)}, "interval": INTERVAL}
+    return some_contender(key, TrainConfig(), 0.9, **{"chosen_for": chosen_for, **fields, **changes})
 
 
 def confirmation(**changes: Any) -> Confirmation:
     """Trial 12 beats the base; trial 7 was stopped, and trial 9 failed."""
     about: dict[str, Any] = {
         "study": "digits",
-        "metric": "accuracy",
-        "direction": "maximize",
-        "contenders": (
-            contender("trial 12", search_value=0.9213),
-            contender("baseline", interval=Interval(0.8812, 0.0062, 5)),
-            contender("trial 7", stopped="worse than trial 12 by 0.0410 over 3 replicates", interval=INTERVAL),
-            contender("trial 9", failure="diverged", interval=None, scores={3: (math.nan,)}),
-        ),
-        "leader": "trial 12",
-        "winner": "trial 12",
         "evidence": True,
         "advantage": Interval(0.0311, 0.0062, 5),
         "optimism": 0.009,
@@ -555,10 +535,15 @@ def confirmation(**changes: Any) -> Confirmation:
         "elapsed_s": 754.0,
         "left_out": ("trial 4: more than the budget allows",),
         "search_trials": 50,
-        "created": "2025-01-01T12:00:00+00:00",
         "versions": {"torch": "2.11"},
     }
-    return Confirmation(**{**about, **changes})
+    contenders = changes.pop("contenders", None) or (
+        contender("trial 12", search_value=0.9213),
+        contender("baseline", interval=Interval(0.8812, 0.0062, 5)),
+        contender("trial 7", stopped="worse than trial 12 by 0.0410 over 3 replicates", interval=INTERVAL),
+        contender("trial 9", failure="diverged", interval=None, scores={3: (math.nan,)}),
+    )
+    return some_confirmation(*contenders, **{"leader": "trial 12", "winner": "trial 12", **about, **changes})
 
 
 NO_GAIN = {"winner": "baseline", "evidence": False}

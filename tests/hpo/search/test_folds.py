@@ -14,14 +14,12 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState, create_trial
-from PIL import Image
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 
 import core.loop.run
 from core.calibration import scaled
 from core.config import TrainConfig
-from core.data import Dataset, folds, load_dataset
+from core.data import Dataset, folds
 from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import scores, value
 from core.runtime import derive_seed, normalize
@@ -37,10 +35,11 @@ from hpo.space import SearchSpace, load_space
 from hpo.space.pruner import places_of
 from hpo.study import Study, open_study
 from hpo.study.results import read_result
-from hpo.submission import refit
+from hpo.submission import Refitted, refit
 from hpo.submission.bundle import load_bundle
 from hpo.trials import TRIAL_INDEX, trial_index_of
-from tests.hpo.commands import hpo
+from tests.hpo.commands import RunHpo, studies_in
+from tests.hpo.digits import check_predictions, digit_pixels, write_digits
 
 CPU = torch.device("cpu")
 FOLDS, EPOCHS = 3, 3
@@ -52,6 +51,7 @@ pruner: {name: rungs, rungs: [0.3], keep: 0.33}
 search:
 """
 SEARCH = "optim.lr_scale: {low: 0.5, high: 20, log: true}"
+NARROW = ["--set", "model.widths=[8]", "--set", "model.blocks=[1]"]
 SMALL = "model: {widths: [8], blocks: [1]}\nepochs: 3\nbatch_size: 128\naugment: {flip: 0.0}\n"
 
 
@@ -72,11 +72,6 @@ class Watcher(NoProgress):
     def training(self, label: str, *, epochs: int) -> Callable[[EpochMetrics], None]:
         self.recipes.append(label)
         return super().training(label, epochs=epochs)
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset(TrainConfig().data)
 
 
 def a_space(
@@ -104,6 +99,23 @@ def run(study: Study, space: SearchSpace, dataset: Dataset, *, stop_after: int |
     return watcher
 
 
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Study:
+    """A finished study of one trial, for tests that leave it as it is."""
+    root = tmp_path_factory.mktemp("folded")
+    with studies_in(root):
+        space = a_space(root)
+        study = a_study(space, digits, 1)
+        run(study, space, digits)
+    return study
+
+
+@pytest.fixture(scope="module")
+def results(folded: Study, digits: Dataset) -> list[TrainResult]:
+    """The trainings of that trial's folds by hand."""
+    return by_hand(folded.trained(0).config, digits)
+
+
 def by_hand(config: TrainConfig, dataset: Dataset, metric: str = "accuracy") -> list[TrainResult]:
     """Every fold's training, written out: the first with the configuration's seed, each other with its own."""
     results = []
@@ -115,6 +127,10 @@ def by_hand(config: TrainConfig, dataset: Dataset, metric: str = "accuracy") -> 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def timeless(file: Path) -> list[dict[str, Any]]:
+    return [row | {"elapsed_s": 0, "images_per_s": 0} for row in rows_of(file)]
 
 
 # The objective
@@ -134,29 +150,24 @@ def test_a_trial_is_worth_the_mean_of_its_folds(tmp_path: Path, digits: Dataset,
     assert trial.user_attrs["kept_epoch"] == study.trained(0).epochs == EPOCHS
 
 
-def test_a_trial_reports_the_mean_of_the_finished_folds_and_the_current_score(tmp_path: Path, digits: Dataset) -> None:
-    space = a_space(tmp_path)
-    study = a_study(space, digits, 1)
-    run(study, space, digits)
-    results = by_hand(study.trained(0).config, digits)
+def test_a_trial_reports_the_mean_of_the_finished_folds_and_the_current_score(
+    folded: Study, results: list[TrainResult]
+) -> None:
     expected: dict[int, float] = {}
     for fold, result in enumerate(results, 1):
         finished = [earlier.value("accuracy") for earlier in results[: fold - 1]]
         for epoch in result.history:
             step = (fold - 1) * EPOCHS + epoch.epoch
             expected[step] = statistics.fmean([*finished, epoch.score("accuracy")])
-    [trial] = study.optuna.get_trials()
+    [trial] = folded.optuna.get_trials()
     assert trial.intermediate_values == expected
     assert sorted(expected) == list(range(1, FOLDS * EPOCHS + 1))
 
 
-def test_the_first_fold_is_what_a_trial_without_folds_would_be_on_its_images(tmp_path: Path, digits: Dataset) -> None:
-    space = a_space(tmp_path)
-    study = a_study(space, digits, 1)
-    run(study, space, digits)
-    config = study.trained(0).config
+def test_the_first_fold_is_what_a_trial_without_folds_would_be_on_its_images(folded: Study, digits: Dataset) -> None:
+    config = folded.trained(0).config
     plain = train(config.override({"data.folds": None}), folds(digits, config.data)[0], device=CPU)
-    kept = load_file(study.paths.trial_model(0))
+    kept = load_file(folded.paths.trial_model(0))
     assert all(torch.equal(kept[name], weights) for name, weights in plain.model.state_dict().items())
 
 
@@ -167,22 +178,18 @@ def test_each_fold_has_a_seed_of_its_own() -> None:
     assert len({of_fold(config, fold).seed for fold in range(1, 21)}) == 20
 
 
-def test_what_a_folded_trial_leaves_behind(tmp_path: Path, digits: Dataset) -> None:
-    space = a_space(tmp_path)
-    study = a_study(space, digits, 1)
-    run(study, space, digits)
-    rows = rows_of(study.paths.trial_metrics(0))
+def test_what_a_folded_trial_leaves_behind(folded: Study, results: list[TrainResult]) -> None:
+    rows = rows_of(folded.paths.trial_metrics(0))
     assert [(row["fold"], row["epoch"]) for row in rows] == [(f, e) for f in (1, 2, 3) for e in (1, 2, 3)]
     elapsed = [row["elapsed_s"] for row in rows]
     assert elapsed == sorted(elapsed)  # it runs on over the folds
-    results = by_hand(study.trained(0).config, digits)
     for fold, result in enumerate(results, 1):
-        kept = load_file(study.paths.trial_model(0, fold))
+        kept = load_file(folded.paths.trial_model(0, fold))
         assert all(torch.equal(kept[name], weights) for name, weights in result.model.state_dict().items())
-    artifacts.draw(study, [0])
-    for picture in (study.paths.trial_curves(0), study.paths.trial_confusion(0)):
+    artifacts.draw(folded, [0])
+    for picture in (folded.paths.trial_curves(0), folded.paths.trial_confusion(0)):
         assert picture.exists()
-    assert not list((study.paths.dir / "checkpoints").iterdir())
+    assert not list((folded.paths.dir / "checkpoints").iterdir())
 
 
 def test_the_confusion_counts_every_image_of_the_pool_once(digits: Dataset) -> None:
@@ -301,7 +308,7 @@ def test_the_estimate_counts_the_folds(tmp_path: Path, digits: Dataset, monkeypa
 @pytest.mark.parametrize("stop_after", [1, EPOCHS, EPOCHS + 2, 2 * EPOCHS, 2 * EPOCHS + 1])
 @pytest.mark.parametrize("share", [float("inf"), 1e-9], ids=["checkpoints each epoch", "checkpoints rarely"])
 def test_a_trial_cut_off_in_any_fold_ends_as_its_undisturbed_twin(
-    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, stop_after: int, share: float
+    tmp_path: Path, digits: Dataset, folded: Study, monkeypatch: pytest.MonkeyPatch, stop_after: int, share: float
 ) -> None:
     monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", share)
     space = a_space(tmp_path)
@@ -315,18 +322,13 @@ def test_a_trial_cut_off_in_any_fold_ends_as_its_undisturbed_twin(
     assert resumed.epochs == FOLDS * EPOCHS - stop_after  # no epoch is trained again
     first, second = study.optuna.get_trials()
     assert (first.state, second.state) == (TrialState.FAIL, TrialState.COMPLETE)
-    weights = [study.paths.trial_model(1, fold).read_bytes() for fold in (1, 2, 3)]
-    rows = [row | {"elapsed_s": 0, "images_per_s": 0} for row in rows_of(study.paths.trial_metrics(1))]
-
-    monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "twin"))
-    twin = a_study(space, digits, 1)
-    run(twin, space, digits)
-    [expected] = twin.optuna.get_trials()
+    [expected] = folded.optuna.get_trials()
     assert (second.value, second.intermediate_values) == (expected.value, expected.intermediate_values)
     for key in ("fold_values", "kept_epoch", "epochs", "raw_accuracy"):
         assert second.user_attrs[key] == expected.user_attrs[key]
-    assert weights == [twin.paths.trial_model(0, fold).read_bytes() for fold in (1, 2, 3)]
-    assert rows == [row | {"elapsed_s": 0, "images_per_s": 0} for row in rows_of(twin.paths.trial_metrics(0))]
+    for fold in (1, 2, 3):
+        assert study.paths.trial_model(1, fold).read_bytes() == folded.paths.trial_model(0, fold).read_bytes()
+    assert timeless(study.paths.trial_metrics(1)) == timeless(folded.paths.trial_metrics(0))
     assert not list((study.paths.dir / "checkpoints").iterdir())
 
 
@@ -436,19 +438,7 @@ def test_a_recipe_beside_the_study_trains_the_studys_folds(tmp_path: Path, digit
 # Refit
 
 
-@pytest.fixture(scope="module")
-def folded(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> tuple[Study, Path]:
-    """A finished study of one folded trial, and the folder of all studies."""
-    root = tmp_path_factory.mktemp("folded")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HPO_STUDIES", str(root / "studies"))
-        space = a_space(root)
-        study = a_study(space, digits, 1)
-        run(study, space, digits)
-    return study, root / "studies"
-
-
-def do_refit(study: Study, dataset: Dataset, label: str, **options: Any) -> Any:
+def do_refit(study: Study, dataset: Dataset, label: str, **options: Any) -> Refitted:
     chosen = study.trained(0)
     return refit(
         study.paths,
@@ -473,17 +463,15 @@ def out_of_fold(results: list[TrainResult], config: TrainConfig, dataset: Datase
 
 
 def test_a_folded_trial_is_refitted_on_everything_with_views_chosen_out_of_fold(
-    folded: tuple[Study, Path], digits: Dataset
+    folded: Study, results: list[TrainResult], digits: Dataset
 ) -> None:
-    study, _ = folded
-    done = do_refit(study, digits, "single")
-    config = study.trained(0).config
-    results = by_hand(config, digits)
+    done = do_refit(folded, digits, "single")
+    config = folded.trained(0).config
     for views, score in done.decision.candidates.items():
         expected = value(scores(out_of_fold(results, config, digits, views), digits.labels), "accuracy")
         assert score == pytest.approx(expected, abs=1e-12)
     assert done.networks == 1
-    expected = train(config, folds(digits, config.data)[0].whole(), device=CPU, stop_after=study.trained(0).epochs)
+    expected = train(config, folds(digits, config.data)[0].whole(), device=CPU, stop_after=folded.trained(0).epochs)
     kept = load_file(done.dir / "model.safetensors")
     assert all(torch.equal(kept[name], weights) for name, weights in expected.model.state_dict().items())
     meta = load_bundle(done.dir, CPU).meta
@@ -492,20 +480,33 @@ def test_a_folded_trial_is_refitted_on_everything_with_views_chosen_out_of_fold(
     assert report["val"]["images"] == len(digits.labels)
 
 
+@pytest.fixture(scope="module")
+def three(folded: Study, digits: Dataset) -> Refitted:
+    """The trial refitted as an ensemble of its folds, which needs no training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hpo.submission.networks.train", lambda *arguments, **options: pytest.fail("a training"))
+        return do_refit(folded, digits, "three", ensemble=3)
+
+
+@pytest.fixture(scope="module")
+def four(folded: Study, digits: Dataset) -> Refitted:
+    """The trial refitted as an ensemble of four, one more than its folds."""
+    return do_refit(folded, digits, "four", ensemble=4)
+
+
 @pytest.mark.parametrize("members", [3, 4], ids=["as many as the trial's folds", "another number"])
 def test_an_ensemble_averages_the_probabilities_of_its_members_over_test_images_and_views(
-    folded: tuple[Study, Path], digits: Dataset, members: int
+    folded: Study, results: list[TrainResult], three: Refitted, four: Refitted, digits: Dataset, members: int
 ) -> None:
-    study, _ = folded
-    done = do_refit(study, digits, f"ensemble{members}", ensemble=members)
-    config = study.trained(0).config.override({"data.folds": members})
-    results, divided = by_hand(config, digits), folds(digits, config.data)
+    done = three if members == 3 else four
+    config = folded.trained(0).config.override({"data.folds": members})
+    trained, divided = results if members == 3 else by_hand(config, digits), folds(digits, config.data)
     for views, score in done.decision.candidates.items():
-        expected = value(scores(out_of_fold(results, config, digits, views), digits.labels), "accuracy")
+        expected = value(scores(out_of_fold(trained, config, digits, views), digits.labels), "accuracy")
         assert score == pytest.approx(expected, abs=1e-12)
     test = digits.open_test()
     total = torch.zeros(len(test.labels), 10)
-    for result, each in zip(results, divided, strict=True):
+    for result, each in zip(trained, divided, strict=True):
         result.model.eval()
         for view in VIEWS[done.decision.views]:
             with torch.inference_mode():
@@ -523,10 +524,8 @@ def test_an_ensemble_averages_the_probabilities_of_its_members_over_test_images_
 
 
 def test_an_ensemble_that_was_cut_off_goes_on_with_the_members_that_it_has(
-    folded: tuple[Study, Path], digits: Dataset
+    folded: Study, four: Refitted, digits: Dataset
 ) -> None:
-    study, _ = folded
-
     def cut_off(label: str) -> Callable[[EpochMetrics], None]:
         def epoch_ended(epoch: EpochMetrics) -> None:
             if label == "fold 3 of 4":
@@ -540,59 +539,46 @@ def test_an_ensemble_that_was_cut_off_goes_on_with_the_members_that_it_has(
         return lambda epoch: trained.append(label)
 
     with pytest.raises(KeyboardInterrupt):
-        do_refit(study, digits, "cut", ensemble=4, watch=cut_off)
-    assert not study.paths.refit("cut").exists()
-    done = do_refit(study, digits, "cut", ensemble=4, watch=count)
+        do_refit(folded, digits, "cut", ensemble=4, watch=cut_off)
+    assert not folded.paths.refit("cut").exists()
+    done = do_refit(folded, digits, "cut", ensemble=4, watch=count)
     assert trained == ["fold 3 of 4"] * (EPOCHS - 1) + ["fold 4 of 4"] * EPOCHS
-    whole = do_refit(study, digits, "whole", ensemble=4)
-    assert done.decision.candidates == whole.decision.candidates
-    assert done.test == whole.test
-    assert not study.paths.refit_checkpoints("cut")
+    assert done.decision.candidates == four.decision.candidates
+    assert done.test == four.test
+    assert not folded.paths.refit_checkpoints("cut")
 
 
-def test_the_members_that_a_trial_has_trained_are_not_trained_again(
-    folded: tuple[Study, Path], digits: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study, _ = folded
-    monkeypatch.setattr("hpo.submission.networks.train", lambda *arguments, **options: pytest.fail("a training"))
-    done = do_refit(study, digits, "kept", ensemble=3)
+def test_the_members_that_a_trial_has_trained_are_not_trained_again(folded: Study, three: Refitted) -> None:
     for fold in (1, 2, 3):
-        kept = (done.dir / f"member_{fold}.safetensors").read_bytes()
-        assert kept == study.paths.trial_model(0, fold).read_bytes()
+        kept = (three.dir / f"member_{fold}.safetensors").read_bytes()
+        assert kept == folded.paths.trial_model(0, fold).read_bytes()
 
 
-def test_with_the_trials_weights_gone_the_ensemble_is_the_same(
-    folded: tuple[Study, Path], digits: Dataset, caplog: pytest.LogCaptureFixture
-) -> None:
-    study, _ = folded
-    before = do_refit(study, digits, "before", ensemble=3)
-    weights = study.paths.trial_model(0, 2)
+def test_with_the_trials_weights_gone_the_ensemble_is_the_same(folded: Study, three: Refitted, digits: Dataset) -> None:
+    weights = folded.paths.trial_model(0, 2)
     content = weights.read_bytes()
     weights.unlink()
-    after = do_refit(study, digits, "after", ensemble=3)
+    after = do_refit(folded, digits, "after", ensemble=3)
     weights.write_bytes(content)
     for fold in (1, 2, 3):
         name = f"member_{fold}.safetensors"
-        assert (after.dir / name).read_bytes() == (before.dir / name).read_bytes()
-    assert (after.val, after.test) == (before.val, before.test)
+        assert (after.dir / name).read_bytes() == (three.dir / name).read_bytes()
+    assert (after.val, after.test) == (three.val, three.test)
 
 
 def test_the_test_set_is_opened_once_when_all_is_decided(
-    folded: tuple[Study, Path], digits: Dataset, monkeypatch: pytest.MonkeyPatch
+    folded: Study, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study, _ = folded
     events: list[str] = []
     opened, trained = digits.open_test, train
-    monkeypatch.setattr(
-        "core.data.Dataset.open_test", lambda dataset: events.append("test") or opened()
-    )  # fmt: skip
+    monkeypatch.setattr("core.data.Dataset.open_test", lambda dataset: events.append("test") or opened())
     monkeypatch.setattr(
         "hpo.submission.networks.train",
         lambda *arguments, **options: events.append("train") or trained(*arguments, **options),
     )
-    do_refit(study, digits, "watched", ensemble=4)
+    do_refit(folded, digits, "watched", ensemble=4)
     assert events == ["train"] * 4 + ["test"]
-    metadata = [json.loads(line) for line in study.paths.test_openings.read_text().splitlines()]
+    metadata = [json.loads(line) for line in folded.paths.test_openings.read_text().splitlines()]
     assert metadata[-1]["label"] == "watched"
 
 
@@ -635,17 +621,13 @@ def test_a_plateau_falls_in_the_refit_where_it_fell_in_the_trial(tmp_path: Path,
 # The commands
 
 
-def test_from_a_folded_search_to_the_predictions_of_an_ensemble(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny = ["--set", "epochs=2", "--set", "batch_size=64", "--set", "data.folds=3"]
-    assert hpo(monkeypatch, "run", "digits", "--trials", "2", *tiny) == 0
-    told = capsys.readouterr().out
+def test_from_a_folded_search_to_the_predictions_of_an_ensemble(tmp_path: Path, run_hpo: RunHpo) -> None:
+    tiny = ["--set", "epochs=2", "--set", "data.folds=3", *NARROW]
+    told = run_hpo("run", "digits", "--trials", "2", *tiny)
     assert "in the first of 3 folds; every image is in the validation set of one fold" in told
     assert "and after each of the first 2 folds" in told
-    assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
-    assert hpo(monkeypatch, "refit", "best", "--no-confirm", "--folds", "3") == 0
-    told = capsys.readouterr().out
+    run_hpo("refit", "best", "--no-confirm")
+    told = run_hpo("refit", "best", "--no-confirm", "--folds", "3")
     assert "out-of-fold" in told
     assert "2 times" in told
     refits = tmp_path / "studies/digits/refit"
@@ -653,47 +635,30 @@ def test_from_a_folded_search_to_the_predictions_of_an_ensemble(
     members = {path.name for path in (refits / "best.folds3").glob("*.safetensors")}
     assert members == {f"member_{fold}.safetensors" for fold in (1, 2, 3)}
 
-    source, photos = load_digits(), tmp_path / "photos"
-    photos.mkdir()
-    for number in range(20):
-        pixels = (source.images[number] * (255 / 16)).round().astype(np.uint8)
-        Image.fromarray(pixels).save(photos / f"{number:03d}.png")
+    photos = write_digits(tmp_path / "photos", 20)
     for label in ("best", "best.folds3"):
         out = tmp_path / f"{label}.csv"
-        assert hpo(monkeypatch, "predict", str(refits / label), str(photos), "-o", str(out), "--probabilities") == 0
-        rows = list(csv.DictReader(out.read_text().splitlines()))
-        assert len(rows) == 20
-        for row in rows:
-            chances = {name: float(row[name]) for name in "0123456789"}
-            assert sum(chances.values()) == pytest.approx(1, abs=1e-3)
-            assert row["label"] == max(chances, key=chances.__getitem__)
+        run_hpo("predict", str(refits / label), str(photos), "-o", str(out), "--probabilities")
+        check_predictions(out, 20)
 
 
-def test_more_folds_than_the_smallest_class_has_images_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_more_folds_than_the_smallest_class_has_images_is_one_line(tmp_path: Path, run_hpo: RunHpo) -> None:
     own = imbalanced_npz(tmp_path / "own.npz", smallest=12)  # a fifth of them is the test set
-    assert hpo(monkeypatch, "train", "digits_base", "--data", str(own), "--set", "data.folds=15") == 2
-    error = capsys.readouterr().err.strip()
+    error = run_hpo.fails("train", "digits_base", "--data", str(own), "--set", "data.folds=15")
     assert "data.folds=15 needs as many images of every class" in error
-    assert error.startswith("hpo: ")
-    assert len(error.splitlines()) == 1
 
 
 def imbalanced_npz(path: Path, *, smallest: int) -> Path:
     """Digits of which there are 90 of each class but the last."""
-    source = load_digits()
-    kept = [np.flatnonzero(source.target == digit)[: 90 if digit < 9 else smallest] for digit in range(10)]
+    images, labels = digit_pixels()
+    kept = [np.flatnonzero(labels == digit)[: 90 if digit < 9 else smallest] for digit in range(10)]
     rows = np.concatenate(kept)
-    np.savez(path, images=(source.images[rows] * (255 / 16)).round().astype(np.uint8), labels=source.target[rows])
+    np.savez(path, images=images[rows], labels=labels[rows])
     return path
 
 
-def test_train_reports_the_folds_mean_and_spread_and_every_score(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert hpo(monkeypatch, "train", "digits_base", "--set", "epochs=1", "--set", "data.folds=3") == 0
-    told = capsys.readouterr().out
+def test_train_reports_the_folds_mean_and_spread_and_every_score(tmp_path: Path, run_hpo: RunHpo) -> None:
+    told = run_hpo("train", "digits_base", "--set", "epochs=1", "--set", "data.folds=3", *NARROW)
     [folder] = (tmp_path / "studies/trainings").iterdir()
     result = json.loads((folder / "result.json").read_text())
     assert f"validation accuracy {result['value']:.4f} ± {result['spread']:.4f}" in told
@@ -704,15 +669,14 @@ def test_train_reports_the_folds_mean_and_spread_and_every_score(
 
 
 def test_the_metric_is_what_is_reported_and_part_of_the_folder_where_it_is_not_accuracy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_hpo: RunHpo
 ) -> None:
-    tiny = ["train", "digits_base", "--set", "epochs=1"]
+    tiny = ["train", "digits_base", "--set", "epochs=1", *NARROW]
     trainings = tmp_path / "studies/trainings"
-    assert hpo(monkeypatch, *tiny) == 0
-    assert hpo(monkeypatch, *tiny, "--metric", "accuracy") == 0
+    run_hpo(*tiny)
+    run_hpo(*tiny, "--metric", "accuracy")
     assert len(list(trainings.iterdir())) == 1
-    capsys.readouterr()
-    assert hpo(monkeypatch, *tiny, "--metric", "macro_f1") == 0
+    told = run_hpo(*tiny, "--metric", "macro_f1")
     assert len(list(trainings.iterdir())) == 2
     found = {
         result["metric"]: result
@@ -721,10 +685,10 @@ def test_the_metric_is_what_is_reported_and_part_of_the_folder_where_it_is_not_a
     }
     assert found.keys() == {"accuracy", "macro_f1"}
     assert found["macro_f1"]["value"] == found["macro_f1"]["val_macro_f1"]
-    assert f"validation macro-F1 {found['macro_f1']['value']:.4f}, accuracy" in capsys.readouterr().out
+    assert f"validation macro-F1 {found['macro_f1']['value']:.4f}, accuracy" in told
 
 
-def test_early_stopping_of_train_watches_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stopping_of_train_watches_the_metric(monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo) -> None:
     watched: list[str] = []
 
     def spied(*arguments: Any, metric: str, **options: Any) -> TrainResult:
@@ -732,17 +696,14 @@ def test_early_stopping_of_train_watches_the_metric(monkeypatch: pytest.MonkeyPa
         return train(*arguments, metric=metric, **options)
 
     monkeypatch.setattr("hpo.search.training.train", spied)
-    assert hpo(monkeypatch, "train", "digits_base", "--set", "epochs=1", "--metric", "nll") == 0
+    run_hpo("train", "digits_base", "--set", "epochs=1", "--metric", "nll", *NARROW)
     assert watched == ["nll"]
 
 
-def test_an_imbalanced_set_is_told_class_by_class(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_imbalanced_set_is_told_class_by_class(tmp_path: Path, run_hpo: RunHpo) -> None:
     own = str(imbalanced_npz(tmp_path / "own.npz", smallest=30))
-    tiny = ["--data", own, "--set", "epochs=2", "--set", "data.folds=3"]
-    assert hpo(monkeypatch, "train", "digits_base", *tiny) == 0
-    told = capsys.readouterr().out
+    tiny = ["--data", own, "--set", "epochs=2", "--set", "data.folds=3", *NARROW]
+    told = run_hpo("train", "digits_base", *tiny)
     assert "class by class, 672 validation images:" in told  # all of the pool: four fifths of 90 × 9 + 30
     lines = [line.split() for line in told.splitlines() if line.strip()]
     at = lines.index(["class", "images", "precision", "recall", "F1"])
@@ -753,7 +714,5 @@ def test_an_imbalanced_set_is_told_class_by_class(
         [row["class"], str(row["support"]), *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1"))]
         for row in rows
     ]
-    assert hpo(monkeypatch, "run", "digits", "--trials", "1", *tiny) == 0
-    capsys.readouterr()
-    assert hpo(monkeypatch, "refit", "best", "--no-confirm", "--folds", "3") == 0
-    assert "class by class, 168 test images:" in capsys.readouterr().out
+    run_hpo("run", "digits", "--trials", "1", *tiny)
+    assert "class by class, 168 test images:" in run_hpo("refit", "best", "--no-confirm", "--folds", "3")

@@ -11,11 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -42,6 +39,8 @@ from hpo.trials import (
     is_baseline,
     trial_index_of,
 )
+from tests.hpo.confirmation.simulated import Images
+from tests.hpo.storage.postgresql import running_server
 
 SPACE = """
 base: {epochs: 10, batch_size: 64}
@@ -63,16 +62,6 @@ SAMPLERS = {
 }
 
 
-@dataclass(frozen=True)
-class Images:
-    """The attributes of a data set that a study reads."""
-
-    name: str = "digits"
-    fingerprint: str = "ab" * 32
-    classes: tuple[str, ...] = ("0", "1")
-    report: Any = field(default_factory=lambda: SimpleNamespace(broken=()))
-
-
 @pytest.fixture
 def space_of(tmp_path: Path) -> Any:
     def load(text: str = SPACE, name: str = "space") -> SearchSpace:
@@ -85,9 +74,12 @@ def space_of(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def open_(space_of: Any) -> Any:
-    def opened(name: str = "s", text: str = SPACE, **options: Any) -> Study:
+    def opened(name: str = "s", text: str = SPACE, *, trials: int = 0, **options: Any) -> Study:
         options.setdefault("dataset", Images())
-        return open_study(space_of(text), name=name, **options)
+        study = open_study(space_of(text), name=name, **options)
+        if trials:
+            study.queue.ensure_trials(trials)
+        return study
 
     return opened
 
@@ -98,24 +90,35 @@ def value_of(params: dict[str, Any], epoch: int = 10) -> float:
     return 1 - off / 4 - abs(params["model.width"] - 1) / 4 - 1 / (epoch + 2)
 
 
-def work(study: Study, space: SearchSpace, *, stop_before: int | None = None, prune: bool = True) -> None:
+def work(study: Study, *, stop_before: int | None = None, prune: bool = True) -> None:
     """Run trials until the total is reached, or the trial index `stop_before` is next."""
-    while (claimed := study.queue.claim()) is not None:
-        trial, trial_index = claimed
+    for trial, trial_index in claims(study):
         if trial_index == stop_before:
             study.queue.release(trial)
             return
-        run(study, space, trial, prune=prune)
+        run(study, trial, prune=prune)
 
 
-def run(study: Study, space: SearchSpace, trial: optuna.Trial, *, prune: bool = True) -> None:
-    params = space.suggest(trial)
+def run(study: Study, trial: optuna.Trial, *, prune: bool) -> None:
+    params = suggest(study, trial)
     for epoch in range(1, 11):
         trial.report(value_of(params, epoch), epoch)
         if prune and epoch < 10 and trial.should_prune():
             study.queue.finish(trial, "pruned")
             return
     study.queue.finish(trial, "complete", value_of(params))
+
+
+def claims(study: Study) -> Iterator[tuple[optuna.Trial, int]]:
+    """Claim one trial after the other, each with its index."""
+    while (claimed := study.queue.claim()) is not None:
+        yield claimed
+
+
+def suggest(study: Study, trial: optuna.Trial) -> dict[str, Any]:
+    """The trial's parameters in the study's space."""
+    assert study.queue._space is not None
+    return study.queue._space.suggest(trial)
 
 
 def results(study: Study) -> dict[int, tuple[str, dict[str, Any], float | None, dict[int, float]]]:
@@ -172,8 +175,7 @@ def test_study_yaml_does_not_hold_the_path_of_the_studies(open_: Any) -> None:
 
 
 def test_a_study_may_be_moved_with_its_folder(open_: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    study = open_()
-    study.queue.ensure_trials(3)
+    open_(trials=3)
     studies_root().rename(tmp_path / "elsewhere")
     monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "elsewhere"))
     assert find_study("s").counts().waiting == 3
@@ -308,16 +310,15 @@ def test_trial_index_0_is_the_baseline_and_the_others_are_free(open_: Any, space
     assert [trial.system_attrs for trial in waiting[1:]] == [{}] * 3
     trial, trial_index = study.queue.claim()
     assert trial_index == 0
-    assert space_of().config(space_of().suggest(trial)) == space_of().baseline
+    assert space_of().config(suggest(study, trial)) == space_of().baseline
 
 
-def test_recipes_that_the_space_can_express_come_first(open_: Any, tmp_path: Path, space_of: Any) -> None:
+def test_recipes_that_the_space_can_express_come_first(open_: Any, tmp_path: Path) -> None:
     text = recipes_of(tmp_path, base=1.0, inside=5.0, outside=50.0)
-    study = open_(text=text)
-    study.queue.ensure_trials(4)
+    study = open_(text=text, trials=4)
     recipes = {trial_index_of(trial): trial.user_attrs.get(RECIPE) for trial in study.optuna.trials}
     assert recipes == {0: "base", 1: "inside", 2: None, 3: None}
-    work(study, space_of(text), prune=False)
+    work(study, prune=False)
     assert study.optuna.trials[1].params["optim.lr_scale"] == 5.0
     study.queue.ensure_trials(6)
     assert [trial.user_attrs.get(RECIPE) for trial in study.optuna.trials].count("inside") == 1
@@ -342,55 +343,50 @@ def test_missing_recipes_are_those_that_no_trial_trains(open_: Any, tmp_path: Pa
 
 
 def test_a_recipe_that_is_added_after_all_trials_were_queued_is_missing(open_: Any, tmp_path: Path) -> None:
-    open_().queue.ensure_trials(3)
-    study = open_(text=recipes_of(tmp_path, late=5.0, like_base=1.0))
-    study.queue.ensure_trials(3)
+    open_(trials=3)
+    study = open_(text=recipes_of(tmp_path, late=5.0, like_base=1.0), trials=3)
     assert [recipe.name for recipe in study.queue.missing_recipes()] == ["late"]
     study.queue.ensure_trials(4)
     assert study.optuna.trials[3].user_attrs[RECIPE] == "late"
     assert study.queue.missing_recipes() == []
 
 
-def test_the_total_is_a_total(open_: Any, space_of: Any) -> None:
+def test_the_total_is_a_total(open_: Any) -> None:
     study = open_()
     for _ in range(2):  # the same command again
         study.queue.ensure_trials(5)
-        work(study, space_of())
+        work(study)
         assert study.counts().finished == 5
-        study = open_()
-    study.queue.ensure_trials(8)
-    work(study, space_of())
+        study = open_(trials=8)
+    work(study)
     assert study.counts().finished == 8
     assert len(study.optuna.trials) == 8
 
 
-def test_a_smaller_total_leaves_the_other_trials_waiting(open_: Any, space_of: Any) -> None:
-    study = open_()
-    study.queue.ensure_trials(9)
+def test_a_smaller_total_leaves_the_other_trials_waiting(open_: Any) -> None:
+    study = open_(trials=9)
     study.queue.ensure_trials(3)
-    work(study, space_of())
+    work(study)
     assert study.counts().finished == 3
     assert study.counts().waiting == 6
 
 
-def test_trials_that_two_processes_queued_at_once_run_once(open_: Any, space_of: Any) -> None:
-    study = open_()
-    study.queue.ensure_trials(3)
+def test_trials_that_two_processes_queued_at_once_run_once(open_: Any) -> None:
+    study = open_(trials=3)
     for trial_index in (0, 1, 2):  # as a second process does that has not seen them
         study.optuna.enqueue_trial({}, user_attrs={TRIAL_INDEX: trial_index})
-    work(study, space_of())
+    work(study)
     assert study.counts().finished == 3
     study.queue.ensure_trials(3)
     assert [trial.state for trial in study.optuna.trials[3:]] == [TrialState.FAIL] * 3
     assert study.counts().waiting == 0
 
 
-def test_counts_are_by_state(open_: Any, space_of: Any) -> None:
-    study = open_()
-    study.queue.ensure_trials(6)
+def test_counts_are_by_state(open_: Any) -> None:
+    study = open_(trials=6)
     for state, failure in (("complete", None), ("pruned", None), ("pruned", "oom")):
         trial, _ = study.queue.claim()
-        space_of().suggest(trial)
+        suggest(study, trial)
         study.queue.finish(trial, state, 0.5 if state == "complete" else None, failure=failure)
     study.queue.claim()
     counts = study.counts()
@@ -414,8 +410,7 @@ def test_the_best_trial_is_complete_and_of_equals_the_first(open_: Any, metric: 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_a_complete_trial_has_a_finite_value(open_: Any, value: float | None) -> None:
-    study = open_()
-    study.queue.ensure_trials(1)
+    study = open_(trials=1)
     trial, _ = study.queue.claim()
     with pytest.raises(ValueError, match="complete with the value"):
         study.queue.finish(trial, "complete", value)
@@ -451,11 +446,10 @@ def test_the_configuration_of_a_complete_trial_is_known(open_: Any, space_of: An
 
 
 @pytest.fixture
-def old_study(open_: Any, space_of: Any) -> Study:
+def old_study(open_: Any) -> Study:
     """Two finished trials, two interrupted ones and two waiting ones of version 0.1.0."""
-    study: Study = open_("old")
-    study.queue.ensure_trials(6)
-    work(study, space_of(), stop_before=2)
+    study: Study = open_("old", trials=6)
+    work(study, stop_before=2)
     trials = study.optuna.trials
     study.optuna._storage.delete_study(study.optuna._study_id)
     study.paths.study_yaml.unlink()
@@ -467,15 +461,14 @@ def old_study(open_: Any, space_of: Any) -> Study:
     return study
 
 
-def test_a_study_with_old_and_new_trials_is_completed_and_read(open_: Any, space_of: Any, old_study: Study) -> None:
-    new = open_("new")
-    new.queue.ensure_trials(8)
-    work(new, space_of())
+def test_a_study_with_old_and_new_trials_is_completed_and_read(open_: Any, old_study: Study) -> None:
+    new = open_("new", trials=8)
+    work(new)
     trial, _ = old_study.queue.claim()  # an attempt at an old trial that is interrupted
     old_study.queue.release(trial)
     old_study.queue.ensure_trials(8)
     assert old_study.counts().waiting == 6
-    work(old_study, space_of())
+    work(old_study)
     assert results(old_study) == results(new)
     attributes = [trial.user_attrs for trial in old_study.optuna.trials]
     assert any("slot" in known for known in attributes)
@@ -488,7 +481,7 @@ def test_a_study_with_old_and_new_trials_is_completed_and_read(open_: Any, space
     assert not {"slot", "base"} & set(frame.columns)
 
 
-def test_old_trials_are_imported_under_new_names(open_: Any, space_of: Any, old_study: Study) -> None:
+def test_old_trials_are_imported_under_new_names(open_: Any, old_study: Study) -> None:
     new = open_("new", take_over="old")
     assert [set(trial.user_attrs) & {"slot", "base", TRIAL_INDEX, BASELINE} for trial in new.optuna.trials] == [
         {TRIAL_INDEX, BASELINE},
@@ -510,12 +503,11 @@ def test_an_old_baseline_that_was_interrupted_is_requeued_under_new_names(open_:
 # Interrupted trials and retries
 
 
-def test_a_released_trial_is_queued_again_with_its_parameters(open_: Any, space_of: Any) -> None:
-    study = open_()
-    study.queue.ensure_trials(3)
-    work(study, space_of(), stop_before=1)
+def test_a_released_trial_is_queued_again_with_its_parameters(open_: Any) -> None:
+    study = open_(trials=3)
+    work(study, stop_before=1)
     trial, trial_index = study.queue.claim()
-    params = space_of().suggest(trial)
+    params = suggest(study, trial)
     trial.report(0.1, 1)
     study.queue.release(trial)
     assert study.optuna.trials[trial.number].state == TrialState.FAIL
@@ -523,15 +515,14 @@ def test_a_released_trial_is_queued_again_with_its_parameters(open_: Any, space_
     again, same_index = study.queue.claim()
     assert same_index == trial_index == 1
     assert again.number > 2  # queued after the others, and claimed before them
-    assert space_of().suggest(again) == params
+    assert suggest(study, again) == params
     assert again.user_attrs[TRIAL_INDEX] == 1
     assert INTERRUPTED not in again.user_attrs
     again.report(0.1, 1)  # by a checkpoint's history: nothing is reported yet
 
 
 def test_a_retried_trial_has_no_artifacts_of_the_earlier_attempt(open_: Any, tmp_path: Path) -> None:
-    study = open_()
-    study.queue.ensure_trials(1)
+    study = open_(trials=1)
     trial, _ = study.queue.claim()
     (tmp_path / "curves.png").write_bytes(b"a picture")
     attach(trial, tmp_path / "curves.png", study.files.dashboard_store())
@@ -546,8 +537,7 @@ def test_a_retried_trial_has_no_artifacts_of_the_earlier_attempt(open_: Any, tmp
 
 
 def test_the_result_of_a_reclaimed_trial_is_dropped(open_: Any, caplog: pytest.LogCaptureFixture) -> None:
-    study = open_()
-    study.queue.ensure_trials(2)
+    study = open_(trials=2)
     trial, _ = study.queue.claim()
     study.queue.release(trial)  # as another process that took it for dead would
     assert study.queue.finish(trial, "complete", 0.5) is False
@@ -559,17 +549,16 @@ def test_the_result_of_a_reclaimed_trial_is_dropped(open_: Any, caplog: pytest.L
     assert study.counts().waiting == 2
 
 
-def test_an_index_without_a_trial_is_queued_by_the_next_run(open_: Any, space_of: Any) -> None:
-    study = open_()
-    study.queue.ensure_trials(2)
+def test_an_index_without_a_trial_is_queued_by_the_next_run(open_: Any) -> None:
+    study = open_(trials=2)
     trial, _ = study.queue.claim()
-    params = space_of().suggest(trial)
+    params = suggest(study, trial)
     # A process that dies after it has ended the attempt, before it has queued the slot again.
     study.optuna._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     study.queue.ensure_trials(2)
     again, trial_index = study.queue.claim()
     assert trial_index == 0
-    assert space_of().suggest(again) == params
+    assert suggest(study, again) == params
     assert again.user_attrs[BASELINE] is True
 
 
@@ -610,8 +599,7 @@ def claimer(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_only_the_trials_of_dead_processes_are_reclaimed(open_: Any, space_of: Any, claimer: Any) -> None:
-    study = open_()
-    study.queue.ensure_trials(3)
+    study = open_(trials=3)
     process, trial_index = claimer()
     assert trial_index == 0
     assert study.queue.reclaim() == []
@@ -622,7 +610,7 @@ def test_only_the_trials_of_dead_processes_are_reclaimed(open_: Any, space_of: A
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert reclaimed == [0]
-    work(study, space_of())
+    work(study)
     assert study.counts().finished == 3
     assert study.counts().running == 0
     assert results(study)[0][1] == space_of().baseline_params()
@@ -644,8 +632,7 @@ def lease(study: Study, trial: optuna.Trial, **change: Any) -> None:
     ],
 )
 def test_a_lease_identifies_host_boot_and_process(open_: Any, change: dict[str, Any], dead: bool) -> None:
-    study = open_()
-    study.queue.ensure_trials(1)
+    study = open_(trials=1)
     trial, _ = study.queue.claim()
     lease(study, trial, **change)
     assert study.queue.reclaim() == ([0] if dead else [])
@@ -655,8 +642,7 @@ def test_a_lease_identifies_host_boot_and_process(open_: Any, change: dict[str, 
 def test_a_running_trial_without_a_lease_is_reclaimed_after_a_while(
     open_: Any, monkeypatch: pytest.MonkeyPatch, age_s: float, dead: bool
 ) -> None:
-    study = open_()
-    study.queue.ensure_trials(1)
+    study = open_(trials=1)
     waiting = study.optuna.trials[0]
     study.optuna._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
     monkeypatch.setattr("hpo.storage.lease._GRACE_S", 60 - age_s)
@@ -664,8 +650,7 @@ def test_a_running_trial_without_a_lease_is_reclaimed_after_a_while(
 
 
 def test_a_trial_of_another_host_is_reclaimed_by_force_only(open_: Any) -> None:
-    study = open_()
-    study.queue.ensure_trials(3)
+    study = open_(trials=3)
     study.queue.claim()  # by this process, which lives
     trial, trial_index = study.queue.claim()
     assert study.queue.held_elsewhere() == []
@@ -678,9 +663,8 @@ def test_a_trial_of_another_host_is_reclaimed_by_force_only(open_: Any) -> None:
     assert (counts.running, counts.waiting) == (1, 2)
 
 
-def test_two_processes_reclaim_a_trial_once(open_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = open_()
-    study.queue.ensure_trials(1)
+def test_two_processes_reclaim_a_trial_once(open_: Any) -> None:
+    study = open_(trials=1)
     study.queue.claim()
     frozen = study.optuna.trials[0]
     assert study.queue._interrupt(frozen, crashed=False)
@@ -696,25 +680,22 @@ def test_a_stopped_and_an_interrupted_study_equal_an_undisturbed_one(open_: Any,
     text = SPACE.replace("{name: random}", SAMPLERS[sampler])
     space = space_of(text)
 
-    twin = open_("twin", text)
-    twin.queue.ensure_trials(12)
-    work(twin, space)
+    twin = open_("twin", text, trials=12)
+    work(twin)
     assert twin.counts().finished == 12
     assert twin.counts().pruned > 0
     assert len({trial.params["optim.lr_scale"] for trial in twin.optuna.trials}) == 12  # no point twice
 
-    stopped = open_("stopped", text)
-    stopped.queue.ensure_trials(5)
-    work(stopped, space)
+    stopped = open_("stopped", text, trials=5)
+    work(stopped)
     stopped = open_("stopped", text)  # everything rebuilt from the storage
     stopped.queue.ensure_trials(12)
-    work(stopped, space)
+    work(stopped)
     assert results(stopped) == results(twin)
 
-    cut = open_("cut", text)
-    cut.queue.ensure_trials(12)
+    cut = open_("cut", text, trials=12)
     for trial_index, suggested in ((5, len(space.search)), (8, 2), (10, 0)):
-        work(cut, space, stop_before=trial_index)
+        work(cut, stop_before=trial_index)
         trial, claimed = cut.queue.claim()
         assert claimed == trial_index
         for parameter in list(space.search.values())[:suggested]:
@@ -722,25 +703,24 @@ def test_a_stopped_and_an_interrupted_study_equal_an_undisturbed_one(open_: Any,
         trial.report(0.0, 1)
         cut.queue.release(trial)
         cut = open_("cut", text)
-    work(cut, space)
+    work(cut)
     assert results(cut) == results(twin)
 
 
-def test_another_seed_is_another_search(open_: Any, space_of: Any) -> None:
+def test_another_seed_is_another_search(open_: Any) -> None:
     studies = [open_(name, seed=seed) for name, seed in (("a", 0), ("b", 1))]
     for study in studies:
         study.queue.ensure_trials(3)
-        work(study, space_of())
+        work(study)
     first, second = (results(study) for study in studies)
     assert first[0] == second[0]  # the baseline
     assert first[1] != second[1]
 
 
-def test_tpe_learns(open_: Any, space_of: Any) -> None:
+def test_tpe_learns(open_: Any) -> None:
     text = SPACE.replace("{name: random}", "{name: tpe, startup_trials: 10}")
-    study = open_(text=text)
-    study.queue.ensure_trials(40)
-    work(study, space_of(text), prune=False)
+    study = open_(text=text, trials=40)
+    work(study, prune=False)
     values = [trial.value for trial in study.optuna.trials]
     assert sum(values[-10:]) / 10 > sum(values[1:11]) / 10 + 0.1
 
@@ -751,8 +731,7 @@ def test_tpe_avoids_the_region_where_trials_fail(open_: Any, space_of: Any) -> N
     study, space = open_(text=text), space_of(text)
     study.queue.ensure_trials(60)
     failures = []
-    while (claimed := study.queue.claim()) is not None:
-        trial, _ = claimed
+    for trial, _ in claims(study):
         params = space.suggest(trial)
         failures.append(params["augment.strength"] > 0.5)
         if failures[-1]:
@@ -767,13 +746,12 @@ def test_tpe_avoids_the_region_where_trials_fail(open_: Any, space_of: Any) -> N
     assert study.best_trial().constraints == {}
 
 
-def test_constraints_raise_no_warning_under_cmaes(open_: Any, space_of: Any) -> None:
+def test_constraints_raise_no_warning_under_cmaes(open_: Any) -> None:
     text = SPACE.replace("{name: random}", "{name: cmaes}")
-    study = open_(text=text)
-    study.queue.ensure_trials(3)
-    while (claimed := study.queue.claim()) is not None:
-        space_of(text).suggest(claimed[0])
-        study.queue.finish(claimed[0], "pruned", failure="diverged")
+    study = open_(text=text, trials=3)
+    for trial, _ in claims(study):
+        suggest(study, trial)
+        study.queue.finish(trial, "pruned", failure="diverged")
     assert study.counts().failures == 3
 
 
@@ -786,35 +764,20 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'study.db'}"
         return
-    psycopg = pytest.importorskip("psycopg")
-    server = os.environ.get("HPO_TEST_POSTGRESQL", "postgresql://root@127.0.0.1:5432/test")
-    try:
-        connection = psycopg.connect(server, autocommit=True, connect_timeout=2)
-    except psycopg.OperationalError as error:
-        pytest.skip(f"no PostgreSQL at {server}: {str(error).splitlines()[0]}")
-    schema = f"hpo_{uuid.uuid4().hex[:12]}"
-    with connection:
-        connection.execute(f"CREATE SCHEMA {schema}")
-        scheme, rest = server.split("://", 1)
-        yield f"{scheme}+psycopg://{rest}?options=-csearch_path%3D{schema}"
-        connection.execute(f"DROP SCHEMA {schema} CASCADE")
-    connection.close()
+    with running_server() as server:
+        yield server.url
 
 
 def close(study: Study) -> None:
     study.optuna._storage._backend.engine.dispose()
 
 
-def test_a_study_in_a_database_has_the_results_of_one_in_a_journal(
-    open_: Any, space_of: Any, database: str, claimer: Any
-) -> None:
-    journal = open_("journal")
-    journal.queue.ensure_trials(6)
-    work(journal, space_of())
+def test_a_study_in_a_database_has_the_results_of_one_in_a_journal(open_: Any, database: str, claimer: Any) -> None:
+    journal = open_("journal", trials=6)
+    work(journal)
 
-    study = open_(storage_url=database)
-    study.queue.ensure_trials(6)
-    work(study, space_of(), stop_before=2)
+    study = open_(storage_url=database, trials=6)
+    work(study, stop_before=2)
     close(study)
     process, trial_index = claimer()
     assert trial_index == 2
@@ -824,7 +787,7 @@ def test_a_study_in_a_database_has_the_results_of_one_in_a_journal(
     assert study.storage_url == database
     assert study.queue.reclaim() == [2]
     study.queue.ensure_trials(6)
-    work(study, space_of())
+    work(study)
     assert results(study) == results(journal)
     close(study)
 
@@ -836,10 +799,10 @@ def test_another_storage_is_refused(open_: Any, tmp_path: Path) -> None:
 
 
 def test_a_journal_may_be_in_another_folder_and_shared(open_: Any, tmp_path: Path) -> None:
-    open_(storage_url=str(tmp_path / "shared" / "all.log")).queue.ensure_trials(2)
+    open_(storage_url=str(tmp_path / "shared" / "all.log"), trials=2)
     assert (tmp_path / "shared" / "all.log").exists()
     assert find_study("s").counts().waiting == 2
-    open_("t", storage_url=str(tmp_path / "shared" / "all.log")).queue.ensure_trials(3)  # two studies in one journal
+    open_("t", storage_url=str(tmp_path / "shared" / "all.log"), trials=3)  # two studies in one journal
     assert find_study("s").counts().waiting == 2
 
 
@@ -897,20 +860,19 @@ def test_passwords_are_masked(url: str, shown: str) -> None:
     assert mask(url) == shown
 
 
-def test_a_password_is_never_stored(open_: Any, database: str, space_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_password_is_never_stored(open_: Any, database: str, caplog: pytest.LogCaptureFixture) -> None:
     if database.startswith("sqlite"):
         pytest.skip("SQLite has no passwords")
-    secret = database.replace("root@", "root:hunter2@")  # trust authentication takes any
+    secret = database.replace("hpo@", "hpo:hunter2@")  # trust authentication takes any
     caplog.set_level(logging.DEBUG)
-    study = open_(storage_url=secret)
-    study.queue.ensure_trials(1)
+    study = open_(storage_url=secret, trials=1)
     assert "not written down" in caplog.text
     close(study)
     for file in studies_root().rglob("*"):
         assert not file.is_file() or b"hunter2" not in file.read_bytes()
     assert "hunter2" not in caplog.text + study.storage_shown + json.dumps(study.optuna.user_attrs)
     close(study)
-    with pytest.raises(StudyError, match=r"give --storage postgresql\+psycopg://root:\*\*\*@.* with the password"):
+    with pytest.raises(StudyError, match=r"give --storage postgresql\+psycopg://hpo:\*\*\*@.* with the password"):
         open_()
     study = open_(storage_url=secret)
     assert study.counts().waiting == 1
@@ -921,10 +883,9 @@ def test_a_password_is_never_stored(open_: Any, database: str, space_of: Any, ca
 
 
 @pytest.mark.parametrize("cut", [1, 2, 17, 30])
-def test_a_torn_last_line_is_cut_off(open_: Any, space_of: Any, cut: int, caplog: pytest.LogCaptureFixture) -> None:
-    study = open_()
-    study.queue.ensure_trials(3)
-    work(study, space_of(), stop_before=2)
+def test_a_torn_last_line_is_cut_off(open_: Any, cut: int, caplog: pytest.LogCaptureFixture) -> None:
+    study = open_(trials=3)
+    work(study, stop_before=2)
     before = results(study)
     whole = study.paths.journal.read_bytes()
     metadata = whole.splitlines(keepends=True)[-1]
@@ -934,14 +895,13 @@ def test_a_torn_last_line_is_cut_off(open_: Any, space_of: Any, cut: int, caplog
     assert "torn by a crash" in caplog.text
     assert (study.paths.dir / "journal.log.torn").read_bytes() == metadata[:-cut] + b"\n"
     study = open_()
-    work(study, space_of())
+    work(study)
     assert study.counts().finished == 3
 
 
-def test_a_torn_record_in_front_of_a_complete_one_is_removed(open_: Any, space_of: Any) -> None:
-    study = open_()
-    study.queue.ensure_trials(3)
-    work(study, space_of(), stop_before=2)
+def test_a_torn_record_in_front_of_a_complete_one_is_removed(open_: Any) -> None:
+    study = open_(trials=3)
+    work(study, stop_before=2)
     whole = study.paths.journal.read_bytes()
     metadata = whole.splitlines(keepends=True)[-1]
     study.paths.journal.write_bytes(whole + metadata[:20])
@@ -949,24 +909,22 @@ def test_a_torn_record_in_front_of_a_complete_one_is_removed(open_: Any, space_o
     study = find_study("s")
     assert study.optuna.user_attrs["note"] == 'a {"op_code": in a text'
     study = open_()
-    work(study, space_of())
+    work(study)
     assert study.counts().finished == 3
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 50, b'{"op_code":4,"wor\n', b"{"])
 def test_other_tails_after_a_power_failure_are_cut_off_too(open_: Any, tail: bytes) -> None:
-    study = open_()
-    study.queue.ensure_trials(2)
+    study = open_(trials=2)
     with study.paths.journal.open("ab") as journal:
         journal.write(tail)
     assert find_study("s").counts().waiting == 2
-    open_().queue.ensure_trials(3)
+    open_(trials=3)
     assert find_study("s").counts().waiting == 3
 
 
 def test_damage_in_the_middle_is_an_error_with_its_line_and_changes_nothing(open_: Any) -> None:
-    study = open_()
-    study.queue.ensure_trials(3)
+    study = open_(trials=3)
     lines = study.paths.journal.read_bytes().splitlines(keepends=True)
     lines[1] = b"garbage\n"
     study.paths.journal.write_bytes(b"".join(lines))
@@ -976,8 +934,7 @@ def test_damage_in_the_middle_is_an_error_with_its_line_and_changes_nothing(open
 
 
 def test_a_finished_trial_is_synced_to_the_disk(open_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = open_()
-    study.queue.ensure_trials(2)
+    study = open_(trials=2)
     synced = []
     monkeypatch.setattr(os, "fsync", synced.append)
     trial, _ = study.queue.claim()
@@ -992,15 +949,14 @@ def test_a_finished_trial_is_synced_to_the_disk(open_: Any, monkeypatch: pytest.
 
 
 def test_fitting_trials_are_imported_with_the_new_distributions(open_: Any, space_of: Any) -> None:
-    old = open_("old", seed=3)
-    old.queue.ensure_trials(20)
-    while (claimed := old.queue.claim()) is not None:
-        params = space_of().suggest(claimed[0])
-        if claimed[1] % 5 == 4:
-            old.queue.finish(claimed[0], "pruned", failure="oom")
+    old = open_("old", seed=3, trials=20)
+    for trial, trial_index in claims(old):
+        params = suggest(old, trial)
+        if trial_index % 5 == 4:
+            old.queue.finish(trial, "pruned", failure="oom")
         else:
-            claimed[0].report(value_of(params, 1), 1)
-            old.queue.finish(claimed[0], "complete", value_of(params), attributes={"epochs": 10})
+            trial.report(value_of(params, 1), 1)
+            old.queue.finish(trial, "complete", value_of(params), attributes={"epochs": 10})
     # A bound is tighter, one parameter is no longer searched (64 remains), one is new.
     text = SPACE.replace("high: 1.0", "high: 0.6").replace("  batch_size: {choices: [32, 64, 128]}\n", "")
     text += "  loss.smoothing: {low: 0.0, high: 0.2}\n"
@@ -1026,7 +982,7 @@ def test_fitting_trials_are_imported_with_the_new_distributions(open_: Any, spac
             assert new.trained(taken.number).config == old.trained(source.number).config
     assert new.optuna.trials[0].user_attrs[BASELINE] is True
     new.queue.ensure_trials(20)
-    work(new, space, prune=False)
+    work(new, prune=False)
     assert new.counts().finished == 20
     again = open_("new", text, take_over="old")  # the same command again
     assert again.counts().finished == 20
@@ -1036,28 +992,24 @@ NEW_BASE = SPACE.replace("batch_size: 64}", "batch_size: 64, optim: {lr_scale: 2
 
 
 def test_a_new_baseline_is_queued_beside_the_imported_trials(open_: Any, space_of: Any) -> None:
-    old = open_("old")
-    old.queue.ensure_trials(4)
-    work(old, space_of(), prune=False)
-    new = open_("new", NEW_BASE, take_over="old")
-    new.queue.ensure_trials(6)
+    old = open_("old", trials=4)
+    work(old, prune=False)
+    new = open_("new", NEW_BASE, take_over="old", trials=6)
     trials = {trial_index_of(trial): trial for trial in new.optuna.trials}
     assert sorted(trials) == list(range(6))
     assert [trial_index for trial_index, trial in trials.items() if BASELINE in trial.user_attrs] == [0]
     assert trials[0].system_attrs["fixed_params"] == space_of(NEW_BASE).baseline_params()
     assert trials[4].user_attrs[TAKEN_FROM] == "old/0"  # the old baseline, moved for the new one
     assert new.trained(trials[4].number).config == old.trained(0).config
-    work(new, space_of(NEW_BASE), prune=False)
+    work(new, prune=False)
     assert new.counts().finished == 6
     assert results(new)[0][1] == space_of(NEW_BASE).baseline_params()
 
 
-def test_a_new_baseline_is_trained_even_if_every_index_was_imported(open_: Any, space_of: Any) -> None:
-    old = open_("old")
-    old.queue.ensure_trials(3)
-    work(old, space_of(), prune=False)
-    new = open_("new", NEW_BASE, take_over="old")
-    new.queue.ensure_trials(3)
+def test_a_new_baseline_is_trained_even_if_every_index_was_imported(open_: Any) -> None:
+    old = open_("old", trials=3)
+    work(old, prune=False)
+    new = open_("new", NEW_BASE, take_over="old", trials=3)
     trial, trial_index = new.queue.claim()
     assert trial_index == 0
     assert trial.user_attrs[BASELINE] is True
@@ -1070,26 +1022,22 @@ def test_a_complete_imported_trial_with_the_new_baselines_parameters_is_the_base
     old = open_("old")
     old.optuna.enqueue_trial(space_of(NEW_BASE).baseline_params(), user_attrs={TRIAL_INDEX: 1})
     old.queue.ensure_trials(3)
-    while (claimed := old.queue.claim()) is not None:
-        space_of().suggest(claimed[0])
-        old.queue.finish(claimed[0], state if claimed[1] == 1 else "complete", 0.5)
-    new = open_("new", NEW_BASE, take_over="old")
-    new.queue.ensure_trials(5)
+    for trial, trial_index in claims(old):
+        suggest(old, trial)
+        old.queue.finish(trial, state if trial_index == 1 else "complete", 0.5)
+    new = open_("new", NEW_BASE, take_over="old", trials=5)
     bases = {trial_index_of(trial): trial.state.name for trial in new.optuna.trials if BASELINE in trial.user_attrs}
     assert bases == ({1: "COMPLETE"} if is_base else {0: "WAITING"})
     assert len(new.optuna.trials) == 5
 
 
-def test_an_imported_trial_with_the_parameters_of_a_recipe_is_that_recipe(
-    open_: Any, space_of: Any, tmp_path: Path
-) -> None:
+def test_an_imported_trial_with_the_parameters_of_a_recipe_is_that_recipe(open_: Any, tmp_path: Path) -> None:
     text = recipes_of(tmp_path, dropped=3.0, retuned=4.0, kept=5.0, cut_short=6.0)
-    old = open_("old", text)
-    old.queue.ensure_trials(6)
-    while (claimed := old.queue.claim()) is not None:
-        space_of(text).suggest(claimed[0])
-        failed = claimed[0].user_attrs.get(RECIPE) == "cut_short"
-        old.queue.finish(claimed[0], "pruned" if failed else "complete", 0.5, failure="oom" if failed else None)
+    old = open_("old", text, trials=6)
+    for trial, _ in claims(old):
+        suggest(old, trial)
+        failed = trial.user_attrs.get(RECIPE) == "cut_short"
+        old.queue.finish(trial, "pruned" if failed else "complete", 0.5, failure="oom" if failed else None)
     new = open_("new", recipes_of(tmp_path, retuned=4.5, kept=5.0, cut_short=6.0, renamed=3.0), take_over="old")
     recipes = {trial_index_of(trial): trial.user_attrs.get(RECIPE) for trial in new.optuna.trials}
     assert recipes == {0: None, 1: "renamed", 2: None, 3: "kept", 4: None, 5: None}
@@ -1106,18 +1054,15 @@ def test_an_imported_trial_with_the_parameters_of_a_recipe_is_that_recipe(
         (("batch_size: 64}", "batch_size: 64, model: {se: true}}"), "none of its 3 finished trials fits"),
     ],
 )
-def test_trials_that_are_not_comparable_are_not_imported(
-    open_: Any, space_of: Any, change: tuple[str, str], match: str
-) -> None:
-    old = open_("old")
-    old.queue.ensure_trials(3)
-    work(old, space_of())
+def test_trials_that_are_not_comparable_are_not_imported(open_: Any, change: tuple[str, str], match: str) -> None:
+    old = open_("old", trials=3)
+    work(old)
     with pytest.raises(StudyError, match=match):
         open_("new", SPACE.replace(*change), take_over="old")
 
 
 def test_trials_on_other_images_are_not_imported(open_: Any) -> None:
-    open_("old").queue.ensure_trials(1)
+    open_("old", trials=1)
     with pytest.raises(StudyError, match="begun with other images"):
         open_("new", dataset=Images(fingerprint="cd" * 32), take_over="old")
 

@@ -18,54 +18,29 @@ from PIL import Image
 
 from core.config import TrainConfig
 from core.tta import VIEWS
-from hpo.confirmation.result import Confirmation, Contender
 from hpo.confirmation.statistics import Interval
 from hpo.study.versions import versions
 from hpo.submission.bundle import writing
 from hpo.submission.card import model_card, write_card
+from tests.hpo.confirmation.simulated import some_confirmation, some_contender
 from tests.hpo.submission.test_bundle import CLASSES, REPORT, make, make_ensemble
 
 BASE = TrainConfig().override({"model.widths": (8, 16), "model.blocks": (1, 1)})
 WINNER = BASE.override({"optim.lr_scale": 3.21, "batch_size": 64})
 
 
-def contender(key: str, config: TrainConfig, mean: float, **more: Any) -> Contender:
-    fields: dict[str, Any] = {"trial": None, "recipe": None, "chosen_for": (), "stopped": None, "failure": None} | more
-    scores = dict.fromkeys(range(5), (mean,))
-    return Contender(
-        key,
-        config=config.model_dump(mode="json"),
-        epochs=60,
-        search_value=mean,
-        scores=scores,
-        interval=Interval(mean, 0.004, 5),
-        **fields,
-    )
-
-
-CONFIRMATION = Confirmation(
+CONFIRMATION = some_confirmation(
+    some_contender("trial 7", WINNER, 0.912, interval=Interval(0.912, 0.004, 5)),
+    some_contender("baseline", BASE, 0.881, interval=Interval(0.881, 0.004, 5)),
     study="pets",
-    metric="accuracy",
-    direction="maximize",
-    contenders=(contender("trial 7", WINNER, 0.912, trial=7), contender("baseline", BASE, 0.881, trial=0)),
-    leader="trial 7",
-    winner="trial 7",
     evidence=True,
     advantage=Interval(0.031, 0.006, 5),
     optimism=0.012,
     search_epochs=900,
-    budget_epochs=300,
     epochs=240,
     trainings=12,
     replicates=5,
-    elapsed_s=130.0,
-    left_out=(),
-    search_trials=60,
-    created="2026-01-01",
-    versions={},
 )
-
-
 TO_THE_BASE = replaced(CONFIRMATION, winner="baseline", evidence=False, advantage=Interval(0.002, 0.006, 5))
 
 

@@ -24,7 +24,7 @@ from hpo import predict
 from hpo.errors import BundleError
 from hpo.submission.bundle import load_bundle
 from hpo.submission.predictions import Predictions, write_submission
-from tests.hpo.commands import hpo
+from tests.hpo.commands import RunHpo
 from tests.hpo.submission.test_bundle import CLASSES, write, write_ensemble
 
 CPU = torch.device("cpu")
@@ -369,21 +369,18 @@ def test_an_npz_that_is_not_compressed_is_mapped_and_its_checksum_compared(tmp_p
 
 
 def test_a_folder_that_is_not_there_is_said_before_anything_is_labelled(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Path, tmp_path: Path, run_hpo: RunHpo
 ) -> None:
-    assert hpo(monkeypatch, "predict", str(bundle), "no_photos", "-o", str(tmp_path / "none" / "s.csv")) == 2
-    assert "none/s.csv: cannot be written (there is no such folder); give another file" in capsys.readouterr().err
+    assert "none/s.csv: cannot be written (there is no such folder); give another file" in run_hpo.fails(
+        "predict", str(bundle), "no_photos", "-o", str(tmp_path / "none" / "s.csv")
+    )
 
 
-def test_the_command_writes_what_the_model_says(
-    bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_what_the_model_says(bundle: Path, photos: Path, tmp_path: Path, run_hpo: RunHpo) -> None:
     (photos / "x" / "1.png").write_bytes(b"no picture")
     command = ["predict", str(bundle), str(photos), "-o", str(tmp_path / "s.csv"), "--device", "cpu", "--probabilities"]
-    assert hpo(monkeypatch, *command) == 2
-    assert "1 of 6 images cannot be read: x/1.png" in capsys.readouterr().err
-    assert hpo(monkeypatch, *command, "--skip-broken") == 0
-    assert "5 images labelled" in capsys.readouterr().out
+    assert "1 of 6 images cannot be read: x/1.png" in run_hpo.fails(*command)
+    assert "5 images labelled" in run_hpo(*command, "--skip-broken")
     load_bundle(bundle, CPU).predict(photos, skip_broken=True).write(tmp_path / "same.csv", probabilities=True)
     assert rows(tmp_path / "s.csv") == rows(tmp_path / "same.csv")
 

@@ -32,7 +32,8 @@ from hpo.study import Study, find_study
 from hpo.submission import Refitted, refit
 from hpo.submission.bundle import load_bundle
 from hpo.submission.decision import AVERAGED, ENSEMBLE, decided
-from tests.hpo.commands import SPACE, hpo
+from tests.hpo.commands import SPACE, RunHpo, hpo, studies_in
+from tests.hpo.confirmation.simulated import some_confirmation, some_contender
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig().override(
@@ -42,18 +43,11 @@ SMALL = TrainConfig().override(
 
 
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset(SMALL.data)
-
-
-@pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The studies folder of a search `own` of three trials of two epochs."""
     folder = tmp_path_factory.mktemp("refit")
     (folder / "own.yaml").write_text(f"{SPACE}confirm: {{budget: 0.1}}\n")  # the least
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HPO_STUDIES", str(folder / "studies"))
-        patch.setenv("HPO_CACHE", str(folder / "cache"))
+    with studies_in(folder) as patch:
         assert hpo(patch, "run", str(folder / "own.yaml"), "--trials", "3") == 0
     return folder / "studies"
 
@@ -170,12 +164,9 @@ def test_the_temperature_is_the_best_fit_unless_that_is_unsafe(
 # One network --------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_of_a_refit_agrees_with_its_bundle(
-    study: Study, digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_of_a_refit_agrees_with_its_bundle(study: Study, digits: Dataset, run_hpo: RunHpo) -> None:
     """Every number of `metrics.json` is computed anew from the loaded bundle, the images and the study."""
-    assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
-    said, best = capsys.readouterr().out, study.best_trial()
+    said, best = run_hpo("refit", "best", "--no-confirm"), study.best_trial()
     assert best is not None
     assert f"not confirmed: trial {best.number} is the best by its one validation score" in said
     bundle, report = load_bundle(study.paths.refit("best"), CPU), report_of(study.paths.refit("best"))
@@ -355,7 +346,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 def test_the_first_member_is_the_trials_own_and_folds_give_way_to_the_validation_images(
-    study: Study, digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: Study, digits: Dataset, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
 ) -> None:
     trained: list[TrainConfig] = []
 
@@ -364,10 +355,10 @@ def test_the_first_member_is_the_trials_own_and_folds_give_way_to_the_validation
         return train(config, *arguments, **options)
 
     monkeypatch.setattr("hpo.submission.networks.train", counted)
-    assert hpo(monkeypatch, "refit", "0", "--members", "2") == 0
+    said = run_hpo("refit", "0", "--members", "2")
     own, other = study.trained(0).config.seed, derive_seed(study.trained(0).config.seed, "member", 2)
     assert [config.seed for config in trained] == [other, own, other]
-    assert "as 2 networks from 2 seeds" in capsys.readouterr().out
+    assert "as 2 networks from 2 seeds" in said
     assert report_of(study.paths.refit("00000.members2"))["confirmation"] is None
 
     trained.clear()
@@ -393,12 +384,8 @@ def test_weights_of_folds_are_not_averaged_and_the_report_has_the_reason(tmp_pat
         (["--members", "21"], "--members 21: an ensemble has 2 to 20 networks"),
     ],
 )
-def test_invalid_numbers_of_networks_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], said: str
-) -> None:
-    assert hpo(monkeypatch, "refit", "best", *options) == 2
-    [error] = capsys.readouterr().err.strip().splitlines()
-    assert said in error
+def test_invalid_numbers_of_networks_are_one_line(options: list[str], said: str, run_hpo: RunHpo) -> None:
+    assert said in run_hpo.fails("refit", "best", *options)
 
 
 @pytest.mark.parametrize(
@@ -412,36 +399,22 @@ def test_the_folder_is_named_by_the_number_of_networks(folds: int | None, member
 # The winner of a confirmation ---------------------------------------------------------------------------------------
 
 
-def contender(key: str, config: TrainConfig, mean: float, *, trial: int | None = None) -> Contender:
-    recipe = key.removeprefix("recipe ") if key.startswith("recipe ") else None
-    scored = {1: (mean - 0.01,), 2: (mean,), 3: (mean + 0.01,)}
-    tree = config.model_dump(mode="json")
-    return Contender(key, trial, recipe, ("a test",), tree, 1, mean, scored, None, None, Interval(mean, 0.02, 3))
-
-
-def confirm(study: Study, *contenders: Contender, winner: str, gap: Interval) -> Confirmation:
-    """Writes down that these were confirmed just now."""
-    found = Confirmation(
-        study=study.name, metric="accuracy", direction="maximize", contenders=contenders, leader=contenders[0].key,
-        winner=winner, evidence=winner != "baseline", advantage=gap, optimism=0.01, search_epochs=6, budget_epochs=2,
-        epochs=12, trainings=6, replicates=3, elapsed_s=1.0, left_out=(), search_trials=study.counts().finished,
-        created="2026-01-01T00:00:00+00:00", versions={},
-    )  # fmt: skip
+def confirm(study: Study, *contenders: Contender, evidence: bool, gap: Interval) -> Confirmation:
+    """Write a confirmation of these contenders after all trials so far."""
+    trials = study.counts().finished
+    found = some_confirmation(*contenders, evidence=evidence, advantage=gap, study=study.name, search_trials=trials)
     write_confirmation(study.paths.confirmation, found)
     return found
 
 
-def test_the_confirmed_winner_is_refitted_and_not_the_best_of_the_search(
-    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_confirmed_winner_is_refitted_and_not_the_best_of_the_search(study: Study, run_hpo: RunHpo) -> None:
     best = study.best_trial()
     assert best is not None
     other = next(number for number in (1, 2) if number != best.number)
-    challenger = contender(f"trial {other}", study.trained(other).config, 0.9, trial=other)
-    base = contender("baseline", study.trained(0).config, 0.8, trial=0)
-    found = confirm(study, challenger, base, winner=challenger.key, gap=Interval(0.1, 0.02, 3))
-    assert hpo(monkeypatch, "refit", "best") == 0
-    said = capsys.readouterr().out
+    challenger = some_contender(f"trial {other}", study.trained(other).config, 0.9)
+    base = some_contender("baseline", study.trained(0).config, 0.8)
+    found = confirm(study, challenger, base, evidence=True, gap=Interval(0.1, 0.02, 3))
+    said = run_hpo("refit", "best")
     assert (
         f"the winner is trial {other}: accuracy 0.900 ± 0.020 (n = 3), better than the baseline by 0.100 ± 0.020"
         in said
@@ -451,20 +424,16 @@ def test_the_confirmed_winner_is_refitted_and_not_the_best_of_the_search(
     assert Confirmation.from_json(report["confirmation"]) == found
     assert load_bundle(study.paths.refit("best"), CPU).meta.config == study.trained(other).config
 
-    assert hpo(monkeypatch, "refit", "best", "--no-confirm") == 0
-    said = capsys.readouterr().out
+    said = run_hpo("refit", "best", "--no-confirm")
     assert "confirmation.json is ignored (--no-confirm)" in said
     assert report_of(study.paths.refit("best"))["trial"] == best.number
 
 
-def test_without_evidence_the_base_is_refitted(
-    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    challenger = contender("trial 1", study.trained(1).config, 0.81, trial=1)
-    base = contender("baseline", study.trained(0).config, 0.8, trial=0)
-    confirm(study, challenger, base, winner="baseline", gap=Interval(0.01, 0.03, 3))
-    assert hpo(monkeypatch, "refit", "best") == 0
-    said = capsys.readouterr().out
+def test_without_evidence_the_base_is_refitted(study: Study, run_hpo: RunHpo) -> None:
+    challenger = some_contender("trial 1", study.trained(1).config, 0.81)
+    base = some_contender("baseline", study.trained(0).config, 0.8)
+    confirm(study, challenger, base, evidence=False, gap=Interval(0.01, 0.03, 3))
+    said = run_hpo("refit", "best")
     assert (
         "no significant gain: trial 1 beats the baseline by 0.010 ± 0.030 (n = 3)\nthe winner is the baseline" in said
     )
@@ -477,16 +446,13 @@ def test_without_evidence_the_base_is_refitted(
 
 
 def test_a_recipe_that_won_and_was_no_trial_is_refitted_by_its_own_configuration_and_epochs(
-    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: Study, run_hpo: RunHpo
 ) -> None:
     config = SMALL.override({"epochs": 3, "seed": 5})
-    recipe, base = (
-        contender("recipe borrowed", config, 0.9),
-        contender("baseline", study.trained(0).config, 0.8, trial=0),
-    )
-    confirm(study, recipe, base, winner=recipe.key, gap=Interval(0.1, 0.02, 3))
-    assert hpo(monkeypatch, "refit", "best") == 0
-    assert "refitting recipe borrowed of study own" in capsys.readouterr().out
+    recipe = some_contender("recipe borrowed", config, 0.9, epochs=1)
+    base = some_contender("baseline", study.trained(0).config, 0.8)
+    confirm(study, recipe, base, evidence=True, gap=Interval(0.1, 0.02, 3))
+    assert "refitting recipe borrowed of study own" in run_hpo("refit", "best")
     folder = study.paths.refit("best")
     report, meta = report_of(folder), load_bundle(folder, CPU).meta
     assert (report["trial"], report["recipe"], report["epochs"], meta.trial) == (None, "borrowed", 1, None)
@@ -495,11 +461,8 @@ def test_a_recipe_that_won_and_was_no_trial_is_refitted_by_its_own_configuration
     assert (opening["label"], opening["trial"]) == ("best", None)
 
 
-def test_best_is_confirmed_first(
-    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert hpo(monkeypatch, "refit", "best") == 0
-    said = capsys.readouterr().out
+def test_best_is_confirmed_first(study: Study, run_hpo: RunHpo) -> None:
+    said = run_hpo("refit", "best")
     assert "confirming the best trial of study own against the baseline first" in said
     report = report_of(study.paths.refit("best"))
     confirmation = json.loads(study.paths.confirmation.read_text())
@@ -508,8 +471,8 @@ def test_best_is_confirmed_first(
     assert report["trial"] == winner["trial"]
     assert report["test"]["opened"] == 1
 
-    assert hpo(monkeypatch, "refit", "best", "--study", "own.confirm") == 2
-    assert "study own.confirm is itself the confirmation of own; give that one" in capsys.readouterr().err
+    said = run_hpo.fails("refit", "best", "--study", "own.confirm")
+    assert "study own.confirm is itself the confirmation of own; give that one" in said
 
 
 # ONNX ---------------------------------------------------------------------------------------------------------------
@@ -530,10 +493,9 @@ def test_the_onnx_file_answers_as_the_bundle_with_its_views_and_temperature(tmp_
 
 
 def test_a_missing_package_is_told_before_anything_is_trained(
-    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: Study, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
 ) -> None:
     monkeypatch.setattr("hpo.submission.onnx_export.PACKAGES", ("no_such_package",))
-    assert hpo(monkeypatch, "refit", "best", "--onnx") == 2
-    assert "ONNX needs no_such_package; install hpo-vision[onnx]" in capsys.readouterr().err
+    assert "ONNX needs no_such_package; install hpo-vision[onnx]" in run_hpo.fails("refit", "best", "--onnx")
     assert not study.paths.confirmation.exists()
     assert not study.paths.test_openings.exists()
