@@ -145,7 +145,7 @@ def test_a_trial_index_that_was_lost_between_two_writes_is_requeued(study: Study
     claimed = study.queue.claim()
     assert claimed is not None
     params = space.suggest(claimed[0])
-    study.queue._fail(study.optuna._storage.get_trial(claimed[0]._trial_id))  # and the process died
+    study.queue._set_state(study.optuna._storage.get_trial(claimed[0]._trial_id), TrialState.FAIL)  # and died
     assert study.queue.waiting() == 0
     assert study.queue.requeue_lost()
     [waiting] = [trial for trial in study.optuna.trials if trial.state == TrialState.WAITING]
