@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -59,7 +60,7 @@ def run_workers(
         StudyError: a worker met an error that the user has to fix, or no worker lives long enough.
         RuntimeError: the last worker crashed; its traceback is the cause.
     """
-    supervisor = _Supervisor(study, spec, engine, [_Place(slot) for slot in slots], progress, interrupts)
+    supervisor = _Supervisor(study, spec, engine, slots, progress, interrupts)
     try:
         supervisor.run()
     finally:
@@ -71,29 +72,18 @@ def run_workers(
 
 
 @dataclass
-class _Place:
-    """A worker slot, its worker, and the fate of earlier ones."""
-
-    slot: WorkerSlot
-    worker: Worker | None = None
-    deaths: int = 0
-    """Since one here finished a trial."""
-
-    @property
-    def usable(self) -> bool:
-        return self.worker is None and self.deaths <= REPLACEMENTS
-
-
-@dataclass
 class _Supervisor:
     """Keeps the slots of all devices filled."""
 
     study: Study
     spec: WorkerSpec
     engine: Engine
-    places: list[_Place]
+    slots: Sequence[WorkerSlot]
     progress: StudyView
     interrupts: Interrupts
+    workers: dict[WorkerSlot, Worker] = field(default_factory=dict)
+    deaths: Counter[WorkerSlot] = field(default_factory=Counter)
+    """Since a worker of the slot finished a trial."""
     last_words: str = ""
     last_crash: Exception | None = None
 
@@ -104,22 +94,22 @@ class _Supervisor:
             self.study.queue.reclaim()
             if not self.study.queue.waiting():
                 return
-            if not any(place.usable for place in self.places):
+            if not any(map(self._usable, self.slots)):
                 raise self._all_dead()
 
     def _work(self) -> None:
         """Work until no worker is left."""
         self._fill()
         reaped_at = time.monotonic()
-        while busy := self._busy():
+        while self.workers:
             with self.interrupts.let_through():
-                self.engine.wait([worker for _, worker in busy], _REFRESH_S)
-            for place, worker in busy:
+                self.engine.wait(self.workers.values(), _REFRESH_S)
+            for slot, worker in list(self.workers.items()):
                 ended = worker.ended  # before its output, which is then complete
                 for output in worker.output():
-                    self._handle(place, output)
+                    self._handle(slot, output)
                 if ended:
-                    self._end(place, worker)
+                    self._end(slot)
             self.progress.refresh()
             if time.monotonic() - reaped_at >= REAP_EVERY_S:
                 reaped_at = time.monotonic()
@@ -129,20 +119,20 @@ class _Supervisor:
     def _fill(self) -> None:
         """Start workers for waiting trials beyond the idle workers; dismiss unplaced ones if none waits."""
         waiting, training = self.study.queue.waiting(), self._training()
-        idle = [worker for _, worker in self._busy() if worker.process not in training]
-        free = [place for place in self.places if place.usable]
-        for place in free[: max(0, waiting - len(idle))]:
-            self._start(place)
+        idle = [worker for worker in self.workers.values() if worker.process not in training]
+        free = list(filter(self._usable, self.slots))
+        for slot in free[: max(0, waiting - len(idle))]:
+            self._start(slot)
         if not waiting:
             for worker in idle:
                 if worker.process is None:  # a cluster may never place it
                     worker.stop()
 
-    def _start(self, place: _Place) -> None:
-        place.worker = self.engine.start(self.spec, place.slot)
+    def _usable(self, slot: WorkerSlot) -> bool:
+        return slot not in self.workers and self.deaths[slot] <= REPLACEMENTS
 
-    def _busy(self) -> list[tuple[_Place, Worker]]:
-        return [(place, place.worker) for place in self.places if place.worker is not None]
+    def _start(self, slot: WorkerSlot) -> None:
+        self.workers[slot] = self.engine.start(self.spec, slot)
 
     def _trials_of(self, worker: Worker) -> list[FrozenTrial]:
         """The trials that the worker claimed."""
@@ -154,7 +144,7 @@ class _Supervisor:
         trials = self.study.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return {_holder(trial) for trial in trials if LEASE in trial.user_attrs}
 
-    def _handle(self, place: _Place, output: Output) -> None:
+    def _handle(self, slot: WorkerSlot, output: Output) -> None:
         if not isinstance(output, Failure):
             target = logging.getLogger(output.name)
             if target.isEnabledFor(output.levelno):
@@ -162,19 +152,19 @@ class _Supervisor:
         elif output.trace is None:
             raise StudyError(output.text)
         else:
-            logger.warning("%s crashed: %s", place.slot.name, output.text)
-            self.last_crash = RuntimeError(f"{place.slot.name} failed: {output.text}")
+            logger.warning("%s crashed: %s", slot.name, output.text)
+            self.last_crash = RuntimeError(f"{slot.name} failed: {output.text}")
             self.last_crash.__cause__ = _WorkerError(output.trace)
 
-    def _end(self, place: _Place, worker: Worker) -> None:
+    def _end(self, slot: WorkerSlot) -> None:
         """Handle a worker that has ended by itself or died."""
-        trials = self._trials_of(worker)
-        exited = self._close(place, worker)
+        trials = self._trials_of(self.workers[slot])
+        exited = self._close(slot)
         if exited.clean:
             return
         if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials):
-            place.deaths = 0
-        place.deaths += not exited.blameless
+            self.deaths[slot] = 0
+        self.deaths[slot] += not exited.blameless
         self.last_words = exited.words
         base = self.spec.space.baseline
         labels = [
@@ -182,23 +172,23 @@ class _Supervisor:
             for trial in trials
             if trial.state == TrialState.RUNNING
         ]
-        who = place.slot.name + (f" ({labels[-1]})" if labels else "")
+        who = slot.name + (f" ({labels[-1]})" if labels else "")
         requeued = "; its trial is queued again" if self.study.queue.reclaim() else ""
-        then = "another takes its place" if place.usable else "it is not replaced any more"
-        if place.usable and self.study.queue.waiting():
-            self._start(place)
+        then = "another takes its place" if self._usable(slot) else "it is not replaced any more"
+        if self._usable(slot) and self.study.queue.waiting():
+            self._start(slot)
         logger.warning("%s %s%s; %s", who, exited.words, requeued, then)
 
-    def _close(self, place: _Place, worker: Worker) -> Exit:
-        exited = worker.close(_PATIENCE_S)
-        place.worker = None
+    def _close(self, slot: WorkerSlot) -> Exit:
+        exited = self.workers[slot].close(_PATIENCE_S)
+        del self.workers[slot]  # not before: an interrupted `close` is repeated
         return exited
 
     def _all_dead(self) -> Exception:
         if self.last_crash is not None:
             return self.last_crash
         counts, total = self.study.counts(), self.study.total
-        fewer = "fewer trials at once with --per-device" if len(self.places) > 1 else "to free some memory"
+        fewer = "fewer trials at once with --per-device" if len(self.slots) > 1 else "to free some memory"
         return StudyError(
             f"study {self.study.name}: every worker dies early, the last one {self.last_words}; "
             f"{done_and_safe(counts.finished, total)}; try {fewer}, then run the same command again"
@@ -206,22 +196,22 @@ class _Supervisor:
 
     def stop(self) -> None:
         """End every worker after its epoch, or at once on a second interrupt; their trials are back in the queue."""
-        for _, worker in self._busy():
+        for worker in self.workers.values():
             worker.stop()
         with contextlib.suppress(KeyboardInterrupt), self.interrupts.patient():
-            while busy := self._busy():
-                self.engine.wait([worker for _, worker in busy], 1.0)
-                for place, worker in busy:
+            while self.workers:
+                self.engine.wait(self.workers.values(), 1.0)
+                for slot, worker in list(self.workers.items()):
                     ended = worker.ended
                     for output in worker.output():  # a full pipe would block it
                         if not isinstance(output, Failure) or output.trace is not None:
-                            self._handle(place, output)
+                            self._handle(slot, output)
                     if ended:
-                        self._close(place, worker)
-        for _, worker in self._busy():
+                        self._close(slot)
+        for worker in self.workers.values():
             worker.kill()
-        for place, worker in self._busy():
-            self._close(place, worker)
+        for slot in list(self.workers):
+            self._close(slot)
         self.study.queue.reclaim(blameless=True)
 
 
