@@ -35,7 +35,7 @@ from tests.hpo.storage.postgresql import Server, running_server
 from tests.hpo.workers.processes import PATIENCE_S, group_of, wait_until
 from tests.hpo.zygote import IMPORTED, Hpo
 
-EPOCHS = 14
+EPOCHS = 18
 # A trial's result depends on its index alone: the sampler learns nothing, and the rungs keep all of so few trials. A
 # checkpoint is saved at every rung, so that a kill repeats one epoch at most.
 SPACE = f"""
@@ -222,7 +222,7 @@ class Chaos:
             and "lease" in trial.user_attrs
             and Path("/proc", str(trial.user_attrs["lease"]["pid"])).exists()
             and self.paths.checkpoint(trial.user_attrs["trial_index"]).exists()
-            and max(2, trial.user_attrs.get("resumed_epoch", 0) + 1) <= (epoch := trial.last_step or 0) <= EPOCHS - 3
+            and max(2, trial.user_attrs.get("resumed_epoch", 0) + 1) <= (epoch := trial.last_step or 0) <= EPOCHS - 5
         ]
 
     # The run
