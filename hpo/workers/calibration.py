@@ -1,7 +1,7 @@
 """`--per-device auto`: how many trials at once train the most images per second on one device.
 
-Before the first trial, 1, 2, 4, … processes train the baseline side by side for a few seconds each, as long as that
-gains a tenth more images per second, and memory and cores hold that many.
+Before the first trial, 1, 2, 4, … processes train the baseline side by side for some seconds, as long as that gains a
+tenth more images per second and they fit the device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hpo.workers.worker import open_data
 WORTHWHILE = 1.10
 # Factor on the baseline's measured memory: other configurations may need more.
 MARGIN = 1.25
-# Seconds of timed training. On two CPU cores the rate of half a second of digits spreads by 2 to 4 %.
+# Seconds of timed training: on two CPU cores the rate of half a second of digits spreads by 2 to 4 %.
 _WINDOW_S = 2.0
 # Seconds for a process to open the data and to warm up.
 _PATIENCE_S = 600.0
@@ -44,7 +44,7 @@ class Measured:
     images_per_s: float
     """In total, validation included."""
     memory_bytes: int
-    """The largest use of the device by one process."""
+    """The most used by one process."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def choose(measure: Callable[[int], Measured], capacity: Capacity) -> Choice:
     """Double the number of trials at once as long as that is worthwhile.
 
     Args:
-        measure: times so many trainings side by side; raises if they do not fit the device.
+        measure: times so many trainings side by side; raises if they do not fit.
         capacity: of the device.
     """
     speeds: dict[int, float] = {}
@@ -111,7 +111,7 @@ def not_measured(why: str) -> str:
 
 
 def calibrate(spec: WorkerSpec, device: torch.device, capacity: Capacity) -> Choice:
-    """Measure how many trials at once are best on the device, in processes of their own.
+    """Measure how many trials at once are best on the device.
 
     Raises:
         UserError: the baseline cannot be trained.
@@ -145,7 +145,7 @@ def _enter(barrier: Barrier) -> None:
 
 
 def _timed(spec: WorkerSpec, device_name: str, resources: Resources, window_s: float) -> Measured:
-    """Train the baseline beside the other processes, in epochs of about a quarter of the window."""
+    """Train the baseline beside the other processes, in epochs of a quarter of the window."""
     device = torch.device(device_name)
     try:
         _, division = open_data(spec, device, resources)

@@ -34,22 +34,19 @@ class Capacity:
     """The GPU's total memory; None on a CPU."""
 
     def share(self, trials: int) -> Resources:
-        """Divide the device evenly among so many trials, which `check` has accepted.
-
-        A configuration then runs out of memory only if it is too large itself, never because of its neighbours.
-        """
+        """Divide the device evenly, so that no configuration runs out of memory because of its neighbours."""
         fraction = None if self.gpu_bytes is None else self.memory_bytes / trials / self.gpu_bytes
         return Resources(max(1, self.threads // trials), fraction)
 
     @property
     def fitting(self) -> int:
-        """The number of trials at once that fit if each needs little memory; at least 1."""
+        """The number of small trials at once that fit; at least 1."""
         each = WORKER_BYTES if self.gpu_bytes is None else 2 * CONTEXT_BYTES  # as much for tensors as for the context
         return max(1, self.memory_bytes // each)
 
     @property
     def useful(self) -> int | None:
-        """The largest number of trials at once that makes sense: a CPU's cores; None for any."""
+        """The largest sensible number of trials at once: a CPU's cores; None without a bound."""
         return self.cores if self.gpu_bytes is None else None
 
     @property
@@ -58,15 +55,7 @@ class Capacity:
         return f"the CPU has {count(self.cores, 'core')}"
 
     def check(self, trials: int, *, asked: str) -> None:
-        """Check that so many processes fit.
-
-        Args:
-            trials: number of trials at once.
-            asked: the option that set it: `--per-device auto`.
-
-        Raises:
-            UserError: the free memory is too small.
-        """
+        """Raise UserError if so many trials at once do not fit; `asked` is the option that set the number."""
         free = f"{self.memory_bytes / 1e9:.1f} GB"
         if self.gpu_bytes is None:
             if trials > self.fitting:  # a single one may need less than the estimate

@@ -1,4 +1,4 @@
-"""The interface between the pool and its workers' machines, and the values that cross between processes."""
+"""The interface between the pool and its workers, and the values that cross between processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from hpo.search.options import TrialOptions
 from hpo.space import SearchSpace
 
 STOPPED = 130
-"""Exit status of a worker that was stopped, as a shell reports it."""
+"""Exit status of a stopped worker, as in a shell."""
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
     """The study that a worker trains, and how. Sent through a pipe, because command lines are public."""
 
-    space: SearchSpace
-    """As resolved by the parent: its file may change."""
+    space: SearchSpace  # as resolved by the parent: its file may change
     study: str
     storage_url: str = field(repr=False)  # may hold a password
     data_path: Path | None
@@ -39,7 +38,7 @@ class Resources:
     threads: int
     """torch's, on the CPU."""
     memory_fraction: float | None
-    """Of the GPU's total memory, CUDA's context included; None without a limit."""
+    """Of the GPU's total memory, for CUDA's context too; None without a limit."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def worker_slots(device: str, number: int, resources: Resources, *, alone: bool 
 
 @dataclass(frozen=True)
 class Failure:
-    """The error that ended a worker; its trial is back in the queue."""
+    """The error that ended a worker."""
 
     text: str
     trace: str | None
@@ -103,7 +102,7 @@ class Worker(Protocol):
         """Return its output since the last call."""
 
     def stop(self) -> None:
-        """Request that it finishes its epoch, gives its trial back and exits. Does not wait."""
+        """Request that it gives its trial back after the epoch and exits. Does not wait."""
 
     def kill(self) -> None:
         """End it at once; `close` must still be called."""

@@ -72,7 +72,7 @@ def place(device: str | None, devices: str | None, workers: int | None, per_devi
 
 
 def place_on_cluster(device: str | None, devices: str | None, workers: int | None, per_device: str | None) -> Placement:
-    """Check the same options for a Ray cluster, which places its workers itself. The placement is this machine's.
+    """Check the same options for a Ray cluster, which places its workers itself. Returns this machine's placement.
 
     Raises:
         UserError: an option names this machine's devices, or is not a number.

@@ -1,7 +1,6 @@
 """The parent of the workers: start them, show their log, replace dead ones, and let none outlive the run.
 
-The storage records which trials wait, which run, and in which process, so the parent's own death costs at most the
-running epochs.
+The storage records which process runs which trial, so the parent's own death costs at most the running epochs.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from hpo.workers.engine import Engine, Exit, Failure, Output, Worker, WorkerSlot
 
 logger = logging.getLogger(__name__)
 
-# Number of replacements while a slot finishes no trial. Two deaths may be accidents; a third has a lasting cause.
+# Replacements in a slot that finishes no trial. Two deaths may be accidents; a third has a lasting cause.
 REPLACEMENTS = 2
 # Seconds between two checks for trials of other runs' dead processes.
 REAP_EVERY_S = 1.0
@@ -57,7 +56,7 @@ def run_workers(
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the running trials are back in the queue.
-        StudyError: a worker met an error that the user has to fix, or no worker lives long enough.
+        StudyError: the user has to fix a worker's error, or every worker dies early.
         RuntimeError: the last worker crashed; its traceback is the cause.
     """
     supervisor = _Supervisor(study, spec, engine, slots, progress, interrupts)

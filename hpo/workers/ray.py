@@ -54,12 +54,12 @@ def engine_and_slots(
     workers: int | None,
     say: Callable[[str], None],
 ) -> tuple[Engine, list[WorkerSlot]]:
-    """Connect to the cluster, and return slots for all its room, or for so many workers.
+    """Connect to the cluster, and return slots for all its room, or for `workers`.
 
     Args:
         spec: the study.
         address: the head's `host:port`, or `auto`.
-        device: `cpu` or `cuda`; None for a GPU per worker if the cluster has one, else a core.
+        device: `cpu` or `cuda`; None for GPUs if the cluster has any.
         per_device: how many workers share a GPU.
         workers: their largest number.
         say: shows the user one line.
@@ -93,9 +93,6 @@ class Node:
 class RayEngine(Engine):
     """Starts workers, each with one CPU, on a Ray cluster, and is connected to it until closed.
 
-    Args:
-        address: the head's `host:port`, or `auto` for this machine's cluster.
-
     Raises:
         StudyError: Ray is not installed, or no cluster answers.
     """
@@ -126,11 +123,7 @@ class RayEngine(Engine):
         ]
 
     def room(self) -> int:
-        """Return how many workers the nodes hold if nothing else runs on them.
-
-        Raises:
-            StudyError: none.
-        """
+        """Return how many workers the empty nodes hold; raise StudyError if none."""
         nodes = self.nodes()
         room = sum(self._room_on(node) for node in nodes)
         if not room:

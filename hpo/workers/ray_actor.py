@@ -86,7 +86,7 @@ class Actor:
             spec: with absolute paths.
             device: as this process names it.
             resources: of this process.
-            studies: the folder of all studies on the head, and on every machine that shares it.
+            studies: the head's folder of all studies, which this machine may share.
         """
         status = 1
         try:

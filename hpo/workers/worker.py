@@ -40,8 +40,8 @@ def work_on(
         device: as this process names it.
         resources: of this process.
         emit: passes log records and the final error to the parent.
-        interrupts: a request ends the worker after its epoch.
-        setting: prepares the machine; its errors count as the worker's.
+        interrupts: may end the worker after an epoch.
+        setting: prepares the machine.
 
     Returns:
         The exit status: 0, `STOPPED`, 2 for an error that the user has to fix, 1 for a crash.
@@ -80,7 +80,7 @@ def _failure(error: Exception, spec: WorkerSpec) -> Failure:
 
 
 def open_data(spec: WorkerSpec, device: torch.device, resources: Resources) -> tuple[Dataset, Division]:
-    """Limit this process to its resources, and open the images on the device, from the filled cache."""
+    """Limit this process to its resources, and open the cached images on the device."""
     occupy(resources, device)
     dataset = load(spec, download=False)
     division = Division(dataset)
