@@ -69,7 +69,7 @@ class Search:
         if options.artifacts:
             ArtifactStore(options.artifacts, StudyPaths.of(self.name).dir)
         if options.engine == "ray" and options.workers != 0:
-            RayEngine(options.address or "auto").close()
+            RayEngine(options.address or "auto")  # stays connected: connecting starts worker processes on the nodes
 
     def run(self) -> SearchResult:
         """Open the study, queue the trials missing from the total, and run them.
