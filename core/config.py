@@ -7,6 +7,7 @@ has no effect (`optim.momentum` under `adamw`) or is refused (`model.widths` und
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
@@ -33,7 +34,25 @@ class DataConfig(_Section):
     """The data set and its split."""
 
     name: str = Field(default="digits", min_length=1)
-    """A built-in data set (`hpo data list`), or the path of a folder, archive, .npz or .csv."""
+    """A built-in data set (`hpo data list`), or the path of a folder, archive, .npz, .csv or .parquet. In a
+    file, a path relative to it."""
+    class_depth: Literal[1, 2, "last"] | None = None
+    """The folder that names the class, counted below the splits: the first, the second, or the one that holds the
+    image. None refuses folders that can be read in several ways."""
+    label_from: Literal["folder", "filename", "table"] | None = None
+    """Where the labels are: in the names of folders, in file names (`label_pattern`), or in a table beside the images.
+    None refuses a data set that can be read in several ways."""
+    label_pattern: str | None = Field(default=None, min_length=1)
+    """`label_from: filename`: a regular expression searched in the file name. Its first group is the class."""
+    path_column: str | None = Field(default=None, min_length=1)
+    """Column of a table with the images' paths or ids. None finds it by its usual names."""
+    label_column: str | None = Field(default=None, min_length=1)
+    """Column of a table with the labels. None finds it by its usual names."""
+    images: str | None = Field(default=None, min_length=1)
+    """Folder of a table's images, relative to the table. None is the table's own folder."""
+    val: Literal["given", "drawn"] = "given"
+    """Validation images: those that the data set gives, if it does, or drawn by `split_seed` from all images outside
+    the test set. With `folds` they are drawn."""
     val_fraction: float = Field(default=0.25, gt=0, lt=1)
     """Fraction of the non-test images used for validation, stratified by class."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
@@ -46,6 +65,26 @@ class DataConfig(_Section):
     """Height and width in pixels to which images are resized. None keeps their size, which must be the same for all."""
     normalize: Literal["train", "half", "imagenet"] = "train"
     """Mean and standard deviation of pixels: those of the training images, 0.5 and 0.5, or ImageNet's."""
+
+    @model_validator(mode="after")
+    def _check_pattern(self) -> DataConfig:
+        if self.label_pattern is None:
+            return self
+        if self.label_from != "filename":
+            raise ValueError("data.label_pattern is read only where data.label_from is filename: set that too")
+        try:
+            re.compile(self.label_pattern)
+        except re.error as error:
+            raise ValueError(
+                f"data.label_pattern: {self.label_pattern} is not a regular expression: {error}"
+            ) from error
+        return self
+
+
+READING_FIELDS = (
+    "class_depth", "label_from", "label_pattern", "path_column", "label_column", "images",
+)  # fmt: skip
+"""Fields of `DataConfig` that decide how a source is read. Their effect is part of the data's fingerprint."""
 
 
 class SamplingConfig(_Section):

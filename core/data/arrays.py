@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import tokenize
 import zipfile
@@ -18,11 +17,11 @@ from numpy.typing import NDArray
 
 from core.data.bounds import check_members
 from core.data.decode import SIXTEEN_TO_EIGHT, Pixels
-from core.data.layout import Entry
+from core.data.layout import Arrangement, Entry
+from core.data.names import class_name, fault_of_label, listed, look_alikes
+from core.data.roles import TEST, TRAIN, VAL, Split
 from core.data.source import Payload, Source, file_stamp, one_line, plain_name
 from core.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 # Raised by numpy for files that are not valid .npz: the last three for headers that cannot be parsed; RuntimeError for
 # encrypted members, its subclass NotImplementedError for unknown compression.
@@ -46,7 +45,7 @@ class ArrayPart:
     prefix: str  # Prefix of their ids
     images: NDArray[Any]  # (N, H, W) or (N, H, W, 1|3|4); uint8, or a type that `_pixel_scale` accepts
     labels: tuple[str, ...] | None  # One class per image
-    test: bool
+    split: Split
 
 
 class ArraySource(Source):
@@ -54,22 +53,35 @@ class ArraySource(Source):
 
     def __init__(self, name: str, where: str) -> None:
         super().__init__(name, where)
+        self.notes: tuple[str, ...] = ()
         self._loaded: list[ArrayPart] | None = None
 
     @abstractmethod
     def load(self) -> list[ArrayPart]:
         """Read the arrays."""
 
-    def labelled(self) -> list[Entry]:
-        entries = []
-        for part in self._parts():
-            if part.labels is None:
+    def arranged(self, *, skip_broken: bool) -> Arrangement:  # noqa: ARG002 - arrays are whole
+        parts = self._parts()
+        entries: list[Entry] = []
+        for part in parts:
+            if part.labels is not None:
+                entries += [
+                    Entry(f"{part.prefix}{i}", self._class_of(f"{part.prefix}{i}", label), part.split)
+                    for i, label in enumerate(part.labels)
+                ]
+            elif part.split != TEST:
                 raise UserError(f"{self.where}: images without labels; expected {NpzSource.KEYS}")
-            entries += [Entry(f"{part.prefix}{i}", label, part.test) for i, label in enumerate(part.labels)]
-        return entries
+        unlabelled = sum(len(part.images) for part in parts if part.labels is None)
+        self._loaded = [part for part in parts if part.labels is not None]  # those that are read
+        return Arrangement(entries, unlabelled, notes=(*self.notes, *look_alikes({entry.label for entry in entries})))
 
-    def unlabelled(self) -> list[Entry]:
-        return [Entry(f"{part.prefix}{i}") for part in self._parts() for i in range(len(part.images))]
+    def unlabelled(self, *, skip_broken: bool) -> Arrangement:  # noqa: ARG002
+        return Arrangement([Entry(f"{part.prefix}{i}") for part in self._parts() for i in range(len(part.images))])
+
+    def _class_of(self, image: str, label: str) -> str:
+        if fault := fault_of_label(label):
+            raise UserError(f"{self.where}: image {image}: {fault}")
+        return class_name(label)
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
         position = 0
@@ -148,15 +160,15 @@ def _mapped(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any] | N
 class NpzSource(ArraySource):
     """An .npz of images and labels. Pickled objects are refused."""
 
-    # (images, labels, prefix of ids, test). The first family whose first key is present is used: names of MedMNIST
+    # (images, labels, prefix of ids, split). The first family whose first key is present is used: names of MedMNIST
     # (Yang et al. 2023, https://doi.org/10.1038/s41597-022-01721-8), Keras, and plain ones.
     FAMILIES = (
-        (("train_images", "train_labels", "train/", False), ("val_images", "val_labels", "val/", False),
-         ("test_images", "test_labels", "test/", True)),
-        (("x_train", "y_train", "train/", False), ("x_val", "y_val", "val/", False),
-         ("x_test", "y_test", "test/", True)),
-        (("images", "labels", "", False),),
-        (("x", "y", "", False),),
+        (("train_images", "train_labels", "train/", TRAIN), ("val_images", "val_labels", "val/", VAL),
+         ("test_images", "test_labels", "test/", TEST)),
+        (("x_train", "y_train", "train/", TRAIN), ("x_val", "y_val", "val/", VAL),
+         ("x_test", "y_test", "test/", TEST)),
+        (("images", "labels", "", TRAIN),),
+        (("x", "y", "", TRAIN),),
     )  # fmt: skip
     KEYS = "images and labels, x and y, x_train y_train x_test y_test, or train_images train_labels …"
 
@@ -189,11 +201,10 @@ class NpzSource(ArraySource):
             advice = "if you trust it, save it with np.savez, which does not compress"
             check_members(self.where, len(archive.infolist()), unpacked, self.path.stat().st_size, advice)
 
-    def unlabelled(self) -> list[Entry]:
+    def unlabelled(self, *, skip_broken: bool) -> Arrangement:
         """Return all images; for a file with training and test arrays, those of the test array only."""
-        parts = [part for part in self._parts() if part.test] or self._parts()
-        self._loaded = parts
-        return super().unlabelled()
+        self._loaded = [part for part in self._parts() if part.split == TEST] or self._parts()
+        return super().unlabelled(skip_broken=skip_broken)
 
     def _read(self, arrays: Any) -> list[ArrayPart]:
         keys = set(arrays.files)
@@ -201,13 +212,12 @@ class NpzSource(ArraySource):
             present = [row for row in family if row[0] in keys]
             if not present:
                 continue
-            if any(prefix == "val/" for _, _, prefix, _ in present):
-                logger.warning("%s: its validation images join the training pool; validation is drawn from both",
-                               self.where)  # fmt: skip
+            unused = sorted(keys - {key for images, labels, _, _ in present for key in (images, labels)})
+            self.notes = (f"arrays not used: {listed(unused, 10)}",) if unused else ()
             return [self._part(arrays, *row) for row in present]
         raise UserError(f"{self.where}: its keys are {', '.join(sorted(keys)) or 'none'}; expected {self.KEYS}")
 
-    def _part(self, arrays: Any, images_key: str, labels_key: str, prefix: str, test: bool) -> ArrayPart:
+    def _part(self, arrays: Any, images_key: str, labels_key: str, prefix: str, split: Split) -> ArrayPart:
         mapped = _mapped(self.path, arrays.zip, f"{images_key}.npy")
         images = self._channels_last(arrays[images_key] if mapped is None else mapped, images_key)
         labels = None
@@ -215,7 +225,7 @@ class NpzSource(ArraySource):
             labels = self._class_names(arrays[labels_key], labels_key)
             if len(labels) != len(images):
                 raise UserError(f"{self.where}: {len(images)} {images_key} and {len(labels)} {labels_key}")
-        return ArrayPart(prefix, images, labels, test)
+        return ArrayPart(prefix, images, labels, split)
 
     def _channels_last(self, images: NDArray[Any], key: str) -> NDArray[Any]:
         if images.ndim == 3:

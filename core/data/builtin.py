@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from core.data.arrays import ArrayPart, ArraySource
+from core.data.roles import TEST, TRAIN
 from core.data.source import Source, one_line
 from core.errors import UserError
 
@@ -213,7 +214,7 @@ class _Digits(ArraySource):
 
         digits = load_digits()
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        return [ArrayPart("", images, tuple(str(label) for label in digits.target), test=False)]
+        return [ArrayPart("", images, tuple(str(label) for label in digits.target), TRAIN)]
 
 
 class _Torchvision(ArraySource):
@@ -231,8 +232,8 @@ class _Torchvision(ArraySource):
         kind = _torch_class(self._known)
         self._check_files(kind)
         parts = []
-        for prefix, test in (("train/", False), ("test/", True)):
-            which = {"split": prefix[:-1]} if self._known.torch_class == "STL10" else {"train": not test}
+        for prefix, split in (("train/", TRAIN), ("test/", TEST)):
+            which = {"split": split} if self._known.torch_class == "STL10" else {"train": split == TRAIN}
             try:
                 loaded = _without_checksums(kind)(self._root, **which)
             except (RuntimeError, ValueError, OSError, EOFError, AssertionError, KeyError, pickle.PickleError) as error:
@@ -247,7 +248,7 @@ class _Torchvision(ArraySource):
                     f"{len(images)} {prefix[:-1]} images and {len(labels)} labels of {len(names)} classes"
                 )
             self.classes = names
-            parts.append(ArrayPart(prefix, images, tuple(names[label] for label in labels), test))
+            parts.append(ArrayPart(prefix, images, tuple(names[label] for label in labels), split))
         return parts
 
     def _check_files(self, kind: Any) -> None:

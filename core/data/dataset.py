@@ -13,7 +13,7 @@ import logging
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.config import DataConfig
+from core.config import READING_FIELDS, DataConfig
 from core.data import builtin
 from core.data.cache import cache_key, cached, open_array, reading, write_images
 from core.data.decode import to_channels
-from core.data.ingest import Spooled, ingest, read_spool
-from core.data.layout import class_order, printable
+from core.data.ingest import Progress, Spooled, ingest, read_spool
+from core.data.layout import Entry
+from core.data.names import class_order, listed
+from core.data.roles import TEST, TRAIN, VAL
 from core.data.source import Source
 from core.data.sources import open_source
-from core.data.splits import Splits, cut_test, on_device, stratified, stratified_folds
+from core.data.splits import Splits, cut_test, given, on_device, stratified, stratified_folds
 from core.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,12 +41,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataReport:
-    """Problems of a data set that do not prevent its use."""
+    """How a data set was understood, and problems that do not prevent its use."""
 
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Images of each class, by the split that the source gives them: `train`, `val`, `test`."""
+    unlabelled: int = 0
+    """Number of test images without a class, which were left out."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Number of other files and rows that are not used, by kind."""
+    notes: tuple[str, ...] = ()
+    """Columns that are used, classes that look alike, and the like."""
     broken: tuple[str, ...] = ()
     """Ids of unreadable images, which were left out."""
     leaked: int = 0
     """Number of test images identical to an image outside the test set."""
+    leaked_val: int = 0
+    """Number of given validation images identical to a training image."""
     conflicting: int = 0
     """Number of images identical to an image of another class."""
 
@@ -83,11 +95,17 @@ class Dataset:
     n_test: int
     has_own_test: bool
     """Whether the source has its own test images."""
+    in_val: Tensor = field(repr=False)
+    """(N,) bool: whether the source gives each image as a validation image."""
     moments: Tensor = field(repr=False)
     """(N, C, 2) int64: sums of pixels and of squared pixels of each image."""
     twins: Tensor = field(repr=False)
     """(N,) int64: index of the first image that is identical to each image."""
     _open_test: Callable[[], TestSet] = field(repr=False)
+
+    def gives_val(self, config: DataConfig) -> bool:
+        """Return whether a configuration validates on the images that the source gives for it."""
+        return config.val == "given" and config.folds is None and bool(self.in_val.any())
 
     def open_test(self) -> TestSet:
         """Return the test set. Call this only once the model to be evaluated is final, as `hpo refit` does."""
@@ -102,6 +120,7 @@ def load_dataset(
     skip_broken: bool = False,
     download: bool = True,
     data_root: Path = Path("data"),
+    on_progress: Progress | None = None,
 ) -> Dataset:
     """Load the data set of a configuration, from its cache if it has one.
 
@@ -112,29 +131,33 @@ def load_dataset(
         skip_broken: leave out unreadable images instead of raising an error.
         download: download a built-in set that is not on disk.
         data_root: folder of built-in sets.
+        on_progress: called now and then with the numbers of images decoded, and of all.
 
     Raises:
         UserError: the data are missing or cannot be used.
     """
-    source = _find_source(config.name, data_path, data_root, download)
+    source = _find_source(config, data_path, data_root, download)
     if cache_dir is None or source.in_memory:
         with tempfile.TemporaryDirectory() as temporary:
-            meta = _build(source, config, skip_broken, Path(temporary))
+            meta = _build(source, config, skip_broken, on_progress, Path(temporary))
             dataset = _open(source, Path(temporary), meta, mapped=False)
     else:
-        key = cache_key(source.name, source.stamp(), config.image_size, config.test_fraction, skip_broken)
-        folder, meta = cached(cache_dir, key, partial(_build, source, config, skip_broken))
+        reading_as = [getattr(config, name) for name in READING_FIELDS]
+        key = cache_key(source.name, source.stamp(), config.image_size, config.test_fraction, skip_broken, reading_as)
+        folder, meta = cached(cache_dir, key, partial(_build, source, config, skip_broken, on_progress))
         dataset = _open(source, folder, meta, mapped=True)
     _warn(dataset)
     return dataset
 
 
 def split(dataset: Dataset, config: DataConfig) -> Splits:
-    """Split into training and validation images by `val_fraction` and `split_seed`.
+    """Split into training and validation images: as the source does, or by `val_fraction` and `split_seed`.
 
     Raises:
         UserError: there are too few images, apart from duplicates, to have every class in both.
     """
+    if dataset.gives_val(config):
+        return given(dataset, dataset.in_val, config)
     return stratified(dataset, config)
 
 
@@ -187,14 +210,16 @@ class Division:
         self._there = ()
 
 
-def _find_source(name: str, data_path: Path | None, data_root: Path, download: bool) -> Source:
+def _find_source(config: DataConfig, data_path: Path | None, data_root: Path, download: bool) -> Source:
+    name = config.name
+    data_path = None if data_path is None else data_path.expanduser()
     if name in builtin.NAMES:
         if data_path is None:
             return builtin.open_builtin(name, data_root, download)
         root = builtin.root_at(name, data_path)
-        return open_source(data_path) if root is None else builtin.open_builtin(name, root, download)
+        return open_source(data_path, config) if root is None else builtin.open_builtin(name, root, download)
     if data_path is not None:
-        return open_source(data_path)
+        return open_source(data_path, config)
     path = Path(name).expanduser()
     if not path.exists():
         near = difflib.get_close_matches(name, builtin.NAMES, n=1)
@@ -203,19 +228,26 @@ def _find_source(name: str, data_path: Path | None, data_root: Path, download: b
             f"data.name: {name} is neither a built-in data set ({', '.join(builtin.NAMES)}) "
             f"nor a path that exists{hint or '; give your images with --data'}"
         )
-    return open_source(path)
+    return open_source(path, config)
 
 
-def _build(source: Source, config: DataConfig, skip_broken: bool, folder: Path) -> dict[str, Any]:
+def _build(
+    source: Source, config: DataConfig, skip_broken: bool, on_progress: Progress | None, folder: Path
+) -> dict[str, Any]:
     """Decode the source into `folder`, with separate files for pool and test set, and return the description."""
     size = None if config.image_size is None else (config.image_size, config.image_size)
-    entries = source.labelled()
+    found = source.arranged(skip_broken=skip_broken)
+    entries = found.entries
+    if not entries:
+        raise UserError(f"{source.where}: no labelled images found")
+    _check_classes(source.where, entries)
     spool = folder / "spool"
     with spool.open("wb") as file:
-        images, broken = ingest(source, entries, size, skip_broken, file)
+        images, broken = ingest(source, entries, size, skip_broken, file, on_progress)
     own_test = any(entry.test for entry in entries)
     pool, test = _divide(images, own_test, config.test_fraction, source.where)
-    classes = _classes(source, pool, test)
+    _check_classes(source.where, [image.entry for image in images])
+    classes = _classes(source, pool)
     index = {name: i for i, name in enumerate(classes)}
 
     channels = max(image.shape[0] for image in pool)
@@ -232,10 +264,26 @@ def _build(source: Source, config: DataConfig, skip_broken: bool, folder: Path) 
     moments = [np.broadcast_to(image.moments, (channels, 2)) for image in pool]
     np.save(folder / "pool_moments.npy", np.stack(moments))
     np.save(folder / "pool_twins.npy", _twins(pool))
+    np.save(folder / "pool_val.npy", np.array([image.entry.split == VAL for image in pool], dtype=np.int64))
     spool.unlink()
 
-    meta["report"] = {"broken": broken, "leaked": _leaked(pool, test), "conflicting": _conflicting(images)}
-    return meta
+    training, validation = ([i for i in pool if (i.entry.split == VAL) == in_val] for in_val in (False, True))
+    report = DataReport(
+        counts=_counts(classes, images),
+        unlabelled=found.unlabelled,
+        left_out=dict(found.left_out),
+        notes=found.notes,
+        broken=(*found.broken, *broken),
+        leaked=_leaked(pool, test),
+        leaked_val=_leaked(training, validation),
+        conflicting=_conflicting(images),
+    )
+    return {**meta, "report": asdict(report)}
+
+
+def _counts(classes: Sequence[str], images: Sequence[Spooled]) -> dict[str, dict[str, int]]:
+    found = Counter((image.entry.label, image.entry.split) for image in images)
+    return {name: {split: n for split in (TRAIN, VAL, TEST) if (n := found[name, split])} for name in classes}
 
 
 def _divide(
@@ -254,7 +302,7 @@ def _divide(
     if len(counts) < 2:
         raise UserError(f"{where}: a single class, {next(iter(counts))}; at least two are needed")
     lone = [name for name, count in sorted(counts.items()) if count < 2]
-    if lone:
+    if lone and not any(image.entry.split == VAL for image in pool):
         raise UserError(
             f"{where}: a single image outside the test set of {_some(lone)}; "
             "training and validation need one each: add images or remove the class"
@@ -264,23 +312,29 @@ def _divide(
     return pool, test
 
 
-def _classes(source: Source, pool: Sequence[Spooled], test: Sequence[Spooled]) -> tuple[str, ...]:
+def _check_classes(where: str, entries: Sequence[Entry]) -> None:
+    """Raise UserError if validation or test images have a class that no training image has."""
+    labels: dict[str, set[str]] = defaultdict(set)
+    for entry in entries:
+        labels[entry.split].add(entry.label)
+    for split, name in ((VAL, "validation set"), (TEST, "test set")):
+        unknown = labels[split] - labels[TRAIN]
+        if unknown and labels[TRAIN]:
+            raise UserError(
+                f"{where}: the {name} has {_some(sorted(unknown))}, missing in the training images; "
+                f"add training images or remove the class from the {name}"
+            )
+
+
+def _classes(source: Source, pool: Sequence[Spooled]) -> tuple[str, ...]:
     present = {image.entry.label for image in pool}
-    unknown = {image.entry.label for image in test} - present
-    if unknown:
-        raise UserError(
-            f"{source.where}: the test set has {_some(sorted(unknown))}, missing in the training images; "
-            "add training images or remove the class from the test set"
-        )
     if source.classes is None:
         return class_order(present)
     return tuple(name for name in source.classes if name in present)
 
 
 def _some(names: Sequence[str]) -> str:
-    """At most five names, so that error messages stay short."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ("class " if len(names) == 1 else "the classes ") + ", ".join(map(printable, names[:5])) + more
+    return ("class " if len(names) == 1 else "the classes ") + listed(names)
 
 
 def _fingerprint(
@@ -346,9 +400,10 @@ def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> D
             labels=numbers("pool_labels", count),
             ids=ids("pool", count),
             fingerprint=meta["pool_fingerprint"],
-            report=DataReport(tuple(report["broken"]), report["leaked"], report["conflicting"]),
+            report=DataReport(**{**report, "notes": tuple(report["notes"]), "broken": tuple(report["broken"])}),
             n_test=meta["n_test"],
             has_own_test=meta["has_own_test"],
+            in_val=numbers("pool_val", count).bool(),
             moments=numbers("pool_moments", count, channels, 2),
             twins=numbers("pool_twins", count),
             _open_test=read_test if in_memory is None else lambda: in_memory,
@@ -362,5 +417,8 @@ def _warn(dataset: Dataset) -> None:
     if report.leaked:
         logger.warning("%s: %d test images are identical to training images; the test score will be too high",
                        dataset.source, report.leaked)  # fmt: skip
+    if report.leaked_val:
+        logger.warning("%s: %d of the given validation images are identical to training images",
+                       dataset.source, report.leaked_val)  # fmt: skip
     if report.conflicting:
         logger.warning("%s: %d images are identical to one of another class", dataset.source, report.conflicting)

@@ -16,14 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from core.data.sniffing import HEAD_BYTES, is_heif, plugin_formats
+
 Pixels = NDArray[np.uint8]
 
 # File name suffixes of images. Other files in a class folder (notes, .DS_Store) are ignored.
 IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2", ".avif",
+    ".heic", ".heif",
 ))  # fmt: skip
 
-# Accepted formats, independent of the name. Pillow has forty more; for EPS it runs Ghostscript on the file.
+# Accepted formats, independent of the name, beside those of plugins. Pillow has forty more; for EPS it runs Ghostscript
+# on the file.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 
 # Maximum pixels: Pillow's limit, a quarter of a gigabyte at three bytes each. Pillow warns above it and refuses twice
@@ -93,11 +97,17 @@ def to_channels(pixels: Pixels, channels: int) -> Pixels:
 def _read(payload: bytes, size: tuple[int, int] | None) -> Pixels:
     with _refusing():
         try:
-            with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(payload), formats=FORMATS + plugin_formats()) as image:
                 _check_pixels(image)
                 return _to_array(_as_seen(image), size)
         except UnidentifiedImageError as error:  # its message contains a memory address
-            raise BrokenImageError("not an image" if payload else "an empty file") from error
+            raise BrokenImageError(_unidentified(payload)) from error
+
+
+def _unidentified(payload: bytes) -> str:
+    if is_heif(payload[:HEAD_BYTES]):
+        return "HEIC, which needs the package pillow-heif"
+    return "not an image" if payload else "an empty file"
 
 
 def _show(image: Image.Image, size: tuple[int, int] | None) -> Pixels:

@@ -1,15 +1,13 @@
-"""Images in files: in folders, in archives, or listed in a CSV.
+"""Images in folders and archives.
 
-Archives are read without unpacking. Members and links that point outside an archive are refused, as are CSV rows with
-paths outside the CSV's folder. Unpacked sizes are limited (`core.data.bounds`). Links in the user's own folders are
-followed.
+Archives are read without unpacking. Members and links that point outside an archive are refused. Unpacked sizes are
+limited (`core.data.bounds`). Links in the user's own folders are followed.
 """
 
 from __future__ import annotations
 
-import csv
+import errno
 import hashlib
-import logging
 import lzma
 import os
 import posixpath
@@ -19,33 +17,27 @@ import zipfile
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
+from core.config import DataConfig
 from core.data.bounds import (
     MAX_HEADER_BYTES,
     MAX_IMAGE_BYTES,
     MAX_LINK_BYTES,
+    MAX_MEMBERS,
     check_image_bytes,
     check_members,
+    check_table_bytes,
     read_image_file,
 )
+from core.data.choice import arrange_tree
 from core.data.decode import BrokenImageError
-from core.data.layout import (
-    SPLIT_NAMES,
-    TEST_NAMES,
-    VAL_NAMES,
-    Entry,
-    Tree,
-    arrange,
-    image_files,
-    is_image,
-    member_path,
-    printable,
-)
+from core.data.layout import TABLE_SUFFIXES, Arrangement, Entry, Tree, is_hidden, is_image, left_out_of, member_path
+from core.data.names import listed, printable
+from core.data.sniffing import HEAD_BYTES, looks_like_image
 from core.data.source import Payload, Source, file_stamp, one_line, plain_name
 from core.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 # Raised for damaged archives: RecursionError if headers of a .tar are chained endlessly, NotImplementedError for
 # unknown compression.
@@ -56,67 +48,179 @@ TORN_ARCHIVE = (
 UNPACK_IT = "if you trust it, unpack it and give the folder"
 
 
-class _PathSource(Source):
-    def __init__(self, path: Path) -> None:
+class PathSource(Source):
+    """A source at a path."""
+
+    def __init__(self, path: Path, config: DataConfig) -> None:
         super().__init__(plain_name(path), str(path))
         self.path = path
+        self.config = config
 
     def stamp(self) -> str:
         return file_stamp(self.path)
 
 
-class _TreeSource(_PathSource):
-    """A source with a folder per class."""
+class _TreeSource(PathSource):
+    """A folder or archive of images, with a folder per class or a table."""
+
+    @cached_property
+    def tree(self) -> Tree:
+        """All files and folders, listed once."""
+        tree = self._list()
+        if len(tree.images) > MAX_MEMBERS:
+            raise UserError(f"{self.where}: more than {MAX_MEMBERS:,} images; give fewer at a time")
+        return tree
 
     @abstractmethod
-    def tree(self) -> Tree:
-        """Return all files and folders."""
+    def _list(self) -> Tree: ...
 
-    def labelled(self) -> list[Entry]:
-        return arrange(self.tree(), self.where)
+    @abstractmethod
+    def read_table(self, path: str) -> bytes:
+        """Read a file that is not an image."""
 
-    def unlabelled(self) -> list[Entry]:
-        return [Entry(file) for file in image_files(self.tree().files)]
+    def arranged(self, *, skip_broken: bool) -> Arrangement:
+        broken = self._unreadable(skip_broken)
+        found = arrange_tree(self.tree, self.read_table, self.where, self.config, skip_broken=skip_broken)
+        return found.with_broken(broken)
+
+    def unlabelled(self, *, skip_broken: bool) -> Arrangement:
+        broken = self._unreadable(skip_broken)
+        entries = [Entry(file) for file in self.tree.images]
+        return Arrangement(entries, left_out=left_out_of(self.tree), broken=broken)
+
+    def _unreadable(self, skip_broken: bool) -> tuple[str, ...]:
+        """Paths that cannot be listed.
+
+        Raises:
+            UserError: there are some, and they may not be left out.
+        """
+        unreadable = self.tree.unreadable
+        if unreadable and not skip_broken:
+            named = listed([f"{path} ({reason})" for path, reason in sorted(unreadable.items())])
+            raise UserError(
+                f"{self.where}: {len(unreadable):,} folders or links cannot be read: {named}; "
+                "fix them, or skip them with --skip-broken"
+            )
+        return tuple(sorted(unreadable))
 
 
 class FolderSource(_TreeSource):
     """A folder on disk, or a single image in it."""
 
-    def __init__(self, path: Path, only: str | None = None) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, config: DataConfig, only: str | None = None) -> None:
+        super().__init__(path, config)
         self._only = only
+        self._states: list[tuple[str, int, int]] = []
 
     def stamp(self) -> str:
+        if self._only is not None:
+            return file_stamp(self.path / self._only)
+        assert self.tree is not None, "lists the states"
         listing = hashlib.sha256()
-        for file in sorted(self.tree().files):
-            status = os.stat(f"{self.path}/{file}")  # noqa: PTH116 - a Path each costs more than the call
-            listing.update(f"{file}|{status.st_size}|{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        for file, size, changed in sorted(self._states):
+            listing.update(f"{file}|{size}|{changed}\n".encode(errors="surrogateescape"))
         return f"{self.path.resolve()}|{listing.hexdigest()}"
 
-    def tree(self) -> Tree:
+    def _list(self) -> Tree:
         if self._only is not None:
-            return Tree((self._only,), ())
-        files: list[str] = []
-        folders: list[str] = []
-        seen = set()
-        for root, names, leaves in os.walk(self.path, followlinks=True):
-            status = Path(root).stat()
-            if (status.st_dev, status.st_ino) in seen:  # a link to a parent would loop forever
-                names.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            relative = Path(root).relative_to(self.path).as_posix()
-            prefix = "" if relative == "." else f"{relative}/"
-            files += [prefix + name for name in leaves if is_image(name)]
-            folders += [prefix + name for name in names]
-        return Tree(tuple(files), tuple(folders))
+            return Tree((self._only,))
+        scan = _Scan(self.path)
+        self._states = scan.states
+        return Tree(
+            tuple(sorted(scan.images)), tuple(scan.folders), tuple(sorted(scan.others)), scan.hidden, scan.unreadable
+        )
+
+    def read_table(self, path: str) -> bytes:
+        try:
+            check_table_bytes(f"{self.where}/{path}", (self.path / path).stat().st_size)
+            return (self.path / path).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.where}: its table {printable(path)} cannot be read ({_reason(error)})") from error
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
         for position, entry in enumerate(entries):
-            yield position, _read(self.path / entry.id)
+            yield position, read_payload(f"{self.path}/{entry.id}")
 
 
-def _read(path: Path) -> Payload:
+class _Scan:
+    """Lists a folder in one pass. Links are followed, except to a folder around them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = os.fspath(root)
+        self.images: list[str] = []
+        self.folders: list[str] = []
+        self.others: list[str] = []
+        self.hidden = 0
+        self.unreadable: dict[str, str] = {}
+        self.states: list[tuple[str, int, int]] = []  # path, size and time of change of images and tables
+        self._folder("", frozenset())
+
+    def _folder(self, prefix: str, around: frozenset[tuple[int, int]]) -> None:
+        waiting = [(prefix, around)]
+        while waiting:
+            prefix, around = waiting.pop()
+            try:
+                status = os.stat(f"{self.root}/{prefix}")  # noqa: PTH116 - a Path each costs more than the call
+                here = (status.st_dev, status.st_ino)
+                if here in around:
+                    self.unreadable[prefix.rstrip("/")] = "a link to a folder around it"
+                    continue
+                with os.scandir(f"{self.root}/{prefix}") as entries:
+                    waiting += [(folder, around | {here}) for folder in self._entries(prefix, entries)]
+            except OSError as error:
+                if not prefix:
+                    raise UserError(f"{self.root}: cannot be read ({_reason(error)})") from error
+                self.unreadable[prefix.rstrip("/")] = _reason(error)
+
+    def _entries(self, prefix: str, entries: Iterator[os.DirEntry[str]]) -> list[str]:
+        """Sort the entries of a folder, and return the folders in it."""
+        inside = []
+        for entry in entries:
+            path = prefix + entry.name
+            if is_hidden(entry.name):
+                self.hidden += 1
+            elif entry.is_dir():
+                self.folders.append(path)
+                inside.append(f"{path}/")
+            else:
+                self._file(path, entry)
+        return inside
+
+    def _file(self, path: str, entry: os.DirEntry[str]) -> None:
+        known = is_image(entry.name)
+        try:
+            status = entry.stat()
+        except OSError as error:
+            if known:
+                self.images.append(path)  # reading it will fail, and count it
+            else:
+                self.unreadable[path] = "a link to nothing" if entry.is_symlink() else _reason(error)
+            return
+        if known or ("." not in entry.name and stat.S_ISREG(status.st_mode) and self._sniff(path)):
+            self.images.append(path)
+        else:
+            self.others.append(path)
+            if not entry.name.lower().endswith(TABLE_SUFFIXES):
+                return
+        self.states.append((path, status.st_size, status.st_mtime_ns))
+
+    def _sniff(self, path: str) -> bool:
+        try:
+            with open(f"{self.root}/{path}", "rb") as file:  # noqa: PTH123
+                return looks_like_image(file.read(HEAD_BYTES))
+        except OSError as error:
+            self.unreadable[path] = _reason(error)
+            return False
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "a link to itself"
+    return (error.strerror or type(error).__name__).lower()
+
+
+def read_payload(path: str) -> Payload:
+    """Read an image file, or return the error."""
     try:
         return read_image_file(path)
     except (OSError, BrokenImageError) as error:
@@ -126,17 +230,32 @@ def _read(path: Path) -> Payload:
 class ZipSource(_TreeSource):
     """A .zip, read without unpacking."""
 
-    def tree(self) -> Tree:
+    def _list(self) -> Tree:
         with self._open() as archive:
-            members = self._members(archive)
+            images, others, hidden = [], [], 0
+            for path, name in self._members.items():
+                if is_hidden(path):
+                    hidden += 1
+                elif is_image(path) or ("." not in posixpath.basename(path) and self._sniff(archive, name)):
+                    images.append(path)
+                else:
+                    others.append(path)
             folders = [member_path(name, self.where) for name in archive.namelist() if name.endswith("/")]
-            return Tree(tuple(members), tuple(folders))
+        return Tree(tuple(sorted(images)), tuple(folders), tuple(sorted(others)), hidden)
+
+    def read_table(self, path: str) -> bytes:
+        with self._open() as archive:
+            try:
+                info = archive.getinfo(self._members[path])
+                check_table_bytes(f"{self.where}: {path}", info.file_size)
+                return archive.read(info)
+            except (KeyError, *TORN_ARCHIVE) as error:
+                raise _torn(self.where, error) from error
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
         with self._open() as archive:
-            members = self._members(archive)
             for position, entry in enumerate(entries):
-                yield position, self._content(archive, members[entry.id])
+                yield position, self._content(archive, self._members[entry.id])
 
     @staticmethod
     def _content(archive: zipfile.ZipFile, name: str) -> Payload:
@@ -147,27 +266,37 @@ class ZipSource(_TreeSource):
         except (KeyError, BrokenImageError, *TORN_ARCHIVE) as error:
             return error
 
+    @staticmethod
+    def _sniff(archive: zipfile.ZipFile, name: str) -> bool:
+        try:
+            with archive.open(name) as member:
+                return looks_like_image(member.read(HEAD_BYTES))
+        except (KeyError, *TORN_ARCHIVE):
+            return False
+
     def _open(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self.path)
         except TORN_ARCHIVE as error:
             raise _torn(self.where, error) from error
 
-    def _members(self, archive: zipfile.ZipFile) -> dict[str, str]:
+    @cached_property
+    def _members(self) -> dict[str, str]:
         """Path -> member name to read, which for a link is its target."""
-        infos = archive.infolist()
-        images = sum(info.file_size for info in infos if is_image(info.filename))  # only images are unpacked
-        check_members(self.where, len(infos), images, self.path.stat().st_size, UNPACK_IT)
-        members = {}
-        for info in infos:
-            path = member_path(info.filename, self.where)
-            if info.is_dir():
-                continue
-            if info.flag_bits & 1:
-                raise UserError(f"{self.where}: {printable(path)} is encrypted; give an archive without a password")
-            members[path] = info.filename
-            if stat.S_ISLNK(info.external_attr >> 16):
-                members[path] = _link_target(path, self._target(archive, info), self.where)
+        with self._open() as archive:
+            infos = archive.infolist()
+            images = sum(info.file_size for info in infos if is_image(info.filename))  # only images are unpacked
+            check_members(self.where, len(infos), images, self.path.stat().st_size, UNPACK_IT)
+            members = {}
+            for info in infos:
+                path = member_path(info.filename, self.where)
+                if info.is_dir():
+                    continue
+                if info.flag_bits & 1:
+                    raise UserError(f"{self.where}: {printable(path)} is encrypted; give an archive without a password")
+                members[path] = info.filename
+                if stat.S_ISLNK(info.external_attr >> 16):
+                    members[path] = _link_target(path, self._target(archive, info), self.where)
         return members
 
     def _target(self, archive: zipfile.ZipFile, link: zipfile.ZipInfo) -> str:
@@ -226,12 +355,40 @@ _TEXT_TYPES = (
 class TarSource(_TreeSource):
     """A .tar, compressed or not, read sequentially, since compressed ones have no random access."""
 
-    def tree(self) -> Tree:
-        files: list[str] = []
+    def _list(self) -> Tree:
+        images: set[str] = set()
+        others: set[str] = set()
+        hidden: set[str] = set()
         folders: list[str] = []
-        for path, member, _ in self._members():
-            (folders if member.isdir() else files).append(path)
-        return Tree(tuple(dict.fromkeys(files)), tuple(folders))
+        for path, member, archive in self._members():
+            if member.isdir():
+                folders.append(path)
+            elif is_hidden(path):
+                hidden.add(path)
+            elif is_image(path) or ("." not in posixpath.basename(path) and self._sniff(archive, member)):
+                images.add(path)
+            else:
+                others.add(path)
+        return Tree(tuple(sorted(images)), tuple(folders), tuple(sorted(others)), len(hidden))
+
+    def read_table(self, path: str) -> bytes:
+        content = b""
+        for name, member, archive in self._members():
+            if name == path and not member.isdir():
+                check_table_bytes(f"{self.where}: {path}", member.size)
+                found = self._content(archive, member)
+                if not isinstance(found, bytes):
+                    raise UserError(f"{self.where}: its table {printable(path)} cannot be read ({found})")
+                content = found
+        return content
+
+    @staticmethod
+    def _sniff(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+        try:
+            content = archive.extractfile(member)
+            return content is not None and looks_like_image(content.read(HEAD_BYTES))
+        except (KeyError, *TORN_ARCHIVE):
+            return False
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
         positions = {entry.id: position for position, entry in enumerate(entries)}
@@ -282,91 +439,3 @@ def _link_target(path: str, target: str, where: str) -> str:
 
 def _torn(where: str, error: Exception) -> UserError:
     return UserError(f"{where}: the archive is damaged or cut short ({one_line(error)}); copy or download it again")
-
-
-class CsvSource(_PathSource):
-    """A table with paths below its own folder, a class for each, and optionally a split."""
-
-    PATH_COLUMNS = ("path", "file", "filename", "image")
-    LABEL_COLUMNS = ("label", "class", "target")
-
-    def stamp(self) -> str:
-        digest = hashlib.sha256()
-        for entry in self.unlabelled():
-            digest.update(file_stamp(self.path.parent / entry.id).encode(errors="surrogateescape"))
-        return f"{super().stamp()}|{digest.hexdigest()}"
-
-    def labelled(self) -> list[Entry]:
-        rows = self._rows()
-        label = self._column(rows, self.LABEL_COLUMNS)
-        paths = self._paths(rows)
-        entries = []
-        for (number, row), path in zip(rows, paths, strict=True):
-            if not row[label]:
-                raise UserError(f"{self.where}:{number}: no {label}; fill it in or remove the row")
-            split = row.get("split", "").casefold()
-            if split and split not in SPLIT_NAMES:
-                raise UserError(f"{self.where}:{number}: split is {row['split']!r}; write train, val or test")
-            entries.append(Entry(path, label=row[label], test=split in TEST_NAMES))
-        from_val = sum(row.get("split", "").casefold() in VAL_NAMES for _, row in rows)
-        if from_val:
-            logger.warning("%s: the %d rows of its split val join the training pool; validation is drawn from both",
-                           self.where, from_val)  # fmt: skip
-        if all(entry.test for entry in entries):
-            raise UserError(f"{self.where}: every row is in the split test; mark the others train")
-        return entries
-
-    def unlabelled(self) -> list[Entry]:
-        return [Entry(path) for path in self._paths(self._rows())]
-
-    def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
-        for position, entry in enumerate(entries):
-            yield position, _read(self.path.parent / entry.id)
-
-    def _rows(self) -> list[tuple[int, dict[str, str]]]:
-        """Rows with line numbers; column names in lower case."""
-        try:
-            with self.path.open(newline="", encoding="utf-8-sig") as lines:
-                reader = csv.reader(lines)
-                header = [name.strip().casefold() for name in next(reader, [])]
-                rows = []
-                for cells in reader:
-                    if not any(cells):
-                        continue
-                    if len(cells) != len(header):
-                        raise UserError(
-                            f"{self.where}:{reader.line_num}: {len(cells)} columns, and the header names {len(header)}"
-                        )
-                    rows.append((reader.line_num, dict(zip(header, map(str.strip, cells), strict=True))))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{self.where}: cannot be read as CSV in UTF-8 ({error})") from error
-        if not rows:
-            raise UserError(f"{self.where}: it has no rows; expected a header such as path,label and one row per image")
-        return rows
-
-    def _paths(self, rows: list[tuple[int, dict[str, str]]]) -> list[str]:
-        """Path of each row.
-
-        Raises:
-            UserError: a path is outside the CSV's folder, so that a downloaded table cannot read other files.
-        """
-        column = self._column(rows, self.PATH_COLUMNS)
-        folder = os.path.abspath(self.path.parent)  # noqa: PTH100 - as text, links left as they are
-        inside = os.path.join(folder, "")  # noqa: PTH118
-        paths = [row[column] for _, row in rows]
-        for (number, _), path in zip(rows, paths, strict=True):
-            if "\0" in path:
-                raise UserError(f"{self.where}:{number}: {path!r} is not a path; fix it or remove the row")
-            if not os.path.normpath(os.path.join(folder, path)).startswith(inside):  # noqa: PTH118
-                raise UserError(
-                    f"{self.where}:{number}: {printable(path)} is outside {folder}; "
-                    "put the CSV into a folder above all its images, and give paths from there"
-                )
-        return paths
-
-    def _column(self, rows: list[tuple[int, dict[str, str]]], names: tuple[str, ...]) -> str:
-        header = rows[0][1]
-        for name in names:
-            if name in header:
-                return name
-        raise UserError(f"{self.where}: no column {' or '.join(names)}; its header is {','.join(header)}")

@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from core.data.decode import BrokenImageError, Decoded, Pixels, decode
-from core.data.layout import Entry, printable
+from core.data.layout import Entry
+from core.data.names import printable
 from core.data.source import Payload, Readable, Source, one_line
 from core.errors import UserError
 
@@ -35,6 +36,10 @@ LOOK_ON = 500
 
 # Broken files listed in an error message.
 NAMED = 5
+
+
+Progress = Callable[[int, int], None]
+"""Called with the number of images decoded, and of all."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,14 @@ def _decode(payload: Payload, size: tuple[int, int] | None) -> Decoded | Excepti
         return error
 
 
-def ingest(source: Source, entries: Sequence[Entry], size: tuple[int, int] | None, skip_broken: bool, spool: IO[bytes]
-           ) -> tuple[list[Spooled], tuple[str, ...]]:  # fmt: skip
+def ingest(
+    source: Source,
+    entries: Sequence[Entry],
+    size: tuple[int, int] | None,
+    skip_broken: bool,
+    spool: IO[bytes],
+    on_progress: Progress | None = None,
+) -> tuple[list[Spooled], tuple[str, ...]]:
     """Write the pixels of all images to the spool file, resized to `size` (H, W) if given.
 
     Returns:
@@ -109,7 +120,9 @@ def ingest(source: Source, entries: Sequence[Entry], size: tuple[int, int] | Non
     sizes: dict[tuple[int, int], str] = {}
     after_mismatch = 0
     offset = 0
-    for position, result in decode_all(source, entries, size):
+    for done, (position, result) in enumerate(decode_all(source, entries, size)):
+        if on_progress is not None and done % BATCH == 0:
+            on_progress(min(done, len(entries)), len(entries))
         images[position] = None
         broken.pop(position, None)
         if isinstance(result, Exception):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from core.data.decode import Pixels
-from core.data.layout import Entry
+from core.data.layout import Arrangement, Entry
 
 Payload = bytes | Pixels | Exception
 """An encoded image, an array (H, W) or (H, W, C), or the error of reading it."""
@@ -40,12 +40,19 @@ class Source(ABC):
         """Return a string that changes whenever the source files change."""
 
     @abstractmethod
-    def labelled(self) -> list[Entry]:
-        """Return all images with their classes, in an order that depends on the data alone."""
+    def arranged(self, *, skip_broken: bool) -> Arrangement:
+        """Return the labelled images, in an order that depends on the data alone, and what was left out.
+
+        Args:
+            skip_broken: leave out and count what cannot be read, instead of raising an error.
+
+        Raises:
+            UserError: the structure is not understood, or something cannot be read.
+        """
 
     @abstractmethod
-    def unlabelled(self) -> list[Entry]:
-        """Return all images, ignoring folders."""
+    def unlabelled(self, *, skip_broken: bool) -> Arrangement:
+        """Return all images without classes, whatever their folders."""
 
     @abstractmethod
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
@@ -55,7 +62,7 @@ class Source(ABC):
 def plain_name(path: Path) -> str:
     """Return the name without known suffixes: `photos` for `/data/photos.tar.gz`."""
     name = path.resolve().name
-    for suffix in sorted((*TAR_SUFFIXES, ".zip", ".npz", ".csv"), key=len, reverse=True):
+    for suffix in sorted((*TAR_SUFFIXES, ".zip", ".npz", ".csv", ".tsv", ".parquet", ".arrow"), key=len, reverse=True):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name

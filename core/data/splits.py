@@ -103,6 +103,17 @@ def stratified(data: Labelled, config: DataConfig) -> Splits:
     return _normalized(data, *_draw(data, config), config)
 
 
+def given(data: Labelled, in_val: Tensor, config: DataConfig) -> Splits:
+    """Use the validation images that the data set gives.
+
+    Args:
+        data: the images.
+        in_val: (N,) whether each is one of them.
+        config: the normalization.
+    """
+    return _normalized(data, (~in_val).nonzero().squeeze(1), in_val.nonzero().squeeze(1), config)
+
+
 def stratified_folds(data: Labelled, config: DataConfig) -> tuple[Splits, ...]:
     """Divide the images into `folds` parts, stratified by class, with `split_seed`; each part validates once.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from core.data.decode import Decoded, to_channels
 from core.data.ingest import decode_all, report_broken
-from core.data.layout import Entry, is_image
+from core.data.layout import Arrangement, Entry, is_image
 from core.data.source import Payload, Source
 from core.data.sources import open_source
 from core.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Batch size of `load_images`.
 LOADED_AT_ONCE = 256
@@ -49,7 +52,11 @@ def map_images(
     Raises:
         UserError: there is no image, or one is broken, or the results do not fit the memory.
     """
-    images = _Single(open_source(paths)) if isinstance(paths, Path) else _Several(tuple(paths))
+    images = (
+        _Single(open_source(paths), skip_broken)
+        if isinstance(paths, Path)
+        else _Several([path.expanduser() for path in paths], skip_broken)
+    )
     entries = images.entries
     if not entries:
         raise UserError(f"{images.where}: no images found")
@@ -67,7 +74,8 @@ def map_images(
     assert answers is not None, "where all are broken, that is an error"
     kept = [position for position in range(len(entries)) if position not in broken]
     ids = tuple(entries[position].id for position in kept)
-    return torch.from_numpy(answers[kept] if broken else answers), ids, tuple(entries[i].id for i in sorted(broken))
+    left_out = (*images.broken, *(entries[i].id for i in sorted(broken)))
+    return torch.from_numpy(answers[kept] if broken else answers), ids, left_out
 
 
 def load_images(
@@ -113,10 +121,21 @@ def _in_batches(
         yield positions, images
 
 
+def _listed(source: Source, skip_broken: bool) -> Arrangement:
+    """The images of a source, with a warning about the other files."""
+    found = source.unlabelled(skip_broken=skip_broken)
+    if found.left_out:
+        counts = ", ".join(f"{kind}: {count:,}" for kind, count in found.left_out.items())
+        logger.warning("%s: not images, and left out: %s", source.where, counts)
+    return found
+
+
 class _Single:
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, skip_broken: bool) -> None:
+        found = _listed(source, skip_broken)
         self.where = source.where
-        self.entries = source.unlabelled()
+        self.entries = found.entries
+        self.broken = found.broken
         self._source = source
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
@@ -132,18 +151,20 @@ class _Part:
 class _Several:
     """The images of several sources in order, with their paths as ids."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], skip_broken: bool) -> None:
         self.where = f"{len(paths)} paths"
         self.entries: list[Entry] = []
+        self.broken: tuple[str, ...] = ()
         self._parts: list[_Part] = []
         for path in paths:
             source = open_source(path)
-            entries = source.unlabelled()
-            if not entries:
+            found = _listed(source, skip_broken)
+            if not found.entries:
                 raise UserError(f"{path}: no images found")
-            self._parts.append(_Part(source, entries))
+            self._parts.append(_Part(source, found.entries))
+            self.broken += tuple(str(path / name) for name in found.broken)
             alone = path.is_file() and is_image(path.name)
-            self.entries += [Entry(str(path if alone else path / entry.id)) for entry in entries]
+            self.entries += [Entry(str(path if alone else path / entry.id)) for entry in found.entries]
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:  # noqa: ARG002 - always all
         first = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from core.config import DataConfig
 from core.data import Dataset, Splits, load_dataset
-from core.data.layout import printable
+from core.data.names import printable
 from core.errors import UserError
 from core.loop import EpochMetrics
 from core.runtime import is_out_of_memory
