@@ -60,7 +60,7 @@ class ArraySource(Source):
     def load(self) -> list[ArrayPart]:
         """Read the arrays."""
 
-    def arranged(self, *, skip_broken: bool) -> Arrangement:  # noqa: ARG002 - arrays are whole
+    def arranged(self) -> Arrangement:
         parts = self._parts()
         entries: list[Entry] = []
         for part in parts:
@@ -75,7 +75,7 @@ class ArraySource(Source):
         self._loaded = [part for part in parts if part.labels is not None]  # those that are read
         return Arrangement(entries, unlabelled, notes=(*self.notes, *look_alikes({entry.label for entry in entries})))
 
-    def unlabelled(self, *, skip_broken: bool) -> Arrangement:  # noqa: ARG002
+    def unlabelled(self) -> Arrangement:
         return Arrangement([Entry(f"{part.prefix}{i}") for part in self._parts() for i in range(len(part.images))])
 
     def _class_of(self, image: str, label: str) -> str:
@@ -201,10 +201,10 @@ class NpzSource(ArraySource):
             advice = "if you trust it, save it with np.savez, which does not compress"
             check_members(self.where, len(archive.infolist()), unpacked, self.path.stat().st_size, advice)
 
-    def unlabelled(self, *, skip_broken: bool) -> Arrangement:
+    def unlabelled(self) -> Arrangement:
         """Return all images; for a file with training and test arrays, those of the test array only."""
         self._loaded = [part for part in self._parts() if part.split == TEST] or self._parts()
-        return super().unlabelled(skip_broken=skip_broken)
+        return super().unlabelled()
 
     def _read(self, arrays: Any) -> list[ArrayPart]:
         keys = set(arrays.files)

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from core.config import DataConfig
 from core.data.layout import TABLE_SUFFIXES, Arrangement, Entry, Tree, arrange, left_out_of
 from core.data.names import class_order, listed
 from core.data.roles import TEST, Split, split_of
+from core.data.source import Reading
 from core.data.tables import (
     Columns,
     Images,
@@ -18,6 +18,7 @@ from core.data.tables import (
     Table,
     arrangement_of,
     choose_columns,
+    most_missing,
     parse_table,
     read_rows,
     split_of_folders,
@@ -31,30 +32,31 @@ _MOST_TABLES = 20
 Read = Callable[[str], bytes]
 
 
-def arrange_tree(tree: Tree, read: Read, where: str, config: DataConfig, *, skip_broken: bool = False) -> Arrangement:
+def arrange_tree(tree: Tree, read: Read, where: str, reading: Reading) -> Arrangement:
     """Find classes and splits by folders, file names, or a table in the tree.
 
     Raises:
         UserError: there is no reading, or folders and a table have different ones.
     """
+    config = reading.config
     if config.label_from in ("folder", "filename") or not tree.images:
         return arrange(tree, where, config)
     asked = config.label_from == "table" or any((config.path_column, config.label_column, config.images))
-    tables = _Tables(tree, read, where, config, asked=asked)
+    tables = _Tables(tree, read, where, reading, asked=asked)
     if not tables.labelled:
         if asked:
             raise UserError(f"{where}: no table in it has labels and the images' paths or ids{tables.seen()}")
         return arrange(tree, where, config)
     if asked:
-        return tables.arranged(skip_broken=skip_broken)
+        return tables.arranged()
     try:
         folders = arrange(tree, where, config)
     except UserError:
-        return tables.arranged(skip_broken=skip_broken)
+        return tables.arranged()
     by_folder = {entry.id: entry.label for entry in folders.entries}
     if len(set(by_folder.values())) < 2:
-        return tables.arranged(skip_broken=skip_broken)
-    by_table = tables.arranged(skip_broken=True)
+        return tables.arranged()
+    by_table = tables.arranged()
     if all(by_folder.get(entry.id) == entry.label for entry in by_table.entries):
         return folders
     names = class_order(by_folder.values()), class_order(entry.label for entry in by_table.entries)
@@ -67,10 +69,11 @@ def arrange_tree(tree: Tree, read: Read, where: str, config: DataConfig, *, skip
 class _Tables:
     """The tables in a tree that name its images."""
 
-    def __init__(self, tree: Tree, read: Read, where: str, config: DataConfig, *, asked: bool) -> None:
+    def __init__(self, tree: Tree, read: Read, where: str, reading: Reading, *, asked: bool) -> None:
         self._tree = tree
         self._where = where
-        self._config = config
+        self._config = reading.config
+        self._most_missing = most_missing(reading)
         self._files = frozenset(tree.images)
         self.labelled: dict[str, tuple[Table, Columns, Images]] = {}
         self._unlabelled: dict[str, tuple[Table, Columns, Images]] = {}
@@ -101,6 +104,9 @@ class _Tables:
             return tuple(around)
         return tuple(posixpath.normpath(posixpath.join(folder, self._config.images)) for folder in around)
 
+    def _rows(self, table: Table, columns: Columns, images: Images, split: Split | None) -> Rows:
+        return read_rows(table, columns, images, split, self._most_missing)
+
     def names(self) -> str:
         """The tables with labels."""
         return listed(list(self.labelled))
@@ -109,7 +115,7 @@ class _Tables:
         """The end of a message that lists all tables."""
         return f"; its tables are {listed(self._all)}" if self._all else "; it has no .csv"
 
-    def arranged(self, *, skip_broken: bool) -> Arrangement:
+    def arranged(self) -> Arrangement:
         """Read the labelled tables, which are one, or one per split."""
         splits: dict[str, Split | None] = {path: _split_of_table(path) for path in self.labelled}
         if len(splits) > 1 and (None in splits.values() or len(set(splits.values())) < len(splits)):
@@ -117,9 +123,9 @@ class _Tables:
                 f"{self._where}: its tables {self.names()} may all have the labels; give one of them, or remove "
                 "the others"
             )
-        read = [(*self.labelled[path][:2], read_rows(*self.labelled[path], split)) for path, split in splits.items()]
+        read = [(*self.labelled[path][:2], self._rows(*self.labelled[path], split)) for path, split in splits.items()]
         for path, (table, columns, images) in self._unlabelled.items():
-            rows = read_rows(table, replace(columns, label=None), images, TEST)
+            rows = self._rows(table, replace(columns, label=None), images, TEST)
             if _split_of_table(path) == TEST:
                 read.append((table, columns, Rows(unlabelled=rows.unlabelled, missing=rows.missing)))
         used = {entry.id for _, _, rows in read for entry in rows.entries}
@@ -129,7 +135,7 @@ class _Tables:
         names = " and ".join(posixpath.basename(path) for path in self.labelled)
         others = Counter(left_out_of(self._tree))
         others[f"images not in {names}"] = len(rest) - len(tested_too)
-        found = arrangement_of(read, dict(others), skip_broken=skip_broken)
+        found = arrangement_of(read, dict(others))
         entries: list[Entry] = sorted(found.entries, key=lambda entry: entry.id)
         return replace(found, entries=entries, unlabelled=found.unlabelled + len(tested_too))
 

@@ -31,7 +31,7 @@ from core.data.ingest import Progress, Spooled, ingest, read_spool
 from core.data.layout import Entry
 from core.data.names import class_order, listed
 from core.data.roles import TEST, TRAIN, VAL
-from core.data.source import Source
+from core.data.source import Reading, Source
 from core.data.sources import open_source
 from core.data.splits import Splits, cut_test, given, on_device, stratified, stratified_folds
 from core.errors import UserError
@@ -136,7 +136,7 @@ def load_dataset(
     Raises:
         UserError: the data are missing or cannot be used.
     """
-    source = _find_source(config, data_path, data_root, download)
+    source = _find_source(Reading(config, skip_broken), data_path, data_root, download)
     if cache_dir is None or source.in_memory:
         with tempfile.TemporaryDirectory() as temporary:
             meta = _build(source, config, skip_broken, on_progress, Path(temporary))
@@ -210,16 +210,16 @@ class Division:
         self._there = ()
 
 
-def _find_source(config: DataConfig, data_path: Path | None, data_root: Path, download: bool) -> Source:
-    name = config.name
+def _find_source(reading: Reading, data_path: Path | None, data_root: Path, download: bool) -> Source:
+    name = reading.config.name
     data_path = None if data_path is None else data_path.expanduser()
     if name in builtin.NAMES:
         if data_path is None:
             return builtin.open_builtin(name, data_root, download)
         root = builtin.root_at(name, data_path)
-        return open_source(data_path, config) if root is None else builtin.open_builtin(name, root, download)
+        return open_source(data_path, reading) if root is None else builtin.open_builtin(name, root, download)
     if data_path is not None:
-        return open_source(data_path, config)
+        return open_source(data_path, reading)
     path = Path(name).expanduser()
     if not path.exists():
         near = difflib.get_close_matches(name, builtin.NAMES, n=1)
@@ -228,7 +228,7 @@ def _find_source(config: DataConfig, data_path: Path | None, data_root: Path, do
             f"data.name: {name} is neither a built-in data set ({', '.join(builtin.NAMES)}) "
             f"nor a path that exists{hint or '; give your images with --data'}"
         )
-    return open_source(path, config)
+    return open_source(path, reading)
 
 
 def _build(
@@ -236,7 +236,7 @@ def _build(
 ) -> dict[str, Any]:
     """Decode the source into `folder`, with separate files for pool and test set, and return the description."""
     size = None if config.image_size is None else (config.image_size, config.image_size)
-    found = source.arranged(skip_broken=skip_broken)
+    found = source.arranged()
     entries = found.entries
     if not entries:
         raise UserError(f"{source.where}: no labelled images found")

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from core.config import DataConfig
 from core.data.bounds import (
     MAX_HEADER_BYTES,
     MAX_IMAGE_BYTES,
@@ -36,7 +35,7 @@ from core.data.decode import BrokenImageError
 from core.data.layout import TABLE_SUFFIXES, Arrangement, Entry, Tree, is_hidden, is_image, left_out_of, member_path
 from core.data.names import listed, printable
 from core.data.sniffing import HEAD_BYTES, looks_like_image
-from core.data.source import Payload, Source, file_stamp, one_line, plain_name
+from core.data.source import Payload, Reading, Source, file_stamp, one_line, plain_name
 from core.errors import UserError
 
 # Raised for damaged archives: RecursionError if headers of a .tar are chained endlessly, NotImplementedError for
@@ -51,10 +50,10 @@ UNPACK_IT = "if you trust it, unpack it and give the folder"
 class PathSource(Source):
     """A source at a path."""
 
-    def __init__(self, path: Path, config: DataConfig) -> None:
+    def __init__(self, path: Path, reading: Reading) -> None:
         super().__init__(plain_name(path), str(path))
         self.path = path
-        self.config = config
+        self.reading = reading
 
     def stamp(self) -> str:
         return file_stamp(self.path)
@@ -78,24 +77,23 @@ class _TreeSource(PathSource):
     def read_table(self, path: str) -> bytes:
         """Read a file that is not an image."""
 
-    def arranged(self, *, skip_broken: bool) -> Arrangement:
-        broken = self._unreadable(skip_broken)
-        found = arrange_tree(self.tree, self.read_table, self.where, self.config, skip_broken=skip_broken)
-        return found.with_broken(broken)
+    def arranged(self) -> Arrangement:
+        broken = self._unreadable()
+        return arrange_tree(self.tree, self.read_table, self.where, self.reading).with_broken(broken)
 
-    def unlabelled(self, *, skip_broken: bool) -> Arrangement:
-        broken = self._unreadable(skip_broken)
+    def unlabelled(self) -> Arrangement:
+        broken = self._unreadable()
         entries = [Entry(file) for file in self.tree.images]
         return Arrangement(entries, left_out=left_out_of(self.tree), broken=broken)
 
-    def _unreadable(self, skip_broken: bool) -> tuple[str, ...]:
+    def _unreadable(self) -> tuple[str, ...]:
         """Paths that cannot be listed.
 
         Raises:
             UserError: there are some, and they may not be left out.
         """
         unreadable = self.tree.unreadable
-        if unreadable and not skip_broken:
+        if unreadable and not self.reading.skip_broken:
             named = listed([f"{path} ({reason})" for path, reason in sorted(unreadable.items())])
             raise UserError(
                 f"{self.where}: {len(unreadable):,} folders or links cannot be read: {named}; "
@@ -107,8 +105,8 @@ class _TreeSource(PathSource):
 class FolderSource(_TreeSource):
     """A folder on disk, or a single image in it."""
 
-    def __init__(self, path: Path, config: DataConfig, only: str | None = None) -> None:
-        super().__init__(path, config)
+    def __init__(self, path: Path, reading: Reading, only: str | None = None) -> None:
+        super().__init__(path, reading)
         self._only = only
         self._states: list[tuple[str, int, int]] = []
 
@@ -179,23 +177,23 @@ class _Scan:
             path = prefix + entry.name
             if is_hidden(entry.name):
                 self.hidden += 1
-            elif entry.is_dir():
-                self.folders.append(path)
-                inside.append(f"{path}/")
-            else:
-                self._file(path, entry)
+                continue
+            try:
+                if entry.is_dir():
+                    self.folders.append(path)
+                    inside.append(f"{path}/")
+                else:
+                    self._file(path, entry)
+            except OSError as error:
+                if is_image(entry.name):
+                    self.images.append(path)  # reading it will fail, and count it
+                else:
+                    dangling = entry.is_symlink() and error.errno == errno.ENOENT
+                    self.unreadable[path] = "a link to nothing" if dangling else _reason(error)
         return inside
 
     def _file(self, path: str, entry: os.DirEntry[str]) -> None:
-        known = is_image(entry.name)
-        try:
-            status = entry.stat()
-        except OSError as error:
-            if known:
-                self.images.append(path)  # reading it will fail, and count it
-            else:
-                self.unreadable[path] = "a link to nothing" if entry.is_symlink() else _reason(error)
-            return
+        known, status = is_image(entry.name), entry.stat()
         if known or ("." not in entry.name and stat.S_ISREG(status.st_mode) and self._sniff(path)):
             self.images.append(path)
         else:
@@ -205,12 +203,8 @@ class _Scan:
         self.states.append((path, status.st_size, status.st_mtime_ns))
 
     def _sniff(self, path: str) -> bool:
-        try:
-            with open(f"{self.root}/{path}", "rb") as file:  # noqa: PTH123
-                return looks_like_image(file.read(HEAD_BYTES))
-        except OSError as error:
-            self.unreadable[path] = _reason(error)
-            return False
+        with open(f"{self.root}/{path}", "rb") as file:  # noqa: PTH123
+            return looks_like_image(file.read(HEAD_BYTES))
 
 
 def _reason(error: OSError) -> str:

@@ -15,13 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from core.config import DataConfig
 from core.data.decode import BrokenImageError
 from core.data.files import PathSource
 from core.data.layout import HUB_SUFFIXES, Arrangement, Entry, is_hidden, is_image
 from core.data.names import class_name, fault_of_label, listed, look_alikes, printable
 from core.data.roles import TEST, TRAIN, Split, split_of
-from core.data.source import Payload, file_stamp, one_line
+from core.data.source import Payload, Reading, file_stamp, one_line
 from core.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
@@ -58,15 +57,15 @@ def files_in(folder: Path) -> list[Path]:
 class HubSource(PathSource):
     """One or several .parquet or .arrow files."""
 
-    def __init__(self, path: Path, files: Sequence[Path], config: DataConfig) -> None:
-        super().__init__(path, config)
+    def __init__(self, path: Path, files: Sequence[Path], reading: Reading) -> None:
+        super().__init__(path, reading)
         self._files = [(file, self._split_of(file)) for file in files]
 
     def stamp(self) -> str:
         states = "\n".join(file_stamp(file) for file, _ in self._files)
         return f"{self.path.resolve()}|{hashlib.sha256(states.encode()).hexdigest()}"
 
-    def arranged(self, *, skip_broken: bool) -> Arrangement:  # noqa: ARG002 - a file is whole
+    def arranged(self) -> Arrangement:
         entries: list[Entry] = []
         unlabelled = 0
         for file, split in self._splits().items():
@@ -84,7 +83,7 @@ class HubSource(PathSource):
         notes += look_alikes({entry.label for entry in entries})
         return Arrangement(entries, unlabelled, notes=tuple(notes))
 
-    def unlabelled(self, *, skip_broken: bool) -> Arrangement:  # noqa: ARG002
+    def unlabelled(self) -> Arrangement:
         tested = [file for file, split in self._files if split == TEST]
         files = tested or [file for file, _ in self._files]
         return Arrangement([Entry(self._id(file, row)) for file in files for row in range(self._rows(file))])
@@ -135,10 +134,10 @@ class HubSource(PathSource):
         """
         names = list(self._schema.names)
         shown = listed(names, 12)
-        image = self.config.path_column or next((name for name in IMAGE_COLUMNS if name in names), None)
+        image = self.reading.config.path_column or next((name for name in IMAGE_COLUMNS if name in names), None)
         if image is None or image not in names:
             raise UserError(f"{self.where}: no column image; name it with data.path_column; its columns are {shown}")
-        given = self.config.label_column
+        given = self.reading.config.label_column
         if given is not None and given not in names:
             raise UserError(f"{self.where}: no column {given} for data.label_column; its columns are {shown}")
         found = [name for name in (*LABEL_COLUMNS, *ALSO_LABELS) if name in names]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from core.config import DataConfig
 from core.data.decode import Pixels
 from core.data.layout import Arrangement, Entry
 
@@ -14,6 +16,15 @@ Payload = bytes | Pixels | Exception
 """An encoded image, an array (H, W) or (H, W, C), or the error of reading it."""
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read a source."""
+
+    config: DataConfig = field(default_factory=DataConfig)
+    skip_broken: bool = False
+    """Leave out and count what cannot be read, instead of raising an error."""
 
 
 class Readable(Protocol):
@@ -40,18 +51,15 @@ class Source(ABC):
         """Return a string that changes whenever the source files change."""
 
     @abstractmethod
-    def arranged(self, *, skip_broken: bool) -> Arrangement:
+    def arranged(self) -> Arrangement:
         """Return the labelled images, in an order that depends on the data alone, and what was left out.
-
-        Args:
-            skip_broken: leave out and count what cannot be read, instead of raising an error.
 
         Raises:
             UserError: the structure is not understood, or something cannot be read.
         """
 
     @abstractmethod
-    def unlabelled(self, *, skip_broken: bool) -> Arrangement:
+    def unlabelled(self) -> Arrangement:
         """Return all images without classes, whatever their folders."""
 
     @abstractmethod

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from core.config import DataConfig
 from core.data import hub
 from core.data.arrays import NpzSource
 from core.data.files import FolderSource, TarSource, ZipSource
 from core.data.layout import HUB_SUFFIXES, TABLE_SUFFIXES, is_image
-from core.data.source import TAR_SUFFIXES, Source
+from core.data.source import TAR_SUFFIXES, Reading, Source
 from core.data.table_source import open_table
 from core.errors import UserError
 
 KNOWN_KINDS = "a folder, .zip, .tar, .tar.gz, .tar.xz, .tar.bz2, .npz, .csv or .parquet"
 
 
-def open_source(path: Path, config: DataConfig | None = None) -> Source:
+def open_source(path: Path, reading: Reading | None = None) -> Source:
     """Open the source at a path: a folder, or a file with a known suffix.
 
     Args:
         path: where it is; `~` is the user's folder.
-        config: how to read it; None reads what is clear without options.
+        reading: how to read it; None reads what is clear without options.
 
     Raises:
         UserError: the path does not exist, cannot be read, or is of an unknown type.
     """
-    path, config = path.expanduser(), config or DataConfig()
+    path, reading = path.expanduser(), reading or Reading()
     try:
         path.stat()
     except FileNotFoundError:
@@ -35,18 +34,18 @@ def open_source(path: Path, config: DataConfig | None = None) -> Source:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if path.is_dir():
         files = hub.files_in(path)
-        return hub.HubSource(path, files, config) if files else FolderSource(path, config)
+        return hub.HubSource(path, files, reading) if files else FolderSource(path, reading)
     name = path.name.lower()
     if name.endswith(".zip"):
-        return ZipSource(path, config)
+        return ZipSource(path, reading)
     if name.endswith(TAR_SUFFIXES):
-        return TarSource(path, config)
+        return TarSource(path, reading)
     if name.endswith(".npz"):
         return NpzSource(path)
     if name.endswith(TABLE_SUFFIXES):
-        return open_table(path, config)
+        return open_table(path, reading)
     if name.endswith(HUB_SUFFIXES):
-        return hub.HubSource(path, [path], config)
+        return hub.HubSource(path, [path], reading)
     if is_image(name):
-        return FolderSource(path.parent, config, only=path.name)
+        return FolderSource(path.parent, reading, only=path.name)
     raise UserError(f"{path}: not a known kind of data; give {KNOWN_KINDS} of images")

@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from core.config import DataConfig
 from core.data.arrays import ArrayPart, ArraySource
 from core.data.bounds import check_table_bytes
 from core.data.files import FolderSource, PathSource, read_payload
 from core.data.layout import Arrangement, Entry
 from core.data.names import listed, printable
 from core.data.roles import TEST, TRAIN, VAL
-from core.data.source import Payload, Source, file_stamp, plain_name
+from core.data.source import Payload, Reading, Source, file_stamp, plain_name
 from core.data.tables import (
     Columns,
     Images,
@@ -30,6 +29,7 @@ from core.data.tables import (
     choose_columns,
     label_of_row,
     missing_files,
+    most_missing,
     notes_of,
     parse_table,
     pixel_columns,
@@ -41,11 +41,11 @@ from core.data.tables import (
 from core.errors import UserError
 
 
-def open_table(path: Path, config: DataConfig) -> Source:
+def open_table(path: Path, reading: Reading) -> Source:
     """Open a CSV. Its header decides what its rows are."""
     table = _read(path)
     pixels = pixel_columns(table.header)
-    return PixelTable(path, table, pixels, config) if pixels else CsvSource(path, table, config)
+    return PixelTable(path, table, pixels, reading) if pixels else CsvSource(path, table, reading)
 
 
 def _read(path: Path) -> Table:
@@ -60,11 +60,12 @@ def _read(path: Path) -> Table:
 class CsvSource(PathSource):
     """A table with paths below its own folder, a class for each, and optionally a split."""
 
-    def __init__(self, path: Path, table: Table, config: DataConfig) -> None:
-        super().__init__(path, config)
+    def __init__(self, path: Path, table: Table, reading: Reading) -> None:
+        super().__init__(path, reading)
         self._table = table
         self._folder = os.path.abspath(path.parent)  # noqa: PTH100 - as text, links left as they are
-        self._below = "" if config.images is None else os.path.expanduser(config.images).rstrip("/")  # noqa: PTH111
+        images = reading.config.images
+        self._below = "" if images is None else os.path.expanduser(images).rstrip("/")  # noqa: PTH111
 
     def stamp(self) -> str:
         digest = hashlib.sha256()
@@ -72,25 +73,26 @@ class CsvSource(PathSource):
             digest.update(_state(os.path.join(self._folder, image)))  # noqa: PTH118
         return f"{super().stamp()}|{digest.hexdigest()}"
 
-    def arranged(self, *, skip_broken: bool) -> Arrangement:
+    def arranged(self) -> Arrangement:
         if not self._columns.is_labelled:
             raise UserError(
                 f"{self.where}: no column label, class, target or the like; name it with data.label_column; its header "
                 f"is {shown_header(self._table)}"
             )
-        return arrangement_of([(self._table, self._columns, self._rows)], {}, skip_broken=skip_broken)
+        return arrangement_of([(self._table, self._columns, self._rows)], {})
 
-    def unlabelled(self, *, skip_broken: bool) -> Arrangement:
+    def unlabelled(self) -> Arrangement:
         column = self._checked_paths()
         entries, missing = [], []
-        for written in self._table.column(column):
+        most = most_missing(self.reading)
+        for number, written in enumerate(self._table.column(column), 1):
             found = self._images.find(written, None)
             if len(found) > 1:
                 raise UserError(f"{self.where}: {printable(written)} may be {listed(found, 2)}; set data.images")
             entries += [Entry(image) for image in found]
             missing += [] if found else [written]
-        if missing and not (skip_broken and entries):
-            raise missing_files(self.where, missing, len(self._table.rows))
+            if len(missing) == most or (missing and number == len(self._table.rows) and (most or not entries)):
+                raise missing_files(self.where, missing, number, len(self._table.rows))
         left_out = {"empty rows": self._table.empty} if self._table.empty else {}
         return Arrangement(entries, left_out=left_out, broken=tuple(missing))
 
@@ -104,7 +106,7 @@ class CsvSource(PathSource):
 
     @cached_property
     def _columns(self) -> Columns:
-        columns = choose_columns(self._table, self.config)
+        columns = choose_columns(self._table, self.reading.config)
         if not columns.paths:
             raise UserError(
                 f"{self.where}: no column path, file, image, id or the like; name it with data.path_column; its header "
@@ -115,7 +117,7 @@ class CsvSource(PathSource):
     @cached_property
     def _rows(self) -> Rows:
         self._checked_paths()
-        return read_rows(self._table, self._columns, self._images, None)
+        return read_rows(self._table, self._columns, self._images, None, most_missing(self.reading))
 
     def _checked_paths(self) -> int:
         """Return the column of paths.
@@ -147,9 +149,9 @@ class CsvSource(PathSource):
     def _list(self) -> list[str]:
         folder = os.path.join(self._folder, self._below)  # noqa: PTH118
         if not os.path.isdir(folder):  # noqa: PTH112
-            raise UserError(f"{self.where}: data.images={self.config.images}: no folder {folder}")
+            raise UserError(f"{self.where}: data.images={self.reading.config.images}: no folder {folder}")
         prefix = f"{self._below}/" if self._below else ""
-        return [prefix + image for image in FolderSource(Path(folder), self.config).tree.images]
+        return [prefix + image for image in FolderSource(Path(folder), self.reading).tree.images]
 
 
 def _state(path: str) -> bytes:
@@ -163,12 +165,12 @@ def _state(path: str) -> bytes:
 class PixelTable(ArraySource):
     """A CSV with one image per row: one column per pixel, and optionally a label and a split."""
 
-    def __init__(self, path: Path, table: Table, pixels: Sequence[int], config: DataConfig) -> None:
+    def __init__(self, path: Path, table: Table, pixels: Sequence[int], reading: Reading) -> None:
         super().__init__(plain_name(path), str(path))
         self.path = path
         self._table = table
         self._pixels = pixels
-        self._config = config
+        self._config = reading.config
 
     def stamp(self) -> str:
         return file_stamp(self.path)

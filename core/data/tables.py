@@ -17,6 +17,7 @@ from core.config import DataConfig
 from core.data.layout import Arrangement, Entry
 from core.data.names import class_name, fault_of_label, listed, look_alikes, printable
 from core.data.roles import TEST, TRAIN, Split, split_of
+from core.data.source import Reading
 from core.errors import UserError
 
 # The usual names, compared without case, with `_` for spaces and dashes; the first that fits is used.
@@ -32,6 +33,9 @@ SPLIT_COLUMN = "split"
 _PIXEL = re.compile(r"(pixel|px)_?\d+|\d+x\d+")
 # Fewer columns with numbers in their names are no image: the smallest has 4×4 pixels.
 _FEWEST_PIXELS = 16
+
+# Missing files after which a table is refused without looking up the others.
+_MOST_MISSING = 20
 
 # Rows whose files are looked up to decide whether a column has paths.
 _TRIED = 100
@@ -149,6 +153,10 @@ def choose_columns(table: Table, config: DataConfig, *, skipped: Iterable[int] =
         UserError: several columns may have the labels or the splits; or a named column is missing.
     """
     used = set(skipped)
+    twice = [key for key, count in Counter(table.keys).items() if count > 1 and key in (*PATH_NAMES, *LABEL_NAMES)]
+    if twice:
+        count = table.keys.count(twice[0])
+        raise UserError(f"{table.where}: {count} columns are named {twice[0]}; rename or remove all but one")
     paths: tuple[int, ...]
     if config.path_column is not None:
         paths = (table.find(config.path_column, "path_column"),)
@@ -296,7 +304,7 @@ class Rows:
     """Each class with its spellings."""
 
 
-def read_rows(table: Table, columns: Columns, images: Images, split: Split | None) -> Rows:
+def read_rows(table: Table, columns: Columns, images: Images, split: Split | None, most_missing: int | None) -> Rows:
     """Find the image, the label and the split of each row.
 
     Args:
@@ -304,14 +312,16 @@ def read_rows(table: Table, columns: Columns, images: Images, split: Split | Non
         columns: its columns, with one of paths.
         images: finds the images.
         split: the split of rows that name none.
+        most_missing: number of missing files at which to stop; None skips any number.
 
     Raises:
-        UserError: a row has no path, no class, an unknown split, or contradicts another; or may mean several images.
+        UserError: files are missing; or a row has no path, no class or an unknown split, contradicts another, or may
+            mean several images.
     """
     found = Rows()
     (path_column,) = columns.paths
     seen: dict[str, tuple[int, Entry | None]] = {}
-    for line, row in zip(table.lines, table.rows, strict=True):
+    for number, (line, row) in enumerate(zip(table.lines, table.rows, strict=True), 1):
         at = f"{table.where}:{line}"
         own = split_of_row(at, row, columns, split)
         label = label_of_row(at, table, row, columns, own)
@@ -320,6 +330,8 @@ def read_rows(table: Table, columns: Columns, images: Images, split: Split | Non
         candidates = images.find(row[path_column], own)
         if not candidates:
             found.missing.append(row[path_column])
+            if len(found.missing) == most_missing:
+                raise missing_files(table.where, found.missing, number, len(table.rows))
             continue
         if len(candidates) > 1:
             raise UserError(
@@ -342,6 +354,8 @@ def read_rows(table: Table, columns: Columns, images: Images, split: Split | Non
             continue
         found.labels[class_name(entry.label)].add(entry.label)
         found.entries.append(Entry(entry.id, class_name(entry.label), entry.split))
+    if found.missing and most_missing is not None:
+        raise missing_files(table.where, found.missing, len(table.rows), len(table.rows))
     return found
 
 
@@ -398,27 +412,31 @@ def notes_of(table: Table, columns: Columns) -> list[str]:
     return [text, *([f"columns not used: {listed(unused, 10)}"] if unused else [])]
 
 
-def missing_files(where: str, missing: Sequence[str], rows: int) -> UserError:
-    """The error of a table whose rows name files that do not exist."""
+def most_missing(reading: Reading) -> int | None:
+    """Number of missing files at which reading a table stops; None skips them."""
+    return None if reading.skip_broken else _MOST_MISSING
+
+
+def missing_files(where: str, missing: Sequence[str], read: int, rows: int) -> UserError:
+    """The error of a table of which `read` of all `rows` were looked up."""
+    looked_up = f"{rows:,}" if read == rows else f"the first {read:,} (of {rows:,})"
     return UserError(
-        f"{where}: {len(missing):,} of {rows:,} rows name files that do not exist: {listed(missing)}; fix the paths, "
-        "name the folder of the images with data.images, or skip them with --skip-broken"
+        f"{where}: {len(missing):,} of {looked_up} rows name files that do not exist: {listed(missing)}; "
+        "fix the paths, name the folder of the images with data.images, or skip them with --skip-broken"
     )
 
 
-def arrangement_of(
-    rows: Sequence[tuple[Table, Columns, Rows]], others: dict[str, int], *, skip_broken: bool
-) -> Arrangement:
+def arrangement_of(rows: Sequence[tuple[Table, Columns, Rows]], others: dict[str, int]) -> Arrangement:
     """Build the arrangement of one or several tables.
 
     Raises:
-        UserError: files are missing and may not be left out, or all are test images.
+        UserError: all are test images, or none has a file.
     """
     first = rows[0][0].where
     missing = [path for _, _, found in rows for path in found.missing]
     entries = [entry for _, _, found in rows for entry in found.entries]
-    if missing and not (skip_broken and entries):
-        raise missing_files(first, missing, sum(len(table.rows) for table, _, _ in rows))
+    if missing and not entries:
+        raise missing_files(first, missing, len(missing), sum(len(table.rows) for table, _, _ in rows))
     by_folder = None if any(columns.split is not None for _, columns, _ in rows) else split_by_folders(entries)
     entries = entries if by_folder is None or len(rows) > 1 else by_folder
     if entries and all(entry.test for entry in entries):

@@ -15,7 +15,7 @@ from torch import Tensor
 from core.data.decode import Decoded, to_channels
 from core.data.ingest import decode_all, report_broken
 from core.data.layout import Arrangement, Entry, is_image
-from core.data.source import Payload, Source
+from core.data.source import Payload, Reading, Source
 from core.data.sources import open_source
 from core.errors import UserError
 
@@ -52,10 +52,11 @@ def map_images(
     Raises:
         UserError: there is no image, or one is broken, or the results do not fit the memory.
     """
+    reading = Reading(skip_broken=skip_broken)
     images = (
-        _Single(open_source(paths), skip_broken)
+        _Single(open_source(paths, reading))
         if isinstance(paths, Path)
-        else _Several([path.expanduser() for path in paths], skip_broken)
+        else _Several([path.expanduser() for path in paths], reading)
     )
     entries = images.entries
     if not entries:
@@ -121,9 +122,9 @@ def _in_batches(
         yield positions, images
 
 
-def _listed(source: Source, skip_broken: bool) -> Arrangement:
+def _listed(source: Source) -> Arrangement:
     """The images of a source, with a warning about the other files."""
-    found = source.unlabelled(skip_broken=skip_broken)
+    found = source.unlabelled()
     if found.left_out:
         counts = ", ".join(f"{kind}: {count:,}" for kind, count in found.left_out.items())
         logger.warning("%s: not images, and left out: %s", source.where, counts)
@@ -131,8 +132,8 @@ def _listed(source: Source, skip_broken: bool) -> Arrangement:
 
 
 class _Single:
-    def __init__(self, source: Source, skip_broken: bool) -> None:
-        found = _listed(source, skip_broken)
+    def __init__(self, source: Source) -> None:
+        found = _listed(source)
         self.where = source.where
         self.entries = found.entries
         self.broken = found.broken
@@ -151,14 +152,14 @@ class _Part:
 class _Several:
     """The images of several sources in order, with their paths as ids."""
 
-    def __init__(self, paths: Sequence[Path], skip_broken: bool) -> None:
+    def __init__(self, paths: Sequence[Path], reading: Reading) -> None:
         self.where = f"{len(paths)} paths"
         self.entries: list[Entry] = []
         self.broken: tuple[str, ...] = ()
         self._parts: list[_Part] = []
         for path in paths:
-            source = open_source(path)
-            found = _listed(source, skip_broken)
+            source = open_source(path, reading)
+            found = _listed(source)
             if not found.entries:
                 raise UserError(f"{path}: no images found")
             self._parts.append(_Part(source, found.entries))

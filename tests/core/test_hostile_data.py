@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import tarfile
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core.data import bounds
+from core.data import bounds, files
 from core.data.decode import MAX_PIXELS, BrokenImageError, decode
 from core.errors import UserError
 from tests.core.test_data import encoded, load, noise, photo, tree, write_folder, write_tar, write_zip
@@ -223,8 +224,109 @@ def test_pipes_and_devices_are_broken_images(tmp_path: Path) -> None:
     assert "train/cat/pipe.png (not a file), train/cat/zero.png (not a file)" in told
 
 
+class TestFoldersThatCannotBeRead:
+    """Each is one line, and counted with `--skip-broken`; never a traceback, and never skipped silently."""
+
+    @staticmethod
+    def told(root: Path) -> str:
+        """The error; the set without the unreadable part is read on request."""
+        loaded = load(root, skip_broken=True)
+        assert len(loaded.report.broken) == 1
+        assert loaded.classes == ("cat", "dog")
+        return refusal(root)
+
+    @pytest.mark.parametrize("target", ["nowhere", "link", "loop"])
+    def test_a_link_to_nothing_or_to_itself(self, tmp_path: Path, target: str) -> None:
+        root = write_folder(tmp_path / "set", tree())
+        (root / "train" / "bird").symlink_to({"link": "bird", "loop": "../train/bird"}.get(target, target))
+        assert "1 folders or links cannot be read: train/bird (a link to" in self.told(root)
+
+    def test_a_link_to_a_folder_around_it(self, tmp_path: Path) -> None:
+        root = write_folder(tmp_path / "set", tree())
+        (root / "train" / "cat" / "again").symlink_to(root, target_is_directory=True)
+        assert "train/cat/again (a link to a folder around it); fix them" in self.told(root)
+
+    def test_links_that_lead_to_each_other(self, tmp_path: Path) -> None:
+        root = write_folder(tmp_path / "set", tree())
+        (root / "train" / "cat" / "dog").symlink_to(root / "train" / "dog", target_is_directory=True)
+        (root / "train" / "dog" / "cat").symlink_to(root / "train" / "cat", target_is_directory=True)
+        assert "2 folders or links cannot be read: train/cat/dog/cat (a link to a folder around it)" in refusal(root)
+
+    @pytest.mark.parametrize("name", ["train/owl", "train/cat/more"])
+    def test_a_folder_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        root = write_folder(tmp_path / "set", tree())
+        (root / name).mkdir()
+        self.forbid(monkeypatch, root / name)
+        assert f"{name} (permission denied)" in self.told(root)
+
+    def test_the_whole_folder_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = write_folder(tmp_path / "set", tree())
+        self.forbid(monkeypatch, root)
+        for skip_broken in (False, True):
+            assert "set: cannot be read (permission denied)" in refusal(root, skip_broken=skip_broken)
+
+    @staticmethod
+    def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        """Refuse to list the folder, as the system does for users other than root, who runs the tests."""
+        scandir = os.scandir
+
+        def refuse(path: Any) -> Any:
+            if not isinstance(path, int) and Path(path) == folder:
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr("core.data.files.os.scandir", refuse)
+
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_files_that_are_deleted_meanwhile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    ) -> None:
+        root = write_folder(tmp_path / "set", tree())
+        read = files.read_image_file
+
+        def delete(path: str) -> bytes:
+            for name in ("07.png", "08.png"):
+                (root / "train/dog" / name).unlink(missing_ok=True)
+            return read(path)
+
+        monkeypatch.setattr(files, "read_image_file", delete)
+        options = {"cache_dir": tmp_path / "cache"} if cached else {}
+        told = refusal(root, **options)
+        assert "2 of 26 images cannot be read: train/dog/07.png (no such file), train/dog/08.png" in told
+        for name in ("07.png", "08.png"):
+            (root / "train/dog" / name).write_bytes(tree()[f"train/dog/{name}"])
+        assert len(load(root, skip_broken=True, **options).report.broken) == 2
+
+    def test_a_link_to_an_image_that_is_gone(self, tmp_path: Path) -> None:
+        root = write_folder(tmp_path / "set", tree())
+        (root / "train" / "cat" / "gone.png").symlink_to("nowhere.png")
+        assert "1 of 27 images cannot be read: train/cat/gone.png (no such file)" in self.told(root)
+
+    @pytest.mark.parametrize("name", ["set.zip", "set.csv", "set.tar", "set.npz", "set"])
+    def test_a_path_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        (tmp_path / name).write_bytes(b"x")
+
+        def refuse(self: Path, **options: Any) -> None:
+            raise PermissionError(13, "Permission denied", self)
+
+        monkeypatch.setattr(Path, "stat", refuse)
+        assert refusal(tmp_path / name).endswith(f"{name}: cannot be read (Permission denied)")
+
+
+def test_a_csv_of_a_million_missing_files_is_refused_in_seconds(tmp_path: Path) -> None:
+    rows = "\n".join(f"images/{i:07d}.png,{i % 2}" for i in range(1_000_000))
+    (tmp_path / "set.csv").write_text(f"path,label\n{rows}\n")
+    started = time.perf_counter()
+    told = refusal(tmp_path / "set.csv")
+    assert time.perf_counter() - started < 60
+    assert "20 of the first 20 (of 1,000,000) rows name files that do not exist: images/0000000.png, " in told
+    assert len(told) < 500
+
+
 class TestTheRowsOfACsv:
-    @pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "cat/../../secret.png", "..", ".", ""])
+    @pytest.mark.parametrize(
+        "path", ["../secret.png", "/etc/hostname", "cat/../../secret.png", "..", ".", "..\\secret.png"]
+    )
     def test_cannot_point_outside_its_folder(self, tmp_path: Path, path: str) -> None:
         (tmp_path / "secret.png").write_bytes(photo(0))
         folder = write_folder(tmp_path / "set", tree(test=0))
