@@ -24,6 +24,10 @@ REFERENCE_LR: dict[str, tuple[float, float]] = {
 }
 
 
+BUILTIN_DATA = ("digits", "stl10", "cifar10", "cifar100", "fashion_mnist")
+"""Data sets with a name."""
+
+
 class _Section(BaseModel):
     """Base of the sections: unknown fields are errors, values are not coerced, instances are frozen."""
 

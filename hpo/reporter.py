@@ -42,6 +42,9 @@ class Reporter(Protocol):
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
         """Show a table; `right` lists the columns that are aligned to the right."""
 
+    def reading(self, label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Show the progress of reading a data set; the yielded function takes the images read, and all."""
+
     def training(
         self, label: str, *, epochs: int, metric: str
     ) -> AbstractContextManager[Callable[[EpochMetrics], None]]:
@@ -59,6 +62,10 @@ class Silent:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
         pass
+
+    @contextmanager
+    def reading(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: None
 
     @contextmanager
     def training(self, label: str, *, epochs: int, metric: str) -> Iterator[Callable[[EpochMetrics], None]]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from core.data.names import printable
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -153,3 +155,27 @@ def first_fault(error: ValidationError) -> str:
 def sentence(words: str) -> str:
     """Capitalize the first letter and leave the rest."""
     return words[:1].upper() + words[1:]
+
+
+def data_facts(content: Mapping[str, Any], *, most: int | None = None) -> dict[str, str]:
+    """Describe how a data set was understood, as texts by their heading.
+
+    Args:
+        content: `core.data.DataReport.plain()`; empty for studies of version 0.1.0.
+        most: number of classes to name, and then how many more there are; None names all.
+    """
+    counts: Mapping[str, Mapping[str, int]] = content.get("counts", {})
+    named = [f"{printable(name)} {sum(splits.values()):,}" for name, splits in list(counts.items())[:most]]
+    if most is not None and len(counts) > most:
+        named.append(f"… and {len(counts) - most:,} more")
+    totals = {split: sum(splits.get(split, 0) for splits in counts.values()) for split in ("train", "val", "test")}
+    given = [f"{number:,} {split}" for split, number in totals.items() if number]
+    left_out = {"test images without a class": content.get("unlabelled", 0), **content.get("left_out", {})}
+    left_out["broken files"] = content.get("broken", 0)
+    facts = {
+        "classes": ", ".join(named),
+        "given splits": ", ".join(given) if len(given) > 1 else "",
+        "left out": ", ".join(f"{kind}: {number:,}" for kind, number in left_out.items() if number),
+        "note": "; ".join(content.get("notes", ())),
+    }
+    return {heading: text for heading, text in facts.items() if text}

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from core.config import BUILTIN_DATA
 from core.data.arrays import ArrayPart, ArraySource
 from core.data.roles import TEST, TRAIN
 from core.data.source import Source, one_line
@@ -72,7 +73,7 @@ _KNOWN = {
     ),
 }  # fmt: skip
 
-NAMES = tuple(_KNOWN)
+NAMES = BUILTIN_DATA
 
 # Content of STL-10's class_names.txt, which some copies lack.
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")

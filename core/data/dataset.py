@@ -60,6 +60,10 @@ class DataReport:
     conflicting: int = 0
     """Number of images identical to an image of another class."""
 
+    def plain(self) -> dict[str, Any]:
+        """Return the report as JSON data, with the number of broken images."""
+        return {**asdict(self), "notes": list(self.notes), "broken": len(self.broken)}
+
 
 @dataclass(frozen=True)
 class TestSet:
@@ -106,6 +110,10 @@ class Dataset:
     def gives_val(self, config: DataConfig) -> bool:
         """Return whether a configuration validates on the images that the source gives for it."""
         return config.val == "given" and config.folds is None and bool(self.in_val.any())
+
+    def given_val(self, config: DataConfig) -> str | None:
+        """Return a hex SHA-256 of which images a configuration validates on; None if it draws them."""
+        return hashlib.sha256(self.in_val.numpy().tobytes()).hexdigest() if self.gives_val(config) else None
 
     def open_test(self) -> TestSet:
         """Return the test set. Call this only once the model to be evaluated is final, as `hpo refit` does."""

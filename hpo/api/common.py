@@ -14,22 +14,35 @@ from core.loop import EpochMetrics
 from core.runtime import is_out_of_memory
 from hpo.api.options import WorkerOptions
 from hpo.paths import cache_root, data_root
-from hpo.reporter import Reporter, StudyView
+from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate_s, wait_for_others
 from hpo.search.training import Watch
 from hpo.study import Study
-from hpo.text import done_and_safe, duration
+from hpo.text import data_facts, done_and_safe, duration
 from hpo.workers.work import Work
 
 
-def open_dataset(config: DataConfig, data: Path | None, *, skip_broken: bool) -> Dataset:
-    """Load the data set named by the configuration, or the images at `data` instead."""
-    return load_dataset(config, data_path=data, data_root=data_root(), cache_dir=cache_root(), skip_broken=skip_broken)
+def open_dataset(
+    config: DataConfig, data: Path | None, *, skip_broken: bool, reporter: Reporter | None = None
+) -> Dataset:
+    """Load the data set named by the configuration, or the images at `data` instead, and show the progress."""
+    with (reporter or Silent()).reading(config.name if data is None else data.name) as on_progress:
+        return load_dataset(
+            config,
+            data_path=data,
+            data_root=data_root(),
+            cache_dir=cache_root(),
+            skip_broken=skip_broken,
+            on_progress=on_progress,
+        )
+
+
+_CLASSES_SHOWN = 10
 
 
 def report_data(dataset: Dataset, splits: Sequence[Splits], reporter: Reporter) -> None:
-    """Show the size of a data set and of its splits; with folds, of the first."""
+    """Show how a data set was understood, its size, and that of its splits; with folds, of the first."""
     images, channels, height, width = dataset.images.shape
     reporter.say(
         f"{dataset.name}: {images + dataset.n_test:,} images of {height}×{width}×{channels}, "
@@ -39,6 +52,9 @@ def report_data(dataset: Dataset, splits: Sequence[Splits], reporter: Reporter) 
         f"  {len(splits[0].train):,} for training, {len(splits[0].val):,} for validation, "
         f"{dataset.n_test:,} in the locked test set"
     )
+    content = {**dataset.report.plain(), "broken": 0}  # told below, with the first of them
+    for heading, text in data_facts(content, most=_CLASSES_SHOWN).items():
+        reporter.say(f"  {heading}: {text}")
     if dataset.report.broken:
         reporter.say(broken_files(dataset.report.broken))
     if len(splits) > 1:

@@ -90,6 +90,7 @@ class _Confirm:
         self._placement = place(options.device, options.devices, options.workers, options.per_device)
         self._data = options.data or search.data_path
         self._space = search.space()
+        self._is_on_given_val = False
         share = self._space.confirm.budget if options.budget is None else options.budget
         self._plan = Plan(search, self._space, share=share)
         # A storage is found by the study's name, but for its password.
@@ -133,12 +134,13 @@ class _Confirm:
         search, space = self._search, self._space
         for candidate in self._plan.chosen:
             search.check_weights(candidate.train_config)
-        dataset = open_dataset(space.baseline.data, self._data, skip_broken=search.skip_broken)
+        dataset = open_dataset(space.baseline.data, self._data, skip_broken=search.skip_broken, reporter=self._reporter)
         search.check_data(dataset)
         search.files.use_store(None)
         division = Division(dataset)
         splits = division.here(space.baseline.data)
         study = open_confirmation(search, space, dataset, splits, data_path=self._data)
+        self._is_on_given_val = dataset.gives_val(space.baseline.data)
         study.settings.command = self._command
         if study.queue.reclaim():
             logger.info("resuming trainings of a process that died")
@@ -181,11 +183,14 @@ class _Confirm:
             say(f"left out: {name}")
         configurations, replicates = plan.allocation.candidates, plan.allocation.replicates
         epochs = plan.allocation.trainings * plan.cost_epochs
+        what = "seeds" if self._is_on_given_val else "seeds and splits"
         say(
-            f"each is trained on {replicates} other seeds and splits, n = {replicates}: "
+            f"each is trained on {replicates} other {what}, n = {replicates}: "
             f"{configurations} × {replicates} trainings, {epochs:,} epochs at most; "
             f"the budget is {plan.budget_epochs:,}, the search trained {plan.search_epochs:,}"
         )
+        if self._is_on_given_val:
+            say("the data give the validation images, so the intervals do not include the choice of these images")
         if plan.is_over_budget:
             say("that exceeds the budget, but fewer trainings could not show a difference")
         done = f"{study.counts().finished} of {study.total} trainings done"

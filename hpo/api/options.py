@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypedDict
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from hpo.errors import StudyError
@@ -59,6 +59,12 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, defer_build=True)
     command_name: ClassVar[str] = ""
+
+    @field_validator("*")
+    @classmethod
+    def _in_home(cls, value: Any) -> Any:
+        """Replace `~` at the start of a path, which a shell leaves in `--data=~/photos`."""
+        return value.expanduser() if isinstance(value, Path) else value
 
     @classmethod
     def of(cls, **values: Any) -> Self:

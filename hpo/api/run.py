@@ -61,7 +61,9 @@ class Search:
         check_search_name(self.name)
         for model in _model_names(space):
             check_model_name(model)
-        self.dataset = open_dataset(space.baseline.data, options.data, skip_broken=options.skip_broken)
+        self.dataset = open_dataset(
+            space.baseline.data, options.data, skip_broken=options.skip_broken, reporter=reporter
+        )
         self.division = Division(self.dataset)
         splits = self.division.here(space.baseline.data)
         report_data(self.dataset, splits, reporter)

@@ -72,7 +72,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None, interrupts: I
         plan = _resolve(options, reporter)
         config, metric, replay = plan.config, plan.metric, plan.replay
         device = select_device(options.device)
-        dataset = open_dataset(config.data, plan.data, skip_broken=plan.skip_broken)
+        dataset = open_dataset(config.data, plan.data, skip_broken=plan.skip_broken, reporter=reporter)
         if replay is not None:
             replay.check(dataset)
         splits = on_device(folds(dataset, config.data), device)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hpo.study import Study
 
 
+_QUICKLY_READ = 2000  # images that are read in less than a second, without a bar
+
+
 class TrainProgress:
     """One bar for one training; without a terminal, a line for every tenth of it."""
 
@@ -40,6 +43,14 @@ class Terminal:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
         table(columns, rows, right=right)
+
+    @contextmanager
+    def reading(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        progress = bars()
+        task = progress.add_task(f"reading {label}", total=None, note="images", visible=False)
+        with progress:
+            yield lambda done, total: progress.update(task, completed=done, total=total, visible=total > _QUICKLY_READ)
+            progress.update(task, visible=False)
 
     @contextmanager
     def training(self, label: str, *, epochs: int, metric: str) -> Iterator[Callable[[EpochMetrics], None]]:

@@ -17,6 +17,7 @@ from core.config import TrainConfig
 from hpo.confirmation.statistics import Interval
 from hpo.confirmation.words import NO_GAIN, beside_the_baseline, plus_minus, score
 from hpo.errors import StudyError
+from hpo.space.space import split_fields
 from hpo.storage.atomic import replacing
 from hpo.study.results import finite
 from hpo.text import count, duration, first_fault, gap
@@ -47,7 +48,7 @@ def dump(config: TrainConfig) -> dict[str, Any]:
 
 def identity_of(config: Mapping[str, Any]) -> str:
     """Hash a dumped configuration without its seed and its split."""
-    data = {name: value for name, value in config["data"].items() if name != "split_seed"}
+    data = {name: value for name, value in split_fields(config["data"]).items() if name != "split_seed"}
     tree = {name: value for name, value in config.items() if name != "seed"} | {"data": data}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 

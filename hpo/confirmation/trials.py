@@ -126,12 +126,15 @@ def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, tri
 def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Dataset | None = None) -> TrainConfig:
     """Give a configuration the seed and the split of a replicate (counted from 0), which differ from its own.
 
-    With the images, splits that leave a class without images, as duplicates may, are skipped.
+    With the images, splits that leave a class without images, as duplicates may, are skipped. If they give the
+    validation images, only the seed differs.
 
     Raises:
         UserError: None of many splits can be trained on.
     """
     trained = config.override({"seed": derive_seed(seed, "confirm", replicate)})
+    if dataset is not None and dataset.gives_val(config.data):
+        return trained
     draws = (derive_seed(seed, "confirm", replicate, "split", again) % _SPLIT_SEEDS for again in count())
     others = (draw for draw in draws if draw != config.data.split_seed)
     for tried, split_seed in enumerate(others, 1):

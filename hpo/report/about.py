@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpo.analysis.study_data import StudyData
 from hpo.report.page import Section, code, folded, section, table
 from hpo.space import space_to_yaml
-from hpo.text import count
+from hpo.text import count, data_facts
 
 
 def about(data: StudyData) -> Section:
@@ -13,8 +13,11 @@ def about(data: StudyData) -> Section:
     study, metadata, images, space = data.study, data.study.metadata, data.study.metadata["data"], data.space
     split = metadata["base"]["data"]
     folds = f"{data.folds} folds" if data.folds > 1 else f"{split['val_fraction']:g} of the images for validation"
+    if images.get("given_val"):
+        folds = "validation images given by the data, so a confirmation varies the seeds only"
     rows = {
         "data": f"{images['name']}, fingerprint {images['fingerprint'][:12]}; {folds}",
+        **data_facts(images.get("content", {})),
         "objective": f"{study.metric} on the validation images, to {study.direction}",
         "space": f"{study.space_name}, hash {metadata['hash'][:12]}",
         "seed": study.seed,

@@ -57,7 +57,7 @@ def _folders(kind: Kind) -> list[Path]:
 
 def find(name: str, kind: Kind) -> Path:
     """Find the file that a name or path refers to; SpaceError with the nearest name if there is none."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml"):

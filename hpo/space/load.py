@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from core.config import TrainConfig
+from core.config import BUILTIN_DATA, TrainConfig
 from hpo.errors import Fault, SpaceError
 from hpo.paths import search_space_dirs
 from hpo.space import parameters
@@ -46,14 +46,14 @@ def load_space(name_or_path: str | Path, overrides: Overrides = ()) -> SearchSpa
     """
     path = find(str(name_or_path), "space")
     loader = _Loader(_parsed(overrides))
-    return loader.checked(loader.built(read(path), path, loader.space))
+    return loader.checked(loader.built(_read(path), path, loader.space))
 
 
 def load_recipe(name_or_path: str | Path, overrides: Overrides = ()) -> Recipe:
     """Read and check a recipe, by its name or path; SpaceError with all faults. A trial's `config.yaml` is one too."""
     path = find(str(name_or_path), "recipe")
     loader = _Loader(_parsed(overrides), settings=False)
-    recipe = loader.built(read(path), path, loader.recipe)
+    recipe = loader.built(_read(path), path, loader.recipe)
     return loader.checked(None if recipe is None else loader.overridden(recipe))
 
 
@@ -71,8 +71,12 @@ def recipe_from_yaml(text: str, name: str = "config.yaml") -> Recipe:
 
 def space_from_yaml(text: str, name: str) -> SearchSpace:
     """Read a space from text written by `space_to_yaml`; SpaceError with all its faults."""
-    loader = _Loader({})
-    return loader.checked(loader.built(parse_yaml(text, name), Path(f"{name}.yaml"), loader.written_space))
+    loader, parsed = _Loader({}), parse_yaml(text, name)
+    space = loader.checked(loader.built(parsed, Path(f"{name}.yaml"), loader.written_space))
+    written = {} if parsed[0] is None else parsed[0].content["base"].get("data", {})
+    if "val" not in written:  # by version 0.1.0, which drew the validation images
+        return replace(space, baseline=space.baseline.override({"data.val": "drawn"}))
+    return space
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -107,8 +111,22 @@ def check_file(name_or_path: str | Path) -> list[Fault]:
         known = {entry.name: entry.path for entry in reversed(list_spaces())}  # a space before a recipe of its name
         path = known.get(str(name_or_path), path)
     loader = _Loader({})
-    loader.built(read(path), path, lambda file, at: (loader.space if is_space(file) else loader.recipe)(file, at))
+    loader.built(_read(path), path, lambda file, at: (loader.space if is_space(file) else loader.recipe)(file, at))
     return loader.sorted_faults()
+
+
+def _read(path: Path) -> tuple[Document | None, list[Fault]]:
+    """Read a file, with `data.name` as the path of the data beside the file, if there are some, as `base` is."""
+    document, faults = read(path)
+    content = None if document is None else document.content
+    for tree in (content, content.get("base") if isinstance(content, dict) else None):
+        data = tree.get("data") if isinstance(tree, dict) else None
+        name = data.get("name") if isinstance(data, dict) else None
+        if isinstance(data, dict) and isinstance(name, str) and name not in (*BUILTIN_DATA, ""):
+            beside = path.parent / Path(name).expanduser()
+            if beside.exists():
+                data["name"] = str(beside.resolve())
+    return document, faults
 
 
 def _parsed(overrides: Overrides) -> dict[str, Any]:
@@ -218,7 +236,7 @@ class _Loader:
             meant = did_you_mean(Path(name).stem, there, lambda stem, names: there.get(nearest(stem, names) or ""))
             self._fault_at(document, place, f"no such file: {name}{meant}")
             return None
-        return self.built(read(found), found, self.recipe)
+        return self.built(_read(found), found, self.recipe)
 
     # Spaces
 

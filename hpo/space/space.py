@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.config import REFERENCE_LR, TrainConfig
+from core.config import READING_FIELDS, REFERENCE_LR, DataConfig, TrainConfig
 from hpo.space.document import flow
 from hpo.space.grammar import Confirm, Metric, Objective, Pruner, RungsPruner, Sampler
 
@@ -243,7 +243,7 @@ class SearchSpace:
                     return None
                 values[path] = value
         reached = self.baseline.override(values).flat()
-        compared = wanted.keys() - {"seed", "data.name"}
+        compared = wanted.keys() - {"seed", "data.name", "data.val", *(f"data.{name}" for name in READING_FIELDS)}
         if any(not _same(reached[path], wanted[path]) for path in compared):
             return None
         return {path: self.search[path].encode(value) for path, value in values.items()}
@@ -251,17 +251,21 @@ class SearchSpace:
     def identity(self) -> dict[str, Any]:
         """Everything that makes trials comparable, as flat JSON data.
 
-        Not in it: settings that only steer the search; the baseline's seed, since a study seeds its trials; and the
-        data set's name, since the study adds the fingerprint of the data.
+        Not in it: settings that only steer the search; the baseline's seed, since a study seeds its trials; and how
+        the data are found and read, since the study adds fingerprints of the data.
         """
         fixed = self.baseline.flat()
-        kept = [path for path in fixed if path not in ("seed", "epochs", "data.name")]
+        split = split_fields(
+            {path.removeprefix("data."): value for path, value in fixed.items() if path.startswith("data.")}
+        )
+        left_out = {"seed", "epochs", "data.name"}
+        kept = [path for path in fixed if path not in left_out and not path.startswith("data.")]
         identity = {
             "objective.metric": self.metric,
             "epochs": self.baseline.epochs,
             "pruner.rungs": self.pruner.rungs if isinstance(self.pruner, RungsPruner) else None,
-            **{path: fixed[path] for path in kept if path.startswith("data.")},
-            **{f"base.{path}": fixed[path] for path in kept if not path.startswith("data.")},
+            **{f"data.{name}": value for name, value in split.items() if name != "name"},
+            **{f"base.{path}": fixed[path] for path in kept},
             **{f"search.{path}": self.search[path].describe() for path in sorted(self.search)},
         }
         plain: dict[str, Any] = json.loads(json.dumps(identity))
@@ -283,6 +287,25 @@ class SearchSpace:
             else self.baseline.flat()[path] in allowed
             for path, allowed in when.items()
         )
+
+
+_FIRST_DATA_FIELDS = {"name", "val_fraction", "test_fraction", "split_seed", "folds", "image_size", "normalize"}
+"""Fields of `DataConfig` in version 0.1.0."""
+
+
+def split_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `DataConfig` that distinguish configurations on the same images, with the name.
+
+    Left out are those whose effect is in a fingerprint of the data: how they are read, and `val`; and fields that
+    version 0.1.0 did not have, where they have their default, so that its studies can be resumed.
+    """
+    defaults = DataConfig().model_dump(mode="json")
+    in_fingerprints = {*READING_FIELDS, "val"}
+    return {
+        name: value
+        for name, value in data.items()
+        if name in _FIRST_DATA_FIELDS or (name not in in_fingerprints and value != defaults.get(name))
+    }
 
 
 def in_rate_of(config: TrainConfig, search: Mapping[str, Any]) -> TrainConfig:

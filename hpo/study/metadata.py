@@ -43,6 +43,8 @@ def new_metadata(space: SearchSpace, dataset: Dataset, *, seed: int | None, data
             # Absolute, for commands that run in another folder.
             "path": None if data_path is None else str(data_path.resolve()),
             "fingerprint": dataset.fingerprint,
+            "given_val": dataset.given_val(space.baseline.data),
+            "content": dataset.report.plain(),
             "skip_broken": bool(dataset.report.broken),
         },
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -94,6 +96,7 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
         lines = "\n".join(f"  {line}" for line in diff(stored["identity"], space.identity()))
         raise StudyError(f"study {name} was begun with another space:\n{lines}\n{advice}")
     check_fingerprint(name, stored, dataset.fingerprint)
+    _check_validation(name, stored, dataset.given_val(space.baseline.data))
     check_weights(name, stored, _weight_files(space))
     if seed is not None and seed != stored["seed"]:
         raise StudyError(
@@ -135,6 +138,28 @@ def check_fingerprint(name: str, metadata: Mapping[str, Any], fingerprint: str) 
         )
 
 
+def _check_validation(name: str, stored: Mapping[str, Any], given: str | None) -> None:
+    """Raise StudyError unless the validation images are given by the data, or drawn, as in the study."""
+    known = stored["data"].get("given_val")
+    if given == known:
+        return
+    if known is None:
+        raise StudyError(
+            f"study {name} drew its validation images, and the data give some; continue with --set data.val=drawn, or "
+            "choose another --study"
+        )
+    begun = "leave data.val=drawn out" if given is None else "put the images back"
+    raise StudyError(
+        f"study {name} was begun with other validation images, which the data gave; {begun}, or choose another --study"
+    )
+
+
+def upgraded(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata with the fields that version 0.1.0 did not have: it drew all validation images."""
+    base = metadata.get("base") or {}
+    return {**metadata, "base": {**base, "data": {"val": "drawn", **base.get("data", {})}}}
+
+
 def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
     """Return the content of study.yaml, or None if there is none; StudyError if it cannot be read."""
     if not paths.study_yaml.exists():
@@ -145,7 +170,7 @@ def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
         raise StudyError(f"{paths.study_yaml} cannot be read ({error}); delete it and run the study again") from error
     if not isinstance(metadata, dict) or "hash" not in metadata:
         raise StudyError(f"{paths.study_yaml} is no study of hpo's; delete it and run the study again")
-    return metadata
+    return upgraded(metadata)
 
 
 def write_metadata(

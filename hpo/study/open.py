@@ -18,6 +18,7 @@ from hpo.study.metadata import (
     read_metadata,
     shown_attributes,
     storage_url_of,
+    upgraded,
     write_metadata,
 )
 
@@ -99,7 +100,7 @@ def _metadata_of(study: optuna.Study, url: str) -> dict[str, Any] | None:
             raise StudyError(
                 f"storage {mask(url)} has a study {study.study_name} that hpo did not begin; choose another --study"
             )
-    return stored
+    return None if stored is None else upgraded(stored)
 
 
 def _begin(study: optuna.Study, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def join_study(name: str, *, storage_url: str | None = None) -> Study:
             raise StudyError(f"storage {url}: there is no such journal; give the one that the study was begun with")
         study = _load(name, url, "begin it by hpo run, --workers 0")
     space = stored_space(study)
-    return Study(study, paths, study.user_attrs[METADATA], url, space)
+    return Study(study, paths, upgraded(study.user_attrs[METADATA]), url, space)
 
 
 def list_studies() -> list[Study]:

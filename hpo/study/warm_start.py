@@ -77,6 +77,8 @@ def _check_comparable(source: Study, metadata: Mapping[str, Any], space: SearchS
         problem = f"its trials are not comparable: {'; '.join(differences)}"
     elif source.metadata["data"]["fingerprint"] != metadata["data"]["fingerprint"]:
         problem = "it was begun with other images"
+    elif source.metadata["data"].get("given_val") != metadata["data"].get("given_val"):
+        problem = "it was begun with other validation images"
     elif any(weights.get(file, known) != known for file, known in metadata["weights"].items()):
         problem = "it was begun with other weights"
     else:

@@ -21,7 +21,7 @@ from core.config import TrainConfig
 from core.tta import VIEWS
 from hpo.confirmation.result import BASELINE, Confirmation
 from hpo.submission.bundle import CLASSES, CONFIG, METRICS, ONNX, ORIGIN, PREPROCESS, README, Bundle
-from hpo.text import duration, joined
+from hpo.text import data_facts, duration, joined
 
 Report = Mapping[str, Any]
 
@@ -93,6 +93,7 @@ def model_card(bundle: Bundle, report: Report, *, files: Collection[str] = ()) -
         has_baseline=base is not None,
         setting_rows=_setting_rows(bundle.config, base or TrainConfig()),
         file_rows=_file_rows(bundle, files),
+        facts=data_facts(report.get("data", {}).get("content", {})),
     )  # fmt: skip
     body = re.sub(r"\n{3,}", "\n\n", text).strip()
     return f"---\n{_metadata(bundle, report)}\n---\n\n{body}\n"
