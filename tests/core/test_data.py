@@ -210,6 +210,25 @@ class TestDecodedPixels:
             seen(encoded(np.ones((4, 4), np.float32), "TIFF"))
 
 
+class TestHeic:
+    HEAD = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+    def test_without_the_plugin_it_is_a_broken_image_that_names_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("core.data.decode.plugin_formats", lambda: ())
+        root = write_folder(tmp_path, tree() | {"train/cat/phone.HEIC": self.HEAD})
+        with pytest.raises(UserError, match=r"train/cat/phone\.HEIC \(HEIC, which needs the package pillow-heif\)"):
+            load(root)
+
+    def test_it_is_read_with_the_plugin(self) -> None:
+        heif = pytest.importorskip("pillow_heif")
+        pixels = np.full((64, 64, 3), 100, np.uint8)
+        buffer = io.BytesIO()
+        heif.from_pillow(Image.fromarray(pixels)).save(buffer, quality=100)
+        assert abs(seen(buffer.getvalue()).astype(int) - 100).max() <= 2
+
+
 # Sources
 
 
