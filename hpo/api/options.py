@@ -175,7 +175,7 @@ class DataOptions(Options):
     """Where the images are."""
 
     data: Path | None = option(
-        "Your images: a folder, .zip, .tar.*, .npz, .csv or .parquet; for a built-in data set, the folder that holds it."
+        "Your images: a folder, .zip, .tar.*, .npz, .csv or .parquet; for a built-in set, the folder that holds it."
     )
 
 
