@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from core.data.bounds import (
@@ -35,7 +35,7 @@ from core.data.decode import BrokenImageError
 from core.data.layout import TABLE_SUFFIXES, Arrangement, Entry, Tree, is_hidden, is_image, left_out_of, member_path
 from core.data.names import listed, printable
 from core.data.sniffing import HEAD_BYTES, looks_like_image
-from core.data.source import Payload, Reading, Source, file_stamp, one_line, plain_name
+from core.data.source import Content, Payload, Reading, Source, file_stamp, one_line, plain_name
 from core.errors import UserError
 
 # Raised for damaged archives: RecursionError if headers of a .tar are chained endlessly, NotImplementedError for
@@ -137,7 +137,7 @@ class FolderSource(_TreeSource):
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
         for position, entry in enumerate(entries):
-            yield position, read_payload(f"{self.path}/{entry.id}")
+            yield position, partial(read_payload, f"{self.path}/{entry.id}")
 
 
 class _Scan:
@@ -213,7 +213,7 @@ def _reason(error: OSError) -> str:
     return (error.strerror or type(error).__name__).lower()
 
 
-def read_payload(path: str) -> Payload:
+def read_payload(path: str) -> Content:
     """Read an image file, or return the error."""
     try:
         return read_image_file(path)
@@ -247,12 +247,12 @@ class ZipSource(_TreeSource):
                 raise _torn(self.where, error) from error
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
-        with self._open() as archive:
-            for position, entry in enumerate(entries):
-                yield position, self._content(archive, self._members[entry.id])
+        archive = self._open()  # closed when the last member is read
+        for position, entry in enumerate(entries):
+            yield position, partial(self._content, archive, self._members[entry.id])
 
     @staticmethod
-    def _content(archive: zipfile.ZipFile, name: str) -> Payload:
+    def _content(archive: zipfile.ZipFile, name: str) -> Content:
         try:
             info = archive.getinfo(name)
             check_image_bytes(info.file_size)  # zipfile unpacks no more than this
@@ -391,7 +391,7 @@ class TarSource(_TreeSource):
                 yield positions[path], self._content(archive, member)
 
     @staticmethod
-    def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Payload:
+    def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Content:
         try:
             content = archive.extractfile(member)
             if content is None:

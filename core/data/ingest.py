@@ -76,7 +76,7 @@ def _batches(payloads: Iterator[tuple[int, Payload]]) -> Iterator[list[tuple[int
     size = 0
     for position, payload in payloads:
         batch.append((position, payload))
-        size += 0 if isinstance(payload, Exception) else len(payload)
+        size += 0 if isinstance(payload, Exception) or callable(payload) else len(payload)
         if len(batch) == BATCH or size > BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -91,6 +91,8 @@ def _decode_batch(
 
 
 def _decode(payload: Payload, size: tuple[int, int] | None) -> Decoded | Exception:
+    if callable(payload):
+        payload = payload()
     if isinstance(payload, Exception):
         return payload
     try:

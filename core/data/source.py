@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +12,11 @@ from core.config import DataConfig
 from core.data.decode import Pixels
 from core.data.layout import Arrangement, Entry
 
-Payload = bytes | Pixels | Exception
+Content = bytes | Pixels | Exception
 """An encoded image, an array (H, W) or (H, W, C), or the error of reading it."""
+
+Payload = Content | Callable[[], Content]
+"""A content, or a function that reads it, which may be called in another thread."""
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 

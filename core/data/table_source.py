@@ -7,7 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ class CsvSource(PathSource):
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
         for position, entry in enumerate(entries):
-            yield position, read_payload(os.path.join(self._folder, entry.id))  # noqa: PTH118
+            yield position, partial(read_payload, os.path.join(self._folder, entry.id))  # noqa: PTH118
 
     @cached_property
     def _images(self) -> Images:
