@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from core.data.builtin import DatasetInfo, catalogue
-    from core.data.dataset import DataReport, Dataset, Division, TestSet, folds, load_dataset, split
+    from core.data.dataset import Dataset, Division, TestSet, folds, load_dataset, split
+    from core.data.report import DataReport
     from core.data.splits import Splits, on_device
     from core.data.unlabelled import load_images, map_images
 
 _MODULES = {
-    "DataReport": "dataset",
+    "DataReport": "report",
     "Dataset": "dataset",
     "DatasetInfo": "builtin",
     "Division": "dataset",

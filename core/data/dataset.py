@@ -30,6 +30,7 @@ from core.data.decode import to_channels
 from core.data.ingest import Progress, Spooled, ingest, read_spool
 from core.data.layout import Entry
 from core.data.names import class_order, listed
+from core.data.report import DataReport
 from core.data.roles import TEST, TRAIN, VAL
 from core.data.source import Reading, Source
 from core.data.sources import open_source
@@ -37,32 +38,6 @@ from core.data.splits import Splits, cut_test, given, on_device, stratified, str
 from core.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """How a data set was understood, and problems that do not prevent its use."""
-
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Images of each class, by the split that the source gives them: `train`, `val`, `test`."""
-    unlabelled: int = 0
-    """Number of test images without a class, which were left out."""
-    left_out: dict[str, int] = field(default_factory=dict)
-    """Number of other files and rows that are not used, by kind."""
-    notes: tuple[str, ...] = ()
-    """Columns that are used, classes that look alike, and the like."""
-    broken: tuple[str, ...] = ()
-    """Ids of unreadable images, which were left out."""
-    leaked: int = 0
-    """Number of test images identical to an image outside the test set."""
-    leaked_val: int = 0
-    """Number of given validation images identical to a training image."""
-    conflicting: int = 0
-    """Number of images identical to an image of another class."""
-
-    def plain(self) -> dict[str, Any]:
-        """Return the report as JSON data, with the number of broken images."""
-        return {**asdict(self), "notes": list(self.notes), "broken": len(self.broken)}
 
 
 @dataclass(frozen=True)

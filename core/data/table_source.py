@@ -140,9 +140,11 @@ class CsvSource(PathSource):
         return column
 
     def _exists(self, path: str) -> bool:
+        if not path or "\0" in path:
+            return False
         whole = os.path.join(self._folder, path)  # noqa: PTH118
         try:
-            return bool(path) and not stat.S_ISDIR(os.stat(whole).st_mode)  # noqa: PTH116
+            return not stat.S_ISDIR(os.stat(whole).st_mode)  # noqa: PTH116
         except OSError:
             return os.path.islink(whole)  # noqa: PTH114
 

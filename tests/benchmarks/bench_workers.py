@@ -30,6 +30,7 @@ import optuna
 from common import finish, machine, parser, positive, spread, table
 from optuna.trial import TrialState
 
+from core.data import DataReport
 from hpo.space import SearchSpace, load_space
 from hpo.storage import open_storage
 from hpo.study import open_study
@@ -38,7 +39,7 @@ LIMIT_MS = 50  # the promise: a trial, one worker, on the journal
 REPORTS = 30
 STUDY = "bench"
 IMAGES: Any = SimpleNamespace(
-    name="digits", fingerprint="0" * 64, classes=tuple("0123456789"), report=SimpleNamespace(broken=())
+    name="digits", fingerprint="0" * 64, classes=tuple("0123456789"), report=DataReport(), given_val=lambda config: None
 )
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 

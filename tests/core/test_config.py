@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
-from core.config import FAMILY_FIELDS, REFERENCE_LR, DataConfig, TrainConfig
+from core.config import FAMILY_FIELDS, READING_FIELDS, REFERENCE_LR, DataConfig, TrainConfig
 from core.data import Splits, load_dataset, split
 from core.loop import train
 
@@ -110,6 +110,8 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
 # Tested elsewhere: below, in `test_models.py` (pretrained weights), `tests/hpo` (folds) and `test_execution.py`.
 ELSEWHERE = {"data.name", "data.folds", "model.pretrained", "model.pretrained_file"}
 ELSEWHERE |= {"precision.compile", "precision.cuda_graphs"}
+# In the table of layouts, and in `test_data.py`.
+ELSEWHERE |= {*(f"data.{name}" for name in READING_FIELDS), "data.val"}
 
 
 def test_the_tables_cover_every_field() -> None:
@@ -196,6 +198,9 @@ def test_every_field_has_a_description(field: str) -> None:
             {"optim.name": "swats", "optim.swats.switch": "criterion", "optim.head_only_fraction": 0.1},
             "optim.head_only_fraction tells them apart; set that to 0",
         ),
+        ({"data.label_pattern": "(a)"}, "label_pattern is read only where data.label_from is filename"),
+        ({"data.label_from": "filename", "data.label_pattern": "("}, "is not a regular expression"),
+        ({"data.class_depth": 3}, "Input should be 1, 2 or 'last'"),
         ({"augment.apply_to": "repeats"}, "augments nothing where no image is repeated"),
         ({"optim.lr": 0.1, "optim.lr_scale": 1.0}, "exclude each other"),
         ({"augment.flip": 1.5}, "less than or equal to 1"),

@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState, create_trial
 
-from core.config import TrainConfig
+from core.config import DataConfig, TrainConfig
+from core.data import DataReport
 from hpo.confirmation.result import BASELINE as BASELINE_KEY
 from hpo.confirmation.result import Confirmation, Contender
 from hpo.confirmation.statistics import Interval
@@ -32,8 +32,15 @@ class Images:
     name: str = "digits"
     fingerprint: str = "ab" * 32
     classes: tuple[str, ...] = ("0", "1")
-    report: Any = field(default_factory=lambda: SimpleNamespace(broken=()))
+    report: Any = field(default_factory=DataReport)
     images: Any = None
+
+    def given_val(self, config: DataConfig) -> None:
+        """Validation images are drawn."""
+
+    def gives_val(self, config: DataConfig) -> bool:
+        """Whether they are not."""
+        return False
 
 
 def space_of(folder: Path, text: str, name: str = "space") -> SearchSpace:

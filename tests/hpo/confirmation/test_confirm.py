@@ -197,6 +197,21 @@ def test_splits_that_leave_a_class_without_images_are_skipped(tmp_path: Path) ->
     assert all(is_possible(replicate, dataset=dataset) for replicate in range(100))
 
 
+def test_replicates_on_given_validation_images_differ_by_seed_only(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8)
+    parts = {"train": slice(0, 40), "val": slice(40, 60)}
+    arrays = {f"{name}_images": images[part] for name, part in parts.items()}
+    arrays |= {f"{name}_labels": np.arange(60)[part] % 2 for name, part in parts.items()}
+    np.savez(tmp_path / "given.npz", **arrays)
+    config = TrainConfig().override({"data.name": str(tmp_path / "given.npz")})
+    dataset = load_dataset(config.data)
+    first, second = (replicated(config, number, seed=0, dataset=dataset) for number in (0, 1))
+    assert first.seed != second.seed
+    assert first.override({"seed": 0}) == second.override({"seed": 0}) == config
+    drawn = replicated(config.override({"data.val": "drawn"}), 0, seed=0, dataset=dataset)
+    assert drawn.data.split_seed != config.data.split_seed
+
+
 def test_no_usable_split_is_an_error(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (12, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "few.npz", images=images, labels=np.repeat(["a", "b", "c"], 4))

@@ -29,6 +29,8 @@ from hpo.space import (
     load_space,
     parse_yaml,
     recipe_from_yaml,
+    space_from_yaml,
+    space_to_yaml,
     to_yaml,
 )
 from hpo.space.fields import config_fields, nearest_field
@@ -58,6 +60,45 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 def space_of(write: Write) -> SpaceOf:
     """Read a space from YAML."""
     return lambda text, name="x.yaml": load_space(write(text, name))
+
+
+def test_the_name_of_the_data_is_relative_to_the_file(write: Write, tmp_path: Path) -> None:
+    space = "data: {name: photos}\nbase: base.yaml\nsearch:\n  model.width: {choices: [1.0, 2.0]}\n"
+    write("{}", "spaces/base.yaml")
+    path = write(space, "spaces/x.yaml")
+    assert load_space(path).baseline.data.name == "photos"
+    (tmp_path / "photos").mkdir()
+    assert load_space(path).baseline.data.name == "photos", "of the working directory"
+    (tmp_path / "spaces" / "photos").mkdir()
+    assert load_space(path).baseline.data.name == str(tmp_path / "spaces" / "photos")
+    recipe = write("data: {name: photos}\n", "spaces/recipe.yaml")
+    assert load_recipe(recipe).config.data.name == str(tmp_path / "spaces" / "photos")
+    (tmp_path / "spaces" / "digits").mkdir()
+    assert load_recipe(write("data: {name: digits}\n", "spaces/recipe.yaml")).config.data.name == "digits"
+    assert recipe_from_yaml("data: {name: photos}\n").config.data.name == "photos", "text is in no folder"
+
+
+def test_how_the_data_are_read_is_not_part_of_the_identity() -> None:
+    plain = load_space("digits")
+    read = load_space("digits", ["data.class_depth=2", "data.label_column=x", "data.val=drawn", "data.images=y"])
+    assert read.hash == plain.hash
+    assert "data.images" not in plain.identity()
+    assert load_space("digits", ["data.split_seed=3"]).hash != plain.hash
+
+
+def test_a_space_written_by_version_0_1_0_draws_its_validation_images() -> None:
+    text = space_to_yaml(load_space("digits"))
+    assert space_from_yaml(text, "x").baseline.data.val == "given"
+    tree = load_yaml_text(text)
+    del tree["base"]["data"]["val"]
+    assert space_from_yaml(dump_yaml(tree), "x").baseline.data.val == "drawn"
+
+
+def load_yaml_text(text: str) -> Any:
+    document, faults = parse_yaml(text, "x")
+    assert document is not None
+    assert not faults
+    return document.content
 
 
 def faults_of(path: Path | str, *overrides: str) -> list[str]:

@@ -690,11 +690,13 @@ def test_trials_are_read_as_they_are_although_waiting_ones_are_not_read_again(da
 CREW = """
 import multiprocessing, sys
 from types import SimpleNamespace
+from core.data import DataReport
 from hpo.space import load_space
 from hpo.storage import open_storage
 from hpo.study import open_study
 url, total, epochs, workers = sys.argv[1], *map(int, sys.argv[2:])
-images = SimpleNamespace(name="digits", fingerprint="0" * 64, classes=("0", "1"), report=SimpleNamespace(broken=()))
+images = SimpleNamespace(name="digits", fingerprint="0" * 64, classes=("0", "1"),
+    report=DataReport(), given_val=lambda config: None)
 space = load_space("digits", [f"epochs={epochs}"])
 if "://" in url:  # import the database's modules once, not in every process
     open_storage("sqlite://")

@@ -148,6 +148,33 @@ def test_study_yaml_holds_the_metadata(open_: Any, space_of: Any) -> None:
     assert (study.data_name, study.skip_broken) == ("digits", False)
 
 
+def test_a_study_keeps_to_the_validation_images_that_it_began_with(open_: Any) -> None:
+    def begun(name: str, given: str | None) -> Study:
+        images = Images()
+        object.__setattr__(images, "given_val", lambda config: given)
+        return open_(name, dataset=images)  # type: ignore[no-any-return]
+
+    begun("given", "ab")
+    begun("given", "ab")
+    with pytest.raises(StudyError, match=r"begun with other validation images, .*; put the images back"):
+        begun("given", "cd")
+    with pytest.raises(StudyError, match=r"leave data\.val=drawn out"):
+        begun("given", None)
+    begun("drawn", None)
+    with pytest.raises(StudyError, match=r"study drawn drew its validation images, .* --set data\.val=drawn"):
+        begun("drawn", "ab")
+
+
+def test_a_study_without_a_word_on_validation_drew_its_images(open_: Any) -> None:
+    study = open_()
+    old = dict(study.optuna.user_attrs["hpo"])
+    old["base"]["data"].pop("val")
+    old["data"].pop("given_val")
+    study.optuna.set_user_attr("hpo", old)
+    study.paths.study_yaml.unlink()
+    assert open_().metadata["base"]["data"]["val"] == "drawn"
+
+
 def test_the_data_path_is_absolute(open_: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     open_(data_path=Path("some/images.zip"))
     images = Path.cwd().resolve() / "some" / "images.zip"
@@ -565,10 +592,12 @@ def test_an_index_without_a_trial_is_queued_by_the_next_run(open_: Any) -> None:
 OPEN = """
 import sys, time
 from types import SimpleNamespace
+from core.data import DataReport
 from hpo.space import load_space
 from hpo.study import open_study
 space = load_space(sys.argv[1], [])
-images = SimpleNamespace(name="digits", fingerprint="ab" * 32, classes=("0", "1"), report=SimpleNamespace(broken=()))
+images = SimpleNamespace(name="digits", fingerprint="ab" * 32, classes=("0", "1"),
+    report=DataReport(), given_val=lambda config: None)
 study = open_study(space, name="s", dataset=images, storage_url=sys.argv[2] or None)
 """
 CLAIM = """

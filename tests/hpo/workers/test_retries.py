@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState, create_trial
 
+from core.data import DataReport
 from hpo.cli.progress import StudyProgress
 from hpo.errors import StudyError
 from hpo.space import SearchSpace, load_space, space_from_yaml, space_to_yaml
@@ -38,7 +39,7 @@ def space(tmp_path: Path) -> SearchSpace:
 @pytest.fixture
 def study(space: SearchSpace) -> Study:
     images: Any = SimpleNamespace(
-        name="digits", fingerprint="ab" * 32, classes=("0", "1"), report=SimpleNamespace(broken=())
+        name="digits", fingerprint="ab" * 32, classes=("0", "1"), report=DataReport(), given_val=lambda config: None
     )
     opened = open_study(space, name="own", dataset=images)
     opened.queue.ensure_trials(1)
@@ -48,11 +49,13 @@ def study(space: SearchSpace) -> Study:
 DEAD = (
     "import os, signal, sys\n"
     "from types import SimpleNamespace\n"
+    "from core.data import DataReport\n"
     "from hpo.space import load_space\n"
     "from hpo.study import open_study\n"
     "space = load_space(sys.argv[1])\n"
     "images = SimpleNamespace(\n"
-    "    name='digits', fingerprint='ab' * 32, classes=('0', '1'), report=SimpleNamespace(broken=()))\n"
+    "    name='digits', fingerprint='ab' * 32, classes=('0', '1'),\n"
+    "    report=DataReport(), given_val=lambda config: None)\n"
     "study = open_study(space, name='own', dataset=images)\n"
     "trial, slot = study.queue.claim()\n"
     "if sys.argv[2] == 'training':\n"

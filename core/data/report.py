@@ -1,0 +1,32 @@
+"""`DataReport`: how a data set was understood."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """How a data set was understood, and problems that do not prevent its use."""
+
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Images of each class, by the split that the source gives them: `train`, `val`, `test`."""
+    unlabelled: int = 0
+    """Number of test images without a class, which were left out."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Number of other files and rows that are not used, by kind."""
+    notes: tuple[str, ...] = ()
+    """Columns that are used, classes that look alike, and the like."""
+    broken: tuple[str, ...] = ()
+    """Ids of unreadable images, which were left out."""
+    leaked: int = 0
+    """Number of test images identical to an image outside the test set."""
+    leaked_val: int = 0
+    """Number of given validation images identical to a training image."""
+    conflicting: int = 0
+    """Number of images identical to an image of another class."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the report as JSON data, with the number of broken images."""
+        return {**asdict(self), "notes": list(self.notes), "broken": len(self.broken)}
