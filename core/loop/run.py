@@ -25,7 +25,7 @@ from core import metrics
 from core.augment import Augment, alternating_flips, size_at
 from core.averaging import build_averaging, recalibrate, validations_per_epoch
 from core.checkpoint import Checkpoints, load_checkpoint
-from core.config import TrainConfig
+from core.config import READING_FIELDS, TrainConfig
 from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
 from core.feed import open_feed
@@ -463,7 +463,8 @@ class Run:
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Restore the state of the checkpoint at `path`, or raise CheckpointError if it is of another training."""
         for what, ours in self._identity.items():
-            if state["identity"][what] != ours:
+            theirs = state["identity"][what]
+            if theirs != ours and not (what == "configuration" and _trains_the_same(theirs, ours)):
                 raise CheckpointError(f"{path}: belongs to another {what}; delete it to train from the beginning")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -474,6 +475,16 @@ class Run:
             self.best = (self.history[state["best"]["epoch"] - 1], state["best"]["weights"])
         self.last_logits = state["last_logits"]
         self.step_count, self.elapsed_s = state["step_count"], state["elapsed_s"]
+
+
+def _trains_the_same(theirs: str, ours: str) -> bool:
+    """Whether two configurations in JSON differ only by how images are read, or by fields that a version lacked."""
+    reading = {"data": {*READING_FIELDS, "val"}}
+    try:
+        a, b = (TrainConfig.model_validate_json(text).model_dump(exclude=reading) for text in (theirs, ours))
+    except ValueError:  # of a field that is no more
+        return False
+    return a == b
 
 
 def _digest(splits: Splits) -> str:

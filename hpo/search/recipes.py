@@ -11,12 +11,14 @@ from core.config import TrainConfig
 from core.data import Splits
 from core.loop import EpochMetrics
 from core.runtime import derive_seed
+from hpo.errors import SpaceError
+from hpo.paths import TrainingPaths
 from hpo.reporter import NO_PROGRESS, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.objective import failure_of
 from hpo.search.training import Watch, train_recorded
 from hpo.search.weights import explain_full_disk
-from hpo.space import Recipe, SearchSpace, to_yaml
+from hpo.space import Recipe, SearchSpace, recipe_from_yaml
 from hpo.study import Study
 from hpo.study.results import read_result, write_result
 
@@ -69,7 +71,7 @@ def _run(
     progress: StudyView,
 ) -> None:
     paths, config = study.paths.reference(recipe.name), _config_of(study, recipe)
-    if paths.config.exists() and paths.config.read_text() != to_yaml(config):
+    if paths.config.exists() and not _is_of(paths, config):
         for outdated in (paths.result, *paths.checkpoints(len(splits))):
             outdated.unlink(missing_ok=True)
     try:
@@ -105,4 +107,12 @@ def _config_of(study: Study, recipe: Recipe) -> TrainConfig:
 
 def _is_trained(study: Study, recipe: Recipe) -> bool:
     paths = study.paths.reference(recipe.name)
-    return paths.result.exists() and paths.config.read_text() == to_yaml(_config_of(study, recipe))
+    return paths.result.exists() and _is_of(paths, _config_of(study, recipe))
+
+
+def _is_of(paths: TrainingPaths, config: TrainConfig) -> bool:
+    """Whether the folder's training has this configuration; fields that its version lacked have their default."""
+    try:
+        return recipe_from_yaml(paths.config.read_text()).config == config
+    except SpaceError:  # of a field that is no more
+        return False
