@@ -57,6 +57,7 @@ def conclude(plan: Plan, study: Study | None) -> Confirmation:
         search_trials=plan.search_trials,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
+        on_given_val=search.metadata["data"].get("given_val") is not None,
     )
 
 

@@ -133,6 +133,8 @@ class Confirmation:
     """Finished trials of the search at that time."""
     created: str
     versions: dict[str, str]
+    on_given_val: bool = False
+    """Whether all replicates validate on the images that the data give, so that only their seeds differ."""
 
     def contender(self, key: str) -> Contender:
         """Return the contender with a key; KeyError if there is none."""
@@ -244,7 +246,10 @@ class Confirmation:
         if self.replicates < 2:
             yield "n = 1: one replicate gives no interval"
             return
-        yield "± is a 95 % interval over n seeds and splits, corrected for overlapping splits (Nadeau and Bengio 2003)"
+        varied = "seeds and splits, corrected for overlapping splits (Nadeau and Bengio 2003)"
+        if self.on_given_val:
+            varied = "seeds on the given validation images, whose choice it does not include"
+        yield f"± is a 95 % interval over n {varied}"
         if self.advantage is not None and self.challengers > 1:
             yield f"the interval of the advantage holds for all {self.challengers} challengers at once (Bonferroni)"
 

@@ -549,6 +549,12 @@ def confirmation(**changes: Any) -> Confirmation:
 NO_GAIN = {"winner": "baseline", "evidence": False}
 
 
+def test_on_given_validation_images_the_interval_is_over_seeds_alone() -> None:
+    lines = "\n".join(confirmation(on_given_val=True).lines())
+    assert "± is a 95 % interval over n seeds on the given validation images" in lines
+    assert "splits" not in lines
+
+
 @pytest.mark.parametrize(
     ("contenders", "maximize", "expected"),
     [
