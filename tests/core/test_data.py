@@ -1050,6 +1050,13 @@ class TestFolds:
 # The cache
 
 
+def test_the_progress_of_reading_is_told(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    load(write_folder(tmp_path, tree(per_class=100)), on_progress=lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == [0, 64, 128, 192]
+    assert {total for _, total in told} == {206}
+
+
 class TestCache:
     @pytest.fixture
     def root(self, tmp_path: Path) -> Path:
@@ -1232,6 +1239,29 @@ class TestLoadImages:
         assert len(images) == 2
         assert ids == ("a.png", "c.png")
         assert broken == ("b.png",)
+
+    def test_a_table_may_name_images_by_id(self, tmp_path: Path) -> None:
+        write_folder(tmp_path, {f"photos/{i}.jpg": photo(i) for i in range(3)} | {"notes.txt": b"x"})
+        table = tmp_path / "test.csv"
+        table.write_text("id,age\n2,5\n0,7\n2,5\n")
+        _, ids, _ = load_images(table, image_size=(8, 8), channels=3)
+        assert ids == ("photos/2.jpg", "photos/0.jpg", "photos/2.jpg")
+        table.write_text("id\n2\n7\n")
+        with pytest.raises(UserError, match=r"1 of 2 rows name files that do not exist: 7"):
+            load_images(table, image_size=(8, 8), channels=3)
+        _, ids, broken = load_images(table, image_size=(8, 8), channels=3, skip_broken=True)
+        assert (ids, broken) == (("photos/2.jpg",), ("7",))
+
+    def test_counts_other_files_and_fails_on_folders_that_cannot_be_read(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        write_folder(tmp_path, {"a.png": photo(0), "more/b": photo(1), "x.txt": b"x", "y.csv": b"y"})
+        (tmp_path / "gone").symlink_to("nowhere")
+        with pytest.raises(UserError, match=r"1 folders or links cannot be read: gone \(a link to nothing\)"):
+            load_images(tmp_path, image_size=(8, 8), channels=3)
+        _, ids, broken = load_images(tmp_path, image_size=(8, 8), channels=3, skip_broken=True)
+        assert (ids, broken) == (("a.png", "more/b"), ("gone",))
+        assert "not images, and left out: .csv files: 1, .txt files: 1" in caplog.text
 
     def test_uses_the_test_images_of_medmnist(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "x.npz", train_images=noise(0, 5, 8, 8), test_images=noise(1, 3, 8, 8))

@@ -181,6 +181,10 @@ def test_a_user_error_is_an_exception_with_the_message_of_the_command(call: Any,
     assert issubclass(kind, HpoError | CoreError)
 
 
+def test_a_path_may_begin_with_the_users_folder() -> None:
+    assert RunOptions.of(space="digits", data="~/photos").data == Path.home() / "photos"
+
+
 @pytest.mark.parametrize(
     ("function", "options", "keywords"), [(run, RunOptions, RunKeywords), (refit, RefitOptions, RefitKeywords)]
 )
