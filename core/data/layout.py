@@ -23,9 +23,6 @@ TABLE_SUFFIXES = (".csv", ".tsv")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".gz", ".rar", ".7z")
 HUB_SUFFIXES = (".parquet", ".arrow")
 
-# Image folders of one set, such as class folders or splits, that an error message names.
-_NAMED = 5
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -355,7 +352,7 @@ def _depth(images: Sequence[_Image], where: str, config: DataConfig) -> int | No
 
 
 def _odd_folder(images: Sequence[_Image]) -> str:
-    """What the folder holds that keeps the classes from being clear."""
+    """Describe a folder with other folders in it."""
     inside: dict[str, Counter[str]] = defaultdict(Counter)
     for image in images:
         inside[image.folders[0]][image.folders[1] if len(image.folders) > 1 else ""] += 1

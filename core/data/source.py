@@ -63,7 +63,7 @@ class Source(ABC):
 
     @abstractmethod
     def unlabelled(self) -> Arrangement:
-        """Return all images without classes, whatever their folders."""
+        """Return all images without classes, in any folder."""
 
     @abstractmethod
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
