@@ -405,8 +405,9 @@ class TarSource(_TreeSource):
         return read
 
     def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
-        packed, unpacked = self.path.stat().st_size, 0
+        unpacked = 0
         try:
+            packed = self.path.stat().st_size
             with tarfile.open(self.path, tarinfo=_StrictTarInfo) as archive:
                 for count, member in enumerate(archive, 1):
                     unpacked += tarfile.BLOCKSIZE + member.size
@@ -432,4 +433,6 @@ def _link_target(path: str, target: str, where: str) -> str:
 
 
 def _torn(where: str, error: Exception) -> UserError:
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(f"{where}: cannot be read ({_reason(error)})")
     return UserError(f"{where}: the archive is damaged or cut short ({one_line(error)}); copy or download it again")

@@ -312,6 +312,19 @@ class TestFoldersThatCannotBeRead:
         monkeypatch.setattr(Path, "stat", refuse)
         assert refusal(tmp_path / name).endswith(f"{name}: cannot be read (Permission denied)")
 
+    @pytest.mark.parametrize("name", ["set.zip", "set.tar"])
+    def test_an_archive_that_may_not_be_opened(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        path = (write_zip if name.endswith("zip") else write_tar)(tmp_path / name, tree())
+
+        def refuse(*args: Any, **options: Any) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(files.zipfile, "ZipFile", refuse)
+        monkeypatch.setattr(files.tarfile, "open", refuse)
+        assert refusal(path).endswith(f"{name}: cannot be read (permission denied)")
+
 
 def test_a_csv_of_a_million_missing_files_is_refused_in_seconds(tmp_path: Path) -> None:
     rows = "\n".join(f"images/{i:07d}.png,{i % 2}" for i in range(1_000_000))
