@@ -41,6 +41,10 @@ _AT_ONCE = 1 << 20
 SIXTEEN_TO_EIGHT = 257
 
 
+# Keys of `Image.info` in which Pillow looks for an orientation.
+_METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
+
+
 class BrokenImageError(Exception):
     """Bytes that are not a complete image, or whose values have no defined range. Its text is the reason."""
 
@@ -140,7 +144,7 @@ def _check_pixels(image: Image.Image) -> None:
 
 def _as_seen(image: Image.Image) -> Image.Image:
     """The image upright, opaque, in mode L or RGB."""
-    ImageOps.exif_transpose(image, in_place=True)
+    _turn_upright(image)
     if image.mode.startswith("I"):  # I;16, I;16B, and I, which Pillow uses for 16-bit PGM too
         samples = np.asarray(image).astype(np.int64)
         low, high = int(samples.min()), int(samples.max())
@@ -153,6 +157,13 @@ def _as_seen(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Apply the orientation in the metadata, without Pillow's search if there are none: a quarter of a small PNG."""
+    image.load()  # a PNG may have them after its pixels
+    if hasattr(image, "tag_v2") or not _METADATA.isdisjoint(image.info):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _to_array(image: Image.Image, size: tuple[int, int] | None) -> Pixels:
@@ -178,5 +189,6 @@ def _moments(pixels: Pixels) -> NDArray[np.int64]:
     moments = np.zeros((len(pixels), 2), dtype=np.int64)
     for start in range(0, flat.shape[1], _AT_ONCE):
         part = flat[:, start : start + _AT_ONCE].astype(np.int64)
-        moments += np.stack([part.sum(1), np.einsum("ci,ci->c", part, part)], axis=1)
+        moments[:, 0] += part.sum(1)
+        moments[:, 1] += np.einsum("ci,ci->c", part, part)
     return moments

@@ -12,6 +12,7 @@ import lzma
 import os
 import posixpath
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -225,50 +226,47 @@ class ZipSource(_TreeSource):
     """A .zip, read without unpacking."""
 
     def _list(self) -> Tree:
-        with self._open() as archive:
-            images, others, hidden = [], [], 0
-            for path, name in self._members.items():
-                if is_hidden(path):
-                    hidden += 1
-                elif is_image(path) or ("." not in posixpath.basename(path) and self._sniff(archive, name)):
-                    images.append(path)
-                else:
-                    others.append(path)
-            folders = [member_path(name, self.where) for name in archive.namelist() if name.endswith("/")]
+        images, others, hidden = [], [], 0
+        for path, name in self._members.items():
+            if is_hidden(path):
+                hidden += 1
+            elif is_image(path) or ("." not in posixpath.basename(path) and self._sniff(name)):
+                images.append(path)
+            else:
+                others.append(path)
+        folders = [member_path(name, self.where) for name in self._archive.namelist() if name.endswith("/")]
         return Tree(tuple(sorted(images)), tuple(folders), tuple(sorted(others)), hidden)
 
     def read_table(self, path: str) -> bytes:
-        with self._open() as archive:
-            try:
-                info = archive.getinfo(self._members[path])
-                check_table_bytes(f"{self.where}: {path}", info.file_size)
-                return archive.read(info)
-            except (KeyError, *TORN_ARCHIVE) as error:
-                raise _torn(self.where, error) from error
+        try:
+            info = self._archive.getinfo(self._members[path])
+            check_table_bytes(f"{self.where}: {path}", info.file_size)
+            return self._archive.read(info)
+        except (KeyError, *TORN_ARCHIVE) as error:
+            raise _torn(self.where, error) from error
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
-        archive = self._open()  # closed when the last member is read
         for position, entry in enumerate(entries):
-            yield position, partial(self._content, archive, self._members[entry.id])
+            yield position, partial(self._content, self._members[entry.id])
 
-    @staticmethod
-    def _content(archive: zipfile.ZipFile, name: str) -> Content:
+    def _content(self, name: str) -> Content:
         try:
-            info = archive.getinfo(name)
-            check_image_bytes(info.file_size)  # zipfile unpacks no more than this
-            return archive.read(info)
+            info = self._archive.getinfo(name)
+            check_image_bytes(info.file_size)  # no more than this is unpacked
+            return _read_member(self._archive, info)
         except (KeyError, BrokenImageError, *TORN_ARCHIVE) as error:
             return error
 
-    @staticmethod
-    def _sniff(archive: zipfile.ZipFile, name: str) -> bool:
+    def _sniff(self, name: str) -> bool:
         try:
-            with archive.open(name) as member:
+            with self._archive.open(name) as member:
                 return looks_like_image(member.read(HEAD_BYTES))
         except (KeyError, *TORN_ARCHIVE):
             return False
 
-    def _open(self) -> zipfile.ZipFile:
+    @cached_property
+    def _archive(self) -> zipfile.ZipFile:
+        """The archive, whose list of members is parsed once; open as long as the source exists."""
         try:
             return zipfile.ZipFile(self.path)
         except TORN_ARCHIVE as error:
@@ -277,30 +275,57 @@ class ZipSource(_TreeSource):
     @cached_property
     def _members(self) -> dict[str, str]:
         """Path -> member name to read, which for a link is its target."""
-        with self._open() as archive:
-            infos = archive.infolist()
-            images = sum(info.file_size for info in infos if is_image(info.filename))  # only images are unpacked
-            check_members(self.where, len(infos), images, self.path.stat().st_size, UNPACK_IT)
-            members = {}
-            for info in infos:
-                path = member_path(info.filename, self.where)
-                if info.is_dir():
-                    continue
-                if info.flag_bits & 1:
-                    raise UserError(f"{self.where}: {printable(path)} is encrypted; give an archive without a password")
-                members[path] = info.filename
-                if stat.S_ISLNK(info.external_attr >> 16):
-                    members[path] = _link_target(path, self._target(archive, info), self.where)
+        infos = self._archive.infolist()
+        images = sum(info.file_size for info in infos if is_image(info.filename))  # only images are unpacked
+        check_members(self.where, len(infos), images, self.path.stat().st_size, UNPACK_IT)
+        members = {}
+        for info in infos:
+            path = member_path(info.filename, self.where)
+            if info.is_dir():
+                continue
+            if info.flag_bits & 1:
+                raise UserError(f"{self.where}: {printable(path)} is encrypted; give an archive without a password")
+            members[path] = info.filename
+            if stat.S_ISLNK(info.external_attr >> 16):
+                members[path] = _link_target(path, self._target(info), self.where)
         return members
 
-    def _target(self, archive: zipfile.ZipFile, link: zipfile.ZipInfo) -> str:
+    def _target(self, link: zipfile.ZipInfo) -> str:
         """Target of a link, which is the link's content."""
         if link.file_size > MAX_LINK_BYTES:
             raise UserError(f"{self.where}: its link {printable(link.filename)} is longer than a path; {UNPACK_IT}")
         try:
-            return archive.read(link).decode(errors="replace")
+            return self._archive.read(link).decode(errors="replace")
         except TORN_ARCHIVE as error:
             raise _torn(self.where, error) from error
+
+
+# Zip format (PKWARE's APPNOTE, 4.3.7): bytes of a local header before the name, whose length is at 26 and that of the
+# extra field at 28.
+_LOCAL_HEADER, _LENGTHS = 30, struct.Struct("<26xHH")
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Read a member without `zipfile`'s file object and its lock, which take longer than decoding a small image.
+
+    Raises:
+        zipfile.BadZipFile: it is damaged.
+    """
+    raw = getattr(os, "pread", None)
+    if raw is None or archive.fp is None or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return archive.read(info)
+    file = archive.fp.fileno()
+    header = raw(file, _LOCAL_HEADER, info.header_offset)
+    if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\3\4"):
+        raise zipfile.BadZipFile("Bad magic number for file header")
+    start = info.header_offset + _LOCAL_HEADER + sum(_LENGTHS.unpack(header))
+    packed = raw(file, min(info.compress_size, os.fstat(file).st_size), start)
+    content: bytes = packed
+    if info.compress_type == zipfile.ZIP_DEFLATED:
+        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, info.file_size + 1)
+    if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
+        raise zipfile.BadZipFile(f"Bad CRC-32 for file {info.filename!r}")
+    return content
 
 
 class _StrictTarInfo(tarfile.TarInfo):
