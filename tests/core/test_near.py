@@ -1,0 +1,117 @@
+"""Near-duplicates: copies are found whatever was done to them, different images are not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from core.data.near import MIN_SIDE, groups, near_duplicates, reduced
+
+Pixels = NDArray[np.uint8]
+
+
+def photographs(count: int, seed: int = 0, side: int = 96) -> list[Pixels]:
+    """Random textures (3, side, side) with the spectrum of photographs: amplitudes fall with the frequency."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]) + 1 / side
+    found = []
+    for _ in range(count):
+        noise = np.fft.rfft2(rng.normal(size=(3, side, side)), axes=(1, 2)) / frequency**1.5
+        image = np.fft.irfft2(noise, (side, side), axes=(1, 2))
+        found.append(np.clip(127 + 45 * image / image.std(), 0, 255).astype(np.uint8))
+    return found
+
+
+def jpeg(pixels: Pixels, quality: int = 40) -> Pixels:
+    buffer = io.BytesIO()
+    _pillow(pixels).save(buffer, "JPEG", quality=quality)
+    return _array(Image.open(buffer))
+
+
+def resized(pixels: Pixels) -> Pixels:
+    return _array(_pillow(pixels).resize((56, 56)).resize((96, 96)))
+
+
+def cropped(pixels: Pixels) -> Pixels:
+    return _array(_pillow(pixels).crop((5, 1, 93, 90)).resize((96, 96)))
+
+
+def shifted(pixels: Pixels) -> Pixels:
+    return np.pad(pixels, ((0, 0), (5, 0), (0, 4)), mode="edge")[:, :-5, 4:]
+
+
+def brighter(pixels: Pixels) -> Pixels:
+    return np.clip(pixels * 1.1 + 10.0, 0, 255).astype(np.uint8)
+
+
+def grey(pixels: Pixels) -> Pixels:
+    return pixels.mean(axis=0, keepdims=True).astype(np.uint8)
+
+
+def _pillow(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(np.moveaxis(pixels, 0, -1))
+
+
+def _array(image: Image.Image) -> Pixels:
+    return np.moveaxis(np.asarray(image), -1, 0)
+
+
+def pairs_of(images: list[Pixels]) -> list[list[int]]:
+    return near_duplicates(reduced(images, len(images))).tolist()
+
+
+@pytest.mark.parametrize("change", [jpeg, resized, cropped, shifted, brighter, grey], ids=lambda each: each.__name__)
+def test_a_changed_copy_is_found_among_different_images(change: Callable[[Pixels], Pixels]) -> None:
+    images = photographs(30)
+    copies = [change(image) for image in images[:10]]
+
+    assert pairs_of(images + copies) == [[index, 30 + index] for index in range(10)]
+
+
+def test_different_images_are_no_near_duplicates() -> None:
+    assert pairs_of(photographs(300)) == []
+
+
+def test_mirrored_images_are_different_ones() -> None:
+    images = photographs(5)
+    assert pairs_of(images + [image[:, :, ::-1] for image in images]) == []
+
+
+def test_plain_images_of_one_colour_are_no_near_duplicates() -> None:
+    """Identical images are found by their digests; plain ones of different colours have nothing in common."""
+    assert pairs_of([np.full((3, 64, 64), level, dtype=np.uint8) for level in (0, 90, 255)]) == []
+
+
+def test_images_too_small_to_tell_are_not_compared() -> None:
+    images = photographs(4, side=MIN_SIDE - 1)
+    assert pairs_of(images + images) == []
+
+
+def test_no_image_and_one_image_have_no_pairs() -> None:
+    assert pairs_of([]) == []
+    assert pairs_of(photographs(1)) == []
+
+
+def test_a_copy_of_a_copy_is_in_the_same_group() -> None:
+    pairs = np.array([[1, 4], [4, 5], [2, 3]])
+    assert groups(6, pairs).tolist() == [0, 1, 2, 2, 1, 1]
+    assert groups(3, np.empty((0, 2), dtype=np.int64)).tolist() == [0, 1, 2]
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+    images = photographs(12)
+    small = reduced(images + [cropped(image) for image in images], 24)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = near_duplicates(small)
+        torch.set_num_threads(2)
+        assert np.array_equal(near_duplicates(small), alone)
+    finally:
+        torch.set_num_threads(threads)
