@@ -169,6 +169,10 @@ class StudyPaths:
         """Outputs of those weights on the validation images; kept when `--keep-gb` deletes the weights."""
         return self.trial(number) / f"validation{_of_fold(fold)}.safetensors"
 
+    def validation_outputs(self) -> list[Path]:
+        """Existing outputs on validation images, of all trials and folds."""
+        return sorted(self.trials.glob("*/validation*.safetensors"))
+
     def trial_models(self, number: int) -> list[Path]:
         """Existing weights of the trial's folds."""
         return sorted(self.trial(number).glob("model*.safetensors"))

@@ -398,6 +398,13 @@ class TrialsOptions(ChosenStudy):
     output: Output = None
 
 
+class AuditOptions(ChosenStudy, DataOptions):
+    """Options of `hpo data audit`."""
+
+    csv: bool = option("Print all suspects as CSV instead of a table of the first.", False)
+    output: Output = None
+
+
 class ExportOptions(Options):
     """Options of `hpo study export`."""
 

@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 study_app = typer.Typer(no_args_is_help=True, help="Show, check and export studies.")
 space_app = typer.Typer(no_args_is_help=True, help="List, check and suggest search spaces and recipes.")
-data_app = typer.Typer(no_args_is_help=True, help="List data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="List data sets, and find wrong labels.")
 app.add_typer(study_app, name="study")
 app.add_typer(space_app, name="space")
 app.add_typer(data_app, name="data")
@@ -288,6 +288,29 @@ def data_list(_: of.Options) -> None:
         rows.append([info.name, f"{info.images:,}", info.size, info.classes, where, download])
     table(["name", "images", "size", "classes", "where", "download"], rows, right=(1, 3, 5))
     say("your own: --data with a folder, .zip, .tar.*, .npz or .csv")
+
+
+@command(data_app, of.AuditOptions, "audit")
+def data_audit(options: of.AuditOptions) -> None:
+    """List images whose labels are probably wrong: networks trained without them predict another class."""
+    from hpo.api.audit import audit
+    from hpo.report.words import audit_text
+
+    result = audit(options)
+    suspects = result.audit.suspects
+    if options.csv:
+        sys.stdout.write(result.frame().to_csv(index=False))
+        return
+    if suspects and options.output is None:
+        rows = [
+            [one.id, one.label, one.suggested, f"{one.label_probability:.3f}", f"{one.suggested_probability:.3f}"]
+            for one in suspects[:20]
+        ]
+        table(["image", "label", "suggested", "p(label)", "p(suggested)"], rows, right=(3, 4))
+    for line in audit_text(result.study, result.audit):
+        say(line)
+    if options.output is not None:
+        say(f"written to {options.output}")
 
 
 def main() -> None:

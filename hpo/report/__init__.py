@@ -35,6 +35,7 @@ SECTIONS = (
     ("Confusion", "images", "confusion"),
     ("Classes", "images", "per_class"),
     ("Mistakes", "images", "confident_errors"),
+    ("Labels", "labels", "suspect_labels"),
     ("Augmentation", "samples", "augmented_samples"),
     ("Study", "about", "about"),
 )

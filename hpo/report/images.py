@@ -269,6 +269,14 @@ def _mistakes_text(outputs: Outputs, errors: Sequence[Mapping[str, Any]]) -> str
 
 
 def _pictures(dataset: Dataset, errors: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    shown = image_sheet(dataset, errors, alt=f"The {len(errors)} most confident mistakes on validation images")
+    rows = [(error["id"], error["true"], error["predicted"], percent(error["confidence"], 1)) for error in errors]
+    names = table(("image", "true", "predicted", "confidence"), rows, right=(3,))
+    return [shown, folded("the names of these images", names)]
+
+
+def image_sheet(dataset: Dataset, errors: Sequence[Mapping[str, Any]], *, alt: str) -> Markup:
+    """Images with their true and predicted class, as `pictures.confident_errors` takes them, with their `index`."""
     import torch
 
     from hpo.dashboard.pictures import confident_errors as draw
@@ -277,7 +285,4 @@ def _pictures(dataset: Dataset, errors: Sequence[Mapping[str, Any]]) -> list[Mar
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "errors.png"
         draw(images, errors, dataset.classes, path)
-        shown = picture(path.read_bytes(), alt=f"The {len(errors)} most confident mistakes on validation images")
-    rows = [(error["id"], error["true"], error["predicted"], percent(error["confidence"], 1)) for error in errors]
-    names = table(("image", "true", "predicted", "confidence"), rows, right=(3,))
-    return [shown, folded("the names of these images", names)]
+        return picture(path.read_bytes(), alt=alt)

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 
 from hpo import text
 from hpo.analysis.baselines import Entry
+from hpo.analysis.labels import LabelAudit
 from hpo.analysis.summary import StudySummary
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.confirmation.statistics import MAX_REPLICATES
@@ -154,3 +155,15 @@ def unproven(study: Study, confirmation: Confirmation) -> list[str]:
     if leader.trial is not None:
         commands.append(f"{command(study, f'refit {leader.trial} --study')}  # {leader.name} without proof")
     return commands
+
+
+def audit_text(study: Study, audit: LabelAudit) -> list[str]:
+    """Describe how many labels are contradicted, by how many networks, and the images that none has predicted."""
+    found = len(audit.suspects)
+    judges = f"the {count(audit.networks, 'network')} of study {study.name}"
+    words = "label is" if found == 1 else "labels are"
+    lines = [f"{found:,} of {count(audit.checked, 'image')}: the {words} contradicted by {judges}, not trained on them"]
+    if missing := audit.images - audit.checked:
+        advice = "" if study.paths.confirmation.exists() else f"; {command(study, 'confirm')} checks more"
+        lines.append(f"{count(missing, 'image')} were in no validation set and are not checked{advice}")
+    return lines

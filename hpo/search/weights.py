@@ -35,11 +35,13 @@ def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> No
     values[outcome.number] = study.sign * outcome.value
     best = _best_of(values)
     folds = range(1, len(outcome.results) + 1)
+    if outcome.number in best or study.confirms is not None:
+        for fold, result in zip(folds, outcome.results, strict=True):
+            _write_validation(study.paths.trial_validation(outcome.number, fold), result, splits[fold - 1])
     if outcome.number in best:
         for fold, result in zip(folds, outcome.results, strict=True):
             with replacing(study.paths.trial_model(outcome.number, fold)) as weights:
                 save_model(result.model, str(weights))
-            _write_validation(study.paths.trial_validation(outcome.number, fold), result, splits[fold - 1])
         for file in study.paths.needed_by_refit(outcome.number):
             study.files.share(file)
     # Those that this trial displaced. Weights that two workers kept at the same time are deleted when the run ends.
@@ -115,9 +117,10 @@ def _delete(study: Study, numbers: Iterable[int], *, folds: int) -> None:
     for number in numbers:
         for fold in range(1, folds + 1):
             weights = study.paths.trial_model(number, fold)
-            for file in (weights, study.paths.trial_validation(number, fold)):
-                file.unlink(missing_ok=True)
+            weights.unlink(missing_ok=True)
             study.files.unshare(weights)
+            if study.confirms is None:  # the outputs of a confirmation, on splits of its own, serve the label audit
+                study.paths.trial_validation(number, fold).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
