@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from tests.hpo.commands import RunHpo
 # With few processes, a long file that began last would keep all of them waiting.
 LONGEST_FILES = ("test_ray.py", "test_chaos.py", "test_house.py", "test_end_to_end.py", "test_safety.py")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return half as many processes again as cores for `-n auto`: many tests wait for processes that they started."""
+    return max(1, (os.cpu_count() or 1) * 3 // 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
