@@ -82,7 +82,8 @@ def main() -> None:
                     assert trained.val_logits is not None
                     outputs = {"logits": trained.val_logits.contiguous(), "indices": splits.val}
                     save_file(outputs, Path(folder) / f"{division}.{fold}.safetensors")
-                    print(f"division {division}, fold {fold}: accuracy {trained.kept.counted().accuracy:.3f}", flush=True)
+                    accuracy = trained.kept.counted().accuracy
+                    print(f"division {division}, fold {fold}: accuracy {accuracy:.3f}", flush=True)
             files = sorted(Path(folder).iterdir())
             probabilities, _ = mean_probabilities(files, len(labels), len(dataset.classes))
             first, _ = mean_probabilities(files[:5], len(labels), len(dataset.classes))
