@@ -249,6 +249,10 @@ class StudyPaths:
         """The folder of a submission model, by its `refit_label`."""
         return self.dir / "refit" / label
 
+    def refits(self) -> list[Path]:
+        """Existing folders of submission models."""
+        return sorted(folder for folder in (self.dir / "refit").glob("*/") if not folder.name.startswith("."))
+
     def refit_checkpoint(self, label: str, part: str) -> Path:
         """Checkpoint of one of a refit's trainings."""
         return self.dir / "refit" / f".{label}.{part}.pt"

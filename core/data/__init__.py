@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from core.data.dataset import Dataset, Division, TestSet, folds, load_dataset, split
     from core.data.report import DataReport
     from core.data.splits import Splits, on_device
-    from core.data.unlabelled import load_images, map_images
+    from core.data.unlabelled import image_ids, load_images, map_images
 
 _MODULES = {
     "DataReport": "report",
@@ -21,6 +21,7 @@ _MODULES = {
     "TestSet": "dataset",
     "catalogue": "builtin",
     "folds": "dataset",
+    "image_ids": "unlabelled",
     "load_dataset": "dataset",
     "load_images": "unlabelled",
     "map_images": "unlabelled",
@@ -38,6 +39,7 @@ __all__ = [
     "TestSet",
     "catalogue",
     "folds",
+    "image_ids",
     "load_dataset",
     "load_images",
     "map_images",

@@ -34,7 +34,7 @@ from core.data.bounds import (
 from core.data.choice import arrange_tree
 from core.data.decode import BrokenImageError
 from core.data.layout import TABLE_SUFFIXES, Arrangement, Entry, Tree, is_hidden, is_image, left_out_of, member_path
-from core.data.names import listed, printable
+from core.data.names import listed, natural_key, printable
 from core.data.sniffing import HEAD_BYTES, looks_like_image
 from core.data.source import Content, Payload, Reading, Source, file_stamp, one_line, plain_name
 from core.errors import UserError
@@ -84,7 +84,7 @@ class _TreeSource(PathSource):
 
     def unlabelled(self) -> Arrangement:
         broken = self._unreadable()
-        entries = [Entry(file) for file in self.tree.images]
+        entries = [Entry(file) for file in sorted(self.tree.images, key=natural_key)]
         return Arrangement(entries, left_out=left_out_of(self.tree), broken=broken)
 
     def _unreadable(self) -> tuple[str, ...]:

@@ -7,7 +7,9 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from typing import Any
 
+_DIGITS = re.compile(r"([0-9]+)")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 _NOT_A_CLASS = {"nan", "inf", "infinity"}
 """Labels that a table has where a number is missing or went wrong."""
@@ -22,6 +24,18 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """At most five names in one line, so that messages stay short: `a, b, c, d, e and 3 more`."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(printable, names[:most])) + more
+
+
+def natural_key(path: str) -> tuple[list[list[Any]], str]:
+    """Return a key that sorts paths with numbers by value: `2.png` before `10.png`."""
+    parts = [_DIGITS.split(part) for part in path.split("/")]  # text and digits in turn
+    return [[_value(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], path
+
+
+def _value(digits: str) -> tuple[int, str]:
+    """Key that sorts digits by their value; `int` refuses very long ones."""
+    plain = digits.lstrip("0")
+    return len(plain), plain
 
 
 def class_name(label: str) -> str:

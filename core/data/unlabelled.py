@@ -46,21 +46,14 @@ def map_images(
         skip_broken: leave out unreadable images instead of raising an error at the end.
 
     Returns:
-        Results (N, …) in the order of ids: sorted, or as in the CSV or .npz; ids within a single source, or as paths
-        for several; ids of the images left out.
+        Results (N, …) in the order of ids: natural (`2.png` before `10.png`), or as in the CSV or .npz; ids within a
+        single source, or as paths for several; ids of the images left out.
 
     Raises:
         UserError: there is no image, or one is broken, or the results do not fit the memory.
     """
-    reading = Reading(skip_broken=skip_broken)
-    images = (
-        _Single(open_source(paths, reading))
-        if isinstance(paths, Path)
-        else _Several([path.expanduser() for path in paths], reading)
-    )
+    images = _opened(paths, skip_broken)
     entries = images.entries
-    if not entries:
-        raise UserError(f"{images.where}: no images found")
     answers: NDArray[np.generic] | None = None
     broken: dict[int, Exception] = {}
     batch = np.empty((min(batch_size, len(entries)), channels, *image_size), dtype=np.uint8)
@@ -79,6 +72,16 @@ def map_images(
     return torch.from_numpy(answers[kept] if broken else answers), ids, left_out
 
 
+def image_ids(paths: Path | Sequence[Path], *, skip_broken: bool = False) -> tuple[str, ...]:
+    """Return the ids of the images that `map_images` would process, without reading them, and of unreadable ones.
+
+    Raises:
+        UserError: there is no image.
+    """
+    images = _opened(paths, skip_broken)
+    return (*(entry.id for entry in images.entries), *images.broken)
+
+
 def load_images(
     path: Path, *, image_size: tuple[int, int], channels: int, skip_broken: bool = False
 ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
@@ -86,6 +89,18 @@ def load_images(
     return map_images(
         path, _themselves, image_size=image_size, channels=channels, batch_size=LOADED_AT_ONCE, skip_broken=skip_broken
     )
+
+
+def _opened(paths: Path | Sequence[Path], skip_broken: bool) -> _Single | _Several:
+    reading = Reading(skip_broken=skip_broken)
+    images = (
+        _Single(open_source(paths, reading))
+        if isinstance(paths, Path)
+        else _Several([path.expanduser() for path in paths], reading)
+    )
+    if not images.entries:
+        raise UserError(f"{images.where}: no images found")
+    return images
 
 
 def _themselves(images: Tensor) -> Tensor:

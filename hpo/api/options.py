@@ -360,9 +360,17 @@ class RefitKeywords(TypedDict, total=False):
 class PredictOptions(DeviceOptions):
     """Options of `hpo predict`."""
 
-    bundle: Path = option("A folder written by `hpo refit`.", ..., argument=True)
+    bundle: Text = option(
+        "`best` of the study that ran last, a study with one refitted model, or a folder written by `hpo refit`.",
+        ...,
+        argument=True,
+    )
     images: Path = option("A folder, .zip, .tar.*, .npz, or a .csv of paths.", ..., argument=True)
     output: Path = option("CSV file to write.", Path("submission.csv"), flags="--output -o")
+    like: Path | None = option(
+        "Sample submission: write its ids, order, header and columns, with our labels or probabilities.",
+        metavar="CSV",
+    )
     probabilities: bool = option("Add a column for each class.", False)
     skip_broken: SkipBroken = False
 

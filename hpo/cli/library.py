@@ -146,7 +146,7 @@ def predict(
     """Label images, as `hpo predict` does; `Predictions.write` writes its CSV file.
 
     Args:
-        bundle: A folder written by a refit, or a model loaded by `load_bundle`.
+        bundle: `best`, a study, or a folder, as `hpo predict` accepts them, or a model loaded by `load_bundle`.
         images: Paths, Pillow images, arrays or tensors, as `LoadedBundle.predict` accepts them.
         device: For a folder: `cpu`, `cuda` or `cuda:N`; by default the first GPU, or the CPU.
         batch_size: Images at once on the device.
@@ -158,9 +158,10 @@ def predict(
     """
     from core.loop import EVALUATION_BATCH
     from hpo.submission.bundle import LoadedBundle, load_bundle
+    from hpo.submission.locate import locate_bundle
 
     if not isinstance(bundle, LoadedBundle):
-        model = load_bundle(bundle, device)
+        model = load_bundle(locate_bundle(bundle), device)
     elif device is None:
         model = bundle
     else:

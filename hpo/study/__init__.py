@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hpo.study.open import check_search_name, find_study, join_study, list_studies, open_study
+from hpo.study.open import check_search_name, find_study, join_study, last_search, list_studies, open_study
 
 if TYPE_CHECKING:
     from hpo.study.study import Study
 
-__all__ = ["Study", "check_search_name", "find_study", "join_study", "list_studies", "open_study"]
+__all__ = ["Study", "check_search_name", "find_study", "join_study", "last_search", "list_studies", "open_study"]
 
 
 def __getattr__(name: str) -> object:

@@ -120,10 +120,7 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
 
     The storage's URL is only needed if the stored one lacks the password. StudyError if there is no such study.
     """
-    if name is None:
-        name = next((study for study in _by_last_run() if not is_confirmation(study)), None)
-        if name is None:
-            raise StudyError(no_studies())
+    name = last_search() if name is None else name
     paths = StudyPaths.of(_checked(name))
     metadata = read_metadata(paths)
     if metadata is None:
@@ -136,6 +133,18 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
     from hpo.study.study import Study
 
     return Study(_load(name, url, "give the right one by --storage"), paths, metadata, url)
+
+
+def last_search() -> str:
+    """Return the name of the study that ran last.
+
+    Raises:
+        StudyError: There is no study.
+    """
+    name = next((study for study in _by_last_run() if not is_confirmation(study)), None)
+    if name is None:
+        raise StudyError(no_studies())
+    return name
 
 
 def _is_lost(url: str) -> bool:

@@ -23,6 +23,7 @@ from core.data import map_images
 from core.data.decode import BrokenImageError, Pixels, read_pixels, to_channels
 from hpo.errors import BundleError
 from hpo.storage.atomic import replacing
+from hpo.submission.samples import Sample
 
 OneImage: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 Images: TypeAlias = OneImage | Sequence[OneImage]
@@ -60,8 +61,21 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def write(self, path: Path | str, *, probabilities: bool = False) -> None:
-        """Write a CSV, see `write_submission`; `probabilities` adds a column for each class."""
+    def write(self, path: Path | str, *, probabilities: bool = False, like: Sample | Path | str | None = None) -> None:
+        """Write a CSV.
+
+        Args:
+            path: The file.
+            probabilities: Whether to add a column of probabilities for each class, see `write_submission`.
+            like: A sample submission to fill in, which then decides about the columns.
+
+        Raises:
+            BundleError: The images or classes do not fit the sample, or the file cannot be written.
+        """
+        if like is not None:
+            sample = like if isinstance(like, Sample) else Sample.read(like, output=Path(path))
+            sample.write(Path(path), self.ids, self.labels, self.classes, self.probabilities, self.broken)
+            return
         write_submission(Path(path), self.ids, self.labels, self.classes, self.probabilities if probabilities else None)
 
 
