@@ -63,6 +63,9 @@ class DataConfig(_Section):
     """Fraction of all images used as the test set, if the data set has none of its own."""
     split_seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the validation split. The test set does not depend on it."""
+    group: str | None = Field(default=None, min_length=1)
+    """Images of a group, such as a patient, stay on one side of every split: a CSV column, or a regular expression that
+    is searched in file names, or in paths if it has a slash. Its parentheses are the group. None has no groups."""
     folds: int | None = Field(default=None, ge=2, le=20)
     """k-fold cross-validation: the mean score of this many networks. None trains one, validated on `val_fraction`."""
     image_size: int | None = Field(default=None, ge=4, le=1024)
@@ -86,7 +89,7 @@ class DataConfig(_Section):
 
 
 READING_FIELDS = (
-    "class_depth", "label_from", "label_pattern", "path_column", "label_column", "images",
+    "class_depth", "label_from", "label_pattern", "path_column", "label_column", "images", "group",
 )  # fmt: skip
 """Fields of `DataConfig` that decide how a source is read. Their effect is part of the data's fingerprint."""
 

@@ -27,6 +27,7 @@ from core.config import READING_FIELDS, DataConfig
 from core.data import builtin
 from core.data.cache import cache_key, cached, open_array, reading, write_images
 from core.data.decode import to_channels
+from core.data.groups import check_sides, firsts, linked, with_groups
 from core.data.ingest import Progress, Spooled, ingest, read_spool
 from core.data.layout import Entry
 from core.data.names import class_order, listed
@@ -80,6 +81,8 @@ class Dataset:
     """(N, C, 2) int64: sums of pixels and of squared pixels of each image."""
     twins: Tensor = field(repr=False)
     """(N,) int64: index of the first image that is identical to each image."""
+    groups: Tensor | None = field(repr=False)
+    """(N,) int64: index of the first image that stays on the same side of every split; None without `data.group`."""
     _open_test: Callable[[], TestSet] = field(repr=False)
 
     def gives_val(self, config: DataConfig) -> bool:
@@ -224,6 +227,10 @@ def _build(
     if not entries:
         raise UserError(f"{source.where}: no labelled images found")
     _check_classes(source.where, entries)
+    grouped = config.group is not None
+    if config.group is not None:
+        entries = with_groups(entries, config.group, source.where)
+        check_sides(entries, TEST, source.where)
     spool = folder / "spool"
     with spool.open("wb") as file:
         images, broken = ingest(source, entries, size, skip_broken, file, on_progress)
@@ -234,7 +241,7 @@ def _build(
     index = {name: i for i, name in enumerate(classes)}
 
     channels = max(image.shape[0] for image in pool)
-    meta: dict[str, Any] = {"classes": classes, "n_test": len(test), "has_own_test": own_test}
+    meta: dict[str, Any] = {"classes": classes, "n_test": len(test), "has_own_test": own_test, "grouped": grouped}
     for part, members in (("pool", pool), ("test", test)):
         labels = np.array([index[image.entry.label] for image in members], dtype=np.int64)
         shape = (len(members), channels, *members[0].shape[1:])
@@ -246,7 +253,10 @@ def _build(
         meta[f"{part}_fingerprint"] = _fingerprint(classes, shape, members, labels)
     moments = [np.broadcast_to(image.moments, (channels, 2)) for image in pool]
     np.save(folder / "pool_moments.npy", np.stack(moments))
-    np.save(folder / "pool_twins.npy", _twins(pool))
+    twins = firsts([image.digest for image in pool])
+    np.save(folder / "pool_twins.npy", twins)
+    if grouped:
+        np.save(folder / "pool_groups.npy", linked(twins, firsts([image.entry.group for image in pool])))
     np.save(folder / "pool_val.npy", np.array([image.entry.split == VAL for image in pool], dtype=np.int64))
     spool.unlink()
 
@@ -276,7 +286,8 @@ def _divide(
     if own_test:
         in_test = [image.entry.test for image in images]
     else:
-        in_test = cut_test([image.digest for image in images], labels, fraction)
+        groups = [image.entry.group for image in images]
+        in_test = cut_test([image.digest for image in images], labels, fraction, groups if any(groups) else None)
     pool = [image for image, locked in zip(images, in_test, strict=True) if not locked]
     test = [image for image, locked in zip(images, in_test, strict=True) if locked]
     if not pool:
@@ -290,9 +301,25 @@ def _divide(
             f"{where}: a single image outside the test set of {_some(lone)}; "
             "training and validation need one each: add images or remove the class"
         )
+    if pool[0].entry.group:
+        _check_lone_groups(pool, where)
     if not test:
-        raise UserError(f"{where}: no image for a test set; add a test folder, or a third image to each class")
+        third = "group" if pool[0].entry.group else "image"
+        raise UserError(f"{where}: no image for a test set; add a test folder, or a third {third} to each class")
     return pool, test
+
+
+def _check_lone_groups(pool: Sequence[Spooled], where: str) -> None:
+    """Raise UserError if a class has one group only, unless the data set gives its validation images."""
+    groups: dict[str, set[str]] = defaultdict(set)
+    for image in pool:
+        groups[image.entry.label].add(image.entry.group)
+    lone = [name for name, found in sorted(groups.items()) if len(found) < 2]
+    if lone and not any(image.entry.split == VAL for image in pool):
+        raise UserError(
+            f"{where}: data.group: a single group outside the test set has {_some(lone)}; "
+            "training and validation need one each: add images, remove the class, or leave data.group out"
+        )
 
 
 def _check_classes(where: str, entries: Sequence[Entry]) -> None:
@@ -328,12 +355,9 @@ def _fingerprint(
     for image in images:
         digest.update(image.digest)
     digest.update(labels.astype("<i8").tobytes())
+    if any(image.entry.group for image in images):
+        digest.update(firsts([image.entry.group for image in images]).astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def _twins(images: Sequence[Spooled]) -> NDArray[np.int64]:
-    first: dict[bytes, int] = {}
-    return np.array([first.setdefault(image.digest, index) for index, image in enumerate(images)], dtype=np.int64)
 
 
 def _leaked(pool: Sequence[Spooled], test: Sequence[Spooled]) -> int:
@@ -389,6 +413,7 @@ def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> D
             in_val=numbers("pool_val", count).bool(),
             moments=numbers("pool_moments", count, channels, 2),
             twins=numbers("pool_twins", count),
+            groups=numbers("pool_groups", count) if meta["grouped"] else None,
             _open_test=read_test if in_memory is None else lambda: in_memory,
         )
 

@@ -31,6 +31,7 @@ class Entry:
     id: str  # Its unique name within the source, as used in reports
     label: str = ""  # Its class; empty if labels were not requested
     split: Split = TRAIN  # The split that the source assigns it to
+    group: str = ""  # Images of one group stay on one side of every split; empty without groups
 
     @property
     def test(self) -> bool:

@@ -2,15 +2,17 @@
 
 Within each class, images are ordered by a hash of their pixels, and the first ones form the test set, so seeds, names
 and order of files have no effect. Validation images are drawn by scikit-learn; identical images are then moved to the
-set of the first of them, since duplicates across sets inflate scores.
+set of the first of them, since duplicates across sets inflate scores. Groups of images, if there are any, are drawn
+whole, and identical images are then in one group.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from core.config import DataConfig
+from core.data.groups import firsts, linked
 from core.errors import UserError
 from core.runtime import free_memory
 
@@ -25,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 # Salt of the hash for the test set. Changing it changes all test sets.
 CUT_SALT = b"hpo test cut 1"
+
+# Validation takes some of at most this many parts of the groups; more parts need more time and are less alike.
+MOST_PARTS = 10
 
 # Mean and deviation of ImageNet in [0, 1], as in torchvision and timm.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -88,6 +94,9 @@ class Labelled(Protocol):
     def twins(self) -> Tensor: ...
 
     @property
+    def groups(self) -> Tensor | None: ...
+
+    @property
     def classes(self) -> tuple[str, ...]: ...
 
     @property
@@ -95,7 +104,7 @@ class Labelled(Protocol):
 
 
 def stratified(data: Labelled, config: DataConfig) -> Splits:
-    """Draw `val_fraction` of the images for validation, stratified by class, with `split_seed`.
+    """Draw `val_fraction` of the images for validation, stratified by class, with `split_seed`; groups stay whole.
 
     Raises:
         UserError: a class would have no training image, or validation fewer images than classes, or none.
@@ -110,7 +119,17 @@ def given(data: Labelled, in_val: Tensor, config: DataConfig) -> Splits:
         data: the images.
         in_val: (N,) whether each is one of them.
         config: the normalization.
+
+    Raises:
+        UserError: a group has images on both sides.
     """
+    if data.groups is not None:
+        both = set(data.groups[in_val].tolist()) & set(data.groups[~in_val].tolist())
+        if both:
+            raise UserError(
+                f"{data.source}: data.group: {len(both):,} groups have images inside and outside its val set; "
+                "move them to one side, draw validation images by --set data.val=drawn, or leave data.group out"
+            )
     return _normalized(data, (~in_val).nonzero().squeeze(1), in_val.nonzero().squeeze(1), config)
 
 
@@ -119,7 +138,7 @@ def stratified_folds(data: Labelled, config: DataConfig) -> tuple[Splits, ...]:
 
     Raises:
         UserError: a class has fewer images than there are folds, or would have no training image in one; or a fold
-            would have no validation image.
+            would have no validation image; or there are fewer groups than folds.
     """
     assert config.folds is not None
     parts = _draw_parts(data, config)
@@ -166,8 +185,6 @@ def _normalized(data: Labelled, train: Tensor, val: Tensor, config: DataConfig) 
 
 
 def _draw(data: Labelled, config: DataConfig) -> tuple[Tensor, Tensor]:
-    from sklearn.model_selection import train_test_split
-
     labels, classes, where = data.labels, data.classes, data.source
     count = len(labels)
     n_val = round(count * config.val_fraction)
@@ -177,21 +194,12 @@ def _draw(data: Labelled, config: DataConfig) -> tuple[Tensor, Tensor]:
                 f"{where}: data.val_fraction={config.val_fraction:g} leaves {size} {part} images of {count} "
                 f"for {len(classes)} classes; {cure} it"
             )
-    _, drawn = train_test_split(
-        torch.arange(count).numpy(), test_size=n_val, stratify=labels.numpy(), random_state=config.split_seed
-    )
-    in_val = torch.zeros(count, dtype=torch.bool)
-    in_val[torch.from_numpy(drawn)] = True
-    together = in_val[data.twins]
-    cure = (
-        "lower it" if torch.equal(together, in_val) else "remove copies of its images, or try another data.split_seed"
-    )
+    if data.groups is None:
+        together, cure = _draw_images(data, n_val, config.split_seed)
+    else:
+        together = _draw_groups(data, data.groups, config)
+        cure = "add images of another group, or try another data.split_seed"
     train, val = (~together).nonzero().squeeze(1), together.nonzero().squeeze(1)
-    if not len(val):
-        raise UserError(
-            f"{where}: all {n_val} validation images are copies of training images; "
-            "remove the copies, or raise data.val_fraction"
-        )
     missing = _absent(labels[train], classes)
     if missing:
         raise UserError(
@@ -202,6 +210,63 @@ def _draw(data: Labelled, config: DataConfig) -> tuple[Tensor, Tensor]:
     if missing:
         logger.info("%s: too few images of %s for one in validation", where, ", ".join(missing))
     return train, val
+
+
+def _draw_images(data: Labelled, n_val: int, seed: int) -> tuple[Tensor, str]:
+    """(N,) whether each image validates, and what to do if a class is then missing."""
+    from sklearn.model_selection import train_test_split
+
+    count = len(data.labels)
+    _, drawn = train_test_split(
+        torch.arange(count).numpy(), test_size=n_val, stratify=data.labels.numpy(), random_state=seed
+    )
+    in_val = torch.zeros(count, dtype=torch.bool)
+    in_val[torch.from_numpy(drawn)] = True
+    together = in_val[data.twins]
+    if not together.any():
+        raise UserError(
+            f"{data.source}: all {n_val} validation images are copies of training images; "
+            "remove the copies, or raise data.val_fraction"
+        )
+    if torch.equal(together, in_val):
+        return together, "lower it"
+    return together, "remove copies of its images, or try another data.split_seed"
+
+
+def _draw_groups(data: Labelled, groups: Tensor, config: DataConfig) -> Tensor:
+    """(N,) whether each image validates: some of several equal parts, chosen by the seed.
+
+    Few large groups can be divided into equal parts in one way only; the choice of the parts still varies.
+    """
+    most = min(MOST_PARTS, _count(groups), int(data.labels.bincount().max()))
+    shares = [(taken, parts) for parts in range(2, most + 1) for taken in range(1, parts)]
+    taken, parts = min(shares, key=lambda share: (abs(share[0] / share[1] - config.val_fraction), share[1]))
+    part_of = _parts_of_groups(data, groups, parts, config.split_seed)
+    chosen = torch.randperm(parts, generator=torch.Generator().manual_seed(config.split_seed))[:taken]
+    return torch.isin(part_of, chosen)
+
+
+def _parts_of_groups(data: Labelled, groups: Tensor, parts: int, seed: int) -> Tensor:
+    """(N,) the part of each image: equal parts of whole groups, stratified by class."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    draw: Any = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+    labels = data.labels.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a class has fewer images than there are parts
+        return _numbered(len(labels), draw.split(labels, labels, groups.numpy()))
+
+
+def _count(groups: Tensor) -> int:
+    return len(set(groups.tolist()))
+
+
+def _numbered(count: int, divided: Iterable[tuple[Any, Any]]) -> Tensor:
+    """(count,) the number of the fold that validates each image."""
+    parts = torch.empty(count, dtype=torch.int64)
+    for part, (_, chosen) in enumerate(divided):
+        parts[torch.from_numpy(chosen)] = part
+    return parts
 
 
 def _draw_parts(data: Labelled, config: DataConfig) -> Tensor:
@@ -216,11 +281,14 @@ def _draw_parts(data: Labelled, config: DataConfig) -> Tensor:
             f"{where}: data.folds={config.folds} needs as many images of every class, and of "
             f"{classes[counts.index(fewest)]} there are {fewest}; lower it, or add images"
         )
-    draw: Any = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
-    drawn = torch.empty(len(labels), dtype=torch.int64)
-    for part, (_, chosen) in enumerate(draw.split(labels.numpy(), labels.numpy())):
-        drawn[torch.from_numpy(chosen)] = part
-    parts = drawn[data.twins]
+    if data.groups is None:
+        draw: Any = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
+        parts = _numbered(len(labels), draw.split(labels.numpy(), labels.numpy()))[data.twins]
+    elif (groups := _count(data.groups)) < config.folds:
+        raise UserError(f"{where}: data.folds={config.folds} needs as many groups, and there are {groups}; lower it")
+    else:
+        parts = _parts_of_groups(data, data.groups, config.folds, config.split_seed)
+    together = "copies of its images" if data.groups is None else "images of its groups"
     for part in range(config.folds):
         inside = parts == part
         which = f"{where}: data.folds={config.folds}: fold {part + 1}"
@@ -230,11 +298,12 @@ def _draw_parts(data: Labelled, config: DataConfig) -> Tensor:
         if missing:
             raise UserError(
                 f"{which} has no training image of {', '.join(missing)}; "
-                "remove copies of its images, or try another data.split_seed"
+                f"remove {together}, or try another data.split_seed"
             )
         missing = _absent(labels[inside], classes)
         if missing:
-            logger.info("%s has no image of %s to validate: too many are copies", which, ", ".join(missing))
+            why = "copies" if data.groups is None else "in one group"
+            logger.info("%s has no image of %s to validate: too many are %s", which, ", ".join(missing), why)
     return parts
 
 
@@ -256,21 +325,44 @@ def _statistics(moments: Tensor, indices: Tensor, shape: torch.Size) -> tuple[tu
     return mean, std
 
 
-def cut_test(digests: Sequence[bytes], labels: Sequence[str], fraction: float) -> list[bool]:
+def cut_test(
+    digests: Sequence[bytes], labels: Sequence[str], fraction: float, groups: Sequence[str] | None = None
+) -> list[bool]:
     """Select the test images: about `fraction` of each class, at least one, leaving at least two.
 
-    `digests` are equal for identical images; `labels` are the classes. Returns whether each image is in the test set.
+    Args:
+        digests: equal for identical images.
+        labels: the classes.
+        fraction: of each class.
+        groups: images of a group are selected together, and each class keeps at least two groups.
+
+    Returns:
+        Whether each image is in the test set.
     """
     quota = {label: max(min(max(round(n * fraction), 1), n - 2), 0) for label, n in Counter(labels).items()}
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for index, digest in enumerate(digests):
-        groups[hashlib.sha256(CUT_SALT + digest).digest()].append(index)
+    unit_of = firsts(digests) if groups is None else linked(firsts(digests), firsts(groups))
+    members: dict[int, list[int]] = defaultdict(list)
+    for index, first in enumerate(unit_of.tolist()):
+        members[first].append(index)
+    units = sorted(members.values(), key=lambda unit: _order(digests, unit))
+    left = Counter(label for unit in units for label in {labels[index] for index in unit})
     chosen = [False] * len(labels)
-    for order in sorted(groups):
-        wanted = Counter(labels[index] for index in groups[order])
-        if all(quota[label] >= n for label, n in wanted.items()):
-            for index in groups[order]:
+    for unit in units:
+        wanted = Counter(labels[index] for index in unit)
+        if groups is None:
+            fits = all(quota[label] >= n for label, n in wanted.items())
+        else:  # a group is hardly ever as large as what is missing, so it is taken if it brings the set closer
+            closer = sum(abs(quota[label]) - abs(quota[label] - n) for label, n in wanted.items()) > 0
+            fits = closer and all(left[label] > 2 for label in wanted)
+        if fits:
+            for index in unit:
                 chosen[index] = True
             for label, n in wanted.items():
                 quota[label] -= n
+                left[label] -= 1
     return chosen
+
+
+def _order(digests: Sequence[bytes], unit: Sequence[int]) -> bytes:
+    """Key that orders images, or groups of images, by their content alone."""
+    return hashlib.sha256(CUT_SALT + b"".join(sorted({digests[index] for index in unit}))).digest()

@@ -36,7 +36,8 @@ SURFACE = {
         --study trial!
     """,
     "predict": """
-        --device --output/-o:Path=submission.csv --probabilities:bool --skip-broken:bool bundle:Path! images:Path!
+        --device --like:Path --output/-o:Path=submission.csv --probabilities:bool --skip-broken:bool bundle!
+        images:Path!
     """,
     "report": """
         --compare:list* --data:Path --output/-o:Path --storage study

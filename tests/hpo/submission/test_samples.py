@@ -239,7 +239,7 @@ def test_the_command_fills_the_sample_with_the_labels_of_the_images(
     with sample.open("w", newline="") as file:
         csv.writer(file).writerows([["image", *reversed(CLASSES)], *([number, *[0] * len(CLASSES)] for number in ids)])
     assert hpo(monkeypatch, *command) == 0
-    rows = list(csv.DictReader(output.open()))
+    rows = list(csv.DictReader(output.read_text().splitlines()))
     for row in rows:
         shares = found.probabilities[found.ids.index(f"{row['image']}.png")].tolist()
         assert [float(row[name]) for name in CLASSES] == pytest.approx(shares, rel=1e-4)
