@@ -70,6 +70,9 @@ class DataConfig(_Section):
     """k-fold cross-validation: the mean score of this many networks. None trains one, validated on `val_fraction`."""
     image_size: int | None = Field(default=None, ge=4, le=1024)
     """Height and width in pixels to which images are resized. None keeps their size, which must be the same for all."""
+    channels: Literal["rgb", "rgba"] | None = None
+    """Images with a fourth band that the file does not declare to be transparency: `rgb` ignores it, `rgba` takes it as
+    transparency. None refuses them."""
     normalize: Literal["train", "half", "imagenet"] = "train"
     """Mean and standard deviation of pixels: those of the training images, 0.5 and 0.5, or ImageNet's."""
 
@@ -90,6 +93,7 @@ class DataConfig(_Section):
 
 READING_FIELDS = (
     "class_depth", "label_from", "label_pattern", "path_column", "label_column", "images", "group",
+    "channels",
 )  # fmt: skip
 """Fields of `DataConfig` that decide how a source is read. Their effect is part of the data's fingerprint."""
 

@@ -175,7 +175,21 @@ def data_facts(content: Mapping[str, Any], *, most: int | None = None) -> dict[s
     facts = {
         "classes": ", ".join(named),
         "given splits": ", ".join(given) if len(given) > 1 else "",
+        "pixels": _pixels(content, sum(totals.values())),
+        "groups": f"{groups:,}, each on one side of every split" if (groups := content.get("groups", 0)) else "",
         "left out": ", ".join(f"{kind}: {number:,}" for kind, number in left_out.items() if number),
         "note": "; ".join(content.get("notes", ())),
     }
     return {heading: text for heading, text in facts.items() if text}
+
+
+def _pixels(content: Mapping[str, Any], images: int) -> str:
+    """What grey and colour images become, and the range of 16-bit samples where it is the set's own."""
+    grey, channels, top = (content.get(key, 0) for key in ("grey", "channels", "top"))
+    if not channels:
+        return ""
+    kinds = {"grey": grey, "in colour": images - grey}
+    named = [f"{number:,} {kind}" for kind, number in kinds.items() if number]
+    text = f"{joined(named) if len(named) > 1 else f'all {max(kinds, key=kinds.__getitem__)}'}; "
+    text += "one channel" if channels == 1 else "three channels"
+    return f"{text}; 16-bit samples from 0 to {top:,}" if top else text

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.data.bounds import check_members
-from core.data.decode import SIXTEEN_TO_EIGHT, Pixels
+from core.data.decode import Samples
 from core.data.layout import Arrangement, Entry
 from core.data.names import class_name, fault_of_label, listed, look_alikes
 from core.data.roles import TEST, TRAIN, VAL, Split
@@ -89,7 +89,7 @@ class ArraySource(Source):
         scale = _pixel_scale([part.images for part in parts], self.where)
         for part in parts:
             for image in part.images:
-                yield position, _to_pixels(image, scale)
+                yield position, _to_samples(image, scale)
                 position += 1
         assert position == len(entries)
 
@@ -100,7 +100,7 @@ class ArraySource(Source):
 
 
 def _pixel_scale(arrays: list[NDArray[Any]], where: str) -> float:
-    """Factor that scales all arrays of a set to 0 to 255.
+    """Factor that scales all arrays of a set to 0 to 255; 1 for 16-bit ones, which are scaled by `decode`.
 
     Raises:
         UserError: the values are neither 8-bit, nor 16-bit, nor in [0, 1].
@@ -108,10 +108,8 @@ def _pixel_scale(arrays: list[NDArray[Any]], where: str) -> float:
     kind = arrays[0].dtype
     if any(array.dtype != kind for array in arrays):
         raise UserError(f"{where}: its images have different types: {', '.join(str(a.dtype) for a in arrays)}")
-    if kind == np.uint8:
+    if kind in (np.uint8, np.uint16):
         return 1
-    if kind == np.uint16:
-        return 1 / SIXTEEN_TO_EIGHT
     if kind == np.bool_:
         return 255
     if kind.kind in "iuf":
@@ -125,8 +123,8 @@ def _pixel_scale(arrays: list[NDArray[Any]], where: str) -> float:
     raise UserError(f"{where}: its images are of type {kind}; give uint8, uint16, or floats in [0, 1]")
 
 
-def _to_pixels(image: NDArray[Any], scale: float) -> Pixels:
-    return image if image.dtype == np.uint8 else np.rint(image * np.float64(scale)).astype(np.uint8)
+def _to_samples(image: NDArray[Any], scale: float) -> Samples:
+    return image if image.dtype in (np.uint8, np.uint16) else np.rint(image * np.float64(scale)).astype(np.uint8)
 
 
 def _mapped(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any] | None:

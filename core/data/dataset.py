@@ -26,7 +26,7 @@ from torch import Tensor
 from core.config import READING_FIELDS, DataConfig
 from core.data import builtin
 from core.data.cache import cache_key, cached, open_array, reading, write_images
-from core.data.decode import to_channels
+from core.data.decode import SIXTEEN_BIT_TOP, Values, to_channels
 from core.data.groups import check_sides, firsts, linked, with_groups
 from core.data.ingest import Progress, Spooled, ingest, read_spool
 from core.data.layout import Entry
@@ -233,7 +233,8 @@ def _build(
         check_sides(entries, TEST, source.where)
     spool = folder / "spool"
     with spool.open("wb") as file:
-        images, broken = ingest(source, entries, size, skip_broken, file, on_progress)
+        result = ingest(source, entries, size, skip_broken, file, Values(config.channels), on_progress)
+    images = result.images
     own_test = any(entry.test for entry in entries)
     pool, test = _divide(images, own_test, config.test_fraction, source.where)
     _check_classes(source.where, [image.entry for image in images])
@@ -266,10 +267,14 @@ def _build(
         unlabelled=found.unlabelled,
         left_out=dict(found.left_out),
         notes=found.notes,
-        broken=(*found.broken, *broken),
+        broken=(*found.broken, *result.broken),
         leaked=_leaked(pool, test),
         leaked_val=_leaked(training, validation),
         conflicting=_conflicting(images),
+        grey=sum(image.shape[0] == 1 for image in images),
+        channels=channels,
+        top=0 if result.values.top == SIXTEEN_BIT_TOP else result.values.top,
+        groups=len({image.entry.group for image in images} - {""}),
     )
     return {**meta, "report": asdict(report)}
 

@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from core.data.decode import BrokenImageError, Decoded, Pixels, decode
+from core.data.decode import (
+    PLAIN,
+    TWELVE_BITS,
+    BrokenImageError,
+    Decoded,
+    Pixels,
+    UnknownBandError,
+    Values,
+    decode,
+    range_of,
+)
 from core.data.layout import Entry
 from core.data.names import printable
 from core.data.source import Payload, Readable, Source, one_line
@@ -53,8 +63,20 @@ class Spooled:
     moments: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Ingested:
+    """The images of a source in the spool file."""
+
+    images: list[Spooled]
+    """In the order of the entries."""
+    broken: tuple[str, ...]
+    """Ids of images that cannot be read."""
+    values: Values
+    """What their samples mean, with the range of 16-bit samples that was found."""
+
+
 def decode_all(
-    source: Readable, entries: Sequence[Entry], size: tuple[int, int] | None
+    source: Readable, entries: Sequence[Entry], size: tuple[int, int] | None, values: Values = PLAIN
 ) -> Iterator[tuple[int, Decoded | Exception]]:
     """Yield (position in `entries`, image or its error) in the order in which the source reads them."""
     Image.init()  # loading plugins is not thread-safe
@@ -64,7 +86,7 @@ def decode_all(
         # Pillow warns about unusual metadata of readable images.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         for batch in _batches(source.payloads(entries)):
-            waiting.append(pool.submit(_decode_batch, batch, size))
+            waiting.append(pool.submit(_decode_batch, batch, size, values))
             if len(waiting) > IN_FLIGHT * threads:
                 yield from waiting.popleft().result()
         for future in waiting:
@@ -85,18 +107,18 @@ def _batches(payloads: Iterator[tuple[int, Payload]]) -> Iterator[list[tuple[int
 
 
 def _decode_batch(
-    batch: list[tuple[int, Payload]], size: tuple[int, int] | None
+    batch: list[tuple[int, Payload]], size: tuple[int, int] | None, values: Values
 ) -> list[tuple[int, Decoded | Exception]]:
-    return [(position, _decode(payload, size)) for position, payload in batch]
+    return [(position, _decode(payload, size, values)) for position, payload in batch]
 
 
-def _decode(payload: Payload, size: tuple[int, int] | None) -> Decoded | Exception:
+def _decode(payload: Payload, size: tuple[int, int] | None, values: Values) -> Decoded | Exception:
     if callable(payload):
         payload = payload()
     if isinstance(payload, Exception):
         return payload
     try:
-        return decode(payload, size)
+        return decode(payload, size, values)
     except BrokenImageError as error:
         return error
 
@@ -107,29 +129,56 @@ def ingest(
     size: tuple[int, int] | None,
     skip_broken: bool,
     spool: IO[bytes],
+    values: Values = PLAIN,
     on_progress: Progress | None = None,
-) -> tuple[list[Spooled], tuple[str, ...]]:
+) -> Ingested:
     """Write the pixels of all images to the spool file, resized to `size` (H, W) if given.
 
-    Returns:
-        The images in the order of `entries`, and the ids of broken ones.
+    The range of 16-bit samples is known only at the end. Where it is not the usual one, the images are read again.
 
     Raises:
-        UserError: images are broken and `skip_broken` is off, or their sizes differ, or none is left.
+        UserError: images are broken and `skip_broken` is off, or their sizes differ, or none is left, or the meaning of
+            a band is not known.
     """
+    images, broken, highest = _ingest_once(source, entries, size, skip_broken, spool, values, on_progress)
+    top = range_of(highest)
+    if top != values.top:
+        values = replace(values, top=top)
+        spool.seek(0)
+        spool.truncate()
+        images, broken, _ = _ingest_once(source, entries, size, skip_broken, spool, values, on_progress)
+    return Ingested(images, broken, values)
+
+
+def _ingest_once(
+    source: Source,
+    entries: Sequence[Entry],
+    size: tuple[int, int] | None,
+    skip_broken: bool,
+    spool: IO[bytes],
+    values: Values,
+    on_progress: Progress | None,
+) -> tuple[list[Spooled], tuple[str, ...], int]:
+    """Read all images. Returns them, the ids of broken ones, and the largest 16-bit sample."""
     images: list[Spooled | None] = [None] * len(entries)
     broken: dict[int, Exception] = {}
     sizes: dict[tuple[int, int], str] = {}
     after_mismatch = 0
     offset = 0
-    for done, (position, result) in enumerate(decode_all(source, entries, size)):
+    highest = 0
+    coarse: str | None = None
+    for done, (position, result) in enumerate(decode_all(source, entries, size, values)):
         if on_progress is not None and done % BATCH == 0:
             on_progress(min(done, len(entries)), len(entries))
         images[position] = None
         broken.pop(position, None)
+        if isinstance(result, UnknownBandError):
+            raise _unknown_band(source.where, entries[position], result)
         if isinstance(result, Exception):
             broken[position] = result
             continue
+        highest = max(highest, result.top)
+        coarse = entries[position].id if result.coarse else coarse
         channels, height, width = result.pixels.shape
         sizes.setdefault((height, width), entries[position].id)
         if len(sizes) > 1:
@@ -143,7 +192,12 @@ def ingest(
     if len(sizes) > 1:
         raise _different_sizes(source.where, sizes)
     report_broken(source.where, entries, broken, skip_broken)
-    return [image for image in images if image is not None], tuple(entries[i].id for i in sorted(broken))
+    if coarse is not None and 0 < highest < TWELVE_BITS:
+        raise UserError(
+            f"{source.where}: no sample of its 16-bit images reaches {TWELVE_BITS:,}, and of those in colour, such as "
+            f"{printable(coarse)}, only the upper 8 bits can be read; save them with 8 bits"
+        )
+    return [image for image in images if image is not None], tuple(entries[i].id for i in sorted(broken)), highest
 
 
 def report_broken(where: str, entries: Sequence[Entry], broken: dict[int, Exception], skip_broken: bool) -> None:
@@ -162,6 +216,13 @@ def read_spool(spool: Path, images: Sequence[Spooled]) -> Iterator[Pixels]:
     for image in images:
         length = math.prod(image.shape)
         yield pixels[image.offset : image.offset + length].reshape(image.shape)
+
+
+def _unknown_band(where: str, entry: Entry, error: UnknownBandError) -> UserError:
+    return UserError(
+        f"{where}: {printable(entry.id)} has {error}; --set data.channels=rgb ignores it, "
+        "data.channels=rgba takes it as transparency"
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -26,6 +26,14 @@ class DataReport:
     """Number of given validation images identical to a training image."""
     conflicting: int = 0
     """Number of images identical to an image of another class."""
+    grey: int = 0
+    """Number of grey images, in the test set too."""
+    channels: int = 0
+    """Channels of all images as they are given to a network: 1 or 3."""
+    top: int = 0
+    """The sample of 16-bit images that is white, if it is not 65,535 because the set's own range is smaller."""
+    groups: int = 0
+    """Number of groups of images, in the test set too; 0 without `data.group`."""
 
     def plain(self) -> dict[str, Any]:
         """Return the report as JSON data, with the number of broken images."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from core.config import DataConfig
-from core.data.decode import Pixels
+from core.data.decode import Samples
 from core.data.layout import Arrangement, Entry
 
-Content = bytes | Pixels | Exception
+Content = bytes | Samples | Exception
 """An encoded image, an array (H, W) or (H, W, C), or the error of reading it."""
 
 Payload = Content | Callable[[], Content]

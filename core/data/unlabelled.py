@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.data.decode import Decoded, to_channels
+from core.data.decode import PLAIN, Decoded, Values, to_channels
 from core.data.ingest import decode_all, report_broken
 from core.data.layout import Arrangement, Entry, is_image
 from core.data.source import Payload, Reading, Source
@@ -33,6 +33,7 @@ def map_images(
     channels: int,
     batch_size: int,
     skip_broken: bool = False,
+    values: Values = PLAIN,
 ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
     """Apply a function to every image of a folder, .zip, tar, .npz, CSV of paths, single file, or several of these.
 
@@ -44,6 +45,7 @@ def map_images(
         channels: 1 or 3.
         batch_size: maximum images per call.
         skip_broken: leave out unreadable images instead of raising an error at the end.
+        values: the meaning of samples in the images that a model was trained on.
 
     Returns:
         Results (N, …) in the order of ids: natural (`2.png` before `10.png`), or as in the CSV or .npz; ids within a
@@ -56,8 +58,10 @@ def map_images(
     entries = images.entries
     answers: NDArray[np.generic] | None = None
     broken: dict[int, Exception] = {}
+    cut_off = 0
     batch = np.empty((min(batch_size, len(entries)), channels, *image_size), dtype=np.uint8)
-    for positions, results in _in_batches(decode_all(images, entries, image_size), len(batch), broken):
+    for positions, results in _in_batches(decode_all(images, entries, image_size, values), len(batch), broken):
+        cut_off += sum(result.top > values.top for result in results)
         for place, result in enumerate(results):
             batch[place] = to_channels(result.pixels, channels)
         answer = function(torch.from_numpy(batch[: len(results)])).numpy()
@@ -65,6 +69,11 @@ def map_images(
             answers = _room(images.where, (len(entries), *answer.shape[1:]), answer.dtype)
         answers[positions] = answer  # later results of a position replace earlier ones
     report_broken(images.where, entries, broken, skip_broken)
+    if cut_off:
+        logger.warning(
+            "%s: %d images have 16-bit samples above %d, where the range of the training images ends; they are cut off",
+            images.where, cut_off, values.top,
+        )  # fmt: skip
     assert answers is not None, "where all are broken, that is an error"
     kept = [position for position in range(len(entries)) if position not in broken]
     ids = tuple(entries[position].id for position in kept)
@@ -83,11 +92,17 @@ def image_ids(paths: Path | Sequence[Path], *, skip_broken: bool = False) -> tup
 
 
 def load_images(
-    path: Path, *, image_size: tuple[int, int], channels: int, skip_broken: bool = False
+    path: Path, *, image_size: tuple[int, int], channels: int, skip_broken: bool = False, values: Values = PLAIN
 ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
     """Load the images (N, channels, H, W) uint8, their ids, and the ids of those left out; see `map_images`."""
     return map_images(
-        path, _themselves, image_size=image_size, channels=channels, batch_size=LOADED_AT_ONCE, skip_broken=skip_broken
+        path,
+        _themselves,
+        image_size=image_size,
+        channels=channels,
+        batch_size=LOADED_AT_ONCE,
+        skip_broken=skip_broken,
+        values=values,
     )
 
 

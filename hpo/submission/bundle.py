@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from core.calibration import scaled
 from core.config import TrainConfig
+from core.data.decode import SIXTEEN_BIT_TOP, Values
 from core.errors import UserError
 from core.loop import EVALUATION_BATCH
 from core.models import build_model
@@ -36,7 +37,7 @@ from hpo.errors import BundleError, SpaceError
 from hpo.space import recipe_from_yaml, to_yaml
 from hpo.study.results import finite
 from hpo.submission.predictions import Images, Predictions, predictions_of
-from hpo.text import first_fault
+from hpo.text import first_fault, joined
 
 WEIGHTS, MEMBER_WEIGHTS = "model.safetensors", "member_{}.safetensors"
 CONFIG, CLASSES = "config.yaml", "classes.json"
@@ -52,10 +53,10 @@ MAX_JSON_BYTES = 1 << 24  # a million classes take 16 MB
 MAX_NETWORKS = 20  # as `data.folds`
 MAX_IMAGE_PIXELS = 1 << 24  # 4096×4096; `data.image_size` ends at 1024
 
-FORMAT = 3
+FORMAT = 4
 """Format of the folder that is written."""
-READABLE = (2, FORMAT)
-"""Format 2 had no temperature."""
+READABLE = (2, 3, FORMAT)
+"""Format 2 had no temperature, format 3 no range of 16-bit images."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,13 @@ class Bundle:
     source: str | None = None
     temperature: float = 1.0
     """Divisor of the averaged logits, which calibrates the probabilities."""
+    top: int = SIXTEEN_BIT_TOP
+    """The sample of 16-bit images that is white."""
+
+    @property
+    def values(self) -> Values:
+        """The meaning of the samples of its images."""
+        return Values(self.config.data.channels, self.top)
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -107,6 +115,7 @@ class Bundle:
             "image_size": self.image_size,
             "tta_views": self.views,
             "temperature": self.temperature,
+            "sixteen_bit_top": self.top,
             "networks": [
                 {"weights": name, "mean": normalization.mean, "std": normalization.std}
                 for name, normalization in zip(self.weights, self.normalizations, strict=True)
@@ -194,6 +203,7 @@ class LoadedBundle:
             channels=self.meta.in_channels,
             batch_size=batch_size,
             skip_broken=skip_broken,
+            values=self.meta.values,
         )
 
 
@@ -270,11 +280,19 @@ class _Preprocess(_File):
     image_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     tta_views: str
     temperature: Annotated[FiniteFloat, Field(gt=0)]
+    sixteen_bit_top: Annotated[int, Field(ge=255, le=SIXTEEN_BIT_TOP)]
     networks: Annotated[tuple[_Network, ...], Field(min_length=1, max_length=MAX_NETWORKS)]
 
 
-class _PreprocessBefore3(_Preprocess):
+class _PreprocessBefore4(_Preprocess):
+    sixteen_bit_top: Literal[65535] = 65535
+
+
+class _PreprocessBefore3(_PreprocessBefore4):
     temperature: Literal[1] = 1
+
+
+_PREPROCESS: dict[int, type[_Preprocess]] = {2: _PreprocessBefore3, 3: _PreprocessBefore4, FORMAT: _Preprocess}
 
 
 class _Data(_File):
@@ -348,10 +366,10 @@ def _read_meta(folder: Path) -> Bundle:
     """Read everything but the weights, and compare their checksums."""
     made = _read_json(folder / ORIGIN, TypeAdapter(_Format)).format  # first, since other formats have other keys
     if made not in READABLE:
-        known = " and ".join(map(str, READABLE))
+        known = joined(list(map(str, READABLE)))
         raise BundleError(f"{folder}: the bundle has format {made}, and this version of hpo reads {known}")
     origin = _read_json(folder / ORIGIN, TypeAdapter(_Origin))
-    preprocess = _read_json(folder / PREPROCESS, TypeAdapter(_Preprocess if made == FORMAT else _PreprocessBefore3))
+    preprocess = _read_json(folder / PREPROCESS, TypeAdapter(_PREPROCESS[made]))
     names = weight_files(len(preprocess.networks))
     if tuple(network.weights for network in preprocess.networks) != names:
         raise BundleError(f"{folder / PREPROCESS}: the weights of its networks must be {', '.join(names)}, in order")
@@ -383,6 +401,7 @@ def _read_meta(folder: Path) -> Bundle:
         trial=origin.trial,
         source=origin.data.source,
         temperature=preprocess.temperature,
+        top=preprocess.sixteen_bit_top,
     )
 
 

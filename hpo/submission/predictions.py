@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.data import map_images
-from core.data.decode import BrokenImageError, Pixels, read_pixels, to_channels
+from core.data.decode import PLAIN, BrokenImageError, Pixels, Values, read_pixels, to_channels
 from hpo.errors import BundleError
 from hpo.storage.atomic import replacing
 from hpo.submission.samples import Sample
@@ -88,6 +88,7 @@ def predictions_of(
     channels: int,
     batch_size: int,
     skip_broken: bool = False,
+    values: Values = PLAIN,
 ) -> Predictions:
     """Predict images batch by batch, see `LoadedBundle.predict`."""
     each = list(images) if isinstance(images, list | tuple) else [images]
@@ -104,9 +105,11 @@ def predictions_of(
             channels=channels,
             batch_size=batch_size,
             skip_broken=skip_broken,
+            values=values,
         )
         return Predictions(ids, probabilities.argmax(1), probabilities, classes, broken)
-    return _of_pixels(list(_pictures(images)), answer, classes, image_size, channels, batch_size, skip_broken)
+    values = replace(values, channels=values.channels or "rgba")  # a fourth channel is transparency, see `Images`
+    return _of_pixels(list(_pictures(images)), answer, classes, image_size, channels, batch_size, skip_broken, values)
 
 
 def _of_pixels(
@@ -117,6 +120,7 @@ def _of_pixels(
     channels: int,
     batch_size: int,
     skip_broken: bool,
+    values: Values,
 ) -> Predictions:
     ids: list[str] = []
     broken: list[str] = []
@@ -125,7 +129,7 @@ def _of_pixels(
         batch: list[Pixels] = []
         for position, picture in enumerate(pictures[start : start + batch_size], start):
             try:
-                batch.append(to_channels(read_pixels(picture, image_size), channels))
+                batch.append(to_channels(read_pixels(picture, image_size, values), channels))
                 ids.append(str(position))
             except BrokenImageError as error:
                 if not skip_broken:

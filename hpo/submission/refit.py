@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from core import metrics
 from core.config import TrainConfig
 from core.data import Dataset, folds, on_device
+from core.data.decode import SIXTEEN_BIT_TOP
 from hpo.confirmation.result import Confirmation
 from hpo.confirmation.trials import search_epochs
 from hpo.dashboard.pictures import learning_curves
@@ -264,6 +265,7 @@ def _model(trained: _Trained, dataset: Dataset, *, study: str, number: int | Non
         study=study,
         trial=number,
         source=dataset.source,
+        top=dataset.report.top or SIXTEEN_BIT_TOP,
     )
 
 

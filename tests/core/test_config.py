@@ -107,9 +107,9 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "early_stop.patience_fraction": ({"optim.lr_scale": 1e-6}, 0.25),
     "precision.autocast": ({}, "bf16"),
 }
-# Tested elsewhere: below, in `test_models.py` (pretrained weights), `tests/hpo` (folds), `test_groups.py` (groups) and
-# `test_execution.py`.
-ELSEWHERE = {"data.name", "data.folds", "data.group", "model.pretrained", "model.pretrained_file"}
+# Tested elsewhere: below, in `test_models.py` (pretrained weights), `tests/hpo` (folds), `test_groups.py`,
+# `test_pixels.py` and `test_execution.py`.
+ELSEWHERE = {"data.name", "data.folds", "data.group", "data.channels", "model.pretrained", "model.pretrained_file"}
 ELSEWHERE |= {"precision.compile", "precision.cuda_graphs"}
 # In the table of layouts, and in `test_data.py`.
 ELSEWHERE |= {*(f"data.{name}" for name in READING_FIELDS), "data.val"}

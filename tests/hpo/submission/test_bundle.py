@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
@@ -348,8 +350,8 @@ def large_network(folder: Path) -> None:
         (edit_network("std", [1, 1, 0]), r"preprocess\.json: damaged \(networks\.0\.std\.2: "),
         (edit_network("weights", "../model.safetensors"), r"the weights of its networks must be model\.safetensors"),
         (edit("preprocess.json", "tta_views", "zoom"), r"preprocess\.json: tta_views zoom: this hpo knows none"),
-        (edit("origin.json", "format", 1), r"the bundle has format 1, and this version of hpo reads 2 and 3"),
-        (edit("origin.json", "format", 4), r"the bundle has format 4, and this version of hpo reads 2 and 3"),
+        (edit("origin.json", "format", 1), r"the bundle has format 1, and this version of hpo reads 2, 3 and 4"),
+        (edit("origin.json", "format", 5), r"the bundle has format 5, and this version of hpo reads 2, 3 and 4"),
         (edit("origin.json", "format", 2), r"preprocess\.json: damaged \(temperature: "),
         (edit("preprocess.json", "temperature", 0), r"preprocess\.json: damaged \(temperature: "),
         (drop("preprocess.json", "temperature"), r"preprocess\.json: damaged \(temperature: "),
@@ -453,3 +455,27 @@ def test_a_folder_and_a_device_may_be_given_in_words(tmp_path: Path) -> None:
     assert load_bundle(str(write(tmp_path / "best")), "cpu").device == CPU
     with pytest.raises(UserError, match="tpu"):
         load_bundle(tmp_path / "best", "tpu")
+
+
+def test_a_bundle_of_the_format_before_ranges_has_that_of_16_bits(tmp_path: Path) -> None:
+    folder = write(tmp_path / "best")
+    drop("preprocess.json", "sixteen_bit_top")(folder)
+    edit("origin.json", "format", 3)(folder)
+    assert load_bundle(folder, CPU).meta == make()[0]
+
+
+def test_16_bit_images_are_read_on_the_scale_of_the_training_images(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).integers(0, 4096, (12, 16)).astype(np.uint16)
+    Image.fromarray(samples).save(tmp_path / "dark.png")
+    Image.fromarray((samples * 16).astype(np.uint16)).save(tmp_path / "bright.png")
+    bundle, model = make(channels=1)
+    with writing(tmp_path / "best") as new:
+        replaced(bundle, top=4095).write(new, [model], REPORT)
+    twelve, sixteen = load_bundle(tmp_path / "best", CPU), load_bundle(write(tmp_path / "other", channels=1), CPU)
+    assert twelve.meta.top == 4095
+    dark, bright = (tmp_path / f"{name}.png" for name in ("dark", "bright"))
+    with Image.open(dark) as opened:
+        expected = sixteen.predict(bright).probabilities
+        torch.testing.assert_close(twelve.predict(dark).probabilities, expected, atol=1e-2, rtol=0)
+        torch.testing.assert_close(twelve.predict([opened]).probabilities, twelve.predict(dark).probabilities)
+    assert not torch.allclose(sixteen.predict(dark).probabilities, expected, atol=1e-2)

@@ -322,9 +322,9 @@ def test_however_many_images_there_are_few_are_in_memory_at_once(
     alive: set[int] = set()
     most = 0
 
-    def counted(payload: Any, size: Any) -> Any:
+    def counted(payload: Any, size: Any, values: Any) -> Any:
         nonlocal most
-        decoded = decode(payload, size)
+        decoded = decode(payload, size, values)
         number = id(decoded)
         alive.add(number)
         weakref.finalize(decoded, alive.discard, number)
