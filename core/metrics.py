@@ -66,7 +66,8 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Return a percentile bootstrap interval (low, high) over images for each score.
 
-    That of the calibration error is biased upwards, since resampling adds miscalibration.
+    That of the calibration error is biased upwards, since resampling adds miscalibration. If all predictions are
+    correct, or all wrong, resampling shows no variation; accuracies and F1 then have Wilson's interval (Wilson 1927).
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"{resamples} resamples with a confidence of {confidence}")
@@ -83,7 +84,30 @@ def bootstrap_intervals(
     tail = (1 - confidence) / 2
     ends = torch.cat(drawn).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64, device=labels.device), dim=0)
     names = [field.name for field in fields(Scores)]
-    return {name: (low, high) for name, (low, high) in zip(names, ends.T.tolist(), strict=True)}
+    intervals = {name: (low, high) for name, (low, high) in zip(names, ends.T.tolist(), strict=True)}
+    return intervals | _where_all_are_alike(logits, labels, confidence)
+
+
+def _where_all_are_alike(logits: Tensor, labels: Tensor, confidence: float) -> dict[str, tuple[float, float]]:
+    """Wilson's intervals if all predictions are correct or all are wrong, which every resample repeats; else nothing.
+
+    Those of balanced accuracy and macro-F1 are means over the classes, and wider than need be.
+    """
+    hits = int((logits.argmax(1) == labels).sum())
+    if 0 < hits < len(labels):
+        return {}
+    whole = _wilson(hits, len(labels), confidence)
+    sizes = [size for size in labels.bincount().tolist() if size]
+    bounds = [_wilson(size if hits else 0, size, confidence) for size in sizes]
+    low, high = (sum(ends) / len(bounds) for ends in zip(*bounds, strict=True))
+    return {"accuracy": whole, "balanced_accuracy": (low, high), "macro_f1": (low, high)}
+
+
+def _wilson(hits: int, count: int, confidence: float) -> tuple[float, float]:
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, count).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from core.config import ModelConfig
 from core.errors import ConfigError, UserError
-from core.models.weight_files import locate_weights, read_weights, state_dict_faults
+from core.models.weight_files import locate_weights, read_weights, state_dict_faults, without_prefix
 from core.runtime import isolated_rng
 
 # Of the hub's first response; its own client retries for almost a minute.
@@ -137,6 +137,7 @@ def _published(name: str, cfg: Any) -> dict[str, Any]:
 def _from_file(name: str, path: Path, arguments: dict[str, Any], cfg: Any) -> dict[str, Any]:
     """Arguments for the weights in a file, after checking that they are this model's."""
     weights = read_weights(path, "model.pretrained_file", "give a file of the state dict alone")
+    weights = without_prefix(weights, _first(cfg.first_conv), path)
     classes, channels = _outputs(weights, cfg), _inputs(weights, cfg, arguments["in_chans"])
     overlay = {"state_dict": weights, "num_classes": classes, "input_size": (channels, *cfg.input_size[1:])}
     own = arguments | {"num_classes": classes, "in_chans": channels}

@@ -51,6 +51,33 @@ def read_weights(path: Path, field: str, advice: str) -> dict[str, Tensor]:
     return weights
 
 
+def without_prefix(weights: dict[str, Tensor], layer: str, path: Path) -> dict[str, Tensor]:
+    """Remove the prefix that a training framework has given all layers, such as Lightning's `model.`.
+
+    Args:
+        weights: the tensors of the file.
+        layer: the model's first layer, by which a prefix is found; empty if it is not known.
+        path: the file.
+
+    Raises:
+        UserError: other layers of the file lack the prefix.
+    """
+    first = f"{layer}.weight"
+    prefixes = [name.removesuffix(first) for name in weights if name.endswith(f".{first}")]
+    if not layer or first in weights or not prefixes:
+        return weights
+    prefix = min(prefixes, key=len)
+    others = [name for name in weights if not name.startswith(prefix)]
+    if 2 * len(others) > len(weights):  # a layer within the network has the name of the first
+        return weights
+    if others:
+        raise UserError(
+            f"model.pretrained_file: {path}: its layers begin with {prefix}, but {others[0]} does not{_more(others)}; "
+            "save the state dict of the network alone"
+        )
+    return {name.removeprefix(prefix): weight for name, weight in weights.items()}
+
+
 def state_dict_faults(weights: dict[str, Tensor], model: dict[str, Tensor], *, file: str, name: str) -> list[str]:
     """Describe other shapes, missing and surplus layers of `weights`, by the first layer and the number of others."""
     shapes = [key for key in model if key in weights and weights[key].shape != model[key].shape]

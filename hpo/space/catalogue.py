@@ -6,6 +6,7 @@ A `search_spaces` folder in the working directory takes precedence over the inst
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -58,16 +59,34 @@ def _folders(kind: Kind) -> list[Path]:
 def find(name: str, kind: Kind) -> Path:
     """Find the file that a name or path refers to; SpaceError with the nearest name if there is none."""
     path = Path(name).expanduser()
-    if path.is_file():
+    if path.is_file() and not _holds_images(path):
         return path
     if path.suffix in (".yaml", ".yml"):
         raise SpaceError([Fault(name, f"no such file{_elsewhere(path.stem, kind)}")])
     for folder in _folders(kind):
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
+    if path.is_dir() or path.is_file():
+        raise SpaceError([Fault(name, _not_a_space(path, kind))])
     folders = ", ".join(map(shown, _folders(kind)))
     noun = "search space" if kind == "space" else "recipe"
     raise SpaceError([Fault(name, f"no such {noun} in {folders}{_elsewhere(name, kind)}")])
+
+
+def _holds_images(path: Path) -> bool:
+    from core.data.source import TAR_SUFFIXES
+
+    return path.name.lower().endswith((*TAR_SUFFIXES, ".zip", ".npz", ".csv", ".parquet"))
+
+
+def _not_a_space(path: Path, kind: Kind) -> str:
+    """The message for images given as a space or recipe, with the command for them."""
+    what = "a folder" if path.is_dir() else "a file"
+    command, noun, listed = ("run", "search space", "SPACE") if kind == "space" else ("train", "recipe", "RECIPE")
+    return (
+        f"{what} of images, not a {noun}: hpo {command} {listed} --data {shlex.quote(str(path))}, "
+        f"with a {listed} from hpo space list"
+    )
 
 
 def _elsewhere(name: str, kind: Kind) -> str:

@@ -62,7 +62,7 @@ class Refitted:
     test_plain: metrics.Scores
     """Test scores with one view, without the temperature."""
     intervals: dict[str, tuple[float, float]]
-    """95 % bootstrap interval of each score of `test`."""
+    """95 % interval of each score of `test`."""
     test_per_class: list[dict[str, str | float | int]]
     openings: int
     """How often the study's test set has been opened, including this time."""

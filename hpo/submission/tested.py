@@ -54,7 +54,7 @@ class Tested:
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap interval of each score."""
+        """95 % interval of each score, see `core.metrics.bootstrap_intervals`."""
         generator = make_generator(torch.device("cpu"), self.seed, "bootstrap")
         return metrics.bootstrap_intervals(self.answers, self.labels, generator=generator)
 

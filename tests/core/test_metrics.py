@@ -161,15 +161,19 @@ def _seeded(seed: int = 0) -> torch.Generator:
 def test_intervals_are_percentiles_of_resampled_scores(
     case: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compares with scores of every resample and numpy's percentiles."""
+    """Compares with scores of every resample and numpy's percentiles, apart from Wilson's intervals, tested below."""
     monkeypatch.setattr(metrics, "_DRAWN_AT_ONCE", at_once)
     logits, labels = CASES[case]
     found = bootstrap_intervals(logits, labels, generator=_seeded(7), resamples=60)
     drawings = torch.randint(len(labels), (60, len(labels)), generator=_seeded(7))
     table = np.array([dataclasses.astuple(scores(logits[rows], labels[rows])) for rows in drawings])
     expected = np.percentile(table, [2.5, 97.5], axis=0).T
-    assert list(found) == [field.name for field in dataclasses.fields(Scores)]
-    np.testing.assert_allclose(np.array(list(found.values())), expected, rtol=1e-9, atol=1e-12)
+    names = [field.name for field in dataclasses.fields(Scores)]
+    assert list(found) == names
+    is_varied = 0 < (logits.argmax(1) == labels).sum() < len(labels)
+    for name, interval in zip(names, expected, strict=True):
+        if is_varied or name in ("loss", "ece"):
+            np.testing.assert_allclose(found[name], interval, rtol=1e-9, atol=1e-12)
 
 
 def test_intervals_match_scipy() -> None:
@@ -216,6 +220,26 @@ def test_four_times_the_images_halve_the_interval_and_more_confidence_widens_it(
 
     assert width(4 * 400, 0.95) == pytest.approx(width(400, 0.95) / 2, rel=0.15)
     assert width(400, 0.8) < width(400, 0.95) < width(400, 0.99)
+
+
+@pytest.mark.parametrize(("images", "bound"), [(1, 0.2065), (4, 0.5101), (10, 0.7225), (400, 0.9905)])
+def test_a_perfect_or_a_zero_score_has_wilsons_interval(images: int, bound: float) -> None:
+    """Bounds by the formula n / (n + z²), with z = 1.96."""
+    labels = torch.arange(images) % 2
+    right = bootstrap_intervals(torch.eye(2)[labels], labels, generator=_seeded(), resamples=10)
+    wrong = bootstrap_intervals(torch.eye(2)[1 - labels], labels, generator=_seeded(), resamples=10)
+    assert right["accuracy"] == pytest.approx((bound, 1), abs=1e-4)
+    assert wrong["accuracy"] == pytest.approx((0, 1 - bound), abs=1e-4)
+    for name in ("balanced_accuracy", "macro_f1"):
+        assert right[name][0] <= right["accuracy"][0] + 1e-9
+        assert right[name][1] == pytest.approx(1)
+        assert wrong[name][1] >= wrong["accuracy"][1] - 1e-9
+
+
+def test_one_mistake_leaves_the_bootstrap_interval() -> None:
+    labels = torch.arange(10) % 2
+    logits = torch.eye(2)[torch.cat([1 - labels[:1], labels[1:]])]
+    assert bootstrap_intervals(logits, labels, generator=_seeded())["accuracy"] == pytest.approx((0.7, 1.0))
 
 
 def test_one_seed_gives_one_interval() -> None:

@@ -252,6 +252,24 @@ def test_every_kind_of_model_loads_its_own_file(tmp_path: Path, name: str) -> No
     assert torch.equal(_logits(ours, side=side), _logits(source, side=side))
 
 
+@pytest.mark.parametrize("prefix", ["model.", "module.model.", "net.backbone."])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_common_prefix_of_all_layers_is_removed(tmp_path: Path, name: str, prefix: str) -> None:
+    source = _source(name, num_classes=7)
+    state = {prefix + layer: tensor for layer, tensor in source.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "last.ckpt")
+    side = 160 if name == "test_vit" else 64
+    ours = _load(name, tmp_path / "last.ckpt", num_classes=7, side=side)
+    assert torch.equal(_logits(ours, side=side), _logits(source, side=side))
+
+
+def test_a_prefix_that_some_layers_lack_is_named(tmp_path: Path) -> None:
+    state = {f"model.{layer}": tensor for layer, tensor in _source("test_resnet", num_classes=7).state_dict().items()}
+    torch.save(state | {"loss.weight": torch.ones(7)}, tmp_path / "last.ckpt")
+    message = _refusal("test_resnet", tmp_path / "last.ckpt", UserError, num_classes=7)
+    assert "its layers begin with model., but loss.weight does not; save the state dict of the network alone" in message
+
+
 @pytest.mark.parametrize("name", SMALL_MODELS)
 def test_a_classifier_of_other_classes_is_not_loaded(tmp_path: Path, name: str) -> None:
     source = _source(name, num_classes=13)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -546,6 +548,30 @@ def test_the_nearest_name_is_suggested_for_an_unknown_one() -> None:
         load_recipe("digits")
     with pytest.raises(SpaceError, match="a search space, where a recipe is wanted"):
         load_recipe(SPACES / "digits.yaml")
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar.gz", "photos.npz", "labels.csv", "my photos"])
+def test_images_given_as_a_space_or_recipe_are_named_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "." in name:
+        Path(name).write_bytes(b"PK")
+    else:
+        Path(name).mkdir()
+    data = shlex.quote(name)
+    for load, noun, command in (
+        (load_space, "search space", f"hpo run SPACE --data {data}, with a SPACE"),
+        (load_recipe, "recipe", f"hpo train RECIPE --data {data}, with a RECIPE"),
+    ):
+        with pytest.raises(SpaceError, match=re.escape(f"of images, not a {noun}: {command} from hpo space list")):
+            load(name)
+
+
+def test_a_space_is_found_before_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert load_space("digits").name == "digits"
 
 
 @pytest.mark.parametrize(
