@@ -46,6 +46,7 @@ class ArrayPart:
     images: NDArray[Any]  # (N, H, W) or (N, H, W, 1|3|4); uint8, or a type that `_pixel_scale` accepts
     labels: tuple[str, ...] | None  # One class per image
     split: Split
+    groups: tuple[str, ...] | None = None  # One group per image
 
 
 class ArraySource(Source):
@@ -65,9 +66,10 @@ class ArraySource(Source):
         entries: list[Entry] = []
         for part in parts:
             if part.labels is not None:
+                groups = part.groups or ("",) * len(part.labels)
                 entries += [
-                    Entry(f"{part.prefix}{i}", self._class_of(f"{part.prefix}{i}", label), part.split)
-                    for i, label in enumerate(part.labels)
+                    Entry(f"{part.prefix}{i}", self._class_of(f"{part.prefix}{i}", label), part.split, group)
+                    for i, (label, group) in enumerate(zip(part.labels, groups, strict=True))
                 ]
             elif part.split != TEST:
                 raise UserError(f"{self.where}: images without labels; expected {NpzSource.KEYS}")

@@ -57,6 +57,8 @@ def arrange_tree(tree: Tree, read: Read, where: str, reading: Reading) -> Arrang
     if len(set(by_folder.values())) < 2:
         return tables.arranged()
     by_table = tables.arranged()
+    if any(entry.group for entry in by_table.entries):
+        return by_table
     if all(by_folder.get(entry.id) == entry.label for entry in by_table.entries):
         return folders
     names = class_order(by_folder.values()), class_order(entry.label for entry in by_table.entries)

@@ -69,16 +69,20 @@ class HubSource(PathSource):
         entries: list[Entry] = []
         unlabelled = 0
         for file, split in self._splits().items():
+            groups = self._groups(file)
             for row, label in enumerate(self._labels(file)):
                 if label is None and split == TEST:
                     unlabelled += 1
                     continue
                 if fault := fault_of_label(label or ""):
                     raise UserError(f"{self.where}: row {row} of {file.name}: {fault}")
-                entries.append(Entry(self._id(file, row), class_name(label or ""), split))
-        image, label_column = self._columns
-        unused = [name for name in self._schema.names if name not in (image, label_column)]
-        notes = [f"read from {len(self._files)} files: the columns {image}, {label_column}"]
+                group = groups[row] if groups else ""
+                if groups and not group:
+                    raise UserError(f"{self.where}: row {row} of {file.name}: no {self.reading.config.group}")
+                entries.append(Entry(self._id(file, row), class_name(label or ""), split, group))
+        columns = [name for name in (*self._columns, self.reading.config.group) if name in self._schema.names]
+        unused = [name for name in self._schema.names if name not in columns]
+        notes = [f"read from {len(self._files)} files: the columns {', '.join(map(str, columns))}"]
         notes += [f"columns not used: {listed(unused, 10)}"] if unused else []
         notes += look_alikes({entry.label for entry in entries})
         return Arrangement(entries, unlabelled, notes=tuple(notes))
@@ -161,6 +165,14 @@ class HubSource(PathSource):
         if wrong is not None:
             raise UserError(f"{self.where}: {file.name} has the label {wrong} of {len(names)} classes")
         return [None if value in (None, -1) else names[value] for value in values]
+
+    def _groups(self, file: Path) -> list[str]:
+        """Group of each row; none unless `data.group` names a column."""
+        group = self.reading.config.group
+        if group is None or group not in self._schema.names:
+            return []
+        values = (value for batch in self._batches(file, [group]) for value in batch.column(0).to_pylist())
+        return ["" if value is None else _text(value) for value in values]
 
     def _class_names(self, column: str) -> list[str] | None:
         """Names of the class indices, from the metadata that the `datasets` library writes."""

@@ -7,6 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from core.data.tables import (
     Table,
     arrangement_of,
     choose_columns,
+    group_of_row,
     label_of_row,
     missing_files,
     most_missing,
@@ -186,11 +188,12 @@ class PixelTable(ArraySource):
             )
         columns = choose_columns(self._table, self._config, skipped=self._pixels)
         images = self._values().reshape(-1, side, side)
-        unused = notes_of(self._table, Columns((), columns.label, (*columns.one_hot, *self._pixels), columns.split))[1:]
+        unused = notes_of(self._table, replace(columns, paths=(), one_hot=(*columns.one_hot, *self._pixels)))[1:]
         self.notes = (f"read from {self.path.name}: images of {side}×{side} columns of pixels", *unused)
-        labels, splits = [], []
+        labels, splits, groups = [], [], []
         for line, row in zip(self._table.lines, self._table.rows, strict=True):
             splits.append(split_of_row(f"{self.where}:{line}", row, columns, TRAIN))
+            groups.append(group_of_row(f"{self.where}:{line}", self._table, row, columns))
             if columns.is_labelled:
                 labels.append(label_of_row(f"{self.where}:{line}", self._table, row, columns, splits[-1]))
         parts = []
@@ -203,7 +206,8 @@ class PixelTable(ArraySource):
                 )
             prefix = f"{split}/" if columns.split is not None else ""
             if own:
-                parts.append(ArrayPart(prefix, images[own], tuple(named) if named else None, split))
+                own_groups = tuple(groups[index] for index in own)
+                parts.append(ArrayPart(prefix, images[own], tuple(named) if named else None, split, own_groups))
         return parts
 
     def _values(self) -> NDArray[np.uint8 | np.float32]:

@@ -10,7 +10,7 @@ import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from core.config import DataConfig
@@ -61,6 +61,10 @@ class Table:
     def column(self, index: int) -> list[str]:
         """All cells of a column."""
         return [row[index] for row in self.rows]
+
+    def index_of(self, name: str | None) -> int | None:
+        """Return the index of the first column of that name; None if there is none."""
+        return self.keys.index(_key(name)) if name is not None and _key(name) in self.keys else None
 
     def find(self, name: str, field_name: str) -> int:
         """Return the index of the column that a configuration names.
@@ -128,6 +132,8 @@ class Columns:
     one_hot: tuple[int, ...]
     """Columns of 0 and 1, one per class."""
     split: int | None
+    group: int | None = None
+    """The column that `data.group` names."""
 
     @property
     def is_labelled(self) -> bool:
@@ -169,10 +175,12 @@ def choose_columns(table: Table, config: DataConfig, *, skipped: Iterable[int] =
     else:
         label = _label_column(table, used)
     used.update([] if label is None else [label])
+    group = table.index_of(config.group)
+    used.update([] if group is None else [group])
     split = _split_column(table, used)
     used.update([] if split is None else [split])
     one_hot = _one_hot_columns(table, used) if label is None else ()
-    return Columns(paths, label, one_hot, split)
+    return Columns(paths, label, one_hot, split, group)
 
 
 def _label_column(table: Table, used: set[int]) -> int | None:
@@ -282,8 +290,8 @@ def with_paths(table: Table, columns: Columns, images: Images, split: Split | No
     """Keep the first of the columns that may have paths whose first rows name images; the first if none does."""
     for index in columns.paths:
         if any(images.find(row[index], split) for row in table.rows[:_TRIED] if row[index]):
-            return Columns((index,), columns.label, columns.one_hot, columns.split)
-    return Columns(columns.paths[:1], columns.label, columns.one_hot, columns.split)
+            return replace(columns, paths=(index,))
+    return replace(columns, paths=columns.paths[:1])
 
 
 # Rows
@@ -338,7 +346,9 @@ def read_rows(table: Table, columns: Columns, images: Images, split: Split | Non
                 f"{at}: {printable(row[path_column])} may be {listed(candidates, 2)}; "
                 "name their folder with data.images"
             )
-        entry = None if label is None else Entry(candidates[0], label, own or TRAIN)
+        entry = (
+            None if label is None else Entry(candidates[0], label, own or TRAIN, group_of_row(at, table, row, columns))
+        )
         if candidates[0] in seen:
             before, other = seen[candidates[0]]
             if other != entry:
@@ -353,15 +363,17 @@ def read_rows(table: Table, columns: Columns, images: Images, split: Split | Non
             found.unlabelled.append(candidates[0])
             continue
         found.labels[class_name(entry.label)].add(entry.label)
-        found.entries.append(Entry(entry.id, class_name(entry.label), entry.split))
+        found.entries.append(replace(entry, label=class_name(entry.label)))
     if found.missing and most_missing is not None:
         raise missing_files(table.where, found.missing, len(table.rows), len(table.rows))
     return found
 
 
 def _contradiction(a: Entry | None, b: Entry | None) -> str:
-    if a is None or b is None or a.label == b.label:
+    if a is None or b is None or a.split != b.split:
         return "another split"
+    if a.label == b.label:
+        return f"the group {printable(a.group)} instead of {printable(b.group)}"
     return f"the class {printable(a.label)} instead of {printable(b.label)}"
 
 
@@ -389,23 +401,31 @@ def label_of_row(at: str, table: Table, row: list[str], columns: Columns, split:
     return label
 
 
+def group_of_row(at: str, table: Table, row: list[str], columns: Columns) -> str:
+    """The row's group; empty without a column of groups."""
+    if columns.group is None:
+        return ""
+    if not row[columns.group]:
+        raise UserError(
+            f"{at}: no {table.header[columns.group]}, the column of data.group; fill it in or remove the row"
+        )
+    return row[columns.group]
+
+
 def split_by_folders(entries: Sequence[Entry]) -> list[Entry] | None:
     """The entries in the splits that their folders name; None unless all folders name one, and not the same."""
     splits = [split_of_folders(entry.id) for entry in entries]
     if None in splits or TRAIN not in splits or len(set(splits)) < 2:
         return None
-    return [Entry(entry.id, entry.label, split) for entry, split in zip(entries, splits, strict=True) if split]
+    return [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True) if split]
 
 
 def notes_of(table: Table, columns: Columns) -> list[str]:
     """Describe the columns that are used, and those that are not."""
-    used = {*columns.paths, *columns.one_hot, columns.label, columns.split}
+    used = {*columns.paths, *columns.one_hot, columns.label, columns.split, columns.group}
     unused = [name or "(no name)" for index, name in enumerate(table.header) if index not in used]
     names = [table.header[columns.paths[0]]] if columns.paths else []
-    if columns.label is not None:
-        names.append(table.header[columns.label])
-    if columns.split is not None:
-        names.append(table.header[columns.split])
+    names += [table.header[index] for index in (columns.label, columns.split, columns.group) if index is not None]
     text = f"read from {os.path.basename(table.where)}: the columns {listed(names)}"  # noqa: PTH119
     if columns.one_hot:
         text += f" and one column for each of {len(columns.one_hot)} classes"
