@@ -131,3 +131,12 @@ def test_files_that_cannot_be_read_are_one_line(arrow: Any, tmp_path: Path) -> N
         write(arrow, tmp_path / "both/train.parquet", rows(arrow))
         write(arrow, tmp_path / "both/extra.parquet", rows(arrow))
         load(tmp_path / "both")
+
+
+def test_a_column_of_groups_keeps_them_whole(arrow: Any, tmp_path: Path) -> None:
+    content = rows(arrow, 24, patient=[i // 4 for i in range(24)])
+    dataset = load(write(arrow, tmp_path / "set.parquet", content), group="patient")
+    assert dataset.report.groups == 6
+    tested = {int(name.rpartition(":")[2]) // 4 for name in dataset.open_test().ids}
+    assert tested
+    assert not tested & {int(name.rpartition(":")[2]) // 4 for name in dataset.ids}
