@@ -74,9 +74,9 @@ def find(name: str, kind: Kind) -> Path:
 
 
 def _holds_images(path: Path) -> bool:
-    from core.data.source import TAR_SUFFIXES
+    from core.data.layout import ARCHIVE_SUFFIXES, HUB_SUFFIXES, TABLE_SUFFIXES
 
-    return path.name.lower().endswith((*TAR_SUFFIXES, ".zip", ".npz", ".csv", ".parquet"))
+    return path.name.lower().endswith((*ARCHIVE_SUFFIXES, *HUB_SUFFIXES, *TABLE_SUFFIXES, ".npz"))
 
 
 def _not_a_space(path: Path, kind: Kind) -> str:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -124,14 +125,12 @@ class Sample:
             BundleError: An id has no image, or an image no id; or the columns do not fit the classes.
         """
         columns = list(zip(*(row.values for row in self.filled_rows), strict=True))
-        matches = [_match(column, ids) for column in columns]
-        found = [sum(position is not None for position in match) for match in matches]
-        id_column = found.index(max(found))
-        if not found[id_column]:
+        id_column, match = _best_match(columns, ids)
+        if not any(position is not None for position in match):
             raise self._fault(
                 f"none of its columns names the images; its first has {_some(columns[0])}, the images are {_some(ids)}"
             )
-        positions = self._checked(columns[id_column], matches[id_column], ids)
+        positions = self._checked(columns[id_column], match, ids)
         return Form(positions, *self._outputs(id_column, columns, classes))
 
     def write(
@@ -293,40 +292,60 @@ def _unquoted(cell: str) -> str:
     return inner.replace('""', '"') + after
 
 
-def _match(wanted: Sequence[str], ids: Sequence[str]) -> list[int | None]:
-    """For each wanted name, the position of the id that it stands for; None without one, or with several.
+Match = list[int | None]
+"""For each name of a sample, the position of the id that it stands for; None without one, or with several."""
 
-    Names are compared by as many of their last parts as possible, first with their extensions, then without.
-    """
-    ours, theirs = [_parts(name) for name in ids], [_parts(name) for name in wanted]
-    best: list[int | None] = [None] * len(wanted)
-    most = 0
-    for depth in range(max(map(len, [*ours, *theirs]), default=0), 0, -1):
+
+def _best_match(columns: Sequence[Sequence[str]], ids: Sequence[str]) -> tuple[int, Match]:
+    """The first column that names an image in every row, or else the one that names the most."""
+    ours = [_Name.of(name) for name in ids]
+    best: tuple[int, Match] = (0, [])
+    for index, column in enumerate(columns):
+        match = _match(column, ours)
+        if _images(match) == len(column):
+            return index, match
+        best = max(best, (index, match), key=lambda found: _images(found[1]))
+    return best
+
+
+def _match(wanted: Sequence[str], ours: Sequence[_Name]) -> Match:
+    """Find names by as many of their last parts as possible, first with their extensions, then without."""
+    theirs = [_Name.of(name) for name in wanted]
+    best: Match = [None] * len(wanted)
+    for depth in range(max((len(name.parts) for name in (*ours, *theirs)), default=0), 0, -1):
         for with_suffix in (True, False):
             known: dict[tuple[str, ...], int | None] = {}
-            for position, parts in enumerate(ours):
-                key = _key(parts, depth, with_suffix)
+            for position, name in enumerate(ours):
+                key = name.key(depth, with_suffix)
                 known[key] = None if key in known else position
-            found = [known.get(_key(parts, depth, with_suffix)) for parts in theirs]
-            matched = sum(position is not None for position in found)
-            if matched > most:
-                best, most = found, matched
-            if most == len(wanted):
+            match = [known.get(name.key(depth, with_suffix)) for name in theirs]
+            best = max(best, match, key=_images)
+            if _images(best) == len(wanted):
                 return best
     return best
 
 
-def _parts(name: str) -> tuple[str, ...]:
-    """The parts of a path in any notation."""
-    plain = unicodedata.normalize("NFC", name.strip()).replace("\\", "/")
-    return tuple(part for part in plain.split("/") if part not in ("", "."))
+def _images(match: Match) -> int:
+    return len(set(match) - {None})
 
 
-def _key(parts: tuple[str, ...], depth: int, with_suffix: bool) -> tuple[str, ...]:
-    last = parts[-depth:]
-    if with_suffix or not last or not is_image(last[-1]):
-        return last
-    return (*last[:-1], last[-1].rpartition(".")[0])
+class _Name(NamedTuple):
+    """A path in any notation."""
+
+    parts: tuple[str, ...]
+    stem: str
+    """The last part without the extension of an image."""
+
+    @classmethod
+    def of(cls, name: str) -> _Name:
+        plain = unicodedata.normalize("NFC", name.strip()).replace("\\", "/")
+        parts = tuple(part for part in plain.split("/") if part not in ("", "."))
+        last = parts[-1] if parts else ""
+        return cls(parts, last.rpartition(".")[0] if is_image(last) else last)
+
+    def key(self, depth: int, with_suffix: bool) -> tuple[str, ...]:
+        """The last parts of the path, at most this many."""
+        return self.parts[-depth:] if with_suffix else (*self.parts[-depth:-1], self.stem)
 
 
 def _class_of(name: str, classes: Sequence[str]) -> int | None:

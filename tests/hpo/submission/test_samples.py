@@ -154,6 +154,11 @@ def test_a_sample_that_is_not_there_or_is_the_output_is_one_line(tmp_path: Path)
         predicted().write(tmp_path / "s.csv", like=sample)
 
 
+def test_ids_that_are_numbers_are_told_from_labels_that_are(tmp_path: Path) -> None:
+    found = predicted(("0", "1", "2"), ("0", "1", "2"))
+    assert written(tmp_path, b"label,id\n0,2\n0,1\n0,0\n", found) == b"label,id\n2,2\n1,1\n0,0\n"
+
+
 # Columns
 
 
