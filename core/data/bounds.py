@@ -73,12 +73,19 @@ def read_image_file(path: str) -> bytes:
         BrokenImageError: it is a pipe, a device, or too large.
         OSError: it cannot be read.
     """
-    status = os.stat(path)  # noqa: PTH116 - a Path and a buffer each cost more than reading a small image
-    if not stat.S_ISREG(status.st_mode):
-        raise BrokenImageError("not a file")
-    check_image_bytes(status.st_size)
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-        return file.read()
+    # A file object would take half of the time of a small image. A pipe that is opened so does not wait for a writer.
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise BrokenImageError("not a file")
+        check_image_bytes(status.st_size)
+        content = os.read(file, status.st_size)
+        while len(content) < status.st_size and (more := os.read(file, status.st_size - len(content))):
+            content += more
+    finally:
+        os.close(file)
+    return content
 
 
 def _size(count: int) -> str:

@@ -252,8 +252,10 @@ def _build(
         np.save(folder / f"{part}_labels.npy", labels)
         (folder / f"{part}_ids.json").write_text(json.dumps([image.entry.id for image in members]), encoding="utf-8")
         meta[f"{part}_fingerprint"] = _fingerprint(classes, shape, members, labels)
-    moments = [np.broadcast_to(image.moments, (channels, 2)) for image in pool]
-    np.save(folder / "pool_moments.npy", np.stack(moments))
+    moments = np.empty((len(pool), channels, 2), dtype=np.int64)
+    for place, image in enumerate(pool):
+        moments[place] = image.moments
+    np.save(folder / "pool_moments.npy", moments)
     twins = firsts([image.digest for image in pool])
     np.save(folder / "pool_twins.npy", twins)
     if grouped:
@@ -371,10 +373,9 @@ def _leaked(pool: Sequence[Spooled], test: Sequence[Spooled]) -> int:
 
 
 def _conflicting(images: Sequence[Spooled]) -> int:
-    labels: dict[bytes, set[str]] = defaultdict(set)
-    for image in images:
-        labels[image.digest].add(image.entry.label)
-    return sum(len(labels[image.digest]) > 1 for image in images)
+    first: dict[bytes, str] = {}
+    mixed = {image.digest for image in images if first.setdefault(image.digest, image.entry.label) != image.entry.label}
+    return sum(image.digest in mixed for image in images)
 
 
 def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> Dataset:

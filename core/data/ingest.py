@@ -212,7 +212,7 @@ def report_broken(where: str, entries: Sequence[Entry], broken: dict[int, Except
 
 def read_spool(spool: Path, images: Sequence[Spooled]) -> Iterator[Pixels]:
     """Yield the pixels (C, H, W) of the images, through a memory map."""
-    pixels = np.memmap(spool, dtype=np.uint8, mode="r")
+    pixels = np.memmap(spool, dtype=np.uint8, mode="r").view(np.ndarray)  # slices of a map cost more than a copy
     for image in images:
         length = math.prod(image.shape)
         yield pixels[image.offset : image.offset + length].reshape(image.shape)
