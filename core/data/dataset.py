@@ -252,15 +252,7 @@ def _build(
         np.save(folder / f"{part}_labels.npy", labels)
         (folder / f"{part}_ids.json").write_text(json.dumps([image.entry.id for image in members]), encoding="utf-8")
         meta[f"{part}_fingerprint"] = _fingerprint(classes, shape, members, labels)
-    moments = np.empty((len(pool), channels, 2), dtype=np.int64)
-    for place, image in enumerate(pool):
-        moments[place] = image.moments
-    np.save(folder / "pool_moments.npy", moments)
-    twins = firsts([image.digest for image in pool])
-    np.save(folder / "pool_twins.npy", twins)
-    if grouped:
-        np.save(folder / "pool_groups.npy", linked(twins, firsts([image.entry.group for image in pool])))
-    np.save(folder / "pool_val.npy", np.array([image.entry.split == VAL for image in pool], dtype=np.int64))
+    _save_pool(folder, pool, channels, grouped=grouped)
     spool.unlink()
 
     training, validation = ([i for i in pool if (i.entry.split == VAL) == in_val] for in_val in (False, True))
@@ -279,6 +271,19 @@ def _build(
         groups=len({image.entry.group for image in images} - {""}),
     )
     return {**meta, "report": asdict(report)}
+
+
+def _save_pool(folder: Path, pool: Sequence[Spooled], channels: int, *, grouped: bool) -> None:
+    """Save one row of numbers per image outside the test set, as splits need them."""
+    moments = np.empty((len(pool), channels, 2), dtype=np.int64)
+    for place, image in enumerate(pool):
+        moments[place] = image.moments
+    np.save(folder / "pool_moments.npy", moments)
+    twins = firsts([image.digest for image in pool])
+    np.save(folder / "pool_twins.npy", twins)
+    if grouped:
+        np.save(folder / "pool_groups.npy", linked(twins, firsts([image.entry.group for image in pool])))
+    np.save(folder / "pool_val.npy", np.array([image.entry.split == VAL for image in pool], dtype=np.int64))
 
 
 def _counts(classes: Sequence[str], images: Sequence[Spooled]) -> dict[str, dict[str, int]]:
