@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,11 @@ from rich.console import Console
 
 import hpo.cli.console
 import hpo.cli.progress
+from core.config import DataConfig
+from hpo.api.common import open_dataset
 from hpo.cli.progress import StudyProgress, trial_line
+from hpo.cli.terminal import Terminal
+from hpo.reporter import Silent
 from hpo.search.training import trial_label
 from hpo.space import SearchSpace
 from hpo.storage.lease import LEASE, own_lease
@@ -141,3 +148,27 @@ def test_a_terminal_has_a_bar_for_the_study_and_one_for_each_running_trial(
         study.optuna.tell(trial.number, state=PRUNED)
     progress.refresh(force=True)
     assert [(task.description, task.completed) for task in progress.progress.tasks] == [("study", 3)]
+
+
+@pytest.mark.parametrize(("images", "has_bar"), [(10, False), (100_000, True)])
+def test_reading_many_images_has_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], images: int, has_bar: bool
+) -> None:
+    monkeypatch.setattr(hpo.cli.console, "console", Console(width=100, force_terminal=True, highlight=False))
+    with Terminal().reading("photos") as on_progress:
+        on_progress(images // 2, images)
+        time.sleep(0.3)  # the bar is drawn ten times a second
+    assert ("reading photos" in capsys.readouterr().out) == has_bar
+
+
+def test_a_data_set_is_read_with_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Told(Silent):
+        @contextmanager
+        def reading(self, label: str) -> Iterator[Callable[[int, int], None]]:
+            assert label == "digits"
+            yield lambda done, total: told.append((done, total))
+
+    open_dataset(DataConfig(), None, skip_broken=False, reporter=Told())
+    assert told[-1] == (1792, 1797)
