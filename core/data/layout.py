@@ -377,9 +377,12 @@ def _outside(loose: Sequence[str], others: Sequence[_Image], where: str, config:
     problem = f"{where}: {_several(loose)} outside the class folders"
     if others or config.label_from == "folder":
         return UserError(f"{problem}; expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>")
+    found = [re.search(_PATTERN, posixpath.basename(file)) for file in loose]
+    classes = sorted({match[1] for match in found if match is not None})
+    reading = f", which reads {len(classes):,} classes ({listed(classes)})" if classes and None not in found else ""
     return UserError(
         f"{problem}; if their names begin with their class, as in cat.0.jpg, set data.label_from=filename and "
-        f"data.label_pattern={_PATTERN!r}; if a table has their labels, give it"
+        f"data.label_pattern='{_PATTERN}'{reading}; if a table has their labels, give it"
     )
 
 
@@ -391,7 +394,7 @@ def _labels_of_names(images: Sequence[_Image], where: str, config: DataConfig) -
     if config.label_pattern is None:
         raise UserError(
             f"{where}: data.label_from=filename needs data.label_pattern, a regular expression whose first group is "
-            f"the class, such as {_PATTERN!r}"
+            f"the class, such as '{_PATTERN}'"
         )
     pattern = re.compile(config.label_pattern)
     labels = {}

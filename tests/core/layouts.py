@@ -279,7 +279,8 @@ FOLDERS = {
     ),
     "classes in file names": Layout(
         {f"train/{name}.{i}.png": picture(f"{name}{i}") for name in TWO for i in range(4)},
-        error="set data.label_from=filename and data.label_pattern=",
+        error=r"set data.label_from=filename and data.label_pattern='^(.+?)[\W_]*\d*\.\w+$', "
+        "which reads 2 classes (cat, dog)",
     ),
     "classes in file names, by the option": Layout(
         {f"train/{name}.{i}.png": picture(f"{name}{i}") for name in TWO for i in range(4)} | images("test1", n=3),
