@@ -66,6 +66,9 @@ class DataConfig(_Section):
     group: str | None = Field(default=None, min_length=1)
     """Images of a group, such as a patient, stay on one side of every split: a CSV column, or a regular expression that
     is searched in file names, or in paths if it has a slash. Its parentheses are the group. None has no groups."""
+    near_duplicates: Literal["together", "ignored"] = "together"
+    """Re-encoded, resized, slightly cropped or shifted copies of an image stay on its side of every split, if images
+    have at least 32 pixels a side; or they are not looked for."""
     folds: int | None = Field(default=None, ge=2, le=20)
     """k-fold cross-validation: the mean score of this many networks. None trains one, validated on `val_fraction`."""
     image_size: int | None = Field(default=None, ge=4, le=1024)
@@ -93,7 +96,7 @@ class DataConfig(_Section):
 
 READING_FIELDS = (
     "class_depth", "label_from", "label_pattern", "path_column", "label_column", "images", "group",
-    "channels",
+    "near_duplicates", "channels",
 )  # fmt: skip
 """Fields of `DataConfig` that decide how a source is read. Their effect is part of the data's fingerprint."""
 

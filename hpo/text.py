@@ -177,10 +177,21 @@ def data_facts(content: Mapping[str, Any], *, most: int | None = None) -> dict[s
         "given splits": ", ".join(given) if len(given) > 1 else "",
         "pixels": _pixels(content, sum(totals.values())),
         "groups": f"{groups:,}, each on one side of every split" if (groups := content.get("groups", 0)) else "",
+        "near-duplicates": _near_duplicates(content),
         "left out": ", ".join(f"{kind}: {number:,}" for kind, number in left_out.items() if number),
         "note": "; ".join(content.get("notes", ())),
     }
     return {heading: text for heading, text in facts.items() if text}
+
+
+def _near_duplicates(content: Mapping[str, Any]) -> str:
+    """The images that are changed copies of others, and those across splits that the data set gives."""
+    across = [f"{n:,} {split} images of an image outside it" for split, n in _near_across(content).items() if n]
+    return "; ".join([count(near, "image"), *across]) if (near := content.get("near", 0)) else ""
+
+
+def _near_across(content: Mapping[str, Any]) -> dict[str, int]:
+    return {"test": content.get("near_leaked", 0), "val": content.get("near_leaked_val", 0)}
 
 
 def _pixels(content: Mapping[str, Any], images: int) -> str:

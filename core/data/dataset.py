@@ -31,6 +31,7 @@ from core.data.groups import check_sides, firsts, linked, with_groups
 from core.data.ingest import Progress, Spooled, ingest, read_spool
 from core.data.layout import Entry
 from core.data.names import class_order, listed
+from core.data.near import near_duplicates, reduced
 from core.data.report import DataReport
 from core.data.roles import TEST, TRAIN, VAL
 from core.data.source import Reading, Source
@@ -80,7 +81,7 @@ class Dataset:
     moments: Tensor = field(repr=False)
     """(N, C, 2) int64: sums of pixels and of squared pixels of each image."""
     twins: Tensor = field(repr=False)
-    """(N,) int64: index of the first image that is identical to each image."""
+    """(N,) int64: index of the first image that is identical to each image, or its near-duplicate."""
     groups: Tensor | None = field(repr=False)
     """(N,) int64: index of the first image that stays on the same side of every split; None without `data.group`."""
     _open_test: Callable[[], TestSet] = field(repr=False)
@@ -234,7 +235,8 @@ def _build(
     spool = folder / "spool"
     with spool.open("wb") as file:
         result = ingest(source, entries, size, skip_broken, file, Values(config.channels), on_progress)
-    images = result.images
+        file.flush()
+        images = _compared(spool, result.images, config)
     own_test = any(entry.test for entry in entries)
     pool, test = _divide(images, own_test, config.test_fraction, source.where)
     _check_classes(source.where, [image.entry for image in images])
@@ -264,6 +266,9 @@ def _build(
         broken=(*found.broken, *result.broken),
         leaked=_leaked(pool, test),
         leaked_val=_leaked(training, validation),
+        near=_near(images),
+        near_leaked=_near_leaked(pool, test),
+        near_leaked_val=_near_leaked(training, validation),
         conflicting=_conflicting(images),
         grey=sum(image.shape[0] == 1 for image in images),
         channels=channels,
@@ -279,11 +284,19 @@ def _save_pool(folder: Path, pool: Sequence[Spooled], channels: int, *, grouped:
     for place, image in enumerate(pool):
         moments[place] = image.moments
     np.save(folder / "pool_moments.npy", moments)
-    twins = firsts([image.digest for image in pool])
+    twins = firsts([image.look for image in pool])
     np.save(folder / "pool_twins.npy", twins)
     if grouped:
         np.save(folder / "pool_groups.npy", linked(twins, firsts([image.entry.group for image in pool])))
     np.save(folder / "pool_val.npy", np.array([image.entry.split == VAL for image in pool], dtype=np.int64))
+
+
+def _compared(spool: Path, images: Sequence[Spooled], config: DataConfig) -> list[Spooled]:
+    """Find identical images, and near-duplicates if the configuration wants them."""
+    looks = firsts([image.digest for image in images])
+    if config.near_duplicates == "together":
+        looks = linked(looks, pairs=near_duplicates(reduced(read_spool(spool, images), len(images))))
+    return [replace(image, look=int(look)) for image, look in zip(images, looks, strict=True)]
 
 
 def _counts(classes: Sequence[str], images: Sequence[Spooled]) -> dict[str, dict[str, int]]:
@@ -299,7 +312,13 @@ def _divide(
         in_test = [image.entry.test for image in images]
     else:
         groups = [image.entry.group for image in images]
-        in_test = cut_test([image.digest for image in images], labels, fraction, groups if any(groups) else None)
+        in_test = cut_test(
+            [image.digest for image in images],
+            labels,
+            fraction,
+            copies=np.array([image.look for image in images]),
+            groups=groups if any(groups) else None,
+        )
     pool = [image for image, locked in zip(images, in_test, strict=True) if not locked]
     test = [image for image, locked in zip(images, in_test, strict=True) if locked]
     if not pool:
@@ -369,12 +388,29 @@ def _fingerprint(
     digest.update(labels.astype("<i8").tobytes())
     if any(image.entry.group for image in images):
         digest.update(firsts([image.entry.group for image in images]).astype("<i8").tobytes())
+    looks = firsts([image.look for image in images])
+    if not np.array_equal(looks, firsts([image.digest for image in images])):
+        digest.update(looks.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
 def _leaked(pool: Sequence[Spooled], test: Sequence[Spooled]) -> int:
     known = {image.digest for image in pool}
     return sum(image.digest in known for image in test)
+
+
+def _near(images: Sequence[Spooled]) -> int:
+    """Images with a near-duplicate that is not identical."""
+    digests = defaultdict(set)
+    for image in images:
+        digests[image.look].add(image.digest)
+    return sum(len(digests[image.look]) > 1 for image in images)
+
+
+def _near_leaked(pool: Sequence[Spooled], test: Sequence[Spooled]) -> int:
+    """Images of the second set with a near-duplicate in the first, and no identical image."""
+    looks, digests = {image.look for image in pool}, {image.digest for image in pool}
+    return sum(image.look in looks and image.digest not in digests for image in test)
 
 
 def _conflicting(images: Sequence[Spooled]) -> int:
@@ -439,5 +475,11 @@ def _warn(dataset: Dataset) -> None:
     if report.leaked_val:
         logger.warning("%s: %d of the given validation images are identical to training images",
                        dataset.source, report.leaked_val)  # fmt: skip
+    if report.near_leaked:
+        logger.warning("%s: %d test images are near-duplicates of training images; the test score will be too high",
+                       dataset.source, report.near_leaked)  # fmt: skip
+    if report.near_leaked_val:
+        logger.warning("%s: %d of the given validation images are near-duplicates of training images",
+                       dataset.source, report.near_leaked_val)  # fmt: skip
     if report.conflicting:
         logger.warning("%s: %d images are identical to one of another class", dataset.source, report.conflicting)

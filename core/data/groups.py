@@ -75,17 +75,20 @@ def firsts(keys: Sequence[Hashable]) -> NDArray[np.int64]:
     return np.array([first.setdefault(key, index) for index, key in enumerate(keys)], dtype=np.int64)
 
 
-def linked(*links: NDArray[np.int64]) -> NDArray[np.int64]:
+def linked(*links: NDArray[np.int64], pairs: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """Return for each position the first one that it is linked with, over any number of links.
 
     Args:
         links: arrays (N,) that link each position to another, such as those of `firsts`.
+        pairs: (M, 2) further links.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     count = len(links[0])
-    ends = np.concatenate(links)
-    graph = coo_array((np.ones(len(ends)), (np.tile(np.arange(count), len(links)), ends)), shape=(count, count))
+    starts, ends = np.tile(np.arange(count), len(links)), np.concatenate(links)
+    if pairs is not None:
+        starts, ends = np.concatenate([starts, pairs[:, 0]]), np.concatenate([ends, pairs[:, 1]])
+    graph = coo_array((np.ones(len(ends)), (starts, ends)), shape=(count, count))
     _, component = connected_components(graph, directed=False)
     return firsts(component.tolist())

@@ -61,6 +61,8 @@ class Spooled:
     shape: tuple[int, int, int]
     digest: bytes
     moments: NDArray[np.int64]
+    look: int = -1
+    """Equal for identical images and near-duplicates, once they are known."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import scipy.fft
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -31,13 +30,16 @@ CROP = 0.94
 CANDIDATE = 0.93
 """Minimum correlation of the low frequencies of a candidate pair."""
 
-LEVELS = ((16, 4, 0.68), (24, 4, 0.8), (48, 4, 0.83))
+LEVELS = ((16, 4, 0.75), (24, 4, 0.8), (48, 4, 0.83))
 """Side, iterations, and minimum correlation of fine detail after them, of each level of the alignment."""
 
 MAX_SHIFT = 0.15
 """Maximum change of scale and shift, relative to the image side and half of it."""
 
-_ROWS = 1024  # images compared with all others at once
+MAX_CANDIDATES = 300_000
+"""Pairs that are aligned, the most similar first. Sets of up to 15,000 photographs have fewer candidates."""
+
+_BLOCK = 1 << 22  # pairs compared at once
 _PAIRS = 2048  # pairs aligned at once
 
 
@@ -47,7 +49,7 @@ def reduced(images: Iterable[Pixels], count: int) -> Tensor:
     for index, pixels in enumerate(images):
         if min(pixels.shape[1:]) < MIN_SIDE:
             return small[:0]
-        grey = torch.from_numpy(pixels.mean(axis=0, dtype=np.float32))
+        grey = torch.from_numpy(pixels.mean(axis=0, dtype=np.float64))
         small[index] = F.interpolate(grey[None, None], size=(SIDE, SIDE), mode="area")[0, 0].round().byte()
     return small
 
@@ -78,15 +80,6 @@ def near_duplicates(small: Tensor) -> NDArray[np.int64]:
     return found
 
 
-def groups(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the index of the first image of each image's group; pairs are in the same group."""
-    links = scipy.sparse.coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), (count, count))
-    _, component = scipy.sparse.csgraph.connected_components(links, directed=False)
-    _, first = np.unique(component, return_index=True)
-    grouped: NDArray[np.int64] = first[component]
-    return grouped
-
-
 def _candidates(small: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs (K, 2) of images with similar parts, and scale and shift (K, 4) from the first's part to the second's.
 
@@ -97,19 +90,25 @@ def _candidates(small: Tensor) -> tuple[Tensor, Tensor]:
     corners = [(x, y, CROP) for x in (0.0, margin) for y in (0.0, margin)]
     views = {crop: _low_frequencies(_resized(_crop(small, *crop), 32)) for crop in (whole, middle, *corners)}
     compared = [(whole, crop) for crop in views] + list(zip(corners, reversed(corners), strict=True))
-    moves = torch.tensor([_move_between(first, second) for first, second in compared])
+    moves = torch.tensor([_move_between(first, second) for first, second in compared], dtype=torch.float64)
     parts = []
-    for start in range(0, len(small), _ROWS):
-        rows = slice(start, start + _ROWS)
-        similarity, which = torch.stack([views[second][rows] @ views[first].T for first, second in compared]).max(0)
-        second, first = (similarity >= CANDIDATE).nonzero(as_tuple=True)
-        parts.append((first, second + start, which[second, first], similarity[second, first]))
+    rows = max(1, _BLOCK // len(small))
+    for start in range(0, len(small), rows):
+        part = slice(start, start + rows)
+        best = torch.full((len(small[part]), len(small)), -1.0, dtype=torch.float64)
+        which = torch.zeros_like(best, dtype=torch.uint8)
+        for number, (fixed, moved) in enumerate(compared):
+            similarity = views[moved][part] @ views[fixed].T
+            which.masked_fill_(similarity > best, number)
+            torch.maximum(best, similarity, out=best)
+        second, first = (best >= CANDIDATE).nonzero(as_tuple=True)
+        parts.append((first, second + start, which[second, first].long(), best[second, first]))
     first, second, which, similarity = (torch.cat(part) for part in zip(*parts, strict=True))
     order = similarity.argsort(descending=True, stable=True)
     order = order[first[order] != second[order]]
     key = torch.minimum(first, second)[order] * len(small) + torch.maximum(first, second)[order]
     _, best = np.unique(key.numpy(), return_index=True)  # of both directions, the more similar one
-    order = order[torch.from_numpy(best)]
+    order = order[torch.from_numpy(np.sort(best)[:MAX_CANDIDATES])]
     return torch.stack([first, second], dim=1)[order], moves[which[order]]
 
 
@@ -132,9 +131,9 @@ def _crop(small: Tensor, left: float, top: float, side: float) -> Tensor:
 
 
 def _resized(small: Tensor, side: int) -> Tensor:
-    """Images as (N, 1, side, side) float32 in [0, 1]."""
+    """Images as (N, 1, side, side) float64 in [0, 1]: rounding must not decide differently on another machine."""
     starts = range(0, len(small), _PAIRS)
-    grey = (small[start : start + _PAIRS, None].float() / 255 for start in starts)
+    grey = (small[start : start + _PAIRS, None].double() / 255 for start in starts)
     return torch.cat([F.interpolate(part, size=(side, side), mode="area") for part in grey])
 
 
@@ -148,7 +147,7 @@ def _align(fixed: Tensor, moving: Tensor, moves: Tensor, iterations: int) -> Ten
         columns = [slope_x * x, slope_y * y, slope_x, slope_y, moved, torch.ones_like(moved)]
         jacobian = (torch.stack(columns, dim=-1) * inside[..., None]).view(count, -1, 6)
         error = ((fixed - moved) * inside).view(count, -1, 1)
-        normal = jacobian.mT @ jacobian + 1e-3 * torch.eye(6)
+        normal = jacobian.mT @ jacobian + 1e-3 * torch.eye(6, dtype=torch.float64)
         step = torch.linalg.solve(normal, jacobian.mT @ error)[:, :4, 0]
         moves = (moves + step).clamp(-MAX_SHIFT, MAX_SHIFT)
     return moves
@@ -160,12 +159,12 @@ def _move(images: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
     scale_x, scale_y, shift_x, shift_y = (part[:, None, None] for part in moves.unbind(1))
     grid = torch.stack([(1 + scale_x) * x + shift_x, (1 + scale_y) * y + shift_y], dim=-1)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return moved, (grid.abs().amax(-1) <= 1).float()[:, None]
+    return moved, (grid.abs().amax(-1) <= 1).double()[:, None]
 
 
 def _grid(side: int) -> tuple[Tensor, Tensor]:
     """Coordinates x and y (side, side) of the pixel centres in [-1, 1]."""
-    line = (torch.arange(side) + 0.5) / side * 2 - 1
+    line = (torch.arange(side, dtype=torch.float64) + 0.5) / side * 2 - 1
     x, y = torch.meshgrid(line, line, indexing="xy")
     return x, y
 

@@ -24,6 +24,12 @@ class DataReport:
     """Number of test images identical to an image outside the test set."""
     leaked_val: int = 0
     """Number of given validation images identical to a training image."""
+    near: int = 0
+    """Number of images with a near-duplicate, in the test set too."""
+    near_leaked: int = 0
+    """Number of test images with a near-duplicate, but no identical image, outside the test set."""
+    near_leaked_val: int = 0
+    """Number of given validation images with a near-duplicate, but no identical image, among the training images."""
     conflicting: int = 0
     """Number of images identical to an image of another class."""
     grey: int = 0

@@ -16,7 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.config import DataConfig
@@ -326,7 +328,12 @@ def _statistics(moments: Tensor, indices: Tensor, shape: torch.Size) -> tuple[tu
 
 
 def cut_test(
-    digests: Sequence[bytes], labels: Sequence[str], fraction: float, groups: Sequence[str] | None = None
+    digests: Sequence[bytes],
+    labels: Sequence[str],
+    fraction: float,
+    *,
+    copies: NDArray[np.int64] | None = None,
+    groups: Sequence[str] | None = None,
 ) -> list[bool]:
     """Select the test images: about `fraction` of each class, at least one, leaving at least two.
 
@@ -334,13 +341,17 @@ def cut_test(
         digests: equal for identical images.
         labels: the classes.
         fraction: of each class.
+        copies: (N,) equal for identical images and near-duplicates, which are selected together; None for identical
+            images alone.
         groups: images of a group are selected together, and each class keeps at least two groups.
 
     Returns:
         Whether each image is in the test set.
     """
     quota = {label: max(min(max(round(n * fraction), 1), n - 2), 0) for label, n in Counter(labels).items()}
-    unit_of = firsts(digests) if groups is None else linked(firsts(digests), firsts(groups))
+    unit_of = firsts(digests if copies is None else copies.tolist())
+    if groups is not None:
+        unit_of = linked(unit_of, firsts(groups))
     members: dict[int, list[int]] = defaultdict(list)
     for index, first in enumerate(unit_of.tolist()):
         members[first].append(index)

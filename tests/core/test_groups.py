@@ -115,7 +115,7 @@ def test_the_test_cut_leaves_two_groups_of_every_class_and_never_overshoots_by_m
         labels += draw.choices(kinds, k=size)
         groups += [str(group)] * size
     digests = [draw.randbytes(8) for _ in labels]
-    chosen = cut_test(digests, labels, 0.2, groups)
+    chosen = cut_test(digests, labels, 0.2, groups=groups)
     of_group: dict[str, set[bool]] = defaultdict(set)
     trained: dict[str, set[str]] = defaultdict(set)
     for group, label, is_test in zip(groups, labels, chosen, strict=True):

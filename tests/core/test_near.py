@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from core.data.near import MIN_SIDE, groups, near_duplicates, reduced
+from core.data.groups import linked
+from core.data.near import MIN_SIDE, near_duplicates, reduced
 
 Pixels = NDArray[np.uint8]
 
@@ -98,10 +99,9 @@ def test_no_image_and_one_image_have_no_pairs() -> None:
     assert pairs_of(photographs(1)) == []
 
 
-def test_a_copy_of_a_copy_is_in_the_same_group() -> None:
+def test_a_copy_of_a_copy_is_linked_with_the_original() -> None:
     pairs = np.array([[1, 4], [4, 5], [2, 3]])
-    assert groups(6, pairs).tolist() == [0, 1, 2, 2, 1, 1]
-    assert groups(3, np.empty((0, 2), dtype=np.int64)).tolist() == [0, 1, 2]
+    assert linked(np.arange(6), pairs=pairs).tolist() == [0, 1, 2, 2, 1, 1]
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
