@@ -100,6 +100,9 @@ READING_FIELDS = (
 )  # fmt: skip
 """Fields of `DataConfig` that decide how a source is read. Their effect is part of the data's fingerprint."""
 
+SPLITS_OF_0_1_0 = {"val": "drawn", "near_duplicates": "ignored"}
+"""Values by which version 0.1.0, which lacked these fields of `DataConfig`, split images."""
+
 
 class SamplingConfig(_Section):
     """The images shown in one epoch."""

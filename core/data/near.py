@@ -107,8 +107,8 @@ def _candidates(small: Tensor) -> tuple[Tensor, Tensor]:
     order = similarity.argsort(descending=True, stable=True)
     order = order[first[order] != second[order]]
     key = torch.minimum(first, second)[order] * len(small) + torch.maximum(first, second)[order]
-    _, best = np.unique(key.numpy(), return_index=True)  # of both directions, the more similar one
-    order = order[torch.from_numpy(np.sort(best)[:MAX_CANDIDATES])]
+    _, kept = np.unique(key.numpy(), return_index=True)  # of both directions, the more similar one
+    order = order[torch.from_numpy(np.sort(kept)[:MAX_CANDIDATES])]
     return torch.stack([first, second], dim=1)[order], moves[which[order]]
 
 

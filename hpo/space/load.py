@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from core.config import BUILTIN_DATA, TrainConfig
+from core.config import BUILTIN_DATA, SPLITS_OF_0_1_0, TrainConfig
 from hpo.errors import Fault, SpaceError
 from hpo.paths import search_space_dirs
 from hpo.space import parameters
@@ -74,9 +74,8 @@ def space_from_yaml(text: str, name: str) -> SearchSpace:
     loader, parsed = _Loader({}), parse_yaml(text, name)
     space = loader.checked(loader.built(parsed, Path(f"{name}.yaml"), loader.written_space))
     written = {} if parsed[0] is None else parsed[0].content["base"].get("data", {})
-    if "val" not in written:  # by version 0.1.0, which drew the validation images
-        return replace(space, baseline=space.baseline.override({"data.val": "drawn"}))
-    return space
+    lacking = {f"data.{name}": value for name, value in SPLITS_OF_0_1_0.items() if name not in written}
+    return replace(space, baseline=space.baseline.override(lacking)) if lacking else space
 
 
 def to_yaml(config: TrainConfig) -> str:

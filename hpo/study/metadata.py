@@ -95,6 +95,7 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
 
         lines = "\n".join(f"  {line}" for line in diff(stored["identity"], space.identity()))
         raise StudyError(f"study {name} was begun with another space:\n{lines}\n{advice}")
+    _check_near_duplicates(name, stored, space, dataset)
     check_fingerprint(name, stored, dataset.fingerprint)
     _check_validation(name, stored, dataset.given_val(space.baseline.data))
     check_weights(name, stored, _weight_files(space))
@@ -138,6 +139,16 @@ def check_fingerprint(name: str, metadata: Mapping[str, Any], fingerprint: str) 
         )
 
 
+def _check_near_duplicates(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset) -> None:
+    """Raise StudyError if this run keeps near-duplicates together, and the study did not."""
+    ignored = stored["base"]["data"]["near_duplicates"] == "ignored"
+    if ignored and space.baseline.data.near_duplicates == "together" and dataset.report.near:
+        raise StudyError(
+            f"study {name} did not look for near-duplicates, and the data have {dataset.report.near:,}; continue with "
+            "--set data.near_duplicates=ignored, or choose another --study to keep each on the side of its copies"
+        )
+
+
 def _check_validation(name: str, stored: Mapping[str, Any], given: str | None) -> None:
     """Raise StudyError unless the validation images are given by the data, or drawn, as in the study."""
     known = stored["data"].get("given_val")
@@ -155,9 +166,11 @@ def _check_validation(name: str, stored: Mapping[str, Any], given: str | None) -
 
 
 def upgraded(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata with the fields that version 0.1.0 did not have: it drew all validation images."""
+    """Return the metadata with the fields that version 0.1.0 did not have, as it split the images."""
+    from core.config import SPLITS_OF_0_1_0
+
     base = metadata.get("base") or {}
-    return {**metadata, "base": {**base, "data": {"val": "drawn", **base.get("data", {})}}}
+    return {**metadata, "base": {**base, "data": {**SPLITS_OF_0_1_0, **base.get("data", {})}}}
 
 
 def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from core.config import DataConfig
+from core.data import Dataset, folds, load_dataset, split
 from core.data.groups import linked
 from core.data.near import MIN_SIDE, near_duplicates, reduced
 
@@ -115,3 +119,79 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
         assert np.array_equal(near_duplicates(small), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+# In a data set
+
+
+def load(folder: Path, **config: Any) -> Dataset:
+    return load_dataset(DataConfig(name=str(folder), **config))
+
+
+def write(folder: Path, classes: dict[str, dict[str, Pixels]]) -> Path:
+    """Write images by class and name as PNG files, in folders."""
+    for label, images in classes.items():
+        (folder / label).mkdir(parents=True)
+        for name, pixels in images.items():
+            _pillow(pixels).save(folder / label / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """Two classes of 20 images and a cropped copy of each: 0 and 0_copy, 1 and 1_copy, …"""
+    images = photographs(40)
+    parts = {"cat": images[:20], "dog": images[20:]}
+    copies = {
+        label: {f"{index}{end}": change(image) for index, image in enumerate(part) for end, change in ENDS.items()}
+        for label, part in parts.items()
+    }
+    return write(tmp_path / "set", copies)
+
+
+ENDS: dict[str, Callable[[Pixels], Pixels]] = {"": np.asarray, "_copy": cropped}
+
+
+def originals(ids: Iterable[str]) -> set[str]:
+    return {name.removesuffix(".png").removesuffix("_copy") for name in ids}
+
+
+def test_copies_are_on_one_side_of_the_test_cut_the_validation_split_and_all_folds(copied: Path) -> None:
+    dataset = load(copied)
+    assert dataset.report.near == 80
+    assert not originals(dataset.ids) & originals(dataset.open_test().ids)
+    for seed in range(3):
+        config = DataConfig(split_seed=seed, folds=4)
+        for parts in (split(dataset, config), *folds(dataset, config)):
+            train, val = ({dataset.ids[int(index)] for index in side} for side in (parts.train, parts.val))
+            assert val
+            assert not originals(train) & originals(val)
+
+
+def test_ignored_copies_are_divided_like_other_images(copied: Path) -> None:
+    dataset = load(copied, near_duplicates="ignored")
+    assert dataset.report.near == 0
+    assert originals(dataset.ids) & originals(dataset.open_test().ids)
+
+
+def test_copies_across_given_splits_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = photographs(12)
+    train = {str(index): image for index, image in enumerate(images[:8])}
+    write(tmp_path / "set" / "train", {"cat": dict(list(train.items())[:4]), "dog": dict(list(train.items())[4:])})
+    test = {"same": images[0], "crop": cropped(images[1]), "jpeg": jpeg(images[5]), "new": images[8]}
+    write(tmp_path / "set" / "test", {"cat": test, "dog": {"other": images[9]}})
+    write(tmp_path / "set" / "val", {"cat": {"grey": brighter(images[2])}, "dog": {"another": images[10]}})
+
+    report = load(tmp_path / "set").report
+
+    assert (report.leaked, report.near_leaked, report.near_leaked_val, report.near) == (1, 2, 1, 6)
+    assert "2 test images are near-duplicates of training images" in caplog.text
+    assert "1 of the given validation images are near-duplicates" in caplog.text
+
+
+def test_the_fingerprint_tells_whether_near_duplicates_were_kept_together(copied: Path, tmp_path: Path) -> None:
+    classes = {"cat": photographs(8), "dog": photographs(8, seed=1)}
+    named = {label: {str(index): image for index, image in enumerate(part)} for label, part in classes.items()}
+    different = write(tmp_path / "different", named)
+    assert load(copied).fingerprint != load(copied, near_duplicates="ignored").fingerprint
+    assert load(different).fingerprint == load(different, near_duplicates="ignored").fingerprint
