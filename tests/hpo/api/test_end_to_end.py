@@ -259,6 +259,7 @@ def test_real_photographs_go_from_a_zip_to_a_submission(shared_data: Path, tmp_p
         "batch_size": 128,
         "augment.ops": 1,
         "data.image_size": 40,
+        "data.near_duplicates": "ignored",  # looking for them takes longer than the training
     }
     sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     archive = shared_data / "scenes5k.zip"

@@ -78,6 +78,9 @@ SURFACE = {
     "data list": """
 
     """,
+    "data audit": """
+        --csv:bool --data:Path --output/-o:Path --storage study
+    """,
 }
 """Arguments and options of each command: `name:type[least..most]=default`, `!` required, `*` repeatable; `str` is left
 out. Scripts depend on these; only help texts may change freely."""
