@@ -27,7 +27,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.objective import Divide, Objective
 from hpo.search.options import TrialOptions
 from hpo.search.training import validation_confusion
-from hpo.search.weights import DEFAULTS, SpaceOnDisk, explain_full_disk, keep_weights
+from hpo.search.weights import DEFAULTS, SpaceOnDisk, explain_full_disk, keep_outputs, keep_weights
 from hpo.space import ConfirmationSpace, SearchSpace
 from hpo.space.pruner import RungPruner, build_pruner, lets_through
 from hpo.study import Study
@@ -135,6 +135,8 @@ def _run_trial(
             matrix = validation_confusion(outcome.results, splits)
         classes = splits[0].classes
         artifacts.record(study, space, trial, outcome, confusion=matrix, classes=classes, device=device)
+    elif outcome.results and outcome.config is not None:  # for the label audit: its splits are others
+        keep_outputs(study, objective.divide(outcome.config.data), outcome)
     space_on_disk.keep_within()
     # One thread and two do not add in the same order: with the same number, a trial's values are reproducible.
     attributes = {**outcome.attributes, "torch_threads": torch.get_num_threads(), "device": device}

@@ -13,7 +13,6 @@ from optuna.trial import TrialState
 from safetensors.torch import save_file, save_model
 
 from core.data import Splits
-from core.loop import TrainResult
 from hpo.errors import FULL_DISK, HpoError, StudyError
 from hpo.search.options import TrialOptions
 from hpo.storage.atomic import replacing
@@ -35,10 +34,8 @@ def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> No
     values[outcome.number] = study.sign * outcome.value
     best = _best_of(values)
     folds = range(1, len(outcome.results) + 1)
-    if outcome.number in best or study.confirms is not None:
-        for fold, result in zip(folds, outcome.results, strict=True):
-            _write_validation(study.paths.trial_validation(outcome.number, fold), result, splits[fold - 1])
     if outcome.number in best:
+        keep_outputs(study, splits, outcome)
         for fold, result in zip(folds, outcome.results, strict=True):
             with replacing(study.paths.trial_model(outcome.number, fold)) as weights:
                 save_model(result.model, str(weights))
@@ -49,11 +46,12 @@ def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> No
     _delete(study, set(before) - set(best), folds=len(folds))
 
 
-def _write_validation(path: Path, result: TrainResult, splits: Splits) -> None:
-    """Write the network's `logits` (M, K) float32 on its validation images, and their `indices` (M,) int64."""
-    assert result.val_logits is not None, "a trial has validation images"
-    with replacing(path) as file:
-        save_file({"logits": result.val_logits.cpu().contiguous(), "indices": splits.val.cpu()}, str(file))
+def keep_outputs(study: Study, splits: Sequence[Splits], outcome: Outcome) -> None:
+    """Write each network's `logits` (M, K) float32 on its validation images, and their `indices` (M,) int64."""
+    for fold, (result, divided) in enumerate(zip(outcome.results, splits, strict=True), 1):
+        assert result.val_logits is not None, "a trial has validation images"
+        with replacing(study.paths.trial_validation(outcome.number, fold)) as file:
+            save_file({"logits": result.val_logits.cpu().contiguous(), "indices": divided.val.cpu()}, str(file))
 
 
 def keep_best_weights(study: Study, *, folds: int, options: TrialOptions = DEFAULTS) -> None:
@@ -119,8 +117,7 @@ def _delete(study: Study, numbers: Iterable[int], *, folds: int) -> None:
             weights = study.paths.trial_model(number, fold)
             weights.unlink(missing_ok=True)
             study.files.unshare(weights)
-            if study.confirms is None:  # the outputs of a confirmation, on splits of its own, serve the label audit
-                study.paths.trial_validation(number, fold).unlink(missing_ok=True)
+            study.paths.trial_validation(number, fold).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
