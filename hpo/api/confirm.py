@@ -130,7 +130,6 @@ class _Confirm:
         return study
 
     def _open(self) -> tuple[Work, Dataset]:
-        """Open the confirmation's study, and queue its trainings."""
         search, space = self._search, self._space
         for candidate in self._plan.chosen:
             search.check_weights(candidate.train_config)

@@ -34,15 +34,10 @@ def option(
     """Describe one field.
 
     Args:
-        description: Help text of the command line and of the Python function.
-        default: Default value; `...` for an argument that must be given.
+        default: `...` for an argument that must be given.
         flags: Names on the command line, separated by spaces; `--field-name` by default.
-        metavar: Placeholder for the value in the help.
-        argument: Whether it is a positional argument.
         secret: Whether it is a URL whose password is masked wherever it is shown.
         resumes: Whether the command that resumes the work repeats it.
-        ge: Smallest value.
-        le: Largest value.
     """
     words: dict[str, Any] = {
         "flags": flags,
@@ -346,7 +341,7 @@ class RefitOptions(DataOptions, DeviceOptions):
 
 
 class RefitKeywords(TypedDict, total=False):
-    """Keyword arguments of `hpo.refit`: the fields of `RefitOptions` as editors and type checkers see them."""
+    """Keyword arguments of `hpo.refit`: the fields of `RefitOptions`."""
 
     data: str | Path | None
     storage: str | None

@@ -173,7 +173,6 @@ class Search:
         )
 
     def _report_requeued(self, study: Study, trial_indices: Sequence[int]) -> None:
-        """Show the trials left by a dead process, and how many of them have a checkpoint."""
         if not trial_indices:
             return
         saved = sum(study.paths.checkpoint(trial_index).exists() for trial_index in trial_indices)
@@ -215,7 +214,6 @@ def _model_names(space: SearchSpace) -> set[str]:
 
 
 def _pruner(space: SearchSpace) -> str:
-    """Name the pruner; the rung pruner with its epochs."""
     if not isinstance(space.pruner, RungsPruner):
         return space.pruner.name
     rungs = rung_epochs(space.pruner.rungs, space.baseline.epochs)

@@ -82,7 +82,6 @@ def _next_command(study: Study, file: Path) -> str:
 
 
 def _is_free(name: str) -> bool:
-    """Whether a new study may have this name."""
     from hpo.study import check_search_name
 
     try:

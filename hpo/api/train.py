@@ -111,7 +111,7 @@ def _resolve(options: TrainOptions, reporter: Reporter) -> TrainPlan:
 
 
 def _of_trial(options: TrainOptions, trial: str, reporter: Reporter) -> TrainPlan:
-    """Look up a trial of a study, as it was or changed by `--set` and `--metric`."""
+    """Look up a trial, unchanged or changed by `--set` and `--metric`."""
     replay = replay_of(trial, storage=options.storage)
     study = replay.study
     reporter.say(f"study {study.name}, trial {replay.trial.number}: {replay.was}")

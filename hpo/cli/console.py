@@ -82,7 +82,6 @@ def table(
 
 
 def _grid(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int], width: int | None) -> Table:
-    """A table whose last column is cut off at a width, if there is one."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         grid.add_column(column, justify="right" if number in right else "left", overflow="fold")

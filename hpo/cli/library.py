@@ -1,7 +1,7 @@
 """The functions of `import hpo`: the same studies and models as by the commands, with exceptions and return values.
 
-They show the progress that the commands show, unless `quiet`. Their keyword arguments are the fields of the options
-models. A script with several workers needs `if __name__ == "__main__":`, because each worker process imports it.
+Their keyword arguments are the fields of the options models. A script with several workers needs
+`if __name__ == "__main__":`, because each worker process imports it.
 """
 
 from __future__ import annotations

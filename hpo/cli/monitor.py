@@ -122,7 +122,6 @@ def _finished_row(trial: FrozenTrial, steps: int, names: Mapping[str, str]) -> l
 
 
 def _foot(view: View) -> list[str]:
-    """Whether it is finished, or how to resume it."""
     study = view.study
     if view.running:
         return []

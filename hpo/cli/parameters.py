@@ -36,7 +36,6 @@ def command(
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    """One field as a parameter of the function that typer inspects."""
     repeats = get_origin(field.annotation) is tuple or field.default == ()
     kind: Any = list[str] | None if repeats else field.annotation
     shown: dict[str, Any] = {"help": field.description, "metavar": words(field, "metavar")}

@@ -109,7 +109,6 @@ def _show_confirmation(study: Study, reporter: Reporter) -> None:
 
 
 def _show_candidates(study: Study, reporter: Reporter) -> None:
-    """Show the trainings of a confirmation by candidate."""
     from hpo.confirmation.trials import trainings  # with torch
 
     found = trainings(study)
@@ -191,7 +190,6 @@ def _scores(recorded: Recorded, metric: str) -> str:
 
 
 def _course(recorded: Recorded, epochs: int) -> str:
-    """The kept epochs, the time and the speed."""
     kept = [result.kept for result in recorded.results]
     which = ", ".join(str(epoch.epoch) for epoch in kept)
     took = duration(sum(result.history[-1].elapsed_s for result in recorded.results))
@@ -206,7 +204,6 @@ def show_classes(rows: Sequence[Mapping[str, Any]], labels: Tensor, images: str,
         rows: Of `core.metrics.per_class`.
         labels: (N,) int64, of the images outside the test set.
         images: Names the images that were counted.
-        reporter: Shows the table.
     """
     if not is_imbalanced(labels) or len(rows) > SHOWN_CLASSES:
         return

@@ -84,7 +84,6 @@ class _Choice:
         return list(self._found.values())
 
     def _add(self, candidate: Candidate) -> None:
-        """Add a candidate, or its reasons if its configuration was added."""
         known = self._found.get(candidate.identity)
         if known is None:
             self._found[candidate.identity] = candidate
@@ -100,7 +99,6 @@ class _Choice:
         )
 
     def _baseline(self) -> Candidate:
-        """The baseline, trained or not."""
         trial = next((trial for trial in self._trials if is_baseline(trial)), None)
         if trial is not None:
             return replace(_of_trial(self._study, trial, "the baseline"), key=BASELINE)

@@ -23,7 +23,6 @@ def recipe_of(study: Study, trial: str) -> str:
     """Return a trial's configuration as a recipe, with its result.
 
     Args:
-        study: The study.
         trial: A number, or `best`: the confirmed winner if there is one.
 
     Raises:
@@ -42,7 +41,6 @@ def _numbered(study: Study, trial: str) -> FrozenTrial:
 
 
 def _best_recipe(study: Study) -> str:
-    """The confirmed winner, or else the best trial by its score in the search."""
     confirmation = read_confirmation(study.paths.confirmation)
     if confirmation is not None and is_current(confirmation, study.counts().finished):
         return _confirmed_recipe(study, confirmation)

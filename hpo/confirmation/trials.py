@@ -220,7 +220,7 @@ class Plan:
 
     @property
     def challengers(self) -> tuple[Candidate, ...]:
-        """The chosen candidates without the baseline; if there are none, nothing is trained."""
+        """The chosen candidates without the baseline."""
         return tuple(candidate for candidate in self.chosen if candidate.key != BASELINE)
 
     @property
@@ -253,7 +253,6 @@ class Plan:
         return len(queued)
 
     def _missing(self, known: Sequence[Training], replicates: Iterable[int]) -> list[tuple[Candidate, int]]:
-        """Trainings of the remaining candidates that are neither queued nor trained."""
         existing = {(training.identity, training.replicate) for training in known}
         remaining = self._remaining(known)
         return [(one, number) for number in replicates for one in remaining if (one.identity, number) not in existing]

@@ -97,7 +97,6 @@ class Bundle:
 
     @property
     def values(self) -> Values:
-        """The meaning of the samples of its images."""
         return Values(self.config.data.channels, self.top)
 
     @property

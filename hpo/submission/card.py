@@ -1,7 +1,6 @@
-"""The model card: the README of a bundle, with its use, scores, limits, data and configuration.
+"""The model card: the README of a bundle.
 
-The text is in `templates/card.md.j2`; every sentence in it follows from a number in the bundle or its report. At its
-head is the metadata that Hugging Face reads.
+The text is in `templates/card.md.j2`; every sentence in it follows from a number in the bundle or its report.
 """
 
 from __future__ import annotations
@@ -65,7 +64,6 @@ def model_card(bundle: Bundle, report: Report, *, files: Collection[str] = ()) -
     """Render the card as Markdown with YAML metadata.
 
     Args:
-        bundle: The submission model.
         report: The content of `metrics.json`; text that needs a missing key is left out.
         files: Names of the files beside the card.
     """
@@ -100,7 +98,7 @@ def model_card(bundle: Bundle, report: Report, *, files: Collection[str] = ()) -
 
 
 def _metadata(bundle: Bundle, report: Report) -> str:
-    """The YAML head: how to load the model, its task, and its scores on validation and test images."""
+    """The YAML head, which Hugging Face reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -257,14 +255,13 @@ def _candidates(scores: Mapping[str, float | None]) -> str:
 
 
 def _states(search: Mapping[str, Any]) -> str:
-    """The number of trials by state, in parentheses."""
     names = {"complete": "complete", "pruned": "pruned", "failures": "failed to train"}
     counts = [f"{search[key]:,} {name}" for key, name in names.items() if search.get(key)]
     return f" ({joined(counts)})" if counts else ""
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
-    """A table whose cells are Markdown; columns in `right` are aligned right."""
+    """A table; its cells are Markdown."""
     rule = ["---:" if place in right else "---" for place in range(len(columns))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows))
 

@@ -196,7 +196,7 @@ class Trainer:
     ) -> Network:
         """Train a network, or resume its training from the checkpoint of an interrupted refit.
 
-        The only training has no name for the user (empty), and no place among several (None).
+        The only training has an empty `name`, and `place` is None.
         """
         checkpoint = self.paths.refit_checkpoint(self.label, part)
         attempt = partial(

@@ -46,8 +46,6 @@ def export_onnx(bundle: LoadedBundle, path: Path, check: Tensor) -> float:
     """Export the model as ONNX: `images` (N, C, H, W) uint8 to `probabilities` (N, K) float32, with any N.
 
     Args:
-        bundle: The model.
-        path: The file to write.
         check: Images (M, C, H, W) uint8 for the check, M at least 1.
 
     Returns:

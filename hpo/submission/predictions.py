@@ -65,7 +65,6 @@ class Predictions:
         """Write a CSV.
 
         Args:
-            path: The file.
             probabilities: Whether to add a column of probabilities for each class, see `write_submission`.
             like: A sample submission to fill in, which then decides about the columns.
 
@@ -197,7 +196,7 @@ def write_submission(
     """Write a CSV with the columns `id` and `label` (a class name), and one column of probabilities per class.
 
     The probabilities of a class called `id` or `label` are in `p_id` or `p_label`. `labels` (N,) are indices into
-    `classes`; without `probabilities` (N, K) there are no such columns.
+    `classes`, `probabilities` are (N, K).
 
     Raises:
         BundleError: The file cannot be written.
@@ -219,7 +218,7 @@ def write_submission(
 
 
 def _shares(probabilities: Tensor | None, count: int) -> Iterator[list[str]]:
-    """The probabilities of each row as text, one row at a time."""
+    """The probabilities of each row as text."""
     if probabilities is None:
         yield from ([] for _ in range(count))
     else:

@@ -93,18 +93,13 @@ def refit(
     `recipe`, `confirmation` and `search` (see `search_summary`) are only written into `metrics.json`.
 
     Args:
-        paths: Folder of the study.
         number: Trial whose kept weights are used if possible; None if no trial has the configuration.
         label: Name of the bundle's folder.
-        config: The configuration.
         epochs: Epochs of the training on all images.
-        dataset: The images.
         metric: The study's objective, which chooses the views and the form.
-        device: Where to train.
         ensemble: Number of networks trained on different folds; None for no ensemble of folds.
         members: Number of networks trained on all images with different seeds, validated on `data.val_fraction` even
             if the trial had folds; None for one network.
-        onnx: Whether to export the model as ONNX.
         watch: Called at the beginning of each training.
 
     Raises:
@@ -166,7 +161,6 @@ class _Trained:
 
 
 def _trained(trainer: Trainer, dataset: Dataset, *, epochs: int, ensemble: int | None, members: int | None) -> _Trained:
-    """Train the networks that decide, decide, and train the networks of the model."""
     config = trainer.config
     if ensemble is not None or members is not None:
         config = config.override({"data.folds": ensemble})

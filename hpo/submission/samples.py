@@ -117,10 +117,6 @@ class Sample:
     def form(self, ids: Sequence[str], classes: Sequence[str]) -> Form:
         """Find the image of each row, and the columns to replace.
 
-        Args:
-            ids: Ids of the images.
-            classes: Names of the classes.
-
         Raises:
             BundleError: An id has no image, or an image no id; or the columns do not fit the classes.
         """
@@ -145,10 +141,7 @@ class Sample:
         """Write the sample with these labels or probabilities.
 
         Args:
-            path: The file.
-            ids: N ids.
             labels: (N,) int64, indices into `classes`.
-            classes: K names.
             probabilities: (N, K).
             broken: Ids of images without a label, whose rows stay as in the sample.
 
@@ -177,11 +170,7 @@ class Sample:
             raise BundleError(f"{path}: cannot be written ({error.strerror}); give another file") from error
 
     def _checked(self, wanted: Sequence[str], match: Sequence[int | None], ids: Sequence[str]) -> tuple[int, ...]:
-        """The positions, if they and the images are one to one.
-
-        Raises:
-            BundleError: They are not.
-        """
+        """The positions; BundleError unless they and the images are one to one."""
         faults = []
         missing = [name for name, position in zip(wanted, match, strict=True) if position is None]
         if missing:
@@ -227,7 +216,7 @@ class Sample:
     def _single(
         self, column: int, name: str, values: set[str], classes: Sequence[str]
     ) -> tuple[int | None, dict[int, int], str]:
-        """The same where a single column is to be filled, with these values in the sample."""
+        """The same for a single column, with these values in the sample."""
         if not values or values & set(classes):
             return column, {}, ""
         shown = f"its column {printable(name)} has {printable(min(values))}"

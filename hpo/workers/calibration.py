@@ -62,7 +62,6 @@ def choose(measure: Callable[[int], Measured], capacity: Capacity) -> Choice:
 
     Args:
         measure: times so many trainings side by side; raises if they do not fit.
-        capacity: of the device.
     """
     speeds: dict[int, float] = {}
     best, number, used, bound = 1, 1, 0, ""

@@ -51,7 +51,6 @@ class Capacity:
 
     @property
     def why_useful(self) -> str:
-        """The reason for `useful`."""
         return f"the CPU has {count(self.cores, 'core')}"
 
     def check(self, trials: int, *, asked: str) -> None:

@@ -83,7 +83,6 @@ class Exit:
 
     @classmethod
     def with_status(cls, status: int, where: str = "") -> Exit:
-        """Describe the end of a worker that exited."""
         how = "was stopped" if status == STOPPED else f"ended with exit status {status}"
         return cls(clean=status == 0, words=how + where, blameless=status == STOPPED)
 

@@ -37,7 +37,6 @@ class Placement:
         return ", ".join(dict.fromkeys(map(describe_device, self.devices)))
 
     def __iter__(self) -> Iterator[tuple[torch.device, int | None]]:
-        """Iterate over (device, number of workers)."""
         return zip(self.devices, self.workers, strict=True)
 
 
@@ -108,7 +107,6 @@ def _devices(device: str | None, devices: str | None) -> tuple[torch.device, ...
 
 
 def _is_count(text: str) -> bool:
-    """Return whether the text is a positive whole number."""
     return text.isdecimal() and int(text) > 0
 
 

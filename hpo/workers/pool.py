@@ -49,10 +49,8 @@ def run_workers(
 
     Args:
         study: with its trials queued.
-        spec: the same study, for the workers.
         engine: closed at the end.
         slots: filled in this order.
-        progress: shows the study meanwhile.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the running trials are back in the queue.
@@ -134,7 +132,6 @@ class _Supervisor:
         self.workers[slot] = self.engine.start(self.spec, slot)
 
     def _trials_of(self, worker: Worker) -> list[FrozenTrial]:
-        """The trials that the worker claimed."""
         trials = self.study.optuna.get_trials(deepcopy=False)
         return [trial for trial in trials if worker.process is not None and _holder(trial) == worker.process]
 
@@ -156,7 +153,6 @@ class _Supervisor:
             self.last_crash.__cause__ = _WorkerError(output.trace)
 
     def _end(self, slot: WorkerSlot) -> None:
-        """Handle a worker that has ended by itself or died."""
         trials = self._trials_of(self.workers[slot])
         exited = self._close(slot)
         if exited.clean:

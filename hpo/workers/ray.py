@@ -57,12 +57,10 @@ def engine_and_slots(
     """Connect to the cluster, and return slots for all its room, or for `workers`.
 
     Args:
-        spec: the study.
         address: the head's `host:port`, or `auto`.
         device: `cpu` or `cuda`; None for GPUs if the cluster has any.
         per_device: how many workers share a GPU.
         workers: their largest number.
-        say: shows the user one line.
     """
     engine = RayEngine(address)
     nodes = engine.nodes()
@@ -143,7 +141,6 @@ class RayEngine(Engine):
         return int(min(node.cpus, on_gpus))
 
     def resources(self) -> Resources:
-        """Return each worker's part of its node."""
         return Resources(1, self.num_gpus if 0 < self.num_gpus < 1 else None)
 
     def check(self, spec: WorkerSpec) -> None:
@@ -270,7 +267,6 @@ class RayWorker(Worker):
         return self._exit
 
     def _end(self, exited: Exit) -> None:
-        """Free the actor's resources on its node."""
         if self._exit is None:
             self._exit = exited
             self._ray.kill(self._actor, no_restart=True)

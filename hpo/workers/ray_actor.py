@@ -85,7 +85,6 @@ class Actor:
         Args:
             spec: with absolute paths.
             device: as this process names it.
-            resources: of this process.
             studies: the head's folder of all studies, which this machine may share.
         """
         status = 1

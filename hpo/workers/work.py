@@ -37,9 +37,7 @@ class Work:
     """Trains the trials of a study.
 
     Args:
-        division: the images.
         data: the value of `--data`.
-        say: shows the user one line.
         cluster: connects to a cluster for the workers; None for this machine.
     """
 

@@ -36,9 +36,7 @@ def work_on(
     """Train waiting trials until none is left.
 
     Args:
-        spec: the study.
         device: as this process names it.
-        resources: of this process.
         emit: passes log records and the final error to the parent.
         interrupts: may end the worker after an epoch.
         setting: prepares the machine.
