@@ -46,12 +46,12 @@ def confirmation_of(study: str) -> str:
 
 
 def is_confirmation(study: str) -> bool:
-    """Return whether this is the name of a confirmation."""
+    """Whether this is a confirmation's name."""
     return study.endswith(_CONFIRMATION)
 
 
 def confirmed_by(confirmation: str) -> str:
-    """Return the name of the study that a confirmation confirms."""
+    """Return the confirmed study's name."""
     return confirmation.removesuffix(_CONFIRMATION)
 
 
@@ -63,7 +63,7 @@ class TrainingPaths:
 
     @classmethod
     def of(cls, name: str, *identity: str) -> TrainingPaths:
-        """The folder of `hpo train`, one for each configuration and data set, so that a training can be resumed."""
+        """The folder of `hpo train`, one per configuration and data set, to be resumed."""
         digest = hashlib.sha256("/".join(identity).encode()).hexdigest()
         return cls(studies_root() / "trainings" / f"{name}-{digest[:8]}")
 
@@ -128,7 +128,7 @@ class StudyPaths:
         return self.dir.name
 
     def inside(self, file: Path) -> str:
-        """Return a file's name in the study's folder: `trials/00003/model.safetensors`."""
+        """Return a name such as `trials/00003/model.safetensors`."""
         return file.relative_to(self.dir).as_posix()
 
     @property
@@ -170,7 +170,7 @@ class StudyPaths:
         return self.trial(number) / f"validation{_of_fold(fold)}.safetensors"
 
     def validation_outputs(self) -> list[Path]:
-        """Existing outputs on validation images, of all trials and folds."""
+        """Existing outputs of all trials and folds."""
         return sorted(self.trials.glob("*/validation*.safetensors"))
 
     def trial_models(self, number: int) -> list[Path]:
@@ -178,7 +178,7 @@ class StudyPaths:
         return sorted(self.trial(number).glob("model*.safetensors"))
 
     def needed_by_refit(self, number: int) -> list[Path]:
-        """Files of the trial that a refit uses: its weights and metrics."""
+        """Weights and metrics of the trial."""
         return [*self.trial_models(number), self.trial_metrics(number)]
 
     def numbers_with_weights(self) -> set[int]:
@@ -194,7 +194,7 @@ class StudyPaths:
         return self.dir / "checkpoints" / f"{trial_index:05d}{_of_fold(fold)}.pt"
 
     def trial_indices_with_checkpoints(self) -> set[int]:
-        """Indices of the trials with a checkpoint on this machine."""
+        """Trial indices of the local checkpoints."""
         return {int(file.name.partition(".")[0]) for file in (self.dir / "checkpoints").glob("*.pt")}
 
     def checkpoints_of(self, trial_index: int) -> list[Path]:
@@ -218,7 +218,7 @@ class StudyPaths:
         return self.trial(number) / "confusion.json"
 
     def reference(self, name: str) -> TrainingPaths:
-        """The training of a recipe that is no trial of the study."""
+        """Training of a recipe that is no trial."""
         return TrainingPaths(self.dir / "references" / name)
 
     def references(self) -> list[TrainingPaths]:
@@ -232,7 +232,7 @@ class StudyPaths:
 
     @property
     def queueing(self) -> Path:
-        """File lock held while a confirmation is being queued."""
+        """File lock held while queueing a confirmation."""
         return self.dir / ".queueing"
 
     @property

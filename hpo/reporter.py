@@ -1,4 +1,4 @@
-"""How running work is shown to the user: interfaces that the terminal implements, and a silent default."""
+"""Interfaces for progress, which the terminal implements, and a silent default."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ NO_PROGRESS = NoProgress()
 
 
 class Reporter(Protocol):
-    """Shows the user the course of one command. `hpo.cli.terminal.Terminal` implements it."""
+    """Shows the course of one command; implemented by `hpo.cli.terminal.Terminal`."""
 
     def say(self, line: str = "") -> None:
         """Show one line of plain text."""
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
-        """Show a table; `right` lists the columns that are aligned to the right."""
+        """`right` lists the right-aligned columns."""
 
     def reading(self, label: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Show the progress of reading a data set; the yielded function takes the images read, and all."""
+        """The yielded function takes the images read, and all."""
 
     def training(
         self, label: str, *, epochs: int, metric: str
     ) -> AbstractContextManager[Callable[[EpochMetrics], None]]:
-        """Show the progress of one training; the yielded function is called after each epoch."""
+        """The yielded function is called after each epoch."""
 
     def study(self, study: Any) -> AbstractContextManager[StudyView]:
         """Show the progress of a `hpo.study.Study`."""

@@ -1,4 +1,4 @@
-"""Formatting of numbers, names and durations, shared by all views of a study."""
+"""Formatting shared by all views of a study."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cut(name: str, longest: int) -> str:
 
 
 def gap(metric: str, size: float, half_width: float = math.inf) -> str:
-    """Format the difference of two scores: `3.10 ± 0.60 points`, or a plain number for the loss `nll`."""
+    """Format a difference: `3.10 ± 0.60 points`, or a plain number for `nll`."""
     scale, digits, unit = (1.0, 4, "") if metric == "nll" else (100.0, 2, " points")
     spread = f" ± {scale * half_width:.{digits}f}" if math.isfinite(half_width) else ""
     return f"{scale * size:.{digits}f}{spread}{unit}"
@@ -140,12 +140,12 @@ def done_and_safe(finished: int, total: int | None, noun: str = "trials") -> str
 
 
 def held_by(name: str, host: str, since: datetime) -> str:
-    """Describe a trial that a process on another host trains: `trial 3 is held by a process on b since …`."""
+    """Format `trial 3 is held by a process on b since …`."""
     return f"{name} is held by a process on {host} since {since:%Y-%m-%d %H:%M}"
 
 
 def first_fault(error: ValidationError) -> str:
-    """Describe the first fault that pydantic found, in one line: `contenders.0.key: Field required`."""
+    """Describe pydantic's first error: `contenders.0.key: Field required`."""
     fault = error.errors()[0]
     where = ".".join(map(str, fault["loc"]))
     shown = where if where.isprintable() else ascii(where)

@@ -64,7 +64,7 @@ def is_baseline(trial: FrozenTrial | Trial) -> bool:
 
 
 def with_current_names(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a trial's user attributes with those of version 0.1.0 renamed."""
+    """Rename the user attributes of version 0.1.0."""
     current = {old: new for new, old in OLD_NAMES.items()}
     return {current.get(name, name): value for name, value in attributes.items()}
 
@@ -90,7 +90,7 @@ def _is_further(trial: FrozenTrial, waiting: FrozenTrial) -> bool:
 
 
 def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], trial_index: int) -> int | None:
-    """Return the lowest trial index before this one with the same parameters; trials of higher indices do not count."""
+    """Return the lowest trial index before this one with the same parameters."""
     return min(
         (
             other
@@ -130,7 +130,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Counts:
-    """Number of a study's trials by state, without interrupted attempts."""
+    """Trials by state, without interrupted attempts."""
 
     complete: int
     pruned: int

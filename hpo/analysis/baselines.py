@@ -1,4 +1,4 @@
-"""The configurations that a search has to beat, with their scores in the search and in the confirmation."""
+"""The configurations that a search has to beat, and their scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A configuration: the baseline, a recipe, the best trial, or another one that was confirmed."""
+    """The baseline, a recipe, the best trial, or another confirmed one."""
 
     key: str
     """`baseline`, `trial 12` or `recipe NAME`, as in a confirmation."""
@@ -53,7 +53,7 @@ def key_of(trial: FrozenTrial) -> str:
 def entries_of(
     trials: Iterable[FrozenTrial], recipe_runs: Mapping[str, Mapping[str, Any]], best: FrozenTrial | None = None
 ) -> list[Entry]:
-    """The baseline, the recipes and the best of these trials, and the recipes trained beside the study."""
+    """The baseline, recipes and best of these trials, and the recipe runs."""
     found = [
         Entry(key_of(trial), trial.number, _value(trial), trial.user_attrs.get(FAILURE), trial.state.name.lower())
         for trial in trials
@@ -70,7 +70,7 @@ def _value(trial: FrozenTrial) -> float | None:
 
 
 def ranked_entries(data: StudyData) -> list[Entry]:
-    """All entries of a study: first the confirmed ones, in their order, then the others, best value first."""
+    """The confirmed entries in their order, then the others, best value first."""
     entries = {entry.key: entry for entry in entries_of(data.trials, data.recipe_runs, data.best)}
     confirmed = []
     for one in () if data.confirmation is None else data.confirmation.contenders:

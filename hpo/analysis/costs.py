@@ -60,7 +60,7 @@ def own(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def costs_of(data: StudyData) -> list[Cost]:
-    """The cost of each kind of training that occurred, in chronological order."""
+    """The cost of each kind of training, in chronological order."""
     found = [_trials_cost(data, f"{state} trials", own(trials)) for state, trials in data.states.items()]
     found.append(_recipes_cost(data))
     if (made := data.confirmation) is not None:
@@ -103,13 +103,13 @@ def _refit_cost(kind: str, report: Mapping[str, Any]) -> Cost:
 
 
 def saved(data: StudyData) -> Saved:
-    """The epochs that pruned trials did not train, and the time that they would have taken."""
+    """The epochs that pruned trials did not train, and their time."""
     missing = [(data.steps - data.epochs(trial), pace(data, trial)) for trial in own(data.pruned)]
     return Saved(sum(epochs for epochs, _ in missing), sum(epochs * (each or 0.0) for epochs, each in missing))
 
 
 def progress(data: StudyData, cost: Callable[[FrozenTrial], float] = lambda _: 1.0) -> Progress:
-    """The best value so far, over a cost of the trials; by default their number."""
+    """The best value so far over a cost, by default the number of trials."""
     begun = sorted((trial for trials in data.states.values() for trial in trials), key=lambda trial: trial.number)
     spent = list(accumulate(map(cost, begun)))
     ended = [(so_far, trial) for so_far, trial in zip(spent, begun, strict=True) if trial in data.complete]
@@ -152,7 +152,7 @@ def paced(data: StudyData) -> list[tuple[FrozenTrial, float]]:
 
 
 def pace_parameters(data: StudyData) -> list[tuple[str, float]]:
-    """(parameter, fraction explained) of the parameters that decide the time per epoch, the strongest first."""
+    """(parameter, fraction explained) of the time per epoch, the strongest first."""
     trained = paced(data)
     found = []
     for path in sorted({path for trial, _ in trained for path in trial.params}):

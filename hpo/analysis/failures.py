@@ -24,7 +24,7 @@ _LEVEL = 0.05  # of significance
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parameter whose values differ between the failures of a cause and the other trials."""
+    """A parameter whose values differ in the failures of a cause."""
 
     cause: str
     path: str
@@ -46,7 +46,7 @@ def by_cause(data: StudyData) -> dict[str, list[FrozenTrial]]:
 
 
 def interrupted(data: StudyData) -> list[FrozenTrial]:
-    """The attempts that were interrupted by the user or a crash, and replaced by other trials."""
+    """The attempts that other trials replaced after an interrupt or crash."""
     every = data.study.optuna.get_trials(deepcopy=False, states=(TrialState.FAIL,))
     return [trial for trial in every if trial.user_attrs.get(INTERRUPTED)]
 

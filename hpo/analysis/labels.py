@@ -50,9 +50,8 @@ def audit_labels(study: Study, labels: NDArray[np.int64], ids: Sequence[str], cl
 
     Args:
         study: A study with complete trials.
-        labels: (N,) labels of the images outside the test set.
+        labels: (N,), of the images outside the test set.
         ids: Their names.
-        classes: Names of the K classes.
     """
     files = output_files(study)
     probabilities, counts = mean_probabilities(files, len(labels), len(classes))
@@ -74,7 +73,7 @@ def audit_labels(study: Study, labels: NDArray[np.int64], ids: Sequence[str], cl
 
 
 def output_files(study: Study) -> list[Path]:
-    """Return the stored validation outputs of the study's trials and of its confirmation's."""
+    """Return the stored validation outputs, with the confirmation's."""
     folders = [study.paths, StudyPaths.of(confirmation_of(study.name))]
     return [file for paths in folders for file in paths.validation_outputs()]
 

@@ -72,7 +72,7 @@ class View:
 
 
 def look(study: Study, now: datetime | None = None) -> View:
-    """Read a study from its storage, at the present time by default."""
+    """Read the state, at the present time by default."""
     now = datetime.now() if now is None else now
     attempts = study.optuna.get_trials(deepcopy=False)
     trials = tuple(trial for _, trial in sorted(effective_trials(attempts).items()))
@@ -86,7 +86,7 @@ def look(study: Study, now: datetime | None = None) -> View:
 
 
 def rate_of(attempts: Sequence[FrozenTrial], now: datetime) -> Rate | None:
-    """Compute the rate from all trials of the storage, interrupted ones too; None before three finished."""
+    """The rate, interrupted trials included; None before three finished."""
     begun = [(trial, start, trial.datetime_complete) for trial in own(attempts) if (start := trial.datetime_start)]
     ended = [(end, start, trial) for trial, start, end in begun if end and trial.state != TrialState.FAIL]
     if len(ended) < _FEWEST:

@@ -68,13 +68,13 @@ class Refit:
         return found
 
     def interval(self, metric: str) -> tuple[float, float] | None:
-        """The bootstrap interval of the test score; None if an older version did not compute one."""
+        """Bootstrap interval of the test score; None from an older version."""
         found: tuple[float, float] | None = self.report["test"]["with_tta"].get("intervals", {}).get(_key(metric))
         return found
 
     @property
     def confusion(self) -> NDArray[np.int64] | None:
-        """(K, K) counts of the test images; None if written by an older version."""
+        """(K, K) counts of the test images; None from an older version."""
         counts = self.report["test"].get("confusion")
         return None if counts is None else np.asarray(counts, dtype=np.int64)
 
@@ -89,7 +89,7 @@ def _key(metric: str) -> str:
 
 
 def refits(data: StudyData) -> list[Refit]:
-    """The submission models: that of the best trial first, then its variants, then the others."""
+    """The submission models: the best trial's, its variants, the others."""
     labels = sorted(data.refits, key=lambda label: (label != "best", not label.startswith("best"), label))
     return [Refit(label, data.refits[label]) for label in labels]
 
@@ -102,7 +102,7 @@ def choices(data: StudyData) -> list[Choice]:
 
 
 def read_outputs(data: StudyData) -> Outputs | None:
-    """Read the outputs of the first of `choices` whose files exist; None without images or files."""
+    """Read the outputs of the first of `choices` with files; None without images or files."""
     from safetensors.numpy import load_file
     from scipy.special import softmax
 

@@ -22,7 +22,7 @@ _Z95 = statistics.NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of the order at a rung with the final order, among complete trials."""
+    """Agreement of a rung's order with the final one, among complete trials."""
 
     rung: int
     points: tuple[tuple[float, float], ...]
@@ -80,7 +80,7 @@ def fraction_interval(k: int, n: int) -> tuple[float, float]:
 
 
 def let_through(data: StudyData) -> list[LetThrough]:
-    """The trials that were let through, compared with the best of the others."""
+    """The trials let through, compared with the best of the others."""
     others = [value_of(trial) for trial in data.complete if LET_THROUGH not in trial.user_attrs]
     best = (max if data.maximize else min)(others, default=None)
     return [

@@ -62,7 +62,7 @@ def depth(found: Integer | Real, bound: Bound, value: float) -> float:
 
 
 def is_outer(found: Integer | Real, bound: Bound, value: float) -> bool:
-    """Whether a value is in the outer quarter at a bound."""
+    """Whether a value is in the quarter at a bound."""
     return depth(found, bound, value) <= _OUTER + 1e-9  # tolerates a rounding error
 
 
@@ -143,7 +143,7 @@ def _moved_by_steps(found: Integer | Real, bound: Bound) -> float | None:
 
 
 def _field_end(path: str, bound: Bound) -> tuple[float, bool]:
-    """The bound of the field, and whether it is included."""
+    """The field's bound, and whether it is included."""
     for mark in config_fields()[path].info.metadata:
         match bound, mark:
             case ("low", Ge(ge=end)) | ("high", Le(le=end)):

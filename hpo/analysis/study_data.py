@@ -108,13 +108,13 @@ class StudyData:
 
     @property
     def best_gain(self) -> float | None:
-        """Improvement of the best trial over the baseline; None if one of them has no value."""
+        """Gain over the baseline; None if either has no value."""
         if self.best is None or self.baseline is None or self.baseline not in self.complete:
             return None
         return self.gain(value_of(self.best), value_of(self.baseline))
 
     def epochs(self, trial: FrozenTrial) -> int:
-        """The number of epochs that the trial has trained, in all folds."""
+        """Epochs trained in all folds."""
         return int(trial.user_attrs.get("epochs", len(trial.intermediate_values)))
 
     def elapsed_s(self, trial: FrozenTrial) -> float:
@@ -151,7 +151,7 @@ class StudyData:
 
     @cached_property
     def rungs(self) -> dict[int, float]:
-        """Step of each rung -> fraction of trials that survive it; empty with other pruners."""
+        """Step -> surviving fraction; empty with other pruners."""
         if self.space is None:
             return {}
         pruner = build_pruner(self.space.pruner, self.run_epochs, self.folds)
@@ -164,7 +164,7 @@ class StudyData:
 
     @cached_property
     def snapshot(self) -> optuna.Study:
-        """The complete trials as they were read, as a study in memory for Optuna's figures."""
+        """The complete trials as a study in memory, for Optuna's figures."""
         snapshot = optuna.create_study(direction=self.study.optuna.direction)
         snapshot.add_trials(self.complete)
         return snapshot
@@ -193,11 +193,7 @@ class StudyData:
 
 
 def load_images(study: Study, path: Path | None = None, *, download: bool = True) -> Dataset:
-    """Load the images of a study, from where it found them or from this path.
-
-    Raises:
-        CoreError: they cannot be read.
-    """
+    """Load a study's images, by default from where it found them; CoreError if they cannot be read."""
     from core.config import TrainConfig
     from core.data import load_dataset
 

@@ -32,7 +32,7 @@ class Edge(NamedTuple):
 
 
 def edges(study: Study, space: SearchSpace) -> tuple[Edge, ...]:
-    """Find the parameters whose best values are at a bound, in the space's order; none if trials are few."""
+    """Find parameters whose best values are at a bound, in the space's order; none if trials are few."""
     evidence = read_evidence(study)
     numbers = [] if evidence.too_few else [one for one in space.search.values() if isinstance(one, Integer | Real)]
     found = (_edge(one, evidence) for one in numbers)
@@ -51,7 +51,7 @@ def _edge(found: Integer | Real, evidence: Evidence) -> Edge | None:
 
 
 def suggest(study: Study, space: SearchSpace) -> str:
-    """Write a search space that continues the study, as YAML with the reasons as comments.
+    """Write a search space as YAML with the reasons as comments.
 
     Without significant patterns, or with few trials, it is the study's own.
 

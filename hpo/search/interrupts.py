@@ -59,7 +59,7 @@ class Interrupts:
         return self._count > 0
 
     def request(self) -> None:
-        """Ask to stop, as a first Ctrl-C does. Any thread may call this."""
+        """Stop as after a first Ctrl-C. Any thread may call this."""
         self._count = max(self._count, 1)
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ Row = tuple[str, ...]
 def profile_training(
     config: TrainConfig, splits: Splits, paths: TrainingPaths, *, name: str, device: torch.device, reporter: Reporter
 ) -> None:
-    """Measure a training before it starts, show how its time is spent, and write that into its folder."""
+    """Measure a training before it starts; show and write how its time is spent."""
     reporter.say(f"profiling {name}: its last steps, timed; {describe_device(device)}")
     measured = profile(config, splits, device=device)
     columns = ["part", "s an epoch", "share", *([] if measured.replayed is None else ["kernel by kernel, s"])]
@@ -101,7 +101,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _sizes(config: TrainConfig, splits: Splits) -> dict[str, Any]:
-    """The sizes that the times depend on most; `config.yaml` beside it has the whole configuration."""
+    """The sizes that matter most; `config.yaml` has the whole configuration."""
     channels, height, width = splits.images.shape[1:]
     return {
         "model": config.model.name,

@@ -1,4 +1,4 @@
-"""Recipe runs: trainings of recipes that are not among the trials, to compare the search with."""
+"""Recipe runs: trainings of recipes that are not trials, for comparison."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hpo.study.results import read_result, write_result
 
 
 def pending_recipes(study: Study, space: SearchSpace) -> list[Recipe]:
-    """Return the recipes that are not trials and not trained in their present form."""
+    """Return the recipes that are no trials and not yet trained in their present form."""
     unqueued = {recipe.name for recipe in study.queue.missing_recipes()}
     outside = [recipe for recipe in space.recipes if recipe.name in unqueued or space.express(recipe.config) is None]
     return [recipe for recipe in outside if not _is_trained(study, recipe)]
@@ -44,8 +44,7 @@ def run_recipes(
 
     Args:
         splits: On the device: one, or one per fold.
-        interrupts: May stop a training after an epoch; the same command resumes from the checkpoint.
-        say: Shows the user one line for each result.
+        say: Shows one line per result.
     """
     for recipe in pending_recipes(study, space):
         paths = study.paths.reference(recipe.name)

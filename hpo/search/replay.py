@@ -1,4 +1,4 @@
-"""Train a trial of a study again, alone, and compare it with the original, epoch by epoch.
+"""Train a trial again, alone, and compare it with the original by epoch.
 
 On a CPU the result is bit for bit the same with the same number of torch threads.
 """
@@ -62,7 +62,7 @@ class Replay:
 
     @contextmanager
     def threads(self) -> Iterator[None]:
-        """Use as many torch threads as the trial did, if that is known."""
+        """Use as many torch threads as the trial, if known."""
         before = torch.get_num_threads()
         torch.set_num_threads(int(self.trial.user_attrs.get("torch_threads", before)))
         try:
@@ -71,7 +71,7 @@ class Replay:
             torch.set_num_threads(before)
 
     def verdict(self, recorded: Recorded, device: torch.device) -> str:
-        """Compare the epochs that the trial had with those of a training, in one sentence."""
+        """Compare the trial's epochs with a training's, in one sentence."""
         trial = f"trial {self.trial.number}"
         pairs = self._pairs(recorded)
         if not pairs:
@@ -117,7 +117,7 @@ class Replay:
 
 
 def replay_of(given: str, *, storage: str | None) -> Replay:
-    """Look up the trial that `--from` names as `STUDY/NUMBER`; StudyError if it cannot be trained again."""
+    """Look up `--from STUDY/NUMBER`; StudyError if it cannot be trained again."""
     name, _, number = given.rpartition("/")
     if not (name and number.isdecimal()):
         raise StudyError(f"--from {given}: give STUDY/TRIAL, as in digits/7")

@@ -105,7 +105,7 @@ def train_recorded(
 
 
 def resume_or_restart(checkpoint: Path, name: str, attempt: Callable[[], TrainResult]) -> TrainResult:
-    """Run the training `attempt`; if its checkpoint cannot be used, warn, delete it and run `attempt` again."""
+    """Run `attempt`; if its checkpoint cannot be used, warn, delete it and run again."""
     try:
         return attempt()
     except CheckpointError as error:
@@ -125,7 +125,7 @@ def fold_label(fold: int, folds: int) -> str:
 
 
 def trial_label(trial: FrozenTrial, *, epochs: int, folds: int) -> str:
-    """Name a running trial, and the fold that it trains: `trial 3, fold 2 of 5`; `epochs` are those of one fold."""
+    """Name a running trial and its fold: `trial 3, fold 2 of 5`; `epochs` are those of one fold."""
     fold = min(folds, (trial.last_step or 0) // epochs + 1)
     return ", ".join(filter(None, (f"trial {trial.number}", fold_label(fold, folds))))
 

@@ -1,4 +1,4 @@
-"""The weights of a study's best trials, and the disk space that they and the checkpoints take."""
+"""The weights of a study's best trials, and disk space."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULTS = TrialOptions()
 
 
 def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> None:
-    """Keep the weights of a complete trial if it is among the best, and delete those that no longer are."""
+    """Keep the weights of a trial among the best, and delete those that no longer are."""
     assert outcome.value is not None
     values = _complete_values(study)
     values[outcome.number] = study.sign * outcome.value
@@ -122,7 +122,7 @@ def _delete(study: Study, numbers: Iterable[int], *, folds: int) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Raise a StudyError that explains how to resume after a full disk: no configuration is at fault."""
+    """Raise StudyError with how to resume: no configuration is at fault."""
     try:
         yield
     except Exception as error:

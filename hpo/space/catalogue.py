@@ -1,4 +1,4 @@
-"""Finds spaces and recipes by name: `search_spaces/NAME.yaml` and `search_spaces/recipes/NAME.yaml`.
+"""Finds `search_spaces/NAME.yaml` and `search_spaces/recipes/NAME.yaml` by name.
 
 A `search_spaces` folder in the working directory takes precedence over the installed one.
 """
@@ -57,7 +57,7 @@ def _folders(kind: Kind) -> list[Path]:
 
 
 def find(name: str, kind: Kind) -> Path:
-    """Find the file that a name or path refers to; SpaceError with the nearest name if there is none."""
+    """Find the file of a name or path; SpaceError with the nearest name if there is none."""
     path = Path(name).expanduser()
     if path.is_file() and not _holds_images(path):
         return path
@@ -80,7 +80,7 @@ def _holds_images(path: Path) -> bool:
 
 
 def _not_a_space(path: Path, kind: Kind) -> str:
-    """The message for images given as a space or recipe, with the command for them."""
+    """Message for images given as a space, with the right command."""
     what = "a folder" if path.is_dir() else "a file"
     command, noun, listed = ("run", "search space", "SPACE") if kind == "space" else ("train", "recipe", "RECIPE")
     return (
@@ -98,6 +98,6 @@ def _elsewhere(name: str, kind: Kind) -> str:
 
 
 def is_space(document: Document) -> bool:
-    """Whether a file is a space and not a recipe: it has keys of the search."""
+    """Whether a file is a space: a recipe has no keys of the search."""
     keys = document.content if isinstance(document.content, dict) else ()
     return any(key in keys for key in ("search", "base", "trials", "objective", "recipes"))

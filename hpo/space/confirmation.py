@@ -27,7 +27,7 @@ MOST = 9999  # Optuna needs a bound; a confirmation has at most 8 candidates and
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmationSpace(SearchSpace):
-    """The space of a confirmation study; its baseline is that of the confirmed search."""
+    """Its baseline is that of the confirmed search."""
 
     confirms: str
     """Name of the study whose configurations are trained again."""

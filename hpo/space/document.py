@@ -40,7 +40,7 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Document:
-    """The content of a YAML file as plain data, with line numbers."""
+    """YAML as plain data, with line numbers."""
 
     name: str
     """The file's name in messages."""
@@ -92,7 +92,7 @@ def _too_long(name: str) -> Fault:
 
 
 def load_yaml(path: Path) -> Any:
-    """Read a YAML file as plain data, within the bounds of a search space; SpaceError with its first fault."""
+    """Read a YAML file within the bounds of a search space; SpaceError with its first fault."""
     document, faults = read(path)
     if document is None or faults:
         raise SpaceError(faults[:1])
@@ -100,7 +100,7 @@ def load_yaml(path: Path) -> Any:
 
 
 def shown(path: Path) -> str:
-    """A path as messages show it: relative to the working directory if it is inside it."""
+    """The path, relative to the working directory if inside it."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
@@ -249,7 +249,7 @@ _Dumper.add_multi_representer(object, _Dumper.string)  # for messages about a wr
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """Write plain data as block YAML that `parse_yaml` reads back exactly; lists in flow style, key order kept."""
+    """Write block YAML that `parse_yaml` reads back exactly; lists in flow style, key order kept."""
     return _emit(tree, flow_style=False)
 
 

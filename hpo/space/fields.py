@@ -42,7 +42,7 @@ class ConfigField:
         return TypeAdapter(self.annotated, config=ConfigDict(strict=True))
 
     def validate(self, value: Any) -> Any:
-        """Return the value as the field stores it, a float for an int; pydantic.ValidationError if it is refused."""
+        """Return the value as stored, a float for an int; pydantic.ValidationError if it is refused."""
         return self.adapter.validate_python(value)
 
 
@@ -67,7 +67,7 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
 
 def nearest_field(path: str, names: Iterable[str]) -> str | None:
-    """The path probably meant: a field with the same last part, or the closest spelling."""
+    """A field with the same last part, or the closest spelling."""
     names = list(names)
     by_leaf = {name.rpartition(".")[2]: name for name in reversed(names)}
     leaf = path.rpartition(".")[2]
@@ -78,13 +78,13 @@ def nearest_field(path: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: Any, names: Iterable[str], find: Callable[[str, Iterable[str]], str | None] = nearest) -> str:
-    """The end of a message, `; did you mean optim.lr?`, or nothing."""
+    """`; did you mean optim.lr?`, or nothing."""
     found = find(word, names) if isinstance(word, str) else None
     return "" if found is None else f"; did you mean {found}?"
 
 
 def no_such_field(path: str, more: Iterable[str] = ()) -> str:
-    """The message for a path that is no field of `TrainConfig`; `more` are other names to suggest."""
+    """The message; `more` are other names to suggest."""
     if inside := [field for field in config_fields() if field.startswith(f"{path}.")]:
         return f"is a group of fields; name one of them: {', '.join(inside)}"
     return f"no such field{did_you_mean(path, [*config_fields(), *more], nearest_field)}"

@@ -269,7 +269,7 @@ def siblings(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
 
 
 def explain(error: ErrorDetails, siblings: Iterable[str] = ()) -> str:
-    """Describe a pydantic error in plain words; `siblings` are the names to suggest for an unknown key."""
+    """Describe a pydantic error; `siblings` are the names to suggest for an unknown key."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     match kind:
         case "extra_forbidden":

@@ -40,7 +40,7 @@ HEAD = ("description", *SETTINGS)
 
 
 def load_space(name_or_path: str | Path, overrides: Overrides = ()) -> SearchSpace:
-    """Read and check a search space, by its name or path; SpaceError with all faults.
+    """Read and check a search space; SpaceError with all faults.
 
     Overrides pin fields, and change settings of objective, sampler, pruner, confirm and trials.
     """
@@ -50,7 +50,7 @@ def load_space(name_or_path: str | Path, overrides: Overrides = ()) -> SearchSpa
 
 
 def load_recipe(name_or_path: str | Path, overrides: Overrides = ()) -> Recipe:
-    """Read and check a recipe, by its name or path; SpaceError with all faults. A trial's `config.yaml` is one too."""
+    """Read and check a recipe; SpaceError with all faults. A trial's `config.yaml` is one too."""
     path = find(str(name_or_path), "recipe")
     loader = _Loader(_parsed(overrides), settings=False)
     recipe = loader.built(_read(path), path, loader.recipe)
@@ -58,19 +58,19 @@ def load_recipe(name_or_path: str | Path, overrides: Overrides = ()) -> Recipe:
 
 
 def override_config(config: TrainConfig, overrides: Overrides) -> TrainConfig:
-    """Apply overrides to a configuration, checked as those of a recipe are; SpaceError with all faults."""
+    """Apply overrides, checked as those of a recipe are; SpaceError with all faults."""
     loader = _Loader(_parsed(overrides), settings=False)
     return loader.checked(loader.override(config, "trial: "))
 
 
 def recipe_from_yaml(text: str, name: str = "config.yaml") -> Recipe:
-    """Read a recipe from text written by `to_yaml`; SpaceError with all its faults."""
+    """Read text written by `to_yaml`; SpaceError with all its faults."""
     loader = _Loader({})
     return loader.checked(loader.built(parse_yaml(text, name), Path(name), loader.recipe))
 
 
 def space_from_yaml(text: str, name: str) -> SearchSpace:
-    """Read a space from text written by `space_to_yaml`; SpaceError with all its faults."""
+    """Read text written by `space_to_yaml`; SpaceError with all its faults."""
     loader, parsed = _Loader({}), parse_yaml(text, name)
     space = loader.checked(loader.built(parsed, Path(f"{name}.yaml"), loader.written_space))
     written = {} if parsed[0] is None else parsed[0].content["base"].get("data", {})
@@ -79,7 +79,7 @@ def space_from_yaml(text: str, name: str) -> SearchSpace:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """Write a complete configuration as a recipe that `load_recipe` reads back exactly."""
+    """Write a recipe that `load_recipe` reads back exactly."""
     return dump_yaml(_tree(config))
 
 
@@ -104,7 +104,7 @@ def space_to_yaml(space: SearchSpace) -> str:
 
 
 def check_file(name_or_path: str | Path) -> list[Fault]:
-    """Return all faults of a search space or recipe, given by path or by name."""
+    """Return all faults of a search space or recipe."""
     path = Path(name_or_path)
     if not path.is_file():
         known = {entry.name: entry.path for entry in reversed(list_spaces())}  # a space before a recipe of its name
@@ -115,7 +115,7 @@ def check_file(name_or_path: str | Path) -> list[Fault]:
 
 
 def _read(path: Path) -> tuple[Document | None, list[Fault]]:
-    """Read a file, with `data.name` as the path of the data beside the file, if there are some, as `base` is."""
+    """Read a file; `data.name` becomes the path of data beside the file, if there are some, as `base` does."""
     document, faults = read(path)
     content = None if document is None else document.content
     for tree in (content, content.get("base") if isinstance(content, dict) else None):
@@ -153,7 +153,7 @@ def _parsed(overrides: Overrides) -> dict[str, Any]:
 
 
 class _Loader:
-    """Reads files with one set of overrides and collects their faults; what has a fault becomes None."""
+    """Reads files with one set of overrides, and collects faults; faulty parts become None."""
 
     def __init__(self, overrides: Mapping[str, Any], settings: bool = True) -> None:
         self.faults: list[Fault] = []
@@ -168,7 +168,6 @@ class _Loader:
         path: Path,
         build: Callable[[Document, Path], Result | None],
     ) -> Result | None:
-        """Build a space or recipe from a file's content, which must be a mapping."""
         document, faults = parsed
         self.faults += faults
         if document is None:
@@ -373,7 +372,7 @@ class _Loader:
         *prefix: str,
         more: Iterable[str] = (),
     ) -> Model | None:
-        """Validate the mapping at `prefix` of a document; `more` are names to suggest for an unknown field."""
+        """`more` are names to suggest for an unknown field."""
         try:
             return model.model_validate(given)
         except ValidationError as error:

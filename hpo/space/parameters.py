@@ -34,7 +34,7 @@ MAX_COMBINATIONS = 2_000  # a validation takes about 20 µs: 40 ms
 
 
 def parameter(path: str, entry: Any, report: Report) -> Parameter | None:
-    """Build the parameter of one entry of `search:`; None if it has a fault, which is reported."""
+    """Build the parameter of an entry of `search:`; None after reporting a fault."""
     faults: list[tuple[Place, str]] = []
     found = _built(path, entry, lambda place, message: faults.append((place, message)))
     for place, message in faults:
@@ -171,7 +171,7 @@ def ordered(search: Mapping[str, Parameter], report: Report) -> dict[str, Parame
 
 
 def _parents(path: str, among: Mapping[str, Parameter]) -> list[str]:
-    """The parameters among these that a parameter's condition names."""
+    """The parameters that the condition names."""
     return [name for name in among[path].when if name in among]
 
 
@@ -216,7 +216,7 @@ def _unmet(
     kept: Mapping[str, Parameter],
     baseline: TrainConfig,
 ) -> str | None:
-    """The message if a condition on one field can never be met."""
+    """The message if a condition can never be met."""
     if name not in search:
         fixed = baseline.flat()[name]
         text = f"can never be met: {name} is not searched, and the baseline's is {quoted(fixed)}"

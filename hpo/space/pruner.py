@@ -43,7 +43,7 @@ def lets_through(trial_index: int, fraction: float) -> bool:
 
 
 class Place(NamedTuple):
-    """The rank of a trial at a rung, at the time of the decision."""
+    """Rank of a trial at a rung when it was decided."""
 
     rank: int
     """1 is the best; equals share the better rank."""
@@ -62,9 +62,9 @@ class Place(NamedTuple):
 
 
 class RungPruner(BasePruner):
-    """Prunes a trial that at a rung is not among the best `keep` of the trials that have reached it so far.
+    """Prunes by asynchronous successive halving. NaN ranks worst.
 
-    The decision is stored in the trial, so that a resumed attempt is not compared again. NaN ranks worst.
+    The decision is stored in the trial, so that a resumed attempt is not compared again.
 
     Args:
         rungs: Epochs, counted from 1.
@@ -158,7 +158,7 @@ def spared(trial: Trial | FrozenTrial) -> str:
 
 
 def places_of(trial: FrozenTrial) -> dict[int, Place]:
-    """The trial's place at each rung that it has reached."""
+    """The places at the rungs reached."""
     return dict(sorted(_reached(_marks(trial.system_attrs), trial.last_step or 0).items()))
 
 
@@ -196,10 +196,7 @@ class _Hyperband(_Sparing, HyperbandPruner): ...
 
 
 def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) -> BasePruner:
-    """Build the pruner of a search space for runs, or folds, of these epochs.
-
-    Optuna's pruners count a retried trial twice.
-    """
+    """Build the pruner of runs, or folds, of these epochs. Optuna's pruners count a retried trial twice."""
 
     def epoch(fraction: float) -> int:
         return max(1, round(fraction * epochs))

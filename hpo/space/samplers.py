@@ -25,7 +25,7 @@ from hpo.trials import trial_index_of
 
 
 def sampler_seed(*parts: int | str) -> int:
-    """Derive a seed in [0, 2**32), the range of NumPy's RandomState, from all parts."""
+    """Derive a seed in [0, 2**32), the range of NumPy's RandomState."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
@@ -60,7 +60,7 @@ def build_sampler(config: grammar.Sampler, *, seed: int) -> TrialIndexSampler:
 
 
 class TrialIndexSampler(BaseSampler):
-    """Delegates each trial to a new sampler, which `build` makes from a trial index and a seed."""
+    """Delegates each trial to a new sampler from `build(trial index, seed)`."""
 
     def __init__(self, build: Callable[[int, int], BaseSampler], seed: int) -> None:
         self._build = build

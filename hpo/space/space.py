@@ -40,7 +40,7 @@ class Parameter(ABC):
 
     @abstractmethod
     def contains(self, value: Any) -> bool:
-        """Whether the search can draw this value of the field."""
+        """Whether the search can draw this value."""
 
     def encode(self, value: Any) -> Any:
         """Convert the field's value to Optuna's."""
@@ -156,7 +156,7 @@ class Real(_Range):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete configuration, with the notes in its file (`RecipeNotes`)."""
+    """A complete configuration with its `RecipeNotes`."""
 
     name: str
     path: Path
@@ -169,7 +169,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The searched fields, the baseline, and the settings of a search. Built and checked by `load_space`."""
+    """The searched fields, the baseline and the settings. Built and checked by `load_space`."""
 
     name: str
     path: Path
@@ -206,7 +206,7 @@ class SearchSpace:
         return {path: parameter.distribution() for path, parameter in self.search.items()}
 
     def suggest(self, trial: BaseTrial) -> dict[str, Any]:
-        """Draw the active parameters of a trial, and return their values as Optuna stores them."""
+        """Draw the active parameters, and return their values as Optuna stores them."""
         params: dict[str, Any] = {}
         for path, parameter in self.search.items():
             if self._holds(parameter.when, self._decode(params)):
@@ -309,7 +309,7 @@ def split_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_rate_of(config: TrainConfig, search: Mapping[str, Any]) -> TrainConfig:
-    """The same configuration with its learning rate given by the name that is searched, `lr` or `lr_scale`."""
+    """The configuration with its rate given as the searched one of `lr` and `lr_scale`."""
     peak = config.optim.peak_lr(config.batch_size)
     if "optim.lr" in search and config.optim.lr is None:
         return config.override({"optim.lr": peak})

@@ -1,4 +1,4 @@
-"""Storages of studies: Optuna's journal file by default, or any storage that a URL names.
+"""Storages of studies: Optuna's journal file by default, or a URL's.
 
 A new kind of storage is a branch of `open_storage`, with its driver in `urls.py`. Only this package uses private names
 of Optuna.
@@ -20,7 +20,7 @@ __all__ = ["is_journal", "is_masked", "mask", "open_storage"]
 
 
 def open_storage(url: str, *, patient: bool = False) -> BaseStorage:
-    """Open an Optuna storage URL or a journal's path, and create its tables or its file if they do not exist.
+    """Open a storage URL or a journal's path; create missing tables or the file.
 
     Args:
         patient: Wait for a database that does not answer, as all later operations do.

@@ -54,7 +54,7 @@ class ArtifactStore:
         return mask(self.url)
 
     def put(self, local: Path, name: str) -> None:
-        """Store a file, in place of an older one."""
+        """Store or replace a file."""
         target = self._at(name)
         with self._explained("written"):
             if self._atomic:
@@ -84,7 +84,7 @@ class ArtifactStore:
             os.fsync(sink.fileno())
 
     def fetch(self, name: str, local: Path) -> bool:
-        """Fetch a file, in place of `local`; False if the store has no such file."""
+        """Fetch a file, replacing `local`; False if the store lacks it."""
         source = self._at(name)
         local.parent.mkdir(parents=True, exist_ok=True)
         with self._explained("read"), contextlib.suppress(FileNotFoundError):
@@ -130,13 +130,13 @@ class ArtifactStore:
         _tag_file(checkpoint).write_text(self._tag(checkpoint) or "", encoding="utf-8")
 
     def drop(self, checkpoint: Path) -> None:
-        """Delete a checkpoint, in the store and on this machine."""
+        """Delete the stored and the local checkpoint."""
         self.remove(self._name(checkpoint))
         checkpoint.unlink(missing_ok=True)
         _tag_file(checkpoint).unlink(missing_ok=True)
 
     def _tag(self, checkpoint: Path) -> str | None:
-        """A tag of the stored version of the checkpoint; None if there is none."""
+        """Tag of the stored checkpoint, or None."""
         with self._explained("read"), contextlib.suppress(FileNotFoundError):
             return str(self._files.ukey(self._at(self._name(checkpoint))))
         return None
@@ -145,7 +145,7 @@ class ArtifactStore:
         return file.relative_to(self._folder).as_posix()
 
     def for_optuna(self, folder: Path) -> OptunaArtifactStore:
-        """Return a folder of the study's folder as a store for Optuna and its dashboard."""
+        """Return a folder as a store for Optuna and its dashboard."""
         return cast("OptunaArtifactStore", _Artifacts(self, folder.relative_to(self._folder).as_posix()))
 
     def open(self, name: str) -> BinaryIO:

@@ -42,7 +42,7 @@ _SCHEMA_PAUSE_S = 0.25
 
 
 def open_database(url: str, *, patient: bool = False) -> BaseStorage:
-    """Open a database, and create its tables; if `patient`, wait for a server that does not answer."""
+    """Open a database and create its tables; if `patient`, outlast outages."""
     database = Outage(url).outlast(lambda _: _with_tables(url)) if patient else _with_tables(url)
     return get_storage(database)
 

@@ -69,7 +69,7 @@ class _Journal(JournalFileBackend):
         self._path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append all of the records or none; StudyError if the file cannot be written."""
+        """Append all records or none; StudyError if the file cannot be written."""
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
         with _explained(self._path, "written"), self._lock, _opened(self._path) as descriptor:
             _cut_torn_tail(descriptor, self._path)
@@ -123,7 +123,7 @@ def _is_lasting(log: dict[str, Any]) -> bool:
 
 
 def _cut_torn_tail(descriptor: int, path: Path) -> None:
-    """Cut off the text after the last newline. The caller holds the lock."""
+    """The caller holds the lock."""
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return

@@ -58,7 +58,7 @@ def own_lease() -> dict[str, Any]:
 
 
 def held_elsewhere(trial: FrozenTrial) -> Held | None:
-    """Return the holder of a running trial if it is another host."""
+    """Return the trial's holder if it is another host."""
     lease = trial.user_attrs.get(LEASE)
     if lease is None or lease["host"] == host():
         return None
@@ -67,7 +67,7 @@ def held_elsewhere(trial: FrozenTrial) -> Held | None:
 
 
 def is_abandoned(trial: FrozenTrial) -> bool:
-    """Return whether a running trial's process is dead, as far as this host knows."""
+    """Return whether the trial's process is dead, as far as this host knows."""
     lease = trial.user_attrs.get(LEASE)
     if lease is None:
         begun = trial.datetime_start
@@ -82,7 +82,7 @@ def is_abandoned(trial: FrozenTrial) -> bool:
 
 
 def died_alone(trial: FrozenTrial) -> bool:
-    """Return whether an abandoned trial's process died without its machine or parent."""
+    """Return whether the process died without its machine or parent."""
     lease = trial.user_attrs.get(LEASE)
     if lease is None or lease["host"] != host() or lease["boot"] != _boot_id():
         return False
@@ -146,7 +146,7 @@ def host() -> str:
 
 @cache
 def _pid_namespace() -> str:
-    """The pid namespace of a container; empty outside of containers."""
+    """Empty outside of containers."""
     namespace = Path("/proc/self/ns/pid")
     number = re.sub(r"\D", "", namespace.readlink().name) if namespace.is_symlink() else ""
     return "" if number in ("", _FIRST_PID_NAMESPACE) else f"#{number}"

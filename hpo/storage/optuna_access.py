@@ -28,7 +28,7 @@ def id_of(study: optuna.Study) -> int:
 
 
 def attributes_of(study: optuna.Study) -> dict[str, Any]:
-    """Return the user attributes of a study without copying them."""
+    """Return the user attributes without copying them."""
     return study._storage.get_study_user_attrs(study._study_id)
 
 
@@ -54,12 +54,12 @@ def forget_cached_trials(study: optuna.Study) -> None:
 
 
 def set_search_space(sampler: TPESampler | CmaEsSampler | GPSampler, space: IntersectionSearchSpace) -> None:
-    """Let a sampler take its relative search space from `space`."""
+    """Replace a sampler's relative search space."""
     name = "_search_space" if hasattr(sampler, "_search_space") else "_intersection_search_space"
     assert hasattr(sampler, name), f"{type(sampler).__name__} has no search space of this name in this Optuna"
     setattr(sampler, name, space)
 
 
 def set_qmc_point(sampler: QMCSampler, index: int) -> None:
-    """Let a QMC sampler draw the point of this index; by Optuna's count a retry would skip one."""
+    """Draw the point of this index; by Optuna's count a retry would skip one."""
     sampler._find_sample_id = lambda study, search_space: index  # type: ignore[method-assign]  # noqa: ARG005

@@ -18,7 +18,7 @@ _URLS = "a journal's path, sqlite:///FILE, postgresql+psycopg://…, mysql+pymys
 
 
 def is_journal(url: str) -> bool:
-    """Return whether a storage is the path of a journal file."""
+    """Whether a storage is a journal's path."""
     return "://" not in url
 
 
@@ -62,7 +62,7 @@ def advice(url: str, error: BaseException) -> str:
 
 
 def words_of(url: str, error: BaseException) -> str:
-    """Return the message of a driver's error, on one line and without secrets."""
+    """Return a driver's message, on one line, without secrets."""
     words = " ".join(str(error).split())
     for secret in _secrets(url):
         words = words.replace(secret, MASK).replace(unquote_plus(secret), MASK)
@@ -71,7 +71,7 @@ def words_of(url: str, error: BaseException) -> str:
 
 
 def missing_module(error: BaseException | None) -> str | None:
-    """Return the name of the module whose import failed, if that caused the error."""
+    """Return the module whose failed import caused the error."""
     while error is not None:
         if isinstance(error, ModuleNotFoundError):
             return error.name

@@ -63,7 +63,7 @@ _NOT_SHOWN = {TRIAL_INDEX, LEASE, FAILURE, BASELINE, RECIPE, *OLD_NAMES.values()
 
 
 def trials_frame(study: Study) -> pandas.DataFrame:
-    """Return a study's trials as a dataframe, one row per trial index, in the order of their numbers.
+    """Return one row per trial index, in the order of the trials' numbers.
 
     Returns:
         First the same columns for every study: `number`, `trial_index`, `state` (complete, pruned, running, waiting),
@@ -143,7 +143,7 @@ def _order(name: str) -> tuple[bool, list[tuple[int, str]]]:
 
 
 def _kind(values: Iterable[Any]) -> str:
-    """The type of a column of these values; integers stay integers even if values are missing."""
+    """Column type; integers stay integers even if values are missing."""
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int}:
         return "Int64"

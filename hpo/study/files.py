@@ -32,7 +32,7 @@ class StudyFiles:
         """The shared artifact store, after `use_store`."""
 
     def use_store(self, url: str | None) -> None:
-        """Use an artifact store at a path or URL that other machines can reach; None for the study's own, if any.
+        """Use a store that other machines can reach; None for the study's own, if any.
 
         Raises:
             StudyError: The study has another store, or has begun without one; or the URL lacks its password or driver.
@@ -70,16 +70,16 @@ class StudyFiles:
         return url
 
     def exists(self, file: Path) -> bool:
-        """Return whether a file is in the artifact store or, without one, in the study's folder."""
+        """Whether a file is in the artifact store or, without one, in the folder."""
         return file.exists() if self.store is None else self.store.exists(self._paths.inside(file))
 
     def share(self, file: Path) -> None:
-        """Copy a file of the study's folder to the artifact store, if there is one."""
+        """Copy a file to the artifact store, if there is one."""
         if self.store is not None:
             self.store.put(file, self._paths.inside(file))
 
     def unshare(self, file: Path) -> None:
-        """Delete a file of the study's folder from the artifact store, if there is one."""
+        """Delete a file from the artifact store, if there is one."""
         if self.store is not None:
             self.store.remove(self._paths.inside(file))
 
@@ -93,7 +93,7 @@ class StudyFiles:
         unfinished(checkpoint).unlink(missing_ok=True)
 
     def fetch_trial(self, number: int, *, folds: int) -> None:
-        """Fetch the files that a refit needs of a trial that another machine has trained."""
+        """Fetch the files that a refit needs of another machine's trial."""
         if self.store is None:
             return
         weights = [self._paths.trial_model(number, fold) for fold in range(1, folds + 1)]

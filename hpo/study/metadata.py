@@ -72,7 +72,7 @@ def shown_attributes(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration that a trial's parameters stand for."""
+    """Return the configuration of a trial's parameters."""
     from core.config import TrainConfig
 
     baseline = TrainConfig.model_validate_json(json.dumps(metadata["base"]))
@@ -130,7 +130,7 @@ def _weights_fingerprint(file: str) -> str:
 
 
 def check_fingerprint(name: str, metadata: Mapping[str, Any], fingerprint: str) -> None:
-    """Raise StudyError unless this is the fingerprint of the study's images."""
+    """Raise StudyError unless the fingerprint is the study's."""
     known = metadata["data"]["fingerprint"]
     if fingerprint != known:
         raise StudyError(
@@ -140,7 +140,7 @@ def check_fingerprint(name: str, metadata: Mapping[str, Any], fingerprint: str) 
 
 
 def _check_near_duplicates(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset) -> None:
-    """Raise StudyError if this run keeps near-duplicates together, and the study did not."""
+    """Raise StudyError if only this run keeps near-duplicates together."""
     ignored = stored["base"]["data"]["near_duplicates"] == "ignored"
     if ignored and space.baseline.data.near_duplicates == "together" and dataset.report.near:
         raise StudyError(
@@ -150,7 +150,7 @@ def _check_near_duplicates(name: str, stored: Mapping[str, Any], space: SearchSp
 
 
 def _check_validation(name: str, stored: Mapping[str, Any], given: str | None) -> None:
-    """Raise StudyError unless the validation images are given by the data, or drawn, as in the study."""
+    """Raise StudyError unless validation images are given or drawn as in the study."""
     known = stored["data"].get("given_val")
     if given == known:
         return
@@ -174,7 +174,7 @@ def upgraded(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
-    """Return the content of study.yaml, or None if there is none; StudyError if it cannot be read."""
+    """Return study.yaml, or None if it is missing; StudyError if it cannot be read."""
     if not paths.study_yaml.exists():
         return None
     try:

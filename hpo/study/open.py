@@ -50,7 +50,6 @@ def open_study(
     Args:
         storage_url: An Optuna storage URL or a journal's path; None for the study's own, in a new study a journal.
         seed: None for the study's own, in a new study 0.
-        data_path: The `--data` to store.
         take_over: Name of a study whose fitting trials are imported into a new one.
         patient: Wait for a database server that does not answer yet.
 
@@ -92,7 +91,7 @@ def _create_or_load(name: str, url: str, space: SearchSpace, *, patient: bool) -
 
 
 def _metadata_of(study: optuna.Study, url: str) -> dict[str, Any] | None:
-    """The metadata in the storage; None of a study that has just been created."""
+    """None for a new study."""
     stored: dict[str, Any] | None = study.user_attrs.get(METADATA)
     if stored is None and study.get_trials(deepcopy=False):
         stored = study.user_attrs.get(METADATA)  # again: another process may have begun it and queued trials in between
@@ -136,11 +135,7 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
 
 
 def last_search() -> str:
-    """Return the name of the study that ran last.
-
-    Raises:
-        StudyError: There is no study.
-    """
+    """Return the name of the study that ran last; StudyError if there is none."""
     name = next((study for study in _by_last_run() if not is_confirmation(study)), None)
     if name is None:
         raise StudyError(no_studies())
@@ -152,7 +147,7 @@ def _is_lost(url: str) -> bool:
 
 
 def _load(name: str, url: str, advice: str) -> optuna.Study:
-    """The study in the storage; `advice` ends the error message if there is none."""
+    """`advice` ends the error message if there is no such study."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -185,7 +180,7 @@ def join_study(name: str, *, storage_url: str | None = None) -> Study:
 
 
 def list_studies() -> list[Study]:
-    """Return all studies, the last run first. Log a warning for each one that cannot be opened."""
+    """Return all studies, the last run first; warn of each that cannot be opened."""
     studies = []
     for name in _by_last_run():
         try:
@@ -202,7 +197,7 @@ def _by_last_run() -> list[str]:
 
 
 def check_search_name(name: str) -> None:
-    """Raise StudyError if a search may not have this name."""
+    """Raise StudyError if the name is not allowed."""
     if is_confirmation(_checked(name)):
         raise StudyError(f"study {name}: the ending is reserved for what hpo confirm trains; choose another --study")
 

@@ -122,7 +122,7 @@ class TrialQueue:
         return self._space
 
     def _missing(self, trials: Iterable[FrozenTrial]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Parameters and attributes of the baseline and the expressible recipes that are not among these trials."""
+        """Parameters and attributes of the baseline and expressible recipes not among these trials."""
         space = self._known_space()
         if not space.trains_baseline:
             return []
@@ -156,7 +156,7 @@ class TrialQueue:
         )
 
     def _queue_again(self, attempt: FrozenTrial, *, crashes: int = 0) -> None:
-        """Queue the index of an interrupted attempt, with its parameters and rungs."""
+        """Queue an attempt's index, with its parameters and rungs."""
         dropped = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, REASON, STOPPED, "error"}
         attributes = {key: value for key, value in with_current_names(attempt.user_attrs).items() if key not in dropped}
         # The sampler's and the pruner's system attributes stay; the artifacts belong to the attempt.
@@ -200,12 +200,9 @@ class TrialQueue:
         """End a claimed trial, which then counts towards the total.
 
         Args:
-            trial: A trial that `claim` returned.
-            state: `complete` or `pruned`.
-            value: The objective of a complete trial, which must be finite.
+            value: The objective of a complete trial; must be finite.
             failure: `diverged`, `oom` or `invalid`, if a pruned trial could not be trained. It becomes a constraint, so
                 that the sampler avoids the region.
-            attributes: User attributes to store.
 
         Returns:
             False, and the result is dropped, if the trial was taken from this process before.
@@ -234,7 +231,7 @@ class TrialQueue:
             self._interrupt(frozen, crashed=crashed)
 
     def heartbeat(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
-        """Show other hosts meanwhile that the trial's process is alive."""
+        """Show other hosts that the process is alive."""
         return lease.heartbeat(self._storage, trial_id(trial))
 
     # Reclaim
@@ -279,7 +276,7 @@ class TrialQueue:
         ]
 
     def waiting(self) -> int:
-        """Return how many trials of the total are waiting."""
+        """Return the number of waiting trials."""
         return len(self._waiting())
 
     def _waiting(self) -> list[tuple[int, FrozenTrial]]:
@@ -332,7 +329,7 @@ class TrialQueue:
         )
 
     def _set_state(self, trial: FrozenTrial, state: TrialState) -> bool:
-        """Set a trial's state; False if another process did."""
+        """False if another process set it."""
         try:
             return bool(self._storage.set_trial_state_values(trial_id(trial), state))
         except UpdateFinishedTrialError:

@@ -27,7 +27,7 @@ def read_result(paths: TrainingPaths) -> dict[str, Any] | None:
 
 
 def read_recipe_runs(paths: StudyPaths) -> dict[str, dict[str, Any]]:
-    """Read the results of the recipes trained beside a study, by name."""
+    """Read the results of recipes trained beside a study."""
     results = {reference.dir.name: read_result(reference) for reference in paths.references()}
     return {name: result for name, result in results.items() if result is not None}
 
@@ -44,7 +44,7 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a `metrics.jsonl`, if there is one; the last may be being written."""
+    """Read the complete lines, if any; the last may be being written."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -31,7 +31,7 @@ class _Setting(Generic[T]):
 
 
 class StudySettings:
-    """Settings of a study in its storage. Assigning one stores it if it differs."""
+    """Assigning a setting stores it if it differs."""
 
     total = _Setting[int | None]("trials", None)
     """Number of trials that the study was last run for; None before."""
@@ -48,11 +48,11 @@ class StudySettings:
         self._study = study
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a user attribute of the study; do not change it."""
+        """Return a user attribute; do not change it."""
         return attributes_of(self._study).get(key, default)
 
     def set(self, key: str, value: Any) -> None:
-        """Store a user attribute of the study if it differs."""
+        """Store a user attribute if it differs."""
         if self.get(key) != value:
             self._study.set_user_attr(key, value)
 
@@ -62,7 +62,7 @@ class StudySettings:
         self.space = space_to_yaml(space)
 
     def packing(self, device: str) -> tuple[int, str] | None:
-        """Return the best number of simultaneous trials on a device, and the reason; None if unknown."""
+        """Return the best number of simultaneous trials, and the reason; None if unknown."""
         known = self.get("packing", {}).get(_on_this_host(device))
         return None if known is None else (int(known["trials"]), str(known["why"]))
 
@@ -70,7 +70,7 @@ class StudySettings:
         self.set("packing", {**self.get("packing", {}), _on_this_host(device): {"trials": trials, "why": why}})
 
     def add_device(self, device: str) -> None:
-        """Add a device to those of this host that the dashboard shows."""
+        """Add a device of this host for the dashboard."""
         key = f"devices:{socket.gethostname()}"
         known = str(self.get(key, ""))
         if device not in known.split("; "):

@@ -42,9 +42,6 @@ class Study:
     """A study on its storage.
 
     Args:
-        optuna_study: The study in Optuna's storage.
-        paths: Names in the study's folder.
-        metadata: The content of study.yaml.
         storage_url: It may contain a password.
         space: Needed to queue or claim trials.
     """
@@ -79,7 +76,7 @@ class Study:
 
     @property
     def confirms(self) -> str | None:
-        """Name of the study whose best configurations this one confirms; None for a search."""
+        """Name of the confirmed study; None for a search."""
         name = self.metadata["identity"].get("confirms")
         return None if name is None else str(name)
 
@@ -139,7 +136,7 @@ class Study:
         return stored_space(self.optuna)
 
     def check_data(self, dataset: Dataset) -> None:
-        """Raise StudyError unless these are the images that the study was created with."""
+        """Raise StudyError unless these are the study's images."""
         check_fingerprint(self.name, self.metadata, dataset.fingerprint)
 
     def check_weights(self, config: TrainConfig) -> None:
@@ -153,13 +150,13 @@ class Study:
         return count_trials(self.optuna.get_trials(deepcopy=False))
 
     def best_trial(self) -> FrozenTrial | None:
-        """Return the complete trial with the best value, of several the one with the lowest index."""
+        """Return the best complete trial, of several the one with the lowest index."""
         trials = effective_trials(self.optuna.get_trials(deepcopy=False)).values()
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         return min(complete, key=lambda trial: (-self.sign * _value(trial), trial_index_of(trial)), default=None)
 
     def trained(self, number: int) -> Trained:
-        """Return the configuration and the result of a complete trial; StudyError if there is no such."""
+        """Return configuration and result of a complete trial; StudyError if there is no such."""
         trials = self.optuna.get_trials(deepcopy=False)
         if not 0 <= number < len(trials):
             raise StudyError(f"study {self.name} has no trial {number}; its trials are 0 to {len(trials) - 1}")
@@ -172,7 +169,7 @@ class Study:
         return Trained(config, _value(trial), epochs=int(trial.user_attrs.get("kept_epoch", ran)), ran=ran)
 
     def config_of(self, trial: FrozenTrial) -> TrainConfig:
-        """Return the configuration of a trial in any state, with its seed; StudyError if its parameters make none."""
+        """Return a trial's configuration with its seed, in any state; StudyError if its parameters make none."""
         from pydantic import ValidationError
 
         from core.config import TrainConfig
@@ -197,7 +194,7 @@ def _value(trial: FrozenTrial) -> float:
 
 
 def stored_space(study: optuna.Study) -> SearchSpace:
-    """Return the search space that is stored with a study, without its recipes; StudyError if there is none."""
+    """Return the stored search space without its recipes; StudyError if there is none."""
     from hpo.space import space_from_yaml
 
     settings = StudySettings(study)

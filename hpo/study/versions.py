@@ -10,7 +10,7 @@ _PACKAGES = ("hpo-vision", "torch", "torchvision", "timm", "optuna", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages, by name."""
+    """Return the versions by name, Python's included."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):

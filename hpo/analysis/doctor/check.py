@@ -63,11 +63,7 @@ class StudyCheck:
 
     @property
     def metadata(self) -> dict[str, Any] | None:
-        """The content of study.yaml; None without the file.
-
-        Raises:
-            StudyError: it cannot be read.
-        """
+        """The content of study.yaml; None without the file, StudyError if it cannot be read."""
         return read_metadata(self.paths)
 
     @property
@@ -112,13 +108,13 @@ def find_study_check(name: str | None, *, storage_url: str | None) -> StudyCheck
 
 
 def _last_change(paths: StudyPaths) -> float | None:
-    """The time of the study's last change; None if the folder has no study."""
+    """None if the folder has no study."""
     files = [file for file in (paths.study_yaml, paths.journal) if file.exists()]
     return max((file.stat().st_mtime for file in files), default=None)
 
 
 def guarded(check: StudyCheck, name: str, run: Callable[[StudyCheck], Iterable[Result] | None]) -> Iterator[Result]:
-    """Run a check, which returns results or nothing; an error becomes a finding."""
+    """Run a check; an error becomes a finding."""
     try:
         yield from run(check) or ()
     except (HpoError, CoreError) as error:

@@ -1,4 +1,4 @@
-"""Checks of a study's files: artifacts, weights, checkpoints, leftovers, submission models, and free disk space."""
+"""Checks of a study's files and of free disk space."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _kind(paths: StudyPaths, file: Path) -> str:
 
 
 def _size(path: Path) -> int:
-    """Size in bytes of a file or of all files in a folder; 0 if it was deleted meanwhile."""
+    """Bytes of a file or folder; 0 if it was deleted meanwhile."""
     try:
         return sum(map(_size, _files_in(path))) if path.is_dir() else path.lstat().st_size
     except FileNotFoundError:
