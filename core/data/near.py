@@ -30,7 +30,7 @@ CROP = 0.94
 CANDIDATE = 0.93
 """Minimum correlation of the low frequencies of a candidate pair."""
 
-LEVELS = ((16, 4, 0.75), (24, 4, 0.8), (48, 4, 0.83))
+LEVELS = ((16, 4, 0.7), (24, 4, 0.8), (48, 4, 0.8))
 """Side, iterations, and minimum correlation of fine detail after them, of each level of the alignment."""
 
 MAX_SHIFT = 0.15

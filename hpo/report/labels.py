@@ -5,11 +5,12 @@ from __future__ import annotations
 from hpo.analysis.labels import Suspect, audit_labels
 from hpo.analysis.study_data import StudyData
 from hpo.report.images import image_sheet
-from hpo.report.page import Section, code, paragraph, section, table
+from hpo.report.page import Section, code, folded, paragraph, section, table
 from hpo.report.words import audit_text, command
 from hpo.text import percent
 
 _SHOWN = 24
+_COLUMNS = ("image", "label", "suggested", "p(label)", "p(suggested)")
 
 
 def suspect_labels(data: StudyData) -> Section | None:
@@ -36,7 +37,7 @@ def suspect_labels(data: StudyData) -> Section | None:
         lead,
         notes,
         image_sheet(dataset, errors, alt=f"The {len(shown)} images with the most suspicious labels"),
-        table(("image", "label", "suggested", "p(label)", "p(suggested)"), [_row(one) for one in shown], right=(3, 4)),
+        folded("the names of these images", table(_COLUMNS, [_row(one) for one in shown], right=(3, 4))),
         paragraph(advice),
         code(command(data.study, "data audit") + " --csv"),
     )

@@ -36,7 +36,8 @@ def config(epochs: int, side: int, seed: int) -> TrainConfig:
             "data.image_size": side,
             "data.folds": 5,
             "data.split_seed": seed,
-            "model.widths": (24, 48, 96),
+            "model.widths": (32, 64, 128),
+            "model.stem_stride": 2,
             "model.blocks": (1, 1, 1),
             "augment.crop_pad_fraction": 0.125,
             "loss.smoothing": 0.1,
@@ -64,8 +65,8 @@ def main() -> None:
     options.add_argument("--data", type=Path, default=SHARED / "scenes5k.zip")
     options.add_argument("--wrong", type=float, default=0.05, help="fraction of the labels")
     options.add_argument("--side", type=positive, default=32, help="of the images in pixels")
-    options.add_argument("--epochs", type=positive, default=8)
-    options.add_argument("--divisions", type=positive, default=1, help="divisions into five folds")
+    options.add_argument("--epochs", type=positive, default=12)
+    options.add_argument("--divisions", type=positive, default=2, help="divisions into five folds")
     options.set_defaults(repeats=1)
     arguments = options.parse_args()
     described = machine()
