@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Read when Ray is imported: under `uv run` it would otherwise install an environment for each of its workers.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
 from tests.hpo.commands import RunHpo
 
 # With few processes, a long file that began last would keep all of them waiting.

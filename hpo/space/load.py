@@ -73,9 +73,12 @@ def space_from_yaml(text: str, name: str) -> SearchSpace:
     """Read text written by `space_to_yaml`; SpaceError with all its faults."""
     loader, parsed = _Loader({}), parse_yaml(text, name)
     space = loader.checked(loader.built(parsed, Path(f"{name}.yaml"), loader.written_space))
-    written = {} if parsed[0] is None else parsed[0].content["base"].get("data", {})
+    base = None if parsed[0] is None else parsed[0].content.get("base")
+    written = base.get("data", {}) if isinstance(base, dict) else {}
+    if "split_seed" not in written:  # not a complete baseline, as a study stores it
+        return space
     lacking = {f"data.{name}": value for name, value in SPLITS_OF_0_1_0.items() if name not in written}
-    return replace(space, baseline=space.baseline.override(lacking)) if lacking else space
+    return replace(space, baseline=space.baseline.override(lacking))
 
 
 def to_yaml(config: TrainConfig) -> str:

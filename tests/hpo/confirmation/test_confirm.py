@@ -705,7 +705,7 @@ def test_the_confirmation_is_a_study_beside_the_search_and_in_its_storage(studie
     assert search.confirms is None
     assert confirmation.storage_url == search.storage_url == str(search.paths.journal)
     assert {study.name for study in list_studies()} == {"planted", "planted.confirm", "hopeless", "hopeless.confirm"}
-    assert not list(confirmation.paths.dir.rglob("*.safetensors"))
+    assert not list(confirmation.paths.dir.rglob("model*.safetensors"))
     assert not list(confirmation.paths.dir.rglob("*.png"))
     os.utime(confirmation.paths.study_yaml)
     assert find_study().confirms is None  # the study that was run last is a search

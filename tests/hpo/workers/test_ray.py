@@ -35,8 +35,6 @@ from tests.hpo.commands import SPACE, Start
 from tests.hpo.storage.postgresql import Server, free_port, running_server
 from tests.hpo.workers.processes import wait_until
 
-# Read when Ray is imported: under `uv run` it would otherwise install an environment for each worker.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 ray = pytest.importorskip("ray")
 
 STORE_BYTES = 80 * 2**20  # the least that Ray takes; it holds nothing of ours

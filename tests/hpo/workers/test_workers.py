@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -322,10 +323,10 @@ def half_a_record(*arguments: Any) -> None:
 def test_a_forked_worker_starts_without_cuda_and_with_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server of the other tests already runs, and was started without these variables."""
     monkeypatch.setenv(local.VISIBLE, "3,5")
-    with local.start_method().Pool(1) as processes:
+    with ProcessPoolExecutor(1, mp_context=local.start_method()) as processes:
         entry = local.in_child("cuda:1", lambda: None)
         assert entry[0][local.VISIBLE] == "5"
-        assert processes.apply(torch.cuda.is_initialized) is False
+        assert processes.submit(torch.cuda.is_initialized).result() is False
 
 
 # Resources
