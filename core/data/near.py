@@ -39,7 +39,7 @@ MAX_SHIFT = 0.15
 MAX_CANDIDATES = 300_000
 """Pairs that are aligned, the most similar first. Sets of up to 15,000 photographs have fewer candidates."""
 
-_BLOCK = 1 << 22  # pairs compared at once
+_BLOCK = 1 << 20  # pairs compared at once
 _PAIRS = 2048  # pairs aligned, and images resized, at once
 
 
@@ -91,15 +91,18 @@ def _candidates(small: Tensor) -> tuple[Tensor, Tensor]:
     compared = [(whole, crop) for crop in views] + list(zip(corners, reversed(corners), strict=True))
     moves = torch.tensor([_move_between(first, second) for first, second in compared], dtype=torch.float64)
     parts = []
-    rows = max(1, _BLOCK // len(small))
+    rows = min(len(small), max(1, _BLOCK // len(small)))
+    block = torch.empty((2, rows, len(small)), dtype=torch.float64)  # reused: the heap grows with large temporaries
+    choice = torch.empty((rows, len(small)), dtype=torch.uint8)
     for start in range(0, len(small), rows):
         part = slice(start, start + rows)
-        best = torch.full((len(small[part]), len(small)), -1.0, dtype=torch.float64)
-        which = torch.zeros_like(best, dtype=torch.uint8)
+        count = len(small[part])
+        (best, similar), which = block[:, :count], choice[:count]
+        best.fill_(-1)
         for number, (fixed, moved) in enumerate(compared):
-            similarity = views[moved][part] @ views[fixed].T
-            which.masked_fill_(similarity > best, number)
-            torch.maximum(best, similarity, out=best)
+            torch.matmul(views[moved][part], views[fixed].T, out=similar)
+            which.masked_fill_(similar > best, number)
+            torch.maximum(best, similar, out=best)
         second, first = (best >= CANDIDATE).nonzero(as_tuple=True)
         parts.append((first, second + start, which[second, first].long(), best[second, first]))
     first, second, which, similarity = (torch.cat(part) for part in zip(*parts, strict=True))
