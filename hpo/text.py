@@ -186,12 +186,9 @@ def data_facts(content: Mapping[str, Any], *, most: int | None = None) -> dict[s
 
 def _near_duplicates(content: Mapping[str, Any]) -> str:
     """The images that are changed copies of others, and those across splits that the data set gives."""
-    across = [f"{n:,} {split} images of an image outside it" for split, n in _near_across(content).items() if n]
+    leaked = {"test": content.get("near_leaked", 0), "val": content.get("near_leaked_val", 0)}
+    across = [f"{number:,} {split} images of an image outside it" for split, number in leaked.items() if number]
     return "; ".join([count(near, "image"), *across]) if (near := content.get("near", 0)) else ""
-
-
-def _near_across(content: Mapping[str, Any]) -> dict[str, int]:
-    return {"test": content.get("near_leaked", 0), "val": content.get("near_leaked_val", 0)}
 
 
 def _pixels(content: Mapping[str, Any], images: int) -> str:

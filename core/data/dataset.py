@@ -467,19 +467,13 @@ def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> D
 
 def _warn(dataset: Dataset) -> None:
     report = dataset.report
-    if report.broken:
-        logger.warning("%s: %d unreadable images are skipped", dataset.source, len(report.broken))
-    if report.leaked:
-        logger.warning("%s: %d test images are identical to training images; the test score will be too high",
-                       dataset.source, report.leaked)  # fmt: skip
-    if report.leaked_val:
-        logger.warning("%s: %d of the given validation images are identical to training images",
-                       dataset.source, report.leaked_val)  # fmt: skip
-    if report.near_leaked:
-        logger.warning("%s: %d test images are near-duplicates of training images; the test score will be too high",
-                       dataset.source, report.near_leaked)  # fmt: skip
-    if report.near_leaked_val:
-        logger.warning("%s: %d of the given validation images are near-duplicates of training images",
-                       dataset.source, report.near_leaked_val)  # fmt: skip
-    if report.conflicting:
-        logger.warning("%s: %d images are identical to one of another class", dataset.source, report.conflicting)
+    for count, problem in (
+        (len(report.broken), "unreadable images are skipped"),
+        (report.leaked, "test images are identical to training images; the test score will be too high"),
+        (report.leaked_val, "of the given validation images are identical to training images"),
+        (report.near_leaked, "test images are near-duplicates of training images; the test score will be too high"),
+        (report.near_leaked_val, "of the given validation images are near-duplicates of training images"),
+        (report.conflicting, "images are identical to one of another class"),
+    ):
+        if count:
+            logger.warning("%s: %d %s", dataset.source, count, problem)

@@ -87,13 +87,12 @@ def mean_probabilities(
         Probabilities (N, K), zero without a prediction, and the number of networks (N,).
     """
     from safetensors.numpy import load_file
+    from scipy.special import softmax
 
     total, counts = np.zeros((images, classes)), np.zeros(images, dtype=np.int64)
     for file in files:
         outputs = load_file(file)
-        logits = outputs["logits"].astype(np.float64)
-        exp = np.exp(logits - logits.max(1, keepdims=True))
-        total[outputs["indices"]] += exp / exp.sum(1, keepdims=True)
+        total[outputs["indices"]] += softmax(outputs["logits"].astype(np.float64), axis=1)
         counts[outputs["indices"]] += 1
     return total / np.maximum(counts, 1)[:, None], counts
 
