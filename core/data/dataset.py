@@ -28,7 +28,7 @@ from core.data import builtin
 from core.data.cache import cache_key, cached, open_array, reading, write_images
 from core.data.decode import SIXTEEN_BIT_TOP, Values, to_channels
 from core.data.groups import check_sides, firsts, linked, with_groups
-from core.data.ingest import Progress, Spooled, ingest, read_spool
+from core.data.ingest import Progress, Spooled, ingest, read_spool, without_old_objects
 from core.data.layout import Entry
 from core.data.names import class_order, listed
 from core.data.near import near_duplicates, reduced
@@ -99,6 +99,7 @@ class Dataset:
         return self._open_test()
 
 
+@without_old_objects()
 def load_dataset(
     config: DataConfig,
     *,

@@ -247,15 +247,19 @@ class ZipSource(_TreeSource):
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]:
         for position, entry in enumerate(entries):
-            yield position, partial(self._content, self._members[entry.id])
+            yield position, self._payload(self._members[entry.id])
 
-    def _content(self, name: str) -> Content:
+    def _payload(self, name: str) -> Payload:
         try:
             info = self._archive.getinfo(name)
             check_image_bytes(info.file_size)  # no more than this is unpacked
-            return _read_member(self._archive, info)
+            if not hasattr(os, "pread") or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                return self._archive.read(info)
         except (KeyError, BrokenImageError, *TORN_ARCHIVE) as error:
             return error
+        packed = info.compress_type == zipfile.ZIP_DEFLATED
+        where = (info.header_offset, info.compress_size)
+        return partial(_read_member, str(self.path), where, info.file_size, info.CRC, packed=packed)
 
     def _sniff(self, name: str) -> bool:
         try:
@@ -305,26 +309,33 @@ class ZipSource(_TreeSource):
 _LOCAL_HEADER, _LENGTHS = 30, struct.Struct("<26xHH")
 
 
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """Read a member without `zipfile`'s file object and its lock, which take longer than decoding a small image.
+def _read_member(path: str, where: tuple[int, int], size: int, checksum: int, *, packed: bool) -> Content:
+    """Read a member without `zipfile`'s objects, which take longer than decoding a small image, or return the error.
 
-    Raises:
-        zipfile.BadZipFile: it is damaged.
+    Args:
+        path: Of the archive.
+        where: Start of the member's header, and bytes of its content there.
+        size: Bytes of its content, unpacked.
+        checksum: CRC-32 of it.
+        packed: Whether it is compressed, by deflate.
     """
-    raw = getattr(os, "pread", None)
-    if raw is None or archive.fp is None or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return archive.read(info)
-    file = archive.fp.fileno()
-    header = raw(file, _LOCAL_HEADER, info.header_offset)
-    if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\3\4"):
-        raise zipfile.BadZipFile("Bad magic number for file header")
-    start = info.header_offset + _LOCAL_HEADER + sum(_LENGTHS.unpack(header))
-    packed = raw(file, min(info.compress_size, os.fstat(file).st_size), start)
-    content: bytes = packed
-    if info.compress_type == zipfile.ZIP_DEFLATED:
-        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, info.file_size + 1)
-    if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
-        raise zipfile.BadZipFile(f"Bad CRC-32 for file {info.filename!r}")
+    start, length = where
+    try:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            header = os.pread(file, _LOCAL_HEADER, start)
+            if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\3\4"):
+                return zipfile.BadZipFile("Bad magic number for file header")
+            start += _LOCAL_HEADER + sum(_LENGTHS.unpack(header))
+            content = os.pread(file, min(length, os.fstat(file).st_size), start)
+        finally:
+            os.close(file)
+        if packed:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+    except (OSError, zlib.error) as error:
+        return error
+    if len(content) != size or zlib.crc32(content) != checksum:
+        return zipfile.BadZipFile("Bad CRC-32")
     return content
 
 

@@ -16,7 +16,7 @@ Content = bytes | Samples | Exception
 """An encoded image, an array (H, W) or (H, W, C), or the error of reading it."""
 
 Payload = Content | Callable[[], Content]
-"""A content, or a function that reads it, which may be called in another thread."""
+"""A content, or a function that reads it. It is pickled, and called in another process."""
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 
@@ -32,6 +32,8 @@ class Reading:
 
 class Readable(Protocol):
     """Anything that yields images of entries like `Source.payloads`."""
+
+    where: str
 
     def payloads(self, entries: Sequence[Entry]) -> Iterator[tuple[int, Payload]]: ...
 

@@ -6,9 +6,12 @@ import gzip
 import io
 import json
 import logging
+import multiprocessing
 import os
 import pickle
+import signal
 import stat
+import sys
 import tarfile
 import threading
 import time
@@ -26,7 +29,7 @@ from PIL import Image
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from core.config import DataConfig
-from core.data import Dataset, Splits, catalogue, folds, load_dataset, load_images, on_device, split
+from core.data import Dataset, Splits, catalogue, folds, ingest, load_dataset, load_images, on_device, split
 from core.data import dataset as dataset_module
 from core.data.decode import BrokenImageError, decode
 from core.data.ingest import decode_all
@@ -633,7 +636,7 @@ class TestBrokenImages:
                 content[rng.integers(min(len(content), 300))] = rng.integers(256)
             entries.append(Entry(str(i)))
             payloads.append(bytes(content[: rng.integers(len(content))] if i % 4 == 0 else content))
-        source = SimpleNamespace(payloads=lambda _: enumerate(payloads))
+        source = SimpleNamespace(where="here", payloads=lambda _: enumerate(payloads))
         results = [result for _, result in decode_all(source, entries, (8, 8))]  # type: ignore[arg-type]
         assert len(results) == 200
         assert any(isinstance(result, BrokenImageError) for result in results)
@@ -653,6 +656,53 @@ class TestBrokenImages:
         path.write_bytes(bytes(content))
         with pytest.raises(UserError, match=r"1 of 26 images cannot be read: train/cat/03.png \(Bad CRC-32"):
             load(path)
+
+
+class TestProcesses:
+    """Sets of more images than `ingest.FEW` are decoded by forked processes."""
+
+    @staticmethod
+    def many(root: Path) -> Path:
+        return write_folder(root / "many", {f"{label}/{i}.png": photo(i) for i in range(200) for label in "ab"})
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+    def test_they_read_the_same_as_one_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = self.many(tmp_path)
+        state = torch.get_rng_state()
+        forked = load(path)
+        assert torch.equal(torch.get_rng_state(), state)
+        forks: list[int] = []
+        monkeypatch.setattr(ingest, "_processes", lambda: forks.append(0) or 0)
+        alone = load(path)
+        assert forks == [0]
+        assert (forked.fingerprint, forked.ids) == (alone.fingerprint, alone.ids)
+        assert torch.equal(forked.images, alone.images)
+        assert torch.equal(forked.moments, alone.moments)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+    @pytest.mark.parametrize("broken", [200, 400])
+    def test_broken_images_are_counted(self, tmp_path: Path, broken: int) -> None:
+        path = self.many(tmp_path)
+        for file in sorted(path.rglob("*.png"))[:broken]:
+            file.write_bytes(file.read_bytes()[:50])
+        with pytest.raises(
+            UserError, match=rf"{broken} of 400 images cannot be read: a/0\.png \(.*and {broken - 5} more"
+        ):
+            load(path)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+    def test_one_that_is_killed_is_said_in_a_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        here = os.getpid()
+
+        def killed(*_: Any) -> Any:
+            assert os.getpid() != here
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        path = self.many(tmp_path)
+        monkeypatch.setattr(ingest, "decode", killed)
+        with pytest.raises(UserError, match=r"many: a process that reads its images was killed, .* memory is full"):
+            load(path)
+        assert not multiprocessing.active_children()
 
 
 class TestUnusableSets:

@@ -16,9 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from core.data import ingest
+from core.data import ingest, unlabelled
 from core.data.arrays import NpzSource
-from core.data.decode import decode
 from core.errors import UserError
 from hpo import predict
 from hpo.errors import BundleError
@@ -319,24 +318,32 @@ def test_however_many_images_there_are_few_are_in_memory_at_once(
 ) -> None:
     for number in range(400):
         saved(tmp_path / "many", f"{number:03}.png", Image.fromarray(some_pixels(12, 16, 3)))
-    alive: set[int] = set()
-    most = 0
+    asked = freed = most = 0
 
-    def counted(payload: Any, size: Any, values: Any) -> Any:
-        nonlocal most
-        decoded = decode(payload, size, values)
-        number = id(decoded)
-        alive.add(number)
-        weakref.finalize(decoded, alive.discard, number)
-        most = max(most, len(alive))
-        return decoded
+    def asking(payloads: Any) -> Any:
+        nonlocal asked, most
+        for batch in batches(payloads):
+            asked += len(batch)
+            most = max(most, asked - freed)
+            yield batch
 
-    monkeypatch.setattr(ingest, "decode", counted)
+    def free() -> None:
+        nonlocal freed
+        freed += 1
+
+    def watched(*arguments: Any) -> Any:
+        for position, result in ingest.decode_all(*arguments):
+            weakref.finalize(result, free)
+            yield position, result
+
+    batches = ingest._batches
+    monkeypatch.setattr(ingest, "_batches", asking)
+    monkeypatch.setattr(unlabelled, "decode_all", watched)
     monkeypatch.setattr(ingest, "BATCH", 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     found = load_bundle(bundle, CPU).predict(pack(tmp_path / "many"), batch_size=16)
     assert found.ids == tuple(f"{number:03}.png" for number in range(400))
-    in_flight = 4 * (2 * ingest.IN_FLIGHT + 2)  # batches of 4 of two threads, and the one that is read out
+    in_flight = 4 * (2 * ingest.IN_FLIGHT + 2)  # batches of 4 of two processes, and the one that is read out
     assert 0 < most <= in_flight + 2 * 16 < 400
 
 
