@@ -28,7 +28,7 @@ from core.data.source import one_line
 from core.errors import UserError
 
 # Incremented when the files or the decoding change; older caches are then ignored.
-FORMAT = 3
+FORMAT = 4
 
 META = "meta.json"
 

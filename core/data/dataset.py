@@ -119,7 +119,7 @@ def load_dataset(
         skip_broken: leave out unreadable images instead of raising an error.
         download: download a built-in set that is not on disk.
         data_root: folder of built-in sets.
-        on_progress: called now and then with the numbers of images decoded, and of all.
+        on_progress: called now and then with the numbers of images decoded, and of all; then of images compared.
 
     Raises:
         UserError: the data are missing or cannot be used.
@@ -237,7 +237,7 @@ def _build(
     with spool.open("wb") as file:
         result = ingest(source, entries, size, skip_broken, file, Values(config.channels), on_progress)
         file.flush()
-        images = _compared(spool, result.images, config)
+        images = _compared(spool, result.images, config, on_progress)
     own_test = any(entry.test for entry in entries)
     pool, test = _divide(images, own_test, config.test_fraction, source.where)
     _check_classes(source.where, [image.entry for image in images])
@@ -292,11 +292,13 @@ def _save_pool(folder: Path, pool: Sequence[Spooled], channels: int, *, grouped:
     np.save(folder / "pool_val.npy", np.array([image.entry.split == VAL for image in pool], dtype=np.int64))
 
 
-def _compared(spool: Path, images: Sequence[Spooled], config: DataConfig) -> list[Spooled]:
+def _compared(
+    spool: Path, images: Sequence[Spooled], config: DataConfig, on_progress: Progress | None
+) -> list[Spooled]:
     """Find identical images, and near-duplicates if the configuration wants them."""
     looks = firsts([image.digest for image in images])
     if config.near_duplicates == "together":
-        looks = linked(looks, pairs=near_duplicates(reduced(read_spool(spool, images), len(images))))
+        looks = linked(looks, pairs=near_duplicates(reduced(read_spool(spool, images), len(images)), on_progress))
     return [replace(image, look=int(look)) for image, look in zip(images, looks, strict=True)]
 
 

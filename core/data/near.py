@@ -1,13 +1,20 @@
 """Near-duplicate images: re-encoded, resized, slightly cropped or shifted copies, and frames of one scene.
 
 Low frequencies of each image, and of five crops of it, select candidate pairs, as a perceptual hash does, but compared
-by correlation. The images of a pair are then aligned by scale and shift (Lucas and Kanade 1981, coarse to fine), and
-are near-duplicates if their fine detail correlates.
+by correlation. The images of a pair are then aligned by scale and shift (Lucas and Kanade 1981, coarse to fine, in the
+inverse form of Baker and Matthews 2004), and are near-duplicates if their fine detail correlates.
+
+The result is part of a data set's fingerprint: rounding must not decide differently on another machine or with another
+number of threads. Candidates are therefore selected in exact arithmetic, and aligned in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import scipy.fft
@@ -17,6 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.data.decode import Pixels
+
+logger = logging.getLogger(__name__)
 
 MIN_SIDE = 32
 """Smaller images have too few pixels to tell a copy from a similar image."""
@@ -30,17 +39,30 @@ CROP = 0.94
 CANDIDATE = 0.93
 """Minimum correlation of the low frequencies of a candidate pair."""
 
-LEVELS = ((16, 4, 0.7), (24, 4, 0.8), (48, 4, 0.8))
+LEVELS = ((16, 2, 0.7), (24, 2, 0.8), (48, 4, 0.8))
 """Side, iterations, and minimum correlation of fine detail after them, of each level of the alignment."""
 
 MAX_SHIFT = 0.15
 """Maximum change of scale and shift, relative to the image side and half of it."""
 
-MAX_CANDIDATES = 300_000
-"""Pairs that are aligned, the most similar first. Sets of up to 15,000 photographs have fewer candidates."""
+PAIRS_PER_IMAGE = 100
+"""Pairs that are aligned, the most similar first, as a mean over `_ROWS` images. 8,000 photographs have at most 70."""
 
-_BLOCK = 1 << 20  # pairs compared at once
-_PAIRS = 2048  # pairs aligned, and images resized, at once
+LARGE = 100_000
+"""Images whose comparison takes minutes, which is announced."""
+
+_ROWS, _COLUMNS = 512, 2048  # images compared with images at once, in the processor's cache
+_PAIRS = 512  # pairs aligned, and images transformed, at once
+
+_MARGIN = 1 - CROP
+_CORNERS = [(x, y, CROP) for x in (0.0, _MARGIN) for y in (0.0, _MARGIN)]
+_VIEWS = [(0.0, 0.0, 1.0), (_MARGIN / 2, _MARGIN / 2, CROP), *_CORNERS]  # left, top, side
+_COMPARED = [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (2, 5), (3, 4)]  # the whole with all, opposite corners
+
+_FREQUENCIES = 8  # in each direction
+_BY_FREQUENCY = np.argsort(np.hypot(*np.mgrid[:_FREQUENCIES, :_FREQUENCIES]).ravel(), kind="stable")[1:]
+_FIRST = 24  # frequencies by which most pairs are excluded
+_STEP = 2.0**-12  # sums of products of its multiples are exact in float32 up to 1, in any order
 
 
 def reduced(images: Iterable[Pixels], count: int) -> Tensor:
@@ -49,69 +71,123 @@ def reduced(images: Iterable[Pixels], count: int) -> Tensor:
     for index, pixels in enumerate(images):
         if min(pixels.shape[1:]) < MIN_SIDE:
             return small[:0]
-        grey = torch.from_numpy(pixels.mean(axis=0, dtype=np.float64))
-        small[index] = F.interpolate(grey[None, None], size=(SIDE, SIDE), mode="area")[0, 0].round().byte()
+        total = torch.from_numpy(pixels.sum(axis=0, dtype=np.float32))
+        mean = F.interpolate(total[None, None], size=(SIDE, SIDE), mode="area")[0, 0] / len(pixels)
+        small[index] = mean.round().byte()
     return small
 
 
-def near_duplicates(small: Tensor) -> NDArray[np.int64]:
-    """Find pairs of near-duplicates. The time is quadratic in their number: 8,000 take half a minute on one core.
+def near_duplicates(small: Tensor, on_progress: Callable[[int, int], None] | None = None) -> NDArray[np.int64]:
+    """Find pairs of near-duplicates. The time is quadratic in the number of images.
 
     Args:
         small: (N, 48, 48) uint8, from `reduced`.
+        on_progress: called now and then with the number of images, of all, that are compared with all others.
 
     Returns:
         (K, 2) pairs of indices, the smaller first, in order.
     """
-    if len(small) < 2:
-        return np.empty((0, 2), dtype=np.int64)
-    pairs, moves = _candidates(small)
-    for side, iterations, least in LEVELS:
-        kept = torch.empty(len(pairs), dtype=torch.bool)
-        for start in range(0, len(pairs), _PAIRS):
-            part = slice(start, start + _PAIRS)
-            first, second = (_resized(small[chosen], side) for chosen in pairs[part].unbind(1))
-            moves[part] = _align(first, second, moves[part], iterations)
-            moved, inside = _move(second, moves[part])
-            kept[part] = _correlation(_detail(first), _detail(moved), inside) >= least
-        pairs, moves = pairs[kept], moves[kept]
-    found: NDArray[np.int64] = np.unique(pairs.sort(dim=1).values.numpy(), axis=0)
-    return found
+    count = len(small)
+    if count > LARGE:
+        logger.info(
+            "comparing %s images for near-duplicates, once; this takes minutes, "
+            "and --set data.near_duplicates=ignored leaves it out",
+            f"{count:,}",
+        )
+    found = [torch.empty((0, 2), dtype=torch.int64)]
+    left_out = 0
+    with _one_thread_each() as pool:
+        views = _views(small)
+        rest = views[..., _FIRST:].norm(dim=2)
+        starts = range(0, count, _ROWS)
+        for start, (pairs, more) in zip(starts, pool.map(partial(_search, small, views, rest), starts), strict=True):
+            found.append(pairs)
+            left_out += more
+            if on_progress is not None:
+                remaining = max(0, count - start - _ROWS)  # images that are not compared with each other yet
+                on_progress(count - remaining**2 // count, count)
+    if left_out:
+        logger.info("near-duplicates: the %s least similar pairs of candidates were not compared", f"{left_out:,}")
+    unique: NDArray[np.int64] = np.unique(torch.cat(found).sort(dim=1).values.numpy(), axis=0)
+    return unique
 
 
-def _candidates(small: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (K, 2) of images with similar parts, and scale and shift (K, 4) from the first's part to the second's.
+@contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """Replace torch's threads by a pool of them: beside other processes, to divide each operation takes 20 times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # inherited by new threads
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
-    The parts are the whole of one and the whole or a crop of the other, or opposite corners of both.
+
+def _search(small: Tensor, views: Tensor, rest: Tensor, start: int) -> tuple[Tensor, int]:
+    """Near-duplicates (K, 2) among `_ROWS` images and later ones, and the number of candidates that were left out."""
+    pairs, moves, left_out = _candidates(views, rest, start)
+    return _aligned(small, pairs, moves), left_out
+
+
+def _views(small: Tensor) -> Tensor:
+    """The lowest frequencies but the mean of each of `_VIEWS`, as unit vectors (6, N, 63) of multiples of `_STEP`."""
+    views = torch.empty((len(_VIEWS), len(small), len(_BY_FREQUENCY)))
+    for start in range(0, len(small), _PAIRS):
+        images = small[start : start + _PAIRS].double()
+        for view, (left, top, side) in zip(views, _VIEWS, strict=True):
+            spectrum = _cosines(top, side).T @ (images @ _cosines(left, side))
+            unit = F.normalize(spectrum.flatten(1)[:, _BY_FREQUENCY], dim=1)
+            view[start : start + _PAIRS] = (unit / _STEP).round() * _STEP
+    return views
+
+
+def _cosines(start: float, length: float) -> Tensor:
+    """Matrix (48, 8) that takes a line of pixels to the lowest frequencies of a part of it."""
+    first, count = round(start * SIDE), round(length * SIDE)
+    part = np.eye(SIDE)[:, first : first + count]
+    return torch.from_numpy(scipy.fft.dct(part, norm="ortho")[:, :_FREQUENCIES])
+
+
+def _candidates(views: Tensor, rest: Tensor, start: int) -> tuple[Tensor, Tensor, int]:
+    """Pairs (K, 2) of `_ROWS` images and later ones with similar parts, the most similar first.
+
+    Also returns scale and shift (K, 4) from the first's part to the second's, and the number of pairs beyond the limit.
     """
-    margin = 1 - CROP
-    whole, middle = (0.0, 0.0, 1.0), (margin / 2, margin / 2, CROP)
-    corners = [(x, y, CROP) for x in (0.0, margin) for y in (0.0, margin)]
-    views = {crop: _low_frequencies(_crop(small, *crop)) for crop in (whole, middle, *corners)}
-    compared = [(whole, crop) for crop in views] + list(zip(corners, reversed(corners), strict=True))
-    moves = torch.tensor([_move_between(first, second) for first, second in compared], dtype=torch.float64)
-    parts = []
-    rows = min(len(small), max(1, _BLOCK // len(small)))
-    block = torch.empty((2, rows, len(small)), dtype=torch.float64)  # reused: the heap grows with large temporaries
-    choice = torch.empty((rows, len(small)), dtype=torch.uint8)
-    for start in range(0, len(small), rows):
-        part = slice(start, start + rows)
-        count = len(small[part])
-        (best, similar), which = block[:, :count], choice[:count]
-        best.fill_(-1)
-        for number, (fixed, moved) in enumerate(compared):
-            torch.matmul(views[moved][part], views[fixed].T, out=similar)
-            which.masked_fill_(similar > best, number)
-            torch.maximum(best, similar, out=best)
-        second, first = (best >= CANDIDATE).nonzero(as_tuple=True)
-        parts.append((first, second + start, which[second, first].long(), best[second, first]))
-    first, second, which, similarity = (torch.cat(part) for part in zip(*parts, strict=True))
-    order = similarity.argsort(descending=True, stable=True)
-    order = order[first[order] != second[order]]
-    key = torch.minimum(first, second)[order] * len(small) + torch.maximum(first, second)[order]
-    _, kept = np.unique(key.numpy(), return_index=True)  # of both directions, the more similar one
-    order = order[torch.from_numpy(np.sort(kept)[:MAX_CANDIDATES])]
-    return torch.stack([first, second], dim=1)[order], moves[which[order]]
+    count = views.shape[1]
+    rows = slice(start, min(start + _ROWS, count))
+    blocks = [slice(left, min(left + _COLUMNS, count)) for left in range(start, count, _COLUMNS)]
+    parts = [_similar(views, rest, rows, columns) for columns in blocks]
+    pairs, similarity, which = (torch.cat(part) for part in zip(*parts, strict=True))
+    best = similarity.argsort(descending=True, stable=True)[: PAIRS_PER_IMAGE * _ROWS]
+    moves = torch.tensor([_move_between(_VIEWS[a], _VIEWS[b]) for a, b in _COMPARED], dtype=torch.float64)
+    return pairs[best], moves[which[best]], len(pairs) - len(best)
+
+
+def _similar(views: Tensor, rest: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (K, 2) of an image and a later one, their similarity, and which of `_COMPARED` has it.
+
+    The first of a pair is the one whose first view is compared. Most pairs are excluded by an upper bound: the product
+    of a few frequencies, plus that of the norms of all others.
+    """
+    bound = torch.empty((rows.stop - rows.start, columns.stop - columns.start))
+    best = torch.full_like(bound, -1)
+    for first, second in _COMPARED:
+        for a, b in ((first, second), (second, first)):
+            torch.outer(rest[a, rows], rest[b, columns], out=bound)
+            bound.addmm_(views[a, rows, :_FIRST], views[b, columns, :_FIRST].T)
+            torch.maximum(best, bound, out=best)
+    place = np.flatnonzero(best.numpy() >= CANDIDATE - 1e-4)  # more than the rounding of the bound
+    row, column = torch.from_numpy(np.stack(np.divmod(place, best.shape[1])))
+    pairs = torch.stack([row + rows.start, column + columns.start], dim=1)
+    pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+    both = torch.stack([pairs, pairs.flip(1)])  # (2, K, 2)
+    products = [
+        (views[first][both[..., 0]] * views[second][both[..., 1]]).sum(dim=2) for first, second in _COMPARED
+    ]  # exact
+    similarity, which = torch.stack(products).flatten(0, 1).max(dim=0)
+    chosen = (similarity >= CANDIDATE).nonzero()[:, 0]
+    return both[which[chosen] % 2, chosen], similarity[chosen], which[chosen] // 2
 
 
 def _move_between(first: tuple[float, float, float], second: tuple[float, float, float]) -> tuple[float, ...]:
@@ -121,39 +197,42 @@ def _move_between(first: tuple[float, float, float], second: tuple[float, float,
     return (scale - 1, scale - 1, *(there - scale * here for here, there in zip(*centers, strict=True)))
 
 
-def _low_frequencies(small: Tensor) -> Tensor:
-    """The 8 × 8 lowest frequencies but the mean, as unit vectors (N, 63)."""
-    parts = []
-    for start in range(0, len(small), _PAIRS):
-        images = _resized(small[start : start + _PAIRS], 32)[:, 0].numpy()
-        spectrum = scipy.fft.dctn(images, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(images), 64)
-        parts.append(F.normalize(torch.from_numpy(spectrum[:, 1:]), dim=1))
-    return torch.cat(parts)
-
-
-def _crop(small: Tensor, left: float, top: float, side: float) -> Tensor:
-    x, y, length = (round(fraction * SIDE) for fraction in (left, top, side))
-    return small[:, y : y + length, x : x + length]
+def _aligned(small: Tensor, pairs: Tensor, moves: Tensor) -> Tensor:
+    """The pairs whose fine detail correlates when they are aligned, starting from `moves`."""
+    for side, iterations, least in LEVELS:
+        kept = torch.empty(len(pairs), dtype=torch.bool)
+        for start in range(0, len(pairs), _PAIRS):
+            part = slice(start, start + _PAIRS)
+            first, second = (_resized(small[chosen], side) for chosen in pairs[part].unbind(1))
+            moves[part] = _align(first, second, moves[part], iterations)
+            moved, inside = _move(second, moves[part])
+            kept[part] = _correlation(_detail(first), _detail(moved), inside) >= least
+        pairs, moves = pairs[kept], moves[kept]
+    return pairs
 
 
 def _resized(small: Tensor, side: int) -> Tensor:
-    """Images as (N, 1, side, side) float64 in [0, 1]: rounding must not decide differently on another machine."""
-    return F.interpolate(small[:, None].double() / 255, size=(side, side), mode="area")
+    """Images as (N, 1, side, side) float64 in [0, 1]."""
+    return F.avg_pool2d(small[:, None].float(), SIDE // side).double() / 255
 
 
 def _align(fixed: Tensor, moving: Tensor, moves: Tensor, iterations: int) -> Tensor:
-    """Improve scale and shift (K, 4) by Gauss-Newton steps, together with gain and offset of the brightness."""
+    """Improve scale and shift (K, 4) by Gauss-Newton steps, together with gain and offset of the brightness.
+
+    The steps move the fixed image, whose Jacobian stays the same, and their inverse is applied to the moving one.
+    """
     count, _, side, _ = fixed.shape
     x, y = _grid(side)
+    slope_y, slope_x = torch.gradient(fixed, spacing=2 / side, dim=(2, 3))
+    rows = [slope_x * x, slope_y * y, slope_x, slope_y, fixed, torch.ones_like(fixed)]
+    jacobian = torch.cat(rows, dim=1).flatten(2)  # (K, 6, side²)
+    inverse = torch.linalg.inv(jacobian @ jacobian.mT + 1e-3 * torch.eye(6, dtype=torch.float64))
     for _ in range(iterations):
         moved, inside = _move(moving, moves)
-        slope_y, slope_x = torch.gradient(moved, spacing=2 / side, dim=(2, 3))
-        columns = [slope_x * x, slope_y * y, slope_x, slope_y, moved, torch.ones_like(moved)]
-        jacobian = (torch.stack(columns, dim=-1) * inside[..., None]).view(count, -1, 6)
-        error = ((fixed - moved) * inside).view(count, -1, 1)
-        normal = jacobian.mT @ jacobian + 1e-3 * torch.eye(6, dtype=torch.float64)
-        step = torch.linalg.solve(normal, jacobian.mT @ error)[:, :4, 0]
-        moves = (moves + step).clamp(-MAX_SHIFT, MAX_SHIFT)
+        error = ((moved - fixed) * inside).view(count, -1, 1)
+        scale, shift = (inverse @ (jacobian @ error))[:, :4, 0].split(2, dim=1)
+        ratio = (1 + moves[:, :2]) / (1 + scale)
+        moves = torch.cat([ratio - 1, moves[:, 2:] - ratio * shift], dim=1).clamp(-MAX_SHIFT, MAX_SHIFT)
     return moves
 
 
@@ -175,7 +254,9 @@ def _grid(side: int) -> tuple[Tensor, Tensor]:
 
 def _detail(images: Tensor) -> Tensor:
     """Images minus their local means over 9 × 9 pixels."""
-    return images - F.avg_pool2d(F.pad(images, (4, 4, 4, 4), mode="reflect"), 9, stride=1)
+    line = F.pad(torch.eye(images.shape[-1], dtype=torch.float64)[None], (4, 4), mode="reflect")
+    means = F.avg_pool1d(line, 9, stride=1)[0]  # of a line of pixels, as a matrix: several times faster than in 2D
+    return images - means.T @ (images @ means)
 
 
 def _correlation(first: Tensor, second: Tensor, inside: Tensor) -> Tensor:

@@ -121,6 +121,20 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(threads)
 
 
+def test_the_progress_rises_to_the_number_of_images() -> None:
+    told: list[tuple[int, int]] = []
+    near_duplicates(torch.zeros((1300, 48, 48), dtype=torch.uint8), lambda *now: told.append(now))
+    assert len(told) > 1
+    assert told == sorted(told)
+    assert told[-1] == (1300, 1300)
+
+
+def test_copies_far_apart_in_a_large_set_are_found() -> None:
+    """Images are compared in blocks."""
+    small = reduced([*photographs(1), *([np.zeros((1, 48, 48), dtype=np.uint8)] * 2600), *photographs(1)], 2602)
+    assert near_duplicates(small).tolist() == [[0, 2601]]
+
+
 # In a data set
 
 
