@@ -110,7 +110,8 @@ def suspects(
         labels: (N,).
 
     Returns:
-        Positions (S,) of the suspects, the largest margin over the label's probability first, and their classes (S,).
+        Positions (S,) of the suspects, and their classes (S,). The largest ratio to the label's probability comes
+        first: the difference would put an image of two likely classes before one whose label is all but excluded.
     """
     own = probabilities[np.arange(len(labels)), labels]
     counts = np.bincount(labels, minlength=probabilities.shape[1])
@@ -118,6 +119,6 @@ def suspects(
     confident = np.where(probabilities >= np.where(counts > 0, thresholds, np.inf), probabilities, -1.0)
     best = confident.argmax(1)
     found = np.flatnonzero((confident.max(1) >= 0) & (best != labels))
-    margin = probabilities[found, best[found]] - own[found]
-    order = found[np.argsort(-margin, kind="stable")]
+    ratio = probabilities[found, best[found]] / np.maximum(own[found], np.finfo(np.float64).tiny)
+    order = found[np.argsort(-ratio, kind="stable")]
     return order, best[order]

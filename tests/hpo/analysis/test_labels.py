@@ -25,12 +25,21 @@ def test_planted_wrong_labels_come_first() -> None:
     assert np.array_equal(suggested, true[order])
 
 
-def test_the_largest_margin_comes_first() -> None:
-    labels = np.array([0, 0, 0, 1, 1, 1])
-    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.1, 0.9], [0.1, 0.9], [0.2, 0.8], [0.8, 0.2]])
+def test_the_largest_ratio_comes_first() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 1, 1])
+    probabilities = np.array([
+        [0.9, 0.1, 0.0], [0.3, 0.6, 0.1], [0.18, 0.8, 0.02], [0.02, 0.62, 0.36],
+        [0.2, 0.8, 0.0], [0.4, 0.6, 0.0], [0.8, 0.2, 0.0],
+    ])  # fmt: skip
     order, suggested = suspects(probabilities, labels)
-    assert order.tolist() == [2, 5]  # 0.6 is below the mean of class 1, 0.63: not confident
-    assert suggested.tolist() == [1, 0]
+    assert order.tolist() == [3, 2, 6, 1]  # the difference of the third, 0.62, is larger than that of the fourth, 0.60
+    assert suggested.tolist() == [1, 1, 0, 1]
+
+
+def test_a_label_that_is_excluded_comes_first() -> None:
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    probabilities = np.array([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9], [0.1, 0.9], [0.1, 0.9], [0.2, 0.8]])
+    assert suspects(probabilities, labels)[0].tolist() == [1, 2]
 
 
 def test_a_class_that_is_hard_to_predict_has_a_threshold_of_its_own() -> None:
