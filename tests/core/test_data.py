@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import stat
+import subprocess
 import sys
 import tarfile
 import threading
@@ -703,6 +704,34 @@ class TestProcesses:
         with pytest.raises(UserError, match=r"many: a process that reads its images was killed, .* memory is full"):
             load(path)
         assert not multiprocessing.active_children()
+
+
+class TestMemory:
+    MEASURED = """
+import resource, sys
+from pathlib import Path
+from core.config import DataConfig
+from core.data import load_dataset
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+dataset = load_dataset(DataConfig(), data_path=Path(sys.argv[1]), cache_dir=Path(sys.argv[2]))
+print(peak() - before, dataset.images.nbytes + dataset.open_test().images.nbytes)
+"""
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems report the peak in another unit")
+    def test_reading_takes_less_than_twice_the_decoded_set(self, tmp_path: Path) -> None:
+        files = {f"{'ab'[i % 2]}/{i}.bmp": encoded(noise(i, 256, 256, 3), "BMP") for i in range(600)}
+        command = [
+            sys.executable,
+            "-c",
+            self.MEASURED,
+            str(write_folder(tmp_path / "set", files)),
+            str(tmp_path / "cache"),
+        ]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        more, decoded = map(int, done.stdout.split())
+        assert decoded == 600 * 256 * 256 * 3
+        assert more < 2 * decoded
 
 
 class TestUnusableSets:
