@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,8 +89,7 @@ def range_of(highest: int) -> int:
     return max(255, (1 << highest.bit_length()) - 1)
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """An image with measurements taken while it is in the CPU cache."""
 
     pixels: Pixels  # (C, H, W); C is 1 if the image is grey, else 3
@@ -263,7 +262,8 @@ def _as_seen(image: Image.Image, values: Values, *, in_place: bool) -> _Seen:
     if image.has_transparency_data and not ignored:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return _Seen(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), top, coarse)
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    return _Seen(image if image.mode == mode else image.convert(mode), top, coarse)
 
 
 def _largest(image: Image.Image) -> int:
@@ -298,9 +298,6 @@ def _is_grey(pixels: Pixels) -> bool:
 
 def _moments(pixels: Pixels) -> NDArray[np.int64]:
     flat = pixels.reshape(len(pixels), -1)
-    moments = np.zeros((len(pixels), 2), dtype=np.int64)
-    for start in range(0, flat.shape[1], _AT_ONCE):
-        part = flat[:, start : start + _AT_ONCE].astype(np.int64)
-        moments[:, 0] += part.sum(1)
-        moments[:, 1] += np.einsum("ci,ci->c", part, part)
-    return moments
+    parts = (flat[:, start : start + _AT_ONCE].astype(np.int64) for start in range(0, flat.shape[1], _AT_ONCE))
+    sums = [(np.add.reduce(part, 1), np.einsum("ci,ci->c", part, part)) for part in parts]
+    return np.ascontiguousarray(np.array(sums).sum(0).T)

@@ -333,7 +333,7 @@ def test_however_many_images_there_are_few_are_in_memory_at_once(
 
     def watched(*arguments: Any) -> Any:
         for position, result in ingest.decode_all(*arguments):
-            weakref.finalize(result, free)
+            weakref.finalize(result.pixels, free)
             yield position, result
 
     batches = ingest._batches
