@@ -42,8 +42,8 @@ class Reporter(Protocol):
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
         """`right` lists the right-aligned columns."""
 
-    def reading(self, label: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """The yielded function takes the images read, and all."""
+    def reading(self, label: str) -> AbstractContextManager[Callable[[str, int, int], None]]:
+        """The yielded function takes the step, `reading` or `comparing`, the number of images done, and of all."""
 
     def training(
         self, label: str, *, epochs: int, metric: str
@@ -64,8 +64,8 @@ class Silent:
         pass
 
     @contextmanager
-    def reading(self, label: str) -> Iterator[Callable[[int, int], None]]:
-        yield lambda done, total: None
+    def reading(self, label: str) -> Iterator[Callable[[str, int, int], None]]:
+        yield lambda step, done, total: None
 
     @contextmanager
     def training(self, label: str, *, epochs: int, metric: str) -> Iterator[Callable[[EpochMetrics], None]]:

@@ -119,7 +119,7 @@ def load_dataset(
         skip_broken: leave out unreadable images instead of raising an error.
         download: download a built-in set that is not on disk.
         data_root: folder of built-in sets.
-        on_progress: called now and then with the numbers of images decoded, and of all; then of images compared.
+        on_progress: called now and then with the step, `reading` or `comparing`, the number of images done, and of all.
 
     Raises:
         UserError: the data are missing or cannot be used.
@@ -292,14 +292,16 @@ def _save_pool(folder: Path, pool: Sequence[Spooled], channels: int, *, grouped:
     np.save(folder / "pool_val.npy", np.array([image.entry.split == VAL for image in pool], dtype=np.int64))
 
 
-def _compared(
-    spool: Path, images: Sequence[Spooled], config: DataConfig, on_progress: Progress | None
-) -> list[Spooled]:
+def _compared(spool: Path, images: list[Spooled], config: DataConfig, on_progress: Progress | None) -> list[Spooled]:
     """Find identical images, and near-duplicates if the configuration wants them."""
     looks = firsts([image.digest for image in images])
     if config.near_duplicates == "together":
-        looks = linked(looks, pairs=near_duplicates(reduced(read_spool(spool, images), len(images)), on_progress))
-    return [replace(image, look=int(look)) for image, look in zip(images, looks, strict=True)]
+        compared = None if on_progress is None else partial(on_progress, "comparing")
+        pairs = near_duplicates(reduced(read_spool(spool, images), len(images)), compared)
+        looks = linked(looks, pairs=pairs)
+    for image, look in zip(images, looks.tolist(), strict=True):
+        image.look = look
+    return images
 
 
 def _counts(classes: Sequence[str], images: Sequence[Spooled]) -> dict[str, dict[str, int]]:

@@ -57,11 +57,11 @@ LOOK_ON = 500
 NAMED = 5
 
 
-Progress = Callable[[int, int], None]
-"""Called with the number of images decoded, and of all."""
+Progress = Callable[[str, int, int], None]
+"""Called with the step, `reading` or `comparing`, the number of images done, and of all."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Spooled:
     """A decoded image whose pixels are in the spool file."""
 
@@ -223,7 +223,7 @@ def _ingest_once(
     coarse: str | None = None
     for done, (position, result) in enumerate(decode_all(source, entries, size, values)):
         if on_progress is not None and done % BATCH == 0:
-            on_progress(min(done, len(entries)), len(entries))
+            on_progress("reading", min(done, len(entries)), len(entries))
         images[position] = None
         broken.pop(position, None)
         if isinstance(result, UnknownBandError):

@@ -52,7 +52,8 @@ LARGE = 100_000
 """Images whose comparison takes minutes, which is announced."""
 
 _ROWS, _COLUMNS = 512, 2048  # images compared with images at once, in the processor's cache
-_PAIRS = 512  # pairs aligned, and images transformed, at once
+_AT_ONCE = 1 << 14  # pairs of views multiplied at once
+_PIXELS = 1 << 17  # of images transformed or aligned at once
 
 _MARGIN = 1 - CROP
 _CORNERS = [(x, y, CROP) for x in (0.0, _MARGIN) for y in (0.0, _MARGIN)]
@@ -133,12 +134,12 @@ def _search(small: Tensor, views: Tensor, rest: Tensor, start: int) -> tuple[Ten
 def _views(small: Tensor) -> Tensor:
     """The lowest frequencies but the mean of each of `_VIEWS`, as unit vectors (6, N, 63) of multiples of `_STEP`."""
     views = torch.empty((len(_VIEWS), len(small), len(_BY_FREQUENCY)))
-    for start in range(0, len(small), _PAIRS):
-        images = small[start : start + _PAIRS].double()
+    for part in _parts(len(small), SIDE):
+        images = small[part].double()
         for view, (left, top, side) in zip(views, _VIEWS, strict=True):
             spectrum = _cosines(top, side).T @ (images @ _cosines(left, side))
             unit = F.normalize(spectrum.flatten(1)[:, _BY_FREQUENCY], dim=1)
-            view[start : start + _PAIRS] = (unit / _STEP).round() * _STEP
+            view[part] = (unit / _STEP).round() * _STEP
     return views
 
 
@@ -181,13 +182,24 @@ def _similar(views: Tensor, rest: Tensor, rows: slice, columns: slice) -> tuple[
     row, column = torch.from_numpy(np.stack(np.divmod(place, best.shape[1])))
     pairs = torch.stack([row + rows.start, column + columns.start], dim=1)
     pairs = pairs[pairs[:, 0] < pairs[:, 1]]
-    both = torch.stack([pairs, pairs.flip(1)])  # (2, K, 2)
+    similarity, which = (
+        torch.cat(part) for part in zip(*(_best(views, part) for part in torch.split(pairs, _AT_ONCE)), strict=True)
+    )
+    pairs = torch.where(which[:, None] % 2 == 0, pairs, pairs.flip(1))
+    similar = similarity >= CANDIDATE
+    return pairs[similar], similarity[similar], which[similar] // 2
+
+
+def _best(views: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """The best correlation (K,) of views of a pair, and twice its place in `_COMPARED`, plus 1 if they are swapped."""
+    here, there = pairs.unbind(1)
     products = [
-        (views[first][both[..., 0]] * views[second][both[..., 1]]).sum(dim=2) for first, second in _COMPARED
-    ]  # exact
-    similarity, which = torch.stack(products).flatten(0, 1).max(dim=0)
-    chosen = (similarity >= CANDIDATE).nonzero()[:, 0]
-    return both[which[chosen] % 2, chosen], similarity[chosen], which[chosen] // 2
+        (views[first, a] * views[second, b]).sum(dim=1)
+        for first, second in _COMPARED
+        for a, b in ((here, there), (there, here))
+    ]
+    best, which = torch.stack(products).max(dim=0)
+    return best, which
 
 
 def _move_between(first: tuple[float, float, float], second: tuple[float, float, float]) -> tuple[float, ...]:
@@ -201,14 +213,19 @@ def _aligned(small: Tensor, pairs: Tensor, moves: Tensor) -> Tensor:
     """The pairs whose fine detail correlates when they are aligned, starting from `moves`."""
     for side, iterations, least in LEVELS:
         kept = torch.empty(len(pairs), dtype=torch.bool)
-        for start in range(0, len(pairs), _PAIRS):
-            part = slice(start, start + _PAIRS)
+        for part in _parts(len(pairs), side):
             first, second = (_resized(small[chosen], side) for chosen in pairs[part].unbind(1))
             moves[part] = _align(first, second, moves[part], iterations)
             moved, inside = _move(second, moves[part])
             kept[part] = _correlation(_detail(first), _detail(moved), inside) >= least
         pairs, moves = pairs[kept], moves[kept]
     return pairs
+
+
+def _parts(count: int, side: int) -> Iterator[slice]:
+    """Divide a number of images into parts of about `_PIXELS`."""
+    step = _PIXELS // side**2
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _resized(small: Tensor, side: int) -> Tensor:

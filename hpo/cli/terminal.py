@@ -45,12 +45,22 @@ class Terminal:
         table(columns, rows, right=right)
 
     @contextmanager
-    def reading(self, label: str) -> Iterator[Callable[[int, int], None]]:
+    def reading(self, label: str) -> Iterator[Callable[[str, int, int], None]]:
         progress = bars()
-        task = progress.add_task(f"reading {label}", total=None, note="images", visible=False)
+        tasks = {
+            step: progress.add_task(f"{step} {label}", total=None, note="images", visible=False)
+            for step in ("reading", "comparing")
+        }
+
+        def show(running: str, done: int, total: int) -> None:
+            for step, task in tasks.items():
+                shown = step == running and total > _QUICKLY_READ
+                progress.update(task, completed=done, total=total, visible=shown)
+
         with progress:
-            yield lambda done, total: progress.update(task, completed=done, total=total, visible=total > _QUICKLY_READ)
-            progress.update(task, visible=False)
+            yield show
+            for task in tasks.values():
+                progress.update(task, visible=False)
 
     @contextmanager
     def training(self, label: str, *, epochs: int, metric: str) -> Iterator[Callable[[EpochMetrics], None]]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from core.config import DataConfig
-from core.data import Dataset, folds, load_dataset, split
+from core.data import Dataset, folds, load_dataset, near, split
 from core.data.groups import linked
 from core.data.near import MIN_SIDE, near_duplicates, reduced
 
@@ -108,13 +108,15 @@ def test_a_copy_of_a_copy_is_linked_with_the_original() -> None:
     assert linked(np.arange(6), pairs=pairs).tolist() == [0, 1, 2, 2, 1, 1]
 
 
-def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+def test_the_result_does_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near, "_ROWS", 5)
     images = photographs(12)
     small = reduced(images + [cropped(image) for image in images], 24)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = near_duplicates(small)
+        assert len(alone) == 12
         torch.set_num_threads(2)
         assert np.array_equal(near_duplicates(small), alone)
     finally:
@@ -127,6 +129,35 @@ def test_the_progress_rises_to_the_number_of_images() -> None:
     assert len(told) > 1
     assert told == sorted(told)
     assert told[-1] == (1300, 1300)
+
+
+def test_the_search_leaves_the_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    pairs_of(photographs(2))
+    assert torch.get_num_threads() == threads
+
+
+def test_pairs_beyond_the_limit_are_counted_aloud(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The most similar pairs are still compared."""
+    caplog.set_level("INFO")
+    images = photographs(6)
+    monkeypatch.setattr(near, "_ROWS", 2)
+    monkeypatch.setattr(near, "PAIRS_PER_IMAGE", 1)
+    found = pairs_of(images + [jpeg(image, 90) for image in images] + [jpeg(image, 30) for image in images])
+    assert [0, 6] in found
+    assert [0, 12] not in found
+    assert "least similar pairs of candidates were not compared" in caplog.text
+
+
+def test_a_long_search_is_announced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(near, "LARGE", 3)
+    pairs_of(photographs(3))
+    assert not caplog.records
+    pairs_of(photographs(4))
+    assert "comparing 4 images for near-duplicates, once; this takes minutes" in caplog.text
 
 
 def test_copies_far_apart_in_a_large_set_are_found() -> None:
@@ -188,7 +219,9 @@ def test_ignored_copies_are_divided_like_other_images(copied: Path) -> None:
     assert originals(dataset.ids) & originals(dataset.open_test().ids)
 
 
-def test_copies_across_given_splits_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_copies_across_given_splits_are_counted_and_stay_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     images = photographs(12)
     train = {str(index): image for index, image in enumerate(images[:8])}
     write(tmp_path / "set" / "train", {"cat": dict(list(train.items())[:4]), "dog": dict(list(train.items())[4:])})
@@ -196,8 +229,10 @@ def test_copies_across_given_splits_are_counted(tmp_path: Path, caplog: pytest.L
     write(tmp_path / "set" / "test", {"cat": test, "dog": {"other": images[9]}})
     write(tmp_path / "set" / "val", {"cat": {"grey": brighter(images[2])}, "dog": {"another": images[10]}})
 
-    report = load(tmp_path / "set").report
+    dataset = load(tmp_path / "set")
+    report = dataset.report
 
+    assert (len(dataset.images), dataset.n_test, int(dataset.in_val.sum())) == (10, 5, 2)
     assert (report.leaked, report.near_leaked, report.near_leaked_val, report.near) == (1, 2, 1, 6)
     assert "2 test images are near-duplicates of training images" in caplog.text
     assert "1 of the given validation images are near-duplicates" in caplog.text

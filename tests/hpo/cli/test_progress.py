@@ -151,14 +151,16 @@ def test_a_terminal_has_a_bar_for_the_study_and_one_for_each_running_trial(
 
 
 @pytest.mark.parametrize(("images", "has_bar"), [(10, False), (100_000, True)])
-def test_reading_many_images_has_a_bar(
+def test_reading_and_comparing_many_images_have_a_bar_each(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], images: int, has_bar: bool
 ) -> None:
     monkeypatch.setattr(hpo.cli.console, "console", Console(width=100, force_terminal=True, highlight=False))
     with Terminal().reading("photos") as on_progress:
-        on_progress(images // 2, images)
-        time.sleep(0.3)  # the bar is drawn ten times a second
-    assert ("reading photos" in capsys.readouterr().out) == has_bar
+        for step in ("reading", "comparing"):
+            on_progress(step, images // 2, images)
+            time.sleep(0.3)  # the bar is drawn ten times a second
+            shown = capsys.readouterr().out
+            assert (f"{step} photos" in shown) == has_bar
 
 
 def test_a_data_set_is_read_with_progress(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +168,9 @@ def test_a_data_set_is_read_with_progress(monkeypatch: pytest.MonkeyPatch) -> No
 
     class Told(Silent):
         @contextmanager
-        def reading(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        def reading(self, label: str) -> Iterator[Callable[[str, int, int], None]]:
             assert label == "digits"
-            yield lambda done, total: told.append((done, total))
+            yield lambda step, done, total: told.append((done, total))
 
     open_dataset(DataConfig(), None, skip_broken=False, reporter=Told())
     assert told[-1] == (1792, 1797)
