@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
@@ -105,14 +106,17 @@ def decode_all(
 ) -> Iterator[Result]:
     """Yield (position in `entries`, image or its error) in the order in which the source reads them."""
     Image.init()  # once, not in each process
-    workers = _processes() if len(entries) > FEW else 0
+    payloads = source.payloads(entries)
+    first = list(islice(payloads, 1))
+    encoded = not any(isinstance(payload, np.ndarray) for _, payload in first)  # arrays take longer to send
+    workers = _processes() if encoded and len(entries) > FEW else 0
     with warnings.catch_warnings():
         # Pillow warns about unusual metadata of readable images, Python about a fork beside other threads.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.filterwarnings("ignore", message=r".*multi-threaded, use of fork", category=DeprecationWarning)
         loader = DataLoader(
             _Decoder(size, values),
-            batch_sampler=_batches(source.payloads(entries)),  # the images themselves, not their numbers
+            batch_sampler=_batches(chain(first, payloads)),  # the images themselves, not their numbers
             collate_fn=list,
             num_workers=workers,
             prefetch_factor=IN_FLIGHT if workers else None,
@@ -121,7 +125,9 @@ def decode_all(
             generator=torch.Generator(),  # or it draws a seed from the global one
         )
         try:
-            for batch in loader:
+            with _held_signals():
+                batches = iter(loader)
+            for batch in batches:
                 yield from batch
         except RuntimeError as error:  # torch's, for any process that ends by a signal
             if "exited unexpectedly" not in str(error):
@@ -132,10 +138,27 @@ def decode_all(
             ) from error
 
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Hold back signals, so that a forked process cannot receive one before `_start`."""
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(_: int) -> None:
     """Leave signals to the parent process, which ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _processes() -> int:

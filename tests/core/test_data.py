@@ -705,6 +705,30 @@ class TestProcesses:
             load(path)
         assert not multiprocessing.active_children()
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+    def test_an_interrupt_is_the_parents_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ctrl-C reaches the whole group, also while a process starts."""
+        here = os.getpid()
+        start = ingest._start
+
+        def interrupted(number: int) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            start(number)
+
+        def received(*_: Any) -> None:
+            assert os.getpid() == here
+
+        monkeypatch.setattr(ingest, "_start", interrupted)
+        before = signal.signal(signal.SIGINT, received)
+        try:
+            assert len(load(self.many(tmp_path)).images)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def test_arrays_are_not_sent_to_other_processes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ingest, "_processes", pytest.fail)
+        load_dataset(DataConfig(name="digits"))
+
 
 class TestMemory:
     MEASURED = """
