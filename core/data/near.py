@@ -115,7 +115,7 @@ def near_duplicates(small: Tensor, on_progress: Callable[[int, int], None] | Non
 
 @contextmanager
 def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """Replace torch's threads by a pool of them: beside other processes, to divide each operation takes 20 times."""
+    """Replace torch's threads by a pool: threads that share each operation are many times slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # inherited by new threads
     try:
