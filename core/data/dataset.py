@@ -237,7 +237,8 @@ def _build(
     with spool.open("wb") as file:
         result = ingest(source, entries, size, skip_broken, file, Values(config.channels), on_progress)
         file.flush()
-        images = _compared(spool, result.images, config, on_progress)
+        images = result.images
+        _compare(spool, images, config, on_progress)
     own_test = any(entry.test for entry in entries)
     pool, test = _divide(images, own_test, config.test_fraction, source.where)
     _check_classes(source.where, [image.entry for image in images])
@@ -292,8 +293,8 @@ def _save_pool(folder: Path, pool: Sequence[Spooled], channels: int, *, grouped:
     np.save(folder / "pool_val.npy", np.array([image.entry.split == VAL for image in pool], dtype=np.int64))
 
 
-def _compared(spool: Path, images: list[Spooled], config: DataConfig, on_progress: Progress | None) -> list[Spooled]:
-    """Find identical images, and near-duplicates if the configuration wants them."""
+def _compare(spool: Path, images: Sequence[Spooled], config: DataConfig, on_progress: Progress | None) -> None:
+    """Set the `look` of each image, by its pixels, and by near-duplicates if the configuration wants them."""
     looks = firsts([image.digest for image in images])
     if config.near_duplicates == "together":
         compared = None if on_progress is None else partial(on_progress, "comparing")
@@ -301,7 +302,6 @@ def _compared(spool: Path, images: list[Spooled], config: DataConfig, on_progres
         looks = linked(looks, pairs=pairs)
     for image, look in zip(images, looks.tolist(), strict=True):
         image.look = look
-    return images
 
 
 def _counts(classes: Sequence[str], images: Sequence[Spooled]) -> dict[str, dict[str, int]]:

@@ -53,9 +53,9 @@ class Terminal:
         }
 
         def show(running: str, done: int, total: int) -> None:
-            for step, task in tasks.items():
-                shown = step == running and total > _QUICKLY_READ
-                progress.update(task, completed=done, total=total, visible=shown)
+            for step in tasks.keys() - {running}:
+                progress.update(tasks[step], visible=False)
+            progress.update(tasks[running], completed=done, total=total, visible=total > _QUICKLY_READ)
 
         with progress:
             yield show

@@ -659,6 +659,7 @@ class TestBrokenImages:
             load(path)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 class TestProcesses:
     """Sets of more images than `ingest.FEW` are decoded by forked processes."""
 
@@ -666,7 +667,6 @@ class TestProcesses:
     def many(root: Path) -> Path:
         return write_folder(root / "many", {f"{label}/{i}.png": photo(i) for i in range(200) for label in "ab"})
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
     def test_they_read_the_same_as_one_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = self.many(tmp_path)
         state = torch.get_rng_state()
@@ -680,7 +680,6 @@ class TestProcesses:
         assert torch.equal(forked.images, alone.images)
         assert torch.equal(forked.moments, alone.moments)
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
     @pytest.mark.parametrize("broken", [200, 400])
     def test_broken_images_are_counted(self, tmp_path: Path, broken: int) -> None:
         path = self.many(tmp_path)
@@ -691,7 +690,6 @@ class TestProcesses:
         ):
             load(path)
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
     def test_one_that_is_killed_is_said_in_a_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         here = os.getpid()
 
@@ -705,7 +703,6 @@ class TestProcesses:
             load(path)
         assert not multiprocessing.active_children()
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
     def test_an_interrupt_is_the_parents_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ctrl-C reaches the whole group, also while a process starts."""
         here = os.getpid()
@@ -725,9 +722,10 @@ class TestProcesses:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def test_arrays_are_not_sent_to_other_processes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ingest, "_processes", pytest.fail)
-        load_dataset(DataConfig(name="digits"))
+
+def test_arrays_are_not_sent_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "_processes", pytest.fail)
+    load_dataset(DataConfig(name="digits"))
 
 
 class TestMemory:
