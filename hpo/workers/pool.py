@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -153,22 +154,21 @@ class _Supervisor:
             self.last_crash.__cause__ = _WorkerError(output.trace)
 
     def _end(self, slot: WorkerSlot) -> None:
-        trials = self._trials_of(self.workers[slot])
+        worker = self.workers[slot]
         exited = self._close(slot)
         if exited.clean:
             return
-        if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials):
+        if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in self._trials_of(worker)):
             self.deaths[slot] = 0
         self.deaths[slot] += not exited.blameless
         self.last_words = exited.words
-        base = self.spec.space.baseline
-        labels = [
-            trial_label(trial, epochs=base.epochs, folds=base.data.folds or 1)
-            for trial in trials
-            if trial.state == TrialState.RUNNING
-        ]
-        who = slot.name + (f" ({labels[-1]})" if labels else "")
-        requeued = "; its trial is queued again" if self.study.queue.reclaim() else ""
+        who, requeued = slot.name, ""
+        self.study.queue.reclaim()  # another process may have been faster
+        last = max(self._trials_of(worker), key=lambda trial: trial.datetime_start or datetime.min, default=None)
+        if last is not None and last.state == TrialState.FAIL:
+            base = self.spec.space.baseline
+            who += f" ({trial_label(last, epochs=base.epochs, folds=base.data.folds or 1)})"
+            requeued = "; its trial is queued again"
         then = "another takes its place" if self._usable(slot) else "it is not replaced any more"
         if self._usable(slot) and self.study.queue.waiting():
             self._start(slot)

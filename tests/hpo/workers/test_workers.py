@@ -152,6 +152,13 @@ def test_a_killed_workers_trial_resumes_from_its_checkpoint_and_the_total_stays(
         victims.append(wait_until(found, "a trial is in its second fold"))
         os.kill(victims[0].user_attrs["lease"]["pid"], signal.SIGKILL)
 
+    end = pool._Supervisor._end
+
+    def end_later(supervisor: Any, slot: WorkerSlot) -> None:
+        supervisor.study.queue.reclaim()  # as another process of the study may
+        end(supervisor, slot)
+
+    monkeypatch.setattr(pool._Supervisor, "_end", end_later)
     with meanwhile(kill_one_in_its_second_fold):
         assert hpo_run(monkeypatch, *arguments, "--per-device", "2") == 0
     [victim] = victims
