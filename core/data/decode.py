@@ -298,6 +298,9 @@ def _is_grey(pixels: Pixels) -> bool:
 
 def _moments(pixels: Pixels) -> NDArray[np.int64]:
     flat = pixels.reshape(len(pixels), -1)
-    parts = (flat[:, start : start + _AT_ONCE].astype(np.int64) for start in range(0, flat.shape[1], _AT_ONCE))
-    sums = [(np.add.reduce(part, 1), np.einsum("ci,ci->c", part, part)) for part in parts]
-    return np.ascontiguousarray(np.array(sums).sum(0).T)
+    moments = np.zeros((len(pixels), 2), dtype=np.int64)
+    for start in range(0, flat.shape[1], _AT_ONCE):
+        part = flat[:, start : start + _AT_ONCE].astype(np.int64)
+        moments[:, 0] += np.add.reduce(part, 1)
+        moments[:, 1] += np.einsum("ci,ci->c", part, part)
+    return moments
