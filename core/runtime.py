@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -138,6 +137,8 @@ def free_memory(device: torch.device) -> int:
 
 def _free_host_memory(root: Path) -> int:
     """Free CPU memory; `root` is / except in tests."""
+    import psutil  # a training on a GPU does without it
+
     available = int(psutil.virtual_memory().available)
     return max(min([available, *_left_by_control_groups(root)]), 0)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # `core` and `tests` of this checkout, which may not be installed
 PACKAGES = ("torch", "torchvision", "timm", "kornia", "optuna", "numpy")
 
 
