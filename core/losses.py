@@ -81,12 +81,15 @@ class Criterion:
 
     def mixed(self, logits: Tensor, targets: Tensor, stage: Stage) -> Tensor:
         """Return the mean loss of logits (N, K) for targets (N, K) whose rows sum to 1."""
-        targets, weights = targets.float(), self.weights if stage.weighted else None
+        targets, smoothing, weights = targets.float(), stage.smoothing, self.weights if stage.weighted else None
         logits = self._adjusted(logits)
+        smoothed = targets
+        if isinstance(smoothing, Tensor) or smoothing:
+            smoothed = (1 - smoothing) * targets + smoothing / targets.shape[1]
         if self.config.name == "cross_entropy":
-            losses = F.cross_entropy(logits, targets, weight=weights, reduction="none")
+            losses = F.cross_entropy(logits, smoothed, weight=weights, reduction="none")
         else:
-            losses = self._losses(logits, targets, targets, weights)
+            losses = self._losses(logits, smoothed, targets, weights)
         # A matrix product would depend on the TF32 settings.
         return losses.mean() if weights is None else losses.sum() / self._weight(targets)
 

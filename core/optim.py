@@ -71,6 +71,11 @@ class StepOptimizer:
         return (self._frozen,)
 
     @property
+    def phase_end(self) -> float:
+        """Progress of the run at which the phase is known to end; 1 if it may last."""
+        return self._config.head_only_fraction if self._frozen else 1.0
+
+    @property
     def moments(self) -> int:
         """Maximum number of state tensors per parameter."""
         return int(self._config.momentum > 0) if self._config.name == "sgd" else 2
@@ -225,6 +230,15 @@ class Swats(StepOptimizer):
     @property
     def phase(self) -> Hashable:
         return (super().phase, self.switched_at is not None, self._judged)
+
+    @property
+    def phase_end(self) -> float:
+        end = super().phase_end
+        if self.switched_at is None and self._projection is None:
+            return min(end, self._config.swats.switch_fraction)
+        if self.switched_at is None and not self._judged:
+            return min(end, self._warmup_fraction)
+        return end
 
     def begin_step(self, progress: float) -> None:
         super().begin_step(progress)

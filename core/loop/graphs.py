@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 
+from core.augment import MixPlan
 from core.errors import ConfigError
 from core.loop.step import Batch, Launch, StepShape, StepValues
 from core.runtime import allowed_waits, forbidden_waits, is_out_of_memory
 
-# The second step of a shape is checked for host synchronization; in the first, a network may still create constants.
+# Steps of each number of images, size and optimizer phase before a capture. The first creates state and constants, and
+# libraries choose their kernels; the second is checked for host synchronization.
 WARM_UP_STEPS = 2
-# A capture takes as long as ten steps, so rare shapes are not worth one.
-CAPTURED_STEP = 8
+# A capture takes about as long as ten steps, and a replay saves half of one where launches limit the speed.
+FEWEST_REPLAYS = 20
 
 # "called a synchronizing CUDA operation", "not permitted when stream is capturing", "cudaErrorStreamCapture…"
 _OF_CAPTURES = re.compile("synchroniz|captur", re.IGNORECASE)
@@ -62,16 +64,28 @@ class CudaCapture:
 
 
 class CapturedSteps:
-    """Runs steps as captured graphs; `name` is the network's, for error messages."""
+    """Runs steps as captured graphs.
 
-    def __init__(self, run: Launch, capture: Capture, device: torch.device, name: str) -> None:
+    Args:
+        run: the device part of a step.
+        capture: captures it.
+        device: the training's device.
+        name: the network's, for error messages.
+        remaining: the number of steps of a shape that are left in the training, with the present one.
+    """
+
+    def __init__(
+        self, run: Launch, capture: Capture, device: torch.device, name: str, remaining: Callable[[StepShape], int]
+    ) -> None:
         self._run, self._capture, self._device, self._name = run, capture, device, name
-        self._seen: Counter[StepShape] = Counter()
+        self._remaining = remaining
+        self._warm_ups: Counter[Hashable] = Counter()
+        self._rare: set[StepShape] = set()
         self._replays: dict[StepShape, Callable[[], None]] = {}
         self._inputs: dict[int, Batch] = {}
         self._row = torch.zeros(8, device=device)
         factor, average, smoothing, keep = self._row[:4].unbind()
-        self._values = StepValues(factor, average, smoothing, keep, self._row[4:])
+        self._values = StepValues(factor, average, smoothing, MixPlan(keep, self._row[4:]))
 
     def __call__(self, batch: Batch, shape: StepShape, values: StepValues) -> None:
         """Make a step, or replay it. Raises ConfigError if it cannot be captured."""
@@ -80,11 +94,12 @@ class CapturedSteps:
             torch._foreach_copy_(self._inputs[len(batch)].tensors, batch.tensors)
             replay()
             return
-        self._seen[shape] += 1
-        if self._seen[shape] == WARM_UP_STEPS:
+        warmed = (shape.images, shape.size, shape.optimizer)
+        self._warm_ups[warmed] += 1
+        if self._warm_ups[warmed] == WARM_UP_STEPS:
             with self._capture_errors("waits for the host"), forbidden_waits(self._device):
                 self._run(batch, shape, self._values)
-        elif self._seen[shape] < CAPTURED_STEP:
+        elif self._warm_ups[warmed] < WARM_UP_STEPS or self._is_rare(shape):
             self._run(batch, shape, self._values)
         else:
             held = self._inputs.setdefault(len(batch), batch.like())
@@ -93,8 +108,14 @@ class CapturedSteps:
             with self._capture_errors("cannot be recorded"):
                 self._replays[shape] = self._capture.capture(lambda: run(held, shape, values))
 
+    def _is_rare(self, shape: StepShape) -> bool:
+        if shape not in self._rare and self._remaining(shape) < FEWEST_REPLAYS:
+            self._rare.add(shape)
+        return shape in self._rare
+
     def _fill(self, values: StepValues) -> None:
-        numbers = [values.factor, values.average, values.smoothing, values.keep, *values.box]
+        mix = values.mix or MixPlan(keep=1.0)
+        numbers = [values.factor, values.average, values.smoothing, mix.keep, *(mix.box or (0, 0, 0, 0))]
         row = torch.tensor(numbers, dtype=torch.float32, pin_memory=self._device.type == "cuda")
         self._row.copy_(row, non_blocking=True)
 

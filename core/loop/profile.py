@@ -23,9 +23,9 @@ from core import metrics
 from core.averaging import validations_per_epoch
 from core.config import TrainConfig
 from core.data import Splits
-from core.loop.graphs import CAPTURED_STEP, Capture, CapturedSteps, CudaCapture
+from core.loop.graphs import FEWEST_REPLAYS, WARM_UP_STEPS, Capture, CapturedSteps, CudaCapture
 from core.loop.run import EVALUATION_BATCH, Execution, Run
-from core.loop.step import Batch, Section, batch_sizes
+from core.loop.step import Batch, Section
 from core.runtime import clock, compute_dtype, isolated_rng, own_stream
 
 Part = Literal[Section, "evaluation", "host"]
@@ -185,7 +185,7 @@ def _measure(
             replayed=replayed,
             evaluation_s=_evaluation_s(run) * validations_per_epoch(config.averaging),
             images=run.visits,
-            steps=len(batch_sizes(run.visits, config.batch_size)),
+            steps=len(run.batch_sizes),
             timed_steps=steps,
             parameters=sum(parameter.numel() for parameter in run.model.parameters()),
             flops_per_image=flops,
@@ -221,10 +221,12 @@ def _replayed(run: Run, steps: int, capture: Callable[[], Capture]) -> Times:
 
 
 def _capture_all(run: Run, steps: int, capture: Capture) -> None:
-    run.one_step.launch = CapturedSteps(run.one_step.run, capture, run.device, run.config.model.name)
+    run.one_step.launch = CapturedSteps(
+        run.one_step.run, capture, run.device, run.config.model.name, remaining=lambda _: FEWEST_REPLAYS
+    )
     if run.device.type == "cuda":
         torch.cuda.empty_cache()  # frees the graphs' memory
-    for _ in range(CAPTURED_STEP):
+    for _ in range(WARM_UP_STEPS + 1):
         _run_steps(run, steps)
 
 

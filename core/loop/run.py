@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -33,7 +34,7 @@ from core.loop.divergence import Divergence
 from core.loop.graphs import Capture, CapturedSteps, CudaCapture
 from core.loop.memory import batch_that_fits, micro_batch_that_fits
 from core.loop.results import EpochMetrics, TrainResult
-from core.loop.step import Batch, TrainStep, batch_sizes
+from core.loop.step import Batch, StepShape, TrainStep, batch_sizes
 from core.losses import Criterion
 from core.metrics import Scores
 from core.models import build_model, check_smaller_images, compiled, head_parameters
@@ -202,7 +203,8 @@ class Run:
         self.train_labels = self.splits.labels[self.splits.train]
         self.train_counts = torch.bincount(self.train_labels, minlength=self.num_classes)
         self.visits = epoch_length(self.train_labels, config.sampling)
-        self.total_steps = len(batch_sizes(self.visits, config.batch_size)) * config.epochs
+        self.batch_sizes = batch_sizes(self.visits, config.batch_size)
+        self.total_steps = len(self.batch_sizes) * config.epochs
         self.prepare = partial(normalize, mean=splits.mean, std=splits.std)
         self.autocast = partial(autocast, config.precision.autocast, device)
         self.generator = torch.Generator(device)
@@ -216,7 +218,7 @@ class Run:
             self._fit_memory()
         if self._captures and self.optimizer.capturable and self._graphs_fit:
             capture = execution.capture or CudaCapture([self.generator])
-            self.one_step.launch = CapturedSteps(self.one_step.run, capture, device, config.model.name)
+            self.one_step.launch = CapturedSteps(self.one_step.run, capture, device, config.model.name, self.remaining)
         self.step_count = 0
         self.reductions = 0  # reductions of a plateau schedule so far
         self.elapsed_s = 0.0
@@ -253,7 +255,7 @@ class Run:
         )
 
     def _fit_memory(self) -> None:
-        largest = max(batch_sizes(self.visits, self.config.batch_size))
+        largest = max(self.batch_sizes)
         rows = self.splits.train[torch.arange(largest, device=self.device) % len(self.splits.train)]
         self.generator.manual_seed(0)  # each epoch seeds it again
 
@@ -349,17 +351,16 @@ class Run:
         self.host_generator = make_generator(torch.device("cpu"), self.config.seed, "mix", epoch)
         seed_global(self.device, self.config.seed, "dropout", epoch)
         order = epoch_order(self.train_labels, self.config.sampling, self.generator, self.visits)
-        sizes = batch_sizes(self.visits, self.config.batch_size)
-        rows = torch.split(self.splits.train[order], sizes)
-        labels = torch.split(self.train_labels[order], sizes)
-        again: Sequence[Tensor | None] = [None] * len(sizes)
-        flips: Sequence[Tensor | None] = [None] * len(sizes)
+        rows = torch.split(self.splits.train[order], self.batch_sizes)
+        labels = torch.split(self.train_labels[order], self.batch_sizes)
+        again: Sequence[Tensor | None] = [None] * len(self.batch_sizes)
+        flips: Sequence[Tensor | None] = [None] * len(self.batch_sizes)
         if self.config.augment.apply_to == "repeats":
-            again = torch.split(repeats(order), sizes)
+            again = torch.split(repeats(order), self.batch_sizes)
         if self.config.augment.alternate_flip:
             drawn = make_generator(self.device, self.config.seed, "flips")  # the same in every epoch
             first = torch.rand(len(self.train_labels), generator=drawn, device=self.device) < 0.5
-            flips = torch.split(alternating_flips(first, epoch)[order], sizes)
+            flips = torch.split(alternating_flips(first, epoch)[order], self.batch_sizes)
         yield from map(Batch, self.feed.batches(rows), labels, again, flips)
 
     def step(self, batch: Batch) -> None:
@@ -367,6 +368,20 @@ class Run:
         progress = self.step_count / self.total_steps
         self.one_step(batch, progress, factor(self.config.schedule, progress, self.reductions), self.host_generator)
         self.step_count += 1
+
+    def remaining(self, shape: StepShape) -> int:
+        """Number of steps of this shape from the present one on, unless an unscheduled phase begins."""
+
+        def is_over(step: int) -> bool:
+            progress = step / self.total_steps
+            size = self.splits.images.shape[-2:]
+            over = self.one_step.shape_at(progress, shape.images, (size[0], size[1])) != shape
+            return over or progress >= self.optimizer.phase_end
+
+        # Whatever the progress decides never returns.
+        steps = range(self.step_count, self.total_steps)
+        steps = steps[: bisect_left(steps, True, key=is_over)]
+        return sum(self.batch_sizes[step % len(self.batch_sizes)] == shape.images for step in steps)
 
     def logits(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Return the logits (M, K) float32 of the images at these rows, without augmentation."""

@@ -55,7 +55,7 @@ class StepShape:
 
     images: int
     size: tuple[int, int]  # Height and width in pixels of the network's input
-    mix: Literal["mixup", "cutmix"] | None
+    mixes: bool  # Whether batches may be mixed
     weighted: bool  # Whether class weights apply
     optimizer: Hashable  # The optimizer's `phase`
 
@@ -67,8 +67,7 @@ class StepValues:
     factor: float | Tensor  # Of the peak learning rate
     average: float | Tensor  # Weight of the network in its average
     smoothing: float | Tensor
-    keep: float | Tensor  # See `MixPlan`, as for `box`
-    box: tuple[int, int, int, int] | Tensor
+    mix: MixPlan | None  # None mixes nothing
 
 
 class Launch(Protocol):
@@ -109,31 +108,35 @@ class TrainStep:
         """Make a step at this progress of the run, in [0, 1), with this factor of the peak learning rate."""
         self.optimizer.begin_step(progress)
         height, width = batch.images.shape[-2:]
-        size = size_at(self.config.augment, progress, (height, width))
+        shape = self.shape_at(progress, len(batch), (height, width))
         mix = None
-        if mixes(self.config.augment, progress):
-            mix = plan_mix(self.config.augment, host_generator, (*batch.images.shape[:2], *size))
-        stage = self.criterion.stage(progress)
+        if shape.mixes:
+            mix = plan_mix(self.config.augment, host_generator, (*batch.images.shape[:2], *shape.size))
+        # Mixed targets are not smoothed.
+        smoothing = self.criterion.stage(progress).smoothing if mix is None else 0.0
         weight = None if self.averaging is None else self.averaging.next_weight()
-        shape = StepShape(len(batch), size, None if mix is None else mix.kind, stage.weighted, self.optimizer.phase)
-        values = StepValues(
-            factor,
-            0.0 if weight is None else weight,
-            stage.smoothing,
-            0.0 if mix is None else mix.keep,
-            (0, 0, 0, 0) if mix is None or mix.box is None else mix.box,
-        )
+        values = StepValues(factor, 0.0 if weight is None else weight, smoothing, mix)
         (self.launch or self.run)(batch, shape, values)
         self.optimizer.end_step(factor)
         if self.averaging is not None:
             self.averaging.end_update()
+
+    def shape_at(self, progress: float, images: int, size: tuple[int, int]) -> StepShape:
+        """Return the shape of a step on this many images of a `size`, in the optimizer's present phase."""
+        return StepShape(
+            images,
+            size_at(self.config.augment, progress, size),
+            mixes(self.config.augment, progress),
+            self.criterion.stage(progress).weighted,
+            self.optimizer.phase,
+        )
 
     def run(self, batch: Batch, shape: StepShape, values: StepValues) -> None:
         """The device part. Depends on Python values through the shape only."""
         with self.section("augment"):
             images, targets = self.inputs(batch, shape, values)
         self.optimizer.zero_grad()
-        self.forward_and_back(images, targets, Stage(self._smoothing(values), shape.weighted))
+        self.forward_and_back(images, targets, Stage(self._smoothing(shape, values), shape.weighted))
         with self.section("optimizer"):
             self.optimizer.step(values.factor)
         if self.averaging is not None:
@@ -150,10 +153,9 @@ class TrainStep:
         """Return the network's input (B, C, h, w), and labels (B,) or mixtures (B, K)."""
         images = self.augment(batch.images, self.generator, flips=batch.flips, repeats=batch.repeats)
         images = resize(images, shape.size)
-        if shape.mix is None:
+        if not shape.mixes:
             return images, batch.labels
-        plan = MixPlan(shape.mix, values.keep, values.box if shape.mix == "cutmix" else None)
-        return apply_mix(images, batch.labels, self.num_classes, plan, self.generator)
+        return apply_mix(images, batch.labels, self.num_classes, values.mix, self.generator)
 
     def forward_and_back(self, images: Tensor, targets: Tensor, stage: Stage) -> None:
         """Accumulate the gradients of the batch's loss. Only batch norm sees micro-batches."""
@@ -172,10 +174,11 @@ class TrainStep:
                 loss.backward()  # type: ignore[no-untyped-call]
             self.loss_sum += loss.detach() * len(images)
 
-    def _smoothing(self, values: StepValues) -> float | Tensor:
+    def _smoothing(self, shape: StepShape, values: StepValues) -> float | Tensor:
         """A number if it is constant, as torch's own loss requires."""
-        constant = self.config.loss.smoothing_final is None
-        return self.config.loss.smoothing if constant else values.smoothing
+        loss = self.config.loss
+        constant = loss.smoothing_final is None and not (shape.mixes and loss.smoothing)
+        return loss.smoothing if constant else values.smoothing
 
 
 def batch_sizes(images: int, batch_size: int) -> list[int]:

@@ -294,13 +294,16 @@ def test_erased_pixels_are_0() -> None:
     assert (out == 0).flatten(1).any(1).all()
 
 
+def plan_on(device: torch.device, keep: float, *box: float) -> MixPlan:
+    return MixPlan(torch.tensor(keep, device=device), torch.tensor(box, device=device))
+
+
 PLANS = {
-    "mixup": lambda device: MixPlan("mixup", torch.tensor(0.3, device=device)),
-    "cutmix": lambda device: MixPlan(
-        "cutmix", torch.tensor(0.75, device=device), torch.tensor([0.0, 16, 0, 16], device=device)
-    ),
-    "mixup by a number": lambda _device: MixPlan("mixup", 0.3),
-    "cutmix by numbers": lambda _device: MixPlan("cutmix", 0.75, (0, 16, 0, 16)),
+    "mixup": lambda device: plan_on(device, 0.3, 0.0, 0.0, 0.0, 0.0),
+    "cutmix": lambda device: plan_on(device, 0.75, 0.0, 16.0, 0.0, 16.0),
+    "mixup by a number": lambda _device: MixPlan(0.3),
+    "cutmix by numbers": lambda _device: MixPlan(0.75, (0, 16, 0, 16)),
+    "none": lambda _device: None,
 }
 
 

@@ -23,7 +23,7 @@ def test_symmetric_beta_has_its_mean_and_variance(alpha: float) -> None:
 
 def test_mixup_is_the_weighted_mean_of_images_and_targets() -> None:
     images, labels = torch.randn(8, 3, 6, 6), torch.arange(8)
-    mixed, targets = apply_mix(images, labels, 8, MixPlan("mixup", 0.7), generator())
+    mixed, targets = apply_mix(images, labels, 8, MixPlan(0.7), generator())
     assert targets.dtype == torch.float32
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
     torch.testing.assert_close(mixed, torch.einsum("nk,kchw->nchw", targets, images))
@@ -51,24 +51,30 @@ def test_cutmix_pastes_the_box_and_weights_targets_by_area() -> None:
 KEEPS = [0.0, 0.3, 0.5, 0.87, 1.0]
 
 
+def on_device(keep: float, *box: int) -> MixPlan:
+    """A plan as a captured step reads it."""
+    return MixPlan(torch.tensor(keep), torch.tensor(box).float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep", KEEPS)
-def test_mixup_accepts_a_tensor(keep: float, dtype: torch.dtype) -> None:
+def test_mixup_accepts_tensors(keep: float, dtype: torch.dtype) -> None:
     images, labels = torch.randn(16, 3, 9, 7).to(dtype), torch.arange(16) % 5
-    plans = MixPlan("mixup", keep), MixPlan("mixup", torch.tensor(keep))
-    (number, its_targets), (tensor, targets) = (apply_mix(images, labels, 5, plan, generator()) for plan in plans)
-    assert number.dtype == tensor.dtype == dtype
-    assert targets.dtype == torch.float32
-    torch.testing.assert_close(tensor, number, rtol=torch.finfo(dtype).eps, atol=torch.finfo(torch.float32).eps)
-    torch.testing.assert_close(targets, its_targets, rtol=1e-6, atol=1e-7)
+    plans = MixPlan(keep), MixPlan(torch.tensor(keep)), on_device(keep, 0, 0, 0, 0)
+    (number, its_targets), *tensors = (apply_mix(images, labels, 5, plan, generator()) for plan in plans)
+    for mixed, targets in tensors:
+        assert number.dtype == mixed.dtype == dtype
+        assert targets.dtype == torch.float32
+        torch.testing.assert_close(mixed, number, rtol=torch.finfo(dtype).eps, atol=torch.finfo(torch.float32).eps)
+        torch.testing.assert_close(targets, its_targets, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("box", [(0, 9, 0, 7), (2, 5, 1, 4), (4, 4, 3, 3), (0, 1, 6, 7)])
-def test_cutmix_accepts_a_tensor(box: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_cutmix_accepts_tensors(box: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     images, labels = torch.randn(16, 3, 9, 7).to(dtype, memory_format=torch.channels_last), torch.arange(16) % 5
     keep = 1 - (box[1] - box[0]) * (box[3] - box[2]) / 63
-    plans = MixPlan("cutmix", keep, box), MixPlan("cutmix", torch.tensor(keep), torch.tensor(box).float())
+    plans = MixPlan(keep, box), on_device(keep, *box)
     (number, its_targets), (tensor, targets) = (apply_mix(images, labels, 5, plan, generator()) for plan in plans)
     assert tensor.dtype == dtype
     assert torch.equal(tensor, number)
@@ -76,25 +82,38 @@ def test_cutmix_accepts_a_tensor(box: tuple[int, int, int, int], dtype: torch.dt
     torch.testing.assert_close(targets, its_targets, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeping_all_changes_nothing(dtype: torch.dtype) -> None:
+    images, labels = torch.randn(16, 3, 9, 7).to(dtype), torch.arange(16) % 5
+    rngs = generator(), generator()
+    same, its_labels = apply_mix(images, labels, 5, None, rngs[0])
+    mixed, targets = apply_mix(images, labels, 5, on_device(1.0, 0, 0, 0, 0), rngs[1])
+    assert same is images
+    assert its_labels is labels
+    assert torch.equal(mixed, images)
+    assert torch.equal(targets, torch.nn.functional.one_hot(labels, 5).float())
+    assert torch.equal(rngs[0].get_state(), rngs[1].get_state())
+
+
 @pytest.mark.parametrize("keep", KEEPS)
 def test_targets_do_not_depend_on_the_images_dtype(keep: float) -> None:
     images, labels = torch.randn(16, 3, 4, 4), torch.arange(16) % 5
-    _, targets = apply_mix(images, labels, 5, MixPlan("mixup", keep), generator())
-    _, of_half = apply_mix(images.bfloat16(), labels, 5, MixPlan("mixup", keep), generator())
+    _, targets = apply_mix(images, labels, 5, MixPlan(keep), generator())
+    _, of_half = apply_mix(images.bfloat16(), labels, 5, MixPlan(keep), generator())
     assert torch.equal(targets, of_half)
 
 
 def test_partners_are_a_permutation_and_images_are_unchanged() -> None:
     images, labels = torch.randn(50, 1, 4, 4), torch.arange(50)
     before = images.clone()
-    _, targets = apply_mix(images, labels, 50, MixPlan("mixup", 0.25), generator())
+    _, targets = apply_mix(images, labels, 50, MixPlan(0.25), generator())
     torch.testing.assert_close(targets.sum(0), torch.ones(50))
     assert torch.equal(images, before)
 
 
 def test_mixing_within_a_class_keeps_the_label() -> None:
     images, labels = torch.randn(4, 1, 4, 4), torch.full((4,), 2)
-    _, targets = apply_mix(images, labels, 3, MixPlan("mixup", 0.3), generator())
+    _, targets = apply_mix(images, labels, 3, MixPlan(0.3), generator())
     torch.testing.assert_close(targets, torch.tensor([[0.0, 0.0, 1.0]]).expand(4, 3))
 
 
@@ -114,9 +133,8 @@ def test_batches_are_mixed_with_the_configured_probabilities(fields: dict[str, A
     mixed = [plan for plan in plans if plan]
     assert 1 - len(mixed) / 2000 == pytest.approx(none, abs=0.04)
     if mixed:
-        assert sum(plan.kind == "cutmix" for plan in mixed) / len(mixed) == pytest.approx(cut, abs=0.04)
+        assert sum(plan.box is not None for plan in mixed) / len(mixed) == pytest.approx(cut, abs=0.04)
         assert all(0 <= plan.keep <= 1 for plan in mixed)
-        assert all((plan.box is None) == (plan.kind == "mixup") for plan in mixed)
 
 
 def test_plans_depend_on_the_generator_alone() -> None:
@@ -135,6 +153,7 @@ def test_plans_depend_on_the_generator_alone() -> None:
         ({"cutmix": 1.0, "mix_off_fraction": 0.5}, 0.49, True),
         ({"cutmix": 1.0, "mix_off_fraction": 0.5}, 0.5, False),
         ({"mixup": 1.0, "mix_off_fraction": 0.0}, 0.0, False),
+        ({"mixup": 1.0, "mix_probability": 0.0}, 0.0, False),
     ],
 )
 def test_mixing_ends_at_its_fraction_of_the_run(fields: dict[str, Any], progress: float, expected: bool) -> None:

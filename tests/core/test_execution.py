@@ -29,10 +29,11 @@ from core.config import TrainConfig
 from core.data import Splits
 from core.errors import ConfigError
 from core.loop import Execution, TrainResult, seconds_per_epoch, train
-from core.loop.graphs import WARM_UP_STEPS
+from core.loop.graphs import FEWEST_REPLAYS, WARM_UP_STEPS
 from core.loop.memory import SMALLEST_MICRO_BATCH, micro_batch_that_fits
 from core.loop.profile import profile
 from core.loop.run import Run
+from core.loop.step import Batch, StepShape, StepValues
 from core.models import compiled
 from core.runtime import forbidden_waits, own_stream
 from tests.core.conftest import Train
@@ -45,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def _captured_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Capture shapes that a short training uses only a few times."""
-    monkeypatch.setattr(core.loop.graphs, "CAPTURED_STEP", WARM_UP_STEPS + 1)
+    monkeypatch.setattr(core.loop.graphs, "FEWEST_REPLAYS", 1)
 
 
 class Failing:
@@ -59,14 +60,20 @@ class Failing:
 
 
 class Counting(EveryStepByPython):
-    """Counts captures."""
+    """Counts captures and replays."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.replays = 0
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:  # type: ignore[override]
         self.count += 1
-        return EveryStepByPython.capture(function)
+        replay = EveryStepByPython.capture(function)
+
+        def counted() -> None:
+            self.replays += 1
+            replay()
+
+        return counted
 
 
 def losses(result: TrainResult) -> list[float]:
@@ -151,6 +158,89 @@ def test_cuda_graphs_can_be_switched_off(digits: Splits, tiny: TrainConfig) -> N
     execution = Execution(capture=Failing(AssertionError()))
     without = train(tiny.override({"precision.cuda_graphs": False}), digits, device=CPU, execution=execution)
     assert same(without, train(tiny, digits, device=CPU))
+
+
+MIXED = {"augment.mixup": 0.2, "augment.cutmix": 1.0, "augment.mix_probability": 0.7, "loss.smoothing": 0.1}
+
+
+class TestMostStepsAreReplayed:
+    """In runs of 60 epochs of 18 steps: 17 of 256 images and one of 100."""
+
+    EPOCHS, STEPS = 60, 18
+
+    @pytest.fixture(autouse=True)
+    def _captured_as_usual(self, _captured_early: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(core.loop.graphs, "FEWEST_REPLAYS", FEWEST_REPLAYS)
+
+    def replayed(self, epochs: int, *, side: int = 8, **changes: Any) -> tuple[Counting, float]:
+        """Train some of the epochs; return the fraction of replayed steps."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (17 * 256 + 100, 1, side, side), generator=generator, dtype=torch.uint8)
+        labels = torch.arange(len(images)) % 3
+        splits = Splits(images, labels, torch.arange(len(images)), torch.arange(50), ("a", "b", "c"), (0.5,), (0.3,))
+        small = {"batch_size": 256, "model.widths": (4,), "model.blocks": (1,), "model.stem_kernel": 3}
+        config = TrainConfig(epochs=self.EPOCHS).override({**small, **changes})
+        capture = Counting()
+        train(config, splits, device=CPU, stop_after=epochs, execution=Execution(capture=capture))
+        return capture, (capture.replays + capture.count) / (epochs * self.STEPS)
+
+    @pytest.mark.parametrize("changes", [{}, MIXED], ids=["plain", "mixed"])
+    def test_after_two_epochs(self, changes: dict[str, Any]) -> None:
+        capture, share = self.replayed(2, **changes)
+        assert capture.count == 1
+        assert share == (2 * 17 - WARM_UP_STEPS) / (2 * self.STEPS)
+        assert share > 0.85
+
+    def test_with_growing_images(self) -> None:
+        capture, share = self.replayed(6, side=32, **MIXED, **{"augment.start_size_fraction": 0.5})
+        assert capture.count == 2
+        assert share > 0.85
+
+    def test_last_batches_are_captured_in_a_long_run(self) -> None:
+        capture, share = self.replayed(4)
+        assert capture.count == 2
+        assert share == (4 * self.STEPS - 2 * WARM_UP_STEPS) / (4 * self.STEPS)
+
+    def test_few_remaining_steps_are_not_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(self.__class__, "EPOCHS", FEWEST_REPLAYS + 1)
+        capture, _ = self.replayed(4)
+        assert capture.count == 1
+
+
+def test_mixed_targets_are_not_smoothed(digits: Splits, tiny: TrainConfig) -> None:
+    config = tiny.override({"augment.mixup": 1.0, "optim.name": "sgd"})
+    runs = [Run(config.override({"loss.smoothing": smoothing}), digits, CPU) for smoothing in (0.0, 0.3)]
+    for run in runs:
+        run.model.train()
+        run.step(next(run.batches(epoch=1)))
+    assert runs[0].one_step.loss_sum == runs[1].one_step.loss_sum
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"augment.mixup": 1.0, "augment.mix_off_fraction": 0.55, "augment.start_size_fraction": 0.5},
+        {"loss.class_weights": "inverse", "loss.class_weights_from_fraction": 0.8},
+        {"optim.head_only_fraction": 0.25},
+        {"optim.name": "swats", "optim.swats.switch_fraction": 0.35, "optim.head_only_fraction": 0.2},
+        {"optim.name": "swats", "optim.swats.switch": "criterion", "schedule.warmup_fraction": 0.3},
+    ],
+)
+def test_the_remaining_steps_of_a_shape_are_known(digits: Splits, tiny: TrainConfig, changes: dict[str, Any]) -> None:
+    run = Run(tiny.override({"epochs": 7, "batch_size": 80, **changes}), digits, CPU)  # 80, 80, 32 images
+    expected: list[int] = []
+    shapes: list[StepShape] = []
+
+    def record(batch: Batch, shape: StepShape, values: StepValues) -> None:
+        shapes.append(shape)
+        expected.append(run.remaining(shape))
+
+    run.one_step.launch = record
+    for epoch in range(1, 8):
+        for batch in run.batches(epoch):
+            run.step(batch)
+    assert expected == [shapes[step:].count(shape) for step, shape in enumerate(shapes)]
 
 
 def test_each_shape_of_a_step_is_captured_once(digits: Splits, tiny: TrainConfig) -> None:

@@ -91,11 +91,6 @@ def test_smoothing_is_a_soft_target(logits: Tensor, labels: Tensor, name: str, s
     )
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
-def test_mixed_targets_are_not_smoothed(logits: Tensor, targets: Tensor, name: str) -> None:
-    assert torch.equal(mixed(logits, targets, name=name, smoothing=0.3), mixed(logits, targets, name=name))
-
-
 @pytest.mark.parametrize(
     ("config", "progress", "expected"),
     [
@@ -168,7 +163,7 @@ def test_focals_gradient_is_finite_for_certain_predictions(gamma: float) -> None
 def test_bce_equals_timm(logits: Tensor, labels: Tensor, targets: Tensor, smoothing: float) -> None:
     theirs = BinaryCrossEntropy(smoothing=smoothing, sum_classes=True)
     torch.testing.assert_close(hard(logits, labels, name="bce", smoothing=smoothing), theirs(logits, labels))
-    torch.testing.assert_close(mixed(logits, targets, name="bce", smoothing=smoothing), theirs(logits, targets))
+    torch.testing.assert_close(mixed(logits, targets, name="bce"), theirs(logits, targets))
 
 
 def test_bces_gradients_are_sigmoid_minus_target(logits: Tensor, targets: Tensor) -> None:
@@ -254,7 +249,7 @@ def test_weighted_cross_entropy_equals_torch(
     theirs = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
     assert torch.equal(hard(logits, labels, class_weights=scheme, smoothing=smoothing), theirs)
     theirs = F.cross_entropy(logits, targets, weight=weights, reduction="sum") / (targets * weights).sum()
-    torch.testing.assert_close(mixed(logits, targets, class_weights=scheme, smoothing=smoothing), theirs)
+    torch.testing.assert_close(mixed(logits, targets, class_weights=scheme), theirs)
 
 
 def test_weighted_focal_is_the_mean_weighted_by_the_labels(logits: Tensor, labels: Tensor) -> None:
@@ -274,10 +269,17 @@ def test_weighted_bce_is_the_mean_weighted_by_the_labels(logits: Tensor, labels:
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "focal", "bce"])
-def test_a_one_hot_mixture_is_weighted_as_its_label(logits: Tensor, labels: Tensor, name: str) -> None:
+@pytest.mark.parametrize("weights", ["none", "inverse"])
+@pytest.mark.parametrize("smoothing", [{}, {"smoothing": 0.1}, {"smoothing": 0.2, "smoothing_final": 0.0}])
+def test_one_hot_targets_have_the_loss_of_their_labels(
+    logits: Tensor, labels: Tensor, name: str, weights: str, smoothing: dict[str, float]
+) -> None:
     pure = F.one_hot(labels, logits.shape[1]).float()
-    fields = {"name": name, "class_weights": "inverse"}
-    torch.testing.assert_close(mixed(logits, pure, **fields), hard(logits, labels, **fields))
+    fields = {"name": name, "class_weights": weights, "logit_adjustment": 0.0 if name == "bce" else 1.0, **smoothing}
+    logits.requires_grad_()
+    soft, hard_ = mixed(logits, pure, progress=0.5, **fields), hard(logits, labels, progress=0.5, **fields)
+    torch.testing.assert_close(soft, hard_)
+    torch.testing.assert_close(gradient(soft, logits), gradient(hard_, logits))
 
 
 def test_weighted_mixed_bce_uses_the_mean_weight_of_the_mixture(logits: Tensor, targets: Tensor) -> None:

@@ -11,13 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-import core.loop.graphs
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import ConfigError
 from core.loop import Execution, train
 from core.loop import profile as profile_module
-from core.loop.graphs import WARM_UP_STEPS
 from core.loop.profile import (
     DeviceStopwatch,
     Profile,
@@ -53,10 +51,8 @@ KNOWN = Profile(
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure the peak with the smallest product only, and capture steps early."""
+    """Measure the peak with the smallest product only."""
     monkeypatch.setattr(profile_module, "LONGEST_PRODUCT_S", 0.0)
-    for module in (profile_module, core.loop.graphs):
-        monkeypatch.setattr(module, "CAPTURED_STEP", WARM_UP_STEPS + 1)
 
 
 class Ticking:
@@ -178,7 +174,7 @@ class TestReplayedSteps:
         changes = {"batch_size": 80, "augment.mixup": 1.0, "augment.cutmix": 1.0}
         execution = Execution(capture=capture)
         profile(tiny.override(changes), digits, device=CPU, steps=12, execution=execution)
-        assert capture.count == 2 * 2 * 2  # batches of 80 and 32, mixup and cutmix, in total and by part
+        assert capture.count == 2 * 2  # batches of 80 and 32, in total and by part
 
 
 class RecordedEvent:

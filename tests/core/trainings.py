@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = STATEFUL | {
     "smoothing that changes, clipped": {"loss.smoothing": 0.2, "loss.smoothing_final": 0.0, "optim.grad_clip": 0.3},
     "mixed half of the time, then no more": {
         "augment.cutmix": 1.0, "augment.mix_probability": 0.5, "augment.mix_off_fraction": 0.6, "averaging.name": "ema",
+        "loss.smoothing": 0.1,
     },
     "no momentum, erased, turned": {
         "optim.name": "sgd", "optim.momentum": 0.0, "augment.erase": 0.5, "augment.rotation_degrees": 20.0,
