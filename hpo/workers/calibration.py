@@ -121,12 +121,15 @@ def calibrate(spec: WorkerSpec, device: torch.device, capacity: Capacity) -> Cho
 def _side_by_side(spec: WorkerSpec, device: str, resources: Resources, number: int) -> Measured:
     context = start_method()
     entry = in_child(device, _enter, context.Barrier(number))
+    alone = number == 1 and torch.device(device).type == "cuda"
+    free_before = torch.cuda.mem_get_info(device)[0] if alone else None
     with (
         signals_blocked(),
         ProcessPoolExecutor(number, mp_context=context, initializer=run_in_child, initargs=entry) as executor,
     ):
         # The barrier gives each task a process of its own.
-        tasks = [executor.submit(_timed, spec, own_name(device), resources, _WINDOW_S) for _ in range(number)]
+        arguments = (spec, own_name(device), resources, _WINDOW_S, free_before)
+        tasks = [executor.submit(_timed, *arguments) for _ in range(number)]
         measured = [task.result() for task in tasks]
     return Measured(sum(each.images_per_s for each in measured), max(each.memory_bytes for each in measured))
 
@@ -143,7 +146,9 @@ def _enter(barrier: Barrier) -> None:
     enter_child(lambda: None, patience_s=0.0)
 
 
-def _timed(spec: WorkerSpec, device_name: str, resources: Resources, window_s: float) -> Measured:
+def _timed(
+    spec: WorkerSpec, device_name: str, resources: Resources, window_s: float, free_before: int | None
+) -> Measured:
     """Train the baseline beside the other processes, in epochs of a quarter of the window."""
     device = torch.device(device_name)
     try:
@@ -157,9 +162,12 @@ def _timed(spec: WorkerSpec, device_name: str, resources: Resources, window_s: f
         raise
     _barrier.wait(_PATIENCE_S)
     epochs: list[EpochMetrics] = []
+    memory_bytes = 0
 
     def ended(epoch: EpochMetrics) -> None:
+        nonlocal memory_bytes
         epochs.append(epoch)
+        memory_bytes = used_memory_bytes(device, free_before)  # while the graphs exist
         if len(epochs) > 2 and epoch.elapsed_s - epochs[0].elapsed_s > window_s:
             raise _EnoughError
 
@@ -167,7 +175,7 @@ def _timed(spec: WorkerSpec, device_name: str, resources: Resources, window_s: f
         train(config.override({"epochs": 1000}), part, device=device, on_epoch_end=ended, metric=spec.space.metric)
     counted = epochs[1:]  # the first pays for start-up
     seconds = counted[-1].elapsed_s - epochs[0].elapsed_s
-    return Measured(sum(epoch.images for epoch in counted) / seconds, used_memory_bytes(device))
+    return Measured(sum(epoch.images for epoch in counted) / seconds, memory_bytes)
 
 
 class _EnoughError(Exception):

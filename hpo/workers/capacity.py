@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,7 +17,7 @@ from hpo.text import count
 from hpo.workers.engine import Resources
 
 # GPU memory of a process outside torch's allocator: CUDA's context and kernels, 0.3 to 0.6 GB from Volta to Hopper
-# (nvidia-smi minus torch.cuda.memory_reserved).
+# (nvidia-smi minus torch.cuda.memory_reserved). A calibration measures it, with the graphs.
 CONTEXT_BYTES = 600 * 2**20
 # Resident memory of a worker that trains a small network on the CPU, on Linux.
 WORKER_BYTES = 900 * 10**6
@@ -91,8 +93,36 @@ def occupy(resources: Resources, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(resources.memory_fraction - CONTEXT_BYTES / total, device)
 
 
-def used_memory_bytes(device: torch.device) -> int:
-    """Return the peak of this process's GPU memory, or its resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
-    return int(psutil.Process().memory_info().rss)
+def used_memory_bytes(device: torch.device, free_before: int | None = None) -> int:
+    """Return this process's memory: its peak on a GPU, or its resident memory on a CPU.
+
+    On a GPU this is the most that torch's allocator held, CUDA graphs' pools included, and the memory outside of it:
+    the context, the libraries' kernels and the graphs themselves.
+
+    Args:
+        device: of this process.
+        free_before: the GPU's free bytes before this process used it, if no other process has started since. None
+            estimates the memory outside of the allocator.
+    """
+    if device.type != "cuda":
+        return int(psutil.Process().memory_info().rss)
+    outside = CONTEXT_BYTES
+    if free_before is not None:
+        free, _ = torch.cuda.mem_get_info(device)
+        # At least the estimate: another program may have freed memory meanwhile.
+        outside = max(outside, free_before - free - torch.cuda.memory_reserved(device))
+    return torch.cuda.max_memory_reserved(device) + outside
+
+
+def runs_mps() -> bool:
+    """Return whether NVIDIA's Multi-Process Service runs, without which processes use a GPU in turns."""
+    if sys.platform != "linux":
+        return False
+    # As CUDA finds it. The socket of a daemon that has ended remains, but refuses connections.
+    control = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        try:
+            client.connect(str(control))
+        except OSError:
+            return False
+    return True

@@ -23,7 +23,7 @@ from hpo.space import SearchSpace
 from hpo.study import Study
 from hpo.text import count
 from hpo.workers.calibration import at_once, calibrate, not_measured
-from hpo.workers.capacity import Capacity, free_capacity
+from hpo.workers.capacity import Capacity, free_capacity, runs_mps
 from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec, worker_slots
 from hpo.workers.local import LocalProcesses, start_method
 from hpo.workers.placement import Placement
@@ -101,7 +101,7 @@ class Work:
 
     def _measured_before(self, device: torch.device) -> int | None:
         """The number of trials at once that an earlier run found, reduced to the room now; None if unknown."""
-        known = self.study.settings.packing(describe_device(device))
+        known = self.study.settings.packing(_sharing(device))
         if known is None:
             return None
         number, why = known
@@ -145,7 +145,7 @@ class Work:
             choice = calibrate(spec, device, capacity)
         self.say(choice.why)
         if choice.measured:
-            self.study.settings.set_packing(describe_device(device), choice.trials, choice.why)
+            self.study.settings.set_packing(_sharing(device), choice.trials, choice.why)
         return choice.trials
 
     def _slots_on(self, device: torch.device, size: int, capacity: Capacity) -> list[WorkerSlot]:
@@ -153,7 +153,18 @@ class Work:
         if capacity.useful and size > capacity.useful:
             why = f"{self.placement.asked}: {capacity.why_useful}"
             logger.warning("%s, and more trials at once only wait for each other", why)
+        if size > 1 and device.type == "cuda" and not runs_mps():
+            self.say(
+                f"NVIDIA MPS is not running: the {count(size, 'trial')} on {device} take turns instead of computing "
+                "side by side; on Linux, `nvidia-cuda-mps-control -d` starts it"
+            )
         resources = capacity.share(size)
         where, threads = "" if alone else f" on {device}", count(resources.threads, "thread")
         self.say(f"{at_once(size)}{where}, each in a process with {threads}")
         return worker_slots(str(device), size, resources, alone=alone)
+
+
+def _sharing(device: torch.device) -> str:
+    """The device and how processes share it, both of which decide the best number of trials at once."""
+    name = describe_device(device)
+    return f"{name} with MPS" if device.type == "cuda" and runs_mps() else name

@@ -8,12 +8,16 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,9 +38,18 @@ from hpo.space import load_space
 from hpo.study import Study, open_study
 from hpo.workers import calibration, local, pool, work
 from hpo.workers.calibration import Choice
-from hpo.workers.capacity import WORKER_BYTES, Capacity, free_capacity, occupy, used_memory_bytes
+from hpo.workers.capacity import (
+    CONTEXT_BYTES,
+    WORKER_BYTES,
+    Capacity,
+    free_capacity,
+    occupy,
+    runs_mps,
+    used_memory_bytes,
+)
 from hpo.workers.engine import Resources, WorkerSlot, WorkerSpec, worker_slots
 from hpo.workers.local import LocalProcesses, main
+from hpo.workers.placement import Placement
 from hpo.workers.pool import run_workers
 from tests.hpo.commands import Start, hpo
 from tests.hpo.storage.journals import finished_of, trials_of
@@ -388,6 +401,77 @@ def test_the_free_memory_of_a_cpu_and_the_use_of_a_process_are_measured() -> Non
     assert free.useful == free.cores >= 1
 
 
+GB = 2**30
+
+
+def memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch, *, free: int, reserved: int, peak: int) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: peak)
+
+
+@pytest.mark.parametrize(
+    ("free_before", "used"),
+    [
+        (None, 5 * GB + CONTEXT_BYTES),
+        (79 * GB, 5 * GB + 2 * GB),  # 6 GB are gone, of which the allocator holds 4
+        (60 * GB, 5 * GB + CONTEXT_BYTES),  # another program has ended since
+    ],
+)
+def test_the_memory_of_a_gpus_process_includes_what_its_allocator_does_not_hold(
+    free_before: int | None, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory_of_a_gpu(monkeypatch, free=73 * GB, reserved=4 * GB, peak=5 * GB)
+    assert used_memory_bytes(torch.device("cuda:0"), free_before) == used
+
+
+@pytest.fixture
+def pipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder in which CUDA looks for MPS; short, since a socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="mps") as folder:
+        monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", folder)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MPS is Linux's")
+def test_mps_runs_while_its_control_daemon_accepts_connections(pipes: Path) -> None:
+    assert not runs_mps()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
+        daemon.bind(str(pipes / "control"))
+        daemon.listen()
+        assert runs_mps()
+    assert (pipes / "control").exists()  # a daemon that was killed leaves it
+    assert not runs_mps()
+
+
+@pytest.mark.parametrize("mps", [False, True])
+@pytest.mark.parametrize(("device", "size"), [("cuda:0", 1), ("cuda:0", 3), ("cpu", 3)])
+def test_trials_that_share_a_gpu_without_mps_are_announced(
+    device: str, size: int, mps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "runs_mps", lambda: mps)
+    said: list[str] = []
+    placement = Placement((torch.device(device),), (size,), in_processes=True, asked="--per-device")
+    of_this = SimpleNamespace(say=said.append, placement=placement)
+    gpu_bytes = 80 * GB if device == "cuda:0" else None
+    capacity = Capacity(threads=8, cores=8, memory_bytes=60 * GB, gpu_bytes=gpu_bytes)
+    slots = work.Work._slots_on(of_this, torch.device(device), size, capacity)  # type: ignore[arg-type]
+    assert len(slots) == size
+    assert any("NVIDIA MPS is not running: the 3 trials on cuda:0" in line for line in said) is (
+        device == "cuda:0" and size == 3 and not mps
+    )
+
+
+def test_a_number_measured_without_mps_is_measured_again_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "describe_device", str)
+    gpu, names = torch.device("cuda:0"), []
+    for mps in (False, True):
+        monkeypatch.setattr(work, "runs_mps", lambda mps=mps: mps)
+        names.append(work._sharing(gpu))
+        assert work._sharing(CPU) == "cpu"
+    assert names == ["cuda:0", "cuda:0 with MPS"]
+
+
 # The number of trials at once
 
 
@@ -467,3 +551,11 @@ def test_a_worker_cannot_exceed_its_share_of_a_gpu() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+def test_the_memory_outside_of_the_allocator_is_measured_in_a_process_alone(space_file: str) -> None:
+    _, spec = own_study(space_file, 4)
+    device = torch.device("cuda:0")
+    measured = calibration._side_by_side(spec, str(device), free_capacity(device).share(1), 1)
+    assert measured.memory_bytes >= CONTEXT_BYTES
