@@ -12,6 +12,7 @@ from torch import nn
 
 from core.config import ModelConfig
 from core.errors import ConfigError, UserError
+from core.models.heads import head_parameters as head_parameters
 from core.runtime import is_out_of_memory
 
 # All networks share one code object. A run has up to 16 shapes: eight image sizes with two batch sizes each.
@@ -111,20 +112,3 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Ten
 
 _architecture = ""
 """Of the last compiled network."""
-
-
-def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the classifier's parameters, or raise ConfigError if there is no separate classifier.
-
-    timm's is usually the last linear layer, sometimes with a norm; a distilled model has two.
-    """
-    find = getattr(model, "get_classifier", None)
-    heads = find() if find is not None else getattr(model, "fc", None)
-    modules = [head for head in (heads if isinstance(heads, tuple | list) else [heads]) if isinstance(head, nn.Module)]
-    parameters = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
-    if not parameters:
-        raise ConfigError(
-            "optim.backbone_lr_scale, optim.head_only_fraction and optim.name: muon need a separate classifier, "
-            f"which {type(model).__name__} does not have; remove them, or choose another model.name"
-        )
-    return list(parameters)

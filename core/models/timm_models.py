@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from core.config import ModelConfig
 from core.errors import ConfigError, UserError
+from core.models.heads import classifiers
 from core.models.weight_files import locate_weights, read_weights, state_dict_faults, without_prefix
 from core.runtime import isolated_rng
 
@@ -57,7 +58,22 @@ def build_timm_model(
     if config.pretrained:
         _check_first_layer(name, model, in_channels)
     _check_logits(name, model, (2, in_channels, *image_size), num_classes, cfg)
+    if not config.pretrained or getattr(model, "pretrained_cfg", {}).get("num_classes") != num_classes:
+        _zero_classifier(model, num_classes)
     return model
+
+
+@torch.no_grad()
+def _zero_classifier(model: nn.Module, num_classes: int) -> None:
+    """Set the classifier's weights to 0: the first loss is ln K, and its gradients spoil no pretrained features.
+
+    timm draws those of EfficientNets and MobileNets by fan-out; the first loss of 10 classes is then up to 5.9.
+    """
+    for module in classifiers(model):
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == num_classes:
+                for parameter in layer.parameters(recurse=False):
+                    parameter.zero_()
 
 
 def find_model(name: str) -> Any:

@@ -1,0 +1,28 @@
+"""The classifier of a network."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from core.errors import ConfigError
+
+
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """Return the classifier: usually the last linear layer, in timm's models sometimes with a norm.
+
+    A distilled model has two. The list is empty if there is no separate classifier.
+    """
+    find = getattr(model, "get_classifier", None)
+    found = find() if find is not None else getattr(model, "fc", None)
+    return [each for each in (found if isinstance(found, tuple | list) else [found]) if isinstance(each, nn.Module)]
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the classifier's parameters, or raise ConfigError if there is no separate classifier."""
+    parameters = dict.fromkeys(parameter for module in classifiers(model) for parameter in module.parameters())
+    if not parameters:
+        raise ConfigError(
+            "optim.backbone_lr_scale, optim.head_only_fraction and optim.name: muon need a separate classifier, "
+            f"which {type(model).__name__} does not have; remove them, or choose another model.name"
+        )
+    return list(parameters)
