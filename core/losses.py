@@ -68,9 +68,10 @@ class Criterion:
         """Return the mean loss of logits (N, K) for labels (N,)."""
         smoothing, weights = stage.smoothing, self.weights if stage.weighted else None
         logits = self._adjusted(logits)
-        if self.config.name == "cross_entropy" and isinstance(smoothing, float):
-            return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
-        if self.config.name == "cross_entropy":  # torch does not accept smoothing as a tensor
+        # torch's form does not accept smoothing as a tensor, and with weights and smoothing it waits for the device.
+        if self.config.name == "cross_entropy" and weights is None and isinstance(smoothing, float):
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        if self.config.name == "cross_entropy":
             terms = -F.log_softmax(logits, dim=1) if weights is None else -F.log_softmax(logits, dim=1) * weights
             losses = torch.lerp(terms.gather(1, labels.unsqueeze(1)).squeeze(1), terms.mean(1), smoothing)
             return losses.mean() if weights is None else losses.sum() / self._weight(labels)

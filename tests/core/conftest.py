@@ -8,12 +8,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-import core.loop.run
 from core.config import TrainConfig
 from core.data import Splits
 from core.loop import Execution, TrainResult, train
-from core.loop.run import Run
-from tests.core.trainings import CASES, CPU, EveryStepByPython, WatchedRun
+from tests.core.trainings import CASES, CPU
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +48,7 @@ def tiny() -> TrainConfig:
 
 
 class Train:
-    """Trains each case of `CASES` for five epochs once for each kind of execution.
-
-    Trainings by `EveryStepByPython` raise HostReadError if an epoch synchronizes.
-    """
+    """Trains each case of `CASES` for five epochs once for each kind of execution."""
 
     def __init__(self, tiny: TrainConfig, splits: Splits) -> None:
         self._tiny, self._splits = tiny, splits
@@ -65,11 +60,8 @@ class Train:
     def __call__(self, case: str, *, streamed: bool = False, capture: Any = None) -> TrainResult:
         key = (case, streamed, capture)
         if key not in self._results:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(core.loop.run, "Run", WatchedRun if capture is EveryStepByPython else Run)
-                self._results[key] = train(
-                    self.config(case), self._splits, device=CPU, execution=Execution(streamed, capture)
-                )
+            execution = Execution(streamed, capture)
+            self._results[key] = train(self.config(case), self._splits, device=CPU, execution=execution)
         return self._results[key]
 
 

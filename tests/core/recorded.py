@@ -1,18 +1,17 @@
 """CPU stand-ins for CUDA graphs (`RecordedGraph`), and detection of host synchronization (`HostReads`).
 
 `RecordedGraph` records the operations of a function with their tensors, and repeats them on the same tensors. Python is
-not run again, so its numbers are frozen as in a graph. In contrast to a graph, tensors made from host numbers are
-recorded as constants instead of being refused, and freed memory is never reused.
+not run again, so its numbers are frozen as in a graph. In contrast to a graph, freed memory is never reused.
 
-`HostReads` sees torch's operations and tensor methods that copy to the host or whose result size depends on values. It
-does not see the buffer protocol, data pointers, kernels that read their arguments (fused optimizers with a tensor
-learning rate on the CPU), methods called by torch's own Python functions, or `x.to("cpu")` on the CPU.
+`HostReads` sees operations that copy to the host, make tensors of the host's numbers, or whose result size depends on
+values, in torch's profiler. Under a dispatch mode torch would take other branches, which do not wait. It does not see
+the buffer protocol, data pointers, methods called by torch's own Python functions, or `x.to("cpu")` on the CPU.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -130,99 +129,90 @@ class HostReadError(RuntimeError):
 
 
 class HostReads:
-    """Detects operations that make the host wait for the device.
+    """Detects operations of the body that make the host wait for the device, when it ends.
 
     Args:
-        device: the training's device; copies from it to other devices are detected.
-        raises: raise HostReadError instead of counting.
-        numbers: also detect tensors made from the host's numbers, whose copy to a device waits.
+        raises: raise HostReadError instead of only listing them.
     """
 
-    def __init__(self, device: str | torch.device = "cpu", *, raises: bool = True, numbers: bool = False) -> None:
+    def __init__(self, *, raises: bool = True) -> None:
         self.found: list[str] = []
-        """The operations that were such, in order."""
+        """Each with the operations that called it, outermost first."""
         self._raises = raises
-        self.reading = _READING | {aten.lift_fresh} if numbers else _READING
-        self._modes = (_ReadingMethods(self), _ReadingOperations(self, torch.device(device)))
-
-    @property
-    def count(self) -> int:
-        return len(self.found)
-
-    def note(self, name: str) -> None:
-        self.found.append(name)
-        if self._raises:
-            raise HostReadError(f"{name} makes the host wait for the device")
+        self._methods = _ReadingMethods(self.found)
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
     def __enter__(self) -> Self:
-        for mode in self._modes:
-            mode.__enter__()
+        self._profiler.__enter__()
+        self._methods.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(kind, error, trace)
+        self._methods.__exit__(kind, error, trace)
+        self._profiler.__exit__(kind, error, trace)
+        for path in _call_paths(self._profiler.profiler.kineto_results.events()):
+            read, callers = path[-1], path[:-1]
+            if not any(caller in _READING or read in _ON_THE_CPU.get(caller, ()) for caller in callers):
+                self.found.append(" > ".join(path))
+        if self.found and self._raises and error is None:
+            raise HostReadError(f"the host waits for the device in {'; '.join(self.found)}")
 
 
-class _ReadingOperations(Operations):
-    def __init__(self, reads: HostReads, device: torch.device) -> None:
-        super().__init__()
-        self._reads, self._device = reads, device
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._waits(func, args, kwargs):
-            self._reads.note(str(func))
-        return func(*args, **kwargs)
-
-    def _waits(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        operation = func.overloadpacket
-        if operation in self._reads.reading:
-            return True
-        if operation is aten.repeat_interleave:
-            return kwargs.get("output_size") is None
-        if operation in _INDEXING:
-            # The number of indices of a mask depends on its values.
-            return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        if operation is aten.copy_:
-            return args[1].device.type == self._device.type != args[0].device.type
-        if operation is aten._to_copy:
-            to = kwargs.get("device")
-            return to is not None and args[0].device.type == self._device.type != torch.device(to).type
-        return False
+def _call_paths(events: Iterable[Any]) -> Iterator[list[str]]:
+    """Yield each reading event of the profiler with its callers. Its own tree takes longer to build than a step."""
+    running: dict[int, list[tuple[int, str]]] = {}  # by thread, each with its end
+    for event in sorted(events, key=lambda event: (event.start_ns(), -event.end_ns())):
+        stack = running.setdefault(event.start_thread_id(), [])
+        while stack and stack[-1][0] < event.end_ns():
+            stack.pop()
+        stack.append((event.end_ns(), event.name()))
+        if event.name() in _READING:
+            yield [name for _, name in stack]
 
 
 class _ReadingMethods(TorchFunctionMode):
     """Detects methods that read CPU memory without an operation."""
 
-    def __init__(self, reads: HostReads) -> None:
+    def __init__(self, found: list[str]) -> None:
         super().__init__()
-        self._reads = reads
+        self._found = found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READING_METHODS:
-            self._reads.note(f"Tensor.{func.__name__}")
+            self._found.append(f"Tensor.{func.__name__}")
         return func(*args, **(kwargs or {}))
 
 
 _READING = {
-    aten._local_scalar_dense,  # item, float, int, bool, a tensor as a Python index
-    aten.is_nonzero,
-    aten.nonzero,
-    aten.masked_select,
-    aten._unique,
-    aten._unique2,
-    aten.unique_dim,
-    aten.unique_consecutive,
-    aten.unique_dim_consecutive,
-    aten.bincount,  # computes the largest value
-    aten.equal,
-    aten.allclose,
-    aten._linalg_check_errors,
+    "aten::item",  # also float, int, a tensor as a Python index
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",  # bool
+    "aten::nonzero",  # also a mask as an index
+    "aten::masked_select",
+    "aten::_unique",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::unique_dim_consecutive",
+    "aten::bincount",  # computes the largest value
+    "aten::histc",  # the smallest and the largest
+    "aten::equal",
+    "aten::allclose",
+    "aten::_linalg_check_errors",
+    "aten::lift_fresh",  # a tensor of the host's numbers, whose copy to a device waits
 }
-_INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put}
 _READING_METHODS = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
+
+# Operation -> what it does on the CPU only.
+_ON_THE_CPU: dict[str, tuple[str, ...]] = {
+    # CUDA's kernels read a learning rate in a tensor on the device.
+    "aten::_fused_adamw_": ("aten::item",),
+    "aten::_fused_sgd_": ("aten::item",),
+    # Adds a number to counters on CUDA, and a tensor to those on the CPU.
+    "Optimizer.step#NAdam.step": ("aten::lift_fresh",),
+}
 
 
 # ---- capturable optimizers

@@ -311,14 +311,14 @@ PLANS = {
 def test_augmentation_does_not_synchronize(fields: dict[str, Any]) -> None:
     images, some = pictures(30), torch.arange(30) % 3 == 0
     augment = build(**fields)
-    with HostReads(numbers=True):
+    with HostReads():
         augment(images, generator(), flips=alternating_flips(some, 2), repeats=some)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_mixing_does_not_synchronize(plan: Any) -> None:
     images, labels, made = torch.randn(30, 3, 32, 32), torch.arange(30) % 5, plan("cpu")
-    with HostReads(numbers=True):
+    with HostReads():
         apply_mix(images, labels, 5, made, generator())
 
 

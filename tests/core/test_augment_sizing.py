@@ -100,5 +100,5 @@ def test_full_size_returns_the_same_tensor() -> None:
 
 def test_resizing_does_not_synchronize() -> None:
     images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    with HostReads(numbers=True):
+    with HostReads():
         resize(images, (20, 20))

@@ -37,8 +37,8 @@ from core.loop.step import Batch, StepShape, StepValues
 from core.models import compiled
 from core.runtime import forbidden_waits, own_stream
 from tests.core.conftest import Train
-from tests.core.recorded import HostReadError, RecordedGraph, let_the_cpu_capture
-from tests.core.trainings import CASES, CPU, STATEFUL, EveryStepByPython, WatchedRun, same
+from tests.core.recorded import RecordedGraph, let_the_cpu_capture
+from tests.core.trainings import CASES, CPU, STATEFUL, EveryStepByPython, same
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -266,22 +266,6 @@ def test_a_streamed_training_equals_the_resident_one_bitwise(
 ) -> None:
     let_the_cpu_capture(monkeypatch)
     assert same(trained(case, streamed=True, capture=capture), trained(case, capture=capture))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_an_epoch_does_not_synchronize(trained: Train, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Covers the device part of every step as captured on a GPU, and the batches."""
-    let_the_cpu_capture(monkeypatch)
-    assert trained(case, capture=EveryStepByPython).history[-1].step >= 9
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_single_item_is_detected(digits: Splits, trained: Train, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    let_the_cpu_capture(monkeypatch)
-    run = WatchedRun(trained.config(case), digits, CPU, execution=Execution(capture=EveryStepByPython))
-    run.one_step.network = lambda images: run.model(images * images.abs().max().item())
-    with pytest.raises(HostReadError):
-        run.step(next(run.batches(epoch=1)))
 
 
 class TestABatchThatDoesNotFit:

@@ -190,7 +190,7 @@ def test_a_replayed_training_step_equals_the_eager_one_bitwise(autocast: bool) -
 
 def test_reading_a_value_cannot_be_recorded() -> None:
     value = torch.ones(3)
-    with pytest.raises(HostReadError, match="_local_scalar_dense"):
+    with pytest.raises(HostReadError, match="aten::item"):
         RecordedGraph.capture(lambda: value.mul_(value.sum().item()))
 
 
@@ -219,8 +219,10 @@ READS: dict[str, Callable[[], object]] = {
     "repeat_interleave": lambda: torch.repeat_interleave(VECTOR, COUNTS),
     "equal": lambda: torch.equal(VECTOR, VECTOR),
     "allclose": lambda: torch.allclose(VECTOR, VECTOR),
-    "another device": lambda: VECTOR.to("meta"),
-    "copied to another device": lambda: torch.empty(3, device="meta").copy_(VECTOR),
+    "histc": lambda: torch.histc(VECTOR),
+    "inverse": lambda: torch.linalg.inv(torch.eye(2)),
+    "a tensor of a number": lambda: VECTOR + torch.tensor([1.0]),
+    "weighted and smoothed": lambda: F.cross_entropy(VECTOR[None], COUNTS[:1], VECTOR, label_smoothing=0.1),
 }
 FREE: dict[str, Callable[[], object]] = {
     "arithmetic": lambda: (VECTOR * 2 + 1).sum(),
@@ -235,13 +237,15 @@ FREE: dict[str, Callable[[], object]] = {
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("name", READS)
-def test_host_reads_raise_or_are_counted(name: str) -> None:
-    with pytest.raises(HostReadError, match="makes the host wait"), HostReads():
-        READS[name]()
-    with HostReads(raises=False) as reads:
-        READS[name]()
-    assert reads.count >= 1
+def test_host_reads_raise_or_are_listed(name: str, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        with pytest.raises(HostReadError, match="the host waits"), HostReads():
+            READS[name]()
+        with HostReads(raises=False) as reads:
+            READS[name]()
+    assert reads.found
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -251,33 +255,15 @@ def test_other_operations_are_allowed(name: str) -> None:
     assert reads.found == []
 
 
-@pytest.mark.parametrize("inference", [False, True])
-def test_numbers_from_the_host_are_detected_on_request(inference: bool) -> None:
-    with torch.inference_mode(inference):
-        with HostReads():
-            VECTOR + torch.tensor([1.0])
-        with pytest.raises(HostReadError, match="lift_fresh"), HostReads(numbers=True):
-            VECTOR + torch.tensor([1.0])
-        with pytest.raises(HostReadError, match="_local_scalar_dense"), HostReads(numbers=True):
-            float(VECTOR.sum())
+def test_host_reads_are_listed_with_their_callers() -> None:
+    with HostReads(raises=False) as reads:
+        VECTOR[MASK]
+    assert reads.found == ["aten::index > aten::nonzero"]
 
 
-def test_a_training_step_is_free_of_host_reads() -> None:
-    model, images = network(), torch.randn(6, 3, 8, 8)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def step(log: Callable[[Tensor], object]) -> None:
-        optimizer.zero_grad()
-        loss = model(images).square().mean()
-        loss.backward()
-        log(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimizer.step()
-
-    with HostReads():
-        step(lambda loss: None)
-    with pytest.raises(HostReadError), HostReads():
-        step(lambda loss: loss.item())
+def test_errors_of_the_body_propagate() -> None:
+    with pytest.raises(ZeroDivisionError), HostReads():
+        _ = VECTOR.sum().item() / 0
 
 
 def test_host_reads_in_the_backward_pass_are_detected() -> None:
@@ -285,4 +271,4 @@ def test_host_reads_in_the_backward_pass_are_detected() -> None:
     weight.register_hook(lambda gradient: gradient * gradient.sum().item())
     with HostReads(raises=False) as reads:
         weight.square().sum().backward()
-    assert reads.count == 1
+    assert len(reads.found) == 1

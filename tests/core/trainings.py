@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from core.loop import TrainResult
-from core.loop.run import Run
-from core.loop.step import Batch, StepShape, StepValues
-from tests.core.recorded import HostReads
 
 CPU = torch.device("cpu")
 
@@ -70,27 +67,3 @@ class EveryStepByPython:
     def capture(function: Callable[[], None]) -> Callable[[], None]:
         function()
         return function
-
-
-class WatchedRun(Run):
-    """A run whose batches and captured steps raise HostReadError if the host would wait for the device."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        launch = self.one_step.launch
-        assert launch is not None, "steps are not captured"
-
-        def watched(batch: Batch, shape: StepShape, values: StepValues) -> None:
-            with HostReads():
-                launch(batch, shape, values)
-
-        self.one_step.launch = watched
-
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        batches = super().batches(epoch)
-        while True:
-            with HostReads():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
