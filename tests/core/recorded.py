@@ -219,13 +219,10 @@ _ON_THE_CPU: dict[str, tuple[str, ...]] = {
 
 
 def let_the_cpu_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow capturable NAdam and Muon on the CPU."""
-    import timm.optim._helpers
-
+    """Allow capturable NAdam on the CPU."""
     nadam = importlib.import_module("torch.optim.nadam")  # not an attribute of torch.optim
 
     def devices(supports_xla: bool = True) -> list[str]:
         return ["cpu", "cuda"]
 
     monkeypatch.setattr(nadam, "_get_capturable_supported_devices", devices)
-    monkeypatch.setattr(timm.optim._helpers, "_get_capturable_supported_devices", devices, raising=False)

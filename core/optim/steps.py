@@ -3,8 +3,7 @@
 Weight decay is decoupled from the learning rate (arXiv 1711.05101): every step first shrinks each matrix or filter, w
 *= 1 - factor × weight_decay, with the schedule's factor.
 
-Muon (https://kellerjordan.github.io/posts/muon/) is timm's, since torch's does not support convolutions. Updates are
-scaled to the size of AdamW's (arXiv 2502.16982), which handles vectors and the classifier at the same rate.
+Muon handles matrices and filters, AdamW vectors and the classifier at the same rate; see `core.optim.muon`.
 
 SWATS (arXiv 1712.07628) switches to SGD with momentum, starting at v = 0: at a `fraction` of the run to `lr_scale` ×
 SGD's reference rate, or by the `criterion` of Algorithm 1. In each Adam step p for the gradient g, γ = pᵀp / (−pᵀg) is
@@ -23,21 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from core.config import REFERENCE_LR, OptimConfig, TrainConfig
+from core.optim.muon import Muon
 
 logger = logging.getLogger(__name__)
 
-_COUNTERS = {"step", "mu_product"}  # torch's and timm's
+_COUNTERS = {"step", "mu_product"}
 ADAM_EPS = 1e-8  # arXiv 1412.6980; torch's default
-# Before, its AdamW divides 0 by 0 if the rate and a second moment are 0, as in the first step of a warm-up from 0.
-_CAPTURABLE_MUON = (1, 0, 31)
 
 
 class StepOptimizer:
     """An optimizer driven by the schedule's factor and the progress of the run.
 
     A step is `begin_step` on the host, both passes, `step` on the device, `end_step` on the host. `head` are the
-    classifier's parameters, if `needs_head`. A CUDA graph can capture `step` if `capturable`, which torch's NAdam and
-    timm's Muon support on CUDA only.
+    classifier's parameters, if `needs_head`. A CUDA graph can capture `step` if `capturable`, which torch's NAdam
+    supports on CUDA only.
     """
 
     switched_at: float | None = None
@@ -53,9 +51,6 @@ class StepOptimizer:
         self._head = {id(p) for p in head}
         self._frozen = False
         self._capturable = capturable
-        if capturable and config.optim.name == "muon" and not _muon_is_capturable():
-            logger.info("timm's Muon can be captured in a CUDA graph from timm 1.0.31 on: steps are not captured")
-            self._capturable = False
         self.lr = config.optim.peak_lr(config.batch_size)
         """Of the classifier in the last step; at first the peak."""
         self._begin(config.optim.name, self.lr)
@@ -140,7 +135,7 @@ class StepOptimizer:
     def _begin(self, name: str, peak_lr: float) -> None:
         config = self._config
         self._peak_lr = peak_lr
-        # torch's SGD decays through the momentum, and timm's Muon all groups alike.
+        # torch's SGD decays through the momentum.
         self._shrinks_by_hand = name in ("sgd", "muon")
         betas = (config.beta1, config.beta2)
         groups = self._groups(peak_lr, decay=0.0 if self._shrinks_by_hand else config.weight_decay)
@@ -161,13 +156,7 @@ class StepOptimizer:
                 capturable=self._capturable,
             )
         elif name == "muon":
-            from timm.optim.muon import Muon
-
-            # Older versions have no `capturable`.
-            options: dict[str, Any] = {"capturable": True} if self._capturable else {}
-            self._inner = Muon(
-                groups, lr=peak_lr, momentum=config.momentum, nesterov=config.nesterov, betas=betas, **options
-            )
+            self._inner = Muon(groups, lr=peak_lr, momentum=config.momentum, nesterov=config.nesterov, betas=betas)
         else:
             self._inner = torch.optim.AdamW(
                 groups, lr=peak_lr, betas=betas, eps=ADAM_EPS, fused=True, capturable=self._capturable
@@ -365,12 +354,6 @@ def build_optimizer(
             total_steps,
         )
     return Swats(config, model, head, capturable=capturable)
-
-
-def _muon_is_capturable() -> bool:
-    import timm
-
-    return tuple(int(part) for part in timm.__version__.split(".")[:3]) >= _CAPTURABLE_MUON
 
 
 def _is_decayed(parameter: Tensor) -> bool:
