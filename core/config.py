@@ -405,7 +405,7 @@ class PrecisionConfig(_Section):
     compile: bool = False
     """Compile the network with torch.compile. Takes about a minute before the first step, unless cached on disk."""
     cuda_graphs: bool = True
-    """On CUDA, record the whole step once and replay it. False for networks that synchronize with the host."""
+    """On CUDA, record the whole step once and replay it. A network that cannot be recorded is trained without."""
 
 
 class TrainConfig(_Section):

@@ -19,3 +19,7 @@ class CheckpointError(UserError):
 
 class DivergedError(CoreError):
     """The loss is not finite, or stays far above that of uniform predictions."""
+
+
+class GraphError(CoreError):
+    """A failed capture of a CUDA graph has left torch unable to use the GPU in this process."""

@@ -80,18 +80,25 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def forbidden_waits(device: torch.device) -> Iterator[None]:
-    """On CUDA, raise RuntimeError if the host would wait for the device within the body."""
+def noticed_waits(device: torch.device) -> Iterator[list[str]]:
+    """On CUDA, collect the places in Python (`file.py:line`) where the host waits for the device within the body."""
+    found: list[str] = []
     if device.type != "cuda":
-        yield
+        yield found
         return
-    with _sync_debug_mode("error"):
-        yield
+    with warnings.catch_warnings(record=True) as caught, _sync_debug_mode("warn"):
+        warnings.simplefilter("always")
+        yield found
+    for warning in caught:
+        if "synchronizing CUDA operation" in str(warning.message):
+            found.append(f"{Path(warning.filename).name}:{warning.lineno}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @contextlib.contextmanager
 def allowed_waits() -> Iterator[None]:
-    """Suspend `forbidden_waits`."""
+    """Suspend `noticed_waits`."""
     with _sync_debug_mode("default"):
         yield
 

@@ -52,14 +52,14 @@ def micro_batch_that_fits(
             logger.info("a pass of %d images does not fit the device's memory: trying %d", size or batch_size, smaller)
             size = smaller
             model.zero_grad(set_to_none=True)
-            _free_cache()
+            free_cache()
         return size
     finally:
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-        _free_cache()
+        free_cache()
 
 
 def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int) -> int:
@@ -68,7 +68,7 @@ def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int) -> i
         if batch_size == 1:
             raise error
         batch_size //= 2
-        _free_cache()
+        free_cache()
     return batch_size
 
 
@@ -83,6 +83,7 @@ def _out_of_memory(attempt: Callable[[], object]) -> BaseException | None:
     return None
 
 
-def _free_cache() -> None:
+def free_cache() -> None:
+    """Return cached memory to the device."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

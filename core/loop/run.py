@@ -110,7 +110,8 @@ def train(
         execution: how to execute it.
 
     Raises:
-        ConfigError: the data do not fit the network, or a step cannot be captured.
+        ConfigError: the data do not fit the network.
+        GraphError: a failed capture left the device unusable in this process.
         torch.OutOfMemoryError: not even a small part of a batch fits the device's memory; on a CPU a RuntimeError.
         DivergedError: a loss is not finite, or stays far above that of uniform predictions.
         CheckpointError: the checkpoint is damaged, or of another configuration, metric or data set.

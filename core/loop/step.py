@@ -59,6 +59,11 @@ class StepShape:
     weighted: bool  # Whether class weights apply
     optimizer: Hashable  # The optimizer's `phase`
 
+    @property
+    def stage(self) -> Hashable:
+        """All but the number of images. A run never returns to a stage."""
+        return self.size, self.mixes, self.weighted, self.optimizer
+
 
 @dataclass(frozen=True)
 class StepValues:

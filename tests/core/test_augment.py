@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as tv
 from core.augment import MixPlan, alternating_flips, apply_mix, photometry, pipeline, scratch
 from core.config import AugmentConfig
 from core.loop.graphs import GENERATORS_REGISTER_THEMSELVES
-from core.runtime import forbidden_waits, normalize
+from core.runtime import normalize
 from tests.core.augment_cases import (
     EVERY_OPTION,
     EVERYTHING,
@@ -30,6 +30,7 @@ from tests.core.augment_cases import (
     pixels_of,
 )
 from tests.core.recorded import HostReads
+from tests.core.trainings import forbidden_waits
 
 
 def test_everything_off_is_bitwise_normalization() -> None:

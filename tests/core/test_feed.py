@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from core.feed import Feed, Resident, Streamed, _Buffer, _copy_stream, _PinnedBuffer, open_feed
-from core.runtime import forbidden_waits
+from tests.core.trainings import forbidden_waits
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from torchvision.ops import sigmoid_focal_loss
 
 from core.config import LossConfig
 from core.losses import Criterion, class_weights, smoothing_at
-from core.runtime import forbidden_waits
 from tests.core.recorded import HostReads
+from tests.core.trainings import forbidden_waits
 
 # A long tail, with a class that has no training images.
 COUNTS = torch.tensor([500, 300, 200, 100, 60, 40, 20, 10, 5, 0])

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from core.averaging import build_averaging
 from core.config import AveragingConfig, TrainConfig
 from core.optim import StepOptimizer, build_optimizer, muon, needs_head
-from core.runtime import forbidden_waits, own_stream
+from core.runtime import own_stream
 from tests.core.recorded import HostReads, RecordedGraph, let_the_cpu_capture
+from tests.core.trainings import forbidden_waits
 
 STEPS = 20
 KINDS = ("sgd", "adamw", "nadam", "swats", "muon")

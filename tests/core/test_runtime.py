@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from core.runtime import _free_host_memory, free_memory
+from core.runtime import _free_host_memory, free_memory, noticed_waits
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -112,3 +113,24 @@ class TestOnCuda:
                 torch.empty(free + 2**22, dtype=torch.uint8, device=device)
         finally:
             torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def test_waits_of_the_host_are_noticed_and_other_warnings_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait() -> list[str]:
+        with noticed_waits(torch.device("cuda")) as places:
+            for text in ("called a synchronizing CUDA operation (Triggered internally", "another"):
+                warnings.warn(text, stacklevel=1)
+            assert modes[-1] == "warn"
+        return places
+
+    with pytest.warns(UserWarning, match="another") as kept:
+        places = wait()
+    assert [place.partition(":")[0] for place in places] == ["test_runtime.py"]
+    assert len(kept) == 1
+    assert modes[-1] == "default"
+    with noticed_waits(CPU) as places:
+        assert places == []

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import WeightedRandomSampler
 
 from core.config import SamplingConfig
-from core.runtime import forbidden_waits
 from core.sampling import epoch_length, epoch_order, repeats
+from tests.core.trainings import forbidden_waits
 
 LABELS = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from core.loop import TrainResult
+from core.runtime import noticed_waits
 
 CPU = torch.device("cpu")
 
@@ -58,6 +60,15 @@ def same(one: TrainResult, other: TrainResult) -> bool:
         for result in (one, other)
     ]
     return all(torch.equal(ours[name], theirs[name]) for name in ours) and timeless[0] == timeless[1]
+
+
+@contextlib.contextmanager
+def forbidden_waits(device: torch.device) -> Iterator[None]:
+    """Raise RuntimeError if the host has waited for a CUDA device within the body."""
+    with noticed_waits(device) as places:
+        yield
+    if places:
+        raise RuntimeError(f"synchronizing at {places}")
 
 
 class EveryStepByPython:
