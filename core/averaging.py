@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.sgd import sgd
 
 from core.config import AveragingConfig
 from core.runtime import evaluating
@@ -38,6 +39,9 @@ class Averaging(ABC):
         """The averaged network, in evaluation mode."""
         self._count = 0  # averaged states
         self._own, self._theirs = _tensors(self.module), _tensors(model)
+        for own, theirs in zip(self._own[0], self._theirs[0], strict=True):
+            if own.stride() != theirs.stride():  # `_blend` would pair other elements
+                raise ValueError(f"a copy of a tensor of shape {tuple(theirs.shape)} has another memory layout")
 
     @property
     def ready(self) -> bool:
@@ -78,10 +82,20 @@ class Averaging(ABC):
         """Move the average towards the network; integer tensors are copied."""
         (floats, integers), (their_floats, their_integers) = self._own, self._theirs
         if isinstance(weight, Tensor):
-            # No foreach lerp accepts a scalar on the device.
-            way = torch._foreach_sub(their_floats, floats)
-            torch._foreach_mul_(way, weight)
-            torch._foreach_add_(floats, way)
+            # No foreach lerp accepts a scalar on the device. SGD's fused kernel does, in one pass: the gradient -theirs
+            # and a decay of 1 make own - weight × (own - theirs).
+            sgd(
+                floats,
+                their_floats,
+                [None] * len(floats),
+                fused=True,
+                weight_decay=1.0,
+                momentum=0.0,
+                lr=weight,
+                dampening=0.0,
+                nesterov=False,
+                maximize=True,
+            )
         else:
             torch._foreach_lerp_(floats, their_floats, weight)
         if integers:

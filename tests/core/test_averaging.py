@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from core.averaging import Averaging, build_averaging, mean_of, recalibrate
 from core.config import AveragingConfig
+from tests.core.launches import launches
 from tests.core.recorded import RecordedGraph
 
 STEPS, EPOCHS = 120, 12
@@ -113,6 +114,19 @@ def test_ema_matches_torch_after_the_warmup() -> None:
         theirs.update_parameters(model)
     for ours, reference in zip(averaging.module.parameters(), theirs.module.parameters(), strict=True):
         torch.testing.assert_close(ours, reference, rtol=0, atol=0)
+
+
+def test_an_update_with_a_tensor_weight_is_one_pass_over_the_weights() -> None:
+    model = network()
+    averaging, weight = ema(model, 0.05), torch.tensor(0.1)
+    assert launches(lambda: averaging.update(weight)) == 2  # the other copies the batch counters
+
+
+def test_an_average_in_another_memory_layout_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    model.weight = nn.Parameter(torch.zeros(2, 6)[:, ::2])  # its copy has no gaps
+    with pytest.raises(ValueError, match="memory layout"):
+        ema(model, 0.05)
 
 
 def test_a_replayed_update_with_a_tensor_weight_matches_numbers() -> None:
