@@ -12,17 +12,21 @@ import torch
 import torchvision
 from timm.layers import BlurPool2d, DropPath, SEModule
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core.config import ModelConfig
 from core.errors import ConfigError
 from core.models import build_model, head_parameters
 from core.models.resnet import SubsampledConv, drop_path_rates
-from core.models.stages import scale_width, stage_blocks, stage_widths
+from core.models.stages import FixedGroupNorm, scale_width, stage_blocks, stage_widths
 from core.runtime import normalize
 from tests.core.networks import build, images, parameters
 
 SMALL: dict[str, Any] = {"widths": (16, 32), "blocks": (1, 1)}
 VGG: dict[str, Any] = {"name": "vgg", "widths": (8, 16), "blocks": (1, 2)}
+OPTIONS: dict[str, Any] = {
+    **SMALL, "se": True, "anti_alias": True, "max_pool": True, "activation": "mish", "drop_path": 0.2, "dropout": 0.2,
+}  # fmt: skip
 RESNET18: dict[str, Any] = {"stem_kernel": 7, "stem_stride": 2, "max_pool": True}
 
 
@@ -171,6 +175,61 @@ def test_with_group_norm_an_image_does_not_depend_on_the_rest_of_its_batch() -> 
     drawn = images(4, 1, 8, 8)
     model = build(norm="group", **SMALL).train()
     torch.testing.assert_close(model(drawn)[:1], model(drawn[:1]))
+
+
+def test_group_norm_computes_in_the_dtype_of_its_input() -> None:
+    norm, theirs = FixedGroupNorm(32), nn.GroupNorm(2, 32)
+    drawn, weight = images(8, 32, 5, 7), torch.linspace(-2, 2, 32)
+    theirs.load_state_dict({"weight": weight, "bias": weight.flip(0)})
+    norm.load_state_dict(theirs.state_dict())
+    expected = theirs(drawn)
+    assert torch.equal(norm(drawn), expected)
+    expected.square().sum().backward()
+    norm(drawn).square().sum().backward()
+    for ours, reference in zip(norm.parameters(), theirs.parameters(), strict=True):
+        assert ours.grad is not None
+        assert reference.grad is not None
+        assert torch.equal(ours.grad, reference.grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = norm(drawn.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "fields", [{**OPTIONS, "norm": "batch"}, {**OPTIONS, "norm": "group"}, VGG, {**VGG, "norm": "group"}]
+)
+def test_no_feature_map_is_float32_under_autocast_on_cuda(fields: dict[str, Any]) -> None:
+    """On tensors without memory. Autocast lists other operations as float32 on a CPU."""
+    model = build(in_channels=3, image_size=(32, 32), **fields)
+    dtypes: dict[str, torch.dtype] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _module, _input, output, name=name: dtypes.update({name: output.dtype}))
+    with FakeTensorMode():
+        tensors = {
+            name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
+        drawn = torch.empty(6, 3, 32, 32, dtype=torch.bfloat16, device="cuda")
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast does nothing without CUDA
+        try:
+            torch.func.functional_call(model, tensors, (drawn,))
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert len(dtypes) > 10
+    assert set(dtypes.values()) == {torch.bfloat16}, dtypes
+
+
+@pytest.mark.gpu
+def test_group_norm_on_cuda_is_channels_last_and_equals_the_cpus() -> None:
+    norm, drawn = FixedGroupNorm(32), images(8, 32, 5, 7)
+    expected = norm(drawn)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = norm.cuda()(drawn.cuda().bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=0.02, atol=0.02)
 
 
 def test_drop_path_grows_linearly() -> None:
