@@ -87,7 +87,7 @@ def _end(graph: torch.cuda.CUDAGraph, cause: BaseException | None = None) -> Non
         reason = _first_line(cause or error)
         raise GraphError(
             f"recording a step as a CUDA graph failed ({reason}), and torch cannot use the GPU in this process any "
-            "more; set precision.cuda_graphs to false"
+            "more; precision.cuda_graphs: false avoids it"
         ) from (cause or error)
 
 

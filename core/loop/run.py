@@ -494,10 +494,10 @@ class Run:
 
 
 def _trains_the_same(theirs: str, ours: str) -> bool:
-    """Whether two configurations in JSON differ only by how images are read, or by fields that a version lacked."""
-    reading = {"data": {*READING_FIELDS, "val"}}
+    """Whether two configurations in JSON differ only by how images are read, by graphs, or by fields that one lacks."""
+    irrelevant = {"data": {*READING_FIELDS, "val"}, "precision": {"cuda_graphs"}}
     try:
-        a, b = (TrainConfig.model_validate_json(text).model_dump(exclude=reading) for text in (theirs, ours))
+        a, b = (TrainConfig.model_validate_json(text).model_dump(exclude=irrelevant) for text in (theirs, ours))
     except ValueError:  # of a field that is no more
         return False
     return a == b

@@ -9,7 +9,7 @@ from pathlib import Path
 from core.config import DataConfig
 from core.data import Dataset, Splits, load_dataset
 from core.data.names import printable
-from core.errors import UserError
+from core.errors import GraphError, UserError
 from core.loop import EpochMetrics
 from core.runtime import is_out_of_memory
 from hpo.api.options import WorkerOptions
@@ -105,7 +105,7 @@ def resumable(study: Study, noun: str, command: str, reporter: Reporter) -> Iter
     """Report the finished trials of a stopped study, and the command that resumes it."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GraphError):
         reporter.say(f"stopped: {done_and_safe(study.counts().finished, study.total, noun)}; resume with")
         reporter.say(f"  {command}")
         raise

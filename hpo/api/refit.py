@@ -78,6 +78,7 @@ def refit(options: RefitOptions, reporter: Reporter | None = None, interrupts: I
         from core.runtime import describe_device, select_device
         from hpo import submission
         from hpo.api.common import open_dataset, trainings
+        from hpo.search.training import without_failed_graphs
         from hpo.submission.onnx_export import check_onnx
 
     device = select_device(options.device)
@@ -95,7 +96,8 @@ def refit(options: RefitOptions, reporter: Reporter | None = None, interrupts: I
         f"refitting {choice.name} of study {study.name}{_networks(options, config)}; {describe_device(device)}"
     )
     epochs = choice.epochs if options.folds is None and options.members is None else config.epochs
-    with trainings(reporter, "refit", epochs=epochs, metric=study.metric, interrupts=interrupts) as watch:
+    shown = trainings(reporter, "refit", epochs=epochs, metric=study.metric, interrupts=interrupts)
+    with shown as watch, without_failed_graphs(study.settings, config) as config:
         refitted = submission.refit(
             study.paths,
             number=choice.number,

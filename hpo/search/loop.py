@@ -80,6 +80,7 @@ def run_study(
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after an epoch.
         HpoError: An error that the user has to fix, such as a full disk.
+        GraphError: This process cannot use the GPU any more.
         Exception: A crash, which counts against `study.settings.retries`.
     """
     divide: Divide = splits if callable(splits) else lambda _: splits
@@ -88,6 +89,7 @@ def run_study(
         space,
         divide,
         study.paths,
+        study.settings,
         study.seed,
         device,
         progress,

@@ -27,10 +27,11 @@ from core.runtime import derive_seed, is_out_of_memory
 from hpo.paths import StudyPaths
 from hpo.reporter import StudyView
 from hpo.search.interrupts import Interrupts
-from hpo.search.training import fold_label, of_fold, resume_or_restart
+from hpo.search.training import fold_label, of_fold, resume_or_restart, without_failed_graphs
 from hpo.space import SearchSpace, to_yaml
 from hpo.space.pruner import RungPruner
 from hpo.study.results import append_line
+from hpo.study.settings import StudySettings
 from hpo.trials import CONFIG, REPLICATE_OF, RESUMED_EPOCH, Outcome, first_twin
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Objective:
     space: SearchSpace
     divide: Divide
     paths: StudyPaths
+    settings: StudySettings
     seed: int
     """Seed of the study."""
     device: torch.device
@@ -103,21 +105,22 @@ class Objective:
             return resume_or_restart(checkpoint, name, lambda: self._train_from(checkpoint, attempt))
 
     def _train_from(self, checkpoint: Path, attempt: _Attempt) -> TrainResult:
-        return train(
-            of_fold(attempt.config, attempt.fold),
-            attempt.splits[attempt.fold - 1],
-            device=self.device,
-            on_epoch_end=attempt.epoch_ended,
-            on_resume=attempt.resumed,
-            resume_from=checkpoint,
-            checkpoint_to=checkpoint,
-            # A trial that has passed a rung is worth more than its epochs: others were compared with it.
-            checkpoint_at=attempt.rungs(),
-            # A finished fold is not trained again if a later one is interrupted.
-            checkpoint_at_end=attempt.folds > 1,
-            on_checkpoint=self.on_checkpoint,
-            metric=self.space.metric,
-        )
+        with without_failed_graphs(self.settings, of_fold(attempt.config, attempt.fold)) as config:
+            return train(
+                config,
+                attempt.splits[attempt.fold - 1],
+                device=self.device,
+                on_epoch_end=attempt.epoch_ended,
+                on_resume=attempt.resumed,
+                resume_from=checkpoint,
+                checkpoint_to=checkpoint,
+                # A trial that has passed a rung is worth more than its epochs: others were compared with it.
+                checkpoint_at=attempt.rungs(),
+                # A finished fold is not trained again if a later one is interrupted.
+                checkpoint_at_end=attempt.folds > 1,
+                on_checkpoint=self.on_checkpoint,
+                metric=self.space.metric,
+            )
 
 
 def failure_of(error: Exception) -> str | None:

@@ -76,7 +76,9 @@ def _run(
     try:
         with interrupts.patient(), explain_full_disk(paths.dir):
             watch = _watched(progress, interrupts, recipe.name, config)
-            train_recorded(config, splits, paths, metric=space.metric, device=device, watch=watch)
+            train_recorded(
+                config, splits, paths, metric=space.metric, device=device, watch=watch, settings=study.settings
+            )
     except Exception as error:
         failure = failure_of(error)
         if failure is None:

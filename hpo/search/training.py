@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from core.config import TrainConfig
 from core.data import Splits
-from core.errors import CheckpointError
+from core.errors import CheckpointError, GraphError
 from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import confusion, per_class
 from core.runtime import derive_seed
 from hpo.paths import TrainingPaths
 from hpo.space import to_yaml
 from hpo.study.results import json_line, write_result
+from hpo.study.settings import StudySettings
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +66,14 @@ def train_recorded(
     metric: str,
     device: torch.device,
     watch: Watch,
+    settings: StudySettings | None = None,
 ) -> Recorded:
     """Train, and write configuration, checkpoints and, last, the result into the folder.
 
     Args:
         splits: One, or one per fold.
         metric: The objective, also for early stopping and the choice of the kept epoch.
+        settings: Of the study that it belongs to, if any.
     """
     paths.dir.mkdir(parents=True, exist_ok=True)
     paths.config.write_text(to_yaml(config))
@@ -77,16 +81,18 @@ def train_recorded(
     results: list[TrainResult] = []
     for fold, divided in enumerate(splits, 1):
         checkpoint = paths.checkpoint(fold)
-        result = train(
-            of_fold(config, fold),
-            divided,
-            device=device,
-            on_epoch_end=watch(fold_label(fold, folds)),
-            resume_from=checkpoint,
-            checkpoint_to=checkpoint,
-            checkpoint_at_end=folds > 1,
-            metric=metric,
-        )
+        own = of_fold(config, fold)
+        with nullcontext(own) if settings is None else without_failed_graphs(settings, own) as trained:
+            result = train(
+                trained,
+                divided,
+                device=device,
+                on_epoch_end=watch(fold_label(fold, folds)),
+                resume_from=checkpoint,
+                checkpoint_to=checkpoint,
+                checkpoint_at_end=folds > 1,
+                metric=metric,
+            )
         # Off the device: the next fold needs the memory.
         results.append(result if folds == 1 else replace(result, model=result.model.cpu()))
     recorded = Recorded(
@@ -102,6 +108,22 @@ def train_recorded(
     for checkpoint in paths.checkpoints(folds):
         checkpoint.unlink(missing_ok=True)
     return recorded
+
+
+@contextmanager
+def without_failed_graphs(settings: StudySettings, config: TrainConfig) -> Iterator[TrainConfig]:
+    """Yield the configuration, with CUDA graphs off if they have failed in this study, and remember if they fail.
+
+    Raises:
+        GraphError: They failed in the body. The training resumes from its checkpoint in another process.
+    """
+    network = config.model.name
+    off = settings.trains_without_graphs(network)
+    try:
+        yield config.override({"precision.cuda_graphs": False}) if off else config
+    except GraphError as error:
+        settings.train_without_graphs(network)
+        raise GraphError(f"{error}; after a restart, the study trains model.name {network} without") from error
 
 
 def resume_or_restart(checkpoint: Path, name: str, attempt: Callable[[], TrainResult]) -> TrainResult:

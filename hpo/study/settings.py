@@ -69,12 +69,23 @@ class StudySettings:
     def set_packing(self, device: str, trials: int, why: str) -> None:
         self.set("packing", {**self.get("packing", {}), _on_this_host(device): {"trials": trials, "why": why}})
 
+    def trains_without_graphs(self, network: str) -> bool:
+        """Return whether a CUDA graph of a step of this `model.name` made a process unusable."""
+        return bool(self.get(_graphs_of(network), False))
+
+    def train_without_graphs(self, network: str) -> None:
+        self.set(_graphs_of(network), True)
+
     def add_device(self, device: str) -> None:
         """Add a device of this host for the dashboard."""
         key = f"devices:{socket.gethostname()}"
         known = str(self.get(key, ""))
         if device not in known.split("; "):
             self.set(key, f"{known}; {device}" if known else device)
+
+
+def _graphs_of(network: str) -> str:
+    return f"without CUDA graphs: {network}"
 
 
 def _on_this_host(device: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from core.data import Splits
+from core.errors import GraphError
 from core.loop import EpochMetrics, seconds_per_epoch, train
 from core.runtime import is_out_of_memory
 from hpo.text import count
@@ -69,7 +70,8 @@ def choose(measure: Callable[[int], Measured], capacity: Capacity) -> Choice:
         try:
             measured = measure(number)
         except Exception as error:
-            if not (is_out_of_memory(error) or isinstance(error, (BrokenProcessPool, threading.BrokenBarrierError))):
+            lost = (BrokenProcessPool, GraphError, threading.BrokenBarrierError)
+            if not (is_out_of_memory(error) or isinstance(error, lost)):
                 raise
             if not speeds:
                 return Choice(1, not_measured(f"the baseline could not be timed ({error})"), measured=False)

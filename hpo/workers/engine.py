@@ -13,6 +13,8 @@ from hpo.space import SearchSpace
 
 STOPPED = 130
 """Exit status of a stopped worker, as in a shell."""
+UNUSABLE = 75
+"""Exit status of a worker that can no longer use its GPU: a temporary failure, as in sysexits.h."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,13 @@ class Exit:
     words: str
     """After the worker's name: `was killed by SIGKILL`."""
     blameless: bool = False
-    """Stopped from outside, or lost with its machine."""
+    """Stopped from outside, lost with its machine, or after a fault that its successor avoids."""
 
     @classmethod
     def with_status(cls, status: int, where: str = "") -> Exit:
-        how = "was stopped" if status == STOPPED else f"ended with exit status {status}"
-        return cls(clean=status == 0, words=how + where, blameless=status == STOPPED)
+        known = {STOPPED: "was stopped", UNUSABLE: "can no longer use its GPU"}
+        how = known.get(status, f"ended with exit status {status}")
+        return cls(clean=status == 0, words=how + where, blameless=status in known)
 
 
 class Worker(Protocol):

@@ -13,7 +13,7 @@ from queue import Queue
 import torch
 
 from core.data import Dataset, Division, load_dataset
-from core.errors import CoreError
+from core.errors import CoreError, GraphError
 from hpo.errors import HpoError
 from hpo.paths import cache_root, data_root
 from hpo.search.interrupts import Interrupts
@@ -21,7 +21,9 @@ from hpo.search.loop import run_study
 from hpo.storage import mask
 from hpo.study import Study, open_study
 from hpo.workers.capacity import occupy
-from hpo.workers.engine import STOPPED, Failure, Output, Resources, WorkerSpec
+from hpo.workers.engine import STOPPED, UNUSABLE, Failure, Output, Resources, WorkerSpec
+
+logger = logging.getLogger(__name__)
 
 
 def work_on(
@@ -42,7 +44,7 @@ def work_on(
         setting: prepares the machine.
 
     Returns:
-        The exit status: 0, `STOPPED`, 2 for an error that the user has to fix, 1 for a crash.
+        The exit status: 0, `STOPPED`, `UNUSABLE`, 2 for an error that the user has to fix, 1 for a crash.
     """
     try:
         with setting or nullcontext():
@@ -58,6 +60,9 @@ def work_on(
             )
     except KeyboardInterrupt:
         return STOPPED
+    except GraphError as error:
+        logger.warning("%s", error)
+        return UNUSABLE
     except Exception as error:
         failure = _failure(error, spec)
         emit(failure)

@@ -13,8 +13,8 @@ from optuna.trial import TrialState
 import core.loop.run
 import hpo.search.loop
 from core.data import folds, load_dataset, split
-from core.errors import ConfigError, DivergedError
-from core.loop import train
+from core.errors import ConfigError, DivergedError, GraphError
+from core.loop import EpochMetrics, train
 from hpo.analysis.summary import summarize
 from hpo.report.words import margins
 from hpo.search.interrupts import Interrupts
@@ -25,7 +25,7 @@ from hpo.search.weights import KEPT_MODELS
 from hpo.space import SearchSpace, load_space
 from hpo.study import Study, open_study
 from hpo.study.results import read_result
-from hpo.trials import FAILURE, REASON
+from hpo.trials import CRASHES, FAILURE, REASON
 
 CPU = torch.device("cpu")
 SMALL = "model: {widths: [8], blocks: [1]}\nepochs: 2\nbatch_size: 128\naugment: {flip: 0.0}\n"
@@ -153,6 +153,28 @@ def test_a_fault_of_ours_goes_through_and_the_slot_is_queued_again(
     states = [trial.state for trial in study.optuna.get_trials()]
     assert TrialState.RUNNING not in states
     assert study.counts().complete == 2
+
+
+def test_a_study_whose_graphs_fail_resumes_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound, graphs = core.loop.run.Run.epoch, []
+
+    def epoch(training: core.loop.run.Run, *, final: bool) -> EpochMetrics:
+        graphs.append(training.config.precision.cuda_graphs)
+        if graphs[-1] and training.history:
+            raise GraphError("recording a step failed")
+        return sound(training, final=final)
+
+    monkeypatch.setattr(core.loop.run.Run, "epoch", epoch)
+    monkeypatch.setattr(core.loop.run, "CHECKPOINT_SHARE", float("inf"))
+    space = write_space(tmp_path, outside="loss: {smoothing: 0.1}\n")
+    with pytest.raises(GraphError, match=r"^recording a step failed; after a restart, .* resnet without$"):
+        run(space, 2)
+    study, _ = run(space, 2)
+    assert graphs == [True, True] + [False] * 5  # trial 0 resumes after its first epoch
+    assert study.counts().complete == 2
+    assert not any(CRASHES in trial.user_attrs for trial in study.optuna.trials)
+    assert study.config_of(study.optuna.trials[-1]).precision.cuda_graphs
+    assert "value" in result_of(study, "outside")
 
 
 def test_a_checkpoint_of_another_configuration_is_left_and_the_trial_begins_anew(

@@ -27,7 +27,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from core.data import load_dataset
-from core.errors import UserError
+from core.errors import GraphError, UserError
+from core.loop import EpochMetrics
+from core.loop.run import Run
 from core.runtime import describe_device
 from hpo.cli.progress import StudyProgress
 from hpo.errors import StudyError
@@ -36,6 +38,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.weights import KEPT_MODELS
 from hpo.space import load_space
 from hpo.study import Study, open_study
+from hpo.trials import CRASHES
 from hpo.workers import calibration, local, pool, work
 from hpo.workers.calibration import Choice
 from hpo.workers.capacity import (
@@ -261,6 +264,36 @@ def the_second_dies(*arguments: Any) -> None:
 def every_one_dies(*arguments: Any) -> None:
     """Die instead of running a worker."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def graphs_fail(*arguments: Any) -> None:
+    """Run a worker in which capturing a step after the first epoch fails."""
+    sound = Run.epoch
+
+    def epoch(training: Run, *, final: bool) -> EpochMetrics:
+        if training.config.precision.cuda_graphs and training.history:
+            raise GraphError("recording a step failed")
+        return sound(training, final=final)
+
+    Run.epoch = epoch  # type: ignore[method-assign]
+    main(*arguments)
+
+
+def test_a_worker_whose_graphs_fail_is_replaced_and_its_trial_continues_without(
+    space_file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(local, "main", graphs_fail)
+    monkeypatch.setattr(pool, "REPLACEMENTS", 0)  # it is not to blame
+    study, spec = own_study(space_file, 2)
+    run_trials(study, spec, 1)
+    assert study.counts().complete == 2
+    assert [trial.state.name for trial in study.optuna.trials].count("FAIL") == 1
+    assert not any(CRASHES in trial.user_attrs for trial in study.optuna.trials)
+    assert "recording a step failed; after a restart, the study trains model.name resnet without" in caplog.messages
+    assert any(
+        "can no longer use its GPU; its trial is queued again; another takes its place" in line
+        for line in caplog.messages
+    )
 
 
 def test_if_one_worker_dies_repeatedly_the_others_continue(
