@@ -1,14 +1,18 @@
-"""Random numbers for a batch, drawn without synchronization."""
+"""Random numbers, drawn without synchronization."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 _TRIES = 10
+
+T = TypeVar("T")
 
 
 def uniform(shape: int | Sequence[int], generator: torch.Generator, low: float, high: float) -> Tensor:
@@ -47,6 +51,12 @@ def rectangles(
     return high.gather(0, first)[0], wide.gather(0, first)[0], fits.any(0)
 
 
-def assign_evenly(slots: int, choices: int, generator: torch.Generator) -> Tensor:
-    """Shuffle the positions 0 … slots - 1 and divide them evenly: (choices, slots / choices) int64."""
-    return uniform(slots, generator, 0, 1).argsort().view(choices, -1)
+def shuffle(units: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Shuffle the positions 0 … n - 1 of each unit of n: (sum of units,) int64, unit by unit."""
+    orders = [uniform((count, size), generator, 0, 1).argsort(dim=1) for size, count in runs(units)]
+    return torch.cat([order.flatten() for order in orders])
+
+
+def runs(units: Sequence[T]) -> list[tuple[T, int]]:
+    """Return each value of consecutive equal elements, with their number."""
+    return [(value, len(list(equal))) for value, equal in groupby(units)]

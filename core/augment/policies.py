@@ -8,6 +8,7 @@ where the result is the same. A second operation can move pixels back that torch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -15,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from core.augment.draws import assign_evenly, random_sign, uniform
+from core.augment.draws import random_sign, runs, shuffle, uniform
 from core.augment.operations import OPS, STANDARD, WIDE, Ranges
 from core.config import AugmentConfig
 
@@ -64,19 +65,52 @@ AUTOAUGMENT_CIFAR10: tuple[SubPolicy, ...] = (
 
 @dataclass(frozen=True)
 class Assignment:
-    """One operation per image: `name` changes the images `rows[name]` (k,), at `levels` (slots,)."""
+    """One operation per image: `name` changes the images `rows[name]` (k,), at `levels` (slots,).
 
-    rows: dict[str, Tensor]
+    Each unit of images is divided evenly among the choices, so numbers of rows do not depend on the draws.
+    """
+
+    names: tuple[str, ...]
+    """Operation of each choice."""
+    units: tuple[int, ...]
+    """Slots per unit."""
+    shuffled: Tensor
+    """(slots,) int64: the positions in each unit, sorted by choice."""
     levels: Tensor
+
+    def of_units(self, first: int, end: int) -> Assignment:
+        """Return the assignment of the units from `first` to before `end`."""
+        slots = slice(sum(self.units[:first]), sum(self.units[:end]))
+        return Assignment(self.names, self.units[first:end], self.shuffled[slots], self.levels[slots])
 
     def level_of(self, name: str) -> Tensor:
         """Return the levels of `rows[name]`."""
         return self.levels.index_select(0, self.rows[name])
 
     @cached_property
+    def rows(self) -> dict[str, Tensor]:
+        """The images of each operation."""
+        by_name: dict[str, list[Tensor]] = {}
+        for name, group in zip(self.names, grouped(self.shuffled, self.units, len(self.names)), strict=True):
+            by_name.setdefault(name, []).append(group)
+        return {name: groups[0] if len(groups) == 1 else torch.cat(groups) for name, groups in by_name.items()}
+
+    @cached_property
     def order(self) -> Tensor:
         """The images (slots,) sorted by operation."""
         return torch.cat(list(self.rows.values()))
+
+
+def grouped(shuffled: Tensor, units: Sequence[int], choices: int) -> Tensor:
+    """Return the images of each choice: (choices, slots / choices) int64."""
+    groups, start = [], 0
+    for size, count in runs(units):
+        end = start + count * size
+        firsts = torch.arange(start, end, size, device=shuffled.device).view(count, 1, 1)
+        by_unit = shuffled[start:end].view(count, choices, -1) + firsts
+        groups.append(by_unit.transpose(0, 1).reshape(choices, -1))
+        start = end
+    return torch.cat(groups, dim=1)
 
 
 class Policy(Protocol):
@@ -88,14 +122,14 @@ class Policy(Protocol):
 
     @property
     def choices(self) -> int:
-        """Number of alternatives, which divides the number of slots."""
+        """Number of alternatives, which divides the number of slots of each unit."""
 
     @property
     def ops(self) -> int:
         """Operations per image; 0 is off."""
 
-    def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
-        """Draw `ops` assignments, in order."""
+    def assign(self, units: Sequence[int], generator: torch.Generator) -> list[Assignment]:
+        """Draw `ops` assignments, in order, for units of this many slots."""
 
     def reach(self, width: int) -> int:
         """Return the maximum sideways shift in pixels of all operations together."""
@@ -114,11 +148,12 @@ class RandAugment:
     def choices(self) -> int:
         return len(self.names)
 
-    def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
+    def assign(self, units: Sequence[int], generator: torch.Generator) -> list[Assignment]:
         assignments = []
         for _ in range(self.ops):
-            groups = assign_evenly(slots, self.choices, generator)
-            assignments.append(Assignment(dict(zip(self.names, groups, strict=True)), self._levels(slots, generator)))
+            shuffled = shuffle(units, generator)
+            levels = self._levels(len(shuffled), generator)
+            assignments.append(Assignment(self.names, tuple(units), shuffled, levels))
         return assignments
 
     def _levels(self, slots: int, generator: torch.Generator) -> Tensor:
@@ -143,13 +178,15 @@ class TrivialAugment:
     choices: int = len(OPS)
     ops: int = 1
 
-    def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
-        rows = dict(zip(OPS, assign_evenly(slots, self.choices, generator), strict=True))
+    def assign(self, units: Sequence[int], generator: torch.Generator) -> list[Assignment]:
+        shuffled = shuffle(units, generator)
+        slots = len(shuffled)
         levels = uniform(slots, generator, 0, _TRIVIAL_BINS).floor_().div_(_TRIVIAL_BINS - 1)
         levels.mul_(random_sign(slots, generator))
+        assignment = Assignment(OPS, tuple(units), shuffled, levels)
         for name in IN_FULL:
-            levels.index_fill_(0, rows[name], 1)
-        return [Assignment(rows, levels)]
+            levels.index_fill_(0, assignment.rows[name], 1)
+        return [assignment]
 
     def reach(self, width: int) -> int:
         return int(self.ranges.translate(width))
@@ -167,19 +204,18 @@ class AutoAugment:
         by_step = [[(p, 1.0 if k is None else k / (_AUTO_BINS - 1)) for _, p, k in step] for step in self._steps]
         self._table = torch.tensor(by_step, device=device)  # (ops, choices, 2): probability, level
 
-    def assign(self, slots: int, generator: torch.Generator) -> list[Assignment]:
-        groups = assign_evenly(slots, self.choices, generator)
+    def assign(self, units: Sequence[int], generator: torch.Generator) -> list[Assignment]:
+        shuffled = shuffle(units, generator)
+        groups = grouped(shuffled, units, self.choices)
         places = groups.flatten()
         assignments = []
         for step, table in zip(self._steps, self._table, strict=True):
             probability, level = table[:, 0:1], table[:, 1:2]
             applied = uniform(groups.shape, generator, 0, 1) < probability
-            by_group = applied * level * random_sign(slots, generator).view_as(groups)
+            by_group = applied * level * random_sign(len(places), generator).view_as(groups)
             levels = torch.empty_like(by_group).view(-1).index_copy_(0, places, by_group.view(-1))
-            by_name: dict[str, list[Tensor]] = {}
-            for (name, _, _), group in zip(step, groups, strict=True):
-                by_name.setdefault(name, []).append(group)
-            assignments.append(Assignment({name: torch.cat(parts) for name, parts in by_name.items()}, levels))
+            names = tuple(name for name, _, _ in step)
+            assignments.append(Assignment(names, tuple(units), shuffled, levels))
         return assignments
 
     def reach(self, width: int) -> int:

@@ -29,6 +29,7 @@ from tests.core.augment_cases import (
     pictures,
     pixels_of,
 )
+from tests.core.launches import launches
 from tests.core.recorded import HostReads
 from tests.core.trainings import forbidden_waits
 
@@ -118,7 +119,7 @@ def test_flips_alternate_between_epochs() -> None:
 def test_given_flips_are_applied_and_affect_nothing_else(
     count: int, rest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_CPU_CHUNK_BYTES", 2**18)  # several chunks
+    monkeypatch.setattr(pipeline, "_CPU_PASS_BYTES", 2**18)  # several units
     images = pictures(count)
     flips = torch.rand(count, generator=generator(3)) < 0.5
     augment = build(alternate_flip=True, crop_pad_fraction=0.0, **rest)
@@ -209,11 +210,13 @@ def test_any_size_gives_float32_channels_last_and_keeps_its_input(
 
 @pytest.mark.parametrize("count", [1, 2, 13, 14, 15, 57])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_any_batch_size_works_with_and_without_chunks(count: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_batch_size_works_with_and_without_division(
+    count: int, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = pictures(count)
     augment = build(**EVERYTHING, policy=policy)
-    for chunk_bytes in (1, 2**16, 2**30):
-        monkeypatch.setattr(pipeline, "_CPU_CHUNK_BYTES", chunk_bytes)
+    for pass_bytes in (1, 2**16, 2**30):
+        monkeypatch.setattr(pipeline, "_CPU_PASS_BYTES", pass_bytes)
         out = augment(images, generator())
         assert out.shape == images.shape
         assert (out != normalize(images, MEAN, STD)).flatten(1).any(1).float().mean() > 0.5
@@ -240,6 +243,55 @@ def test_block_size_does_not_change_results(fields: dict[str, Any], monkeypatch:
         outs.append(build(**fields)(images, generator(), flips=some, repeats=some))
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
+
+
+BATCHES = [16, 16, 16, 9]
+
+
+@pytest.mark.parametrize("unit_bytes", [2**16, 2**30], ids=["several units a batch", "one unit a batch"])
+@pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_batches_can_be_augmented_in_any_division(
+    fields: dict[str, Any], unit_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.cat([hard_cases(), pictures(sum(BATCHES) - 10)])
+    some = torch.arange(len(images)) % 3 == 0
+    augment = build(**fields)
+    monkeypatch.setattr(pipeline, "_CPU_PASS_BYTES", unit_bytes)
+    draws = augment.draw(BATCHES, images.shape[1:], generator(), flips=some, repeats=some)
+    outs = []
+    for pass_bytes in (1, 2**30):
+        monkeypatch.setattr(pipeline, "_CPU_PASS_BYTES", pass_bytes)
+        outs.append(augment.apply(images, draws[:]))
+        parts = [augment.apply(images[:32], draws[:2]), augment.apply(images[32:48], draws[2])]
+        outs.append(torch.cat([*parts, augment.apply(images[48:], draws[3])]))
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0])
+
+
+def test_no_two_batches_have_the_same_draws() -> None:
+    images = pictures(28)
+    augment = build(**EVERYTHING)
+    draws = augment.draw([28, 28], images.shape[1:], generator())
+    assert not torch.equal(augment.apply(images, draws[0]), augment.apply(images, draws[1]))
+
+
+@pytest.mark.parametrize("fields", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_the_number_of_kernels_does_not_depend_on_the_number_of_batches(fields: dict[str, Any]) -> None:
+    images = pictures(28 * 8, height=8, width=8)
+    some = torch.arange(len(images)) % 3 == 0
+    augment = build(**fields)
+
+    def kernels(batches: int) -> tuple[int, int]:
+        n = 28 * batches
+        drawing: list[Any] = []
+        first = launches(
+            lambda: drawing.append(
+                augment.draw([28] * batches, (3, 8, 8), generator(), flips=some[:n], repeats=some[:n])
+            )
+        )
+        return first, launches(lambda: augment.apply(images[:n], drawing[0][:]))
+
+    assert kernels(8) == kernels(2)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def assign(slots: int, seed: int = 0, **fields: Any) -> list[Assignment]:
-    return build_policy(AugmentConfig(**fields), CPU).assign(slots, generator(seed))
+    return build_policy(AugmentConfig(**fields), CPU).assign([slots], generator(seed))
 
 
 def operation_of(one: Assignment, slot: int) -> tuple[str, float]:
@@ -217,6 +217,24 @@ def test_operations_are_assigned_to_equal_groups(policy: str) -> None:
         assert sorted(torch.cat(list(one.rows.values())).tolist()) == list(range(5 * len(names)))
 
 
+@pytest.mark.parametrize("policy", list(SETTINGS))
+def test_every_unit_is_divided_evenly(policy: str) -> None:
+    fields = SETTINGS[policy]
+    chosen = build_policy(AugmentConfig(**fields), CPU)
+    units = [2 * chosen.choices, 2 * chosen.choices, chosen.choices]
+    for one in chosen.assign(units, generator()):
+        expected = {name: one.names.count(name) for name in one.names}
+        for unit in range(len(units)):
+            part = one.of_units(unit, unit + 1)
+            times = units[unit] // chosen.choices
+            assert {name: len(rows) for name, rows in part.rows.items()} == {k: times * n for k, n in expected.items()}
+            assert sorted(part.order.tolist()) == list(range(units[unit]))
+        for name, rows in one.rows.items():
+            firsts = torch.tensor([0, units[0], 2 * units[0]])
+            by_unit = [one.of_units(unit, unit + 1).rows[name] + firsts[unit] for unit in range(len(units))]
+            assert sorted(rows.tolist()) == sorted(torch.cat(by_unit).tolist())
+
+
 def test_every_operation_is_equally_likely_at_every_position() -> None:
     """On black pictures with one grey level, only `Solarize` at full strength creates white."""
     images = torch.full((5, 3, 8, 8), 10, dtype=torch.uint8)
@@ -266,9 +284,7 @@ def test_autoaugments_operations_are_independent_with_their_probabilities(
 ) -> None:
     """Uses groups in order, so that the images of each sub-policy are known."""
     share = 4000
-    monkeypatch.setattr(
-        policies, "assign_evenly", lambda slots, choices, _generator: torch.arange(slots).view(choices, -1)
-    )
+    monkeypatch.setattr(policies, "shuffle", lambda units, _generator: torch.arange(*units))
     first, second = (one.levels.view(25, share) for one in assign(25 * share, policy="autoaugment_cifar10"))
     for k, pair in enumerate(AUTOAUGMENT_CIFAR10):
         for levels, (_name, probability, magnitude) in zip((first[k], second[k]), pair, strict=True):
@@ -287,7 +303,7 @@ def test_autoaugment_leaves_the_expected_fraction_of_images_unchanged() -> None:
     """On coloured noise without black and white, every operation changes an image."""
     picture = torch.randint(1, 255, (1, 3, 32, 32), dtype=torch.uint8, generator=generator(1))
     images = picture.expand(5000, -1, -1, -1)
-    out = build(**NOTHING, policy="autoaugment_cifar10")(images, generator())
+    out = build(**NOTHING, policy="autoaugment_cifar10")(images, generator(1))
     alone = (out == normalize(images, MEAN, STD)).flatten(1).all(1).float().mean()
     expected = 0.0
     for pair in AUTOAUGMENT_CIFAR10:
@@ -337,7 +353,7 @@ def test_shifts_stay_within_the_declared_reach(policy: str) -> None:
             fields = {"ops": 2, **SETTINGS[policy], "strength": strength}
             dealer = build_policy(AugmentConfig(**fields), CPU)
             moves = torch.zeros(dealer.choices * 40)
-            for one in dealer.assign(len(moves), generator()):
+            for one in dealer.assign([len(moves)], generator()):
                 if "TranslateX" in one.rows:
                     step = GEOMETRIC_OPS["TranslateX"](one.level_of("TranslateX"), (width, width), dealer.ranges)
                     moves[one.rows["TranslateX"]] += step[:, 0, 2]

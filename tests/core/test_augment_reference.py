@@ -150,7 +150,7 @@ def jittered(photos: Tensor, drawn: Drawn) -> Tensor:
 def erased(photos: Tensor, drawn: Drawn) -> Tensor:
     mean = torch.tensor(MEAN).view(3, 1, 1).mul(255).round().to(torch.uint8)
     out = []
-    for photo, rows, columns in zip(photos, *drawn["draw_erased"], strict=True):
+    for photo, rows, columns in zip(photos, *drawn["draw_erased"].lines((SIDE, SIDE)), strict=True):
         y, x = (rows == 0).nonzero().flatten(), (columns == 0).nonzero().flatten()
         out.append(tv.erase(photo, int(y[0]), int(x[0]), len(y), len(x), mean) if len(y) else photo)
     return torch.stack(out)
