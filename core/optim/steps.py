@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import REFERENCE_LR, OptimConfig, TrainConfig
+from core.errors import ConfigError
 from core.optim.muon import Muon
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class StepOptimizer:
     ) -> None:
         self._config = config.optim
         self._params = [p for p in model.parameters() if p.requires_grad]
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._checked: set[Hashable] = set()  # phases
         self._head = {id(p) for p in head}
         self._frozen = False
         self._capturable = capturable
@@ -87,7 +90,14 @@ class StepOptimizer:
         self._frozen = frozen
 
     def step(self, factor: float | Tensor) -> None:
-        """Clip gradients, decay weights and update them. The schedule's `factor` is a tensor only if `capturable`."""
+        """Clip gradients, decay weights and update them. The schedule's `factor` is a tensor only if `capturable`.
+
+        Raises:
+            ConfigError: gradients are in another memory order than their weights, in the first step of a phase.
+        """
+        if self.phase not in self._checked:
+            self._check_layouts()
+            self._checked.add(self.phase)
         self._set_rates(factor)
         if self._config.grad_clip is not None:
             nn.utils.clip_grad_norm_(self._params, self._config.grad_clip, foreach=True)
@@ -131,6 +141,19 @@ class StepOptimizer:
 
     def _observe(self) -> None:
         """End the device part."""
+
+    def _check_layouts(self) -> None:
+        """Check that gradients are in their weights' order in memory, by which fused kernels pair elements."""
+        if not self._inner.defaults.get("fused"):
+            return
+        for parameter in self._params:
+            gradient = parameter.grad
+            if gradient is not None and not _same_order(gradient, parameter):
+                raise ConfigError(
+                    f"optim.name: {self._config.name} needs gradients in the memory order of their weights, but the "
+                    f"strides of {self._names[id(parameter)]} are {parameter.stride()} and those of its gradient "
+                    f"{gradient.stride()}; set it to nadam, or choose another model.name"
+                )
 
     def _begin(self, name: str, peak_lr: float) -> None:
         config = self._config
@@ -358,6 +381,11 @@ def build_optimizer(
 
 def _is_decayed(parameter: Tensor) -> bool:
     return parameter.ndim >= 2
+
+
+def _same_order(one: Tensor, other: Tensor) -> bool:
+    sides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(size == 1 or stride == its_stride for size, stride, its_stride in sides)
 
 
 def _sum(tensors: tuple[Tensor, ...]) -> Tensor:

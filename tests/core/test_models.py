@@ -14,11 +14,12 @@ from timm.layers import BlurPool2d, DropPath, SEModule
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from core.config import ModelConfig
+from core.config import ModelConfig, TrainConfig
 from core.errors import ConfigError
 from core.models import build_model, head_parameters
 from core.models.resnet import SubsampledConv, drop_path_rates
 from core.models.stages import FixedGroupNorm, scale_width, stage_blocks, stage_widths
+from core.optim import build_optimizer
 from core.runtime import normalize
 from tests.core.networks import build, images, parameters
 
@@ -306,6 +307,23 @@ def test_every_convolution_works_in_channels_last_also_on_greyscale(in_channels:
         module.register_forward_hook(look)
     model(normalize(pixels, (0.5,) * in_channels, (0.25,) * in_channels))
     assert seen == [True] * len(convolutions)
+
+
+@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "fields", [SMALL, OPTIONS, {**OPTIONS, "block": "bottleneck", "norm": "group"}, VGG, {**VGG, "hidden": 16}]
+)
+def test_gradients_are_in_the_memory_order_of_their_weights(
+    in_channels: int, autocast: bool, fields: dict[str, Any]
+) -> None:
+    model = build(in_channels=in_channels, image_size=(16, 16), **fields)
+    optimizer = build_optimizer(TrainConfig(), model, total_steps=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = model(images(4, in_channels, 16, 16))
+    logits.float().square().sum().backward()
+    optimizer.step(1.0)  # raises otherwise
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("fields", [SMALL, VGG])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from core.averaging import build_averaging
 from core.config import AveragingConfig, TrainConfig
+from core.errors import ConfigError
 from core.optim import StepOptimizer, build_optimizer, muon, needs_head
 from core.runtime import own_stream
 from tests.core.recorded import HostReads, RecordedGraph, let_the_cpu_capture
@@ -283,6 +284,54 @@ def test_a_network_of_matrices_only_trains(name: str) -> None:
     model = nn.Linear(3, 2, bias=False)
     run(build_optimizer(config(name), model, STEPS), model, range(STEPS))
     assert torch.isfinite(model.weight).all()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_in_another_memory_order_are_refused_or_paired_by_index(name: str) -> None:
+    """torch's fused kernels would pair them by their place in memory."""
+    optimizer, model = built(config(name))
+    theirs = copy.deepcopy(model)
+    set_gradients(model, 0)
+    filters = model[0].weight  # channels_last
+    assert filters.grad is not None
+    filters.grad = filters.grad.contiguous()
+    if name == "nadam":
+        advance(optimizer, 0.0, 1.0)
+        run(build_optimizer(config(name), theirs, STEPS), theirs, [0])
+        assert_same(model, theirs)
+    else:
+        with pytest.raises(ConfigError, match=r"^optim\.name: .* strides of 0\.weight .* set it to nadam"):
+            advance(optimizer, 0.0, 1.0)
+
+
+def test_memory_order_is_checked_again_when_the_backbone_is_unfrozen() -> None:
+    optimizer, model = built(config("adamw", head_only_fraction=0.5))
+    run(optimizer, model, range(STEPS // 2))
+    optimizer.begin_step(0.5)
+    set_gradients(model, 0)
+    model[0].weight.grad = model[0].weight.grad.contiguous()
+    with pytest.raises(ConfigError, match=r"0\.weight"):
+        optimizer.step(1.0)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 3, 3), (8, 4, 1, 1)])
+def test_strides_of_sides_of_one_element_are_free(shape: tuple[int, ...]) -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(shape).to(memory_format=torch.channels_last))
+    optimizer = build_optimizer(config("adamw"), model, STEPS)
+    model.weight.grad = torch.ones(shape)
+    assert model.weight.grad.stride() != model.weight.stride()
+    advance(optimizer, 0.0, 1.0)
+
+
+def test_a_weight_that_is_part_of_a_larger_tensor_is_refused() -> None:
+    """Its gradient is contiguous, and fused kernels would change the elements between its own."""
+    model = nn.Linear(6, 4, bias=False)
+    model.weight = nn.Parameter(torch.randn(4, 12)[:, ::2])
+    optimizer = build_optimizer(config("sgd"), model, STEPS)
+    model(torch.randn(2, 6)).sum().backward()
+    with pytest.raises(ConfigError, match=r"strides of weight are \(12, 2\)"):
+        advance(optimizer, 0.0, 1.0)
 
 
 def test_zero_grad_clears_or_zeroes() -> None:

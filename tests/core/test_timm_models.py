@@ -19,11 +19,13 @@ from huggingface_hub import constants as hub
 from safetensors.torch import save_file
 from timm.layers import DropPath
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from core.config import ModelConfig
+from core.config import ModelConfig, TrainConfig
 from core.errors import ConfigError, UserError
 from core.models import build_model, check_model_name
 from core.models.timm_models import _check_first_layer, find_model
+from core.optim import build_optimizer
 from tests.core.networks import build as _build
 from tests.core.networks import images as _images
 from tests.core.networks import parameters as _parameters
@@ -520,3 +522,29 @@ def test_a_file_without_batch_counters_is_accepted(tmp_path: Path) -> None:
 def test_the_name_is_checked_without_the_weights_file() -> None:
     ModelConfig(name="timm/test_resnet", pretrained=True, pretrained_file="nowhere.pth")
     check_model_name("timm/test_resnet")
+
+
+# ---- gradients
+
+NAMED = {name for file in SPACES.rglob("*.yaml") for name in re.findall(r"\btimm/([a-z][\w.]+)", file.read_text())}
+
+
+@pytest.mark.parametrize("name", sorted(NAMED | {name.removeprefix("timm/") for name in FAMILIES[2:]}))
+def test_gradients_are_in_the_memory_order_of_their_weights(name: str) -> None:
+    """On tensors without memory, since the largest network of the search spaces has 127 million weights."""
+    options = {"img_size": 64} if find_model(name).fixed_input_size else {}
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=6, **options).to(memory_format=torch.channels_last)
+    with FakeTensorMode():
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for key, tensor in held.items():
+                    if tensor is not None:
+                        ours = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                        held[key] = nn.Parameter(ours) if held is module._parameters else ours
+        optimizer = build_optimizer(TrainConfig(), model, total_steps=1)
+        images = torch.empty(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+        logits = model(images)
+        sum(part.sum() for part in (logits if isinstance(logits, tuple) else [logits])).backward()
+        optimizer.step(1.0)
+        assert all(parameter.grad is not None for parameter in model.parameters())
