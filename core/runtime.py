@@ -128,8 +128,30 @@ def compute_dtype(mode: str, device: torch.device) -> torch.dtype:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a device is out of memory. The CPU and CUDA's libraries raise a plain RuntimeError."""
-    said = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+    return isinstance(error, torch.OutOfMemoryError) or _names_any(error, _OUT_OF_MEMORY)
+
+
+def may_be_out_of_memory(error: BaseException) -> bool:
+    """Return whether the cause may be a lack of memory. Then a part of the batch may work."""
+    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and _names_any(error, _PERHAPS_OUT_OF_MEMORY))
+
+
+def _names_any(error: BaseException, words: Sequence[str]) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in words)
+
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "cuda error: out of memory", "cuda ran out of memory",
+    "alloc_failed",  # of cuBLAS, cuFFT, cuSOLVER
+    "allocation_failed",  # of cuDNN
+)  # fmt: skip
+# cuDNN without room for a workspace finds no algorithm, and libraries that cannot load their kernels fail so too, but
+# also for other reasons (github.com/pytorch/pytorch/issues/17774 and 81620).
+_PERHAPS_OUT_OF_MEMORY = (
+    "unable to find an engine", "unable to find a valid cudnn algorithm",
+    "status_not_initialized", "status_internal_error", "status_execution_failed",
+)  # fmt: skip
 
 
 def free_memory(device: torch.device) -> int:

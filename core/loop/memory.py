@@ -6,13 +6,14 @@ Gradients are still those of the whole batch; only batch norm sees fewer images 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
-from core.runtime import is_out_of_memory
+from core.runtime import is_out_of_memory, may_be_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -37,48 +38,66 @@ def micro_batch_that_fits(
     """
     buffers = list(model.buffers())
     before = [buffer.clone() for buffer in buffers]
+    sizes = [batch_size]
+    while (smaller := -(-sizes[-1] // 2)) >= SMALLEST_MICRO_BATCH:
+        sizes.append(smaller)
 
-    def attempt(size: int | None) -> None:
+    def attempt(size: int) -> None:
         held = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(moments)]
-        try_step(size)
+        try:
+            try_step(None if size == batch_size else size)
+        finally:
+            model.zero_grad(set_to_none=True)
         del held
 
-    size: int | None = None
     try:
-        while (error := _out_of_memory(partial(attempt, size))) is not None:
-            smaller = -(-(size or batch_size) // 2)
-            if smaller < SMALLEST_MICRO_BATCH:
-                raise error
-            logger.info("a pass of %d images does not fit the device's memory: trying %d", size or batch_size, smaller)
-            size = smaller
-            model.zero_grad(set_to_none=True)
-            free_cache()
-        return size
+        fitting = _first_that_fits(attempt, sizes)
     finally:
-        model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
         free_cache()
+    return None if fitting == batch_size else fitting
 
 
 def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int) -> int:
     """Return the largest batch that fits, halving from `batch_size`; raises the error if not even one image fits."""
-    while (error := _out_of_memory(partial(try_batch, batch_size))) is not None:
-        if batch_size == 1:
-            raise error
-        batch_size //= 2
+    sizes = [batch_size]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return _first_that_fits(try_batch, sizes)
+
+
+def _first_that_fits(attempt: Callable[[int], object], sizes: Sequence[int]) -> int:
+    """Return the first of these falling sizes whose attempt fits in memory.
+
+    An error that may have other reasons counts as a lack of memory only if a smaller size works.
+    """
+    errors: list[RuntimeError] = []
+    for size in sizes:
+        try:
+            error = error_of_memory(partial(attempt, size))
+        except RuntimeError:
+            if errors:
+                break
+            raise
+        if error is None:
+            return size
+        logger.info("a pass of %d images does not fit the device's memory", size)
+        errors.append(error)
         free_cache()
-    return batch_size
+    raise next(filter(is_out_of_memory, errors), errors[0])
 
 
-def _out_of_memory(attempt: Callable[[], object]) -> BaseException | None:
+def error_of_memory(attempt: Callable[[], object]) -> RuntimeError | None:
+    """Run the attempt, and return an error that may be a lack of memory, without the tensors of its traceback."""
     try:
         attempt()
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not may_be_out_of_memory(error):
             raise
-        # The traceback keeps the attempt's tensors alive.
+        if not is_out_of_memory(error):
+            error.add_note("".join(traceback.format_tb(error.__traceback__)))
         return error.with_traceback(None)
     return None
 

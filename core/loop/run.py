@@ -32,7 +32,7 @@ from core.errors import CheckpointError, ConfigError, DivergedError
 from core.feed import open_feed
 from core.loop.divergence import Divergence
 from core.loop.graphs import Capture, CapturedSteps, CudaCapture
-from core.loop.memory import batch_that_fits, micro_batch_that_fits
+from core.loop.memory import batch_that_fits, error_of_memory, free_cache, micro_batch_that_fits
 from core.loop.results import EpochMetrics, TrainResult
 from core.loop.step import Batch, StepShape, TrainStep, batch_sizes
 from core.losses import Criterion
@@ -45,6 +45,7 @@ from core.runtime import (
     compute_dtype,
     derive_seed,
     free_memory,
+    is_out_of_memory,
     isolated_rng,
     make_generator,
     normalize,
@@ -127,7 +128,7 @@ def train(
         if checkpoint_to is not None:
             checkpoints = Checkpoints(checkpoint_to, run.state, on_saved=on_checkpoint, share=CHECKPOINT_SHARE)
         while len(run.history) < last_epoch and not run.ran_out_of_patience():
-            now = run.epoch(final=len(run.history) + 1 == last_epoch)
+            now = run.try_epoch(final=len(run.history) + 1 == last_epoch)
             if on_epoch_end is not None:
                 with _saving_on_interrupt(checkpoints):
                     on_epoch_end(now)
@@ -257,7 +258,7 @@ class Run:
 
     def _fit_memory(self) -> None:
         largest = max(self.batch_sizes)
-        rows = self.splits.train[torch.arange(largest, device=self.device) % len(self.splits.train)]
+        rows = self._training_rows(largest)
         self.generator.manual_seed(0)  # each epoch seeds it again
 
         def try_step(micro_batch: int | None) -> None:
@@ -303,6 +304,26 @@ class Run:
                 raise ConfigError(
                     f"augment.start_size_fraction: images grow from {height}×{width} on; raise it ({error})"
                 ) from error
+
+    def try_epoch(self, *, final: bool) -> EpochMetrics:
+        """Make an `epoch`. An error that may be a lack of memory is an OutOfMemoryError if half a batch works then."""
+        error = error_of_memory(partial(self.epoch, final=final))
+        if error is None:
+            return self.history[-1]
+        if is_out_of_memory(error):
+            raise error
+        self.model.zero_grad(set_to_none=True)
+        free_cache()
+        rows = self._training_rows(max((self.one_step.micro_batch or max(self.batch_sizes)) // 2, 2))
+        self.one_step.micro_batch = None
+        try:
+            self.one_step.try_memory(self.feed.take(rows), self.splits.labels[rows])
+        except RuntimeError:
+            raise error from None
+        raise torch.OutOfMemoryError(str(error)) from error
+
+    def _training_rows(self, count: int) -> Tensor:
+        return self.splits.train[torch.arange(count, device=self.device) % len(self.splits.train)]
 
     def epoch(self, *, final: bool) -> EpochMetrics:
         """Train and validate an epoch."""

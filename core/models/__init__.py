@@ -13,7 +13,7 @@ from torch import nn
 from core.config import ModelConfig
 from core.errors import ConfigError, UserError
 from core.models.heads import head_parameters as head_parameters
-from core.runtime import is_out_of_memory
+from core.runtime import may_be_out_of_memory
 
 # All networks share one code object. A run has up to 16 shapes: eight image sizes with two batch sizes each.
 RECOMPILE_LIMIT = 32
@@ -79,7 +79,7 @@ def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Te
         with torch.no_grad():
             model.eval()(images)
     except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
-        if is_out_of_memory(error):
+        if may_be_out_of_memory(error):
             raise
         raise ConfigError(f"model: {config.name} cannot take images of {height}×{width}") from error
     finally:

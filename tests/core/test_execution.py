@@ -26,18 +26,19 @@ import torch
 from torch import nn
 
 import core.loop.graphs
+import core.loop.step
 import core.models
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import GraphError
 from core.loop import Execution, TrainResult, seconds_per_epoch, train
 from core.loop.graphs import FEWEST_REPLAYS, WARM_UP_STEPS, CudaCapture
-from core.loop.memory import SMALLEST_MICRO_BATCH, micro_batch_that_fits
+from core.loop.memory import SMALLEST_MICRO_BATCH, batch_that_fits, micro_batch_that_fits
 from core.loop.profile import profile
 from core.loop.run import Run
 from core.loop.step import Batch, StepShape, StepValues
 from core.models import compiled
-from core.runtime import own_stream
+from core.runtime import is_out_of_memory, own_stream
 from tests.core.conftest import Train
 from tests.core.recorded import HostReads, RecordedGraph, let_the_cpu_capture
 from tests.core.trainings import CASES, CPU, STATEFUL, EveryStepByPython, forbidden_waits, same
@@ -49,6 +50,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def _captured_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Capture shapes that a short training uses only a few times."""
     monkeypatch.setattr(core.loop.graphs, "FEWEST_REPLAYS", 1)
+
+
+PERHAPS_OUT_OF_MEMORY = [
+    "GET was unable to find an engine to execute this computation",
+    "FIND was unable to find an engine to execute this computation",
+    "Unable to find a valid cuDNN algorithm to run convolution",
+    "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+    "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED_CUDART",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+]
 
 
 class Failing:
@@ -488,6 +500,50 @@ class TestABatchThatDoesNotFit:
         with pytest.raises(torch.OutOfMemoryError):
             micro_batch_that_fits(step, nn.Linear(2, 2), batch_size=32, moments=1)
         assert tried == [None, 16, SMALLEST_MICRO_BATCH]
+
+    @pytest.mark.parametrize("message", PERHAPS_OUT_OF_MEMORY)
+    def test_is_an_error_of_a_library_if_a_part_of_it_fits(self, message: str) -> None:
+        def try_batch(size: int | None) -> None:
+            if size is None or size > 40:
+                raise RuntimeError(message)
+
+        assert micro_batch_that_fits(try_batch, nn.Linear(2, 2), batch_size=129, moments=1) == 33
+        assert batch_that_fits(try_batch, batch_size=129) == 32
+
+    @pytest.mark.parametrize("later", [PERHAPS_OUT_OF_MEMORY[0], "CUDA error: an illegal memory access"])
+    def test_is_the_librarys_error_if_no_part_of_it_fits(self, later: str) -> None:
+        first = RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
+        errors = itertools.chain([first], itertools.repeat(RuntimeError(later)))
+
+        def step(size: int | None) -> None:
+            raise next(errors)
+
+        with pytest.raises(RuntimeError) as caught:
+            micro_batch_that_fits(step, nn.Linear(2, 2), batch_size=32, moments=1)
+        assert caught.value is first
+        assert any("in step" in note for note in first.__notes__)
+
+    @pytest.mark.parametrize("half_works", [True, False])
+    def test_is_classified_in_the_middle_of_a_training(
+        self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, half_works: bool
+    ) -> None:
+        message = "GET was unable to find an engine to execute this computation"
+        tried: list[int] = []
+
+        def fail(run: Run, *, final: bool) -> None:
+            raise RuntimeError(message)
+
+        def try_memory(step: Any, images: torch.Tensor, labels: torch.Tensor) -> None:
+            tried.append(len(images))
+            if not half_works:
+                raise RuntimeError("another")
+
+        monkeypatch.setattr(Run, "epoch", fail)
+        monkeypatch.setattr(core.loop.step.TrainStep, "try_memory", try_memory)
+        with pytest.raises(RuntimeError, match=message) as caught:
+            train(tiny, digits, device=CPU)
+        assert tried == [32]
+        assert is_out_of_memory(caught.value) is half_works
 
     def test_other_errors_propagate(self) -> None:
         def step(size: int | None) -> None:

@@ -199,6 +199,9 @@ def test_a_checkpoint_of_another_configuration_is_left_and_the_trial_begins_anew
         (ConfigError("too deep"), "invalid"),
         (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "oom"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), None),
         (RuntimeError("anything else"), None),
     ],
 )
