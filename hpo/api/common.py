@@ -16,7 +16,7 @@ from hpo.api.options import WorkerOptions
 from hpo.paths import cache_root, data_root
 from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import estimate_s, wait_for_others
+from hpo.search.loop import Estimate, estimate, wait_for_others
 from hpo.search.training import Watch
 from hpo.study import Study
 from hpo.text import data_facts, done_and_safe, duration
@@ -113,23 +113,31 @@ def resumable(study: Study, noun: str, command: str, reporter: Reporter) -> Iter
 
 def report_estimate(
     work: Work, reporter: Reporter, *, trials: int, recipes: int = 0, noun: str = "trial", ending: str = ""
-) -> None:
+) -> Estimate:
     """Show the time that waiting trials, and recipes beside the study, take on this device, from a few timed steps."""
     with work.interrupts.let_through():
-        in_full, pruned = estimate_s(work.space, work.images(), trials=trials, recipes=recipes, device=work.device)
-    whole = duration(in_full)
-    time = f"about {duration(pruned)}, {whole} without pruning" if pruned < in_full else f"up to {whole}"
+        found = estimate(work.space, work.images(), trials=trials, recipes=recipes, device=work.device)
+    whole = duration(found.in_full_s)
+    pruned = found.pruned_s < found.in_full_s
+    time = f"about {duration(found.pruned_s)}, {whole} without pruning" if pruned else f"up to {whole}"
     beside = f", including {recipes} recipe(s) trained beside the study" if recipes else ""
     alone = "" if work.inline else f", one {noun} at a time"
     reporter.say(f"this will take {time}{beside}{alone}{ending}")
     reporter.say("Ctrl-C stops it; the same command resumes it")
+    return found
 
 
-def train_all(work: Work, view: StudyView) -> None:
-    """Train a study's trials until none is waiting or running, here or in another process."""
+def train_all(work: Work, view: StudyView) -> bool:
+    """Train a study's trials until none is waiting or running, here or in another process.
+
+    Returns:
+        False if the study's deadline does not allow another trial.
+    """
     queue = work.study.queue
     while queue.waiting() or wait_for_others(work.study, work.interrupts) or queue.requeue_lost():
-        work.run(view)
+        if not work.run(view):
+            return False
+    return True
 
 
 def joining(study: Study) -> str:

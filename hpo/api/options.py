@@ -92,7 +92,8 @@ class Options(BaseModel):
             if words(field, "argument"):
                 arguments.append(str(value))
             elif isinstance(value, bool):
-                options.append(flag)
+                on, _, off = flag.partition("/")
+                options.append(on if value else off)
             elif isinstance(value, str | Path | int | float):
                 options += [flag, _shown(value, masked=bool(words(field, "secret")))]
             else:
@@ -222,6 +223,13 @@ class RunOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):
 
     space: Text = option("Search space: a name from `hpo space list`, or a YAML file.", ..., argument=True)
     trials: int | None = option("Total number of trials; by default the space's.", ge=1)
+    hours: float | None = option(
+        "Time limit of all runs of the study together. No trial begins that cannot end in time, and the rest stay "
+        "queued.",
+        metavar="H",
+        ge=0.001,
+    )
+    minutes: float | None = option("The same in minutes; added to --hours.", metavar="M", ge=0.05)
     study: str | None = option("Name of the study; by default the space's.")
     storage: str | None = option(
         "Any Optuna storage URL; by default a journal file in the study's folder.", secret=True
@@ -246,16 +254,25 @@ class RunOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):
     take_over: str | None = option(
         "Start with those trials of another study that fit the space.", metavar="STUDY", resumes=False
     )
+    recipes: bool = option("Also train the space's recipes, for comparison.", True, flags="--recipes/--no-recipes")
     skip_broken: SkipBroken = False
     reclaim: bool = option(
         "Take back trials held by a process on another host that is known to be dead.", False, resumes=False
     )
+
+    @property
+    def limit_s(self) -> float | None:
+        """The time limit in seconds; None without one."""
+        limit_s = 3600 * (self.hours or 0) + 60 * (self.minutes or 0)
+        return limit_s or None
 
 
 class RunKeywords(TypedDict, total=False):
     """Keyword arguments of `hpo.run`: the fields of `RunOptions` as editors and type checkers see them."""
 
     trials: int | None
+    hours: float | None
+    minutes: float | None
     study: str | None
     data: str | Path | None
     storage: str | None
@@ -271,6 +288,7 @@ class RunKeywords(TypedDict, total=False):
     engine: str
     address: str | None
     take_over: str | None
+    recipes: bool
     skip_broken: bool
     reclaim: bool
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,10 +17,12 @@ from hpo.api.options import RunOptions
 from hpo.dashboard.artifacts import draw
 from hpo.dashboard.notes import note_study
 from hpo.dashboard.pictures import study_overview
+from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.report.words import entry_name
 from hpo.reporter import Reporter
 from hpo.search.interrupts import Interrupts
+from hpo.search.loop import Estimate
 from hpo.search.recipes import pending_recipes, run_recipes
 from hpo.search.weights import keep_best_weights
 from hpo.space import RungsPruner, SearchSpace
@@ -28,11 +30,14 @@ from hpo.space.pruner import rung_epochs
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.lease import Held
 from hpo.study import Study, check_search_name, open_study
-from hpo.text import count
+from hpo.text import count, done_and_safe, duration
 from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec
 from hpo.workers.placement import Placement, place, place_on_cluster
 from hpo.workers.ray import RayEngine, engine_and_slots
 from hpo.workers.work import Work
+
+# Side in pixels below which smaller images are not recommended.
+SMALLEST_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Search:
     """
 
     def __init__(self, options: RunOptions, space: SearchSpace, reporter: Reporter, interrupts: Interrupts) -> None:
+        if not options.recipes:
+            space = replace(space, recipes=())
         self.options, self.space, self.reporter, self.interrupts = options, space, reporter, interrupts
         self.placement = _placement(options)
         self.name = space.name if options.study is None else options.study
@@ -86,6 +93,7 @@ class Search:
         total = max(self.options.trials or max(self.space.trials, study.total or 0), done)
         self._report_requeued(study, study.queue.reclaim(force=self.options.reclaim))
         study.queue.ensure_trials(total)
+        study.deadline.begin(self.options.limit_s)
         self._report_start(done, total)
         if self.placement.none:
             return SearchResult(study, queued=study.queue.waiting())
@@ -98,6 +106,8 @@ class Search:
                 if saved := study.paths.trial_indices_with_checkpoints():
                     say(f"{len(saved)} interrupted trial(s) are saved, and resume from their checkpoints")
                 raise
+            finally:
+                study.deadline.record(force=True)
         _draw_pictures(study)
         return SearchResult(study, held=tuple(study.queue.held_elsewhere()))
 
@@ -147,12 +157,19 @@ class Search:
 
     def _train(self, work: Work, trials: int) -> None:
         study, space = work.study, self.space
+        if study.deadline.left_s() <= 0:
+            self._report_end(study)
+            return
         recipes = len(pending_recipes(study, space))
         if (trials or recipes) and self.options.engine == "local":  # the devices of a cluster are not known here
-            report_estimate(work, self.reporter, trials=trials, recipes=recipes)
+            estimate = report_estimate(work, self.reporter, trials=trials, recipes=recipes)
+            if study.deadline.is_set:
+                self._fit_into_time(study, estimate, trials, recipes)
         with self.reporter.study(study) as view:
-            train_all(work, view)
+            in_time = train_all(work, view)
             keep_best_weights(study, folds=space.baseline.data.folds or 1, options=self.options)
+            if not in_time:
+                self._report_end(study)
             if pending_recipes(study, space):
                 run_recipes(
                     study,
@@ -163,6 +180,48 @@ class Search:
                     say=self.reporter.say,
                     progress=view,
                 )
+
+    def _fit_into_time(self, study: Study, estimate: Estimate, trials: int, recipes: int) -> None:
+        """Reserve time for the recipes, and show how much of the run fits the time that is left.
+
+        Raises:
+            StudyError: Not even one trial fits.
+        """
+        deadline, config = study.deadline, self.space.baseline
+        left_s = deadline.left_s()
+        if estimate.trial_s > left_s:
+            epochs = int(config.epochs * left_s / estimate.trial_s)
+            shorter = f"; {count(epochs, 'epoch')} would fit: --set epochs={epochs}" if epochs else ""
+            raise StudyError(
+                f"a trial of {count(config.epochs, 'epoch')} takes about {duration(estimate.trial_s)}, and "
+                f"{duration(left_s)} are left{shorter}; or raise --hours or --minutes"
+            )
+        if recipes and recipes * estimate.trial_s <= left_s / 2:
+            deadline.reserve(recipes * estimate.trial_s)
+        elif recipes:
+            self.reporter.say("the recipes would take over half of the time: they are trained only if some is left")
+        share = left_s / estimate.pruned_s
+        if share < 1:
+            fitting = max(1, int(share * trials))
+            advice = [f"--trials {study.counts().finished + fitting}"]
+            if trials == study.total:  # otherwise the study has begun, and its epochs and images are fixed
+                advice.append(f"--set epochs={max(1, int(share * config.epochs))}")
+                side = 8 * int(self.dataset.images.shape[-1] * share**0.5 / 8)
+                advice += [f"--set data.image_size={side}"] if side >= SMALLEST_SIDE else []
+            self.reporter.say(
+                f"{duration(left_s)} are left, enough for about {fitting} of these trials; "
+                f"to fit all: {' or '.join(advice)}"
+            )
+
+    def _report_end(self, study: Study) -> None:
+        """Show how far the study came within its time, and how to give it more."""
+        limit_s = study.deadline.limit_s
+        hours = self.options.hours is not None
+        more = f"--hours {2 * limit_s / 3600:g}" if hours else f"--minutes {2 * limit_s / 60:g}"
+        self.reporter.say(
+            f"no further trial fits the {duration(limit_s)} of this study: "
+            f"{done_and_safe(study.counts().finished, study.total)}; more time with {more}"
+        )
 
     def _report_start(self, done: int, total: int) -> None:
         space, epochs = self.space, count(self.space.baseline.epochs, "epoch")

@@ -62,5 +62,7 @@ def _train(study: Study, work: Work, reporter: Reporter) -> None:
     )
     with reporter.study(study) as view:
         while study.queue.waiting() or study.queue.requeue_lost():
-            work.run(view)
+            if not work.run(view):
+                reporter.say("no further trial fits the time limit of the study")
+                return
             study.queue.reclaim()

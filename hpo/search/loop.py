@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from hpo.search.weights import DEFAULTS, SpaceOnDisk, explain_full_disk, keep_ou
 from hpo.space import ConfirmationSpace, SearchSpace
 from hpo.space.pruner import RungPruner, build_pruner, lets_through
 from hpo.study import Study
+from hpo.study.deadline import OutOfTime
 from hpo.trials import REASON, STOPPED, Outcome
 
 logger = logging.getLogger(__name__)
@@ -39,27 +41,36 @@ logger = logging.getLogger(__name__)
 _WAIT_S = 0.5
 
 
-def estimate_s(
-    space: SearchSpace, splits: Sequence[Splits], *, trials: int, recipes: int, device: torch.device
-) -> tuple[float, float]:
-    """Estimate the duration of a run from a few timed steps: (every trial in full, with pruning), in seconds.
+@dataclass(frozen=True)
+class Estimate:
+    """The estimated duration of a run, in seconds, with one training at a time."""
 
-    The second number assumes that each rung keeps the configured fraction; for other pruners both are the same. Recipes
-    are never pruned. Of several folds the first is timed.
-    """
+    trial_s: float
+    """One trial in full, of the baseline's speed."""
+    in_full_s: float
+    """All trials in full, and the recipes."""
+    pruned_s: float
+    """The same if each rung keeps the configured fraction; equal for other pruners. Recipes are never pruned."""
+
+
+def estimate(
+    space: SearchSpace, splits: Sequence[Splits], *, trials: int, recipes: int, device: torch.device
+) -> Estimate:
+    """Estimate the duration of a run from a few timed steps. Of several folds the first is timed."""
     folds = len(splits)
     steps = space.baseline.epochs * folds
     per_step = seconds_per_epoch(space.baseline, splits[0], device=device)
     in_full = (trials + recipes) * steps * per_step
     pruner = build_pruner(space.pruner, space.baseline.epochs, folds)
     if not isinstance(pruner, RungPruner):
-        return in_full, in_full
+        return Estimate(steps * per_step, in_full, in_full)
     share, before, visited = 1.0, 0, 0.0
     for rung, keep in {**pruner.keeps, steps: 1.0}.items():
         visited += share * (rung - before)
         share, before = share * keep, rung
     unpruned = recipes + sum(lets_through(trial_index, pruner.let_through) for trial_index in range(trials))
-    return in_full, ((trials + recipes - unpruned) * visited + unpruned * steps) * per_step
+    pruned = ((trials + recipes - unpruned) * visited + unpruned * steps) * per_step
+    return Estimate(steps * per_step, in_full, pruned)
 
 
 def run_study(
@@ -71,11 +82,14 @@ def run_study(
     interrupts: Interrupts,
     progress: StudyView = NO_PROGRESS,
     options: TrialOptions = DEFAULTS,
-) -> None:
+) -> bool:
     """Train trials until none of the total waits. After an error, the running trial is back in the queue.
 
     Args:
         splits: On the device: one, one per fold, or a function that splits the images for a configuration.
+
+    Returns:
+        False if the study's deadline does not allow another trial.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after an epoch.
@@ -85,22 +99,14 @@ def run_study(
     """
     divide: Divide = splits if callable(splits) else lambda _: splits
     space_on_disk = SpaceOnDisk(study, options.keep_gb)
-    objective = Objective(
-        space,
-        divide,
-        study.paths,
-        study.settings,
-        study.seed,
-        device,
-        progress,
-        interrupts,
-        before_training=None if study.files.store is None else study.files.store.bring,
-        on_checkpoint=partial(_share_checkpoint, study, space_on_disk),
-    )
+    shared = partial(_share_checkpoint, study, space_on_disk)
+    objective = Objective(space, divide, study, device, progress, interrupts, on_checkpoint=shared)
     while True:
         study.queue.reclaim()
+        if study.deadline.left_s() <= 0:
+            return not study.queue.waiting()
         if (claimed := study.queue.claim()) is None:
-            return
+            return True
         trial, trial_index = claimed
         try:
             with explain_full_disk(study.paths.dir), study.queue.heartbeat(trial):
@@ -108,16 +114,23 @@ def run_study(
         except UpdateFinishedTrialError:  # its lease was taken for dead, and its trial index queued again
             logger.warning("trial %d was requeued by another process while it ran; it is dropped", trial.number)
             continue
+        except OutOfTime:
+            study.queue.release(trial)
+            return False
         except BaseException as error:
             # A crash may be the configuration's fault, an interrupt or a user's error is not.
             crashed = isinstance(error, Exception) and not isinstance(error, (HpoError, CoreError))
             study.queue.release(trial, crashed=crashed)
             raise
         if counted:  # else another process trains this index now, and needs its checkpoints
-            for fold in range(1, (space.baseline.data.folds or 1) + 1):
-                study.files.drop_checkpoint(study.paths.checkpoint(trial_index, fold))
+            _drop_checkpoints(study, space, trial_index)
         progress.refresh(force=True)
         interrupts.check()
+
+
+def _drop_checkpoints(study: Study, space: SearchSpace, trial_index: int) -> None:
+    for fold in range(1, (space.baseline.data.folds or 1) + 1):
+        study.files.drop_checkpoint(study.paths.checkpoint(trial_index, fold))
 
 
 def _run_trial(

@@ -13,6 +13,7 @@ import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,14 +25,14 @@ from core.config import DataConfig, TrainConfig
 from core.errors import ConfigError, DivergedError
 from core.loop import EpochMetrics, TrainResult, train
 from core.runtime import derive_seed, is_out_of_memory
-from hpo.paths import StudyPaths
 from hpo.reporter import StudyView
 from hpo.search.interrupts import Interrupts
+from hpo.search.pace import Pace
 from hpo.search.training import fold_label, of_fold, resume_or_restart, without_failed_graphs
 from hpo.space import SearchSpace, to_yaml
 from hpo.space.pruner import RungPruner
+from hpo.study import Study
 from hpo.study.results import append_line
-from hpo.study.settings import StudySettings
 from hpo.trials import CONFIG, REPLICATE_OF, RESUMED_EPOCH, Outcome, first_twin
 
 if TYPE_CHECKING:
@@ -49,21 +50,25 @@ class Objective:
 
     space: SearchSpace
     divide: Divide
-    paths: StudyPaths
-    settings: StudySettings
-    seed: int
-    """Seed of the study."""
+    study: Study
     device: torch.device
     progress: StudyView
     interrupts: Interrupts
     """May end a trial after an epoch."""
-    before_training: Callable[[Path], None] | None = None
-    """Called with the path of the checkpoint to resume from."""
     on_checkpoint: Callable[[Path], None] | None = None
     """Called with the path of each complete checkpoint."""
 
+    @cached_property
+    def pace(self) -> Pace:
+        """May end a trial before its first epoch, or after one."""
+        return Pace(self.study, self.device)
+
     def __call__(self, trial: optuna.trial.Trial, trial_index: int) -> Outcome:
-        """Run the trial to its end. A configuration that cannot be trained is an outcome, not an exception."""
+        """Run the trial to its end. A configuration that cannot be trained is an outcome, not an exception.
+
+        Raises:
+            KeyboardInterrupt: An interrupt or the deadline has ended it; its checkpoint is saved.
+        """
         params = self.space.suggest(trial)  # all of them, before anything can fail
         twin = first_twin(trial.study.get_trials(deepcopy=False), trial.params, trial_index)
         if twin is not None:
@@ -74,10 +79,11 @@ class Objective:
             text = "; ".join(str(fault["msg"]).removeprefix("Value error, ") for fault in error.errors())
             shown = self.space.shown(trial)
             return Outcome(trial.number, trial_index, "pruned", None, None, shown, failure="invalid", why=text)
-        self.paths.trial(trial.number).mkdir(parents=True, exist_ok=True)
-        self.paths.trial_config(trial.number).write_text(to_yaml(config))
+        self.study.paths.trial(trial.number).mkdir(parents=True, exist_ok=True)
+        self.study.paths.trial_config(trial.number).write_text(to_yaml(config))
         attempt = _Attempt(self, trial, trial_index, config, self.divide(config.data), twin)
         try:
+            self.pace.begin(trial, trial_index, config, attempt.splits)
             for fold in range(1, attempt.folds + 1):
                 attempt.begin(fold)
                 attempt.end(self._train(attempt))
@@ -94,18 +100,18 @@ class Objective:
         own = trial.user_attrs.get(CONFIG)
         if own is not None:
             return TrainConfig.model_validate_json(json.dumps(own))
-        return self.space.config(params).override({"seed": derive_seed(self.seed, "trial", trial_index)})
+        return self.space.config(params).override({"seed": derive_seed(self.study.seed, "trial", trial_index)})
 
     def _train(self, attempt: _Attempt) -> TrainResult:
-        checkpoint = self.paths.checkpoint(attempt.trial_index, attempt.fold)
-        if self.before_training is not None:
-            self.before_training(checkpoint)
+        checkpoint = self.study.paths.checkpoint(attempt.trial_index, attempt.fold)
+        if self.study.files.store is not None:
+            self.study.files.store.bring(checkpoint)
         name = f"trial {attempt.trial.number}"
         with self.interrupts.patient():
             return resume_or_restart(checkpoint, name, lambda: self._train_from(checkpoint, attempt))
 
     def _train_from(self, checkpoint: Path, attempt: _Attempt) -> TrainResult:
-        with without_failed_graphs(self.settings, of_fold(attempt.config, attempt.fold)) as config:
+        with without_failed_graphs(self.study.settings, of_fold(attempt.config, attempt.fold)) as config:
             return train(
                 config,
                 attempt.splits[attempt.fold - 1],
@@ -159,7 +165,7 @@ class _Attempt:
 
     def __post_init__(self) -> None:
         self.folds, self.metric = len(self.splits), self.objective.space.metric
-        self.metrics_file = self.objective.paths.trial_metrics(self.trial.number)
+        self.metrics_file = self.objective.study.paths.trial_metrics(self.trial.number)
         self.metrics_file.write_text("")
 
     def begin(self, fold: int) -> None:
@@ -195,6 +201,8 @@ class _Attempt:
                 raise optuna.TrialPruned(self._verdict() or f"pruned at epoch {epoch.epoch}")
         if not last:
             self.objective.interrupts.check()
+            earlier = self.history[-2].elapsed_s if len(self.history) > 1 else 0.0
+            self.objective.pace.epoch_ended(self.history[-1].elapsed_s - earlier)
 
     def end(self, result: TrainResult) -> None:
         """Add a finished fold, and raise TrialPruned if the pruner ends the trial."""

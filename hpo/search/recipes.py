@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from core.config import TrainConfig
 from core.data import Splits
-from core.loop import EpochMetrics
+from core.loop import EpochMetrics, seconds_per_epoch
 from core.runtime import derive_seed
 from hpo.errors import SpaceError
 from hpo.paths import TrainingPaths
@@ -20,6 +20,7 @@ from hpo.search.training import Watch, train_recorded
 from hpo.search.weights import explain_full_disk
 from hpo.space import Recipe, SearchSpace, recipe_from_yaml
 from hpo.study import Study
+from hpo.study.deadline import OutOfTime
 from hpo.study.results import read_result, write_result
 
 
@@ -40,7 +41,7 @@ def run_recipes(
     say: Callable[[str], None],
     progress: StudyView = NO_PROGRESS,
 ) -> None:
-    """Train the pending recipes into the study's folder, as long as a trial each.
+    """Train the pending recipes into the study's folder, as long as a trial each, up to the study's deadline.
 
     Args:
         splits: On the device: one, or one per fold.
@@ -51,9 +52,13 @@ def run_recipes(
         paths.dir.mkdir(parents=True, exist_ok=True)
         with interrupts.let_through():  # two processes would overwrite each other's checkpoints
             lock = FileLock(paths.lock).acquire()
-        with lock:
-            if not _is_trained(study, recipe):  # by another run of the study
-                _run(study, space, splits, recipe, device=device, interrupts=interrupts, progress=progress)
+        try:
+            with lock:
+                if not _is_trained(study, recipe):  # by another run of the study
+                    _run(study, space, splits, recipe, device=device, interrupts=interrupts, progress=progress)
+        except OutOfTime:
+            say(f"recipe {recipe.name}  left out: it would end after the deadline")
+            continue
         result = read_result(paths) or {}
         came_to = f"{result['value']:.4f}" if "value" in result else f"{result['failure']}  ({result['why']})"
         say(f"recipe {recipe.name}  {space.metric} {came_to}")
@@ -75,7 +80,9 @@ def _run(
             outdated.unlink(missing_ok=True)
     try:
         with interrupts.patient(), explain_full_disk(paths.dir):
-            watch = _watched(progress, interrupts, recipe.name, config)
+            if not any(file.exists() for file in paths.checkpoints(len(splits))):
+                _check_time(study, config, splits, device)
+            watch = _watched(study, progress, interrupts, recipe.name, config)
             train_recorded(
                 config, splits, paths, metric=space.metric, device=device, watch=watch, settings=study.settings
             )
@@ -88,7 +95,17 @@ def _run(
             checkpoint.unlink(missing_ok=True)
 
 
-def _watched(progress: StudyView, interrupts: Interrupts, name: str, config: TrainConfig) -> Watch:
+def _check_time(study: Study, config: TrainConfig, splits: Sequence[Splits], device: torch.device) -> None:
+    """Raise OutOfTime if the training would end after the study's deadline."""
+    if not study.deadline.is_set:
+        return
+    needed_s = seconds_per_epoch(config, splits[0], device=device) * config.epochs * len(splits)
+    if needed_s > study.deadline.left_s(trials=False):
+        raise OutOfTime
+
+
+def _watched(study: Study, progress: StudyView, interrupts: Interrupts, name: str, config: TrainConfig) -> Watch:
+    deadline = study.deadline
 
     def watch(label: str) -> Callable[[EpochMetrics], None]:
         shown = progress.training(", ".join(filter(None, (f"recipe {name}", label))), epochs=config.epochs)
@@ -96,6 +113,9 @@ def _watched(progress: StudyView, interrupts: Interrupts, name: str, config: Tra
         def epoch_ended(epoch: EpochMetrics) -> None:
             shown(epoch)
             interrupts.check()
+            deadline.record()
+            if epoch.epoch < config.epochs and deadline.left_s(trials=False) < epoch.elapsed_s / epoch.epoch:
+                raise OutOfTime
 
         return epoch_ended
 

@@ -41,6 +41,8 @@ class StudySettings:
     """How often a trial is retried after its process died."""
     space = _Setting[str | None]("space", None)
     """The search space as YAML."""
+    deadline = _Setting[dict[str, float] | None]("deadline", None)
+    """Time limit and used time in seconds; see `hpo.study.deadline`."""
     verdict = _Setting[str | None]("confirmation", None)
     """Result of the confirmation in words; None before."""
 

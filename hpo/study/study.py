@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import StudyError
 from hpo.storage import mask
+from hpo.study.deadline import Deadline
 from hpo.study.files import StudyFiles
 from hpo.study.metadata import METADATA, check_fingerprint, check_weights, config_of
 from hpo.study.queue import TrialQueue
@@ -59,6 +60,7 @@ class Study:
         self.metadata = metadata
         self.storage_url = storage_url
         self.settings = StudySettings(optuna_study)
+        self.deadline = Deadline(self.settings)
         self.files = StudyFiles(optuna_study, self.settings, paths)
         self.queue = TrialQueue(optuna_study, self.settings, self.files, paths, space)
 

@@ -13,8 +13,11 @@ from hpo.space import SearchSpace
 
 STOPPED = 130
 """Exit status of a stopped worker, as in a shell."""
-UNUSABLE = 75
-"""Exit status of a worker that can no longer use its GPU: a temporary failure, as in sysexits.h."""
+UNUSABLE = 69
+"""Exit status of a worker that can no longer use its GPU: `EX_UNAVAILABLE` of sysexits.h."""
+
+OUT_OF_TIME = 75
+"""Exit status of a worker whose next trial would end after the deadline: `EX_TEMPFAIL` of sysexits.h."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,20 @@ class Exit:
     """How a worker ended."""
 
     clean: bool
-    """With nothing left to do."""
+    """With nothing left to do, or no time."""
     words: str
     """After the worker's name: `was killed by SIGKILL`."""
     blameless: bool = False
     """Stopped from outside, lost with its machine, or after a fault that its successor avoids."""
+    out_of_time: bool = False
+    """The study's deadline does not allow another trial."""
 
     @classmethod
     def with_status(cls, status: int, where: str = "") -> Exit:
         known = {STOPPED: "was stopped", UNUSABLE: "can no longer use its GPU"}
         how = known.get(status, f"ended with exit status {status}")
-        return cls(clean=status == 0, words=how + where, blameless=status in known)
+        late = status == OUT_OF_TIME
+        return cls(clean=late or status == 0, words=how + where, blameless=status in known, out_of_time=late)
 
 
 class Worker(Protocol):

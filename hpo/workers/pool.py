@@ -45,13 +45,16 @@ def run_workers(
     slots: Sequence[WorkerSlot],
     progress: StudyView,
     interrupts: Interrupts,
-) -> None:
+) -> bool:
     """Train the study's waiting trials.
 
     Args:
         study: with its trials queued.
         engine: closed at the end.
         slots: filled in this order.
+
+    Returns:
+        False if the study's deadline does not allow another trial.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the running trials are back in the queue.
@@ -60,13 +63,14 @@ def run_workers(
     """
     supervisor = _Supervisor(study, spec, engine, slots, progress, interrupts)
     try:
-        supervisor.run()
+        in_time = supervisor.run()
     finally:
         try:
             supervisor.stop()
         finally:
             engine.close()
     keep_best_weights(study, folds=spec.space.baseline.data.folds or 1, options=spec.options)
+    return in_time
 
 
 @dataclass
@@ -82,17 +86,20 @@ class _Supervisor:
     workers: dict[WorkerSlot, Worker] = field(default_factory=dict)
     deaths: Counter[WorkerSlot] = field(default_factory=Counter)
     """Since a worker of the slot finished a trial."""
+    out_of_time: set[WorkerSlot] = field(default_factory=set)
     last_words: str = ""
     last_crash: Exception | None = None
 
-    def run(self) -> None:
-        """Work until no trial waits or runs."""
+    def run(self) -> bool:
+        """Work until no trial waits or runs, or the deadline does not allow another; return whether it did."""
         while True:
             self._work()
             self.study.queue.reclaim()
             if not self.study.queue.waiting():
-                return
+                return True
             if not any(map(self._usable, self.slots)):
+                if self.out_of_time:
+                    return False
                 raise self._all_dead()
 
     def _work(self) -> None:
@@ -109,6 +116,7 @@ class _Supervisor:
                 if ended:
                     self._end(slot)
             self.progress.refresh()
+            self.study.deadline.record()
             if time.monotonic() - reaped_at >= REAP_EVERY_S:
                 reaped_at = time.monotonic()
                 self.study.queue.reclaim()
@@ -127,7 +135,7 @@ class _Supervisor:
                     worker.stop()
 
     def _usable(self, slot: WorkerSlot) -> bool:
-        return slot not in self.workers and self.deaths[slot] <= REPLACEMENTS
+        return not (slot in self.workers or slot in self.out_of_time or self.deaths[slot] > REPLACEMENTS)
 
     def _start(self, slot: WorkerSlot) -> None:
         self.workers[slot] = self.engine.start(self.spec, slot)
@@ -156,6 +164,8 @@ class _Supervisor:
     def _end(self, slot: WorkerSlot) -> None:
         worker = self.workers[slot]
         exited = self._close(slot)
+        if exited.out_of_time:
+            self.out_of_time.add(slot)
         if exited.clean:
             return
         if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in self._trials_of(worker)):

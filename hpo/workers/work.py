@@ -69,8 +69,12 @@ class Work:
         """Return the baseline's splits on the first device."""
         return self.division.on(self.device, self.space.baseline.data)
 
-    def run(self, progress: StudyView) -> None:
-        """Train trials until none waits; `progress` shows the study meanwhile."""
+    def run(self, progress: StudyView) -> bool:
+        """Train trials until none waits; `progress` shows the study meanwhile.
+
+        Returns:
+            False if the study's deadline does not allow another trial.
+        """
         spec = WorkerSpec(
             self.space,
             self.study.name,
@@ -87,9 +91,10 @@ class Work:
         else:
             slots = self._slots(spec)
         if slots:
-            run_workers(self.study, spec, engine=engine, slots=slots, progress=progress, interrupts=self.interrupts)
-            return
-        run_study(
+            return run_workers(
+                self.study, spec, engine=engine, slots=slots, progress=progress, interrupts=self.interrupts
+            )
+        return run_study(
             self.study,
             self.space,
             partial(self.division.on, self.device),

@@ -17,9 +17,10 @@ from tests.hpo.commands import RunHpo
 
 SURFACE = {
     "run": """
-        --address --artifacts --data:Path --device --devices --engine=local --keep-gb:float[0..] --per-device
-        --reclaim:bool --retries:int[0..] --seed:int[0..] --set:list* --skip-broken:bool --storage --study
-        --take-over --trials:int[1..] --workers:int[0..] space!
+        --address --artifacts --data:Path --device --devices --engine=local --hours:float[0.001..]
+        --keep-gb:float[0..] --minutes:float[0.05..] --per-device --recipes/--no-recipes:bool=True --reclaim:bool
+        --retries:int[0..] --seed:int[0..] --set:list* --skip-broken:bool --storage --study --take-over
+        --trials:int[1..] --workers:int[0..] space!
     """,
     "worker": """
         --artifacts --data:Path --device --devices --keep-gb:float[0..] --per-device --storage --workers:int[1..]

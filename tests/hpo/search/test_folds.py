@@ -28,7 +28,7 @@ from hpo.dashboard import artifacts
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.reporter import NoProgress
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import estimate_s, run_study
+from hpo.search.loop import estimate, run_study
 from hpo.search.recipes import run_recipes
 from hpo.search.training import Recorded, of_fold, train_recorded, validation_confusion
 from hpo.space import SearchSpace, load_space
@@ -296,10 +296,10 @@ def test_the_estimate_counts_the_folds(tmp_path: Path, digits: Dataset, monkeypa
     monkeypatch.setattr("hpo.search.loop.seconds_per_epoch", lambda *arguments, **options: 2.0)
     space = a_space(tmp_path, overrides=["epochs=10", "pruner.rungs=[0.1]", "pruner.keep=0.5"])
     splits = folds(digits, space.baseline.data)
-    in_full, pruned = estimate_s(space, splits, trials=4, recipes=1, device=CPU)
-    assert in_full == 5 * 30 * 2.0
+    found = estimate(space, splits, trials=4, recipes=1, device=CPU)
+    assert found.in_full_s == 5 * 30 * 2.0
     # All run the first epoch, half of them the rest of fold 1; the ends of folds 1 and 2 halve them together.
-    assert pruned == pytest.approx(2.0 * (4 * (1 + 9 / 2 + 10 / 2**1.5 + 10 / 4) + 30))
+    assert found.pruned_s == pytest.approx(2.0 * (4 * (1 + 9 / 2 + 10 / 2**1.5 + 10 / 4) + 30))
 
 
 # Cut off, and going on

@@ -18,7 +18,7 @@ from core.loop import EpochMetrics, train
 from hpo.analysis.summary import summarize
 from hpo.report.words import margins
 from hpo.search.interrupts import Interrupts
-from hpo.search.loop import estimate_s, run_study
+from hpo.search.loop import estimate, run_study
 from hpo.search.objective import failure_of
 from hpo.search.recipes import pending_recipes, run_recipes
 from hpo.search.weights import KEPT_MODELS
@@ -212,11 +212,11 @@ def test_failures_are_told_apart_by_what_is_to_be_learnt_from_them(error: Except
 def test_the_estimate_grows_with_trials_and_recipes_and_shrinks_with_pruning(tmp_path: Path) -> None:
     space = load_space("digits", ["epochs=10", "model.widths=[8]", "model.blocks=[1]"])
     splits = folds(load_dataset(space.baseline.data), space.baseline.data)
-    in_full, pruned = estimate_s(space, splits, trials=10, recipes=0, device=CPU)
-    assert 0 < pruned < in_full
+    found = estimate(space, splits, trials=10, recipes=0, device=CPU)
+    assert 0 < found.pruned_s < found.in_full_s
     unpruned = load_space("digits", ["epochs=10", "model.widths=[8]", "model.blocks=[1]", "pruner.name=none"])
-    in_full, same = estimate_s(unpruned, splits, trials=10, recipes=0, device=CPU)
-    assert in_full == same
+    same = estimate(unpruned, splits, trials=10, recipes=0, device=CPU)
+    assert same.in_full_s == same.pruned_s == pytest.approx(10 * same.trial_s)
 
 
 def test_the_lines_of_metrics_are_json_and_one_an_epoch(tmp_path: Path) -> None:

@@ -518,9 +518,10 @@ def test_a_stored_number_of_trials_at_once_is_used_on_its_host_only_and_within_t
     monkeypatch.setattr(work, "calibrate", lambda *_: Choice(1, "measured again"))
     sizes: list[int] = []
 
-    def seen(study: Study, *_: Any, slots: list[WorkerSlot], **__: Any) -> None:
+    def seen(study: Study, *_: Any, slots: list[WorkerSlot], **__: Any) -> bool:
         sizes.append(len(slots))
         study.queue.ensure_trials(0)
+        return True
 
     monkeypatch.setattr(work, "run_workers", seen)
     study.settings.set_packing(describe_device(CPU), 4, "4 trials at once: because")

@@ -1,0 +1,69 @@
+"""Which trials end before the study's deadline, by the measured speed of their configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import optuna
+import torch
+
+from core.config import TrainConfig
+from core.data import Splits
+from core.loop import seconds_per_epoch
+from hpo.study import Study
+from hpo.study.deadline import OutOfTime
+from hpo.trials import trial_index_of
+
+PLAIN_S = "plain_epoch_s"
+"""User attribute of a trial: seconds of an epoch as measured by a few steps before it began."""
+
+# Finished trials that the estimate is corrected by.
+_LAST = 10
+
+
+class Pace:
+    """Ends trials of a study with a deadline in time."""
+
+    def __init__(self, study: Study, device: torch.device) -> None:
+        self._study, self._device = study, device
+
+    def begin(self, trial: optuna.trial.Trial, trial_index: int, config: TrainConfig, splits: Sequence[Splits]) -> None:
+        """Measure a trial's speed by a few steps.
+
+        Raises:
+            OutOfTime: It cannot end before the deadline unless it is pruned.
+            ConfigError: The configuration cannot be trained, as in `core.loop.train`.
+        """
+        if not self._study.deadline.is_set:
+            return
+        plain_s = seconds_per_epoch(config, splits[0], device=self._device)
+        trial.set_user_attr(PLAIN_S, plain_s)
+        epochs = config.epochs * len(splits) - self._saved_epochs(trial_index)
+        if plain_s * self._correction() * epochs > self._study.deadline.left_s():
+            raise OutOfTime
+
+    def epoch_ended(self, seconds: float) -> None:
+        """Raise OutOfTime if another epoch as long as this one would end too late."""
+        self._study.deadline.record()
+        if self._study.deadline.left_s() < seconds:
+            raise OutOfTime
+
+    def _correction(self) -> float:
+        """Largest ratio of real to measured time among the last trials.
+
+        The few steps run without CUDA graphs and at the full image size, and do not see every cost of an epoch.
+        """
+        states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+        ratios = [
+            trial.user_attrs["elapsed_s"] / (trial.user_attrs["epochs"] * trial.user_attrs[PLAIN_S])
+            for trial in self._study.optuna.get_trials(deepcopy=False, states=states)
+            if trial.user_attrs.get("epochs") and {PLAIN_S, "elapsed_s"} <= trial.user_attrs.keys()
+        ]
+        return max(ratios[-_LAST:], default=1.0)
+
+    def _saved_epochs(self, trial_index: int) -> int:
+        """Number of epochs that earlier attempts at the trial have reported, if they left a checkpoint."""
+        if not self._study.paths.checkpoints_of(trial_index):
+            return 0
+        trials = self._study.optuna.get_trials(deepcopy=False)
+        return max((trial.last_step or 0 for trial in trials if trial_index_of(trial) == trial_index), default=0)

@@ -1,0 +1,235 @@
+"""`hpo run --hours`: what begins, what is saved, and what is left for the next run."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import optuna
+import pytest
+
+from hpo.api.options import RunOptions
+from hpo.search import pace
+from hpo.study import find_study
+from hpo.study.deadline import Deadline
+from hpo.study.settings import StudySettings
+from tests.hpo.commands import SPACE, RunHpo, Start, started_runs
+from tests.hpo.storage.journals import finished_of, trials_of
+from tests.hpo.workers.processes import wait_until
+
+OTHER = "model: {widths: [8], blocks: [1]}\nepochs: 2\nbatch_size: 128\nloss: {smoothing: 0.1}\n"
+EPOCHS = ("--set", "epochs=30")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Advances both of Python's clocks by seconds."""
+    offset = [0.0]
+    wall, steady = time.time, time.monotonic
+    monkeypatch.setattr("hpo.study.deadline.time.time", lambda: wall() + offset[0])
+    monkeypatch.setattr("hpo.study.deadline.time.monotonic", lambda: steady() + offset[0])
+
+    def advance(seconds: float) -> None:
+        offset[0] += seconds
+
+    return advance
+
+
+@pytest.fixture
+def space_file(tmp_path: Path) -> str:
+    file = tmp_path / "own.yaml"
+    file.write_text(SPACE)
+    return str(file)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    with started_runs() as begin:
+        yield begin
+
+
+def a_deadline() -> Deadline:
+    return Deadline(StudySettings(optuna.create_study()))
+
+
+# The stored limit
+
+
+def test_time_runs_during_a_run_and_not_between_two(clock: Callable[[float], None]) -> None:
+    deadline = a_deadline()
+    deadline.begin(100)
+    clock(30)
+    deadline.record(force=True)
+    clock(5000)
+    assert deadline.left_s() < 0
+    deadline.begin(100)
+    assert deadline.left_s() == pytest.approx(70, abs=1)
+
+
+def test_a_killed_run_loses_the_time_since_the_last_record_only(clock: Callable[[float], None]) -> None:
+    deadline = a_deadline()
+    deadline.begin(100)
+    for _ in range(7):
+        clock(6)
+        deadline.record()  # at most every ten seconds
+    clock(500)  # killed here, and started again later
+    deadline.begin(100)
+    assert 57 < deadline.left_s() < 69
+
+
+def test_a_larger_limit_adds_to_the_time_that_is_left(clock: Callable[[float], None]) -> None:
+    deadline = a_deadline()
+    deadline.begin(100)
+    clock(100)
+    deadline.record(force=True)
+    deadline.begin(250)
+    assert deadline.left_s() == pytest.approx(150, abs=1)
+
+
+def test_without_a_limit_there_is_always_time() -> None:
+    deadline = a_deadline()
+    assert deadline.left_s() == float("inf")
+    deadline.begin(5)
+    deadline.begin(None)
+    assert deadline.left_s() == float("inf")
+    assert not deadline.is_set
+
+
+def test_reserved_time_is_not_for_trials(clock: Callable[[float], None]) -> None:
+    deadline = a_deadline()
+    deadline.begin(100)
+    deadline.reserve(40)
+    assert deadline.left_s() == pytest.approx(60, abs=1)
+    assert deadline.left_s(trials=False) == pytest.approx(100, abs=1)
+
+
+def test_hours_and_minutes_add_up_and_the_resuming_command_repeats_them() -> None:
+    options = RunOptions(space="digits", hours=1, minutes=30, recipes=False)
+    assert options.limit_s == 5400
+    assert options.command() == "hpo run digits --hours 1 --minutes 30 --no-recipes"
+
+
+# What begins
+
+
+@pytest.mark.parametrize("at_once", ["1", "2"])
+def test_no_trial_begins_after_the_limit_and_the_rest_stay_queued(
+    run_hpo: RunHpo, space_file: str, tmp_path: Path, at_once: str
+) -> None:
+    study = tmp_path / "studies/own"
+    arguments = ("run", space_file, *EPOCHS, "--per-device", at_once, "--trials")
+    said = run_hpo(*arguments, "60", "--minutes", "0.2")
+    finished = len(finished_of(study))
+    assert 0 < finished < 60
+    assert f"{finished} of 60 trials are done and safe; more time with --minutes 0.4" in said
+    began = [trial.datetime_start for trial in trials_of(study) if trial.datetime_start is not None]
+    assert max(began) - min(began) < timedelta(seconds=12)
+
+    said = run_hpo(*arguments, str(finished + 1))
+    assert len(finished_of(study)) == finished + 1
+    assert "more time" not in said
+
+
+def test_a_trial_that_cannot_end_in_time_does_not_begin(
+    run_hpo: RunHpo, space_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: 1801.0)
+    said = run_hpo("run", space_file, "--trials", "1", "--hours", "1")  # two epochs
+    assert "0 of 1 trials are done and safe" in said
+    assert [trial.intermediate_values for trial in trials_of(tmp_path / "studies/own")] == [{}, {}]
+
+
+def test_used_up_time_is_reported_before_anything_is_measured(
+    run_hpo: RunHpo, space_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("run", space_file, "--trials", "2", "--minutes", "0.5")
+    run_hpo(*arguments[:3], "1", *arguments[4:])
+    study = find_study("own")
+    study.settings.deadline = {**(study.settings.deadline or {}), "used_s": 30.0}
+    monkeypatch.setattr("hpo.search.loop.seconds_per_epoch", None)
+    said = run_hpo(*arguments)
+    assert "no further trial fits the 30 s of this study: 1 of 2 trials are done and safe" in said
+    assert len(finished_of(tmp_path / "studies/own")) == 1
+
+
+def test_a_time_limit_below_one_trial_is_refused_with_what_would_fit(
+    run_hpo: RunHpo, space_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpo.search.loop.seconds_per_epoch", lambda *_, **__: 10.0)
+    run_hpo("run", space_file, "--set", "epochs=90", "--hours", "0.1", code=2)
+    assert "a trial of 90 epochs takes about 15 min, and 6 min are left" in run_hpo.error
+    assert re.search(r"; 3[56] epochs would fit: --set epochs=3[56]; or raise --hours or --minutes", run_hpo.error)
+
+
+def test_an_estimate_beyond_the_limit_shows_what_would_fit(
+    run_hpo: RunHpo, space_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpo.search.loop.seconds_per_epoch", lambda *_, **__: 5.0)
+    said = run_hpo("run", space_file, "--trials", "12", "--minutes", "1", "--set", "epochs=2")
+    assert "enough for about 5 of these trials; to fit all: --trials 5 or --set epochs=" in said
+
+
+def test_measured_speeds_are_corrected_by_those_of_finished_trials(
+    run_hpo: RunHpo, space_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few steps that seem a thousand times slower than they are stop the second trial, not the third run's."""
+    true = pace.seconds_per_epoch
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *a, **k: 1000 * true(*a, **k))
+    run_hpo("run", space_file, "--trials", "1", "--hours", "10", *EPOCHS)
+    run_hpo("run", space_file, "--trials", "3", "--minutes", "2", *EPOCHS)
+    assert len(finished_of(tmp_path / "studies/own")) == 3
+
+
+# What is saved
+
+
+def test_a_trial_that_is_slower_than_measured_is_saved_and_resumes_as_its_undisturbed_twin(
+    run_hpo: RunHpo, space_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("run", space_file, "--trials", "1", "--set", "epochs=40")
+    left = iter([50.0] * 4 + [0.0] * 100)
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Deadline, "left_s", lambda self, trials=True: next(left))
+        said = run_hpo(*arguments, "--minutes", "1")
+    assert "0 of 1 trials are done and safe" in said
+    study = tmp_path / "studies/own"
+    [stopped] = [trial for trial in trials_of(study) if trial.state.name == "FAIL"]
+    assert 0 < len(stopped.intermediate_values) < 40
+    said = run_hpo(*arguments, "--minutes", "5")
+    assert f"resumes after epoch {len(stopped.intermediate_values)}" in said + run_hpo.error
+    monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "twin"))
+    run_hpo(*arguments)
+    assert finished_of(study) == finished_of(tmp_path / "twin/own")
+
+
+def test_recipes_get_the_time_reserved_for_them(run_hpo: RunHpo, space_file: str, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(OTHER)
+    Path(space_file).write_text(SPACE + "recipes: [other.yaml]\n")
+    said = run_hpo("run", space_file, "--trials", "60", *EPOCHS, "--minutes", "0.2")
+    assert "more time with" in said
+    assert "recipe other  accuracy" in said
+
+
+def test_recipes_can_be_left_out(run_hpo: RunHpo, space_file: str, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(OTHER)
+    Path(space_file).write_text(SPACE + "recipes: [other.yaml]\n")
+    assert "recipe other" not in run_hpo("run", space_file, "--trials", "1", "--no-recipes")
+    assert "recipe other  accuracy" in run_hpo("run", space_file, "--trials", "1")
+
+
+def test_time_used_before_a_kill_counts(space_file: str, tmp_path: Path, start: Start, run_hpo: RunHpo) -> None:
+    study = tmp_path / "studies/own"
+    arguments = (space_file, "--trials", "60", *EPOCHS, "--minutes", "0.4")
+    process = start(*arguments)
+    wait_until(lambda: study.exists() and len(finished_of(study)) >= 1, "a trial is done", process=process)
+    process.kill()
+    process.wait()
+    used_s = find_study("own").deadline.used_s
+    run_hpo("run", *arguments, "--workers", "0")
+    after = find_study("own").deadline
+    assert after.used_s == used_s > 0
+    assert after.left_s() == pytest.approx(24 - used_s, abs=3)
