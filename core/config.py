@@ -401,7 +401,8 @@ class PrecisionConfig(_Section):
     """Arithmetic and execution of a step."""
 
     autocast: Literal["auto", "off", "bf16"] = "auto"
-    """bfloat16 for matrix products and convolutions. `auto` is bf16 on CUDA and off elsewhere."""
+    """bfloat16 for matrix products and convolutions. `auto` is bf16 on GPUs of compute capability 8.0 or higher, and
+    off elsewhere."""
     compile: bool = False
     """Compile the network with torch.compile. Takes about a minute before the first step, unless cached on disk."""
     cuda_graphs: bool = True

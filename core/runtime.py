@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor, nn
 
-from core.errors import UserError
+from core.errors import ConfigError, UserError
 
 
 def select_device(name: str | None = None, *, option: str = "--device") -> torch.device:
@@ -123,7 +123,37 @@ def autocast(mode: str, device: torch.device) -> torch.autocast:
 
 def compute_dtype(mode: str, device: torch.device) -> torch.dtype:
     """Return the dtype of `precision.autocast`: bfloat16 or float32."""
-    return torch.bfloat16 if mode == "bf16" or (mode == "auto" and device.type == "cuda") else torch.float32
+    automatic = mode == "auto" and device.type == "cuda" and _computes_in_bfloat16(device)
+    return torch.bfloat16 if mode == "bf16" or automatic else torch.float32
+
+
+def check_autocast(mode: str, device: torch.device) -> None:
+    """Raise ConfigError if a GPU would only emulate the dtype of `precision.autocast`."""
+    if mode == "bf16" and device.type == "cuda" and not _computes_in_bfloat16(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ConfigError(
+            f"precision.autocast: bf16 needs a GPU of compute capability 8.0 or higher, and {describe_device(device)} "
+            f"has {major}.{minor}; set it to auto"
+        )
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the GPU does not only emulate it, which `torch.cuda.is_bf16_supported` also counts."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextlib.contextmanager
+def tuned_convolutions(device: torch.device) -> Iterator[None]:
+    """On CUDA, let cuDNN time its algorithms when it meets a convolution for the first time, in this process."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -146,8 +176,8 @@ _OUT_OF_MEMORY = (
     "alloc_failed",  # of cuBLAS, cuFFT, cuSOLVER
     "allocation_failed",  # of cuDNN
 )  # fmt: skip
-# cuDNN without room for a workspace finds no algorithm, and libraries that cannot load their kernels fail so too, but
-# also for other reasons (github.com/pytorch/pytorch/issues/17774 and 81620).
+# Messages of cuDNN without room for a workspace, and of libraries without room for their kernels. Other causes are
+# possible (github.com/pytorch/pytorch/issues/17774 and 81620).
 _PERHAPS_OUT_OF_MEMORY = (
     "unable to find an engine", "unable to find a valid cudnn algorithm",
     "status_not_initialized", "status_internal_error", "status_execution_failed",

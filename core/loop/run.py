@@ -41,6 +41,7 @@ from core.models import build_model, check_smaller_images, compiled, head_parame
 from core.optim import build_optimizer, needs_head
 from core.runtime import (
     autocast,
+    check_autocast,
     clock,
     compute_dtype,
     derive_seed,
@@ -192,6 +193,7 @@ class Run:
             raise ConfigError(f"{len(splits.train)} training image(s): batch norm needs at least 2")
         if config.schedule.name == "plateau" and not len(splits.val):
             raise ConfigError("schedule.name: plateau needs validation images, and there are none")
+        check_autocast(config.precision.autocast, device)
         self.config, self.device, self.metric = config, device, metric
         self.maximize = metrics.METRICS[metric] == "maximize"
         self.splits = splits.on(device)
@@ -267,16 +269,17 @@ class Run:
 
         self.model.train()
         cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
         held = torch.cuda.memory_allocated(self.device) if cuda else 0
-        self.one_step.micro_batch = micro_batch_that_fits(
-            try_step, self.model, batch_size=largest, moments=self.optimizer.moments
-        )
+        fits = partial(micro_batch_that_fits, try_step, self.model, batch_size=largest, moments=self.optimizer.moments)
+        self.one_step.micro_batch = fits()
         if cuda:
+            self._graphs_fit = self.one_step.micro_batch is None
+        if cuda and self._graphs_fit:
+            torch.cuda.reset_peak_memory_stats(self.device)  # choosing cuDNN's algorithms needed more
+            self.one_step.micro_batch = fits()
             # Other steps and evaluation need as much memory as a graph keeps to itself.
             needed = torch.cuda.max_memory_allocated(self.device) - held
-            self._graphs_fit = self.one_step.micro_batch is None and free_memory(self.device) >= 2 * needed
+            self._graphs_fit = free_memory(self.device) >= 2 * needed
             if self._captures and not self._graphs_fit:
                 logger.info(
                     "a step takes %.1f GB, more than half of the free memory: CUDA graphs are off", needed / 1e9

@@ -20,6 +20,7 @@ from core.averaging import Averaging
 from core.config import TrainConfig
 from core.losses import Criterion, Stage
 from core.optim import StepOptimizer
+from core.runtime import tuned_convolutions
 
 Section = Literal["augment", "forward", "backward", "optimizer", "averaging"]
 """Parts of a step, in order."""
@@ -168,16 +169,17 @@ class TrainStep:
         if self.micro_batch is not None:
             sizes = batch_sizes(len(images), self.micro_batch)
             parts = list(zip(torch.split(images, sizes), torch.split(targets, sizes), strict=True))
-        for part, its_targets in parts:
-            with self.section("forward"):
-                with self.autocast():
-                    logits = self.network(part)
-                loss = (self.criterion if targets.ndim == 1 else self.criterion.mixed)(logits, its_targets, stage)
-                if len(parts) > 1:
-                    loss = loss * self.criterion.share(its_targets, targets, stage)
-            with self.section("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
-            self.loss_sum += loss.detach() * len(images)
+        with tuned_convolutions(images.device):
+            for part, its_targets in parts:
+                with self.section("forward"):
+                    with self.autocast():
+                        logits = self.network(part)
+                    loss = (self.criterion if targets.ndim == 1 else self.criterion.mixed)(logits, its_targets, stage)
+                    if len(parts) > 1:
+                        loss = loss * self.criterion.share(its_targets, targets, stage)
+                with self.section("backward"):
+                    loss.backward()  # type: ignore[no-untyped-call]
+                self.loss_sum += loss.detach() * len(images)
 
     def _smoothing(self, shape: StepShape, values: StepValues) -> float | Tensor:
         """A number if it is constant, as torch's own loss requires."""

@@ -439,6 +439,38 @@ def test_each_shape_of_a_step_is_captured_once(digits: Splits, tiny: TrainConfig
     assert [epoch.images for epoch in result.history] == [192] * config.epochs
 
 
+def test_both_passes_choose_the_fastest_convolutions_and_evaluation_does_not(
+    digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned: list[bool] = []
+
+    @contextlib.contextmanager
+    def tuned_convolutions(_: torch.device) -> Iterator[None]:
+        tuned.append(True)
+        yield
+        tuned.pop()
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, images: torch.Tensor) -> torch.Tensor:
+            seen.append(("forward", bool(tuned)))
+            return images.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            seen.append(("backward", bool(tuned)))
+            return gradient
+
+    seen: list[tuple[str, bool]] = []
+    monkeypatch.setattr(core.loop.step, "tuned_convolutions", tuned_convolutions)
+    run = Run(tiny, digits, CPU)
+    run.model.conv1.register_forward_hook(lambda _, __, out: Watched.apply(out))
+    run.step(next(run.batches(epoch=1)))
+    assert seen == [("forward", True), ("backward", True)]
+    run.logits(run.model, digits.val)
+    assert seen[-1] == ("forward", False)
+
+
 @pytest.mark.parametrize("capture", [None, RecordedGraph], ids=["launched", "captured"])
 @pytest.mark.parametrize("case", STATEFUL)
 def test_a_streamed_training_equals_the_resident_one_bitwise(

@@ -11,7 +11,15 @@ import psutil
 import pytest
 import torch
 
-from core.runtime import _free_host_memory, free_memory, noticed_waits
+from core.errors import ConfigError
+from core.runtime import (
+    _free_host_memory,
+    check_autocast,
+    compute_dtype,
+    free_memory,
+    noticed_waits,
+    tuned_convolutions,
+)
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -134,3 +142,42 @@ def test_waits_of_the_host_are_noticed_and_other_warnings_kept(monkeypatch: pyte
     assert modes[-1] == "default"
     with noticed_waits(CPU) as places:
         assert places == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "capability", "dtype"),
+    [
+        ("auto", (7, 5), torch.float32),
+        ("auto", (8, 0), torch.bfloat16),
+        ("auto", (12, 1), torch.bfloat16),
+        ("off", (9, 0), torch.float32),
+        ("bf16", (9, 0), torch.bfloat16),
+    ],
+)
+def test_automatic_bfloat16_needs_a_gpu_that_computes_in_it(
+    mode: str, capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert compute_dtype(mode, torch.device("cuda:0")) == dtype
+    check_autocast(mode, torch.device("cuda:0"))
+    assert compute_dtype("auto", CPU) == torch.float32
+
+
+def test_emulated_bfloat16_is_an_error_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    text = r"^precision\.autocast: bf16 needs .* 8\.0 or higher, and Tesla T4 has 7\.5; set it to auto$"
+    with pytest.raises(ConfigError, match=text):
+        check_autocast("bf16", torch.device("cuda:0"))
+    check_autocast("bf16", CPU)
+
+
+def test_cudnns_choice_of_algorithms_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+        with tuned_convolutions(CPU):
+            assert torch.backends.cudnn.benchmark is before
+        with pytest.raises(KeyError), tuned_convolutions(torch.device("cuda")):
+            assert torch.backends.cudnn.benchmark
+            raise KeyError
+        assert torch.backends.cudnn.benchmark is before
