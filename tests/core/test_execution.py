@@ -700,6 +700,56 @@ class TestOnCuda:
             with pytest.raises(RuntimeError, match="synchronizing"), forbidden_waits(device):
                 run.step(next(run.batches(epoch=6)))
 
+    def test_a_step_that_waits_is_launched_with_one_warning(
+        self, digits: Splits, tiny: TrainConfig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        device = torch.device("cuda:0")
+        with own_stream(device), Run(tiny, digits.to(device), device) as run:
+            run.one_step.network = lambda images: run.model(images * (1 if images.max().item() > -99 else 0))
+            for epoch in range(1, 4):
+                for batch in run.batches(epoch):
+                    run.step(batch)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "it waits for the host (test_execution.py:" in caplog.messages[0]
+
+    def test_a_capture_can_follow_one_that_its_step_broke_off(self) -> None:
+        device = torch.device("cuda:0")
+        numbers = torch.zeros(3, device=device)
+
+        def add() -> None:
+            numbers.add_(1)
+
+        def fail() -> None:
+            add()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        with own_stream(device):
+            capture = CudaCapture([])
+            with pytest.raises(torch.OutOfMemoryError):
+                capture.capture(fail)
+            torch.cuda.empty_cache()
+            capture.capture(add)()
+        assert numbers.tolist() == [2, 2, 2]
+
+    def test_a_capture_that_cuda_refuses_is_reported(self) -> None:
+        """In a process of its own, which cannot use the GPU any more."""
+        program = textwrap.dedent("""
+            import torch
+            from core.errors import GraphError
+            from core.loop.graphs import CudaCapture
+            from core.runtime import own_stream
+
+            device = torch.device("cuda:0")
+            numbers = torch.zeros(3, device=device)
+            with own_stream(device):
+                try:
+                    CudaCapture([]).capture(lambda: print(numbers.sum().item()))
+                except GraphError as error:
+                    print(error)
+        """)
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert ended.stdout.startswith("recording a step as a CUDA graph failed ("), ended.stderr
+
     def test_a_batch_that_does_not_fit_is_divided(self, digits: Splits, tiny: TrainConfig) -> None:
         device = torch.device("cuda:0")
         config = tiny.override({"epochs": 5, "model.widths": (64, 128), "batch_size": 150, "augment.cutmix": 1.0})
