@@ -403,8 +403,9 @@ class PrecisionConfig(_Section):
     autocast: Literal["auto", "off", "bf16"] = "auto"
     """bfloat16 for matrix products and convolutions. `auto` is bf16 on GPUs of compute capability 8.0 or higher, and
     off elsewhere."""
-    compile: bool = False
-    """Compile the network with torch.compile. Takes about a minute before the first step, unless cached on disk."""
+    compile: bool | Literal["auto"] = False
+    """Compile the network with torch.compile. Takes about a minute before the first step, unless cached on disk. `auto`
+    compiles its repeated blocks on a GPU, if that is predicted to save more time than it takes."""
     cuda_graphs: bool = True
     """On CUDA, record the whole step once and replay it. A network that cannot be recorded is trained without."""
 

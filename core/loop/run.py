@@ -37,7 +37,8 @@ from core.loop.results import EpochMetrics, TrainResult
 from core.loop.step import Batch, StepShape, TrainStep, batch_sizes
 from core.losses import Criterion
 from core.metrics import Scores
-from core.models import build_model, check_smaller_images, compiled, head_parameters
+from core.models import build_model, check_smaller_images, head_parameters
+from core.models.compilation import compiled, compiled_if_it_pays, count_trained
 from core.optim import build_optimizer, needs_head
 from core.runtime import (
     autocast,
@@ -201,6 +202,7 @@ class Run:
         seed_global(device, config.seed, "init")
         self.num_classes = len(splits.classes)
         _, channels, height, width = splits.images.shape
+        self.image = (channels, height, width)
         self.model = build_model(
             config.model, num_classes=self.num_classes, in_channels=channels, image_size=(height, width)
         ).to(device)  # build_model made it channels_last
@@ -229,7 +231,7 @@ class Run:
         self.history: list[EpochMetrics] = []
         self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # with early stopping only
         self.last_logits: Tensor | None = None  # of the last epoch's average, else of its weights
-        self._check_sizes(channels, (height, width))
+        self._check_sizes()
 
     def __enter__(self) -> Self:
         return self
@@ -243,12 +245,10 @@ class Run:
         head = head_parameters(self.model) if needs_head(config.optim) else ()
         self.optimizer = build_optimizer(config, self.model, self.total_steps, head, capturable=self._captures)
         self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
-        if config.precision.compile:
-            logger.info("compiling the network, which takes about a minute unless it is cached")
         seen_in = compute_dtype(config.precision.autocast, device)
         return TrainStep(
             config,
-            compiled(self.model) if config.precision.compile else self.model,
+            self._network(),
             augment=Augment(config.augment, self.splits.mean, self.splits.std, device, dtype=seen_in),
             criterion=Criterion(config.loss, self.train_counts),
             optimizer=self.optimizer,
@@ -257,6 +257,22 @@ class Run:
             autocast=self.autocast,
             generator=self.generator,
         )
+
+    def _network(self) -> Callable[[Tensor], Tensor]:
+        """The network of training passes."""
+        compilation, frozen_first = self.config.precision.compile, self.config.optim.head_only_fraction > 0
+        if compilation == "auto":
+            return compiled_if_it_pays(
+                self.model,
+                self.image,
+                images=self.visits * self.config.epochs,
+                shapes=len(set(self.batch_sizes)) * len(self._image_sizes) * (1 + frozen_first),
+                bytes_per_element=compute_dtype(self.config.precision.autocast, self.device).itemsize,
+            )
+        if compilation:
+            logger.info("compiling the network, which takes about a minute unless it is cached")
+            return compiled(self.model)
+        return self.model
 
     def _fit_memory(self) -> None:
         largest = max(self.batch_sizes)
@@ -295,13 +311,19 @@ class Run:
                 self.one_step.micro_batch,
             )
 
-    def _check_sizes(self, channels: int, size: tuple[int, int]) -> None:
+    @cached_property
+    def _image_sizes(self) -> set[tuple[int, int]]:
+        """Height and width of the network's inputs over the run."""
         if self.config.augment.start_size_fraction == 1:
-            return
-        sizes = {size_at(self.config.augment, step / self.total_steps, size) for step in range(self.total_steps)}
-        for height, width in sorted(sizes - {size}):
+            return {self.image[1:]}
+        return {
+            size_at(self.config.augment, step / self.total_steps, self.image[1:]) for step in range(self.total_steps)
+        }
+
+    def _check_sizes(self) -> None:
+        for height, width in sorted(self._image_sizes - {self.image[1:]}):
             try:
-                images = torch.zeros(2, channels, height, width, device=self.device)
+                images = torch.zeros(2, self.image[0], height, width, device=self.device)
                 check_smaller_images(self.model, self.config.model, images)
             except ConfigError as error:
                 raise ConfigError(
@@ -344,6 +366,8 @@ class Run:
             self.averaging.end_epoch(number)
         train_loss = self.one_step.loss_sum.item() / self.visits
         trained_s = clock(self.device) - started
+        if self.config.precision.compile == "auto":
+            count_trained(self.model, self.visits)
         if not math.isfinite(train_loss):
             raise _diverged("training", number, train_loss)
         averaged_counts = final or (self.averaging is not None and self.averaging.caught_up(number))

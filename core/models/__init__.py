@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from core.config import ModelConfig
-from core.errors import ConfigError, UserError
+from core.errors import ConfigError
 from core.models.heads import head_parameters as head_parameters
 from core.runtime import may_be_out_of_memory
-
-# All networks share one code object. A run has up to 16 shapes: eight image sizes with two batch sizes each.
-RECOMPILE_LIMIT = 32
 
 
 def check_model_name(name: str) -> None:
@@ -84,31 +78,3 @@ def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Te
         raise ConfigError(f"model: {config.name} cannot take images of {height}×{width}") from error
     finally:
         model.train(training)
-
-
-def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[torch.Tensor], torch.Tensor]:
-    """Compile the network, sharing its weights. Code is cached on disk, and in the process for the same architecture.
-
-    Raises:
-        UserError: the network is on the CPU, and there is no C++ compiler.
-    """
-    global _architecture
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if (
-        backend == "inductor"
-        and on_cpu
-        and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-    ):
-        raise UserError(
-            "precision.compile: on a CPU torch.compile needs a C++ compiler; install g++, or set it to false"
-        )
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    if str(model) != _architecture:
-        torch.compiler.reset()
-        _architecture = str(model)
-    return torch.compile(model, dynamic=False, backend=backend)
-
-
-_architecture = ""
-"""Of the last compiled network."""

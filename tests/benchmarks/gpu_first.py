@@ -7,7 +7,7 @@ Needs torch, timm, numpy, scipy, scikit-learn, Pillow, pydantic and no network. 
 faults      Each configuration kernel by kernel, as CUDA graphs, and streamed from the host: the last training loss, or
             the first line of the error. Then failures on purpose, and the memory of 20 trainings.
 speed       Milliseconds of each part of a step, images/s beside the prediction of `roofline.py`, and the DataLoader.
-compiled    Each configuration with `precision.compile`.
+compiled    Each configuration with `precision.compile`, of the whole network and of its blocks.
 tests       `pytest -m gpu`, if pytest is installed.
 
 Each part runs in a process of its own, which is replaced if a failure leaves it unable to train. Every line is printed
@@ -45,6 +45,7 @@ from core.config import TrainConfig
 from core.data import Splits
 from core.loop import Execution, train
 from core.loop.profile import measured_peak_flops, profile
+from core.models import compilation
 from core.runtime import clock, select_device
 from tests.core.trainings import CASES
 
@@ -251,6 +252,7 @@ SPEEDS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> (side, changes to R
     "96², batch 256, group norm": (96, {"batch_size": 256, "model.norm": "group"}),
     "96², batch 256, float32": (96, {"batch_size": 256, "precision.autocast": "off"}),
     "96², batch 256, compiled": (96, {"batch_size": 256, "precision.compile": True}),
+    "96², batch 256, blocks compiled": (96, {"batch_size": 256, "precision.compile": "auto"}),
 }
 PARTS = ("augment", "forward", "backward", "optimizer", "averaging", "host")
 if not CUDA:
@@ -326,7 +328,8 @@ def dataloader() -> list[str]:
 
 def compiled(change: dict[str, Any]) -> list[str]:
     config = small(change)
-    trainings = {"plain": config, "compiled": config.override({"precision.compile": True})}
+    whole, blocks = (config.override({"precision.compile": value}) for value in (True, "auto"))
+    trainings = {"plain": config, "whole": whole, "blocks": blocks}
     return compared({how: partial(loss, each) for how, each in trainings.items()})
 
 
@@ -336,7 +339,7 @@ HEADERS = {
         *("ResNet-18", "images/s", "predicted", *(f"{part}, ms" for part in PARTS)),
         *("network predicted", "augment predicted", "of peak", "graphs save", "GB"),
     ],
-    "compiled": ["configuration", "verdict", "plain", "compiled", "s", "error"],
+    "compiled": ["configuration", "verdict", "plain", "whole", "blocks", "s", "error"],
 }
 
 
@@ -357,6 +360,7 @@ def rows(part: str) -> dict[str, Row]:
 
 def run_part(part: str, skip: int) -> int:
     """Print the rows of a part after the first `skip`; returns the exit status."""
+    compilation.bandwidth = lambda device: 1.0  # `precision.compile: auto` compiles
     for name, row in list(rows(part).items())[skip:]:
         try:
             cells = row()
@@ -392,14 +396,12 @@ class Report:
 
 
 def run(report: Report, command: Sequence[str], seconds: float) -> tuple[int | None, int]:
-    """Report the lines of a Python process.
+    """Report the lines of a Python process. Warnings and crashes, which it writes to stderr, are in the terminal only.
 
     Returns:
         Its exit status, None if it was killed after `seconds`; and the number of rows that it printed.
     """
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     timer = threading.Timer(seconds, process.kill)
     timer.start()
