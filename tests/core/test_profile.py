@@ -27,6 +27,7 @@ from core.loop.profile import (
     products_as_precise_as_convolutions,
     profile,
 )
+from core.models.stages import FixedGroupNorm
 from tests.core.recorded import RecordedGraph
 from tests.core.test_execution import Counting
 from tests.core.trainings import CPU, EveryStepByPython, same
@@ -273,6 +274,12 @@ class TestTheOperationsOfANetwork:
     def test_are_those_of_linear_layers(self) -> None:
         network = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.BatchNorm1d(7), nn.Linear(7, 5))
         assert flops_per_image(network, (3, 2, 2)) == 2 * (2 * 12 * 7) + 3 * (2 * 7 * 5)
+
+    def test_of_group_norm_are_none(self) -> None:
+        """Its tensors without memory have no autocast."""
+        convolution = nn.Conv2d(3, 8, 5, padding=2)
+        network = nn.Sequential(convolution, FixedGroupNorm(8))
+        assert flops_per_image(network, (3, 16, 12)) == flops_per_image(convolution, (3, 16, 12))
 
     def test_are_counted_on_a_copy(self) -> None:
         network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3))
