@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -131,6 +132,26 @@ def test_a_process_that_cannot_train_after_a_failure_is_replaced(tmp_path: Path)
     [row] = done.stdout.splitlines()
     assert "plain: RuntimeError: CUDA error: operation failed; streamed: " in row
     assert "; afterwards the process cannot train: RuntimeError: CUDA error" in row
+
+
+def test_a_warning_is_in_the_row_of_its_training(tmp_path: Path) -> None:
+    """Such as that a step could not be captured, since the training then succeeds without graphs."""
+    code = """
+        import logging
+        import gpu_first
+
+        def warns():
+            logging.getLogger("core.loop.graphs").warning("its step cannot be a CUDA graph")
+            return 2.0
+
+        print(gpu_first.compared({"plain": lambda: 2.0, "graphs": warns}))
+        print(gpu_first.compared({"plain": lambda: 2.0, "graphs": lambda: 2.1}))
+    """
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    warned, differs = map(ast.literal_eval, done.stdout.splitlines())
+    assert [warned[0], warned[-1]] == ["WARNS", "graphs: its step cannot be a CUDA graph"]
+    assert [differs[0], differs[-1]] == ["DIFFERS", ""]
 
 
 def test_the_predictions_in_the_readme_are_those_of_the_roofline(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import gc
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -120,11 +121,32 @@ def loss(config: TrainConfig, *, streamed: bool = False) -> float:
     return train(config, splits, device=DEVICE, execution=Execution(streamed=streamed)).history[-1].train_loss
 
 
+class Warnings(logging.Handler):
+    """Collects the warnings of `core`, such as that a step cannot be captured."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+        logging.getLogger("core").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        """Return the warnings since the last call."""
+        taken, self.found = self.found, []
+        return taken
+
+
+WARNINGS = Warnings()
+
+
 def compared(trainings: dict[str, Callable[[], float]]) -> list[str]:
-    """Cells: verdict, the losses, seconds, the errors."""
+    """Cells: verdict, the losses, seconds, the errors and warnings."""
     started = time.perf_counter()
     cells: list[str] = []
     errors: list[str] = []
+    warnings: list[str] = []
     losses: list[float] = []
     for how, training in trainings.items():
         try:
@@ -133,11 +155,12 @@ def compared(trainings: dict[str, Callable[[], float]]) -> list[str]:
         except Exception as error:
             cells.append("failed")
             errors.append(f"{how}: {first_line(error)}")
+        warnings += [f"{how}: {text}" for text in WARNINGS.take()]
     if errors:
         errors.append(recovery(errors))
     differs = len(losses) > 1 and max(losses) > (1 + DIFFERENT) * min(losses) + 1e-3
-    verdict = "FAILED" if errors else "DIFFERS" if differs else "ok"
-    return [verdict, *cells, f"{time.perf_counter() - started:.1f}", "; ".join(errors)]
+    verdict = "FAILED" if errors else "DIFFERS" if differs else "WARNS" if warnings else "ok"
+    return [verdict, *cells, f"{time.perf_counter() - started:.1f}", "; ".join([*errors, *warnings])]
 
 
 def first_line(error: BaseException) -> str:
@@ -214,6 +237,7 @@ def on_purpose(training: Callable[[], float]) -> list[str]:
         said = f"trained ({training():.4f})"
     except Exception as error:
         said = first_line(error)
+    said = "; ".join([said, *WARNINGS.take()])
     said = "; ".join([said, recovery([said])])
     return ["ok", "", *(["", ""] if CUDA else [""]), f"{time.perf_counter() - started:.1f}", said]
 
