@@ -88,6 +88,46 @@ def bootstrap_intervals(
     return intervals | _where_all_are_alike(logits, labels, confidence)
 
 
+@dataclass(frozen=True)
+class Gain:
+    """How much better one set of predictions scores than another on the same images."""
+
+    value: float
+    """Difference of the metric; positive is better."""
+    error: float
+    """Standard deviation of that difference if both sets are equally good."""
+    chance: float
+    """Probability of a difference at least as large if both are equally good, one-sided."""
+
+
+def paired_gain(
+    logits: Tensor, others: Tensor, labels: Tensor, metric: str, *, generator: torch.Generator, draws: int = 1000
+) -> Gain:
+    """Test whether logits (N, K) score better than `others` (N, K) by a permutation test.
+
+    Under the null hypothesis the two predictions of an image may be exchanged (Fisher 1935; the probability counts the
+    observed difference as one of the draws, after Phipson and Smyth 2010, doi 10.2202/1544-6115.1585).
+    """
+    column = [field.name for field in fields(Scores)].index("loss" if metric == "nll" else metric)
+    sign = 1 if METRICS[metric] == "maximize" else -1
+    terms = _Terms.of(torch.cat([logits, others]).double(), torch.cat([labels, labels]))
+
+    def difference(kept: Tensor) -> Tensor:
+        """The gain (R,) where the predictions of images (R, N) that are not kept are exchanged."""
+        ours, theirs = torch.cat([kept, 1 - kept], dim=1), torch.cat([1 - kept, kept], dim=1)
+        return sign * (terms.scores(ours) - terms.scores(theirs))[:, column]
+
+    drawn = []
+    at_once = max(1, _DRAWN_AT_ONCE // len(terms.loss))
+    for first in range(0, draws, at_once):
+        shape = (min(at_once, draws - first), len(labels))
+        kept = torch.randint(2, shape, generator=generator, device=generator.device, dtype=torch.float64)
+        drawn.append(difference(kept.to(labels.device)))
+    exchanged, found = torch.cat(drawn), difference(torch.ones(1, len(labels), device=labels.device).double())
+    as_large = int((exchanged >= found - 1e-12).sum())
+    return Gain(float(found), float(exchanged.std()), (as_large + 1) / (draws + 1))
+
+
 def _where_all_are_alike(logits: Tensor, labels: Tensor, confidence: float) -> dict[str, tuple[float, float]]:
     """Wilson's intervals if all predictions are correct or all are wrong, which every resample repeats; else nothing.
 

@@ -258,7 +258,8 @@ def show_refit(result: RefitResult, reporter: Reporter) -> None:
 def _show_decisions(done: Refitted, metric: str, validation: str, reporter: Reporter) -> None:
     decision, name, say = done.decision, METRICS[metric], reporter.say
     say(f"decided on {len(decision.labels):,} {validation} images:")
-    say(f"  test-time augmentation by {name}: {_each(decision.candidates)}; chosen: {decision.views}")
+    gains = "".join(f", {views} {gain.value:+.4f} ± {gain.error:.4f}" for views, gain in decision.gains.items())
+    say(f"  test-time augmentation by {name}: none {decision.candidates['none']:.4f}{gains}; chosen: {decision.views}")
     temperature = decision.temperature
     before, after = temperature.before.loss, temperature.after.loss
     changed = "" if temperature.value == 1 else f"; loss {before:.4f} before, {after:.4f} after"

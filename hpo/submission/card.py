@@ -241,6 +241,7 @@ def _environment() -> jinja2.Environment:
         "known": _is_number,
         "interval": _interval,
         "candidates": _candidates,
+        "gains": _gains,
         "states": _states,
     }
     return environment
@@ -252,6 +253,10 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _candidates(scores: Mapping[str, float | None]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if value is not None)
+
+
+def _gains(gains: Mapping[str, Mapping[str, float]]) -> str:
+    return ", ".join(f"{name} {gain['value']:+.4f} ± {gain['error']:.4f}" for name, gain in gains.items())
 
 
 def _states(search: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """Decisions on the validation images: the views, the form of several networks, and the temperature.
 
-They use predictions of networks that have not seen these images. Several networks can form an ensemble, which averages
-probabilities, or one network with their mean weights (Wortsman et al. 2022, arXiv 2203.05482), which is as cheap as one
-and preferred unless it scores worse.
+They use predictions of networks that have not seen these images. Other views than the plain one are taken only if their
+gain is beyond chance: the best of several equal views scores better by luck on a few hundred images. Several networks
+can form an ensemble, which averages probabilities, or one network with their mean weights (Wortsman et al. 2022, arXiv
+2203.05482), which is as cheap as one and preferred unless it scores worse.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from torch import Tensor
 
 from core import metrics
 from core.calibration import HIGHEST, LOWEST, fit_temperature, scaled
+from core.metrics import Gain
+from core.runtime import make_generator
 from core.tta import VIEWS
 from hpo.submission.networks import Network, averaged, together
 
 ALONE, ENSEMBLE, AVERAGED = "one network", "ensemble", "averaged weights"
 """The forms of a model."""
+
+LEVEL = 0.05
+"""Probability of taking any other views than the plain one if all are equally good, after Bonferroni's correction."""
 
 _SEEN_BY_THE_OTHERS = "each network's validation images were seen by the others, so averages cannot be validated"
 
@@ -59,6 +65,8 @@ class Decision:
     """A name in `core.tta.VIEWS`."""
     candidates: dict[str, float]
     """Validation score of the chosen form with each choice of views."""
+    gains: dict[str, Gain]
+    """Gain over the plain view of each other choice of views; empty if predictions are not finite."""
     temperature: Temperature
     plain: Tensor
     """Logits (M, K) of that form with one view, without the temperature."""
@@ -102,7 +110,9 @@ def _by_views(networks: Sequence[Network]) -> dict[str, Tensor]:
 def decided(
     answers: Mapping[str, Mapping[str, Tensor]], labels: Tensor, metric: str, *, averaged_later: bool = False
 ) -> Decision:
-    """Choose the best form with its best views from logits (M, K); of equals the first form and the fewest views.
+    """Choose the best form with its views from logits (M, K); of equals the first form and the fewest views.
+
+    Views compete with the plain one only if equal views would hardly gain as much (see `LEVEL`).
 
     `averaged_later` if these are logits of single networks, which the model averages.
     """
@@ -117,20 +127,44 @@ def decided(
         }
         for form, by_views in answers.items()
     }
-    forms = {form: by_views[best(by_views)] for form, by_views in scores.items()}
+    gains = {
+        form: _gains(by_views, labels, metric, averaged_later=averaged_later) for form, by_views in answers.items()
+    }
+    chosen = {form: best({v: scores[form][v] for v in ["none", *_proven(gains[form])]}) for form in answers}
+    forms = {form: scores[form][views] for form, views in chosen.items()}
     form = best(forms)
-    views = best(scores[form])
+    views = chosen[form]
     temperature = _temperature(answers[form][views], labels, averaged_later=averaged_later)
     return Decision(
         form=form,
         forms=forms if len(forms) > 1 else {},
         views=views,
         candidates=scores[form],
+        gains=gains[form],
         temperature=temperature,
         plain=answers[form]["none"],
         answers=scaled(answers[form][views], temperature.value),
         labels=labels,
     )
+
+
+def _gains(by_views: Mapping[str, Tensor], labels: Tensor, metric: str, *, averaged_later: bool) -> dict[str, Gain]:
+    """Gain of each choice of views over the plain one; the loss is that with the best temperature of each."""
+    if not all(bool(logits.isfinite().all()) for logits in by_views.values()):
+        return {}
+    if metric == "nll":
+        fitted = {v: _temperature(logits, labels, averaged_later=averaged_later) for v, logits in by_views.items()}
+        by_views = {views: scaled(logits, fitted[views].value) for views, logits in by_views.items()}
+    generator = make_generator(torch.device("cpu"), "views")
+    return {
+        views: metrics.paired_gain(logits, by_views["none"], labels, metric, generator=generator)
+        for views, logits in by_views.items()
+        if views != "none"
+    }
+
+
+def _proven(gains: Mapping[str, Gain]) -> list[str]:
+    return [views for views, gain in gains.items() if gain.chance <= LEVEL / len(gains)]
 
 
 def _score(logits: Tensor, labels: Tensor, metric: str, *, averaged_later: bool) -> float:

@@ -11,7 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,11 @@ def _report(trained: _Trained, tested: Tested, dataset: Dataset) -> dict[str, An
             "broken": len(dataset.report.broken),
             "content": dataset.report.plain(),
         },
-        "tta": {"chosen": decision.views, "val_candidates": decision.candidates},
+        "tta": {
+            "chosen": decision.views,
+            "val_candidates": decision.candidates,
+            "val_gains": {views: asdict(gain) for views, gain in decision.gains.items()},
+        },
         "averaging": decision.averaging_record(),
         "temperature": decision.temperature.metadata(),
         "val": {

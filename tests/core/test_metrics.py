@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 
 from core import metrics
-from core.metrics import METRICS, Scores, bootstrap_intervals, confusion, per_class, scores, value
+from core.metrics import METRICS, Scores, bootstrap_intervals, confusion, paired_gain, per_class, scores, value
 
 CLASSES = 5
 
@@ -261,3 +262,36 @@ def test_on_cuda_intervals_equal_the_cpus() -> None:
     on_cpu = bootstrap_intervals(LOGITS, LABELS, generator=_seeded(), resamples=50)
     for name, ends in on_cpu.items():
         assert on_cuda[name] == pytest.approx(ends), name
+
+
+# Paired gains
+
+
+def test_the_chance_of_a_gain_is_that_of_the_exact_sign_test() -> None:
+    """Images on which both are right or both are wrong do not count: 9 against 2 of the others (McNemar 1947)."""
+    labels = torch.zeros(60, dtype=torch.int64)
+    right, wrong = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
+    ours = torch.stack([right] * 9 + [wrong] * 2 + [right] * 40 + [wrong] * 9)
+    theirs = torch.stack([wrong] * 9 + [right] * 2 + [right] * 40 + [wrong] * 9)
+    found = paired_gain(ours, theirs, labels, "accuracy", generator=torch.Generator().manual_seed(0), draws=20_000)
+    assert found.value == pytest.approx(7 / 60)
+    assert found.error == pytest.approx(math.sqrt(11) / 60, rel=0.02)
+    assert found.chance == pytest.approx(binomtest(9, 11, alternative="greater").pvalue, rel=0.1)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_predictions_gain_nothing(metric: str) -> None:
+    logits, labels = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)), torch.arange(50) % 4
+    found = paired_gain(logits, logits, labels, metric, generator=torch.Generator().manual_seed(0))
+    assert (found.value, found.error) == pytest.approx((0.0, 0.0), abs=1e-12)
+    assert found.chance == 1.0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_gain_is_the_difference_of_the_scores_towards_better(metric: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn(2, 80, 4, generator=generator)
+    labels = torch.arange(80) % 4
+    found = paired_gain(first, second, labels, metric, generator=generator)
+    difference = value(scores(first, labels), metric) - value(scores(second, labels), metric)
+    assert found.value == pytest.approx(difference if METRICS[metric] == "maximize" else -difference)
