@@ -275,7 +275,7 @@ class TestCudaCapture:
         handles = itertools.count()
         monkeypatch.setattr(torch.cuda, "CUDAGraph", build)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: object())
         monkeypatch.setattr(torch.cuda, "stream", lambda *_: contextlib.nullcontext())
         monkeypatch.setattr(core.loop.graphs, "allowed_waits", contextlib.nullcontext)
         for stops_the_device in ("synchronize", "empty_cache"):
