@@ -134,6 +134,24 @@ def test_a_process_that_cannot_train_after_a_failure_is_replaced(tmp_path: Path)
     assert "; afterwards the process cannot train: RuntimeError: CUDA error" in row
 
 
+def test_a_failed_capture_on_purpose_may_cost_the_process(tmp_path: Path) -> None:
+    code = """
+        import gpu_first
+        from core.errors import GraphError
+
+        def train(*args, **kwargs):
+            raise GraphError("recording failed")
+
+        gpu_first.train = train
+        gpu_first.rows = lambda part: {"waits": lambda: gpu_first.uncapturable(print)}
+        assert gpu_first.run_part("faults", 0) == gpu_first.RESTART
+    """
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert cells(done.stdout)[:2] == ["waits", "ok"]
+    assert "GraphError: recording failed" in done.stdout
+
+
 def test_a_warning_is_in_the_row_of_its_training(tmp_path: Path) -> None:
     """Such as that a step could not be captured, since the training then succeeds without graphs."""
     code = """

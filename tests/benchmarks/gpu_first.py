@@ -44,6 +44,7 @@ from trainer_sides import MIB, noise_splits, resident, run_core, run_dataloader
 import core.loop.run
 from core.config import TrainConfig
 from core.data import Splits
+from core.errors import GraphError
 from core.loop import Execution, train
 from core.loop.profile import measured_peak_flops, profile
 from core.models import compilation
@@ -52,6 +53,8 @@ from tests.core.trainings import CASES
 
 DEVICE = select_device()
 CUDA = DEVICE.type == "cuda"
+if not CUDA:
+    torch.set_num_threads(1)  # more wait for each other where other processes are busy
 
 # Of the time that is left when a part begins; the rest is for the parts after it.
 SHARES = {"faults": 0.4, "speed": 0.5, "compiled": 0.5, "tests": 1.0}
@@ -172,6 +175,10 @@ def first_line(error: BaseException) -> str:
 class CannotTrainError(Exception):
     """This process has to be replaced; the message is the error cell of its last row."""
 
+    def __init__(self, message: str, verdict: str = "FAILED") -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
 
 def recovery(errors: Sequence[str]) -> str:
     """Train the default after these errors; raises CannotTrainError if that fails too."""
@@ -231,10 +238,12 @@ def out_of_memory() -> list[str]:
 
 
 def on_purpose(training: Callable[[], float]) -> list[str]:
-    """Cells of a training that may fail, if the process can train afterwards."""
+    """Cells of a training that may fail, if the process can train afterwards, or refuses to with a GraphError."""
     started = time.perf_counter()
     try:
         said = f"trained ({training():.4f})"
+    except GraphError as error:  # a search then continues in another process too
+        raise CannotTrainError(first_line(error), "ok") from error
     except Exception as error:
         said = first_line(error)
     said = "; ".join([said, *WARNINGS.take()])
@@ -389,7 +398,7 @@ def run_part(part: str, skip: int) -> int:
         try:
             cells = row()
         except CannotTrainError as error:
-            cells = ["FAILED", *[""] * (len(HEADERS[part]) - 3), str(error)]
+            cells = [error.verdict, *[""] * (len(HEADERS[part]) - 3), str(error)]
         except Exception as error:
             cells = [f"FAILED {first_line(error)}", *[""] * (len(HEADERS[part]) - 2)]
         else:
