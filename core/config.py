@@ -14,13 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 # Optimizer -> (learning rate of `lr_scale` 1 at batch 256, exponent of batch / 256 that scales it).
 # SGD: linear scaling (arXiv 1706.02677). Adaptive optimizers: Adam's default with square-root scaling (arXiv
-# 2205.10287). Muon's updates are scaled to the size of AdamW's.
+# 2205.10287). Muon's updates are scaled to the size of AdamW's. A logistic regression has no rate.
 REFERENCE_LR: dict[str, tuple[float, float]] = {
     "sgd": (0.1, 1.0),
     "adamw": (1e-3, 0.5),
     "nadam": (1e-3, 0.5),
     "swats": (1e-3, 0.5),
     "muon": (1e-3, 0.5),
+    "logistic": (1.0, 0.0),
 }
 
 
@@ -288,9 +289,11 @@ class SwatsConfig(_Section):
 class OptimConfig(_Section):
     """The optimizer. Exactly one of `lr` and `lr_scale` is set."""
 
-    name: Literal["sgd", "adamw", "nadam", "swats", "muon"] = "adamw"
-    """SGD with momentum; AdamW; NAdam; SWATS, which starts as Adam and becomes SGD; or Muon for matrices and filters
-    with AdamW for the rest."""
+    name: Literal["sgd", "adamw", "nadam", "swats", "muon", "logistic"] = "adamw"
+    """SGD with momentum; AdamW; NAdam; SWATS, which starts as Adam and becomes SGD; Muon for matrices and filters with
+    AdamW for the rest. Or `logistic`, a probe: a regularized logistic regression on the features of the pretrained
+    network, which is not trained, in one epoch. Of the training's fields only `model`, `seed`, `precision.autocast` and
+    `loss.class_weights` then have an effect."""
     lr: float | None = Field(default=None, gt=0, le=100)
     """Peak learning rate."""
     lr_scale: float | None = Field(default=None, gt=0, le=1000)
@@ -439,6 +442,20 @@ class TrainConfig(_Section):
                 "set sampling.oversample, or sampling.name to balanced"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_probe(self) -> TrainConfig:
+        if self.is_probe and not self.model.pretrained:
+            raise ValueError(
+                "optim.name: logistic classifies the features of a pretrained network: "
+                "set model.pretrained, and model.name to a timm model"
+            )
+        return self
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether only a logistic regression on the features of a frozen network is fitted."""
+        return self.optim.name == "logistic"
 
     def override(self, values: dict[str, Any]) -> TrainConfig:
         """Return a validated copy with the fields at these paths replaced. The two rates clear each other.

@@ -61,6 +61,8 @@ class Splits:
     """One per channel, of pixels in [0, 1]."""
     moments: Tensor | None = None
     """(N, C, 2) int64 sums of pixels and squared pixels of each image, on the CPU; None for constant mean and std."""
+    together: Tensor | None = None
+    """(N,) int64 on the CPU, equal for images that every split keeps on one side; None if all may be parted."""
 
     def to(self, device: torch.device | str) -> Splits:
         """Return the splits on that device, copying only if needed."""
@@ -183,7 +185,8 @@ def _normalized(data: Labelled, train: Tensor, val: Tensor, config: DataConfig) 
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         if channels == 1:
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    return Splits(data.images, data.labels, train, val, data.classes, mean, std, measured)
+    together = data.twins if data.groups is None else data.groups
+    return Splits(data.images, data.labels, train, val, data.classes, mean, std, measured, together)
 
 
 def _draw(data: Labelled, config: DataConfig) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from core import metrics
 from core.averaging import validations_per_epoch
 from core.config import TrainConfig
 from core.data import Splits
+from core.errors import ConfigError
 from core.loop.graphs import FEWEST_REPLAYS, WARM_UP_STEPS, Capture, CapturedSteps, CudaCapture
 from core.loop.run import EVALUATION_BATCH, Execution, Run
 from core.loop.step import Batch, Section
@@ -131,8 +132,10 @@ def profile(
 ) -> Profile:
     """Measure the time of a training's epochs from `steps`; by default as many as take `MEASURED_S`.
 
-    Raises the errors of `core.loop.train` at its start.
+    Raises the errors of `core.loop.train` at its start, and ConfigError for a probe, which has no steps.
     """
+    if config.is_probe:
+        raise ConfigError("optim.name: logistic has no steps to profile; leave out --profile")
     with isolated_rng(device), own_stream(device):
         measured = _measure(config, splits, device, steps, execution)
     if device.type == "cuda":

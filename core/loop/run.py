@@ -19,6 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,9 +34,10 @@ from core.feed import open_feed
 from core.loop.divergence import Divergence
 from core.loop.graphs import Capture, CapturedSteps, CudaCapture
 from core.loop.memory import batch_that_fits, error_of_memory, free_cache, micro_batch_that_fits
+from core.loop.probe import Features, fit, fit_seconds
 from core.loop.results import EpochMetrics, TrainResult
 from core.loop.step import Batch, StepShape, TrainStep, batch_sizes
-from core.losses import Criterion
+from core.losses import Criterion, class_weights
 from core.metrics import Scores
 from core.models import build_model, check_smaller_images, head_parameters
 from core.models.compilation import compiled, compiled_if_it_pays, count_trained
@@ -64,6 +66,8 @@ logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 512
 # Of a training's time for saving checkpoints: a killed process loses at most an epoch or the time of twenty saves.
 CHECKPOINT_SHARE = 0.05
+# Of a probe, to estimate its time.
+TIMED_IMAGES = 128
 
 
 @dataclass(frozen=True)
@@ -120,15 +124,15 @@ def train(
         CheckpointError: the checkpoint is damaged, or of another configuration, metric or data set.
         OSError: writing failed. The previous checkpoint is intact.
     """
-    with isolated_rng(device), own_stream(device), Run(config, splits, device, metric, execution) as run:
+    kind = Probe if config.is_probe else Run
+    with isolated_rng(device), own_stream(device), kind(config, splits, device, metric, execution) as run:
         if resume_from is not None and resume_from.exists():
             run.load(load_checkpoint(resume_from, device), resume_from)
             if on_resume is not None:
                 on_resume(tuple(run.history))
-        last_epoch = min(stop_after or config.epochs, config.epochs)
-        checkpoints = None
-        if checkpoint_to is not None:
-            checkpoints = Checkpoints(checkpoint_to, run.state, on_saved=on_checkpoint, share=CHECKPOINT_SHARE)
+        last_epoch = min(stop_after or run.epochs, run.epochs)
+        saved = partial(Checkpoints, state=run.state, on_saved=on_checkpoint, share=CHECKPOINT_SHARE)
+        checkpoints = None if checkpoint_to is None else saved(checkpoint_to)
         while len(run.history) < last_epoch and not run.ran_out_of_patience():
             now = run.try_epoch(final=len(run.history) + 1 == last_epoch)
             if on_epoch_end is not None:
@@ -152,7 +156,13 @@ def _saving_on_interrupt(checkpoints: Checkpoints | None) -> Iterator[None]:
 
 
 def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.device, steps: int = 3) -> float:
-    """Estimate the time of an epoch with validation from a few steps without capture."""
+    """Estimate the time of an epoch with validation from a few steps without capture.
+
+    A probe has one, whose time is divided among the `epochs` of its configuration.
+    """
+    if config.is_probe:
+        with isolated_rng(device), own_stream(device), Probe(config, splits, device) as one:
+            return one.seconds() / config.epochs
     plain = config.override({"precision.compile": False, "precision.cuda_graphs": False})
     with isolated_rng(device), own_stream(device), Run(plain, splits, device) as run:
         # In the last steps images have their full size and no layer is frozen.
@@ -215,6 +225,16 @@ class Run:
         self.autocast = partial(autocast, config.precision.autocast, device)
         self.generator = torch.Generator(device)
         self.evaluation_batch = EVALUATION_BATCH
+        self.step_count = 0
+        self.reductions = 0  # reductions of a plateau schedule so far
+        self.elapsed_s = 0.0
+        self.history: list[EpochMetrics] = []
+        self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # with early stopping only
+        self.last_logits: Tensor | None = None  # of the last epoch's average, else of its weights
+        self._prepare_steps(execution)
+
+    def _prepare_steps(self, execution: Execution) -> None:
+        config, device = self.config, self.device
         self._graphs_fit = True
         self._captures = config.precision.cuda_graphs and (execution.capture is not None or device.type == "cuda")
         self.one_step = self._build_step()
@@ -225,12 +245,6 @@ class Run:
         if self._captures and self.optimizer.capturable and self._graphs_fit:
             capture = execution.capture or CudaCapture([self.generator])
             self.one_step.launch = CapturedSteps(self.one_step.run, capture, device, config.model.name, self.remaining)
-        self.step_count = 0
-        self.reductions = 0  # reductions of a plateau schedule so far
-        self.elapsed_s = 0.0
-        self.history: list[EpochMetrics] = []
-        self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # with early stopping only
-        self.last_logits: Tensor | None = None  # of the last epoch's average, else of its weights
         self._check_sizes()
 
     def __enter__(self) -> Self:
@@ -239,6 +253,11 @@ class Run:
     def __exit__(self, *_: object) -> None:
         """Release the CUDA graphs: their reference cycle with the run would keep their memory."""
         self.one_step.launch = None
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs of the whole run."""
+        return self.config.epochs
 
     def _build_step(self) -> TrainStep:
         config, device = self.config, self.device
@@ -507,13 +526,18 @@ class Run:
         return {
             "identity": self._identity,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "averaging": None if self.averaging is None else self.averaging.state_dict(),
-            "best": None if self.best is None else {"epoch": self.best[0].epoch, "weights": self.best[1]},
             "last_logits": self.last_logits,
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
             "step_count": self.step_count,
             "elapsed_s": self.elapsed_s,
+            **self._state_of_steps(),
+        }
+
+    def _state_of_steps(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "averaging": None if self.averaging is None else self.averaging.state_dict(),
+            "best": None if self.best is None else {"epoch": self.best[0].epoch, "weights": self.best[1]},
         }
 
     @cached_property
@@ -531,14 +555,114 @@ class Run:
             if theirs != ours and not (what == "configuration" and _trains_the_same(theirs, ours)):
                 raise CheckpointError(f"{path}: belongs to another {what}; delete it to train from the beginning")
         self.model.load_state_dict(state["model"])
+        self.history = [_restore(row) for row in state["history"]]
+        self.last_logits = state["last_logits"]
+        self.step_count, self.elapsed_s = state["step_count"], state["elapsed_s"]
+        self._load_steps(state)
+
+    def _load_steps(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.averaging is not None:
             self.averaging.load_state_dict(state["averaging"])
-        self.history = [_restore(row) for row in state["history"]]
         if state["best"] is not None:
             self.best = (self.history[state["best"]["epoch"] - 1], state["best"]["weights"])
-        self.last_logits = state["last_logits"]
-        self.step_count, self.elapsed_s = state["step_count"], state["elapsed_s"]
+
+
+class Probe(Run):
+    """State of a probe (`core.loop.probe`): a training of one epoch, whatever `epochs` is."""
+
+    @property
+    def epochs(self) -> int:
+        return 1
+
+    def __exit__(self, *_: object) -> None:
+        """There are no CUDA graphs to release."""
+
+    def _prepare_steps(self, execution: Execution) -> None:
+        self.averaging = None
+        if execution.probe or (execution.probe is None and self.device.type == "cuda"):
+            rows = self._training_rows(EVALUATION_BATCH)
+            self.evaluation_batch = batch_that_fits(
+                lambda size: self.logits(self.model, rows[:size]), batch_size=EVALUATION_BATCH
+            )
+        self.features = Features(self.model, self.config.model.name, self.autocast)
+
+    def seconds(self) -> float:
+        """Estimate the time from the features of a few images, and from one fit."""
+        images = self.prepare(self.feed.take(self.splits.train[:TIMED_IMAGES]))
+        began = [clock(self.device)]
+        for _ in range(2):  # the first is a warm-up
+            features = self.features.of(images)
+            began.append(clock(self.device))
+        per_image = (began[2] - began[1]) / len(images)
+        images_s = per_image * (len(self.splits.train) + len(self.splits.val))
+        return images_s + fit_seconds(self.train_labels.cpu().numpy(), features.shape[1])
+
+    def try_epoch(self, *, final: bool) -> EpochMetrics:
+        return self.epoch(final=final)
+
+    def epoch(self, *, final: bool) -> EpochMetrics:  # noqa: ARG002
+        """Compute the features, fit the classifier and validate it."""
+        started = clock(self.device)
+        train, val = self.splits.train.cpu(), self.splits.val.cpu()
+        features = self._features(torch.cat([train, val]))
+        weights = class_weights(self.config.loss, self.train_counts)
+        together = self.splits.together
+        fitted = fit(
+            features[train].numpy(),
+            self.train_labels.cpu().numpy(),
+            None if together is None else together[train].numpy(),
+            class_weights=np.ones(self.num_classes) if weights is None else weights.double().cpu().numpy(),
+            seed=derive_seed(self.config.seed, "probe") % 2**32,
+        )
+        fitted.write_to(self.features.classifier)
+        train_loss = metrics.scores(self._classified(features[train]), self.train_labels).loss
+        trained_s = clock(self.device) - started
+        raw = None
+        if len(val):
+            self.last_logits = self._classified(features[val])
+            raw = metrics.scores(self.last_logits, self.splits.labels[self.splits.val])
+        self.step_count = fitted.iterations
+        self.elapsed_s += clock(self.device) - started
+        now = EpochMetrics(
+            epoch=1,
+            step=self.step_count,
+            lr=0.0,
+            train_loss=train_loss,
+            raw=raw,
+            averaged=None,
+            averaged_counts=False,
+            images=len(train),
+            images_per_s=len(train) / trained_s,
+            elapsed_s=self.elapsed_s,
+        )
+        self.history.append(now)
+        return now
+
+    def _features(self, rows: Tensor) -> Tensor:
+        """The features (N, F) float32 of all images on the CPU; rows that are not needed may be empty."""
+        splits = self.splits
+        batches = torch.split(torch.arange(len(splits.images)), self.evaluation_batch)
+        by = (splits.mean, splits.std, self.config.precision.autocast, self.device, self.evaluation_batch)
+        return self.features.of_rows(
+            rows,
+            splits.images,
+            batches,
+            read=lambda batches: map(self.prepare, self.feed.batches([batch.to(self.device) for batch in batches])),
+            key=by,
+        )
+
+    def _classified(self, features: Tensor) -> Tensor:
+        """Logits (M, K) float32 of features (M, F)."""
+        with torch.inference_mode(), self.autocast():
+            logits: Tensor = self.features.classifier(features.to(self.device))
+        return logits.float()
+
+    def _state_of_steps(self) -> dict[str, Any]:
+        return {}
+
+    def _load_steps(self, state: dict[str, Any]) -> None:
+        """There is nothing but the network."""
 
 
 def _trains_the_same(theirs: str, ours: str) -> bool:

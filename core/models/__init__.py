@@ -10,6 +10,7 @@ from torch import nn
 from core.config import ModelConfig
 from core.errors import ConfigError
 from core.models.heads import head_parameters as head_parameters
+from core.models.heads import probed_classifier as probed_classifier
 from core.runtime import may_be_out_of_memory
 
 

@@ -26,3 +26,14 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
             f"which {type(model).__name__} does not have; remove them, or choose another model.name"
         )
     return list(parameters)
+
+
+def probed_classifier(model: nn.Module) -> nn.Linear:
+    """Return the classifier if it is one linear layer, or raise ConfigError."""
+    found = classifiers(model)
+    if len(found) == 1 and isinstance(found[0], nn.Linear) and found[0].bias is not None:
+        return found[0]
+    raise ConfigError(
+        f"optim.name: logistic needs a network that ends in one linear layer, and {type(model).__name__} does not; "
+        "choose another model.name"
+    )

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
-from core.config import FAMILY_FIELDS, READING_FIELDS, REFERENCE_LR, DataConfig, TrainConfig
+from core.config import FAMILY_FIELDS, READING_FIELDS, REFERENCE_LR, DataConfig, OptimConfig, TrainConfig
 from core.data import Splits, load_dataset, split
 from core.loop import train
 
@@ -226,7 +226,7 @@ def test_setting_one_rate_clears_the_other() -> None:
 
 @pytest.mark.parametrize("name", REFERENCE_LR)
 def test_lr_scale_1_at_batch_256_is_the_reference_rate(name: str) -> None:
-    optim = TrainConfig().override({"optim.name": name}).optim
+    optim = OptimConfig(name=name)
     reference, power = REFERENCE_LR[name]
     assert optim.peak_lr(256) == reference
     assert optim.peak_lr(64) == pytest.approx(reference * 0.25**power)

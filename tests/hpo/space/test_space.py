@@ -303,7 +303,7 @@ SEARCH_FAULTS = [
     ("optim.name: {low: 0, high: 1}", "optim.name: has no order, so low and high mean nothing here; give choices"),
     (
         "optim.name:\n    choices:\n      - adamw\n      - sdg",
-        "x.yaml:6: search.optim.name.choices.1: must be 'sgd', 'adamw', 'nadam', 'swats' or 'muon', not "
+        "x.yaml:6: search.optim.name.choices.1: must be 'sgd', 'adamw', 'nadam', 'swats', 'muon' or 'logistic', not "
         "'sdg'; did you mean sgd?",
     ),
     ("model.se: {choices: [false, off]}", "model.se.choices.1: must be true or false, not 'off'"),
@@ -343,7 +343,7 @@ SEARCH_FAULTS = [
     ),
     (
         "optim.beta1: {low: 0.8, high: 0.95, when: {optim.name: [adamw, admw]}}",
-        "optim.beta1.when.optim.name: must be 'sgd', 'adamw', 'nadam', 'swats' or 'muon', not 'admw'; "
+        "optim.beta1.when.optim.name: must be 'sgd', 'adamw', 'nadam', 'swats', 'muon' or 'logistic', not 'admw'; "
         "did you mean adamw?",
     ),
     ("optim.beta1: {low: 0.8, high: 0.95, when: {optim.name: []}}", "optim.beta1.when.optim.name: names no value"),
@@ -1117,7 +1117,8 @@ def test_the_schema_has_every_field_with_its_bounds() -> None:
     assert choices["properties"]["choices"]["items"] == {"type": "number", "minimum": 0, "maximum": 0.9}
     assert numbers["properties"]["low"] == {"type": "number", "minimum": 0, "maximum": 0.9}
     (choices,) = search["properties"]["optim.name"]["anyOf"]
-    assert choices["properties"]["choices"]["items"]["enum"] == ["sgd", "adamw", "nadam", "swats", "muon"]
+    optimizers = ["sgd", "adamw", "nadam", "swats", "muon", "logistic"]
+    assert choices["properties"]["choices"]["items"]["enum"] == optimizers
 
 
 def test_every_reference_in_the_schema_resolves() -> None:
