@@ -68,6 +68,7 @@ def make(images: Tensor, *, views: str, networks: int = 1, temperature: float = 
                     nn.init.uniform_(module.weight, 0.5, 1.5)
             model(normalize(images, by.mean, by.std))  # moves the batch norms' statistics
             last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+            nn.init.normal_(last.weight)  # a new classifier of timm's begins at zero
             logits = model.eval()(normalize(images, by.mean, by.std))
             last.weight.mul_(2 / logits.std(0).mean())
         models.append(model.eval().to(memory_format=torch.channels_last))
