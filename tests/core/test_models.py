@@ -21,6 +21,7 @@ from core.models.resnet import SubsampledConv, drop_path_rates
 from core.models.stages import FixedGroupNorm, scale_width, stage_blocks, stage_widths
 from core.optim import build_optimizer
 from core.runtime import normalize
+from tests.core.fake_cuda import CUDA, cuda_autocast, to_fake
 from tests.core.networks import build, images, parameters
 
 SMALL: dict[str, Any] = {"widths": (16, 32), "blocks": (1, 1)}
@@ -206,18 +207,9 @@ def test_no_feature_map_is_float32_under_autocast_on_cuda(fields: dict[str, Any]
     dtypes: dict[str, torch.dtype] = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda _module, _input, output, name=name: dtypes.update({name: output.dtype}))
-    with FakeTensorMode():
-        tensors = {
-            name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        }
-        drawn = torch.empty(6, 3, 32, 32, dtype=torch.bfloat16, device="cuda")
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
-        torch.set_autocast_enabled("cuda", True)  # torch.autocast does nothing without CUDA
-        try:
-            torch.func.functional_call(model, tensors, (drawn,))
-        finally:
-            torch.set_autocast_enabled("cuda", False)
+    with FakeTensorMode(), cuda_autocast():
+        to_fake(model, CUDA)
+        model(torch.empty(6, 3, 32, 32, dtype=torch.bfloat16, device=CUDA))
     assert len(dtypes) > 10
     assert set(dtypes.values()) == {torch.bfloat16}, dtypes
 

@@ -221,6 +221,7 @@ READS: dict[str, Callable[[], object]] = {
     "allclose": lambda: torch.allclose(VECTOR, VECTOR),
     "histc": lambda: torch.histc(VECTOR),
     "inverse": lambda: torch.linalg.inv(torch.eye(2)),
+    "index by a list": lambda: VECTOR[[0, 2]],
     "a tensor of a number": lambda: VECTOR + torch.tensor([1.0]),
     "weighted and smoothed": lambda: F.cross_entropy(VECTOR[None], COUNTS[:1], VECTOR, label_smoothing=0.1),
 }

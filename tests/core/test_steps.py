@@ -1,4 +1,4 @@
-"""No training step, and no batch, makes the host wait for the device, whatever the configuration."""
+"""No training step makes the host wait for the device or copies between them, whatever the configuration."""
 
 from __future__ import annotations
 
@@ -20,12 +20,24 @@ from core.loop.run import Run
 from core.loop.step import TrainStep
 from core.losses import Criterion
 from core.optim import StepOptimizer
+from tests.core.fake_cuda import CopyError, run_fake_step
 from tests.core.recorded import HostReadError, HostReads, let_the_cpu_capture
 from tests.core.step_configs import STEP, STEPS, WITHOUT_EFFECT, choices, fields
 from tests.core.trainings import CPU, EveryStepByPython
 
 # Of a run: in its warm-up, mixed, with a frozen backbone and small images; and without, after a switch of SWATS.
 PROGRESS = (0.0, 0.97)
+
+
+PLACES: dict[str, tuple[Any, str]] = {
+    "augmentation": (Augment, "__call__"),
+    "sizing": (core.loop.step, "resize"),
+    "mixing": (core.loop.step, "apply_mix"),
+    "network": (nn.Conv2d, "forward"),
+    "loss": (Criterion, "mixed"),
+    "optimizer": (StepOptimizer, "step"),
+    "averaging": (ExponentialAveraging, "update"),
+}
 
 
 class WatchedStep(TrainStep):
@@ -64,6 +76,27 @@ def test_a_step_does_not_wait_for_the_device(changes: dict[str, Any], monkeypatc
     run_steps(changes, monkeypatch)
 
 
+@pytest.mark.parametrize("name", [name for name in STEPS if name.startswith(("the", "augm", "loss", "optim", "aver"))])
+def test_a_step_on_cuda_does_not_copy_to_or_from_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without memory, with small images, after a switch of SWATS."""
+    let_the_cpu_capture(monkeypatch)
+    run_fake_step(TrainConfig().override(STEPS[name]), 0.25)
+
+
+@pytest.mark.parametrize("place", ["augmentation", "network", "loss", "optimizer", "averaging"])
+def test_a_tensor_made_on_the_host_is_detected(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name = PLACES[place]
+    function = getattr(owner, name)
+
+    def copying(*args: Any, **kwargs: Any) -> Any:
+        torch.arange(3).to("cuda")
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, copying)
+    with pytest.raises(CopyError, match="_to_copy"):
+        run_fake_step(TrainConfig().override({**STEP, "augment.cutmix": 1.0}), 0.25)
+
+
 def test_every_choice_of_the_configuration_is_in_the_table() -> None:
     used = [TrainConfig().override(changes).flat() for changes in STEPS.values()]
     without_choices = set()
@@ -88,15 +121,6 @@ READS: dict[str, Callable[[Tensor], object]] = {
     "float": lambda vector: float(vector[0]),
     "if": lambda vector: 1 if vector[0] > 0 else 2,
     "mask": lambda vector: vector[vector > 0],
-}
-PLACES: dict[str, tuple[Any, str]] = {
-    "augmentation": (Augment, "__call__"),
-    "sizing": (core.loop.step, "resize"),
-    "mixing": (core.loop.step, "apply_mix"),
-    "network": (nn.Conv2d, "forward"),
-    "loss": (Criterion, "mixed"),
-    "optimizer": (StepOptimizer, "step"),
-    "averaging": (ExponentialAveraging, "update"),
 }
 
 

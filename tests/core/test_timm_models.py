@@ -26,6 +26,7 @@ from core.errors import ConfigError, UserError
 from core.models import build_model, check_model_name
 from core.models.timm_models import _check_first_layer, find_model
 from core.optim import build_optimizer
+from tests.core.fake_cuda import to_fake
 from tests.core.networks import build as _build
 from tests.core.networks import images as _images
 from tests.core.networks import parameters as _parameters
@@ -536,12 +537,7 @@ def test_gradients_are_in_the_memory_order_of_their_weights(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=6, **options).to(memory_format=torch.channels_last)
     with FakeTensorMode():
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for key, tensor in held.items():
-                    if tensor is not None:
-                        ours = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                        held[key] = nn.Parameter(ours) if held is module._parameters else ours
+        to_fake(model, torch.device("cpu"))
         optimizer = build_optimizer(TrainConfig(), model, total_steps=1)
         images = torch.empty(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
         logits = model(images)
