@@ -1,6 +1,6 @@
-"""Per-image augmentation of whole batches on the device: geometry, photometry, then mixing.
+"""Per-image augmentation of several batches at once on the device: geometry, photometry, then mixing of each batch.
 
-Shapes are fixed, so nothing waits for the device: a batch is padded, shuffled and divided evenly among the policy's
+Shapes are fixed, so nothing waits for the device: each batch is padded, shuffled and divided evenly among the policy's
 operations. This slightly anticorrelates the operations of two of its images.
 """
 

@@ -5,9 +5,10 @@ Gradients are still those of the whole batch; only batch norm sees fewer images 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # The error of batch norm climbs below 8 images (Wu and He 2018, arXiv 1803.08494, figure 1).
 SMALLEST_MICRO_BATCH = 8
+PASS = "a pass of %d images"
 
 
 def micro_batch_that_fits(
@@ -36,39 +38,61 @@ def micro_batch_that_fits(
     Raises:
         torch.OutOfMemoryError: not even `SMALLEST_MICRO_BATCH` images fit; on a CPU a RuntimeError.
     """
-    buffers = list(model.buffers())
-    before = [buffer.clone() for buffer in buffers]
     sizes = [batch_size]
     while (smaller := -(-sizes[-1] // 2)) >= SMALLEST_MICRO_BATCH:
         sizes.append(smaller)
+    with _undone(model):
+        fitting = _first_that_fits(
+            lambda size: _attempt(lambda: try_step(None if size == batch_size else size), model, moments), sizes
+        )
+    return None if fitting == batch_size else fitting
 
-    def attempt(size: int) -> None:
-        held = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(moments)]
-        try:
-            try_step(None if size == batch_size else size)
-        finally:
-            model.zero_grad(set_to_none=True)
-        del held
 
+def batches_that_fit(try_step: Callable[[int], None], model: nn.Module, *, most: int, moments: int) -> int:
+    """Return the largest number of batches that can be augmented together, halving from `most`.
+
+    `try_step` augments that many and runs the passes of one; otherwise like `micro_batch_that_fits`.
+    """
+    with _undone(model):
+        return batch_that_fits(
+            lambda batches: _attempt(lambda: try_step(batches), model, moments),
+            batch_size=most,
+            what="augmenting %d batches at once",
+        )
+
+
+def _attempt(try_step: Callable[[], None], model: nn.Module, moments: int) -> None:
+    held = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(moments)]
     try:
-        fitting = _first_that_fits(attempt, sizes)
+        try_step()
+    finally:
+        model.zero_grad(set_to_none=True)
+    del held
+
+
+@contextlib.contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Restore buffers, and free cached memory."""
+    buffers = list(model.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
     finally:
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
         free_cache()
-    return None if fitting == batch_size else fitting
 
 
-def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int) -> int:
+def batch_that_fits(try_batch: Callable[[int], object], *, batch_size: int, what: str = PASS) -> int:
     """Return the largest batch that fits, halving from `batch_size`; raises the error if not even one image fits."""
     sizes = [batch_size]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
-    return _first_that_fits(try_batch, sizes)
+    return _first_that_fits(try_batch, sizes, what)
 
 
-def _first_that_fits(attempt: Callable[[int], object], sizes: Sequence[int]) -> int:
+def _first_that_fits(attempt: Callable[[int], object], sizes: Sequence[int], what: str = PASS) -> int:
     """Return the first of these falling sizes whose attempt fits in memory.
 
     An error that may have other reasons counts as a lack of memory only if a smaller size works.
@@ -83,7 +107,7 @@ def _first_that_fits(attempt: Callable[[int], object], sizes: Sequence[int]) -> 
             raise
         if error is None:
             return size
-        logger.info("a pass of %d images does not fit the device's memory", size)
+        logger.info("%s does not fit the device's memory", what % size)
         errors.append(error)
         free_cache()
     raise next(filter(is_out_of_memory, errors), errors[0])

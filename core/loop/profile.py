@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, count, cycle, islice
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -175,7 +175,7 @@ def _measure(
         run.model.train()
         captured = isinstance(run.one_step.launch, CapturedSteps)
         run.one_step.launch = None
-        steps = steps or _steps_to_time(run)
+        steps = _whole_chunks(run, steps or _steps_to_time(run))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         launched = _launched(run, steps)
@@ -200,8 +200,18 @@ def _measure(
 
 def _steps_to_time(run: Run) -> int:
     """Number of steps that take `MEASURED_S`, after a warm-up."""
-    _run_steps(run, 1)
-    return min(max(round(MEASURED_S / _run_steps(run, 1).seconds), FEWEST_STEPS), MOST_STEPS)
+    steps = _whole_chunks(run, 1)
+    _run_steps(run, steps)
+    return min(max(round(MEASURED_S / _run_steps(run, steps).seconds * steps), FEWEST_STEPS), MOST_STEPS)
+
+
+def _whole_chunks(run: Run, steps: int) -> int:
+    """Return at least as many steps, of batches that are augmented together, from the second such chunk on."""
+    total, lengths = 0, cycle(chunk.stop - chunk.start for chunk in run.chunks)
+    next(lengths)
+    while total < steps:
+        total += next(lengths)
+    return total
 
 
 def _launched(run: Run, steps: int) -> Times:
@@ -241,9 +251,10 @@ class TimedSteps(NamedTuple):
 
 
 def _run_steps(run: Run, steps: int, stopwatch: Stopwatch | None = None) -> TimedSteps:
-    """Time the first steps, after an untimed one that draws the order."""
+    """Time steps, after the untimed ones of the first chunk, which draws the order."""
     batches = chain.from_iterable(map(run.batches, count(1)))
-    _step(run, next(batches))
+    for batch in islice(batches, run.chunks[0].stop):
+        _step(run, batch)
     if stopwatch is not None:
         stopwatch.reset()
     images = 0

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from core.errors import CheckpointError, ConfigError, DivergedError
 from core.feed import open_feed
 from core.loop.divergence import Divergence
 from core.loop.graphs import Capture, CapturedSteps, CudaCapture
-from core.loop.memory import batch_that_fits, error_of_memory, free_cache, micro_batch_that_fits
+from core.loop.memory import batch_that_fits, batches_that_fit, error_of_memory, free_cache, micro_batch_that_fits
 from core.loop.probe import Features, fit, fit_seconds
 from core.loop.results import EpochMetrics, TrainResult
 from core.loop.step import Batch, StepShape, TrainStep, batch_sizes
@@ -81,6 +81,8 @@ class Execution:
     probe: bool | None = None
     """Try a step first, and split batches that do not fit the memory. None: on CUDA only, since a CPU runs short of
     memory long before its allocator fails."""
+    batches_at_once: int | None = None
+    """Batches that are augmented together. None chooses it by the number and size of images."""
 
 
 def train(
@@ -165,6 +167,7 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
             return one.seconds() / config.epochs
     plain = config.override({"precision.compile": False, "precision.cuda_graphs": False})
     with isolated_rng(device), own_stream(device), Run(plain, splits, device) as run:
+        run.batches_at_once = 1  # each step then includes its own augmentation
         # In the last steps images have their full size and no layer is frozen.
         run.step_count = max(0, run.total_steps - steps - 2)
         sizes: list[int] = []
@@ -234,7 +237,12 @@ class Run:
         self._prepare_steps(execution)
 
     def _prepare_steps(self, execution: Execution) -> None:
-        config, device = self.config, self.device
+        config, device, splits = self.config, self.device, self.splits
+        seen_in = compute_dtype(config.precision.autocast, device)
+        self.augment = Augment(config.augment, splits.mean, splits.std, device, dtype=seen_in)
+        at_once = execution.batches_at_once or self.augment.batches_at_once(config.batch_size, self.image)
+        self.batches_at_once = min(at_once, len(self.batch_sizes))
+        """Batches that are augmented together."""
         self._graphs_fit = True
         self._captures = config.precision.cuda_graphs and (execution.capture is not None or device.type == "cuda")
         self.one_step = self._build_step()
@@ -260,15 +268,13 @@ class Run:
         return self.config.epochs
 
     def _build_step(self) -> TrainStep:
-        config, device = self.config, self.device
+        config = self.config
         head = head_parameters(self.model) if needs_head(config.optim) else ()
         self.optimizer = build_optimizer(config, self.model, self.total_steps, head, capturable=self._captures)
         self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
-        seen_in = compute_dtype(config.precision.autocast, device)
         return TrainStep(
             config,
             self._network(),
-            augment=Augment(config.augment, self.splits.mean, self.splits.std, device, dtype=seen_in),
             criterion=Criterion(config.loss, self.train_counts),
             optimizer=self.optimizer,
             averaging=self.averaging,
@@ -294,24 +300,24 @@ class Run:
         return self.model
 
     def _fit_memory(self) -> None:
-        largest = max(self.batch_sizes)
-        rows = self._training_rows(largest)
+        largest, moments = max(self.batch_sizes), self.optimizer.moments
         self.generator.manual_seed(0)  # each epoch seeds it again
 
-        def try_step(micro_batch: int | None) -> None:
+        def try_step(micro_batch: int | None, batches: int = 1) -> None:
             self.one_step.micro_batch = micro_batch
-            self.one_step.try_memory(self.feed.take(rows), self.splits.labels[rows])
+            self._try_step(largest, batches)
 
         self.model.train()
         cuda = self.device.type == "cuda"
         held = torch.cuda.memory_allocated(self.device) if cuda else 0
-        fits = partial(micro_batch_that_fits, try_step, self.model, batch_size=largest, moments=self.optimizer.moments)
-        self.one_step.micro_batch = fits()
+        micro_batch = micro_batch_that_fits(try_step, self.model, batch_size=largest, moments=moments)
+        fits = partial(batches_that_fit, partial(try_step, micro_batch), self.model, moments=moments)
+        self.batches_at_once = fits(most=self.batches_at_once)
         if cuda:
-            self._graphs_fit = self.one_step.micro_batch is None
+            self._graphs_fit = micro_batch is None
         if cuda and self._graphs_fit:
             torch.cuda.reset_peak_memory_stats(self.device)  # choosing cuDNN's algorithms needed more
-            self.one_step.micro_batch = fits()
+            self.batches_at_once = fits(most=self.batches_at_once)
             # Other steps and evaluation need as much memory as a graph keeps to itself.
             needed = torch.cuda.max_memory_allocated(self.device) - held
             self._graphs_fit = free_memory(self.device) >= 2 * needed
@@ -320,7 +326,7 @@ class Run:
                     "a step takes %.1f GB, more than half of the free memory: CUDA graphs are off", needed / 1e9
                 )
         self.evaluation_batch = batch_that_fits(
-            lambda size: self.logits(self.model, rows[torch.arange(size, device=self.device) % len(rows)]),
+            lambda size: self.logits(self.model, self._training_rows(size)),
             batch_size=EVALUATION_BATCH,
         )
         if self.one_step.micro_batch is not None:
@@ -358,13 +364,21 @@ class Run:
             raise error
         self.model.zero_grad(set_to_none=True)
         free_cache()
-        rows = self._training_rows(max((self.one_step.micro_batch or max(self.batch_sizes)) // 2, 2))
+        half = max((self.one_step.micro_batch or max(self.batch_sizes)) // 2, 2)
         self.one_step.micro_batch = None
         try:
-            self.one_step.try_memory(self.feed.take(rows), self.splits.labels[rows])
+            self._try_step(half)
         except RuntimeError:
             raise error from None
         raise torch.OutOfMemoryError(str(error)) from error
+
+    def _try_step(self, images: int, batches: int = 1) -> None:
+        """Augment batches together, and run the passes of one."""
+        rows = self._training_rows(images * batches)
+        flags = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        draws = self.augment.draw([images] * batches, self.image, self.generator, flips=flags, repeats=flags)
+        seen = self.augment.apply(self.feed.take(rows), draws[:])
+        self.one_step.try_memory(seen[:images], self.splits.labels[rows[:images]])
 
     def _training_rows(self, count: int) -> Tensor:
         return self.splits.train[torch.arange(count, device=self.device) % len(self.splits.train)]
@@ -419,17 +433,32 @@ class Run:
         self.host_generator = make_generator(torch.device("cpu"), self.config.seed, "mix", epoch)
         seed_global(self.device, self.config.seed, "dropout", epoch)
         order = epoch_order(self.train_labels, self.config.sampling, self.generator, self.visits)
-        rows = torch.split(self.splits.train[order], self.batch_sizes)
-        labels = torch.split(self.train_labels[order], self.batch_sizes)
-        again: Sequence[Tensor | None] = [None] * len(self.batch_sizes)
-        flips: Sequence[Tensor | None] = [None] * len(self.batch_sizes)
-        if self.config.augment.apply_to == "repeats":
-            again = torch.split(repeats(order), self.batch_sizes)
-        if self.config.augment.alternate_flip:
-            drawn = make_generator(self.device, self.config.seed, "flips")  # the same in every epoch
-            first = torch.rand(len(self.train_labels), generator=drawn, device=self.device) < 0.5
-            flips = torch.split(alternating_flips(first, epoch)[order], self.batch_sizes)
-        yield from map(Batch, self.feed.batches(rows), labels, again, flips)
+        draws = self.augment.draw(
+            self.batch_sizes,
+            self.image,
+            self.generator,
+            flips=self._flips(epoch)[order] if self.config.augment.alternate_flip else None,
+            repeats=repeats(order) if self.config.augment.apply_to == "repeats" else None,
+        )
+        labels = iter(torch.split(self.train_labels[order], self.batch_sizes))
+        sizes = [self.batch_sizes[chunk] for chunk in self.chunks]
+        rows = torch.split(self.splits.train[order], list(map(sum, sizes)))
+        for chunk, its_sizes, images in zip(self.chunks, sizes, self.feed.batches(rows), strict=True):
+            with self.one_step.section("augment"):
+                seen = self.augment.apply(images, draws[chunk])
+            yield from map(Batch, torch.split(seen, its_sizes), labels)
+
+    @property
+    def chunks(self) -> list[slice]:
+        """The batches of an epoch that are augmented together."""
+        count, most = len(self.batch_sizes), self.batches_at_once
+        return [slice(first, min(first + most, count)) for first in range(0, count, most)]
+
+    def _flips(self, epoch: int) -> Tensor:
+        """The training images (n,) bool that are flipped in an epoch, if flips alternate."""
+        drawn = make_generator(self.device, self.config.seed, "flips")  # the same in every epoch
+        first = torch.rand(len(self.train_labels), generator=drawn, device=self.device) < 0.5
+        return alternating_flips(first, epoch)
 
     def step(self, batch: Batch) -> None:
         """Make the run's next step."""

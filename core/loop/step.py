@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from core.augment import Augment, MixPlan, apply_mix, mixes, plan_mix, resize, size_at
+from core.augment import MixPlan, apply_mix, mixes, plan_mix, resize, size_at
 from core.averaging import Averaging
 from core.config import TrainConfig
 from core.losses import Criterion, Stage
@@ -30,24 +30,20 @@ Section = Literal["augment", "forward", "backward", "optimizer", "averaging"]
 class Batch:
     """Input of one step, on the device."""
 
-    images: Tensor  # (B, C, H, W) uint8
+    images: Tensor  # (B, C, H, W), augmented and normalized, channels_last
     labels: Tensor  # (B,) int64
-    repeats: Tensor | None  # (B,) bool, already shown in this epoch; None if unused
-    flips: Tensor | None  # (B,) bool; None if flips are drawn
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors that are used, in a fixed order."""
-        return [tensor for tensor in (self.images, self.labels, self.repeats, self.flips) if tensor is not None]
+        """The tensors in a fixed order."""
+        return [self.images, self.labels]
 
     def like(self) -> Batch:
         """Allocate a batch of the same shapes."""
-        images, labels = torch.empty_like(self.images), torch.empty_like(self.labels)
-        repeats, flips = (None if t is None else torch.empty_like(t) for t in (self.repeats, self.flips))
-        return Batch(images, labels, repeats, flips)
+        return Batch(torch.empty_like(self.images), torch.empty_like(self.labels))
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,6 @@ class TrainStep:
         config: TrainConfig,
         network: Callable[[Tensor], Tensor],
         *,
-        augment: Augment,
         criterion: Criterion,
         optimizer: StepOptimizer,
         averaging: Averaging | None,
@@ -99,7 +94,7 @@ class TrainStep:
         generator: torch.Generator,
     ) -> None:
         self.config, self.network = config, network
-        self.augment, self.criterion, self.optimizer, self.averaging = augment, criterion, optimizer, averaging
+        self.criterion, self.optimizer, self.averaging = criterion, optimizer, averaging
         self.num_classes, self.autocast, self.generator = num_classes, autocast, generator
         self.micro_batch: int | None = None
         """Images per pass; None: the whole batch."""
@@ -151,14 +146,11 @@ class TrainStep:
 
     def try_memory(self, images: Tensor, labels: Tensor) -> None:
         """Run the passes of the step that needs most memory."""
-        flags = torch.zeros_like(labels, dtype=torch.bool)
-        seen = self.augment(images, self.generator, flips=flags, repeats=flags)
-        self.forward_and_back(seen, labels, self.criterion.stage(1.0))
+        self.forward_and_back(images, labels, self.criterion.stage(1.0))
 
     def inputs(self, batch: Batch, shape: StepShape, values: StepValues) -> tuple[Tensor, Tensor]:
         """Return the network's input (B, C, h, w), and labels (B,) or mixtures (B, K)."""
-        images = self.augment(batch.images, self.generator, flips=batch.flips, repeats=batch.repeats)
-        images = resize(images, shape.size)
+        images = resize(batch.images, shape.size)
         if not shape.mixes:
             return images, batch.labels
         return apply_mix(images, batch.labels, self.num_classes, values.mix, self.generator)

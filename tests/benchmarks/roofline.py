@@ -38,6 +38,7 @@ KINDS = {  # of the table; other kernels are "other"
     "activations": (aten.relu, aten.relu_, aten.threshold_backward),
     "additions": (aten.add, aten.add_),
 }
+NORMALIZED = ((0.5,) * 3, (0.25,) * 3)
 COUNTED_IMAGES = 28  # two for each of RandAugment's fourteen operations
 BYTES_PER_WEIGHT = 4 * (7 + 3)  # float32: AdamW reads w, g, m, v and writes w, m, v; EMA reads w and a, writes a
 
@@ -123,7 +124,9 @@ def predict(config: TrainConfig, image: tuple[int, int, int], device: Device, cl
     for kernel in kernels:
         kind = next((kind for kind, operations in KINDS.items() if kernel.operation in operations), "other")
         network[kind] += kernel.seconds(device)
-    augment = sum(k.seconds(device, batch / COUNTED_IMAGES) for k in augment_kernels(config.augment, image))
+    together = batch * Augment(config.augment, *NORMALIZED, torch.device("meta")).batches_at_once(batch, image)
+    kernels = augment_kernels(config.augment, image)
+    augment = sum(kernel.seconds(device, together / COUNTED_IMAGES) for kernel in kernels) * batch / together
     return Prediction(network, augment, BYTES_PER_WEIGHT * weights / device.bytes_per_s, batch)
 
 
@@ -142,12 +145,12 @@ def network_kernels(model: str, images: tuple[int, int, int, int], classes: int)
 
 @cache
 def augment_kernels(config: AugmentConfig, image: tuple[int, int, int]) -> list[Kernel]:
-    """Return the kernels of augmenting a batch."""
-    cpu = torch.device("cpu")
-    augment = Augment(config, (0.5,) * image[0], (0.25,) * image[0], cpu, dtype=torch.bfloat16)
+    """Return the kernels of augmenting images; their random numbers are drawn once an epoch, and left out."""
+    augment = Augment(config, *NORMALIZED, torch.device("cpu"), dtype=torch.bfloat16)
     images = torch.zeros(COUNTED_IMAGES, *image, dtype=torch.uint8)
+    draws = augment.draw([COUNTED_IMAGES], image, torch.Generator().manual_seed(0))
     with Kernels() as kernels:
-        augment(images, torch.Generator(cpu).manual_seed(0))
+        augment.apply(images, draws[0])
     return kernels.found
 
 

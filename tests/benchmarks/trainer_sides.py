@@ -35,6 +35,7 @@ from core.augment import Augment
 from core.config import TrainConfig
 from core.data import Splits
 from core.loop import train
+from core.loop.step import batch_sizes
 from core.models import build_model
 from core.runtime import derive_seed, isolated_rng, make_generator, normalize, synchronize
 
@@ -157,6 +158,22 @@ def run_core(config: TrainConfig, splits: Splits, device: torch.device) -> Timin
     return timed(run, config, splits)
 
 
+class DrawnByEpoch:
+    """Augments one batch after the other, with the random numbers that `core.loop` draws for an epoch."""
+
+    def __init__(self, config: TrainConfig, splits: Splits, device: torch.device) -> None:
+        self._augment = Augment(config.augment, splits.mean, splits.std, device)
+        self._sizes = batch_sizes(len(splits.train), config.batch_size)
+        self._generator: torch.Generator | None = None
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        if generator is not self._generator:  # a new epoch
+            self._generator, self._batch = generator, 0
+            self._draws = self._augment.draw(self._sizes, images.shape[1:], generator)
+        self._batch += 1
+        return self._augment.apply(images, self._draws[self._batch - 1])
+
+
 def run_bare(config: TrainConfig, splits: Splits, device: torch.device) -> Timing:
     """(a): the same network, augmentation and draws; there must be validation images."""
 
@@ -169,7 +186,7 @@ def run_bare(config: TrainConfig, splits: Splits, device: torch.device) -> Timin
                 on_device.labels,
                 on_device.train,
                 on_device.val,
-                augment=Augment(config.augment, splits.mean, splits.std, device),
+                augment=DrawnByEpoch(config, splits, device),
                 prepare=partial(normalize, mean=splits.mean, std=splits.std),
                 generator=lambda epoch: make_generator(device, config.seed, "epoch", epoch),
                 bf16=device.type == "cuda",

@@ -57,10 +57,12 @@ class Train:
     def config(self, case: str) -> TrainConfig:
         return self._tiny.override({"epochs": 5, **CASES[case]})
 
-    def __call__(self, case: str, *, streamed: bool = False, capture: Any = None) -> TrainResult:
-        key = (case, streamed, capture)
+    def __call__(
+        self, case: str, *, streamed: bool = False, capture: Any = None, batches_at_once: int | None = None
+    ) -> TrainResult:
+        key = (case, streamed, capture, batches_at_once)
         if key not in self._results:
-            execution = Execution(streamed, capture)
+            execution = Execution(streamed, capture, batches_at_once=batches_at_once)
             self._results[key] = train(self.config(case), self._splits, device=CPU, execution=execution)
         return self._results[key]
 

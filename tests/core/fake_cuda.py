@@ -95,7 +95,7 @@ def to_fake(model: nn.Module, device: torch.device) -> None:
 
 
 def run_fake_step(config: TrainConfig, progress: float) -> None:
-    """Run a step on images of 16 × 16, as captured on CUDA at this progress of the run.
+    """Augment two batches of images of 16 × 16, and run a step as captured on CUDA at this progress of the run.
 
     Raises:
         CopyError: the step copies to or from the host.
@@ -111,7 +111,6 @@ def run_fake_step(config: TrainConfig, progress: float) -> None:
         step = FakeStep(
             config,
             model,
-            augment=Augment(config.augment, (0.5,) * 3, (0.25,) * 3, CUDA, dtype=torch.bfloat16),
             criterion=Criterion(config.loss, torch.empty(3, dtype=torch.int64, device=CUDA)),
             optimizer=build_optimizer(config, model, 100, head, capturable=True),
             averaging=averaging,
@@ -119,15 +118,13 @@ def run_fake_step(config: TrainConfig, progress: float) -> None:
             autocast=cuda_autocast,
             generator=FakeGenerator(),
         )
-        flags = torch.empty(16, dtype=torch.bool, device=CUDA)
-        batch = Batch(
-            torch.empty(16, 3, 16, 16, dtype=torch.uint8, device=CUDA),
-            torch.empty(16, dtype=torch.int64, device=CUDA),
-            flags if config.augment.apply_to == "repeats" else None,
-            flags if config.augment.alternate_flip else None,
-        )
+        augment = Augment(config.augment, (0.5,) * 3, (0.25,) * 3, CUDA, dtype=torch.bfloat16)
+        images = torch.empty(32, 3, 16, 16, dtype=torch.uint8, device=CUDA)
+        flags = torch.empty(32, dtype=torch.bool, device=CUDA)
         scalar = torch.empty((), device=CUDA)
         values = StepValues(scalar, scalar, scalar, MixPlan(scalar, torch.empty(4, device=CUDA)))
         step.optimizer.begin_step(progress)
         with NoCopies():
+            draws = augment.draw([16, 16], images.shape[1:], step.generator, flips=flags, repeats=flags)
+            batch = Batch(augment.apply(images, draws[:])[:16], torch.empty(16, dtype=torch.int64, device=CUDA))
             step.run(batch, step.shape_at(progress, 16, (16, 16)), values)

@@ -41,6 +41,8 @@ def _kernels(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         return 1 if all(_in_step(group) for group in zip(*lists, strict=True)) else len(lists[0])
     if name in ("addmm", "baddbmm") and kwargs.get("beta", 1) != 0:
         return 2  # a copy, then the product
+    if name == "convolution_backward":
+        return sum(args[-1])  # a kernel for each gradient
     return 1
 
 

@@ -268,6 +268,20 @@ def test_batches_can_be_augmented_in_any_division(
         assert torch.equal(out, outs[0])
 
 
+@pytest.mark.parametrize(
+    ("device", "batch", "side", "expected"),
+    [
+        ("meta", 64, 96, 32), ("meta", 100, 32, 21), ("meta", 64, 224, 6), ("meta", 512, 224, 1),
+        ("meta", 4096, 32, 1), ("cpu", 64, 96, 4), ("cpu", 64, 8, 32), ("cpu", 64, 224, 1),
+    ],
+)  # fmt: skip
+def test_2048_images_are_augmented_together_if_the_memory_holds_them(
+    device: str, batch: int, side: int, expected: int
+) -> None:
+    """Any device but a CPU is a GPU."""
+    assert build(device=torch.device(device)).batches_at_once(batch, (3, side, side)) == expected
+
+
 def test_no_two_batches_have_the_same_draws() -> None:
     images = pictures(28)
     augment = build(**EVERYTHING)

@@ -23,10 +23,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import core.loop.graphs
 import core.loop.step
+from core.augment import Augment
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import GraphError
@@ -38,6 +39,7 @@ from core.loop.run import Run
 from core.loop.step import Batch, StepShape, StepValues
 from core.runtime import is_out_of_memory, own_stream
 from tests.core.conftest import Train
+from tests.core.launches import launches
 from tests.core.recorded import HostReads, RecordedGraph, let_the_cpu_capture
 from tests.core.trainings import CASES, CPU, STATEFUL, EveryStepByPython, forbidden_waits, same
 
@@ -463,6 +465,51 @@ def test_a_streamed_training_equals_the_resident_one_bitwise(
 ) -> None:
     let_the_cpu_capture(monkeypatch)
     assert same(trained(case, streamed=True, capture=capture), trained(case, capture=capture))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_number_of_batches_augmented_together_changes_nothing(
+    trained: Train, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_the_cpu_capture(monkeypatch)
+    one_by_one = trained(case, batches_at_once=1)
+    assert same(one_by_one, trained(case, batches_at_once=2))
+    assert same(one_by_one, trained(case, batches_at_once=1000))
+    assert same(one_by_one, trained(case))
+    assert same(one_by_one, trained(case, batches_at_once=2, streamed=True))
+
+
+def test_augmentation_is_below_8_percent_of_the_launches_at_batch_64() -> None:
+    """Of ResNet-18 with RandAugment on 5,056 images."""
+    count = 64 * 79
+    images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels, rows = torch.arange(count) % 10, torch.arange(count)
+    splits = Splits(images, labels, rows, rows[:8], tuple("0123456789"), (0.5,) * 3, (0.25,) * 3)
+    config = TrainConfig(batch_size=64).override({"augment.ops": 2, "augment.strength": 0.4, "averaging.name": "ema"})
+    with Run(config, splits, CPU, execution=Execution(capture=EveryStepByPython)) as run:
+        run.model.train()
+        batches: list[Batch] = []
+        augmented = launches(lambda: batches.extend(run.batches(epoch=1)))
+        run.step(batches[0])
+        steps = len(batches) * launches(lambda: run.step(batches[0]))
+    assert augmented <= 0.08 * (augmented + steps)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(10_000, 3), (128, 1), (64, 1)])
+def test_batches_are_augmented_together_as_far_as_the_memory_holds_them(
+    digits: Splits, tiny: TrainConfig, most: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = Augment.apply
+
+    def limited(self: Augment, images: Tensor, draws: Any) -> Tensor:
+        if len(images) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return apply(self, images, draws)
+
+    monkeypatch.setattr(Augment, "apply", limited)
+    run = Run(tiny, digits, CPU, execution=Execution(probe=True, batches_at_once=3))
+    assert (run.batches_at_once, run.one_step.micro_batch) == (expected, None)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 class TestABatchThatDoesNotFit:

@@ -85,12 +85,14 @@ class TestTheTimesOfAnEpoch:
         """The clock is read at both ends of the timed steps and of each part."""
         Ticking(monkeypatch)
         config = tiny.override({"averaging.name": "ema"})
-        measured = profile(config, digits, device=CPU, steps=2)  # of 64 images each, of 192
-        # A step reads the clock ten times: nine seconds, plus one to the next step; five are the parts'.
-        assert measured.launched.sections_s == dict.fromkeys([*STEP, "averaging"], 2 * 192 / 128)
-        assert measured.launched.seconds == (2 * 10 + 1) * 192 / 128
+        execution = Execution(batches_at_once=1)
+        measured = profile(config, digits, device=CPU, steps=2, execution=execution)  # of 64 images each, of 192
+        # A step reads the clock twelve times: eleven seconds, plus one to the next step; six are the parts'.
+        expected = dict.fromkeys([*STEP, "averaging"], 2 * 192 / 128)
+        assert measured.launched.sections_s == expected | {"augment": 2 * expected["augment"]}
+        assert measured.launched.seconds == (2 * 12 + 1) * 192 / 128
         assert measured.evaluation_s == 1.25  # of a second, with both weights and EMA in a quarter of the run
-        assert measured.images_per_s == pytest.approx(192 / (31.5 + 1.25))
+        assert measured.images_per_s == pytest.approx(192 / (37.5 + 1.25))
         assert (measured.images, measured.steps, measured.timed_steps) == (192, 3, 2)
 
     def test_continue_over_epochs_and_count_images(
@@ -98,8 +100,18 @@ class TestTheTimesOfAnEpoch:
     ) -> None:
         Ticking(monkeypatch)
         config = tiny.override({"epochs": 1, "batch_size": 80})  # 80, 80, 32; the first is not timed
-        measured = profile(config, digits, device=CPU, steps=5)  # 80, 32, 80, 80, 32
-        assert measured.launched.seconds == pytest.approx((5 * 8 + 1) * 192 / 304)
+        execution = Execution(batches_at_once=1)
+        measured = profile(config, digits, device=CPU, steps=5, execution=execution)  # 80, 32, 80, 80, 32
+        assert measured.launched.seconds == pytest.approx((5 * 10 + 1) * 192 / 304)
+
+    def test_are_of_all_batches_that_are_augmented_together(
+        self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Ticking(monkeypatch)
+        # Of three batches, two and one are augmented together; the first two are not timed.
+        measured = profile(tiny, digits, device=CPU, steps=2, execution=Execution(batches_at_once=2))
+        assert measured.timed_steps == 3
+        assert measured.launched.sections_s == {**dict.fromkeys(STEP, 3.0), "augment": 3.0 + 2.0}
 
     def test_support_an_epoch_of_one_batch(self, digits: Splits, tiny: TrainConfig) -> None:
         measured = profile(tiny.override({"epochs": 1, "batch_size": 512}), digits, device=CPU, steps=2)

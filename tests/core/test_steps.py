@@ -30,7 +30,8 @@ PROGRESS = (0.0, 0.97)
 
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "augmentation": (Augment, "__call__"),
+    "random numbers": (Augment, "draw"),
+    "augmentation": (Augment, "apply"),
     "sizing": (core.loop.step, "resize"),
     "mixing": (core.loop.step, "apply_mix"),
     "network": (nn.Conv2d, "forward"),
@@ -83,7 +84,7 @@ def test_a_step_on_cuda_does_not_copy_to_or_from_the_host(name: str, monkeypatch
     run_fake_step(TrainConfig().override(STEPS[name]), 0.25)
 
 
-@pytest.mark.parametrize("place", ["augmentation", "network", "loss", "optimizer", "averaging"])
+@pytest.mark.parametrize("place", ["random numbers", "augmentation", "network", "loss", "optimizer", "averaging"])
 def test_a_tensor_made_on_the_host_is_detected(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, name = PLACES[place]
     function = getattr(owner, name)
