@@ -21,6 +21,9 @@ WITHOUT_EFFECT = (
     "precision.cuda_graphs",  # whether a step is captured
 )  # fmt: skip
 
+WITHOUT_STEPS = {"optim.name": ("logistic",)}
+"""Values of a field with which a training makes no steps."""
+
 STEP: dict[str, Any] = {
     "batch_size": 16, "model.widths": (8, 16), "model.blocks": (1, 1), "model.dropout": 0.2, "augment.ops": 2,
     "augment.start_size_fraction": 0.5, "loss.smoothing": 0.1, "loss.class_weights": "inverse",
@@ -62,14 +65,14 @@ def fields(section: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator
             yield path, field
 
 
-def choices(field: FieldInfo) -> list[Any]:
+def choices(path: str, field: FieldInfo) -> list[Any]:
     """Return each value of a choice; of a number one that differs from the default; none for other types."""
     kinds = [field.annotation]
     if get_origin(field.annotation) in (Union, types.UnionType):
         kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
     kind = kinds[0]
     if get_origin(kind) is Literal:
-        return list(get_args(kind))
+        return [value for value in get_args(kind) if value not in WITHOUT_STEPS.get(path, ())]
     if kind is bool:
         return [not field.default]
     if kind not in (int, float):
@@ -90,7 +93,7 @@ def _upper(item: Any) -> Any:
 
 def _each_field() -> Iterator[tuple[str, dict[str, Any]]]:
     for path, field in fields():
-        for value in choices(field):
+        for value in choices(path, field):
             needed = NEEDED.get(f"{path}={value}", NEEDED.get(path, {}))
             yield f"{path}={value}", {**needed, path: value}
 
@@ -102,7 +105,7 @@ def _product(*changes: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, An
 
 
 def _values(path: str) -> list[dict[str, Any]]:
-    return [{path: value} for field_path, field in fields() if field_path == path for value in choices(field)]
+    return [{path: value} for field_path, field in fields() if field_path == path for value in choices(path, field)]
 
 
 def _steps() -> dict[str, dict[str, Any]]:

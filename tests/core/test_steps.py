@@ -102,7 +102,7 @@ def test_every_choice_of_the_configuration_is_in_the_table() -> None:
     used = [TrainConfig().override(changes).flat() for changes in STEPS.values()]
     without_choices = set()
     for path, field in fields():
-        values = choices(field)
+        values = choices(path, field)
         if not values:
             without_choices.add(path)
         missing = [value for value in values if all(config[path] != value for config in used)]
