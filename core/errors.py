@@ -13,6 +13,10 @@ class ConfigError(UserError):
     """A configuration with valid fields that cannot be trained."""
 
 
+class MissingWeightsError(UserError):
+    """Pretrained weights that are not on this machine and cannot be downloaded."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be resumed."""
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from core.config import ModelConfig
-from core.errors import ConfigError, UserError
+from core.errors import ConfigError, MissingWeightsError, UserError
 from core.models.heads import classifiers
 from core.models.weight_files import locate_weights, read_weights, state_dict_faults, without_prefix
 from core.runtime import isolated_rng
@@ -39,7 +39,8 @@ def build_timm_model(
 
     Raises:
         ConfigError: the model does not support an option or this image size, or the weights are another model's.
-        UserError: there is no such model, or its weights are unavailable or unreadable.
+        MissingWeightsError: its weights are not at hand.
+        UserError: there is no such model, or its weights are unreadable.
     """
     cfg = find_model(config.name)
     name = config.name.removeprefix("timm/")
@@ -253,8 +254,8 @@ def _download(name: str, repository: str) -> str:
         raise _not_at_hand(name, f"{WEIGHT_FILES[0]} of {repository}", hub.HF_HUB_CACHE, error) from error
 
 
-def _not_at_hand(name: str, file: str, cache: str, error: Exception) -> UserError:
-    return UserError(
+def _not_at_hand(name: str, file: str, cache: str, error: Exception) -> MissingWeightsError:
+    return MissingWeightsError(
         f"model.pretrained: the weights of timm/{name}, {file}, are not in {cache}, and cannot be downloaded "
         f"({_reason(error)}); copy that folder from a machine that has them, name a file of them in "
         "model.pretrained_file, or set model.pretrained to false"

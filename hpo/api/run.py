@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -174,7 +175,7 @@ class Search:
                 run_recipes(
                     study,
                     space,
-                    work.images(),
+                    partial(self.division.on, work.device),
                     device=work.device,
                     interrupts=self.interrupts,
                     say=self.reporter.say,

@@ -9,13 +9,14 @@ from filelock import FileLock
 
 from core.config import TrainConfig
 from core.data import Splits
+from core.errors import MissingWeightsError
 from core.loop import EpochMetrics, seconds_per_epoch
 from core.runtime import derive_seed
 from hpo.errors import SpaceError
 from hpo.paths import TrainingPaths
 from hpo.reporter import NO_PROGRESS, StudyView
 from hpo.search.interrupts import Interrupts
-from hpo.search.objective import failure_of
+from hpo.search.objective import Divide, failure_of
 from hpo.search.training import Watch, train_recorded
 from hpo.search.weights import explain_full_disk
 from hpo.space import Recipe, SearchSpace, recipe_from_yaml
@@ -34,7 +35,7 @@ def pending_recipes(study: Study, space: SearchSpace) -> list[Recipe]:
 def run_recipes(
     study: Study,
     space: SearchSpace,
-    splits: Sequence[Splits],
+    splits: Sequence[Splits] | Divide,
     *,
     device: torch.device,
     interrupts: Interrupts,
@@ -43,10 +44,13 @@ def run_recipes(
 ) -> None:
     """Train the pending recipes into the study's folder, as long as a trial each, up to the study's deadline.
 
+    A recipe whose pretrained weights are missing is left out; the next run of the study tries again.
+
     Args:
-        splits: On the device: one, or one per fold.
+        splits: On the device: one, one per fold, or a function that splits the images for a configuration.
         say: Shows one line per result.
     """
+    divide: Divide = splits if callable(splits) else lambda _: splits
     for recipe in pending_recipes(study, space):
         paths = study.paths.reference(recipe.name)
         paths.dir.mkdir(parents=True, exist_ok=True)
@@ -55,9 +59,13 @@ def run_recipes(
         try:
             with lock:
                 if not _is_trained(study, recipe):  # by another run of the study
-                    _run(study, space, splits, recipe, device=device, interrupts=interrupts, progress=progress)
+                    here = divide(recipe.config.data)
+                    _run(study, space, here, recipe, device=device, interrupts=interrupts, progress=progress)
         except OutOfTime:
             say(f"recipe {recipe.name}  left out: it would end after the deadline")
+            continue
+        except MissingWeightsError as error:
+            say(f"recipe {recipe.name}  left out: {error}")
             continue
         result = read_result(paths) or {}
         came_to = f"{result['value']:.4f}" if "value" in result else f"{result['failure']}  ({result['why']})"

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 SETTINGS = ("trials", "objective", "sampler", "pruner", "confirm")
 """Keys of a space, beside those of `TrainConfig`, that `--set` can change."""
 SUGGESTED = ("trials", "sampler.name", "pruner.name", "objective.metric", "confirm.budget")
+_NORMALIZE = "data.normalize"
 HEAD = ("description", *SETTINGS)
 """Fields of `SpaceFile` that a `SearchSpace` takes as they are."""
 
@@ -216,13 +217,17 @@ class _Loader:
     def _to_beat(self, recipe: Recipe, baseline: TrainConfig) -> Recipe | None:
         """A space's recipe with the overrides applied, on the baseline's data and epochs.
 
-        None, with a warning, if an override does not exist for the recipe's network, but for the baseline's.
+        Pretrained networks keep the normalization that they were trained with, unless it is overridden. None, with a
+        warning, if an override does not exist for the recipe's network, but for the baseline's, or takes the weights
+        from a probe.
         """
         same = {path: value for path, value in baseline.flat().items() if path.startswith("data.") or path == "epochs"}
+        if recipe.config.model.pretrained and _NORMALIZE not in self.fields:
+            del same[_NORMALIZE]
         try:
             return replace(recipe, config=recipe.config.override({**self.fields, **same}))
         except ValidationError as error:
-            if _family(recipe.config) != _family(baseline):
+            if _family(recipe.config) != _family(baseline) or recipe.config.is_probe:
                 logger.warning("recipe %s is left out: %s", recipe.name, explain(error.errors()[0]))
             else:
                 self.overridden(recipe)  # collects the fault

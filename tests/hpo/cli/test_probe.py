@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -12,6 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
+from core.data import load_dataset, split
+from core.loop import train
+from core.models import timm_models
+from hpo.space import load_recipe, load_space
 from tests.hpo.commands import RunHpo
 from tests.hpo.digits import rows_of
 
@@ -28,6 +33,12 @@ base: probe.yaml
 pruner: {{name: rungs, rungs: [0.34]}}
 search:
   loss.class_weights: {{choices: [none, inverse]}}
+"""
+SCRATCH = """
+data: {name: digits}
+base: {model: {widths: [8], blocks: [1]}, epochs: 2, batch_size: 128}
+search:
+  optim.lr_scale: {low: 0.5, high: 20, log: true}
 """
 
 
@@ -70,3 +81,52 @@ def test_a_probe_is_searched_confirmed_refitted_and_predicts(folds: str, folder:
     right = [int(row["label"]) == digit for row, digit in zip(rows_of(folder / "out.csv"), digits.target, strict=False)]
     assert len(right) == 40
     assert sum(right) > 30
+
+
+def test_a_study_goes_on_without_the_weights_of_its_recipes(
+    folder: Path, run_hpo: RunHpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unplugged = ConnectionError("no route to host")
+
+    def no_session() -> None:
+        raise unplugged
+
+    monkeypatch.setattr(huggingface_hub, "get_session", no_session)
+    monkeypatch.setattr(timm_models.hub, "HF_HUB_CACHE", str(folder / "hub"))
+    published = PROBE.replace(", pretrained_file: weights.safetensors", "").replace(
+        "test_resnet", "mobilenetv3_large_100"
+    )
+    (folder / "published.yaml").write_text(published)
+    (folder / "space.yaml").write_text(
+        SCRATCH.replace("digits}", "digits, image_size: 32}") + "recipes: [published.yaml, probe.yaml]\n"
+    )
+    said = run_hpo("run", "space.yaml", "--trials", "1", "--study", "own")
+    line = next(line for line in said.splitlines() if line.startswith("recipe published  left out"))
+    for words in ("timm/mobilenetv3_large_100", "model.safetensors", str(folder / "hub"), "no route to host"):
+        assert words in line
+    assert "recipe probe  accuracy 0." in said
+    assert not (folder / "studies/own/references/published/result.json").exists(), "the next run tries again"
+    assert "1 of 1 trial finished" in run_hpo("study", "show", "own")
+
+
+def test_a_probe_beside_a_study_keeps_its_own_normalization_also_in_its_refit(folder: Path, run_hpo: RunHpo) -> None:
+    (folder / "space.yaml").write_text(SCRATCH + "recipes: [probe.yaml]\n")
+    run_hpo("run", "space.yaml", "--trials", "1", "--study", "own")
+    beside = load_recipe(folder / "studies/own/references/probe/config.yaml").config
+    assert (beside.data.normalize, beside.epochs) == ("half", 2)
+    alone = load_recipe(folder / "probe.yaml").config.override({"data.val_fraction": beside.data.val_fraction})
+    result = json.loads((folder / "studies/own/references/probe/result.json").read_text())
+    splits = split(load_dataset(alone.data), alone.data)
+    wanted = train(alone.override({"seed": beside.seed}), splits, device=torch.device("cpu"))
+    assert result["value"] == wanted.value("accuracy")
+    assert "refitting recipe probe" in run_hpo("refit", "best")
+    preprocess = json.loads((folder / "studies/own/refit/best/preprocess.json").read_text())
+    assert preprocess["networks"][0]["mean"] == [0.5]
+    assert load_space(folder / "space.yaml", ["data.normalize=train"]).recipes[0].config.data.normalize == "train"
+
+
+def test_a_probe_is_left_out_where_pretraining_is_ruled_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scratch = SCRATCH.replace("{widths: [8], blocks: [1]}", "{name: timm/test_resnet, pretrained: true}")
+    (folder / "space.yaml").write_text(scratch + "recipes: [probe.yaml]\n")
+    assert load_space(folder / "space.yaml", ["model.pretrained=false"]).recipes == ()
+    assert "recipe probe is left out" in caplog.text
