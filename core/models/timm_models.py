@@ -1,12 +1,15 @@
 """timm's models by name: `timm/convnext_atto`, `timm/vit_small_patch16_224.augreg_in21k`.
 
-Weights in the hub's cache are read without network access. A file must match the complete model, since timm skips
-layers that do not match and only logs it.
+Pretrained weights are looked for in `model.pretrained_file`, in the folder $HPO_WEIGHTS, and in the hub's cache,
+without network access, before they are downloaded. A file must match the complete model, since timm skips layers that
+do not match and only logs it.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,16 @@ from torch import Tensor, nn
 from core.config import ModelConfig
 from core.errors import ConfigError, MissingWeightsError, UserError
 from core.models.heads import classifiers
-from core.models.weight_files import locate_weights, read_weights, state_dict_faults, without_prefix
+from core.models.weight_files import (
+    locate_weights,
+    read_weights,
+    state_dict_faults,
+    weights_folder,
+    without_prefix,
+)
 from core.runtime import isolated_rng
+
+logger = logging.getLogger(__name__)
 
 # Of the hub's first response; its own client retries for almost a minute.
 HUB_TIMEOUT_S = 10.0
@@ -51,10 +62,10 @@ def build_timm_model(
         arguments["drop_path_rate"] = config.drop_path
     if cfg.fixed_input_size and tuple(cfg.input_size[1:]) != image_size:
         arguments["img_size"] = image_size
-    if config.pretrained and config.pretrained_file is not None:
-        arguments |= _from_file(name, locate_weights(config.pretrained_file), arguments, cfg)
-    elif config.pretrained:
-        arguments |= _published(name, cfg)
+    if config.pretrained:
+        file = config.pretrained_file
+        path = _in_folder(cfg) if file is None else locate_weights(file)
+        arguments |= _published(name, cfg) if path is None else _from_file(name, path, arguments, cfg)
     model = _create(name, arguments, cfg)
     if config.pretrained:
         _check_first_layer(name, model, in_channels)
@@ -134,11 +145,34 @@ def _check_logits(name: str, model: nn.Module, shape: tuple[int, ...], num_class
         raise ConfigError(f"model.name: timm/{name} does not return one logit a class; choose another model")
 
 
+def _in_folder(cfg: Any) -> Path | None:
+    """The model's weights in the folder $HPO_WEIGHTS, under a name that a download gives them."""
+    folder = weights_folder()
+    if folder is None:
+        return None
+    full = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
+    stems = [full]
+    if find_model(cfg.architecture).tag == cfg.tag:  # the default
+        stems.append(cfg.architecture)
+    names = [f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".pth", ".bin")]
+    names += [f"{full}/{file}" for file in WEIGHT_FILES]
+    if cfg.url:
+        names.append(cfg.url.rpartition("/")[2])
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+@functools.cache
+def _say(name: str, source: str) -> None:
+    """Log once where a model's weights are from."""
+    logger.info("timm/%s starts from %s", name, source)
+
+
 def _published(name: str, cfg: Any) -> dict[str, Any]:
     """Arguments for the published weights, downloaded if needed; torch.hub loads those of a few old models."""
     if not cfg.has_weights:
         raise UserError(f"model.pretrained: timm has no weights for {name}; set it to false, or choose another model")
     if not cfg.hf_hub_id:
+        _say(name, cfg.url)
         return {"pretrained": True}
     for file in WEIGHT_FILES:
         path = huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, file, cache_dir=hub.HF_HUB_CACHE)
@@ -146,6 +180,7 @@ def _published(name: str, cfg: Any) -> dict[str, Any]:
             break
     else:
         path = _download(name, cfg.hf_hub_id)
+    _say(name, f"the weights of {cfg.hf_hub_id} in {hub.HF_HUB_CACHE}")
     # Deleting only the link to the blob would not help.
     advice = f"delete {Path(path).parents[2]}, and the next run downloads them again"
     return _pretrained({"state_dict": read_weights(Path(path), "model.pretrained", advice)})
@@ -153,6 +188,7 @@ def _published(name: str, cfg: Any) -> dict[str, Any]:
 
 def _from_file(name: str, path: Path, arguments: dict[str, Any], cfg: Any) -> dict[str, Any]:
     """Arguments for the weights in a file, after checking that they are this model's."""
+    _say(name, str(path))
     weights = read_weights(path, "model.pretrained_file", "give a file of the state dict alone")
     weights = without_prefix(weights, _first(cfg.first_conv), path)
     classes, channels = _outputs(weights, cfg), _inputs(weights, cfg, arguments["in_chans"])
@@ -257,8 +293,8 @@ def _download(name: str, repository: str) -> str:
 def _not_at_hand(name: str, file: str, cache: str, error: Exception) -> MissingWeightsError:
     return MissingWeightsError(
         f"model.pretrained: the weights of timm/{name}, {file}, are not in {cache}, and cannot be downloaded "
-        f"({_reason(error)}); copy that folder from a machine that has them, name a file of them in "
-        "model.pretrained_file, or set model.pretrained to false"
+        f"({_reason(error)}); copy that folder from a machine that has them, put the file as {name}.safetensors into a "
+        "folder named by HPO_WEIGHTS, name it in model.pretrained_file, or set model.pretrained to false"
     )
 
 

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core.config import ModelConfig, TrainConfig
 from core.errors import ConfigError, UserError
-from core.models import build_model, check_model_name
+from core.models import build_model, check_model_name, timm_models
 from core.models.timm_models import _check_first_layer, find_model
 from core.optim import build_optimizer
 from tests.core.fake_cuda import to_fake
@@ -544,3 +544,51 @@ def test_gradients_are_in_the_memory_order_of_their_weights(name: str) -> None:
         sum(part.sum() for part in (logits if isinstance(logits, tuple) else [logits])).backward()
         optimizer.step(1.0)
         assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# --- a folder of weights
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "test_resnet.r160_in1k.safetensors", "test_resnet.r160_in1k.pth", "test_resnet.r160_in1k.bin",
+        "test_resnet.safetensors", "test_resnet.r160_in1k/model.safetensors",
+        "test_resnet.r160_in1k/pytorch_model.bin",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["test_resnet", "test_resnet.r160_in1k"])
+def test_weights_are_found_in_the_folder_and_named_in_one_line(
+    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = _source("test_resnet", num_classes=7)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    _save(source, tmp_path / file)
+    monkeypatch.setenv("HPO_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(timm_models, "_published", None)
+    with caplog.at_level("INFO", "core"):
+        for _ in range(2):
+            ours = _build(name=f"timm/{name}", pretrained=True, num_classes=7, in_channels=3, image_size=(64, 64))
+    assert torch.equal(_logits(ours), _logits(source))
+    assert caplog.messages == [f"timm/{name} starts from {tmp_path / file}"]
+
+
+def test_a_file_as_downloaded_from_its_address_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _source("mobilenetv3_small_050", num_classes=7)
+    _save(source, tmp_path / "mobilenetv3_small_050_lambc-4b7bbe87.pth")
+    monkeypatch.setenv("HPO_WEIGHTS", str(tmp_path))
+    ours = _build(name="timm/mobilenetv3_small_050", pretrained=True, num_classes=7, in_channels=3, image_size=(64, 64))
+    assert torch.equal(_logits(ours), _logits(source))
+
+
+def test_a_file_without_tag_is_only_of_the_default_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _save(_source("resnet18", num_classes=7), tmp_path / "resnet18.safetensors")
+    monkeypatch.setenv("HPO_WEIGHTS", str(tmp_path))
+    assert timm_models._in_folder(find_model("timm/resnet18")) == tmp_path / "resnet18.safetensors"
+    assert timm_models._in_folder(find_model("timm/resnet18.tv_in1k")) is None
+
+
+def test_a_missing_folder_of_weights_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPO_WEIGHTS", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"^HPO_WEIGHTS: .*nowhere: no such folder"):
+        _build(name="timm/test_resnet", pretrained=True, in_channels=3, image_size=(64, 64))
