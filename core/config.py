@@ -391,6 +391,9 @@ class AveragingConfig(_Section):
     """EMA: half-life of a weight's contribution, as a fraction of the run."""
     swa_start_fraction: float = Field(default=0.75, ge=0, lt=1)
     """SWA: fraction of the run from which the weights at the end of each epoch are averaged."""
+    swa_factor: float = Field(default=0.5, gt=0, le=1)
+    """SWA: factor of the peak learning rate while weights are averaged. Cosine and linear schedules fall to it by then,
+    and hold it: at a rate near zero the averaged weights would hardly differ."""
 
 
 class EarlyStopConfig(_Section):

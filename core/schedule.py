@@ -10,16 +10,31 @@ import math
 import sys
 from collections.abc import Sequence
 
-from core.config import ScheduleConfig
+from core.config import ScheduleConfig, TrainConfig
 
 # Progress is a rounded quotient: 0.9 / 0.3 may be less than 3. More than that error, less than a step of up to 10⁹.
 _ROUNDING = 1e-9
 
 
-def factor(config: ScheduleConfig, progress: float, reductions: int = 0) -> float:
+def factor_of(config: TrainConfig, progress: float, reductions: int = 0) -> float:
+    """Return the learning rate as a factor of its peak, with the tail that SWA holds; see `factor`."""
+    swa = config.averaging
+    if swa.name != "swa":
+        return factor(config.schedule, progress, reductions)
+    return factor(config.schedule, progress, reductions, end=swa.swa_start_fraction, last=swa.swa_factor)
+
+
+def factor(
+    config: ScheduleConfig, progress: float, reductions: int = 0, *, end: float = 1.0, last: float | None = None
+) -> float:
     """Return the learning rate as a factor of its peak, in [0, 1].
 
-    `progress` is the completed fraction of the run's steps, `reductions` those of a `plateau`.
+    Args:
+        config: the schedule.
+        progress: the completed fraction of the run's steps.
+        reductions: those of a `plateau` so far.
+        end: the progress at which cosine and linear schedules have fallen, and from which they are constant.
+        last: their factor then; `final_factor` by default.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress {progress} is outside [0, 1]")
@@ -33,9 +48,12 @@ def factor(config: ScheduleConfig, progress: float, reductions: int = 0) -> floa
         return next((value for start, value in reversed(config.pieces) if start <= progress + _ROUNDING), 1.0)
     if config.name == "plateau":
         return _reduced(config, reductions)
-    fallen = (progress - config.warmup_fraction) / (1 - config.warmup_fraction)
+    last = config.final_factor if last is None else last
+    if progress >= end:
+        return last
+    fallen = (progress - config.warmup_fraction) / (end - config.warmup_fraction)
     remaining = 1 - fallen if config.name == "linear" else (1 + math.cos(math.pi * fallen)) / 2
-    return config.final_factor + (1 - config.final_factor) * remaining
+    return last + (1 - last) * remaining
 
 
 def reductions(config: ScheduleConfig, scores: Sequence[float], *, maximize: bool, epochs: int) -> int:

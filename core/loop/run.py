@@ -57,7 +57,7 @@ from core.runtime import (
     seed_global,
 )
 from core.sampling import epoch_length, epoch_order, repeats
-from core.schedule import factor, reductions
+from core.schedule import factor_of, reductions
 from core.tta import predict_logits
 
 logger = logging.getLogger(__name__)
@@ -463,7 +463,7 @@ class Run:
     def step(self, batch: Batch) -> None:
         """Make the run's next step."""
         progress = self.step_count / self.total_steps
-        self.one_step(batch, progress, factor(self.config.schedule, progress, self.reductions), self.host_generator)
+        self.one_step(batch, progress, factor_of(self.config, progress, self.reductions), self.host_generator)
         self.step_count += 1
 
     def remaining(self, shape: StepShape) -> int:

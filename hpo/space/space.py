@@ -259,6 +259,11 @@ class SearchSpace:
             {path.removeprefix("data."): value for path, value in fixed.items() if path.startswith("data.")}
         )
         left_out = {"seed", "epochs", "data.name"}
+        averages = (
+            self.search["averaging.name"].describe().get("choices", []) if "averaging.name" in self.search else []
+        )
+        if "swa" not in (self.baseline.averaging.name, *averages):
+            left_out.add("averaging.swa_factor")  # version 0.1.0 did not have it: studies without SWA can be resumed
         kept = [path for path in fixed if path not in left_out and not path.startswith("data.")]
         identity = {
             "objective.metric": self.metric,

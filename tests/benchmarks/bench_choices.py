@@ -20,6 +20,7 @@ from core.config import TrainConfig
 SETS = {"scenes": ("scenes5k.zip", 6), "cifar10": ("cifar10_jpeg.tar.xz", 10)}
 
 CUTMIX = {"augment.cutmix": 1.0, "augment.mix_off_fraction": 0.8}
+SWA = {"averaging.name": "swa"}
 DEEP = {"model.blocks": (2, 2, 2), "model.drop_path": 0.1}
 # choice -> (its control, the choice itself); both over `base`.
 CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -33,6 +34,9 @@ CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "focal, gamma 1": ({}, {"loss.name": "focal", "loss.gamma": 1.0}),
     "drop path alike for linear": (DEEP, {**DEEP, "model.drop_path_shape": "uniform"}),
     "anti-aliased steps": ({}, {"model.anti_alias": True}),
+    "SWA for none": ({}, SWA),
+    "SWA at 0.2 of the peak rate for 0.5": (SWA, {**SWA, "averaging.swa_factor": 0.2}),
+    "EMA for none": ({}, {"averaging.name": "ema"}),
     "growing from half the side": ({}, {"augment.start_size_fraction": 0.5, "augment.full_size_from_fraction": 0.7}),
 }
 

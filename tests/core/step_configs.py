@@ -40,7 +40,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "model.hidden": VGG, "model.norm=none": VGG, "model.drop_path_shape": {"model.drop_path": 0.2},
     "optim.swats.switch": SWATS, "optim.swats.switch_fraction": SWATS,
     "optim.swats.tolerance": {**SWATS, "optim.swats.switch": "criterion"},
-    "averaging.swa_start_fraction": {"averaging.name": "swa"}, "optim.momentum": {"optim.name": "sgd"},
+    "averaging.swa_start_fraction": {"averaging.name": "swa"}, "averaging.swa_factor": {"averaging.name": "swa"},
+    "optim.momentum": {"optim.name": "sgd"},
     "optim.nesterov": {"optim.name": "sgd"},
 }  # fmt: skip
 """Other fields without which a field, or one of its values, has no effect or is refused."""

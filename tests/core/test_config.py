@@ -104,6 +104,7 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "averaging.name": ({}, "ema"),
     "averaging.half_life_fraction": ({"averaging.name": "ema"}, 0.4),
     "averaging.swa_start_fraction": ({"averaging.name": "swa"}, 0.25),
+    "averaging.swa_factor": ({"averaging.name": "swa"}, 0.1),
     "early_stop.patience_fraction": ({"optim.lr_scale": 1e-6}, 0.25),
     "precision.autocast": ({}, "bf16"),
 }

@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from core.config import ScheduleConfig
-from core.schedule import factor, reductions, replayed
+from core.config import ScheduleConfig, TrainConfig
+from core.schedule import factor, factor_of, reductions, replayed
 
 STEPS, WARMUP_STEPS = 200, 20
 NAMES = ("cosine", "linear", "constant", "step", "pieces", "plateau")
@@ -53,6 +53,38 @@ def test_cosine_matches_torch(final_factor: float) -> None:
     ours = [factor(config, step / STEPS) for step in range(STEPS)]
     theirs = torch_factors(CosineAnnealingLR, T_max=STEPS - WARMUP_STEPS, eta_min=final_factor)
     assert ours == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("swa_factor", [0.05, 0.5, 1.0])
+def test_with_swa_the_rate_falls_as_torchs_cosine_and_is_held_while_weights_are_averaged(swa_factor: float) -> None:
+    config = TrainConfig().override(
+        {
+            "schedule.warmup_fraction": WARMUP_STEPS / STEPS,
+            "schedule.warmup_start": 0.1,
+            "averaging.name": "swa",
+            "averaging.swa_start_fraction": 0.75,
+            "averaging.swa_factor": swa_factor,
+        }
+    )
+    ours = [factor_of(config, step / STEPS) for step in range(STEPS)]
+    start = 3 * STEPS // 4
+    theirs = torch_factors(CosineAnnealingLR, T_max=start - WARMUP_STEPS, eta_min=swa_factor)
+    assert ours[:start] == pytest.approx(theirs[:start], abs=1e-12)
+    assert set(ours[start:]) == {swa_factor}
+
+
+def test_averaging_from_within_the_warm_up_holds_the_rate_after_it() -> None:
+    config = TrainConfig().override({"averaging.name": "swa", "averaging.swa_start_fraction": 0.0})
+    factors = [factor_of(config, step / STEPS) for step in range(STEPS)]
+    assert factors[: STEPS // 20] == [factor(config.schedule, step / STEPS) for step in range(STEPS // 20)]
+    assert set(factors[STEPS // 20 :]) == {config.averaging.swa_factor}
+
+
+@pytest.mark.parametrize("name", ["constant", "step", "pieces"])
+def test_swa_changes_no_other_schedule(name: str) -> None:
+    config = TrainConfig().override({"averaging.name": "swa", "schedule.name": name})
+    progress = [step / STEPS for step in range(STEPS)]
+    assert [factor_of(config, each) for each in progress] == [factor(config.schedule, each) for each in progress]
 
 
 @pytest.mark.parametrize("final_factor", [0.0, 0.25])

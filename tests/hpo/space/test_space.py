@@ -246,8 +246,8 @@ def test_written_yaml_keeps_the_order_of_keys_and_lists_on_one_line() -> None:
 
 HASHES = {
     "digits": "106c6a0f0c398575bfe375470b0b0300a5be77d1b1cb5f9c8a70bb850a06734d",
-    "stl10_small": "a35e13ca4b3aa8c4094fc086b0d2f103214c096e1f02df3c3c06749eafb1295c",
-    "cifar100": "9a8646e4cc4f65c68f7b59b1e9d1f5b01887d530ab9ea9c11dc78e6daf76f43b",
+    "stl10_small": "abb5bce829b70cfb4d935fdd03645b38c34dce72b152efef3f100c9b08a1ac2f",
+    "cifar100": "1c7be14cc9a92389a4286387933a50562a5adbb4b33f92680ccfc5c539b3cc21",
     "imbalanced": "e8003cb68c369a3230af2f2f95ade4a0329a05a01d8de05f92705ea80c399868",
     "intel_scenes": "075a115a5c3cc843dbc4551c193d8f15a145c7e89f1e12a0c616243059c940d0",
 }
