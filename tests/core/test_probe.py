@@ -223,6 +223,21 @@ def test_streamed_images_have_the_same_features(config: TrainConfig, digits: Spl
     assert torch.equal(found.val_logits, result.val_logits)
 
 
+def test_batches_that_do_not_fit_the_memory_are_halved(
+    config: TrainConfig, digits: Splits, result: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = timm.models.resnet.ResNet.forward
+
+    def limited(model: Any, images: Tensor) -> Tensor:
+        if len(images) > 100:
+            raise torch.OutOfMemoryError("too many images")
+        return forward(model, images)
+
+    monkeypatch.setattr(timm.models.resnet.ResNet, "forward", limited)
+    found = train(config, digits, device=CPU, execution=Execution(probe=True))
+    assert torch.allclose(found.val_logits, result.val_logits, atol=1e-2)
+
+
 def test_bf16_is_used_for_the_features(config: TrainConfig, digits: Splits, result: TrainResult) -> None:
     found = train(config.override({"precision.autocast": "bf16"}), digits, device=CPU)
     assert not torch.equal(found.val_logits, result.val_logits)
