@@ -14,7 +14,7 @@ from hpo.workers.work import Work
 
 
 def worker(options: WorkerOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None) -> Study:
-    """Run trials of a study until none is waiting.
+    """Run trials of a study until none is waiting, or its time limit does not allow another.
 
     Raises:
         HpoError: There is no such study, or it has other images.
@@ -63,6 +63,5 @@ def _train(study: Study, work: Work, reporter: Reporter) -> None:
     with reporter.study(study) as view:
         while study.queue.waiting() or study.queue.requeue_lost():
             if not work.run(view):
-                reporter.say("no further trial fits the time limit of the study")
                 return
             study.queue.reclaim()

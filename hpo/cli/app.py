@@ -58,7 +58,9 @@ def worker(options: of.WorkerOptions) -> None:
         study = worker(options, terminal, interrupts)
         counts = study.counts()
         others = f"; {counts.running} running in other workers" if counts.running else ""
-        terminal.say(f"no trial is waiting: {progress_text(study, counts.finished)}{others}")
+        waiting = study.queue.waiting()
+        left = f"no further trial fits the time limit, {waiting} waiting" if waiting else "no trial is waiting"
+        terminal.say(f"{left}: {progress_text(study, counts.finished)}{others}")
 
 
 @command(app, of.TrainOptions)

@@ -125,6 +125,8 @@ def test_no_trial_begins_after_the_limit_and_the_rest_stay_queued(
     finished = len(finished_of(study))
     assert 0 < finished < 60
     assert f"{finished} of 60 trials are done and safe; more time with --minutes 0.4" in said
+    left = f"no further trial fits the time limit, {60 - finished} waiting: {finished} of 60 trials finished"
+    assert left in run_hpo("worker", "own")
     began = [trial.datetime_start for trial in trials_of(study) if trial.datetime_start is not None]
     assert max(began) - min(began) < timedelta(seconds=12)
 
