@@ -312,4 +312,5 @@ def pretrained_file(path: Path, name: str = "test_resnet") -> Path:
 
 @pytest.mark.parametrize("name", ["imbalanced", "intel_scenes"])
 def test_a_space_for_any_images_requires_data(name: str, run_hpo: RunHpo) -> None:
-    assert "path/to/images" in run_hpo.fails("run", name, "--set", "model.pretrained=false")
+    run_hpo("run", name, "--set", "model.pretrained=false", code=2)
+    assert "hpo: data.name: path/to/images is neither" in run_hpo.error.splitlines()[-1]

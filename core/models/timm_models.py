@@ -162,7 +162,7 @@ def _in_folder(cfg: Any) -> Path | None:
 
 
 @functools.cache
-def _say(name: str, source: str) -> None:
+def _log_source(name: str, source: str) -> None:
     """Log once where a model's weights are from."""
     logger.info("timm/%s starts from %s", name, source)
 
@@ -172,7 +172,7 @@ def _published(name: str, cfg: Any) -> dict[str, Any]:
     if not cfg.has_weights:
         raise UserError(f"model.pretrained: timm has no weights for {name}; set it to false, or choose another model")
     if not cfg.hf_hub_id:
-        _say(name, cfg.url)
+        _log_source(name, cfg.url)
         return {"pretrained": True}
     for file in WEIGHT_FILES:
         path = huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, file, cache_dir=hub.HF_HUB_CACHE)
@@ -180,21 +180,22 @@ def _published(name: str, cfg: Any) -> dict[str, Any]:
             break
     else:
         path = _download(name, cfg.hf_hub_id)
-    _say(name, f"the weights of {cfg.hf_hub_id} in {hub.HF_HUB_CACHE}")
     # Deleting only the link to the blob would not help.
     advice = f"delete {Path(path).parents[2]}, and the next run downloads them again"
-    return _pretrained({"state_dict": read_weights(Path(path), "model.pretrained", advice)})
+    weights = read_weights(Path(path), "model.pretrained", advice)
+    _log_source(name, f"the weights of {cfg.hf_hub_id} in {hub.HF_HUB_CACHE}")
+    return _pretrained({"state_dict": weights})
 
 
 def _from_file(name: str, path: Path, arguments: dict[str, Any], cfg: Any) -> dict[str, Any]:
     """Arguments for the weights in a file, after checking that they are this model's."""
-    _say(name, str(path))
     weights = read_weights(path, "model.pretrained_file", "give a file of the state dict alone")
     weights = without_prefix(weights, _first(cfg.first_conv), path)
     classes, channels = _outputs(weights, cfg), _inputs(weights, cfg, arguments["in_chans"])
     overlay = {"state_dict": weights, "num_classes": classes, "input_size": (channels, *cfg.input_size[1:])}
     own = arguments | {"num_classes": classes, "in_chans": channels}
     _check_fit(name, path, weights, own, _pretrained(overlay), cfg)
+    _log_source(name, str(path))
     return _pretrained(overlay)
 
 

@@ -208,11 +208,18 @@ def test_a_trial_that_is_slower_than_measured_is_saved_and_resumes_as_its_undist
     assert finished_of(study) == finished_of(tmp_path / "twin/own")
 
 
-def test_recipes_get_the_time_reserved_for_them(run_hpo: RunHpo, space_file: str, tmp_path: Path) -> None:
+def test_recipes_get_the_time_reserved_for_them(
+    run_hpo: RunHpo, space_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "other.yaml").write_text(OTHER)
     Path(space_file).write_text(SPACE + "recipes: [other.yaml]\n")
-    said = run_hpo("run", space_file, "--trials", "60", *EPOCHS, "--minutes", "0.2")
-    assert "more time with" in said
+    monkeypatch.setattr("hpo.search.loop.seconds_per_epoch", lambda *_, **__: 3.0)
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: 56.0)  # for two epochs: 112 of the 114 s
+    assert "1 of 1 trial finished" in run_hpo("run", space_file, "--trials", "1", "--minutes", "2")
+    assert (find_study("own").settings.deadline or {})["reserved_s"] == 6
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: 58.0)
+    said = run_hpo("run", space_file, "--trials", "1", "--minutes", "2", "--study", "another")
+    assert "0 of 1 trials are done and safe; more time with --minutes 4" in said
     assert "recipe other  accuracy" in said
 
 
