@@ -125,8 +125,9 @@ def test_no_trial_begins_after_the_limit_and_the_rest_stay_queued(
     finished = len(finished_of(study))
     assert 0 < finished < 60
     assert f"{finished} of 60 trials are done and safe; more time with --minutes 0.4" in said
-    left = f"no further trial fits the time limit, {60 - finished} waiting: {finished} of 60 trials finished"
-    assert left in run_hpo("worker", "own")
+    joined = run_hpo("worker", "own")  # perhaps with time for a short one
+    finished = len(finished_of(study))
+    assert f"no further trial fits the time limit, {60 - finished} waiting: {finished} of 60 trials finished" in joined
     began = [trial.datetime_start for trial in trials_of(study) if trial.datetime_start is not None]
     assert max(began) - min(began) < timedelta(seconds=12)
 
