@@ -268,9 +268,7 @@ def _check_network(space: SearchSpace, splits: Splits) -> None:
 
 
 def _model_names(space: SearchSpace) -> set[str]:
-    names = {space.baseline.model.name, *(recipe.config.model.name for recipe in space.recipes)}
-    searched = space.search.get("model.name")
-    return names | {str(name) for name in (searched.describe().get("choices", []) if searched else [])}
+    return space.names("model.name") | {recipe.config.model.name for recipe in space.recipes}
 
 
 def _pruner(space: SearchSpace) -> str:

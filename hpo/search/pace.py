@@ -11,7 +11,6 @@ from core.config import TrainConfig
 from core.data import Splits
 from core.loop import seconds_per_epoch
 from hpo.study import Study
-from hpo.study.deadline import OutOfTime
 from hpo.trials import trial_index_of
 
 PLAIN_S = "plain_epoch_s"
@@ -39,14 +38,12 @@ class Pace:
         plain_s = seconds_per_epoch(config, splits[0], device=self._device)
         trial.set_user_attr(PLAIN_S, plain_s)
         epochs = config.epochs * len(splits) - self._saved_epochs(trial_index)
-        if plain_s * self._correction() * epochs > self._study.deadline.left_s():
-            raise OutOfTime
+        self._study.deadline.check(plain_s * self._correction() * epochs)
 
     def epoch_ended(self, seconds: float) -> None:
         """Raise OutOfTime if another epoch as long as this one would end too late."""
         self._study.deadline.record()
-        if self._study.deadline.left_s() < seconds:
-            raise OutOfTime
+        self._study.deadline.check(seconds)
 
     def _correction(self) -> float:
         """Largest ratio of real to measured time among the last trials.

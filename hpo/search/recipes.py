@@ -108,8 +108,7 @@ def _check_time(study: Study, config: TrainConfig, splits: Sequence[Splits], dev
     if not study.deadline.is_set:
         return
     needed_s = seconds_per_epoch(config, splits[0], device=device) * config.epochs * len(splits)
-    if needed_s > study.deadline.left_s(trials=False):
-        raise OutOfTime
+    study.deadline.check(needed_s, trials=False)
 
 
 def _watched(study: Study, progress: StudyView, interrupts: Interrupts, name: str, config: TrainConfig) -> Watch:
@@ -122,8 +121,8 @@ def _watched(study: Study, progress: StudyView, interrupts: Interrupts, name: st
             shown(epoch)
             interrupts.check()
             deadline.record()
-            if epoch.epoch < config.epochs and deadline.left_s(trials=False) < epoch.elapsed_s / epoch.epoch:
-                raise OutOfTime
+            if epoch.epoch < config.epochs:
+                deadline.check(epoch.elapsed_s / epoch.epoch, trials=False)
 
         return epoch_ended
 

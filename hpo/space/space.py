@@ -226,6 +226,11 @@ class SearchSpace:
     def shown(self, trial: BaseTrial) -> dict[str, Any]:
         return dict(trial.params)
 
+    def names(self, path: str) -> set[str]:
+        """Return the names that a field may have: the baseline's, and the searched choices."""
+        searched = self.search[path].describe().get("choices", []) if path in self.search else []
+        return {str(name) for name in (self.baseline.flat()[path], *searched)}
+
     def baseline_params(self) -> dict[str, Any]:
         """The baseline as the parameters of trial 0."""
         params = self.express(self.baseline)
@@ -259,10 +264,7 @@ class SearchSpace:
             {path.removeprefix("data."): value for path, value in fixed.items() if path.startswith("data.")}
         )
         left_out = {"seed", "epochs", "data.name"}
-        averages = (
-            self.search["averaging.name"].describe().get("choices", []) if "averaging.name" in self.search else []
-        )
-        if "swa" not in (self.baseline.averaging.name, *averages):
+        if "swa" not in self.names("averaging.name"):
             left_out.add("averaging.swa_factor")  # version 0.1.0 did not have it: studies without SWA can be resumed
         kept = [path for path in fixed if path not in left_out and not path.startswith("data.")]
         identity = {

@@ -27,8 +27,7 @@ class Deadline:
     def begin(self, limit_s: float | None) -> None:
         """Begin or resume a run with a limit of seconds for all runs of the study; None removes the limit."""
         if limit_s is None:
-            if self._settings.deadline is not None:
-                self._settings.deadline = None
+            self._settings.deadline = None
             return
         used_s = self.used_s
         self._settings.deadline = {"limit_s": limit_s, "used_s": used_s, "ends_at": time.time() + limit_s - used_s}
@@ -62,11 +61,19 @@ class Deadline:
             return math.inf
         return float(found["ends_at"]) - time.time() - (float(found.get("reserved_s", 0.0)) if trials else 0.0)
 
+    def check(self, seconds: float, *, trials: bool = True) -> None:
+        """Raise OutOfTime if work of so many seconds would end too late; `trials` as in `left_s`."""
+        if seconds > self.left_s(trials=trials):
+            raise OutOfTime
+
     def record(self, *, force: bool = False) -> None:
         """Store the used time, unless that was done a short time ago."""
-        found, now = self._settings.deadline, time.monotonic()
-        if found is None or (now - self._recorded_at < RECORD_EVERY_S and not force):
+        now = time.monotonic()
+        if now - self._recorded_at < RECORD_EVERY_S and not force:
             return
         self._recorded_at = now
+        found = self._settings.deadline
+        if found is None:
+            return
         used_s = found["limit_s"] - (found["ends_at"] - time.time())
         self._settings.deadline = {**found, "used_s": min(max(used_s, found["used_s"]), found["limit_s"])}

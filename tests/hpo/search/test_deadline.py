@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from hpo.search import pace
 from hpo.study import find_study
 from hpo.study.deadline import Deadline
 from hpo.study.settings import StudySettings
-from tests.hpo.commands import SPACE, RunHpo, Start, started_runs
+from tests.hpo.commands import SPACE, RunHpo, Start
 from tests.hpo.storage.journals import finished_of, trials_of
 from tests.hpo.workers.processes import wait_until
 
@@ -36,19 +36,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         offset[0] += seconds
 
     return advance
-
-
-@pytest.fixture
-def space_file(tmp_path: Path) -> str:
-    file = tmp_path / "own.yaml"
-    file.write_text(SPACE)
-    return str(file)
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    with started_runs() as begin:
-        yield begin
 
 
 def a_deadline() -> Deadline:
