@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def studies_root() -> Path:
 def no_studies() -> str:
     """The sentence about a folder without studies."""
     return f"no studies in {studies_root()} yet; begin with: hpo run digits"
+
+
+def _trainings_root() -> Path:
+    """The folder of trainings that belong to no study."""
+    return studies_root() / "trainings"
 
 
 def cache_root() -> Path:
@@ -65,7 +71,7 @@ class TrainingPaths:
     def of(cls, name: str, *identity: str) -> TrainingPaths:
         """The folder of `hpo train`, one per configuration and data set, to be resumed."""
         digest = hashlib.sha256("/".join(identity).encode()).hexdigest()
-        return cls(studies_root() / "trainings" / f"{name}-{digest[:8]}")
+        return cls(_trainings_root() / f"{name}-{digest[:8]}")
 
     @property
     def config(self) -> Path:
@@ -130,6 +136,11 @@ class StudyPaths:
     def inside(self, file: Path) -> str:
         """Return a name such as `trials/00003/model.safetensors`."""
         return file.relative_to(self.dir).as_posix()
+
+    @property
+    def study(self) -> str | None:
+        """The study's name; None if the folder is not a study's."""
+        return self.name
 
     @property
     def journal(self) -> Path:
@@ -262,8 +273,31 @@ class StudyPaths:
         return sorted((self.dir / "refit").glob(f".{label}.*.pt"))
 
 
+@dataclass(frozen=True)
+class RecipePaths(StudyPaths):
+    """Names in the folder of a recipe's training (`TrainingPaths`) that is refitted without a study."""
+
+    fingerprint: str
+    """Of the data set, whose openings are counted over all recipes."""
+
+    @property
+    def study(self) -> None:
+        return None
+
+    @property
+    def test_openings(self) -> Path:
+        return _trainings_root() / "test_openings" / f"{self.fingerprint[:12]}.jsonl"
+
+
+def recipe_refits(name: str) -> list[Path]:
+    """Existing folders of submission models of a recipe, over all data sets and settings."""
+    own = re.compile(re.escape(name) + "-[0-9a-f]{8}")
+    folders = sorted(folder for folder in _trainings_root().glob("*/") if own.fullmatch(folder.name))
+    return [refit for folder in folders for refit in StudyPaths(folder).refits()]
+
+
 def refit_label(trial: str, folds: int | None, members: int | None = None) -> str:
-    """Return the name of a submission model's folder: `best` or a trial, and the number of folds or members."""
+    """Return the name of a submission model's folder: `best`, a trial or `recipe`, with the number of networks."""
     if folds is not None:
         return f"{trial}.folds{folds}"
     return trial if members is None else f"{trial}.members{members}"

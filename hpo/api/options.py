@@ -163,6 +163,13 @@ SetOption = Annotated[
         "Set a field, for example epochs=3; a searched field is pinned to the value. Repeatable.", metavar="KEY=VALUE"
     ),
 ]
+Metric = Annotated[
+    str | None,
+    option(
+        "Metric to report, and for early stopping and plateau schedules to watch: accuracy, macro_f1, "
+        "balanced_accuracy or nll. By default accuracy, or of a trial its study's.",
+    ),
+]
 SkipBroken = Annotated[bool, option("Skip unreadable image files and report their number.")]
 Storage = Annotated[str | None, option("URL of the study's storage, if it has a password.", secret=True)]
 
@@ -315,10 +322,7 @@ class TrainOptions(DataOptions, DeviceOptions):
     )
     storage: Storage = None
     set: SetOption = ()
-    metric: str | None = option(
-        "Metric to report, and for early stopping and plateau schedules to watch: accuracy, macro_f1, "
-        "balanced_accuracy or nll. By default accuracy, or with --from the study's.",
-    )
+    metric: Metric = None
     skip_broken: SkipBroken = False
     profile: bool = option("First measure how the time of an epoch is spent, as a table.", False)
 
@@ -341,9 +345,14 @@ class ConfirmOptions(ChosenStudy, DataOptions, PlacementOptions):
 class RefitOptions(DataOptions, DeviceOptions):
     """Options of `hpo refit`."""
 
-    trial: str = option("`best`, or the number of a trial.", ..., argument=True)
+    trial: Text = option(
+        "`best`, the number of a trial, or a recipe: a name from `hpo space list`, or a YAML file.", ..., argument=True
+    )
     study: Study = None
     storage: Storage = None
+    set: SetOption = ()
+    metric: Metric = None
+    skip_broken: SkipBroken = False
     folds: int | None = option("Train an ensemble of K networks, each without another K-th of the images.", metavar="K")
     members: int | None = option(
         "Train K networks on all images from different seeds: an ensemble, or one network with their averaged "
@@ -363,6 +372,9 @@ class RefitKeywords(TypedDict, total=False):
 
     data: str | Path | None
     storage: str | None
+    set: Mapping[str, Any]
+    metric: str | None
+    skip_broken: bool
     folds: int | None
     members: int | None
     onnx: bool
@@ -374,7 +386,8 @@ class PredictOptions(DeviceOptions):
     """Options of `hpo predict`."""
 
     bundle: Text = option(
-        "`best` of the study that ran last, a study with one refitted model, or a folder written by `hpo refit`.",
+        "`best` of the study that ran last, a study or recipe with one refitted model, or a folder written by "
+        "`hpo refit`.",
         ...,
         argument=True,
     )

@@ -1,4 +1,4 @@
-"""`hpo refit`: turn the winner of a search, or any trial, into a submission model.
+"""`hpo refit`: turn the winner of a search, any trial, or a recipe into a submission model.
 
 What needs torch or Optuna is imported in functions, so that a wrong name is reported at once.
 """
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from hpo.api.options import ConfirmOptions, RefitOptions
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
-from hpo.errors import StudyError
-from hpo.paths import refit_label
+from hpo.errors import SpaceError, StudyError
+from hpo.paths import RecipePaths, StudyPaths, refit_label
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
 from hpo.study import find_study
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from core.config import TrainConfig
+    from core.data import Dataset
+    from hpo.space import Recipe
     from hpo.study import Study
     from hpo.submission import Refitted
+
+BEST = "best"
 
 # Networks of an ensemble, as `data.folds` and a bundle allow.
 FEWEST, MOST = 2, 20
@@ -31,7 +35,9 @@ FEWEST, MOST = 2, 20
 class RefitResult:
     """The outcome of `refit`."""
 
-    study: Study
+    study: Study | None
+    """None if a recipe was refitted."""
+    metric: str
     refitted: Refitted
     confirmation: Confirmation | None
     """The confirmation that the configuration was chosen by."""
@@ -60,21 +66,23 @@ class _Choice:
 
 
 def refit(options: RefitOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None) -> RefitResult:
-    """Retrain a trial on training and validation images into a submission model, and open the test set.
+    """Retrain a trial or a recipe on training and validation images into a submission model, and open the test set.
 
     `best` is confirmed first, unless `options.confirm` is off.
 
     Raises:
-        HpoError: There is no such study or trial, or it cannot be refitted.
+        HpoError: There is no such study, trial or recipe, or it cannot be refitted.
         CoreError: The data, the network or the device cannot be used.
         KeyboardInterrupt: Stopped; the same call resumes from the last checkpoint.
     """
     reporter, interrupts = reporter or Silent(), interrupts or Interrupts()
     with interrupts.let_through():
         _check_networks(options)
+        recipe = None if _is_trial(options) else _recipe(options)
+    if recipe is not None:
+        return _refit_recipe(recipe, options, reporter, interrupts)
+    with interrupts.let_through():
         study = find_study(options.study, storage_url=options.storage)
-        if options.trial != "best" and not options.trial.isdecimal():
-            raise StudyError(f"hpo refit {options.trial}: give `best`, or the number of a complete trial")
         from core.runtime import describe_device, select_device
         from hpo import submission
         from hpo.api.common import open_dataset, trainings
@@ -115,9 +123,103 @@ def refit(options: RefitOptions, reporter: Reporter | None = None, interrupts: I
             search=submission.search_summary(study),
             watch=watch,
         )
-    in_folds = options.folds is not None or (options.members is None and config.data.folds is not None)
-    validation = "out-of-fold" if in_folds else "validation"
-    return RefitResult(study, refitted, choice.confirmation, validation, dataset.labels, dataset.n_test)
+    return _result(study, study.metric, refitted, choice.confirmation, _divided(config, options), dataset)
+
+
+def _is_trial(options: RefitOptions) -> bool:
+    """Whether `best` or a number is given, and not a recipe; StudyError if other options do not fit it."""
+    is_trial = options.trial == BEST or options.trial.isdecimal()
+    if is_trial:
+        for flag, given in (
+            ("--set", options.set),
+            ("--metric", options.metric),
+            ("--skip-broken", options.skip_broken),
+        ):
+            if given:
+                raise StudyError(
+                    f"hpo refit {options.trial} {flag}: a trial is refitted as it was trained; give a recipe"
+                )
+    else:
+        for flag, given in (("--study", options.study), ("--storage", options.storage)):
+            if given is not None:
+                raise StudyError(
+                    f"hpo refit {options.trial} {flag}: a recipe belongs to no study; give `{BEST}` or the number of a "
+                    f"trial, or leave {flag} out"
+                )
+    return is_trial
+
+
+def _refit_recipe(recipe: Recipe, options: RefitOptions, reporter: Reporter, interrupts: Interrupts) -> RefitResult:
+    with interrupts.let_through():
+        from core.data import folds
+        from core.runtime import describe_device, select_device
+        from hpo import submission
+        from hpo.api.common import open_dataset, report_data, trainings
+        from hpo.api.train import check_metric, training_paths
+        from hpo.submission.onnx_export import check_onnx
+
+        check_metric(options.metric)
+        config, metric, device = recipe.config, options.metric or "accuracy", select_device(options.device)
+        if options.onnx:
+            check_onnx()
+        dataset = open_dataset(config.data, options.data, skip_broken=options.skip_broken, reporter=reporter)
+        splits = folds(dataset, _divided(config, options).data)
+        report_data(dataset, splits, reporter)
+    folder = training_paths(recipe.name, config, metric, dataset).dir
+    reporter.say(f"refitting recipe {recipe.name}{_networks(options, config)}; {describe_device(device)}")
+    with trainings(reporter, "refit", epochs=config.epochs, metric=metric, interrupts=interrupts) as watch:
+        refitted = submission.refit(
+            RecipePaths(folder, dataset.fingerprint),
+            number=None,
+            label=refit_label("recipe", options.folds, options.members),
+            config=config,
+            epochs=None,
+            dataset=dataset,
+            metric=metric,
+            device=device,
+            recipe=recipe.name,
+            ensemble=options.folds,
+            members=options.members,
+            onnx=options.onnx,
+            watch=watch,
+        )
+    return _result(None, metric, refitted, None, _divided(config, options), dataset)
+
+
+def _result(
+    study: Study | None,
+    metric: str,
+    refitted: Refitted,
+    confirmation: Confirmation | None,
+    divided: TrainConfig,
+    dataset: Dataset,
+) -> RefitResult:
+    validation = "validation" if divided.data.folds is None else "out-of-fold"
+    return RefitResult(study, metric, refitted, confirmation, validation, dataset.labels, dataset.n_test)
+
+
+def _recipe(options: RefitOptions) -> Recipe:
+    """Load the recipe; StudyError with all that can be given if there is none of this name."""
+    from hpo.space import load_recipe
+    from hpo.space.catalogue import find
+
+    word = options.trial
+    try:
+        find(word, "recipe")
+    except SpaceError as error:
+        is_study = StudyPaths.of(word).study_yaml.is_file()
+        why = f"{word} is a study: hpo refit {BEST} --study {word}" if is_study else f"{error}"
+        raise StudyError(
+            f"hpo refit {word}: give `{BEST}`, the number of a complete trial, or a recipe from hpo space list ({why})"
+        ) from error
+    return load_recipe(word, options.set)
+
+
+def _divided(config: TrainConfig, options: RefitOptions) -> TrainConfig:
+    """The configuration whose folds are trained before the decisions."""
+    if options.folds is None and options.members is None:
+        return config
+    return config.override({"data.folds": options.folds})
 
 
 def _check_networks(options: RefitOptions) -> None:
@@ -147,7 +249,7 @@ def _choose(study: Study, options: RefitOptions, reporter: Reporter, interrupts:
     Raises:
         StudyError: The study is a confirmation, or has no such complete trial.
     """
-    if options.trial != "best":
+    if options.trial != BEST:
         number = int(options.trial)
         return _of_trial(study, number, f"{number:05d}")
     from hpo.api.confirm import check_is_search
@@ -161,7 +263,7 @@ def _choose(study: Study, options: RefitOptions, reporter: Reporter, interrupts:
     reporter.say(f"not confirmed: trial {best.number} is the best by its one validation score, {score}")
     if study.paths.confirmation.exists():
         reporter.say(f"  {study.paths.confirmation} is ignored (--no-confirm)")
-    return _of_trial(study, best.number, "best")
+    return _of_trial(study, best.number, BEST)
 
 
 def _of_trial(study: Study, number: int, label: str) -> _Choice:
@@ -187,4 +289,4 @@ def _winner(study: Study, options: RefitOptions, reporter: Reporter, interrupts:
     else:
         trained = study.trained(winner.trial)
         config, epochs = trained.config, trained.epochs
-    return _Choice(winner.name, "best", winner.trial, config, epochs, winner.recipe, confirmation)
+    return _Choice(winner.name, BEST, winner.trial, config, epochs, winner.recipe, confirmation)

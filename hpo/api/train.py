@@ -77,7 +77,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None, interrupts: I
             replay.check(dataset)
         splits = on_device(folds(dataset, config.data), device)
         report_data(dataset, splits, reporter)
-        paths = _paths(plan, dataset)
+        paths = training_paths(plan.name, config, metric, dataset)
         if options.profile:
             profile_training(config, splits[0], paths, name=plan.name, device=device, reporter=reporter)
     reporter.say(f"training {plan.name}: {config.epochs} epochs; {describe_device(device)}")
@@ -95,8 +95,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None, interrupts: I
 
 def _resolve(options: TrainOptions, reporter: Reporter) -> TrainPlan:
     """Look up the recipe or the trial; UserError if neither or both are given, or there is no such metric."""
-    if options.metric is not None and options.metric not in metrics.METRICS:
-        raise UserError(f"--metric {options.metric}: no such metric; give one of {', '.join(metrics.METRICS)}")
+    check_metric(options.metric)
     if options.trial is not None:
         if options.recipe is not None:
             raise UserError(f"give the recipe {options.recipe} or --from {options.trial}, and not both")
@@ -130,10 +129,17 @@ def _of_trial(options: TrainOptions, trial: str, reporter: Reporter) -> TrainPla
     )
 
 
-def _paths(plan: TrainPlan, dataset: Dataset) -> TrainingPaths:
+def check_metric(metric: str | None) -> None:
+    """Raise UserError if `--metric` names no metric."""
+    if metric is not None and metric not in metrics.METRICS:
+        raise UserError(f"--metric {metric}: no such metric; give one of {', '.join(metrics.METRICS)}")
+
+
+def training_paths(name: str, config: TrainConfig, metric: str, dataset: Dataset) -> TrainingPaths:
+    """Return the folder of a training outside a study: one per configuration, metric, images and weights file."""
     # Early stopping and plateau schedules watch the metric, so it is part of the identity; accuracy is the default.
-    watched = None if plan.metric == "accuracy" else plan.metric
-    file = plan.config.model.pretrained_file
+    watched = None if metric == "accuracy" else metric
+    file = config.model.pretrained_file
     weights = None if file is None else weights_fingerprint(file)
-    identity = (plan.config.model_dump_json(), dataset.fingerprint, watched, weights)
-    return TrainingPaths.of(plan.name, *filter(None, identity))
+    identity = (config.model_dump_json(), dataset.fingerprint, watched, weights)
+    return TrainingPaths.of(name, *filter(None, identity))

@@ -90,7 +90,10 @@ def confirm(options: of.ConfirmOptions) -> None:
 
 @command(app, of.RefitOptions)
 def refit(options: of.RefitOptions) -> None:
-    """Retrain a trial on train+val into a submission model, and open the test set. `best` is confirmed first."""
+    """Retrain a trial or a recipe on train+val into a submission model, and open the test set.
+
+    `best` is confirmed first.
+    """
     from hpo.cli.library import refit_and_show
 
     refit_and_show(options, Terminal())

@@ -99,18 +99,18 @@ def run(space: str | Path, *, quiet: bool = False, **options: Unpack[RunKeywords
 @_takes(RefitOptions)
 def refit(
     study: Study | str | None = None,
-    trial: int | str = "best",
+    trial: int | str | Path = "best",
     *,
     quiet: bool = False,
     **options: Unpack[RefitKeywords],
 ) -> LoadedBundle:
-    """Retrain a trial on training and validation images into a submission model, as `hpo refit` does.
+    """Retrain a trial or a recipe on training and validation images into a submission model, as `hpo refit` does.
 
     This opens the test set.
 
     Args:
         study: The return value of `run`, or a name; by default the study that ran last.
-        trial: `best`, or the number of a trial.
+        trial: `best`, the number of a trial, or a recipe: a name from `hpo space list`, or a YAML file.
         quiet: Show nothing.
 
     Returns:

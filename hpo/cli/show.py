@@ -227,10 +227,10 @@ def is_imbalanced(labels: Tensor) -> bool:
 def show_refit(result: RefitResult, reporter: Reporter) -> None:
     """Show the decisions, the test scores, and how to use the model."""
     done, study, say = result.refitted, result.study, reporter.say
-    _show_decisions(done, study.metric, result.validation, reporter)
+    _show_decisions(done, result.metric, result.validation, reporter)
     scores = ["accuracy", "macro_f1", "loss"]
-    if study.metric == "balanced_accuracy":
-        scores.insert(1, study.metric)
+    if result.metric == "balanced_accuracy":
+        scores.insert(1, result.metric)
     plain = done.decision.views == "none" and done.decision.temperature.value == 1
     chosen = [done.decision.views, f"{done.decision.temperature.value:.3g}"]
     reporter.table(
@@ -245,13 +245,16 @@ def show_refit(result: RefitResult, reporter: Reporter) -> None:
     )
     show_classes(done.test_per_class, result.labels, f"{result.test_images:,} test images", reporter)
     times = "once" if done.openings == 1 else f"{done.openings} times"
-    say(f"the test set of this study has now been opened {times}")
+    whose = "by this study" if study is not None else "by refits of recipes"
+    say(f"the test set has now been opened {times} {whose}")
     if done.onnx_difference is not None:
         say(f"ONNX: its probabilities differ from torch's by at most {done.onnx_difference:.1e}")
     say(f"written to {done.dir}, with a model card in its README.md")
     say()
-    commands = [f"hpo predict {shlex.quote(str(done.dir))} IMAGES -o submission.csv", command(study, "report")]
-    commands += [] if result.confirmation is None else unproven(study, result.confirmation)
+    commands = [f"hpo predict {shlex.quote(str(done.dir))} IMAGES -o submission.csv"]
+    if study is not None:
+        commands.append(command(study, "report"))
+        commands += [] if result.confirmation is None else unproven(study, result.confirmation)
     _show_next(commands, reporter)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class Refitted:
     """95 % interval of each score of `test`."""
     test_per_class: list[dict[str, str | float | int]]
     openings: int
-    """How often the study's test set has been opened, including this time."""
+    """How often the test set has been opened, including this time: by the study or, without one, by recipes."""
     onnx_difference: float | None
     """Largest difference of a probability between the ONNX file and torch; None without such a file."""
 
@@ -76,7 +77,7 @@ def refit(
     number: int | None,
     label: str,
     config: TrainConfig,
-    epochs: int,
+    epochs: int | None,
     dataset: Dataset,
     metric: str,
     device: torch.device,
@@ -95,7 +96,8 @@ def refit(
     Args:
         number: Trial whose kept weights are used if possible; None if no trial has the configuration.
         label: Name of the bundle's folder.
-        epochs: Epochs of the training on all images.
+        epochs: Epochs of the training on all images; None for the kept epoch of the training before, of several
+            networks the mean.
         metric: The study's objective, which chooses the views and the form.
         ensemble: Number of networks trained on different folds; None for no ensemble of folds.
         members: Number of networks trained on all images with different seeds, validated on `data.val_fraction` even
@@ -113,7 +115,7 @@ def refit(
         check_onnx()
     trainer = Trainer(paths, number, label, config, metric, device, watch)
     trained = _trained(trainer, dataset, epochs=epochs, ensemble=ensemble, members=members)
-    openings = _record_opening(paths, label, number)
+    openings = _record_opening(paths, label, number, recipe)
     tested = Tested.by(trained.networks, trained.decision, dataset.open_test())
     report = {"trial": number, "recipe": recipe, "objective": metric, **_report(trained, tested, dataset)}
     report["search"] = None if search is None else dict(search)
@@ -160,7 +162,9 @@ class _Trained:
     elapsed_s: float
 
 
-def _trained(trainer: Trainer, dataset: Dataset, *, epochs: int, ensemble: int | None, members: int | None) -> _Trained:
+def _trained(
+    trainer: Trainer, dataset: Dataset, *, epochs: int | None, ensemble: int | None, members: int | None
+) -> _Trained:
     config = trainer.config
     if ensemble is not None or members is not None:
         config = config.override({"data.folds": ensemble})
@@ -170,8 +174,9 @@ def _trained(trainer: Trainer, dataset: Dataset, *, epochs: int, ensemble: int |
     logger.info("choosing views and temperature on %s", images)
     decision = decide(networks, trainer.metric, folds=ensemble is not None, members=members is not None)
     elapsed_s = sum(network.elapsed_s for network in networks)
+    kept = [network.kept_epoch(trainer.metric) for network in networks]
     if ensemble is None:
-        rows = networks[0].rows
+        rows, epochs = networks[0].rows, int(fmean(kept) + 0.5) if epochs is None else epochs
         del networks  # free the device's memory for the training
         networks = trainer.on_all_images(config, splits[0].whole(), rows, epochs, members)
         elapsed_s += sum(network.elapsed_s for network in networks)
@@ -183,17 +188,18 @@ def _trained(trainer: Trainer, dataset: Dataset, *, epochs: int, ensemble: int |
         networks=networks,
         members=members,
         rows=all_rows,
-        epochs=epochs if ensemble is None else [network.kept_epoch(trainer.metric) for network in networks],
+        epochs=kept if ensemble is not None or epochs is None else epochs,
         in_folds=ensemble is not None,
         folds=len(splits),
         elapsed_s=elapsed_s,
     )
 
 
-def _record_opening(paths: StudyPaths, label: str, number: int | None) -> int:
+def _record_opening(paths: StudyPaths, label: str, number: int | None, recipe: str | None) -> int:
     file = paths.test_openings
     file.parent.mkdir(parents=True, exist_ok=True)
-    append_line(file, {"opened": datetime.now(UTC).isoformat(timespec="seconds"), "label": label, "trial": number})
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    append_line(file, {"opened": now, "label": label, "trial": number, "recipe": recipe})
     return sum(1 for line in file.read_text().splitlines() if json.loads(line))
 
 
@@ -234,7 +240,7 @@ def _write(
     trainer: Trainer, trained: _Trained, tested: Tested, dataset: Dataset, report: dict[str, Any], *, onnx: bool
 ) -> float | None:
     target, difference = trainer.paths.refit(trainer.label), None
-    model = _model(trained, dataset, study=trainer.paths.name, number=trainer.number)
+    model = _model(trained, dataset, study=trainer.paths.study, number=trainer.number)
     with bundle.writing(target) as folder:
         model.write(folder, [network.model for network in trained.networks], report)
         tested.write(folder, dataset)
@@ -248,7 +254,7 @@ def _write(
     return difference
 
 
-def _model(trained: _Trained, dataset: Dataset, *, study: str, number: int | None) -> bundle.Bundle:
+def _model(trained: _Trained, dataset: Dataset, *, study: str | None, number: int | None) -> bundle.Bundle:
     return bundle.Bundle(
         config=trained.networks[0].config,
         classes=dataset.classes,

@@ -33,8 +33,8 @@ SURFACE = {
         --budget:float[0..] --data:Path --device --devices --per-device --storage --workers:int[1..] study
     """,
     "refit": """
-        --confirm/--no-confirm:bool=True --data:Path --device --folds:int --members:int --onnx:bool --storage
-        --study trial!
+        --confirm/--no-confirm:bool=True --data:Path --device --folds:int --members:int --metric --onnx:bool
+        --set:list* --skip-broken:bool --storage --study trial!
     """,
     "predict": """
         --device --like:Path --output/-o:Path=submission.csv --probabilities:bool --skip-broken:bool bundle!

@@ -130,3 +130,9 @@ def test_a_probe_is_left_out_where_pretraining_is_ruled_out(folder: Path, caplog
     (folder / "space.yaml").write_text(scratch + "recipes: [probe.yaml]\n")
     assert load_space(folder / "space.yaml", ["model.pretrained=false"]).recipes == ()
     assert "recipe probe is left out" in caplog.text
+
+
+def test_a_probe_is_refitted_without_a_study(folder: Path, run_hpo: RunHpo) -> None:
+    assert "opened once by refits of recipes" in run_hpo("refit", "probe.yaml")
+    [bundle] = (folder / "studies/trainings").glob("probe-*/refit/recipe")
+    assert json.loads((bundle / "metrics.json").read_text())["test"]["with_tta"]["accuracy"] > 0.7

@@ -58,7 +58,10 @@ def test_a_folder_of_a_model_is_itself_before_any_study(studies: Path) -> None:
     [
         ("pets", r"study pets has 2 models; give one of studies/pets/refit/00003, studies/pets/refit/best"),
         ("new", r"study new has no refitted model yet; make one with: hpo refit best --study new"),
-        ("cats", r"cats: no such model; give `best`, a study \(birds, new, pets\), or a folder written by hpo refit"),
+        (
+            "cats",
+            r"cats: no such model; give `best`, a study \(birds, new, pets\), a refitted recipe, or a folder written",
+        ),
     ],
 )
 def test_an_ambiguous_or_missing_model_is_one_line(studies: Path, name: str, message: str) -> None:
