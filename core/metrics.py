@@ -5,6 +5,7 @@ Definitions are scikit-learn's; the expected calibration error is that of arXiv 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -189,6 +190,28 @@ def value(scores: Scores, metric: str) -> float:
         raise ValueError(f"{metric!r} is not a metric; choose from {', '.join(METRICS)}")
     found: float = getattr(scores, "loss" if metric == "nll" else metric)
     return found
+
+
+def standard_error(logits: Tensor, labels: Tensor, metric: str) -> float:
+    """Return the standard error of a metric in `METRICS`, by the number of images; positive.
+
+    The error of a proportion counts one more hit and one more miss (Agresti and Coull 1998), so that it is not 0 where
+    all predictions are alike. That of macro-F1 is approximated by that of the balanced accuracy.
+    """
+    if metric == "nll":
+        losses = F.cross_entropy(logits.double(), labels, reduction="none")
+        return max(float(losses.std(correction=0)) / math.sqrt(len(labels)), math.ulp(1.0))
+    counts = confusion(logits, labels).double()
+    hits, support = counts.diagonal(), counts.sum(1)
+    if metric == "accuracy":
+        return float(_proportion_variance(hits.sum(), support.sum()).sqrt())
+    present = support > 0
+    return float(_proportion_variance(hits[present], support[present]).sum().sqrt() / present.sum())
+
+
+def _proportion_variance(hits: Tensor, images: Tensor) -> Tensor:
+    share = (hits + 1) / (images + 2)
+    return share * (1 - share) / images
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def train_all(work: Work, view: StudyView) -> bool:
     """Train a study's trials until none is waiting or running, here or in another process.
 
     Returns:
-        False if the study's deadline does not allow another trial.
+        False if the study's deadline or patience does not allow another trial.
     """
     queue = work.study.queue
     while queue.waiting() or wait_for_others(work.study, work.interrupts) or queue.requeue_lost():

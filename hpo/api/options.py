@@ -237,6 +237,10 @@ class RunOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):
         ge=0.001,
     )
     minutes: float | None = option("The same in minutes; added to --hours.", metavar="M", ge=0.05)
+    patience: bool = option(
+        "Stop when the chance that one of 20 more trials beats the best by over its standard error is below 10 %.",
+        False,
+    )
     study: str | None = option("Name of the study; by default the space's.")
     storage: str | None = option(
         "Any Optuna storage URL; by default a journal file in the study's folder.", secret=True
@@ -280,6 +284,7 @@ class RunKeywords(TypedDict, total=False):
     trials: int | None
     hours: float | None
     minutes: float | None
+    patience: bool
     study: str | None
     data: str | Path | None
     storage: str | None

@@ -20,7 +20,7 @@ from hpo.dashboard.notes import note_study
 from hpo.dashboard.pictures import study_overview
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
-from hpo.report.words import entry_name
+from hpo.report.words import entry_name, patience_text
 from hpo.reporter import Reporter
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import Estimate
@@ -95,6 +95,7 @@ class Search:
         self._report_requeued(study, study.queue.reclaim(force=self.options.reclaim))
         study.queue.ensure_trials(total)
         study.deadline.begin(self.options.limit_s)
+        study.patience.begin(self.options.patience)
         self._report_start(done, total)
         if self.placement.none:
             return SearchResult(study, queued=study.queue.waiting())
@@ -158,7 +159,7 @@ class Search:
 
     def _train(self, work: Work, trials: int) -> None:
         study, space = work.study, self.space
-        if study.deadline.left_s() <= 0:
+        if study.deadline.left_s() <= 0 or (trials and study.patience.is_over):
             self._report_end(study)
             return
         recipes = len(pending_recipes(study, space))
@@ -167,9 +168,9 @@ class Search:
             if study.deadline.is_set:
                 self._fit_into_time(study, estimate, trials, recipes)
         with self.reporter.study(study) as view:
-            in_time = train_all(work, view)
+            all_done = train_all(work, view)
             keep_best_weights(study, folds=space.baseline.data.folds or 1, options=self.options)
-            if not in_time:
+            if not all_done:
                 self._report_end(study)
             if pending_recipes(study, space):
                 run_recipes(
@@ -215,7 +216,10 @@ class Search:
             )
 
     def _report_end(self, study: Study) -> None:
-        """Show how far the study came within its time, and how to give it more."""
+        """Show how far the study came within its time or patience, and how to continue it."""
+        if study.deadline.left_s() > 0 and study.patience.is_over:
+            self.reporter.say(f"{patience_text(study)}; continue without --patience")
+            return
         limit_s = study.deadline.limit_s
         hours = self.options.hours is not None
         more = f"--hours {2 * limit_s / 3600:g}" if hours else f"--minutes {2 * limit_s / 60:g}"

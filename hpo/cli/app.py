@@ -51,7 +51,7 @@ def run(options: of.RunOptions) -> None:
 def worker(options: of.WorkerOptions) -> None:
     """Join a study: run waiting trials until none is left, with any number of workers on any machine."""
     from hpo.api.worker import worker
-    from hpo.report.words import progress_text
+    from hpo.report.words import patience_text, progress_text
 
     terminal = Terminal()
     with stoppable(terminal) as interrupts:
@@ -59,7 +59,8 @@ def worker(options: of.WorkerOptions) -> None:
         counts = study.counts()
         others = f"; {counts.running} running in other workers" if counts.running else ""
         waiting = study.queue.waiting()
-        left = f"no further trial fits the time limit, {waiting} waiting" if waiting else "no trial is waiting"
+        stopped = patience_text(study) if study.patience.is_over else "no further trial fits the time limit"
+        left = f"{stopped}, {waiting} waiting" if waiting else "no trial is waiting"
         terminal.say(f"{left}: {progress_text(study, counts.finished)}{others}")
 
 

@@ -17,6 +17,7 @@ from hpo.confirmation.statistics import MAX_REPLICATES
 from hpo.space.pruner import spared
 from hpo.storage import is_masked
 from hpo.study import Study
+from hpo.study.patience import AHEAD
 from hpo.text import count, counted, gap, score
 from hpo.trials import FAILURE, Counts
 
@@ -53,6 +54,17 @@ def describe(data: StudyData, trial: FrozenTrial) -> str:
 def entry_name(entry: Entry) -> str:
     """`the baseline`, `trial 12` or `recipe NAME`."""
     return "the baseline" if entry.is_baseline else entry.key
+
+
+def patience_text(study: Study) -> str:
+    """Why a study with patience has ended."""
+    now = study.patience.outlook()
+    assert now is not None, "the study has ended"
+    best = f"{text.METRIC_WORDS.get(study.metric, study.metric)} {score(now.best)}"
+    return (
+        f"a better trial is unlikely: after {count(now.trials, 'trial')}, the chance that one of {AHEAD} more beats "
+        f"the best ({best}) by more than its standard error ({now.error:.4f}) is {100 * now.chance:.0f} %"
+    )
 
 
 def states_text(counts: Counts) -> str:

@@ -27,13 +27,13 @@ from hpo.reporter import NO_PROGRESS, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.objective import Divide, Objective
 from hpo.search.options import TrialOptions
-from hpo.search.training import validation_confusion
+from hpo.search.training import standard_error, validation_confusion
 from hpo.search.weights import DEFAULTS, SpaceOnDisk, explain_full_disk, keep_outputs, keep_weights
 from hpo.space import ConfirmationSpace, SearchSpace
 from hpo.space.pruner import RungPruner, build_pruner, lets_through
 from hpo.study import Study
 from hpo.study.deadline import OutOfTime
-from hpo.trials import REASON, STOPPED, Outcome
+from hpo.trials import REASON, STANDARD_ERROR, STOPPED, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def run_study(
         splits: On the device: one, one per fold, or a function that splits the images for a configuration.
 
     Returns:
-        False if the study's deadline does not allow another trial.
+        False if the study's deadline or patience does not allow another trial.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after an epoch.
@@ -103,7 +103,7 @@ def run_study(
     objective = Objective(space, divide, study, device, progress, interrupts, on_checkpoint=shared)
     while True:
         study.queue.reclaim()
-        if study.deadline.left_s() <= 0:
+        if study.deadline.left_s() <= 0 or study.patience.is_over:
             return not study.queue.waiting()
         if (claimed := study.queue.claim()) is None:
             return True
@@ -148,6 +148,7 @@ def _run_trial(
         if outcome.results:
             keep_weights(study, splits, outcome)
             matrix = validation_confusion(outcome.results, splits)
+            outcome.attributes[STANDARD_ERROR] = standard_error(outcome.results, splits, space.metric)
         classes = splits[0].classes
         artifacts.record(study, space, trial, outcome, confusion=matrix, classes=classes, device=device)
     elif outcome.results and outcome.config is not None:  # for the label audit: its splits are others

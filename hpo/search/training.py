@@ -6,6 +6,7 @@ The value of a training with folds is the mean over them. The first fold keeps t
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from optuna.trial import FrozenTrial
 from safetensors.torch import save_model
 from torch import Tensor
 
+from core import metrics
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import CheckpointError, GraphError
@@ -171,6 +173,15 @@ def validation_confusion(results: Sequence[TrainResult], splits: Sequence[Splits
         assert result.val_logits is not None, "a recorded training has validation images"
         tables.append(confusion(result.val_logits, divided.labels[divided.val]).cpu())
     return torch.stack(tables).sum(0)
+
+
+def standard_error(results: Sequence[TrainResult], splits: Sequence[Splits], metric: str) -> float:
+    """Return the standard error of a metric, of several folds of its mean, by the number of validation images."""
+    squares = 0.0
+    for result, divided in zip(results, splits, strict=True):
+        assert result.val_logits is not None, "a recorded training has validation images"
+        squares += metrics.standard_error(result.val_logits, divided.labels[divided.val], metric) ** 2
+    return math.sqrt(squares) / len(results)
 
 
 def spread(values: Sequence[float]) -> float | None:

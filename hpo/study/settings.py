@@ -43,6 +43,8 @@ class StudySettings:
     """The search space as YAML."""
     deadline = _Setting[dict[str, float] | None]("deadline", None)
     """Time limit and used time in seconds; see `hpo.study.deadline`."""
+    patience = _Setting("patience", False)
+    """Whether the search ends when a better trial is unlikely; see `hpo.study.patience`."""
     verdict = _Setting[str | None]("confirmation", None)
     """Result of the confirmation in words; None before."""
 

@@ -16,6 +16,7 @@ from hpo.storage import mask
 from hpo.study.deadline import Deadline
 from hpo.study.files import StudyFiles
 from hpo.study.metadata import METADATA, check_fingerprint, check_weights, config_of
+from hpo.study.patience import Patience
 from hpo.study.queue import TrialQueue
 from hpo.study.settings import StudySettings
 from hpo.trials import CONFIG, Counts, count_trials, effective_trials, trial_index_of
@@ -61,6 +62,7 @@ class Study:
         self.storage_url = storage_url
         self.settings = StudySettings(optuna_study)
         self.deadline = Deadline(self.settings)
+        self.patience = Patience(optuna_study, self.settings)
         self.files = StudyFiles(optuna_study, self.settings, paths)
         self.queue = TrialQueue(optuna_study, self.settings, self.files, paths, space)
 

@@ -16,8 +16,8 @@ STOPPED = 130
 UNUSABLE = 69
 """Exit status of a worker that can no longer use its GPU: `EX_UNAVAILABLE` of sysexits.h."""
 
-OUT_OF_TIME = 75
-"""Exit status of a worker whose next trial would end after the deadline: `EX_TEMPFAIL` of sysexits.h."""
+NO_MORE = 75
+"""Exit status of a worker that the deadline or the patience allows no more trial: `EX_TEMPFAIL` of sysexits.h."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,20 @@ class Exit:
     """How a worker ended."""
 
     clean: bool
-    """With nothing left to do, or no time."""
+    """With nothing left to do, or no time or patience."""
     words: str
     """After the worker's name: `was killed by SIGKILL`."""
     blameless: bool = False
     """Stopped from outside, lost with its machine, or after a fault that its successor avoids."""
-    out_of_time: bool = False
-    """The study's deadline does not allow another trial."""
+    no_more: bool = False
+    """The study's deadline or patience does not allow another trial."""
 
     @classmethod
     def with_status(cls, status: int, where: str = "") -> Exit:
         known = {STOPPED: "was stopped", UNUSABLE: "can no longer use its GPU"}
         how = known.get(status, f"ended with exit status {status}")
-        late = status == OUT_OF_TIME
-        return cls(clean=late or status == 0, words=how + where, blameless=status in known, out_of_time=late)
+        late = status == NO_MORE
+        return cls(clean=late or status == 0, words=how + where, blameless=status in known, no_more=late)
 
 
 class Worker(Protocol):

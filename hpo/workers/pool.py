@@ -54,7 +54,7 @@ def run_workers(
         slots: filled in this order.
 
     Returns:
-        False if the study's deadline does not allow another trial.
+        False if the study's deadline or patience does not allow another trial.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the running trials are back in the queue.
@@ -63,14 +63,14 @@ def run_workers(
     """
     supervisor = _Supervisor(study, spec, engine, slots, progress, interrupts)
     try:
-        in_time = supervisor.run()
+        all_done = supervisor.run()
     finally:
         try:
             supervisor.stop()
         finally:
             engine.close()
     keep_best_weights(study, folds=spec.space.baseline.data.folds or 1, options=spec.options)
-    return in_time
+    return all_done
 
 
 @dataclass
@@ -86,19 +86,19 @@ class _Supervisor:
     workers: dict[WorkerSlot, Worker] = field(default_factory=dict)
     deaths: Counter[WorkerSlot] = field(default_factory=Counter)
     """Since a worker of the slot finished a trial."""
-    out_of_time: set[WorkerSlot] = field(default_factory=set)
+    no_more: set[WorkerSlot] = field(default_factory=set)
     last_words: str = ""
     last_crash: Exception | None = None
 
     def run(self) -> bool:
-        """Work until no trial waits or runs, or the deadline does not allow another; return whether it did."""
+        """Work until no trial waits or runs, or deadline or patience do not allow another; return whether they did."""
         while True:
             self._work()
             self.study.queue.reclaim()
             if not self.study.queue.waiting():
                 return True
             if not any(map(self._usable, self.slots)):
-                if self.out_of_time:
+                if self.no_more:
                     return False
                 raise self._all_dead()
 
@@ -135,7 +135,7 @@ class _Supervisor:
                     worker.stop()
 
     def _usable(self, slot: WorkerSlot) -> bool:
-        return not (slot in self.workers or slot in self.out_of_time or self.deaths[slot] > REPLACEMENTS)
+        return not (slot in self.workers or slot in self.no_more or self.deaths[slot] > REPLACEMENTS)
 
     def _start(self, slot: WorkerSlot) -> None:
         self.workers[slot] = self.engine.start(self.spec, slot)
@@ -164,8 +164,8 @@ class _Supervisor:
     def _end(self, slot: WorkerSlot) -> None:
         worker = self.workers[slot]
         exited = self._close(slot)
-        if exited.out_of_time:
-            self.out_of_time.add(slot)
+        if exited.no_more:
+            self.no_more.add(slot)
         if exited.clean:
             return
         if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in self._trials_of(worker)):

@@ -73,7 +73,7 @@ class Work:
         """Train trials until none waits; `progress` shows the study meanwhile.
 
         Returns:
-            False if the study's deadline does not allow another trial.
+            False if the study's deadline or patience does not allow another trial.
         """
         spec = WorkerSpec(
             self.space,

@@ -21,7 +21,7 @@ from hpo.search.loop import run_study
 from hpo.storage import mask
 from hpo.study import Study, open_study
 from hpo.workers.capacity import occupy
-from hpo.workers.engine import OUT_OF_TIME, STOPPED, UNUSABLE, Failure, Output, Resources, WorkerSpec
+from hpo.workers.engine import NO_MORE, STOPPED, UNUSABLE, Failure, Output, Resources, WorkerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def work_on(
     interrupts: Interrupts,
     setting: AbstractContextManager[None] | None = None,
 ) -> int:
-    """Train waiting trials until none is left, or the deadline does not allow another.
+    """Train waiting trials until none is left, or the deadline or patience does not allow another.
 
     Args:
         device: as this process names it.
@@ -44,13 +44,13 @@ def work_on(
         setting: prepares the machine.
 
     Returns:
-        The exit status: 0, `OUT_OF_TIME`, `STOPPED`, `UNUSABLE`, 2 for a fault that the user has to fix, 1 for a crash.
+        The exit status: 0, `NO_MORE`, `STOPPED`, `UNUSABLE`, 2 for a fault that the user has to fix, 1 for a crash.
     """
     try:
         with setting or nullcontext():
             study, division = _open(spec, device, resources, emit)
             interrupts.check()
-            in_time = run_study(
+            all_done = run_study(
                 study,
                 spec.space,
                 partial(division.on, device),
@@ -67,7 +67,7 @@ def work_on(
         failure = _failure(error, spec)
         emit(failure)
         return 2 if failure.trace is None else 1
-    return 0 if in_time else OUT_OF_TIME
+    return 0 if all_done else NO_MORE
 
 
 def _failure(error: Exception, spec: WorkerSpec) -> Failure:

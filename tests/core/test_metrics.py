@@ -14,7 +14,17 @@ from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 
 from core import metrics
-from core.metrics import METRICS, Scores, bootstrap_intervals, confusion, paired_gain, per_class, scores, value
+from core.metrics import (
+    METRICS,
+    Scores,
+    bootstrap_intervals,
+    confusion,
+    paired_gain,
+    per_class,
+    scores,
+    standard_error,
+    value,
+)
 
 CLASSES = 5
 
@@ -295,3 +305,18 @@ def test_a_gain_is_the_difference_of_the_scores_towards_better(metric: str) -> N
     found = paired_gain(first, second, labels, metric, generator=generator)
     difference = value(scores(first, labels), metric) - value(scores(second, labels), metric)
     assert found.value == pytest.approx(difference if METRICS[metric] == "maximize" else -difference)
+
+
+@pytest.mark.parametrize("metric", list(METRICS))
+def test_the_standard_error_is_that_of_the_bootstrap(metric: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(6, (400,), generator=generator)
+    logits = torch.randn(400, 6, generator=generator) + 1.5 * torch.nn.functional.one_hot(labels, 6)
+    low, high = bootstrap_intervals(logits, labels, generator=generator)["loss" if metric == "nll" else metric]
+    assert standard_error(logits, labels, metric) == pytest.approx((high - low) / (2 * 1.96), rel=0.15)
+
+
+@pytest.mark.parametrize("metric", list(METRICS))
+def test_the_standard_error_is_positive_where_all_predictions_are_right(metric: str) -> None:
+    labels = torch.arange(8) % 2
+    assert standard_error(200.0 * torch.nn.functional.one_hot(labels, 3), labels, metric) > 0
