@@ -13,6 +13,10 @@ class ConfigError(UserError):
     """A configuration with valid fields that cannot be trained."""
 
 
+class SizesError(UserError):
+    """Images that differ in size, without a size to bring them to."""
+
+
 class MissingWeightsError(UserError):
     """Pretrained weights that are not on this machine and cannot be downloaded."""
 

@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hpo.cli.library import predict, refit, run
+    from hpo.cli.library import fit, predict, refit, run
     from hpo.errors import HpoError
     from hpo.study import Study
     from hpo.study.dataframe import trials_frame
@@ -28,6 +28,7 @@ _HOMES = {
     "LoadedBundle": "hpo.submission.bundle",
     "Predictions": "hpo.submission.predictions",
     "Study": "hpo.study",
+    "fit": "hpo.cli.library",
     "load_bundle": "hpo.submission.bundle",
     "predict": "hpo.cli.library",
     "refit": "hpo.cli.library",
@@ -40,6 +41,7 @@ __all__ = [
     "LoadedBundle",
     "Predictions",
     "Study",
+    "fit",
     "load_bundle",
     "predict",
     "refit",

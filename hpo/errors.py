@@ -17,6 +17,10 @@ class StudyError(HpoError):
     """A study was not found, or cannot be resumed as asked."""
 
 
+class TimeLimitError(StudyError):
+    """A time limit is too short."""
+
+
 class BundleError(HpoError):
     """A folder holds no valid submission model, or images do not fit the model."""
 

@@ -242,6 +242,16 @@ class StudyPaths:
         return self.dir / "confirmation.json"
 
     @property
+    def fit(self) -> Path:
+        """Choices, finished stages and used time of `hpo fit`."""
+        return self.dir / "fit.json"
+
+    @property
+    def fit_lock(self) -> Path:
+        """File lock held while `hpo fit` runs."""
+        return self.dir / ".fit"
+
+    @property
     def queueing(self) -> Path:
         """File lock held while queueing a confirmation."""
         return self.dir / ".queueing"

@@ -41,6 +41,7 @@ SETS = {
     "stl10": "scenes",
     "intel": "scenes",
     "photos": "scenes",
+    "scratch": "scenes",
     "cifar100": "cifar",
     "imbalanced": "trash",
     "digits": "digits",
@@ -234,6 +235,7 @@ def conditions(space: SearchSpace, parameter: Parameter) -> dict[str, Any]:
 # Narrow stages, or timm's tiny network. `model.width` and `model.name` are searched, so they are not pinned.
 TINY: dict[str, list[str]] = {
     "digits": ["model.widths=[8, 8]"],
+    "scratch": ["model.widths=[8, 8, 8]"],
     "stl10_small": ["model.widths=[8, 8, 8, 8]", "model.blocks=[1, 1, 1, 1]"],
     "cifar100": ["model.widths=[8, 8, 8, 8]", "model.blocks=[1, 1, 1, 1]"],
     "imbalanced": ["model.widths=[8, 8, 8, 8]", "model.blocks=[1, 1, 1, 1]"],

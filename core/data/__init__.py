@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from core.data.builtin import DatasetInfo, catalogue
-    from core.data.dataset import Dataset, Division, TestSet, folds, load_dataset, split
+    from core.data.dataset import Dataset, Division, TestSet, folds, image_sizes, load_dataset, split
     from core.data.report import DataReport
     from core.data.splits import Splits, on_device
     from core.data.unlabelled import image_ids, load_images, map_images
@@ -22,6 +22,7 @@ _MODULES = {
     "catalogue": "builtin",
     "folds": "dataset",
     "image_ids": "unlabelled",
+    "image_sizes": "dataset",
     "load_dataset": "dataset",
     "load_images": "unlabelled",
     "map_images": "unlabelled",
@@ -40,6 +41,7 @@ __all__ = [
     "catalogue",
     "folds",
     "image_ids",
+    "image_sizes",
     "load_dataset",
     "load_images",
     "map_images",

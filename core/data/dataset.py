@@ -6,6 +6,7 @@ derived from the other images alone.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -15,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from core.config import READING_FIELDS, DataConfig
 from core.data import builtin
 from core.data.cache import cache_key, cached, open_array, reading, write_images
-from core.data.decode import SIXTEEN_BIT_TOP, Values, to_channels
+from core.data.decode import SIXTEEN_BIT_TOP, BrokenImageError, Values, decode, to_channels
 from core.data.groups import check_sides, firsts, linked, with_groups
 from core.data.ingest import Progress, Spooled, ingest, read_spool, without_old_objects
 from core.data.layout import Entry
@@ -136,6 +138,36 @@ def load_dataset(
         dataset = _open(source, folder, meta, mapped=True)
     _warn(dataset)
     return dataset
+
+
+SAMPLED = 64
+"""Images whose sizes `image_sizes` reads."""
+
+
+def image_sizes(
+    config: DataConfig, *, data_path: Path | None = None, data_root: Path = Path("data"), download: bool = True
+) -> list[tuple[int, int]]:
+    """Return the sizes (height, width) of some labelled images, spread over the data set; broken ones are left out.
+
+    Args:
+        config: as for `load_dataset`, like the paths.
+
+    Raises:
+        UserError: the data are missing, or their structure is not understood.
+    """
+    source = _find_source(Reading(config, skip_broken=True), data_path, data_root, download)
+    entries = source.arranged().entries
+    step = max(1, len(entries) // SAMPLED)
+    # All entries, since a tar is read in its own order; the others are read in the given one.
+    spread = [entry for first in range(step) for entry in entries[first::step]]
+    sizes = []
+    for _, payload in islice(source.payloads(spread), SAMPLED):
+        content = payload() if callable(payload) else payload
+        if isinstance(content, Exception):
+            continue
+        with contextlib.suppress(BrokenImageError):
+            sizes.append(decode(content, None, Values(config.channels)).pixels.shape[1:])
+    return sizes
 
 
 def split(dataset: Dataset, config: DataConfig) -> Splits:

@@ -40,7 +40,7 @@ from core.data.decode import (
 from core.data.layout import Entry
 from core.data.names import printable
 from core.data.source import Payload, Readable, Source, one_line
-from core.errors import UserError
+from core.errors import SizesError, UserError
 
 # Images, and encoded bytes, per task: sending a single 32² image to a process costs more than decoding it.
 BATCH, BATCH_BYTES = 64, 1 << 20
@@ -308,12 +308,12 @@ def _reason(error: Exception) -> str:
     return one_line(error)
 
 
-def _different_sizes(where: str, sizes: dict[tuple[int, int], str]) -> UserError:
+def _different_sizes(where: str, sizes: dict[tuple[int, int], str]) -> SizesError:
     def describe(size: tuple[int, int]) -> str:
         return f"{size[1]}×{size[0]} ({printable(sizes[size])})"
 
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
-    return UserError(
+    return SizesError(
         f"{where}: its images differ in size (width×height), from {describe(by_area[0])} to {describe(by_area[-1])}; "
         "resize them to a square with --set data.image_size=96"
     )

@@ -13,7 +13,7 @@ from hpo.confirmation.conclusion import conclude
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation, write_confirmation
 from hpo.confirmation.trials import Plan, open_confirmation
 from hpo.dashboard.notes import note_study
-from hpo.errors import StudyError
+from hpo.errors import StudyError, TimeLimitError
 from hpo.paths import StudyPaths, confirmation_of
 from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
@@ -36,9 +36,16 @@ class ConfirmResult:
 
 
 def confirm(
-    options: ConfirmOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None
+    options: ConfirmOptions,
+    reporter: Reporter | None = None,
+    interrupts: Interrupts | None = None,
+    *,
+    part_of: str | None = None,
 ) -> ConfirmResult:
-    """Train the finalists of a search and its baseline on new seeds and splits, as far as the budget allows.
+    """Train the finalists of a search and its baseline on new seeds and splits, as far as budget and time allow.
+
+    Args:
+        part_of: The command that the confirmation is a part of, as its resuming command; it has described the data.
 
     Raises:
         StudyError: There is no such study, it is a confirmation itself, or it has no complete trial.
@@ -48,20 +55,21 @@ def confirm(
     if options.budget == 0:
         raise UserError("--budget 0: give a share above 0, such as 0.33")
     study = find_study(options.study, storage_url=options.storage)
-    run = _Confirm(study, options, reporter or Silent(), interrupts or Interrupts())
+    run = _Confirm(study, options, reporter or Silent(), interrupts or Interrupts(), part_of=part_of)
     return ConfirmResult(study, run.run())
 
 
 def confirmed(
     study: Study, options: ConfirmOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None
 ) -> Confirmation:
-    """Return the confirmation of a search, with any budget; train it where it is missing or not current.
+    """Return the confirmation of a search, with any budget or time; train it where it is missing or not current.
 
     Raises:
         As `confirm`.
     """
     known = read_confirmation(study.paths.confirmation)
-    if known is not None and is_current(known, study.counts().finished) and not _is_unfinished(study):
+    current = known is not None and is_current(known, study.counts().finished)
+    if known is not None and current and (known.out_of_time or not _is_unfinished(study)):
         return known
     return _Confirm(study, options, reporter or Silent(), interrupts or Interrupts()).run()
 
@@ -84,7 +92,15 @@ def _is_unfinished(search: Study) -> bool:
 class _Confirm:
     """One confirmation, from the choice of the candidates to the result."""
 
-    def __init__(self, search: Study, options: ConfirmOptions, reporter: Reporter, interrupts: Interrupts) -> None:
+    def __init__(
+        self,
+        search: Study,
+        options: ConfirmOptions,
+        reporter: Reporter,
+        interrupts: Interrupts,
+        *,
+        part_of: str | None = None,
+    ) -> None:
         check_is_search(search)
         self._search, self._reporter, self._interrupts = search, reporter, interrupts
         self._placement = place(options.device, options.devices, options.workers, options.per_device)
@@ -92,10 +108,12 @@ class _Confirm:
         self._space = search.space()
         self._is_on_given_val = False
         share = self._space.confirm.budget if options.budget is None else options.budget
-        self._plan = Plan(search, self._space, share=share)
+        self._limit_s, self._out_of_time, self._alone = options.limit_s, False, part_of is None
+        self._plan = Plan(search, self._space, share=share, within_s=self._limit_s)
         # A storage is found by the study's name, but for its password.
         storage = search.storage_shown if is_masked(search.storage_shown) else None
-        self._command = options.model_copy(update={"study": search.name, "storage": storage}).command()
+        own = options.model_copy(update={"study": search.name, "storage": storage}).command()
+        self._command = part_of or own
 
     def run(self) -> Confirmation:
         known = read_confirmation(self._search.paths.confirmation)
@@ -105,7 +123,12 @@ class _Confirm:
         if total is not None and finished < total:
             self._reporter.say(f"the search has only {finished} of {total} trials; confirming its result so far")
         study = self._trained() if self._plan.challengers else None
-        confirmation = conclude(self._plan, study)
+        confirmation = conclude(self._plan, study, out_of_time=self._out_of_time)
+        if self._out_of_time and confirmation.advantage is None:
+            raise TimeLimitError(
+                f"study {self._search.name}: the time limit ended the confirmation before it could compare anything; "
+                "continue with a larger --minutes or without"
+            )
         write_confirmation(self._search.paths.confirmation, confirmation)
         self._search.settings.verdict = confirmation.verdict
         note_study(self._search, self._space)
@@ -119,12 +142,15 @@ class _Confirm:
     def _trained(self) -> Study:
         work, dataset = self._open()
         study = work.study
-        if waiting := study.queue.waiting():
+        if self._alone and (waiting := study.queue.waiting()):
             ending = "; candidates that cannot win stop early"
             report_estimate(work, self._reporter, trials=waiting, noun="training", ending=ending)
             self._reporter.say(f"other workers can join with: {joining(study)}")
         with resumable(study, "trainings", self._command, self._reporter), self._reporter.study(study) as view:
-            self._train(work, view, dataset)
+            try:
+                self._train(work, view, dataset)
+            finally:
+                study.deadline.record(force=True)
         for number, host, since in study.queue.held_elsewhere():
             self._reporter.say(f"{held_by(f'training {number}', host, since)}, and is left out")
         return study
@@ -141,10 +167,12 @@ class _Confirm:
         study = open_confirmation(search, space, dataset, splits, data_path=self._data)
         self._is_on_given_val = dataset.gives_val(space.baseline.data)
         study.settings.command = self._command
+        study.deadline.begin(self._limit_s)
         if study.queue.reclaim():
             logger.info("resuming trainings of a process that died")
         self._plan.queue(study, dataset)
-        report_data(dataset, splits[:1], self._reporter)
+        if self._alone:
+            report_data(dataset, splits[:1], self._reporter)
         self._report_plan(study)
         work = Work(
             study,
@@ -159,9 +187,11 @@ class _Confirm:
         return work, dataset
 
     def _train(self, work: Work, view: StudyView, dataset: Dataset) -> None:
-        """Run the queue, including trainings added when early stopping saved others."""
+        """Run the queue, including trainings added when early stopping saved others, up to the time limit."""
         while True:
-            train_all(work, view)
+            if not train_all(work, view):
+                self._out_of_time = True
+                return
             more = self._plan.queue(work.study, dataset)
             if not more and not work.study.queue.waiting() and not work.study.queue.at_work():
                 return

@@ -202,6 +202,23 @@ class PlacementOptions(DeviceOptions):
     )
 
 
+class LimitOptions(Options):
+    """A time limit."""
+
+    hours: float | None = option(
+        "Time limit of all runs of this command on the study together. Nothing begins that cannot end in time.",
+        metavar="H",
+        ge=0.001,
+    )
+    minutes: float | None = option("The same in minutes; added to --hours.", metavar="M", ge=0.05)
+
+    @property
+    def limit_s(self) -> float | None:
+        """The time limit in seconds; None without one."""
+        limit_s = 3600 * (self.hours or 0) + 60 * (self.minutes or 0)
+        return limit_s or None
+
+
 class ArtifactOptions(Options):
     """Where files are shared between machines."""
 
@@ -223,20 +240,13 @@ class ChosenStudy(Options):
 # Search -------------------------------------------------------------------------------------------------------------
 
 
-class RunOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):
+class RunOptions(LimitOptions, DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):
     """Options of `hpo run`."""
 
     command_name: ClassVar[str] = "hpo run"
 
     space: Text = option("Search space: a name from `hpo space list`, or a YAML file.", ..., argument=True)
     trials: int | None = option("Total number of trials; by default the space's.", ge=1)
-    hours: float | None = option(
-        "Time limit of all runs of the study together. No trial begins that cannot end in time, and the rest stay "
-        "queued.",
-        metavar="H",
-        ge=0.001,
-    )
-    minutes: float | None = option("The same in minutes; added to --hours.", metavar="M", ge=0.05)
     patience: bool = option(
         "Stop when the chance that one of 20 more trials beats the best by over its standard error is below 10 %.",
         False,
@@ -271,11 +281,62 @@ class RunOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):
         "Take back trials held by a process on another host that is known to be dead.", False, resumes=False
     )
 
+
+class FitOptions(LimitOptions, DeviceOptions):
+    """Options of `hpo fit`."""
+
+    command_name: ClassVar[str] = "hpo fit"
+
+    data: Text = option(
+        "Your images: a folder, .zip, .tar.*, .npz, .csv or .parquet; or the name of a built-in set.",
+        ...,
+        argument=True,
+    )
+    hours: float | None = option(
+        "Time limit of all runs of this command together, 1 hour by default. It ends with a model in time.",
+        metavar="H",
+        ge=0.001,
+    )
+    predict: Path | None = option(
+        "Images to label with the model: a folder, .zip, .tar.*, .npz, or a .csv of paths.", metavar="IMAGES"
+    )
+    like: Path | None = option(
+        "Sample submission: write its ids, order, header and columns, with our labels or probabilities.",
+        metavar="CSV",
+    )
+    output: Path = option("CSV file to write with --predict.", Path("submission.csv"), flags="--output -o")
+    space: str | None = option("Search space, instead of the one that fits images and time.")
+    study: str | None = option("Name of the study; by default fit- and the name of the data.")
+    set: SetOption = ()
+    skip_broken: SkipBroken = False
+
     @property
-    def limit_s(self) -> float | None:
-        """The time limit in seconds; None without one."""
-        limit_s = 3600 * (self.hours or 0) + 60 * (self.minutes or 0)
-        return limit_s or None
+    def path(self) -> Path | None:
+        """The path of the images; None for a built-in set, unless a file has its name."""
+        from core.config import BUILTIN_DATA
+
+        path = Path(self.data).expanduser()
+        return None if self.data in BUILTIN_DATA and not path.exists() else path
+
+    @property
+    def time_s(self) -> float:
+        """The time limit in seconds."""
+        return self.limit_s or 3600.0
+
+
+class FitKeywords(TypedDict, total=False):
+    """Keyword arguments of `hpo.fit`: the fields of `FitOptions`."""
+
+    hours: float | None
+    minutes: float | None
+    predict: str | Path | None
+    like: str | Path | None
+    output: str | Path
+    space: str | None
+    study: str | None
+    set: Mapping[str, Any]
+    skip_broken: bool
+    device: str | None
 
 
 class RunKeywords(TypedDict, total=False):
@@ -332,7 +393,7 @@ class TrainOptions(DataOptions, DeviceOptions):
     profile: bool = option("First measure how the time of an epoch is spent, as a table.", False)
 
 
-class ConfirmOptions(ChosenStudy, DataOptions, PlacementOptions):
+class ConfirmOptions(ChosenStudy, LimitOptions, DataOptions, PlacementOptions):
     """Options of `hpo confirm`."""
 
     command_name: ClassVar[str] = "hpo confirm"
@@ -349,6 +410,8 @@ class ConfirmOptions(ChosenStudy, DataOptions, PlacementOptions):
 
 class RefitOptions(DataOptions, DeviceOptions):
     """Options of `hpo refit`."""
+
+    command_name: ClassVar[str] = "hpo refit"
 
     trial: Text = option(
         "`best`, the number of a trial, or a recipe: a name from `hpo space list`, or a YAML file.", ..., argument=True
@@ -389,6 +452,8 @@ class RefitKeywords(TypedDict, total=False):
 
 class PredictOptions(DeviceOptions):
     """Options of `hpo predict`."""
+
+    command_name: ClassVar[str] = "hpo predict"
 
     bundle: Text = option(
         "`best` of the study that ran last, a study or recipe with one refitted model, or a folder written by "

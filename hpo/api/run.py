@@ -21,7 +21,7 @@ from hpo.dashboard.pictures import study_overview
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.report.words import entry_name, patience_text
-from hpo.reporter import Reporter
+from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import Estimate
 from hpo.search.recipes import pending_recipes, run_recipes
@@ -60,7 +60,16 @@ class Search:
         CoreError: The data, a network or a device cannot be used.
     """
 
-    def __init__(self, options: RunOptions, space: SearchSpace, reporter: Reporter, interrupts: Interrupts) -> None:
+    def __init__(
+        self,
+        options: RunOptions,
+        space: SearchSpace,
+        reporter: Reporter,
+        interrupts: Interrupts,
+        *,
+        part_of: str | None = None,
+    ) -> None:
+        self._alone, self._command = part_of is None, part_of or options.command()
         if not options.recipes:
             space = replace(space, recipes=())
         self.options, self.space, self.reporter, self.interrupts = options, space, reporter, interrupts
@@ -74,7 +83,8 @@ class Search:
         )
         self.division = Division(self.dataset)
         splits = self.division.here(space.baseline.data)
-        report_data(self.dataset, splits, reporter)
+        if self._alone:
+            report_data(self.dataset, splits, reporter)
         _check_network(space, splits[0])
         if options.artifacts:
             ArtifactStore(options.artifacts, StudyPaths.of(self.name).dir)
@@ -99,9 +109,9 @@ class Search:
         self._report_start(done, total)
         if self.placement.none:
             return SearchResult(study, queued=study.queue.waiting())
-        if done == total:
+        if done == total and self._alone:
             say(f"all trials are done; continue with --trials {2 * total}")
-        with resumable(study, "trials", self.options.command(), self.reporter):
+        with resumable(study, "trials", self._command, self.reporter):
             try:
                 self._train(work, total - done)
             except KeyboardInterrupt:
@@ -124,7 +134,7 @@ class Search:
             data_path=options.data,
             take_over=options.take_over,
         )
-        study.settings.command = options.command()
+        study.settings.command = self._command
         if options.retries is not None:
             study.settings.retries = options.retries
         study.settings.set_space(self.space)
@@ -163,8 +173,10 @@ class Search:
             self._report_end(study)
             return
         recipes = len(pending_recipes(study, space))
-        if (trials or recipes) and self.options.engine == "local":  # the devices of a cluster are not known here
-            estimate = report_estimate(work, self.reporter, trials=trials, recipes=recipes)
+        needed = recipes or (trials and self._alone)
+        if needed and self.options.engine == "local":  # the devices of a cluster are not known here
+            reporter = self.reporter if self._alone else Silent()
+            estimate = report_estimate(work, reporter, trials=trials, recipes=recipes)
             if study.deadline.is_set:
                 self._fit_into_time(study, estimate, trials, recipes)
         with self.reporter.study(study) as view:
@@ -191,7 +203,7 @@ class Search:
         """
         deadline, config = study.deadline, self.space.baseline
         left_s = deadline.left_s()
-        if estimate.trial_s > left_s:
+        if estimate.trial_s > left_s and self._alone:
             epochs = int(config.epochs * left_s / estimate.trial_s)
             shorter = f"; {count(epochs, 'epoch')} would fit: --set epochs={epochs}" if epochs else ""
             raise StudyError(
@@ -203,7 +215,7 @@ class Search:
         elif recipes:
             self.reporter.say("the recipes would take over half of the time: they are trained only if some is left")
         share = left_s / estimate.pruned_s
-        if share < 1:
+        if share < 1 and self._alone:
             fitting = max(1, int(share * trials))
             advice = [f"--trials {study.counts().finished + fitting}"]
             if trials == study.total:  # otherwise the study has begun, and its epochs and images are fixed
@@ -220,6 +232,8 @@ class Search:
         if study.deadline.left_s() > 0 and study.patience.is_over:
             self.reporter.say(f"{patience_text(study)}; continue without --patience")
             return
+        if not self._alone:
+            return
         limit_s = study.deadline.limit_s
         hours = self.options.hours is not None
         more = f"--hours {2 * limit_s / 3600:g}" if hours else f"--minutes {2 * limit_s / 60:g}"
@@ -231,8 +245,9 @@ class Search:
     def _report_start(self, done: int, total: int) -> None:
         space, epochs = self.space, count(self.space.baseline.epochs, "epoch")
         where = "Ray" if self.options.engine == "ray" else self.placement.described()
+        most = "up to " if self.options.limit_s else ""
         self.reporter.say(
-            f"study {self.name}: {count(total, 'trial')} of {epochs}, {done} done; "
+            f"study {self.name}: {most}{count(total, 'trial')} of {epochs}, {done} done; "
             f"sampler {space.sampler.name}, pruner {_pruner(space)}; {where}"
         )
 

@@ -13,8 +13,17 @@ if TYPE_CHECKING:
     from hpo.api.run import SearchResult
 
 
-def search(options: RunOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None) -> SearchResult:
+def search(
+    options: RunOptions,
+    reporter: Reporter | None = None,
+    interrupts: Interrupts | None = None,
+    *,
+    part_of: str | None = None,
+) -> SearchResult:
     """Run a study's trials up to its total; start the study or resume it.
+
+    Args:
+        part_of: The command that the search is a part of, as its resuming command; it has described the data.
 
     Raises:
         HpoError: The space has faults, or the study cannot be resumed as asked.
@@ -26,5 +35,5 @@ def search(options: RunOptions, reporter: Reporter | None = None, interrupts: In
         space = load_space(options.space, options.set)
         from hpo.api.run import Search  # with torch and Optuna, which an invalid space does not wait for
 
-        run = Search(options, space, reporter, interrupts)
+        run = Search(options, space, reporter, interrupts, part_of=part_of)
     return run.run()

@@ -39,6 +39,14 @@ def _start() -> None:
 # Search -------------------------------------------------------------------------------------------------------------
 
 
+@command(app, of.FitOptions)
+def fit(options: of.FitOptions) -> None:
+    """From labelled images to a model by a deadline: choose a space, search, confirm, refit, report and predict."""
+    from hpo.cli.library import fit_and_show, process_began
+
+    fit_and_show(options, Terminal(), began=process_began())
+
+
 @command(app, of.RunOptions)
 def run(options: of.RunOptions) -> None:
     """Search: run a study's trials up to its total. The same command resumes it."""

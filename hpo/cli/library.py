@@ -11,15 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hpo.api.options import Options, RefitKeywords, RefitOptions, RunKeywords, RunOptions
+from hpo.api.options import FitKeywords, FitOptions, Options, RefitKeywords, RefitOptions, RunKeywords, RunOptions
 from hpo.cli.terminal import Terminal, stoppable
 from hpo.reporter import Reporter, Silent
+from hpo.text import duration
 
 if TYPE_CHECKING:
     from typing import Unpack
 
     import torch
 
+    from hpo.api.fit import FitResult
     from hpo.api.refit import RefitResult
     from hpo.api.run import SearchResult
     from hpo.study import Study
@@ -27,6 +29,44 @@ if TYPE_CHECKING:
     from hpo.submission.predictions import Images, Predictions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def process_began() -> float:
+    """Return when this process began, as `time.time()`: imports are within a time limit."""
+    import psutil
+
+    return float(psutil.Process().create_time())
+
+
+def fit_and_show(options: FitOptions, reporter: Reporter, *, began: float | None = None) -> FitResult:
+    """Fit, and show the result. Ctrl-C waits for the end of the epoch."""
+    from hpo.api.fit import fit
+
+    with stoppable(reporter) as interrupts:
+        result = fit(options, reporter, interrupts, began=began)
+        _show_fit(result, options, reporter)
+    return result
+
+
+def _show_fit(result: FitResult, options: FitOptions, reporter: Reporter) -> None:
+    """Show the test scores, and where model, predictions and report are."""
+    say = reporter.say
+    if result.refit is not None:
+        from hpo.cli.show import show_refit  # with Optuna, which a finished study does not wait for
+
+        say()
+        show_refit(result.refit, reporter, ending=False)
+    limit = f" of {duration(options.limit_s)}" if options.limit_s else ""
+    state = "was finished before" if result.before else f"is finished after {duration(result.used_s)}{limit}"
+    say(f"study {result.study} {state}")
+    say(f"  model        {result.model}")
+    if result.predictions is not None:
+        say(f"  predictions  {result.predictions}")
+    if result.report is not None:
+        say(f"  report       {result.report}, for a browser")
+    if result.before:
+        more = options.model_copy(update={"hours": None, "minutes": 2 * options.time_s / 60})
+        say(f"more time continues it: {more.command()}")
 
 
 def run_and_show(options: RunOptions, reporter: Reporter) -> SearchResult:
@@ -73,6 +113,31 @@ def _takes(model: type[Options]) -> Callable[[Function], Function]:
         return function
 
     return decorate
+
+
+@_takes(FitOptions)
+def fit(data: str | Path, *, quiet: bool = False, **options: Unpack[FitKeywords]) -> LoadedBundle:
+    """From labelled images to a model by a deadline, as `hpo fit` does; the same call continues an interrupted one.
+
+    This opens the test set.
+
+    Args:
+        data: Your images, or the name of a built-in set.
+        quiet: Show nothing.
+
+    Returns:
+        The model, loaded from the written folder, which is its `folder`.
+
+    Raises:
+        HpoError: An option is wrong, the time is too short for one training, or another fit has the study's name.
+        CoreError: The images or the device cannot be used.
+        KeyboardInterrupt: Stopped; the same call continues.
+    """
+    inspect.signature(fit).bind(data, **options)
+    result = fit_and_show(FitOptions.of(data=data, **options), Silent() if quiet else Terminal())
+    from hpo.submission.bundle import load_bundle
+
+    return load_bundle(result.model, options.get("device"))
 
 
 @_takes(RunOptions)

@@ -224,8 +224,8 @@ def is_imbalanced(labels: Tensor) -> bool:
 # Models -------------------------------------------------------------------------------------------------------------
 
 
-def show_refit(result: RefitResult, reporter: Reporter) -> None:
-    """Show the decisions, the test scores, and how to use the model."""
+def show_refit(result: RefitResult, reporter: Reporter, *, ending: bool = True) -> None:
+    """Show the decisions, the test scores, and, as the `ending`, how to use the model."""
     done, study, say = result.refitted, result.study, reporter.say
     _show_decisions(done, result.metric, result.validation, reporter)
     scores = ["accuracy", "macro_f1", "loss"]
@@ -249,6 +249,8 @@ def show_refit(result: RefitResult, reporter: Reporter) -> None:
     say(f"the test set has now been opened {times} {whose}")
     if done.onnx_difference is not None:
         say(f"ONNX: its probabilities differ from torch's by at most {done.onnx_difference:.1e}")
+    if not ending:
+        return
     say(f"written to {done.dir}, with a model card in its README.md")
     say()
     commands = [f"hpo predict {shlex.quote(str(done.dir))} IMAGES -o submission.csv"]

@@ -18,8 +18,11 @@ from hpo.study import Study
 from hpo.study.versions import versions
 
 
-def conclude(plan: Plan, study: Study | None) -> Confirmation:
+def conclude(plan: Plan, study: Study | None, *, out_of_time: bool = False) -> Confirmation:
     """Compare the trained candidates with the baseline; `study` is None if there was nothing to train.
+
+    Args:
+        out_of_time: Whether a time limit left planned trainings out.
 
     Raises:
         StudyError: Nothing could be trained.
@@ -57,6 +60,7 @@ def conclude(plan: Plan, study: Study | None) -> Confirmation:
         search_trials=plan.search_trials,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
+        out_of_time=out_of_time,
         on_given_val=search.metadata["data"].get("given_val") is not None,
     )
 

@@ -135,6 +135,8 @@ class Confirmation:
     versions: dict[str, str]
     on_given_val: bool = False
     """Whether all replicates validate on the images that the data give, so that only their seeds differ."""
+    out_of_time: bool = False
+    """Whether a time limit left planned trainings out."""
 
     def contender(self, key: str) -> Contender:
         """Return the contender with a key; KeyError if there is none."""
@@ -197,6 +199,7 @@ class Confirmation:
             *self._optimism(),
             self._cost(),
             *(f"left out: {sentence}" for sentence in self.left_out),
+            *(["the time limit ended it before all planned trainings"] if self.out_of_time else []),
             *self._footnotes(),
         ]
 

@@ -156,6 +156,14 @@ def search_epochs(study: Study) -> int:
     return sum(int(trial.user_attrs.get("epochs", 0)) for trial in trials if trial.state in _FINISHED)
 
 
+def seconds_per_epoch(study: Study) -> float | None:
+    """Return the mean time of an epoch of a search's complete trials; None if it is not known."""
+    trials = [trial.user_attrs for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    timed = [found for found in trials if found.get("epochs") and "elapsed_s" in found]
+    epochs = sum(int(found["epochs"]) for found in timed)
+    return sum(float(found["elapsed_s"]) for found in timed) / epochs if epochs else None
+
+
 def open_confirmation(
     search: Study, space: SearchSpace, dataset: Dataset, splits: Sequence[Splits], *, data_path: Path | None
 ) -> Study:
@@ -194,10 +202,13 @@ class Plan:
     """The trainings of a confirmation: the candidates and replicates that the budget allows.
 
     The budget is a share of the epochs trained by the search. None is a third, but at least two configurations with
-    `GOOD_REPLICATES` replicates: fewer mostly miss an advantage of five points.
+    `GOOD_REPLICATES` replicates: fewer mostly miss an advantage of five points. `within_s` limits it to the epochs that
+    fit these seconds, at the speed of the search.
     """
 
-    def __init__(self, search: Study, space: SearchSpace, *, share: float | None) -> None:
+    def __init__(
+        self, search: Study, space: SearchSpace, *, share: float | None, within_s: float | None = None
+    ) -> None:
         best_trial(search)  # raises an error if there is none
         self.search = search
         self.cost_epochs = space.baseline.epochs * (space.baseline.data.folds or 1)
@@ -207,6 +218,8 @@ class Plan:
             self.budget_epochs = max(self.search_epochs // 3, 2 * GOOD_REPLICATES * self.cost_epochs)
         else:
             self.budget_epochs = int(share * self.search_epochs + 1e-9)  # less a rounding error: 0.1 × 30 is 3
+        if within_s is not None and (epoch_s := seconds_per_epoch(search)) is not None:
+            self.budget_epochs = min(self.budget_epochs, int(within_s / epoch_s))
         self._preferred = preferred = candidates(search, space)
         self.allocation = allocate(budget_trainings=self.budget_epochs // self.cost_epochs, candidates=len(preferred))
         self.chosen = tuple(preferred[: self.allocation.candidates])

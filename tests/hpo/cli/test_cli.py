@@ -16,6 +16,10 @@ from hpo import cli
 from tests.hpo.commands import RunHpo
 
 SURFACE = {
+    "fit": """
+        --device --hours:float[0.001..] --like:Path --minutes:float[0.05..] --output/-o:Path=submission.csv
+        --predict:Path --set:list* --skip-broken:bool --space --study data!
+    """,
     "run": """
         --address --artifacts --data:Path --device --devices --engine=local --hours:float[0.001..]
         --keep-gb:float[0..] --minutes:float[0.05..] --patience:bool --per-device
@@ -31,7 +35,8 @@ SURFACE = {
         --data:Path --device --from --metric --profile:bool --set:list* --skip-broken:bool --storage recipe
     """,
     "confirm": """
-        --budget:float[0..] --data:Path --device --devices --per-device --storage --workers:int[1..] study
+        --budget:float[0..] --data:Path --device --devices --hours:float[0.001..] --minutes:float[0.05..] --per-device
+        --storage --workers:int[1..] study
     """,
     "refit": """
         --confirm/--no-confirm:bool=True --data:Path --device --folds:int --members:int --metric --onnx:bool

@@ -1,0 +1,225 @@
+"""What `hpo fit` trains: the search space, the size of the images and the epochs that fit the time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from core.data import Dataset, Splits, folds, image_sizes
+from core.errors import SizesError, UserError
+from core.loop import seconds_per_epoch
+from hpo.api.common import open_dataset
+from hpo.api.fit_plan import BUNDLE_S, END_S, FEWEST_EPOCHS, REPORT_S, Plan, Timed, divide, least_s
+from hpo.api.options import FitOptions, setting_texts
+from hpo.errors import TimeLimitError
+from hpo.paths import data_root
+from hpo.reporter import Reporter
+from hpo.space import SearchSpace, list_spaces, load_space
+from hpo.text import count, duration
+
+LARGE, SCRATCH = "stl10_small", "scratch"
+"""Spaces that train from scratch: for images of 48² and more with a GPU, and for any others."""
+LARGE_SIDE = 48
+MOST_SIDE = 96
+"""Images are brought to at most this side for a training from scratch."""
+SMALLER_SIDES = (64, 48, 32)
+"""Sides to try where the images are too slow."""
+STRIDE_SIDE = 48
+"""Larger images are halved by the first layer of `scratch`."""
+ENOUGH_EPOCHS = 15
+"""A space or a size with shorter trials is not chosen if there is another."""
+TIMED_BATCH = 8
+"""Batch size to time a large network with on a CPU, where a step of 64 images may take 10 s."""
+DECODE_S = 0.003
+"""Seconds to read an image to label."""
+PASSES = 2.0
+"""Time to evaluate or label an image with several views, relative to that of training on it once."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A space with its settings, and the time of each stage."""
+
+    space: str
+    settings: tuple[str, ...]
+    """`KEY=VALUE`, as `--set` takes them."""
+    why: tuple[str, ...]
+    """Lines for the user."""
+    plan: Plan
+    trials: int
+    """Total of the search, which time may end earlier."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    space: SearchSpace
+    name: str
+    settings: tuple[str, ...]
+    dataset: Dataset
+    splits: tuple[Splits, ...]
+    timed: Timed
+
+    @property
+    def side(self) -> int:
+        return min(self.dataset.images.shape[-2:])
+
+
+class Chooser:
+    """Chooses by the images and by a few timed steps of the baseline.
+
+    Args:
+        to_predict: Number of images that will be labelled.
+    """
+
+    def __init__(self, options: FitOptions, device: torch.device, reporter: Reporter, *, to_predict: int) -> None:
+        self._options, self._device, self._reporter, self._to_predict = options, device, reporter, to_predict
+        self._builtin = options.path is None
+        self.data = options.path
+        """The value of `--data`; None for a built-in set."""
+        self._given = tuple(setting_texts(options.set))
+
+    def choose(self, left_s: float) -> tuple[Choice, Dataset, tuple[Splits, ...]]:
+        """Choose what fits these seconds, and return it with the images as it loads them.
+
+        Raises:
+            TimeLimitError: Not even one epoch fits.
+            HpoError: There is no such space, or a setting has faults.
+            CoreError: The images cannot be used.
+        """
+        why: list[str] = []
+        *large, last = self._spaces()
+        for name in large:
+            found = self._candidate(name, quick=True)
+            epochs = self._epochs(found, left_s)
+            if epochs >= min(ENOUGH_EPOCHS, found.space.baseline.epochs):
+                return self._choice(replace(found, timed=self._timed(found)), left_s, why)
+            why.append(f"not {name}: its network is too slow here, {count(epochs, 'epoch')} to a trial")
+        found = self._candidate(last)
+        if (smaller := self._smaller(found, left_s)) is not None:
+            why.append(f"images of {smaller}²: larger ones are too slow here")
+            found = self._candidate(last, side=smaller)
+        return self._choice(found, left_s, why)
+
+    def _spaces(self) -> Iterator[str]:
+        """The spaces to try in order; the last one is taken."""
+        if self._options.space is not None:
+            yield self._options.space
+            return
+        if self._builtin:
+            own = [entry.name for entry in list_spaces() if entry.kind == "space" and self._is_of(entry.name)]
+            yield from own[:1]
+            if own and self._options.data == "digits":
+                return
+        elif self._side >= LARGE_SIDE:
+            yield LARGE
+        yield SCRATCH
+
+    def _settings(self, name: str) -> tuple[str, ...]:
+        """The settings of the command line, and the built-in set that the space does not name itself."""
+        other = self._builtin and not self._is_of(name)
+        return (*([f"data.name={self._options.data}"] if other else []), *self._given)
+
+    def _is_of(self, name: str) -> bool:
+        return load_space(name).baseline.data.name == self._options.data
+
+    @cached_property
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Sizes of some images, before any is resized."""
+        config = load_space(SCRATCH, self._settings(SCRATCH)).baseline.data
+        found = image_sizes(config, data_path=self.data, data_root=data_root())
+        if not found:
+            raise UserError(f"{self._options.data}: none of its images that were tried can be read")
+        return found
+
+    @property
+    def _side(self) -> int:
+        """The shorter side of the images; the median if they differ."""
+        return int(statistics.median(min(size) for size in self._sizes))
+
+    # A candidate
+
+    def _candidate(self, name: str, *, side: int | None = None, quick: bool = False) -> _Candidate:
+        """Load the images for a space, and time its baseline."""
+        if side is None and self._sizes_itself(name):
+            native = len(set(self._sizes)) == 1 and self._side <= MOST_SIDE
+            side = None if native else min(self._side, MOST_SIDE)
+        try:
+            return self._sized(name, side, quick=quick)
+        except SizesError:
+            if "data.image_size" in _names(self._given):
+                raise
+            return self._sized(name, min(self._side, MOST_SIDE), quick=quick)
+
+    def _sizes_itself(self, name: str) -> bool:
+        """Whether neither the user nor the space gives the images a size."""
+        return not self._builtin and load_space(name, self._settings(name)).baseline.data.image_size is None
+
+    def _sized(self, name: str, side: int | None, *, quick: bool) -> _Candidate:
+        settings = [*self._settings(name), *([] if side is None else [f"data.image_size={side}"])]
+        space = load_space(name, settings)
+        dataset = open_dataset(
+            space.baseline.data, self.data, skip_broken=self._options.skip_broken, reporter=self._reporter
+        )
+        if (
+            name == SCRATCH
+            and min(dataset.images.shape[-2:]) > STRIDE_SIDE
+            and "model.stem_stride" not in _names(settings)
+        ):
+            settings.append("model.stem_stride=2")
+            space = load_space(name, settings)
+        splits = folds(dataset, space.baseline.data)
+        found = _Candidate(space, name, tuple(settings), dataset, splits, Timed(0.0, 1.0, 0.0))
+        return replace(found, timed=self._timed(found, quick=quick))
+
+    def _timed(self, found: _Candidate, *, quick: bool = False) -> Timed:
+        config, split = found.space.baseline, found.splits[0]
+        small = quick and self._device.type == "cpu"
+        if small:
+            config = config.override({"batch_size": min(TIMED_BATCH, config.batch_size)})
+        epoch_s = seconds_per_epoch(config, split, device=self._device, steps=1 if small else 3)
+        label_s = self._to_predict * (DECODE_S + PASSES * epoch_s / len(split.train))
+        evaluated = (len(split.val) + found.dataset.n_test) / len(split.train)
+        after_s = BUNDLE_S + PASSES * epoch_s * evaluated + label_s + REPORT_S + END_S
+        return Timed(epoch_s * len(found.splits), len(found.dataset.labels) / len(split.train), after_s)
+
+    # A choice
+
+    def _epochs(self, found: _Candidate, left_s: float) -> int:
+        """Epochs of a trial in these seconds; 0 if not one fits."""
+        plan = divide(left_s, found.timed, found.space.baseline.epochs)
+        return 0 if plan is None else plan.epochs
+
+    def _smaller(self, found: _Candidate, left_s: float) -> int | None:
+        """The largest smaller side with enough epochs, as the time goes with the area; None to keep the size."""
+        epochs = self._epochs(found, left_s)
+        sides = [side for side in SMALLER_SIDES if side < found.side]
+        if not sides or not self._sizes_itself(found.name) or "epochs" in _names(self._given):
+            return None
+        if epochs >= min(ENOUGH_EPOCHS, found.space.baseline.epochs):
+            return None
+        return next((side for side in sides if epochs * (found.side / side) ** 2 >= ENOUGH_EPOCHS), sides[-1])
+
+    def _choice(self, found: _Candidate, left_s: float, why: list[str]) -> tuple[Choice, Dataset, tuple[Splits, ...]]:
+        wanted, timed = found.space.baseline.epochs, found.timed
+        given = "epochs" in _names(self._given)
+        plan = divide(left_s, timed, wanted, fewest_epochs=wanted if given else FEWEST_EPOCHS)
+        if plan is None or (given and plan.epochs < wanted):
+            least = least_s(timed, wanted if given else 1)
+            what = count(wanted, "epoch") if given else "one epoch"
+            minutes = (self._options.time_s - left_s + least) / 60
+            raise TimeLimitError(
+                f"hpo fit {self._options.data}: {duration(max(left_s, 0))} are left, and a training of {what} with its "
+                f"refit takes about {duration(least)}; give --minutes {minutes:.1f} or more"
+            )
+        settings = found.settings if plan.epochs == wanted else (*found.settings, f"epochs={plan.epochs}")
+        lines = [*why, *plan.left_out]
+        trials = plan.trials or found.space.trials
+        return Choice(found.name, settings, tuple(lines), plan, trials), found.dataset, found.splits
+
+
+def _names(settings: tuple[str, ...] | list[str]) -> set[str]:
+    return {text.partition("=")[0] for text in settings}

@@ -1,0 +1,88 @@
+"""How `hpo fit` divides its time: the epochs of a trial, and the shares of search, confirmation and refit.
+
+A trial is short enough that the search's share holds ten trainings of the baseline, of which pruning makes some thirty
+trials. Half of the time is for what comes after: the confirmation is worth as much as the search, and the final
+training may be longer than a trial.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SEARCH, CONFIRM, REFIT = 0.45, 0.30, 0.25
+"""Shares of the time that training may take."""
+SEARCH_ALONE = 0.70
+"""The search's share without a confirmation; the refit has the rest."""
+TRAININGS = 10
+"""Trainings of the baseline in full that the search's share holds."""
+TRAININGS_ALONE = 5
+"""The same without a confirmation."""
+FEWEST_EPOCHS = 5
+"""Shorter trials are avoided by leaving out the confirmation, then the search."""
+SLOWER = 1.3
+"""Real time of a training relative to that of a few timed steps, where nothing can be corrected later."""
+REPORT_S = 8.0
+"""Writing the report, with its imports: 4 to 8 s on two cores of a shared EPYC."""
+BUNDLE_S = 4.0
+"""Evaluating the model on few images, and writing it."""
+END_S = 2.0
+"""Ending the process, and the longest step between two looks at the clock."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The measured speed of a baseline."""
+
+    epoch_s: float
+    """Seconds of an epoch with validation."""
+    whole: float
+    """Images outside the test set as a multiple of the training images."""
+    after_s: float
+    """Seconds of what follows the last training: evaluating and writing the model, predictions, report."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Epochs of a trial, and seconds of each stage."""
+
+    epochs: int
+    trials: int | None
+    """None: as many as fit."""
+    search_s: float
+    confirm_s: float
+    """0: no confirmation."""
+    refit_s: float
+    after_s: float
+    left_out: tuple[str, ...] = ()
+    """One line for each part that does not fit."""
+
+
+def divide(left_s: float, timed: Timed, most_epochs: int, *, fewest_epochs: int = FEWEST_EPOCHS) -> Plan | None:
+    """Divide the seconds that are left; None if not even one epoch and its refit fit.
+
+    Args:
+        most_epochs: Of the search space: a trial has no more.
+        fewest_epochs: As many, if possible.
+    """
+    free_s = left_s - timed.after_s
+    enough = min(fewest_epochs, most_epochs)
+    epochs = min(most_epochs, int(SEARCH * free_s / (TRAININGS * timed.epoch_s)))
+    if epochs >= enough:
+        return Plan(epochs, None, SEARCH * free_s, CONFIRM * free_s, REFIT * free_s, timed.after_s)
+    epochs = min(most_epochs, int(SEARCH_ALONE * free_s / (TRAININGS_ALONE * timed.epoch_s)))
+    unconfirmed = "no confirmation: it would leave the search too little time"
+    if epochs >= enough:
+        search_s = SEARCH_ALONE * free_s
+        return Plan(epochs, None, search_s, 0.0, free_s - search_s, timed.after_s, (unconfirmed,))
+    one_s = SLOWER * timed.epoch_s
+    epochs = min(most_epochs, int(free_s / (one_s * (1 + timed.whole))))
+    if epochs < 1:
+        return None
+    search_s = epochs * one_s
+    alone = "no search: the time is enough for one training of the baseline"
+    return Plan(epochs, 1, search_s, 0.0, free_s - search_s, timed.after_s, (alone,))
+
+
+def least_s(timed: Timed, epochs: int) -> float:
+    """Seconds that one training, its refit and what follows take."""
+    return timed.after_s + SLOWER * timed.epoch_s * epochs * (1 + timed.whole)

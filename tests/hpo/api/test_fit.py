@@ -1,0 +1,363 @@
+"""`hpo fit`: how it divides its time and chooses a space, what it leaves after a kill, and its errors."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hpo
+from hpo.api.fit_choice import LARGE, SCRATCH, Chooser
+from hpo.api.fit_plan import SEARCH, TRAININGS, Timed, divide, least_s
+from hpo.api.options import FitOptions
+from hpo.errors import StudyError
+from hpo.paths import StudyPaths
+from hpo.reporter import Silent
+from hpo.study import find_study
+from hpo.study.fit_record import FitRecord, read_fit
+from hpo.submission.bundle import load_bundle
+from tests.hpo.cli.test_cli import COMMANDS
+from tests.hpo.commands import RunHpo
+from tests.hpo.digits import rows_of, write_digits
+from tests.hpo.workers.processes import wait_until
+from tests.hpo.zygote import Hpo
+
+TRIALS = 3
+SPACE = f"""
+data: {{name: digits}}
+trials: {TRIALS}
+base: {{model: {{widths: [8], blocks: [1]}}, epochs: 2, batch_size: 128, augment: {{flip: 0.0}},
+  optim: {{lr_scale: 10}}}}
+pruner: {{name: none}}
+sampler: {{name: random}}
+search:
+  optim.lr_scale: {{low: 5, high: 20, log: true}}
+"""
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> str:
+    file = tmp_path / "own.yaml"
+    file.write_text(SPACE)
+    return str(file)
+
+
+def record_of(name: str) -> dict[str, Any]:
+    found = read_fit(StudyPaths.of(name))
+    assert found is not None
+    return found
+
+
+# The division of the time
+
+
+@pytest.mark.parametrize(
+    ("left_s", "epoch_s", "epochs", "confirmed", "trials"),
+    [
+        (7200, 0.5, 60, True, None),  # as long as the space wants
+        (600, 1.0, 26, True, None),  # 0.45 × 590 s hold ten trainings
+        (100, 1.0, 12, False, None),  # too short for trials of five epochs and a confirmation
+        (40, 2.0, 5, False, 1),  # one training and its refit
+        (17, 2.0, 1, False, 1),
+    ],
+)
+def test_the_time_decides_about_epochs_and_stages(
+    left_s: float, epoch_s: float, epochs: int, confirmed: bool, trials: int | None
+) -> None:
+    plan = divide(left_s, Timed(epoch_s, 1.3, 10.0), 60)
+    assert plan is not None
+    assert (plan.epochs, plan.confirm_s > 0, plan.trials) == (epochs, confirmed, trials)
+    assert plan.search_s + plan.confirm_s + plan.refit_s + plan.after_s == pytest.approx(left_s)
+    assert bool(plan.left_out) != confirmed
+    if trials is None:
+        assert plan.search_s >= 5 * epochs * epoch_s
+    assert plan.refit_s >= 1.3 * epochs * epoch_s
+
+
+def test_a_trial_is_as_long_as_ten_of_them_fit_the_search() -> None:
+    for left_s in np.geomspace(200, 20_000, 30):
+        plan = divide(float(left_s), Timed(1.0, 1.3, 10.0), 1000)
+        assert plan is not None
+        assert TRAININGS * plan.epochs <= SEARCH * (left_s - 10) < TRAININGS * (plan.epochs + 1)
+
+
+def test_less_than_one_epoch_is_refused_and_the_least_time_is_enough() -> None:
+    timed = Timed(30.0, 1.3, 10.0)
+    assert divide(60, timed, 60) is None
+    assert divide(least_s(timed, 1), timed, 60) is not None
+
+
+# The record
+
+
+def test_a_killed_run_loses_no_more_than_a_tick(tmp_path: Path) -> None:
+    paths = StudyPaths(tmp_path / "fit-x")
+    with subprocess.Popen([sys.executable, "-c", _HOLD, str(paths.dir)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        began = float(process.stdout.readline())
+        time.sleep(2.5)
+        process.kill()
+    lasted = time.time() - began
+    time.sleep(1)  # between two runs, which does not count
+    found = read_fit(paths)
+    assert found is not None
+    assert lasted - 1.5 < found["used_s"] <= lasted + 0.1
+    with FitRecord.opened(paths, {}, began=time.time()) as record:
+        assert record["limit_s"] == 60
+        assert 0 < record.left_s < 60 - lasted + 1.5
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from hpo.paths import StudyPaths
+from hpo.study.fit_record import FitRecord
+began = time.time()
+with FitRecord.opened(StudyPaths(Path(sys.argv[1])), {"limit_s": 60.0}, began=began):
+    print(began, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_and_an_ended_one_is_not(tmp_path: Path) -> None:
+    paths = StudyPaths(tmp_path / "fit-x")
+    with FitRecord.opened(paths, {"limit_s": 60.0}, began=time.time() - 20) as record:
+        with pytest.raises(StudyError, match="another hpo fit is running"):
+            FitRecord.opened(paths, {}, began=time.time()).__enter__()
+        record.finish("search", 7)
+    with FitRecord.opened(paths, {}, began=time.time()) as record:
+        assert record.done == {"search": 7}
+        assert record.used_s == pytest.approx(20, abs=1)
+    paths.fit.write_text("{")
+    with pytest.raises(StudyError, match=r"fit\.json: cannot be read"):
+        FitRecord.opened(paths, {}, began=time.time()).__enter__()
+
+
+# The choice
+
+
+def images_of(folder: Path, side: int, *, count: int = 24, other: int | None = None) -> Path:
+    """Images of two classes, some of another size if given."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        target = folder / ("light" if number % 2 else "dark")
+        target.mkdir(parents=True, exist_ok=True)
+        here = other if other and number % 5 == 4 else side
+        pixels = rng.integers(0, 128, (here, here, 3)) + 127 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(target / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("side", "other", "epoch_s", "space", "settings"),
+    [
+        (64, None, 0.01, LARGE, ()),
+        (64, 80, 0.01, LARGE, ("data.image_size=64",)),
+        (160, None, 0.01, LARGE, ("data.image_size=96",)),
+        (64, None, 2.0, SCRATCH, ("data.image_size=48", "epochs=13")),
+        (64, None, 4.0, SCRATCH, ("data.image_size=32", "epochs=6")),
+        (28, None, 1.5, SCRATCH, ("epochs=17",)),
+        (28, None, 4.0, SCRATCH, ("epochs=6",)),
+    ],
+)
+def test_space_size_and_epochs_follow_from_the_images_and_the_speed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    side: int,
+    other: int | None,
+    epoch_s: float,
+    space: str,
+    settings: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr("hpo.api.fit_choice.seconds_per_epoch", lambda *_, **__: epoch_s)
+    options = FitOptions(data=str(images_of(tmp_path / "photos", side, other=other)))
+    choice, dataset, splits = Chooser(options, torch.device("cpu"), Silent(), to_predict=0).choose(600)
+    assert (choice.space, choice.settings) == (space, settings)
+    assert len(splits[0].train) < len(dataset.labels) < 24
+    assert (choice.why == ()) == (epoch_s < 1 or side < 48)
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "space", "settings"),
+    [
+        ("digits", (), "digits", ("epochs=12",)),
+        ("digits", ("epochs=3",), "digits", ("epochs=3",)),
+        ("digits", ("data.test_fraction=0.4",), "digits", ("data.test_fraction=0.4", "epochs=12")),
+    ],
+)
+def test_a_builtin_set_has_its_own_space_and_given_settings_stay(
+    monkeypatch: pytest.MonkeyPatch, data: str, given: tuple[str, ...], space: str, settings: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("hpo.api.fit_choice.seconds_per_epoch", lambda *_, **__: 1.0)
+    options = FitOptions(data=data, set=given)
+    choice, _, _ = Chooser(options, torch.device("cpu"), Silent(), to_predict=0).choose(300)
+    assert (choice.space, choice.settings) == (space, settings)
+
+
+def test_images_to_label_take_time_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpo.api.fit_choice.seconds_per_epoch", lambda *_, **__: 1.0)
+    choosers = [Chooser(FitOptions(data="digits"), torch.device("cpu"), Silent(), to_predict=n) for n in (0, 10_000)]
+    few, many = (chooser.choose(300)[0].plan for chooser in choosers)
+    assert many.after_s - few.after_s == pytest.approx(10_000 * (0.003 + 2 / 1078))
+    assert many.epochs < few.epochs
+
+
+# The whole
+
+
+def test_fit_ends_with_a_model_a_submission_and_a_report(
+    space: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images = write_digits(tmp_path / "new", 6)
+    like = tmp_path / "sample.csv"
+    like.write_text("id,label\n" + "".join(f"{number:03d},0\n" for number in reversed(range(6))))
+    output = tmp_path / "mine.csv"
+
+    def run(**more: Any) -> str:
+        options = {"space": space, "predict": images, "like": like, "output": output, "minutes": 2} | more
+        model = hpo.fit("digits", **options)
+        assert model.folder == StudyPaths.of("fit-digits").refit("best")
+        return capfd.readouterr().out
+
+    said = run()
+    record = record_of("fit-digits")
+    assert record["done"] == {
+        "search": TRIALS,
+        "confirm": None,
+        "refit": str(StudyPaths.of("fit-digits").refit("best")),
+        "predict": str(output),
+        "report": str(StudyPaths.of("fit-digits").report),
+    }
+    assert 0 < record["used_s"] < 120
+    assert StudyPaths.of("fit-digits").report.stat().st_size > 100_000
+    assert [row["id"] for row in rows_of(output)] == [f"{number:03d}" for number in reversed(range(6))]
+    study = find_study("fit-digits")
+    assert (study.total, study.counts().finished) == (TRIALS, TRIALS)
+    given = ["--predict", images, "--like", like, "--output", output, "--space", space, "--minutes", 2]
+    assert study.command == shlex.join(["hpo", "fit", "digits", *map(str, given)])
+    by_hand = [line.strip() for line in said.splitlines() if line.startswith("  hpo ")]
+    assert [line.split()[1] for line in by_hand] == ["run", "confirm", "refit", "predict"]
+    for line in by_hand:
+        name, *arguments = shlex.split(line)[1:]
+        COMMANDS[name].make_context(name, arguments)
+
+    again = run()
+    assert "study fit-digits was finished before" in again
+    assert "trial" not in again
+    output.unlink()
+    assert "trial" not in run(like=None)
+    assert len(rows_of(output)) == 6, "another submission is written from the same model"
+    with pytest.raises(StudyError, match="was begun with 2 min, and 60 s are less"):
+        run(minutes=1)
+    with pytest.raises(StudyError, match=r"was begun with --set none, not epochs=3"):
+        run(set={"epochs": 3})
+
+
+@pytest.fixture
+def start(space: str) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts `hpo fit` in a process group of its own, which is killed at the end."""
+    processes = []
+
+    def begin() -> subprocess.Popen[str]:
+        arguments = ["fit", "digits", "--space", space, "--minutes", "4"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        processes.append(
+            Hpo(
+                arguments,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        )
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_continues_and_loses_nothing_finished(
+    start: Callable[[], subprocess.Popen[str]], space: str
+) -> None:
+    paths = StudyPaths.of("fit-digits")
+
+    def trained(name: str) -> bool:
+        return StudyPaths.of(name).study_yaml.exists() and find_study(name).counts().finished > 0
+
+    stages: list[Callable[[], Any]] = [
+        lambda: trained("fit-digits"),
+        lambda: trained("fit-digits.confirm"),
+        lambda: paths.fit.exists() and "confirm" in record_of("fit-digits")["done"],
+    ]
+    done: dict[str, Any] = {}
+    used_s = 0.0
+    for reached in stages:
+        process = start()
+        wait_until(reached, "the stage is reached", process=process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        record = record_of("fit-digits")
+        assert record["used_s"] >= used_s
+        assert done.items() <= record["done"].items()
+        done, used_s = record["done"], record["used_s"]
+    process = start()
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert "continuing study fit-digits, after search, confirm" in said
+    record = record_of("fit-digits")
+    assert find_study("fit-digits").counts().finished == record["done"]["search"] == TRIALS
+    assert record["used_s"] > used_s
+    assert load_bundle(paths.refit("best")).meta.classes == tuple("0123456789")
+    assert len(paths.test_openings.read_text().splitlines()) == 1
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere.zip"], "nowhere.zip: no such file or folder"),
+        (["digits", "--minutes", "0.06"], "give --minutes"),
+        (["digits", "--space", "nothing"], "nothing: no such search space"),
+        (["digits", "--set", "epoch=3"], "epoch"),
+        (["digits", "--set", "epochs=100000", "--minutes", "3"], "a training of 100,000 epochs with its refit takes"),
+        (["digits", "--predict", "nowhere"], "nowhere: no such file or folder"),
+        (["digits", "--like", "sample.csv"], "give the images to label with --predict too"),
+        (["digits", "--predict", "new", "--like", "other.csv"], "none of its columns names the images"),
+        (["digits", "--predict", "new", "-o", "no/such.csv"], "there is no such folder"),
+        (["one"], "one: a single class, light"),
+        (["loose"], "loose"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_training(
+    run_hpo: RunHpo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hpo.cli.library.process_began", time.time)  # of the command, not of pytest
+    write_digits(tmp_path / "new", 3)
+    (tmp_path / "other.csv").write_text("id,label\nx,0\ny,1\n")
+    images_of(tmp_path / "one", 16).joinpath("dark").rename(tmp_path / "dark")
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "notes.txt").write_text("no images")
+    assert expected in run_hpo.fails("fit", *arguments)
+    assert not list(Path(os.environ["HPO_STUDIES"]).glob("*")), "nothing is left behind"
