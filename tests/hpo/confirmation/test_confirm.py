@@ -27,7 +27,15 @@ from hpo.cli.progress import StudyProgress
 from hpo.confirmation.candidates import NEIGHBOURS, candidates, predict, unit_cube
 from hpo.confirmation.conclusion import conclude
 from hpo.confirmation.result import Confirmation, identity_of, read_confirmation
-from hpo.confirmation.trials import Plan, Training, open_confirmation, replicated, search_epochs, trainings
+from hpo.confirmation.trials import (
+    Plan,
+    Training,
+    open_confirmation,
+    replicated,
+    search_epochs,
+    seconds_per_epoch,
+    trainings,
+)
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths
 from hpo.search.interrupts import Interrupts
@@ -808,3 +816,57 @@ def test_with_folds_every_replicate_has_a_value_for_each_of_its_own(tmp_path: Pa
     assert confirmation.epochs == 6 * 2
     found = [training for training in trainings(find_study("f.confirm")) if isinstance(training, Training)]
     assert all(training.values is not None and len(training.values) == 2 for training in found)
+
+
+# A time limit
+
+
+def slow_after(monkeypatch: pytest.MonkeyPatch, trainings: int) -> None:
+    """All but the first trainings seem to take days."""
+    measured = iter([1e-3] * trainings)
+    monkeypatch.setattr("hpo.search.pace.seconds_per_epoch", lambda *_, **__: next(measured, 1e6))
+
+
+def test_a_time_limit_ends_it_with_the_replicates_that_are_done(
+    searches: Path, run_hpo: RunHpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert searches.is_dir()
+    slow_after(monkeypatch, 5)
+    said = run_hpo("confirm", "planted", "--minutes", "5", "--device", "cpu")
+    assert "the time limit ended it before all planned trainings" in said
+    ended = result_of("planted")
+    assert ended.out_of_time
+    assert ended.trainings == 5
+    assert sorted(len(one.scores) for one in ended.contenders) == [2, 3]
+    assert ended.advantage is not None
+    assert ended.advantage.n == 2, "pairs"
+    assert confirmed(find_study("planted"), ConfirmOptions()) == ended, "a refit takes it as it is"
+
+    monkeypatch.undo()
+    monkeypatch.setenv("HPO_STUDIES", str(searches))
+    assert "the time limit" not in run_hpo("confirm", "planted", "--device", "cpu")
+    whole = result_of("planted")
+    assert not whole.out_of_time
+    assert whole.trainings > 5
+    before = scores_of(ended)
+    assert all(before[one.key].items() <= one.scores.items() for one in whole.contenders)
+
+
+def test_a_time_limit_before_any_comparison_is_an_error_that_keeps_what_is_done(
+    searches: Path, run_hpo: RunHpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_after(monkeypatch, 1)
+    said = run_hpo.fails("confirm", "planted", "--minutes", "5", "--device", "cpu")
+    assert "before it could compare anything; continue with a larger --minutes or without" in said
+    assert not (searches / "planted" / "confirmation.json").exists()
+    assert find_study("planted.confirm").counts().finished == 1
+
+
+def test_the_plan_has_only_trainings_that_fit_the_limit(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPO_STUDIES", str(trained / "searched"))
+    search = find_study("planted")
+    speed = seconds_per_epoch(search)
+    assert speed is not None
+    plan = Plan(search, search.space(), share=5, within_s=6.5 * 2 * speed)  # of two epochs
+    assert plan.budget_epochs == 13
+    assert plan.allocation.trainings == 6

@@ -96,7 +96,7 @@ def test_reserved_time_is_not_for_trials(clock: Callable[[float], None]) -> None
 def test_hours_and_minutes_add_up_and_the_resuming_command_repeats_them() -> None:
     options = RunOptions(space="digits", hours=1, minutes=30, recipes=False)
     assert options.limit_s == 5400
-    assert options.command() == "hpo run digits --hours 1 --minutes 30 --no-recipes"
+    assert options.command() == "hpo run digits --no-recipes --hours 1 --minutes 30"
 
 
 # What begins
