@@ -230,7 +230,8 @@ class Search:
     def _report_end(self, study: Study) -> None:
         """Show how far the study came within its time or patience, and how to continue it."""
         if study.deadline.left_s() > 0 and study.patience.is_over:
-            self.reporter.say(f"{patience_text(study)}; continue without --patience")
+            ending = "; continue without --patience" if self._alone else ""
+            self.reporter.say(patience_text(study) + ending)
             return
         if not self._alone:
             return
