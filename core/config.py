@@ -173,6 +173,9 @@ class ModelConfig(_Section):
 
     name: str = Field(default="resnet", pattern=r"^(resnet|vgg|timm/[\w.\-]+)$")
     """`resnet` or `vgg`, networks for small images, or `timm/NAME`, any timm model."""
+    input_size: int | None = Field(default=None, ge=8, le=1024)
+    """Height in pixels to which the network resizes its images, the width in proportion. None keeps their size. Unlike
+    `data.image_size` it can be searched: images are decoded once, and resized on the device after augmentation."""
     widths: Annotated[tuple[Annotated[StrictInt, Field(ge=4, le=4096)], ...], Field(strict=False)] = Field(
         default=(64, 128, 256, 512), min_length=1, max_length=6
     )
@@ -313,6 +316,10 @@ class OptimConfig(_Section):
     """Maximum norm of all gradients together. None is off."""
     backbone_lr_scale: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of all other layers as a fraction of the classifier's."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of each layer of a timm network as a fraction of the next one's (arXiv 2106.08254), by timm's own
+    order of layers; the classifier's is not reduced, and `backbone_lr_scale` multiplies those of all others. 1 is off.
+    """
     head_only_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the run in which only the classifier is trained. 0 is off."""
     swats: SwatsConfig = SwatsConfig()
@@ -331,7 +338,7 @@ class OptimConfig(_Section):
         if self.lr is not None and self.lr_scale is not None:
             raise ValueError("optim.lr and optim.lr_scale exclude each other: give one of them")
         if self.name == "swats" and self.swats.switch == "criterion":
-            for field, neutral in (("backbone_lr_scale", 1), ("head_only_fraction", 0)):
+            for field, neutral in (("backbone_lr_scale", 1), ("layer_decay", 1), ("head_only_fraction", 0)):
                 if getattr(self, field) != neutral:
                     raise ValueError(
                         "optim.swats.switch: criterion measures one learning rate for all layers at once, and "
@@ -443,6 +450,22 @@ class TrainConfig(_Section):
             raise ValueError(
                 "augment.apply_to: repeats augments nothing where no image is repeated: "
                 "set sampling.oversample, or sampling.name to balanced"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_size(self) -> TrainConfig:
+        if self.model.input_size is not None and self.augment.start_size_fraction < 1:
+            raise ValueError(
+                "model.input_size gives images one size, and augment.start_size_fraction lets it grow: give one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> TrainConfig:
+        if self.optim.layer_decay != 1 and not self.model.name.startswith("timm/"):
+            raise ValueError(
+                f"optim.layer_decay is for timm networks, and model.name is {self.model.name}: leave it out"
             )
         return self
 

@@ -266,6 +266,16 @@ def isolated_rng(device: torch.device) -> Iterator[None]:
         yield
 
 
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images (N, C, H, W) float, channels_last."""
+    if images.shape[-2:] == size:
+        return images
+    # On two cores 12 ms for 256 × 3 × 96² to 72². Area averaging took 17 ms, and weights pixels unevenly at fractional
+    # ratios. Not implemented for bf16 on a CPU.
+    smaller = torch.nn.functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
+    return smaller.to(images.dtype, memory_format=torch.channels_last)
+
+
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Normalize (N, C, H, W) uint8 to float32 channels_last, by the mean and std of pixels in [0, 1] per channel."""
     return normalize_by(images, *scale_and_shift(mean, std, images.device))

@@ -6,7 +6,7 @@ operations. This slightly anticorrelates the operations of two of its images.
 
 from core.augment.mixing import MixPlan, apply_mix, mixes, plan_mix, symmetric_beta
 from core.augment.pipeline import Augment, alternating_flips
-from core.augment.sizing import resize, size_at
+from core.augment.sizing import size_at
 
 __all__ = [
     "Augment",
@@ -15,7 +15,6 @@ __all__ = [
     "apply_mix",
     "mixes",
     "plan_mix",
-    "resize",
     "size_at",
     "symmetric_beta",
 ]

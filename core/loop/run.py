@@ -39,7 +39,7 @@ from core.loop.results import EpochMetrics, TrainResult
 from core.loop.step import Batch, StepShape, TrainStep, batch_sizes
 from core.losses import Criterion, class_weights
 from core.metrics import Scores
-from core.models import build_model, check_smaller_images, head_parameters
+from core.models import build_model, check_smaller_images, head_parameters, layer_scales
 from core.models.compilation import compiled, compiled_if_it_pays, count_trained
 from core.optim import build_optimizer, needs_head
 from core.runtime import (
@@ -270,7 +270,10 @@ class Run:
     def _build_step(self) -> TrainStep:
         config = self.config
         head = head_parameters(self.model) if needs_head(config.optim) else ()
-        self.optimizer = build_optimizer(config, self.model, self.total_steps, head, capturable=self._captures)
+        scales = None if config.optim.layer_decay == 1 else layer_scales(self.model, config.optim.layer_decay)
+        self.optimizer = build_optimizer(
+            config, self.model, self.total_steps, head, layer_scales=scales, capturable=self._captures
+        )
         self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
         return TrainStep(
             config,

@@ -15,12 +15,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from core.augment import MixPlan, apply_mix, mixes, plan_mix, resize, size_at
+from core.augment import MixPlan, apply_mix, mixes, plan_mix, size_at
 from core.averaging import Averaging
 from core.config import TrainConfig
 from core.losses import Criterion, Stage
 from core.optim import StepOptimizer
-from core.runtime import tuned_convolutions
+from core.runtime import resize, tuned_convolutions
 
 Section = Literal["augment", "forward", "backward", "optimizer", "averaging"]
 """Parts of a step, in order."""

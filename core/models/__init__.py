@@ -10,8 +10,9 @@ from torch import nn
 from core.config import ModelConfig
 from core.errors import ConfigError
 from core.models.heads import head_parameters as head_parameters
+from core.models.heads import layer_scales as layer_scales
 from core.models.heads import probed_classifier as probed_classifier
-from core.runtime import may_be_out_of_memory
+from core.runtime import may_be_out_of_memory, resize
 
 
 def check_model_name(name: str) -> None:
@@ -20,6 +21,16 @@ def check_model_name(name: str) -> None:
         from core.models import timm_models
 
         timm_models.find_model(name)
+
+
+def has_weights(name: str) -> bool:
+    """Return whether the pretrained weights of a `model.name` are on this machine, or their server answers.
+
+    Takes at most a few seconds, and those once per process. UserError if there is no such network.
+    """
+    from core.models import timm_models
+
+    return name.startswith("timm/") and timm_models.has_weights(name)
 
 
 def weights_fingerprint(pretrained_file: str) -> str:
@@ -41,6 +52,9 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, imag
         UserError: there is no such model, or its weights are unavailable or unreadable.
     """
     model: nn.Module
+    resizing = None if config.input_size is None else ResizeInput(image_size, config.input_size)
+    if resizing is not None:
+        image_size = resizing.size
     if config.name == "resnet":
         from core.models import resnet
 
@@ -55,7 +69,28 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, imag
         model = timm_models.build_timm_model(
             config, num_classes=num_classes, in_channels=in_channels, image_size=image_size
         )
+    if resizing is not None:
+        model.register_forward_pre_hook(resizing)
     return model.to(memory_format=torch.channels_last)
+
+
+class ResizeInput:
+    """Resizes a network's input by a factor, so that images of the data set's size have `input_size` (height)."""
+
+    def __init__(self, image_size: tuple[int, int], input_size: int) -> None:
+        self._image_size = image_size
+        self._input_size = input_size
+        self.size = self._resized(image_size)
+        """(H, W) of the resized images of the data set."""
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = (max(1, round(side * self._input_size / self._image_size[0])) for side in size)
+        return height, width
+
+    def __call__(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        """Resize (N, C, H, W); smaller or larger images than the data set's by the same factor."""
+        height, width = inputs[0].shape[-2:]
+        return (resize(inputs[0], self._resized((height, width))),)
 
 
 def check_smaller_images(model: nn.Module, config: ModelConfig, images: torch.Tensor) -> None:

@@ -28,6 +28,24 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(parameters)
 
 
+def layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Return the factor of each parameter's learning rate with `optim.layer_decay`, by timm's order of layers.
+
+    Raises:
+        ConfigError: timm does not tell the network's layers apart.
+    """
+    from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+
+    groups = param_groups_layer_decay(model, layer_decay=decay)
+    scales = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+    if len(set(scales.values())) == 1:
+        raise ConfigError(
+            f"optim.layer_decay: timm does not tell the layers of {type(model).__name__} apart; set it to 1, or choose "
+            "another model.name"
+        )
+    return scales
+
+
 def probed_classifier(model: nn.Module) -> nn.Linear:
     """Return the classifier if it is one linear layer, or raise ConfigError."""
     found = classifiers(model)

@@ -1,6 +1,6 @@
 """timm's models by name: `timm/convnext_atto`, `timm/vit_small_patch16_224.augreg_in21k`.
 
-Pretrained weights are looked for in `model.pretrained_file`, in the folder $HPO_WEIGHTS, and in the hub's cache,
+Pretrained weights are looked for in `model.pretrained_file`, in the folder of `core.weights`, and in the hub's cache,
 without network access, before they are downloaded. A file must match the complete model, since timm skips layers that
 do not match and only logs it.
 """
@@ -28,15 +28,17 @@ from core.models.weight_files import (
     locate_weights,
     read_weights,
     state_dict_faults,
-    weights_folder,
     without_prefix,
 )
 from core.runtime import isolated_rng
+from core.weights import weights_folder
 
 logger = logging.getLogger(__name__)
 
 # Of the hub's first response; its own client retries for almost a minute.
 HUB_TIMEOUT_S = 10.0
+# To find out whether a server can be reached at all.
+SERVER_TIMEOUT_S = 3.0
 # The one that cannot run code first.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # timm's optional argument -> the field that sets it.
@@ -146,7 +148,7 @@ def _check_logits(name: str, model: nn.Module, shape: tuple[int, ...], num_class
 
 
 def _in_folder(cfg: Any) -> Path | None:
-    """The model's weights in the folder $HPO_WEIGHTS, under a name that a download gives them."""
+    """The model's weights in the folder of weights, under a name that a download gives them."""
     folder = weights_folder()
     if folder is None:
         return None
@@ -159,6 +161,49 @@ def _in_folder(cfg: Any) -> Path | None:
     if cfg.url:
         names.append(cfg.url.rpartition("/")[2])
     return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _in_cache(repository: str) -> str | None:
+    """Path of a repository's weights in the hub's cache; None if they are not there."""
+    found = (
+        huggingface_hub.try_to_load_from_cache(repository, each, cache_dir=hub.HF_HUB_CACHE) for each in WEIGHT_FILES
+    )
+    return next((path for path in found if isinstance(path, str)), None)
+
+
+def has_weights(name: str) -> bool:
+    """Return whether the weights of `timm/NAME` are in the folder or a cache, or their server answers.
+
+    Each server is tried once in a process, for `SERVER_TIMEOUT_S` seconds.
+
+    Raises:
+        UserError: timm has no such model.
+    """
+    cfg = find_model(name)
+    if not cfg.has_weights:
+        return False
+    if _in_folder(cfg) is not None:
+        return True
+    if cfg.hf_hub_id:
+        return _in_cache(cfg.hf_hub_id) is not None or _answers(hub.ENDPOINT)
+    cached = Path(f"{torch.hub.get_dir()}/checkpoints/{cfg.url.rpartition('/')[2]}")
+    return cached.is_file() or _answers("/".join(cfg.url.split("/")[:3]))
+
+
+def weights_address(name: str) -> str:
+    """Return the address of the published weights of `timm/NAME`."""
+    cfg = find_model(name)
+    return str(cfg.url) if not cfg.hf_hub_id else huggingface_hub.hf_hub_url(cfg.hf_hub_id, WEIGHT_FILES[0])
+
+
+@functools.cache
+def _answers(server: str) -> bool:
+    """Whether a server answers, at this address without a path."""
+    try:
+        response = huggingface_hub.get_session().head(server, timeout=SERVER_TIMEOUT_S)
+    except Exception:  # types vary with the hub's version
+        return False
+    return int(response.status_code) < 500
 
 
 @functools.cache
@@ -174,12 +219,7 @@ def _published(name: str, cfg: Any) -> dict[str, Any]:
     if not cfg.hf_hub_id:
         _log_source(name, cfg.url)
         return {"pretrained": True}
-    for file in WEIGHT_FILES:
-        path = huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, file, cache_dir=hub.HF_HUB_CACHE)
-        if isinstance(path, str):
-            break
-    else:
-        path = _download(name, cfg.hf_hub_id)
+    path = _in_cache(cfg.hf_hub_id) or _download(name, cfg.hf_hub_id)
     # Deleting only the link to the blob would not help.
     advice = f"delete {Path(path).parents[2]}, and the next run downloads them again"
     weights = read_weights(Path(path), "model.pretrained", advice)
@@ -295,7 +335,7 @@ def _not_at_hand(name: str, file: str, cache: str, error: Exception) -> MissingW
     return MissingWeightsError(
         f"model.pretrained: the weights of timm/{name}, {file}, are not in {cache}, and cannot be downloaded "
         f"({_reason(error)}); copy that folder from a machine that has them, put the file as {name}.safetensors into a "
-        "folder named by HPO_WEIGHTS, name it in model.pretrained_file, or set model.pretrained to false"
+        "folder named by --weights or HPO_WEIGHTS, name it in model.pretrained_file, or set model.pretrained to false"
     )
 
 

@@ -5,7 +5,6 @@ A file must be the model's complete state dict: a partly untrained network would
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from timm.models import load_state_dict
@@ -27,17 +26,6 @@ def locate_weights(file: str) -> Path:
             "to use the published weights"
         )
     return path
-
-
-def weights_folder() -> Path | None:
-    """Return the folder in $HPO_WEIGHTS; None if it is not set, UserError if there is no such folder."""
-    named = os.environ.get("HPO_WEIGHTS")
-    if not named:
-        return None
-    folder = Path(named).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"HPO_WEIGHTS: {folder}: no such folder")
-    return folder
 
 
 def read_weights(path: Path, field: str, advice: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ the schedule's peak.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ class StepOptimizer:
     """An optimizer driven by the schedule's factor and the progress of the run.
 
     A step is `begin_step` on the host, both passes, `step` on the device, `end_step` on the host. `head` are the
-    classifier's parameters, if `needs_head`. A CUDA graph can capture `step` if `capturable`, which torch's NAdam
-    supports on CUDA only.
+    classifier's parameters, if `needs_head`; `layer_scales` the factors of `optim.layer_decay`, by parameter. A CUDA
+    graph can capture `step` if `capturable`, which torch's NAdam supports on CUDA only.
     """
 
     switched_at: float | None = None
@@ -45,13 +45,20 @@ class StepOptimizer:
     """Peak learning rate after it."""
 
     def __init__(
-        self, config: TrainConfig, model: nn.Module, head: Collection[nn.Parameter] = (), *, capturable: bool = False
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        head: Collection[nn.Parameter] = (),
+        *,
+        layer_scales: Mapping[nn.Parameter, float] | None = None,
+        capturable: bool = False,
     ) -> None:
         self._config = config.optim
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._checked: set[Hashable] = set()  # phases
         self._head = {id(p) for p in head}
+        self._scales = {id(p): self._scale_of(p, layer_scales or {}) for p in self._params}
         self._frozen = False
         self._capturable = capturable
         self.lr = config.optim.peak_lr(config.batch_size)
@@ -207,28 +214,38 @@ class StepOptimizer:
             group["lr"] = self._peak_lr * factor * group["lr_scale"]
 
     def _groups(self, peak_lr: float, *, decay: float) -> list[dict[str, Any]]:
+        members: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+        for p in self._params:
+            members.setdefault((not _is_decayed(p), id(p) in self._head, self._scales[id(p)]), []).append(p)
         groups = []
-        for decayed in (True, False):
-            for of_head in (False, True):
-                params = [p for p in self._params if _is_decayed(p) == decayed and (id(p) in self._head) == of_head]
-                scale = 1.0 if of_head else self._config.backbone_lr_scale
-                # Both shrink by lr × weight_decay.
-                per_lr = decay / (peak_lr * scale) if decayed else 0.0
-                group = {"params": params, "weight_decay": per_lr, "lr_scale": scale}
-                if self._config.name == "muon" and (of_head or not decayed):
-                    group["use_fallback"] = True
-                if params:
-                    groups.append(group)
+        for (exempt, of_head, scale), params in sorted(members.items(), key=lambda each: each[0]):
+            # Both shrink by lr × weight_decay.
+            per_lr = 0.0 if exempt else decay / (peak_lr * scale)
+            group = {"params": params, "weight_decay": per_lr, "lr_scale": scale}
+            if self._config.name == "muon" and (of_head or exempt):
+                group["use_fallback"] = True
+            groups.append(group)
         return groups
+
+    def _scale_of(self, parameter: nn.Parameter, layer_scales: Mapping[nn.Parameter, float]) -> float:
+        """Learning rate of a parameter as a fraction of the classifier's."""
+        backbone = 1.0 if id(parameter) in self._head else self._config.backbone_lr_scale
+        return backbone * layer_scales.get(parameter, 1.0)
 
 
 class Swats(StepOptimizer):
     """SWATS."""
 
     def __init__(
-        self, config: TrainConfig, model: nn.Module, head: Collection[nn.Parameter] = (), *, capturable: bool = False
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        head: Collection[nn.Parameter] = (),
+        *,
+        layer_scales: Mapping[nn.Parameter, float] | None = None,
+        capturable: bool = False,
     ) -> None:
-        super().__init__(config, model, head, capturable=capturable)
+        super().__init__(config, model, head, layer_scales=layer_scales, capturable=capturable)
         self._adam_lr = self._peak_lr
         (sgd, sgd_power), (adam, adam_power) = REFERENCE_LR["sgd"], REFERENCE_LR["swats"]
         self._sgd_over_adam = sgd / adam * (config.batch_size / 256) ** (sgd_power - adam_power)
@@ -364,11 +381,12 @@ def build_optimizer(
     total_steps: int,
     head: Collection[nn.Parameter] = (),
     *,
+    layer_scales: Mapping[nn.Parameter, float] | None = None,
     capturable: bool = False,
 ) -> StepOptimizer:
     """Create a run's optimizer; see `StepOptimizer`."""
     if config.optim.name != "swats":
-        return StepOptimizer(config, model, head, capturable=capturable)
+        return StepOptimizer(config, model, head, layer_scales=layer_scales, capturable=capturable)
     swats = config.optim.swats
     if swats.switch == "fraction" and (total_steps - 1) / total_steps < swats.switch_fraction:
         logger.warning(
@@ -376,7 +394,7 @@ def build_optimizer(
             swats.switch_fraction,
             total_steps,
         )
-    return Swats(config, model, head, capturable=capturable)
+    return Swats(config, model, head, layer_scales=layer_scales, capturable=capturable)
 
 
 def _is_decayed(parameter: Tensor) -> bool:

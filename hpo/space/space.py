@@ -263,7 +263,7 @@ class SearchSpace:
         split = split_fields(
             {path.removeprefix("data."): value for path, value in fixed.items() if path.startswith("data.")}
         )
-        left_out = {"seed", "epochs", "data.name"}
+        left_out = {"seed", "epochs", "data.name", *_still_at_default(fixed)}
         if "swa" not in self.names("averaging.name"):
             left_out.add("averaging.swa_factor")  # version 0.1.0 did not have it: studies without SWA can be resumed
         kept = [path for path in fixed if path not in left_out and not path.startswith("data.")]
@@ -294,6 +294,16 @@ class SearchSpace:
             else self.baseline.flat()[path] in allowed
             for path, allowed in when.items()
         )
+
+
+_ADDED_FIELDS = ("model.input_size", "optim.layer_decay")
+"""Fields of `TrainConfig`, outside of `data`, that version 0.1.0 did not have and that are off by default."""
+
+
+def _still_at_default(fixed: Mapping[str, Any]) -> set[str]:
+    """Added fields with their default: studies of earlier versions, which lack them, can be resumed."""
+    defaults = TrainConfig().flat()
+    return {path for path in _ADDED_FIELDS if fixed[path] == defaults[path]}
 
 
 _FIRST_DATA_FIELDS = {"name", "val_fraction", "test_fraction", "split_seed", "folds", "image_size", "normalize"}

@@ -17,7 +17,7 @@ from core.averaging import _tensors, build_averaging
 from core.config import TrainConfig
 from core.loop.step import Batch, StepValues, TrainStep
 from core.losses import Criterion, Stage
-from core.models import build_model, head_parameters
+from core.models import build_model, head_parameters, layer_scales
 from core.optim import build_optimizer, needs_head
 from core.runtime import scale_and_shift
 
@@ -108,11 +108,13 @@ def run_fake_step(config: TrainConfig, progress: float) -> None:
             to_fake(averaging.module, CUDA)
             averaging._own, averaging._theirs = _tensors(averaging.module), _tensors(model)
         head = head_parameters(model) if needs_head(config.optim) else ()
+        decay = config.optim.layer_decay
+        scales = None if decay == 1 else layer_scales(model, decay)
         step = FakeStep(
             config,
             model,
             criterion=Criterion(config.loss, torch.empty(3, dtype=torch.int64, device=CUDA)),
-            optimizer=build_optimizer(config, model, 100, head, capturable=True),
+            optimizer=build_optimizer(config, model, 100, head, layer_scales=scales, capturable=True),
             averaging=averaging,
             num_classes=3,
             autocast=cuda_autocast,

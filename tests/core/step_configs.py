@@ -31,6 +31,7 @@ STEP: dict[str, Any] = {
 }  # fmt: skip
 """A small network, with the options that steps have in common switched on."""
 
+_TIMM = {path: TrainConfig().flat()[path] for path in ("model.widths", "model.blocks", "augment.start_size_fraction")}
 MIXUP = {"augment.mixup": 0.4}
 VGG = {"model.name": "vgg"}
 SWATS = {"optim.name": "swats"}
@@ -41,12 +42,11 @@ NEEDED: dict[str, dict[str, Any]] = {
     "optim.swats.switch": SWATS, "optim.swats.switch_fraction": SWATS,
     "optim.swats.tolerance": {**SWATS, "optim.swats.switch": "criterion"},
     "averaging.swa_start_fraction": {"averaging.name": "swa"}, "averaging.swa_factor": {"averaging.name": "swa"},
-    "optim.momentum": {"optim.name": "sgd"},
-    "optim.nesterov": {"optim.name": "sgd"},
+    "model.input_size": {"augment.start_size_fraction": 1.0}, "optim.momentum": {"optim.name": "sgd"},
+    "optim.nesterov": {"optim.name": "sgd"}, "optim.layer_decay": {"model.name": "timm/test_efficientnet", **_TIMM},
 }  # fmt: skip
 """Other fields without which a field, or one of its values, has no effect or is refused."""
 
-_TIMM = {path: TrainConfig().flat()[path] for path in ("model.widths", "model.blocks", "augment.start_size_fraction")}
 NETWORKS: dict[str, dict[str, Any]] = {"vgg": {}} | dict.fromkeys([f"timm/test_{name}" for name in (
     "byobnet", "convnext", "convnext2", "convnext3", "efficientnet", "efficientnet_evos", "efficientnet_gn",
     "efficientnet_ln", "mambaout", "nfnet", "resnet", "vit", "vit2", "vit3",

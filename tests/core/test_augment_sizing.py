@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from core.augment import resize, size_at
+from core.augment import size_at
 from core.config import AugmentConfig
+from core.runtime import resize
 from tests.core.recorded import HostReads
 
 
