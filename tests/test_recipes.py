@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from core.config import DataConfig, TrainConfig
 from core.data import Dataset, Splits, load_dataset, split
 from core.loop import train
+from core.models import build_model, layer_scales
 from hpo.space import load_recipe, load_space
 from hpo.space.space import Categorical, Integer, Parameter, Real, SearchSpace
 from tests.conftest import SHARED_DATA
@@ -133,7 +134,8 @@ def shrunk(config: TrainConfig, folder: Path) -> dict[str, Any]:
         name = config.model.name.removeprefix("timm/").partition(".")[0]
         return {"model.pretrained_file": str(pretrained_file(folder / "weights.safetensors", name))}
     if config.model.name.startswith("timm/"):
-        return {"model.pretrained": False, "batch_size": 32}
+        size = {} if config.model.input_size is None else {"model.input_size": 32}
+        return {"model.pretrained": False, "batch_size": 32, **size}
     return {"model.width": 0.125, "batch_size": 16}
 
 
@@ -240,6 +242,7 @@ TINY: dict[str, list[str]] = {
     "cifar100": ["model.widths=[8, 8, 8, 8]", "model.blocks=[1, 1, 1, 1]"],
     "imbalanced": ["model.widths=[8, 8, 8, 8]", "model.blocks=[1, 1, 1, 1]"],
     "intel_scenes": ["model.name=timm/test_resnet", "model.pretrained=false"],
+    "photos": ["model.name=timm/test_efficientnet", "model.pretrained=false"],
 }
 
 
@@ -257,6 +260,15 @@ def test_every_value_of_a_space_trains(name: str, datasets: Mapping[str, Dataset
         assert all(bool(tensor.isfinite().all()) for tensor in result.model.state_dict().values()), said
         tried += 1
     assert tried > len(space.search)
+
+
+@pytest.mark.parametrize("field", ["optim.layer_decay", "model.drop_path", "model.dropout"])
+def test_every_network_of_the_photos_space_has_the_searched_fields(field: str) -> None:
+    """The space is tested with a tiny network."""
+    for name in edges(load_space("photos").search["model.name"]):
+        config = TrainConfig().override({"model.name": name, field: 0.5})
+        model = build_model(config.model, num_classes=3, in_channels=3, image_size=(64, 64))
+        assert len(set(layer_scales(model, 0.5).values())) > 4
 
 
 def test_the_networks_of_the_scenes_space_are_those_of_its_recipes() -> None:
@@ -312,7 +324,7 @@ def pretrained_file(path: Path, name: str = "test_resnet") -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["imbalanced", "intel_scenes"])
+@pytest.mark.parametrize("name", ["imbalanced", "intel_scenes", "photos"])
 def test_a_space_for_any_images_requires_data(name: str, run_hpo: RunHpo) -> None:
     run_hpo("run", name, "--set", "model.pretrained=false", code=2)
     assert "hpo: data.name: path/to/images is neither" in run_hpo.error.splitlines()[-1]

@@ -38,6 +38,12 @@ def open_dataset(
         )
 
 
+def weights_of(study: Study, given: Path | None) -> Path | None:
+    """Return the given folder of pretrained weights, or the one that the study was run with."""
+    remembered = study.settings.weights
+    return Path(remembered) if given is None and remembered is not None else given
+
+
 _CLASSES_SHOWN = 10
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from core.data import Dataset, Division
 from core.errors import UserError
-from hpo.api.common import joining, open_dataset, report_data, report_estimate, resumable, train_all
+from core.weights import weights_in
+from hpo.api.common import joining, open_dataset, report_data, report_estimate, resumable, train_all, weights_of
 from hpo.api.options import ConfirmOptions
 from hpo.confirmation.conclusion import conclude
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation, write_confirmation
@@ -17,6 +18,7 @@ from hpo.errors import StudyError, TimeLimitError
 from hpo.paths import StudyPaths, confirmation_of
 from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
+from hpo.search.options import TrialOptions
 from hpo.storage import is_masked
 from hpo.study import Study, find_study
 from hpo.text import held_by
@@ -105,6 +107,7 @@ class _Confirm:
         self._search, self._reporter, self._interrupts = search, reporter, interrupts
         self._placement = place(options.device, options.devices, options.workers, options.per_device)
         self._data = options.data or search.data_path
+        self._weights = weights_of(search, options.weights)
         self._space = search.space()
         self._is_on_given_val = False
         share = self._space.confirm.budget if options.budget is None else options.budget
@@ -122,7 +125,8 @@ class _Confirm:
         total, finished = self._search.total, self._plan.search_trials
         if total is not None and finished < total:
             self._reporter.say(f"the search has only {finished} of {total} trials; confirming its result so far")
-        study = self._trained() if self._plan.challengers else None
+        with weights_in(self._weights):
+            study = self._trained() if self._plan.challengers else None
         confirmation = conclude(self._plan, study, out_of_time=self._out_of_time)
         if self._out_of_time and confirmation.advantage is None:
             raise TimeLimitError(
@@ -168,6 +172,7 @@ class _Confirm:
         self._is_on_given_val = dataset.gives_val(space.baseline.data)
         study.settings.command = self._command
         study.deadline.begin(self._limit_s)
+        study.settings.weights = None if self._weights is None else str(self._weights)
         if study.queue.reclaim():
             logger.info("resuming trainings of a process that died")
         self._plan.queue(study, dataset)
@@ -183,6 +188,7 @@ class _Confirm:
             skip_broken=search.skip_broken,
             interrupts=self._interrupts,
             say=self._reporter.say,
+            options=TrialOptions(weights=self._weights),
         )
         return work, dataset
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from hpo.errors import StudyError
-from hpo.search.options import TrialOptions
+from hpo.search.options import TrialOptions, Weights
 
 
 def option(
@@ -357,6 +357,7 @@ class RunKeywords(TypedDict, total=False):
     per_device: int | str | None
     retries: int | None
     keep_gb: float | None
+    weights: str | Path | None
     artifacts: str | None
     engine: str
     address: str | None
@@ -380,6 +381,7 @@ class WorkerOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions
 class TrainOptions(DataOptions, DeviceOptions):
     """Options of `hpo train`."""
 
+    weights: Weights = None
     recipe: str | None = option("Recipe: a name from `hpo space list`, or a YAML file.", argument=True)
     trial: str | None = option(
         "Train this trial again instead of a recipe, and compare the result with the trial's.",
@@ -398,6 +400,7 @@ class ConfirmOptions(ChosenStudy, LimitOptions, DataOptions, PlacementOptions):
 
     command_name: ClassVar[str] = "hpo confirm"
 
+    weights: Weights = None
     budget: float | None = option(
         "Cost limit as a fraction of the epochs that the search trained; by default the space's confirm.budget.",
         metavar="SHARE",
@@ -421,6 +424,7 @@ class RefitOptions(DataOptions, DeviceOptions):
     set: SetOption = ()
     metric: Metric = None
     skip_broken: SkipBroken = False
+    weights: Weights = None
     folds: int | None = option("Train an ensemble of K networks, each without another K-th of the images.", metavar="K")
     members: int | None = option(
         "Train K networks on all images from different seeds: an ensemble, or one network with their averaged "
@@ -447,6 +451,7 @@ class RefitKeywords(TypedDict, total=False):
     members: int | None
     onnx: bool
     confirm: bool
+    weights: str | Path | None
     device: str | None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from core.weights import weights_in
 from hpo.api.options import ConfirmOptions, RefitOptions
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.errors import SpaceError, StudyError
@@ -17,6 +18,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.study import find_study
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from core.config import TrainConfig
@@ -80,19 +82,35 @@ def refit(options: RefitOptions, reporter: Reporter | None = None, interrupts: I
         _check_networks(options)
         recipe = None if _is_trial(options) else _recipe(options)
     if recipe is not None:
-        return _refit_recipe(recipe, options, reporter, interrupts)
+        with weights_in(options.weights):
+            return _refit_recipe(recipe, options, reporter, interrupts)
     with interrupts.let_through():
         study = find_study(options.study, storage_url=options.storage)
-        from core.runtime import describe_device, select_device
-        from hpo import submission
-        from hpo.api.common import open_dataset, trainings
-        from hpo.search.training import without_failed_graphs
+        from core.runtime import select_device
+        from hpo.api.common import weights_of
         from hpo.submission.onnx_export import check_onnx
 
     device = select_device(options.device)
     if options.onnx:
         check_onnx()
-    choice = _choose(study, options, reporter, interrupts)
+    with weights_in(weights_of(study, options.weights)):
+        choice = _choose(study, options, reporter, interrupts)
+        return _refitted(study, choice, options, device, reporter, interrupts)
+
+
+def _refitted(
+    study: Study,
+    choice: _Choice,
+    options: RefitOptions,
+    device: torch.device,
+    reporter: Reporter,
+    interrupts: Interrupts,
+) -> RefitResult:
+    from core.runtime import describe_device
+    from hpo import submission
+    from hpo.api.common import open_dataset, trainings
+    from hpo.search.training import without_failed_graphs
+
     config = choice.config
     study.files.use_store(None)
     if choice.number is not None:
@@ -280,7 +298,9 @@ def _winner(study: Study, options: RefitOptions, reporter: Reporter, interrupts:
     current = known is not None and is_current(known, study.counts().finished)
     if not current:
         say(f"confirming the best trial of study {study.name} against the baseline first (skip with --no-confirm)")
-    confirmation = confirmed(study, ConfirmOptions(data=options.data, device=options.device), reporter, interrupts)
+    confirmation = confirmed(
+        study, ConfirmOptions(data=options.data, device=options.device, weights=options.weights), reporter, interrupts
+    )
     winner = confirmation.contender(confirmation.winner)
     for line in confirmation.headline() if current else ("", *confirmation.lines(), ""):
         say(line)

@@ -14,6 +14,7 @@ from core.models import build_model, check_model_name
 from core.runtime import isolated_rng
 from hpo.analysis.summary import summarize
 from hpo.api.common import open_dataset, report_data, report_estimate, resumable, train_all
+from hpo.api.networks import advice, with_weights
 from hpo.api.options import RunOptions
 from hpo.dashboard.artifacts import draw
 from hpo.dashboard.notes import note_study
@@ -31,6 +32,7 @@ from hpo.space.pruner import rung_epochs
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.lease import Held
 from hpo.study import Study, check_search_name, open_study
+from hpo.study.metadata import read_metadata
 from hpo.text import count, done_and_safe, duration
 from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec
 from hpo.workers.placement import Placement, place, place_on_cluster
@@ -72,12 +74,17 @@ class Search:
         self._alone, self._command = part_of is None, part_of or options.command()
         if not options.recipes:
             space = replace(space, recipes=())
-        self.options, self.space, self.reporter, self.interrupts = options, space, reporter, interrupts
+        self.options, self.reporter, self.interrupts = options, reporter, interrupts
         self.placement = _placement(options)
         self.name = space.name if options.study is None else options.study
         check_search_name(self.name)
         for model in _model_names(space):
             check_model_name(model)
+        begun = read_metadata(StudyPaths.of(self.name))
+        space, missing = with_weights(space, begun)
+        if missing and begun is None:
+            reporter.say(f"left out, since their pretrained weights are not here: {advice(missing)}")
+        self.space = space
         self.dataset = open_dataset(
             space.baseline.data, options.data, skip_broken=options.skip_broken, reporter=reporter
         )
@@ -135,6 +142,8 @@ class Search:
             take_over=options.take_over,
         )
         study.settings.command = self._command
+        if options.weights is not None:
+            study.settings.weights = str(options.weights)
         if options.retries is not None:
             study.settings.retries = options.retries
         study.settings.set_space(self.space)
@@ -217,14 +226,15 @@ class Search:
         share = left_s / estimate.pruned_s
         if share < 1 and self._alone:
             fitting = max(1, int(share * trials))
-            advice = [f"--trials {study.counts().finished + fitting}"]
+            ways = [f"--trials {study.counts().finished + fitting}"]
             if trials == study.total:  # otherwise the study has begun, and its epochs and images are fixed
-                advice.append(f"--set epochs={max(1, int(share * config.epochs))}")
-                side = 8 * int(self.dataset.images.shape[-1] * share**0.5 / 8)
-                advice += [f"--set data.image_size={side}"] if side >= SMALLEST_SIDE else []
+                ways.append(f"--set epochs={max(1, int(share * config.epochs))}")
+                size = "data.image_size" if config.model.input_size is None else "model.input_size"
+                side = 8 * int((config.model.input_size or self.dataset.images.shape[-1]) * share**0.5 / 8)
+                ways += [f"--set {size}={side}"] if side >= SMALLEST_SIDE else []
             self.reporter.say(
                 f"{duration(left_s)} are left, enough for about {fitting} of these trials; "
-                f"to fit all: {' or '.join(advice)}"
+                f"to fit all: {' or '.join(ways)}"
             )
 
     def _report_end(self, study: Study) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from core.weights import weights_in
 from hpo.api.options import RunOptions
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
@@ -30,7 +31,11 @@ def search(
         CoreError: The data, the network or the device cannot be used.
         KeyboardInterrupt: Stopped by Ctrl-C or SIGTERM; finished trials and checkpoints are kept.
     """
-    reporter, interrupts = reporter or Silent(), interrupts or Interrupts()
+    with weights_in(options.weights):
+        return _searched(options, reporter or Silent(), interrupts or Interrupts(), part_of)
+
+
+def _searched(options: RunOptions, reporter: Reporter, interrupts: Interrupts, part_of: str | None) -> SearchResult:
     with interrupts.let_through():
         space = load_space(options.space, options.set)
         from hpo.api.run import Search  # with torch and Optuna, which an invalid space does not wait for

@@ -14,7 +14,8 @@ from core.data import Dataset, folds, on_device
 from core.errors import UserError
 from core.models import weights_fingerprint
 from core.runtime import describe_device, select_device
-from hpo.api.common import open_dataset, report_data, trainings
+from core.weights import weights_in
+from hpo.api.common import open_dataset, report_data, trainings, weights_of
 from hpo.api.options import TrainOptions, setting_texts
 from hpo.dashboard.pictures import learning_curves
 from hpo.paths import TrainingPaths
@@ -38,6 +39,8 @@ class TrainPlan:
     skip_broken: bool = False
     published: str | None = None
     """Result reported by the recipe's author."""
+    weights: Path | None = None
+    """Folder of pretrained weights."""
     replay: Replay | None = None
     """The trial that this training repeats exactly."""
 
@@ -70,6 +73,12 @@ def train(options: TrainOptions, reporter: Reporter | None = None, interrupts: I
     reporter, interrupts = reporter or Silent(), interrupts or Interrupts()
     with interrupts.let_through():
         plan = _resolve(options, reporter)
+    with weights_in(plan.weights):
+        return _trained(plan, options, reporter, interrupts)
+
+
+def _trained(plan: TrainPlan, options: TrainOptions, reporter: Reporter, interrupts: Interrupts) -> TrainResult:
+    with interrupts.let_through():
         config, metric, replay = plan.config, plan.metric, plan.replay
         device = select_device(options.device)
         dataset = open_dataset(config.data, plan.data, skip_broken=plan.skip_broken, reporter=reporter)
@@ -106,7 +115,9 @@ def _resolve(options: TrainOptions, reporter: Reporter) -> TrainPlan:
         raise UserError("--storage: a recipe has no storage; give it with --from STUDY/TRIAL, or leave it out")
     recipe = load_recipe(options.recipe, options.set)
     metric = options.metric or "accuracy"
-    return TrainPlan(recipe.name, recipe.config, metric, options.data, options.skip_broken, recipe.result)
+    return TrainPlan(
+        recipe.name, recipe.config, metric, options.data, options.skip_broken, recipe.result, options.weights
+    )
 
 
 def _of_trial(options: TrainOptions, trial: str, reporter: Reporter) -> TrainPlan:
@@ -125,6 +136,7 @@ def _of_trial(options: TrainOptions, trial: str, reporter: Reporter) -> TrainPla
         options.metric or study.metric,
         options.data or study.data_path,
         options.skip_broken or study.skip_broken,
+        weights=weights_of(study, options.weights),
         replay=None if changed else replay,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from core.data import Division
-from hpo.api.common import joining, open_dataset, report_data
+from core.weights import weights_in
+from hpo.api.common import joining, open_dataset, report_data, weights_of
 from hpo.api.options import WorkerOptions
 from hpo.report.words import progress_text
 from hpo.reporter import Reporter, Silent
@@ -41,12 +42,13 @@ def worker(options: WorkerOptions, reporter: Reporter | None = None, interrupts:
         placement,
         data=data,
         skip_broken=joined.skip_broken,
-        options=options.trial_options,
+        options=options.trial_options.model_copy(update={"weights": weights_of(study, options.weights)}),
         interrupts=interrupts,
         say=reporter.say,
     )
     try:
-        _train(study, work, reporter)
+        with weights_in(work.options.weights):
+            _train(study, work, reporter)
     except KeyboardInterrupt:
         reporter.say("stopped: this worker's trials are queued again with their checkpoints; rejoin with")
         reporter.say(f"  {joining(study)}")

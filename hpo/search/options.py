@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Weights = Annotated[
+    Path | None,
+    AfterValidator(lambda folder: None if folder is None else folder.expanduser().absolute()),
+    Field(
+        description="Folder of pretrained weights, searched before the hub's cache; by default $HPO_WEIGHTS.",
+        json_schema_extra={"metavar": "DIR"},
+    ),
+]
 
 
 class TrialOptions(BaseModel):
@@ -20,6 +30,7 @@ class TrialOptions(BaseModel):
             json_schema_extra={"metavar": "GB"},
         ),
     ] = None
+    weights: Weights = None
 
     @property
     def trial_options(self) -> TrialOptions:

@@ -45,6 +45,8 @@ class StudySettings:
     """Time limit and used time in seconds; see `hpo.study.deadline`."""
     patience = _Setting("patience", False)
     """Whether the search ends when a better trial is unlikely; see `hpo.study.patience`."""
+    weights = _Setting[str | None]("weights", None)
+    """Folder of pretrained weights that the study was last run with (`--weights`); None without one."""
     verdict = _Setting[str | None]("confirmation", None)
     """Result of the confirmation in words; None before."""
 

@@ -14,6 +14,7 @@ import torch
 
 from core.data import Dataset, Division, load_dataset
 from core.errors import CoreError, GraphError
+from core.weights import weights_in
 from hpo.errors import HpoError
 from hpo.paths import cache_root, data_root
 from hpo.search.interrupts import Interrupts
@@ -47,7 +48,7 @@ def work_on(
         The exit status: 0, `NO_MORE`, `STOPPED`, `UNUSABLE`, 2 for a fault that the user has to fix, 1 for a crash.
     """
     try:
-        with setting or nullcontext():
+        with setting or nullcontext(), weights_in(spec.options.weights):
             study, division = _open(spec, device, resources, emit)
             interrupts.check()
             all_done = run_study(

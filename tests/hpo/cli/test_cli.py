@@ -25,22 +25,23 @@ SURFACE = {
         --keep-gb:float[0..] --minutes:float[0.05..] --patience:bool --per-device
         --recipes/--no-recipes:bool=True --reclaim:bool --retries:int[0..]
         --seed:int[0..] --set:list* --skip-broken:bool --storage --study --take-over
-        --trials:int[1..] --workers:int[0..] space!
+        --trials:int[1..] --weights:Path --workers:int[0..] space!
     """,
     "worker": """
-        --artifacts --data:Path --device --devices --keep-gb:float[0..] --per-device --storage --workers:int[1..]
-        study!
+        --artifacts --data:Path --device --devices --keep-gb:float[0..] --per-device --storage --weights:Path
+        --workers:int[1..] study!
     """,
     "train": """
-        --data:Path --device --from --metric --profile:bool --set:list* --skip-broken:bool --storage recipe
+        --data:Path --device --from --metric --profile:bool --set:list* --skip-broken:bool --storage --weights:Path
+        recipe
     """,
     "confirm": """
         --budget:float[0..] --data:Path --device --devices --hours:float[0.001..] --minutes:float[0.05..] --per-device
-        --storage --workers:int[1..] study
+        --storage --weights:Path --workers:int[1..] study
     """,
     "refit": """
         --confirm/--no-confirm:bool=True --data:Path --device --folds:int --members:int --metric --onnx:bool
-        --set:list* --skip-broken:bool --storage --study trial!
+        --set:list* --skip-broken:bool --storage --study --weights:Path trial!
     """,
     "predict": """
         --device --like:Path --output/-o:Path=submission.csv --probabilities:bool --skip-broken:bool bundle!

@@ -1,0 +1,70 @@
+"""The networks that a search may choose from: those with pretrained weights at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from core.errors import MissingWeightsError
+from core.models import has_weights
+from hpo.space import Categorical, Parameter, SearchSpace
+
+_NAME = "model.name"
+
+
+def with_weights(space: SearchSpace, begun: Mapping[str, Any] | None) -> tuple[SearchSpace, tuple[str, ...]]:
+    """Leave out the networks of a space whose pretrained weights are neither on this machine nor downloadable.
+
+    Args:
+        begun: Metadata of the study if it has begun, which keeps its networks.
+
+    Returns:
+        The space, whose baseline has the first network left if its own is left out, and the names that were left out.
+
+    Raises:
+        MissingWeightsError: No network is left.
+    """
+    searched, model = space.search.get(_NAME), space.baseline.model
+    if not isinstance(searched, Categorical) or not model.pretrained or model.pretrained_file is not None:
+        return space, ()
+    if begun is None:
+        kept = tuple(name for name in searched.choices if has_weights(name))
+    else:
+        known = begun["identity"].get(f"search.{_NAME}", {}).get("choices", searched.choices)
+        kept = tuple(name for name in searched.choices if name in known)
+    missing = tuple(name for name in searched.choices if name not in kept)
+    if not kept:
+        raise MissingWeightsError(
+            f"no network of {space.name} has its pretrained weights here: {advice(missing)}; or train from scratch "
+            "with: hpo run stl10_small"
+        )
+    return (_restricted(space, kept) if missing else space), missing
+
+
+def advice(names: Collection[str]) -> str:
+    """Name networks without weights, and say how to get them."""
+    from core.models.timm_models import weights_address
+
+    first = next(iter(names))
+    return (
+        f"{', '.join(names)}; download, for example, {weights_address(first)}, put it as "
+        f"{first.removeprefix('timm/')}.safetensors into a folder, and give that with --weights"
+    )
+
+
+def _restricted(space: SearchSpace, names: tuple[str, ...]) -> SearchSpace:
+    """The space with these networks only, and without parameters of others."""
+    search: dict[str, Parameter] = {}
+    for path, parameter in space.search.items():
+        when = dict(parameter.when)
+        if _NAME in when:
+            when[_NAME] = tuple(name for name in when[_NAME] if name in names)
+        if path == _NAME and isinstance(parameter, Categorical):
+            search[path] = replace(parameter, choices=names)
+        elif when.get(_NAME, names):
+            search[path] = replace(parameter, when=when)
+    baseline = space.baseline
+    if baseline.model.name not in names:
+        baseline = baseline.override({_NAME: names[0]})
+    return replace(space, search=search, baseline=baseline)
