@@ -343,11 +343,24 @@ class _Fit:
             self._say(line)
         return None
 
+    def _say_kinds(self) -> None:
+        """Say which of probe, fine-tuning and training from scratch is best."""
+        from hpo.analysis.kinds import best_of_kinds
+        from hpo.confirmation.result import read_confirmation
+        from hpo.report.words import kinds_text
+        from hpo.study import find_study
+
+        study = find_study(self._paths.name)
+        confirmation = read_confirmation(study.paths.confirmation) if self._record.done[CONFIRM] is None else None
+        for line in kinds_text(best_of_kinds(study, confirmation), study.metric):
+            self._say(line)
+
     def _refit(self) -> str:
         from hpo.api.refit import refit
 
         confirmed = self._record.done[CONFIRM] is None
         self._say()
+        self._say_kinds()
         options = RefitOptions(trial="best", study=self._paths.name, confirm=confirmed, device=self._options.device)
         self._refitted = refit(options, self._reporter, self._interrupts)
         return str(self._refitted.refitted.dir)

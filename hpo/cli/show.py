@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
+from hpo.analysis.kinds import best_of_kinds
 from hpo.analysis.study_data import value_of
 from hpo.analysis.summary import summarize
-from hpo.confirmation.result import read_confirmation
+from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.report.words import (
     command,
+    kinds_text,
     margins,
     next_commands,
     progress_text,
@@ -81,12 +83,19 @@ def show_study(study: Study, reporter: Reporter) -> None:
         say()
         for line in margins(now, study.metric, study.direction):
             say(line)
+        for line in kinds_text(best_of_kinds(study, _current_confirmation(study)), study.metric):
+            say(f"  {line}")
         _show_confirmation(study, reporter)
     if study.confirms is not None:
         say()
         _show_candidates(study, reporter)
     say()
     _show_next(next_commands(study, now), reporter)
+
+
+def _current_confirmation(study: Study) -> Confirmation | None:
+    found = read_confirmation(study.paths.confirmation)
+    return found if found is not None and is_current(found, study.counts().finished) else None
 
 
 def _show_best_trials(study: Study, reporter: Reporter) -> None:

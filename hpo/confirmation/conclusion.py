@@ -61,6 +61,8 @@ def conclude(plan: Plan, study: Study | None, *, out_of_time: bool = False) -> C
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
         out_of_time=out_of_time,
+        test_share=space.test_share if isinstance(space, ConfirmationSpace) else None,
+        resolution=space.resolution if isinstance(space, ConfirmationSpace) else 0.0,
         on_given_val=search.metadata["data"].get("given_val") is not None,
     )
 

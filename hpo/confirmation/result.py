@@ -137,6 +137,10 @@ class Confirmation:
     """Whether all replicates validate on the images that the data give, so that only their seeds differ."""
     out_of_time: bool = False
     """Whether a time limit left planned trainings out."""
+    test_share: float | None = None
+    """Validation images / training images of one split, which widens intervals; None in files of older versions."""
+    resolution: float = 0.0
+    """Smallest change of a score: one validation image."""
 
     def contender(self, key: str) -> Contender:
         """Return the contender with a key; KeyError if there is none."""

@@ -14,13 +14,14 @@ from markupsafe import Markup
 
 from core.config import TrainConfig
 from hpo.analysis.costs import saved, totals
+from hpo.analysis.kinds import best_of_kinds
 from hpo.analysis.outputs import Refit, refits
 from hpo.analysis.study_data import StudyData
 from hpo.confirmation.result import BASELINE
 from hpo.confirmation.words import NO_GAIN
 from hpo.confirmation.words import score as interval_score
 from hpo.report.page import Section, code, columns, heading, note, paragraph, section, table, tiles
-from hpo.report.words import command, metric_label, outdated, run_again, trial_name, unproven
+from hpo.report.words import command, kinds_text, metric_label, outdated, run_again, trial_name, unproven
 from hpo.text import count, difference, duration, gap, number, percent, score, sentence
 
 Tile = tuple[str, str, Sequence[str]]
@@ -35,6 +36,7 @@ def answer(data: StudyData) -> Section:
         "The answer",
         verdict(data),
         [paragraph(words, kind="warning") for words in warnings_of(data)],
+        _kinds(data),
         tiles([_better(data), _certain(data), _cost(data), *_test(data)]),
         columns(_configuration(data), _refits(data)),
         [heading("Next"), code("\n".join(commands))] if commands else [],
@@ -113,6 +115,13 @@ def tested_text(data: StudyData) -> str:
 def _interval(refit: Refit, metric: str, between: str) -> str:
     """The bounds of the test score's interval; empty if there is none."""
     return between.join(map(score, refit.interval(metric) or ()))
+
+
+def _kinds(data: StudyData) -> Markup:
+    """Which of probe, fine-tuning and training from scratch is best, and by how much."""
+    confirmation = data.confirmation if data.confirmed else None
+    lines = kinds_text(best_of_kinds(data.study, confirmation), data.metric)
+    return paragraph(f"The best of each kind, {'; '.join(lines)}.") if lines else Markup("")
 
 
 # Tiles --------------------------------------------------------------------------------------------------------------

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
 from hpo import text
 from hpo.analysis.baselines import Entry
+from hpo.analysis.kinds import Best
 from hpo.analysis.labels import LabelAudit
 from hpo.analysis.summary import StudySummary
-from hpo.confirmation.result import Confirmation, is_current, read_confirmation
+from hpo.confirmation.result import BASELINE, Confirmation, is_current, read_confirmation
 from hpo.confirmation.statistics import MAX_REPLICATES
 from hpo.space.pruner import spared
 from hpo.storage import is_masked
@@ -107,6 +109,20 @@ def outdated(study: Study, confirmation: Confirmation, finished: int) -> str:
         f"The confirmation was made when {count(confirmation.search_trials, 'trial')} were finished, and now "
         f"{finished} are; `{command(study, 'confirm')}` repeats it."
     )
+
+
+def kinds_text(kinds: Sequence[Best], metric: str) -> list[str]:
+    """Describe which kind of training is best and by how much, a line per kind; empty for no kinds."""
+    lines = []
+    for best in kinds:
+        network = "" if best.key.startswith("recipe ") else f" of {best.network}"
+        name = "the baseline" if best.key == BASELINE else best.key
+        what = f"{best.kind}: {metric_label(metric)} {score(best.value)} ({name}{network})"
+        if best.behind is not None:
+            what += f", {gap(metric, abs(best.behind.mean), best.behind.half_width)} "
+            what += "worse" if best.behind.mean >= 0 else "better on the same splits"
+        lines.append(what)
+    return lines
 
 
 # Commands to continue with ------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from pathlib import Path
 
 import huggingface_hub
@@ -16,7 +18,10 @@ from sklearn.datasets import load_digits
 from core.data import load_dataset, split
 from core.loop import train
 from core.models import timm_models
+from hpo.analysis.kinds import best_of_kinds
+from hpo.confirmation.result import read_confirmation
 from hpo.space import load_recipe, load_space
+from hpo.study import find_study
 from tests.hpo.commands import RunHpo
 from tests.hpo.digits import rows_of
 
@@ -136,3 +141,39 @@ def test_a_probe_is_refitted_without_a_study(folder: Path, run_hpo: RunHpo) -> N
     assert "opened once by refits of recipes" in run_hpo("refit", "probe.yaml")
     [bundle] = (folder / "studies/trainings").glob("probe-*/refit/recipe")
     assert json.loads((bundle / "metrics.json").read_text())["test"]["with_tta"]["accuracy"] > 0.7
+
+
+def test_report_and_terminal_name_the_best_of_each_kind_and_its_lead(folder: Path, run_hpo: RunHpo) -> None:
+    tuned = PROBE.replace("optim: {name: logistic}", "batch_size: 128").replace("epochs: 3", "epochs: 2")
+    (folder / "tuned.yaml").write_text(tuned)
+    (folder / "space.yaml").write_text(SCRATCH + "recipes: [probe.yaml, tuned.yaml]\n")
+    run_hpo("run", "space.yaml", "--trials", "2", "--study", "own")
+    study = find_study("own")
+    searched = {best.kind: best for best in best_of_kinds(study, None)}
+    assert set(searched) == {"probe", "fine-tuning", "from scratch"}
+    assert searched["probe"].behind is None
+    scratch = searched["from scratch"]
+    best = study.best_trial()
+    assert best is not None
+    assert scratch.value == best.value
+    assert scratch.behind is not None
+    assert scratch.behind.mean == pytest.approx(searched["probe"].value - scratch.value)
+    assert math.isinf(scratch.behind.half_width)
+
+    run_hpo("confirm", "own", "--budget", "11")
+    confirmation = read_confirmation(study.paths.confirmation)
+    assert confirmation is not None
+    shown = run_hpo("study", "show", "own")
+    first, *others = best_of_kinds(study, confirmation)
+    assert len(others) == 2
+    assert f"  probe: accuracy {first.value:.4f} (recipe probe)" in shown
+    for other in others:
+        one, two = (confirmation.contender(best.key).scores for best in (first, other))
+        gains = [one[n][0] - two[n][0] for n in sorted(set(one) & set(two))]
+        assert other.behind is not None
+        assert other.behind.mean == pytest.approx(statistics.fmean(gains))
+        assert 0 < other.behind.half_width < math.inf
+        assert f"{100 * other.behind.mean:.2f} ± {100 * other.behind.half_width:.2f} points worse" in shown
+    run_hpo("report", "own")
+    page = (folder / "studies/own/report.html").read_text()
+    assert f"The best of each kind, probe: accuracy {first.value:.4f} (recipe probe); " in page
