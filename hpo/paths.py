@@ -86,6 +86,10 @@ class TrainingPaths:
         """Final weights of a fold; 1 for a training without folds."""
         return self.dir / f"model{_of_fold(fold)}.safetensors"
 
+    def validation(self, fold: int = 1) -> Path:
+        """Outputs of a fold's weights on its validation images."""
+        return self.dir / f"validation{_of_fold(fold)}.safetensors"
+
     @property
     def curves(self) -> Path:
         return self.dir / "learning_curves.png"
@@ -235,6 +239,15 @@ class StudyPaths:
     def references(self) -> list[TrainingPaths]:
         """Trainings of recipes that are no trials, by name."""
         return [TrainingPaths(folder) for folder in sorted((self.dir / "references").glob("*/"))]
+
+    @property
+    def ladder(self) -> Path:
+        """Result of the last ladder of lengths."""
+        return self.dir / "length.json"
+
+    def longer(self, key: str, epochs: int, replicate: int) -> TrainingPaths:
+        """Training of a ladder: a configuration's key, its epochs, and its seed and split, counted from 0."""
+        return TrainingPaths(self.dir / "length" / f"{key.replace(' ', '-')}-{epochs}-{replicate}")
 
     @property
     def confirmation(self) -> Path:

@@ -362,7 +362,7 @@ class _Fit:
         self._say()
         self._say_kinds()
         options = RefitOptions(trial="best", study=self._paths.name, confirm=confirmed, device=self._options.device)
-        self._refitted = refit(options, self._reporter, self._interrupts)
+        self._refitted = refit(options, self._reporter, self._interrupts, seconds=self._until("after_s"))
         return str(self._refitted.refitted.dir)
 
     def _predict_options(self, bundle: str) -> PredictOptions:

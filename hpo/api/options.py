@@ -431,6 +431,11 @@ class RefitOptions(DataOptions, DeviceOptions):
         "weights if it validates as well.",
         metavar="K",
     )
+    epochs: str | None = option(
+        "Epochs of the training: a number, or `auto`, which compares longer trainings out of fold; by default `auto` "
+        "for the confirmed `best`, otherwise the trial's.",
+        metavar="N|auto",
+    )
     onnx: bool = option("Also write the model as ONNX, and check its outputs against torch's.", False)
     confirm: bool = option(
         "Confirm `best` on other seeds and splits before it is refitted, unless that is done.",
@@ -449,6 +454,7 @@ class RefitKeywords(TypedDict, total=False):
     skip_broken: bool
     folds: int | None
     members: int | None
+    epochs: int | str | None
     onnx: bool
     confirm: bool
     weights: str | Path | None

@@ -5,14 +5,14 @@ What needs torch or Optuna is imported in functions, so that a wrong name is rep
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from core.weights import weights_in
 from hpo.api.options import ConfirmOptions, RefitOptions
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.errors import SpaceError, StudyError
-from hpo.paths import RecipePaths, StudyPaths, refit_label
+from hpo.paths import RecipePaths, StudyPaths, TrainingPaths, refit_label
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
 from hpo.study import find_study
@@ -22,15 +22,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from core.config import TrainConfig
-    from core.data import Dataset
+    from hpo.api.length import Climbing
     from hpo.space import Recipe
     from hpo.study import Study
     from hpo.submission import Refitted
+    from hpo.submission.length import Ladder
 
 BEST = "best"
 
 # Networks of an ensemble, as `data.folds` and a bundle allow.
 FEWEST, MOST = 2, 20
+
+AUTO, MOST_EPOCHS = "auto", 100_000
+"""Values of `--epochs`."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,30 @@ class _Choice:
     number: int | None
     """Of the trial; None if no trial has this configuration."""
     config: TrainConfig
-    epochs: int
+    epochs: int | None
+    """Of the training on all images; None for those kept by the training before."""
+    kept: TrainingPaths | None = None
+    """Folder with weights of the configuration."""
     recipe: str | None = None
     confirmation: Confirmation | None = None
     """The confirmation that chose it."""
+    ladder: Ladder | None = None
+    """The ladder that chose its length."""
 
 
-def refit(options: RefitOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None) -> RefitResult:
+def refit(
+    options: RefitOptions,
+    reporter: Reporter | None = None,
+    interrupts: Interrupts | None = None,
+    *,
+    seconds: float | None = None,
+) -> RefitResult:
     """Retrain a trial or a recipe on training and validation images into a submission model, and open the test set.
 
-    `best` is confirmed first, unless `options.confirm` is off.
+    `best` is confirmed first, unless `options.confirm` is off, and then the length of its training is chosen.
+
+    Args:
+        seconds: Limit of the choice of the length together with the training of that length; None without one.
 
     Raises:
         HpoError: There is no such study, trial or recipe, or it cannot be refitted.
@@ -80,10 +98,11 @@ def refit(options: RefitOptions, reporter: Reporter | None = None, interrupts: I
     reporter, interrupts = reporter or Silent(), interrupts or Interrupts()
     with interrupts.let_through():
         _check_networks(options)
+        _epochs(options)
         recipe = None if _is_trial(options) else _recipe(options)
     if recipe is not None:
         with weights_in(options.weights):
-            return _refit_recipe(recipe, options, reporter, interrupts)
+            return _refit_recipe(recipe, options, reporter, interrupts, seconds)
     with interrupts.let_through():
         study = find_study(options.study, storage_url=options.storage)
         from core.runtime import select_device
@@ -95,7 +114,7 @@ def refit(options: RefitOptions, reporter: Reporter | None = None, interrupts: I
         check_onnx()
     with weights_in(weights_of(study, options.weights)):
         choice = _choose(study, options, reporter, interrupts)
-        return _refitted(study, choice, options, device, reporter, interrupts)
+        return _refitted(study, choice, options, device, reporter, interrupts, seconds)
 
 
 def _refitted(
@@ -105,10 +124,11 @@ def _refitted(
     device: torch.device,
     reporter: Reporter,
     interrupts: Interrupts,
+    seconds: float | None,
 ) -> RefitResult:
     from core.runtime import describe_device
-    from hpo import submission
-    from hpo.api.common import open_dataset, trainings
+    from hpo.api.common import open_dataset
+    from hpo.api.length import Climbing
     from hpo.search.training import without_failed_graphs
 
     config = choice.config
@@ -118,30 +138,48 @@ def _refitted(
     dataset = open_dataset(config.data, options.data or study.data_path, skip_broken=study.skip_broken)
     study.check_data(dataset)
     study.check_weights(config)
+    climbing = Climbing(study.paths, study.metric, dataset, device, reporter, interrupts, study.settings, seconds)
+    choice = _at_length(choice, options, climbing, study)
     reporter.say(
-        f"refitting {choice.name} of study {study.name}{_networks(options, config)}; {describe_device(device)}"
+        f"refitting {choice.name} of study {study.name}{_networks(options, choice.config)}; {describe_device(device)}"
     )
-    epochs = choice.epochs if options.folds is None and options.members is None else config.epochs
-    shown = trainings(reporter, "refit", epochs=epochs, metric=study.metric, interrupts=interrupts)
-    with shown as watch, without_failed_graphs(study.settings, config) as config:
+    with without_failed_graphs(study.settings, choice.config) as config:
+        return _written(replace(choice, config=config), options, climbing, study)
+
+
+def _written(choice: _Choice, options: RefitOptions, climbing: Climbing, study: Study | None = None) -> RefitResult:
+    """Train the choice, and write its bundle."""
+    from hpo import submission
+    from hpo.api.common import trainings
+
+    config, metric = choice.config, climbing.metric
+    several = options.folds is not None or options.members is not None
+    epochs = config.epochs if several and study is not None else choice.epochs
+    with trainings(
+        climbing.reporter, "refit", epochs=epochs or config.epochs, metric=metric, interrupts=climbing.interrupts
+    ) as watch:
         refitted = submission.refit(
-            study.paths,
+            climbing.paths,
             number=choice.number,
             label=refit_label(choice.label, options.folds, options.members),
             config=config,
             epochs=epochs,
-            dataset=dataset,
-            metric=study.metric,
-            device=device,
+            dataset=climbing.dataset,
+            metric=metric,
+            device=climbing.device,
             recipe=choice.recipe,
             ensemble=options.folds,
             members=options.members,
             onnx=options.onnx,
+            kept=choice.kept,
             confirmation=choice.confirmation,
-            search=submission.search_summary(study),
+            ladder=choice.ladder,
+            search=None if study is None else submission.search_summary(study),
             watch=watch,
         )
-    return _result(study, study.metric, refitted, choice.confirmation, _divided(config, options), dataset)
+    validation = "validation" if _divided(config, options).data.folds is None else "out-of-fold"
+    dataset = climbing.dataset
+    return RefitResult(study, metric, refitted, choice.confirmation, validation, dataset.labels, dataset.n_test)
 
 
 def _is_trial(options: RefitOptions) -> bool:
@@ -167,12 +205,14 @@ def _is_trial(options: RefitOptions) -> bool:
     return is_trial
 
 
-def _refit_recipe(recipe: Recipe, options: RefitOptions, reporter: Reporter, interrupts: Interrupts) -> RefitResult:
+def _refit_recipe(
+    recipe: Recipe, options: RefitOptions, reporter: Reporter, interrupts: Interrupts, seconds: float | None
+) -> RefitResult:
     with interrupts.let_through():
         from core.data import folds
         from core.runtime import describe_device, select_device
-        from hpo import submission
-        from hpo.api.common import open_dataset, report_data, trainings
+        from hpo.api.common import open_dataset, report_data
+        from hpo.api.length import Climbing
         from hpo.api.train import check_metric, training_paths
         from hpo.submission.onnx_export import check_onnx
 
@@ -183,37 +223,13 @@ def _refit_recipe(recipe: Recipe, options: RefitOptions, reporter: Reporter, int
         dataset = open_dataset(config.data, options.data, skip_broken=options.skip_broken, reporter=reporter)
         splits = folds(dataset, _divided(config, options).data)
         report_data(dataset, splits, reporter)
-    folder = training_paths(recipe.name, config, metric, dataset).dir
-    reporter.say(f"refitting recipe {recipe.name}{_networks(options, config)}; {describe_device(device)}")
-    with trainings(reporter, "refit", epochs=config.epochs, metric=metric, interrupts=interrupts) as watch:
-        refitted = submission.refit(
-            RecipePaths(folder, dataset.fingerprint),
-            number=None,
-            label=refit_label("recipe", options.folds, options.members),
-            config=config,
-            epochs=None,
-            dataset=dataset,
-            metric=metric,
-            device=device,
-            recipe=recipe.name,
-            ensemble=options.folds,
-            members=options.members,
-            onnx=options.onnx,
-            watch=watch,
-        )
-    return _result(None, metric, refitted, None, _divided(config, options), dataset)
-
-
-def _result(
-    study: Study | None,
-    metric: str,
-    refitted: Refitted,
-    confirmation: Confirmation | None,
-    divided: TrainConfig,
-    dataset: Dataset,
-) -> RefitResult:
-    validation = "validation" if divided.data.folds is None else "out-of-fold"
-    return RefitResult(study, metric, refitted, confirmation, validation, dataset.labels, dataset.n_test)
+    paths = RecipePaths(training_paths(recipe.name, config, metric, dataset).dir, dataset.fingerprint)
+    climbing = Climbing(paths, metric, dataset, device, reporter, interrupts, None, seconds)
+    choice = _at_length(
+        _Choice(f"recipe {recipe.name}", "recipe", None, config, None, recipe=recipe.name), options, climbing
+    )
+    reporter.say(f"refitting {choice.name}{_networks(options, choice.config)}; {describe_device(device)}")
+    return _written(choice, options, climbing)
 
 
 def _recipe(options: RefitOptions) -> Recipe:
@@ -286,7 +302,38 @@ def _choose(study: Study, options: RefitOptions, reporter: Reporter, interrupts:
 
 def _of_trial(study: Study, number: int, label: str) -> _Choice:
     trained = study.trained(number)
-    return _Choice(f"trial {number}", label, number, trained.config, trained.epochs)
+    kept = TrainingPaths(study.paths.trial(number))
+    return _Choice(f"trial {number}", label, number, trained.config, trained.epochs, kept)
+
+
+def _epochs(options: RefitOptions) -> int | None:
+    """Return the epochs that were given; None for `auto` and by default."""
+    if options.epochs in (None, AUTO):
+        return None
+    if options.epochs.isdecimal() and 1 <= int(options.epochs) <= MOST_EPOCHS:
+        return int(options.epochs)
+    raise StudyError(f"--epochs {options.epochs}: give a number from 1 to {MOST_EPOCHS:,}, or {AUTO}")
+
+
+def _at_length(choice: _Choice, options: RefitOptions, climbing: Climbing, study: Study | None = None) -> _Choice:
+    """Change the length of the training as asked or, for a confirmed winner, as its ladder decides."""
+    epochs = _epochs(options)
+    if epochs is not None:
+        if epochs == choice.config.epochs:
+            return choice
+        return replace(choice, config=choice.config.override({"epochs": epochs}), epochs=None, kept=None)
+    if choice.confirmation is None:
+        if options.epochs is None:
+            return choice
+        ladder, config, folder = climbing.on_own_split(choice.name, choice.config, choice.kept)
+    else:
+        assert study is not None, "only a search is confirmed"
+        ladder, config, folder = climbing.confirmed(study, choice.confirmation)
+        if ladder.chosen != choice.confirmation.winner:
+            choice = _of_contender(study, choice.confirmation, ladder.chosen)
+    if ladder.epochs == ladder.searched:
+        return replace(choice, ladder=ladder)
+    return replace(choice, ladder=ladder, config=config, epochs=None, kept=folder)
 
 
 def _winner(study: Study, options: RefitOptions, reporter: Reporter, interrupts: Interrupts) -> _Choice:
@@ -301,12 +348,15 @@ def _winner(study: Study, options: RefitOptions, reporter: Reporter, interrupts:
     confirmation = confirmed(
         study, ConfirmOptions(data=options.data, device=options.device, weights=options.weights), reporter, interrupts
     )
-    winner = confirmation.contender(confirmation.winner)
     for line in confirmation.headline() if current else ("", *confirmation.lines(), ""):
         say(line)
-    if winner.trial is None:
-        config, epochs = winner.train_config, winner.epochs
+    return _of_contender(study, confirmation, confirmation.winner)
+
+
+def _of_contender(study: Study, confirmation: Confirmation, key: str) -> _Choice:
+    one = confirmation.contender(key)
+    if one.trial is None:
+        found = _Choice(one.name, BEST, None, one.train_config, one.epochs)
     else:
-        trained = study.trained(winner.trial)
-        config, epochs = trained.config, trained.epochs
-    return _Choice(winner.name, BEST, winner.trial, config, epochs, winner.recipe, confirmation)
+        found = replace(_of_trial(study, one.trial, BEST), name=one.name)
+    return replace(found, recipe=one.recipe, confirmation=confirmation)

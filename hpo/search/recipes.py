@@ -83,7 +83,7 @@ def _run(
     progress: StudyView,
 ) -> None:
     paths, config = study.paths.reference(recipe.name), _config_of(study, recipe)
-    if paths.config.exists() and not _is_of(paths, config):
+    if paths.config.exists() and not is_training_of(paths, config):
         for outdated in (paths.result, *paths.checkpoints(len(splits))):
             outdated.unlink(missing_ok=True)
     try:
@@ -135,10 +135,10 @@ def _config_of(study: Study, recipe: Recipe) -> TrainConfig:
 
 def _is_trained(study: Study, recipe: Recipe) -> bool:
     paths = study.paths.reference(recipe.name)
-    return paths.result.exists() and _is_of(paths, _config_of(study, recipe))
+    return paths.result.exists() and is_training_of(paths, _config_of(study, recipe))
 
 
-def _is_of(paths: TrainingPaths, config: TrainConfig) -> bool:
+def is_training_of(paths: TrainingPaths, config: TrainConfig) -> bool:
     """Whether the folder's training has this configuration; fields that its version lacked have their default."""
     try:
         return recipe_from_yaml(paths.config.read_text()).config == config

@@ -20,6 +20,7 @@ from core.config import TrainConfig
 from core.tta import VIEWS
 from hpo.confirmation.result import BASELINE, Confirmation
 from hpo.submission.bundle import CLASSES, CONFIG, METRICS, ONNX, ORIGIN, PREPROCESS, README, Bundle
+from hpo.submission.length import Ladder
 from hpo.text import data_facts, duration, joined
 
 Report = Mapping[str, Any]
@@ -70,7 +71,9 @@ def model_card(bundle: Bundle, report: Report, *, files: Collection[str] = ()) -
     classes = _per_class(report)
     parts, kinds = ("val", "test"), ("without_tta", "with_tta")
     confirmation = Confirmation.from_json(report["confirmation"]) if report.get("confirmation") else None
+    ladder = Ladder.from_json(report["length"]) if report.get("length") else None
     base = _baseline(confirmation)
+    winner = None if confirmation is None else confirmation.winner
     text = _environment().get_template("card.md.j2").render(
         bundle=bundle,
         report=report,
@@ -86,7 +89,8 @@ def model_card(bundle: Bundle, report: Report, *, files: Collection[str] = ()) -
         few=FEW,
         limits=_class_limits(classes),
         confirmation="\n".join(confirmation.lines()) if confirmation else "",
-        is_baseline=confirmation is not None and confirmation.winner == BASELINE,
+        ladder="\n".join(ladder.lines()) if ladder else "",
+        is_baseline=(winner if ladder is None else ladder.chosen) == BASELINE,
         compared="the baseline, with which the search began" if base else "`hpo`'s defaults",
         has_baseline=base is not None,
         setting_rows=_setting_rows(bundle.config, base or TrainConfig()),

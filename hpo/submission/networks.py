@@ -26,7 +26,7 @@ from core.runtime import autocast, derive_seed, make_generator, normalize
 from core.schedule import replayed
 from core.tta import average, predict_logits
 from hpo.errors import StudyError
-from hpo.paths import StudyPaths
+from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.training import Watch, fold_label, of_fold, resume_or_restart
 from hpo.study.results import read_rows
 from hpo.text import count
@@ -128,6 +128,8 @@ class Trainer:
     metric: str
     device: torch.device
     watch: Watch | None
+    kept: TrainingPaths | None = None
+    """Folder with weights and epochs of this configuration, a trial's or those of a ladder; None if there are none."""
 
     def folds(self, config: TrainConfig, splits: Sequence[Splits]) -> list[Network]:
         """Return the network of each fold, trained without its validation images; one network without folds."""
@@ -138,7 +140,7 @@ class Trainer:
         kept = self._kept(config, fold, divided)
         if kept is not None:
             return kept
-        if config == self.config and self.number is not None:
+        if config == self.config and self.kept is not None and self.number is not None:
             logger.info("trial %d kept no weights%s: training it again", self.number, f" of {name}" if name else "")
         alone = "the configuration" if self.number is None else f"trial {self.number}"
         part = f"fold{fold}of{len(splits)}"
@@ -177,10 +179,12 @@ class Trainer:
         ]
 
     def _kept(self, config: TrainConfig, fold: int, splits: Splits) -> Network | None:
-        """The trial's network of a fold; None if it trained another configuration or kept no weights."""
-        if self.number is None or config != self.config:
+        """The recorded network of a fold; None if another configuration was trained, or its weights were not kept."""
+        if self.kept is None or config != self.config:
             return None
-        weights, rows = self.paths.trial_model(self.number, fold), self._trial_rows(self.number, fold)
+        # No rows: the trial was imported from another study.
+        rows = tuple(row for row in read_rows(self.kept.metrics) if row.get("fold", 1) == fold)
+        weights = self.kept.model(fold)
         if not rows or not weights.exists():
             return None
         return Network(self._load(weights, splits), config, splits, rows)
@@ -217,11 +221,6 @@ class Trainer:
         model = result.model if place is None else result.model.cpu()
         return Network(model, config, splits, rows, result.history[-1].elapsed_s)
 
-    def _trial_rows(self, number: int, fold: int) -> tuple[Row, ...]:
-        """The recorded epochs of a fold; none if the trial was imported from another study."""
-        rows = read_rows(self.paths.trial_metrics(number))
-        return tuple(row for row in rows if row.get("fold", 1) == fold)
-
     def _load(self, weights: Path, splits: Splits) -> nn.Module:
         _, channels, height, width = splits.images.shape
         plain = self.config.model.model_copy(update={"pretrained": False})  # the weights follow
@@ -232,7 +231,7 @@ class Trainer:
             load_model(model, weights)
         except (RuntimeError, OSError, SafetensorError) as error:
             raise StudyError(
-                f"{weights}: these are not the weights of trial {self.number}; delete the file to train them again"
+                f"{weights}: these are not weights of this configuration; delete the file to train them again"
             ) from error
         return model.eval()
 

@@ -28,7 +28,7 @@ from hpo.confirmation.result import Confirmation
 from hpo.confirmation.trials import search_epochs
 from hpo.dashboard.pictures import learning_curves
 from hpo.errors import StudyError
-from hpo.paths import StudyPaths
+from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.training import Watch
 from hpo.study import Study
 from hpo.study.results import append_line
@@ -36,6 +36,7 @@ from hpo.study.versions import versions
 from hpo.submission import bundle
 from hpo.submission.card import write_card
 from hpo.submission.decision import AVERAGED, Decision, decide
+from hpo.submission.length import Ladder
 from hpo.submission.networks import Network, Trainer, averaged
 from hpo.submission.onnx_export import check_onnx, export_onnx
 from hpo.submission.tested import Tested, full_scores
@@ -85,16 +86,18 @@ def refit(
     ensemble: int | None = None,
     members: int | None = None,
     onnx: bool = False,
+    kept: TrainingPaths | None = None,
     confirmation: Confirmation | None = None,
+    ladder: Ladder | None = None,
     search: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
 ) -> Refitted:
     """Train a configuration again and write the bundle.
 
-    `recipe`, `confirmation` and `search` (see `search_summary`) are only written into `metrics.json`.
+    `recipe`, `confirmation`, `ladder` and `search` (see `search_summary`) are only written into `metrics.json`.
 
     Args:
-        number: Trial whose kept weights are used if possible; None if no trial has the configuration.
+        number: Trial with the configuration, perhaps of another length; None if there is none.
         label: Name of the bundle's folder.
         epochs: Epochs of the training on all images; None for the kept epoch of the training before, of several
             networks the mean.
@@ -102,6 +105,7 @@ def refit(
         ensemble: Number of networks trained on different folds; None for no ensemble of folds.
         members: Number of networks trained on all images with different seeds, validated on `data.val_fraction` even
             if the trial had folds; None for one network.
+        kept: Folder with weights of the configuration, which are used if possible.
         watch: Called at the beginning of each training.
 
     Raises:
@@ -113,13 +117,14 @@ def refit(
         raise StudyError("--folds and --members: networks by fold or by seed; give one of them")
     if onnx:
         check_onnx()
-    trainer = Trainer(paths, number, label, config, metric, device, watch)
+    trainer = Trainer(paths, number, label, config, metric, device, watch, kept)
     trained = _trained(trainer, dataset, epochs=epochs, ensemble=ensemble, members=members)
     openings = _record_opening(paths, label, number, recipe)
     tested = Tested.by(trained.networks, trained.decision, dataset.open_test())
     report = {"trial": number, "recipe": recipe, "objective": metric, **_report(trained, tested, dataset)}
     report["search"] = None if search is None else dict(search)
     report["confirmation"] = None if confirmation is None else confirmation.to_json()
+    report["length"] = None if ladder is None else ladder.to_json()
     report["test"]["opened"] = openings
     difference = _write(trainer, trained, tested, dataset, report, onnx=onnx)
     return _refitted(trainer, trained, tested, openings, difference)

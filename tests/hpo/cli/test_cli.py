@@ -40,7 +40,7 @@ SURFACE = {
         --storage --weights:Path --workers:int[1..] study
     """,
     "refit": """
-        --confirm/--no-confirm:bool=True --data:Path --device --folds:int --members:int --metric --onnx:bool
+        --confirm/--no-confirm:bool=True --data:Path --device --epochs --folds:int --members:int --metric --onnx:bool
         --set:list* --skip-broken:bool --storage --study --weights:Path trial!
     """,
     "predict": """

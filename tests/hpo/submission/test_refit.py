@@ -479,7 +479,7 @@ def test_a_recipe_that_won_and_was_no_trial_is_refitted_by_its_own_configuration
     recipe = some_contender("recipe borrowed", config, 0.9, epochs=1)
     base = some_contender("baseline", study.trained(0).config, 0.8)
     confirm(study, recipe, base, evidence=True, gap=Interval(0.1, 0.02, 3))
-    assert "refitting recipe borrowed of study own" in run_hpo("refit", "best")
+    assert "refitting recipe borrowed of study own" in run_hpo("refit", "best", "--epochs", "3")
     folder = study.paths.refit("best")
     report, meta = report_of(folder), load_bundle(folder, CPU).meta
     assert (report["trial"], report["recipe"], report["epochs"], meta.trial) == (None, "borrowed", 1, None)

@@ -1,0 +1,123 @@
+"""The length of a refit: find the configurations that may be trained longer, and let them climb the ladder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from core.config import TrainConfig
+from core.data import Dataset, Division
+from hpo.api.common import trainings
+from hpo.confirmation.result import BASELINE, Confirmation
+from hpo.confirmation.trials import Training, replicated, search_epochs
+from hpo.paths import StudyPaths, TrainingPaths, confirmation_of
+from hpo.reporter import Reporter
+from hpo.search.interrupts import Interrupts
+from hpo.search.training import Watch
+from hpo.storage.atomic import replacing
+from hpo.study import Study, find_study
+from hpo.study.settings import StudySettings
+from hpo.submission.length import REPLICATES, Budget, Climber, Ladder, Site, climb, default_budget
+from hpo.trials import effective_trials
+
+
+@dataclass(frozen=True)
+class Climbing:
+    """Lets configurations climb the ladder, shows its rungs, and records the decision."""
+
+    paths: StudyPaths
+    metric: str
+    dataset: Dataset
+    device: torch.device
+    reporter: Reporter
+    interrupts: Interrupts
+    settings: StudySettings | None = None
+    seconds: float | None = None
+    """Limit of the ladder together with the refit that follows."""
+
+    def confirmed(self, study: Study, confirmation: Confirmation) -> tuple[Ladder, TrainConfig, TrainingPaths]:
+        """Compare lengths of a confirmation's winner and the baseline on its first seeds and splits; see `climb`."""
+        winner, folders = confirmation.contender(confirmation.winner), _recorded(study)
+        baseline = [one for one in confirmation.contenders if one.key == BASELINE and one is not winner]
+        climbers = []
+        for one in (winner, *baseline):
+            config = one.train_config if one.trial is None else study.trained(one.trial).config
+            climbers.append(Climber(one.key, one.name, config, folders.get(one.identity, {})))
+        on_replicate = partial(_on_replicate, study.seed, self.dataset)
+        replicates = REPLICATES if winner.train_config.data.folds is None else 1
+        return self._climb(climbers, search_epochs(study), on_replicate, replicates)
+
+    def on_own_split(
+        self, name: str, config: TrainConfig, trained: TrainingPaths | None
+    ) -> tuple[Ladder, TrainConfig, TrainingPaths]:
+        """Compare lengths of one configuration on its own seed and split; see `climb`.
+
+        Args:
+            trained: Folder of its training, if there is one.
+        """
+        known = trained is not None and _has_predictions(trained, config.data.folds or 1)
+        climber = Climber(name, name, config, {0: trained} if known and trained is not None else {})
+        return self._climb([climber], 0, lambda config, _: config, 1)
+
+    def _climb(
+        self,
+        climbers: Sequence[Climber],
+        search_epochs: int,
+        replicate: Callable[[TrainConfig, int], TrainConfig],
+        replicates: int,
+    ) -> tuple[Ladder, TrainConfig, TrainingPaths]:
+        budget = Budget(default_budget(search_epochs, climbers) if self.seconds is None else None, self.seconds)
+        self.reporter.say(
+            f"comparing longer trainings of {' and '.join(one.name for one in climbers)}, ± one standard error: "
+            f"{budget.limit} (skip with --epochs N)"
+        )
+        ladder, config, folder = climb(
+            climbers,
+            Site(
+                self.paths,
+                self.metric,
+                Division(self.dataset),
+                self.device,
+                replicate,
+                replicates,
+                self._shown,
+                self.reporter.say,
+                self.settings,
+            ),
+            budget,
+        )
+        self.paths.ladder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.paths.ladder) as file:
+            file.write_text(json.dumps(ladder.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        return ladder, config, folder
+
+    def _shown(self, name: str, epochs: int) -> AbstractContextManager[Watch]:
+        return trainings(self.reporter, name, epochs=epochs, metric=self.metric, interrupts=self.interrupts)
+
+
+def _on_replicate(seed: int, dataset: Dataset, config: TrainConfig, replicate: int) -> TrainConfig:
+    return replicated(config, replicate, seed=seed, dataset=dataset)
+
+
+def _recorded(study: Study) -> dict[str, dict[int, TrainingPaths]]:
+    """Identity -> replicate -> the folder of a confirmation's training whose predictions are kept."""
+    name = confirmation_of(study.name)
+    found: dict[str, dict[int, TrainingPaths]] = {}
+    if not StudyPaths.of(name).study_yaml.exists():
+        return found
+    confirming = find_study(name, storage_url=study.storage_url)
+    for trial in effective_trials(confirming.optuna.get_trials(deepcopy=False)).values():
+        training, folder = Training.of(trial), TrainingPaths(confirming.paths.trial(trial.number))
+        if training.values is not None and _has_predictions(folder, len(training.values)):
+            found.setdefault(training.identity, {})[training.replicate] = folder
+    return found
+
+
+def _has_predictions(folder: TrainingPaths, folds: int) -> bool:
+    files = [folder.metrics, *(folder.validation(fold) for fold in range(1, folds + 1))]
+    return all(file.exists() for file in files)
