@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 
 # Optimizer -> (learning rate of `lr_scale` 1 at batch 256, exponent of batch / 256 that scales it).
 # SGD: linear scaling (arXiv 1706.02677). Adaptive optimizers: Adam's default with square-root scaling (arXiv
@@ -105,6 +106,20 @@ SPLITS_OF_0_1_0 = {"val": "drawn", "near_duplicates": "ignored"}
 """Values by which version 0.1.0, which lacked these fields of `DataConfig`, split images."""
 
 
+def _pairs(value: Any) -> Any:
+    """Turn a mapping into pairs."""
+    return tuple(value.items()) if isinstance(value, dict) else value
+
+
+Cap = Annotated[tuple[str, Annotated[float, Field(gt=0)]], Field(strict=False)]
+"""(Class, maximum)."""
+Caps = Annotated[
+    tuple[Cap, ...],
+    Field(strict=False),
+    BeforeValidator(_pairs, json_schema_input_type=dict[str, float] | tuple[tuple[str, float], ...]),
+]
+
+
 class SamplingConfig(_Section):
     """The images shown in one epoch."""
 
@@ -114,6 +129,19 @@ class SamplingConfig(_Section):
     """Maximum visits of an image per epoch: smaller classes are repeated up to the size of the largest. 1 is off."""
     undersample: float = Field(default=1.0, gt=0, le=1)
     """Maximum images of a class per epoch, as a fraction of the largest class; others in each epoch. 1 is off."""
+    caps: Caps = ()
+    """Maximum visits per epoch of the named classes, as `{class: n}`: a number of images, or, up to 1, a fraction of
+    the class. The largest class is the largest after them. `balanced` only makes shorter epochs of them."""
+
+    @model_validator(mode="after")
+    def _check_caps(self) -> SamplingConfig:
+        names = [name for name, _ in self.caps]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"sampling.caps names {', '.join(sorted(twice))} twice")
+        for name, cap in self.caps:
+            if cap > 1 and cap != int(cap):
+                raise ValueError(f"sampling.caps: {name} has {cap:g}; give a whole number, or a fraction up to 1")
+        return self
 
 
 class AugmentConfig(_Section):
@@ -134,6 +162,10 @@ class AugmentConfig(_Section):
     1409.4842). 1 is off."""
     rotation_degrees: float = Field(default=0.0, ge=0, le=180)
     """Rotations are uniform from minus to plus this angle."""
+    scale: float = Field(default=0.0, ge=0, le=0.9)
+    """Zooms about the centre are uniform from 1 minus to 1 plus this."""
+    shear_degrees: float = Field(default=0.0, ge=0, le=80)
+    """Shears of the rows about the centre are uniform from minus to plus this angle."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     """Brightness, contrast and saturation are each scaled by a factor from 1 minus to 1 plus this."""
     policy: Literal["randaugment", "six", "trivialaugment", "autoaugment_cifar10"] = "randaugment"
@@ -211,6 +243,8 @@ class ModelConfig(_Section):
     """Stochastic depth: probability of dropping the last block (arXiv 1603.09382)."""
     drop_path_shape: Literal["linear", "uniform"] = "linear"
     """The probability grows linearly from 0, or is the same for every block."""
+    block_dropout: float = Field(default=0.0, ge=0, le=0.9)
+    """Dropout between the last two convolutions of every block (arXiv 1605.07146)."""
     dropout: float = Field(default=0.0, ge=0, le=0.9)
     """Dropout before the classifier and, for `vgg`, after each hidden layer."""
     pretrained: bool = False
@@ -244,8 +278,8 @@ FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
     "widths": ("resnet", "vgg"), "blocks": ("resnet", "vgg"), "width": ("resnet", "vgg"), "depth": ("resnet", "vgg"),
     "norm": ("resnet", "vgg"), "activation": ("resnet", "vgg"), "block": ("resnet",), "stem_kernel": ("resnet",),
     "stem_stride": ("resnet",), "max_pool": ("resnet",), "se": ("resnet",), "anti_alias": ("resnet",),
-    "drop_path_shape": ("resnet",), "hidden": ("vgg",), "drop_path": ("resnet", "timm"), "pretrained": ("timm",),
-    "pretrained_file": ("timm",),
+    "drop_path_shape": ("resnet",), "block_dropout": ("resnet",), "hidden": ("vgg",), "drop_path": ("resnet", "timm"),
+    "pretrained": ("timm",), "pretrained_file": ("timm",),
 }  # fmt: skip
 """Families that accept each field; fields not listed apply to every family."""
 
@@ -261,6 +295,11 @@ class LossConfig(_Section):
     """Label smoothing (arXiv 1512.00567). Mixed targets are not smoothed."""
     smoothing_final: float | None = Field(default=None, ge=0, le=0.9)
     """Smoothing at the end of the run, reached linearly. None keeps it constant."""
+    smoothing_final_from: float | None = Field(default=None, ge=0, lt=1)
+    """Fraction of the run from which smoothing is `smoothing_final`, at once. None is linear."""
+    smoothing_patience_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Fraction of the run without a lower validation loss after which smoothing is `smoothing_final`, at once. None is
+    linear."""
     logit_adjustment: float = Field(default=0.0, ge=0, le=3)
     """Adds this times log(class frequency) to each logit in training (arXiv 2007.07314). 1 is balanced softmax (arXiv
     2007.10740); 0 is off."""
@@ -269,6 +308,17 @@ class LossConfig(_Section):
     """
     class_weights_from_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the run from which `class_weights` apply: deferred re-weighting (arXiv 1906.07413)."""
+
+    @model_validator(mode="after")
+    def _check_smoothing(self) -> LossConfig:
+        given = [
+            name for name in ("smoothing_final_from", "smoothing_patience_fraction") if getattr(self, name) is not None
+        ]
+        if given and self.smoothing_final is None:
+            raise ValueError(f"loss.{given[0]} is read only where loss.smoothing_final is given: set that too")
+        if len(given) > 1:
+            raise ValueError(f"loss.{given[0]} and loss.{given[1]} exclude each other: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_name(self) -> LossConfig:
@@ -484,13 +534,18 @@ class TrainConfig(_Section):
         return self.optim.name == "logistic"
 
     def override(self, values: dict[str, Any]) -> TrainConfig:
-        """Return a validated copy with the fields at these paths replaced. The two rates clear each other.
+        """Return a validated copy with the fields at these paths replaced.
+
+        The two rates clear each other, and another family of networks the fields that it lacks (`dropped_by`).
 
         Raises:
             KeyError: a path is not a field.
             pydantic.ValidationError: a value is invalid for its field.
         """
         tree = self.model_dump()
+        for path in self.dropped_by(values):
+            name = path.partition(".")[2]
+            tree["model"][name] = ModelConfig.model_fields[name].default
         for path, value in values.items():
             *parents, leaf = path.split(".")
             node: Any = tree
@@ -503,6 +558,19 @@ class TrainConfig(_Section):
             if values.get(f"optim.{given}") is not None and values.get(f"optim.{dropped}") is None:
                 tree["optim"][dropped] = None
         return TrainConfig.model_validate(tree)
+
+    def dropped_by(self, values: Mapping[str, Any]) -> list[str]:
+        """Return the fields of this network that `override` resets, since the `model.name` in `values` has no such."""
+        family = str(values.get("model.name", self.model.name)).partition("/")[0]
+        if family == self.model.name.partition("/")[0]:
+            return []
+        return [
+            f"model.{name}"
+            for name, families in FAMILY_FIELDS.items()
+            if family not in families
+            and f"model.{name}" not in values
+            and getattr(self.model, name) != ModelConfig.model_fields[name].default
+        ]
 
     def flat(self) -> dict[str, Any]:
         """Return every field's value by its dotted path."""

@@ -22,10 +22,18 @@ from core.config import LossConfig
 EFFECTIVE_BETA = 0.9999
 
 
-def smoothing_at(config: LossConfig, progress: float) -> float:
-    """Return the label smoothing at this progress of the run, in [0, 1]."""
+def smoothing_at(config: LossConfig, progress: float, *, saturated: bool = False) -> float:
+    """Return the label smoothing at this progress of the run, in [0, 1].
+
+    Args:
+        saturated: whether `smoothing_patience_fraction` has passed without a lower validation loss.
+    """
     if config.smoothing_final is None:
         return config.smoothing
+    if config.smoothing_patience_fraction is not None:
+        return config.smoothing_final if saturated else config.smoothing
+    if config.smoothing_final_from is not None:
+        return config.smoothing_final if progress >= config.smoothing_final_from else config.smoothing
     return config.smoothing + (config.smoothing_final - config.smoothing) * progress
 
 
@@ -54,6 +62,8 @@ class Criterion:
     def __init__(self, config: LossConfig, class_counts: Tensor) -> None:
         self.config = config
         self.weights = class_weights(config, class_counts)  # (K,) float32
+        self.saturated = False
+        """See `smoothing_at`; set by the loop before each epoch."""
         self.adjustment: Tensor | None = None  # (K,) float32, added to the logits
         if config.logit_adjustment > 0:
             images = class_counts.clamp(min=1).double()
@@ -62,7 +72,7 @@ class Criterion:
     def stage(self, progress: float) -> Stage:
         """Return the settings at this progress of the run."""
         weighted = self.weights is not None and progress >= self.config.class_weights_from_fraction
-        return Stage(smoothing_at(self.config, progress), weighted)
+        return Stage(smoothing_at(self.config, progress, saturated=self.saturated), weighted)
 
     def __call__(self, logits: Tensor, labels: Tensor, stage: Stage) -> Tensor:
         """Return the mean loss of logits (N, K) for labels (N,)."""

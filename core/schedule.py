@@ -1,7 +1,7 @@
 """Learning-rate schedules: a factor of the peak rate that depends on the progress of the run alone.
 
-Only a `plateau` also depends on the history of scores. A run without validation images repeats the reductions of an
-earlier run (`replayed`).
+Only a `plateau`, and label smoothing with `smoothing_patience_fraction`, also depend on past validation. A run without
+validation images repeats an earlier run (`without_validation`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from core.config import ScheduleConfig, TrainConfig
+from core.config import LossConfig, ScheduleConfig, TrainConfig
 
 # Progress is a rounded quotient: 0.9 / 0.3 may be less than 3. More than that error, less than a step of up to 10⁹.
 _ROUNDING = 1e-9
@@ -65,6 +65,33 @@ def reductions(config: ScheduleConfig, scores: Sequence[float], *, maximize: boo
     return len(_falls(config, scores, maximize, epochs))
 
 
+def saturated_from(config: LossConfig, losses: Sequence[float], *, epochs: int) -> int | None:
+    """Return the epoch, counted from 1, after which smoothing is `smoothing_final`; None if not yet or never.
+
+    Args:
+        config: with `smoothing_patience_fraction`, else the result is None.
+        losses: the validation losses so far.
+        epochs: those of the run.
+    """
+    if config.smoothing_patience_fraction is None:
+        return None
+    return next(iter(_stalls([-loss for loss in losses], config.smoothing_patience_fraction, epochs)), None)
+
+
+def without_validation(
+    config: TrainConfig, scores: Sequence[float], losses: Sequence[float], *, maximize: bool
+) -> TrainConfig:
+    """Return the configuration that repeats a run with these validation scores and losses, without validation."""
+    schedule = replayed(config.schedule, scores, maximize=maximize, epochs=config.epochs)
+    after, changed = saturated_from(config.loss, losses, epochs=config.epochs), {}
+    if after is not None and after < config.epochs:
+        changed = {"smoothing_patience_fraction": None, "smoothing_final_from": after / config.epochs}
+    elif config.loss.smoothing_patience_fraction is not None:
+        changed = {"smoothing_patience_fraction": None, "smoothing_final": None}
+    loss = LossConfig.model_validate(config.loss.model_dump() | changed)
+    return config.model_copy(update={"schedule": schedule, "loss": loss})
+
+
 def replayed(config: ScheduleConfig, scores: Sequence[float], *, maximize: bool, epochs: int) -> ScheduleConfig:
     """Return the schedule that repeats a `plateau` with these scores at every step; others are unchanged."""
     if config.name != "plateau":
@@ -84,18 +111,22 @@ def _falls(config: ScheduleConfig, scores: Sequence[float], maximize: bool, epoc
     """Epochs, counted from 1, at the end of which a `plateau` is reduced."""
     if config.name != "plateau":
         return []
-    patience = max(1, round(config.patience_fraction * epochs))
-    best, bad, falls = -math.inf, 0, []
-    for epoch, score in enumerate(scores, start=1):
-        gain = score if maximize else -score
+    return _stalls([score if maximize else -score for score in scores], config.patience_fraction, epochs)
+
+
+def _stalls(gains: Sequence[float], patience_fraction: float, epochs: int) -> list[int]:
+    """Epochs, counted from 1, at which the patience has passed without a higher gain, or since the one before."""
+    patience = max(1, round(patience_fraction * epochs))
+    best, bad, stalls = -math.inf, 0, []
+    for epoch, gain in enumerate(gains, start=1):
         if gain > best:
             best, bad = gain, 0
         else:
             bad += 1
         if bad == patience:
-            falls.append(epoch)
+            stalls.append(epoch)
             bad = 0
-    return falls
+    return stalls
 
 
 def _reduced(config: ScheduleConfig, count: int) -> float:

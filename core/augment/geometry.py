@@ -37,6 +37,11 @@ def rotation(degrees: Tensor) -> Tensor:
     return affine(degrees, a=cos, b=-sin, c=sin, d=cos)
 
 
+def zoom_and_shear(scale: Tensor, degrees: Tensor) -> Tensor:
+    """Shear the rows by an angle and enlarge by a factor, about the centre, as torchvision's RandomAffine does."""
+    return affine(scale, a=1 / scale, b=torch.deg2rad(degrees).tan() / scale, d=1 / scale)
+
+
 def shear_x(slope: Tensor, size: tuple[int, int]) -> Tensor:
     """Shear along rows about the top left corner, as in torchvision's RandAugment."""
     return affine(slope, b=slope, x=slope * (size[0] / 2))

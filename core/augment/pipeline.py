@@ -18,7 +18,7 @@ from core.augment import photometry
 from core.augment.cropping import draw_crops
 from core.augment.draws import runs, uniform
 from core.augment.erasing import Erased, draw_erased
-from core.augment.geometry import affine, rotation, shift, then, warp
+from core.augment.geometry import affine, rotation, shift, then, warp, zoom_and_shear
 from core.augment.operations import GEOMETRIC_OPS, INTERPOLATED_OPS, PHOTOMETRIC_OPS
 from core.augment.policies import Assignment, build_policy
 from core.augment.scratch import Scratch, blocks
@@ -156,6 +156,8 @@ class Augment:
             or config.crop_pad_fraction
             or config.crop_area_min < 1
             or config.rotation_degrees
+            or config.scale
+            or config.shear_degrees
             or self._policy.ops
         )
 
@@ -218,8 +220,8 @@ class Augment:
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         """Augment and normalize images: (N, C, H, W) uint8 to `dtype`, channels_last.
 
-        The order is padded crop, crop by area, flips, rotation, the policy's geometry, colour jitter, the policy's
-        photometry, erasing.
+        The order is padded crop, crop by area, flips, zoom, shear, rotation, the policy's geometry, colour jitter,
+        the policy's photometry, erasing.
         """
         if not (self._moves or self.config.color_jitter or self.config.erase):
             return self._normalize(images)
@@ -337,6 +339,10 @@ class Augment:
             down = uniform(slots, generator, 0, 1) < config.vertical_flip
             x, y = 1 - 2 * across.float(), 1 - 2 * down.float()
             matrices = then(matrices, affine(x, a=x, d=y))
+        if config.scale or config.shear_degrees:
+            scale = uniform(slots, generator, 1 - config.scale, 1 + config.scale)
+            slants = uniform(slots, generator, -config.shear_degrees, config.shear_degrees)
+            matrices = then(matrices, zoom_and_shear(scale, slants))
         if config.rotation_degrees:
             degrees = uniform(slots, generator, -config.rotation_degrees, config.rotation_degrees)
             matrices = then(matrices, rotation(degrees))
@@ -357,7 +363,8 @@ class Augment:
             sources, matrices = sources.index_select(0, order), matrices.index_select(0, order)
             frames = None if frames is None else frames.index_select(0, order)
 
-        if self.config.rotation_degrees or frames is not None:
+        config = self.config
+        if config.rotation_degrees or config.scale or config.shear_degrees or frames is not None:
             return warp(images.index_select(0, sources), matrices, frames, dtype=torch.uint8, scratch=self._scratch)
         height, width = images.shape[2:]
         reach = self._padding((height, width))[0] + self._policy.reach(width)

@@ -56,8 +56,8 @@ from core.runtime import (
     own_stream,
     seed_global,
 )
-from core.sampling import epoch_length, epoch_order, repeats
-from core.schedule import factor_of, reductions
+from core.sampling import class_caps, epoch_length, epoch_order, repeats
+from core.schedule import factor_of, reductions, saturated_from
 from core.tta import predict_logits
 
 logger = logging.getLogger(__name__)
@@ -207,6 +207,8 @@ class Run:
             raise ConfigError(f"{len(splits.train)} training image(s): batch norm needs at least 2")
         if config.schedule.name == "plateau" and not len(splits.val):
             raise ConfigError("schedule.name: plateau needs validation images, and there are none")
+        if config.loss.smoothing_patience_fraction is not None and not len(splits.val):
+            raise ConfigError("loss.smoothing_patience_fraction needs validation images, and there are none")
         check_autocast(config.precision.autocast, device)
         self.config, self.device, self.metric = config, device, metric
         self.maximize = metrics.METRICS[metric] == "maximize"
@@ -221,7 +223,8 @@ class Run:
         ).to(device)  # build_model made it channels_last
         self.train_labels = self.splits.labels[self.splits.train]
         self.train_counts = torch.bincount(self.train_labels, minlength=self.num_classes)
-        self.visits = epoch_length(self.train_labels, config.sampling)
+        self.caps = class_caps(self.train_labels, config.sampling, splits.classes)
+        self.visits = epoch_length(self.train_labels, config.sampling, self.caps)
         self.batch_sizes = batch_sizes(self.visits, config.batch_size)
         self.total_steps = len(self.batch_sizes) * config.epochs
         self.prepare = partial(normalize, mean=splits.mean, std=splits.std)
@@ -395,6 +398,8 @@ class Run:
         if self.config.schedule.name == "plateau":
             past = [epoch.score(self.metric) for epoch in self.history]
             self.reductions = reductions(self.config.schedule, past, maximize=self.maximize, epochs=self.config.epochs)
+        losses = [epoch.score("nll") for epoch in self.history] if self.config.loss.smoothing_patience_fraction else []
+        self.one_step.criterion.saturated = saturated_from(self.config.loss, losses, epochs=self.epochs) is not None
         for batch in self.batches(number):
             self.step(batch)
         self.optimizer.end_epoch()
@@ -435,7 +440,7 @@ class Run:
         self.generator.manual_seed(derive_seed(self.config.seed, "epoch", epoch))
         self.host_generator = make_generator(torch.device("cpu"), self.config.seed, "mix", epoch)
         seed_global(self.device, self.config.seed, "dropout", epoch)
-        order = epoch_order(self.train_labels, self.config.sampling, self.generator, self.visits)
+        order = epoch_order(self.train_labels, self.config.sampling, self.generator, self.visits, self.caps)
         draws = self.augment.draw(
             self.batch_sizes,
             self.image,

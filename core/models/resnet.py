@@ -104,6 +104,7 @@ def _block(config: ModelConfig, channels: int, width: int, stride: int, *, drop_
         norm_layer=norm,
         attn_layer=attention,
         aa_layer=BlurPool2d if config.anti_alias else None,
+        drop_block=cast("type[nn.Module]", partial(nn.Dropout, config.block_dropout)) if config.block_dropout else None,
         drop_path=DropPath(drop_path) if drop_path > 0 else None,
     )
 

@@ -12,6 +12,7 @@ from core.data import Division, Splits
 from core.errors import UserError
 from core.models import build_model, check_model_name
 from core.runtime import isolated_rng
+from core.sampling import class_caps
 from hpo.analysis.summary import summarize
 from hpo.api.common import open_dataset, report_data, report_estimate, resumable, train_all
 from hpo.api.networks import advice, with_weights
@@ -93,6 +94,7 @@ class Search:
         if self._alone:
             report_data(self.dataset, splits, reporter)
         _check_network(space, splits[0])
+        class_caps(splits[0].labels[splits[0].train], space.baseline.sampling, splits[0].classes)
         if options.artifacts:
             ArtifactStore(options.artifacts, StudyPaths.of(self.name).dir)
         if options.engine == "ray" and options.workers != 0:

@@ -224,6 +224,7 @@ class _Loader:
         same = {path: value for path, value in baseline.flat().items() if path.startswith("data.") or path == "epochs"}
         if recipe.config.model.pretrained and _NORMALIZE not in self.fields:
             del same[_NORMALIZE]
+        self._report_dropped(recipe.config, f"recipe {recipe.name}: ")
         try:
             return replace(recipe, config=recipe.config.override({**self.fields, **same}))
         except ValidationError as error:
@@ -361,6 +362,7 @@ class _Loader:
 
     def override(self, config: TrainConfig, prefix: str = "") -> TrainConfig | None:
         """The configuration with the overrides applied."""
+        self._report_dropped(config, prefix)
         try:
             return config.override(self.fields)
         except ValidationError as error:
@@ -369,6 +371,11 @@ class _Loader:
                 keys = [key for key in self.fields if key.startswith(section)] or list(self.fields)
                 self._fault(f"--set {', '.join(keys)}", f"{prefix}{explain(detail)}")
         return None
+
+    def _report_dropped(self, config: TrainConfig, prefix: str = "") -> None:
+        if dropped := config.dropped_by(self.fields):
+            name = self.fields["model.name"]
+            logger.warning("%s--set model.name=%s: %s dropped, which it lacks", prefix, name, ", ".join(dropped))
 
     # Reporting
 

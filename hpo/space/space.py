@@ -296,7 +296,10 @@ class SearchSpace:
         )
 
 
-_ADDED_FIELDS = ("model.input_size", "optim.layer_decay")
+_ADDED_FIELDS = (
+    "model.input_size", "optim.layer_decay", "sampling.caps", "augment.scale", "augment.shear_degrees",
+    "model.block_dropout", "loss.smoothing_final_from", "loss.smoothing_patience_fraction",
+)  # fmt: skip
 """Fields of `TrainConfig`, outside of `data`, that version 0.1.0 did not have and that are off by default."""
 
 

@@ -23,7 +23,7 @@ from core.loop import EVALUATION_BATCH, train
 from core.loop.step import batch_sizes
 from core.models import build_model
 from core.runtime import autocast, derive_seed, make_generator, normalize
-from core.schedule import replayed
+from core.schedule import without_validation
 from core.tta import average, predict_logits
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
@@ -161,13 +161,11 @@ class Trainer:
     ) -> list[Network]:
         """Train the network, or the members, without validation images.
 
-        A plateau schedule has no score to watch, so the learning rate falls where it fell in the training with
+        Without a score to watch, a plateau's learning rate and the smoothing fall where they fell in the training with
         validation images, whose epochs are `rows`.
         """
-        scores = [row[_column(self.metric)] for row in rows]
-        maximize = metrics.METRICS[self.metric] == "maximize"
-        schedule = replayed(config.schedule, scores, maximize=maximize, epochs=config.epochs)
-        config = config.model_copy(update={"schedule": schedule})
+        scores, losses = ([row[column] for row in rows] for column in (_column(self.metric), "val_loss"))
+        config = without_validation(config, scores, losses, maximize=metrics.METRICS[self.metric] == "maximize")
         images, long = count(len(whole.train), "image"), count(epochs, "epoch")
         if members is None:
             logger.info("training on %s, %s", images, long)

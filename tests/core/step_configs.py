@@ -44,6 +44,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "averaging.swa_start_fraction": {"averaging.name": "swa"}, "averaging.swa_factor": {"averaging.name": "swa"},
     "model.input_size": {"augment.start_size_fraction": 1.0}, "optim.momentum": {"optim.name": "sgd"},
     "optim.nesterov": {"optim.name": "sgd"}, "optim.layer_decay": {"model.name": "timm/test_efficientnet", **_TIMM},
+    "loss.smoothing_final_from": {"loss.smoothing_final": 0.0},
+    "loss.smoothing_patience_fraction": {"loss.smoothing_final": 0.0},
 }  # fmt: skip
 """Other fields without which a field, or one of its values, has no effect or is refused."""
 

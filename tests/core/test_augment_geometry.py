@@ -40,6 +40,19 @@ def test_shears_match_randaugment_within_one_level(size: tuple[int, int]) -> Non
     assert_same_geometry(geometry.warp(images, geometry.shear_y(slopes, size)), along_y)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (20, 44)])
+def test_zoom_shear_and_rotation_match_torchvisions_affine_within_one_level(size: tuple[int, int]) -> None:
+    images = pictures(9, 3, *size)
+    scales, slants, turns = torch.linspace(0.6, 1.6, 9), torch.linspace(-30, 30, 9), torch.linspace(40, -40, 9)
+    expected = torch.stack([
+        tv.affine(image, angle=-float(turn), translate=[0, 0], scale=float(scale), shear=[float(slant), 0.0],
+                  interpolation=v2.InterpolationMode.BILINEAR)
+        for image, scale, slant, turn in zip(images, scales, slants, turns, strict=True)
+    ])  # fmt: skip
+    matrices = geometry.then(geometry.zoom_and_shear(scales, slants), geometry.rotation(turns))
+    assert_same_geometry(geometry.warp(images, matrices), expected)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(8, 8), (15, 22)])
 def test_shifts_and_flips_are_exact_copies(size: tuple[int, int], channels: int) -> None:

@@ -126,6 +126,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     record(pipeline, "draw_crops", argument=None)
     record(pipeline, "draw_erased", argument=None)
     record(pipeline, "rotation", argument=0)
+    zoom = pipeline.zoom_and_shear
+    monkeypatch.setattr(
+        pipeline, "zoom_and_shear", lambda scale, slant: zoom(*seen.update(scale=scale, slant=slant) or (scale, slant))
+    )
     for name in ("brightness", "contrast", "saturation"):
         record(photometry, name, argument=1)
     return seen
@@ -139,6 +143,13 @@ def crops_by_area(photos: Tensor, drawn: Drawn) -> Tensor:
 def rotated(photos: Tensor, drawn: Drawn) -> Tensor:
     degrees = drawn["rotation"][: len(photos)]
     return each(lambda photo, angle: tv.rotate(photo, angle, BILINEAR), photos, degrees)
+
+
+def zoomed(photos: Tensor, drawn: Drawn) -> Tensor:
+    return torch.stack([
+        tv.affine(photo, angle=0.0, translate=[0, 0], scale=scale, shear=[slant, 0.0], interpolation=BILINEAR)
+        for photo, scale, slant in zip(photos, drawn["scale"].tolist(), drawn["slant"].tolist(), strict=False)
+    ])  # fmt: skip
 
 
 def jittered(photos: Tensor, drawn: Drawn) -> Tensor:
@@ -162,6 +173,9 @@ STEPS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Drawn], Tensor], Tolera
     # torchvision rounds after each of two passes.
     "crop by area": ({"crop_area_min": 0.08}, crops_by_area, WITHIN_A_LEVEL),
     "rotation": ({"rotation_degrees": 45.0}, rotated, INTERPOLATED),
+    "zoom": ({"scale": 0.4}, zoomed, INTERPOLATED),
+    "shear": ({"shear_degrees": 40.0}, zoomed, INTERPOLATED),
+    "zoom and shear": ({"scale": 0.4, "shear_degrees": 40.0}, zoomed, INTERPOLATED),
     # Three operations, each within a level, and factors of up to 1.4.
     "colour jitter": ({"color_jitter": 0.4}, jittered, Tolerance(3, 0)),
     "erasing": ({"erase": 0.9}, erased, EXACT),

@@ -16,7 +16,7 @@ from core.errors import CheckpointError, ConfigError, DivergedError
 from core.loop import EpochMetrics, seconds_per_epoch, train
 from core.loop.step import batch_sizes
 from core.metrics import Scores
-from core.schedule import reductions
+from core.schedule import reductions, saturated_from
 from tests.core.conftest import Train
 from tests.core.trainings import CPU, STATEFUL, same
 
@@ -219,6 +219,36 @@ def test_a_plateau_reduces_the_rate(digits: Splits, tiny: TrainConfig) -> None:
     expected = [0.5 ** reductions(config.schedule, scores[:n], maximize=True, epochs=8) for n in range(8)]
     assert factors == pytest.approx(expected)
     assert factors[-1] < 1
+
+
+def test_smoothing_falls_for_good_when_the_validation_loss_has_not(digits: Splits, tiny: TrainConfig) -> None:
+    falling = {"loss.smoothing": 0.4, "loss.smoothing_final": 0.1, "loss.smoothing_patience_fraction": 0.25}
+    config = tiny.override({"epochs": 8, "optim.lr_scale": 1e-9, **falling})
+    history = train(config, digits, device=CPU).history
+    after = saturated_from(config.loss, [epoch.score("nll") for epoch in history], epochs=8)
+    assert after is not None
+    assert 2 <= after < 8
+    switched = {"loss.smoothing_patience_fraction": None, "loss.smoothing_final_from": after / 8}
+    again = train(config.override(switched), digits, device=CPU).history
+    assert [epoch.train_loss for epoch in again] == [epoch.train_loss for epoch in history]
+    constant = train(tiny.override({"epochs": 8, "optim.lr_scale": 1e-9, "loss.smoothing": 0.4}), digits, device=CPU)
+    same = [one.train_loss == other.train_loss for one, other in zip(history, constant.history, strict=True)]
+    assert same == [True] * after + [False] * (8 - after)
+
+
+def test_named_caps_shorten_the_epoch_and_unknown_classes_are_refused(digits: Splits, tiny: TrainConfig) -> None:
+    counts = digits.labels[digits.train].bincount()
+    config = tiny.override({"epochs": 1, "sampling.caps": {"3": 0.5, "7": 10}})
+    visits = int(counts.sum() - counts[3] - counts[7]) + round(0.5 * int(counts[3])) + 10
+    assert train(config, digits, device=CPU).history[0].step == len(batch_sizes(visits, 64))
+    with pytest.raises(ConfigError, match=r"sampling.caps: three is no class of the data; its classes are 0, 1, 2"):
+        train(tiny.override({"sampling.caps": {"three": 0.5}}), digits, device=CPU)
+
+
+def test_smoothing_that_waits_for_validation_is_refused_without_it(digits: Splits, tiny: TrainConfig) -> None:
+    waiting = tiny.override({"loss.smoothing_final": 0.0, "loss.smoothing_patience_fraction": 0.5})
+    with pytest.raises(ConfigError, match="smoothing_patience_fraction needs validation images"):
+        train(waiting, digits.whole(), device=CPU)
 
 
 def test_a_plateau_without_validation_images_is_refused(digits: Splits, tiny: TrainConfig) -> None:

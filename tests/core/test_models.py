@@ -239,7 +239,22 @@ def test_uniform_drop_path_is_the_same_for_every_block() -> None:
     assert drop_path_rates(0.3, 4, "uniform") == [0.3] * 4
 
 
-@pytest.mark.parametrize("field", ["drop_path", "dropout"])
+@pytest.mark.parametrize(("block", "after"), [("basic", "bn1"), ("bottleneck", "bn2")])
+def test_block_dropout_is_between_the_last_two_convolutions_of_every_block(block: str, after: str) -> None:
+    model = build(block=block, block_dropout=0.5, **SMALL).train()
+    seen: list[torch.Tensor] = []
+    for stage in (model.layer1, model.layer2):
+        for module in (stage[0].get_submodule(after), stage[0].drop_block):
+            module.register_forward_hook(lambda _, inputs, out: seen.append(out.detach().clone()))
+    model(images(8, 1, 8, 8))
+    assert len(seen) == 4
+    for before, dropped in (seen[:2], seen[2:]):
+        assert 0.4 < (dropped == 0).double().mean() < 0.6
+        torch.testing.assert_close(dropped, torch.where(dropped == 0, 0.0, 2 * before))
+    assert build(block=block, **SMALL).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("field", ["drop_path", "block_dropout", "dropout"])
 def test_dropout_is_only_active_in_training(field: str) -> None:
     model, drawn = build(**{field: 0.5}, **SMALL), images(8, 1, 8, 8)
     for block in (model.layer1, model.layer2):

@@ -45,6 +45,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "muon, plateau, alternating flips of copies": {
         "optim.name": "muon", "schedule.name": "plateau", "schedule.patience_fraction": 0.2, "optim.lr_scale": 100.0,
         "sampling.oversample": 2, "augment.apply_to": "repeats", "augment.flip": 0.5, "augment.alternate_flip": True,
+        "loss.smoothing": 0.3, "loss.smoothing_final": 0.0, "loss.smoothing_patience_fraction": 0.2,
     },
 }  # fmt: skip
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import WeightedRandomSampler
 
 from core.config import SamplingConfig
-from core.sampling import epoch_length, epoch_order, repeats
+from core.errors import ConfigError
+from core.sampling import class_caps, epoch_length, epoch_order, repeats
 from tests.core.trainings import forbidden_waits
 
 LABELS = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
@@ -144,6 +148,63 @@ def test_balanced_draws_a_balanced_set_uniformly() -> None:
     labels = torch.arange(4).repeat(5000)
     shares = torch.bincount(labels[order(SamplingConfig(name="balanced"), labels=labels)]).double() / len(labels)
     assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.01)
+
+
+# ---- caps of named classes
+
+NAMES = tuple("abcdefghi")
+
+
+@pytest.mark.parametrize(
+    ("config", "visits"),
+    [
+        (SamplingConfig(caps={"a": 0.8, "b": 0.8}), (800, 680, 400, 150, 90, 70, 50, 21, 3)),  # type: ignore[arg-type]
+        (SamplingConfig(caps={"a": 300, "d": 40}), (300, 850, 400, 40, 90, 70, 50, 21, 3)),  # type: ignore[arg-type]
+        # The largest class is then the second.
+        (
+            SamplingConfig(oversample=7, caps={"a": 0.5}),  # type: ignore[arg-type]
+            (500, 850, 850, 850, 630, 490, 350, 147, 21),
+        ),
+        (
+            SamplingConfig(oversample=7, undersample=0.5, caps=(("a", 0.8), ("i", 5))),
+            (425, 425, 425, 425, 425, 425, 350, 147, 5),
+        ),
+        (SamplingConfig(caps={"i": 0.01}), (*IMAGES[:-1], 1)),  # type: ignore[arg-type]
+    ],
+)
+def test_caps_limit_the_visits_of_named_classes(config: SamplingConfig, visits: tuple[int, ...]) -> None:
+    caps = class_caps(IMBALANCED, config, NAMES)
+    length = epoch_length(IMBALANCED, config, caps)
+    generator = torch.Generator().manual_seed(0)
+    epochs = [epoch_order(IMBALANCED, config, generator, length, caps) for _ in range(6)]
+    for epoch in epochs:
+        assert torch.bincount(IMBALANCED[epoch]).tolist() == list(visits)
+    assert len({tuple(epoch.unique().tolist()) for epoch in epochs}) > 1, "other images are left out"
+
+
+def test_an_unknown_class_of_caps_is_refused_with_the_list() -> None:
+    config = SamplingConfig(caps={"a": 5, "z": 0.5})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"sampling.caps: z is no class of the data; its classes are a, b, c, d,"):
+        class_caps(IMBALANCED, config, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("caps", "message"),
+    [((("a", 1), ("a", 2)), "names a twice"), ({"a": 2.5}, "a has 2.5"), ({"a": 0}, "greater than 0")],
+)
+def test_invalid_caps_are_refused(caps: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SamplingConfig(caps=caps)
+
+
+def test_drawing_with_caps_does_not_synchronize() -> None:
+    config = SamplingConfig(oversample=7, caps={"a": 0.5})  # type: ignore[arg-type]
+    caps = class_caps(IMBALANCED, config, NAMES)
+    length = epoch_length(IMBALANCED, config, caps)
+    with FakeTensorMode():  # reading a meta tensor raises
+        labels, its_caps = (torch.zeros(len(IMBALANCED), dtype=torch.int64) for _ in range(2))
+        generator = torch.Generator().manual_seed(0)
+        assert epoch_order(labels, config, generator, length, its_caps).shape == (length,)
 
 
 # ---- every order

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     LinearLR,
@@ -18,7 +20,8 @@ from torch.optim.lr_scheduler import (
 )
 
 from core.config import ScheduleConfig, TrainConfig
-from core.schedule import factor, factor_of, reductions, replayed
+from core.losses import smoothing_at
+from core.schedule import factor, factor_of, reductions, replayed, saturated_from, without_validation
 
 STEPS, WARMUP_STEPS = 200, 20
 NAMES = ("cosine", "linear", "constant", "step", "pieces", "plateau")
@@ -286,6 +289,63 @@ def test_a_plateau_reduced_to_zero_can_be_replayed() -> None:
 def test_other_schedules_are_replayed_unchanged(name: str) -> None:
     config = ScheduleConfig(name=name)  # type: ignore[arg-type]
     assert replayed(config, [0.5] * 10, maximize=True, epochs=10) is config
+
+
+# ---- smoothing that falls when the validation loss has saturated
+
+SMOOTHED = TrainConfig().override(
+    {"epochs": 10, "loss.smoothing": 0.2, "loss.smoothing_final": 0.05, "loss.smoothing_patience_fraction": 0.3}
+)
+
+
+@pytest.mark.parametrize(
+    ("losses", "epoch"),
+    [
+        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], None),
+        ([1.0, 0.9, 0.9, 0.95, 0.91], 5),  # equal is no better
+        ([1.0, 0.9, 0.95, 0.94, 0.8, 0.9, 0.85], None),
+        ([1.0, 0.9, 0.95, 0.94, 0.8, 0.9, 0.85, 0.81, 0.1], 8),
+        ([math.nan, 1.0, 1.0], None),
+        ([], None),
+    ],
+)
+def test_smoothing_falls_after_a_patience_without_a_lower_loss(losses: list[float], epoch: int | None) -> None:
+    assert saturated_from(SMOOTHED.loss, losses, epochs=10) == epoch
+    better = [-1.0, -2.0, -3.0]
+    assert saturated_from(SMOOTHED.loss, losses + better, epochs=10) == epoch, "it does not rise again"
+
+
+@pytest.mark.parametrize("losses", [[1.0] * 10, [1.0, 0.9, 0.95, 0.94, 0.8, 0.9, 0.85, 0.81, 0.1, 0.1]])
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 33])
+def test_a_run_without_validation_repeats_the_smoothing_at_every_step(
+    losses: list[float], steps_per_epoch: int
+) -> None:
+    again = without_validation(SMOOTHED, losses, losses, maximize=False)
+    assert again.loss.smoothing_patience_fraction is None
+    for step in range(10 * steps_per_epoch):
+        saturated = saturated_from(SMOOTHED.loss, losses[: step // steps_per_epoch], epochs=10) is not None
+        progress = step / (10 * steps_per_epoch)
+        assert smoothing_at(again.loss, progress) == smoothing_at(SMOOTHED.loss, progress, saturated=saturated)
+
+
+def test_smoothing_that_never_fell_is_repeated_as_constant_and_others_are_unchanged() -> None:
+    falling = [1.0 - epoch / 20 for epoch in range(10)]
+    again = without_validation(SMOOTHED, falling, falling, maximize=False)
+    assert {smoothing_at(again.loss, progress / 10) for progress in range(11)} == {0.2}
+    linear = TrainConfig().override({"loss.smoothing": 0.2, "loss.smoothing_final": 0.0, "schedule.name": "plateau"})
+    changed = without_validation(linear, [0.5] * 60, [0.5] * 60, maximize=True)
+    assert changed.loss == linear.loss
+    assert changed.schedule == replayed(linear.schedule, [0.5] * 60, maximize=True, epochs=60)
+
+
+@pytest.mark.parametrize("field", ["smoothing_final_from", "smoothing_patience_fraction"])
+def test_a_time_for_the_final_smoothing_needs_one(field: str) -> None:
+    with pytest.raises(ValidationError, match=f"loss.{field} is read only where loss.smoothing_final is given"):
+        TrainConfig().override({f"loss.{field}": 0.5})
+    with pytest.raises(ValidationError, match="exclude each other"):
+        TrainConfig().override(
+            {"loss.smoothing_final": 0, "loss.smoothing_final_from": 0.5, "loss.smoothing_patience_fraction": 0.5}
+        )
 
 
 # ---- every schedule

@@ -23,6 +23,7 @@ from core.data import Dataset, folds
 from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import scores, value
 from core.runtime import derive_seed, normalize
+from core.schedule import saturated_from
 from core.tta import VIEWS, look, predict_logits
 from hpo.dashboard import artifacts
 from hpo.paths import StudyPaths, TrainingPaths
@@ -598,24 +599,33 @@ def test_the_members_stop_early_by_their_own_validation_images(
         assert all(torch.equal(kept[name], weights) for name, weights in result.model.state_dict().items())
 
 
-def test_a_plateau_falls_in_the_refit_where_it_fell_in_the_trial(tmp_path: Path, digits: Dataset) -> None:
-    plateau = {"schedule.name": "plateau", "schedule.patience_fraction": 0.1, "schedule.warmup_fraction": 0.0}
+def test_rate_and_smoothing_fall_in_the_refit_where_they_fell_in_the_trial(tmp_path: Path, digits: Dataset) -> None:
+    plateau = {
+        "schedule.name": "plateau", "schedule.patience_fraction": 0.1, "schedule.warmup_fraction": 0.0,
+        "loss.smoothing": 0.1, "loss.smoothing_final": 0.0, "loss.smoothing_patience_fraction": 0.1,
+    }  # fmt: skip
     config = TrainConfig().override(
         {"model.widths": (8,), "model.blocks": (1,), "epochs": 10, "batch_size": 64, "optim.lr_scale": 20.0, **plateau}
     )
     paths = StudyPaths(tmp_path / "plateau")  # without a trial's files: the refit trains it again
-    rates: dict[str, list[float]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
 
     def watch(label: str) -> Callable[[EpochMetrics], None]:
-        return lambda epoch: rates.setdefault(label, []).append(epoch.lr)
+        return lambda epoch: rows.setdefault(label, []).append(
+            {"lr": epoch.lr, "val_loss": epoch.score("nll") if label else None}
+        )
 
     done = refit(
         paths, number=0, label="best", config=config, epochs=10, dataset=digits, metric="accuracy", device=CPU,
         watch=watch,
     )  # fmt: skip
-    assert rates["trial 0"] == rates[""]
-    assert len(set(rates[""])) > 1
-    assert load_bundle(done.dir, CPU).meta.config.schedule.name == "pieces"
+    rates, whole = ([epoch["lr"] for epoch in rows[label]] for label in ("trial 0", ""))
+    assert rates == whole
+    assert len(set(rates)) > 1
+    refitted = load_bundle(done.dir, CPU).meta.config
+    assert refitted.schedule.name == "pieces"
+    losses = [epoch["val_loss"] for epoch in rows["trial 0"]]
+    assert refitted.loss.smoothing_final_from == (saturated_from(config.loss, losses, epochs=10) or 0) / 10 > 0
 
 
 # The commands

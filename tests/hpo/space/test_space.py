@@ -248,7 +248,7 @@ HASHES = {
     "digits": "106c6a0f0c398575bfe375470b0b0300a5be77d1b1cb5f9c8a70bb850a06734d",
     "stl10_small": "abb5bce829b70cfb4d935fdd03645b38c34dce72b152efef3f100c9b08a1ac2f",
     "cifar100": "1c7be14cc9a92389a4286387933a50562a5adbb4b33f92680ccfc5c539b3cc21",
-    "imbalanced": "e8003cb68c369a3230af2f2f95ade4a0329a05a01d8de05f92705ea80c399868",
+    "imbalanced": "c264e7e6c51ff78a10fb082398044b955eedec738ad103854c55f48023a55f5e",
     "intel_scenes": "075a115a5c3cc843dbc4551c193d8f15a145c7e89f1e12a0c616243059c940d0",
 }
 
@@ -271,7 +271,8 @@ SEARCH_FAULTS = [
     (
         "loss: {choices: [1]}",
         "loss: is a group of fields; name one of them: loss.name, loss.gamma, loss.smoothing, "
-        "loss.smoothing_final, loss.logit_adjustment, loss.class_weights, "
+        "loss.smoothing_final, loss.smoothing_final_from, loss.smoothing_patience_fraction, loss.logit_adjustment, "
+        "loss.class_weights, "
         "loss.class_weights_from_fraction",
     ),
     ("loss.smoothing: 0.1", "loss.smoothing: must be {choices: […]} or {low: …, high: …}, not 0.1"),
@@ -479,14 +480,38 @@ def test_a_value_is_allowed_if_it_is_valid_with_some_value_of_another_parameter(
     assert load_space(path).baseline_params() == {"model.widths": "[64, 128, 256, 512]", "model.blocks": "[2, 2, 2, 2]"}
 
 
-def test_a_timm_model_is_refused_as_a_choice_if_the_baseline_shapes_resnet(write: Write) -> None:
+def test_another_family_of_networks_drops_the_fields_of_the_baselines(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write(
-        "base: {model: {widths: [32, 64], blocks: [1, 1]}}\nsearch:\n  model.name: {choices: [resnet, timm/x]}\n"
+        "base: {model: {widths: [32, 64], blocks: [1, 1], drop_path: 0.1, dropout: 0.2}}\nsearch:\n"
+        "  model.name: {choices: [resnet, vgg, timm/resnet18]}\n"
+        "  model.se: {choices: [false, true], when: {model.name: resnet}}\n"
+        "  model.hidden: {choices: [null, 64], when: {model.name: vgg}}\n"
     )
-    assert faults_of(path) == [
-        "x.yaml:3: search.model.name.choices.1: model.widths shapes resnet and vgg only; "
-        "model.name is timm/x: leave it out"
-    ]
+    space = load_space(path)
+    assert space.baseline_params() == {"model.name": "resnet", "model.se": False}
+    vgg, timm = (space.config({"model.name": name}).model for name in ("vgg", "timm/resnet18"))
+    assert (vgg.widths, vgg.drop_path, vgg.dropout) == ((32, 64), 0, 0.2)
+    assert (timm.widths, timm.drop_path, timm.dropout) == ((64, 128, 256, 512), 0.1, 0.2)
+    assert caplog.text == ""
+    pinned = load_space(path, ["model.name=vgg"])
+    assert list(pinned.search) == ["model.hidden"]
+    assert pinned.baseline.model == vgg
+    assert "--set model.name=vgg: model.drop_path dropped, which it lacks" in caplog.text
+
+
+def test_the_imbalanced_space_searches_both_networks_with_fields_of_their_own() -> None:
+    space = load_space("imbalanced")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn: dict[str, set[str]] = {"resnet": set(), "vgg": set()}
+    for _ in range(40):
+        params = space.suggest(study.ask())
+        assert space.config(params).model.name == params["model.name"]
+        drawn[params["model.name"]] |= params.keys()
+    assert drawn["resnet"] - drawn["vgg"] == {"model.drop_path"}
+    assert drawn["vgg"] - drawn["resnet"] == {"model.hidden", "model.dropout"}
+    assert load_space("imbalanced", ["model.name=vgg"]).baseline.model.drop_path == 0
 
 
 def test_all_faults_are_reported_at_once_in_the_order_of_their_lines(write: Write) -> None:
