@@ -241,6 +241,11 @@ class StudyPaths:
         return [TrainingPaths(folder) for folder in sorted((self.dir / "references").glob("*/"))]
 
     @property
+    def length_probe(self) -> TrainingPaths:
+        """Training of the length probe."""
+        return TrainingPaths(self.dir / "length" / "probe")
+
+    @property
     def ladder(self) -> Path:
         """Result of the last ladder of lengths."""
         return self.dir / "length.json"

@@ -1,4 +1,4 @@
-"""The length of a refit: find the configurations that may be trained longer, and let them climb the ladder."""
+"""The length of trainings: the length probe before a search, and the ladder before a refit."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from functools import partial
 import torch
 
 from core.config import TrainConfig
-from core.data import Dataset, Division
+from core.data import Dataset, Division, Splits
+from core.errors import DivergedError
 from hpo.api.common import trainings
 from hpo.confirmation.result import BASELINE, Confirmation
 from hpo.confirmation.trials import Training, replicated, search_epochs
 from hpo.paths import StudyPaths, TrainingPaths, confirmation_of
 from hpo.reporter import Reporter
 from hpo.search.interrupts import Interrupts
+from hpo.search.length import probe_length, probed
 from hpo.search.training import Watch
 from hpo.storage.atomic import replacing
 from hpo.study import Study, find_study
 from hpo.study.settings import StudySettings
 from hpo.submission.length import REPLICATES, Budget, Climber, Ladder, Site, climb, default_budget
+from hpo.text import count
 from hpo.trials import effective_trials
 
 
@@ -98,6 +101,34 @@ class Climbing:
 
     def _shown(self, name: str, epochs: int) -> AbstractContextManager[Watch]:
         return trainings(self.reporter, name, epochs=epochs, metric=self.metric, interrupts=self.interrupts)
+
+
+def run_length_probe(
+    study: Study, config: TrainConfig, splits: Splits, device: torch.device, reporter: Reporter, interrupts: Interrupts
+) -> None:
+    """Train the length probe of a search, show what it predicts, and record it in the study's settings.
+
+    Args:
+        config: The baseline.
+        splits: On the device; of several folds the first.
+    """
+    probe_config = probed(config)
+    if probe_config is None:
+        return
+    reporter.say(f"length probe: the baseline once at a constant rate, {count(config.epochs, 'epoch')}")
+    shown = trainings(reporter, "length probe", epochs=config.epochs, metric="accuracy", interrupts=interrupts)
+    try:
+        with shown as watch:
+            found = probe_length(
+                probe_config, splits, study.paths.length_probe, device=device, watch=watch, settings=study.settings
+            )
+    except DivergedError as error:
+        study.settings.length_probe = {"law": None, "why": str(error)}
+        reporter.say(f"  no prediction: at a constant rate, {error}")
+        return
+    study.settings.length_probe = {"law": None if found is None else found.to_json()}
+    for line in ["no prediction: no power law fits its curve"] if found is None else found.lines():
+        reporter.say(f"  {line}")
 
 
 def _on_replicate(seed: int, dataset: Dataset, config: TrainConfig, replicate: int) -> TrainConfig:

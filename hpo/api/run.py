@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from optuna.trial import TrialState
 
 from core.data import Division, Splits
 from core.errors import UserError
@@ -15,6 +16,7 @@ from core.runtime import isolated_rng
 from core.sampling import class_caps
 from hpo.analysis.summary import summarize
 from hpo.api.common import open_dataset, report_data, report_estimate, resumable, train_all
+from hpo.api.length import run_length_probe
 from hpo.api.networks import advice, with_weights
 from hpo.api.options import RunOptions
 from hpo.dashboard.artifacts import draw
@@ -25,6 +27,7 @@ from hpo.paths import StudyPaths
 from hpo.report.words import entry_name, patience_text
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
+from hpo.search.length import MIN_TRAININGS
 from hpo.search.loop import Estimate
 from hpo.search.recipes import pending_recipes, run_recipes
 from hpo.search.weights import keep_best_weights
@@ -190,6 +193,7 @@ class Search:
             estimate = report_estimate(work, reporter, trials=trials, recipes=recipes)
             if study.deadline.is_set:
                 self._fit_into_time(study, estimate, trials, recipes)
+            self._probe_length(work, estimate)
         with self.reporter.study(study) as view:
             all_done = train_all(work, view)
             keep_best_weights(study, folds=space.baseline.data.folds or 1, options=self.options)
@@ -205,6 +209,16 @@ class Search:
                     say=self.reporter.say,
                     progress=view,
                 )
+
+    def _probe_length(self, work: Work, estimate: Estimate) -> None:
+        """Before a search that costs many trainings begins, predict the baseline's scores at other lengths."""
+        study = work.study
+        begun = any(trial.state != TrialState.WAITING for trial in study.optuna.get_trials(deepcopy=False))
+        if not self._alone or begun or study.settings.length_probe is not None:
+            return
+        if min(estimate.pruned_s, study.deadline.left_s()) < MIN_TRAININGS * estimate.trial_s:
+            return
+        run_length_probe(study, self.space.baseline, work.images()[0], work.device, self.reporter, self.interrupts)
 
     def _fit_into_time(self, study: Study, estimate: Estimate, trials: int, recipes: int) -> None:
         """Reserve time for the recipes, and show how much of the run fits the time that is left.

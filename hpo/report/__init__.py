@@ -23,6 +23,7 @@ __all__ = ["write_report"]
 SECTIONS = (
     ("Answer", "answer", "answer"),
     ("Baselines", "baselines", "baselines"),
+    ("Length", "length", "length"),
     ("History", "figures", "history"),
     ("Curves", "figures", "learning_curves"),
     ("Importances", "figures", "importances"),

@@ -47,6 +47,8 @@ class StudySettings:
     """Whether the search ends when a better trial is unlikely; see `hpo.study.patience`."""
     weights = _Setting[str | None]("weights", None)
     """Folder of pretrained weights that the study was last run with (`--weights`); None without one."""
+    length_probe = _Setting[dict[str, Any] | None]("length_probe", None)
+    """Result of the length probe, see `hpo.search.length`; None before."""
     verdict = _Setting[str | None]("confirmation", None)
     """Result of the confirmation in words; None before."""
 
