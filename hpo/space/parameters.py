@@ -28,6 +28,7 @@ FIXED = {
         (path for path in config_fields() if path.startswith("data.")),
         "trials on different images cannot be compared; set it under data",
     ),
+    "data.image_size": "trials on different images cannot be compared; set it under data, and search model.input_size",
 }
 
 MAX_COMBINATIONS = 2_000  # a validation takes about 20 µs: 40 ms
