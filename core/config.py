@@ -26,6 +26,9 @@ REFERENCE_LR: dict[str, tuple[float, float]] = {
 }
 
 
+MOST_EPOCHS = 100_000
+"""Bound of `epochs`."""
+
 BUILTIN_DATA = ("digits", "stl10", "cifar10", "cifar100", "fashion_mnist")
 """Data sets with a name."""
 
@@ -476,7 +479,7 @@ class PrecisionConfig(_Section):
 class TrainConfig(_Section):
     """Complete configuration of one training, including its data."""
 
-    epochs: int = Field(default=60, ge=1, le=100_000)
+    epochs: int = Field(default=60, ge=1, le=MOST_EPOCHS)
     """Passes over the training images."""
     batch_size: int = Field(default=128, ge=2, le=65_536)
     """Images per step."""

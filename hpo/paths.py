@@ -13,6 +13,9 @@ from pathlib import Path
 
 _CONFIRMATION = ".confirm"
 
+LONG_BASELINE = "long baseline"
+"""Name, in place of a recipe's, of a training of the baseline as long as a whole search."""
+
 
 def studies_root() -> Path:
     """Return the folder of all studies: $HPO_STUDIES, by default `studies`."""

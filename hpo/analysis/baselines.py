@@ -11,7 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.confirmation.result import BASELINE, Contender
 from hpo.confirmation.statistics import Interval
+from hpo.paths import LONG_BASELINE
 from hpo.space.pruner import spared
+from hpo.text import count
 from hpo.trials import FAILURE, is_baseline
 
 if TYPE_CHECKING:
@@ -60,9 +62,16 @@ def entries_of(
         if trial is best or spared(trial)
     ]
     return found + [
-        Entry(f"recipe {name}", None, result.get("value"), result.get("failure"))
+        Entry(_key_of_recipe(name, result), None, result.get("value"), result.get("failure"))
         for name, result in recipe_runs.items()
     ]
+
+
+def _key_of_recipe(name: str, result: Mapping[str, Any]) -> str:
+    if name != LONG_BASELINE:
+        return f"recipe {name}"
+    epochs = max((one["epoch"] for one in result.get("folds", [result]) if "epoch" in one), default=None)
+    return "the baseline, longer" if epochs is None else f"the baseline for {count(epochs, 'epoch')}"
 
 
 def _value(trial: FrozenTrial) -> float | None:

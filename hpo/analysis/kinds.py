@@ -13,6 +13,7 @@ from core.config import TrainConfig
 from hpo.analysis.baselines import key_of
 from hpo.confirmation.result import Confirmation, Contender
 from hpo.confirmation.statistics import Interval, corrected_interval, failed, paired
+from hpo.paths import LONG_BASELINE
 from hpo.space import load_recipe
 from hpo.study.results import read_recipe_runs
 from hpo.trials import effective_trials
@@ -120,6 +121,8 @@ def _entries(study: Study, confirmation: Confirmation | None) -> Iterator[_Entry
             key = key_of(trial)
             yield _entry(key, study.config_of(trial), trial.value, contenders.pop(key, None))
     for name, result in read_recipe_runs(study.paths).items():
+        if name == LONG_BASELINE:  # it is no candidate of the refit
+            continue
         key, value = f"recipe {name}", _finite(result)
         config = load_recipe(study.paths.reference(name).config).config
         yield _entry(key, config, value, contenders.pop(key, None))

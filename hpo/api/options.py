@@ -276,6 +276,11 @@ class RunOptions(LimitOptions, DataOptions, PlacementOptions, ArtifactOptions, T
         "Start with those trials of another study that fit the space.", metavar="STUDY", resumes=False
     )
     recipes: bool = option("Also train the space's recipes, for comparison.", True, flags="--recipes/--no-recipes")
+    long_baseline: bool = option(
+        "After the search, train the baseline once for as many epochs as all trials together: the search must beat "
+        "that too. It doubles the cost; a time limit is divided between both.",
+        False,
+    )
     skip_broken: SkipBroken = False
     reclaim: bool = option(
         "Take back trials held by a process on another host that is known to be dead.", False, resumes=False
@@ -363,6 +368,7 @@ class RunKeywords(TypedDict, total=False):
     address: str | None
     take_over: str | None
     recipes: bool
+    long_baseline: bool
     skip_broken: bool
     reclaim: bool
 

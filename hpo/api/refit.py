@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from core.config import MOST_EPOCHS
 from core.weights import weights_in
 from hpo.api.options import ConfirmOptions, RefitOptions
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
@@ -33,8 +34,8 @@ BEST = "best"
 # Networks of an ensemble, as `data.folds` and a bundle allow.
 FEWEST, MOST = 2, 20
 
-AUTO, MOST_EPOCHS = "auto", 100_000
-"""Values of `--epochs`."""
+AUTO = "auto"
+"""Value of `--epochs`."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
 from hpo.search.length import MIN_TRAININGS
 from hpo.search.loop import Estimate
-from hpo.search.recipes import pending_recipes, run_recipes
+from hpo.search.recipes import long_baseline, pending_recipes, run_recipes
 from hpo.search.weights import keep_best_weights
 from hpo.space import RungsPruner, SearchSpace
 from hpo.space.pruner import rung_epochs
@@ -43,6 +43,8 @@ from hpo.workers.placement import Placement, place, place_on_cluster
 from hpo.workers.ray import RayEngine, engine_and_slots
 from hpo.workers.work import Work
 
+# Of a time limit, for the long baseline: slightly more than half, since its epochs may be slower than the trials'.
+LONG_BASELINE_SHARE = 0.6
 # Side in pixels below which smaller images are not recommended.
 SMALLEST_SIDE = 32
 
@@ -199,16 +201,20 @@ class Search:
             keep_best_weights(study, folds=space.baseline.data.folds or 1, options=self.options)
             if not all_done:
                 self._report_end(study)
+            beside = partial(
+                run_recipes,
+                study,
+                space,
+                partial(self.division.on, work.device),
+                device=work.device,
+                interrupts=self.interrupts,
+                say=self.reporter.say,
+                progress=view,
+            )
             if pending_recipes(study, space):
-                run_recipes(
-                    study,
-                    space,
-                    partial(self.division.on, work.device),
-                    device=work.device,
-                    interrupts=self.interrupts,
-                    say=self.reporter.say,
-                    progress=view,
-                )
+                beside()
+            if self.options.long_baseline and (longer := long_baseline(study, space)) is not None:
+                beside([longer])
 
     def _probe_length(self, work: Work, estimate: Estimate) -> None:
         """Before a search that costs many trainings begins, predict the baseline's scores at other lengths."""
@@ -235,10 +241,14 @@ class Search:
                 f"a trial of {count(config.epochs, 'epoch')} takes about {duration(estimate.trial_s)}, and "
                 f"{duration(left_s)} are left{shorter}; or raise --hours or --minutes"
             )
+        reserved_s = LONG_BASELINE_SHARE * deadline.limit_s if self.options.long_baseline else 0.0
+        left_s = max(0.0, left_s - reserved_s)
         if recipes and recipes * estimate.trial_s <= left_s / 2:
-            deadline.reserve(recipes * estimate.trial_s)
+            reserved_s += recipes * estimate.trial_s
         elif recipes:
             self.reporter.say("the recipes would take over half of the time: they are trained only if some is left")
+        if reserved_s:
+            deadline.reserve(reserved_s)
         share = left_s / estimate.pruned_s
         if share < 1 and self._alone:
             fitting = max(1, int(share * trials))

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.confirmation.result import BASELINE, Candidate, dump
 from hpo.errors import StudyError
+from hpo.paths import LONG_BASELINE
 from hpo.space import load_recipe
 from hpo.space.pruner import RungPruner, build_pruner
 from hpo.study import Study
@@ -145,6 +146,8 @@ class _Choice:
             if (name := trial.user_attrs.get(RECIPE)) is not None
         ]
         for paths in self._study.paths.references():
+            if paths.dir.name == LONG_BASELINE:  # each of its replicates would cost as much as the search
+                continue
             result = read_result(paths) or {}
             if math.isfinite(value := result.get("value", math.nan)):
                 name = paths.dir.name

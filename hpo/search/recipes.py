@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from filelock import FileLock
 
-from core.config import TrainConfig
+from core.config import MOST_EPOCHS, TrainConfig
 from core.data import Splits
 from core.errors import MissingWeightsError
 from core.loop import EpochMetrics, seconds_per_epoch
 from core.runtime import derive_seed
+from hpo.confirmation.trials import search_epochs
 from hpo.errors import SpaceError
-from hpo.paths import TrainingPaths
+from hpo.paths import LONG_BASELINE, TrainingPaths
 from hpo.reporter import NO_PROGRESS, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.objective import Divide, failure_of
@@ -23,6 +24,7 @@ from hpo.space import Recipe, SearchSpace, recipe_from_yaml
 from hpo.study import Study
 from hpo.study.deadline import OutOfTime
 from hpo.study.results import read_result, write_result
+from hpo.text import count
 
 
 def pending_recipes(study: Study, space: SearchSpace) -> list[Recipe]:
@@ -32,10 +34,25 @@ def pending_recipes(study: Study, space: SearchSpace) -> list[Recipe]:
     return [recipe for recipe in outside if not _is_trained(study, recipe)]
 
 
+def long_baseline(study: Study, space: SearchSpace) -> Recipe | None:
+    """Return the baseline for as many epochs as the finished trials trained together.
+
+    None if that is no longer than a trial, or trained already.
+    """
+    baseline = space.baseline
+    epochs = min(search_epochs(study) // (baseline.data.folds or 1), MOST_EPOCHS)
+    if baseline.is_probe or epochs <= baseline.epochs:
+        return None
+    config = baseline.override({"epochs": epochs})
+    recipe = Recipe(LONG_BASELINE, space.path, config, description="", source="", result="", guesses="")
+    return None if _is_trained(study, recipe) else recipe
+
+
 def run_recipes(
     study: Study,
     space: SearchSpace,
     splits: Sequence[Splits] | Divide,
+    recipes: Sequence[Recipe] | None = None,
     *,
     device: torch.device,
     interrupts: Interrupts,
@@ -48,10 +65,11 @@ def run_recipes(
 
     Args:
         splits: On the device: one, one per fold, or a function that splits the images for a configuration.
+        recipes: Those that are not trained yet; None for the pending ones.
         say: Shows one line per result.
     """
     divide: Divide = splits if callable(splits) else lambda _: splits
-    for recipe in pending_recipes(study, space):
+    for recipe in pending_recipes(study, space) if recipes is None else recipes:
         paths = study.paths.reference(recipe.name)
         paths.dir.mkdir(parents=True, exist_ok=True)
         with interrupts.let_through():  # two processes would overwrite each other's checkpoints
@@ -62,14 +80,20 @@ def run_recipes(
                     here = divide(recipe.config.data)
                     _run(study, space, here, recipe, device=device, interrupts=interrupts, progress=progress)
         except OutOfTime:
-            say(f"recipe {recipe.name}  left out: it would end after the deadline")
+            say(f"{_title(recipe)}  left out: it would end after the deadline")
             continue
         except MissingWeightsError as error:
-            say(f"recipe {recipe.name}  left out: {error}")
+            say(f"{_title(recipe)}  left out: {error}")
             continue
         result = read_result(paths) or {}
         came_to = f"{result['value']:.4f}" if "value" in result else f"{result['failure']}  ({result['why']})"
-        say(f"recipe {recipe.name}  {space.metric} {came_to}")
+        say(f"{_title(recipe)}  {space.metric} {came_to}")
+
+
+def _title(recipe: Recipe) -> str:
+    if recipe.name == LONG_BASELINE:
+        return f"the baseline for {count(recipe.config.epochs, 'epoch')}"
+    return f"recipe {recipe.name}"
 
 
 def _run(
@@ -90,7 +114,7 @@ def _run(
         with interrupts.patient(), explain_full_disk(paths.dir):
             if not any(file.exists() for file in paths.checkpoints(len(splits))):
                 _check_time(study, config, splits, device)
-            watch = _watched(study, progress, interrupts, recipe.name, config)
+            watch = _watched(study, progress, interrupts, _title(recipe), config)
             train_recorded(
                 config, splits, paths, metric=space.metric, device=device, watch=watch, settings=study.settings
             )
@@ -111,11 +135,11 @@ def _check_time(study: Study, config: TrainConfig, splits: Sequence[Splits], dev
     study.deadline.check(needed_s, trials=False)
 
 
-def _watched(study: Study, progress: StudyView, interrupts: Interrupts, name: str, config: TrainConfig) -> Watch:
+def _watched(study: Study, progress: StudyView, interrupts: Interrupts, title: str, config: TrainConfig) -> Watch:
     deadline = study.deadline
 
     def watch(label: str) -> Callable[[EpochMetrics], None]:
-        shown = progress.training(", ".join(filter(None, (f"recipe {name}", label))), epochs=config.epochs)
+        shown = progress.training(", ".join(filter(None, (title, label))), epochs=config.epochs)
 
         def epoch_ended(epoch: EpochMetrics) -> None:
             shown(epoch)

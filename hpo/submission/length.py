@@ -25,7 +25,7 @@ from torch import Tensor
 
 from core import metrics
 from core.calibration import fit_temperature, scaled
-from core.config import TrainConfig
+from core.config import MOST_EPOCHS, TrainConfig
 from core.data import Division, Splits
 from core.loop import seconds_per_epoch
 from core.metrics import Gain
@@ -51,8 +51,6 @@ SHARE = 3
 """A ladder trains at most the search's epochs divided by this, but always its first two doublings, once each."""
 SLACK = 1.25
 """Factor of estimated times under a limit."""
-LONGEST = 100_000
-"""Bound of `epochs`."""
 
 
 @dataclass(frozen=True)
@@ -289,8 +287,8 @@ class _Climb:
         if not going:
             return "a probe is not trained in epochs"
         for multiple in MULTIPLES:
-            if any(one.times(multiple) > LONGEST for one in going):
-                return f"a training has at most {count(LONGEST, 'epoch')}"
+            if any(one.times(multiple) > MOST_EPOCHS for one in going):
+                return f"a training has at most {count(MOST_EPOCHS, 'epoch')}"
             if (why := self._refused(going, multiple)) is not None:
                 return why
             going = [one for one in going if self._climbs(one, multiple)]

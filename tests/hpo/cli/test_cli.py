@@ -22,7 +22,7 @@ SURFACE = {
     """,
     "run": """
         --address --artifacts --data:Path --device --devices --engine=local --hours:float[0.001..]
-        --keep-gb:float[0..] --minutes:float[0.05..] --patience:bool --per-device
+        --keep-gb:float[0..] --long-baseline:bool --minutes:float[0.05..] --patience:bool --per-device
         --recipes/--no-recipes:bool=True --reclaim:bool --retries:int[0..]
         --seed:int[0..] --set:list* --skip-broken:bool --storage --study --take-over
         --trials:int[1..] --weights:Path --workers:int[0..] space!

@@ -211,6 +211,19 @@ def test_recipes_get_the_time_reserved_for_them(
     assert "recipe other  accuracy" in said
 
 
+def test_the_long_baseline_gets_its_part_of_the_time(
+    run_hpo: RunHpo, space_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpo.search.loop.seconds_per_epoch", lambda *_, **__: 3.0)
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: 3.0)
+    said = run_hpo("run", space_file, "--trials", "20", "--minutes", "2", "--long-baseline")
+    assert (find_study("own").settings.deadline or {})["reserved_s"] == 72
+    assert re.search(r"4\d s are left, enough for about [67] of these trials", said)
+    monkeypatch.setattr("hpo.search.recipes.seconds_per_epoch", lambda *_, **__: 10.0)
+    said = run_hpo("run", space_file, "--trials", "21", "--minutes", "2.1", "--long-baseline")
+    assert "the baseline for 42 epochs  left out: it would end after the deadline" in said
+
+
 def test_recipes_can_be_left_out(run_hpo: RunHpo, space_file: str, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(OTHER)
     Path(space_file).write_text(SPACE + "recipes: [other.yaml]\n")

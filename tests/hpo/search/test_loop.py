@@ -15,17 +15,22 @@ import hpo.search.loop
 from core.data import folds, load_dataset, split
 from core.errors import ConfigError, DivergedError, GraphError
 from core.loop import EpochMetrics, train
+from hpo.analysis.study_data import read_study_data
 from hpo.analysis.summary import summarize
+from hpo.confirmation.candidates import candidates
+from hpo.paths import LONG_BASELINE
+from hpo.report.baselines import baselines
 from hpo.report.words import margins
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate, run_study
 from hpo.search.objective import failure_of
 from hpo.search.recipes import pending_recipes, run_recipes
 from hpo.search.weights import KEPT_MODELS
-from hpo.space import SearchSpace, load_space
-from hpo.study import Study, open_study
+from hpo.space import SearchSpace, load_recipe, load_space
+from hpo.study import Study, find_study, open_study
 from hpo.study.results import read_result
 from hpo.trials import CRASHES, FAILURE, REASON
+from tests.hpo.commands import RunHpo
 
 CPU = torch.device("cpu")
 SMALL = "model: {widths: [8], blocks: [1]}\nepochs: 2\nbatch_size: 128\naugment: {flip: 0.0}\n"
@@ -89,6 +94,33 @@ def test_a_reference_is_trained_once_and_again_when_its_recipe_changes(tmp_path:
     assert [recipe.name for recipe in pending_recipes(study, space)] == ["outside"]
     run(space, 1)
     assert result_of(study, "outside")["val_loss"] != first["val_loss"]
+
+
+def test_the_baseline_is_trained_once_for_the_whole_budget_and_stays_out_of_the_confirmation(
+    run_hpo: RunHpo, space_file: str
+) -> None:
+    said, study = run_hpo("run", space_file, "--trials", "2", "--long-baseline"), find_study("own")
+    trained = study.paths.reference(LONG_BASELINE)
+    result = result_of(study, LONG_BASELINE)
+    assert f"the baseline for 4 epochs  accuracy {result['value']:.4f}" in said
+    assert load_recipe(trained.config).config.epochs == result["epoch"] == 4
+    assert "better than the baseline for 4 epochs, " in said or "than the baseline for 4 epochs, " in said
+    assert "the baseline for 4 epochs" in [entry.key for entry in summarize(study).baselines]
+    assert not [one.key for one in candidates(study, study.space()) if "4 epochs" in one.key or "long" in one.key]
+
+    before = trained.result.stat().st_mtime_ns
+    again = run_hpo("run", space_file, "--trials", "2", "--long-baseline")
+    assert "epochs  accuracy" not in again
+    assert trained.result.stat().st_mtime_ns == before
+    run_hpo("run", space_file, "--trials", "3", "--long-baseline")
+    assert result_of(study, LONG_BASELINE)["epoch"] == 6
+    section = baselines(read_study_data(find_study("own")))
+    assert section is not None
+    assert "the baseline for 6 epochs" in section.body.replace("\u00a0", " ")
+
+
+def test_a_search_of_one_training_has_no_longer_baseline(run_hpo: RunHpo, space_file: str) -> None:
+    assert "epochs  accuracy" not in run_hpo("run", space_file, "--trials", "1", "--long-baseline")
 
 
 def test_a_recipe_that_cannot_be_trained_does_not_stop_the_study(tmp_path: Path) -> None:

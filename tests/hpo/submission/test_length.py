@@ -22,8 +22,10 @@ from core.data import Dataset, Division, Splits
 from core.errors import DivergedError
 from core.loop import EpochMetrics
 from core.runtime import make_generator
+from hpo.analysis.study_data import read_study_data
 from hpo.confirmation.trials import replicated
 from hpo.paths import StudyPaths, TrainingPaths
+from hpo.report.length import length as report_section
 from hpo.space import to_yaml
 from hpo.study import find_study
 from hpo.study.results import json_line, read_rows
@@ -282,6 +284,11 @@ def test_a_refit_is_as_long_as_its_ladder_decides(tmp_path: Path, run_hpo: RunHp
     assert len(read_rows(study.paths.longer(ladder.chosen, 4, 0).metrics)) == 4
     assert "refit: epoch 1 of 4" in said
     assert "trial 0 kept no weights" not in said
+
+    section = report_section(read_study_data(study))
+    assert section is not None
+    assert f"{ladder.verdict[1:]}." in section.lead
+    assert all(f"{rung.score:.4f}" in section.body for rung in ladder.rungs)
 
     again = run_hpo("refit", "best", "--members", "2")
     assert ladder.verdict in again
