@@ -68,6 +68,8 @@ def augmentations(config: AugmentConfig) -> list[str]:
         (config.crop_pad_fraction, f"crop after padding {config.crop_pad_fraction:g}"),
         (config.crop_area_min < 1, f"crop of at least {config.crop_area_min:g} of the area"),
         (config.rotation_degrees, f"rotation ±{config.rotation_degrees:.3g}°"),
+        (config.scale, f"zoom ±{config.scale:.3g}"),
+        (config.shear_degrees, f"shear ±{config.shear_degrees:.3g}°"),
         (config.color_jitter, f"color jitter ±{config.color_jitter:.3g}"),
         (policy, policy),
         (config.erase, f"erasing {config.erase:g}"),

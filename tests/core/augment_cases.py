@@ -35,13 +35,14 @@ EVERY_OPTION: dict[str, dict[str, Any]] = {
     "the defaults": {},
     "crops by area": {**EVERYTHING, "crop_area_min": 0.3},
     "rotation": {**EVERYTHING, "rotation_degrees": 10.0},
+    "zoom and shear": {**EVERYTHING, "scale": 0.2, "shear_degrees": 10.0},
     "flips in turn": {**EVERYTHING, "alternate_flip": True},
     "repeats only": {**EVERYTHING, "apply_to": "repeats"},
     "nothing but repeats": {**NOTHING, "apply_to": "repeats"},
     "erasing alone": {**NOTHING, "erase": 0.5},
     "all at once": {
         **EVERYTHING, "crop_area_min": 0.3, "rotation_degrees": 10.0, "alternate_flip": True, "apply_to": "repeats",
-        "ops": 4,
+        "ops": 4, "scale": 0.2, "shear_degrees": 10.0,
     },
     **{policy: {**EVERYTHING, "policy": policy} for policy in POLICIES},
 }  # fmt: skip
