@@ -42,6 +42,7 @@ SETS = {
     "stl10": "scenes",
     "intel": "scenes",
     "photos": "scenes",
+    "probe": "scenes",
     "scratch": "scenes",
     "cifar100": "cifar",
     "imbalanced": "trash",
@@ -243,14 +244,17 @@ TINY: dict[str, list[str]] = {
     "imbalanced": ["model.widths=[8, 8, 8, 8]", "model.blocks=[1, 1, 1, 1]"],
     "intel_scenes": ["model.name=timm/test_resnet", "model.pretrained=false"],
     "photos": ["model.name=timm/test_efficientnet", "model.pretrained=false"],
+    "probe": ["model.name=timm/test_resnet"],
 }
 
 
 @pytest.mark.parametrize("name", SPACE_NAMES)
-def test_every_value_of_a_space_trains(name: str, datasets: Mapping[str, Dataset]) -> None:
+def test_every_value_of_a_space_trains(name: str, datasets: Mapping[str, Dataset], tmp_path: Path) -> None:
     """Train with each value alone for an epoch of a few steps."""
-    sizes = [] if name == "digits" else ["data.val_fraction=0.3", "data.image_size=32"]
-    space = load_space(name, [*TINY[name], *sizes])
+    more = [] if name == "digits" else ["data.val_fraction=0.3", "data.image_size=32"]
+    if name == "probe":
+        more.append(f"model.pretrained_file={pretrained_file(tmp_path / 'weights.safetensors', 'test_resnet')}")
+    space = load_space(name, [*TINY[name], *more])
     splits = few(split(datasets[set_of(name)], space.baseline.data))
     tried = 0
     for said, values in one_at_a_time(space):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import CoreError
+from core.weights import weights_in
 from hpo.api.options import (
     ConfirmOptions,
     FitOptions,
@@ -82,7 +83,8 @@ def fit(
         with FitRecord.opened(paths, {**given, "limit_s": options.time_s}, began=began) as record:
             _check_same(paths, record, given, options)
             try:
-                return _Fit(options, paths, record, reporter, interrupts).run()
+                with weights_in(options.weights):
+                    return _Fit(options, paths, record, reporter, interrupts).run()
             except (HpoError, CoreError):
                 if not paths.study_yaml.exists():
                     record.discard()
@@ -288,6 +290,7 @@ class _Fit:
             set=tuple(choice["settings"]),
             trials=trials or choice["trials"],
             patience=True,
+            weights=self._options.weights,
             minutes=_minutes(seconds),
             device=self._options.device,
             skip_broken=self._options.skip_broken,
@@ -297,10 +300,7 @@ class _Fit:
         """Search until the other stages need the time. Returns the number of finished trials."""
         found = self._searched(self._until("confirm_s", "refit_s", "after_s"))
         if found.best_trial() is None:
-            self._say("no trial is complete yet: one goes on, without confirmation")
-            found = self._searched(self._until("after_s"), trials=1)
-        if found.best_trial() is None:
-            self._say("the time is over, and no trial is complete: one goes on to its end")
+            self._say("no trial is complete, and a model needs one: it goes on to its end")
             found = self._searched(None, trials=1)
         if found.best_trial() is None:
             raise StudyError(f"study {found.name}: no configuration could be trained; see hpo study show {found.name}")

@@ -9,11 +9,14 @@ from functools import cached_property
 
 import torch
 
+from core.config import TrainConfig
 from core.data import Dataset, Splits, folds, image_sizes
-from core.errors import SizesError, UserError
+from core.errors import MissingWeightsError, SizesError, UserError
 from core.loop import seconds_per_epoch
+from core.models import has_weights
 from hpo.api.common import open_dataset
 from hpo.api.fit_plan import BUNDLE_S, END_S, FEWEST_EPOCHS, REPORT_S, Plan, Timed, divide, least_s
+from hpo.api.networks import with_weights
 from hpo.api.options import FitOptions, setting_texts
 from hpo.errors import TimeLimitError
 from hpo.paths import data_root
@@ -21,6 +24,14 @@ from hpo.reporter import Reporter
 from hpo.space import SearchSpace, list_spaces, load_space
 from hpo.text import count, duration
 
+PHOTOS, PROBE = "photos", "probe"
+"""Spaces with pretrained networks: to fine-tune them, and where that is too slow to take them as they are."""
+FINE_EPOCHS = 4
+"""Epochs of a fine-tuning that are worth its time."""
+INPUT_SIDE = 96
+"""The network's input where that of the space's baseline is too slow."""
+PRETRAINED_SIDE = 32
+"""Smaller images are trained from scratch."""
 LARGE, SCRATCH = "stl10_small", "scratch"
 """Spaces that train from scratch: for images of 48² and more with a GPU, and for any others."""
 LARGE_SIDE = 48
@@ -67,6 +78,14 @@ class _Candidate:
     def side(self) -> int:
         return min(self.dataset.images.shape[-2:])
 
+    def resized(self, side: int) -> _Candidate:
+        """With another input of the network; the time goes with its area."""
+        setting = f"model.input_size={side}"
+        share = (side / (self.space.baseline.model.input_size or self.side)) ** 2
+        space = replace(self.space, baseline=self.space.baseline.override({"model.input_size": side}))
+        timed = replace(self.timed, epoch_s=self.timed.epoch_s * share)
+        return replace(self, space=space, settings=(*self.settings, setting), timed=timed)
+
 
 class Chooser:
     """Chooses by the images and by a few timed steps of the baseline.
@@ -77,6 +96,7 @@ class Chooser:
 
     def __init__(self, options: FitOptions, device: torch.device, reporter: Reporter, *, to_predict: int) -> None:
         self._options, self._device, self._reporter, self._to_predict = options, device, reporter, to_predict
+        self._measured: dict[tuple[object, ...], float] = {}
         self._builtin = options.path is None
         self.data = options.path
         """The value of `--data`; None for a built-in set."""
@@ -91,6 +111,13 @@ class Chooser:
             CoreError: The images cannot be used.
         """
         why: list[str] = []
+        if self._options.space is None and not self._builtin and self._side >= PRETRAINED_SIDE:
+            try:
+                found, lines = self._pretrained(left_s)
+            except MissingWeightsError as error:
+                why.append(f"from scratch, and fine-tuning would probably be better: {error}")
+            else:
+                return self._choice(found, left_s, lines)
         *large, last = self._spaces()
         for name in large:
             found = self._candidate(name, quick=True)
@@ -103,6 +130,23 @@ class Chooser:
             why.append(f"images of {smaller}²: larger ones are too slow here")
             found = self._candidate(last, side=smaller)
         return self._choice(found, left_s, why)
+
+    def _pretrained(self, left_s: float) -> tuple[_Candidate, list[str]]:
+        """The space `photos`, with smaller inputs if it is too slow; `probe` if it still is.
+
+        Raises:
+            MissingWeightsError: No network has its weights here.
+        """
+        found = self._candidate(PHOTOS, quick=True)
+        if self._epochs(found, left_s) >= FINE_EPOCHS:
+            return found, []
+        side = found.space.baseline.model.input_size
+        if side is not None and "model.input_size" not in _names(self._given):
+            smaller = found.resized(INPUT_SIDE)
+            if self._epochs(smaller, left_s) >= FINE_EPOCHS:
+                return smaller, [f"inputs of {INPUT_SIDE}²: larger ones are too slow here"]
+        why = f"no fine-tuning: {count(FINE_EPOCHS, 'epoch')} of it do not fit, the features of frozen networks do"
+        return self._candidate(PROBE), [why]
 
     def _spaces(self) -> Iterator[str]:
         """The spaces to try in order; the last one is taken."""
@@ -144,7 +188,11 @@ class Chooser:
 
     def _candidate(self, name: str, *, side: int | None = None, quick: bool = False) -> _Candidate:
         """Load the images for a space, and time its baseline."""
-        if side is None and self._sizes_itself(name):
+        if name in (PHOTOS, PROBE) and "data.image_size" not in _names(self._given):
+            kept = load_space(name).baseline.data.image_size or self._side
+            if self._side < kept:  # the network enlarges them
+                side = self._side
+        elif side is None and self._sizes_itself(name):
             native = len(set(self._sizes)) == 1 and self._side <= MOST_SIDE
             side = None if native else min(self._side, MOST_SIDE)
         try:
@@ -160,7 +208,7 @@ class Chooser:
 
     def _sized(self, name: str, side: int | None, *, quick: bool) -> _Candidate:
         settings = [*self._settings(name), *([] if side is None else [f"data.image_size={side}"])]
-        space = load_space(name, settings)
+        space, _ = with_weights(load_space(name, settings), None)
         dataset = open_dataset(
             space.baseline.data, self.data, skip_broken=self._options.skip_broken, reporter=self._reporter
         )
@@ -172,19 +220,28 @@ class Chooser:
             settings.append("model.stem_stride=2")
             space = load_space(name, settings)
         splits = folds(dataset, space.baseline.data)
-        found = _Candidate(space, name, tuple(settings), dataset, splits, Timed(0.0, 1.0, 0.0))
+        found = _Candidate(space, name, tuple(settings), dataset, splits, Timed(0.0, 1.0))
         return replace(found, timed=self._timed(found, quick=quick))
 
     def _timed(self, found: _Candidate, *, quick: bool = False) -> Timed:
-        config, split = found.space.baseline, found.splits[0]
-        small = quick and self._device.type == "cpu"
-        if small:
-            config = config.override({"batch_size": min(TIMED_BATCH, config.batch_size)})
-        epoch_s = seconds_per_epoch(config, split, device=self._device, steps=1 if small else 3)
+        split, folds = found.splits[0], len(found.splits)
+        epoch_s = self._epoch_s(found.space.baseline, split, quick=quick)
+        probes = [recipe.config for recipe in found.space.recipes if recipe.config.is_probe]
+        beside_s = sum(self._epoch_s(probe, split) for probe in probes if has_weights(probe.model.name))
         label_s = self._to_predict * (DECODE_S + PASSES * epoch_s / len(split.train))
         evaluated = (len(split.val) + found.dataset.n_test) / len(split.train)
         after_s = BUNDLE_S + PASSES * epoch_s * evaluated + label_s + REPORT_S + END_S
-        return Timed(epoch_s * len(found.splits), len(found.dataset.labels) / len(split.train), after_s)
+        whole = len(found.dataset.labels) / len(split.train)
+        return Timed(epoch_s * folds, whole, beside_s=beside_s * folds, after_s=after_s)
+
+    def _epoch_s(self, config: TrainConfig, split: Splits, *, quick: bool = False) -> float:
+        """Seconds of an epoch, measured once for a configuration; `quick` on a CPU by one step of few images."""
+        key = (config.model.model_dump_json(), config.is_probe, tuple(split.images.shape), quick)
+        if key not in self._measured:
+            small = quick and self._device.type == "cpu"
+            timed = config.override({"batch_size": min(TIMED_BATCH, config.batch_size)}) if small else config
+            self._measured[key] = seconds_per_epoch(timed, split, device=self._device, steps=1 if small else 3)
+        return self._measured[key]
 
     # A choice
 

@@ -37,7 +37,9 @@ class Timed:
     """Seconds of an epoch with validation."""
     whole: float
     """Images outside the test set as a multiple of the training images."""
-    after_s: float
+    beside_s: float = 0.0
+    """Seconds of the probes, which are trained before the trials."""
+    after_s: float = 0.0
     """Seconds of what follows the last training: evaluating and writing the model, predictions, report."""
 
 
@@ -64,25 +66,25 @@ def divide(left_s: float, timed: Timed, most_epochs: int, *, fewest_epochs: int 
         most_epochs: Of the search space: a trial has no more.
         fewest_epochs: As many, if possible.
     """
-    free_s = left_s - timed.after_s
+    free_s, beside_s = left_s - timed.after_s, timed.beside_s
     enough = min(fewest_epochs, most_epochs)
-    epochs = min(most_epochs, int(SEARCH * free_s / (TRAININGS * timed.epoch_s)))
+    epochs = min(most_epochs, int((SEARCH * free_s - beside_s) / (TRAININGS * timed.epoch_s)))
     if epochs >= enough:
         return Plan(epochs, None, SEARCH * free_s, CONFIRM * free_s, REFIT * free_s, timed.after_s)
-    epochs = min(most_epochs, int(SEARCH_ALONE * free_s / (TRAININGS_ALONE * timed.epoch_s)))
+    epochs = min(most_epochs, int((SEARCH_ALONE * free_s - beside_s) / (TRAININGS_ALONE * timed.epoch_s)))
     unconfirmed = "no confirmation: it would leave the search too little time"
     if epochs >= enough:
         search_s = SEARCH_ALONE * free_s
         return Plan(epochs, None, search_s, 0.0, free_s - search_s, timed.after_s, (unconfirmed,))
     one_s = SLOWER * timed.epoch_s
-    epochs = min(most_epochs, int(free_s / (one_s * (1 + timed.whole))))
+    epochs = min(most_epochs, int((free_s - beside_s) / (one_s * (1 + timed.whole))))
     if epochs < 1:
         return None
-    search_s = epochs * one_s
+    search_s = beside_s + epochs * one_s
     alone = "no search: the time is enough for one training of the baseline"
     return Plan(epochs, 1, search_s, 0.0, free_s - search_s, timed.after_s, (alone,))
 
 
 def least_s(timed: Timed, epochs: int) -> float:
     """Seconds that one training, its refit and what follows take."""
-    return timed.after_s + SLOWER * timed.epoch_s * epochs * (1 + timed.whole)
+    return timed.after_s + timed.beside_s + SLOWER * timed.epoch_s * epochs * (1 + timed.whole)

@@ -310,6 +310,7 @@ class FitOptions(LimitOptions, DeviceOptions):
         metavar="CSV",
     )
     output: Path = option("CSV file to write with --predict.", Path("submission.csv"), flags="--output -o")
+    weights: Weights = None
     space: str | None = option("Search space, instead of the one that fits images and time.")
     study: str | None = option("Name of the study; by default fit- and the name of the data.")
     set: SetOption = ()
@@ -337,6 +338,7 @@ class FitKeywords(TypedDict, total=False):
     predict: str | Path | None
     like: str | Path | None
     output: str | Path
+    weights: str | Path | None
     space: str | None
     study: str | None
     set: Mapping[str, Any]

@@ -25,13 +25,13 @@ from hpo.dashboard.pictures import study_overview
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.report.words import entry_name, patience_text
-from hpo.reporter import Reporter, Silent
+from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.length import MIN_TRAININGS
 from hpo.search.loop import Estimate
 from hpo.search.recipes import long_baseline, pending_recipes, run_recipes
 from hpo.search.weights import keep_best_weights
-from hpo.space import RungsPruner, SearchSpace
+from hpo.space import Recipe, RungsPruner, SearchSpace
 from hpo.space.pruner import rung_epochs
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.lease import Held
@@ -188,6 +188,10 @@ class Search:
         if study.deadline.left_s() <= 0 or (trials and study.patience.is_over):
             self._report_end(study)
             return
+        with self.reporter.study(study) as view:  # seconds to minutes, and a score to beat from the first trial on
+            self._train_recipes(
+                work, view, [recipe for recipe in pending_recipes(study, space) if recipe.config.is_probe]
+            )
         recipes = len(pending_recipes(study, space))
         needed = recipes or (trials and self._alone)
         if needed and self.options.engine == "local":  # the devices of a cluster are not known here
@@ -201,20 +205,22 @@ class Search:
             keep_best_weights(study, folds=space.baseline.data.folds or 1, options=self.options)
             if not all_done:
                 self._report_end(study)
-            beside = partial(
-                run_recipes,
-                study,
-                space,
+            self._train_recipes(work, view, pending_recipes(study, space))
+            if self.options.long_baseline and (longer := long_baseline(study, space)) is not None:
+                self._train_recipes(work, view, [longer])
+
+    def _train_recipes(self, work: Work, view: StudyView, recipes: Sequence[Recipe]) -> None:
+        if recipes:
+            run_recipes(
+                work.study,
+                self.space,
                 partial(self.division.on, work.device),
+                recipes,
                 device=work.device,
                 interrupts=self.interrupts,
                 say=self.reporter.say,
                 progress=view,
             )
-            if pending_recipes(study, space):
-                beside()
-            if self.options.long_baseline and (longer := long_baseline(study, space)) is not None:
-                beside([longer])
 
     def _probe_length(self, work: Work, estimate: Estimate) -> None:
         """Before a search that costs many trainings begins, predict the baseline's scores at other lengths."""

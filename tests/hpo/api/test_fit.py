@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 import hpo
-from hpo.api.fit_choice import LARGE, SCRATCH, Chooser
+from core.config import TrainConfig
+from hpo.api.fit_choice import LARGE, PHOTOS, PROBE, SCRATCH, Chooser
 from hpo.api.fit_plan import SEARCH, TRAININGS, Timed, divide, least_s
 from hpo.api.options import FitOptions
 from hpo.errors import StudyError
@@ -75,7 +76,7 @@ def record_of(name: str) -> dict[str, Any]:
 def test_the_time_decides_about_epochs_and_stages(
     left_s: float, epoch_s: float, epochs: int, confirmed: bool, trials: int | None
 ) -> None:
-    plan = divide(left_s, Timed(epoch_s, 1.3, 10.0), 60)
+    plan = divide(left_s, Timed(epoch_s, 1.3, after_s=10.0), 60)
     assert plan is not None
     assert (plan.epochs, plan.confirm_s > 0, plan.trials) == (epochs, confirmed, trials)
     assert plan.search_s + plan.confirm_s + plan.refit_s + plan.after_s == pytest.approx(left_s)
@@ -87,13 +88,13 @@ def test_the_time_decides_about_epochs_and_stages(
 
 def test_a_trial_is_as_long_as_ten_of_them_fit_the_search() -> None:
     for left_s in np.geomspace(200, 20_000, 30):
-        plan = divide(float(left_s), Timed(1.0, 1.3, 10.0), 1000)
+        plan = divide(float(left_s), Timed(1.0, 1.3, after_s=10.0), 1000)
         assert plan is not None
         assert TRAININGS * plan.epochs <= SEARCH * (left_s - 10) < TRAININGS * (plan.epochs + 1)
 
 
 def test_less_than_one_epoch_is_refused_and_the_least_time_is_enough() -> None:
-    timed = Timed(30.0, 1.3, 10.0)
+    timed = Timed(30.0, 1.3, after_s=10.0)
     assert divide(60, timed, 60) is None
     assert divide(least_s(timed, 1), timed, 60) is not None
 
@@ -159,6 +160,66 @@ def images_of(folder: Path, side: int, *, count: int = 24, other: int | None = N
     return folder
 
 
+@pytest.fixture
+def at_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets the only network that has its weights here."""
+
+    def only(name: str) -> None:
+        for place in ("hpo.api.fit_choice", "hpo.api.networks"):
+            monkeypatch.setattr(f"{place}.has_weights", lambda asked: asked == name)
+
+    return only
+
+
+@pytest.mark.parametrize(
+    ("epoch_s", "space", "settings", "trials", "why"),
+    [
+        (0.1, PHOTOS, ("data.image_size=64",), 40, ""),
+        (4, PHOTOS, ("data.image_size=64", "epochs=8"), 40, ""),
+        (10, PHOTOS, ("data.image_size=64", "epochs=10"), 40, "no confirmation"),
+        (30, PHOTOS, ("data.image_size=64", "epochs=8"), 1, "no search"),
+        (60, PHOTOS, ("data.image_size=64", "model.input_size=96", "epochs=6"), 1, "inputs of 96²"),
+        (200, PROBE, ("data.image_size=64",), 8, "no fine-tuning"),
+    ],
+)
+def test_with_weights_at_hand_networks_are_fine_tuned_or_probed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at_hand: Callable[[str], None],
+    epoch_s: float,
+    space: str,
+    settings: tuple[str, ...],
+    trials: int,
+    why: str,
+) -> None:
+    """A probe takes 20 s here, an epoch of fine-tuning the given time at inputs of 128²."""
+    at_hand("timm/tf_efficientnet_lite0.in1k")
+
+    def seconds(config: TrainConfig, *_: Any, **__: Any) -> float:
+        return 20.0 if config.is_probe else epoch_s * ((config.model.input_size or 128) / 128) ** 2
+
+    monkeypatch.setattr("hpo.api.fit_choice.seconds_per_epoch", seconds)
+    options = FitOptions(data=str(images_of(tmp_path / "photos", 64)))
+    choice, dataset, _ = Chooser(options, torch.device("cpu"), Silent(), to_predict=0).choose(800)
+    assert (choice.space, choice.settings, choice.trials) == (space, settings, trials)
+    assert dataset.images.shape[-1] == 64, "kept at its size; the network enlarges it"
+    assert any(line.startswith(why) for line in choice.why) or not (why or choice.why)
+
+
+def test_without_weights_the_choice_says_what_to_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_hand: Callable[[str], None]
+) -> None:
+    at_hand("none")
+    monkeypatch.setattr("hpo.api.fit_choice.seconds_per_epoch", lambda *_, **__: 0.1)
+    options = FitOptions(data=str(images_of(tmp_path / "photos", 64)))
+    choice, _, _ = Chooser(options, torch.device("cpu"), Silent(), to_predict=0).choose(600)
+    assert choice.space == LARGE
+    [line] = choice.why
+    assert line.startswith("from scratch, and fine-tuning would probably be better: ")
+    assert "put it as" in line
+    assert "--weights" in line
+
+
 @pytest.mark.parametrize(
     ("side", "other", "epoch_s", "space", "settings"),
     [
@@ -174,18 +235,21 @@ def images_of(folder: Path, side: int, *, count: int = 24, other: int | None = N
 def test_space_size_and_epochs_follow_from_the_images_and_the_speed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    at_hand: Callable[[str], None],
     side: int,
     other: int | None,
     epoch_s: float,
     space: str,
     settings: tuple[str, ...],
 ) -> None:
+    at_hand("none")
     monkeypatch.setattr("hpo.api.fit_choice.seconds_per_epoch", lambda *_, **__: epoch_s)
     options = FitOptions(data=str(images_of(tmp_path / "photos", side, other=other)))
     choice, dataset, splits = Chooser(options, torch.device("cpu"), Silent(), to_predict=0).choose(600)
     assert (choice.space, choice.settings) == (space, settings)
     assert len(splits[0].train) < len(dataset.labels) < 24
-    assert (choice.why == ()) == (epoch_s < 1 or side < 48)
+    why = [line for line in choice.why if not line.startswith("from scratch")]
+    assert (why == []) == (epoch_s < 1 or side < 48)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.hpo.commands import RunHpo
 SURFACE = {
     "fit": """
         --device --hours:float[0.001..] --like:Path --minutes:float[0.05..] --output/-o:Path=submission.csv
-        --predict:Path --set:list* --skip-broken:bool --space --study data!
+        --predict:Path --set:list* --skip-broken:bool --space --study --weights:Path data!
     """,
     "run": """
         --address --artifacts --data:Path --device --devices --engine=local --hours:float[0.001..]

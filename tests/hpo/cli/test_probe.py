@@ -116,7 +116,8 @@ def test_a_study_goes_on_without_the_weights_of_its_recipes(
 
 def test_a_probe_beside_a_study_keeps_its_own_normalization_also_in_its_refit(folder: Path, run_hpo: RunHpo) -> None:
     (folder / "space.yaml").write_text(SCRATCH + "recipes: [probe.yaml]\n")
-    run_hpo("run", "space.yaml", "--trials", "1", "--study", "own")
+    said = run_hpo("run", "space.yaml", "--trials", "1", "--study", "own")
+    assert said.index("recipe probe") < said.index("trial   0"), "a score to beat from the first trial on"
     beside = load_recipe(folder / "studies/own/references/probe/config.yaml").config
     assert (beside.data.normalize, beside.epochs) == ("half", 2)
     alone = load_recipe(folder / "probe.yaml").config.override({"data.val_fraction": beside.data.val_fraction})
