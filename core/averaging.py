@@ -103,11 +103,11 @@ class Averaging(ABC):
 
 
 class ExponentialAveraging(Averaging):
-    """EMA."""
+    """EMA, with a half-life as a fraction of the run's steps."""
 
-    def __init__(self, config: AveragingConfig, model: nn.Module, total_steps: int, epochs: int) -> None:
+    def __init__(self, half_life_fraction: float, model: nn.Module, total_steps: int, epochs: int) -> None:
         super().__init__(model)
-        self._decay: float = 0.5 ** (1 / (config.half_life_fraction * total_steps))
+        self._decay: float = 0.5 ** (1 / (half_life_fraction * total_steps))
         self._epochs = epochs
 
     def decay_at(self, t: int) -> float:
@@ -159,10 +159,15 @@ class StochasticAveraging(Averaging):
 def build_averaging(config: AveragingConfig, model: nn.Module, total_steps: int, epochs: int) -> Averaging | None:
     """Create a run's averaging, if any."""
     if config.name == "ema":
-        return ExponentialAveraging(config, model, total_steps, epochs)
+        return ExponentialAveraging(config.half_life_fraction, model, total_steps, epochs)
     if config.name == "swa":
         return StochasticAveraging(config, model, epochs)
     return None
+
+
+def ema_name(half_life_fraction: float) -> str:
+    """Name an EMA by its half-life: `ema_0.03`."""
+    return f"ema_{half_life_fraction:g}"
 
 
 def validations_per_epoch(config: AveragingConfig) -> float:

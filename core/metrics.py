@@ -102,16 +102,31 @@ class Gain:
 
 
 def paired_gain(
-    logits: Tensor, others: Tensor, labels: Tensor, metric: str, *, generator: torch.Generator, draws: int = 1000
+    logits: Tensor,
+    others: Tensor,
+    labels: Tensor,
+    metric: str,
+    *,
+    generator: torch.Generator,
+    images: Tensor | None = None,
+    draws: int = 1000,
 ) -> Gain:
     """Test whether logits (N, K) score better than `others` (N, K) by a permutation test.
 
     Under the null hypothesis the two predictions of an image may be exchanged (Fisher 1935; the probability counts the
     observed difference as one of the draws, after Phipson and Smyth 2010, doi 10.2202/1544-6115.1585).
+
+    Args:
+        images: (N,) int64, the image of each prediction, if some have several: theirs are exchanged together, since
+            they are not independent.
     """
     column = [field.name for field in fields(Scores)].index("loss" if metric == "nll" else metric)
     sign = 1 if METRICS[metric] == "maximize" else -1
     terms = _Terms.of(torch.cat([logits, others]).double(), torch.cat([labels, labels]))
+
+    whose = torch.arange(len(labels)) if images is None else images.cpu()
+    distinct, unit_of = torch.unique(whose, return_inverse=True)
+    units, unit_of = len(distinct), unit_of.to(labels.device)
 
     def difference(kept: Tensor) -> Tensor:
         """The gain (R,) where the predictions of images (R, N) that are not kept are exchanged."""
@@ -121,9 +136,9 @@ def paired_gain(
     drawn = []
     at_once = max(1, _DRAWN_AT_ONCE // len(terms.loss))
     for first in range(0, draws, at_once):
-        shape = (min(at_once, draws - first), len(labels))
+        shape = (min(at_once, draws - first), units)
         kept = torch.randint(2, shape, generator=generator, device=generator.device, dtype=torch.float64)
-        drawn.append(difference(kept.to(labels.device)))
+        drawn.append(difference(kept.to(labels.device)[:, unit_of]))
     exchanged, found = torch.cat(drawn), difference(torch.ones(1, len(labels), device=labels.device).double())
     as_large = int((exchanged >= found - 1e-12).sum())
     return Gain(float(found), float(exchanged.std()), (as_large + 1) / (draws + 1))

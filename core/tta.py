@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.augment import largest_shift
+from core.config import AugmentConfig
 from core.runtime import evaluating
 
 STEP_FRACTION = 1 / 32  # one of CIFAR-10's pixels
@@ -38,6 +40,22 @@ VIEWS: dict[str, tuple[View, ...]] = {
 """Views by name."""
 
 
+def useful_views(augment: AugmentConfig, size: tuple[int, int]) -> tuple[str, ...]:
+    """Return the names of the views, besides `none`, that a network may gain from: those like its training images.
+
+    It has seen mirrored images if the training flips, and shifted ones if the crops shift images of this size (height,
+    width) as far. Where both hold, shifts without mirrored images are left out: more names would need larger gains.
+    """
+    flips = augment.flip > 0
+    shifts = all(largest_shift(augment, side) >= _step(side) for side in size)
+    return (*(["flip"] if flips else []), *(["flip_shift" if flips else "shift"] if shifts else []))
+
+
+def passes(views: str) -> int:
+    """Return how often each image passes the network."""
+    return len(VIEWS[views])
+
+
 def predict_logits(
     model: nn.Module,
     images: Tensor,
@@ -51,15 +69,32 @@ def predict_logits(
 
     `prepare` turns images (N, C, H, W) uint8 into the model's input. `batch_size` counts every view.
     """
-    chosen = VIEWS[views]
-    outputs = []
+    return predict_by_views(model, images, prepare=prepare, names=(views,), batch_size=batch_size, autocast=autocast)[
+        views
+    ]
+
+
+def predict_by_views(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    prepare: Callable[[Tensor], Tensor],
+    names: Collection[str],
+    batch_size: int = 512,
+    autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+) -> dict[str, Tensor]:
+    """Predict as `predict_logits` with each choice of views. A view that several contain passes the network once."""
+    distinct = list(dict.fromkeys(view for name in names for view in VIEWS[name]))
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
     with evaluating(model), torch.inference_mode():
-        for batch in torch.split(images, max(1, batch_size // len(chosen))):
-            stacked = torch.cat([look(batch, view) for view in chosen]) if len(chosen) > 1 else batch  # (V·n, C, H, W)
+        for batch in torch.split(images, max(1, batch_size // len(distinct))):
+            stacked = torch.cat([look(batch, view) for view in distinct]) if len(distinct) > 1 else batch
             with autocast():
                 logits = model(prepare(stacked))  # (V·n, K)
-            outputs.append(average(logits.float().unflatten(0, (len(chosen), -1))))
-    return torch.cat(outputs)
+            of_view = dict(zip(distinct, logits.float().unflatten(0, (len(distinct), -1)), strict=True))
+            for name in names:
+                outputs[name].append(average(torch.stack([of_view[view] for view in VIEWS[name]])))
+    return {name: torch.cat(parts) for name, parts in outputs.items()}
 
 
 def look(images: Tensor, view: View) -> Tensor:
@@ -70,13 +105,25 @@ def look(images: Tensor, view: View) -> Tensor:
     return images.flip(-1) if view.flip else images
 
 
-def average(logits: Tensor) -> Tensor:
-    """Combine the logits of views: (V, n, K) to (n, K)."""
+def average(logits: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """Combine the logits of views or networks: (V, n, K) to (n, K).
+
+    Args:
+        weights: (V,) positive, of the probabilities; equal by default.
+    """
     if len(logits) == 1:
         return logits[0]
-    return F.log_softmax(logits, dim=-1).logsumexp(0) - math.log(len(logits))
+    logs = F.log_softmax(logits, dim=-1)
+    if weights is None or len(set(weights)) == 1:
+        return logs.logsumexp(0) - math.log(len(logits))
+    return torch.stack([log + math.log(w / sum(weights)) for log, w in zip(logs, weights, strict=True)]).logsumexp(0)
+
+
+def _step(side: int) -> int:
+    """Pixels of a translation."""
+    return max(1, round(side * STEP_FRACTION))
 
 
 def _moved(side: int, steps: int, device: torch.device) -> Tensor:
-    source = torch.arange(side, device=device) - steps * max(1, round(side * STEP_FRACTION))
+    source = torch.arange(side, device=device) - steps * _step(side)
     return (side - 1) - ((side - 1) - source.abs()).abs()

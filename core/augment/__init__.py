@@ -4,6 +4,7 @@ Shapes are fixed, so nothing waits for the device: each batch is padded, shuffle
 operations. This slightly anticorrelates the operations of two of its images.
 """
 
+from core.augment.cropping import largest_shift
 from core.augment.mixing import MixPlan, apply_mix, mixes, plan_mix, symmetric_beta
 from core.augment.pipeline import Augment, alternating_flips
 from core.augment.sizing import size_at
@@ -13,6 +14,7 @@ __all__ = [
     "MixPlan",
     "alternating_flips",
     "apply_mix",
+    "largest_shift",
     "mixes",
     "plan_mix",
     "size_at",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from core.augment.draws import rectangles, uniform
 from core.augment.geometry import affine
+from core.config import AugmentConfig
 
 # torchvision's default and the paper's
 _ASPECT = (3 / 4, 4 / 3)
@@ -34,6 +36,16 @@ class Crops(NamedTuple):
         left, top = self.left - (size[1] - 1) / 2, self.top - (size[0] - 1) / 2
         frames = torch.stack([left, left + self.width - 1, top, top + self.height - 1], dim=1)
         return frames.view(-1, 2, 2)
+
+
+def padding(config: AugmentConfig, side: int) -> int:
+    """Return the pixels that are added at both ends of a side."""
+    return int(config.crop_pad_fraction * side + 0.5)
+
+
+def largest_shift(config: AugmentConfig, side: int) -> int:
+    """Return the pixels by which crops move an image along a side at most."""
+    return padding(config, side) + int(side * (1 - math.sqrt(config.crop_area_min)) / 2)
 
 
 def draw_crops(count: int, size: tuple[int, int], area_min: float, generator: torch.Generator) -> Crops:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.augment import photometry
-from core.augment.cropping import draw_crops
+from core.augment.cropping import draw_crops, padding
 from core.augment.draws import runs, uniform
 from core.augment.erasing import Erased, draw_erased
 from core.augment.geometry import affine, rotation, shift, then, warp, zoom_and_shear
@@ -352,7 +352,7 @@ class Augment:
 
     def _padding(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the pixels added left and right, and above and below."""
-        height, width = (int(self.config.crop_pad_fraction * side + 0.5) for side in size)
+        height, width = (padding(self.config, side) for side in size)
         return width, height
 
     def _move(self, images: Tensor, draws: Draws, matrices: Tensor) -> Tensor:

@@ -100,10 +100,17 @@ class CapturedSteps:
         device: the training's device.
         name: the network's, for error messages.
         remaining: the number of steps of a shape that are left in the training, with the present one.
+        averages: the number of averages of the network.
     """
 
     def __init__(
-        self, run: Launch, capture: Capture, device: torch.device, name: str, remaining: Callable[[StepShape], int]
+        self,
+        run: Launch,
+        capture: Capture,
+        device: torch.device,
+        name: str,
+        remaining: Callable[[StepShape], int],
+        averages: int,
     ) -> None:
         self._run, self._capture, self._device, self._name = run, capture, device, name
         self._remaining = remaining
@@ -113,9 +120,9 @@ class CapturedSteps:
         self._inputs: dict[int, Batch] = {}
         self._stage: Hashable = None
         self._off = False
-        self._row = torch.zeros(8, device=device)
-        factor, average, smoothing, keep = self._row[:4].unbind()
-        self._values = StepValues(factor, average, smoothing, MixPlan(keep, self._row[4:]))
+        self._row = torch.zeros(7 + averages, device=device)
+        factor, smoothing, keep = self._row[:3].unbind()
+        self._values = StepValues(factor, smoothing, MixPlan(keep, self._row[3:7]), self._row[7:].unbind())
 
     def __call__(self, batch: Batch, shape: StepShape, values: StepValues) -> None:
         """Make a step, or replay it. If steps cannot be captured, warn once, and launch their kernels one by one.
@@ -180,7 +187,7 @@ class CapturedSteps:
 
     def _fill(self, values: StepValues) -> None:
         mix = values.mix or MixPlan(keep=1.0)
-        numbers = [values.factor, values.average, values.smoothing, mix.keep, *(mix.box or (0, 0, 0, 0))]
+        numbers = [values.factor, values.smoothing, mix.keep, *(mix.box or (0, 0, 0, 0)), *values.averages]
         row = torch.tensor(numbers, dtype=torch.float32, pin_memory=self._device.type == "cuda")
         self._row.copy_(row, non_blocking=True)
 

@@ -235,7 +235,12 @@ def _replayed(run: Run, steps: int, capture: Callable[[], Capture]) -> Times:
 
 def _capture_all(run: Run, steps: int, capture: Capture) -> None:
     run.one_step.launch = CapturedSteps(
-        run.one_step.run, capture, run.device, run.config.model.name, remaining=lambda _: FEWEST_REPLAYS
+        run.one_step.run,
+        capture,
+        run.device,
+        run.config.model.name,
+        remaining=lambda _: FEWEST_REPLAYS,
+        averages=len(run.one_step.averages),
     )
     if run.device.type == "cuda":
         torch.cuda.empty_cache()  # frees the graphs' memory

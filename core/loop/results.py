@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -90,6 +91,9 @@ class TrainResult:
     """The model's epoch: the last, or the best with early stopping."""
     val_logits: Tensor | None
     """(M, K) float32 of the model, in the order of `Splits.val`."""
+    averages: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Alternatives to the model at its epoch, if averages were asked for: `ema_0.03`, an EMA by its half-life, and
+    `none`, the weights themselves, if the model is an average of them."""
 
     def value(self, metric: str) -> float:
         """Return the model's score by that metric."""

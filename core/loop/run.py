@@ -13,11 +13,11 @@ import hashlib
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from core import metrics
 from core.augment import Augment, alternating_flips, size_at
-from core.averaging import build_averaging, recalibrate, validations_per_epoch
+from core.averaging import ExponentialAveraging, build_averaging, ema_name, recalibrate, validations_per_epoch
 from core.checkpoint import Checkpoints, load_checkpoint
 from core.config import READING_FIELDS, TrainConfig
 from core.data import Splits
@@ -66,6 +66,8 @@ logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 512
 # Of a training's time for saving checkpoints: a killed process loses at most an epoch or the time of twenty saves.
 CHECKPOINT_SHARE = 0.05
+# Name of the weights beside their average in `TrainResult.averages`.
+_WEIGHTS = "none"
 # Of a probe, to estimate its time.
 TIMED_IMAGES = 128
 
@@ -99,6 +101,7 @@ def train(
     on_checkpoint: Callable[[Path], None] | None = None,
     stop_after: int | None = None,
     metric: str = "accuracy",
+    averages: Sequence[float] = (),
     execution: Execution = Execution(),
 ) -> TrainResult:
     """Train from the first epoch, or from a checkpoint, to the last.
@@ -116,6 +119,8 @@ def train(
         on_checkpoint: called with the path after each save.
         stop_after: last epoch, on the schedule of the whole run.
         metric: of early stopping; one of `core.metrics.METRICS`.
+        averages: half-lives of EMAs beside the configuration's own averaging, as fractions of the run. They change
+            nothing in the training, and are returned as `TrainResult.averages`. A probe has none.
         execution: how to execute it.
 
     Raises:
@@ -127,7 +132,7 @@ def train(
         OSError: writing failed. The previous checkpoint is intact.
     """
     kind = Probe if config.is_probe else Run
-    with isolated_rng(device), own_stream(device), kind(config, splits, device, metric, execution) as run:
+    with isolated_rng(device), own_stream(device), kind(config, splits, device, metric, averages, execution) as run:
         if resume_from is not None and resume_from.exists():
             run.load(load_checkpoint(resume_from, device), resume_from)
             if on_resume is not None:
@@ -192,6 +197,17 @@ def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.devi
     return training_s + validation_s * validations_per_epoch(config.averaging)
 
 
+class _Best(NamedTuple):
+    """The best epoch, and copies of its weights."""
+
+    epoch: EpochMetrics
+    weights: dict[str, Tensor]
+    others: dict[str, dict[str, Tensor]]  # of `TrainResult.averages`
+
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch.epoch, "weights": self.weights, "others": self.others}
+
+
 class Run:
     """State of one training."""
 
@@ -201,6 +217,7 @@ class Run:
         splits: Splits,
         device: torch.device,
         metric: str = "accuracy",
+        averages: Sequence[float] = (),
         execution: Execution = Execution(),
     ) -> None:
         if len(splits.train) < 2:
@@ -235,11 +252,12 @@ class Run:
         self.reductions = 0  # reductions of a plateau schedule so far
         self.elapsed_s = 0.0
         self.history: list[EpochMetrics] = []
-        self.best: tuple[EpochMetrics, dict[str, Tensor]] | None = None  # with early stopping only
+        self.best: _Best | None = None  # with early stopping only
         self.last_logits: Tensor | None = None  # of the last epoch's average, else of its weights
-        self._prepare_steps(execution)
+        self.averages: dict[str, ExponentialAveraging] = {}  # by name, beside the own one
+        self._prepare_steps(averages, execution)
 
-    def _prepare_steps(self, execution: Execution) -> None:
+    def _prepare_steps(self, averages: Sequence[float], execution: Execution) -> None:
         config, device, splits = self.config, self.device, self.splits
         seen_in = compute_dtype(config.precision.autocast, device)
         self.augment = Augment(config.augment, splits.mean, splits.std, device, dtype=seen_in)
@@ -248,14 +266,16 @@ class Run:
         """Batches that are augmented together."""
         self._graphs_fit = True
         self._captures = config.precision.cuda_graphs and (execution.capture is not None or device.type == "cuda")
-        self.one_step = self._build_step()
+        self.one_step = self._build_step(averages)
         val_labels = self.splits.labels[self.splits.val]
         self.divergence = Divergence(config, self.one_step.criterion, self.train_counts, val_labels)
         if execution.probe or (execution.probe is None and device.type == "cuda"):
             self._fit_memory()
         if self._captures and self.optimizer.capturable and self._graphs_fit:
             capture = execution.capture or CudaCapture([self.generator])
-            self.one_step.launch = CapturedSteps(self.one_step.run, capture, device, config.model.name, self.remaining)
+            self.one_step.launch = CapturedSteps(
+                self.one_step.run, capture, device, config.model.name, self.remaining, len(self.one_step.averages)
+            )
         self._check_sizes()
 
     def __enter__(self) -> Self:
@@ -270,7 +290,7 @@ class Run:
         """Number of epochs of the whole run."""
         return self.config.epochs
 
-    def _build_step(self) -> TrainStep:
+    def _build_step(self, averages: Sequence[float]) -> TrainStep:
         config = self.config
         head = head_parameters(self.model) if needs_head(config.optim) else ()
         scales = None if config.optim.layer_decay == 1 else layer_scales(self.model, config.optim.layer_decay)
@@ -278,12 +298,16 @@ class Run:
             config, self.model, self.total_steps, head, layer_scales=scales, capturable=self._captures
         )
         self.averaging = build_averaging(config.averaging, self.model, self.total_steps, config.epochs)
+        self.averages = {
+            ema_name(each): ExponentialAveraging(each, self.model, self.total_steps, config.epochs) for each in averages
+        }
+        own = [] if self.averaging is None else [self.averaging]
         return TrainStep(
             config,
             self._network(),
             criterion=Criterion(config.loss, self.train_counts),
             optimizer=self.optimizer,
-            averaging=self.averaging,
+            averages=[*own, *self.averages.values()],
             num_classes=self.num_classes,
             autocast=self.autocast,
             generator=self.generator,
@@ -531,32 +555,45 @@ class Run:
         if self.config.early_stop.patience_fraction is None or not now.validated:
             return
         sign = 1 if self.maximize else -1
-        if self.best is None or sign * now.score(self.metric) > sign * self.best[0].score(self.metric):
+        if self.best is None or sign * now.score(self.metric) > sign * self.best.epoch.score(self.metric):
             averaged = self.averaging is not None and now.counted(self.metric) is now.averaged
             counted = self.averaging.module if self.averaging is not None and averaged else self.model
-            self.best = (now, {name: tensor.clone() for name, tensor in counted.state_dict().items()})
+            others = {name: _copied(each) for name, each in self._alternatives(counted).items()}
+            self.best = _Best(now, _copied(counted), others)
 
     def ran_out_of_patience(self) -> bool:
         """Return whether early stopping ends the run."""
         patience = self.config.early_stop.patience_fraction
         if patience is None or self.best is None:
             return False
-        return len(self.history) - self.best[0].epoch >= max(1, round(patience * self.config.epochs))
+        return len(self.history) - self.best.epoch.epoch >= max(1, round(patience * self.config.epochs))
 
     def result(self) -> TrainResult:
         """Return the last epoch's average or weights, or with early stopping the best epoch's."""
         if self.best is not None:
-            kept, weights = self.best
-            model = copy.deepcopy(self.model)
-            model.load_state_dict(weights)
+            kept, model = self.best.epoch, self._with(self.best.weights)
+            others = {name: self._with(weights) for name, weights in self.best.others.items()}
             logits: Tensor | None = self.logits(model, self.splits.val)
         else:
             kept, logits = self.history[-1], self.last_logits
             average = self.averaging.module if self.averaging is not None and self.averaging.ready else None
             model = self.model if average is None else average
-        for parameter in model.parameters():
-            parameter.grad = None  # frees as much memory as the weights take
-        return TrainResult(model.eval(), tuple(self.history), kept, logits)
+            others = self._alternatives(model)
+        for each in (model, *others.values()):
+            each.eval()
+            for parameter in each.parameters():
+                parameter.grad = None  # frees as much memory as the weights take
+        return TrainResult(model, tuple(self.history), kept, logits, others)
+
+    def _alternatives(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The networks of `TrainResult.averages` beside the own one."""
+        weights = {_WEIGHTS: self.model} if self.averages and model is not self.model else {}
+        return weights | {name: average.module for name, average in self.averages.items()}
+
+    def _with(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(weights)
+        return model
 
     def state(self) -> dict[str, Any]:
         """Return the state. Generators are seeded per epoch, and the schedule follows from the history."""
@@ -574,7 +611,8 @@ class Run:
         return {
             "optimizer": self.optimizer.state_dict(),
             "averaging": None if self.averaging is None else self.averaging.state_dict(),
-            "best": None if self.best is None else {"epoch": self.best[0].epoch, "weights": self.best[1]},
+            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            "best": None if self.best is None else self.best.state(),
         }
 
     @cached_property
@@ -591,6 +629,8 @@ class Run:
             theirs = state["identity"][what]
             if theirs != ours and not (what == "configuration" and _trains_the_same(theirs, ours)):
                 raise CheckpointError(f"{path}: belongs to another {what}; delete it to train from the beginning")
+        if missing := self.averages.keys() - state.get("averages", {}).keys():
+            raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}; delete it to train from the beginning")
         self.model.load_state_dict(state["model"])
         self.history = [_restore(row) for row in state["history"]]
         self.last_logits = state["last_logits"]
@@ -601,8 +641,10 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.averaging is not None:
             self.averaging.load_state_dict(state["averaging"])
-        if state["best"] is not None:
-            self.best = (self.history[state["best"]["epoch"] - 1], state["best"]["weights"])
+        for name, average in self.averages.items():
+            average.load_state_dict(state["averages"][name])
+        if (best := state["best"]) is not None:
+            self.best = _Best(self.history[best["epoch"] - 1], best["weights"], best.get("others", {}))
 
 
 class Probe(Run):
@@ -615,7 +657,7 @@ class Probe(Run):
     def __exit__(self, *_: object) -> None:
         """There are no CUDA graphs to release."""
 
-    def _prepare_steps(self, execution: Execution) -> None:
+    def _prepare_steps(self, averages: Sequence[float], execution: Execution) -> None:  # noqa: ARG002
         self.averaging = None
         if execution.probe or (execution.probe is None and self.device.type == "cuda"):
             rows = self._training_rows(EVALUATION_BATCH)
@@ -700,6 +742,10 @@ class Probe(Run):
 
     def _load_steps(self, state: dict[str, Any]) -> None:
         """There is nothing but the network."""
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def _trains_the_same(theirs: str, ours: str) -> bool:

@@ -7,7 +7,7 @@ all other numbers that change.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -67,9 +67,9 @@ class StepValues:
     """Numbers, or scalars on the device, that change between steps; 0 if unused."""
 
     factor: float | Tensor  # Of the peak learning rate
-    average: float | Tensor  # Weight of the network in its average
     smoothing: float | Tensor
     mix: MixPlan | None  # None mixes nothing
+    averages: Sequence[float | Tensor] = ()  # Weight of the network in each average
 
 
 class Launch(Protocol):
@@ -88,13 +88,13 @@ class TrainStep:
         *,
         criterion: Criterion,
         optimizer: StepOptimizer,
-        averaging: Averaging | None,
+        averages: Sequence[Averaging],
         num_classes: int,
         autocast: Callable[[], AbstractContextManager[object]],
         generator: torch.Generator,
     ) -> None:
         self.config, self.network = config, network
-        self.criterion, self.optimizer, self.averaging = criterion, optimizer, averaging
+        self.criterion, self.optimizer, self.averages = criterion, optimizer, averages
         self.num_classes, self.autocast, self.generator = num_classes, autocast, generator
         self.micro_batch: int | None = None
         """Images per pass; None: the whole batch."""
@@ -115,12 +115,12 @@ class TrainStep:
             mix = plan_mix(self.config.augment, host_generator, (*batch.images.shape[:2], *shape.size))
         # Mixed targets are not smoothed.
         smoothing = self.criterion.stage(progress).smoothing if mix is None else 0.0
-        weight = None if self.averaging is None else self.averaging.next_weight()
-        values = StepValues(factor, 0.0 if weight is None else weight, smoothing, mix)
+        weights = [average.next_weight() or 0.0 for average in self.averages]
+        values = StepValues(factor, smoothing, mix, weights)
         (self.launch or self.run)(batch, shape, values)
         self.optimizer.end_step(factor)
-        if self.averaging is not None:
-            self.averaging.end_update()
+        for average in self.averages:
+            average.end_update()
 
     def shape_at(self, progress: float, images: int, size: tuple[int, int]) -> StepShape:
         """Return the shape of a step on this many images of a `size`, in the optimizer's present phase."""
@@ -140,9 +140,10 @@ class TrainStep:
         self.forward_and_back(images, targets, Stage(self._smoothing(shape, values), shape.weighted))
         with self.section("optimizer"):
             self.optimizer.step(values.factor)
-        if self.averaging is not None:
+        if self.averages:
             with self.section("averaging"):
-                self.averaging.update(values.average)
+                for average, weight in zip(self.averages, values.averages, strict=True):
+                    average.update(weight)
 
     def try_memory(self, images: Tensor, labels: Tensor) -> None:
         """Run the passes of the step that needs most memory."""

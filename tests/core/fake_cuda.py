@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from core.augment import Augment, MixPlan
-from core.averaging import _tensors, build_averaging
+from core.averaging import ExponentialAveraging, _tensors, build_averaging
 from core.config import TrainConfig
 from core.loop.step import Batch, StepValues, TrainStep
 from core.losses import Criterion, Stage
@@ -101,12 +101,13 @@ def run_fake_step(config: TrainConfig, progress: float) -> None:
         CopyError: the step copies to or from the host.
     """
     model = build_model(config.model, num_classes=3, in_channels=3, image_size=(16, 16))
-    averaging = build_averaging(config.averaging, model, 100, 10)  # fake tensors cannot be copied
+    own = build_averaging(config.averaging, model, 100, 10)  # fake tensors cannot be copied
+    averages = [*([] if own is None else [own]), ExponentialAveraging(0.03, model, 100, 10)]
     with FakeTensorMode(), _empty_cache():
         to_fake(model, CUDA)
-        if averaging is not None:
-            to_fake(averaging.module, CUDA)
-            averaging._own, averaging._theirs = _tensors(averaging.module), _tensors(model)
+        for average in averages:
+            to_fake(average.module, CUDA)
+            average._own, average._theirs = _tensors(average.module), _tensors(model)
         head = head_parameters(model) if needs_head(config.optim) else ()
         decay = config.optim.layer_decay
         scales = None if decay == 1 else layer_scales(model, decay)
@@ -115,7 +116,7 @@ def run_fake_step(config: TrainConfig, progress: float) -> None:
             model,
             criterion=Criterion(config.loss, torch.empty(3, dtype=torch.int64, device=CUDA)),
             optimizer=build_optimizer(config, model, 100, head, layer_scales=scales, capturable=True),
-            averaging=averaging,
+            averages=averages,
             num_classes=3,
             autocast=cuda_autocast,
             generator=FakeGenerator(),
@@ -124,7 +125,7 @@ def run_fake_step(config: TrainConfig, progress: float) -> None:
         images = torch.empty(32, 3, 16, 16, dtype=torch.uint8, device=CUDA)
         flags = torch.empty(32, dtype=torch.bool, device=CUDA)
         scalar = torch.empty((), device=CUDA)
-        values = StepValues(scalar, scalar, scalar, MixPlan(scalar, torch.empty(4, device=CUDA)))
+        values = StepValues(scalar, scalar, MixPlan(scalar, torch.empty(4, device=CUDA)), [scalar] * len(averages))
         step.optimizer.begin_step(progress)
         with NoCopies():
             draws = augment.draw([16, 16], images.shape[1:], step.generator, flips=flags, repeats=flags)

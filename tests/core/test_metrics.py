@@ -320,3 +320,18 @@ def test_the_standard_error_is_that_of_the_bootstrap(metric: str) -> None:
 def test_the_standard_error_is_positive_where_all_predictions_are_right(metric: str) -> None:
     labels = torch.arange(8) % 2
     assert standard_error(200.0 * torch.nn.functional.one_hot(labels, 3), labels, metric) > 0
+
+
+def test_predictions_of_one_image_are_exchanged_together() -> None:
+    """Four equal copies of each image are no more evidence than one."""
+    labels = torch.zeros(40, dtype=torch.int64)
+    first, second = torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(3))
+    first[:8, 0] += 2.0
+    once = paired_gain(first, second, labels, "accuracy", generator=torch.Generator().manual_seed(0), draws=5000)
+    repeated = [each.repeat(4, 1) for each in (first, second)]
+    images = torch.arange(40).repeat(4)
+    seed = torch.Generator().manual_seed(0)
+    found = paired_gain(*repeated, labels.repeat(4), "accuracy", generator=seed, images=images, draws=5000)
+    assert (found.value, found.error, found.chance) == pytest.approx((once.value, once.error, once.chance))
+    apart = paired_gain(*repeated, labels.repeat(4), "accuracy", generator=torch.Generator().manual_seed(0), draws=5000)
+    assert apart.error == pytest.approx(once.error / 2, rel=0.1)
