@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.augment import largest_shift
-from core.config import AugmentConfig
 from core.runtime import evaluating
 
 STEP_FRACTION = 1 / 32  # one of CIFAR-10's pixels
@@ -38,17 +36,6 @@ VIEWS: dict[str, tuple[View, ...]] = {
     "flip_shift": tuple(View(flip, step, step) for flip in (False, True) for step in (0, -1, 1)),
 }
 """Views by name."""
-
-
-def useful_views(augment: AugmentConfig, size: tuple[int, int]) -> tuple[str, ...]:
-    """Return the names of the views, besides `none`, that a network may gain from: those like its training images.
-
-    It has seen mirrored images if the training flips, and shifted ones if the crops shift images of this size (height,
-    width) as far. Where both hold, shifts without mirrored images are left out: more names would need larger gains.
-    """
-    flips = augment.flip > 0
-    shifts = all(largest_shift(augment, side) >= _step(side) for side in size)
-    return (*(["flip"] if flips else []), *(["flip_shift" if flips else "shift"] if shifts else []))
 
 
 def passes(views: str) -> int:
@@ -119,11 +106,11 @@ def average(logits: Tensor, weights: Sequence[float] | None = None) -> Tensor:
     return torch.stack([log + math.log(w / sum(weights)) for log, w in zip(logs, weights, strict=True)]).logsumexp(0)
 
 
-def _step(side: int) -> int:
-    """Pixels of a translation."""
+def step_pixels(side: int) -> int:
+    """Return the pixels of a translation of an image with such a side."""
     return max(1, round(side * STEP_FRACTION))
 
 
 def _moved(side: int, steps: int, device: torch.device) -> Tensor:
-    source = torch.arange(side, device=device) - steps * _step(side)
+    source = torch.arange(side, device=device) - steps * step_pixels(side)
     return (side - 1) - ((side - 1) - source.abs()).abs()

@@ -119,8 +119,7 @@ def train(
         on_checkpoint: called with the path after each save.
         stop_after: last epoch, on the schedule of the whole run.
         metric: of early stopping; one of `core.metrics.METRICS`.
-        averages: half-lives of EMAs beside the configuration's own averaging, as fractions of the run. They change
-            nothing in the training, and are returned as `TrainResult.averages`. A probe has none.
+        averages: half-lives, as fractions of the run, of EMAs for `TrainResult.averages`, which change nothing else.
         execution: how to execute it.
 
     Raises:
@@ -128,15 +127,13 @@ def train(
         GraphError: a failed capture left the device unusable in this process.
         torch.OutOfMemoryError: not even a small part of a batch fits the device's memory; on a CPU a RuntimeError.
         DivergedError: a loss is not finite, or stays far above that of uniform predictions.
-        CheckpointError: the checkpoint is damaged, or of another configuration, metric or data set.
+        CheckpointError: the checkpoint is damaged, lacks an average, or is of another configuration, metric or data.
         OSError: writing failed. The previous checkpoint is intact.
     """
     kind = Probe if config.is_probe else Run
     with isolated_rng(device), own_stream(device), kind(config, splits, device, metric, averages, execution) as run:
         if resume_from is not None and resume_from.exists():
-            run.load(load_checkpoint(resume_from, device), resume_from)
-            if on_resume is not None:
-                on_resume(tuple(run.history))
+            _resume(run, resume_from, on_resume)
         last_epoch = min(stop_after or run.epochs, run.epochs)
         saved = partial(Checkpoints, state=run.state, on_saved=on_checkpoint, share=CHECKPOINT_SHARE)
         checkpoints = None if checkpoint_to is None else saved(checkpoint_to)
@@ -150,6 +147,12 @@ def train(
         if checkpoints is not None and checkpoint_at_end:
             checkpoints.save()
         return run.result()
+
+
+def _resume(run: Run, checkpoint: Path, on_resume: Callable[[tuple[EpochMetrics, ...]], None] | None) -> None:
+    run.load(load_checkpoint(checkpoint, run.device), checkpoint)
+    if on_resume is not None:
+        on_resume(tuple(run.history))
 
 
 @contextlib.contextmanager

@@ -363,6 +363,7 @@ class RunKeywords(TypedDict, total=False):
     workers: int | None
     per_device: int | str | None
     retries: int | None
+    keep: int
     keep_gb: float | None
     weights: str | Path | None
     artifacts: str | None
@@ -435,14 +436,26 @@ class RefitOptions(DataOptions, DeviceOptions):
     weights: Weights = None
     folds: int | None = option("Train an ensemble of K networks, each without another K-th of the images.", metavar="K")
     members: int | None = option(
-        "Train K networks on all images from different seeds: an ensemble, or one network with their averaged "
-        "weights if it validates as well.",
+        "Choose among one network, averaged weights and the ensemble of up to K networks from different seeds.",
         metavar="K",
     )
     epochs: str | None = option(
         "Epochs of the training: a number, or `auto`, which compares longer trainings out of fold; by default `auto` "
         "for the confirmed `best`, otherwise the trial's.",
         metavar="N|auto",
+    )
+    average: str | None = option(
+        "Average of the weights: own, none or ema_H with its half-life as a fraction of the run, such as ema_0.03; by "
+        "default the one that held-out images favour.",
+        metavar="NAME",
+    )
+    views: str | None = option(
+        "Test-time augmentation: none, flip, shift or flip_shift; by default the one that held-out images favour.",
+        metavar="NAME",
+    )
+    form: str | None = option(
+        "With --members: one, uniform_soup, greedy_soup or ensemble; by default the one that held-out images favour.",
+        metavar="NAME",
     )
     onnx: bool = option("Also write the model as ONNX, and check its outputs against torch's.", False)
     confirm: bool = option(
@@ -463,6 +476,9 @@ class RefitKeywords(TypedDict, total=False):
     folds: int | None
     members: int | None
     epochs: int | str | None
+    average: str | None
+    views: str | None
+    form: str | None
     onnx: bool
     confirm: bool
     weights: str | Path | None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from core.config import MOST_EPOCHS
 from core.weights import weights_in
 from hpo.api.options import ConfirmOptions, RefitOptions
-from hpo.confirmation.result import Confirmation, is_current, read_confirmation
+from hpo.confirmation.result import Confirmation, dump, identity_of, is_current, read_confirmation
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import RecipePaths, StudyPaths, TrainingPaths, refit_label
 from hpo.reporter import Reporter, Silent
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
     from hpo.api.length import Climbing
     from hpo.space import Recipe
     from hpo.study import Study
-    from hpo.submission import Refitted
+    from hpo.submission import Forced, Refitted
+    from hpo.submission.evidence import Evidence
     from hpo.submission.length import Ladder
 
 BEST = "best"
 
 # Networks of an ensemble, as `data.folds` and a bundle allow.
 FEWEST, MOST = 2, 20
+# As `core.tta.VIEWS` and `submission.decision.FORMS`, which are imported too late.
+_VIEWS, _FORMS = ("none", "flip", "shift", "flip_shift"), ("one", "uniform_soup", "greedy_soup", "ensemble")
 
 AUTO = "auto"
 """Value of `--epochs`."""
@@ -48,8 +51,6 @@ class RefitResult:
     refitted: Refitted
     confirmation: Confirmation | None
     """The confirmation that the configuration was chosen by."""
-    validation: str
-    """The images that the decisions were made on: `validation` or `out-of-fold`."""
     labels: Tensor = field(repr=False)
     """(N,) int64: labels of the images outside the test set."""
     test_images: int
@@ -99,6 +100,7 @@ def refit(
     reporter, interrupts = reporter or Silent(), interrupts or Interrupts()
     with interrupts.let_through():
         _check_networks(options)
+        _check_forced(options)
         _epochs(options)
         recipe = None if _is_trial(options) else _recipe(options)
     if recipe is not None:
@@ -133,6 +135,7 @@ def _refitted(
     from hpo.search.training import without_failed_graphs
 
     config = choice.config
+    _forced(options, config)  # raises before anything is trained
     study.files.use_store(None)
     if choice.number is not None:
         study.files.fetch_trial(choice.number, folds=config.data.folds or 1)
@@ -171,6 +174,8 @@ def _written(choice: _Choice, options: RefitOptions, climbing: Climbing, study: 
             recipe=choice.recipe,
             ensemble=options.folds,
             members=options.members,
+            forced=_forced(options, config),
+            evidence=_evidence(choice, climbing, study),
             onnx=options.onnx,
             kept=choice.kept,
             confirmation=choice.confirmation,
@@ -178,9 +183,7 @@ def _written(choice: _Choice, options: RefitOptions, climbing: Climbing, study: 
             search=None if study is None else submission.search_summary(study),
             watch=watch,
         )
-    validation = "validation" if _divided(config, options).data.folds is None else "out-of-fold"
-    dataset = climbing.dataset
-    return RefitResult(study, metric, refitted, choice.confirmation, validation, dataset.labels, dataset.n_test)
+    return RefitResult(study, metric, refitted, choice.confirmation, climbing.dataset.labels, climbing.dataset.n_test)
 
 
 def _is_trial(options: RefitOptions) -> bool:
@@ -219,6 +222,7 @@ def _refit_recipe(
 
         check_metric(options.metric)
         config, metric, device = recipe.config, options.metric or "accuracy", select_device(options.device)
+        _forced(options, config)
         if options.onnx:
             check_onnx()
         dataset = open_dataset(config.data, options.data, skip_broken=options.skip_broken, reporter=reporter)
@@ -266,6 +270,36 @@ def _check_networks(options: RefitOptions) -> None:
                 f"{flag} {count}: an ensemble has {FEWEST} to {MOST} networks; leave it out for one, trained on all "
                 "images"
             )
+
+
+def _check_forced(options: RefitOptions) -> None:
+    for flag, name, known in (("--views", options.views, _VIEWS), ("--form", options.form, _FORMS)):
+        if name is not None and name not in known:
+            raise StudyError(f"{flag} {name}: give one of {', '.join(known)}")
+    if options.form is not None and options.members is None:
+        raise StudyError(f"--form {options.form}: it is the form of several networks; give their number by --members")
+
+
+def _forced(options: RefitOptions, config: TrainConfig) -> Forced:
+    """The choices that the user has made; StudyError if the configuration cannot have the average."""
+    from hpo.search.held_out import known_average
+    from hpo.submission import Forced
+
+    average = None if options.average is None else known_average(config, options.average)
+    return Forced(average, options.views, options.form)
+
+
+def _evidence(choice: _Choice, climbing: Climbing, study: Study | None) -> Evidence | None:
+    """The predictions of the ladder or the confirmation that chose the configuration; None if there are none."""
+    from hpo.submission.evidence import of_confirmation, of_training
+
+    labels = climbing.dataset.labels
+    if choice.ladder is not None and choice.ladder.epochs != choice.ladder.searched:
+        assert choice.kept is not None, "a longer training is kept"
+        return of_training(choice.kept, choice.config.data.folds or 1, labels)
+    if choice.confirmation is None or choice.epochs is None or study is None:  # None: other epochs were asked for
+        return None
+    return of_confirmation(study, identity_of(dump(choice.config)), labels)
 
 
 def _networks(options: RefitOptions, config: TrainConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hpo.search.training import Recorded
     from hpo.study import Study
     from hpo.submission import Refitted
+    from hpo.submission.candidates import Candidate
 
 METRICS = {**METRIC_WORDS, "nll": "loss"}
 """Names of the metrics in tables."""
@@ -236,7 +237,7 @@ def is_imbalanced(labels: Tensor) -> bool:
 def show_refit(result: RefitResult, reporter: Reporter, *, ending: bool = True) -> None:
     """Show the decisions, the test scores, and, as the `ending`, how to use the model."""
     done, study, say = result.refitted, result.study, reporter.say
-    _show_decisions(done, result.metric, result.validation, reporter)
+    _show_decisions(done, result.metric, reporter)
     scores = ["accuracy", "macro_f1", "loss"]
     if result.metric == "balanced_accuracy":
         scores.insert(1, result.metric)
@@ -245,7 +246,7 @@ def show_refit(result: RefitResult, reporter: Reporter, *, ending: bool = True) 
     reporter.table(
         ["images", "views", "temperature", *(METRICS.get(score, score) for score in scores)],
         [
-            [result.validation, *chosen, *_values(done.val, scores)],
+            [done.source, *chosen, *_values(done.val, scores)],
             *([] if plain else [["test", "none", "1", *_values(done.test_plain, scores)]]),
             ["test", *chosen, *_values(done.test, scores)],
             ["  95 % interval", "", "", *("{:.4f}–{:.4f}".format(*done.intervals[score]) for score in scores)],
@@ -269,22 +270,38 @@ def show_refit(result: RefitResult, reporter: Reporter, *, ending: bool = True) 
     _show_next(commands, reporter)
 
 
-def _show_decisions(done: Refitted, metric: str, validation: str, reporter: Reporter) -> None:
+def _show_decisions(done: Refitted, metric: str, reporter: Reporter) -> None:
     decision, name, say = done.decision, METRICS[metric], reporter.say
-    say(f"decided on {len(decision.labels):,} {validation} images:")
-    gains = "".join(f", {views} {gain.value:+.4f} ± {gain.error:.4f}" for views, gain in decision.gains.items())
-    say(f"  test-time augmentation by {name}: none {decision.candidates['none']:.4f}{gains}; chosen: {decision.views}")
+    images = f"{decision.images:,} {done.source} images"
+    say(f"chosen on {images}, by networks that have not seen them ({count(decision.networks, 'training')}):")
+    reporter.table(
+        ["", "candidate", name, "gain", "passes", ""],
+        [
+            [
+                each.step if first else "",
+                each.name,
+                f"{each.score:.4f}",
+                "" if each.gain is None else f"{each.gain.value:+.4f} ± {each.gain.error:.4f}",
+                each.passes,
+                each.verdict,
+            ]
+            for each, first in _first_of_steps(decision.candidates)
+        ],
+        right=(2, 3, 4),
+    )
     temperature = decision.temperature
     before, after = temperature.before.loss, temperature.after.loss
     changed = "" if temperature.value == 1 else f"; loss {before:.4f} before, {after:.4f} after"
     why = "" if temperature.why is None else f" ({temperature.why})"
     say(f"  temperature: {temperature.value:.3g}{why}{changed}")
-    if decision.forms:
-        say(f"  form by {name}: {_each(decision.forms)}; chosen: {decision.form}")
 
 
-def _each(scores: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+def _first_of_steps(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, bool]]:
+    """Each candidate, and whether its step begins with it."""
+    before = None
+    for each in candidates:
+        yield each, each.step != before
+        before = each.step
 
 
 def _values(scores: Scores, names: Sequence[str]) -> list[str]:

@@ -46,6 +46,8 @@ _MAX_DRAWS = 100  # splits tried for a replicate
 class Training:
     """One configuration on one replicate: queued, trained or stopped."""
 
+    number: int
+    """Of the trial."""
     trial_index: int
     key: str
     """Of the candidate, when it was queued."""
@@ -72,6 +74,7 @@ class Training:
         elif failure is not None:
             values = (math.nan,) * (config["data"]["folds"] or 1)
         return cls(
+            trial.number,
             trial_index_of(trial),
             current_key(str(attributes[CANDIDATE])),
             identity_of(config),

@@ -28,7 +28,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.objective import Divide, Objective
 from hpo.search.options import TrialOptions
 from hpo.search.training import standard_error, validation_confusion
-from hpo.search.weights import DEFAULTS, SpaceOnDisk, explain_full_disk, keep_outputs, keep_weights
+from hpo.search.weights import DEFAULTS, SpaceOnDisk, explain_full_disk, keep_evidence, keep_weights
 from hpo.space import ConfirmationSpace, SearchSpace
 from hpo.space.pruner import RungPruner, build_pruner, lets_through
 from hpo.study import Study
@@ -98,7 +98,7 @@ def run_study(
         Exception: A crash, which counts against `study.settings.retries`.
     """
     divide: Divide = splits if callable(splits) else lambda _: splits
-    space_on_disk = SpaceOnDisk(study, options.keep_gb)
+    space_on_disk = SpaceOnDisk(study, options)
     shared = partial(_share_checkpoint, study, space_on_disk)
     objective = Objective(space, divide, study, device, progress, interrupts, on_checkpoint=shared)
     while True:
@@ -146,13 +146,13 @@ def _run_trial(
         splits = objective.divide(space.baseline.data)
         matrix = None
         if outcome.results:
-            keep_weights(study, splits, outcome)
+            keep_weights(study, splits, outcome, space_on_disk.options.keep)
             matrix = validation_confusion(outcome.results, splits)
             outcome.attributes[STANDARD_ERROR] = standard_error(outcome.results, splits, space.metric)
         classes = splits[0].classes
         artifacts.record(study, space, trial, outcome, confusion=matrix, classes=classes, device=device)
-    elif outcome.results and outcome.config is not None:  # for the label audit: its splits are others
-        keep_outputs(study, objective.divide(outcome.config.data), outcome)
+    elif outcome.results and outcome.config is not None:  # also for the label audit: its splits are others
+        keep_evidence(study, objective.divide(outcome.config.data), outcome)
     space_on_disk.keep_within()
     # One thread and two do not add in the same order: with the same number, a trial's values are reproducible.
     attributes = {**outcome.attributes, "torch_threads": torch.get_num_threads(), "device": device}

@@ -26,9 +26,10 @@ from core.errors import ConfigError, DivergedError
 from core.loop import EpochMetrics, TrainResult, train
 from core.runtime import derive_seed, is_out_of_memory
 from hpo.reporter import StudyView
+from hpo.search.held_out import half_lives
 from hpo.search.interrupts import Interrupts
 from hpo.search.pace import Pace
-from hpo.search.training import fold_label, of_fold, resume_or_restart, without_failed_graphs
+from hpo.search.training import fold_label, of_fold, on_host, resume_or_restart, without_failed_graphs
 from hpo.space import SearchSpace, to_yaml
 from hpo.space.pruner import RungPruner
 from hpo.study import Study
@@ -126,6 +127,7 @@ class Objective:
                 checkpoint_at_end=attempt.folds > 1,
                 on_checkpoint=self.on_checkpoint,
                 metric=self.space.metric,
+                averages=() if self.study.confirms is None else half_lives(config),
             )
 
 
@@ -211,7 +213,7 @@ class _Attempt:
             self.results.append(result)
             return
         # Off the device: the next fold needs the memory.
-        self.results.append(replace(result, model=result.model.cpu()))
+        self.results.append(on_host(result))
         # Early stopping may have ended the fold earlier; all trials are compared at the same step.
         self._report_value(statistics.fmean(self.values), epoch=self.config.epochs)
         if self.fold < self.folds and self.trial.should_prune():

@@ -32,6 +32,15 @@ class TrialOptions(BaseModel):
     ] = None
     weights: Weights = None
 
+    keep: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Number of the best trials whose weights and validation outputs are kept for a refit.",
+            json_schema_extra={"metavar": "N"},
+        ),
+    ] = 3
+
     @property
     def trial_options(self) -> TrialOptions:
         """These options alone, without those of the command."""

@@ -27,6 +27,7 @@ from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import confusion, per_class
 from core.runtime import derive_seed
 from hpo.paths import TrainingPaths
+from hpo.search.held_out import half_lives, outputs_of, write_outputs
 from hpo.space import to_yaml
 from hpo.study.results import json_line, write_result
 from hpo.study.settings import StudySettings
@@ -69,6 +70,7 @@ def train_recorded(
     device: torch.device,
     watch: Watch,
     settings: StudySettings | None = None,
+    evidence: bool = False,
 ) -> Recorded:
     """Train, and write configuration, checkpoints and, last, the result into the folder.
 
@@ -76,6 +78,7 @@ def train_recorded(
         splits: One, or one per fold.
         metric: The objective, also for early stopping and the choice of the kept epoch.
         settings: Of the study that it belongs to, if any.
+        evidence: Whether to keep EMAs beside it and write all outputs on validation images, for the choices of a refit.
     """
     paths.dir.mkdir(parents=True, exist_ok=True)
     paths.config.write_text(to_yaml(config))
@@ -94,9 +97,10 @@ def train_recorded(
                 checkpoint_to=checkpoint,
                 checkpoint_at_end=folds > 1,
                 metric=metric,
+                averages=half_lives(own) if evidence else (),
             )
         # Off the device: the next fold needs the memory.
-        results.append(result if folds == 1 else replace(result, model=result.model.cpu()))
+        results.append(result if folds == 1 else on_host(result))
     recorded = Recorded(
         tuple(results),
         tuple(result.value(metric) for result in results),
@@ -106,6 +110,9 @@ def train_recorded(
     paths.metrics.write_text("".join(map(json_line, recorded.rows)))
     for fold, result in enumerate(results, 1):
         save_model(result.model, str(paths.model(fold)))
+        if evidence:
+            divided = splits[fold - 1]
+            write_outputs(paths.validation(fold), result, divided, outputs_of(result, config, divided))
     write_result(paths, _result(recorded, metric))
     for checkpoint in paths.checkpoints(folds):
         checkpoint.unlink(missing_ok=True)
@@ -126,6 +133,12 @@ def without_failed_graphs(settings: StudySettings, config: TrainConfig) -> Itera
     except GraphError as error:
         settings.train_without_graphs(network)
         raise GraphError(f"{error}; after a restart, the study trains model.name {network} without") from error
+
+
+def on_host(result: TrainResult) -> TrainResult:
+    """Move the networks of a result to host memory."""
+    averages = {name: model.cpu() for name, model in result.averages.items()}
+    return replace(result, model=result.model.cpu(), averages=averages)
 
 
 def resume_or_restart(checkpoint: Path, name: str, attempt: Callable[[], TrainResult]) -> TrainResult:

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from optuna.trial import TrialState
-from safetensors.torch import save_file, save_model
+from safetensors.torch import save_model
 
 from core.data import Splits
 from hpo.errors import FULL_DISK, HpoError, StudyError
+from hpo.search.held_out import outputs_of, write_outputs
 from hpo.search.options import TrialOptions
 from hpo.storage.atomic import replacing
 from hpo.study import Study
@@ -21,44 +22,44 @@ from hpo.trials import Outcome
 
 logger = logging.getLogger(__name__)
 
-# Complete trials whose weights are kept for the refit: the best, and two in case the confirmation prefers them.
-KEPT_MODELS = 3
-
 DEFAULTS = TrialOptions()
 
 
-def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome) -> None:
-    """Keep the weights of a trial among the best, and delete those that no longer are."""
+def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome, keep: int = DEFAULTS.keep) -> None:
+    """Keep the weights of a trial among the `keep` best, and delete those that no longer are."""
     assert outcome.value is not None
     values = _complete_values(study)
     values[outcome.number] = study.sign * outcome.value
-    best = _best_of(values)
+    best = _best_of(values, keep)
     folds = range(1, len(outcome.results) + 1)
     if outcome.number in best:
-        keep_outputs(study, splits, outcome)
+        for fold, result, divided in zip(folds, outcome.results, splits, strict=True):
+            write_outputs(study.paths.trial_validation(outcome.number, fold), result, divided)
         for fold, result in zip(folds, outcome.results, strict=True):
             with replacing(study.paths.trial_model(outcome.number, fold)) as weights:
                 save_model(result.model, str(weights))
         for file in study.paths.needed_by_refit(outcome.number):
             study.files.share(file)
     # Those that this trial displaced. Weights that two workers kept at the same time are deleted when the run ends.
-    before = _best_of({number: value for number, value in values.items() if number != outcome.number})
+    before = _best_of({number: value for number, value in values.items() if number != outcome.number}, keep)
     _delete(study, set(before) - set(best), folds=len(folds))
 
 
-def keep_outputs(study: Study, splits: Sequence[Splits], outcome: Outcome) -> None:
-    """Write each network's `logits` (M, K) float32 on its validation images, and their `indices` (M,) int64."""
+def keep_evidence(study: Study, splits: Sequence[Splits], outcome: Outcome) -> None:
+    """Write the outputs of a confirmation's training, with all its averages and views, for the refit."""
+    assert outcome.config is not None, "it was trained"
     for fold, (result, divided) in enumerate(zip(outcome.results, splits, strict=True), 1):
-        assert result.val_logits is not None, "a trial has validation images"
-        with replacing(study.paths.trial_validation(outcome.number, fold)) as file:
-            save_file({"logits": result.val_logits.cpu().contiguous(), "indices": divided.val.cpu()}, str(file))
+        file = study.paths.trial_validation(outcome.number, fold)
+        write_outputs(file, result, divided, outputs_of(result, outcome.config, divided))
+        study.files.share(file)
+    study.files.share(study.paths.trial_metrics(outcome.number))
 
 
 def keep_best_weights(study: Study, *, folds: int, options: TrialOptions = DEFAULTS) -> None:
     """Delete weights beyond the best trials', which two workers kept at once, and those beyond `keep_gb`."""
     values = _complete_values(study)
-    _delete(study, values.keys() - set(_best_of(values)), folds=folds)
-    SpaceOnDisk(study, options.keep_gb).keep_within()
+    _delete(study, values.keys() - set(_best_of(values, options.keep)), folds=folds)
+    SpaceOnDisk(study, options).keep_within()
 
 
 class SpaceOnDisk:
@@ -67,8 +68,9 @@ class SpaceOnDisk:
     The weights of the worst trial go first: a refit trains again what is missing. Checkpoints are never deleted.
     """
 
-    def __init__(self, study: Study, keep_gb: float | None) -> None:
-        self._study, self._keep_gb = study, keep_gb
+    def __init__(self, study: Study, options: TrialOptions) -> None:
+        self._study, self.options = study, options
+        self._keep_gb = options.keep_gb
         self._warned = False
 
     def keep_within(self) -> None:
@@ -107,8 +109,8 @@ def _complete_values(study: Study) -> dict[int, float]:
     }
 
 
-def _best_of(values: Mapping[int, float]) -> list[int]:
-    return sorted(values, key=lambda number: (-values[number], number))[:KEPT_MODELS]
+def _best_of(values: Mapping[int, float], keep: int) -> list[int]:
+    return sorted(values, key=lambda number: (-values[number], number))[:keep]
 
 
 def _delete(study: Study, numbers: Iterable[int], *, folds: int) -> None:

@@ -94,11 +94,17 @@ class StudyFiles:
 
     def fetch_trial(self, number: int, *, folds: int) -> None:
         """Fetch the files that a refit needs of another machine's trial."""
-        if self.store is None:
-            return
         weights = [self._paths.trial_model(number, fold) for fold in range(1, folds + 1)]
-        for file in (*weights, self._paths.trial_metrics(number)):
-            if not file.exists():
+        self._fetch(*weights, self._paths.trial_metrics(number))
+
+    def fetch_outputs(self, number: int, *, folds: int) -> None:
+        """Fetch the validation outputs and the metrics of another machine's trial."""
+        outputs = [self._paths.trial_validation(number, fold) for fold in range(1, folds + 1)]
+        self._fetch(*outputs, self._paths.trial_metrics(number))
+
+    def _fetch(self, *files: Path) -> None:
+        for file in files:
+            if self.store is not None and not file.exists():
                 self.store.fetch(self._paths.inside(file), file)
 
     @property

@@ -11,6 +11,9 @@ from pydantic_core import to_jsonable_python
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.storage.atomic import replacing
 
+Row = dict[str, Any]
+"""A line of `metrics.jsonl`."""
+
 
 def write_result(paths: TrainingPaths, result: dict[str, Any]) -> None:
     """Write `result.json` atomically: its `value`, or `failure` if it could not be trained, and more."""
@@ -43,7 +46,7 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
         file.write(json_line(row))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[Row]:
     """Read the complete lines, if any; the last may be being written."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

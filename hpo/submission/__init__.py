@@ -4,7 +4,8 @@
 is a module beside `onnx_export.py`, called by `refit.py`.
 """
 
-from hpo.submission.decision import Decision, Temperature
+from hpo.submission.candidates import Temperature
+from hpo.submission.decision import Decision, Forced
 from hpo.submission.refit import Refitted, refit, search_summary
 
-__all__ = ["Decision", "Refitted", "Temperature", "refit", "search_summary"]
+__all__ = ["Decision", "Forced", "Refitted", "Temperature", "refit", "search_summary"]

@@ -94,6 +94,7 @@ def model_card(bundle: Bundle, report: Report, *, files: Collection[str] = ()) -
         compared="the baseline, with which the search began" if base else "`hpo`'s defaults",
         has_baseline=base is not None,
         setting_rows=_setting_rows(bundle.config, base or TrainConfig()),
+        candidate_rows=[_candidate_row(each) for each in report.get("decision", {}).get("candidates", [])],
         file_rows=_file_rows(bundle, files),
         facts=data_facts(report.get("data", {}).get("content", {})),
     )  # fmt: skip
@@ -244,8 +245,6 @@ def _environment() -> jinja2.Environment:
         "duration": duration,
         "known": _is_number,
         "interval": _interval,
-        "candidates": _candidates,
-        "gains": _gains,
         "states": _states,
     }
     return environment
@@ -255,12 +254,16 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _candidates(scores: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if value is not None)
-
-
-def _gains(gains: Mapping[str, Mapping[str, float]]) -> str:
-    return ", ".join(f"{name} {gain['value']:+.4f} ± {gain['error']:.4f}" for name, gain in gains.items())
+def _candidate_row(each: Mapping[str, Any]) -> list[str]:
+    gain, score = each["gain"], each["score"]
+    return [
+        each["step"],
+        _code(each["name"]),
+        "–" if score is None else f"{score:.4f}",
+        "" if gain is None else f"{gain['value']:+.4f} ± {gain['error']:.4f}",
+        str(each["passes"]),
+        _text(each["verdict"]),
+    ]
 
 
 def _states(search: Mapping[str, Any]) -> str:

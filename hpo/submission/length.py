@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from core import metrics
@@ -33,9 +33,8 @@ from core.runtime import make_generator
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.objective import failure_of
 from hpo.search.recipes import is_training_of
-from hpo.search.training import Recorded, Watch, train_recorded
+from hpo.search.training import Watch, train_recorded
 from hpo.search.weights import explain_full_disk
-from hpo.storage.atomic import replacing
 from hpo.study.results import finite, read_result, read_rows, write_result
 from hpo.study.settings import StudySettings
 from hpo.text import METRIC_WORDS, count, duration
@@ -447,8 +446,15 @@ class _Climb:
         name = f"{climber.name}, {count(config.epochs, 'epoch')}"
         try:
             with explain_full_disk(folder.dir), site.shown(name, config.epochs) as watch:
-                recorded = train_recorded(
-                    config, splits, folder, metric=site.metric, device=site.device, watch=watch, settings=site.settings
+                train_recorded(
+                    config,
+                    splits,
+                    folder,
+                    metric=site.metric,
+                    device=site.device,
+                    watch=watch,
+                    settings=site.settings,
+                    evidence=True,
                 )
         except Exception as error:
             failure = failure_of(error)
@@ -458,8 +464,6 @@ class _Climb:
             write_result(folder, {"metric": site.metric, "failure": failure, "why": why})
             for checkpoint in folder.checkpoints(len(splits)):
                 checkpoint.unlink(missing_ok=True)
-        else:
-            _write(folder, splits, recorded)
 
     def _drop_weights(self, but: TrainingPaths) -> None:
         """Delete the weights of all trainings but that of the refit."""
@@ -474,14 +478,6 @@ class _Climb:
         climbers = {one.key: one for one in self._climbers}
         for key, multiple, replicate in self._held:
             yield climbers[key], multiple, replicate
-
-
-def _write(folder: TrainingPaths, splits: Sequence[Splits], recorded: Recorded) -> None:
-    """Write each network's `logits` (M, K) float32 on its validation images, and their `indices` (M,) int64."""
-    for fold, (result, divided) in enumerate(zip(recorded.results, splits, strict=True), 1):
-        assert result.val_logits is not None, "a recorded training has validation images"
-        with replacing(folder.validation(fold)) as file:
-            save_file({"logits": result.val_logits.cpu().contiguous(), "indices": divided.val.cpu()}, str(file))
 
 
 def _read(folder: TrainingPaths, splits: Sequence[Splits]) -> _Held:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,17 +23,15 @@ from core.loop.step import batch_sizes
 from core.models import build_model
 from core.runtime import autocast, derive_seed, make_generator, normalize
 from core.schedule import without_validation
-from core.tta import average, predict_logits
+from core.tta import average
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
+from hpo.search.held_out import OWN, held_out, predicted
 from hpo.search.training import Watch, fold_label, of_fold, resume_or_restart
-from hpo.study.results import read_rows
+from hpo.study.results import Row, read_rows
 from hpo.text import count
 
 logger = logging.getLogger(__name__)
-
-Row = dict[str, Any]
-"""A line of `metrics.jsonl`."""
 
 
 @dataclass(frozen=True)
@@ -48,45 +45,36 @@ class Network:
     """Epochs of its training; for learning curves, the number of one of several networks is in `fold`."""
     elapsed_s: float = 0.0
     """Duration of its training; 0 if the trial trained it."""
+    averages: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Alternatives to the model, see `TrainResult.averages`."""
+
+    def with_average(self, name: str) -> Network:
+        """Return the network with another average of its weights, `own` for this one."""
+        return self if name == OWN else replace(self, model=self.averages[name])
 
     def logits(self, images: Tensor, views: str) -> Tensor:
         """Predict images (N, C, H, W) uint8 on any device: logits (N, K) on the labels' device."""
-        return self._logits(torch.split(images, EVALUATION_BATCH), views)
+        batches = torch.split(images, EVALUATION_BATCH)
+        return predicted(self.model, self.config, self.splits, batches, (views,))[views]
 
     def val_logits(self, views: str) -> Tensor:
         """Predict the validation images: logits (M, K) in the order of `Splits.val`."""
-        feed = open_feed(self.splits.images, self.splits.labels.device)
-        return self._logits(feed.batches(torch.split(self.splits.val, EVALUATION_BATCH)), views)
+        return self.val_by_views((views,))[views]
 
-    def _logits(self, batches: Iterable[Tensor], views: str) -> Tensor:
-        home, device = next(self.model.parameters()).device, self.splits.labels.device
-        try:
-            self.model.to(device)
-            return torch.cat(
-                [
-                    predict_logits(
-                        self.model,
-                        images.to(device),
-                        prepare=self.prepare,
-                        views=views,
-                        batch_size=EVALUATION_BATCH,
-                        autocast=partial(autocast, self.config.precision.autocast, device),
-                    )
-                    for images in batches
-                ]
-            )
-        finally:
-            self.model.to(home)
+    def val_by_views(self, views: Collection[str]) -> dict[str, Tensor]:
+        """Predict the validation images with several choices of views."""
+        return held_out(self.model, self.config, self.splits, views)
 
     def prepare(self, images: Tensor) -> Tensor:
         return normalize(images, mean=self.splits.mean, std=self.splits.std)
 
-    def kept_epoch(self, metric: str) -> int:
-        """Return the epoch of its weights: the last, or with early stopping the first of the best."""
-        if self.config.early_stop.patience_fraction is None:
-            return int(self.rows[-1]["epoch"])
-        sign = 1 if metrics.METRICS[metric] == "maximize" else -1
-        return int(max(self.rows, key=lambda row: sign * row[_column(metric)])["epoch"])
+
+def kept_epoch(config: TrainConfig, rows: Sequence[Row], metric: str) -> int:
+    """Return the epoch of a training's weights: the last, or with early stopping the first of the best."""
+    if config.early_stop.patience_fraction is None:
+        return int(rows[-1]["epoch"])
+    sign = 1 if metrics.METRICS[metric] == "maximize" else -1
+    return int(max(rows, key=lambda row: sign * row[_column(metric)])["epoch"])
 
 
 def together(answers: Iterable[Tensor]) -> Tensor:
@@ -115,6 +103,19 @@ def of_member(config: TrainConfig, member: int) -> TrainConfig:
     return config if member == 1 else config.override({"seed": derive_seed(config.seed, "member", member)})
 
 
+def averaging_by(config: TrainConfig, average: str) -> TrainConfig:
+    """Return the configuration that keeps another average of its weights: `own`, `none` or an EMA, such as `ema_0.03`.
+
+    Without validation images the training is the same.
+    """
+    if average == OWN:
+        return config
+    name, _, half_life = average.partition("_")
+    return config.override(
+        {"averaging.name": name} | ({"averaging.half_life_fraction": float(half_life)} if half_life else {})
+    )
+
+
 @dataclass(frozen=True)
 class Trainer:
     """Loads or trains the networks of a refit; several are kept on the CPU, to free the device's memory."""
@@ -130,6 +131,8 @@ class Trainer:
     watch: Watch | None
     kept: TrainingPaths | None = None
     """Folder with weights and epochs of this configuration, a trial's or those of a ladder; None if there are none."""
+    averages: tuple[float, ...] = ()
+    """Half-lives of the EMAs beside each training with held-out images, which a trial's kept network lacks."""
 
     def folds(self, config: TrainConfig, splits: Sequence[Splits]) -> list[Network]:
         """Return the network of each fold, trained without its validation images; one network without folds."""
@@ -141,10 +144,12 @@ class Trainer:
         if kept is not None:
             return kept
         if config == self.config and self.kept is not None and self.number is not None:
-            logger.info("trial %d kept no weights%s: training it again", self.number, f" of {name}" if name else "")
+            why = "with EMAs of its weights" if self.averages else "it kept no weights"
+            logger.info("training trial %d%s again: %s", self.number, f", {name}," if name else "", why)
         alone = "the configuration" if self.number is None else f"trial {self.number}"
         part = f"fold{fold}of{len(splits)}"
-        network = self._train(of_fold(config, fold), divided, name or alone, part, fold if name else None)
+        place = fold if name else None
+        network = self._train(of_fold(config, fold), divided, name or alone, part, place, averages=self.averages)
         return replace(network, config=config)
 
     def members(self, config: TrainConfig, splits: Splits, count: int) -> list[Network]:
@@ -152,14 +157,14 @@ class Trainer:
         kept = self._kept(config, 1, splits)
         first = [] if kept is None else [replace(kept, model=kept.model.cpu())]
         return first + [
-            self._train(of_member(config, n), splits, f"member {n} of {count}", f"member{n}", n)
+            self._train(of_member(config, n), splits, f"member {n} of {count}", f"member{n}", n, averages=self.averages)
             for n in range(len(first) + 1, count + 1)
         ]
 
     def on_all_images(
-        self, config: TrainConfig, whole: Splits, rows: Sequence[Row], epochs: int, members: int | None
+        self, config: TrainConfig, whole: Splits, rows: Sequence[Row], epochs: int, members: Sequence[int] = ()
     ) -> list[Network]:
-        """Train the network, or the members, without validation images.
+        """Train the network, or these members, without validation images.
 
         Without a score to watch, a plateau's learning rate and the smoothing fall where they fell in the training with
         validation images, whose epochs are `rows`.
@@ -167,18 +172,18 @@ class Trainer:
         scores, losses = ([row[column] for row in rows] for column in (_column(self.metric), "val_loss"))
         config = without_validation(config, scores, losses, maximize=metrics.METRICS[self.metric] == "maximize")
         images, long = count(len(whole.train), "image"), count(epochs, "epoch")
-        if members is None:
+        if not members:
             logger.info("training on %s, %s", images, long)
             return [self._train(config, whole, "", "all", None, stop_after=epochs)]
-        logger.info("training %d networks on %s, %s each", members, images, long)
+        logger.info("training %s on %s, %s each", count(len(members), "network"), images, long)
+        names = {n: f"all images, {place} of {len(members)}" for place, n in enumerate(members, 1)}
         return [
-            self._train(of_member(config, n), whole, f"all images, {n} of {members}", f"all{n}", n, stop_after=epochs)
-            for n in range(1, members + 1)
+            self._train(of_member(config, n), whole, name, f"all{n}", n, stop_after=epochs) for n, name in names.items()
         ]
 
     def _kept(self, config: TrainConfig, fold: int, splits: Splits) -> Network | None:
-        """The recorded network of a fold; None if another configuration was trained, or its weights were not kept."""
-        if self.kept is None or config != self.config:
+        """The recorded network of a fold; None if another was trained, it kept no weights, or averages are tried."""
+        if self.kept is None or self.averages or config != self.config:
             return None
         # No rows: the trial was imported from another study.
         rows = tuple(row for row in read_rows(self.kept.metrics) if row.get("fold", 1) == fold)
@@ -195,6 +200,7 @@ class Trainer:
         part: str,
         place: int | None,
         stop_after: int | None = None,
+        averages: tuple[float, ...] = (),
     ) -> Network:
         """Train a network, or resume its training from the checkpoint of an interrupted refit.
 
@@ -211,13 +217,16 @@ class Trainer:
             checkpoint_to=checkpoint,
             checkpoint_at_end=True,
             metric=self.metric,
+            averages=averages,
             stop_after=stop_after,
         )
         result = resume_or_restart(checkpoint, name or "the refit", attempt)
         head: Row = {} if place is None else {"fold": place}
         rows = tuple({**head, **epoch.row(self.metric)} for epoch in result.history)
-        model = result.model if place is None else result.model.cpu()
-        return Network(model, config, splits, rows, result.history[-1].elapsed_s)
+        several = place is not None
+        model = result.model.cpu() if several else result.model
+        others = {name: each.cpu() if several else each for name, each in result.averages.items()}
+        return Network(model, config, splits, rows, result.history[-1].elapsed_s, others)
 
     def _load(self, weights: Path, splits: Splits) -> nn.Module:
         _, channels, height, width = splits.images.shape

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -29,15 +29,18 @@ from hpo.confirmation.trials import search_epochs
 from hpo.dashboard.pictures import learning_curves
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
+from hpo.search.held_out import OWN, half_lives
 from hpo.search.training import Watch
 from hpo.study import Study
 from hpo.study.results import append_line
 from hpo.study.versions import versions
 from hpo.submission import bundle
 from hpo.submission.card import write_card
-from hpo.submission.decision import AVERAGED, Decision, decide
+from hpo.submission.decision import ENSEMBLE, FREE, GREEDY_SOUP, ONE, UNIFORM_SOUP, Decision, Forced, decide
+from hpo.submission.evidence import CONFIRMATION, OUT_OF_FOLD, VALIDATION, Evidence
 from hpo.submission.length import Ladder
-from hpo.submission.networks import Network, Trainer, averaged
+from hpo.submission.members import decide_members
+from hpo.submission.networks import Network, Trainer, averaged, averaging_by, kept_epoch
 from hpo.submission.onnx_export import check_onnx, export_onnx
 from hpo.submission.tested import Tested, full_scores
 from hpo.text import count
@@ -58,8 +61,10 @@ class Refitted:
     """Trial number; None if no trial has the configuration."""
     networks: int
     decision: Decision
+    source: str
+    """The images that the choices rest on: `validation`, `out-of-fold` or `confirmation`."""
     val: metrics.Scores
-    """Validation scores; out-of-fold with folds."""
+    """Scores of the decision's predictions."""
     test: metrics.Scores
     test_plain: metrics.Scores
     """Test scores with one view, without the temperature."""
@@ -85,6 +90,8 @@ def refit(
     recipe: str | None = None,
     ensemble: int | None = None,
     members: int | None = None,
+    forced: Forced = FREE,
+    evidence: Evidence | None = None,
     onnx: bool = False,
     kept: TrainingPaths | None = None,
     confirmation: Confirmation | None = None,
@@ -99,12 +106,13 @@ def refit(
     Args:
         number: Trial with the configuration, perhaps of another length; None if there is none.
         label: Name of the bundle's folder.
-        epochs: Epochs of the training on all images; None for the kept epoch of the training before, of several
-            networks the mean.
-        metric: The study's objective, which chooses the views and the form.
+        epochs: Of the training on all images; None for the kept epoch of the training before, of several the mean.
+        metric: The study's objective, which all choices are made by.
         ensemble: Number of networks trained on different folds; None for no ensemble of folds.
         members: Number of networks trained on all images with different seeds, validated on `data.val_fraction` even
             if the trial had folds; None for one network.
+        forced: Choices that are already made.
+        evidence: Held-out predictions of this configuration, for one network; None trains it on a part of the images.
         kept: Folder with weights of the configuration, which are used if possible.
         watch: Called at the beginning of each training.
 
@@ -117,8 +125,9 @@ def refit(
         raise StudyError("--folds and --members: networks by fold or by seed; give one of them")
     if onnx:
         check_onnx()
-    trainer = Trainer(paths, number, label, config, metric, device, watch, kept)
-    trained = _trained(trainer, dataset, epochs=epochs, ensemble=ensemble, members=members)
+    trainer = Trainer(paths, number, label, config, metric, device, watch, kept, _half_lives(config, forced))
+    several = {"ensemble": ensemble, "members": members}
+    trained = _trained(trainer, dataset, epochs=epochs, **several, forced=forced, evidence=evidence)
     openings = _record_opening(paths, label, number, recipe)
     tested = Tested.by(trained.networks, trained.decision, dataset.open_test())
     report = {"trial": number, "recipe": recipe, "objective": metric, **_report(trained, tested, dataset)}
@@ -130,6 +139,14 @@ def refit(
     return _refitted(trainer, trained, tested, openings, difference)
 
 
+def _half_lives(config: TrainConfig, forced: Forced) -> tuple[float, ...]:
+    """The EMAs beside a training with held-out images."""
+    if forced.average == OWN:
+        return ()
+    _, _, half_life = (forced.average or "").partition("_")
+    return (float(half_life),) if half_life else half_lives(config)
+
+
 def _refitted(
     trainer: Trainer, trained: _Trained, tested: Tested, openings: int, onnx_difference: float | None
 ) -> Refitted:
@@ -139,6 +156,7 @@ def _refitted(
         number=trainer.number,
         networks=len(trained.networks),
         decision=decision,
+        source=trained.source,
         val=metrics.scores(decision.answers, decision.labels),
         test=metrics.scores(tested.answers, tested.labels),
         test_plain=metrics.scores(tested.plain, tested.labels),
@@ -162,31 +180,52 @@ class _Trained:
     epochs: int | list[int]
     """Number of epochs; with folds, the kept epoch of each network."""
     in_folds: bool
-    folds: int
-    """Number of parts of the validation images, each predicted by another network."""
+    source: str
+    """See `Evidence.source`."""
     elapsed_s: float
 
 
 def _trained(
-    trainer: Trainer, dataset: Dataset, *, epochs: int | None, ensemble: int | None, members: int | None
+    trainer: Trainer,
+    dataset: Dataset,
+    *,
+    epochs: int | None,
+    ensemble: int | None,
+    members: int | None,
+    forced: Forced,
+    evidence: Evidence | None,
 ) -> _Trained:
     config = trainer.config
     if ensemble is not None or members is not None:
-        config = config.override({"data.folds": ensemble})
+        config, evidence = config.override({"data.folds": ensemble}), None
+    if evidence is not None and not evidence.has(forced.average, forced.views):
+        evidence = None
     splits = on_device(folds(dataset, config.data), trainer.device)
-    networks = trainer.folds(config, splits) if members is None else trainer.members(config, splits[0], members)
-    images = count(sum(len(each.val) for each in splits), "validation image")
-    logger.info("choosing views and temperature on %s", images)
-    decision = decide(networks, trainer.metric, folds=ensemble is not None, members=members is not None)
+    networks: list[Network] = []
+    if evidence is None:
+        networks = trainer.folds(config, splits) if members is None else trainer.members(config, splits[0], members)
+        evidence = Evidence.of_networks(networks, [forced.views] if forced.views else [])
+    images = count(evidence.distinct_images, "image")
+    logger.info("choosing on %s that %s have not seen", images, count(evidence.networks, "network"))
     elapsed_s = sum(network.elapsed_s for network in networks)
-    kept = [network.kept_epoch(trainer.metric) for network in networks]
+    kept = [kept_epoch(config, rows, trainer.metric) for rows in evidence.rows]
+    chosen: Sequence[int] = ()
+    if members is not None:
+        found = decide_members(networks, evidence, trainer.metric, forced)
+        decision, chosen = found.decision, found.chosen
+    else:
+        form = ONE if ensemble is None else ENSEMBLE
+        decision = decide(evidence, trainer.metric, forced, form=form, averaged_later=ensemble is not None)
+    final = averaging_by(config, decision.average)
     if ensemble is None:
-        rows, epochs = networks[0].rows, int(fmean(kept) + 0.5) if epochs is None else epochs
-        del networks  # free the device's memory for the training
-        networks = trainer.on_all_images(config, splits[0].whole(), rows, epochs, members)
+        epochs = int(fmean(kept) + 0.5) if epochs is None else epochs
+        networks.clear()  # free the device's memory for the training
+        networks = trainer.on_all_images(final, splits[0].whole(), evidence.rows[0], epochs, chosen)
         elapsed_s += sum(network.elapsed_s for network in networks)
+    else:
+        networks = [replace(network.with_average(decision.average), config=final) for network in networks]
     all_rows = tuple(row for network in networks for row in network.rows)
-    if decision.form == AVERAGED:
+    if decision.form in (UNIFORM_SOUP, GREEDY_SOUP):
         networks = [averaged(networks)]
     return _Trained(
         decision=decision,
@@ -195,7 +234,7 @@ def _trained(
         rows=all_rows,
         epochs=kept if ensemble is not None or epochs is None else epochs,
         in_folds=ensemble is not None,
-        folds=len(splits),
+        source=evidence.source,
         elapsed_s=elapsed_s,
     )
 
@@ -210,7 +249,6 @@ def _record_opening(paths: StudyPaths, label: str, number: int | None, recipe: s
 
 def _report(trained: _Trained, tested: Tested, dataset: Dataset) -> dict[str, Any]:
     decision, classes = trained.decision, dataset.classes
-    on_fewer = "the training images of each fold only" if trained.folds > 1 else "training images only"
     on_all = "the training images of each member's fold" if trained.in_folds else "training and validation images"
     return {
         "networks": len(trained.networks),
@@ -224,21 +262,24 @@ def _report(trained: _Trained, tested: Tested, dataset: Dataset) -> dict[str, An
             "broken": len(dataset.report.broken),
             "content": dataset.report.plain(),
         },
-        "tta": {
-            "chosen": decision.views,
-            "val_candidates": decision.candidates,
-            "val_gains": {views: asdict(gain) for views, gain in decision.gains.items()},
-        },
-        "averaging": decision.averaging_record(),
+        "decision": decision.metadata(),
         "temperature": decision.temperature.metadata(),
         "val": {
-            "trained_on": on_fewer,
-            "images": len(decision.labels),
+            "trained_on": _TRAINED_ON[trained.source],
+            "images": decision.images,
+            "networks": decision.networks,
             "without_tta": full_scores(decision.plain, decision.labels, classes),
             "with_tta": full_scores(decision.answers, decision.labels, classes),
         },
         "test": {"trained_on": on_all, **tested.report(classes)},
     }
+
+
+_TRAINED_ON = {
+    VALIDATION: "training images only",
+    OUT_OF_FOLD: "the training images of each fold only",
+    CONFIRMATION: "the training images of each replicate of the confirmation only",
+}
 
 
 def _write(

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.config import AugmentConfig
-from core.tta import VIEWS, View, average, look, predict_by_views, predict_logits, useful_views
+from core.tta import VIEWS, View, average, look, predict_by_views, predict_logits
 
 
 def _images(n: int = 7, side: int = 8) -> Tensor:
@@ -163,22 +162,3 @@ def test_each_view_passes_the_network_once_for_all_choices() -> None:
     assert model.seen == [42], "the six views of flip_shift include the others"
     for name in names:
         torch.testing.assert_close(found[name], predict_logits(model, images, prepare=_prepare, views=name))
-
-
-@pytest.mark.parametrize(
-    ("changes", "side", "names"),
-    [
-        ({}, 32, ("flip", "flip_shift")),
-        ({"flip": 0.0}, 32, ("shift",)),
-        ({"crop_pad_fraction": 0.0}, 32, ("flip",)),
-        ({"crop_pad_fraction": 0.02}, 96, ("flip",)),  # crops by 2 pixels, a view shifts by 3
-        ({"crop_pad_fraction": 0.03}, 96, ("flip", "flip_shift")),
-        ({"crop_pad_fraction": 0.0, "crop_area_min": 0.81}, 96, ("flip", "flip_shift")),  # crops by 5 % of the side
-        ({"crop_pad_fraction": 0.0, "crop_area_min": 0.9}, 96, ("flip",)),
-        ({"flip": 0.0, "crop_pad_fraction": 0.0}, 32, ()),
-    ],
-)
-def test_only_views_like_the_training_images_are_useful(
-    changes: dict[str, float], side: int, names: tuple[str, ...]
-) -> None:
-    assert useful_views(AugmentConfig(**changes), (side, side)) == names

@@ -22,14 +22,14 @@ SURFACE = {
     """,
     "run": """
         --address --artifacts --data:Path --device --devices --engine=local --hours:float[0.001..]
-        --keep-gb:float[0..] --long-baseline:bool --minutes:float[0.05..] --patience:bool --per-device
+        --keep-gb:float[0..] --keep:int[1..]=3 --long-baseline:bool --minutes:float[0.05..] --patience:bool --per-device
         --recipes/--no-recipes:bool=True --reclaim:bool --retries:int[0..]
         --seed:int[0..] --set:list* --skip-broken:bool --storage --study --take-over
         --trials:int[1..] --weights:Path --workers:int[0..] space!
     """,
     "worker": """
-        --artifacts --data:Path --device --devices --keep-gb:float[0..] --per-device --storage --weights:Path
-        --workers:int[1..] study!
+        --artifacts --data:Path --device --devices --keep-gb:float[0..] --keep:int[1..]=3 --per-device --storage
+        --weights:Path --workers:int[1..] study!
     """,
     "train": """
         --data:Path --device --from --metric --profile:bool --set:list* --skip-broken:bool --storage --weights:Path
@@ -40,8 +40,8 @@ SURFACE = {
         --storage --weights:Path --workers:int[1..] study
     """,
     "refit": """
-        --confirm/--no-confirm:bool=True --data:Path --device --epochs --folds:int --members:int --metric --onnx:bool
-        --set:list* --skip-broken:bool --storage --study --weights:Path trial!
+        --average --confirm/--no-confirm:bool=True --data:Path --device --epochs --folds:int --form --members:int
+        --metric --onnx:bool --set:list* --skip-broken:bool --storage --study --views --weights:Path trial!
     """,
     "predict": """
         --device --like:Path --output/-o:Path=submission.csv --probabilities:bool --skip-broken:bool bundle!

@@ -36,7 +36,7 @@ from hpo.space import SearchSpace, load_space
 from hpo.space.pruner import places_of
 from hpo.study import Study, open_study
 from hpo.study.results import read_result
-from hpo.submission import Refitted, refit
+from hpo.submission import Forced, Refitted, refit
 from hpo.submission.bundle import load_bundle
 from hpo.trials import TRIAL_INDEX, trial_index_of
 from tests.hpo.commands import RunHpo, studies_in
@@ -445,6 +445,8 @@ def do_refit(study: Study, dataset: Dataset, label: str, **options: Any) -> Refi
         study.paths,
         number=0,
         label=label,
+        forced=Forced("own"),  # the trial's networks then suffice
+        kept=TrainingPaths(study.paths.trial(0)),
         config=chosen.config,
         epochs=chosen.epochs,
         dataset=dataset,
@@ -452,6 +454,11 @@ def do_refit(study: Study, dataset: Dataset, label: str, **options: Any) -> Refi
         device=CPU,
         **options,
     )
+
+
+def scores_of(done: Refitted) -> dict[str, float]:
+    """Score of each choice of views."""
+    return {each.name: each.score for each in done.decision.candidates if each.step == "views"}
 
 
 def out_of_fold(results: list[TrainResult], config: TrainConfig, dataset: Dataset, views: str) -> torch.Tensor:
@@ -468,7 +475,7 @@ def test_a_folded_trial_is_refitted_on_everything_with_views_chosen_out_of_fold(
 ) -> None:
     done = do_refit(folded, digits, "single")
     config = folded.trained(0).config
-    for views, score in done.decision.candidates.items():
+    for views, score in scores_of(done).items():
         expected = value(scores(out_of_fold(results, config, digits, views), digits.labels), "accuracy")
         assert score == pytest.approx(expected, abs=1e-12)
     assert done.networks == 1
@@ -502,7 +509,7 @@ def test_an_ensemble_averages_the_probabilities_of_its_members_over_test_images_
     done = three if members == 3 else four
     config = folded.trained(0).config.override({"data.folds": members})
     trained, divided = results if members == 3 else by_hand(config, digits), folds(digits, config.data)
-    for views, score in done.decision.candidates.items():
+    for views, score in scores_of(done).items():
         expected = value(scores(out_of_fold(trained, config, digits, views), digits.labels), "accuracy")
         assert score == pytest.approx(expected, abs=1e-12)
     test = digits.open_test()
@@ -589,6 +596,7 @@ def test_the_members_stop_early_by_their_own_validation_images(
     config = small.override({"epochs": 12, "early_stop.patience_fraction": 0.1, "optim.lr_scale": 8.0})
     paths = StudyPaths(tmp_path / "early")
     options: dict[str, Any] = {"dataset": digits, "metric": "macro_f1", "device": CPU, "ensemble": 3}
+    options["forced"] = Forced("own")
     done = refit(paths, number=0, label="best", config=config, epochs=12, **options)
     results = by_hand(config, digits, "macro_f1")
     assert any(len(result.history) < 12 for result in results)

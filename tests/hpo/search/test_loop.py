@@ -25,7 +25,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate, run_study
 from hpo.search.objective import failure_of
 from hpo.search.recipes import pending_recipes, run_recipes
-from hpo.search.weights import KEPT_MODELS
+from hpo.search.weights import DEFAULTS
 from hpo.space import SearchSpace, load_recipe, load_space
 from hpo.study import Study, find_study, open_study
 from hpo.study.results import read_result
@@ -157,7 +157,7 @@ def test_only_the_best_few_trials_keep_their_weights(tmp_path: Path) -> None:
     study, _ = run(write_space(tmp_path), 6)
     ranked = sorted(study.optuna.get_trials(), key=lambda trial: (-(trial.value or 0), trial.number))
     kept = {trial.number for trial in ranked if study.paths.trial_model(trial.number).exists()}
-    assert kept == {trial.number for trial in ranked[:KEPT_MODELS]}
+    assert kept == {trial.number for trial in ranked[: DEFAULTS.keep]}
 
 
 def test_a_picture_that_cannot_be_attached_costs_no_trial(

@@ -12,16 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
 from core.config import TrainConfig
+from core.metrics import Gain, Scores
 from core.tta import VIEWS
 from hpo.confirmation.statistics import Interval
 from hpo.study.versions import versions
 from hpo.submission.bundle import writing
+from hpo.submission.candidates import Candidate, Temperature
 from hpo.submission.card import model_card, write_card
+from hpo.submission.decision import Decision
 from tests.hpo.confirmation.simulated import some_confirmation, some_contender
 from tests.hpo.submission.test_bundle import CLASSES, REPORT, make, make_ensemble
 
@@ -44,6 +48,9 @@ CONFIRMATION = some_confirmation(
 TO_THE_BASE = replaced(CONFIRMATION, winner="baseline", evidence=False, advantage=Interval(0.002, 0.006, 5))
 
 
+SCORES_OF = Scores(0.2, 0.9, 0.9, 0.9, 0.05)
+
+
 def per_class(*support: int) -> list[dict[str, Any]]:
     """Rows whose recall falls with their place, from 0.9 by tenths."""
     return [
@@ -57,9 +64,13 @@ def whole_report() -> dict[str, Any]:
     report = copy.deepcopy(REPORT)
     report["data"] = {"train": 90, "own_test": False, "broken": 4}
     report["members"] = 3
-    report["averaging"] = {"chosen": "averaged weights", "val": {"ensemble": 0.961, "averaged weights": 0.963}}
-    report["tta"] = {"chosen": "flip", "val_candidates": {"none": 0.95, "flip": 0.961},
-                     "val_gains": {"flip": {"value": 0.011, "error": 0.004, "chance": 0.006}}}  # fmt: skip
+    report["objective"] = "accuracy"
+    report["decision"] = Decision(
+        "own", "flip", "one",
+        (Candidate("views", "none", 0.95, None, 1, False, False),
+         Candidate("views", "flip", 0.961, Gain(0.011, 0.004, 0.006), 2, True, False)),
+        5, Temperature(1.0, SCORES_OF, SCORES_OF, None), torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), 20,
+    ).metadata()  # fmt: skip
     report["temperature"] = {"value": 1.6, "val_nll_before": 0.2134, "val_nll_after": 0.1812, "val_ece_before": 0.081,
                              "val_ece_after": 0.023}  # fmt: skip
     report["search"] = {"study": "pets", "space": "my_space", "trials": 60, "complete": 20, "pruned": 38, "failures": 2,
@@ -113,9 +124,8 @@ def changed(*path: str, to: Any) -> dict[str, Any]:
         "90 for training, 20 held back from the first training for decisions, 300 for the test.",
         "Test: 20 % of all images, chosen by their pixels alone",
         "4 files could not be read, and were left out.",
-        "Of 3 trainings: averaged weights, chosen on validation images (ensemble 0.9610, averaged weights 0.9630).",
-        "`flip`, 2 views of each image, chosen on validation images "
-        "(gain over one view ± its standard error: flip +0.0110 ± 0.0040).",
+        "`flip`, 2 views of each image.",
+        "How it was chosen, on 20 images by 5 networks that have not seen them.",
         "Study `pets` ran 60 trials of the search space `my_space` (20 complete, 38 pruned and 2 failed to train).",
         "It took 900 epochs and 60 min on NVIDIA X.",
         "Its best validation score was 0.9241, which is partly luck",
@@ -134,8 +144,8 @@ def test_every_known_number_is_in_the_card(words: str) -> None:
     ("key", "words"),
     [
         ("data", "chosen by their pixels"),
-        ("averaging", "Of 3 trainings"),
-        ("tta", "chosen on validation images (gain"),
+        ("decision", "on 20 images by 5 networks that have not seen them"),
+        ("decision", "| views | `flip` | 0.9610 | +0.0110 ± 0.0040 | 2 | taken |"),
         ("temperature", "Calibration:"),
         ("search", "ran 60 trials"),
         ("confirmation", "Confirmed on other seeds"),
@@ -146,7 +156,7 @@ def test_every_known_number_is_in_the_card(words: str) -> None:
 def test_text_with_a_missing_number_is_left_out(key: str, words: str) -> None:
     assert words in card()
     for report in ({name: part for name, part in whole_report().items() if name != key}, whole_report() | {key: None}):
-        if report.get(key) is None and key in ("data", "val", "test", "tta"):
+        if report.get(key) is None and key in ("data", "val", "test", "decision"):
             report = {name: part for name, part in report.items() if name != key}  # these are never null
         assert words not in card(report)
     assert "None" not in card({})
@@ -339,7 +349,7 @@ def test_it_is_well_formed_markdown() -> None:
         "What it should not be used for", "Data", "Model", "How it was found", "Configuration",
         "What is in this folder",
     ]  # fmt: skip
-    assert sum(token.type == "table_open" for token in tokens) == 4
+    assert sum(token.type == "table_open" for token in tokens) == 5
     assert [token.info for token in tokens if token.type == "fence"] == ["sh", "python", "python", "text"]
     for row in (token for token in tokens if token.type == "inline" and token.content.startswith("|")):
         raise AssertionError(f"a table that is none: {row.content}")

@@ -26,6 +26,7 @@ from hpo.analysis.study_data import read_study_data
 from hpo.confirmation.trials import replicated
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.report.length import length as report_section
+from hpo.search.held_out import write_outputs
 from hpo.space import to_yaml
 from hpo.study import find_study
 from hpo.study.results import json_line, read_rows
@@ -55,27 +56,23 @@ class Trainer:
         """Batch size and epochs of each training."""
         self.killed_at: int | None = None
 
-    def __call__(
-        self, config: TrainConfig, splits: Sequence[Splits], paths: TrainingPaths, **_: Any
-    ) -> SimpleNamespace:
+    def __call__(self, config: TrainConfig, splits: Sequence[Splits], paths: TrainingPaths, **_: Any) -> None:
         paths.dir.mkdir(parents=True, exist_ok=True)
         paths.config.write_text(to_yaml(config))
         if len(self.trained) == self.killed_at:
             self.killed_at = None
             raise KeyboardInterrupt
         self.trained.append((config.batch_size, config.epochs))
-        results = []
         for fold, divided in enumerate(splits, 1):
             generator = make_generator(CPU, config.seed, config.batch_size, config.epochs, fold)
             labels = divided.labels[divided.val]
             right = torch.rand(len(labels), generator=generator) < self.accuracy(config)
-            results.append(
-                SimpleNamespace(val_logits=one_hot(torch.where(right, labels, (labels + 1) % 10), 10).float())
-            )
+            logits = one_hot(torch.where(right, labels, (labels + 1) % 10), 10).float()
+            result: Any = SimpleNamespace(val_logits=logits)
+            write_outputs(paths.validation(fold), result, divided)
             paths.model(fold).write_text("weights")
         rows = [{"epoch": epoch, "elapsed_s": float(epoch)} for epoch in range(1, config.epochs + 1)]
         paths.metrics.write_text("".join(map(json_line, rows)))
-        return SimpleNamespace(results=results)
 
 
 @pytest.fixture

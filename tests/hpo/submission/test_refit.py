@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,18 @@ from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import scores, value
 from core.runtime import derive_seed, make_generator, normalize
 from core.tta import VIEWS, average, predict_logits
-from hpo.confirmation.result import Confirmation, Contender, write_confirmation
+from hpo.api.refit import _FORMS, _VIEWS
+from hpo.confirmation.result import Confirmation, Contender, identity_of, write_confirmation
 from hpo.confirmation.statistics import Interval
+from hpo.confirmation.trials import trainings
 from hpo.paths import StudyPaths, refit_label
 from hpo.study import Study, find_study
 from hpo.submission import Refitted, refit
 from hpo.submission.bundle import load_bundle
-from hpo.submission.decision import AVERAGED, ENSEMBLE, decided
+from hpo.submission.candidates import Candidate
+from hpo.submission.decision import FORMS, Decision, Forced, decide
+from hpo.submission.evidence import Evidence, of_confirmation
+from hpo.submission.members import greedy_soup
 from tests.hpo.commands import SPACE, RunHpo, hpo, studies_in
 from tests.hpo.confirmation.simulated import some_confirmation, some_contender
 
@@ -100,70 +105,98 @@ RIGHT, ONE_WRONG, TWO_WRONG = (
 )
 
 
-def everywhere(logits: Tensor, **others: Tensor) -> dict[str, Tensor]:
-    """The same answers with all views, but for these."""
-    return {views: others.get(views, logits) for views in VIEWS}
+def evidence_of(
+    logits: Tensor | dict[str, Tensor] | dict[str, dict[str, Tensor]], labels: Tensor = LABELS, replicates: int = 1
+) -> Evidence:
+    """Evidence of these logits, by views or by average and views; the plain ones alone if it is a tensor."""
+    by_views = logits if isinstance(logits, dict) else {"none": logits}
+    nested: Any = by_views if "own" in by_views else {"own": by_views}
+    images = torch.arange(len(labels) // replicates).repeat(replicates)
+    return Evidence(images, labels, nested, "validation", ((),) * replicates)
 
 
-@pytest.mark.parametrize(
-    ("averaged", "ensemble", "form", "views"),
-    [
-        (everywhere(ONE_WRONG), everywhere(TWO_WRONG), AVERAGED, "none"),
-        (everywhere(TWO_WRONG), everywhere(ONE_WRONG), ENSEMBLE, "none"),
-        (everywhere(ONE_WRONG), everywhere(ONE_WRONG), AVERAGED, "none"),  # as good, and cheaper
-        (everywhere(TWO_WRONG, shift=ONE_WRONG), everywhere(TWO_WRONG), AVERAGED, "shift"),
-        (everywhere(TWO_WRONG, flip=ONE_WRONG), everywhere(TWO_WRONG, shift=RIGHT), ENSEMBLE, "shift"),
-        (everywhere(TWO_WRONG, flip=ONE_WRONG, shift=ONE_WRONG), everywhere(TWO_WRONG), AVERAGED, "flip"),
-    ],
-    ids=["averaged better", "ensemble better", "equal", "better by its views", "each by its best views", "equal views"],
-)
-def test_the_form_and_the_views_that_score_best_are_chosen_and_of_equals_the_cheaper(
-    averaged: dict[str, Tensor], ensemble: dict[str, Tensor], form: str, views: str
-) -> None:
-    found = decided({AVERAGED: averaged, ENSEMBLE: ensemble}, LABELS, "accuracy")
-    assert (found.form, found.views) == (form, views)
-    assert found.forms[form] == max(found.forms.values())
-    assert found.candidates[views] == found.forms[form]
+def candidates_of(decision: Decision, step: str) -> dict[str, Candidate]:
+    return {each.name: each for each in decision.candidates if each.step == step}
 
 
-def noisy_answers(signal: float, labels: Tensor, generator: torch.Generator, **more: float) -> dict[str, Tensor]:
-    """Logits of all views: that of the label is higher by `signal`, or by as much as `more` gives a choice of views."""
-    truth = torch.nn.functional.one_hot(labels, 10)
-    return {v: truth * more.get(v, signal) + torch.randn(len(labels), 10, generator=generator) for v in VIEWS}
+def noisy(signal: float, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Logits (M, 10): that of the label is higher by `signal`."""
+    return torch.nn.functional.one_hot(labels, 10) * signal + torch.randn(len(labels), 10, generator=generator)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "nll"])
-def test_of_equal_views_others_than_the_plain_one_are_taken_in_one_of_twenty_at_most(metric: str) -> None:
+@pytest.mark.parametrize("replicates", [1, 5])
+def test_of_equal_candidates_another_than_the_simplest_is_taken_in_one_of_twenty_at_most(
+    metric: str, replicates: int
+) -> None:
+    """At each step of the ladder. The trainings of several replicates make the same mistakes on an image."""
     generator, studies, images = torch.Generator().manual_seed(0), 100, 200
-    taken = 0
+    taken = dict.fromkeys(("average", "views"), 0)
     for _ in range(studies):
         labels = torch.randint(10, (images,), generator=generator)
-        taken += decided({"one network": noisy_answers(3.0, labels, generator)}, labels, metric).views != "none"
-    # Two standard deviations above 5 %. The best score alone would take others in three of four.
-    assert taken <= 0.05 * studies + 2 * (studies * 0.05 * 0.95) ** 0.5
+
+        def answer(labels: Tensor = labels) -> Tensor:
+            shared = noisy(3.0, labels, generator)
+            return torch.cat([shared + 0.3 * torch.randn(images, 10, generator=generator) for _ in range(replicates)])
+
+        logits = {
+            average: {views: answer() for views in ("none", "flip", "flip_shift")}
+            for average in ("own", "none", "ema_0.01", "ema_0.03", "ema_0.1")
+        }
+        found = decide(evidence_of(logits, labels.repeat(replicates), replicates), metric)
+        taken["average"] += found.average != "own"
+        taken["views"] += found.views != "none"
+    # Two standard deviations above 5 %. The best score alone would take others in four of five.
+    assert max(taken.values()) <= 0.05 * studies + 2 * (studies * 0.05 * 0.95) ** 0.5, taken
 
 
-def test_better_views_are_taken() -> None:
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "nll"])
+def test_better_candidates_are_taken_step_by_step(metric: str) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (1000,), generator=generator)
-    found = decided({"one network": noisy_answers(3.0, labels, generator, shift=3.5)}, labels, "accuracy")
-    assert found.views == "shift"
-    assert found.gains["shift"].value > 3 * found.gains["shift"].error
+    logits = {
+        average: {"none": noisy(plain, labels, generator), "shift": noisy(shifted, labels, generator)}
+        for average, (plain, shifted) in {"own": (3.0, 5.0), "ema_0.01": (3.2, 3.2), "ema_0.1": (3.5, 4.0)}.items()
+    }
+    found = decide(evidence_of(logits, labels), metric)
+    assert (found.average, found.views) == ("ema_0.1", "shift")
+    assert torch.equal(found.plain, logits["ema_0.1"]["none"])
+    assert torch.equal(found.answers, scaled(logits["ema_0.1"]["shift"], found.temperature.value))
+    gain = candidates_of(found, "average")["ema_0.1"].gain
+    assert gain is not None
+    assert gain.value > 3 * gain.error
+    assert {name: each.passes for name, each in candidates_of(found, "views").items()} == {"none": 1, "shift": 5}
+    kept = decide(evidence_of(logits, labels), metric, Forced("own", "none"))
+    assert (kept.average, kept.views) == ("own", "none")
+    assert candidates_of(kept, "average")["ema_0.1"].gain == gain, "a forced choice shows the evidence all the same"
 
 
-def test_averaged_weights_that_compute_nothing_are_never_chosen() -> None:
-    broken = everywhere(torch.full((len(LABELS), 3), math.nan))
-    found = decided({AVERAGED: broken, ENSEMBLE: everywhere(TWO_WRONG)}, LABELS, "nll")
-    assert found.form == ENSEMBLE
+def test_repeated_predictions_of_an_image_are_no_further_evidence() -> None:
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(10, (150,), generator=generator)
+    plain, shifted = noisy(3.0, labels, generator), noisy(3.3, labels, generator)
+    once = decide(evidence_of({"none": plain, "shift": shifted}, labels), "accuracy")
+    repeated = {"none": plain.repeat(5, 1), "shift": shifted.repeat(5, 1)}
+    again = decide(evidence_of(repeated, labels.repeat(5), 5), "accuracy")
+    assert once.views == again.views == "none"
+    assert candidates_of(once, "views")["shift"] == candidates_of(again, "views")["shift"]
+    assert (again.images, len(again.labels), again.networks) == (150, 750, 5)
 
 
-def test_by_the_loss_views_are_compared_at_the_temperature_of_each() -> None:
+def test_candidates_that_compute_nothing_are_never_taken() -> None:
+    broken = torch.full((len(LABELS), 3), math.nan)
+    found = decide(evidence_of({"own": {"none": TWO_WRONG}, "ema_0.1": {"none": broken}}), "nll")
+    assert found.average == "own"
+    assert candidates_of(found, "average")["ema_0.1"].verdict == "not finite"
+
+
+def test_by_the_loss_candidates_are_compared_at_the_temperature_of_each() -> None:
     """Undivided, the plain view loses for being far too sure; at its own temperature it wins, being right oftener."""
     too_sure, unsure = logits_of(*(0, 1, 2, 1) * 10, sure=40), logits_of(*(0, 1, 1, 1) * 10, sure=1)
     assert scores(too_sure, LABELS).loss > scores(unsure, LABELS).loss
-    found = decided({"one network": everywhere(too_sure, shift=unsure)}, LABELS, "nll")
+    found = decide(evidence_of({"none": too_sure, "shift": unsure}), "nll")
     assert found.views == "none"
-    assert found.candidates["none"] == pytest.approx(found.temperature.after.loss)
+    assert candidates_of(found, "views")["none"].score == pytest.approx(found.temperature.after.loss)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +214,7 @@ def test_by_the_loss_views_are_compared_at_the_temperature_of_each() -> None:
 def test_the_temperature_is_the_best_fit_unless_that_is_unsafe(
     logits: Tensor, averaged_later: bool, temperature: float, why: str | None
 ) -> None:
-    found = decided({"one network": everywhere(logits)}, LABELS, "accuracy", averaged_later=averaged_later).temperature
+    found = decide(evidence_of(logits), "accuracy", averaged_later=averaged_later).temperature
     assert found.value == temperature
     assert (why is None and found.why is None) or (why is not None and found.why is not None and why in found.why)
     assert found.before == scores(logits, LABELS)
@@ -235,7 +268,7 @@ def test_the_report_of_a_refit_agrees_with_its_bundle(study: Study, digits: Data
         "best_value": best.value,
     } | {"device": report["search"]["device"]}  # fmt: skip
     assert report["search"]["device"].startswith("CPU")
-    assert (report["averaging"], report["confirmation"], report["recipe"]) == (None, None, None)
+    assert (report["decision"]["form"], report["confirmation"], report["recipe"]) == ("one", None, None)
     assert {path.name for path in bundle.folder.iterdir()} >= {"README.md", "confident_errors.png", "confusion.png"}
 
 
@@ -275,6 +308,9 @@ def test_the_schedule_of_a_refit_is_the_trials_in_shares_of_its_own_more_steps(
 # Members by seed ----------------------------------------------------------------------------------------------------
 
 
+FORCED = Forced("own", "none", "ensemble")
+
+
 @pytest.fixture(scope="module")
 def two_members(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> tuple[Refitted, list[str]]:
     """A refit of two members, interrupted in the second one and resumed; and the labels of the resumed trainings."""
@@ -291,9 +327,9 @@ def two_members(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> tu
         return lambda epoch: trained.append(label)
 
     with pytest.raises(KeyboardInterrupt):
-        do_refit(folder, digits, label="best.members2", members=2, watch=cut_off)
+        do_refit(folder, digits, label="best.members2", members=2, watch=cut_off, forced=FORCED)
     assert not StudyPaths(folder / "own").test_openings.exists()
-    return do_refit(folder, digits, label="best.members2", members=2, watch=count), trained
+    return do_refit(folder, digits, label="best.members2", members=2, watch=count, forced=FORCED), trained
 
 
 def test_members_are_trained_from_seeds_of_their_own_first_for_validation_and_then_on_all_images(
@@ -304,17 +340,17 @@ def test_members_are_trained_from_seeds_of_their_own_first_for_validation_and_th
     splits = split(digits, SMALL.data)
     judged = [train(SMALL.override({"seed": seed}), splits, device=CPU) for seed in seeds]
     val, labels = splits.images[splits.val], splits.labels[splits.val]
-    ensemble = {views: scores(answers(judged, val, splits, views), labels) for views in VIEWS}
+    ensemble = scores(answers(judged, val, splits), labels)
     mean = mean_by_hand(judged, SMALL, splits)
     prepare = lambda x: normalize(x, splits.mean, splits.std)  # noqa: E731
-    of_mean = [scores(predict_logits(mean, val, prepare=prepare, views=views), labels).accuracy for views in VIEWS]
-    report = report_of(done)
-    assert report["averaging"]["chosen"] == ENSEMBLE  # from scratch: between networks the loss is high
-    assert report["averaging"]["val"][ENSEMBLE] == ensemble[done.decision.views].accuracy
-    assert report["averaging"]["val"][AVERAGED] in of_mean
-    assert max(of_mean) < 0.5 * report["averaging"]["val"][ENSEMBLE]
-    assert report["tta"]["val_candidates"] == {views: found.accuracy for views, found in ensemble.items()}
-    assert report["temperature"]["val_nll_before"] == pytest.approx(ensemble[done.decision.views].loss, rel=1e-5)
+    of_mean = scores(predict_logits(mean, val, prepare=prepare), labels).accuracy
+    report, tried = report_of(done), candidates_of(done.decision, "soup") | candidates_of(done.decision, "ensemble")
+    assert report["decision"]["form"] == "ensemble"
+    assert tried["ensemble"].score == ensemble.accuracy
+    assert tried["uniform_soup"].score == of_mean < 0.5 * ensemble.accuracy  # between networks the loss is high
+    each = [scores(answers([one], val, splits), labels).accuracy for one in judged]
+    assert tried["one"].score == pytest.approx(sum(each) / 2)
+    assert report["temperature"]["val_nll_before"] == pytest.approx(ensemble.loss, rel=1e-5)
     assert (report["networks"], report["members"], report["epochs"]) == (2, 2, 2)
 
     whole = splits.whole()
@@ -342,10 +378,10 @@ def test_members_fine_tuned_from_one_set_of_weights_become_one_network_of_their_
     tmp_path: Path, tuned: TrainConfig
 ) -> None:
     dataset = load_dataset(tuned.data)
-    done = do_refit(tmp_path, dataset, tuned, metric="nll", members=2)
-    report = report_of(done)
-    assert report["averaging"]["chosen"] == AVERAGED
-    assert report["averaging"]["val"][AVERAGED] <= report["averaging"]["val"][ENSEMBLE]
+    done = do_refit(tmp_path, dataset, tuned, metric="nll", members=2, forced=Forced("own", "none", "uniform_soup"))
+    report, tried = report_of(done), candidates_of(done.decision, "soup")
+    assert report["decision"]["form"] == "uniform_soup"
+    assert tried["uniform_soup"].score < tried["one"].score
     assert (report["networks"], report["members"]) == (1, 2)
     whole = split(dataset, tuned.data).whole()
     seeds = tuned.seed, derive_seed(tuned.seed, "member", 2)
@@ -382,7 +418,7 @@ def test_the_first_member_is_the_trials_own_and_folds_give_way_to_the_validation
         return train(config, *arguments, **options)
 
     monkeypatch.setattr("hpo.submission.networks.train", counted)
-    said = run_hpo("refit", "0", "--members", "2")
+    said = run_hpo("refit", "0", "--members", "2", "--average", "own", "--form", "ensemble")
     own, other = study.trained(0).config.seed, derive_seed(study.trained(0).config.seed, "member", 2)
     assert [config.seed for config in trained] == [other, own, other]
     assert "as 2 networks from 2 seeds" in said
@@ -390,17 +426,38 @@ def test_the_first_member_is_the_trials_own_and_folds_give_way_to_the_validation
 
     trained.clear()
     folded = study.trained(0).config.override({"data.folds": 3})
-    done = do_refit(study.paths.dir.parent, digits, folded, number=0, label="folded", members=2)
+    done = do_refit(study.paths.dir.parent, digits, folded, number=0, label="folded", members=2, forced=FORCED)
     assert len(trained) == 4
     assert load_bundle(done.dir, CPU).meta.config.data.folds is None
 
 
-def test_weights_of_folds_are_not_averaged_and_the_report_has_the_reason(tmp_path: Path, digits: Dataset) -> None:
+def test_the_temperature_of_an_ensemble_of_folds_is_not_above_1(tmp_path: Path, digits: Dataset) -> None:
     done = do_refit(tmp_path, digits, SMALL.override({"epochs": 1}), label="best.folds2", ensemble=2)
-    averaging = report_of(done)["averaging"]
-    assert (averaging["chosen"], averaging["val"]) == (ENSEMBLE, {})
-    assert "seen by the others" in averaging["why"]
+    assert report_of(done)["decision"]["form"] == "ensemble"
     assert done.decision.temperature.value <= 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_greedy_soup_is_that_of_a_plain_loop(seed: int) -> None:
+    """Merits are drawn for each set of members; the reference follows Wortsman et al., algorithm 1."""
+    drawn: dict[frozenset[int], float] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def merit(members: Sequence[int]) -> float:
+        key = frozenset(members)
+        return drawn.setdefault(key, float(torch.randint(4, (), generator=generator)))
+
+    found = greedy_soup(4, merit)
+    ingredients: list[int] = []
+    for member in sorted(range(4), key=lambda each: (-merit([each]), each)):
+        if not ingredients or merit([*ingredients, member]) >= merit(ingredients):
+            ingredients.append(member)
+    assert found == ingredients
+    assert all(merit(found) >= merit([member]) for member in range(4))
+
+
+def test_the_names_of_choices_are_those_of_the_decisions() -> None:
+    assert (tuple(VIEWS), FORMS) == (_VIEWS, _FORMS)
 
 
 @pytest.mark.parametrize(
@@ -409,10 +466,14 @@ def test_weights_of_folds_are_not_averaged_and_the_report_has_the_reason(tmp_pat
         (["--folds", "3", "--members", "3"], "give one of them"),
         (["--members", "1"], "--members 1: an ensemble has 2 to 20 networks"),
         (["--members", "21"], "--members 21: an ensemble has 2 to 20 networks"),
+        (["--views", "sideways"], "--views sideways: give one of none, flip, shift, flip_shift"),
+        (["--form", "ensemble"], "--form ensemble: it is the form of several networks; give their number by --members"),
+        (["--members", "2", "--form", "soup"], "--form soup: give one of one, uniform_soup, greedy_soup, ensemble"),
+        (["--average", "ema_0.9"], "--average ema_0.9: give own, none, or ema_H with a half-life H up to 0.5"),
     ],
 )
-def test_invalid_numbers_of_networks_are_one_line(options: list[str], said: str, run_hpo: RunHpo) -> None:
-    assert said in run_hpo.fails("refit", "best", *options)
+def test_invalid_choices_are_one_line(study: Study, options: list[str], said: str, run_hpo: RunHpo) -> None:
+    assert said in run_hpo.fails("refit", "best", "--no-confirm", *options)
 
 
 @pytest.mark.parametrize(
@@ -498,8 +559,77 @@ def test_best_is_confirmed_first(study: Study, run_hpo: RunHpo) -> None:
     assert report["trial"] == winner["trial"]
     assert report["test"]["opened"] == 1
 
+    assert report["decision"]["networks"] == len(next(iter(winner["scores"].values()))) * len(winner["scores"])
+    assert "confirmation images, by networks that have not seen them" in said
+
     said = run_hpo.fails("refit", "best", "--study", "own.confirm")
     assert "study own.confirm is itself the confirmation of own; give that one" in said
+
+
+def by_hand(model: torch.nn.Module, images: Tensor, splits: Any, views: str) -> Tensor:
+    """(M, K): log of the mean probabilities over the image and, for `shift`, four moved by a pixel with reflection."""
+    pixels = images.float()
+    seen = [pixels]
+    if views == "shift":
+        wide = torch.nn.functional.pad(pixels, (1, 1, 1, 1), mode="reflect")
+        side = images.shape[-1]
+        seen += [wide[..., y : y + side, x : x + side] for y, x in ((0, 1), (2, 1), (1, 0), (1, 2))]
+    with torch.inference_mode():
+        each = [model.eval()((view / 255 - splits.mean[0]) / splits.std[0]).softmax(1) for view in seen]
+    return torch.stack(each).mean(0).log()
+
+
+def test_the_evidence_of_a_confirmation_is_that_of_its_trainings_made_again(
+    study: Study, digits: Dataset, run_hpo: RunHpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_hpo("confirm", "own")
+    confirming = find_study("own.confirm")
+    found = json.loads(study.paths.confirmation.read_text())
+    winner = next(one for one in found["contenders"] if one["key"] == found["winner"])
+    identity = identity_of(winner["config"])
+    evidence = of_confirmation(study, identity, digits.labels)
+    assert evidence is not None
+    numbers = [each.number for each in trainings(confirming) if each.identity == identity and each.values]
+    assert evidence.networks == len(numbers) > 1
+    assert list(evidence.logits) == ["own", "ema_0.01", "ema_0.03", "ema_0.1"]
+    begin = 0
+    for number in numbers:
+        config = confirming.trained(number).config
+        splits = split(digits, config.data)
+        trained = train(config, splits, device=CPU, averages=(0.01, 0.03, 0.1))
+        rows = slice(begin, begin + len(splits.val))
+        assert torch.equal(evidence.images[rows], splits.val)
+        assert torch.equal(evidence.labels[rows], digits.labels[splits.val])
+        for name, model in {"own": trained.model, **trained.averages}.items():
+            assert list(evidence.logits[name]) == ["none", "shift"]
+            for views in ("none", "shift"):
+                expected = by_hand(model, splits.images[splits.val], splits, views)
+                logits = evidence.logits[name][views][rows]
+                torch.testing.assert_close(logits.log_softmax(1), expected, rtol=1e-4, atol=1e-4)
+        begin = rows.stop
+    assert begin == len(evidence.images)
+
+    only: list[int] = []
+    monkeypatch.setattr(
+        "hpo.submission.networks.train",
+        lambda config, splits, **options: only.append(len(splits.val)) or train(config, splits, **options),
+    )
+    run_hpo("refit", "best", "--average", "ema_0.1", "--views", "shift")
+    assert only == [0], "nothing is trained for the decisions"
+    meta = load_bundle(study.paths.refit("best"), CPU).meta
+    assert (meta.config.averaging.name, meta.config.averaging.half_life_fraction) == ("ema", 0.1)
+    assert meta.views == "shift"
+    config = TrainConfig.model_validate_json(json.dumps(winner["config"]))
+    whole = train(config, split(digits, config.data).whole(), device=CPU, averages=(0.1,), stop_after=winner["epochs"])
+    kept = load_file(study.paths.refit("best") / "model.safetensors")
+    weights = whole.averages["ema_0.1"].state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in weights.items())
+
+    for file in confirming.paths.validation_outputs():
+        file.unlink()
+    only.clear()
+    run_hpo("refit", "best")
+    assert only == [len(splits.val), 0], "without the files, the configuration is trained for the decisions"
 
 
 # ONNX ---------------------------------------------------------------------------------------------------------------

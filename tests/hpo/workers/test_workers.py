@@ -35,7 +35,7 @@ from hpo.cli.progress import StudyProgress
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.search.interrupts import Interrupts
-from hpo.search.weights import KEPT_MODELS
+from hpo.search.weights import DEFAULTS
 from hpo.space import load_space
 from hpo.study import Study, open_study
 from hpo.trials import CRASHES
@@ -126,7 +126,7 @@ def test_several_workers_reach_exactly_the_total_with_the_results_of_one_process
     assert all(trial.user_attrs["torch_threads"] == 1 for trial in trials_of(together))
     processes = {trial.user_attrs["lease"]["pid"] for trial in trials_of(together)}
     assert os.getpid() not in processes
-    assert len(list(together.glob("trials/*/model.safetensors"))) == KEPT_MODELS
+    assert len(list(together.glob("trials/*/model.safetensors"))) == DEFAULTS.keep
     assert "2 trials at once, each in a process with 1 thread\n" in said
     assert sum(line.startswith("trial ") and "complete" in line for line in said.splitlines()) == 4
 
