@@ -30,7 +30,7 @@ def class_caps(labels: Tensor, config: SamplingConfig, classes: Sequence[str]) -
         if name not in classes:
             raise ConfigError(f"sampling.caps: {name} is no class of the data; its classes are {', '.join(classes)}")
         place = classes.index(name)
-        caps[place] = (counts[place] * cap).round().clamp(min=1) if cap <= 1 else int(cap)
+        caps[place] = (counts[place].double() * cap).round().clamp(min=1) if cap <= 1 else int(cap)
     return caps
 
 

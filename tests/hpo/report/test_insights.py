@@ -714,6 +714,7 @@ def test_the_sheet_begins_with_the_images_and_its_draws_are_reproducible(real: S
         {"augment.cutmix": 1.0},
         {"augment.policy": "trivialaugment"},
         {"augment.erase": 1.0},
+        {"augment.scale": 0.4, "augment.shear_degrees": 20.0},
     ],
     ids=str,
 )
