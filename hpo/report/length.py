@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 from hpo.analysis.study_data import StudyData
 from hpo.report.page import Section, listing, note, paragraph, section, table
 from hpo.report.words import metric_label
 from hpo.search.length import probe_of
-from hpo.submission.length import Ladder
+from hpo.submission.length import read_ladder
 from hpo.text import duration, score, sentence
 
 
 def length(data: StudyData) -> Section | None:
     """The section; None if no length was compared."""
-    probe, paths = probe_of(data.study.settings), data.study.paths
-    ladder = Ladder.from_json(json.loads(paths.ladder.read_text("utf-8"))) if paths.ladder.exists() else None
+    probe, ladder = probe_of(data.study.settings), read_ladder(data.study.paths.ladder)
     if probe is None and ladder is None:
         return None
     body = []

@@ -10,12 +10,14 @@ study finds them.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from core.data import Division, Splits
 from core.loop import seconds_per_epoch
 from core.metrics import Gain
 from core.runtime import make_generator
+from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.objective import failure_of
 from hpo.search.recipes import is_training_of
@@ -136,11 +139,11 @@ class Ladder:
         found = [rung.line(self.metric) for rung in self.rungs]
         found.append(f"the ladder ends: {self.ended}")
         if self.ahead is not None:
-            by = f"ahead by {_plus_minus(self.ahead)}"
+            by = _plus_minus(self.ahead)
             if self.ahead.value > self.ahead.error:
-                found.append(f"at these lengths {self.name} is {by}: it is refitted instead of {self.other}")
+                found.append(f"{self.name} is refitted instead of {self.other}: at these lengths it is better by {by}")
             else:
-                found.append(f"at these lengths {self.other} is not beyond its error: {by} of {self.name}")
+                found.append(f"at these lengths {self.other} is not better than {self.name} beyond the error: {by}")
         return [*found, self.verdict]
 
     def to_json(self) -> dict[str, Any]:
@@ -155,6 +158,16 @@ class Ladder:
 
 
 _ADAPTER = TypeAdapter(Ladder)
+
+
+def read_ladder(path: Path) -> Ladder | None:
+    """Read a ladder's file; None if there is none, StudyError if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return Ladder.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{path}: cannot be read; delete it, and hpo refit writes it again") from error
 
 
 def _plus_minus(gain: Gain) -> str:
@@ -390,7 +403,10 @@ class _Climb:
             if not all((one.key, self._heights[one.key], replicate) in self._held for one in self._climbers):
                 break
             replicates += 1
-        ours, theirs = (self._pooled(one, self._heights[one.key], replicates) for one in (winner, baseline))
+        try:
+            ours, theirs = (self._pooled(one, self._heights[one.key], replicates) for one in (winner, baseline))
+        except _FailedError:  # at the length of the search
+            return winner, None
         ahead = self._gain(theirs, ours)
         return (baseline if ahead.value > ahead.error else winner), ahead
 

@@ -24,6 +24,7 @@ from core.loop import EpochMetrics
 from core.runtime import make_generator
 from hpo.analysis.study_data import read_study_data
 from hpo.confirmation.trials import replicated
+from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.report.length import length as report_section
 from hpo.search.held_out import write_outputs
@@ -32,7 +33,7 @@ from hpo.study import find_study
 from hpo.study.results import json_line, read_rows
 from hpo.submission import length
 from hpo.submission.bundle import load_bundle
-from hpo.submission.length import Budget, Climber, Ladder, Site, climb, default_budget
+from hpo.submission.length import Budget, Climber, Ladder, Site, climb, default_budget, read_ladder
 from tests.hpo.commands import RunHpo
 
 CPU = torch.device("cpu")
@@ -175,7 +176,8 @@ def test_the_baseline_is_refitted_if_it_is_ahead_at_the_final_lengths(
     assert config.epochs == ladder.epochs == (8 if chosen == "baseline" else 2) * EPOCHS
     assert folder.dir.name == f"{chosen.replace(' ', '-')}-{ladder.epochs}-0"
     words = "\n".join(ladder.lines())
-    assert ("it is refitted instead of trial 4" in words) == (chosen == "baseline")
+    assert ("baseline is refitted instead of trial 4" in words) == (chosen == "baseline")
+    assert ("baseline is not better than trial 4 beyond the error" in words) == (chosen == "trial 4")
 
 
 def test_without_a_longer_training_the_confirmation_stays_as_it_is(
@@ -226,6 +228,26 @@ def test_a_length_that_diverges_is_not_taken(tmp_path: Path, digits: Dataset, tr
         assert (ladder.epochs, ladder.rungs[-1].failure) == (2 * EPOCHS, "diverged")
         assert Ladder.from_json(json.loads(json.dumps(ladder.to_json()))).rungs[-1].failure == "diverged"
     assert len(invented.trained) == 3  # the failure is recorded too
+
+
+def test_a_winner_that_cannot_be_trained_again_stays_the_winner(tmp_path: Path, digits: Dataset, trainer: Any) -> None:
+    """The refit then shows the reason, as without a ladder."""
+
+    def accuracy(config: TrainConfig) -> float:
+        if config.batch_size == 32:
+            raise DivergedError("the loss is nan")
+        return by_length(0.3, 0.6, 0.1, 0.1)(config)
+
+    trainer(accuracy)
+    ladder, _, _ = climb([WINNER, BASELINE], site_of(tmp_path, digits), Budget(PLENTY))
+    assert (ladder.chosen, ladder.epochs, ladder.ahead) == ("trial 4", EPOCHS, None)
+
+
+def test_a_damaged_record_of_a_ladder_is_named(tmp_path: Path) -> None:
+    assert read_ladder(tmp_path / "length.json") is None
+    (tmp_path / "length.json").write_text('{"rungs": []}')
+    with pytest.raises(StudyError, match=r"length\.json: cannot be read"):
+        read_ladder(tmp_path / "length.json")
 
 
 def test_a_probe_has_no_length(tmp_path: Path, digits: Dataset, trainer: Any) -> None:
