@@ -259,6 +259,7 @@ class _Held:
 
     logits: Tensor  # (M, K) float32 on the CPU
     labels: Tensor  # (M,) int64
+    images: Tensor  # (M,) int64; an image may be in several replicates
     elapsed_s: float
 
 
@@ -389,7 +390,12 @@ class _Climb:
         metric = self._site.metric
         generator = make_generator(torch.device("cpu"), "length")
         return metrics.paired_gain(
-            _fitted(held, metric), _fitted(other, metric), held.labels, metric, generator=generator
+            _fitted(held, metric),
+            _fitted(other, metric),
+            held.labels,
+            metric,
+            generator=generator,
+            images=held.images,
         )
 
     def _compare(self) -> tuple[Climber, Gain | None]:
@@ -418,6 +424,7 @@ class _Climb:
         return _Held(
             logits=torch.cat([part.logits for part in parts]),
             labels=torch.cat([part.labels for part in parts]),
+            images=torch.cat([part.images for part in parts]),
             elapsed_s=sum(part.elapsed_s for part in parts),
         )
 
@@ -502,6 +509,7 @@ def _read(folder: TrainingPaths, splits: Sequence[Splits]) -> _Held:
     return _Held(
         logits=torch.cat([each["logits"] for each in outputs]),
         labels=splits[0].labels.cpu()[images],
+        images=images,
         elapsed_s=float(read_rows(folder.metrics)[-1]["elapsed_s"]),
     )
 
