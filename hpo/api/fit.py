@@ -241,6 +241,7 @@ class _Fit:
                 "settings": list(choice.settings),
                 "data": None if chooser.data is None else str(chooser.data),
                 "trials": choice.trials,
+                "whole": choice.whole,
                 "limit_s": self._record["limit_s"],
                 **{key: getattr(plan, key) for key in ("search_s", "confirm_s", "refit_s", "after_s")},
             }
@@ -361,9 +362,39 @@ class _Fit:
         confirmed = self._record.done[CONFIRM] is None
         self._say()
         self._say_kinds()
-        options = RefitOptions(trial="best", study=self._paths.name, confirm=confirmed, device=self._options.device)
-        self._refitted = refit(options, self._reporter, self._interrupts, seconds=self._until("after_s"))
+        options = RefitOptions(
+            trial="best",
+            study=self._paths.name,
+            confirm=confirmed,
+            device=self._options.device,
+            epochs=self._shorter(confirmed=confirmed),
+        )
+        seconds = max(0.0, self._until("after_s"))
+        self._refitted = refit(options, self._reporter, self._interrupts, seconds=seconds)
         return str(self._refitted.refitted.dir)
+
+    def _shorter(self, *, confirmed: bool) -> str | None:
+        """Epochs of a refit that fits the time, whose decisions need a training too; None if all epochs fit."""
+        from hpo.api.fit_plan import REPORT_S
+        from hpo.confirmation.candidates import best_searched
+        from hpo.confirmation.result import read_confirmation
+        from hpo.confirmation.trials import seconds_per_epoch
+        from hpo.study import find_study
+
+        study = find_study(self._paths.name)
+        made = read_confirmation(study.paths.confirmation) if confirmed else None
+        chosen = best_searched(study) if made is None else made.contender(made.winner)
+        epoch_s = seconds_per_epoch(study, chosen.trial)
+        if epoch_s is None or chosen.train_config.is_probe:
+            return None
+        whole, left_s = float(self._record["choice"]["whole"]), self._until("after_s") + REPORT_S
+        if chosen.epochs * epoch_s * whole <= left_s:
+            return None
+        epochs = max(1, int(left_s / (epoch_s * (1 + whole))))
+        if epochs >= chosen.epochs:
+            return None
+        self._say(f"a refit of {count(chosen.epochs, 'epoch')} does not fit the time that is left: {epochs} instead")
+        return str(epochs)
 
     def _predict_options(self, bundle: str) -> PredictOptions:
         options = self._options

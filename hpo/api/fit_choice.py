@@ -63,6 +63,8 @@ class Choice:
     plan: Plan
     trials: int
     """Total of the search, which time may end earlier."""
+    whole: float
+    """Images outside the test set as a multiple of the training images."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ class Chooser:
         settings = found.settings if plan.epochs == wanted else (*found.settings, f"epochs={plan.epochs}")
         lines = [*why, *plan.left_out]
         trials = plan.trials or found.space.trials
-        return Choice(found.name, settings, tuple(lines), plan, trials), found.dataset, found.splits
+        return Choice(found.name, settings, tuple(lines), plan, trials, timed.whole), found.dataset, found.splits
 
 
 def _names(settings: tuple[str, ...] | list[str]) -> set[str]:

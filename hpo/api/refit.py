@@ -322,17 +322,20 @@ def _choose(study: Study, options: RefitOptions, reporter: Reporter, interrupts:
         number = int(options.trial)
         return _of_trial(study, number, f"{number:05d}")
     from hpo.api.confirm import check_is_search
-    from hpo.confirmation.candidates import best_trial
+    from hpo.confirmation.candidates import best_searched
 
     check_is_search(study)
-    best = best_trial(study)
+    best = best_searched(study)
     if options.confirm:
         return _winner(study, options, reporter, interrupts)
-    score = f"{study.metric} {best.value:.4f}"
-    reporter.say(f"not confirmed: trial {best.number} is the best by its one validation score, {score}")
+    name = best.name if best.trial is None else f"trial {best.trial}"
+    score = f"{study.metric} {best.search_value:.4f}"
+    reporter.say(f"not confirmed: {name} is the best by its one validation score, {score}")
     if study.paths.confirmation.exists():
         reporter.say(f"  {study.paths.confirmation} is ignored (--no-confirm)")
-    return _of_trial(study, best.number, BEST)
+    if best.trial is not None:
+        return _of_trial(study, best.trial, BEST)
+    return _Choice(name, BEST, None, best.train_config, best.epochs, recipe=best.recipe)
 
 
 def _of_trial(study: Study, number: int, label: str) -> _Choice:

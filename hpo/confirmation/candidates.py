@@ -43,6 +43,13 @@ def best_trial(study: Study) -> FrozenTrial:
     return best
 
 
+def best_searched(study: Study) -> Candidate:
+    """Return the best trial or recipe by its score in the search; StudyError if no trial is complete."""
+    best_trial(study)
+    scored = [one for one in candidates(study, study.space()) if one.search_value is not None]
+    return max(scored, key=lambda one: study.sign * (one.search_value or 0.0))
+
+
 def candidates(study: Study, space: SearchSpace) -> list[Candidate]:
     """Return the candidates of all criteria and the baseline, in order of preference.
 

@@ -159,9 +159,13 @@ def search_epochs(study: Study) -> int:
     return sum(int(trial.user_attrs.get("epochs", 0)) for trial in trials if trial.state in _FINISHED)
 
 
-def seconds_per_epoch(study: Study) -> float | None:
-    """Return the mean time of an epoch of a search's complete trials; None if it is not known."""
-    trials = [trial.user_attrs for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+def seconds_per_epoch(study: Study, number: int | None = None) -> float | None:
+    """Return the mean time of an epoch of a search's complete trials, or of one of them; None if it is not known."""
+    trials = [
+        trial.user_attrs
+        for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if number in (None, trial.number)
+    ]
     timed = [found for found in trials if found.get("epochs") and "elapsed_s" in found]
     epochs = sum(int(found["epochs"]) for found in timed)
     return sum(float(found["elapsed_s"]) for found in timed) / epochs if epochs else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -425,3 +426,14 @@ def test_a_mistake_is_one_line_before_any_training(
     (tmp_path / "loose" / "notes.txt").write_text("no images")
     assert expected in run_hpo.fails("fit", *arguments)
     assert not list(Path(os.environ["HPO_STUDIES"]).glob("*")), "nothing is left behind"
+
+
+def test_a_refit_that_no_longer_fits_is_shorter(
+    space: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The trials seem to have taken 60 s an epoch: two on all images are 160 s."""
+    monkeypatch.setattr("hpo.confirmation.trials.seconds_per_epoch", lambda *_: 60.0)
+    hpo.fit("digits", space=space, minutes=2)
+    assert "a refit of 2 epochs does not fit the time that is left: 1 instead" in capfd.readouterr().out
+    report = json.loads((StudyPaths.of("fit-digits").refit("best") / "metrics.json").read_text())
+    assert report["epochs"] == 1

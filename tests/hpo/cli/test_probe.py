@@ -125,6 +125,8 @@ def test_a_probe_beside_a_study_keeps_its_own_normalization_also_in_its_refit(fo
     splits = split(load_dataset(alone.data), alone.data)
     wanted = train(alone.override({"seed": beside.seed}), splits, device=torch.device("cpu"))
     assert result["value"] == wanted.value("accuracy")
+    said = run_hpo("refit", "best", "--no-confirm")
+    assert f"recipe probe is the best by its one validation score, accuracy {result['value']:.4f}" in said
     assert "refitting recipe probe" in run_hpo("refit", "best")
     preprocess = json.loads((folder / "studies/own/refit/best/preprocess.json").read_text())
     assert preprocess["networks"][0]["mean"] == [0.5]
