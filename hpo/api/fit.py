@@ -77,21 +77,20 @@ def fit(
     """
     began = time.time() if began is None else began
     reporter, interrupts = reporter or Silent(), interrupts or Interrupts()
-    with interrupts.let_through():
-        paths = StudyPaths.of(options.study or f"fit-{_stem(options.data)}")
-        given = _given(options)
-        with FitRecord.opened(paths, {**given, "limit_s": options.time_s}, began=began) as record:
-            _check_same(paths, record, given, options)
-            try:
-                with weights_in(options.weights):
-                    return _Fit(options, paths, record, reporter, interrupts).run()
-            except (HpoError, CoreError):
-                if not paths.study_yaml.exists():
-                    record.discard()
-                raise
-            except KeyboardInterrupt:
-                reporter.say(f"{duration(max(0.0, record.left_s))} are left; the same command continues")
-                raise
+    paths = StudyPaths.of(options.study or f"fit-{_stem(options.data)}")
+    given = _given(options)
+    with FitRecord.opened(paths, {**given, "limit_s": options.time_s}, began=began) as record:
+        _check_same(paths, record, given, options)
+        try:
+            with weights_in(options.weights):
+                return _Fit(options, paths, record, reporter, interrupts).run()
+        except (HpoError, CoreError):
+            if not paths.study_yaml.exists():
+                record.discard()
+            raise
+        except KeyboardInterrupt:
+            reporter.say(f"{duration(max(0.0, record.left_s))} are left; the same command continues")
+            raise
 
 
 def _stem(data: str) -> str:
@@ -171,7 +170,8 @@ class _Fit:
     def run(self) -> FitResult:
         record, before = self._record, self._is_finished()
         if not before:
-            self._begin()
+            with self._interrupts.let_through():  # the stages decide for themselves
+                self._begin()
             stages: dict[str, Callable[[], Any]] = {
                 SEARCH: self._search,
                 CONFIRM: self._confirm,
@@ -388,7 +388,7 @@ class _Fit:
         if epoch_s is None or chosen.train_config.is_probe:
             return None
         whole, left_s = float(self._record["choice"]["whole"]), self._until("after_s") + REPORT_S
-        if chosen.epochs * epoch_s * whole <= left_s:
+        if chosen.epochs * epoch_s * (whole + (not confirmed)) <= left_s:
             return None
         epochs = max(1, int(left_s / (epoch_s * (1 + whole))))
         if epochs >= chosen.epochs:

@@ -76,8 +76,8 @@ def divide(left_s: float, timed: Timed, most_epochs: int, *, fewest_epochs: int 
     if epochs >= enough:
         search_s = SEARCH_ALONE * free_s
         return Plan(epochs, None, search_s, 0.0, free_s - search_s, timed.after_s, (unconfirmed,))
-    one_s = SLOWER * timed.epoch_s
-    epochs = min(most_epochs, int((free_s - beside_s) / (one_s * (1 + timed.whole))))
+    one_s = SLOWER * timed.epoch_s  # without a confirmation, the refit trains once for its decisions
+    epochs = min(most_epochs, int((free_s - beside_s) / (one_s * (2 + timed.whole))))
     if epochs < 1:
         return None
     search_s = beside_s + epochs * one_s
@@ -87,4 +87,4 @@ def divide(left_s: float, timed: Timed, most_epochs: int, *, fewest_epochs: int 
 
 def least_s(timed: Timed, epochs: int) -> float:
     """Seconds that one training, its refit and what follows take."""
-    return timed.after_s + timed.beside_s + SLOWER * timed.epoch_s * epochs * (1 + timed.whole)
+    return timed.after_s + timed.beside_s + SLOWER * timed.epoch_s * epochs * (2 + timed.whole)

@@ -70,8 +70,8 @@ def record_of(name: str) -> dict[str, Any]:
         (7200, 0.5, 60, True, None),  # as long as the space wants
         (600, 1.0, 26, True, None),  # 0.45 × 590 s hold ten trainings
         (100, 1.0, 12, False, None),  # too short for trials of five epochs and a confirmation
-        (40, 2.0, 5, False, 1),  # one training and its refit
-        (17, 2.0, 1, False, 1),
+        (40, 2.0, 3, False, 1),  # one training and its refit
+        (20, 2.0, 1, False, 1),
     ],
 )
 def test_the_time_decides_about_epochs_and_stages(
@@ -178,8 +178,8 @@ def at_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         (0.1, PHOTOS, ("data.image_size=64",), 40, ""),
         (4, PHOTOS, ("data.image_size=64", "epochs=8"), 40, ""),
         (10, PHOTOS, ("data.image_size=64", "epochs=10"), 40, "no confirmation"),
-        (30, PHOTOS, ("data.image_size=64", "epochs=8"), 1, "no search"),
-        (60, PHOTOS, ("data.image_size=64", "model.input_size=96", "epochs=6"), 1, "inputs of 96²"),
+        (30, PHOTOS, ("data.image_size=64", "epochs=5"), 1, "no search"),
+        (60, PHOTOS, ("data.image_size=64", "model.input_size=96", "epochs=4"), 1, "inputs of 96²"),
         (200, PROBE, ("data.image_size=64",), 8, "no fine-tuning"),
     ],
 )
