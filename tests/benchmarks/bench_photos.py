@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from trainings import SHARED
 
 from core.config import DataConfig, TrainConfig
-from core.data import Splits, TestSet, load_dataset, split
+from core.data import Dataset, Splits, TestSet, load_dataset, split
 from core.loop import train
 from core.metrics import scores
 from core.runtime import normalize
@@ -40,6 +40,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "base, head from the probe": {},
     "base, layer decay 0.85": {"optim.layer_decay": 0.85},
     "base, no EMA": {"averaging.name": "none"},
+    "base, normalized as in pretraining": {"data.normalize": "half"},
     "base, backbone × 0.2, head × 2": {"optim.lr_scale": 5.6, "optim.backbone_lr_scale": 0.2},
     "base at 128²": {"model.input_size": 128},
     "base of intel_scenes": {},
@@ -85,7 +86,7 @@ def trained(side: str, splits: Splits, weights: Path, seed: int, arguments: Any)
         "model.pretrained_file": str(weights),
         "seed": seed,
     }
-    probe = TrainConfig().override({**lite, "epochs": 1, "optim.name": "logistic", "data.normalize": "half"})
+    probe = TrainConfig().override({**lite, "epochs": 1, "optim.name": "logistic"})
     if side == "probe":
         return train(probe, splits, device=CPU).model
     base = load_recipe("intel_base" if side == "base of intel_scenes" else "photos_base").config
@@ -108,14 +109,14 @@ def accuracy(model: nn.Module, splits: Splits, test: TestSet) -> float:
     return scores(torch.cat(logits), test.labels).accuracy
 
 
-def drawn(arguments: Any, seed: int) -> tuple[Splits, TestSet]:
-    """The training images of a seed, and the test images."""
-    data = DataConfig(image_size=arguments.side, split_seed=seed, normalize="half")
-    dataset = load_dataset(data, data_path=arguments.data / "scenes5k.zip")
-    splits = split(dataset, data)
+def drawn(dataset: Dataset, arguments: Any, seed: int, side: str) -> Splits:
+    """The training images of a seed, normalized as a side needs them."""
+    as_pretrained = side in ("probe", "script", "base, normalized as in pretraining")
+    normalization: Literal["half", "imagenet"] = "half" if as_pretrained else "imagenet"
+    splits = split(dataset, DataConfig(image_size=arguments.side, split_seed=seed, normalize=normalization))
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(seed))
     rows, count = splits.train[order[: arguments.images]], arguments.images
-    few = replace(
+    return replace(
         splits,
         images=splits.images[rows],
         labels=splits.labels[rows],
@@ -123,7 +124,6 @@ def drawn(arguments: Any, seed: int) -> tuple[Splits, TestSet]:
         val=torch.arange(count - VALIDATION, count),
         together=None,
     )
-    return few, dataset.open_test()
 
 
 def main() -> None:
@@ -139,9 +139,11 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         weights = converted(Path(folder))
+        dataset = load_dataset(DataConfig(image_size=arguments.side), data_path=arguments.data / "scenes5k.zip")
+        test = dataset.open_test()
         for seed in range(arguments.repeats):
-            splits, test = drawn(arguments, seed)
             for side in arguments.only:
+                splits = drawn(dataset, arguments, seed, side)
                 began = time.perf_counter()
                 model = trained(side, splits, weights, seed, arguments)
                 seconds = time.perf_counter() - began
