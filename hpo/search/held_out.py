@@ -42,7 +42,7 @@ Outputs = Mapping[str, Mapping[str, Tensor]]
 def half_lives(config: TrainConfig) -> tuple[float, ...]:
     """Return the half-lives of the EMAs worth trying.
 
-    A probe has none. SWA has none: it holds a high rate, so an EMA of the same run is no alternative to other trials'.
+    A probe has none, nor has SWA, whose schedule holds a high rate for its own average.
     """
     if config.is_probe or config.averaging.name == "swa":
         return ()

@@ -58,6 +58,8 @@ class Candidate:
     """Over the step's simplest candidate; None of that one, and if a prediction is not finite."""
     passes: int
     """How often an image passes a network when the model predicts."""
+    beyond: bool
+    """Whether the gain is beyond chance."""
     taken: bool
     forced: bool
     """Whether the user has chosen, and not the evidence."""
@@ -71,6 +73,8 @@ class Candidate:
             return "not asked for"
         if self.gain is None:
             return "a candidate with a gain was taken" if math.isfinite(self.score) else "not finite"
+        if self.beyond:
+            return "beyond chance, but another gains more"
         return "no gain" if self.gain.value <= 0 else f"may be chance (p = {self.gain.chance:.2f})"
 
     def metadata(self) -> dict[str, Any]:
@@ -103,7 +107,16 @@ class Judge:
         proven = [name for name, gain in gains.items() if gain.chance <= LEVEL / len(gains)]
         chosen = forced or max(proven, key=lambda name: gains[name].value, default=simplest)
         return chosen, [
-            Candidate(step, name, scores[name], gains.get(name), passes[name], name == chosen, forced is not None)
+            Candidate(
+                step=step,
+                name=name,
+                score=scores[name],
+                gain=gains.get(name),
+                passes=passes[name],
+                beyond=name in proven,
+                taken=name == chosen,
+                forced=forced is not None,
+            )
             for name in answers
         ]
 

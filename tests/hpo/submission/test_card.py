@@ -67,8 +67,8 @@ def whole_report() -> dict[str, Any]:
     report["objective"] = "accuracy"
     report["decision"] = Decision(
         "own", "flip", "one",
-        (Candidate("views", "none", 0.95, None, 1, False, False),
-         Candidate("views", "flip", 0.961, Gain(0.011, 0.004, 0.006), 2, True, False)),
+        (Candidate("views", "none", 0.95, None, 1, False, False, False),
+         Candidate("views", "flip", 0.961, Gain(0.011, 0.004, 0.006), 2, True, True, False)),
         5, Temperature(1.0, SCORES_OF, SCORES_OF, None), torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), 20,
     ).metadata()  # fmt: skip
     report["temperature"] = {"value": 1.6, "val_nll_before": 0.2134, "val_nll_after": 0.1812, "val_ece_before": 0.081,

@@ -166,6 +166,12 @@ def test_better_candidates_are_taken_step_by_step(metric: str) -> None:
     assert gain is not None
     assert gain.value > 3 * gain.error
     assert {name: each.passes for name, each in candidates_of(found, "views").items()} == {"none": 1, "shift": 5}
+    assert candidates_of(found, "average")["ema_0.1"].verdict == "taken"
+    less = noisy(3.4, labels, generator)
+    sums = {"own": logits["own"]["none"], "ema_0.01": less, "ema_0.1": less + logits["ema_0.1"]["none"]}
+    both = {name: {"none": each} for name, each in sums.items()}
+    second = candidates_of(decide(evidence_of(both, labels), metric), "average")["ema_0.01"]
+    assert second.verdict == "beyond chance, but another gains more"
     kept = decide(evidence_of(logits, labels), metric, Forced("own", "none"))
     assert (kept.average, kept.views) == ("own", "none")
     assert candidates_of(kept, "average")["ema_0.1"].gain == gain, "a forced choice shows the evidence all the same"
