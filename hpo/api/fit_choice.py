@@ -16,7 +16,7 @@ from core.loop import seconds_per_epoch
 from core.models import has_weights
 from hpo.api.common import open_dataset
 from hpo.api.fit_plan import BUNDLE_S, END_S, FEWEST_EPOCHS, REPORT_S, Plan, Timed, divide, least_s
-from hpo.api.networks import with_weights
+from hpo.api.networks import advice, with_weights
 from hpo.api.options import FitOptions, setting_texts
 from hpo.errors import TimeLimitError
 from hpo.paths import data_root
@@ -116,8 +116,9 @@ class Chooser:
         if self._options.space is None and not self._builtin and self._side >= PRETRAINED_SIDE:
             try:
                 found, lines = self._pretrained(left_s)
-            except MissingWeightsError as error:
-                why.append(f"from scratch, and fine-tuning would probably be better: {error}")
+            except MissingWeightsError:
+                _, _, how = advice(sorted(load_space(PHOTOS).names("model.name"))).partition("; ")
+                why += ["no pretrained weights are here, so from scratch; fine-tuning is usually better:", f"  {how}"]
             else:
                 return self._choice(found, left_s, lines)
         *large, last = self._spaces()
