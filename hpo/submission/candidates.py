@@ -124,12 +124,6 @@ class Judge:
         """Return the score, the larger the better."""
         return self._score(logits) * (1 if metrics.METRICS[self.metric] == "maximize" else -1)
 
-    def ranking(self, logits: Tensor, rows: Tensor | slice = slice(None)) -> tuple[float, float]:
-        """Rank predictions (m, K) of these rows: by the metric, and of equals by the loss; the larger the better."""
-        found = metrics.scores(logits, self.labels[rows])
-        sign = 1 if metrics.METRICS[self.metric] == "maximize" else -1
-        return round(sign * metrics.value(found, self.metric), 12), round(-found.loss, 12)
-
     def temperature(self, logits: Tensor) -> Temperature:
         """Fit the temperature, or choose a safer one.
 
