@@ -6,6 +6,7 @@ folder has the choices, the finished stages and the used time, so the same comma
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -299,10 +300,13 @@ class _Fit:
 
     def _search(self) -> int:
         """Search until the other stages need the time. Returns the number of finished trials."""
-        found = self._searched(self._until("confirm_s", "refit_s", "after_s"))
+        stages = ("confirm_s", "refit_s", "after_s")
+        found = self._searched(self._until(*stages))
         if found.best_trial() is None:
             self._say("no trial is complete, and a model needs one: it goes on to its end")
             found = self._searched(None, trials=1)
+            if self._until(*stages) > 0:  # the timed steps were slower than the trial
+                found = self._searched(self._until(*stages))
         if found.best_trial() is None:
             raise StudyError(f"study {found.name}: no configuration could be trained; see hpo study show {found.name}")
         finished = found.counts().finished
@@ -328,7 +332,7 @@ class _Fit:
         from hpo.study import find_study
 
         seconds = self._until("refit_s", "after_s")
-        if not self._record["choice"]["confirm_s"] or seconds <= 0:
+        if seconds < (0 if self._record["choice"]["confirm_s"] else self._least_confirm_s()):
             return "no time"
         other = StudyPaths.of(confirmation_of(self._paths.name))
         used_s = find_study(other.name).deadline.used_s if other.study_yaml.exists() else 0.0
@@ -343,6 +347,17 @@ class _Fit:
         for line in result.confirmation.lines():
             self._say(line)
         return None
+
+    def _least_confirm_s(self) -> float:
+        """Seconds of a confirmation that was not planned: of the fewest trainings that can be compared."""
+        from hpo.api.fit_plan import LEAST_TRAININGS
+        from hpo.confirmation.candidates import best_searched
+        from hpo.confirmation.trials import seconds_per_epoch
+        from hpo.study import find_study
+
+        study = find_study(self._paths.name)
+        epoch_s = seconds_per_epoch(study)
+        return math.inf if epoch_s is None else LEAST_TRAININGS * epoch_s * best_searched(study).epochs
 
     def _say_kinds(self) -> None:
         """Say which of probe, fine-tuning and training from scratch is best."""

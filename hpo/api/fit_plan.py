@@ -17,6 +17,8 @@ TRAININGS = 10
 """Trainings of the baseline in full that the search's share holds."""
 TRAININGS_ALONE = 5
 """The same without a confirmation."""
+LEAST_TRAININGS = 4
+"""Of a confirmation: two configurations on two seeds each."""
 FEWEST_EPOCHS = 5
 """Shorter trials are avoided by leaving out the confirmation, then the search."""
 SLOWER = 1.3

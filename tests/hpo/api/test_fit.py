@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from PIL import Image
 
 import hpo
 from core.config import TrainConfig
+from hpo.api import fit_choice
 from hpo.api.fit_choice import LARGE, PHOTOS, PROBE, SCRATCH, Chooser
-from hpo.api.fit_plan import SEARCH, TRAININGS, Timed, divide, least_s
+from hpo.api.fit_plan import SEARCH, TRAININGS, Plan, Timed, divide, least_s
 from hpo.api.options import FitOptions
+from hpo.confirmation.result import read_confirmation
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
 from hpo.reporter import Silent
+from hpo.search import pace
 from hpo.study import find_study
 from hpo.study.fit_record import FitRecord, read_fit
 from hpo.submission.bundle import load_bundle
@@ -437,3 +441,24 @@ def test_a_refit_that_no_longer_fits_is_shorter(
     assert "a refit of 2 epochs does not fit the time that is left: 1 instead" in capfd.readouterr().out
     report = json.loads((StudyPaths.of("fit-digits").refit("best") / "metrics.json").read_text())
     assert report["epochs"] == 1
+
+
+def test_a_search_whose_timed_steps_were_too_slow_continues(space: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first trial is thought to take 12 days, and is trained to its end, since a model needs one."""
+    timed, first = pace.seconds_per_epoch, iter([1e6])
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *a, **k: next(first, None) or timed(*a, **k))
+    hpo.fit("digits", space=space, minutes=2)
+    assert record_of("fit-digits")["done"]["search"] == TRIALS
+
+
+def test_time_that_the_search_leaves_confirms_its_result(space: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan has no time for a confirmation, but the search has all its trials early."""
+
+    def unconfirmed(*arguments: Any, **more: Any) -> Plan | None:
+        plan = divide(*arguments, **more)
+        return None if plan is None else replace(plan, search_s=plan.search_s + plan.confirm_s, confirm_s=0.0)
+
+    monkeypatch.setattr(fit_choice, "divide", unconfirmed)
+    hpo.fit("digits", space=space, minutes=2)
+    assert record_of("fit-digits")["done"]["confirm"] is None
+    assert read_confirmation(StudyPaths.of("fit-digits").confirmation) is not None
