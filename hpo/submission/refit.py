@@ -206,7 +206,7 @@ def _trained(
         networks = trainer.folds(config, splits) if members is None else trainer.members(config, splits[0], members)
         evidence = Evidence.of_networks(networks, [forced.views] if forced.views else [])
     images = count(evidence.distinct_images, "image")
-    logger.info("choosing on %s that %s have not seen", images, count(evidence.networks, "network"))
+    logger.info("choosing on %s held out by %s", images, count(evidence.networks, "training"))
     elapsed_s = sum(network.elapsed_s for network in networks)
     kept = [kept_epoch(config, rows, trainer.metric) for rows in evidence.rows]
     chosen: Sequence[int] = ()

@@ -121,7 +121,7 @@ def changed(*path: str, to: Any) -> dict[str, Any]:
         "Their NLL was 0.2134 before and is 0.1812 after. Their ECE was 0.0810 before and is 0.0230 after.",
         "confidence and accuracy differ by 3.1 points",
         "pets, from `photos/pets.zip`; fingerprint `0123abcd`.",
-        "90 for training, 20 held back from the first training for decisions, 300 for the test.",
+        "90 for training, 20 of them held out for decisions by trainings before, 300 for the test.",
         "Test: 20 % of all images, chosen by their pixels alone",
         "4 files could not be read, and were left out.",
         "`flip`, 2 views of each image.",
