@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -92,11 +92,18 @@ def look(images: Tensor, view: View) -> Tensor:
     return images.flip(-1) if view.flip else images
 
 
-def average(logits: Tensor) -> Tensor:
-    """Combine the logits of views: (V, n, K) to (n, K)."""
+def average(logits: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """Combine the logits of views or networks: (V, n, K) to (n, K).
+
+    Args:
+        weights: (V,) positive, of the probabilities; equal by default.
+    """
     if len(logits) == 1:
         return logits[0]
-    return F.log_softmax(logits, dim=-1).logsumexp(0) - math.log(len(logits))
+    logs = F.log_softmax(logits, dim=-1)
+    if weights is None or len(set(weights)) == 1:
+        return logs.logsumexp(0) - math.log(len(logits))
+    return torch.stack([log + math.log(w / sum(weights)) for log, w in zip(logs, weights, strict=True)]).logsumexp(0)
 
 
 def step_pixels(side: int) -> int:

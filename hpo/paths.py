@@ -327,11 +327,10 @@ def recipe_refits(name: str) -> list[Path]:
     return [refit for folder in folders for refit in StudyPaths(folder).refits()]
 
 
-def refit_label(trial: str, folds: int | None, members: int | None = None) -> str:
+def refit_label(trial: str, folds: int | None, members: int | None = None, ensemble: int | None = None) -> str:
     """Return the name of a submission model's folder: `best`, a trial or `recipe`, with the number of networks."""
-    if folds is not None:
-        return f"{trial}.folds{folds}"
-    return trial if members is None else f"{trial}.members{members}"
+    given = (("folds", folds), ("members", members), ("ensemble", ensemble))
+    return trial + "".join(f".{name}{number}" for name, number in given if number is not None)
 
 
 def _of_fold(fold: int) -> str:

@@ -439,6 +439,12 @@ class RefitOptions(DataOptions, DeviceOptions):
         "Choose among one network, averaged weights and the ensemble of up to K networks from different seeds.",
         metavar="K",
     )
+    ensemble: int | None = option(
+        "Choose between the winner and its ensemble with other configurations of the study: at most K networks, with "
+        "weights selected on held-out images.",
+        metavar="K",
+    )
+    single: bool = option("Train one configuration, which is the default.", False)
     epochs: str | None = option(
         "Epochs of the training: a number, or `auto`, which compares longer trainings out of fold; by default `auto` "
         "for the confirmed `best`, otherwise the trial's.",
@@ -454,7 +460,8 @@ class RefitOptions(DataOptions, DeviceOptions):
         metavar="NAME",
     )
     form: str | None = option(
-        "With --members: one, uniform_soup, greedy_soup or ensemble; by default the one that held-out images favour.",
+        "With --members: one, uniform_soup, greedy_soup or ensemble; with --ensemble: one or ensemble; by default the "
+        "one that held-out images favour.",
         metavar="NAME",
     )
     onnx: bool = option("Also write the model as ONNX, and check its outputs against torch's.", False)
@@ -475,6 +482,8 @@ class RefitKeywords(TypedDict, total=False):
     skip_broken: bool
     folds: int | None
     members: int | None
+    ensemble: int | None
+    single: bool
     epochs: int | str | None
     average: str | None
     views: str | None

@@ -5,6 +5,7 @@ What needs torch or Optuna is imported in functions, so that a wrong name is rep
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hpo.submission import Forced, Refitted
     from hpo.submission.evidence import Evidence
     from hpo.submission.length import Ladder
+    from hpo.submission.peers import Library
 
 BEST = "best"
 
@@ -36,6 +38,7 @@ BEST = "best"
 FEWEST, MOST = 2, 20
 # As `core.tta.VIEWS` and `submission.decision.FORMS`, which are imported too late.
 _VIEWS, _FORMS = ("none", "flip", "shift", "flip_shift"), ("one", "uniform_soup", "greedy_soup", "ensemble")
+_OF_CONFIGURATIONS = ("one", "ensemble")
 
 AUTO = "auto"
 """Value of `--epochs`."""
@@ -147,11 +150,27 @@ def _refitted(
     reporter.say(
         f"refitting {choice.name} of study {study.name}{_networks(options, choice.config)}; {describe_device(device)}"
     )
-    with without_failed_graphs(study.settings, choice.config) as config:
-        return _written(replace(choice, config=config), options, climbing, study)
+    evidence = _evidence(choice, options, climbing, study)
+    library = None if options.ensemble is None else _library(choice, options.ensemble, climbing, study, evidence)
+    peers = () if library is None else library.peers
+    with ExitStack() as stack:
+        config, *others = (
+            stack.enter_context(without_failed_graphs(study.settings, each))
+            for each in (choice.config, *(peer.config for peer in peers))
+        )
+        peers = tuple(replace(peer, config=other) for peer, other in zip(peers, others, strict=True))
+        library = None if library is None else replace(library, peers=peers)
+        return _written(replace(choice, config=config), options, climbing, study, evidence, library)
 
 
-def _written(choice: _Choice, options: RefitOptions, climbing: Climbing, study: Study | None = None) -> RefitResult:
+def _written(
+    choice: _Choice,
+    options: RefitOptions,
+    climbing: Climbing,
+    study: Study | None = None,
+    evidence: Evidence | None = None,
+    library: Library | None = None,
+) -> RefitResult:
     """Train the choice, and write its bundle."""
     from hpo import submission
     from hpo.api.common import trainings
@@ -159,13 +178,12 @@ def _written(choice: _Choice, options: RefitOptions, climbing: Climbing, study: 
     config, metric = choice.config, climbing.metric
     several = options.folds is not None or options.members is not None
     epochs = config.epochs if several and study is not None else choice.epochs
-    with trainings(
-        climbing.reporter, "refit", epochs=epochs or config.epochs, metric=metric, interrupts=climbing.interrupts
-    ) as watch:
+    longest = max([epochs or config.epochs, *(peer.epochs for peer in (library.peers if library else ()))])
+    with trainings(climbing.reporter, "refit", epochs=longest, metric=metric, interrupts=climbing.interrupts) as watch:
         refitted = submission.refit(
             climbing.paths,
             number=choice.number,
-            label=refit_label(choice.label, options.folds, options.members),
+            label=refit_label(choice.label, options.folds, options.members, options.ensemble),
             config=config,
             epochs=epochs,
             dataset=climbing.dataset,
@@ -175,7 +193,8 @@ def _written(choice: _Choice, options: RefitOptions, climbing: Climbing, study: 
             ensemble=options.folds,
             members=options.members,
             forced=_forced(options, config),
-            evidence=_evidence(choice, climbing, study),
+            evidence=evidence,
+            library=library,
             onnx=options.onnx,
             kept=choice.kept,
             confirmation=choice.confirmation,
@@ -200,6 +219,11 @@ def _is_trial(options: RefitOptions) -> bool:
                     f"hpo refit {options.trial} {flag}: a trial is refitted as it was trained; give a recipe"
                 )
     else:
+        if options.ensemble is not None:
+            raise StudyError(
+                f"hpo refit {options.trial} --ensemble: a recipe has no other configurations; give `{BEST}` or the "
+                "number of a trial, or --members for an ensemble of seeds"
+            )
         for flag, given in (("--study", options.study), ("--storage", options.storage)):
             if given is not None:
                 raise StudyError(
@@ -234,7 +258,7 @@ def _refit_recipe(
         _Choice(f"recipe {recipe.name}", "recipe", None, config, None, recipe=recipe.name), options, climbing
     )
     reporter.say(f"refitting {choice.name}{_networks(options, choice.config)}; {describe_device(device)}")
-    return _written(choice, options, climbing)
+    return _written(choice, options, climbing, evidence=_evidence(choice, options, climbing, None))
 
 
 def _recipe(options: RefitOptions) -> Recipe:
@@ -262,12 +286,18 @@ def _divided(config: TrainConfig, options: RefitOptions) -> TrainConfig:
 
 
 def _check_networks(options: RefitOptions) -> None:
-    if options.folds is not None and options.members is not None:
-        raise StudyError("--folds and --members both make several networks, by fold or by seed; give one of them")
-    for flag, count in (("--folds", options.folds), ("--members", options.members)):
-        if count is not None and not FEWEST <= count <= MOST:
+    several = {"--folds": options.folds, "--members": options.members, "--ensemble": options.ensemble}
+    given = {flag: number for flag, number in several.items() if number is not None}
+    if len(given) > 1:
+        raise StudyError(
+            f"{' and '.join(given)} each make several networks, by fold, seed or configuration; give one of them"
+        )
+    for flag, number in given.items():
+        if options.single:
+            raise StudyError(f"--single and {flag}: one network or several; give one of them")
+        if not FEWEST <= number <= MOST:
             raise StudyError(
-                f"{flag} {count}: an ensemble has {FEWEST} to {MOST} networks; leave it out for one, trained on all "
+                f"{flag} {number}: an ensemble has {FEWEST} to {MOST} networks; leave it out for one, trained on all "
                 "images"
             )
 
@@ -276,8 +306,15 @@ def _check_forced(options: RefitOptions) -> None:
     for flag, name, known in (("--views", options.views, _VIEWS), ("--form", options.form, _FORMS)):
         if name is not None and name not in known:
             raise StudyError(f"{flag} {name}: give one of {', '.join(known)}")
-    if options.form is not None and options.members is None:
-        raise StudyError(f"--form {options.form}: it is the form of several networks; give their number by --members")
+    if options.form is not None and options.members is None and options.ensemble is None:
+        raise StudyError(
+            f"--form {options.form}: it is the form of several networks; give their number by --members or --ensemble"
+        )
+    if options.ensemble is not None and options.form not in (None, *_OF_CONFIGURATIONS):
+        raise StudyError(
+            f"--form {options.form}: weights of different configurations have no mean; with --ensemble, give one of "
+            f"{', '.join(_OF_CONFIGURATIONS)}"
+        )
 
 
 def _forced(options: RefitOptions, config: TrainConfig) -> Forced:
@@ -289,23 +326,58 @@ def _forced(options: RefitOptions, config: TrainConfig) -> Forced:
     return Forced(average, options.views, options.form)
 
 
-def _evidence(choice: _Choice, climbing: Climbing, study: Study | None) -> Evidence | None:
-    """The predictions of the ladder or the confirmation that chose the configuration; None if there are none."""
+def _evidence(choice: _Choice, options: RefitOptions, climbing: Climbing, study: Study | None) -> Evidence | None:
+    """The predictions of the ladder or the confirmation that chose the configuration.
+
+    None if there are none, or if they lack the average or the views that the user has chosen.
+    """
     from hpo.submission.evidence import of_confirmation, of_training
 
-    labels = climbing.dataset.labels
+    labels, found = climbing.dataset.labels, None
     if choice.ladder is not None and choice.ladder.epochs != choice.ladder.searched:
         assert choice.kept is not None, "a longer training is kept"
-        return of_training(choice.kept, choice.config.data.folds or 1, labels)
-    if choice.confirmation is None or choice.epochs is None or study is None:  # None: other epochs were asked for
-        return None
-    return of_confirmation(study, identity_of(dump(choice.config)), labels)
+        found = of_training(choice.kept, choice.config.data.folds or 1, labels)
+    elif choice.confirmation is not None and choice.epochs is not None and study is not None:
+        # Without epochs, others were asked for.
+        found = of_confirmation(study, identity_of(dump(choice.config)), labels)
+    forced = _forced(options, choice.config)
+    return found if found is not None and found.has(forced.average, forced.views) else None
+
+
+def _library(choice: _Choice, most: int, climbing: Climbing, study: Study, evidence: Evidence | None) -> Library:
+    """The configurations that may join the choice: contenders of its confirmation, or else trials that are kept.
+
+    Raises:
+        StudyError: There are none.
+    """
+    import torch
+
+    from core.data import folds
+    from hpo.submission.peers import Library, confirmed_peers, kept_peers
+
+    labels = climbing.dataset.labels
+    if choice.confirmation is not None and evidence is not None:
+        winner = choice.confirmation.winner if choice.ladder is None else choice.ladder.chosen
+        peers = confirmed_peers(study, choice.confirmation, winner, evidence.images, labels)
+        whose = "no other contender of the confirmation has predictions of its held-out images"
+    else:
+        splits = folds(climbing.dataset, choice.config.data)
+        images = torch.cat([each.val for each in splits]).cpu() if evidence is None else evidence.images
+        peers = kept_peers(study, choice.number, choice.config, images, labels)
+        whose = "no other trial has predictions of its validation images on this machine"
+    if not peers:
+        raise StudyError(f"--ensemble {most}: {choice.name} is alone, {whose}; leave --ensemble out")
+    for peer in peers:
+        study.check_weights(peer.config)
+    return Library(tuple(peers), most)
 
 
 def _networks(options: RefitOptions, config: TrainConfig) -> str:
     """Describe an ensemble; nothing for one network."""
     if options.folds is not None:
         return f" as {options.folds} networks, each without another part of the images"
+    if options.ensemble is not None:
+        return f", perhaps with other configurations as up to {options.ensemble} networks"
     if options.members is None:
         return ""
     validation = ", validated on data.val_fraction instead of folds" if config.data.folds is not None else ""

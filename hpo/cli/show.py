@@ -289,6 +289,8 @@ def _show_decisions(done: Refitted, metric: str, reporter: Reporter) -> None:
         ],
         right=(2, 3, 4),
     )
+    if decision.selection:
+        say("  the ensemble: " + ", ".join(f"{each.weight:.0%} {each.name}" for each in decision.selection))
     temperature = decision.temperature
     before, after = temperature.before.loss, temperature.after.loss
     changed = "" if temperature.value == 1 else f"; loss {before:.4f} before, {after:.4f} after"

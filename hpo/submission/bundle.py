@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -40,7 +40,7 @@ from hpo.submission.predictions import Images, Predictions, predictions_of
 from hpo.text import first_fault, joined
 
 WEIGHTS, MEMBER_WEIGHTS = "model.safetensors", "member_{}.safetensors"
-CONFIG, CLASSES = "config.yaml", "classes.json"
+CONFIG, MEMBER_CONFIG, CLASSES = "config.yaml", "config_{}.yaml", "classes.json"
 PREPROCESS, ORIGIN, METRICS, README = "preprocess.json", "origin.json", "metrics.json", "README.md"
 ONNX = "model.onnx"
 
@@ -53,9 +53,9 @@ MAX_JSON_BYTES = 1 << 24  # a million classes take 16 MB
 MAX_NETWORKS = 20  # as `data.folds`
 MAX_IMAGE_PIXELS = 1 << 24  # 4096×4096; `data.image_size` ends at 1024
 
-FORMAT = 4
-"""Format of the folder that is written."""
-READABLE = (2, 3, FORMAT)
+FORMAT, FORMAT_OF_SEVERAL = 4, 5
+"""Formats of the folder that is written, for one configuration and for several."""
+READABLE = (2, 3, FORMAT, FORMAT_OF_SEVERAL)
 """Format 2 had no temperature, format 3 no range of 16-bit images."""
 
 
@@ -68,10 +68,21 @@ class Normalization:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One network's part in the model."""
+
+    config: TrainConfig
+    weight: float
+    """Of its probabilities, relative to those of the others."""
+    views: str
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A submission model without its weights."""
 
     config: TrainConfig
+    """Of several, that of the first network."""
     classes: tuple[str, ...]
     in_channels: int
     """1 or 3."""
@@ -94,6 +105,13 @@ class Bundle:
     """Divisor of the averaged logits, which calibrates the probabilities."""
     top: int = SIXTEEN_BIT_TOP
     """The sample of 16-bit images that is white."""
+    parts: tuple[Part, ...] = ()
+    """One for each network of an ensemble of several configurations; empty for one configuration."""
+
+    @property
+    def networks(self) -> tuple[Part, ...]:
+        """The part of each network."""
+        return self.parts or (Part(self.config, 1.0, self.views),) * len(self.normalizations)
 
     @property
     def values(self) -> Values:
@@ -107,7 +125,8 @@ class Bundle:
         """Write the networks and the report (`metrics.json`) into an existing folder, see `writing`."""
         for name, model in zip(self.weights, models, strict=True):
             save_model(model, str(folder / name))
-        (folder / CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
+        for name, part in zip(config_files(len(self.parts)), self.parts or self.networks[:1], strict=True):
+            (folder / name).write_text(to_yaml(part.config), encoding="utf-8")
         _write_json(folder / CLASSES, self.classes)
         preprocess = {
             "channels": self.in_channels,
@@ -117,12 +136,13 @@ class Bundle:
             "sixteen_bit_top": self.top,
             "networks": [
                 {"weights": name, "mean": normalization.mean, "std": normalization.std}
-                for name, normalization in zip(self.weights, self.normalizations, strict=True)
+                | ({"weight": part.weight, "views": part.views} if self.parts else {})
+                for name, normalization, part in zip(self.weights, self.normalizations, self.networks, strict=True)
             ],
         }
         _write_json(folder / PREPROCESS, preprocess)
         origin = {
-            "format": FORMAT,
+            "format": FORMAT_OF_SEVERAL if self.parts else FORMAT,
             "study": self.study,
             "trial": self.trial,
             "data": {"name": self.data_name, "source": self.source, "fingerprint": self.fingerprint},
@@ -160,20 +180,21 @@ class LoadedBundle:
                 f"images are {str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}; "
                 f"this bundle takes uint8 of (N, {channels}, {height}, {width}), N at least 1"
             )
+        parts = self.meta.networks
         of_each = [
-            self._logits_of(model, normalization, images, batch_size)
-            for model, normalization in zip(self.models, self.meta.normalizations, strict=True)
+            self._logits_of(model, normalization, part, images, batch_size)
+            for model, normalization, part in zip(self.models, self.meta.normalizations, parts, strict=True)
         ]
-        return scaled(average(torch.stack(of_each)), self.meta.temperature)
+        return scaled(average(torch.stack(of_each), [part.weight for part in parts]), self.meta.temperature)
 
-    def _logits_of(self, model: nn.Module, by: Normalization, images: Tensor, batch_size: int) -> Tensor:
+    def _logits_of(self, model: nn.Module, by: Normalization, part: Part, images: Tensor, batch_size: int) -> Tensor:
         logits = predict_logits(
             model,
             images,
             prepare=lambda batch: normalize(batch.to(self.device), by.mean, by.std),
-            views=self.meta.views,
+            views=part.views,
             batch_size=batch_size,
-            autocast=partial(autocast, self.meta.config.precision.autocast, self.device),
+            autocast=partial(autocast, part.config.precision.autocast, self.device),
         )
         return logits.cpu()
 
@@ -209,6 +230,11 @@ class LoadedBundle:
 def weight_files(networks: int) -> tuple[str, ...]:
     """Return the file names of the networks' weights."""
     return (WEIGHTS,) if networks == 1 else tuple(MEMBER_WEIGHTS.format(i) for i in range(1, networks + 1))
+
+
+def config_files(configurations: int) -> tuple[str, ...]:
+    """Return the file names of the configurations, the first network's first."""
+    return (CONFIG, *(MEMBER_CONFIG.format(i) for i in range(2, configurations + 1)))
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -291,7 +317,21 @@ class _PreprocessBefore3(_PreprocessBefore4):
     temperature: Literal[1] = 1
 
 
-_PREPROCESS: dict[int, type[_Preprocess]] = {2: _PreprocessBefore3, 3: _PreprocessBefore4, FORMAT: _Preprocess}
+class _NetworkOfSeveral(_Network):
+    weight: Annotated[FiniteFloat, Field(gt=0)]
+    views: str
+
+
+class _PreprocessOfSeveral(_Preprocess):
+    networks: Annotated[tuple[_NetworkOfSeveral, ...], Field(min_length=2, max_length=MAX_NETWORKS)]
+
+
+_PREPROCESS: dict[int, type[_Preprocess]] = {
+    2: _PreprocessBefore3,
+    3: _PreprocessBefore4,
+    FORMAT: _Preprocess,
+    FORMAT_OF_SEVERAL: _PreprocessOfSeveral,
+}
 
 
 class _Data(_File):
@@ -334,7 +374,11 @@ def load_bundle(folder: Path | str, device: torch.device | str | None = None) ->
     _check_present(folder, ORIGIN, CONFIG, CLASSES, PREPROCESS)
     meta = _read_meta(folder)
     device = device if isinstance(device, torch.device) else select_device(device)
-    models = tuple(_load_network(folder, name, meta, device) for name in meta.weights)
+    configs = config_files(len(meta.parts)) if meta.parts else (CONFIG,) * len(meta.weights)
+    models = tuple(
+        _load_network(folder, name, replace(meta, config=part.config), config, device)
+        for name, part, config in zip(meta.weights, meta.networks, configs, strict=True)
+    )
     return LoadedBundle(models, meta, device, folder)
 
 
@@ -344,16 +388,17 @@ def _check_present(folder: Path, *names: str) -> None:
             raise BundleError(f"{folder}: {name} is missing; give an output folder of `hpo refit`, with all its files")
 
 
-def _load_network(folder: Path, name: str, meta: Bundle, device: torch.device) -> nn.Module:
+def _load_network(folder: Path, name: str, meta: Bundle, config: str, device: torch.device) -> nn.Module:
+    """Load a network of `meta.config`, whose file is `config`."""
     misfit = BundleError(
-        f"{folder / name}: does not fit {CONFIG} and the {len(meta.classes)} classes of {CLASSES}; {_REFIT}"
+        f"{folder / name}: does not fit {config} and the {len(meta.classes)} classes of {CLASSES}; {_REFIT}"
     )
     if not meta.config.model.name.startswith("timm/"):  # the size of a timm model follows from its name
         # A hostile configuration could describe a network of terabytes, so it is built without memory first.
-        sketch = _build(folder, meta, torch.device("meta"))
+        sketch = _build(folder / config, meta, torch.device("meta"))
         if sum(weight.nbytes for weight in sketch.parameters()) > (folder / name).stat().st_size:
             raise misfit
-    model = _build(folder, meta, torch.device("cpu"))
+    model = _build(folder / config, meta, torch.device("cpu"))
     try:
         load_model(model, folder / name)
     except (RuntimeError, SafetensorError) as error:
@@ -380,14 +425,17 @@ def _read_meta(folder: Path) -> Bundle:
         raise BundleError(f"{folder / PREPROCESS}: mean and std must have one number for each channel")
     if math.prod(preprocess.image_size) > MAX_IMAGE_PIXELS:
         raise BundleError(f"{folder / PREPROCESS}: damaged (image_size: more than 4096×4096); {_REFIT}")
-    if preprocess.tta_views not in VIEWS:
-        raise BundleError(f"{folder / PREPROCESS}: tta_views {preprocess.tta_views}: this hpo knows {', '.join(VIEWS)}")
-    try:
-        config = recipe_from_yaml((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG)).config
-    except (SpaceError, UnicodeDecodeError) as error:
-        raise BundleError(f"{folder / CONFIG}: damaged ({str(error).splitlines()[0]}); {_REFIT}") from error
+    several = preprocess.networks if isinstance(preprocess, _PreprocessOfSeveral) else ()
+    for views in (preprocess.tta_views, *(each.views for each in several)):
+        if views not in VIEWS:
+            raise BundleError(f"{folder / PREPROCESS}: tta_views {views}: this hpo knows {', '.join(VIEWS)}")
+    files = config_files(len(several))
+    _check_present(folder, *files)
+    configs = [_read_config(folder, name) for name in files]
+    parts = zip(configs if several else (), several, strict=True)
     return Bundle(
-        config=config,
+        config=configs[0],
+        parts=tuple(Part(config, each.weight, each.views) for config, each in parts),
         classes=_read_json(folder / CLASSES, _CLASSES),
         in_channels=preprocess.channels,
         image_size=preprocess.image_size,
@@ -404,6 +452,14 @@ def _read_meta(folder: Path) -> Bundle:
     )
 
 
+def _read_config(folder: Path, name: str) -> TrainConfig:
+    path = folder / name
+    try:
+        return recipe_from_yaml(path.read_text(encoding="utf-8"), str(path)).config
+    except (SpaceError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path}: damaged ({str(error).splitlines()[0]}); {_REFIT}") from error
+
+
 def _read_json(path: Path, adapter: TypeAdapter[T]) -> T:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise BundleError(f"{path}: damaged (longer than {MAX_JSON_BYTES:,} bytes); {_REFIT}")
@@ -413,7 +469,7 @@ def _read_json(path: Path, adapter: TypeAdapter[T]) -> T:
         raise BundleError(f"{path}: damaged ({first_fault(error)}); {_REFIT}") from error
 
 
-def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:
+def _build(config: Path, meta: Bundle, device: torch.device) -> nn.Module:
     """Build the network with random weights; pretrained weights would be downloaded and overwritten."""
     plain = meta.config.model.model_copy(update={"pretrained": False})
     try:
@@ -422,4 +478,4 @@ def _build(folder: Path, meta: Bundle, device: torch.device) -> nn.Module:
                 plain, num_classes=len(meta.classes), in_channels=meta.in_channels, image_size=meta.image_size
             )
     except UserError as error:
-        raise BundleError(f"{folder / CONFIG}: cannot be built here ({error})") from error
+        raise BundleError(f"{config}: cannot be built here ({error})") from error

@@ -50,7 +50,7 @@ class Candidate:
     """One candidate of a step."""
 
     step: str
-    """`average`, `views` or `networks`."""
+    """`average`, `views`, `soup`, `ensemble` or `selection`."""
     name: str
     score: float
     """Held-out value of the metric; the loss with its best temperature."""
@@ -123,6 +123,12 @@ class Judge:
     def merit(self, logits: Tensor) -> float:
         """Return the score, the larger the better."""
         return self._score(logits) * (1 if metrics.METRICS[self.metric] == "maximize" else -1)
+
+    def ranking(self, logits: Tensor, rows: Tensor | slice = slice(None)) -> tuple[float, float]:
+        """Rank predictions (m, K) of these rows: by the metric, and of equals by the loss; the larger the better."""
+        found = metrics.scores(logits, self.labels[rows])
+        sign = 1 if metrics.METRICS[self.metric] == "maximize" else -1
+        return round(sign * metrics.value(found, self.metric), 12), round(-found.loss, 12)
 
     def temperature(self, logits: Tensor) -> Temperature:
         """Fit the temperature, or choose a safer one.

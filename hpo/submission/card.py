@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from core.config import TrainConfig
 from core.tta import VIEWS
 from hpo.confirmation.result import BASELINE, Confirmation
-from hpo.submission.bundle import CLASSES, CONFIG, METRICS, ONNX, ORIGIN, PREPROCESS, README, Bundle
+from hpo.submission.bundle import CLASSES, CONFIG, METRICS, ONNX, ORIGIN, PREPROCESS, README, Bundle, config_files
 from hpo.submission.length import Ladder
 from hpo.text import data_facts, duration, joined
 
@@ -42,7 +42,7 @@ _FILES = {
     CONFIG: "the whole configuration, which is a recipe",
     CLASSES: "the classes, in the order of the outputs",
     PREPROCESS: "channels, size (height, width), views, temperature; for each network, mean and deviation of pixels in "
-    "[0, 1]",
+    "[0, 1], of several configurations also weight and views",
     ORIGIN: "study, trial, data, versions, checksums of the weights",
     METRICS: "all scores of this card, and more",
 }
@@ -95,6 +95,7 @@ def model_card(bundle: Bundle, report: Report, *, files: Collection[str] = ()) -
         has_baseline=base is not None,
         setting_rows=_setting_rows(bundle.config, base or TrainConfig()),
         candidate_rows=[_candidate_row(each) for each in report.get("decision", {}).get("candidates", [])],
+        part_rows=_part_rows(bundle, report),
         file_rows=_file_rows(bundle, files),
         facts=data_facts(report.get("data", {}).get("content", {})),
     )  # fmt: skip
@@ -215,13 +216,29 @@ def _setting(value: Any) -> str:
     return _code(f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False).strip('"'))
 
 
+def _part_rows(bundle: Bundle, report: Report) -> list[list[str]]:
+    """The networks of an ensemble of several configurations."""
+    chosen = report.get("decision", {}).get("selection") or [{}] * len(bundle.parts)
+    return [
+        [
+            _code(part.config.model.name),
+            _text(each.get("name", "–")),
+            f"{part.weight:.2f}",
+            _code(part.views),
+            str(each.get("epochs", "–")),
+        ]
+        for part, each in zip(bundle.parts, chosen, strict=True)
+    ]
+
+
 def _file_rows(bundle: Bundle, files: Collection[str]) -> list[list[str]]:
     each = "" if len(bundle.weights) == 1 else "each "
     weights = " … ".join(map(_code, dict.fromkeys((bundle.weights[0], bundle.weights[-1]))))
     optional = {name: content for name, content in _OPTIONAL_FILES.items() if name in files}
+    others = dict.fromkeys(config_files(len(bundle.parts))[1:], "the configuration of another network of the ensemble")
     return [
         [weights, f"the weights: {each}the state dict of `core.models.build_model`"],
-        *([_code(name), content] for name, content in (_FILES | optional).items()),
+        *([_code(name), content] for name, content in (_FILES | others | optional).items()),
     ]
 
 

@@ -5,7 +5,7 @@ All rest on predictions of networks that have not seen the images (`Evidence`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,21 @@ class Forced:
     average: str | None = None
     views: str | None = None
     form: str | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One network of an ensemble of several configurations."""
+
+    name: str
+    """For example `trial 12`; `the winner` if no trial has its configuration."""
+    trial: int | None
+    weight: float
+    """Of its probabilities; all add to 1."""
+    average: str
+    views: str
+    epochs: int | None = None
+    """Of its training on all images; None before it is known."""
 
 
 FREE = Forced()
@@ -56,6 +71,8 @@ class Decision:
     """(M,) int64."""
     images: int
     """Number of different images."""
+    selection: tuple[Chosen, ...] = ()
+    """The networks of an ensemble of several configurations, the winner's first; empty for one configuration."""
 
     def metadata(self) -> dict[str, Any]:
         """Return the entry of `metrics.json`."""
@@ -67,6 +84,7 @@ class Decision:
             "predictions": len(self.labels),
             "images": self.images,
             "candidates": [candidate.metadata() for candidate in self.candidates],
+            "selection": [asdict(each) for each in self.selection] or None,
         }
 
 

@@ -71,12 +71,13 @@ class Evidence:
         return (average or OWN) in self.logits and (views or NONE) in self.logits[OWN]
 
 
-def of_confirmation(search: Study, identity: str, labels: Tensor) -> Evidence | None:
+def of_confirmation(search: Study, identity: str, labels: Tensor, images: Tensor | None = None) -> Evidence | None:
     """Read the predictions of a confirmation's trainings of a configuration, of all replicates and folds.
 
     Args:
         identity: Of the configuration, see `identity_of`.
         labels: (N,) int64, of the data set.
+        images: The rows (M,) that must be predicted, by all replicates or by one; None for all replicates.
 
     Returns:
         None if there are none, or if they lack averages, as those of earlier versions do.
@@ -85,13 +86,15 @@ def of_confirmation(search: Study, identity: str, labels: Tensor) -> Evidence | 
         return None
     study = find_study(confirmation_of(search.name), storage_url=search.storage_url)
     study.files.use_store(None)
-    parts = []
+    replicates = []
     for training in trainings(study):
         if training.identity == identity and training.values and all(map(math.isfinite, training.values)):
             folds = len(training.values)
             study.files.fetch_outputs(training.number, folds=folds)
-            parts += _read(TrainingPaths(study.paths.trial(training.number)), folds)
-    return _evidence(parts, labels, CONFIRMATION)
+            replicates.append(_read(TrainingPaths(study.paths.trial(training.number)), folds))
+    choices = [[part for parts in replicates for part in parts], *(replicates if images is not None else [])]
+    found = (_evidence(parts, labels, CONFIRMATION) for parts in choices)
+    return next((each for each in found if each and (images is None or torch.equal(each.images, images))), None)
 
 
 def of_training(folder: TrainingPaths, folds: int, labels: Tensor) -> Evidence | None:

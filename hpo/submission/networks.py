@@ -77,9 +77,9 @@ def kept_epoch(config: TrainConfig, rows: Sequence[Row], metric: str) -> int:
     return int(max(rows, key=lambda row: sign * row[_column(metric)])["epoch"])
 
 
-def together(answers: Iterable[Tensor]) -> Tensor:
-    """Combine logits (N, K) of networks: of several, the logarithm of the mean probabilities."""
-    return average(torch.stack(list(answers)))
+def together(answers: Iterable[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """Combine logits (N, K) of networks: of several, the logarithm of the mean probabilities, perhaps weighted."""
+    return average(torch.stack(list(answers)), weights)
 
 
 def averaged(networks: Sequence[Network]) -> Network:
@@ -166,11 +166,10 @@ class Trainer:
     ) -> list[Network]:
         """Train the network, or these members, without validation images.
 
-        Without a score to watch, a plateau's learning rate and the smoothing fall where they fell in the training with
-        validation images, whose epochs are `rows`.
+        Args:
+            rows: Epochs of the training with validation images.
         """
-        scores, losses = ([row[column] for row in rows] for column in (_column(self.metric), "val_loss"))
-        config = without_validation(config, scores, losses, maximize=metrics.METRICS[self.metric] == "maximize")
+        config = self._without_validation(config, rows)
         images, long = count(len(whole.train), "image"), count(epochs, "epoch")
         if not members:
             logger.info("training on %s, %s", images, long)
@@ -180,6 +179,34 @@ class Trainer:
         return [
             self._train(of_member(config, n), whole, name, f"all{n}", n, stop_after=epochs) for n, name in names.items()
         ]
+
+    def selected(self, trainings: Sequence[tuple[TrainConfig, Sequence[Row], int]], whole: Splits) -> list[Network]:
+        """Train a network of each configuration without validation images.
+
+        Args:
+            trainings: Configuration, epochs of its training with validation images, and number of epochs now.
+        """
+        total = len(trainings)
+        logger.info("training %s on %s", count(total, "configuration"), count(len(whole.train), "image"))
+        return [
+            self._train(
+                self._without_validation(config, rows),
+                whole,
+                f"all images, {place} of {total}",
+                f"selected{place}",
+                place,
+                stop_after=epochs,
+            )
+            for place, (config, rows, epochs) in enumerate(trainings, 1)
+        ]
+
+    def _without_validation(self, config: TrainConfig, rows: Sequence[Row]) -> TrainConfig:
+        """Let a plateau's learning rate and the smoothing fall where they fell in the training with validation images.
+
+        Without those images there is no score to watch.
+        """
+        scores, losses = ([row[column] for row in rows] for column in (_column(self.metric), "val_loss"))
+        return without_validation(config, scores, losses, maximize=metrics.METRICS[self.metric] == "maximize")
 
     def _kept(self, config: TrainConfig, fold: int, splits: Splits) -> Network | None:
         """The recorded network of a fold; None if another was trained, it kept no weights, or averages are tried."""

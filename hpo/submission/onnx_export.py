@@ -91,7 +91,7 @@ class _Whole(nn.Module):
     def __init__(self, bundle: LoadedBundle) -> None:
         super().__init__()
         self.networks = nn.ModuleList(bundle.models)
-        self.views = VIEWS[bundle.meta.views]
+        self.parts = bundle.meta.networks
         self.temperature = bundle.meta.temperature
         for place, by in enumerate(bundle.meta.normalizations):
             scale, shift = scale_and_shift(by.mean, by.std, CPU)
@@ -100,20 +100,25 @@ class _Whole(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = images.float()
-        pixels = torch.cat([look(pixels, view) for view in self.views])  # (V·N, C, H, W)
+        looks = {  # (V·N, C, H, W)
+            views: torch.cat([look(pixels, view) for view in VIEWS[views]])
+            for views in dict.fromkeys(part.views for part in self.parts)
+        }
         of_each = []
-        for place, network in enumerate(self.networks):
+        for place, (network, part) in enumerate(zip(self.networks, self.parts, strict=True)):
             scale, shift = self.get_buffer(f"scale{place}"), self.get_buffer(f"shift{place}")
-            logits = network(pixels * scale + shift)  # (V·N, K)
-            of_each.append(average(logits.unflatten(0, (len(self.views), -1))))
-        return scaled(average(torch.stack(of_each)), self.temperature).softmax(1)
+            logits = network(looks[part.views] * scale + shift)  # (V·N, K)
+            of_each.append(average(logits.unflatten(0, (len(VIEWS[part.views]), -1))))
+        weights = [part.weight for part in self.parts]
+        return scaled(average(torch.stack(of_each), weights), self.temperature).softmax(1)
 
 
 def _on_cpu(bundle: LoadedBundle) -> LoadedBundle:
     """A copy on the CPU, in 32-bit floats."""
     models = tuple(copy.deepcopy(model).to(CPU).eval() for model in bundle.models)
-    config = bundle.meta.config.override({"precision.autocast": "off"})
-    return LoadedBundle(models, replace(bundle.meta, config=config), CPU)
+    meta, exact = bundle.meta, {"precision.autocast": "off"}
+    parts = tuple(replace(part, config=part.config.override(exact)) for part in meta.parts)
+    return LoadedBundle(models, replace(meta, config=meta.config.override(exact), parts=parts), CPU)
 
 
 def _export(whole: nn.Module, example: Tensor) -> Any:
@@ -140,6 +145,7 @@ def _metadata(meta: Bundle) -> dict[str, str]:
         "image_size": meta.image_size,
         "tta_views": meta.views,
         "networks": len(meta.weights),
+        **({"weights": [part.weight for part in meta.parts]} if meta.parts else {}),
         "temperature": meta.temperature,
         "versions": meta.versions,
     }

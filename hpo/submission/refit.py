@@ -22,12 +22,11 @@ from optuna.trial import TrialState
 
 from core import metrics
 from core.config import TrainConfig
-from core.data import Dataset, folds, on_device
+from core.data import Dataset, Splits, folds, on_device
 from core.data.decode import SIXTEEN_BIT_TOP
 from hpo.confirmation.result import Confirmation
 from hpo.confirmation.trials import search_epochs
 from hpo.dashboard.pictures import learning_curves
-from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.held_out import OWN, half_lives
 from hpo.search.training import Watch
@@ -42,6 +41,8 @@ from hpo.submission.length import Ladder
 from hpo.submission.members import decide_members
 from hpo.submission.networks import Network, Trainer, averaged, averaging_by, kept_epoch
 from hpo.submission.onnx_export import check_onnx, export_onnx
+from hpo.submission.peers import Library
+from hpo.submission.selection import decide_selection
 from hpo.submission.tested import Tested, full_scores
 from hpo.text import count
 from hpo.trials import effective_trials
@@ -92,6 +93,7 @@ def refit(
     members: int | None = None,
     forced: Forced = FREE,
     evidence: Evidence | None = None,
+    library: Library | None = None,
     onnx: bool = False,
     kept: TrainingPaths | None = None,
     confirmation: Confirmation | None = None,
@@ -113,21 +115,20 @@ def refit(
             if the trial had folds; None for one network.
         forced: Choices that are already made.
         evidence: Held-out predictions of this configuration, for one network; None trains it on a part of the images.
+        library: Other configurations, with predictions of the same images; None tries no ensemble with them.
         kept: Folder with weights of the configuration, which are used if possible.
         watch: Called at the beginning of each training.
 
     Raises:
-        StudyError: The trial's weights are damaged, or both `ensemble` and `members` are given.
+        StudyError: The trial's weights are damaged.
         BundleError: The model cannot be exported as ONNX.
         UserError: A class has fewer images than the ensemble has members.
     """
-    if ensemble is not None and members is not None:
-        raise StudyError("--folds and --members: networks by fold or by seed; give one of them")
     if onnx:
         check_onnx()
     trainer = Trainer(paths, number, label, config, metric, device, watch, kept, _half_lives(config, forced))
     several = {"ensemble": ensemble, "members": members}
-    trained = _trained(trainer, dataset, epochs=epochs, **several, forced=forced, evidence=evidence)
+    trained = _trained(trainer, dataset, epochs=epochs, **several, forced=forced, evidence=evidence, library=library)
     openings = _record_opening(paths, label, number, recipe)
     tested = Tested.by(trained.networks, trained.decision, dataset.open_test())
     report = {"trial": number, "recipe": recipe, "objective": metric, **_report(trained, tested, dataset)}
@@ -194,12 +195,11 @@ def _trained(
     members: int | None,
     forced: Forced,
     evidence: Evidence | None,
+    library: Library | None,
 ) -> _Trained:
     config = trainer.config
     if ensemble is not None or members is not None:
         config, evidence = config.override({"data.folds": ensemble}), None
-    if evidence is not None and not evidence.has(forced.average, forced.views):
-        evidence = None
     splits = on_device(folds(dataset, config.data), trainer.device)
     networks: list[Network] = []
     if evidence is None:
@@ -216,11 +216,17 @@ def _trained(
     else:
         form = ONE if ensemble is None else ENSEMBLE
         decision = decide(evidence, trainer.metric, forced, form=form, averaged_later=ensemble is not None)
+        if library is not None:
+            decision = decide_selection(decision, evidence, library, trainer.metric, forced.form)
     final = averaging_by(config, decision.average)
     if ensemble is None:
         epochs = int(fmean(kept) + 0.5) if epochs is None else epochs
         networks.clear()  # free the device's memory for the training
-        networks = trainer.on_all_images(final, splits[0].whole(), evidence.rows[0], epochs, chosen)
+        if library is not None and decision.selection:
+            decision = _with_winner(decision, trainer.number, epochs)
+            networks = _selected(trainer, decision, final, splits[0].whole(), evidence, library)
+        else:
+            networks = trainer.on_all_images(final, splits[0].whole(), evidence.rows[0], epochs, chosen)
         elapsed_s += sum(network.elapsed_s for network in networks)
     else:
         networks = [replace(network.with_average(decision.average), config=final) for network in networks]
@@ -232,11 +238,37 @@ def _trained(
         networks=networks,
         members=members,
         rows=all_rows,
-        epochs=kept if ensemble is not None or epochs is None else epochs,
+        epochs=_epochs(decision, epochs) if ensemble is None and epochs is not None else kept,
         in_folds=ensemble is not None,
         source=evidence.source,
         elapsed_s=elapsed_s,
     )
+
+
+def _epochs(decision: Decision, epochs: int) -> int | list[int]:
+    """Those of one configuration, or of each network of a selection."""
+    return [each.epochs or epochs for each in decision.selection] or epochs
+
+
+def _with_winner(decision: Decision, number: int | None, epochs: int) -> Decision:
+    """The decision with name, trial and epochs of the first network of its selection."""
+    winner, *others = decision.selection
+    name = winner.name if number is None else f"trial {number}"
+    return replace(decision, selection=(replace(winner, name=name, trial=number, epochs=epochs), *others))
+
+
+def _selected(
+    trainer: Trainer, decision: Decision, winner: TrainConfig, whole: Splits, evidence: Evidence, library: Library
+) -> list[Network]:
+    """Train the networks of a selection on all images, each with its average."""
+    of_name = {peer.name: peer for peer in library.peers}
+    first, *others = decision.selection
+    assert first.epochs is not None
+    trainings = [(winner, evidence.rows[0], first.epochs)]
+    for each in others:
+        peer = of_name[each.name]
+        trainings.append((averaging_by(peer.config, each.average), peer.evidence.rows[0], peer.epochs))
+    return trainer.selected(trainings, whole)
 
 
 def _record_opening(paths: StudyPaths, label: str, number: int | None, recipe: str | None) -> int:
@@ -303,6 +335,10 @@ def _write(
 def _model(trained: _Trained, dataset: Dataset, *, study: str | None, number: int | None) -> bundle.Bundle:
     return bundle.Bundle(
         config=trained.networks[0].config,
+        parts=tuple(
+            bundle.Part(network.config, each.weight, each.views)
+            for network, each in zip(trained.networks, trained.decision.selection, strict=False)  # or empty
+        ),
         classes=dataset.classes,
         in_channels=dataset.images.shape[1],
         image_size=(dataset.images.shape[2], dataset.images.shape[3]),

@@ -16,6 +16,7 @@ from core.calibration import scaled
 from core.data import Dataset, TestSet
 from core.runtime import make_generator
 from hpo.dashboard.pictures import confident_errors, confusion_matrix
+from hpo.search.held_out import NONE
 from hpo.submission.decision import Decision
 from hpo.submission.networks import Network, together
 from hpo.submission.predictions import write_submission
@@ -40,12 +41,17 @@ class Tested:
     @classmethod
     def by(cls, networks: Sequence[Network], decision: Decision, test: TestSet) -> Tested:
         """Predict the test images with the model's networks, and the chosen views and temperature."""
+        one_view = (NONE,) * len(networks)
+        chosen = tuple(each.views for each in decision.selection) or (decision.views,) * len(networks)
+        weights = [each.weight for each in decision.selection] or None
         logits = {
-            views: together(network.logits(test.images, views) for network in networks).cpu()
-            for views in dict.fromkeys(("none", decision.views))
+            views: together(
+                (network.logits(test.images, name) for network, name in zip(networks, views, strict=True)), weights
+            ).cpu()
+            for views in dict.fromkeys((one_view, chosen))
         }
-        answers = scaled(logits[decision.views], decision.temperature.value)
-        return cls(test, test.labels.cpu(), logits["none"], answers, networks[0].config.seed)
+        answers = scaled(logits[chosen], decision.temperature.value)
+        return cls(test, test.labels.cpu(), logits[one_view], answers, networks[0].config.seed)
 
     @cached_property
     def confusion(self) -> Tensor:

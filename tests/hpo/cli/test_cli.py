@@ -40,8 +40,9 @@ SURFACE = {
         --storage --weights:Path --workers:int[1..] study
     """,
     "refit": """
-        --average --confirm/--no-confirm:bool=True --data:Path --device --epochs --folds:int --form --members:int
-        --metric --onnx:bool --set:list* --skip-broken:bool --storage --study --views --weights:Path trial!
+        --average --confirm/--no-confirm:bool=True --data:Path --device --ensemble:int --epochs --folds:int --form
+        --members:int --metric --onnx:bool --set:list* --single:bool --skip-broken:bool --storage --study --views
+        --weights:Path trial!
     """,
     "predict": """
         --device --like:Path --output/-o:Path=submission.csv --probabilities:bool --skip-broken:bool bundle!

@@ -29,7 +29,7 @@ from core.tta import VIEWS, look, predict_logits
 from hpo.errors import BundleError
 from hpo.space import load_recipe, to_yaml
 from hpo.study.versions import versions
-from hpo.submission.bundle import Bundle, Normalization, load_bundle, writing
+from hpo.submission.bundle import Bundle, Normalization, Part, load_bundle, writing
 
 CPU = torch.device("cpu")
 CLASSES = ("cat", "dog", "Größe, {x}")
@@ -104,6 +104,24 @@ def write_ensemble(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def make_several() -> tuple[Bundle, list[nn.Module]]:
+    """Two networks of different widths, with weights 3 to 1 and views of their own."""
+    first, wide = make(views="flip")
+    second, narrow = make(**{"model.widths": (8,), "model.blocks": (2,)})
+    with torch.no_grad():
+        for weights in narrow.parameters():
+            weights.mul_(1.3)
+    parts = (Part(first.config, 0.75, "flip"), Part(second.config, 0.25, "none"))
+    return replaced(first, parts=parts, normalizations=first.normalizations * 2), [wide, narrow]
+
+
+def write_several(folder: Path) -> Path:
+    bundle, models = make_several()
+    with writing(folder) as new:
+        bundle.write(new, models, REPORT)
+    return folder
+
+
 def some_images(channels: int = 3, count: int = 5) -> torch.Tensor:
     shape = (count, channels, 12, 16)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -147,6 +165,29 @@ def test_an_ensemble_answers_with_the_mean_of_its_members_probabilities(tmp_path
     torch.testing.assert_close(loaded.logits(images).exp(), loaded.probabilities(images))
     torch.testing.assert_close(loaded.logits(images, batch_size=2), loaded.logits(images))
     assert loaded.meta == bundle
+
+
+def test_networks_of_different_configurations_answer_with_their_weights_and_views(tmp_path: Path) -> None:
+    meta, models = make_several()
+    folder = write_several(tmp_path / "best")
+    loaded, images = load_bundle(folder, CPU), some_images()
+    assert loaded.meta == meta
+    by = meta.normalizations[0]
+    pixels = (images / 255 - torch.tensor(by.mean)[:, None, None]) / torch.tensor(by.std)[:, None, None]
+    with torch.inference_mode():
+        wide, narrow = ((model(pixels).softmax(1), model(pixels.flip(-1)).softmax(1)) for model in models)
+    mean = 0.75 * (wide[0] + wide[1]) / 2 + 0.25 * narrow[0]
+    expected = (mean.log() / 1.6).softmax(1)
+    torch.testing.assert_close(loaded.probabilities(images), expected, rtol=1e-4, atol=1e-5)
+    assert json.loads((folder / "origin.json").read_text())["format"] == 5
+    assert {file.name for file in folder.glob("*.yaml")} == {"config.yaml", "config_2.yaml"}
+
+
+def test_one_configuration_is_written_in_the_format_before_several(tmp_path: Path) -> None:
+    for folder in (write(tmp_path / "one"), write_ensemble(tmp_path / "folds")):
+        assert json.loads((folder / "origin.json").read_text())["format"] == 4
+        networks = json.loads((folder / "preprocess.json").read_text())["networks"]
+        assert all(set(network) == {"weights", "mean", "std"} for network in networks)
 
 
 def test_an_ensemble_of_equals_answers_as_one_of_them(tmp_path: Path) -> None:
@@ -350,8 +391,8 @@ def large_network(folder: Path) -> None:
         (edit_network("std", [1, 1, 0]), r"preprocess\.json: damaged \(networks\.0\.std\.2: "),
         (edit_network("weights", "../model.safetensors"), r"the weights of its networks must be model\.safetensors"),
         (edit("preprocess.json", "tta_views", "zoom"), r"preprocess\.json: tta_views zoom: this hpo knows none"),
-        (edit("origin.json", "format", 1), r"the bundle has format 1, and this version of hpo reads 2, 3 and 4"),
-        (edit("origin.json", "format", 5), r"the bundle has format 5, and this version of hpo reads 2, 3 and 4"),
+        (edit("origin.json", "format", 1), r"the bundle has format 1, and this version of hpo reads 2, 3, 4 and 5"),
+        (edit("origin.json", "format", 6), r"the bundle has format 6, and this version of hpo reads 2, 3, 4 and 5"),
         (edit("origin.json", "format", 2), r"preprocess\.json: damaged \(temperature: "),
         (edit("preprocess.json", "temperature", 0), r"preprocess\.json: damaged \(temperature: "),
         (drop("preprocess.json", "temperature"), r"preprocess\.json: damaged \(temperature: "),
@@ -393,6 +434,24 @@ def test_every_member_is_checked(tmp_path: Path, damage: Any, message: str) -> N
     with pytest.raises(BundleError, match=message) as raised:
         load_bundle(folder, CPU)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("config_2.yaml"), r"config_2\.yaml is missing"),
+        (replace("config_2.yaml", "epochs: many"), r"config_2\.yaml: damaged"),
+        (edit_network("weight", 0), r"preprocess\.json: damaged \(networks"),
+        (edit_network("views", "sideways"), r"tta_views sideways: this hpo knows"),
+        (lambda folder: shutil.copy(folder / "config.yaml", folder / "config_2.yaml"), r"does not fit config_2\.yaml"),
+    ],
+)
+def test_every_configuration_is_checked(tmp_path: Path, damage: Any, message: str) -> None:
+    folder = write_several(tmp_path / "best")
+    damage(folder)
+    with pytest.raises(BundleError, match=message) as caught:
+        load_bundle(folder, CPU)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_is_no_bundle(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from hpo.submission.candidates import Candidate, Temperature
 from hpo.submission.card import model_card, write_card
 from hpo.submission.decision import Decision
 from tests.hpo.confirmation.simulated import some_confirmation, some_contender
-from tests.hpo.submission.test_bundle import CLASSES, REPORT, make, make_ensemble
+from tests.hpo.submission.test_bundle import CLASSES, REPORT, make, make_ensemble, make_several
 
 BASE = TrainConfig().override({"model.widths": (8, 16), "model.blocks": (1, 1)})
 WINNER = BASE.override({"optim.lr_scale": 3.21, "batch_size": 64})
@@ -299,6 +299,21 @@ def test_the_card_of_an_ensemble_describes_it() -> None:
     plain = model_card(make()[0], REPORT)
     assert "ensemble" not in plain
     assert "`model.safetensors`" in plain
+
+
+def test_the_card_of_several_configurations_lists_them_with_their_weights() -> None:
+    chosen = [
+        {"name": "trial 7", "trial": 7, "weight": 0.75, "average": "own", "views": "flip", "epochs": 12},
+        {"name": "recipe a_b", "trial": None, "weight": 0.25, "average": "own", "views": "none", "epochs": 9},
+    ]
+    text = model_card(make_several()[0], REPORT | {"decision": {"selection": chosen}})
+    assert "- An ensemble of 2 networks of different configurations" in text
+    assert "| `resnet` | trial 7 | 0.75 | `flip` | 12 |" in text
+    assert "| `resnet` | recipe a_b | 0.25 | `none` | 9 |" in text
+    assert "each fifth of the images was predicted with the weights selected on the others" in text
+    assert "| `config_2.yaml` | the configuration of another network of the ensemble |" in text
+    assert "Differences of the first network from" in text
+    assert "out-of-fold" not in text
 
 
 def test_out_of_fold_scores_of_one_network_are_explained() -> None:

@@ -22,7 +22,7 @@ from core.models import build_model
 from core.runtime import normalize
 from hpo.errors import BundleError
 from hpo.submission import onnx_export
-from hpo.submission.bundle import Bundle, LoadedBundle, Normalization
+from hpo.submission.bundle import Bundle, LoadedBundle, Normalization, Part
 from hpo.submission.card import model_card
 from hpo.submission.onnx_export import check_onnx, export_onnx, onnx_probabilities
 
@@ -110,6 +110,18 @@ def test_onnxruntime_reproduces_torch_on_real_images_for_any_batch_size(
     found = torch.cat([ask(images[:1]), ask(images[1:4]), ask(images[4:])])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.sum(1), torch.ones(len(images)))
+
+
+def test_onnxruntime_reproduces_networks_of_different_configurations(tmp_path: Path, digits: Tensor) -> None:
+    wide, narrow = make(digits, views="flip", **TINY), make(digits, views="none", **TINY | {"model.widths": (4, 8)})
+    parts = (Part(wide.meta.config, 0.75, "shift"), Part(narrow.meta.config, 0.25, "none"))
+    meta = replace(wide.meta, parts=parts, normalizations=wide.meta.normalizations * 2, temperature=1.3)
+    bundle = LoadedBundle((*wide.models, *narrow.models), meta, CPU)
+    assert export_onnx(bundle, tmp_path / "model.onnx", digits) <= 1e-4
+    found = onnx_probabilities(tmp_path / "model.onnx")(digits)
+    torch.testing.assert_close(found, bundle.probabilities(digits), atol=1e-4, rtol=0)
+    one_view = replace(bundle, meta=replace(meta, parts=tuple(replace(part, weight=0.5) for part in parts)))
+    assert (found - one_view.probabilities(digits)).abs().max() > 1e-3, "the weights matter"
 
 
 def test_the_file_has_metadata_without_this_machines_paths_and_the_cards_example_runs(

@@ -473,7 +473,14 @@ def test_the_names_of_choices_are_those_of_the_decisions() -> None:
         (["--members", "1"], "--members 1: an ensemble has 2 to 20 networks"),
         (["--members", "21"], "--members 21: an ensemble has 2 to 20 networks"),
         (["--views", "sideways"], "--views sideways: give one of none, flip, shift, flip_shift"),
-        (["--form", "ensemble"], "--form ensemble: it is the form of several networks; give their number by --members"),
+        (["--form", "ensemble"], "it is the form of several networks; give their number by --members or --ensemble"),
+        (["--folds", "3", "--ensemble", "3"], "--folds and --ensemble each make several networks"),
+        (["--members", "3", "--ensemble", "3"], "--members and --ensemble each make several networks"),
+        (["--ensemble", "1"], "--ensemble 1: an ensemble has 2 to 20 networks"),
+        (["--single", "--ensemble", "3"], "--single and --ensemble: one network or several; give one of them"),
+        (["--single", "--members", "3"], "--single and --members: one network or several; give one of them"),
+        (["--single", "--folds", "3"], "--single and --folds: one network or several; give one of them"),
+        (["--ensemble", "2", "--form", "greedy_soup"], "weights of different configurations have no mean"),
         (["--members", "2", "--form", "soup"], "--form soup: give one of one, uniform_soup, greedy_soup, ensemble"),
         (["--average", "ema_0.9"], "--average ema_0.9: give own, none, or ema_H with a half-life H up to 0.5"),
     ],
@@ -483,11 +490,16 @@ def test_invalid_choices_are_one_line(study: Study, options: list[str], said: st
 
 
 @pytest.mark.parametrize(
-    ("folds", "members", "label"),
-    [(None, None, "best"), (5, None, "best.folds5"), (None, 3, "best.members3")],
+    ("numbers", "label"),
+    [
+        ((None, None), "best"),
+        ((5, None), "best.folds5"),
+        ((None, 3), "best.members3"),
+        ((None, None, 4), "best.ensemble4"),
+    ],
 )
-def test_the_folder_is_named_by_the_number_of_networks(folds: int | None, members: int | None, label: str) -> None:
-    assert refit_label("best", folds, members) == label
+def test_the_folder_is_named_by_the_number_of_networks(numbers: Sequence[Any], label: str) -> None:
+    assert refit_label("best", *numbers) == label
 
 
 # The winner of a confirmation ---------------------------------------------------------------------------------------
