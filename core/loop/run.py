@@ -725,7 +725,8 @@ class Probe(Run):
         """The features (N, F) float32 of all images on the CPU; rows that are not needed may be empty."""
         splits = self.splits
         batches = torch.split(torch.arange(len(splits.images)), self.evaluation_batch)
-        by = (splits.mean, splits.std, self.config.precision.autocast, self.device, self.evaluation_batch)
+        size, cast = self.config.model.input_size, self.config.precision.autocast
+        by = (splits.mean, splits.std, size, cast, self.device, self.evaluation_batch)
         return self.features.of_rows(
             rows,
             splits.images,

@@ -343,6 +343,7 @@ class _Fit:
         try:
             result = confirm(options, self._reporter, self._interrupts, part_of=self._command)
         except TimeLimitError:
+            self._say("the time ended the confirmation before it could compare anything")
             return "no time"
         for line in result.confirmation.lines():
             self._say(line)

@@ -299,7 +299,7 @@ def test_features_are_computed_once_for_all_folds_and_seeds(
     assert passes.images == len(dataset.labels)
 
 
-@pytest.mark.parametrize("other", ["images", "normalization", "precision", "weights"])
+@pytest.mark.parametrize("other", ["images", "normalization", "input size", "precision", "weights"])
 def test_features_are_computed_again_for_other(
     other: str, config: TrainConfig, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +312,8 @@ def test_features_are_computed_again_for_other(
         changed = replace(digits, images=digits.images.clone())
     elif other == "normalization":
         changed = replace(digits, mean=(0.5,))
+    elif other == "input size":
+        config = config.override({"model.input_size": 16})
     elif other == "precision":
         config = config.override({"precision.autocast": "bf16"})
     else:
