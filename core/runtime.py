@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
+import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -45,6 +48,20 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Keep freed memory in this process for the next tensors. For CPUs, and the GNU C library only.
+
+    By default it takes large blocks from the system, page by page, and returns them at once. EfficientNet-Lite0 at 128²
+    spends 60 % of its time on that in evaluation, and 20 % in training at 96² (batches of 512 and 64, one thread).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    for parameter in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        mallopt(parameter, 2**31 - 1)
 
 
 def synchronize(device: torch.device) -> None:

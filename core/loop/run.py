@@ -51,6 +51,7 @@ from core.runtime import (
     free_memory,
     is_out_of_memory,
     isolated_rng,
+    keep_freed_memory,
     make_generator,
     normalize,
     own_stream,
@@ -230,6 +231,8 @@ class Run:
         if config.loss.smoothing_patience_fraction is not None and not len(splits.val):
             raise ConfigError("loss.smoothing_patience_fraction needs validation images, and there are none")
         check_autocast(config.precision.autocast, device)
+        if device.type == "cpu":
+            keep_freed_memory()
         self.config, self.device, self.metric = config, device, metric
         self.maximize = metrics.METRICS[metric] == "maximize"
         self.splits = splits.on(device)

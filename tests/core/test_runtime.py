@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -181,3 +184,31 @@ def test_cudnns_choice_of_algorithms_is_restored(monkeypatch: pytest.MonkeyPatch
             assert torch.backends.cudnn.benchmark
             raise KeyError
         assert torch.backends.cudnn.benchmark is before
+
+
+FAULTS = """
+import resource, torch
+from core.runtime import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**24)  # 64 MiB, or 16,384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults())
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the GNU C library is Linux's")
+@pytest.mark.parametrize("own", [False, True])
+def test_freed_memory_is_kept_unless_the_user_has_settings_of_their_own(own: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    if own:
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+    ran = subprocess.run([sys.executable, "-c", FAULTS], env=environment, check=True, capture_output=True, text=True)
+    before, after = map(int, ran.stdout.split())
+    assert (after < before / 10) is not own
