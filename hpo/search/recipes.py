@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from filelock import FileLock
@@ -107,23 +108,32 @@ def _run(
     progress: StudyView,
 ) -> None:
     paths, config = study.paths.reference(recipe.name), _config_of(study, recipe)
+    with recording_failure(config, paths, folds=len(splits), metric=space.metric), interrupts.patient():
+        if not any(file.exists() for file in paths.checkpoints(len(splits))):
+            _check_time(study, config, splits, device)
+        watch = _watched(study, progress, interrupts, _title(recipe), config)
+        train_recorded(config, splits, paths, metric=space.metric, device=device, watch=watch, settings=study.settings)
+
+
+@contextmanager
+def recording_failure(config: TrainConfig, paths: TrainingPaths, *, folds: int, metric: str) -> Iterator[None]:
+    """Record the failure of a configuration that the body trains into a folder, and drop other configurations' files.
+
+    Raises:
+        StudyError: The disk is full.
+    """
     if paths.config.exists() and not is_training_of(paths, config):
-        for outdated in (paths.result, *paths.checkpoints(len(splits))):
+        for outdated in (paths.result, *paths.checkpoints(folds)):
             outdated.unlink(missing_ok=True)
     try:
-        with interrupts.patient(), explain_full_disk(paths.dir):
-            if not any(file.exists() for file in paths.checkpoints(len(splits))):
-                _check_time(study, config, splits, device)
-            watch = _watched(study, progress, interrupts, _title(recipe), config)
-            train_recorded(
-                config, splits, paths, metric=space.metric, device=device, watch=watch, settings=study.settings
-            )
+        with explain_full_disk(paths.dir):
+            yield
     except Exception as error:
         failure = failure_of(error)
         if failure is None:
             raise
-        write_result(paths, {"metric": space.metric, "failure": failure, "why": str(error).partition("\n")[0]})
-        for checkpoint in paths.checkpoints(len(splits)):
+        write_result(paths, {"metric": metric, "failure": failure, "why": str(error).partition("\n")[0]})
+        for checkpoint in paths.checkpoints(folds):
             checkpoint.unlink(missing_ok=True)
 
 

@@ -48,7 +48,7 @@ class FitRecord:
         paths.dir.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(paths.fit_lock).acquire(timeout=0):
-                record = cls(paths.fit, _read(paths.fit) or {**new, "used_s": 0.0, "done": {}}, began)
+                record = cls(paths.fit, read_fit(paths) or {**new, "used_s": 0.0, "done": {}}, began)
                 record.save()
                 with record._ticking():
                     yield record
@@ -124,12 +124,11 @@ class FitRecord:
 
 
 def read_fit(paths: StudyPaths) -> dict[str, Any] | None:
-    """Return the record of a study that `hpo fit` began; None for any other, StudyError if it is damaged."""
-    return _read(paths.fit)
+    """Return the record of a study that `hpo fit` began, in which a killed run's time is used.
 
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """The content, in which a killed run's time is used."""
+    None for any other study, StudyError if it is damaged.
+    """
+    file = paths.fit
     try:
         text, touched = file.read_text(encoding="utf-8"), file.stat().st_mtime
         content: dict[str, Any] = json.loads(text)

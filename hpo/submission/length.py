@@ -34,11 +34,9 @@ from core.metrics import Gain
 from core.runtime import make_generator
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
-from hpo.search.objective import failure_of
-from hpo.search.recipes import is_training_of
+from hpo.search.recipes import is_training_of, recording_failure
 from hpo.search.training import Watch, train_recorded
-from hpo.search.weights import explain_full_disk
-from hpo.study.results import finite, read_result, read_rows, write_result
+from hpo.study.results import finite, read_result, read_rows
 from hpo.study.settings import StudySettings
 from hpo.text import METRIC_WORDS, count, duration
 
@@ -273,6 +271,7 @@ class _Climb:
         self._heights = {one.key: 1 for one in climbers}
         self._held: dict[tuple[str, int, int], _Held] = {}
         self._rungs: list[Rung] = []
+        self._timed: dict[str, float] = {}  # seconds per epoch, by a few steps
 
     def run(self) -> tuple[Ladder, TrainConfig, TrainingPaths]:
         ended = self._climb()
@@ -346,9 +345,11 @@ class _Climb:
             rows = read_rows(self._folder(climber, 1, 0).metrics)
             if rows:
                 return float(rows[-1]["elapsed_s"]) / len(rows)
-        config = self._config(climber, 1, 0)
-        splits = self._site.division.on(self._site.device, config.data)
-        return seconds_per_epoch(config, splits[0], device=self._site.device)
+        if climber.key not in self._timed:
+            config = self._config(climber, 1, 0)
+            splits = self._site.division.on(self._site.device, config.data)
+            self._timed[climber.key] = seconds_per_epoch(config, splits[0], device=self._site.device)
+        return self._timed[climber.key]
 
     def _refit_s(self, climber: Climber, multiple: int) -> float:
         """Estimate the duration of a training on training and validation images."""
@@ -462,31 +463,19 @@ class _Climb:
         return failed or all(folder.validation(fold).exists() for fold in range(1, (config.data.folds or 1) + 1))
 
     def _train(self, climber: Climber, config: TrainConfig, splits: Sequence[Splits], folder: TrainingPaths) -> None:
-        site = self._site
-        if folder.config.exists() and not is_training_of(folder, config):
-            for outdated in (folder.result, *folder.checkpoints(len(splits))):
-                outdated.unlink(missing_ok=True)
-        name = f"{climber.name}, {count(config.epochs, 'epoch')}"
-        try:
-            with explain_full_disk(folder.dir), site.shown(name, config.epochs) as watch:
-                train_recorded(
-                    config,
-                    splits,
-                    folder,
-                    metric=site.metric,
-                    device=site.device,
-                    watch=watch,
-                    settings=site.settings,
-                    evidence=True,
-                )
-        except Exception as error:
-            failure = failure_of(error)
-            if failure is None:
-                raise
-            why = str(error).partition("\n")[0]
-            write_result(folder, {"metric": site.metric, "failure": failure, "why": why})
-            for checkpoint in folder.checkpoints(len(splits)):
-                checkpoint.unlink(missing_ok=True)
+        site, name = self._site, f"{climber.name}, {count(config.epochs, 'epoch')}"
+        failing = recording_failure(config, folder, folds=len(splits), metric=site.metric)
+        with failing, site.shown(name, config.epochs) as watch:
+            train_recorded(
+                config,
+                splits,
+                folder,
+                metric=site.metric,
+                device=site.device,
+                watch=watch,
+                settings=site.settings,
+                evidence=True,
+            )
 
     def _drop_weights(self, but: TrainingPaths) -> None:
         """Delete the weights of all trainings but that of the refit."""
