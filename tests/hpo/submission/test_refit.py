@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from hpo.submission.candidates import Candidate
 from hpo.submission.decision import FORMS, Decision, Forced, decide
 from hpo.submission.evidence import Evidence, of_confirmation
 from hpo.submission.members import greedy_soup
-from tests.hpo.commands import SPACE, RunHpo, hpo, studies_in
+from tests.hpo.commands import RunHpo
 from tests.hpo.confirmation.simulated import some_confirmation, some_contender
 
 CPU = torch.device("cpu")
@@ -45,23 +44,6 @@ SMALL = TrainConfig().override(
     {"model.widths": (16,), "model.blocks": (1,), "epochs": 2, "batch_size": 32, "augment.flip": 0.0,
      "augment.crop_pad_fraction": 0.0, "optim.lr_scale": 40.0}
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The studies folder of a search `own` of three trials of two epochs."""
-    folder = tmp_path_factory.mktemp("refit")
-    (folder / "own.yaml").write_text(f"{SPACE}confirm: {{budget: 0.1}}\n")  # the least
-    with studies_in(folder) as patch:
-        assert hpo(patch, "run", str(folder / "own.yaml"), "--trials", "3") == 0
-    return folder / "studies"
-
-
-@pytest.fixture
-def study(searched: Path, tmp_path: Path) -> Study:
-    """A copy of that study, to be refitted."""
-    shutil.copytree(searched, tmp_path / "studies")
-    return find_study("own")
 
 
 def do_refit(folder: Path, dataset: Dataset, config: TrainConfig = SMALL, **options: Any) -> Refitted:

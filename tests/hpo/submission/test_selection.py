@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from hpo.submission.decision import ENSEMBLE, ONE, Decision, Forced, decide
 from hpo.submission.evidence import Evidence, of_confirmation
 from hpo.submission.peers import Library, Peer
 from hpo.submission.selection import PARTS, ROUNDS, combined, cross_fitted, decide_selection, select
-from tests.hpo.commands import SPACE, RunHpo, hpo, studies_in
+from tests.hpo.commands import RunHpo
 from tests.hpo.digits import check_predictions, write_digits
 from tests.hpo.submission.test_length import LEARNS
 
@@ -181,23 +180,6 @@ def test_a_peer_has_the_winners_views_where_it_predicted_them() -> None:
 
 
 # Refits -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The studies folder of a search `own` of three trials of two epochs."""
-    folder = tmp_path_factory.mktemp("selection")
-    (folder / "own.yaml").write_text(f"{SPACE}confirm: {{budget: 0.1}}\n")  # the least
-    with studies_in(folder) as patch:
-        assert hpo(patch, "run", str(folder / "own.yaml"), "--trials", "3") == 0
-    return folder / "studies"
-
-
-@pytest.fixture
-def study(searched: Path, tmp_path: Path) -> Study:
-    """A copy of that study, to be refitted."""
-    shutil.copytree(searched, tmp_path / "studies")
-    return find_study("own")
 
 
 def check_bundle(folder: Path, study: Study, digits: Dataset) -> list[str]:
