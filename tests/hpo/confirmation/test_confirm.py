@@ -867,6 +867,6 @@ def test_the_plan_has_only_trainings_that_fit_the_limit(trained: Path, monkeypat
     search = find_study("planted")
     speed = seconds_per_epoch(search)
     assert speed is not None
-    plan = Plan(search, search.space(), share=5, within_s=6.5 * 2 * speed)  # of two epochs
+    plan = Plan(search, search.space(), share=5, within_s=13.5 * speed)  # of two epochs each
     assert plan.budget_epochs == 13
     assert plan.allocation.trainings == 6
