@@ -110,7 +110,7 @@ def epochs_in(minutes: float, data: Path, config: DataConfig) -> int:
     """Epochs of the from-scratch baseline in this time, with the training that a refit's decisions take."""
     dataset = load_dataset(config, data_path=data)
     splits = split(dataset, config)
-    baseline = load_recipe("stl10_custom_resnet").config.override({"data": config, "batch_size": 32})
+    baseline = load_recipe("stl10_custom_resnet").config.override({"data.image_size": config.image_size, "batch_size": 32})
     epoch_s = seconds_per_epoch(baseline, splits, device=CPU, steps=1)
     whole = len(dataset.labels) / len(splits.train)
     return max(1, int(60 * minutes / (epoch_s * (1 + whole))))
