@@ -35,9 +35,9 @@ def conclude(plan: Plan, study: Study | None, *, out_of_time: bool = False) -> C
     ]
     space = None if study is None else study.space()
     if isinstance(space, ConfirmationSpace):
-        compared = _compared(search.name, contenders, space)
+        compared = _compared(search.name, contenders, space, plan.margin)
     else:
-        compared = Comparison(None, BASELINE, {}, None, evidence=False)
+        compared = Comparison(None, BASELINE, {}, None, None, evidence=False)
     contenders = [replace(one, interval=compared.scores.get(one.key)) for one in contenders]
     contenders.sort(key=lambda one: math.inf if one.interval is None else -search.sign * one.interval.mean)
     return Confirmation(
@@ -49,6 +49,8 @@ def conclude(plan: Plan, study: Study | None, *, out_of_time: bool = False) -> C
         winner=compared.winner,
         evidence=compared.evidence,
         advantage=compared.advantage,
+        expected=compared.expected,
+        margin=plan.margin,
         optimism=_optimism(contenders, maximize=search.direction == "maximize"),
         search_epochs=plan.search_epochs,
         budget_epochs=plan.budget_epochs,
@@ -79,7 +81,7 @@ def _contender(candidate: Candidate, own: Collection[Training]) -> Contender:
     )
 
 
-def _compared(search: str, contenders: Sequence[Contender], space: ConfirmationSpace) -> Comparison:
+def _compared(search: str, contenders: Sequence[Contender], space: ConfirmationSpace, margin: float) -> Comparison:
     try:
         return statistics.compare(
             {one.key: one.scores for one in contenders},
@@ -88,6 +90,7 @@ def _compared(search: str, contenders: Sequence[Contender], space: ConfirmationS
             test_share=space.test_share,
             maximize=space.direction == "maximize",
             resolution=space.resolution,
+            margin=margin,
         )
     except ValueError as error:
         failures = ", ".join(f"{one.key}: {one.failure or 'not trained yet'}" for one in contenders)

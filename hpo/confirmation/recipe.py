@@ -57,7 +57,7 @@ def _confirmed_recipe(study: Study, confirmation: Confirmation) -> str:
     winner = confirmation.contender(confirmation.winner)
     comment = f"Confirmed on other seeds and splits: {confirmation.verdict}."
     description = f"the winner of study {study.name}: {winner.name}"
-    metric = f"{confirmation.metric} " if confirmation.evidence else ""
+    metric = f"{confirmation.metric} " if confirmation.leader == confirmation.winner else ""
     result = f"{metric}{confirmation.verdict}"
     return _recipe(study, winner.train_config, description, result=result, when=confirmation.created, comment=comment)
 

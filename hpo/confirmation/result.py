@@ -114,7 +114,7 @@ class Confirmation:
     leader: str | None
     """Key of the best challenger; None if there was none."""
     winner: _Key
-    """The leader if it beats the baseline significantly; otherwise the baseline, if that could be trained."""
+    """What a refit trains: the leader if its expected gain is above the margin; otherwise the baseline."""
     evidence: bool
     """Whether the leader beats the baseline significantly."""
     advantage: Interval | None
@@ -141,6 +141,10 @@ class Confirmation:
     """Validation images / training images of one split, which widens intervals; None in files of older versions."""
     resolution: float = 0.0
     """Smallest change of a score: one validation image."""
+    expected: float | None = None
+    """Expected gain of the leader over the baseline (positive: better); None in files of older versions."""
+    margin: float = 0.0
+    """Of the search space: a smaller expected gain is not worth leaving the baseline."""
 
     def contender(self, key: str) -> Contender:
         """Return the contender with a key; KeyError if there is none."""
@@ -183,7 +187,10 @@ class Confirmation:
         if self.leader == self.winner:
             if self.advantage is None:
                 return f"{winner}, without a comparison: the baseline could not be trained"
-            return f"{winner}, better than the baseline by {plus_minus(self.advantage)}"
+            if self.evidence:
+                return f"{winner}, better than the baseline by {plus_minus(self.advantage)}"
+            bet = f"{self.expected:+.3f} expected over the baseline; "
+            return f"{winner}, the best bet: {bet}not a proven gain ({plus_minus(self.advantage)})"
         if not self.challengers:
             trained = self.contender(self.winner).interval is not None
             return f"{NO_GAIN}: no other trial was compared with the baseline" + (f", {winner}" if trained else "")
@@ -191,7 +198,12 @@ class Confirmation:
             out = "the only challenger was" if self.challengers == 1 else f"all {self.challengers} challengers were"
             return f"{NO_GAIN}: {out} stopped or failed; the baseline scores {winner}"
         best = self.leader if self.challengers == 1 else f"{self.leader}, the best of {self.challengers} challengers,"
-        return f"{NO_GAIN}: {best} {beside_the_baseline(self.advantage)}"
+        return f"{NO_GAIN}: {best} {beside_the_baseline(self.advantage)}{self._below_margin()}"
+
+    def _below_margin(self) -> str:
+        if self.expected is None or not 0 < self.expected <= self.margin:
+            return ""
+        return f", {self.expected:+.3f} expected, and the space asks for more than {self.margin:g}"
 
     def lines(self) -> list[str]:
         """Describe the whole result, a sentence per line, for the terminal, the report and the model card."""

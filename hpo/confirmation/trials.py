@@ -217,7 +217,7 @@ class Plan:
         self, search: Study, space: SearchSpace, *, share: float | None, within_s: float | None = None
     ) -> None:
         best_trial(search)  # raises an error if there is none
-        self.search = search
+        self.search, self.margin = search, space.confirm.margin
         self.cost_epochs = space.baseline.epochs * (space.baseline.data.folds or 1)
         """Maximum number of epochs of one training."""
         self.search_trials, self.search_epochs = search.counts().finished, search_epochs(search)

@@ -47,8 +47,11 @@ def verdict(data: StudyData) -> str:
     """The answer in one sentence."""
     label = metric_label(data.metric)
     if data.confirmation is not None:
-        text = data.confirmation.verdict
-        return f"Tuning helped: {label} {text}." if data.confirmation.evidence else f"{sentence(text)}."
+        made = data.confirmation
+        if made.leader != made.winner:
+            return f"{sentence(made.verdict)}."
+        lead = "Tuning helped" if made.evidence else sentence(made.contender(made.winner).name)
+        return f"{lead}: {label} {made.verdict}."
     if data.best is None:
         return "No trial is complete yet, so there is nothing to compare."
     best = f"validation {label} {score(data.best.value)}"
@@ -142,7 +145,8 @@ def _better(data: StudyData) -> Tile:
     over = f"{made.leader} over the baseline, {metric_label(data.metric)} on validation images"
     if made.evidence:
         return question, f"Yes, {size}", [f"{over}."]
-    return question, "Not shown", [f"{size}: {over}. The winner is {winner}."]
+    expected = "" if made.expected is None else f" Expected are {difference(data.metric, made.expected)}."
+    return question, "Not proven", [f"{size}: {over}.{expected} The winner is {winner}."]
 
 
 def _certain(data: StudyData) -> Tile:

@@ -170,8 +170,8 @@ def next_commands(study: Study, summary: StudySummary) -> list[str]:
 
 
 def unproven(study: Study, confirmation: Confirmation) -> list[str]:
-    """The commands that may follow if the leader is not the winner: more replicates, or its refit."""
-    if confirmation.leader in (None, confirmation.winner):
+    """The commands that may follow if no gain is proven: more replicates, or the refit of a leader that lost."""
+    if confirmation.leader is None or confirmation.evidence:
         return []
     leader = confirmation.contender(confirmation.leader)
     commands = []
@@ -180,7 +180,7 @@ def unproven(study: Study, confirmation: Confirmation) -> list[str]:
         budget = math.ceil(20 * spent / confirmation.search_epochs) / 10
         more = command(study, "confirm", "--budget", f"{budget:g}")
         commands.append(f"{more}  # twice the trainings, for more certainty")
-    if leader.trial is not None:
+    if leader.trial is not None and leader.key != confirmation.winner:
         commands.append(f"{command(study, f'refit {leader.trial} --study')}  # {leader.name} without proof")
     return commands
 

@@ -1,9 +1,10 @@
 """`hpo fit` against what else could be done in the same time, on the locked test images.
 
 - `probe`: a linear classifier on the features of EfficientNet-Lite0 (`hpo refit photos_probe_lite0`), in less time.
-- `scratch`: `hpo fit --space stl10_small`, a search from scratch with the same time.
-- `once`: the baseline of `stl10_small` (`hpo refit stl10_custom_resnet`) for as many epochs as fit the time by its
-  measured speed; its decisions take a training of their own.
+- `scratch`: `hpo fit --space scratch`, a search from scratch with the same time. (An epoch of the network of
+  `stl10_small` takes minutes on two cores.)
+- `once`: the baseline of `scratch` (`hpo refit scratch_base`) for as many epochs as fit the time by its measured speed;
+  its decisions take a training of their own.
 - `script`: 25 lines as with fastai: fine-tune EfficientNet-Lite0, one cycle, at the rate that a rate finder suggests.
 
 TrashNet, scenes with 500 training images, and CIFAR-10 (re-encoded) with 1,000. Each seed draws another validation set;
@@ -46,12 +47,13 @@ from hpo.space import load_recipe
 from hpo.submission.bundle import load_bundle
 
 CPU = torch.device("cpu")
-# File, training images per class, test images per class (None for all), and the side that all images are brought to.
+# File, training images per class, test images per class (None for all), and the side of all images.
 SETS: dict[str, tuple[str, int | None, int | None, int]] = {
     "trashnet": ("trashnet96.zip", None, None, 96),
     "scenes500": ("scenes5k.zip", 84, 200, 96),
     "cifar1000": ("cifar10_jpeg.tar.xz", 100, 200, 32),
 }
+ONCE_SIDE = 64  # larger images are trained from scratch at this side, with a stride of 2 in the first layer
 INPUT_SIDE = 96  # of the script's network
 SIDES = ("fit", "probe", "scratch", "once", "script")
 
@@ -106,14 +108,18 @@ def hpo(folder: Path, data: Path, config: DataConfig, *arguments: str) -> dict[s
     return {"right": right, "seconds": seconds}
 
 
-def epochs_in(minutes: float, data: Path, config: DataConfig) -> int:
-    """Epochs of the from-scratch baseline in this time, with the training that a refit's decisions take."""
-    dataset = load_dataset(config, data_path=data)
-    splits = split(dataset, config)
-    baseline = load_recipe("stl10_custom_resnet").config.override({"data.image_size": config.image_size, "batch_size": 32})
-    epoch_s = seconds_per_epoch(baseline, splits, device=CPU, steps=1)
+def once(data: Path, config: DataConfig, minutes: float) -> dict[str, int]:
+    """Fields of the from-scratch baseline for this time, with the training that a refit's decisions take."""
+    assert config.image_size is not None
+    large = config.image_size > ONCE_SIDE
+    fields = {"data.split_seed": config.split_seed, "data.image_size": ONCE_SIDE if large else config.image_size}
+    fields |= {"model.stem_stride": 2} if large else {}
+    baseline = load_recipe("scratch_base").config.override(fields)
+    dataset = load_dataset(baseline.data, data_path=data)
+    splits = split(dataset, baseline.data)
     whole = len(dataset.labels) / len(splits.train)
-    return max(1, int(60 * minutes / (epoch_s * (1 + whole))))
+    epochs = int(60 * minutes / (seconds_per_epoch(baseline, splits, device=CPU) * (1 + whole)))
+    return {**fields, "epochs": max(1, epochs)}
 
 
 # The script -----------------------------------------------------------------------------------------------------------
@@ -200,17 +206,18 @@ def main() -> None:
 
 def measured(side: str, arguments: Any, data: Path, weights: Path, folder: Path, config: DataConfig) -> dict[str, Any]:
     """What a side has right of the test images in order, and its seconds."""
-    same = ["--set", f"data.split_seed={config.split_seed}", "--set", f"data.image_size={config.image_size}"]
+    same = ["--set", f"data.split_seed={config.split_seed}"]
     pretrained, minutes = ["--weights", str(weights.parent)], ["--minutes", f"{arguments.minutes:g}"]
     if side == "script":
         return script(weights, data, config, epochs=arguments.epochs)
     if side == "once":
-        more = ["stl10_custom_resnet", "--data", str(data), "--set", "batch_size=32"]
-        command = ["refit", *more, "--set", f"epochs={epochs_in(arguments.minutes, data, config)}"]
-    elif side == "probe":
+        found = once(data, config, arguments.minutes)
+        settings = [f"--set={name}={value}" for name, value in found.items()]
+        return hpo(folder, data, config, "refit", "scratch_base", "--data", str(data), *settings) | found
+    if side == "probe":
         command = ["refit", "photos_probe_lite0", "--data", str(data), *pretrained]
     elif side == "scratch":
-        command = ["fit", str(data), *minutes, "--space", "stl10_small"]
+        command = ["fit", str(data), *minutes, "--space", "scratch"]
     else:
         command = ["fit", str(data), *minutes, *pretrained]
     return hpo(folder, data, config, *command, *same)

@@ -115,14 +115,18 @@ def some_contender(key: str, config: TrainConfig, mean: float, **changes: Any) -
     return Contender(key=key, **(fields | changes))
 
 
-def some_confirmation(*contenders: Contender, evidence: bool, advantage: Interval, **changes: Any) -> Confirmation:
-    """A confirmation led by the first contender, who wins with evidence. `changes` are fields with other values."""
+def some_confirmation(
+    *contenders: Contender, evidence: bool, advantage: Interval | None, **changes: Any
+) -> Confirmation:
+    """A confirmation led by the first contender, who wins if it is ahead. `changes` are fields with other values."""
+    lead = 0.0 if advantage is None else advantage.mean
     fields: dict[str, Any] = {
         "study": "own",
         "metric": "accuracy",
         "direction": "maximize",
         "leader": contenders[0].key,
-        "winner": contenders[0].key if evidence else BASELINE_KEY,
+        "winner": contenders[0].key if lead > 0 else BASELINE_KEY,
+        "expected": lead / 2,
         "optimism": 0.01,
         "search_epochs": 6,
         "budget_epochs": 2,

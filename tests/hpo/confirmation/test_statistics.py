@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import special, stats
+from scipy import integrate, special, stats
 
 from core.config import TrainConfig
 from hpo.confirmation.result import (
@@ -40,6 +41,7 @@ from hpo.confirmation.statistics import (
     optimism,
     own_score,
     paired,
+    shrinkage,
 )
 from hpo.errors import StudyError
 from tests.hpo.confirmation.simulated import some_confirmation, some_contender
@@ -263,9 +265,39 @@ class TestComparison:
         found = compared({"baseline": self.BASE, "trial 5": self.GOOD, "trial 6": wild}, stopped=["trial 6"])
         assert (found.winner, found.evidence) == ("trial 5", True)
 
-    def test_the_baseline_wins_without_evidence(self) -> None:
+    def test_a_leader_without_evidence_is_the_better_bet(self) -> None:
         found = compared({"baseline": self.BASE, "trial 3": self.FAIR})
-        assert (found.leader, found.winner, found.evidence) == ("trial 3", "baseline", False)
+        assert (found.leader, found.winner, found.evidence) == ("trial 3", "trial 3", False)
+        assert found.advantage is not None
+        assert found.expected is not None
+        assert 0 < found.expected < found.advantage.mean
+
+    def test_the_expected_gain_is_the_lead_shrunk_by_half_the_noise_of_a_difference(self) -> None:
+        found = compared({"baseline": self.BASE, "trial 3": self.FAIR, "trial 5": self.GOOD})
+        leads = [paired(one, self.BASE).values for one in (self.FAIR, self.GOOD)]
+        variance = statistics.fmean(map(statistics.variance, leads)) / 2 * (1 / 4 + 0.25)
+        share = shrinkage([0.0, *map(statistics.fmean, leads)], variance)
+        assert found.expected == pytest.approx(share * statistics.fmean(leads[1]))
+
+    def test_an_expected_gain_within_the_margin_leaves_the_baseline(self) -> None:
+        expected = compared({"baseline": self.BASE, "trial 3": self.FAIR}).expected
+        assert expected is not None
+        by_margin = {
+            margin: compared({"baseline": self.BASE, "trial 3": self.FAIR}, margin=margin).winner
+            for margin in (0.99 * expected, 1.01 * expected)
+        }
+        assert list(by_margin.values()) == ["trial 3", "baseline"]
+
+    def test_one_replicate_still_bets_on_the_leader(self) -> None:
+        found = compared({"baseline": scores(0.80), "trial 3": scores(0.83), "trial 5": scores(0.70)})
+        assert (found.winner, found.evidence) == ("trial 3", False)
+        assert found.expected == pytest.approx(0.03 / 4)
+
+    def test_the_stopped_and_the_failed_are_no_bet(self) -> None:
+        found = compared(
+            {"baseline": self.BASE, "trial 5": self.GOOD, "trial 6": scores(0.99, math.nan)}, stopped=["trial 5"]
+        )
+        assert (found.leader, found.winner, found.expected) == (None, "baseline", None)
 
     def test_significantly_worse_than_the_baseline_is_no_evidence(self) -> None:
         found = compared({"baseline": self.GOOD, "trial 3": self.BASE})
@@ -313,6 +345,32 @@ class TestComparison:
     @pytest.mark.parametrize(("maximize", "expected"), [(True, 0.009), (False, -0.009)])
     def test_optimism_is_positive_where_the_search_flattered(self, maximize: bool, expected: float) -> None:
         assert optimism(0.9917, Interval(0.9827, 0.01, 3), maximize=maximize) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("variance", [0.0004, 0.01, 1.0])
+@pytest.mark.parametrize("means", [(0.0, 0.05), (0.0, 0.05, 0.03, -0.01), (0.0, *[0.02] * 6, 0.04, 0.1)])
+def test_the_shrinkage_is_the_posterior_mean_under_a_half_cauchy_prior(
+    means: tuple[float, ...], variance: float
+) -> None:
+    squares = sum((mean - statistics.fmean(means)) ** 2 for mean in means)
+
+    def density(spread: float) -> float:  # of the true scores' spread, the common mean integrated out
+        total = variance + spread**2
+        prior = 1 / (1 + spread**2 / variance)
+        return float(prior * total ** (-(len(means) - 1) / 2) * math.exp(-squares / (2 * total)))
+
+    def kept(spread: float) -> float:
+        return density(spread) * spread**2 / (variance + spread**2)
+
+    expected = integrate.quad(kept, 0, math.inf)[0] / integrate.quad(density, 0, math.inf)[0]
+    assert shrinkage(means, variance) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_shrinkage_of_sure_means_is_continuous_and_of_unknown_noise_is_the_priors() -> None:
+    means, sure = (0.0, 1.0), 0.5 / (2 * 500)
+    assert shrinkage(means, sure * 0.999) == pytest.approx(shrinkage(means, sure * 1.001), rel=1e-4)
+    assert shrinkage(means, math.inf) == pytest.approx(1 / 3)
+    assert shrinkage(means, 0.0) == 1.0
 
 
 def simulated(
@@ -635,6 +693,19 @@ class TestWords:
             "± is a 95 % interval over n seeds and splits, corrected for overlapping splits (Nadeau and Bengio 2003)",
             "the interval of the advantage holds for all 3 challengers at once (Bonferroni)",
         ]
+
+    def test_a_leader_without_evidence_is_the_best_bet(self) -> None:
+        bet = {"evidence": False, "advantage": Interval(0.0031, 0.0062, 5), "expected": 0.0021}
+        assert confirmation(**bet).lines()[0] == (
+            "the winner is trial 12: accuracy 0.912 ± 0.004 (n = 5), the best bet: +0.002 expected over the baseline; "
+            "not a proven gain (0.003 ± 0.006)"
+        )
+
+    def test_a_margin_that_keeps_the_baseline_is_named(self) -> None:
+        below = {**NO_GAIN, "advantage": Interval(0.0031, 0.0062, 5), "expected": 0.0021, "margin": 0.005}
+        first, second = confirmation(**below).lines()[:2]
+        assert first.endswith("by 0.003 ± 0.006 (n = 5), +0.002 expected, and the space asks for more than 0.005")
+        assert second.startswith("the winner is the baseline")
 
     def test_without_evidence_the_baseline_is_named_the_winner(self) -> None:
         first, second = confirmation(**NO_GAIN, advantage=Interval(0.003, 0.0062, 5)).lines()[:2]

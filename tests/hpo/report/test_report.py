@@ -324,8 +324,16 @@ def test_the_answer_begins_with_the_confirmed_winner(twelve: StudyData) -> None:
     assert next_commands(data) == ["hpo refit best --study twelve"]
 
 
-def test_without_a_significant_gain_the_baseline_wins(twelve: StudyData) -> None:
+def test_the_best_bet_is_not_called_proven(twelve: StudyData) -> None:
     found = answer(confirmed(twelve, 0.002, evidence=False))
+    assert found.lead.endswith("the best bet: +0.001 expected over the baseline; not a proven gain (0.002 ± 0.006).")
+    words = text_of(found)
+    assert "Not proven" in words
+    assert "Expected are +0.10 points." in words
+
+
+def test_without_a_gain_the_baseline_wins(twelve: StudyData) -> None:
+    found = answer(confirmed(twelve, -0.002, evidence=False))
     assert found.lead.startswith("No significant gain")
     assert "(trial 0): the unchanged baseline." in text_of(found)
 

@@ -517,14 +517,27 @@ def test_the_confirmed_winner_is_refitted_and_not_the_best_of_the_search(study: 
     assert report_of(study.paths.refit("best"))["trial"] == best.number
 
 
-def test_without_evidence_the_base_is_refitted(study: Study, run_hpo: RunHpo) -> None:
+def test_the_best_bet_is_refitted_without_evidence(study: Study, run_hpo: RunHpo) -> None:
     challenger = some_contender("trial 1", study.trained(1).config, 0.81)
     base = some_contender("baseline", study.trained(0).config, 0.8)
     confirm(study, challenger, base, evidence=False, gap=Interval(0.01, 0.03, 3))
     said = run_hpo("refit", "best")
     assert (
-        "no significant gain: trial 1 beats the baseline by 0.010 ± 0.030 (n = 3)\nthe winner is the baseline" in said
-    )
+        "the winner is trial 1: accuracy 0.810 ± 0.020 (n = 3), the best bet: +0.005 expected over the baseline; "
+        "not a proven gain (0.010 ± 0.030)"
+    ) in said
+    assert "refitting trial 1 of study own" in said
+    assert said.endswith("  hpo confirm own --budget 4  # twice the trainings, for more certainty\n")
+
+
+def test_the_baseline_is_refitted_if_it_is_ahead(study: Study, run_hpo: RunHpo) -> None:
+    challenger = some_contender("trial 1", study.trained(1).config, 0.79)
+    base = some_contender("baseline", study.trained(0).config, 0.8)
+    confirm(study, challenger, base, evidence=False, gap=Interval(-0.01, 0.03, 3))
+    said = run_hpo("refit", "best")
+    assert (
+        "no significant gain: trial 1 is worse than the baseline by 0.010 ± 0.030 (n = 3)\nthe winner is the baseline"
+    ) in said
     assert "refitting the baseline (trial 0) of study own" in said
     assert said.endswith(
         "  hpo confirm own --budget 4  # twice the trainings, for more certainty\n"
@@ -550,7 +563,7 @@ def test_a_recipe_that_won_and_was_no_trial_is_refitted_by_its_own_configuration
 
 
 def test_best_is_confirmed_first(study: Study, run_hpo: RunHpo) -> None:
-    said = run_hpo("refit", "best")
+    said = run_hpo("refit", "best", "--epochs", str(study.space().baseline.epochs))
     assert "confirming the best trial of study own against the baseline first" in said
     report = report_of(study.paths.refit("best"))
     confirmation = json.loads(study.paths.confirmation.read_text())
@@ -614,7 +627,8 @@ def test_the_evidence_of_a_confirmation_is_that_of_its_trainings_made_again(
         "hpo.submission.networks.train",
         lambda config, splits, **options: only.append(len(splits.val)) or train(config, splits, **options),
     )
-    run_hpo("refit", "best", "--average", "ema_0.1", "--views", "shift")
+    same = ("refit", "best", "--epochs", str(winner["config"]["epochs"]))
+    run_hpo(*same, "--average", "ema_0.1", "--views", "shift")
     assert only == [0], "nothing is trained for the decisions"
     meta = load_bundle(study.paths.refit("best"), CPU).meta
     assert (meta.config.averaging.name, meta.config.averaging.half_life_fraction) == ("ema", 0.1)
@@ -628,7 +642,7 @@ def test_the_evidence_of_a_confirmation_is_that_of_its_trainings_made_again(
     for file in confirming.paths.validation_outputs():
         file.unlink()
     only.clear()
-    run_hpo("refit", "best")
+    run_hpo(*same)
     assert only == [len(splits.val), 0], "without the files, the configuration is trained for the decisions"
 
 
