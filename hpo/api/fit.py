@@ -243,6 +243,7 @@ class _Fit:
                 "data": None if chooser.data is None else str(chooser.data),
                 "trials": choice.trials,
                 "whole": choice.whole,
+                "epochs": choice.epochs,
                 "limit_s": self._record["limit_s"],
                 **{key: getattr(plan, key) for key in ("search_s", "confirm_s", "refit_s", "after_s")},
             }
@@ -383,15 +384,20 @@ class _Fit:
             study=self._paths.name,
             confirm=confirmed,
             device=self._options.device,
-            epochs=self._shorter(confirmed=confirmed),
+            average=None if confirmed else "own",  # another needs a training of its own to be judged
         )
+        length = self._length(confirmed=confirmed)
         seconds = max(0.0, self._until("after_s"))
-        self._refitted = refit(options, self._reporter, self._interrupts, seconds=seconds)
+        self._refitted = refit(options, self._reporter, self._interrupts, seconds=seconds, length=length)
         return str(self._refitted.refitted.dir)
 
-    def _shorter(self, *, confirmed: bool) -> str | None:
-        """Epochs of a refit that fits the time, whose decisions need a training too; None if all epochs fit."""
-        from hpo.api.fit_plan import REPORT_S
+    def _length(self, *, confirmed: bool) -> int | None:
+        """Epochs of the refit that fit the time, at most the space's; None to compare lengths.
+
+        Where the trials were made shorter to fit the time, the refit has the length that the space was made for, or as
+        much of it as fits. Lengths are compared only where the trials have the space's length already.
+        """
+        from hpo.api.fit_plan import REFIT_SLOWER, REPORT_S
         from hpo.confirmation.candidates import best_searched
         from hpo.confirmation.result import read_confirmation
         from hpo.confirmation.trials import seconds_per_epoch
@@ -403,14 +409,22 @@ class _Fit:
         epoch_s = seconds_per_epoch(study, chosen.trial)
         if epoch_s is None or chosen.train_config.is_probe:
             return None
-        whole, left_s = float(self._record["choice"]["whole"]), self._until("after_s") + REPORT_S
-        if chosen.epochs * epoch_s * (whole + (not confirmed)) <= left_s:
-            return None
-        epochs = max(1, int(left_s / (epoch_s * (1 + whole))))
-        if epochs >= chosen.epochs:
-            return None
-        self._say(f"a refit of {count(chosen.epochs, 'epoch')} does not fit the time that is left: {epochs} instead")
-        return str(epochs)
+        searched, choice = chosen.train_config.epochs, self._record["choice"]
+        wanted = max(searched, int(choice.get("epochs", 0)))
+        kept = chosen.epochs / searched
+        whole_s = kept * epoch_s * float(choice["whole"])  # of an epoch on all images
+        fit = int((self._until("after_s") + REPORT_S) / whole_s)
+        if fit < searched:  # without the report, if need be
+            self._say(
+                f"a refit of {count(searched, 'epoch')} does not fit the time that is left: {max(1, fit)} instead"
+            )
+            return max(1, fit)
+        if wanted == searched:
+            return None if confirmed else searched
+        length = min(wanted, max(searched, int(self._until("after_s") / (REFIT_SLOWER * whole_s))))
+        if length > searched:
+            self._say(f"the refit has {count(length, 'epoch')}, more than the {searched} of a trial")
+        return length
 
     def _predict_options(self, bundle: str) -> PredictOptions:
         options = self._options

@@ -65,6 +65,8 @@ class Choice:
     """Total of the search, which time may end earlier."""
     whole: float
     """Images outside the test set as a multiple of the training images."""
+    epochs: int
+    """Of the space's baseline: the trials may be shorter, to fit the time."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,8 @@ class Chooser:
         settings = found.settings if plan.epochs == wanted else (*found.settings, f"epochs={plan.epochs}")
         lines = [*why, *plan.left_out]
         trials = plan.trials or found.space.trials
-        return Choice(found.name, settings, tuple(lines), plan, trials, timed.whole), found.dataset, found.splits
+        choice = Choice(found.name, settings, tuple(lines), plan, trials, timed.whole, wanted)
+        return choice, found.dataset, found.splits
 
 
 def _names(settings: tuple[str, ...] | list[str]) -> set[str]:

@@ -2,7 +2,7 @@
 
 A trial is short enough that the search's share holds ten trainings of the baseline, of which pruning makes some thirty
 trials. Half of the time is for what comes after: the confirmation is worth as much as the search, and the final
-training may be longer than a trial.
+training is longer than a trial that had to be short: as long as the space's own trials, or as long as fits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 SEARCH, CONFIRM, REFIT = 0.45, 0.30, 0.25
 """Shares of the time that training may take."""
-SEARCH_ALONE = 0.70
+SEARCH_ALONE = 0.60
 """The search's share without a confirmation; the refit has the rest."""
 TRAININGS = 10
 """Trainings of the baseline in full that the search's share holds."""
@@ -23,6 +23,8 @@ FEWEST_EPOCHS = 5
 """Shorter trials are avoided by leaving out the confirmation, then the search."""
 SLOWER = 1.3
 """Real time of a training relative to that of a few timed steps, where nothing can be corrected later."""
+REFIT_SLOWER = 1.1
+"""Real time of the refit relative to that of the trials."""
 REPORT_S = 8.0
 """Writing the report, with its imports: 4 to 8 s on two cores of a shared EPYC."""
 BUNDLE_S = 4.0
@@ -78,8 +80,8 @@ def divide(left_s: float, timed: Timed, most_epochs: int, *, fewest_epochs: int 
     if epochs >= enough:
         search_s = SEARCH_ALONE * free_s
         return Plan(epochs, None, search_s, 0.0, free_s - search_s, timed.after_s, (unconfirmed,))
-    one_s = SLOWER * timed.epoch_s  # without a confirmation, the refit trains once for its decisions
-    epochs = min(most_epochs, int((free_s - beside_s) / (one_s * (2 + timed.whole))))
+    one_s = SLOWER * timed.epoch_s
+    epochs = min(enough, int((free_s - beside_s) / (one_s * (1 + timed.whole))))
     if epochs < 1:
         return None
     search_s = beside_s + epochs * one_s
@@ -89,4 +91,4 @@ def divide(left_s: float, timed: Timed, most_epochs: int, *, fewest_epochs: int 
 
 def least_s(timed: Timed, epochs: int) -> float:
     """Seconds that one training, its refit and what follows take."""
-    return timed.after_s + timed.beside_s + SLOWER * timed.epoch_s * epochs * (2 + timed.whole)
+    return timed.after_s + timed.beside_s + SLOWER * timed.epoch_s * epochs * (1 + timed.whole)

@@ -79,6 +79,8 @@ class _Choice:
     """The confirmation that chose it."""
     ladder: Ladder | None = None
     """The ladder that chose its length."""
+    length: int | None = None
+    """Epochs of the schedule of the training on all images, where the choices rest on another length."""
 
 
 def refit(
@@ -87,6 +89,7 @@ def refit(
     interrupts: Interrupts | None = None,
     *,
     seconds: float | None = None,
+    length: int | None = None,
 ) -> RefitResult:
     """Retrain a trial or a recipe on training and validation images into a submission model, and open the test set.
 
@@ -94,6 +97,8 @@ def refit(
 
     Args:
         seconds: Limit of the choice of the length together with the training of that length; None without one.
+        length: Epochs of the training on all images, without comparing lengths: the choices rest on the predictions of
+            the searched length. None chooses the length.
 
     Raises:
         HpoError: There is no such study, trial or recipe, or it cannot be refitted.
@@ -119,7 +124,7 @@ def refit(
     if options.onnx:
         check_onnx()
     with weights_in(weights_of(study, options.weights)):
-        choice = _choose(study, options, reporter, interrupts)
+        choice = replace(_choose(study, options, reporter, interrupts), length=length)
         return _refitted(study, choice, options, device, reporter, interrupts, seconds)
 
 
@@ -178,7 +183,9 @@ def _written(
     config, metric = choice.config, climbing.metric
     several = options.folds is not None or options.members is not None
     epochs = config.epochs if several and study is not None else choice.epochs
-    longest = max([epochs or config.epochs, *(peer.epochs for peer in (library.peers if library else ()))])
+    longest = max(
+        [choice.length or epochs or config.epochs, *(peer.epochs for peer in (library.peers if library else ()))]
+    )
     with trainings(climbing.reporter, "refit", epochs=longest, metric=metric, interrupts=climbing.interrupts) as watch:
         refitted = submission.refit(
             climbing.paths,
@@ -189,6 +196,7 @@ def _written(
             dataset=climbing.dataset,
             metric=metric,
             device=climbing.device,
+            length=choice.length,
             recipe=choice.recipe,
             ensemble=options.folds,
             members=options.members,
@@ -427,6 +435,8 @@ def _epochs(options: RefitOptions) -> int | None:
 
 def _at_length(choice: _Choice, options: RefitOptions, climbing: Climbing, study: Study | None = None) -> _Choice:
     """Change the length of the training as asked or, for a confirmed winner, as its ladder decides."""
+    if choice.length is not None:
+        return choice
     epochs = _epochs(options)
     if epochs is not None:
         if epochs == choice.config.epochs:

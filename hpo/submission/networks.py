@@ -98,6 +98,11 @@ def averaged(networks: Sequence[Network]) -> Network:
     return replace(first, model=mean)
 
 
+def stretched(epochs: int, of: int, length: int) -> int:
+    """Return the epochs that are the same part of another length, at least 1."""
+    return max(1, int(epochs / of * length + 0.5))
+
+
 def of_member(config: TrainConfig, member: int) -> TrainConfig:
     """Return the configuration of a member, counted from 1; all but the first get seeds of their own."""
     return config if member == 1 else config.override({"seed": derive_seed(config.seed, "member", member)})
@@ -162,14 +167,25 @@ class Trainer:
         ]
 
     def on_all_images(
-        self, config: TrainConfig, whole: Splits, rows: Sequence[Row], epochs: int, members: Sequence[int] = ()
+        self,
+        config: TrainConfig,
+        whole: Splits,
+        rows: Sequence[Row],
+        epochs: int,
+        members: Sequence[int] = (),
+        *,
+        length: int | None = None,
     ) -> list[Network]:
         """Train the network, or these members, without validation images.
 
         Args:
             rows: Epochs of the training with validation images.
+            epochs: Of these, of the configuration's.
+            length: Stretches (or shrinks) the schedule to as many epochs; None for the configuration's.
         """
         config = self._without_validation(config, rows)
+        if length is not None:
+            config, epochs = config.override({"epochs": length}), stretched(epochs, config.epochs, length)
         images, long = count(len(whole.train), "image"), count(epochs, "epoch")
         if not members:
             logger.info("training on %s, %s", images, long)

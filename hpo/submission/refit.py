@@ -88,6 +88,7 @@ def refit(
     dataset: Dataset,
     metric: str,
     device: torch.device,
+    length: int | None = None,
     recipe: str | None = None,
     ensemble: int | None = None,
     members: int | None = None,
@@ -110,6 +111,8 @@ def refit(
         label: Name of the bundle's folder.
         epochs: Of the training on all images; None for the kept epoch of the training before, of several the mean.
         metric: The study's objective, which all choices are made by.
+        length: Of the schedule of the training on all images, of which the same part is trained; None for the
+            configuration's. Only for one network.
         ensemble: Number of networks trained on different folds; None for no ensemble of folds.
         members: Number of networks trained on all images with different seeds, validated on `data.val_fraction` even
             if the trial had folds; None for one network.
@@ -127,8 +130,17 @@ def refit(
     if onnx:
         check_onnx()
     trainer = Trainer(paths, number, label, config, metric, device, watch, kept, _half_lives(config, forced))
-    several = {"ensemble": ensemble, "members": members}
-    trained = _trained(trainer, dataset, epochs=epochs, **several, forced=forced, evidence=evidence, library=library)
+    trained = _trained(
+        trainer,
+        dataset,
+        epochs=epochs,
+        length=length,
+        ensemble=ensemble,
+        members=members,
+        forced=forced,
+        evidence=evidence,
+        library=library,
+    )
     openings = _record_opening(paths, label, number, recipe)
     tested = Tested.by(trained.networks, trained.decision, dataset.open_test())
     report = {"trial": number, "recipe": recipe, "objective": metric, **_report(trained, tested, dataset)}
@@ -191,6 +203,7 @@ def _trained(
     dataset: Dataset,
     *,
     epochs: int | None,
+    length: int | None,
     ensemble: int | None,
     members: int | None,
     forced: Forced,
@@ -226,7 +239,9 @@ def _trained(
             decision = _with_winner(decision, trainer.number, epochs)
             networks = _selected(trainer, decision, final, splits[0].whole(), evidence, library)
         else:
-            networks = trainer.on_all_images(final, splits[0].whole(), evidence.rows[0], epochs, chosen)
+            whole, rows = splits[0].whole(), evidence.rows[0]
+            networks = trainer.on_all_images(final, whole, rows, epochs, chosen, length=length)
+            epochs = len(networks[0].rows)
         elapsed_s += sum(network.elapsed_s for network in networks)
     else:
         networks = [replace(network.with_average(decision.average), config=final) for network in networks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -21,6 +22,8 @@ from PIL import Image
 
 import hpo
 from core.config import TrainConfig
+from core.data import Splits
+from core.loop import TrainResult, train
 from hpo.api import fit_choice
 from hpo.api.fit_choice import LARGE, PHOTOS, PROBE, SCRATCH, Chooser
 from hpo.api.fit_plan import SEARCH, TRAININGS, Plan, Timed, divide, least_s
@@ -73,8 +76,9 @@ def record_of(name: str) -> dict[str, Any]:
     [
         (7200, 0.5, 60, True, None),  # as long as the space wants
         (600, 1.0, 26, True, None),  # 0.45 × 590 s hold ten trainings
-        (100, 1.0, 12, False, None),  # too short for trials of five epochs and a confirmation
-        (40, 2.0, 3, False, 1),  # one training and its refit
+        (100, 1.0, 10, False, None),  # too short for trials of five epochs and a confirmation
+        (60, 2.0, 5, False, 1),  # one training of five epochs, and a longer refit
+        (40, 2.0, 5, False, 1),
         (20, 2.0, 1, False, 1),
     ],
 )
@@ -181,9 +185,9 @@ def at_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     [
         (0.1, PHOTOS, ("data.image_size=64",), 40, ""),
         (4, PHOTOS, ("data.image_size=64", "epochs=8"), 40, ""),
-        (10, PHOTOS, ("data.image_size=64", "epochs=10"), 40, "no confirmation"),
+        (10, PHOTOS, ("data.image_size=64", "epochs=8"), 40, "no confirmation"),
         (30, PHOTOS, ("data.image_size=64", "epochs=5"), 1, "no search"),
-        (60, PHOTOS, ("data.image_size=64", "model.input_size=96", "epochs=4"), 1, "inputs of 96²"),
+        (60, PHOTOS, ("data.image_size=64", "model.input_size=96", "epochs=5"), 1, "inputs of 96²"),
         (200, PROBE, ("data.image_size=64",), 8, "no fine-tuning"),
     ],
 )
@@ -441,6 +445,36 @@ def test_a_refit_that_no_longer_fits_is_shorter(
     assert "a refit of 2 epochs does not fit the time that is left: 1 instead" in capfd.readouterr().out
     report = json.loads((StudyPaths.of("fit-digits").refit("best") / "metrics.json").read_text())
     assert report["epochs"] == 1
+
+
+@pytest.mark.parametrize("confirms", [True, False])
+def test_shortened_trials_are_refitted_as_long_as_the_space_wants_and_nothing_else_is_trained(
+    confirms: bool, space: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def shortened(*arguments: Any, **more: Any) -> Plan | None:
+        plan = divide(*arguments, **more)
+        assert plan is not None
+        return replace(plan, epochs=1, **({} if confirms else {"confirm_s": 0.0, "search_s": 30.0, "refit_s": 80.0}))
+
+    trained: list[tuple[int, int]] = []
+
+    def training(config: TrainConfig, splits: Splits, **options: Any) -> TrainResult:
+        trained.append((config.epochs, len(splits.val)))
+        return train(config, splits, **options)
+
+    monkeypatch.setattr(fit_choice, "divide", shortened)
+    monkeypatch.setattr("hpo.submission.networks.train", training)
+    if not confirms:
+        monkeypatch.setattr("hpo.api.fit._Fit._least_confirm_s", lambda _: math.inf)
+    hpo.fit("digits", space=space, minutes=2)
+    assert "the refit has 2 epochs, more than the 1 of a trial" in capfd.readouterr().out
+    assert trained == [(2, 0)], "the choices rest on trainings of the trials' length"
+    folder = StudyPaths.of("fit-digits").refit("best")
+    report = json.loads((folder / "metrics.json").read_text())
+    assert report["epochs"] == 2
+    assert report["length"] is None
+    assert load_bundle(folder).meta.config.epochs == 2
+    assert (report["val"]["networks"] > 1) == confirms
 
 
 def test_a_search_whose_timed_steps_were_too_slow_continues(space: str, monkeypatch: pytest.MonkeyPatch) -> None:

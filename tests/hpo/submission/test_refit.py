@@ -23,6 +23,7 @@ from core.data import Dataset, load_dataset, split
 from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import scores, value
 from core.runtime import derive_seed, make_generator, normalize
+from core.schedule import without_validation
 from core.tta import VIEWS, average, predict_logits
 from hpo.api.refit import _FORMS, _VIEWS
 from hpo.confirmation.result import Confirmation, Contender, identity_of, write_confirmation
@@ -36,6 +37,7 @@ from hpo.submission.candidates import Candidate
 from hpo.submission.decision import FORMS, Decision, Forced, decide
 from hpo.submission.evidence import Evidence, of_confirmation
 from hpo.submission.members import greedy_soup
+from hpo.submission.networks import Trainer
 from tests.hpo.commands import RunHpo
 from tests.hpo.confirmation.simulated import some_confirmation, some_contender
 
@@ -644,6 +646,30 @@ def test_the_evidence_of_a_confirmation_is_that_of_its_trainings_made_again(
     only.clear()
     run_hpo(*same)
     assert only == [len(splits.val), 0], "without the files, the configuration is trained for the decisions"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule.name": "plateau", "schedule.patience_fraction": 0.34, "schedule.gamma": 0.5},
+        {"schedule.name": "cosine"},
+    ],
+)
+def test_another_length_stretches_what_the_shorter_training_decided(
+    changes: dict[str, Any], digits: Dataset, tmp_path: Path
+) -> None:
+    config = SMALL.override({"epochs": 3, **changes})
+    found = split(digits, config.data)
+    rows = [{"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.0}] + [
+        {"epoch": epoch, "val_accuracy": 0.4, "val_loss": 1.0} for epoch in (2, 3)
+    ]
+    trainer = Trainer(StudyPaths(tmp_path / "s"), None, "x", config, "accuracy", CPU, None)
+    [network] = trainer.on_all_images(config, found.whole(), rows, 2, length=6)
+    assert len(network.rows) == 4, "two of three epochs are four of six"
+    by_hand = without_validation(config, [0.5, 0.4, 0.4], [1.0] * 3, maximize=True).override({"epochs": 6})
+    reference = train(by_hand, found.whole(), device=CPU, stop_after=4)
+    for name, tensor in reference.model.state_dict().items():
+        assert torch.equal(network.model.state_dict()[name], tensor)
 
 
 # ONNX ---------------------------------------------------------------------------------------------------------------
