@@ -6,6 +6,6 @@ is a module beside `onnx_export.py`, called by `refit.py`.
 
 from hpo.submission.candidates import Temperature
 from hpo.submission.decision import Decision, Forced
-from hpo.submission.refit import Refitted, refit, search_summary
+from hpo.submission.refit import Refitted, Training, refit, search_summary
 
-__all__ = ["Decision", "Forced", "Refitted", "Temperature", "refit", "search_summary"]
+__all__ = ["Decision", "Forced", "Refitted", "Temperature", "Training", "refit", "search_summary"]

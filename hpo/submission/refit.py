@@ -78,23 +78,38 @@ class Refitted:
     """Largest difference of a probability between the ONNX file and torch; None without such a file."""
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is trained on all images, and what its choices rest on."""
+
+    epochs: int | None = None
+    """None for the kept epoch of the training before, of several the mean."""
+    length: int | None = None
+    """Epochs of the schedule on all images, of which the same part is trained; None for the configuration's."""
+    ensemble: int | None = None
+    """Number of networks trained on different folds; None for no ensemble of folds."""
+    members: int | None = None
+    """Number of networks trained on all images with different seeds, validated on `data.val_fraction` even if the trial
+    had folds; None for one network."""
+    forced: Forced = FREE
+    """Choices that are already made."""
+    evidence: Evidence | None = None
+    """Held-out predictions of this configuration, for one network; None trains it on a part of the images."""
+    library: Library | None = None
+    """Other configurations, with predictions of the same images; None tries no ensemble with them."""
+
+
 def refit(
     paths: StudyPaths,
     *,
     number: int | None,
     label: str,
     config: TrainConfig,
-    epochs: int | None,
+    training: Training,
     dataset: Dataset,
     metric: str,
     device: torch.device,
-    length: int | None = None,
     recipe: str | None = None,
-    ensemble: int | None = None,
-    members: int | None = None,
-    forced: Forced = FREE,
-    evidence: Evidence | None = None,
-    library: Library | None = None,
     onnx: bool = False,
     kept: TrainingPaths | None = None,
     confirmation: Confirmation | None = None,
@@ -109,16 +124,7 @@ def refit(
     Args:
         number: Trial with the configuration, perhaps of another length; None if there is none.
         label: Name of the bundle's folder.
-        epochs: Of the training on all images; None for the kept epoch of the training before, of several the mean.
         metric: The study's objective, which all choices are made by.
-        length: Of the schedule of the training on all images, of which the same part is trained; None for the
-            configuration's. Only for one network.
-        ensemble: Number of networks trained on different folds; None for no ensemble of folds.
-        members: Number of networks trained on all images with different seeds, validated on `data.val_fraction` even
-            if the trial had folds; None for one network.
-        forced: Choices that are already made.
-        evidence: Held-out predictions of this configuration, for one network; None trains it on a part of the images.
-        library: Other configurations, with predictions of the same images; None tries no ensemble with them.
         kept: Folder with weights of the configuration, which are used if possible.
         watch: Called at the beginning of each training.
 
@@ -129,18 +135,8 @@ def refit(
     """
     if onnx:
         check_onnx()
-    trainer = Trainer(paths, number, label, config, metric, device, watch, kept, _half_lives(config, forced))
-    trained = _trained(
-        trainer,
-        dataset,
-        epochs=epochs,
-        length=length,
-        ensemble=ensemble,
-        members=members,
-        forced=forced,
-        evidence=evidence,
-        library=library,
-    )
+    trainer = Trainer(paths, number, label, config, metric, device, watch, kept, _half_lives(config, training.forced))
+    trained = _trained(trainer, dataset, training)
     openings = _record_opening(paths, label, number, recipe)
     tested = Tested.by(trained.networks, trained.decision, dataset.open_test())
     report = {"trial": number, "recipe": recipe, "objective": metric, **_report(trained, tested, dataset)}
@@ -198,19 +194,9 @@ class _Trained:
     elapsed_s: float
 
 
-def _trained(
-    trainer: Trainer,
-    dataset: Dataset,
-    *,
-    epochs: int | None,
-    length: int | None,
-    ensemble: int | None,
-    members: int | None,
-    forced: Forced,
-    evidence: Evidence | None,
-    library: Library | None,
-) -> _Trained:
-    config = trainer.config
+def _trained(trainer: Trainer, dataset: Dataset, training: Training) -> _Trained:
+    config, epochs, evidence = trainer.config, training.epochs, training.evidence
+    ensemble, members, forced, library = training.ensemble, training.members, training.forced, training.library
     if ensemble is not None or members is not None:
         config, evidence = config.override({"data.folds": ensemble}), None
     splits = on_device(folds(dataset, config.data), trainer.device)
@@ -240,7 +226,7 @@ def _trained(
             networks = _selected(trainer, decision, final, splits[0].whole(), evidence, library)
         else:
             whole, rows = splits[0].whole(), evidence.rows[0]
-            networks = trainer.on_all_images(final, whole, rows, epochs, chosen, length=length)
+            networks = trainer.on_all_images(final, whole, rows, epochs, chosen, length=training.length)
             epochs = len(networks[0].rows)
         elapsed_s += sum(network.elapsed_s for network in networks)
     else:

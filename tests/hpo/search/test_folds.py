@@ -31,12 +31,12 @@ from hpo.reporter import NoProgress
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import estimate, run_study
 from hpo.search.recipes import run_recipes
-from hpo.search.training import Recorded, of_fold, train_recorded, validation_confusion
+from hpo.search.training import Recorded, Watch, of_fold, train_recorded, validation_confusion
 from hpo.space import SearchSpace, load_space
 from hpo.space.pruner import places_of
 from hpo.study import Study, open_study
 from hpo.study.results import read_result
-from hpo.submission import Forced, Refitted, refit
+from hpo.submission import Forced, Refitted, Training, refit
 from hpo.submission.bundle import load_bundle
 from hpo.trials import TRIAL_INDEX, trial_index_of
 from tests.hpo.commands import RunHpo, studies_in
@@ -439,20 +439,22 @@ def test_a_recipe_beside_the_study_trains_the_studys_folds(tmp_path: Path, digit
 # Refit
 
 
-def do_refit(study: Study, dataset: Dataset, label: str, **options: Any) -> Refitted:
+def do_refit(
+    study: Study, dataset: Dataset, label: str, *, ensemble: int | None = None, watch: Watch | None = None
+) -> Refitted:
     chosen = study.trained(0)
+    own = Forced("own")  # the trial's networks then suffice
     return refit(
         study.paths,
         number=0,
         label=label,
-        forced=Forced("own"),  # the trial's networks then suffice
         kept=TrainingPaths(study.paths.trial(0)),
         config=chosen.config,
-        epochs=chosen.epochs,
+        training=Training(chosen.epochs, ensemble=ensemble, forced=own),
         dataset=dataset,
         metric="accuracy",
         device=CPU,
-        **options,
+        watch=watch,
     )
 
 
@@ -595,9 +597,9 @@ def test_the_members_stop_early_by_their_own_validation_images(
 ) -> None:
     config = small.override({"epochs": 12, "early_stop.patience_fraction": 0.1, "optim.lr_scale": 8.0})
     paths = StudyPaths(tmp_path / "early")
-    options: dict[str, Any] = {"dataset": digits, "metric": "macro_f1", "device": CPU, "ensemble": 3}
-    options["forced"] = Forced("own")
-    done = refit(paths, number=0, label="best", config=config, epochs=12, **options)
+    training = Training(12, ensemble=3, forced=Forced("own"))
+    about: dict[str, Any] = {"dataset": digits, "metric": "macro_f1", "device": CPU}
+    done = refit(paths, number=0, label="best", config=config, training=training, **about)
     results = by_hand(config, digits, "macro_f1")
     assert any(len(result.history) < 12 for result in results)
     report = json.loads((done.dir / "metrics.json").read_text())
@@ -624,8 +626,8 @@ def test_rate_and_smoothing_fall_in_the_refit_where_they_fell_in_the_trial(tmp_p
         )
 
     done = refit(
-        paths, number=0, label="best", config=config, epochs=10, dataset=digits, metric="accuracy", device=CPU,
-        watch=watch,
+        paths, number=0, label="best", config=config, training=Training(10), dataset=digits, metric="accuracy",
+        device=CPU, watch=watch,
     )  # fmt: skip
     rates, whole = ([epoch["lr"] for epoch in rows[label]] for label in ("trial 0", ""))
     assert rates == whole

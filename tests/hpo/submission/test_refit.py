@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from hpo.confirmation.statistics import Interval
 from hpo.confirmation.trials import trainings
 from hpo.paths import StudyPaths, refit_label
 from hpo.study import Study, find_study
-from hpo.submission import Refitted, refit
+from hpo.submission import Refitted, Training, refit
 from hpo.submission.bundle import load_bundle
 from hpo.submission.candidates import Candidate
 from hpo.submission.decision import FORMS, Decision, Forced, decide
@@ -49,7 +50,9 @@ SMALL = TrainConfig().override(
 
 
 def do_refit(folder: Path, dataset: Dataset, config: TrainConfig = SMALL, **options: Any) -> Refitted:
-    arguments: dict[str, Any] = {"number": None, "label": "best", "epochs": config.epochs, "metric": "accuracy"}
+    names = [each.name for each in fields(Training) if each.name in options]
+    training = Training(**{"epochs": config.epochs, **{name: options.pop(name) for name in names}})
+    arguments: dict[str, Any] = {"number": None, "label": "best", "metric": "accuracy", "training": training}
     return refit(StudyPaths(folder / "own"), config=config, dataset=dataset, device=CPU, **(arguments | options))
 
 
