@@ -2,15 +2,13 @@
 
 Replays finished trainings in random order, as a search of random draws: every rule reads the same orders. The cost is
 the difference between the trial that the whole search would have chosen and the one chosen at the stop, in validation
-and test score. A second table compares the estimated chance of a better trial with how often there was one. `TABLE` has
-a line of JSON for each training: `curve`, the validation accuracy of each epoch, and `test`, the test accuracy.
+and test score. A second table compares the estimated chance of a better trial with how often there was one. `curves.py`
+has the format of `TABLE`.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from common import finish, machine, parser, positive, table
+from curves import read
 
 from hpo.space.pruner import rung_epochs
 from hpo.study import patience
@@ -56,7 +55,7 @@ def pruned(curves: np.ndarray) -> np.ndarray:
         seen: list[float] = []
         for trial in np.flatnonzero(complete):
             seen.append(curves[trial, rung - 1])
-            if sum(score > seen[-1] for score in seen) >= max(1, int(KEEP * len(seen))):
+            if sum(score > seen[-1] for score in seen) >= math.ceil(KEEP * len(seen)):
                 ends[trial], complete[trial] = seen[-1], False
     return np.where(complete, ends, np.minimum(ends, ends[complete].max()))
 
@@ -91,9 +90,8 @@ def replay(rule: Rule, ends: np.ndarray, tests: np.ndarray, images: int) -> tupl
 
 def main() -> None:
     arguments = options().parse_args()
-    with gzip.open(arguments.table, "rt") as file:
-        trainings = [json.loads(line) for line in file]
-    curves, tests = np.array([one["curve"] for one in trainings]), np.array([one["test"] for one in trainings])
+    trainings = read(arguments.table, arguments.images)
+    curves, tests = trainings.val, trainings.tests
     described, generator = machine(), np.random.default_rng(0)
     orders = [generator.permutation(len(curves))[: arguments.trials] for _ in range(arguments.orders)]
     rows, calibrated = [], []
