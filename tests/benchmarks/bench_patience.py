@@ -55,7 +55,7 @@ def pruned(curves: np.ndarray) -> np.ndarray:
         seen: list[float] = []
         for trial in np.flatnonzero(complete):
             seen.append(curves[trial, rung - 1])
-            if sum(score > seen[-1] for score in seen) >= math.ceil(KEEP * len(seen)):
+            if sum(score > seen[-1] for score in seen) >= math.ceil(KEEP * len(seen) - 1e-9):
                 ends[trial], complete[trial] = seen[-1], False
     return np.where(complete, ends, np.minimum(ends, ends[complete].max()))
 

@@ -381,7 +381,8 @@ def main() -> None:
     rows = [[name, *row_of(found[name], found[FULL], given.at), f"{seconds[name]:.2f}"] for name in sides]
     print(table(header, rows))
     print(f"\nmean ± standard error of {given.repeats} searches of {given.trials} trials; differences are paired")
-    finish("search", given.json, described, rows=rows)
+    chosen = {name: [one.chosen for one in searches] for name, searches in found.items()}
+    finish("search", given.json, described, rows=rows, chosen=chosen)
 
 
 def options() -> argparse.ArgumentParser:
