@@ -88,6 +88,22 @@ class Execution:
     """Batches that are augmented together. None chooses it by the number and size of images."""
 
 
+@dataclass(frozen=True)
+class _Course:
+    """Progress of a run by its steps: a straight line from one step to the last."""
+
+    last_step: int
+    last_progress: float = 1.0
+    step: int = 0
+    progress: float = 0.0
+
+    def at(self, step: int) -> float:
+        """Return the progress, in [0, 1]."""
+        return self.progress + (self.last_progress - self.progress) * (
+            (step - self.step) / (self.last_step - self.step)
+        )
+
+
 def train(
     config: TrainConfig,
     splits: Splits,
@@ -101,6 +117,7 @@ def train(
     checkpoint_at_end: bool = False,
     on_checkpoint: Callable[[Path], None] | None = None,
     stop_after: int | None = None,
+    left_s: Callable[[], float] | None = None,
     metric: str = "accuracy",
     averages: Sequence[float] = (),
     execution: Execution = Execution(),
@@ -108,9 +125,7 @@ def train(
     """Train from the first epoch, or from a checkpoint, to the last.
 
     Args:
-        config: the configuration.
         splits: images on the device or the host.
-        device: where to train.
         on_epoch_end: its exceptions propagate; a KeyboardInterrupt saves a checkpoint first.
         on_resume: called with the checkpoint's history.
         resume_from: a checkpoint of the same configuration; ignored if it does not exist.
@@ -119,6 +134,8 @@ def train(
         checkpoint_at_end: always save the last epoch.
         on_checkpoint: called with the path after each save.
         stop_after: last epoch, on the schedule of the whole run.
+        left_s: returns the seconds that are left; None without a limit. Where the remaining epochs do not fit them, at
+            the speed of the last one, fewer follow, and the rest of the schedule is compressed into these.
         metric: of early stopping; one of `core.metrics.METRICS`.
         averages: half-lives, as fractions of the run, of EMAs for `TrainResult.averages`, which change nothing else.
         execution: how to execute it.
@@ -135,11 +152,10 @@ def train(
     with isolated_rng(device), own_stream(device), kind(config, splits, device, metric, averages, execution) as run:
         if resume_from is not None and resume_from.exists():
             _resume(run, resume_from, on_resume)
-        last_epoch = min(stop_after or run.epochs, run.epochs)
+        planned = min(stop_after or run.epochs, run.epochs)
         saved = partial(Checkpoints, state=run.state, on_saved=on_checkpoint, share=CHECKPOINT_SHARE)
         checkpoints = None if checkpoint_to is None else saved(checkpoint_to)
-        while len(run.history) < last_epoch and not run.ran_out_of_patience():
-            now = run.try_epoch(final=len(run.history) + 1 == last_epoch)
+        for now in _epochs(run, planned, left_s):
             if on_epoch_end is not None:
                 with _saving_on_interrupt(checkpoints):
                     on_epoch_end(now)
@@ -148,6 +164,14 @@ def train(
         if checkpoints is not None and checkpoint_at_end:
             checkpoints.save()
         return run.result()
+
+
+def _epochs(run: Run, planned: int, left_s: Callable[[], float] | None) -> Iterator[EpochMetrics]:
+    """Train epoch by epoch to the planned one, or to the last that fits the time or the patience."""
+    while len(run.history) < min(planned, run.last_epoch) and not run.ran_out_of_patience():
+        if left_s is not None:
+            run.fit_within(left_s(), planned)
+        yield run.try_epoch(final=len(run.history) + 1 == min(planned, run.last_epoch))
 
 
 def _resume(run: Run, checkpoint: Path, on_resume: Callable[[tuple[EpochMetrics, ...]], None] | None) -> None:
@@ -254,7 +278,7 @@ class Run:
         self.autocast = partial(autocast, config.precision.autocast, device)
         self.generator = torch.Generator(device)
         self.evaluation_batch = EVALUATION_BATCH
-        self.step_count = 0
+        self.step_count, self.course = 0, _Course(self.total_steps)
         self.reductions = 0  # reductions of a plateau schedule so far
         self.elapsed_s = 0.0
         self.history: list[EpochMetrics] = []
@@ -295,6 +319,11 @@ class Run:
     def epochs(self) -> int:
         """Number of epochs of the whole run."""
         return self.config.epochs
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch at whose end the course is over: of the whole run, unless it was shortened."""
+        return self.course.last_step // len(self.batch_sizes)
 
     def _build_step(self, averages: Sequence[float]) -> TrainStep:
         config = self.config
@@ -433,15 +462,16 @@ class Run:
         for batch in self.batches(number):
             self.step(batch)
         self.optimizer.end_epoch()
+        scheduled = round(self.course.at(self.step_count) * self.config.epochs)  # the epoch by the schedule
         if self.averaging is not None:
-            self.averaging.end_epoch(number)
+            self.averaging.end_epoch(scheduled)
         train_loss = self.one_step.loss_sum.item() / self.visits
         trained_s = clock(self.device) - started
         if self.config.precision.compile == "auto":
             count_trained(self.model, self.visits)
         if not math.isfinite(train_loss):
             raise _diverged("training", number, train_loss)
-        averaged_counts = final or (self.averaging is not None and self.averaging.caught_up(number))
+        averaged_counts = final or (self.averaging is not None and self.averaging.caught_up(scheduled))
         raw, averaged = self._validate(averaged_counts=averaged_counts, final=final)
         for scores in (raw, averaged):
             if scores is not None and not math.isfinite(scores.loss):
@@ -464,6 +494,20 @@ class Run:
         self.divergence.check(self.history)
         self._remember_best(now)
         return now
+
+    def fit_within(self, seconds: float, planned: int) -> None:
+        """Choose the last epoch, at most the planned one, so that the run ends in time by the time of its last epoch.
+
+        The rest of the schedule is compressed into the remaining epochs. At least one follows.
+        """
+        if not self.history:
+            return
+        done, before_s = len(self.history), self.history[-2].elapsed_s if len(self.history) > 1 else 0.0
+        epoch_s = self.history[-1].elapsed_s - before_s
+        last = done + max(1, min(planned - done, int(seconds / epoch_s)))
+        if last != min(planned, self.last_epoch):
+            step, progress = self.step_count, self.course.at(self.step_count)
+            self.course = _Course(last * len(self.batch_sizes), planned / self.epochs, step, progress)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Seed an epoch's random numbers, and yield its batches."""
@@ -500,7 +544,7 @@ class Run:
 
     def step(self, batch: Batch) -> None:
         """Make the run's next step."""
-        progress = self.step_count / self.total_steps
+        progress = self.course.at(self.step_count)
         self.one_step(batch, progress, factor_of(self.config, progress, self.reductions), self.host_generator)
         self.step_count += 1
 
@@ -508,13 +552,13 @@ class Run:
         """Number of steps of this shape from the present one on, unless an unscheduled phase begins."""
 
         def is_over(step: int) -> bool:
-            progress = step / self.total_steps
+            progress = self.course.at(step)
             size = self.splits.images.shape[-2:]
             over = self.one_step.shape_at(progress, shape.images, (size[0], size[1])) != shape
             return over or progress >= self.optimizer.phase_end
 
         # Whatever the progress decides never returns.
-        steps = range(self.step_count, self.total_steps)
+        steps = range(self.step_count, self.course.last_step)
         steps = steps[: bisect_left(steps, True, key=is_over)]
         return sum(self.batch_sizes[step % len(self.batch_sizes)] == shape.images for step in steps)
 
@@ -609,6 +653,7 @@ class Run:
             "last_logits": self.last_logits,
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
             "step_count": self.step_count,
+            "course": dataclasses.astuple(self.course),
             "elapsed_s": self.elapsed_s,
             **self._state_of_steps(),
         }
@@ -641,6 +686,7 @@ class Run:
         self.history = [_restore(row) for row in state["history"]]
         self.last_logits = state["last_logits"]
         self.step_count, self.elapsed_s = state["step_count"], state["elapsed_s"]
+        self.course = _Course(*state.get("course", (self.total_steps,)))  # none in checkpoints of 0.1
         self._load_steps(state)
 
     def _load_steps(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -387,8 +388,8 @@ class _Fit:
             average=None if confirmed else "own",  # another needs a training of its own to be judged
         )
         length = self._length(confirmed=confirmed)
-        seconds = max(0.0, self._until("after_s"))
-        self._refitted = refit(options, self._reporter, self._interrupts, seconds=seconds, length=length)
+        left_s = partial(self._until, "after_s")
+        self._refitted = refit(options, self._reporter, self._interrupts, left_s=left_s, length=length)
         return str(self._refitted.refitted.dir)
 
     def _length(self, *, confirmed: bool) -> int | None:

@@ -40,8 +40,8 @@ class Climbing:
     reporter: Reporter
     interrupts: Interrupts
     settings: StudySettings | None = None
-    seconds: float | None = None
-    """Limit of the ladder together with the refit that follows."""
+    left_s: Callable[[], float] | None = None
+    """Seconds that are left for the ladder together with the refit that follows; None without a limit."""
 
     def confirmed(self, study: Study, confirmation: Confirmation) -> tuple[Ladder, TrainConfig, TrainingPaths]:
         """Compare lengths of a confirmation's winner and the baseline on its first seeds and splits; see `climb`."""
@@ -74,7 +74,10 @@ class Climbing:
         replicate: Callable[[TrainConfig, int], TrainConfig],
         replicates: int,
     ) -> tuple[Ladder, TrainConfig, TrainingPaths]:
-        budget = Budget(default_budget(search_epochs, climbers) if self.seconds is None else None, self.seconds)
+        if self.left_s is None:
+            budget = Budget(default_budget(search_epochs, climbers))
+        else:
+            budget = Budget(None, max(0.0, self.left_s()))
         self.reporter.say(
             f"comparing longer trainings of {' and '.join(one.name for one in climbers)}, ± one standard error: "
             f"{budget.limit} (skip with --epochs N)"

@@ -5,6 +5,7 @@ What needs torch or Optuna is imported in functions, so that a wrong name is rep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -88,7 +89,7 @@ def refit(
     reporter: Reporter | None = None,
     interrupts: Interrupts | None = None,
     *,
-    seconds: float | None = None,
+    left_s: Callable[[], float] | None = None,
     length: int | None = None,
 ) -> RefitResult:
     """Retrain a trial or a recipe on training and validation images into a submission model, and open the test set.
@@ -96,7 +97,8 @@ def refit(
     `best` is confirmed first, unless `options.confirm` is off, and then the length of its training is chosen.
 
     Args:
-        seconds: Limit of the choice of the length together with the training of that length; None without one.
+        left_s: Returns the seconds that are left for the choice of the length and the training on all images, which is
+            shortened to fit; None without a limit.
         length: Epochs of the training on all images, without comparing lengths: the choices rest on the predictions of
             the searched length. None chooses the length.
 
@@ -113,7 +115,7 @@ def refit(
         recipe = None if _is_trial(options) else _recipe(options)
     if recipe is not None:
         with weights_in(options.weights):
-            return _refit_recipe(recipe, options, reporter, interrupts, seconds)
+            return _refit_recipe(recipe, options, reporter, interrupts, left_s)
     with interrupts.let_through():
         study = find_study(options.study, storage_url=options.storage)
         from core.runtime import select_device
@@ -125,7 +127,7 @@ def refit(
         check_onnx()
     with weights_in(weights_of(study, options.weights)):
         choice = replace(_choose(study, options, reporter, interrupts), length=length)
-        return _refitted(study, choice, options, device, reporter, interrupts, seconds)
+        return _refitted(study, choice, options, device, reporter, interrupts, left_s)
 
 
 def _refitted(
@@ -135,7 +137,7 @@ def _refitted(
     device: torch.device,
     reporter: Reporter,
     interrupts: Interrupts,
-    seconds: float | None,
+    left_s: Callable[[], float] | None,
 ) -> RefitResult:
     from core.runtime import describe_device
     from hpo.api.common import open_dataset
@@ -150,7 +152,7 @@ def _refitted(
     dataset = open_dataset(config.data, options.data or study.data_path, skip_broken=study.skip_broken)
     study.check_data(dataset)
     study.check_weights(config)
-    climbing = Climbing(study.paths, study.metric, dataset, device, reporter, interrupts, study.settings, seconds)
+    climbing = Climbing(study.paths, study.metric, dataset, device, reporter, interrupts, study.settings, left_s)
     choice = _at_length(choice, options, climbing, study)
     reporter.say(
         f"refitting {choice.name} of study {study.name}{_networks(options, choice.config)}; {describe_device(device)}"
@@ -200,6 +202,7 @@ def _written(
                 forced=_forced(options, config),
                 evidence=evidence,
                 library=library,
+                left_s=climbing.left_s,
             ),
             dataset=climbing.dataset,
             metric=metric,
@@ -244,7 +247,11 @@ def _is_trial(options: RefitOptions) -> bool:
 
 
 def _refit_recipe(
-    recipe: Recipe, options: RefitOptions, reporter: Reporter, interrupts: Interrupts, seconds: float | None
+    recipe: Recipe,
+    options: RefitOptions,
+    reporter: Reporter,
+    interrupts: Interrupts,
+    left_s: Callable[[], float] | None,
 ) -> RefitResult:
     with interrupts.let_through():
         from core.data import folds
@@ -263,7 +270,7 @@ def _refit_recipe(
         splits = folds(dataset, _divided(config, options).data)
         report_data(dataset, splits, reporter)
     paths = RecipePaths(training_paths(recipe.name, config, metric, dataset).dir, dataset.fingerprint)
-    climbing = Climbing(paths, metric, dataset, device, reporter, interrupts, None, seconds)
+    climbing = Climbing(paths, metric, dataset, device, reporter, interrupts, None, left_s)
     choice = _at_length(
         _Choice(f"recipe {recipe.name}", "recipe", None, config, None, recipe=recipe.name), options, climbing
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -136,6 +136,8 @@ class Trainer:
     watch: Watch | None
     kept: TrainingPaths | None = None
     """Folder with weights and epochs of this configuration, a trial's or those of a ladder; None if there are none."""
+    left_s: Callable[[], float] | None = None
+    """Seconds that are left for the training on all images, which is shortened to fit; None without a limit."""
     averages: tuple[float, ...] = ()
     """Half-lives of the EMAs beside each training with held-out images, which a trial's kept network lacks."""
 
@@ -262,8 +264,11 @@ class Trainer:
             metric=self.metric,
             averages=averages,
             stop_after=stop_after,
+            left_s=None if len(splits.val) else self.left_s,
         )
         result = resume_or_restart(checkpoint, name or "the refit", attempt)
+        if stop_after is not None and len(result.history) < stop_after:
+            logger.info("shortened to %s of %d, to end in time", count(len(result.history), "epoch"), stop_after)
         head: Row = {} if place is None else {"fold": place}
         rows = tuple({**head, **epoch.row(self.metric)} for epoch in result.history)
         several = place is not None

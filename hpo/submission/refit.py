@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,6 +97,8 @@ class Training:
     """Held-out predictions of this configuration, for one network; None trains it on a part of the images."""
     library: Library | None = None
     """Other configurations, with predictions of the same images; None tries no ensemble with them."""
+    left_s: Callable[[], float] | None = None
+    """Seconds that are left for the training on all images; None without a limit."""
 
 
 def refit(
@@ -135,7 +137,8 @@ def refit(
     """
     if onnx:
         check_onnx()
-    trainer = Trainer(paths, number, label, config, metric, device, watch, kept, _half_lives(config, training.forced))
+    averages = _half_lives(config, training.forced)
+    trainer = Trainer(paths, number, label, config, metric, device, watch, kept, training.left_s, averages)
     trained = _trained(trainer, dataset, training)
     openings = _record_opening(paths, label, number, recipe)
     tested = Tested.by(trained.networks, trained.decision, dataset.open_test())
