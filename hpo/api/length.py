@@ -24,7 +24,8 @@ from hpo.search.training import Watch
 from hpo.storage.atomic import replacing
 from hpo.study import Study, find_study
 from hpo.study.settings import StudySettings
-from hpo.submission.length import REPLICATES, Budget, Climber, Ladder, Site, climb, default_budget
+from hpo.submission.ladder import Ladder
+from hpo.submission.length import REPLICATES, Budget, Climber, Site, climb, default_budget
 from hpo.text import count
 from hpo.trials import effective_trials
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hpo.study import Study
     from hpo.submission import Forced, Refitted
     from hpo.submission.evidence import Evidence
-    from hpo.submission.length import Ladder
+    from hpo.submission.ladder import Ladder
     from hpo.submission.peers import Library
 
 BEST = "best"

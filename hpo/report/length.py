@@ -6,7 +6,7 @@ from hpo.analysis.study_data import StudyData
 from hpo.report.page import Section, listing, note, paragraph, section, table
 from hpo.report.words import metric_label
 from hpo.search.length import probe_of
-from hpo.submission.length import read_ladder
+from hpo.submission.ladder import read_ladder
 from hpo.text import duration, score, sentence
 
 

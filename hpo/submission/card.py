@@ -20,7 +20,7 @@ from core.config import TrainConfig
 from core.tta import VIEWS
 from hpo.confirmation.result import BASELINE, Confirmation
 from hpo.submission.bundle import CLASSES, CONFIG, METRICS, ONNX, ORIGIN, PREPROCESS, README, Bundle, config_files
-from hpo.submission.length import Ladder
+from hpo.submission.ladder import Ladder
 from hpo.text import data_facts, duration, joined
 
 Report = Mapping[str, Any]

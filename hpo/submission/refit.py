@@ -37,7 +37,7 @@ from hpo.submission import bundle
 from hpo.submission.card import write_card
 from hpo.submission.decision import ENSEMBLE, FREE, GREEDY_SOUP, ONE, UNIFORM_SOUP, Decision, Forced, decide
 from hpo.submission.evidence import CONFIRMATION, OUT_OF_FOLD, VALIDATION, Evidence
-from hpo.submission.length import Ladder
+from hpo.submission.ladder import Ladder
 from hpo.submission.members import decide_members
 from hpo.submission.networks import Network, Trainer, averaged, averaging_by, kept_epoch
 from hpo.submission.onnx_export import check_onnx, export_onnx

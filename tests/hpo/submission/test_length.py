@@ -35,7 +35,8 @@ from hpo.study import find_study
 from hpo.study.results import json_line, read_rows
 from hpo.submission import length
 from hpo.submission.bundle import load_bundle
-from hpo.submission.length import Budget, Climber, Ladder, Site, climb, default_budget, read_ladder
+from hpo.submission.ladder import Ladder, read_ladder
+from hpo.submission.length import Budget, Climber, Site, climb, default_budget
 from tests.hpo.commands import RunHpo
 
 CPU = torch.device("cpu")
