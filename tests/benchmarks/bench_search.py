@@ -153,7 +153,7 @@ def _placed(path: str, values: Sequence[Any]) -> Callable[[Any], NDArray[np.floa
     known = sorted(set(values))
     if is_choice(known):
         shares = [values.count(one) / len(values) for one in known]
-        scale = (2 * (1 - sum(share**2 for share in shares))) ** 0.5
+        scale = (2 * (1 - sum(share**2 for share in shares))) ** 0.5 or 1.0  # 0 of a field with one value
         return lambda value: np.array([one == value for one in known]) / scale
     of = np.log if path in LOG else float
     scale = (2 * np.var([of(value) for value in values])) ** 0.5
