@@ -217,7 +217,17 @@ def standard_error(logits: Tensor, labels: Tensor, metric: str) -> float:
         losses = F.cross_entropy(logits.double(), labels, reduction="none")
         return max(float(losses.std(correction=0)) / math.sqrt(len(labels)), math.ulp(1.0))
     counts = confusion(logits, labels).double()
-    hits, support = counts.diagonal(), counts.sum(1)
+    return _proportion_error(counts.diagonal(), counts.sum(1), metric)
+
+
+def standard_error_at(level: float, labels: Tensor, metric: str) -> float:
+    """Return the standard error of an accuracy, balanced accuracy or macro-F1 of this level, alike in all classes."""
+    support = labels.bincount().double()
+    return _proportion_error(level * support, support, metric)
+
+
+def _proportion_error(hits: Tensor, support: Tensor, metric: str) -> float:
+    """The standard error of a metric, from the hits and the images of each class (K,)."""
     if metric == "accuracy":
         return float(_proportion_variance(hits.sum(), support.sum()).sqrt())
     present = support > 0

@@ -27,8 +27,9 @@ from hpo.paths import StudyPaths
 from hpo.report.words import entry_name, patience_text
 from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
-from hpo.search.length import MIN_TRAININGS
+from hpo.search.length import MIN_TRAININGS, probe_of
 from hpo.search.loop import Estimate
+from hpo.search.noise import noise_line
 from hpo.search.recipes import long_baseline, pending_recipes, run_recipes
 from hpo.search.weights import keep_best_weights
 from hpo.space import Recipe, RungsPruner, SearchSpace
@@ -200,6 +201,8 @@ class Search:
             if study.deadline.is_set:
                 self._fit_into_time(study, estimate, trials, recipes)
             self._probe_length(work, estimate)
+        if trials and self._alone:
+            self._report_noise(study)
         with self.reporter.study(study) as view:
             all_done = train_all(work, view)
             keep_best_weights(study, folds=space.baseline.data.folds or 1, options=self.options)
@@ -231,6 +234,17 @@ class Search:
         if min(estimate.pruned_s, study.deadline.left_s()) < MIN_TRAININGS * estimate.trial_s:
             return
         run_length_probe(study, self.space.baseline, work.images()[0], work.device, self.reporter, self.interrupts)
+
+    def _report_noise(self, study: Study) -> None:
+        """Warn if the validation images are too few to tell good trials apart."""
+        known = [one.value for one in summarize(study).baselines if one.is_baseline and one.value is not None]
+        probe = probe_of(study.settings)
+        level = known[0] if known else None if probe is None else probe.accuracy(probe.epochs)
+        config = self.space.baseline.data
+        given = self.dataset.given_val(config) is not None
+        line = noise_line(self.division.here(config), config, study.metric, level, given=given)
+        if line:
+            self.reporter.say(line)
 
     def _fit_into_time(self, study: Study, estimate: Estimate, trials: int, recipes: int) -> None:
         """Reserve time for the recipes, and show how much of the run fits the time that is left.

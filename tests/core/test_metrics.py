@@ -23,6 +23,7 @@ from core.metrics import (
     per_class,
     scores,
     standard_error,
+    standard_error_at,
     value,
 )
 
@@ -320,6 +321,14 @@ def test_the_standard_error_is_that_of_the_bootstrap(metric: str) -> None:
 def test_the_standard_error_is_positive_where_all_predictions_are_right(metric: str) -> None:
     labels = torch.arange(8) % 2
     assert standard_error(200.0 * torch.nn.functional.one_hot(labels, 3), labels, metric) > 0
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "macro_f1"])
+def test_the_standard_error_at_a_level_is_that_of_predictions_at_that_level(metric: str) -> None:
+    labels = torch.tensor([0] * 100 + [1] * 20 + [2] * 40)
+    wrong = torch.arange(160) % 4 == 0  # a quarter of each class
+    logits = torch.nn.functional.one_hot((labels + wrong) % 3, 3).double()
+    assert standard_error_at(0.75, labels, metric) == pytest.approx(standard_error(logits, labels, metric))
 
 
 def test_predictions_of_one_image_are_exchanged_together() -> None:
