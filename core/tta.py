@@ -43,6 +43,10 @@ def passes(views: str) -> int:
     return len(VIEWS[views])
 
 
+CPU_PIXELS, CPU_FEWEST = 512 * 32 * 32, 8
+"""Pixels of a batch on a CPU, and its fewest images: larger ones are slower there, and may need all memory."""
+
+
 def predict_logits(
     model: nn.Module,
     images: Tensor,
@@ -54,7 +58,8 @@ def predict_logits(
 ) -> Tensor:
     """Predict (N, K) float32 logits in evaluation mode, or the logarithm of the mean probabilities of several views.
 
-    `prepare` turns images (N, C, H, W) uint8 into the model's input. `batch_size` counts every view.
+    `prepare` turns images (N, C, H, W) uint8 into the model's input. `batch_size` counts every view; large images pass
+    a CPU in smaller batches.
     """
     return predict_by_views(model, images, prepare=prepare, names=(views,), batch_size=batch_size, autocast=autocast)[
         views
@@ -72,6 +77,8 @@ def predict_by_views(
 ) -> dict[str, Tensor]:
     """Predict as `predict_logits` with each choice of views. A view that several contain passes the network once."""
     distinct = list(dict.fromkeys(view for name in names for view in VIEWS[name]))
+    if next(model.parameters(), images).device.type == "cpu":
+        batch_size = min(batch_size, max(CPU_FEWEST, CPU_PIXELS // math.prod(images.shape[-2:])))
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
     with evaluating(model), torch.inference_mode():
         for batch in torch.split(images, max(1, batch_size // len(distinct))):

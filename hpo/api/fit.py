@@ -333,7 +333,7 @@ class _Fit:
         from hpo.paths import confirmation_of
         from hpo.study import find_study
 
-        seconds = self._until("refit_s", "after_s")
+        seconds = self._until("after_s") - self._refit_s()
         if seconds < (0 if self._record["choice"]["confirm_s"] else self._least_confirm_s()):
             return "no time"
         other = StudyPaths.of(confirmation_of(self._paths.name))
@@ -350,6 +350,15 @@ class _Fit:
         for line in result.confirmation.lines():
             self._say(line)
         return None
+
+    def _refit_s(self) -> float:
+        """Seconds to keep for the refit: its share, or less if all epochs of the space take less."""
+        from hpo.api.fit_length import length_of_refit
+        from hpo.study import find_study
+
+        share_s = self._until("after_s") - self._until("refit_s", "after_s")
+        length = length_of_refit(find_study(self._paths.name), self._record["choice"])
+        return min(share_s, length.full_s) if length is not None and length.is_shortened else share_s
 
     def _least_confirm_s(self) -> float:
         """Seconds of a confirmation that was not planned: of the fewest trainings that can be compared."""
@@ -398,34 +407,27 @@ class _Fit:
         Where the trials were made shorter to fit the time, the refit has the length that the space was made for, or as
         much of it as fits. Lengths are compared only where the trials have the space's length already.
         """
-        from hpo.api.fit_plan import REFIT_SLOWER, REPORT_S
-        from hpo.confirmation.candidates import best_searched
+        from hpo.api.fit_length import length_of_refit
+        from hpo.api.fit_plan import REPORT_S
         from hpo.confirmation.result import read_confirmation
-        from hpo.confirmation.trials import seconds_per_epoch
         from hpo.study import find_study
 
         study = find_study(self._paths.name)
-        made = read_confirmation(study.paths.confirmation) if confirmed else None
-        chosen = best_searched(study) if made is None else made.contender(made.winner)
-        epoch_s = seconds_per_epoch(study, chosen.trial)
-        if epoch_s is None or chosen.train_config.is_probe:
+        confirmation = read_confirmation(study.paths.confirmation) if confirmed else None
+        length = length_of_refit(study, self._record["choice"], confirmation)
+        if length is None:
             return None
-        searched, choice = chosen.train_config.epochs, self._record["choice"]
-        wanted = max(searched, int(choice.get("epochs", 0)))
-        kept = chosen.epochs / searched
-        whole_s = kept * epoch_s * float(choice["whole"])  # of an epoch on all images
-        fit = int((self._until("after_s") + REPORT_S) / whole_s)
-        if fit < searched:  # without the report, if need be
-            self._say(
-                f"a refit of {count(searched, 'epoch')} does not fit the time that is left: {max(1, fit)} instead"
-            )
-            return max(1, fit)
-        if wanted == searched:
-            return None if confirmed else searched
-        length = min(wanted, max(searched, int(self._until("after_s") / (REFIT_SLOWER * whole_s))))
-        if length > searched:
-            self._say(f"the refit has {count(length, 'epoch')}, more than the {searched} of a trial")
-        return length
+        fit = max(1, int((self._until("after_s") + REPORT_S) / length.epoch_s))  # without the report, if need be
+        if fit < length.searched:
+            what = f"a refit of {count(length.searched, 'epoch')}"
+            self._say(f"{what} does not fit the time that is left: {fit} instead")
+            return fit
+        if not length.is_shortened:
+            return None if confirmed else length.searched
+        epochs = length.within(self._until("after_s"))
+        if epochs > length.searched:
+            self._say(f"the refit has {count(epochs, 'epoch')}, more than the {length.searched} of a trial")
+        return epochs
 
     def _predict_options(self, bundle: str) -> PredictOptions:
         options = self._options

@@ -26,7 +26,8 @@ from core.data import Splits
 from core.loop import TrainResult, train
 from hpo.api import fit_choice
 from hpo.api.fit_choice import LARGE, PHOTOS, PROBE, SCRATCH, Chooser
-from hpo.api.fit_plan import SEARCH, TRAININGS, Plan, Timed, divide, least_s
+from hpo.api.fit_length import Length
+from hpo.api.fit_plan import REFIT_SLOWER, SEARCH, TRAININGS, Plan, Timed, divide, least_s
 from hpo.api.options import FitOptions
 from hpo.confirmation.result import read_confirmation
 from hpo.errors import StudyError
@@ -286,6 +287,13 @@ def test_images_to_label_take_time_from_the_trials(monkeypatch: pytest.MonkeyPat
     assert many.epochs < few.epochs
 
 
+def test_time_that_the_refit_does_not_need_is_the_confirmations() -> None:
+    long, short = Length(searched=5, full=15, epoch_s=2.0), Length(searched=15, full=15, epoch_s=2.0)
+    assert (long.is_shortened, short.is_shortened) == (True, False)
+    assert long.full_s == pytest.approx(15 * 2.0 * REFIT_SLOWER)
+    assert [long.within(seconds) for seconds in (0, 8 * 2.0 * REFIT_SLOWER, 1000)] == [5, 8, 15]
+
+
 # The whole
 
 
@@ -440,7 +448,7 @@ def test_a_refit_that_no_longer_fits_is_shorter(
     space: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The trials seem to have taken 60 s an epoch: two on all images are 160 s."""
-    monkeypatch.setattr("hpo.confirmation.trials.seconds_per_epoch", lambda *_: 60.0)
+    monkeypatch.setattr("hpo.api.fit_length.seconds_per_epoch", lambda *_: 60.0)
     hpo.fit("digits", space=space, minutes=2)
     assert "a refit of 2 epochs does not fit the time that is left: 1 instead" in capfd.readouterr().out
     report = json.loads((StudyPaths.of("fit-digits").refit("best") / "metrics.json").read_text())
