@@ -189,7 +189,7 @@ class Confirmation:
                 return f"{winner}, without a comparison: the baseline could not be trained"
             if self.evidence:
                 return f"{winner}, better than the baseline by {plus_minus(self.advantage)}"
-            bet = f"{self.expected:+.3f} expected over the baseline; "
+            bet = f"{self.expected:+.2g} expected over the baseline; "
             return f"{winner}, the best bet: {bet}not a proven gain ({plus_minus(self.advantage)})"
         if not self.challengers:
             trained = self.contender(self.winner).interval is not None
@@ -203,7 +203,7 @@ class Confirmation:
     def _below_margin(self) -> str:
         if self.expected is None or not 0 < self.expected <= self.margin:
             return ""
-        return f", {self.expected:+.3f} expected, and the space asks for more than {self.margin:g}"
+        return f", {self.expected:+.2g} expected, and the space asks for more than {self.margin:g}"
 
     def lines(self) -> list[str]:
         """Describe the whole result, a sentence per line, for the terminal, the report and the model card."""

@@ -697,14 +697,14 @@ class TestWords:
     def test_a_leader_without_evidence_is_the_best_bet(self) -> None:
         bet = {"evidence": False, "advantage": Interval(0.0031, 0.0062, 5), "expected": 0.0021}
         assert confirmation(**bet).lines()[0] == (
-            "the winner is trial 12: accuracy 0.912 ± 0.004 (n = 5), the best bet: +0.002 expected over the baseline; "
+            "the winner is trial 12: accuracy 0.912 ± 0.004 (n = 5), the best bet: +0.0021 expected over the baseline; "
             "not a proven gain (0.003 ± 0.006)"
         )
 
     def test_a_margin_that_keeps_the_baseline_is_named(self) -> None:
         below = {**NO_GAIN, "advantage": Interval(0.0031, 0.0062, 5), "expected": 0.0021, "margin": 0.005}
         first, second = confirmation(**below).lines()[:2]
-        assert first.endswith("by 0.003 ± 0.006 (n = 5), +0.002 expected, and the space asks for more than 0.005")
+        assert first.endswith("by 0.003 ± 0.006 (n = 5), +0.0021 expected, and the space asks for more than 0.005")
         assert second.startswith("the winner is the baseline")
 
     def test_without_evidence_the_baseline_is_named_the_winner(self) -> None:
