@@ -5,6 +5,7 @@ A study's total consists of trial indices. After an interrupted attempt there is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +44,8 @@ CONFIG = "config"
 """Configuration of a confirmation's trial, with seed and split."""
 STANDARD_ERROR = "standard_error"
 """Standard error of the value of a search's complete trial, by the number of its validation images."""
+VAL_LOSS = "val_loss"
+"""Validation loss of a complete trial; the lower one is the better of trials with the same value."""
 STOPPED = "stopped"
 """Why a confirmation's trial was not trained."""
 TAKEN_FROM = "taken_from"
@@ -69,6 +72,20 @@ def with_current_names(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the user attributes of version 0.1.0."""
     current = {old: new for new, old in OLD_NAMES.items()}
     return {current.get(name, name): value for name, value in attributes.items()}
+
+
+def best_first(trial: FrozenTrial, sign: int) -> tuple[float, float, int]:
+    """Sort key of complete trials: the better value, of equals the lower validation loss, then the lower index.
+
+    With few validation images many trials share the best accuracy. Trials of earlier versions have no loss, and come
+    first of equals.
+
+    Args:
+        trial: A complete trial.
+        sign: 1 if the value is maximized, -1 if it is minimized.
+    """
+    assert trial.value is not None, "a complete trial has a value"
+    return -sign * trial.value, float(trial.user_attrs.get(VAL_LOSS, -math.inf)), trial_index_of(trial)
 
 
 def effective_trials(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:

@@ -22,7 +22,7 @@ from hpo.space import SearchSpace, space_from_yaml
 from hpo.space.pruner import RungPruner, build_pruner
 from hpo.study import Study
 from hpo.study.results import read_recipe_runs, read_rows
-from hpo.trials import FAILURE, effective_trials, is_baseline, trial_index_of
+from hpo.trials import FAILURE, best_first, effective_trials, is_baseline
 
 if TYPE_CHECKING:
     from core.data import Dataset
@@ -98,9 +98,8 @@ class StudyData:
 
     @cached_property
     def best(self) -> FrozenTrial | None:
-        """The complete trial with the best value, the first of equal ones."""
-        sign = -self.study.sign
-        return min(self.complete, key=lambda trial: (sign * value_of(trial), trial_index_of(trial)), default=None)
+        """The complete trial with the best value; see `best_first` for equals."""
+        return min(self.complete, key=lambda trial: best_first(trial, self.study.sign), default=None)
 
     @cached_property
     def baseline(self) -> FrozenTrial | None:

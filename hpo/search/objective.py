@@ -34,7 +34,7 @@ from hpo.space import SearchSpace, to_yaml
 from hpo.space.pruner import RungPruner
 from hpo.study import Study
 from hpo.study.results import append_line
-from hpo.trials import CONFIG, REPLICATE_OF, RESUMED_EPOCH, Outcome, first_twin
+from hpo.trials import CONFIG, REPLICATE_OF, RESUMED_EPOCH, VAL_LOSS, Outcome, first_twin
 
 if TYPE_CHECKING:
     from core.data import Splits
@@ -266,6 +266,7 @@ class _Attempt:
         if complete:
             # With folds their mean, for a training on all images; half an epoch is rounded up.
             attributes["kept_epoch"] = int(statistics.fmean(result.kept.epoch for result in self.results) + 0.5)
+            attributes[VAL_LOSS] = statistics.fmean(result.kept.score("nll") for result in self.results)
         if self.folds > 1 and self.values:
             attributes["fold_values"] = list(self.values)
         if self.history:

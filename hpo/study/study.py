@@ -19,7 +19,7 @@ from hpo.study.metadata import METADATA, check_fingerprint, check_weights, confi
 from hpo.study.patience import Patience
 from hpo.study.queue import TrialQueue
 from hpo.study.settings import StudySettings
-from hpo.trials import CONFIG, Counts, count_trials, effective_trials, trial_index_of
+from hpo.trials import CONFIG, Counts, best_first, count_trials, effective_trials, trial_index_of
 
 if TYPE_CHECKING:
     from core.config import TrainConfig
@@ -154,10 +154,10 @@ class Study:
         return count_trials(self.optuna.get_trials(deepcopy=False))
 
     def best_trial(self) -> FrozenTrial | None:
-        """Return the best complete trial, of several the one with the lowest index."""
+        """Return the best complete trial; see `best_first` for equals."""
         trials = effective_trials(self.optuna.get_trials(deepcopy=False)).values()
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-        return min(complete, key=lambda trial: (-self.sign * _value(trial), trial_index_of(trial)), default=None)
+        return min(complete, key=lambda trial: best_first(trial, self.sign), default=None)
 
     def trained(self, number: int) -> Trained:
         """Return configuration and result of a complete trial; StudyError if there is no such."""

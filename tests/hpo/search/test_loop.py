@@ -29,7 +29,7 @@ from hpo.search.weights import DEFAULTS
 from hpo.space import SearchSpace, load_recipe, load_space
 from hpo.study import Study, find_study, open_study
 from hpo.study.results import read_result
-from hpo.trials import CRASHES, FAILURE, REASON
+from hpo.trials import CRASHES, FAILURE, REASON, VAL_LOSS
 from tests.hpo.commands import RunHpo
 
 CPU = torch.device("cpu")
@@ -256,3 +256,10 @@ def test_the_lines_of_metrics_are_json_and_one_an_epoch(tmp_path: Path) -> None:
     for number in (0, 1):
         rows = [json.loads(line) for line in study.paths.trial_metrics(number).read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1, 2]
+
+
+def test_a_complete_trial_stores_the_validation_loss_of_its_kept_epoch(tmp_path: Path) -> None:
+    study, _ = run(write_space(tmp_path), 1)
+    (trial,) = study.optuna.trials
+    rows = [json.loads(line) for line in study.paths.trial_metrics(0).read_text().splitlines()]
+    assert trial.user_attrs[VAL_LOSS] == rows[-1]["val_loss"]
