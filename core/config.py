@@ -68,6 +68,9 @@ class DataConfig(_Section):
     """Fraction of all images used as the test set, if the data set has none of its own."""
     split_seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the validation split. The test set does not depend on it."""
+    val_part: int | None = Field(default=None, ge=0)
+    """Which of the disjoint validation sets of a `split_seed`, counted from 0, as a confirmation takes in turn. None
+    draws one by itself."""
     group: str | None = Field(default=None, min_length=1)
     """Images of a group, such as a patient, stay on one side of every split: a CSV column, or a regular expression that
     is searched in file names, or in paths if it has a slash. Its parentheses are the group. None has no groups."""

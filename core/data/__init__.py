@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from core.data.builtin import DatasetInfo, catalogue
     from core.data.dataset import Dataset, Division, TestSet, folds, image_sizes, load_dataset, split
     from core.data.report import DataReport
-    from core.data.splits import Splits, on_device
+    from core.data.splits import Splits, on_device, val_parts
     from core.data.unlabelled import image_ids, load_images, map_images
 
 _MODULES = {
@@ -28,6 +28,7 @@ _MODULES = {
     "map_images": "unlabelled",
     "on_device": "splits",
     "split": "dataset",
+    "val_parts": "splits",
 }
 """Modules by name, imported on first use: listing data sets needs no torch."""
 
@@ -47,6 +48,7 @@ __all__ = [
     "map_images",
     "on_device",
     "split",
+    "val_parts",
 ]
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -110,10 +111,21 @@ class Labelled(Protocol):
 def stratified(data: Labelled, config: DataConfig) -> Splits:
     """Draw `val_fraction` of the images for validation, stratified by class, with `split_seed`; groups stay whole.
 
+    With `val_part`, this is one of as many disjoint validation sets as there are, see `val_parts`.
+
     Raises:
-        UserError: a class would have no training image, or validation fewer images than classes, or none.
+        UserError: a class would have no training image, or validation fewer images than classes, or none; with
+            `val_part`, in any of the parts; or there is no such part.
     """
     return _normalized(data, *_draw(data, config), config)
+
+
+def val_parts(data: Labelled, config: DataConfig) -> int:
+    """Return the number of disjoint validation sets that a `split_seed` gives."""
+    if data.groups is None:
+        return int(1 / config.val_fraction + 1e-9)  # less a rounding error
+    taken, parts = _share_of_groups(data, data.groups, config.val_fraction)
+    return parts // taken
 
 
 def given(data: Labelled, in_val: Tensor, config: DataConfig) -> Splits:
@@ -200,55 +212,86 @@ def _draw(data: Labelled, config: DataConfig) -> tuple[Tensor, Tensor]:
                 f"for {len(classes)} classes; {cure} it"
             )
     if data.groups is None:
-        together, cure = _draw_images(data, n_val, config.split_seed)
+        drawn = _draw_images(data, n_val, config)
+        copies = not torch.equal(drawn[:, data.twins], drawn)
+        cure = "remove copies of its images, or try another data.split_seed" if copies else "lower it"
+        drawn = drawn[:, data.twins]
     else:
-        together = _draw_groups(data, data.groups, config)
+        drawn = _draw_groups(data, data.groups, config)
         cure = "add images of another group, or try another data.split_seed"
-    train, val = (~together).nonzero().squeeze(1), together.nonzero().squeeze(1)
-    missing = _absent(labels[train], classes)
-    if missing:
+    number = config.val_part or 0
+    if number >= len(drawn):
         raise UserError(
-            f"{where}: data.val_fraction={config.val_fraction:g} leaves no training image of "
-            f"{', '.join(missing)}; {cure}"
+            f"{where}: data.val_part={number}: data.val_fraction={config.val_fraction:g} gives {len(drawn)} disjoint "
+            "validation sets, counted from 0; lower it"
         )
+    for in_val in drawn:
+        if not in_val.any():
+            raise UserError(
+                f"{where}: all {n_val} validation images are copies of training images; "
+                "remove the copies, or raise data.val_fraction"
+            )
+        missing = _absent(labels[~in_val], classes)
+        if missing:
+            raise UserError(
+                f"{where}: data.val_fraction={config.val_fraction:g} leaves no training image of "
+                f"{', '.join(missing)}; {cure}"
+            )
+    train, val = (~drawn[number]).nonzero().squeeze(1), drawn[number].nonzero().squeeze(1)
     missing = _absent(labels[val], classes)
     if missing:
         logger.info("%s: too few images of %s for one in validation", where, ", ".join(missing))
     return train, val
 
 
-def _draw_images(data: Labelled, n_val: int, seed: int) -> tuple[Tensor, str]:
-    """(N,) whether each image validates, and what to do if a class is then missing."""
+def _draw_images(data: Labelled, n_val: int, config: DataConfig) -> Tensor:
+    """(parts, N) whether each image validates, before copies are moved; one part without `val_part`."""
     from sklearn.model_selection import train_test_split
 
     count = len(data.labels)
-    _, drawn = train_test_split(
-        torch.arange(count).numpy(), test_size=n_val, stratify=data.labels.numpy(), random_state=seed
-    )
-    in_val = torch.zeros(count, dtype=torch.bool)
-    in_val[torch.from_numpy(drawn)] = True
-    together = in_val[data.twins]
-    if not together.any():
-        raise UserError(
-            f"{data.source}: all {n_val} validation images are copies of training images; "
-            "remove the copies, or raise data.val_fraction"
+    if config.val_part is None:
+        _, drawn = train_test_split(
+            torch.arange(count).numpy(), test_size=n_val, stratify=data.labels.numpy(), random_state=config.split_seed
         )
-    if torch.equal(together, in_val):
-        return together, "lower it"
-    return together, "remove copies of its images, or try another data.split_seed"
+        sets = [torch.from_numpy(drawn)]
+    else:
+        order = _stratified_order(data.labels, config.split_seed)
+        ends = [round(count * part * config.val_fraction) for part in range(val_parts(data, config) + 1)]
+        sets = [order[first:last] for first, last in pairwise(ends)]
+    in_val = torch.zeros((len(sets), count), dtype=torch.bool)
+    for part, chosen in enumerate(sets):
+        in_val[part, chosen] = True
+    return in_val
+
+
+def _stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """Shuffle images so that any run of consecutive ones has the classes in proportion, within about one image."""
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=draw)
+    places = torch.empty(len(labels), dtype=torch.float64)
+    for label in set(labels.tolist()):
+        own = (labels[order] == label).nonzero().squeeze(1)
+        places[own] = (torch.arange(len(own)) + torch.rand(1, generator=draw, dtype=torch.float64)) / len(own)
+    return order[places.argsort()]
+
+
+def _share_of_groups(data: Labelled, groups: Tensor, val_fraction: float) -> tuple[int, int]:
+    """How many of how many equal parts of the groups validate."""
+    most = min(MOST_PARTS, _count(groups), int(data.labels.bincount().max()))
+    shares = [(taken, parts) for parts in range(2, most + 1) for taken in range(1, parts)]
+    return min(shares, key=lambda share: (abs(share[0] / share[1] - val_fraction), share[1]))
 
 
 def _draw_groups(data: Labelled, groups: Tensor, config: DataConfig) -> Tensor:
-    """(N,) whether each image validates: some of several equal parts, chosen by the seed.
+    """(parts, N) whether each image validates: some of several equal parts, in the seed's order.
 
-    Few large groups can be divided into equal parts in one way only; the choice of the parts still varies.
+    Few large groups can be divided into equal parts in one way only; the order of the parts still varies.
     """
-    most = min(MOST_PARTS, _count(groups), int(data.labels.bincount().max()))
-    shares = [(taken, parts) for parts in range(2, most + 1) for taken in range(1, parts)]
-    taken, parts = min(shares, key=lambda share: (abs(share[0] / share[1] - config.val_fraction), share[1]))
+    taken, parts = _share_of_groups(data, groups, config.val_fraction)
     part_of = _parts_of_groups(data, groups, parts, config.split_seed)
-    chosen = torch.randperm(parts, generator=torch.Generator().manual_seed(config.split_seed))[:taken]
-    return torch.isin(part_of, chosen)
+    order = torch.randperm(parts, generator=torch.Generator().manual_seed(config.split_seed))
+    sets = 1 if config.val_part is None else parts // taken
+    return torch.stack([torch.isin(part_of, order[part * taken : (part + 1) * taken]) for part in range(sets)])
 
 
 def _parts_of_groups(data: Labelled, groups: Tensor, parts: int, seed: int) -> Tensor:

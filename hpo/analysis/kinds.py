@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from core.config import TrainConfig
 from hpo.analysis.baselines import key_of
 from hpo.confirmation.result import Confirmation, Contender
-from hpo.confirmation.statistics import Interval, corrected_interval, failed, paired
+from hpo.confirmation.statistics import Interval, corrected_interval, effective_share, failed, paired
 from hpo.paths import LONG_BASELINE
 from hpo.space import load_recipe
 from hpo.study.results import read_recipe_runs
@@ -105,7 +105,9 @@ def _behind(
         if known and confirmation.test_share is not None:
             return corrected_interval(
                 lead.values,
-                test_share=confirmation.test_share,
+                test_share=effective_share(
+                    lead.numbers, test_share=confirmation.test_share, per_repeat=confirmation.per_repeat
+                ),
                 replicates=lead.replicates,
                 resolution=confirmation.resolution,
             )

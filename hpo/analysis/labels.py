@@ -1,7 +1,8 @@
 """Images whose labels are probably wrong, by confident learning (Northcutt et al. 2021, arXiv 1911.00068).
 
 The evidence is outputs of networks on images outside their own training images: the validation outputs stored with a
-study's best trials, and with every training of its confirmation, which has other splits.
+study's best trials, and with every training of its confirmation, whose splits hold out each image once
+per repeat.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from core.data import Dataset, Division, Splits
 from core.errors import DivergedError
 from hpo.api.common import trainings
 from hpo.confirmation.result import BASELINE, Confirmation
-from hpo.confirmation.trials import Training, replicated, search_epochs
+from hpo.confirmation.trials import Training, in_parts, replicated, search_epochs
+from hpo.confirmation.trials import trainings as trainings_of
 from hpo.paths import StudyPaths, TrainingPaths, confirmation_of
 from hpo.reporter import Reporter
 from hpo.search.interrupts import Interrupts
@@ -27,7 +28,6 @@ from hpo.study.settings import StudySettings
 from hpo.submission.ladder import Ladder
 from hpo.submission.length import REPLICATES, Budget, Climber, Site, climb, default_budget
 from hpo.text import count
-from hpo.trials import effective_trials
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,14 @@ class Climbing:
 
     def confirmed(self, study: Study, confirmation: Confirmation) -> tuple[Ladder, TrainConfig, TrainingPaths]:
         """Compare lengths of a confirmation's winner and the baseline on its first seeds and splits; see `climb`."""
-        winner, folders = confirmation.contender(confirmation.winner), _recorded(study)
+        winner = confirmation.contender(confirmation.winner)
+        known, folders = _recorded(study)
         baseline = [one for one in confirmation.contenders if one.key == BASELINE and one is not winner]
         climbers = []
         for one in (winner, *baseline):
             config = one.train_config if one.trial is None else study.trained(one.trial).config
             climbers.append(Climber(one.key, one.name, config, folders.get(one.identity, {})))
-        on_replicate = partial(_on_replicate, study.seed, self.dataset)
+        on_replicate = partial(_on_replicate, study.seed, self.dataset, in_parts(known))
         replicates = REPLICATES if winner.train_config.data.folds is None else 1
         return self._climb(climbers, search_epochs(study), on_replicate, replicates)
 
@@ -135,22 +136,23 @@ def run_length_probe(
         reporter.say(f"  {line}")
 
 
-def _on_replicate(seed: int, dataset: Dataset, config: TrainConfig, replicate: int) -> TrainConfig:
-    return replicated(config, replicate, seed=seed, dataset=dataset)
+def _on_replicate(seed: int, dataset: Dataset, parts: bool, config: TrainConfig, replicate: int) -> TrainConfig:
+    return replicated(config, replicate, seed=seed, dataset=dataset, parts=parts)
 
 
-def _recorded(study: Study) -> dict[str, dict[int, TrainingPaths]]:
-    """Identity -> replicate -> the folder of a confirmation's training whose predictions are kept."""
+def _recorded(study: Study) -> tuple[list[Training], dict[str, dict[int, TrainingPaths]]]:
+    """The trainings of a confirmation, and by identity and replicate the folders of those with kept predictions."""
     name = confirmation_of(study.name)
     found: dict[str, dict[int, TrainingPaths]] = {}
     if not StudyPaths.of(name).study_yaml.exists():
-        return found
+        return [], found
     confirming = find_study(name, storage_url=study.storage_url)
-    for trial in effective_trials(confirming.optuna.get_trials(deepcopy=False)).values():
-        training, folder = Training.of(trial), TrainingPaths(confirming.paths.trial(trial.number))
+    known = trainings_of(confirming)
+    for training in known:
+        folder = TrainingPaths(confirming.paths.trial(training.number))
         if training.values is not None and _has_predictions(folder, len(training.values)):
             found.setdefault(training.identity, {})[training.replicate] = folder
-    return found
+    return known, found
 
 
 def _has_predictions(folder: TrainingPaths, folds: int) -> bool:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from hpo.confirmation import statistics
 from hpo.confirmation.result import BASELINE, Candidate, Confirmation, Contender, searched_best
 from hpo.confirmation.statistics import Comparison
-from hpo.confirmation.trials import Plan, Training, scores_of, trainings
+from hpo.confirmation.trials import Plan, Training, per_repeat, scores_of, trainings
 from hpo.errors import StudyError
 from hpo.paths import confirmation_of
 from hpo.space import ConfirmationSpace
@@ -35,7 +35,7 @@ def conclude(plan: Plan, study: Study | None, *, out_of_time: bool = False) -> C
     ]
     space = None if study is None else study.space()
     if isinstance(space, ConfirmationSpace):
-        compared = _compared(search.name, contenders, space, plan.margin)
+        compared = _compared(search.name, contenders, space, plan.margin, per_repeat(known))
     else:
         compared = Comparison(None, BASELINE, {}, None, None, evidence=False)
     contenders = [replace(one, interval=compared.scores.get(one.key)) for one in contenders]
@@ -64,6 +64,7 @@ def conclude(plan: Plan, study: Study | None, *, out_of_time: bool = False) -> C
         versions=versions(),
         out_of_time=out_of_time,
         test_share=space.test_share if isinstance(space, ConfirmationSpace) else None,
+        per_repeat=per_repeat(known),
         resolution=space.resolution if isinstance(space, ConfirmationSpace) else 0.0,
         on_given_val=search.metadata["data"].get("given_val") is not None,
     )
@@ -81,13 +82,16 @@ def _contender(candidate: Candidate, own: Collection[Training]) -> Contender:
     )
 
 
-def _compared(search: str, contenders: Sequence[Contender], space: ConfirmationSpace, margin: float) -> Comparison:
+def _compared(
+    search: str, contenders: Sequence[Contender], space: ConfirmationSpace, margin: float, repeat: int
+) -> Comparison:
     try:
         return statistics.compare(
             {one.key: one.scores for one in contenders},
             baseline=BASELINE,
             stopped=[one.key for one in contenders if one.stopped is not None],
             test_share=space.test_share,
+            per_repeat=repeat,
             maximize=space.direction == "maximize",
             resolution=space.resolution,
             margin=margin,

@@ -48,7 +48,9 @@ def dump(config: TrainConfig) -> dict[str, Any]:
 
 def identity_of(config: Mapping[str, Any]) -> str:
     """Hash a dumped configuration without its seed and its split."""
-    data = {name: value for name, value in split_fields(config["data"]).items() if name != "split_seed"}
+    data = {
+        name: value for name, value in split_fields(config["data"]).items() if name not in ("split_seed", "val_part")
+    }
     tree = {name: value for name, value in config.items() if name != "seed"} | {"data": data}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -139,6 +141,8 @@ class Confirmation:
     """Whether a time limit left planned trainings out."""
     test_share: float | None = None
     """Validation images / training images of one split, which widens intervals; None in files of older versions."""
+    per_repeat: int = 1
+    """Number of replicates whose validation images are disjoint; 1 if all are drawn freely, as by older versions."""
     resolution: float = 0.0
     """Smallest change of a score: one validation image."""
     expected: float | None = None
@@ -266,6 +270,8 @@ class Confirmation:
             yield "n = 1: one replicate gives no interval"
             return
         varied = "seeds and splits, corrected for overlapping splits (Nadeau and Bengio 2003)"
+        if self.per_repeat > 1:
+            varied = "seeds and folds of a repeated k-fold, corrected for their overlap (Bouckaert and Frank 2004)"
         if self.on_given_val:
             varied = "seeds on the given validation images, whose choice it does not include"
         yield f"± is a 95 % interval over n {varied}"

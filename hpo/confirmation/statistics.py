@@ -1,8 +1,9 @@
 """The statistics of a confirmation: intervals, early stopping and the comparison with the baseline.
 
 A replicate is a seed and a split with which every configuration is trained, so configurations are compared in pairs.
-The splits overlap, so the variance of a mean is corrected (Nadeau and Bengio 2003, Machine Learning 52; with folds
-Bouckaert and Frank 2004, PAKDD). The interval of the leader's advantage holds for all challengers at once (Bonferroni),
+The splits are the folds of a repeated k-fold. Their training images overlap, and across repeats their validation
+images, so the variance of a mean is corrected (Nadeau and Bengio 2003, Machine Learning 52; Bouckaert and Frank 2004,
+PAKDD), see `effective_share`. The interval of the leader's advantage holds for all challengers at once (Bonferroni),
 and their spreads are pooled with its own, as in the moderated t (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3).
 
 What is claimed follows the interval, and what is refitted the expectation: the leader is the better bet as soon as it
@@ -13,6 +14,7 @@ is ahead, proven or not. Its expected gain is its lead, shrunk by the noise of t
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -33,6 +35,10 @@ MAX_REPLICATES = 20  # with a quarter of the images for validation, twice as man
 LENT_AT_MOST = 2.0
 """Limit of the pooled spread, relative to the leader's: a challenger that sometimes fails is very noisy."""
 MAX_CANDIDATES = 8  # every further one widens the interval of the leader
+
+WITHIN_REPEAT = 0.5
+"""Correlation of two folds of a repeat, relative to that of two free splits. Folds share no validation image, only most
+of their training images. With it, intervals cover as often as with free splits (`bench_splits.py`)."""
 
 _CERTAIN = 500.0  # larger arguments may overflow
 _EQUAL = 1e-12  # deviations up to this are rounding errors; scores and losses are of the order of 1
@@ -110,6 +116,24 @@ def corrected_interval(
     return Interval(mean, quantile * spread * math.sqrt(1 / n + test_share), replicates)
 
 
+def effective_share(numbers: Sequence[int], *, test_share: float, per_repeat: int) -> float:
+    """Compute the `test_share` that corrects the mean of these values: r / (1 - r), with the mean correlation r of two.
+
+    Free splits have the r of Nadeau and Bengio, test_share / (1 + test_share), and folds of the same repeat
+    `WITHIN_REPEAT` of it.
+
+    Args:
+        numbers: The replicate of each value; of several folds each.
+        test_share: Validation images / training images of one split.
+        per_repeat: Number of replicates whose splits are disjoint, from each multiple of it; 1 if all are free.
+    """
+    pairs = math.comb(len(numbers), 2)
+    within = sum(math.comb(each, 2) for each in Counter(number // per_repeat for number in numbers).values())
+    correlation = test_share / (1 + test_share)
+    correlation *= 1 - (1 - WITHIN_REPEAT) * within / max(pairs, 1)
+    return correlation / (1 - correlation)
+
+
 def _squares(values: Sequence[float]) -> float:
     """Sum of the squared deviations from the mean; 0 if they are rounding errors."""
     mean = fmean(values)
@@ -123,7 +147,12 @@ class Paired:
 
     values: tuple[float, ...]
     """One per fold of each common replicate, in the order of the replicates."""
-    replicates: int
+    numbers: tuple[int, ...]
+    """The replicate of each value."""
+
+    @property
+    def replicates(self) -> int:
+        return len(set(self.numbers))
 
     @property
     def mean(self) -> float:
@@ -134,7 +163,11 @@ def paired(a: Scores, b: Scores, *, maximize: bool = True) -> Paired:
     """Subtract the scores of `b` from those of `a`, or vice versa if lower scores are better."""
     common, sign = sorted(set(a) & set(b)), 1 if maximize else -1
     values = (sign * (x - y) for replicate in common for x, y in zip(a[replicate], b[replicate], strict=True))
-    return Paired(tuple(values), len(common))
+    return Paired(tuple(values), _numbers({replicate: a[replicate] for replicate in common}))
+
+
+def _numbers(scores: Scores) -> tuple[int, ...]:
+    return tuple(replicate for replicate in sorted(scores) for _ in scores[replicate])
 
 
 def failed(scores: Scores) -> bool:
@@ -142,16 +175,23 @@ def failed(scores: Scores) -> bool:
     return not all(math.isfinite(value) for values in scores.values() for value in values)
 
 
-def own_score(scores: Scores, *, test_share: float, resolution: float = 0.0) -> Interval | None:
+def own_score(scores: Scores, *, test_share: float, per_repeat: int = 1, resolution: float = 0.0) -> Interval | None:
     """Compute the interval of a configuration's score; None without scores, or if a training failed."""
     values = [value for replicate in sorted(scores) for value in scores[replicate]]
     if not values or failed(scores):
         return None
-    return corrected_interval(values, test_share=test_share, replicates=len(scores), resolution=resolution)
+    share = effective_share(_numbers(scores), test_share=test_share, per_repeat=per_repeat)
+    return corrected_interval(values, test_share=share, replicates=len(scores), resolution=resolution)
 
 
 def cannot_win(
-    candidate: Scores, others: Mapping[str, Scores], *, test_share: float, maximize: bool, resolution: float = 0.0
+    candidate: Scores,
+    others: Mapping[str, Scores],
+    *,
+    test_share: float,
+    maximize: bool,
+    per_repeat: int = 1,
+    resolution: float = 0.0,
 ) -> str | None:
     """Explain why a candidate needs no further training; None if it may still win.
 
@@ -170,7 +210,7 @@ def cannot_win(
     leader = max(ahead, key=lambda name: ahead[name].mean)
     gap = corrected_interval(
         ahead[leader].values,
-        test_share=test_share,
+        test_share=effective_share(ahead[leader].numbers, test_share=test_share, per_repeat=per_repeat),
         replicates=ahead[leader].replicates,
         confidence=1 - 2 * (1 - RACE_CONFIDENCE),  # only the lower end is used
         resolution=resolution,
@@ -251,6 +291,7 @@ def compare(
     stopped: Collection[str],
     test_share: float,
     maximize: bool,
+    per_repeat: int = 1,
     resolution: float = 0.0,
     margin: float = 0.0,
 ) -> Comparison:
@@ -258,6 +299,7 @@ def compare(
 
     Args:
         scores: Of all configurations, also failed and stopped ones, since the interval of the best allows for them.
+        per_repeat: See `effective_share`, like `test_share`.
         margin: The leader wins if its expected gain is larger.
 
     Raises:
@@ -266,7 +308,8 @@ def compare(
     intervals = {
         key: interval
         for key, found in scores.items()
-        if (interval := own_score(found, test_share=test_share, resolution=resolution)) is not None
+        if (interval := own_score(found, test_share=test_share, per_repeat=per_repeat, resolution=resolution))
+        is not None
     }
     challengers = [key for key in scores if key != baseline]
     remaining = [key for key in challengers if key in intervals and key not in stopped]
@@ -287,13 +330,15 @@ def compare(
     leader = max(finalists, key=lambda key: finalists[key].mean)
     advantage = corrected_interval(
         ahead[leader].values,
-        test_share=test_share,
+        test_share=effective_share(ahead[leader].numbers, test_share=test_share, per_repeat=per_repeat),
         replicates=ahead[leader].replicates,
         comparisons=len(challengers),
         resolution=resolution,
         others=[lead.values for key, lead in ahead.items() if key != leader and lead.replicates >= MIN_REPLICATES],
     )
-    noise = _noise(list(finalists.values()), test_share=test_share, resolution=resolution)
+    shortest = min(finalists.values(), key=lambda lead: len(lead.values)).numbers
+    share = effective_share(shortest, test_share=test_share, per_repeat=per_repeat)
+    noise = _noise(list(finalists.values()), test_share=share, resolution=resolution)
     expected = advantage.mean * shrinkage([0.0, *(lead.mean for lead in finalists.values())], noise)
     winner = leader if expected > margin else baseline
     return Comparison(leader, winner, intervals, advantage, expected, evidence=advantage.low > 0)

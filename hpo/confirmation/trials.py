@@ -1,7 +1,8 @@
 """The confirmation as a study of its own: which trainings are queued, and which are stopped early.
 
-A trial trains one configuration on one replicate: a seed and a split that are new to the search. Before a worker trains
-a claimed trial, it checks whether the configuration can still win, so workers need no coordinator.
+A trial trains one configuration on one replicate: a seed and a split that are new to the search. The splits are the
+folds of a repeated k-fold, so that each image is validated once per repeat. Before a worker trains a claimed trial, it
+checks whether the configuration can still win, so workers need no coordinator.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
-from core.data import Dataset, folds
+from core.data import Dataset, folds, val_parts
 from core.errors import UserError
 from core.runtime import derive_seed
 from hpo.confirmation import statistics
@@ -54,6 +55,8 @@ class Training:
     identity: str
     """See `identity_of`."""
     replicate: int
+    val_part: int | None
+    """See `DataConfig`; None if its split was drawn freely."""
     is_over: bool
     values: tuple[float, ...] | None
     """The value of each fold (one without folds), NaN if it failed; None if it was not trained, or not yet."""
@@ -79,6 +82,7 @@ class Training:
             current_key(str(attributes[CANDIDATE])),
             identity_of(config),
             int(attributes[REPLICATE]),
+            config["data"].get("val_part"),
             trial.state in _FINISHED,
             values,
             attributes.get(STOPPED),
@@ -103,6 +107,16 @@ def scores_of(found: Iterable[Training]) -> dict[str, dict[int, tuple[float, ...
     return scores
 
 
+def in_parts(known: Sequence[Training]) -> bool:
+    """Whether the replicates of a confirmation validate disjoint parts in turn; those of earlier versions do not."""
+    return not known or any(training.val_part is not None for training in known)
+
+
+def per_repeat(known: Iterable[Training]) -> int:
+    """Return the number of replicates whose validation images are disjoint; of an unfinished repeat those it has."""
+    return 1 + max((training.val_part or 0 for training in known), default=0)
+
+
 def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, trial_index: int) -> str | None:
     """Explain why a claimed trial of a confirmation need not be trained; None if its candidate may still win.
 
@@ -121,30 +135,39 @@ def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, tri
         own,
         {} if is_baseline else {names[other]: found for other, found in scores.items()},
         test_share=space.test_share,
+        per_repeat=per_repeat(before),
         maximize=space.direction == "maximize",
         resolution=space.resolution,
     )
 
 
-def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Dataset | None = None) -> TrainConfig:
+def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Dataset, parts: bool = True) -> TrainConfig:
     """Give a configuration the seed and the split of a replicate (counted from 0), which differ from its own.
 
-    With the images, splits that leave a class without images, as duplicates may, are skipped. If they give the
-    validation images, only the seed differs.
+    Splits that leave a class without images, as duplicates may, are skipped. If the data give the validation images,
+    only the seed differs.
+
+    Args:
+        seed: Of the search.
+        parts: Whether consecutive replicates validate disjoint parts of the images, as many as a split has. With
+            `data.folds`, each replicate does.
 
     Raises:
         UserError: None of many splits can be trained on.
     """
     trained = config.override({"seed": derive_seed(seed, "confirm", replicate)})
-    if dataset is not None and dataset.gives_val(config.data):
+    if dataset.gives_val(config.data):
         return trained
-    draws = (derive_seed(seed, "confirm", replicate, "split", again) % _SPLIT_SEEDS for again in count())
+    drawn: tuple[str | int, ...] = (replicate,)
+    if parts and config.data.folds is None:
+        repeat, part = divmod(replicate, val_parts(dataset, config.data))
+        trained, drawn = trained.override({"data.val_part": part}), ("repeat", repeat)
+    draws = (derive_seed(seed, "confirm", *drawn, "split", again) % _SPLIT_SEEDS for again in count())
     others = (draw for draw in draws if draw != config.data.split_seed)
     for tried, split_seed in enumerate(others, 1):
         found = trained.override({"data.split_seed": split_seed})
         try:
-            if dataset is not None:
-                folds(dataset, found.data)
+            folds(dataset, found.data)
         except UserError:
             if tried >= _MAX_DRAWS:
                 raise
@@ -247,7 +270,7 @@ class Plan:
     def is_over_budget(self) -> bool:
         return self.allocation.trainings * self.cost_epochs > self.budget_epochs
 
-    def queue(self, study: Study, dataset: Dataset | None = None) -> int:
+    def queue(self, study: Study, dataset: Dataset) -> int:
         """Queue the missing trainings, replicate by replicate, and return their number.
 
         If all planned trainings are over, those saved by early stopping go to the remaining candidates,
@@ -257,7 +280,7 @@ class Plan:
         with FileLock(study.paths.queueing):  # two processes would queue the same trainings
             return self._queue(study, dataset)
 
-    def _queue(self, study: Study, dataset: Dataset | None) -> int:
+    def _queue(self, study: Study, dataset: Dataset) -> int:
         known = trainings(study)
         missing = self._missing(known, range(self.allocation.replicates))
         if not missing and all(training.is_over for training in known):
@@ -266,7 +289,9 @@ class Plan:
         queued = []
         for candidate, replicate in missing:
             place = places.setdefault(candidate.identity, len(places))
-            config = replicated(candidate.train_config, replicate, seed=self.search.seed, dataset=dataset)
+            config = replicated(
+                candidate.train_config, replicate, seed=self.search.seed, dataset=dataset, parts=in_parts(known)
+            )
             attributes = {CANDIDATE: candidate.key, REPLICATE: replicate, CONFIG: dump(config)}
             queued.append(({CANDIDATE: place, REPLICATE: replicate}, attributes))
         study.queue.enqueue(queued)  # also an empty list: a process may have died before it raised the total

@@ -84,10 +84,11 @@ def kept_peers(study: Study, winner: int | None, config: TrainConfig, images: Te
 
 def _usable(peers: Iterable[Peer], winner: TrainConfig) -> list[Peer]:
     """Those with finite outputs whose images are made alike, since a model has one size and one kind of channels."""
-    data = winner.data.model_copy(update={"split_seed": 0})
+    drawn = {"split_seed": 0, "val_part": None}
+    data = winner.data.model_copy(update=drawn)
     return [
         peer
         for peer in peers
-        if peer.config.data.model_copy(update={"split_seed": 0}) == data
+        if peer.config.data.model_copy(update=drawn) == data
         and all(bool(logits.isfinite().all()) for views in peer.evidence.logits.values() for logits in views.values())
     ]

@@ -31,6 +31,7 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "data.val_fraction": ({}, 0.4),
     "data.test_fraction": ({}, 0.4),
     "data.split_seed": ({}, 1),
+    "data.val_part": ({}, 0),
     "data.image_size": ({}, 12),
     "data.normalize": ({}, "half"),
     "sampling.name": ({}, "balanced"),

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from hpo import load_bundle
+from hpo.confirmation.result import read_confirmation
+from hpo.confirmation.trials import trainings
 from hpo.study import Study, find_study
 from hpo.trials import effective_trials, is_baseline
 from tests.hpo.commands import RunHpo
@@ -68,6 +70,20 @@ def test_its_confirmation_is_read_and_a_refit_needs_no_other(study: Study, kind:
     assert "trial 0" in printed, "the confirmation's winner is the baseline"
     openings = [json.loads(line) for line in study.paths.test_openings.read_text().splitlines()]
     assert [opening["trial"] for opening in openings] == [0, 0]
+
+
+def test_its_confirmation_continues_on_its_own_splits(study: Study, kind: str, run_hpo: RunHpo) -> None:
+    before = trainings(find_study(f"{kind}.confirm"))
+    run_hpo("confirm", kind, "--budget", "4")
+    after = trainings(find_study(f"{kind}.confirm"))
+    assert len(after) > len(before) == 10
+    assert {(training.val_part, training.is_over) for training in after} == {(None, True)}
+    confirmation = read_confirmation(study.paths.confirmation)
+    assert confirmation is not None
+    assert confirmation.per_repeat == 1
+    assert all(
+        set(range(5)) <= one.scores.keys() for one in confirmation.contenders if one.key in ("baseline", "trial 5")
+    )
 
 
 def test_its_model_still_labels_images(folder: Path, kind: str) -> None:

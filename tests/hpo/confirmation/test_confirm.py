@@ -27,10 +27,12 @@ from hpo.cli.progress import StudyProgress
 from hpo.confirmation.candidates import NEIGHBOURS, candidates, predict, unit_cube
 from hpo.confirmation.conclusion import conclude
 from hpo.confirmation.result import Confirmation, identity_of, read_confirmation
+from hpo.confirmation.statistics import own_score
 from hpo.confirmation.trials import (
     Plan,
     Training,
     open_confirmation,
+    per_repeat,
     replicated,
     search_epochs,
     seconds_per_epoch,
@@ -151,17 +153,22 @@ def test_the_result_counts_trainings_and_epochs(studies: Path) -> None:
 # Seeds and splits
 
 
-def test_all_trainings_of_a_replicate_share_a_new_seed_and_a_new_split(studies: Path, digits: Dataset) -> None:
+def test_all_trainings_of_a_replicate_share_a_new_seed_and_a_new_fold(studies: Path, digits: Dataset) -> None:
     search, study = find_study("planted"), find_study("planted.confirm")
     by_replicate = configs_of(study)
     assert {len(configs) for configs in by_replicate.values()} == {2}
     assert len(by_replicate) == 5
-    drawn = [{(config.seed, config.data.split_seed) for config in configs} for configs in by_replicate.values()]
+    drawn = [
+        {(config.seed, config.data.split_seed, config.data.val_part) for config in configs}
+        for configs in by_replicate.values()
+    ]
     assert {len(pairs) for pairs in drawn} == {1}
-    seeds, split_seeds = zip(*(pairs.pop() for pairs in drawn), strict=True)
+    seeds, split_seeds, parts = zip(*(pairs.pop() for pairs in drawn), strict=True)
     searched = [search.config_of(trial) for trial in search.optuna.get_trials()]
     assert len({*seeds, *(config.seed for config in searched)}) == len(seeds) + TRIALS
-    assert len({*split_seeds, *(config.data.split_seed for config in searched)}) == len(seeds) + 1
+    assert parts == (0, 1, 2, 3, 0)
+    assert len({*split_seeds[:4]}) == 1
+    assert len({*split_seeds, *(config.data.split_seed for config in searched)}) == 2 + 1
     validated = {tuple(folds(digits, configs[0].data)[0].val.tolist()) for configs in by_replicate.values()}
     assert len(validated) == len(by_replicate)
 
@@ -179,12 +186,52 @@ def test_a_candidate_has_the_configuration_of_its_trial_with_another_seed_and_sp
         assert one.epochs == trained.epochs
 
 
-def test_replicates_never_take_the_split_of_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = replicated(TrainConfig(), 0, seed=3)
+@pytest.mark.parametrize("fraction", [0.25, 0.2, 0.1])
+def test_every_image_is_validated_once_per_repeat_with_the_training_share_of_the_search(
+    digits: Dataset, fraction: float
+) -> None:
+    config = TrainConfig().override({"data.val_fraction": fraction})
+    searched, k = folds(digits, config.data)[0], round(1 / fraction)
+    for repeat in range(2):
+        numbers = range(repeat * k, (repeat + 1) * k)
+        drawn = [folds(digits, replicated(config, number, seed=3, dataset=digits).data)[0] for number in numbers]
+        assert torch.cat([one.val for one in drawn]).sort().values.tolist() == list(range(len(digits.labels)))
+        assert all(abs(len(one.train) - len(searched.train)) <= 1 for one in drawn)
+
+
+def test_a_confirmation_of_an_earlier_version_continues_with_free_splits(
+    searches: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr("hpo.confirmation.trials.in_parts", lambda known: False)
+        study = begun("planted", digits, share=3)
+    assert len(trainings(study)) == 6
+    known = configs_of(begun("planted", digits, share=5))
+    assert sorted(known) == list(range(5))
+    found = [configs[0] for configs in known.values()]
+    assert {config.data.val_part for config in found} == {None}
+    assert len({config.data.split_seed for config in found}) == 5
+    own = found[0].override({"seed": 0, "data.split_seed": 0})
+    assert found[4] == replicated(own, 4, seed=find_study("planted").seed, dataset=digits, parts=False)
+    assert per_repeat(trainings(study)) == 1
+
+
+def test_the_intervals_follow_the_folds(studies: Path) -> None:
+    found = result_of("planted")
+    assert found.per_repeat == per_repeat(trainings(find_study("planted.confirm"))) == 4
+    assert found.test_share is not None
+    best = found.contender("trial 1")
+    scored = own_score(best.scores, test_share=found.test_share, per_repeat=4, resolution=found.resolution)
+    assert best.interval == scored
+    assert "± is a 95 % interval over n seeds and folds of a repeated k-fold" in "\n".join(found.lines())
+
+
+def test_replicates_never_take_the_split_of_the_search(digits: Dataset) -> None:
+    first = replicated(TrainConfig(), 0, seed=3, dataset=digits)
     taken = TrainConfig().override({"data.split_seed": first.data.split_seed})
-    assert replicated(taken, 0, seed=3).data.split_seed != first.data.split_seed
-    assert replicated(TrainConfig(), 0, seed=4).data.split_seed != first.data.split_seed
-    assert replicated(TrainConfig(), 0, seed=3) == first
+    assert replicated(taken, 0, seed=3, dataset=digits).data.split_seed != first.data.split_seed
+    assert replicated(TrainConfig(), 0, seed=4, dataset=digits).data.split_seed != first.data.split_seed
+    assert replicated(TrainConfig(), 0, seed=3, dataset=digits) == first
 
 
 def test_splits_that_leave_a_class_without_images_are_skipped(tmp_path: Path) -> None:
@@ -194,15 +241,16 @@ def test_splits_that_leave_a_class_without_images_are_skipped(tmp_path: Path) ->
     config = TrainConfig().override({"data.name": str(tmp_path / "copies.npz")})
     dataset = load_dataset(config.data)
 
-    def is_possible(replicate: int, **how: Any) -> bool:
+    def is_possible(split_seed: int) -> bool:
         try:
-            folds(dataset, replicated(config, replicate, seed=0, **how).data)
+            folds(dataset, config.override({"data.split_seed": split_seed, "data.val_part": 0}).data)
         except UserError:
             return False
         return True
 
     assert not all(map(is_possible, range(100)))
-    assert all(is_possible(replicate, dataset=dataset) for replicate in range(100))
+    for replicate in range(100):
+        folds(dataset, replicated(config, replicate, seed=0, dataset=dataset).data)
 
 
 def test_replicates_on_given_validation_images_differ_by_seed_only(tmp_path: Path) -> None:
@@ -335,7 +383,7 @@ def test_two_processes_queueing_at_once_queue_everything_once(searches: Path, di
     studies = [open_confirmation(search, space, digits, splits, data_path=None) for _ in range(2)]
     plans = [Plan(find_study("planted"), space, share=5) for _ in studies]
     with ThreadPoolExecutor(2) as both:
-        queued = list(both.map(Plan.queue, plans, studies))
+        queued = list(both.map(Plan.queue, plans, studies, [digits] * 2))
     assert sorted(queued) == [0, 10]
     assert studies[0].total == len(studies[0].optuna.get_trials()) == 10
 
@@ -360,7 +408,7 @@ def begun(name: str, dataset: Dataset, *, share: float) -> Study:
     space = search.space()
     plan = Plan(search, space, share=share)
     study = open_confirmation(search, space, dataset, folds(dataset, space.baseline.data), data_path=None)
-    plan.queue(study)
+    plan.queue(study, dataset)
     return study
 
 
@@ -383,13 +431,13 @@ def test_saved_trainings_go_to_the_remaining_candidates(searches: Path, digits: 
     study, plan = a_field(digits)
     assert (plan.allocation.candidates, plan.allocation.replicates) == (3, 5)
     end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.1}, stop={"trial 2": 3})
-    assert plan.queue(study) == 2  # of the two that were saved, one more replicate for each that is left
+    assert plan.queue(study, digits) == 2  # of the two that were saved, one more replicate for each that is left
     assert [(training.key, training.replicate) for training in trainings(study)[-2:]] == [
         ("trial 1", 5),
         ("baseline", 5),
     ]
     end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.1})
-    assert plan.queue(study) == 0
+    assert plan.queue(study, digits) == 0
     confirmation = conclude(plan, study)
     assert confirmation.trainings == plan.allocation.trainings == 15
     assert confirmation.contender("trial 2").stopped == "cannot win"
@@ -398,7 +446,7 @@ def test_saved_trainings_go_to_the_remaining_candidates(searches: Path, digits: 
 def test_nothing_more_is_trained_when_no_challenger_remains(searches: Path, digits: Dataset) -> None:
     study, plan = a_field(digits)
     end_all(study, {"baseline": 0.5, "trial 1": 0.3, "trial 2": 0.1}, stop={"trial 1": 3, "trial 2": 3})
-    assert plan.queue(study) == 0
+    assert plan.queue(study, digits) == 0
     assert conclude(plan, study).winner == "baseline"
 
 
@@ -415,7 +463,7 @@ def test_a_failed_candidate_is_reported_and_cannot_win(
 ) -> None:
     study, plan = a_field(digits)
     end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.8}, fail={failing})
-    assert plan.queue(study) == 4  # its first training was its last, of five
+    assert plan.queue(study, digits) == 4  # its first training was its last, of five
     end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.8})
     confirmation = conclude(plan, study)
     assert confirmation.winner == winner
@@ -436,7 +484,7 @@ def a_field(dataset: Dataset) -> tuple[Study, Plan]:
     search, space = invented("field", {1: 0.9, 2: 0.8}, dataset)
     plan = Plan(search, space, share=5.0)  # of 3 × 10 epochs: 15 trainings
     study = open_confirmation(search, space, dataset, folds(dataset, space.baseline.data), data_path=None)
-    plan.queue(study)
+    plan.queue(study, dataset)
     return study, plan
 
 

@@ -7,6 +7,7 @@ score is that on infinitely many images.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -38,6 +39,7 @@ from hpo.confirmation.statistics import (
     cannot_win,
     compare,
     corrected_interval,
+    effective_share,
     optimism,
     own_score,
     paired,
@@ -152,6 +154,40 @@ class TestPairs:
     def test_different_folds_are_a_fault(self) -> None:
         with pytest.raises(ValueError, match=r"shorter|longer"):
             paired({1: (0.9, 0.8)}, {1: (0.9,)})
+
+
+class TestOverlap:
+    @pytest.mark.parametrize("replicates", [1, 2, 5, 20])
+    def test_of_free_splits_the_share_is_nadeau_and_bengios(self, replicates: int) -> None:
+        assert effective_share(range(replicates), test_share=0.25, per_repeat=1) == pytest.approx(0.25)
+
+    @pytest.mark.parametrize(
+        ("numbers", "per_repeat", "within", "pairs"),
+        [
+            (range(5), 5, 10, 10),
+            (range(7), 5, 10 + 1, 21),
+            (range(10), 5, 2 * 10, 45),
+            ((0, 1, 5, 6, 7), 5, 1 + 3, 10),  # of a race that left some out
+            ((0, 0, 0, 1, 1, 1), 1, 3 + 3, 15),  # three folds of two replicates
+        ],
+    )
+    def test_folds_of_a_repeat_correlate_half_as_much(
+        self, numbers: Sequence[int], per_repeat: int, within: int, pairs: int
+    ) -> None:
+        correlation = (0.5 * within + (pairs - within)) / pairs * 0.2
+        found = effective_share(numbers, test_share=0.25, per_repeat=per_repeat)
+        assert found == pytest.approx(correlation / (1 - correlation))
+
+    def test_it_corrects_the_race_the_comparison_and_its_noise(self) -> None:
+        scored = {"baseline": scores(0.86, 0.87, 0.88, 0.87), "trial 3": scores(0.90, 0.915, 0.92, 0.91)}
+        share = effective_share(range(4), test_share=0.25, per_repeat=4)
+        assert compared(scored, per_repeat=4) == compared(scored, test_share=share)
+        behind = {key: scored[key] for key in ("trial 3",)}
+        found, expected = (
+            cannot_win(scored["baseline"], behind, maximize=True, **how)
+            for how in ({"test_share": 0.25, "per_repeat": 4}, {"test_share": share})
+        )
+        assert found == expected is not None
 
 
 class TestRace:
@@ -382,6 +418,7 @@ def simulated(
     alike: float = 0.7,
     luck: float = 0.2,
     noise: Sequence[float] | float = 0.0,
+    per_repeat: int = 1,
 ) -> Iterator[np.ndarray]:
     """Scores (configurations,) of one replicate after the other: real splits, stratified by ten classes, of images that
     were drawn once.
@@ -391,14 +428,18 @@ def simulated(
         alike: how much of an image's difficulty is the same for all configurations.
         luck: how much of what decides about an image is a training's own.
         noise: standard deviation that a training adds to its score, of each configuration.
+        per_repeat: so many consecutive splits are disjoint.
     """
     classes, configurations = 10, len(truths)
     of_a_class, per_class = images // classes, round(images * val_fraction / classes)
     shared, own = rng.standard_normal((1, images)), rng.standard_normal((configurations, images))
     difficulty = np.sqrt(alike) * shared + np.sqrt(1 - alike) * own  # (configurations, images)
     limits = special.ndtri(truths)[:, None]
-    while True:
-        order = rng.random((classes, of_a_class)).argpartition(per_class, axis=1)[:, :per_class]
+    for replicate in itertools.count():
+        if replicate % per_repeat == 0:
+            shuffled = rng.random((classes, of_a_class)).argsort(axis=1)
+        first = replicate % per_repeat * per_class
+        order = shuffled[:, first : first + per_class]
         val = (order + np.arange(classes)[:, None] * of_a_class).ravel()
         chance = rng.standard_normal((configurations, len(val)), dtype=np.float32)
         right = np.sqrt(1 - luck) * difficulty[:, val] + np.sqrt(luck) * chance < limits
@@ -406,14 +447,25 @@ def simulated(
 
 
 def race(
-    replicates: Iterable[np.ndarray], configurations: int, *, budget: int, test_share: float, resolution: float = 0.0
+    replicates: Iterable[np.ndarray],
+    configurations: int,
+    *,
+    budget: int,
+    test_share: float,
+    resolution: float = 0.0,
+    per_repeat: int = 1,
 ) -> tuple[dict[str, Scores], set[str], Comparison]:
     """Confirms as `hpo confirm` does: replicate by replicate, the first configuration being the base."""
     names = ["baseline", *(f"trial {number}" for number in range(1, configurations))]
     plan = allocate(budget_trainings=budget, candidates=configurations)
     found: dict[str, dict[int, tuple[float, ...]]] = {name: {} for name in names[: plan.candidates]}
     stopped: set[str] = set()
-    rules: dict[str, Any] = {"test_share": test_share, "maximize": True, "resolution": resolution}
+    rules: dict[str, Any] = {
+        "test_share": test_share,
+        "maximize": True,
+        "resolution": resolution,
+        "per_repeat": per_repeat,
+    }
     left = plan.trainings
     for replicate, drawn in enumerate(itertools.islice(replicates, MAX_REPLICATES)):
         running = [name for name in found if name not in stopped]
@@ -430,12 +482,20 @@ def race(
 
 
 def races(
-    truths: Sequence[float], *, budget: int, val_fraction: float = 0.25, seeds: int = SEEDS, **drawing: Any
+    truths: Sequence[float],
+    *,
+    budget: int,
+    val_fraction: float = 0.25,
+    seeds: int = SEEDS,
+    per_repeat: int = 4,
+    **drawing: Any,
 ) -> Iterator[tuple[dict[str, Scores], set[str], Comparison]]:
     test_share = val_fraction / (1 - val_fraction)
     for seed in range(seeds):
-        replicates = simulated(np.random.default_rng(seed), truths, val_fraction=val_fraction, **drawing)
-        yield race(replicates, len(truths), budget=budget, test_share=test_share)
+        replicates = simulated(
+            np.random.default_rng(seed), truths, val_fraction=val_fraction, per_repeat=per_repeat, **drawing
+        )
+        yield race(replicates, len(truths), budget=budget, test_share=test_share, per_repeat=per_repeat)
 
 
 def rate(found: Sequence[bool]) -> float:
@@ -567,6 +627,38 @@ class TestSimulatedReplicates:
             assert interval.n == 3
             covered.append(covers(interval, 0.85))
         assert rate(covered) >= 0.9
+
+
+@functools.cache
+def equals(alike: float, luck: float, *, per_repeat: int) -> np.ndarray:
+    """Differences (1,000 seeds, 10 replicates) of two configurations that are equally good; see `simulated`."""
+    how: dict[str, Any] = {"images": 500, "val_fraction": 0.2, "alike": alike, "luck": luck, "per_repeat": per_repeat}
+    drawn = [itertools.islice(simulated(np.random.default_rng(seed), [0.85] * 2, **how), 10) for seed in range(1000)]
+    return np.array([[found - base for base, found in one] for one in drawn])
+
+
+class TestSimulatedFolds:
+    """Folds of a repeated 5-fold (`per_repeat=5`) and free splits (1)."""
+
+    @pytest.mark.parametrize(("alike", "luck"), [(0.7, 0.2), (0.5, 0.05), (0.9, 0.6)])
+    @pytest.mark.parametrize("replicates", [3, 5, 7, 10])
+    def test_intervals_cover_and_are_narrower_and_equal_candidates_seldom_win(
+        self, alike: float, luck: float, replicates: int
+    ) -> None:
+        found = {}
+        for per_repeat in (1, 5):
+            share = effective_share(range(replicates), test_share=0.25, per_repeat=per_repeat)
+            drawn = equals(alike, luck, per_repeat=per_repeat)[:, :replicates]
+            found[per_repeat] = [corrected_interval(one.tolist(), test_share=share, resolution=0.01) for one in drawn]
+        assert rate([covers(interval, 0) for interval in found[5]]) >= 0.94
+        assert rate([interval.low > 0 for interval in found[5]]) <= 0.05
+        free, folds = (statistics.fmean(one.half_width for one in found[per_repeat]) for per_repeat in (1, 5))
+        assert folds < free
+
+    @pytest.mark.parametrize(("replicates", "expected"), [(5, 0.85), (10, 0.92)])
+    def test_a_mean_difference_varies_less_where_images_decide_it(self, replicates: int, expected: float) -> None:
+        free, folds = (equals(0.5, 0.05, per_repeat=each)[:, :replicates].mean(axis=1).std() for each in (1, 5))
+        assert folds / free <= expected
 
 
 INTERVAL = Interval(0.9123, 0.0041, 5)

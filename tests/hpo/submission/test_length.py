@@ -9,6 +9,8 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,8 +145,10 @@ def test_a_configuration_climbs_as_long_as_a_doubling_gains_more_than_its_error(
 
 
 def test_an_unclear_gain_is_measured_on_a_second_replicate(tmp_path: Path, digits: Dataset, trainer: Any) -> None:
+    """On the free splits of a confirmation that an earlier version began, which overlap."""
     invented = trainer(lambda config: 0.7)
-    ladder, _, _ = climb([WINNER], site_of(tmp_path, digits), Budget(PLENTY))
+    free = partial(replicated, seed=0, dataset=digits, parts=False)
+    ladder, _, _ = climb([WINNER], replace(site_of(tmp_path, digits), replicate=free), Budget(PLENTY))
     first, second = ladder.rungs[:2]
     assert (first.replicates, second.replicates) == (1, 2)
     assert invented.trained[:4] == [(32, 3), (32, 6), (32, 6), (32, 3)]

@@ -609,6 +609,7 @@ def test_the_evidence_of_a_confirmation_is_that_of_its_trainings_made_again(
     assert evidence is not None
     numbers = [each.number for each in trainings(confirming) if each.identity == identity and each.values]
     assert evidence.networks == len(numbers) > 1
+    assert evidence.distinct_images == min(len(evidence.images), len(digits.labels)), "no image twice in a repeat"
     assert list(evidence.logits) == ["own", "ema_0.01", "ema_0.03", "ema_0.1"]
     begin = 0
     for number in numbers:
@@ -648,7 +649,9 @@ def test_the_evidence_of_a_confirmation_is_that_of_its_trainings_made_again(
         file.unlink()
     only.clear()
     run_hpo(*same)
-    assert only == [len(splits.val), 0], "without the files, the configuration is trained for the decisions"
+    assert only == [len(split(digits, config.data).val), 0], (
+        "without the files, the configuration is trained for the decisions"
+    )
 
 
 @pytest.mark.parametrize(

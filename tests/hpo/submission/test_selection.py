@@ -17,6 +17,7 @@ from core.data import Dataset, load_dataset, split
 from core.loop import train
 from core.models import build_model
 from hpo.confirmation.result import identity_of
+from hpo.confirmation.trials import trainings
 from hpo.space import load_recipe
 from hpo.study import Study, find_study
 from hpo.submission.bundle import load_bundle
@@ -269,17 +270,20 @@ def test_predictions_of_the_same_images_are_those_of_all_replicates_or_of_one(
     study: Study, digits: Dataset, run_hpo: RunHpo
 ) -> None:
     run_hpo("confirm", "own")
-    identity = json.loads(study.paths.confirmation.read_text())["contenders"][0]["config"]
-    whole = of_confirmation(study, identity_of(identity), digits.labels)
+    identity = identity_of(json.loads(study.paths.confirmation.read_text())["contenders"][0]["config"])
+    whole = of_confirmation(study, identity, digits.labels)
     assert whole is not None
-    second = slice(len(whole.images) // whole.networks, 2 * len(whole.images) // whole.networks)
-    one = of_confirmation(study, identity_of(identity), digits.labels, whole.images[second])
-    again = of_confirmation(study, identity_of(identity), digits.labels, whole.images)
+    confirming = find_study("own.confirm")
+    numbers = [each.number for each in trainings(confirming) if each.identity == identity]
+    before, val = (split(digits, confirming.trained(number).config.data).val for number in numbers[:2])
+    second = slice(len(before), len(before) + len(val))
+    one = of_confirmation(study, identity, digits.labels, val)
+    again = of_confirmation(study, identity, digits.labels, whole.images)
     assert one is not None
     assert again is not None
     assert (one.networks, again.networks) == (1, whole.networks)
     assert torch.equal(one.logits["own"]["none"], whole.logits["own"]["none"][second])
-    assert of_confirmation(study, identity_of(identity), digits.labels, whole.images[:5]) is None
+    assert of_confirmation(study, identity, digits.labels, whole.images[:5]) is None
 
 
 def test_a_winner_without_peers_is_one_line(study: Study, run_hpo: RunHpo) -> None:
