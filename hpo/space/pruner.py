@@ -5,6 +5,9 @@ A trial survives a rung (an epoch) if it is among the best ceil(keep × n) of th
 trial once. With folds, epoch e of fold j is step (j - 1) × epochs + e, and the end of every fold but the last is a rung
 too, for the mean over the finished folds.
 
+Among equally good trials the noise of validation decides, and each is cut with probability 1 - keep, or less often
+while few have reached the rung and where scores are equal.
+
 A few trials continue where they would be pruned, to measure the loss by pruning. They do not count at later rungs.
 """
 

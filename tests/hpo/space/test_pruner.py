@@ -252,6 +252,22 @@ def test_the_verdict_is_a_phrase(rank: int, words: str) -> None:
     assert verdict(study, trial) == f"rung 1: {words} of {rank}, kept"
 
 
+# Noise
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.33, 0.5])
+@pytest.mark.parametrize("images", [50, 400])
+def test_among_equal_trials_the_true_best_is_cut_at_most_as_often_as_intended(keep: float, images: int) -> None:
+    """All trials are equally good, so each of them is the true best: the fraction of trials that are cut."""
+    draw, trials, cut = random.Random(0), 40, 0
+    for _ in range(6):
+        study = study_with(RungPruner([1], keep))
+        for trial_index in range(trials):
+            hits = sum(draw.random() < 0.7 for _ in range(images))
+            cut += judge(running(study, trial_index), 1, hits / images)
+    assert cut / (6 * trials) <= 1 - keep + 0.05
+
+
 # Trials let through
 
 SHARES = [0.5, 0.3, 1 / 3, 0.1, 0.02, 0.013]
