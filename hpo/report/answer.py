@@ -56,7 +56,9 @@ def verdict(data: StudyData) -> str:
         return "No trial is complete yet, so there is nothing to compare."
     best = f"validation {label} {score(data.best.value)}"
     if data.best is data.baseline:
-        return f"The search found nothing better than the baseline: {best}."
+        alone = data.finished == 1
+        nothing = "Only the baseline was trained" if alone else "The search found nothing better than the baseline"
+        return f"{nothing}: {best}."
     gain = data.best_gain
     if gain is None:
         lead = "and the baseline is not trained, so there is no comparison"

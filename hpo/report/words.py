@@ -94,7 +94,8 @@ def margins(summary: StudySummary, metric: str, direction: str) -> list[str]:
             continue
         gain = (summary.best.value - entry.value) * (1 if direction == "maximize" else -1)
         if entry.trial == best.number:
-            lines.append(f"  it is {name}: the search found nothing better")
+            why = "nothing else was trained" if summary.counts.finished == 1 else "the search found nothing better"
+            lines.append(f"  it is {name}: {why}")
         elif gain == 0:
             lines.append(f"  no better than {name}, {entry.value:.4f}")
         else:

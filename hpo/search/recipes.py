@@ -83,8 +83,8 @@ def run_recipes(
         except OutOfTime:
             say(f"{_title(recipe)}  left out: it would end after the deadline")
             continue
-        except MissingWeightsError:
-            say(f"{_title(recipe)}  left out: its pretrained weights are not here (--weights DIR)")
+        except MissingWeightsError as error:
+            say(f"{_title(recipe)}  left out: {error}")
             continue
         result = read_result(paths) or {}
         came_to = f"{result['value']:.4f}" if "value" in result else f"{result['failure']}  ({result['why']})"

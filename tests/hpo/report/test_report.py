@@ -79,7 +79,7 @@ def made(digits: Dataset, space: str = SPACE, *, name: str = "made", **how: Any)
     ("space", "how", "words"),
     [
         pytest.param(SPACE, ALL_STATES, "The search is not over: 12 of 17 trials finished, 2 trials running", id="all"),
-        pytest.param(SPACE, {"trials": 1}, "nothing better than the baseline", id="a single trial"),
+        pytest.param(SPACE, {"trials": 1}, "Only the baseline was trained", id="a single trial"),
         pytest.param(SPACE, {"trials": 4, "fails": lambda *_: "oom"}, "No trial is complete yet", id="all failed"),
         pytest.param(SPACE, {"trials": 0, "running": 1, "waiting": 2}, "No trial is complete yet", id="begun"),
         pytest.param(ONE_PARAMETER, {"trials": 6}, "one parameter is searched", id="one parameter"),

@@ -195,8 +195,8 @@ def check_bundle(folder: Path, study: Study, digits: Dataset) -> list[str]:
         if each["trial"] is not None and each["average"] == "own":
             searched = study.trained(each["trial"]).config
             if report["length"] is not None and place == 1:  # of the ladder's first replicate
-                own = {"epochs": config.epochs, "seed": config.seed, "data.split_seed": config.data.split_seed}
-                searched = searched.override(own)
+                drawn = {"data.split_seed": config.data.split_seed, "data.val_part": config.data.val_part}
+                searched = searched.override({"epochs": config.epochs, "seed": config.seed, **drawn})
             assert config == searched
             trained = train(config, whole, device=CPU, stop_after=each["epochs"]).model.state_dict()
             kept = load_file(folder / f"member_{place}.safetensors")
