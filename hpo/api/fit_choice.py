@@ -15,7 +15,7 @@ from core.errors import MissingWeightsError, SizesError, UserError
 from core.loop import seconds_per_epoch
 from core.models import has_weights
 from hpo.api.common import open_dataset
-from hpo.api.fit_plan import BUNDLE_S, END_S, FEWEST_EPOCHS, REPORT_S, Plan, Timed, divide, least_s
+from hpo.api.fit_plan import BUNDLE_S, END_S, REPORT_S, Plan, Timed, divide, least_s
 from hpo.api.networks import advice, with_weights
 from hpo.api.options import FitOptions, setting_texts
 from hpo.errors import TimeLimitError
@@ -268,7 +268,7 @@ class Chooser:
     def _choice(self, found: _Candidate, left_s: float, why: list[str]) -> tuple[Choice, Dataset, tuple[Splits, ...]]:
         wanted, timed = found.space.baseline.epochs, found.timed
         given = "epochs" in _names(self._given)
-        plan = divide(left_s, timed, wanted, fewest_epochs=wanted if given else FEWEST_EPOCHS)
+        plan = divide(left_s, timed, wanted, fewest_epochs=wanted if given else None)
         if plan is None or (given and plan.epochs < wanted):
             least = least_s(timed, wanted if given else 1)
             what = count(wanted, "epoch") if given else "one epoch"

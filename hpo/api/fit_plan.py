@@ -7,6 +7,7 @@ training is longer than a trial that had to be short: as long as the space's own
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 SEARCH, CONFIRM, REFIT = 0.45, 0.30, 0.25
@@ -20,7 +21,9 @@ TRAININGS_ALONE = 5
 LEAST_TRAININGS = 4
 """Of a confirmation: two configurations on two seeds each."""
 FEWEST_EPOCHS = 5
-"""Shorter trials are avoided by leaving out the confirmation, then the search."""
+LEAST_PART = 1 / 3
+"""Shorter trials, in epochs or as a part of the space's own, are avoided by leaving out the confirmation, then the
+search. On TrashNet from scratch the winner of trials of 6 epochs had 0.61, and the baseline after 47 epochs 0.77."""
 SLOWER = 1.3
 """Real time of a training relative to that of a few timed steps, where nothing can be corrected later."""
 REFIT_SLOWER = 1.1
@@ -63,15 +66,16 @@ class Plan:
     """One line for each part that does not fit."""
 
 
-def divide(left_s: float, timed: Timed, most_epochs: int, *, fewest_epochs: int = FEWEST_EPOCHS) -> Plan | None:
+def divide(left_s: float, timed: Timed, most_epochs: int, *, fewest_epochs: int | None = None) -> Plan | None:
     """Divide the seconds that are left; None if not even one epoch and its refit fit.
 
     Args:
         most_epochs: Of the search space: a trial has no more.
-        fewest_epochs: As many, if possible.
+        fewest_epochs: As many, if possible; None for those that are worth a search.
     """
     free_s, beside_s = left_s - timed.after_s, timed.beside_s
-    enough = min(fewest_epochs, most_epochs)
+    fewest = max(FEWEST_EPOCHS, math.ceil(LEAST_PART * most_epochs)) if fewest_epochs is None else fewest_epochs
+    enough = min(fewest, most_epochs)
     epochs = min(most_epochs, int((SEARCH * free_s - beside_s) / (TRAININGS * timed.epoch_s)))
     if epochs >= enough:
         return Plan(epochs, None, SEARCH * free_s, CONFIRM * free_s, REFIT * free_s, timed.after_s)

@@ -77,8 +77,8 @@ def record_of(name: str) -> dict[str, Any]:
     [
         (7200, 0.5, 60, True, None),  # as long as the space wants
         (600, 1.0, 26, True, None),  # 0.45 × 590 s hold ten trainings
-        (100, 1.0, 10, False, None),  # too short for trials of five epochs and a confirmation
-        (60, 2.0, 5, False, 1),  # one training of five epochs, and a longer refit
+        (300, 1.0, 34, False, None),  # too short for trials of 20 epochs, a third of 60, and a confirmation
+        (100, 1.0, 20, False, 1),  # one training of 20 epochs, and a longer refit
         (40, 2.0, 5, False, 1),
         (20, 2.0, 1, False, 1),
     ],
@@ -98,7 +98,7 @@ def test_the_time_decides_about_epochs_and_stages(
 
 def test_a_trial_is_as_long_as_ten_of_them_fit_the_search() -> None:
     for left_s in np.geomspace(200, 20_000, 30):
-        plan = divide(float(left_s), Timed(1.0, 1.3, after_s=10.0), 1000)
+        plan = divide(float(left_s), Timed(1.0, 1.3, after_s=10.0), 1000, fewest_epochs=5)
         assert plan is not None
         assert TRAININGS * plan.epochs <= SEARCH * (left_s - 10) < TRAININGS * (plan.epochs + 1)
 
@@ -236,10 +236,11 @@ def test_without_weights_the_choice_says_what_to_download(
         (64, None, 0.01, LARGE, ()),
         (64, 80, 0.01, LARGE, ("data.image_size=64",)),
         (160, None, 0.01, LARGE, ("data.image_size=96",)),
-        (64, None, 2.0, SCRATCH, ("data.image_size=48", "epochs=13")),
-        (64, None, 4.0, SCRATCH, ("data.image_size=32", "epochs=6")),
-        (28, None, 1.5, SCRATCH, ("epochs=17",)),
-        (28, None, 4.0, SCRATCH, ("epochs=6",)),
+        (64, None, 2.0, LARGE, ("epochs=35",)),
+        (64, None, 15.0, SCRATCH, ("data.image_size=48", "epochs=13")),
+        (64, None, 40.0, SCRATCH, ("data.image_size=32", "epochs=4")),
+        (28, None, 1.5, SCRATCH, ("epochs=46",)),
+        (28, None, 4.0, SCRATCH, ("epochs=20",)),
     ],
 )
 def test_space_size_and_epochs_follow_from_the_images_and_the_speed(
@@ -259,7 +260,7 @@ def test_space_size_and_epochs_follow_from_the_images_and_the_speed(
     assert (choice.space, choice.settings) == (space, settings)
     assert len(splits[0].train) < len(dataset.labels) < 24
     why = [line for line in choice.why if "weights" not in line]
-    assert (why == []) == (epoch_s < 1 or side < 48)
+    assert (why == []) == (epoch_s < 1)
 
 
 @pytest.mark.parametrize(
