@@ -237,7 +237,7 @@ def test_without_weights_the_choice_says_what_to_download(
         (64, 80, 0.01, LARGE, ("data.image_size=64",)),
         (160, None, 0.01, LARGE, ("data.image_size=96",)),
         (64, None, 2.0, LARGE, ("epochs=35",)),
-        (64, None, 15.0, SCRATCH, ("data.image_size=48", "epochs=13")),
+        (96, None, 15.0, SCRATCH, ("data.image_size=48", "epochs=13")),
         (64, None, 40.0, SCRATCH, ("data.image_size=32", "epochs=4")),
         (28, None, 1.5, SCRATCH, ("epochs=46",)),
         (28, None, 4.0, SCRATCH, ("epochs=20",)),
