@@ -24,7 +24,7 @@ from hpo.space import load_recipe
 from hpo.space.pruner import RungPruner, build_pruner
 from hpo.study import Study
 from hpo.study.results import read_result
-from hpo.trials import RECIPE, effective_trials, is_baseline
+from hpo.trials import RECIPE, best_first, effective_trials, is_baseline
 
 if TYPE_CHECKING:
     from hpo.space import SearchSpace
@@ -231,14 +231,10 @@ def _priority(candidate: Candidate) -> int:
 
 
 def _ranked_trials(study: Study) -> list[FrozenTrial]:
-    """The complete trials, the best first; of equals the first, as `best_trial` does."""
-    trials = effective_trials(study.optuna.get_trials(deepcopy=False))
-    complete = [
-        trial
-        for _, trial in sorted(trials.items())
-        if trial.state == TrialState.COMPLETE and math.isfinite(_value(trial))
-    ]
-    return sorted(complete, key=lambda trial: -study.sign * _value(trial))
+    """The complete trials, the best first, in the order of `Study.best_trial`."""
+    trials = effective_trials(study.optuna.get_trials(deepcopy=False)).values()
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and math.isfinite(_value(trial))]
+    return sorted(complete, key=lambda trial: best_first(trial, study.sign))
 
 
 def _value(trial: FrozenTrial) -> float:
