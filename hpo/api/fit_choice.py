@@ -260,9 +260,9 @@ class Chooser:
 
     def _smaller(self, found: _Candidate, left_s: float) -> int | None:
         """The largest smaller side with enough epochs of the refit, the time going with the area; None: this size."""
-        plan, wanted = divide(left_s, found.timed, found.space.baseline.epochs), found.space.baseline.epochs
-        epoch_s = SLOWER * found.timed.whole * found.timed.epoch_s
-        epochs = 0.0 if plan is None else plan.refit_s / epoch_s
+        wanted, timed = found.space.baseline.epochs, found.timed
+        plan = divide(left_s, timed, wanted)
+        epochs = 0.0 if plan is None else plan.refit_s / (SLOWER * timed.whole * timed.epoch_s)
         sides = [side for side in SMALLER_SIDES if side < found.side]
         if not sides or not self._sizes_itself(found.name) or "epochs" in _names(self._given):
             return None
