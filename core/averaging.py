@@ -65,6 +65,10 @@ class Averaging(ABC):
         """Average the weights after an epoch, counted from 1."""
 
     @abstractmethod
+    def follow(self, total_steps: float) -> None:
+        """Keep pace with a run whose rest is compressed: at its present pace it would have so many steps."""
+
+    @abstractmethod
     def caught_up(self, epoch: int) -> bool:
         """Return whether the average no longer lags behind the weights after this epoch."""
 
@@ -107,8 +111,11 @@ class ExponentialAveraging(Averaging):
 
     def __init__(self, half_life_fraction: float, model: nn.Module, total_steps: int, epochs: int) -> None:
         super().__init__(model)
-        self._decay: float = 0.5 ** (1 / (half_life_fraction * total_steps))
-        self._epochs = epochs
+        self._half_life_fraction, self._epochs = half_life_fraction, epochs
+        self.follow(total_steps)
+
+    def follow(self, total_steps: float) -> None:
+        self._decay: float = 0.5 ** (1 / (self._half_life_fraction * total_steps))
 
     def decay_at(self, t: int) -> float:
         """Return the decay at update t >= 0."""
@@ -137,6 +144,9 @@ class StochasticAveraging(Averaging):
         super().__init__(model)
         self._start_epoch = config.swa_start_fraction * epochs
         self.needs_recalibration = bool(_batch_norms(model))
+
+    def follow(self, total_steps: float) -> None:
+        pass
 
     def next_weight(self) -> None:
         return None

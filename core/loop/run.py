@@ -103,6 +103,11 @@ class _Course:
             (step - self.step) / (self.last_step - self.step)
         )
 
+    @property
+    def total_steps(self) -> float:
+        """Steps of a whole run at this pace."""
+        return (self.last_step - self.step) / (self.last_progress - self.progress)
+
 
 def train(
     config: TrainConfig,
@@ -507,7 +512,14 @@ class Run:
         last = done + max(1, min(planned - done, int(seconds / epoch_s)))
         if last != min(planned, self.last_epoch):
             step, progress = self.step_count, self.course.at(self.step_count)
-            self.course = _Course(last * len(self.batch_sizes), planned / self.epochs, step, progress)
+            self._take(_Course(last * len(self.batch_sizes), planned / self.epochs, step, progress))
+
+    def _take(self, course: _Course) -> None:
+        """Take over a course, and let the averages keep pace."""
+        self.course = course
+        for average in (self.averaging, *self.averages.values()):
+            if average is not None:
+                average.follow(course.total_steps)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Seed an epoch's random numbers, and yield its batches."""
@@ -686,7 +698,7 @@ class Run:
         self.history = [_restore(row) for row in state["history"]]
         self.last_logits = state["last_logits"]
         self.step_count, self.elapsed_s = state["step_count"], state["elapsed_s"]
-        self.course = _Course(*state.get("course", (self.total_steps,)))  # none in checkpoints of 0.1
+        self._take(_Course(*state.get("course", (self.total_steps,))))  # none in checkpoints of 0.1
         self._load_steps(state)
 
     def _load_steps(self, state: dict[str, Any]) -> None:

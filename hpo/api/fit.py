@@ -402,10 +402,10 @@ class _Fit:
         return str(self._refitted.refitted.dir)
 
     def _length(self, *, confirmed: bool) -> int | None:
-        """Epochs of the refit that fit the time, at most the space's; None to compare lengths.
+        """Epochs of the refit, which the training itself shortens to fit the time; None to compare lengths.
 
-        Where the trials were made shorter to fit the time, the refit has the length that the space was made for, or as
-        much of it as fits. Lengths are compared only where the trials have the space's length already.
+        Where the trials were made shorter to fit the time, the refit has the length that the space was made for.
+        Lengths are compared only where the trials have the space's length already.
         """
         from hpo.api.fit_length import length_of_refit
         from hpo.api.fit_plan import REPORT_S
@@ -424,10 +424,8 @@ class _Fit:
             return fit
         if not length.is_shortened:
             return None if confirmed else length.searched
-        epochs = length.within(self._until("after_s"))
-        if epochs > length.searched:
-            self._say(f"the refit has {count(epochs, 'epoch')}, more than the {length.searched} of a trial")
-        return epochs
+        self._say(f"the refit has up to {count(length.full, 'epoch')}, as many as fit; a trial has {length.searched}")
+        return length.full
 
     def _predict_options(self, bundle: str) -> PredictOptions:
         options = self._options

@@ -34,10 +34,6 @@ class Length:
         """Time of a refit of the full length."""
         return REFIT_SLOWER * self.full * self.epoch_s
 
-    def within(self, seconds: float) -> int:
-        """Return the length that fits these seconds: at most the full one, at least that of the trial."""
-        return min(self.full, max(self.searched, int(seconds / (REFIT_SLOWER * self.epoch_s))))
-
 
 def length_of_refit(study: Study, choice: Mapping[str, Any], confirmation: Confirmation | None = None) -> Length | None:
     """Return the lengths of the configuration that will be refitted; None for a probe, or if its time is not known.

@@ -5,6 +5,7 @@ The clock of these tests ticks whenever it is read, twice an epoch: an epoch tak
 
 from __future__ import annotations
 
+import math
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+import core.averaging
 import core.loop.run
+from core.averaging import ExponentialAveraging
 from core.config import TrainConfig
 from core.data import Splits
 from core.loop import EpochMetrics, TrainResult, train
@@ -78,6 +81,22 @@ def test_without_enough_time_the_schedule_still_runs_to_its_end(
     assert progress == pytest.approx(expected)
     assert result.kept.epoch == 4
     assert result.history[-1].averaged is not None
+
+
+def test_an_average_has_the_same_number_of_half_lives_in_a_compressed_run(
+    six: TrainConfig, digits: Splits, progress: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core.averaging, "WARMUP_OFFSET", 1)  # no smaller decay at the first updates
+    decays, weight_of = list[float](), ExponentialAveraging.next_weight
+    monkeypatch.setattr(
+        ExponentialAveraging, "next_weight", lambda self: decays.append(1 - weight_of(self)) or weight_of(self)
+    )
+    half_life = six.averaging.half_life_fraction
+    for left in ({}, {1: 2 * EPOCH_S, 2: EPOCH_S}):
+        decays.clear(), progress.clear()
+        limited(six, digits, left)
+        assert len(decays) == len(progress)
+        assert sum(map(math.log2, decays)) == pytest.approx(-1 / half_life)
 
 
 def test_time_that_comes_back_is_used_up_to_the_planned_epochs(

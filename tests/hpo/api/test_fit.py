@@ -292,7 +292,6 @@ def test_time_that_the_refit_does_not_need_is_the_confirmations() -> None:
     long, short = Length(searched=5, full=15, epoch_s=2.0), Length(searched=15, full=15, epoch_s=2.0)
     assert (long.is_shortened, short.is_shortened) == (True, False)
     assert long.full_s == pytest.approx(15 * 2.0 * REFIT_SLOWER)
-    assert [long.within(seconds) for seconds in (0, 8 * 2.0 * REFIT_SLOWER, 1000)] == [5, 8, 15]
 
 
 # The whole
@@ -476,7 +475,7 @@ def test_shortened_trials_are_refitted_as_long_as_the_space_wants_and_nothing_el
     if not confirms:
         monkeypatch.setattr("hpo.api.fit._Fit._least_confirm_s", lambda _: math.inf)
     hpo.fit("digits", space=space, minutes=2)
-    assert "the refit has 2 epochs, more than the 1 of a trial" in capfd.readouterr().out
+    assert "the refit has up to 2 epochs, as many as fit; a trial has 1" in capfd.readouterr().out
     assert trained == [(2, 0)], "the choices rest on trainings of the trials' length"
     folder = StudyPaths.of("fit-digits").refit("best")
     report = json.loads((folder / "metrics.json").read_text())
