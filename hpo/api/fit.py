@@ -33,7 +33,8 @@ from hpo.study.fit_record import FitRecord
 from hpo.text import count, duration
 
 if TYPE_CHECKING:
-    from hpo.api.fit_choice import Choice
+    from core.data import Splits
+    from hpo.api.fit_choice import Choice, Chooser
     from hpo.api.refit import RefitResult
     from hpo.study import Study
 
@@ -236,6 +237,7 @@ class _Fit:
             from hpo.submission.samples import Sample
 
             Sample.read(self._options.like).form(ids, dataset.classes)
+        choice = self._at_probed_length(chooser, choice, splits[0].to(device))
         plan = choice.plan
         self._record.set(
             choice={
@@ -250,6 +252,28 @@ class _Fit:
             }
         )
         self._show(choice)
+
+    def _at_probed_length(self, chooser: Chooser, choice: Choice, split: Splits) -> Choice:
+        """Let a length probe choose the epochs of the trials, where the search has time for it."""
+        if not chooser.probes(choice):
+            return choice
+        from hpo.api.length import run_length_probe
+        from hpo.search.length import probe_of
+
+        content = run_length_probe(
+            self._paths,
+            chooser.baseline,
+            split,
+            split.labels.device,
+            self._reporter,
+            self._interrupts,
+            taken=True,
+        )
+        self._record.set(length_probe=content)
+        probe = probe_of(content)
+        if probe is None or probe.advised == probe.epochs:
+            return choice
+        return chooser.at_length(choice, probe.advised, self._record.left_s)
 
     def _show(self, choice: Choice) -> None:
         """Show the choice as the commands that do the same."""
@@ -325,7 +349,9 @@ class _Fit:
         else:
             used_s = find_study(name).deadline.used_s if self._paths.study_yaml.exists() else 0.0
             options = self._run_options(used_s + max(seconds, 0.0), trials=trials)
-        return search(options, self._reporter, self._interrupts, part_of=self._command).study
+        study = search(options, self._reporter, self._interrupts, part_of=self._command).study
+        study.settings.length_probe = self._record.get("length_probe")
+        return study
 
     def _confirm(self) -> str | None:
         """Confirm in the time that the refit leaves. Returns None if there is a confirmation, else the reason."""

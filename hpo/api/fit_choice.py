@@ -21,6 +21,7 @@ from hpo.api.options import FitOptions, setting_texts
 from hpo.errors import TimeLimitError
 from hpo.paths import data_root
 from hpo.reporter import Reporter
+from hpo.search.length import MIN_TRAININGS
 from hpo.space import SearchSpace, list_spaces, load_space
 from hpo.text import count, duration
 
@@ -253,6 +254,30 @@ class Chooser:
 
     # A choice
 
+    def at_length(self, choice: Choice, advised: int, left_s: float) -> Choice:
+        """Divide the time anew, for trials with the epochs that the length probe advises.
+
+        The refit has no fewer than the space's own.
+        """
+        plan = divide(left_s, self._chosen.timed, advised)
+        assert plan is not None, "there was time for a length probe"
+        own = choice.epochs
+        settings = [each for each in choice.settings if not each.startswith("epochs=")]
+        if plan.epochs != own:
+            settings.append(f"epochs={plan.epochs}")
+        why = (*choice.why, *plan.left_out)
+        return replace(choice, settings=tuple(settings), why=why, plan=plan, epochs=max(own, advised))
+
+    def probes(self, choice: Choice) -> bool:
+        """Whether the search has time for a length probe, and its length is not given."""
+        training_s = choice.epochs * self._chosen.timed.epoch_s
+        return "epochs" not in _names(self._given) and choice.plan.search_s >= MIN_TRAININGS * training_s
+
+    @property
+    def baseline(self) -> TrainConfig:
+        """Of the chosen space."""
+        return self._chosen.space.baseline
+
     def _epochs(self, found: _Candidate, left_s: float) -> int:
         """Epochs of a trial in these seconds; 0 if not one fits."""
         plan = divide(left_s, found.timed, found.space.baseline.epochs)
@@ -272,6 +297,7 @@ class Chooser:
         return next((side for side in sides if epochs * (found.side / side) ** 2 >= enough), sides[-1])
 
     def _choice(self, found: _Candidate, left_s: float, why: list[str]) -> tuple[Choice, Dataset, tuple[Splits, ...]]:
+        self._chosen = found
         wanted, timed = found.space.baseline.epochs, found.timed
         given = "epochs" in _names(self._given)
         plan = divide(left_s, timed, wanted, fewest_epochs=wanted if given else None)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -109,31 +110,43 @@ class Climbing:
 
 
 def run_length_probe(
-    study: Study, config: TrainConfig, splits: Splits, device: torch.device, reporter: Reporter, interrupts: Interrupts
-) -> None:
-    """Train the length probe of a search, show what it predicts, and record it in the study's settings.
+    paths: StudyPaths,
+    config: TrainConfig,
+    splits: Splits,
+    device: torch.device,
+    reporter: Reporter,
+    interrupts: Interrupts,
+    settings: StudySettings | None = None,
+    *,
+    taken: bool = False,
+) -> dict[str, Any] | None:
+    """Train the length probe of a search, and show what it predicts.
 
     Args:
         config: The baseline.
         splits: On the device; of several folds the first.
+        settings: None before the study exists.
+        taken: Whether the caller takes the advice.
+
+    Returns:
+        The content of the setting `length_probe`; None if the baseline cannot be probed.
     """
     probe_config = probed(config)
     if probe_config is None:
-        return
+        return None
     reporter.say(f"length probe: the baseline once at a constant rate, {count(config.epochs, 'epoch')}")
     shown = trainings(reporter, "length probe", epochs=config.epochs, metric="accuracy", interrupts=interrupts)
     try:
         with shown as watch:
             found = probe_length(
-                probe_config, splits, study.paths.length_probe, device=device, watch=watch, settings=study.settings
+                probe_config, splits, paths.length_probe, device=device, watch=watch, settings=settings
             )
     except DivergedError as error:
-        study.settings.length_probe = {"law": None, "why": str(error)}
         reporter.say(f"  no prediction: at a constant rate, {error}")
-        return
-    study.settings.length_probe = {"law": None if found is None else found.to_json()}
-    for line in ["no prediction: no power law fits its curve"] if found is None else found.lines():
+        return {"law": None, "why": str(error)}
+    for line in ["no prediction: no power law fits its curve"] if found is None else found.lines(taken=taken):
         reporter.say(f"  {line}")
+    return {"law": None if found is None else found.to_json()}
 
 
 def _on_replicate(seed: int, dataset: Dataset, parts: bool, config: TrainConfig, replicate: int) -> TrainConfig:

@@ -233,12 +233,20 @@ class Search:
             return
         if min(estimate.pruned_s, study.deadline.left_s()) < MIN_TRAININGS * estimate.trial_s:
             return
-        run_length_probe(study, self.space.baseline, work.images()[0], work.device, self.reporter, self.interrupts)
+        study.settings.length_probe = run_length_probe(
+            study.paths,
+            self.space.baseline,
+            work.images()[0],
+            work.device,
+            self.reporter,
+            self.interrupts,
+            study.settings,
+        )
 
     def _report_noise(self, study: Study) -> None:
         """Warn if the validation images are too few to tell good trials apart."""
         known = [one.value for one in summarize(study).baselines if one.is_baseline and one.value is not None]
-        probe = probe_of(study.settings)
+        probe = probe_of(study.settings.length_probe)
         level = known[0] if known else None if probe is None else probe.accuracy(probe.epochs)
         config = self.space.baseline.data
         given = self.dataset.given_val(config) is not None

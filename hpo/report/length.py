@@ -12,9 +12,11 @@ from hpo.text import duration, score, sentence
 
 def length(data: StudyData) -> Section | None:
     """The section; None if no length was compared."""
-    probe, ladder = probe_of(data.study.settings), read_ladder(data.study.paths.ladder)
+    probe, ladder = probe_of(data.study.settings.length_probe), read_ladder(data.study.paths.ladder)
     if probe is None and ladder is None:
         return None
+    taken = probe is not None and data.space is not None and data.space.baseline.epochs == probe.advised
+    predicted = [] if probe is None else probe.lines(taken=taken)
     body = []
     if ladder is not None and ladder.rungs:
         rows = [
@@ -34,7 +36,6 @@ def length(data: StudyData) -> Section | None:
             listing([sentence(line) for line in ladder.lines()[len(ladder.rungs) :]]),
             note("± is one standard error, n the number of seeds and splits, new to the search."),
         ]
-    if probe is not None:
-        body += [paragraph(sentence(f"before the search: {line}")) for line in probe.lines()]
-    lead = sentence(probe.lines()[-1] if ladder is None and probe is not None else ladder.verdict if ladder else "")
+    body += [paragraph(sentence(f"before the search: {line}")) for line in predicted]
+    lead = sentence(predicted[-1] if ladder is None else ladder.verdict)
     return section("length", "Length of the training", f"{lead}.", body)

@@ -67,24 +67,25 @@ class LengthProbe:
         enough = [each for each in halves if each and self.accuracy(self.epochs) - self.accuracy(each) < ENOUGH]
         return min(enough, default=self.epochs)
 
-    def lines(self) -> list[str]:
-        """Describe the prediction and the advice."""
+    def lines(self, *, taken: bool = False) -> list[str]:
+        """Describe the prediction and the advice, which may have been taken."""
         lengths = [self.epochs * factor for factor in (1, 2, FURTHEST)]
         predicted = ", ".join(f"{epochs}: {self.accuracy(epochs):.3f}" for epochs in lengths)
         points = [f"{100 * self.gain(factor):.1f}" for factor in (2, FURTHEST)]
         head = f"predicted accuracy of the baseline by epochs, from one training at a constant rate: {predicted}"
         here = count(self.epochs, "epoch")
+        advice = f"so trials have {self.advised}" if taken else f"better: --set epochs={self.advised}"
         if self.advised > self.epochs:
             return [
                 head,
                 f"{here} are too few for these data: twice as many would gain about {points[0]} points, four times as "
-                f"many {points[1]}; better: --set epochs={self.advised}",
+                f"many {points[1]}; {advice}",
             ]
         if self.advised < self.epochs:
             return [
                 head,
                 f"{here} are more than these data need: {self.advised} would do for a search, with more trials in the "
-                f"same time: --set epochs={self.advised}",
+                f"same time; {advice}",
             ]
         return [head, f"{here} suit these data: twice as many would gain about {points[0]} points"]
 
@@ -136,9 +137,8 @@ def probe_length(
     return fit_length([row["epoch"] for row in rows], [row["val_accuracy"] for row in rows], config.epochs)
 
 
-def probe_of(settings: StudySettings) -> LengthProbe | None:
-    """Return a study's length probe; None if there was none, or no law fitted."""
-    content = settings.length_probe
+def probe_of(content: dict[str, Any] | None) -> LengthProbe | None:
+    """Return the length probe of a study's setting; None if there was none, or no law fitted."""
     return None if content is None or content["law"] is None else LengthProbe.from_json(content["law"])
 
 

@@ -24,7 +24,9 @@ import hpo
 from core.config import TrainConfig
 from core.data import Splits
 from core.loop import TrainResult, train
+from hpo.analysis.study_data import read_study_data
 from hpo.api import fit_choice
+from hpo.api.fit import _Fit
 from hpo.api.fit_choice import LARGE, PHOTOS, PROBE, SCRATCH, Chooser
 from hpo.api.fit_length import Length
 from hpo.api.fit_plan import REFIT_SLOWER, SEARCH, TRAININGS, Plan, Timed, divide, least_s
@@ -32,10 +34,13 @@ from hpo.api.options import FitOptions
 from hpo.confirmation.result import read_confirmation
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths
+from hpo.report.length import length
 from hpo.reporter import Silent
 from hpo.search import pace
+from hpo.search.length import LengthProbe, probe_of
 from hpo.study import find_study
 from hpo.study.fit_record import FitRecord, read_fit
+from hpo.study.results import read_rows
 from hpo.submission.bundle import load_bundle
 from tests.hpo.cli.test_cli import COMMANDS
 from tests.hpo.commands import RunHpo
@@ -278,6 +283,66 @@ def test_a_builtin_set_has_its_own_space_and_given_settings_stay(
     options = FitOptions(data=data, set=given)
     choice, _, _ = Chooser(options, torch.device("cpu"), Silent(), to_predict=0).choose(300)
     assert (choice.space, choice.settings) == (space, settings)
+
+
+@pytest.mark.parametrize(
+    ("law", "trials", "refit"),
+    [
+        (LengthProbe(8, 0.0, 1.0, 0.5), 32, 32),
+        (LengthProbe(8, 0.1, 1.0, 4.0), 4, 8),
+        (LengthProbe(8, 0.0, 0.05, 0.3), 8, 8),
+        (None, 8, 8),
+    ],
+)
+def test_a_length_probe_chooses_the_epochs_of_the_trials_and_the_refit_has_no_fewer_than_the_space(
+    law: LengthProbe | None, trials: int, refit: int, space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(space).write_text(SPACE.replace("epochs: 2", "epochs: 8"))
+    monkeypatch.setattr("hpo.search.length.fit_length", lambda *_: law)
+    monkeypatch.setattr(_Fit, "_search", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hpo.fit("digits", space=space, minutes=10)
+    record = record_of("fit-digits")
+    settings = [text for text in record["choice"]["settings"] if text.startswith("epochs")]
+    assert settings == ([] if trials == 8 else [f"epochs={trials}"])
+    assert record["choice"]["epochs"] == refit
+    assert record["length_probe"] == {"law": None if law is None else law.to_json()}
+    assert len(read_rows(StudyPaths.of("fit-digits").length_probe.metrics)) == 8
+
+
+def stop(_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("more", [{"minutes": 0.5}, {"minutes": 10, "set": ["epochs=8"]}])
+def test_a_short_search_and_given_epochs_are_not_probed(
+    more: dict[str, Any], space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(space).write_text(SPACE.replace("epochs: 2", "epochs: 8"))
+    monkeypatch.setattr("hpo.api.fit_choice.seconds_per_epoch", lambda *_, **__: 0.1)
+    monkeypatch.setattr(_Fit, "_search", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hpo.fit("digits", space=space, **more)
+    assert record_of("fit-digits").get("length_probe") is None
+
+
+def test_the_advice_of_a_length_probe_is_searched_and_reported(
+    space: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path(space).write_text(SPACE.replace("epochs: 2", "epochs: 8"))
+    law = LengthProbe(8, 0.1, 1.0, 4.0)
+    monkeypatch.setattr("hpo.search.length.fit_length", lambda *_: law)
+    hpo.fit("digits", space=space, minutes=2)
+    said = capfd.readouterr().out
+    assert said.count("length probe: the baseline once") == 1
+    study = find_study("fit-digits")
+    assert "own.yaml, 4 epochs to a trial" in said
+    assert {trial.user_attrs["epochs"] for trial in study.optuna.get_trials()} >= {4}
+    assert probe_of(study.settings.length_probe) == law
+    section = length(read_study_data(study))
+    assert section is not None
+    assert "so trials have 4" in section.body
+    assert load_bundle(study.paths.refit("best")).meta.config.epochs == 8
 
 
 def test_images_to_label_take_time_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:

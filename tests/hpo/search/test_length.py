@@ -101,12 +101,12 @@ def test_a_search_of_twenty_trainings_begins_with_a_probe_which_resumes_and_is_n
         patch.setattr(Interrupts, "check", check)
         run_hpo("run", own, "--trials", "20", code=130)
     study = find_study("own")
-    assert probe_of(study.settings) is None
+    assert probe_of(study.settings.length_probe) is None
 
     said = run_hpo("run", own, "--trials", "20")
     assert "length probe: epoch 3 of 8" not in said
     assert "length probe: epoch 4 of 8" in said
-    found = probe_of(find_study("own").settings)
+    found = probe_of(find_study("own").settings.length_probe)
     assert found is not None
     assert all(line in said for line in found.lines())
     rows = read_rows(study.paths.length_probe.metrics)
