@@ -74,7 +74,11 @@ def with_current_names(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {current.get(name, name): value for name, value in attributes.items()}
 
 
-def best_first(trial: FrozenTrial, sign: int) -> tuple[float, float, int]:
+Order = tuple[float, float, int]
+"""Sort key of complete trials, see `best_first`."""
+
+
+def best_first(trial: FrozenTrial, sign: int) -> Order:
     """Sort key of complete trials: the better value, of equals the lower validation loss, then the lower index.
 
     With few validation images many trials share the best accuracy. Trials of earlier versions have no loss, and come
@@ -85,7 +89,12 @@ def best_first(trial: FrozenTrial, sign: int) -> tuple[float, float, int]:
         sign: 1 if the value is maximized, -1 if it is minimized.
     """
     assert trial.value is not None, "a complete trial has a value"
-    return -sign * trial.value, float(trial.user_attrs.get(VAL_LOSS, -math.inf)), trial_index_of(trial)
+    return order_of(trial.value, trial.user_attrs, trial_index_of(trial), sign)
+
+
+def order_of(value: float, attributes: Mapping[str, Any], trial_index: int, sign: int) -> Order:
+    """Return the sort key `best_first` of a trial with this value and these user attributes."""
+    return -sign * value, float(attributes.get(VAL_LOSS, -math.inf)), trial_index
 
 
 def effective_trials(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:

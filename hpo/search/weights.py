@@ -18,7 +18,7 @@ from hpo.search.held_out import outputs_of, write_outputs
 from hpo.search.options import TrialOptions
 from hpo.storage.atomic import replacing
 from hpo.study import Study
-from hpo.trials import Outcome
+from hpo.trials import Order, Outcome, best_first, order_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,10 @@ DEFAULTS = TrialOptions()
 def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome, keep: int = DEFAULTS.keep) -> None:
     """Keep the weights of a trial among the `keep` best, and delete those that no longer are."""
     assert outcome.value is not None
-    values = _complete_values(study)
-    values[outcome.number] = study.sign * outcome.value
-    best = _best_of(values, keep)
+    orders = _orders(study)
+    before = _best_of(orders, keep)
+    orders[outcome.number] = order_of(outcome.value, outcome.attributes, outcome.trial_index, study.sign)
+    best = _best_of(orders, keep)
     folds = range(1, len(outcome.results) + 1)
     if outcome.number in best:
         for fold, result, divided in zip(folds, outcome.results, splits, strict=True):
@@ -41,7 +42,6 @@ def keep_weights(study: Study, splits: Sequence[Splits], outcome: Outcome, keep:
         for file in study.paths.needed_by_refit(outcome.number):
             study.files.share(file)
     # Those that this trial displaced. Weights that two workers kept at the same time are deleted when the run ends.
-    before = _best_of({number: value for number, value in values.items() if number != outcome.number}, keep)
     _delete(study, set(before) - set(best), folds=len(folds))
 
 
@@ -57,8 +57,8 @@ def keep_evidence(study: Study, splits: Sequence[Splits], outcome: Outcome) -> N
 
 def keep_best_weights(study: Study, *, folds: int, options: TrialOptions = DEFAULTS) -> None:
     """Delete weights beyond the best trials', which two workers kept at once, and those beyond `keep_gb`."""
-    values = _complete_values(study)
-    _delete(study, values.keys() - set(_best_of(values, options.keep)), folds=folds)
+    orders = _orders(study)
+    _delete(study, orders.keys() - set(_best_of(orders, options.keep)), folds=folds)
     SpaceOnDisk(study, options).keep_within()
 
 
@@ -78,8 +78,9 @@ class SpaceOnDisk:
             return
         sizes = {path: _size(path) for path in self._study.paths.weights_and_checkpoints()}
         excess = sum(sizes.values()) - self._keep_gb * 1e9
-        values = _complete_values(self._study)
-        for number in sorted(self._study.paths.numbers_with_weights(), key=lambda n: (values.get(n, -math.inf), -n)):
+        orders, unknown = _orders(self._study), (math.inf, math.inf)
+        kept = self._study.paths.numbers_with_weights()
+        for number in sorted(kept, key=lambda n: orders.get(n, (*unknown, n)), reverse=True):
             if excess <= 0:
                 return
             logger.info("--keep-gb %g: deleting the weights of trial %d", self._keep_gb, number)
@@ -100,17 +101,16 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _complete_values(study: Study) -> dict[int, float]:
-    """Trial -> its value, larger is better."""
+def _orders(study: Study) -> dict[int, Order]:
+    """Complete trial -> its sort key."""
     return {
-        trial.number: study.sign * trial.value
+        trial.number: best_first(trial, study.sign)
         for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.value is not None
     }
 
 
-def _best_of(values: Mapping[int, float], keep: int) -> list[int]:
-    return sorted(values, key=lambda number: (-values[number], number))[:keep]
+def _best_of(orders: Mapping[int, Order], keep: int) -> list[int]:
+    return sorted(orders, key=orders.__getitem__)[:keep]
 
 
 def _delete(study: Study, numbers: Iterable[int], *, folds: int) -> None:
