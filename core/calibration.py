@@ -17,6 +17,16 @@ from torch import Tensor
 LOWEST, HIGHEST = 0.05, 20.0
 
 
+def calibrated_loss(logits: Tensor, labels: Tensor) -> float:
+    """Return the cross-entropy of logits (N, K) at their best temperature, in nats; NaN if some are not finite.
+
+    It ranks networks by their predictions and not by their confidence, which label smoothing and mixed images lower.
+    """
+    if not bool(logits.isfinite().all()):
+        return math.nan
+    return float(F.cross_entropy(scaled(logits.double(), fit_temperature(logits, labels)), labels))
+
+
 def scaled(logits: Tensor, temperature: float) -> Tensor:
     """Return calibrated log-probabilities of logits (N, K), or these if the temperature is 1."""
     return logits if temperature == 1 else F.log_softmax(logits / temperature, dim=-1)

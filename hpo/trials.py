@@ -55,6 +55,8 @@ TAKEN_FROM = "taken_from"
 
 ARTIFACT = "artifacts:"
 CONSTRAINT = "constraints:"
+RUNG_LOSS = "rung_loss:"
+"""Before a rung's step: the validation loss there at the best temperature, by which `rungs` ranks accuracies."""
 
 
 def trial_index_of(trial: FrozenTrial) -> int:

@@ -32,6 +32,8 @@ class EpochMetrics:
     """Seconds including validation and the time before a resumption."""
     micro_batch: int | None = None
     """Images per pass if a batch did not fit the memory, which only affects batch norm."""
+    calibrated_loss: float | None = None
+    """Validation loss of the counted predictions at their best temperature, if `train` was asked for it."""
 
     @property
     def validated(self) -> bool:

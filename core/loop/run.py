@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from core import metrics
 from core.augment import Augment, alternating_flips, size_at
 from core.averaging import ExponentialAveraging, build_averaging, ema_name, recalibrate, validations_per_epoch
+from core.calibration import calibrated_loss
 from core.checkpoint import Checkpoints, load_checkpoint
 from core.config import READING_FIELDS, TrainConfig
 from core.data import Splits
@@ -121,6 +122,7 @@ def train(
     checkpoint_at: Container[int] = (),
     checkpoint_at_end: bool = False,
     on_checkpoint: Callable[[Path], None] | None = None,
+    calibrate_at: Container[int] = (),
     stop_after: int | None = None,
     left_s: Callable[[], float] | None = None,
     metric: str = "accuracy",
@@ -138,6 +140,7 @@ def train(
         checkpoint_at: epochs that are always saved, after `on_epoch_end`.
         checkpoint_at_end: always save the last epoch.
         on_checkpoint: called with the path after each save.
+        calibrate_at: epochs with `EpochMetrics.calibrated_loss`.
         stop_after: last epoch, on the schedule of the whole run.
         left_s: returns the seconds that are left; None without a limit. Where the remaining epochs do not fit them, at
             the speed of the last one, fewer follow, and the rest of the schedule is compressed into these.
@@ -155,12 +158,10 @@ def train(
     """
     kind = Probe if config.is_probe else Run
     with isolated_rng(device), own_stream(device), kind(config, splits, device, metric, averages, execution) as run:
-        if resume_from is not None and resume_from.exists():
-            _resume(run, resume_from, on_resume)
-        planned = min(stop_after or run.epochs, run.epochs)
+        _resume(run, resume_from, on_resume)
         saved = partial(Checkpoints, state=run.state, on_saved=on_checkpoint, share=CHECKPOINT_SHARE)
         checkpoints = None if checkpoint_to is None else saved(checkpoint_to)
-        for now in _epochs(run, planned, left_s):
+        for now in _epochs(run, stop_after, left_s, calibrate_at):
             if on_epoch_end is not None:
                 with _saving_on_interrupt(checkpoints):
                     on_epoch_end(now)
@@ -171,15 +172,21 @@ def train(
         return run.result()
 
 
-def _epochs(run: Run, planned: int, left_s: Callable[[], float] | None) -> Iterator[EpochMetrics]:
+def _epochs(
+    run: Run, stop_after: int | None, left_s: Callable[[], float] | None, calibrate_at: Container[int]
+) -> Iterator[EpochMetrics]:
     """Train epoch by epoch to the planned one, or to the last that fits the time or the patience."""
+    planned = min(stop_after or run.epochs, run.epochs)
     while len(run.history) < min(planned, run.last_epoch) and not run.ran_out_of_patience():
         if left_s is not None:
             run.fit_within(left_s(), planned)
-        yield run.try_epoch(final=len(run.history) + 1 == min(planned, run.last_epoch))
+        now = run.try_epoch(final=len(run.history) + 1 == min(planned, run.last_epoch))
+        yield run.calibrated() if now.epoch in calibrate_at and now.validated else now
 
 
-def _resume(run: Run, checkpoint: Path, on_resume: Callable[[tuple[EpochMetrics, ...]], None] | None) -> None:
+def _resume(run: Run, checkpoint: Path | None, on_resume: Callable[[tuple[EpochMetrics, ...]], None] | None) -> None:
+    if checkpoint is None or not checkpoint.exists():
+        return
     run.load(load_checkpoint(checkpoint, run.device), checkpoint)
     if on_resume is not None:
         on_resume(tuple(run.history))
@@ -289,6 +296,7 @@ class Run:
         self.history: list[EpochMetrics] = []
         self.best: _Best | None = None  # with early stopping only
         self.last_logits: Tensor | None = None  # of the last epoch's average, else of its weights
+        self.raw_logits: Tensor | None = None  # of the last epoch's weights, if they were validated
         self.averages: dict[str, ExponentialAveraging] = {}  # by name, beside the own one
         self._prepare_steps(averages, execution)
 
@@ -589,11 +597,21 @@ class Run:
         if not len(self.splits.val):
             return None, None
         raw = self._score(self.model) if average is None or not averaged_counts else None
+        self.raw_logits = self.last_logits
         return raw, None if average is None else self._score(average)
 
     def _score(self, model: nn.Module) -> Scores:
         self.last_logits = self.logits(model, self.splits.val)
         return metrics.scores(self.last_logits, self.splits.labels[self.splits.val])
+
+    def calibrated(self) -> EpochMetrics:
+        """Add the calibrated loss to the last epoch, which was validated."""
+        now = self.history[-1]
+        logits = self.raw_logits if now.counted(self.metric) is now.raw else self.last_logits
+        assert logits is not None, "it was validated in this process"
+        labels = self.splits.labels[self.splits.val]
+        self.history[-1] = dataclasses.replace(now, calibrated_loss=calibrated_loss(logits, labels))
+        return self.history[-1]
 
     def _average(self, *, final: bool) -> nn.Module | None:
         """The average for evaluation; with SWA only at the end, since it is recalibrated first."""
@@ -763,7 +781,7 @@ class Probe(Run):
         trained_s = clock(self.device) - started
         raw = None
         if len(val):
-            self.last_logits = self._classified(features[val])
+            self.last_logits = self.raw_logits = self._classified(features[val])
             raw = metrics.scores(self.last_logits, self.splits.labels[self.splits.val])
         self.step_count = fitted.iterations
         self.elapsed_s += clock(self.device) - started

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.analysis.study_data import StudyData, value_of
+from hpo.space.pruner import goodness_at
 from hpo.trials import LET_THROUGH
 
 _FEWEST = 4  # trials; the variance of a rank correlation divides by n - 3
@@ -28,7 +29,7 @@ class Agreement:
     points: tuple[tuple[float, float], ...]
     """(value at the rung, final value) of each trial that has both."""
     rho: float | None
-    """Spearman's rank correlation; None for fewer than three trials, or equal values."""
+    """Spearman's rank correlation, with what the rung ranks by; None for fewer than three trials, or equal values."""
     interval: tuple[float, float] | None
     """Its 95 % interval; None for fewer than four trials, or a perfect agreement."""
 
@@ -45,9 +46,10 @@ class LetThrough:
 
 def agreement(data: StudyData, rung: int) -> Agreement:
     """Compare the order at a rung with the final order."""
-    found = [(trial.intermediate_values.get(rung, math.nan), value_of(trial)) for trial in data.complete]
-    points = tuple((early, final) for early, final in found if math.isfinite(early))
-    rho = spearman([early for early, _ in points], [final for _, final in points])
+    trials = [trial for trial in data.complete if math.isfinite(trial.intermediate_values.get(rung, math.nan))]
+    points = tuple((trial.intermediate_values[rung], value_of(trial)) for trial in trials)
+    sign = data.study.sign
+    rho = spearman(goodness_at(trials, rung, sign), [sign * final for _, final in points])
     return Agreement(rung, points, rho, None if rho is None else fisher_interval(rho, len(points)))
 
 

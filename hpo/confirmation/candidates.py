@@ -21,7 +21,7 @@ from hpo.confirmation.result import BASELINE, Candidate, dump
 from hpo.errors import StudyError
 from hpo.paths import LONG_BASELINE
 from hpo.space import load_recipe
-from hpo.space.pruner import RungPruner, build_pruner
+from hpo.space.pruner import RungPruner, build_pruner, goodness_at
 from hpo.study import Study
 from hpo.study.results import read_result
 from hpo.trials import RECIPE, best_first, effective_trials, is_baseline
@@ -118,17 +118,15 @@ class _Choice:
         return [replace(one, chosen_for=(f"{nth}best validation score",)) for nth, one in ranked]
 
     def _at_rungs(self) -> Iterator[Candidate]:
-        """The best complete trial at each rung, the last rung first."""
+        """The best complete trial at each rung by the pruner's ranking, the last rung first."""
         epochs, folds = self._space.baseline.epochs, self._space.baseline.data.folds
         pruner = build_pruner(self._space.pruner, epochs, folds)
         if not isinstance(pruner, RungPruner):
             return
         for rung in sorted(pruner.rungs, reverse=True):
-            values = {
-                trial.number: trial.intermediate_values[rung]
-                for trial in self._trials
-                if rung in trial.intermediate_values
-            }
+            reached = [trial for trial in self._trials if rung in trial.intermediate_values]
+            ranks = goodness_at(reached, rung, self._study.sign)
+            values = {trial.number: self._study.sign * rank for trial, rank in zip(reached, ranks, strict=True)}
             if (best := self._best(values)) is not None:
                 where = f"after fold {rung // epochs}" if folds and rung % epochs == 0 else f"at epoch {rung}"
                 yield _of_trial(self._study, best, f"best {where}")

@@ -18,7 +18,7 @@ from hpo.report.words import metric_label, run_again, trial_name
 from hpo.space import RungsPruner
 from hpo.space.pruner import lets_through, places_of
 from hpo.text import count, percent, score, sentence, together
-from hpo.trials import FAILURE, LET_THROUGH
+from hpo.trials import FAILURE, LET_THROUGH, RUNG_LOSS
 
 
 def pruner_safety(data: StudyData) -> Section | None:
@@ -32,6 +32,8 @@ def pruner_safety(data: StudyData) -> Section | None:
         "order, 0 none. These trials are a selected sample, since the pruner removed the worst; among all trials a "
         "rung mostly predicts more than ρ shows. Trials let through on purpose correct for that, and are included."
     )
+    if any(key.startswith(RUNG_LOSS) for trial in data.trials for key in trial.system_attrs):
+        explanation += " Rungs rank by the validation loss at the best temperature, which is less noisy than accuracy."
     return section(
         "pruner",
         "Pruner safety",

@@ -21,6 +21,7 @@ import optuna
 import torch
 from pydantic import ValidationError
 
+from core.calibration import calibrated_loss
 from core.config import DataConfig, TrainConfig
 from core.errors import ConfigError, DivergedError
 from core.loop import EpochMetrics, TrainResult, train
@@ -31,7 +32,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.pace import Pace
 from hpo.search.training import fold_label, of_fold, on_host, resume_or_restart, without_failed_graphs
 from hpo.space import SearchSpace, to_yaml
-from hpo.space.pruner import RungPruner
+from hpo.space.pruner import RungPruner, mark_loss
 from hpo.study import Study
 from hpo.study.results import append_line
 from hpo.trials import CONFIG, REPLICATE_OF, RESUMED_EPOCH, VAL_LOSS, Outcome, first_twin
@@ -126,6 +127,7 @@ class Objective:
                 # A finished fold is not trained again if a later one is interrupted.
                 checkpoint_at_end=attempt.folds > 1,
                 on_checkpoint=self.on_checkpoint,
+                calibrate_at=attempt.rungs() if attempt.ranked_by_loss else frozenset(),
                 metric=self.space.metric,
                 averages=() if self.study.confirms is None else half_lives(config),
             )
@@ -156,6 +158,8 @@ class _Attempt:
     """Results of the finished folds."""
     values: list[float] = field(default_factory=list)
     """Values of the finished folds."""
+    losses: list[float] = field(default_factory=list)
+    """Calibrated losses of the finished folds, if rungs rank by them."""
     reported: float | None = None
     """The last value reported to Optuna."""
     history: list[EpochMetrics] = field(default_factory=list)
@@ -181,6 +185,11 @@ class _Attempt:
             return frozenset()
         begun = (self.fold - 1) * self.config.epochs
         return frozenset(step - begun for step in pruner.keeps if begun < step <= begun + self.config.epochs)
+
+    @property
+    def ranked_by_loss(self) -> bool:
+        """Whether a rung ranks by the calibrated loss."""
+        return self.metric == "accuracy" and isinstance(self.trial.study.pruner, RungPruner)
 
     def resumed(self, history: tuple[EpochMetrics, ...]) -> None:
         """Report the epochs of the interrupted attempt again."""
@@ -214,6 +223,11 @@ class _Attempt:
             return
         # Off the device: the next fold needs the memory.
         self.results.append(on_host(result))
+        if self.ranked_by_loss:
+            assert result.val_logits is not None, "a trial has validation images"
+            divided = self.splits[self.fold - 1]
+            self.losses.append(calibrated_loss(result.val_logits, divided.labels[divided.val]))
+            self._report_loss(statistics.fmean(self.losses), epoch=self.config.epochs)
         # Early stopping may have ended the fold earlier; all trials are compared at the same step.
         self._report_value(statistics.fmean(self.values), epoch=self.config.epochs)
         if self.fold < self.folds and self.trial.should_prune():
@@ -227,11 +241,17 @@ class _Attempt:
         self.history.append(timed)
         self.last[self.fold] = timed
         if self.folds == 1 or epoch.epoch < self.config.epochs:  # `end` reports a fold's last step
+            # The loss first: a trial that other workers see at a rung has it.
+            if epoch.calibrated_loss is not None:
+                self._report_loss(statistics.fmean([*self.losses, epoch.calibrated_loss]), epoch.epoch)
             self._report_value(statistics.fmean([*self.values, epoch.score(self.metric)]), epoch.epoch)
 
     def _report_value(self, value: float, epoch: int) -> None:
         self.reported = value
         self.trial.report(value, (self.fold - 1) * self.config.epochs + epoch)
+
+    def _report_loss(self, loss: float, epoch: int) -> None:
+        mark_loss(self.trial.study, self.trial, (self.fold - 1) * self.config.epochs + epoch, loss)
 
     def _verdict(self) -> str:
         verdict = getattr(self.trial.study.pruner, "verdict", None)

@@ -5,6 +5,9 @@ A trial survives a rung (an epoch) if it is among the best ceil(keep × n) of th
 trial once. With folds, epoch e of fold j is step (j - 1) × epochs + e, and the end of every fold but the last is a rung
 too, for the mean over the finished folds.
 
+Accuracies of few images are noisy, so where a study maximizes accuracy, its rungs rank by the validation loss at the
+best temperature; `docs/benchmarks.md` compares the two.
+
 Among equally good trials the noise of validation decides, and each is cut with probability 1 - keep, or less often
 while few have reached the rung and where scores are equal.
 
@@ -30,7 +33,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpo.space import grammar
 from hpo.storage.optuna_access import storage_of, trial_id
-from hpo.trials import LET_THROUGH, RECIPE, is_baseline, trial_index_of
+from hpo.trials import LET_THROUGH, RECIPE, RUNG_LOSS, is_baseline, trial_index_of
 
 _RUNG = "rung:"
 
@@ -140,15 +143,15 @@ class RungPruner(BasePruner):
 
     def _place_at(self, study: Study, trial: FrozenTrial, rung: int) -> Place:
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
-        own = _goodness(trial.intermediate_values[rung], sign)
-        others: dict[int, float] = {}  # trial index -> goodness; a later attempt replaces an earlier one
+        others: dict[int, FrozenTrial] = {}  # by trial index; a later attempt replaces an earlier one
         for other in study.get_trials(deepcopy=False):
             cut_before = other.user_attrs.get(LET_THROUGH, rung) < rung
             if other.state != TrialState.FAIL and rung in other.intermediate_values and not cut_before:
-                others[trial_index_of(other)] = _goodness(other.intermediate_values[rung], sign)
+                others[trial_index_of(other)] = other
         others.pop(trial_index_of(trial), None)
         of = len(others) + 1
-        rank = 1 + sum(goodness > own for goodness in others.values())
+        own, *theirs = goodness_at([trial, *others.values()], rung, sign)
+        rank = 1 + sum(goodness > own for goodness in theirs)
         # Less a rounding error: 0.07 × 100 is 7.000000000000001, and keeps 7.
         return Place(rank, of, rank <= math.ceil(self.keeps[rung] * of - 1e-9))
 
@@ -172,6 +175,23 @@ def _marks(attributes: Mapping[str, Any]) -> dict[int, Place]:
 def _reached(places: Mapping[int, Place], epoch: int) -> dict[int, Place]:
     """The places up to an epoch; later ones belong to an interrupted attempt."""
     return {rung: place for rung, place in places.items() if rung <= epoch}
+
+
+def goodness_at(trials: Sequence[FrozenTrial], rung: int, sign: float) -> list[float]:
+    """Return what ranks trials that reached a rung; larger is better.
+
+    It is the calibrated loss if all of them have it (see `RUNG_LOSS`), and the reported value otherwise.
+    """
+    key = f"{RUNG_LOSS}{rung}"
+    losses = [float(trial.system_attrs[key]) for trial in trials if key in trial.system_attrs]
+    if len(losses) < len(trials):
+        return [_goodness(trial.intermediate_values[rung], sign) for trial in trials]
+    return [_goodness(loss, -1.0) for loss in losses]
+
+
+def mark_loss(study: Study, trial: Trial, step: int, loss: float) -> None:
+    """Store the calibrated loss of a trial at a step."""
+    storage_of(study).set_trial_system_attr(trial_id(trial), f"{RUNG_LOSS}{step}", loss)
 
 
 def _goodness(value: float, sign: float) -> float:

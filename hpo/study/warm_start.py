@@ -20,6 +20,7 @@ from hpo.trials import (
     BASELINE,
     CONSTRAINT,
     RECIPE,
+    RUNG_LOSS,
     TAKEN_FROM,
     TRIAL_INDEX,
     effective_trials,
@@ -115,7 +116,7 @@ def _copy_of(
         params=dict(params),
         distributions={path: space.distributions[path] for path in params},
         user_attrs={**user_attrs, **attributes},
-        system_attrs={k: v for k, v in trial.system_attrs.items() if k.startswith(CONSTRAINT)},
+        system_attrs={k: v for k, v in trial.system_attrs.items() if k.startswith((CONSTRAINT, RUNG_LOSS))},
         intermediate_values=trial.intermediate_values,
     )
     copied.datetime_start, copied.datetime_complete = trial.datetime_start, trial.datetime_complete

@@ -203,6 +203,7 @@ class Replay:
         checkpoint_to: Path,
         checkpoint_at: frozenset[int],
         checkpoint_at_end: bool,
+        calibrate_at: frozenset[int],
         on_checkpoint: Callable[[Path], None],
         metric: str,
         averages: Sequence[float],

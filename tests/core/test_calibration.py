@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from core.calibration import HIGHEST, LOWEST, fit_temperature, scaled
+from core.calibration import HIGHEST, LOWEST, calibrated_loss, fit_temperature, scaled
 from core.metrics import scores
 from core.tta import average
 
@@ -92,6 +92,24 @@ def test_logits_that_are_not_finite_are_refused(broken: float) -> None:
     logits[3, 2] = broken
     with pytest.raises(ValueError, match="finite"):
         fit_temperature(logits, labels)
+
+
+# ---- the calibrated loss
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
+def test_the_calibrated_loss_is_the_lowest_over_all_temperatures(factor: float) -> None:
+    logits, labels = drawn(300, 10)
+    bounds = (math.log(LOWEST), math.log(HIGHEST))
+    lowest = minimize_scalar(lambda t: loss(logits, labels, math.exp(t)), bounds=bounds, options={"xatol": 1e-9}).fun
+    assert calibrated_loss(factor * logits, labels) == pytest.approx(lowest, abs=1e-6)
+
+
+@pytest.mark.parametrize("broken", [math.nan, -math.inf])
+def test_without_finite_logits_there_is_no_calibrated_loss(broken: float) -> None:
+    logits, labels = drawn(20, 5)
+    logits[3, (labels[3] + 1) % 5] = broken
+    assert math.isnan(calibrated_loss(logits, labels))
 
 
 # ---- scaling

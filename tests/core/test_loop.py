@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import core.loop.run
+from core.calibration import calibrated_loss
 from core.checkpoint import load_checkpoint
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
 from core.loop import EpochMetrics, seconds_per_epoch, train
+from core.loop.run import Run
 from core.loop.step import batch_sizes
 from core.metrics import Scores
 from core.schedule import reductions, saturated_from
@@ -86,6 +88,51 @@ def test_checkpoints_are_saved_at_given_epochs_and_reported(digits: Splits, tiny
         on_checkpoint=lambda saved: told.append(f"saved {len(load_checkpoint(saved, CPU)['history'])}"),
     )
     assert " ".join(told) == "epoch 1 saved 1 epoch 2 epoch 3 saved 3 epoch 4 epoch 5 saved 5 epoch 6 saved 6"
+
+
+@pytest.mark.parametrize("averaging", ["none", "ema"])
+def test_the_given_epochs_have_the_calibrated_loss_of_the_counted_predictions(
+    digits: Splits, tiny: TrainConfig, averaging: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[tuple[Scores, torch.Tensor]] = []
+    score = Run._score
+
+    def recorded(run: Run, model: torch.nn.Module) -> Scores:
+        found = score(run, model)
+        if model is not run.model and not run.history:  # the first average is behind the weights
+            found = dataclasses.replace(found, accuracy=-1.0)
+        assert run.last_logits is not None
+        scored.append((found, run.last_logits))
+        return found
+
+    monkeypatch.setattr(Run, "_score", recorded)
+    config = tiny.override({"averaging.name": averaging, "epochs": 6})
+    result = train(config, digits, device=CPU, calibrate_at={1, 3, 6})
+    labels = digits.labels[digits.val]
+    for epoch in result.history:
+        logits = next(logits for scores, logits in scored if scores is epoch.counted())
+        assert epoch.calibrated_loss == (calibrated_loss(logits, labels) if epoch.epoch in (1, 3, 6) else None)
+    averaged = [epoch.counted() is epoch.averaged for epoch in result.history]
+    assert averaged == [False, *[averaging == "ema"] * 5]
+
+
+def test_a_resumed_training_has_the_calibrated_losses_of_its_checkpoint(
+    digits: Splits, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "trial.pt"
+    train(tiny, digits, device=CPU, stop_after=2, checkpoint_to=path, checkpoint_at_end=True, calibrate_at={1})
+    seen: list[float | None] = []
+    train(
+        tiny,
+        digits,
+        device=CPU,
+        resume_from=path,
+        calibrate_at={1},
+        on_resume=lambda history: seen.extend(epoch.calibrated_loss for epoch in history),
+    )
+    whole = train(tiny, digits, device=CPU, calibrate_at={1})
+    assert seen == [epoch.calibrated_loss for epoch in whole.history[:2]]
+    assert (seen[0] is None, seen[1]) == (False, None)
 
 
 @pytest.mark.usefixtures("_rarely")

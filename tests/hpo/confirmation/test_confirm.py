@@ -45,7 +45,7 @@ from hpo.space import ConfirmationSpace, SearchSpace, load_space, space_from_yam
 from hpo.study import Study, find_study, list_studies
 from hpo.study.results import write_result
 from hpo.study.settings import StudySettings
-from hpo.trials import BASELINE, CONFIG, RECIPE, STOPPED, TRIAL_INDEX
+from hpo.trials import BASELINE, CONFIG, RECIPE, RUNG_LOSS, STOPPED, TRIAL_INDEX
 from tests.hpo.commands import RunHpo, hpo, studies_in
 from tests.hpo.confirmation.simulated import Images, on_disk, space_of
 
@@ -609,10 +609,11 @@ def invented(
     lr_scale: dict[int, float] | None = None,
     at: dict[int, dict[int, float]] | None = None,
     attributes: dict[int, dict[str, Any]] | None = None,
+    losses: dict[int, float] | None = None,
     base: float = 0.5,
     text: str = RUNGS,
 ) -> tuple[Study, SearchSpace]:
-    """A search of ten epochs per trial with invented values: trial 0 is the baseline."""
+    """A search of ten epochs per trial with invented values: trial 0 is the baseline. `losses` are those at epoch 5."""
     space = space_from_yaml(text, name)
     study = on_disk(space, name=name, dataset=dataset)
     for number, value in {0: base, **values}.items():
@@ -626,6 +627,7 @@ def invented(
                 user_attrs={TRIAL_INDEX: number, "epochs": 10, "kept_epoch": 7}
                 | ({BASELINE: True} if number == 0 else {})
                 | (attributes or {}).get(number, {}),
+                system_attrs={f"{RUNG_LOSS}5": losses[number]} if losses else None,
                 intermediate_values=(at or {}).get(number, {}),
             )
         )
@@ -653,6 +655,13 @@ def test_the_candidates_are_the_best_by_several_criteria_in_the_order_of_prefere
         "trial 3": ("best at epoch 2",),
     }
     assert list(reasons(study, space)) == ["trial 1", "baseline", "trial 2", "recipe old", "trial 5", "trial 3"]
+
+
+def test_the_best_at_a_rung_has_the_lowest_calibrated_loss_if_the_rung_ranks_by_it() -> None:
+    at = {number: {5: score} for number, score in enumerate((0.1, 0.9, 0.7, 0.8))}
+    losses = {0: 0.9, 1: 0.6, 2: 0.4, 3: 0.5}
+    study, space = invented("s", {1: 0.9, 2: 0.6, 3: 0.7}, IMAGES, at=at, losses=losses)
+    assert reasons(study, space)["trial 2"][0] == "best at epoch 5"
 
 
 def test_of_equal_scores_the_earlier_trial_is_first() -> None:

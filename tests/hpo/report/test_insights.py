@@ -43,7 +43,16 @@ from hpo.space.pruner import places_of
 from hpo.study import Study
 from hpo.study.metadata import new_metadata
 from hpo.study.results import read_rows
-from hpo.trials import BASELINE, INTERRUPTED, LET_THROUGH, RECIPE, RESUMED_EPOCH, TAKEN_FROM, TRIAL_INDEX
+from hpo.trials import (
+    BASELINE,
+    INTERRUPTED,
+    LET_THROUGH,
+    RECIPE,
+    RESUMED_EPOCH,
+    RUNG_LOSS,
+    TAKEN_FROM,
+    TRIAL_INDEX,
+)
 from tests.hpo.invented import invented_confirmation, invented_study
 from tests.hpo.report.pages import cells_of, figures_of, lead_of, text_of
 
@@ -167,6 +176,15 @@ def test_the_rank_correlation_is_scipys_over_the_complete_trials_alone(sixty: St
         early, final = [t.intermediate_values[rung] for t in complete], [t.value for t in complete]
         assert found.rho == pytest.approx(stats.spearmanr(early, final).statistic)
         assert len(found.points) == len(complete) < len(sixty.trials)
+
+
+def test_the_rank_correlation_is_of_the_calibrated_losses_where_rungs_rank_by_them(digits: Dataset) -> None:
+    trials = [a_trial(trial_index, {2: 0.5}, 0.1 * trial_index) for trial_index in range(5)]
+    for trial, loss in zip(trials, (0.9, 0.8, 0.6, 0.7, 0.5), strict=True):
+        trial.system_attrs[f"{RUNG_LOSS}2"] = loss
+    found = rungs.agreement(given(digits, trials), 2)
+    assert found.rho == pytest.approx(0.9)  # 1 - 6 × 2 / (5 × 24): two neighbours are exchanged
+    assert [early for early, _ in found.points] == [0.5] * 5
 
 
 @pytest.mark.parametrize(

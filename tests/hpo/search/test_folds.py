@@ -17,7 +17,7 @@ from optuna.trial import TrialState, create_trial
 from safetensors.torch import load_file
 
 import core.loop.run
-from core.calibration import scaled
+from core.calibration import calibrated_loss, scaled
 from core.config import TrainConfig
 from core.data import Dataset, folds
 from core.loop import EpochMetrics, TrainResult, train
@@ -38,7 +38,7 @@ from hpo.study import Study, open_study
 from hpo.study.results import read_result
 from hpo.submission import Forced, Refitted, Training, refit
 from hpo.submission.bundle import load_bundle
-from hpo.trials import TRIAL_INDEX, trial_index_of
+from hpo.trials import RUNG_LOSS, TRIAL_INDEX, trial_index_of
 from tests.hpo.commands import RunHpo, studies_in
 from tests.hpo.digits import check_predictions, digit_pixels, write_digits
 
@@ -134,6 +134,12 @@ def timeless(file: Path) -> list[dict[str, Any]]:
     return [row | {"elapsed_s": 0, "images_per_s": 0} for row in rows_of(file)]
 
 
+def rung_losses(trial: optuna.trial.FrozenTrial) -> dict[int, float]:
+    """Step -> the calibrated loss there."""
+    found = {key: loss for key, loss in trial.system_attrs.items() if key.startswith(RUNG_LOSS)}
+    return {int(key.removeprefix(RUNG_LOSS)): loss for key, loss in found.items()}
+
+
 # The objective
 
 
@@ -216,6 +222,39 @@ def test_only_the_best_few_trials_keep_their_weights_and_those_keep_all_folds(tm
 
 
 # Pruning
+
+
+def test_a_rung_has_the_mean_calibrated_loss_of_the_finished_folds_and_the_current_one(
+    folded: Study, results: list[TrainResult], digits: Dataset
+) -> None:
+    [trial] = folded.optuna.get_trials()
+    config = folded.trained(0).config
+    ends = []
+    for result, splits in zip(results, folds(digits, config.data), strict=True):
+        assert result.val_logits is not None
+        ends.append(calibrated_loss(result.val_logits, splits.labels[splits.val]))
+    first = train(config, folds(digits, config.data)[0], device=CPU, calibrate_at={1}).history[0].calibrated_loss
+    means = {EPOCHS * fold: statistics.fmean(ends[:fold]) for fold in (1, 2, 3)}
+    assert rung_losses(trial) == {1: first, **means}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ([], {1}),
+        (["objective.metric=macro_f1"], set()),
+        (["objective.metric=nll"], set()),
+        (["pruner.name=none"], set()),
+    ],
+)
+def test_rungs_have_a_calibrated_loss_if_the_metric_is_accuracy(
+    tmp_path: Path, digits: Dataset, overrides: list[str], steps: set[int]
+) -> None:
+    space = a_space(tmp_path, overrides=["data.folds=null", *overrides])
+    study = a_study(space, digits, 1)
+    run(study, space, digits)
+    [trial] = study.optuna.get_trials()
+    assert rung_losses(trial).keys() == steps
 
 
 def with_rivals(study: Study, values: dict[int, float]) -> None:
@@ -330,6 +369,7 @@ def test_a_trial_cut_off_in_any_fold_ends_as_its_undisturbed_twin(
     for fold in (1, 2, 3):
         assert study.paths.trial_model(1, fold).read_bytes() == folded.paths.trial_model(0, fold).read_bytes()
     assert timeless(study.paths.trial_metrics(1)) == timeless(folded.paths.trial_metrics(0))
+    assert rung_losses(second) == rung_losses(expected)
     assert not list((study.paths.dir / "checkpoints").iterdir())
 
 

@@ -13,8 +13,8 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from hpo.space import grammar, load_space
-from hpo.space.pruner import RungPruner, build_pruner, lets_through, rung_epochs
-from hpo.trials import BASELINE, LET_THROUGH, RECIPE, TRIAL_INDEX
+from hpo.space.pruner import RungPruner, build_pruner, lets_through, mark_loss, rung_epochs
+from hpo.trials import BASELINE, LET_THROUGH, RECIPE, RUNG_LOSS, TRIAL_INDEX
 
 NAN = math.nan
 
@@ -145,6 +145,44 @@ def test_trials_of_any_state_count_if_they_have_a_value_at_the_rung(state: Trial
     trial = running(study, 2)
     assert judge(trial, 2, 0.1)
     assert verdict(study, trial) == "rung 2: 2nd of 2, pruned"
+
+
+def with_loss(study: optuna.Study, trial_index: int, value: float, loss: float) -> None:
+    """Add a trial that has this value and this calibrated loss at step 2."""
+    study.add_trial(
+        create_trial(
+            state=TrialState.PRUNED,
+            intermediate_values={2: value},
+            user_attrs={TRIAL_INDEX: trial_index},
+            system_attrs={f"{RUNG_LOSS}2": loss},
+        )
+    )
+
+
+def test_a_rung_ranks_by_the_calibrated_loss_where_all_trials_have_one() -> None:
+    study = study_with(RungPruner([2], 0.5))
+    for trial_index, loss in enumerate((0.4, 0.6, 0.8)):
+        with_loss(study, trial_index, 0.9, loss)
+    verdicts = {}
+    for trial_index, (value, loss) in enumerate([(0.1, 0.5), (0.95, 0.7), (0.99, NAN)], 3):
+        trial = running(study, trial_index)
+        mark_loss(study, trial, 2, loss)
+        verdicts[trial_index] = judge(trial, 2, value), verdict(study, trial)
+    assert verdicts == {
+        3: (False, "rung 2: 2nd of 4, kept"),
+        4: (True, "rung 2: 4th of 5, pruned"),
+        5: (True, "rung 2: 6th of 6, pruned"),
+    }
+
+
+def test_a_rung_ranks_by_the_value_if_a_trial_has_no_calibrated_loss() -> None:
+    study = study_with(RungPruner([2], 0.5), {2: 0.5})  # as trials of earlier versions
+    with_loss(study, 1, 0.6, 0.1)
+    with_loss(study, 2, 0.7, 0.2)
+    trial = running(study, 3)
+    mark_loss(study, trial, 2, 9.0)
+    assert not judge(trial, 2, 0.65)
+    assert verdict(study, trial) == "rung 2: 2nd of 4, kept"
 
 
 def test_equals_survive_together() -> None:

@@ -24,7 +24,7 @@ from hpo.dashboard.artifacts import attach
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, studies_root
 from hpo.space import SearchSpace, load_space
-from hpo.space.pruner import RungPruner
+from hpo.space.pruner import RungPruner, mark_loss
 from hpo.storage import mask, open_storage
 from hpo.study import Study, find_study, list_studies, open_study
 from hpo.study.dataframe import trials_frame
@@ -34,6 +34,7 @@ from hpo.trials import (
     FAILURE,
     INTERRUPTED,
     RECIPE,
+    RUNG_LOSS,
     TAKEN_FROM,
     TRIAL_INDEX,
     is_baseline,
@@ -985,6 +986,7 @@ def test_fitting_trials_are_imported_with_the_new_distributions(open_: Any, spac
             old.queue.finish(trial, "pruned", failure="oom")
         else:
             trial.report(value_of(params, 1), 1)
+            mark_loss(old.optuna, trial, 1, 0.25)
             old.queue.finish(trial, "complete", value_of(params), attributes={"epochs": 10})
     # A bound is tighter, one parameter is no longer searched (64 remains), one is new.
     text = SPACE.replace("high: 1.0", "high: 0.6").replace("  batch_size: {choices: [32, 64, 128]}\n", "")
@@ -1005,6 +1007,7 @@ def test_fitting_trials_are_imported_with_the_new_distributions(open_: Any, spac
         assert taken.params["optim.lr_scale"] == source.params["optim.lr_scale"]
         assert (taken.state, taken.value, taken.constraints) == (source.state, source.value, source.constraints)
         assert taken.intermediate_values == source.intermediate_values
+        assert taken.system_attrs.get(f"{RUNG_LOSS}1") == (0.25 if taken.intermediate_values else None)
         assert (taken.datetime_start, taken.datetime_complete) == (source.datetime_start, source.datetime_complete)
         assert taken.user_attrs[TAKEN_FROM] == f"old/{source.number}"
         if taken.state == TrialState.COMPLETE:
