@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import optuna
 import torch
+from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
 from core.data import Splits
@@ -35,10 +36,12 @@ class Pace:
         """
         if not self._study.deadline.is_set:
             return
-        plain_s = seconds_per_epoch(config, splits[0], device=self._device)
-        trial.set_user_attr(PLAIN_S, plain_s)
+        seconds = seconds_per_epoch(config, splits[0], device=self._device)
+        if not config.is_probe:  # it has no epochs, nor their costs
+            trial.set_user_attr(PLAIN_S, seconds)
+            seconds *= self._correction()
         epochs = config.epochs * len(splits) - self._saved_epochs(trial_index)
-        self._study.deadline.check(plain_s * self._correction() * epochs)
+        self._study.deadline.check(seconds * epochs + self._after())
 
     def epoch_ended(self, seconds: float) -> None:
         """Raise OutOfTime if another epoch as long as this one would end too late."""
@@ -46,17 +49,29 @@ class Pace:
         self._study.deadline.check(seconds)
 
     def _correction(self) -> float:
-        """Largest ratio of real to measured time among the last trials.
+        """Largest ratio of real to measured time among the last trials, without the probes.
 
         The few steps run without CUDA graphs and at the full image size, and do not see every cost of an epoch.
         """
-        states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
         ratios = [
-            trial.user_attrs["elapsed_s"] / (trial.user_attrs["epochs"] * trial.user_attrs[PLAIN_S])
-            for trial in self._study.optuna.get_trials(deepcopy=False, states=states)
-            if trial.user_attrs.get("epochs") and {PLAIN_S, "elapsed_s"} <= trial.user_attrs.keys()
+            float(trial.user_attrs["elapsed_s"]) / (trial.user_attrs["epochs"] * trial.user_attrs[PLAIN_S])
+            for trial in self._finished(TrialState.COMPLETE, TrialState.PRUNED)
+            if trial.user_attrs.get("epochs") and PLAIN_S in trial.user_attrs
         ]
         return max(ratios[-_LAST:], default=1.0)
+
+    def _after(self) -> float:
+        """Most seconds of the last complete trials beside their epochs, as for predictions with all views."""
+        beside = [
+            trial.duration.total_seconds() - float(trial.user_attrs["elapsed_s"])
+            for trial in self._finished(TrialState.COMPLETE)
+            if trial.duration is not None
+        ]
+        return max([0.0, *beside[-_LAST:]])
+
+    def _finished(self, *states: TrialState) -> list[FrozenTrial]:
+        trials = self._study.optuna.get_trials(deepcopy=False, states=states)
+        return [trial for trial in trials if "elapsed_s" in trial.user_attrs]
 
     def _saved_epochs(self, trial_index: int) -> int:
         """Number of epochs that earlier attempts at the trial have reported, if they left a checkpoint."""
@@ -64,3 +79,9 @@ class Pace:
             return 0
         trials = self._study.optuna.get_trials(deepcopy=False)
         return max((trial.last_step or 0 for trial in trials if trial_index_of(trial) == trial_index), default=0)
+
+
+def _seconds(trial: optuna.trial.FrozenTrial) -> float:
+    """Time of a finished trial from its beginning, of an interrupted one that of its epochs."""
+    whole = trial.duration
+    return max(float(trial.user_attrs["elapsed_s"]), 0.0 if whole is None else whole.total_seconds())

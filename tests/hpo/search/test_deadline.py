@@ -5,16 +5,23 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from contextlib import nullcontext
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+import torch
+from optuna.trial import FrozenTrial, TrialState
 
+from core.config import TrainConfig
 from hpo.api.options import RunOptions
+from hpo.paths import StudyPaths
 from hpo.search import pace
-from hpo.study import find_study
-from hpo.study.deadline import Deadline
+from hpo.search.pace import PLAIN_S, Pace
+from hpo.study import Study, find_study
+from hpo.study.deadline import Deadline, OutOfTime
 from hpo.study.settings import StudySettings
 from tests.hpo.commands import SPACE, RunHpo, Start
 from tests.hpo.storage.journals import finished_of, trials_of
@@ -22,6 +29,7 @@ from tests.hpo.workers.processes import wait_until
 
 OTHER = "model: {widths: [8], blocks: [1]}\nepochs: 2\nbatch_size: 128\nloss: {smoothing: 0.1}\n"
 EPOCHS = ("--set", "epochs=30")
+PROBE = {"optim.name": "logistic", "model.name": "timm/resnet18", "model.pretrained": True}
 
 
 @pytest.fixture
@@ -171,6 +179,34 @@ def test_measured_speeds_are_corrected_by_those_of_finished_trials(
     run_hpo("run", space_file, "--trials", "1", "--hours", "10", *EPOCHS)
     run_hpo("run", space_file, "--trials", "3", "--minutes", "2", *EPOCHS)
     assert len(finished_of(tmp_path / "studies/own")) == 3
+
+
+@pytest.fixture
+def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A training whose two epochs took 20 s instead of 10 and what followed 30 s, and a probe that took 40 s."""
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: 5.0)
+    study = optuna.create_study()
+    for number, (took_s, attributes) in enumerate(
+        [(50, {PLAIN_S: 5.0, "epochs": 2, "elapsed_s": 20.0}), (40, {"epochs": 1, "elapsed_s": 40.0})]
+    ):
+        end = datetime.now()
+        begin = end - timedelta(seconds=took_s)
+        study.add_trial(FrozenTrial(number, TrialState.COMPLETE, 0.5, begin, end, {}, {}, attributes, {}, {}, number))
+    return Study(study, StudyPaths(tmp_path), {"seed": 0}, "memory")
+
+
+@pytest.mark.parametrize(("changes", "seconds"), [({}, 2 * 5 * 2 + 30), (PROBE, 2 * 5 + 30)])
+def test_what_follows_the_epochs_counts_and_a_probe_neither_is_corrected_nor_corrects(
+    changes: dict[str, Any], seconds: float, timed: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, begun = TrainConfig().override({"epochs": 2, **changes}), timed.optuna.ask()
+    splits: list[Any] = [None]
+    for left_s in (seconds - 1, seconds + 1):
+        timed.deadline.begin(1000)
+        monkeypatch.setattr(Deadline, "left_s", lambda self, trials=True, left_s=left_s: left_s)
+        with pytest.raises(OutOfTime) if left_s < seconds else nullcontext():
+            Pace(timed, torch.device("cpu")).begin(begun, 1, config, splits)
+    assert (PLAIN_S in timed.optuna.get_trials()[-1].user_attrs) == (not changes)
 
 
 # What is saved
