@@ -43,6 +43,8 @@ def passes(views: str) -> int:
     return len(VIEWS[views])
 
 
+MOST_PASSES = max(map(passes, VIEWS))
+
 CPU_PIXELS, CPU_FEWEST = 512 * 32 * 32, 8
 """Pixels of a batch on a CPU, and its fewest images: larger ones are slower there, and may need all memory."""
 

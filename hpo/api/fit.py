@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,6 +247,8 @@ class _Fit:
                 "whole": choice.whole,
                 "epochs": choice.epochs,
                 "limit_s": self._record["limit_s"],
+                "end_s": choice.end_s,
+                "pass_s": choice.pass_s,
                 **{key: getattr(plan, key) for key in ("search_s", "confirm_s", "refit_s", "after_s")},
             }
         )
@@ -423,9 +424,13 @@ class _Fit:
             average=None if confirmed else "own",  # another needs a training of its own to be judged
         )
         length = self._length(confirmed=confirmed)
-        left_s = partial(self._until, "after_s")
-        self._refitted = refit(options, self._reporter, self._interrupts, left_s=left_s, length=length)
+        self._refitted = refit(options, self._reporter, self._interrupts, left_s=self._left_to_refit, length=length)
         return str(self._refitted.refitted.dir)
+
+    def _left_to_refit(self, passes: int) -> float:
+        """Seconds until the model must be evaluated; `passes` as in `hpo.submission.Training`."""
+        choice = self._record["choice"]
+        return self._record.left_s - float(choice["end_s"]) - passes * float(choice["pass_s"])
 
     def _length(self, *, confirmed: bool) -> int | None:
         """Epochs of the refit, which the training itself shortens to fit the time; None to compare lengths.

@@ -14,6 +14,7 @@ from core.data import Dataset, Splits, folds, image_sizes
 from core.errors import MissingWeightsError, SizesError, UserError
 from core.loop import seconds_per_epoch
 from core.models import has_weights
+from core.tta import MOST_PASSES
 from hpo.api.common import open_dataset
 from hpo.api.fit_plan import BUNDLE_S, END_S, REPORT_S, SLOWER, Plan, Timed, divide, least_s
 from hpo.api.networks import advice, with_weights
@@ -51,8 +52,8 @@ TIMED_BATCH = 8
 """Batch size to time a large network with on a CPU, where a step of 64 images may take 10 s."""
 DECODE_S = 0.003
 """Seconds to read an image to label."""
-PASSES = 2.0
-"""Time to evaluate or label an image with several views, relative to that of training on it once."""
+PASS = 1 / 3
+"""Time of a pass of an image through a network, relative to that of training on it once."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Choice:
     """Images outside the test set as a multiple of the training images."""
     epochs: int
     """Of the space's baseline: the trials may be shorter, to fit the time."""
+    end_s: float
+    """See `Timed`."""
+    pass_s: float
+    """See `Timed`."""
 
 
 @dataclass(frozen=True)
@@ -237,11 +242,12 @@ class Chooser:
         epoch_s = self._epoch_s(found.space.baseline, split, quick=quick)
         probes = [recipe.config for recipe in found.space.recipes if recipe.config.is_probe]
         beside_s = sum(self._epoch_s(probe, split) for probe in probes if has_weights(probe.model.name))
-        label_s = self._to_predict * (DECODE_S + PASSES * epoch_s / len(split.train))
-        evaluated = (len(split.val) + found.dataset.n_test) / len(split.train)
-        after_s = BUNDLE_S + PASSES * epoch_s * evaluated + label_s + REPORT_S + END_S
         whole = len(found.dataset.labels) / len(split.train)
-        return Timed(epoch_s * folds, whole, beside_s=beside_s * folds, after_s=after_s)
+        image_s = PASS * epoch_s / len(split.train)
+        pass_s = image_s * (found.dataset.n_test + self._to_predict)
+        end_s = BUNDLE_S + DECODE_S * self._to_predict + REPORT_S + END_S
+        after_s = end_s + MOST_PASSES * (pass_s + image_s * len(split.val))
+        return Timed(epoch_s * folds, whole, beside_s * folds, after_s, end_s, pass_s)
 
     def _epoch_s(self, config: TrainConfig, split: Splits, *, quick: bool = False) -> float:
         """Seconds of an epoch, measured once for a configuration; `quick` on a CPU by one step of few images."""
@@ -312,7 +318,9 @@ class Chooser:
         settings = found.settings if plan.epochs == wanted else (*found.settings, f"epochs={plan.epochs}")
         lines = [*why, *plan.left_out]
         trials = plan.trials or found.space.trials
-        choice = Choice(found.name, settings, tuple(lines), plan, trials, timed.whole, wanted)
+        choice = Choice(
+            found.name, settings, tuple(lines), plan, trials, timed.whole, wanted, timed.end_s, timed.pass_s
+        )
         return choice, found.dataset, found.splits
 
 

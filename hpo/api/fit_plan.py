@@ -48,6 +48,10 @@ class Timed:
     """Seconds of the probes, which are trained before the trials."""
     after_s: float = 0.0
     """Seconds of what follows the last training: evaluating and writing the model, predictions, report."""
+    end_s: float = 0.0
+    """Of these, what does not depend on the number of views."""
+    pass_s: float = 0.0
+    """Seconds in which the images to predict pass the network once."""
 
 
 @dataclass(frozen=True)

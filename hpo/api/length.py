@@ -14,6 +14,7 @@ import torch
 from core.config import TrainConfig
 from core.data import Dataset, Division, Splits
 from core.errors import DivergedError
+from core.tta import MOST_PASSES
 from hpo.api.common import trainings
 from hpo.confirmation.result import BASELINE, Confirmation
 from hpo.confirmation.trials import Training, in_parts, replicated, search_epochs
@@ -42,8 +43,9 @@ class Climbing:
     reporter: Reporter
     interrupts: Interrupts
     settings: StudySettings | None = None
-    left_s: Callable[[], float] | None = None
-    """Seconds that are left for the ladder together with the refit that follows; None without a limit."""
+    left_s: Callable[[int], float] | None = None
+    """Seconds that are left for the ladder together with the refit that follows, see `hpo.submission.Training`; None
+    without a limit."""
 
     def confirmed(self, study: Study, confirmation: Confirmation) -> tuple[Ladder, TrainConfig, TrainingPaths]:
         """Compare lengths of a confirmation's winner and the baseline on its first seeds and splits; see `climb`."""
@@ -80,7 +82,7 @@ class Climbing:
         if self.left_s is None:
             budget = Budget(default_budget(search_epochs, climbers))
         else:
-            budget = Budget(None, max(0.0, self.left_s()))
+            budget = Budget(None, max(0.0, self.left_s(MOST_PASSES)))
         self.reporter.say(
             f"comparing longer trainings of {' and '.join(one.name for one in climbers)}, ± one standard error: "
             f"{budget.limit} (skip with --epochs N)"

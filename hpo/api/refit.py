@@ -89,7 +89,7 @@ def refit(
     reporter: Reporter | None = None,
     interrupts: Interrupts | None = None,
     *,
-    left_s: Callable[[], float] | None = None,
+    left_s: Callable[[int], float] | None = None,
     length: int | None = None,
 ) -> RefitResult:
     """Retrain a trial or a recipe on training and validation images into a submission model, and open the test set.
@@ -98,7 +98,7 @@ def refit(
 
     Args:
         left_s: Returns the seconds that are left for the choice of the length and the training on all images, which is
-            shortened to fit; None without a limit.
+            shortened to fit, given how often each image passes a network when the model predicts; None without a limit.
         length: Epochs of the training on all images, without comparing lengths: the choices rest on the predictions of
             the searched length. None chooses the length.
 
@@ -137,7 +137,7 @@ def _refitted(
     device: torch.device,
     reporter: Reporter,
     interrupts: Interrupts,
-    left_s: Callable[[], float] | None,
+    left_s: Callable[[int], float] | None,
 ) -> RefitResult:
     from core.runtime import describe_device
     from hpo.api.common import open_dataset
@@ -251,7 +251,7 @@ def _refit_recipe(
     options: RefitOptions,
     reporter: Reporter,
     interrupts: Interrupts,
-    left_s: Callable[[], float] | None,
+    left_s: Callable[[int], float] | None,
 ) -> RefitResult:
     with interrupts.let_through():
         from core.data import folds

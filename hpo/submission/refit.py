@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +25,7 @@ from core import metrics
 from core.config import TrainConfig
 from core.data import Dataset, Splits, folds, on_device
 from core.data.decode import SIXTEEN_BIT_TOP
+from core.tta import passes
 from hpo.confirmation.result import Confirmation
 from hpo.confirmation.trials import search_epochs
 from hpo.dashboard.pictures import learning_curves
@@ -97,8 +99,9 @@ class Training:
     """Held-out predictions of this configuration, for one network; None trains it on a part of the images."""
     library: Library | None = None
     """Other configurations, with predictions of the same images; None tries no ensemble with them."""
-    left_s: Callable[[], float] | None = None
-    """Seconds that are left for the training on all images; None without a limit."""
+    left_s: Callable[[int], float] | None = None
+    """Seconds that are left for the training on all images, given how often each image passes a network when the model
+    predicts; None without a limit."""
 
 
 def refit(
@@ -138,7 +141,7 @@ def refit(
     if onnx:
         check_onnx()
     averages = _half_lives(config, training.forced)
-    trainer = Trainer(paths, number, label, config, metric, device, watch, kept, training.left_s, averages)
+    trainer = Trainer(paths, number, label, config, metric, device, watch, kept, averages=averages)
     trained = _trained(trainer, dataset, training)
     openings = _record_opening(paths, label, number, recipe)
     tested = Tested.by(trained.networks, trained.decision, dataset.open_test())
@@ -221,6 +224,8 @@ def _trained(trainer: Trainer, dataset: Dataset, training: Training) -> _Trained
         if library is not None:
             decision = decide_selection(decision, evidence, library, trainer.metric, forced.form)
     final = averaging_by(config, decision.average)
+    if training.left_s is not None:
+        trainer = replace(trainer, left_s=partial(training.left_s, _passes(decision, len(chosen))))
     if ensemble is None:
         epochs = int(fmean(kept) + 0.5) if epochs is None else epochs
         networks.clear()  # free the device's memory for the training
@@ -247,6 +252,11 @@ def _trained(trainer: Trainer, dataset: Dataset, training: Training) -> _Trained
         source=evidence.source,
         elapsed_s=elapsed_s,
     )
+
+
+def _passes(decision: Decision, members: int) -> int:
+    """How often an image passes a network when the model predicts, at most: a soup is one network."""
+    return sum(passes(each.views) for each in decision.selection) or max(1, members) * passes(decision.views)
 
 
 def _epochs(decision: Decision, epochs: int) -> int | list[int]:

@@ -681,6 +681,23 @@ def test_another_length_stretches_what_the_shorter_training_decided(
 # ONNX ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("views", "members", "expected"), [("none", None, 1), ("flip", None, 2), ("flip_shift", None, 6), ("shift", 2, 10)]
+)
+def test_the_time_of_a_refit_depends_on_the_passes_of_its_model(
+    views: str, members: int | None, expected: int, tmp_path: Path, digits: Dataset
+) -> None:
+    asked: list[int] = []
+
+    def left_s(passes: int) -> float:
+        asked.append(passes)
+        return 1e6
+
+    forced = Forced(views=views, form="ensemble" if members else None)
+    do_refit(tmp_path, digits, members=members, forced=forced, left_s=left_s)
+    assert set(asked) == {expected}
+
+
 def test_the_onnx_file_answers_as_the_bundle_with_its_views_and_temperature(tmp_path: Path, digits: Dataset) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     done = do_refit(tmp_path, digits, SMALL.override({"epochs": 1}), onnx=True)
