@@ -11,8 +11,9 @@ from core.weights import weights_in
 from hpo.api.common import joining, open_dataset, report_data, report_estimate, resumable, train_all, weights_of
 from hpo.api.options import ConfirmOptions
 from hpo.confirmation.conclusion import conclude
+from hpo.confirmation.plan import Plan
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation, write_confirmation
-from hpo.confirmation.trials import Plan, open_confirmation
+from hpo.confirmation.trials import open_confirmation
 from hpo.dashboard.notes import note_study
 from hpo.errors import StudyError, TimeLimitError
 from hpo.paths import StudyPaths, confirmation_of
@@ -21,7 +22,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.options import TrialOptions
 from hpo.storage import is_masked
 from hpo.study import Study, find_study
-from hpo.text import held_by
+from hpo.text import count, duration, held_by
 from hpo.workers.placement import place
 from hpo.workers.work import Work
 
@@ -217,13 +218,15 @@ class _Confirm:
         for name in plan.left_out:
             say(f"left out: {name}")
         configurations, replicates = plan.allocation.candidates, plan.allocation.replicates
-        epochs = plan.allocation.trainings * plan.cost_epochs
         what = "seeds" if self._is_on_given_val else "seeds and splits"
+        epochs = count(plan.allocation.trainings * plan.cost_epochs, "epoch")
+        seconds = "" if plan.seconds is None else f", {duration(plan.seconds)} at the speed of the search"
         say(
             f"each is trained on {replicates} other {what}, n = {replicates}: "
-            f"{configurations} × {replicates} trainings, {epochs:,} epochs at most; "
-            f"the budget is {plan.budget_epochs:,}, the search trained {plan.search_epochs:,}"
+            f"{configurations} × {replicates} trainings, at most {epochs}{seconds}"
         )
+        searched = "" if plan.search_s is None else f" in {duration(plan.search_s)}"
+        say(f"the budget is {plan.budget_epochs:,} epochs, the search trained {plan.search_epochs:,}{searched}")
         if self._is_on_given_val:
             say("the data give the validation images, so the intervals do not include the choice of these images")
         if plan.is_over_budget:

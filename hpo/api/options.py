@@ -411,7 +411,8 @@ class ConfirmOptions(ChosenStudy, LimitOptions, DataOptions, PlacementOptions):
 
     weights: Weights = None
     budget: float | None = option(
-        "Cost limit as a fraction of the epochs that the search trained; by default the space's confirm.budget.",
+        "Cost limit as a fraction of the epochs that the search trained; by default the space's confirm.budget, else "
+        "a third, and at least twelve trainings within the search's epochs and time.",
         metavar="SHARE",
         ge=0,
     )

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 NEIGHBOURS = 5
 """Trials that predict a score. Of fewer than twice as many trials, most would be neighbours of all others."""
 
-_ORDINALS = ("", "second ", "third ")
+_ORDINALS = ("", "second ", "third ", "fourth ", "fifth ")
 
 
 def best_trial(study: Study) -> FrozenTrial:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from hpo.confirmation import statistics
+from hpo.confirmation.plan import Plan
 from hpo.confirmation.result import BASELINE, Candidate, Confirmation, Contender, searched_best
 from hpo.confirmation.statistics import Comparison
-from hpo.confirmation.trials import Plan, Training, per_repeat, scores_of, trainings
+from hpo.confirmation.trials import Race, per_repeat, race, scores_of, trainings
 from hpo.errors import StudyError
 from hpo.paths import confirmation_of
 from hpo.space import ConfirmationSpace
@@ -29,11 +30,10 @@ def conclude(plan: Plan, study: Study | None, *, out_of_time: bool = False) -> C
     """
     search = plan.search
     known = [] if study is None else trainings(study)
-    contenders = [
-        _contender(candidate, [training for training in known if training.identity == candidate.identity])
-        for candidate in (*plan.chosen, *plan.earlier(known))
-    ]
-    space = None if study is None else study.space()
+    space, state = None if study is None else study.space(), Race((), {})
+    if isinstance(space, ConfirmationSpace):
+        state = race(known, space)
+    contenders = [_contender(candidate, state) for candidate in (*plan.chosen, *plan.earlier(known))]
     if isinstance(space, ConfirmationSpace):
         compared = _compared(search.name, contenders, space, plan.margin, per_repeat(known))
     else:
@@ -70,13 +70,13 @@ def conclude(plan: Plan, study: Study | None, *, out_of_time: bool = False) -> C
     )
 
 
-def _contender(candidate: Candidate, own: Collection[Training]) -> Contender:
+def _contender(candidate: Candidate, state: Race) -> Contender:
+    own = [training for training in state.counted if training.identity == candidate.identity]
     failures = [training.failure for training in own if training.failure]
-    stopped = [training.stopped for training in own if training.stopped]
     return Contender(
         **vars(candidate),
         scores=scores_of(own).get(candidate.identity, {}),
-        stopped=None if failures or not stopped else stopped[0],
+        stopped=None if failures else state.left.get(candidate.identity),
         failure=failures[0] if failures else None,
         interval=None,
     )

@@ -6,6 +6,10 @@ images, so the variance of a mean is corrected (Nadeau and Bengio 2003, Machine 
 PAKDD), see `effective_share`. The interval of the leader's advantage holds for all challengers at once (Bonferroni),
 and their spreads are pooled with its own, as in the moderated t (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3).
 
+The score of a configuration in the search does not count. The finalists were selected by it, recipes are ranked by it,
+and the baseline is not: their differences would be too high by the optimism of the best of many (Cawley and Talbot
+2010, JMLR 11). A trial at a rung and the mean over neighbours are the same scores.
+
 What is claimed follows the interval, and what is refitted the expectation: the leader is the better bet as soon as it
 is ahead, proven or not. Its expected gain is its lead, shrunk by the noise of the means (Carvalho, Polson and Scott
 2010, Biometrika 97). The documentation (`honest-winner.md`) has simulations of both.
@@ -26,15 +30,15 @@ Scores = Mapping[int, tuple[float, ...]]
 """The value of each fold (one without folds) by replicate; NaN if the training failed."""
 
 CONFIDENCE = 0.95
-RACE_CONFIDENCE = 0.9
-"""One-sided, of the test that stops a challenger: in simulated races of near equals it stops the best in 3 to 10 %."""
+RACE_ERROR = 0.2
+"""Bound on the error of all looks of a race together, see `cannot_win`."""
 MIN_REPLICATES = 3  # with two, t's quantiles are useless
-GOOD_REPLICATES = 5  # t's quantile at 95 % has fallen from 4.3 to 2.8
 FIRST_REPLICATES = 10
 MAX_REPLICATES = 20  # with a quarter of the images for validation, twice as many would narrow an interval by 7 %
 LENT_AT_MOST = 2.0
 """Limit of the pooled spread, relative to the leader's: a challenger that sometimes fails is very noisy."""
-MAX_CANDIDATES = 8  # every further one widens the interval of the leader
+MAX_CANDIDATES = 6  # five finalists and the baseline: every further one widens the interval of the leader
+MAX_TRAININGS = MAX_CANDIDATES * FIRST_REPLICATES
 
 WITHIN_REPEAT = 0.5
 """Correlation of two folds of a repeat, relative to that of two free splits. Folds share no validation image, only most
@@ -195,8 +199,11 @@ def cannot_win(
 ) -> str | None:
     """Explain why a candidate needs no further training; None if it may still win.
 
-    A one-sided paired test at 90 % compares it with the one of the others that is ahead by most, over at least three
-    common replicates.
+    A one-sided paired test compares it with the one of the others that is ahead by most, after each common replicate
+    from the third on. Look k has the error `RACE_ERROR` / (k (k + 1)). These add up to less than `RACE_ERROR` however
+    many looks there are, so the race may end at any time (a union bound, as in the successive elimination of Even-Dar,
+    Mannor and Mansour 2006, JMLR 7; races go back to Maron and Moore 1994, NIPS 6). The number of others is not
+    corrected for. In simulations the best is stopped in 3 to 4 % (`bench_confirm.py --simulate`).
     """
     if failed(candidate):
         return "one of its trainings gave no score"
@@ -208,16 +215,18 @@ def cannot_win(
     if not ahead:
         return None
     leader = max(ahead, key=lambda name: ahead[name].mean)
+    look = ahead[leader].replicates - MIN_REPLICATES + 1
+    error = RACE_ERROR / (look * (look + 1))
     gap = corrected_interval(
         ahead[leader].values,
         test_share=effective_share(ahead[leader].numbers, test_share=test_share, per_repeat=per_repeat),
         replicates=ahead[leader].replicates,
-        confidence=1 - 2 * (1 - RACE_CONFIDENCE),  # only the lower end is used
+        confidence=1 - 2 * error,  # only the lower end is used
         resolution=resolution,
     )
     if gap.low <= 0:
         return None
-    sure = f"by at least {gap.low:.4f} at {100 * RACE_CONFIDENCE:.0f} %"
+    sure = f"by at least {gap.low:.4f} at {100 * (1 - error):.3g} %"
     return f"worse than {leader} by {gap.mean:.4f} over {gap.n} replicates, {sure}"
 
 
@@ -233,20 +242,20 @@ class Allocation:
         return self.candidates * self.replicates
 
 
-def allocate(*, budget_trainings: int, candidates: int) -> Allocation:
+def allocate(*, budget_trainings: int, candidates: int, least: int = MIN_REPLICATES) -> Allocation:
     """Spend a budget of whole trainings on candidates, the baseline included, and replicates.
 
-    The favourite and the baseline are trained three times, even beyond the budget; then five times; then more
-    configurations, five times each, up to eight; then more often, up to ten times.
+    The favourite and the baseline are trained up to five times; then two or three challengers, four times each; then up
+    to five, five times each; then all more often, up to ten times. All five from the start would choose a little better
+    with fewer than 30 trainings, and prove less (`bench_confirm.py --simulate`).
+
+    Args:
+        least: Replicates of the favourite and the baseline, even beyond the budget.
     """
     if candidates < 1:
         raise ValueError("there is no configuration to confirm")
-    chosen = min(2, candidates)
-    replicates = max(MIN_REPLICATES, min(GOOD_REPLICATES, budget_trainings // chosen))
-    if replicates == GOOD_REPLICATES:
-        chosen = max(chosen, min(MAX_CANDIDATES, candidates, budget_trainings // GOOD_REPLICATES))
-        replicates = min(FIRST_REPLICATES, budget_trainings // chosen)
-    return Allocation(chosen, replicates)
+    chosen = min(candidates, MAX_CANDIDATES, max(2, min(4, budget_trainings // 4), budget_trainings // 5))
+    return Allocation(chosen, max(least, min(FIRST_REPLICATES, budget_trainings // chosen)))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The confirmation as a study of its own: which trainings are queued, and which are stopped early.
+"""The confirmation as a study of its own: its trainings, their seeds and splits, and the race between configurations.
 
 A trial trains one configuration on one replicate: a seed and a split that are new to the search. The splits are the
 folds of a repeated k-fold, so that each image is validated once per repeat. Before a worker trains a claimed trial, it
@@ -14,7 +14,6 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 import optuna
-from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
@@ -22,9 +21,7 @@ from core.data import Dataset, folds, val_parts
 from core.errors import UserError
 from core.runtime import derive_seed
 from hpo.confirmation import statistics
-from hpo.confirmation.candidates import best_trial, candidates, confirmed_before
-from hpo.confirmation.result import BASELINE, Candidate, current_key, dump, identity_of
-from hpo.confirmation.statistics import GOOD_REPLICATES, MAX_CANDIDATES, MAX_REPLICATES, allocate
+from hpo.confirmation.result import BASELINE, current_key, identity_of
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of
 from hpo.space import CANDIDATE, REPLICATE, ConfirmationSpace
@@ -117,28 +114,56 @@ def per_repeat(known: Iterable[Training]) -> int:
     return 1 + max((training.val_part or 0 for training in known), default=0)
 
 
-def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, trial_index: int) -> str | None:
-    """Explain why a claimed trial of a confirmation need not be trained; None if its candidate may still win.
+@dataclass(frozen=True)
+class Race:
+    """Which trainings of a confirmation count, and which configurations have left it."""
 
-    Only lower trial indices count, so a resumed confirmation decides as an undisturbed one. The baseline stops only if
-    it fails.
+    counted: tuple[Training, ...]
+    """Without those that a worker began while another still trained the replicate after which their configuration
+    leaves: one worker alone would not have trained them."""
+    left: dict[str, str]
+    """Why each configuration left, by identity."""
+
+
+def race(known: Iterable[Training], space: ConfirmationSpace) -> Race:
+    """Replay the race of a confirmation from its trainings alone, so every worker and every resumed run agrees.
+
+    Whether a configuration stays for a replicate depends on the lower replicates with lower trial indices, once all of
+    these are over. The baseline stays unless one of its trainings fails.
     """
-    identity = identity_of(trial.user_attrs[CONFIG])
-    before = [training for training in trainings(study) if training.trial_index < trial_index]
-    stopped = (training.stopped for training in before if training.identity == identity and training.stopped)
-    if (known := next(stopped, None)) is not None:
-        return known
-    scores, names = scores_of(before), {training.identity: training.key for training in before}
-    own = scores.pop(identity, {})
-    is_baseline = current_key(trial.user_attrs[CANDIDATE]) == BASELINE
+    counted: list[Training] = []
+    left: dict[str, str] = {}
+    for training in sorted(known, key=lambda one: one.trial_index):
+        if training.identity in left:
+            continue
+        before = [one for one in counted if one.replicate < training.replicate]
+        why = training.stopped
+        if why is None and all(one.is_over for one in before):
+            why = _why_leaving(training, before, space)
+        if why is None:
+            counted.append(training)
+        else:
+            left[training.identity] = why
+    return Race(tuple(counted), left)
+
+
+def _why_leaving(training: Training, before: Sequence[Training], space: ConfirmationSpace) -> str | None:
+    scores, names = scores_of(before), {one.identity: one.key for one in before}
+    own = scores.pop(training.identity, {})
     return statistics.cannot_win(
         own,
-        {} if is_baseline else {names[other]: found for other, found in scores.items()},
+        {} if training.key == BASELINE else {names[other]: found for other, found in scores.items()},
         test_share=space.test_share,
         per_repeat=per_repeat(before),
         maximize=space.direction == "maximize",
         resolution=space.resolution,
     )
+
+
+def why_stopped(study: Study, space: ConfirmationSpace, trial: optuna.Trial, trial_index: int) -> str | None:
+    """Explain why a claimed trial of a confirmation need not be trained; None if its candidate may still win."""
+    known = [training for training in trainings(study) if training.trial_index <= trial_index]
+    return race(known, space).left.get(identity_of(trial.user_attrs[CONFIG]))
 
 
 def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Dataset, parts: bool = True) -> TrainConfig:
@@ -180,6 +205,12 @@ def search_epochs(study: Study) -> int:
     """Return the number of epochs trained by the finished trials of a search."""
     trials = effective_trials(study.optuna.get_trials(deepcopy=False)).values()
     return sum(int(trial.user_attrs.get("epochs", 0)) for trial in trials if trial.state in _FINISHED)
+
+
+def search_seconds(study: Study) -> float | None:
+    """Return the training time of the finished trials of a search; None if it is not known."""
+    trials = effective_trials(study.optuna.get_trials(deepcopy=False)).values()
+    return sum(float(trial.user_attrs.get("elapsed_s", 0.0)) for trial in trials if trial.state in _FINISHED) or None
 
 
 def seconds_per_epoch(study: Study, number: int | None = None) -> float | None:
@@ -226,104 +257,3 @@ def open_confirmation(
     study.files.use_store(None if search.files.store is None else search.files.store.url)
     study.settings.set_space(confirming)
     return study
-
-
-class Plan:
-    """The trainings of a confirmation: the candidates and replicates that the budget allows.
-
-    The budget is a share of the epochs trained by the search. None is a third, but at least two configurations with
-    `GOOD_REPLICATES` replicates: fewer mostly miss an advantage of five points. `within_s` limits it to the epochs that
-    fit these seconds, at the speed of the search.
-    """
-
-    def __init__(
-        self, search: Study, space: SearchSpace, *, share: float | None, within_s: float | None = None
-    ) -> None:
-        best_trial(search)  # raises an error if there is none
-        self.search, self.margin = search, space.confirm.margin
-        self.cost_epochs = space.baseline.epochs * (space.baseline.data.folds or 1)
-        """Maximum number of epochs of one training."""
-        self.search_trials, self.search_epochs = search.counts().finished, search_epochs(search)
-        if share is None:
-            self.budget_epochs = max(self.search_epochs // 3, 2 * GOOD_REPLICATES * self.cost_epochs)
-        else:
-            self.budget_epochs = int(share * self.search_epochs + 1e-9)  # less a rounding error: 0.1 × 30 is 3
-        if within_s is not None and (epoch_s := seconds_per_epoch(search)) is not None:
-            self.budget_epochs = min(self.budget_epochs, int(within_s / epoch_s))
-        self._preferred = preferred = candidates(search, space)
-        self.allocation = allocate(budget_trainings=self.budget_epochs // self.cost_epochs, candidates=len(preferred))
-        self.chosen = tuple(preferred[: self.allocation.candidates])
-        why = "the budget is too small for it"
-        if self.allocation.candidates == MAX_CANDIDATES:
-            why = f"more than {MAX_CANDIDATES} would only widen all intervals"
-        self.left_out = tuple(
-            f"{candidate.key} ({', '.join(candidate.chosen_for)}): {why}"
-            for candidate in preferred[self.allocation.candidates :]
-        )
-
-    @property
-    def challengers(self) -> tuple[Candidate, ...]:
-        """The chosen candidates without the baseline."""
-        return tuple(candidate for candidate in self.chosen if candidate.key != BASELINE)
-
-    @property
-    def is_over_budget(self) -> bool:
-        return self.allocation.trainings * self.cost_epochs > self.budget_epochs
-
-    def queue(self, study: Study, dataset: Dataset) -> int:
-        """Queue the missing trainings, replicate by replicate, and return their number.
-
-        If all planned trainings are over, those saved by early stopping go to the remaining candidates,
-        significant or not: a test repeated until it finds something finds it too often.
-        """
-        study.paths.dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(study.paths.queueing):  # two processes would queue the same trainings
-            return self._queue(study, dataset)
-
-    def _queue(self, study: Study, dataset: Dataset) -> int:
-        known = trainings(study)
-        missing = self._missing(known, range(self.allocation.replicates))
-        if not missing and all(training.is_over for training in known):
-            missing = self._saved(known)
-        places = {identity: place for place, identity in enumerate(dict.fromkeys(t.identity for t in known))}
-        queued = []
-        for candidate, replicate in missing:
-            place = places.setdefault(candidate.identity, len(places))
-            config = replicated(
-                candidate.train_config, replicate, seed=self.search.seed, dataset=dataset, parts=in_parts(known)
-            )
-            attributes = {CANDIDATE: candidate.key, REPLICATE: replicate, CONFIG: dump(config)}
-            queued.append(({CANDIDATE: place, REPLICATE: replicate}, attributes))
-        study.queue.enqueue(queued)  # also an empty list: a process may have died before it raised the total
-        return len(queued)
-
-    def _missing(self, known: Sequence[Training], replicates: Iterable[int]) -> list[tuple[Candidate, int]]:
-        existing = {(training.identity, training.replicate) for training in known}
-        remaining = self._remaining(known)
-        return [(one, number) for number in replicates for one in remaining if (one.identity, number) not in existing]
-
-    def _saved(self, known: Sequence[Training]) -> list[tuple[Candidate, int]]:
-        """Further replicates of the remaining candidates, up to the planned number of trainings."""
-        identities = {candidate.identity for candidate in self.chosen}
-        if len(self._remaining(known)) < 2:
-            return []
-        trained = sum(training.values is not None for training in known if training.identity in identities)
-        more: list[tuple[Candidate, int]] = []
-        for replicate in range(self.allocation.replicates, MAX_REPLICATES):
-            missing = self._missing(known, [replicate])
-            if trained + len(more) + len(missing) > self.allocation.trainings:
-                break
-            more += missing
-        return more
-
-    def _remaining(self, known: Sequence[Training]) -> list[Candidate]:
-        """The candidates neither stopped nor failed; none if all challengers are."""
-        out = {training.identity for training in known if training.stopped or training.failure}
-        remaining = [candidate for candidate in self.chosen if candidate.identity not in out]
-        return remaining if any(candidate.key != BASELINE for candidate in remaining) else []
-
-    def earlier(self, known: Sequence[Training]) -> list[Candidate]:
-        """Return the candidates of an earlier confirmation that are not chosen now; they may win too."""
-        left = {training.identity for training in known if training.values} - {one.identity for one in self.chosen}
-        preferred = [one for one in self._preferred if one.identity in left]
-        return preferred + confirmed_before(self.search, left - {one.identity for one in preferred})

@@ -158,7 +158,7 @@ class Confirm(_Section):
 
     budget: float | None = Field(default=None, gt=0)
     """Cost as a fraction of the epochs trained by the search; at least two configurations are trained three times.
-    null: a third, and at least enough to train two configurations five times."""
+    null: a third, and at least twelve trainings, but no more epochs and time than the search took."""
     margin: float = Field(default=0.0, ge=0)
     """A refit takes the best configuration instead of the baseline if its expected gain is larger."""
 

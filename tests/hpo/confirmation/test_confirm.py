@@ -26,10 +26,10 @@ from hpo.api.options import ConfirmOptions
 from hpo.cli.progress import StudyProgress
 from hpo.confirmation.candidates import NEIGHBOURS, candidates, predict, unit_cube
 from hpo.confirmation.conclusion import conclude
+from hpo.confirmation.plan import Plan
 from hpo.confirmation.result import Confirmation, identity_of, read_confirmation
-from hpo.confirmation.statistics import own_score
+from hpo.confirmation.statistics import MAX_REPLICATES, own_score
 from hpo.confirmation.trials import (
-    Plan,
     Training,
     open_confirmation,
     per_repeat,
@@ -37,6 +37,7 @@ from hpo.confirmation.trials import (
     search_epochs,
     seconds_per_epoch,
     trainings,
+    why_stopped,
 )
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths
@@ -203,7 +204,7 @@ def test_a_confirmation_of_an_earlier_version_continues_with_free_splits(
     searches: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as earlier:
-        earlier.setattr("hpo.confirmation.trials.in_parts", lambda known: False)
+        earlier.setattr("hpo.confirmation.plan.in_parts", lambda known: False)
         study = begun("planted", digits, share=3)
     assert len(trainings(study)) == 6
     known = configs_of(begun("planted", digits, share=5))
@@ -462,9 +463,9 @@ def test_a_failed_candidate_is_reported_and_cannot_win(
     failing: str, winner: str, words: str, searches: Path, digits: Dataset
 ) -> None:
     study, plan = a_field(digits)
-    end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.8}, fail={failing})
+    end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.899}, fail={failing})
     assert plan.queue(study, digits) == 4  # its first training was its last, of five
-    end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.8})
+    end_all(study, {"baseline": 0.5, "trial 1": 0.9, "trial 2": 0.899})
     confirmation = conclude(plan, study)
     assert confirmation.winner == winner
     assert words in confirmation.verdict
@@ -479,10 +480,50 @@ def test_it_is_an_error_if_all_trainings_fail(searches: Path, digits: Dataset) -
         conclude(plan, study)
 
 
-def a_field(dataset: Dataset) -> tuple[Study, Plan]:
+@pytest.mark.parametrize("seed", range(6))
+def test_several_workers_end_a_race_as_one_does(searches: Path, digits: Dataset, seed: int) -> None:
+    alone, together = (raced(digits, f"field-{workers}", workers, seed) for workers in (1, 5))
+    assert any(one.stopped for one in alone.contenders)
+    assert together.trainings >= alone.trainings == sum(len(one.scores) for one in alone.contenders)
+    assert [(one.key, one.scores, one.stopped, one.interval) for one in together.contenders] == [
+        (one.key, one.scores, one.stopped, one.interval) for one in alone.contenders
+    ]
+    assert (together.winner, together.advantage, together.expected) == (alone.winner, alone.advantage, alone.expected)
+
+
+def raced(dataset: Dataset, name: str, workers: int, seed: int) -> Confirmation:
+    """Run a race of invented scores in which so many trainings run at a time, and end in a random order."""
+    study, plan = a_field(dataset, name, share=10.0)
+    space = study.space()
+    assert isinstance(space, ConfirmationSpace)
+    opened = Study(study.optuna, study.paths, study.metadata, study.storage_url, space)
+    order = np.random.default_rng(seed)
+    luck = np.random.default_rng(seed).normal(0, 0.02, (3, MAX_REPLICATES))
+    means = {"baseline": 0.5, "trial 1": 0.52, "trial 2": 0.46}
+    running: list[Any] = []
+    while True:
+        claimed = opened.queue.claim() if len(running) < workers else None
+        if claimed is not None:
+            trial, trial_index = claimed
+            space.suggest(trial)
+            why = why_stopped(study, space, trial, trial_index)
+            if why is None:
+                running.append(trial)
+            else:
+                opened.queue.finish(trial, "pruned", attributes={STOPPED: why, "epochs": 0})
+        elif running:
+            trial = running.pop(order.integers(len(running)))
+            key, replicate = trial.user_attrs["candidate"], trial.user_attrs["replicate"]
+            value = means[key] + luck[list(means).index(key), replicate]
+            opened.queue.finish(trial, "complete", value, attributes={"epochs": 10})
+        elif not plan.queue(study, dataset):
+            return conclude(plan, study)
+
+
+def a_field(dataset: Dataset, name: str = "field", share: float = 5.0) -> tuple[Study, Plan]:
     """A confirmation of the baseline, trial 1 and trial 2, whose scores the test invents."""
-    search, space = invented("field", {1: 0.9, 2: 0.8}, dataset)
-    plan = Plan(search, space, share=5.0)  # of 3 × 10 epochs: 15 trainings
+    search, space = invented(name, {1: 0.9, 2: 0.8}, dataset)
+    plan = Plan(search, space, share=share)  # of 3 × 10 epochs: by default 15 trainings
     study = open_confirmation(search, space, dataset, folds(dataset, space.baseline.data), data_path=None)
     plan.queue(study, dataset)
     return study, plan
@@ -518,7 +559,7 @@ def end_all(
 @pytest.mark.parametrize(
     ("share", "budget", "allocated"),
     [
-        (None, 100, (2, 5)),
+        (None, 30, (2, 1)),  # no more than the search
         (0.33, 9, (2, 3)),  # the smallest useful confirmation
         (2.0, 60, (2, 3)),
         (8 / 3, 80, (2, 4)),
@@ -535,15 +576,56 @@ def test_the_budget_is_a_share_of_the_search_epochs(
     plan = Plan(search, space, share=share)
     assert (search_epochs(search), plan.cost_epochs, plan.budget_epochs) == (30, 10, budget)
     assert (plan.allocation.candidates, plan.allocation.replicates) == allocated
-    assert plan.is_over_budget == (budget < 60)
+    assert plan.is_over_budget == (share is not None and budget < 60)
     assert len(plan.left_out) == 3 - allocated[0]
 
 
-def test_the_default_budget_is_a_third_if_that_is_enough_for_two_configurations(digits: Dataset) -> None:
-    search, space = invented("s", {number: number / 50 for number in range(1, 40)}, digits)
+@pytest.mark.parametrize(
+    ("trials", "budget", "allocated"),
+    [(12, 120, (3, 4)), (40, 133, (3, 4)), (8, 80, (2, 4)), (150, 500, (6, 8)), (250, 833, (6, 10))],
+)
+def test_the_default_budget_is_a_third_and_at_least_twelve_trainings_but_no_more_than_the_search(
+    trials: int, budget: int, allocated: tuple[int, int], digits: Dataset
+) -> None:
+    search, space = invented("s", {number: number / 300 for number in range(1, trials)}, digits, base=0.0)
     plan = Plan(search, space, share=None)
-    assert plan.budget_epochs == search_epochs(search) // 3 == 133
-    assert (plan.allocation.candidates, plan.allocation.replicates) == (2, 6)
+    assert plan.budget_epochs == budget
+    assert (plan.allocation.candidates, plan.allocation.replicates) == allocated
+    assert not plan.is_over_budget
+
+
+@pytest.mark.parametrize(
+    ("slow_s", "share", "within_s", "allocated", "seconds"),
+    [
+        (10.0, None, None, (3, 4), 120.0),
+        (40.0, None, None, (3, 4), 240.0),  # of 270 s
+        (200.0, None, None, (2, 2), 420.0),  # of 430 s
+        (200.0, 0.5, None, (3, 4), 880.0),  # the user's own budget may take longer
+        (10.0, None, 100.0, (2, 5), 100.0),
+        (10.0, 9.0, 10.0, (2, 3), 60.0),
+    ],
+)
+def test_by_default_the_finalists_take_no_more_time_than_the_search(
+    slow_s: float,
+    share: float | None,
+    within_s: float | None,
+    allocated: tuple[int, int],
+    seconds: float,
+    digits: Dataset,
+) -> None:
+    times = {number: {"elapsed_s": slow_s if number == 23 else 10.0} for number in range(24)}
+    search, space = invented("s", {number: number / 300 for number in range(1, 24)}, digits, attributes=times)
+    plan = Plan(search, space, share=share, within_s=within_s)
+    assert plan.search_s == 230.0 + slow_s
+    assert (plan.allocation.candidates, plan.allocation.replicates) == allocated
+    assert plan.seconds == pytest.approx(seconds)
+    assert plan.is_over_budget == (within_s == 10.0)
+
+
+def test_without_times_the_budget_is_one_of_epochs(digits: Dataset) -> None:
+    search, space = invented("s", {number: number / 300 for number in range(1, 12)}, digits)
+    plan = Plan(search, space, share=None)
+    assert (plan.search_s, plan.seconds) == (None, None)
 
 
 def test_the_space_sets_the_budget_which_does_not_change_the_hash(tmp_path: Path) -> None:
@@ -650,9 +732,9 @@ def test_the_candidates_are_the_best_by_several_criteria_in_the_order_of_prefere
         "trial 1": ("best validation score",),
         "baseline": ("the baseline",),
         "trial 2": ("best at epoch 5", "third best validation score"),
-        "recipe old": ("a recipe",),
+        "recipe old": ("a recipe", "fourth best validation score"),
         "trial 5": ("second best validation score",),
-        "trial 3": ("best at epoch 2",),
+        "trial 3": ("best at epoch 2", "fifth best validation score"),
     }
     assert list(reasons(study, space)) == ["trial 1", "baseline", "trial 2", "recipe old", "trial 5", "trial 3"]
 
@@ -680,7 +762,7 @@ def test_a_configuration_appears_once_with_all_its_reasons() -> None:
     )
     assert list(reasons(study, space).items()) == [
         ("trial 3", ("best validation score",)),
-        ("baseline", ("the baseline",)),
+        ("baseline", ("the baseline", "fourth best validation score")),
         ("recipe r", ("a recipe", "second best validation score")),
         ("trial 1", ("third best validation score",)),
     ]
