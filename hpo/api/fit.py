@@ -482,10 +482,10 @@ class _Fit:
 
     def _report(self) -> str | None:
         """Write the report, if its time is left."""
-        from hpo.api.fit_plan import END_S
+        from hpo.api.fit_plan import REPORT_S
         from hpo.api.study import report
 
-        if self._record.left_s < END_S:
+        if self._record.left_s < REPORT_S / 2:
             self._say(f"no time is left for the report: hpo report {self._paths.name}")
             return None
         with self._interrupts.let_through():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,6 +53,8 @@ TIMED_BATCH = 8
 """Batch size to time a large network with on a CPU, where a step of 64 images may take 10 s."""
 DECODE_S = 0.003
 """Seconds to read an image to label."""
+MOST_SLOW = 4.0
+"""A busy machine counts as at most so many times slower; waiting for a disk looks alike."""
 PASS = 1 / 3
 """Time of a pass of an image through a network, relative to that of training on it once."""
 
@@ -110,6 +113,7 @@ class Chooser:
     def __init__(self, options: FitOptions, device: torch.device, reporter: Reporter, *, to_predict: int) -> None:
         self._options, self._device, self._reporter, self._to_predict = options, device, reporter, to_predict
         self._measured: dict[tuple[object, ...], float] = {}
+        self._began = time.monotonic(), time.process_time()
         self._builtin = options.path is None
         self.data = options.path
         """The value of `--data`; None for a built-in set."""
@@ -245,9 +249,15 @@ class Chooser:
         whole = len(found.dataset.labels) / len(split.train)
         image_s = PASS * epoch_s / len(split.train)
         pass_s = image_s * (found.dataset.n_test + self._to_predict)
-        end_s = BUNDLE_S + DECODE_S * self._to_predict + REPORT_S + END_S
+        end_s = DECODE_S * self._to_predict + self._slow * (BUNDLE_S + REPORT_S + END_S)
         after_s = end_s + MOST_PASSES * (pass_s + image_s * len(split.val))
         return Timed(epoch_s * folds, whole, beside_s * folds, after_s, end_s, pass_s)
+
+    @property
+    def _slow(self) -> float:
+        """How much longer work takes since other processes use the processors, by the choice's own time so far."""
+        wall_s, cpu_s = time.monotonic() - self._began[0], time.process_time() - self._began[1]
+        return min(MOST_SLOW, max(1.0, wall_s / cpu_s)) if cpu_s else 1.0
 
     def _epoch_s(self, config: TrainConfig, split: Splits, *, quick: bool = False) -> float:
         """Seconds of an epoch, measured once for a configuration; `quick` on a CPU by one step of few images."""

@@ -61,6 +61,15 @@ search:
 """
 
 
+SLOW = Chooser._slow
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose as on a machine that nothing else uses."""
+    monkeypatch.setattr(Chooser, "_slow", 1.0)
+
+
 @pytest.fixture
 def space(tmp_path: Path) -> str:
     file = tmp_path / "own.yaml"
@@ -351,6 +360,19 @@ def test_images_to_label_take_time_from_the_trials(monkeypatch: pytest.MonkeyPat
     few, many = (chooser.choose(300)[0].plan for chooser in choosers)
     assert many.after_s - few.after_s == pytest.approx(10_000 * (0.003 + 2 / 1078))
     assert many.epochs < few.epochs
+
+
+def test_on_a_busy_machine_more_time_is_kept_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpo.api.fit_choice.seconds_per_epoch", lambda *_, **__: 1.0)
+    monkeypatch.setattr(Chooser, "_slow", SLOW)
+
+    def end_s(cpu_share: float) -> float:
+        monkeypatch.setattr("hpo.api.fit_choice.time.process_time", lambda: cpu_share * time.monotonic())
+        chooser = Chooser(FitOptions(data="digits"), torch.device("cpu"), Silent(), to_predict=0)
+        return chooser.choose(300)[0].end_s
+
+    quiet = end_s(1.0)
+    assert [end_s(share) / quiet for share in (2.0, 0.5, 0.01)] == pytest.approx([1, 2, 4], rel=0.05)
 
 
 def test_time_that_the_refit_does_not_need_is_the_confirmations() -> None:
