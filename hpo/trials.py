@@ -28,6 +28,10 @@ RECIPE = "recipe"
 """Name of the recipe that the trial trains. Recipes are never pruned."""
 LET_THROUGH = "let_through"
 """Step of the rung that would have pruned the trial, which continued deliberately."""
+PAUSED = "paused"
+"""Step of the rung at which the trial last paused. While it is waiting, its checkpoint waits there for promotion."""
+PAUSED_BY = "paused_by"
+"""Host and process ID of the worker that paused the trial."""
 FAILURE = "failure"
 """Why the trial could not be trained: `diverged`, `oom`, `invalid` or `crashed`."""
 REASON = "reason"
@@ -68,6 +72,11 @@ def trial_index_of(trial: FrozenTrial) -> int:
 def is_baseline(trial: FrozenTrial | Trial) -> bool:
     """Return whether the trial trains the space's baseline."""
     return bool(trial.user_attrs.get(BASELINE) or trial.user_attrs.get(OLD_NAMES[BASELINE]))
+
+
+def is_paused(trial: FrozenTrial) -> bool:
+    """Return whether the trial waits at a rung to be promoted."""
+    return trial.state == TrialState.WAITING and PAUSED in trial.user_attrs
 
 
 def with_current_names(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +134,9 @@ def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], trial_i
         (
             other
             for other, trial in effective_trials(trials).items()
-            if other < trial_index and trial.state != TrialState.WAITING and trial.params == params
+            if other < trial_index
+            and (trial.state != TrialState.WAITING or is_paused(trial))
+            and trial.params == params
         ),
         default=None,
     )
@@ -133,13 +144,13 @@ def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], trial_i
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a finished trial."""
+    """Result of a finished trial, or of one that pauses."""
 
     number: int
     trial_index: int
-    state: Literal["complete", "pruned"]
+    state: Literal["complete", "pruned", "paused"]
     value: float | None
-    """The last reported one of a pruned trial."""
+    """The last reported one of a pruned or paused trial."""
     config: TrainConfig | None
     params: dict[str, Any]
     history: tuple[EpochMetrics, ...] = ()
@@ -167,6 +178,8 @@ class Counts:
     failures: int
     """Trials that could not be trained, see `FAILURE`; they are not in `pruned`."""
     running: int
+    paused: int
+    """Trials that wait at a rung to be promoted; they are not in `waiting`."""
     waiting: int
 
     @property
@@ -179,11 +192,13 @@ def count_trials(trials: Iterable[FrozenTrial]) -> Counts:
     """Count the effective trials by state."""
     counted = list(effective_trials(trials).values())
     states = [trial.state for trial in counted]
+    paused = sum(map(is_paused, counted))
     failures = sum(trial.state == TrialState.PRUNED and FAILURE in trial.user_attrs for trial in counted)
     return Counts(
         complete=states.count(TrialState.COMPLETE),
         pruned=states.count(TrialState.PRUNED) - failures,
         failures=failures,
         running=states.count(TrialState.RUNNING),
-        waiting=states.count(TrialState.WAITING),
+        paused=paused,
+        waiting=states.count(TrialState.WAITING) - paused,
     )

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.analysis.costs import covered_s, own
 from hpo.storage.lease import is_abandoned
 from hpo.study import Study
-from hpo.trials import effective_trials
+from hpo.trials import effective_trials, is_paused
 
 _RECENT = 20  # finished trials of the rate: fewer are noisy, more are outdated
 _FEWEST = 3  # finished trials that a rate needs
@@ -41,7 +41,10 @@ class View:
     """Those of living processes, as far as this machine can tell."""
     abandoned: tuple[FrozenTrial, ...]
     """Those of dead processes of this machine."""
+    paused: tuple[FrozenTrial, ...]
+    """Those that wait at a rung to be promoted."""
     waiting: int
+    """Number of trials that have not begun."""
     finished: tuple[FrozenTrial, ...]
     """Latest first."""
     rate: Rate | None
@@ -51,14 +54,15 @@ class View:
 
     @property
     def over(self) -> bool:
-        return not self.running and not self.waiting and not self.abandoned
+        return not (self.running or self.paused or self.waiting or self.abandoned)
 
     @property
     def left_s(self) -> float | None:
         """Seconds to the total at the present rate; None if no trial runs, or the rate is unknown."""
         if self.rate is None or not self.running:
             return None
-        return 3600 * (len(self.running) + len(self.abandoned) + self.waiting) / self.rate.trials_per_h
+        missing = len(self.running) + len(self.abandoned) + len(self.paused) + self.waiting
+        return 3600 * missing / self.rate.trials_per_h
 
     @property
     def elapsed_s(self) -> float | None:
@@ -81,8 +85,9 @@ def look(study: Study, now: datetime | None = None) -> View:
     finished.sort(key=lambda trial: (trial.datetime_complete or datetime.min, trial.number), reverse=True)
     abandoned = tuple(trial for trial in claimed if is_abandoned(trial))
     running = tuple(trial for trial in claimed if trial not in abandoned)
-    waiting, rate = study.queue.waiting(), rate_of(attempts, now)
-    return View(study, trials, running, abandoned, waiting, tuple(finished), rate, now)
+    paused = tuple(filter(is_paused, trials))
+    waiting, rate = study.queue.waiting() - len(paused), rate_of(attempts, now)
+    return View(study, trials, running, abandoned, paused, waiting, tuple(finished), rate, now)
 
 
 def rate_of(attempts: Sequence[FrozenTrial], now: datetime) -> Rate | None:

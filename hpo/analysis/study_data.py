@@ -19,10 +19,10 @@ from core.errors import CoreError
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.paths import cache_root, data_root
 from hpo.space import SearchSpace, space_from_yaml
-from hpo.space.pruner import RungPruner, build_pruner
+from hpo.space.pruner import build_pruner, keeps_of
 from hpo.study import Study
 from hpo.study.results import read_recipe_runs, read_rows
-from hpo.trials import FAILURE, best_first, effective_trials, is_baseline
+from hpo.trials import FAILURE, best_first, effective_trials, is_baseline, is_paused
 
 if TYPE_CHECKING:
     from core.data import Dataset
@@ -80,12 +80,24 @@ class StudyData:
 
     @cached_property
     def waiting(self) -> tuple[FrozenTrial, ...]:
-        return self._of(TrialState.WAITING)
+        """The trials that have not begun."""
+        return tuple(trial for trial in self._of(TrialState.WAITING) if not is_paused(trial))
+
+    @cached_property
+    def paused(self) -> tuple[FrozenTrial, ...]:
+        """The trials that wait at a rung to be promoted."""
+        return tuple(filter(is_paused, self.trials))
 
     @cached_property
     def states(self) -> dict[str, tuple[FrozenTrial, ...]]:
         """The trials that have begun, by state."""
-        return {"complete": self.complete, "pruned": self.pruned, "failed": self.failed, "running": self.running}
+        return {
+            "complete": self.complete,
+            "pruned": self.pruned,
+            "failed": self.failed,
+            "paused": self.paused,
+            "running": self.running,
+        }
 
     @property
     def finished(self) -> int:
@@ -153,8 +165,7 @@ class StudyData:
         """Step -> surviving fraction; empty with other pruners."""
         if self.space is None:
             return {}
-        pruner = build_pruner(self.space.pruner, self.run_epochs, self.folds)
-        return dict(pruner.keeps) if isinstance(pruner, RungPruner) else {}
+        return keeps_of(build_pruner(self.space.pruner, self.run_epochs, self.folds), len(self.trials))
 
     @cached_property
     def confirmed(self) -> bool:

@@ -140,7 +140,7 @@ def train_all(work: Work, view: StudyView) -> bool:
         False if the study's deadline or patience does not allow another trial.
     """
     queue = work.study.queue
-    while queue.waiting() or wait_for_others(work.study, work.interrupts) or queue.requeue_lost():
+    while queue.claimable() or wait_for_others(work.study, work.interrupts) or queue.requeue_lost():
         if not work.run(view):
             return False
     return True

@@ -32,13 +32,14 @@ from hpo.search.loop import Estimate
 from hpo.search.noise import noise_line
 from hpo.search.recipes import long_baseline, pending_recipes, run_recipes
 from hpo.search.weights import keep_best_weights
-from hpo.space import Recipe, RungsPruner, SearchSpace
-from hpo.space.pruner import rung_epochs
+from hpo.space import Recipe, SearchSpace
+from hpo.space.pruner import build_pruner, keeps_of
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.lease import Held
 from hpo.study import Study, check_search_name, open_study
 from hpo.study.metadata import read_metadata
 from hpo.text import count, done_and_safe, duration
+from hpo.trials import trial_index_of
 from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec
 from hpo.workers.placement import Placement, place, place_on_cluster
 from hpo.workers.ray import RayEngine, engine_and_slots
@@ -130,8 +131,11 @@ class Search:
             try:
                 self._train(work, total - done)
             except KeyboardInterrupt:
-                if saved := study.paths.trial_indices_with_checkpoints():
+                paused = set(map(trial_index_of, study.queue.paused()))
+                if saved := study.paths.trial_indices_with_checkpoints() - paused:
                     say(f"{len(saved)} interrupted trial(s) are saved, and resume from their checkpoints")
+                if paused:
+                    say(f"{count(len(paused), 'trial')} paused at a rung: the best continue when their turn comes")
                 raise
             finally:
                 study.deadline.record(force=True)
@@ -302,9 +306,11 @@ class Search:
         limit_s = study.deadline.limit_s
         hours = self.options.hours is not None
         more = f"--hours {2 * limit_s / 3600:g}" if hours else f"--minutes {2 * limit_s / 60:g}"
+        counts = study.counts()
+        paused = f", {counts.paused} paused" if counts.paused else ""
         self.reporter.say(
             f"no further trial fits the {duration(limit_s)} of this study: "
-            f"{done_and_safe(study.counts().finished, study.total)}; more time with {more}"
+            f"{done_and_safe(counts.finished, study.total)}{paused}; more time with {more}"
         )
 
     def _report_start(self, done: int, total: int) -> None:
@@ -313,7 +319,7 @@ class Search:
         most = "up to " if self.options.limit_s else ""
         self.reporter.say(
             f"study {self.name}: {most}{count(total, 'trial')} of {epochs}, {done} done; "
-            f"sampler {space.sampler.name}, pruner {_pruner(space)}; {where}"
+            f"sampler {space.sampler.name}, pruner {_pruner(space, total)}; {where}"
         )
 
     def _report_requeued(self, study: Study, trial_indices: Sequence[int]) -> None:
@@ -355,14 +361,17 @@ def _model_names(space: SearchSpace) -> set[str]:
     return space.names("model.name") | {recipe.config.model.name for recipe in space.recipes}
 
 
-def _pruner(space: SearchSpace) -> str:
-    if not isinstance(space.pruner, RungsPruner):
-        return space.pruner.name
-    rungs = rung_epochs(space.pruner.rungs, space.baseline.epochs)
+def _pruner(space: SearchSpace, total: int) -> str:
+    name, folds = space.pruner.name, space.baseline.data.folds
+    if name not in ("rungs", "promote"):
+        return name
+    rungs = keeps_of(build_pruner(space.pruner, space.baseline.epochs, None if name == "rungs" else folds), total)
     places = [f"at epoch {', '.join(map(str, rungs))}"] if rungs else []
-    if space.baseline.data.folds is not None:
-        places.append(f"after each of the first {space.baseline.data.folds - 1} folds")
-    return f"rungs {' and '.join(places)}" if places else "none (the run is too short for its rungs)"
+    if folds is not None and name == "promote":
+        places = [f"{place} of all folds together" for place in places]
+    elif folds is not None:
+        places.append(f"after each of the first {folds - 1} folds")
+    return f"{name} {' and '.join(places)}" if places else "none (the run is too short for its rungs)"
 
 
 def _draw_pictures(study: Study) -> None:

@@ -63,7 +63,7 @@ def _train(study: Study, work: Work, reporter: Reporter) -> None:
         f"{study.queue.waiting()} waiting; {work.placement.described()}"
     )
     with reporter.study(study) as view:
-        while study.queue.waiting() or study.queue.requeue_lost():
+        while study.queue.claimable() or study.queue.requeue_lost():
             if not work.run(view):
                 return
             study.queue.reclaim()

@@ -68,7 +68,8 @@ def worker(options: of.WorkerOptions) -> None:
         others = f"; {counts.running} running in other workers" if counts.running else ""
         waiting = study.queue.waiting()
         stopped = patience_text(study) if study.patience.is_over else "no further trial fits the time limit"
-        left = f"{stopped}, {waiting} waiting" if waiting else "no trial is waiting"
+        paused = f", {counts.paused} of them paused" if counts.paused else ""
+        left = f"{stopped}, {waiting} waiting{paused}" if waiting else "no trial is waiting"
         terminal.say(f"{left}: {progress_text(study, counts.finished)}{others}")
 
 

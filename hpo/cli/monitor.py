@@ -79,6 +79,7 @@ def _states(view: View) -> str:
         "failed to train": failures,
         "running": len(view.running),
         "left by a dead process": len(view.abandoned),
+        "paused": len(view.paused),
         "waiting": view.waiting,
     }
     return counted(states) or "none yet"
@@ -129,7 +130,7 @@ def _foot(view: View) -> list[str]:
         line = "nothing runs or waits any more" if view.trials else "no trial is queued yet"
         missing = 0 if study.total is None else study.total - len(view.finished)
     else:
-        line, missing = "no worker trains anything", view.waiting + len(view.abandoned)
+        line, missing = "no worker trains anything", view.waiting + len(view.paused) + len(view.abandoned)
     if missing <= 0 and view.trials:
         return [line]
     return [f"{line}; resume with", f"  {run_again(study)}"]

@@ -22,7 +22,7 @@ from hpo.search.training import trial_label
 from hpo.space import CANDIDATE
 from hpo.study import Study
 from hpo.text import assignments
-from hpo.trials import FAILURE, REASON, REPLICATE_OF, STOPPED
+from hpo.trials import FAILURE, PAUSED, REASON, REPLICATE_OF, STOPPED, is_paused
 
 if TYPE_CHECKING:
     from core.loop import EpochMetrics
@@ -31,12 +31,12 @@ _EVERY_S = 0.25  # seconds between two readings of the storage that nothing forc
 
 
 class StudyProgress:
-    """A bar for the study, one for each running trial, and a line for each trial that finishes."""
+    """A bar for the study, one for each running trial, and a line for each trial that finishes or pauses."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
         view = look(study)
-        self._printed = {trial.number for trial in view.finished}
+        self._printed = {_end_of(trial) for trial in (*view.finished, *view.paused)}
         self._read_at = time.monotonic()
         self._running: dict[int, TaskID] = {}
         self.progress = bars()
@@ -61,9 +61,9 @@ class StudyProgress:
             return
         self._read_at = now
         view = look(self.study)
-        for trial in reversed(view.finished):
-            if trial.number not in self._printed:
-                self._printed.add(trial.number)
+        for trial in (*reversed(view.finished), *view.paused):
+            if _end_of(trial) not in self._printed:
+                self._printed.add(_end_of(trial))
                 say(trial_line(self.study, trial))
         self._update_total(view)
         if console.is_terminal:
@@ -81,7 +81,8 @@ class StudyProgress:
 
     def _update_total(self, view: View) -> None:
         best = None if self.study.confirms is not None else self.study.best_trial()  # of repeated runs: the luckiest
-        note = "" if best is None else f"best {self.study.metric} {best.value:.4f}"
+        parts = [] if best is None else [f"best {self.study.metric} {best.value:.4f}"]
+        note = "  ".join(parts + ([f"{len(view.paused)} paused"] if view.paused else []))
         self.progress.update(self._total, total=self.study.total, completed=len(view.finished), note=note)
 
     def _update_running(self, view: View) -> None:
@@ -122,11 +123,17 @@ def _last_row(study: Study, trial: FrozenTrial) -> dict[str, Any]:
     return row
 
 
+def _end_of(trial: FrozenTrial) -> tuple[int, int | None, str | None]:
+    """Identifies the line of a trial; one that is pruned where it paused has the same."""
+    return trial.number, trial.last_step, trial.user_attrs.get(FAILURE)
+
+
 def trial_line(study: Study, trial: FrozenTrial) -> str:
-    """Describe a finished trial in one line."""
-    attributes, failure = trial.user_attrs, trial.user_attrs.get(FAILURE)
-    value = "      " if failure or trial.value is None else f"{trial.value:.4f}"
-    how = failure or ("complete" if trial.state == TrialState.COMPLETE else _where_pruned(study, trial))
+    """Describe a finished or paused trial in one line."""
+    attributes, failure, paused = trial.user_attrs, trial.user_attrs.get(FAILURE), is_paused(trial)
+    score = trial.intermediate_values[attributes[PAUSED]] if paused else trial.value
+    value = "      " if failure or score is None else f"{score:.4f}"
+    how = failure or ("complete" if trial.state == TrialState.COMPLETE else _where_stopped(study, trial))
     took = f"{attributes['elapsed_s']:6.1f} s" if "elapsed_s" in attributes else "        "
     shown = {**trial.params, **({CANDIDATE: attributes[CANDIDATE]} if CANDIDATE in attributes else {})}
     reason = attributes.get(REASON) or attributes.get(STOPPED)
@@ -136,9 +143,10 @@ def trial_line(study: Study, trial: FrozenTrial) -> str:
     return f"trial {trial.number:3d}  {study.metric} {value}  {how:<18} {took}  {assignments(shown)}{detail}"
 
 
-def _where_pruned(study: Study, trial: FrozenTrial) -> str:
+def _where_stopped(study: Study, trial: FrozenTrial) -> str:
     if not trial.last_step:
         return "stopped before it began"
     epochs, folds = fold_steps(study)
     fold, epoch = divmod(trial.last_step - 1, epochs)
-    return f"pruned at {f'fold {fold + 1}, ' if folds > 1 else ''}epoch {epoch + 1}"
+    how = "paused" if is_paused(trial) else "pruned"
+    return f"{how} at {f'fold {fold + 1}, ' if folds > 1 else ''}epoch {epoch + 1}"

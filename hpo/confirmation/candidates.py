@@ -21,7 +21,7 @@ from hpo.confirmation.result import BASELINE, Candidate, dump
 from hpo.errors import StudyError
 from hpo.paths import LONG_BASELINE
 from hpo.space import load_recipe
-from hpo.space.pruner import RungPruner, build_pruner, goodness_at
+from hpo.space.pruner import build_pruner, goodness_at, keeps_of
 from hpo.study import Study
 from hpo.study.results import read_result
 from hpo.trials import RECIPE, best_first, effective_trials, is_baseline
@@ -121,9 +121,7 @@ class _Choice:
         """The best complete trial at each rung by the pruner's ranking, the last rung first."""
         epochs, folds = self._space.baseline.epochs, self._space.baseline.data.folds
         pruner = build_pruner(self._space.pruner, epochs, folds)
-        if not isinstance(pruner, RungPruner):
-            return
-        for rung in sorted(pruner.rungs, reverse=True):
+        for rung in sorted(keeps_of(pruner, len(self._trials)), reverse=True):
             reached = [trial for trial in self._trials if rung in trial.intermediate_values]
             ranks = goodness_at(reached, rung, self._study.sign)
             values = {trial.number: self._study.sign * rank for trial, rank in zip(reached, ranks, strict=True)}

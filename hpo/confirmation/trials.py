@@ -27,7 +27,7 @@ from hpo.paths import StudyPaths, confirmation_of
 from hpo.space import CANDIDATE, REPLICATE, ConfirmationSpace
 from hpo.study import Study, open_study
 from hpo.study.metadata import read_metadata
-from hpo.trials import CONFIG, FAILURE, STOPPED, effective_trials, trial_index_of
+from hpo.trials import CONFIG, FAILURE, STOPPED, effective_trials, is_paused, trial_index_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -202,9 +202,10 @@ def replicated(config: TrainConfig, replicate: int, *, seed: int, dataset: Datas
 
 
 def search_epochs(study: Study) -> int:
-    """Return the number of epochs trained by the finished trials of a search."""
+    """Return the number of epochs trained by the finished and paused trials of a search."""
     trials = effective_trials(study.optuna.get_trials(deepcopy=False)).values()
-    return sum(int(trial.user_attrs.get("epochs", 0)) for trial in trials if trial.state in _FINISHED)
+    trained = [trial for trial in trials if trial.state in _FINISHED or is_paused(trial)]
+    return sum(int(trial.user_attrs.get("epochs", 0)) for trial in trained)
 
 
 def search_seconds(study: Study) -> float | None:

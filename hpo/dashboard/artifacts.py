@@ -48,7 +48,7 @@ def record(
     classes: Sequence[str],
     device: str,
 ) -> None:
-    """Attach the artifacts and the note of a trial that is about to finish. A failure is only logged as a warning.
+    """Attach the artifacts and the note of a trial that is about to finish or pause. A failure is only a warning.
 
     Args:
         confusion: Counts (K, K) on the validation images, rows are true classes; None without a result.
@@ -79,12 +79,15 @@ def _attach_all(study: Study, trial: Trial, outcome: Outcome) -> None:
     number, paths, store = outcome.number, study.paths, study.files.dashboard_store()
     pictures = [paths.trial_curves(number)] if outcome.rows else []
     pictures += [paths.trial_confusion(number)] if outcome.results else []
+    paths.trial_curves(number).unlink(missing_ok=True)  # drawn while the trial was paused
+    attached = {meta.filename for meta in get_all_artifact_meta(trial)}  # before it paused
+    pictures = [picture for picture in pictures if picture.name not in attached]
     with tempfile.TemporaryDirectory(prefix="hpo-") as folder:
         for picture in pictures:
             placeholder = Path(folder) / picture.name
             placeholder.write_bytes(_placeholder(study.name))
             attach(trial, placeholder, store)
-    if outcome.config is not None:
+    if outcome.config is not None and paths.trial_config(number).name not in attached:
         attach(trial, paths.trial_config(number), store)
 
 

@@ -18,7 +18,7 @@ from hpo.storage import is_masked
 from hpo.storage.optuna_access import trial_by_number
 from hpo.study import Study
 from hpo.text import PARTLY_LUCK, duration, sentence, short
-from hpo.trials import LET_THROUGH
+from hpo.trials import LET_THROUGH, PAUSED
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
@@ -30,14 +30,18 @@ _OLD_CLOSING = "\n---\n*The above is written by hpo; what is written below stays
 
 
 def note_trial(study: Study, space: SearchSpace, trial: Trial, outcome: Outcome, *, device: str) -> None:
-    """Write the note of a running trial that is about to end, with links to the artifacts attached so far."""
+    """Write the note of a running trial that is about to end or pause, with links to the artifacts attached so far."""
     from optuna_dashboard import get_note, save_note  # type: ignore[attr-defined]
     from optuna_dashboard.artifact import get_artifact_path  # type: ignore[attr-defined]
 
     links = {meta.filename: get_artifact_path(trial, meta.artifact_id) for meta in get_all_artifact_meta(trial)}
     body = trial_note(space, outcome, trial_by_number(study.optuna, trial.number), device=device, links=links)
     written = get_note(trial)
-    save_note(trial, f"{body}\n---\n{written}" if written else body)
+    if outcome.state == "paused" or PAUSED in trial.user_attrs:
+        body = _with_users_text(body, written)
+    elif written:
+        body = f"{body}\n---\n{written}"
+    save_note(trial, body)
 
 
 def trial_note(
@@ -61,7 +65,7 @@ def _headline(space: SearchSpace, outcome: Outcome) -> str:
         return f"failed, {outcome.failure}"
     if outcome.value is None:
         return outcome.state
-    at_end = "" if outcome.state == "complete" else ", pruned"
+    at_end = {"complete": "", "pruned": ", pruned", "paused": f" at epoch {len(outcome.history)}"}[outcome.state]
     return f"{space.metric} {outcome.value:.4f}{at_end}"
 
 
@@ -72,6 +76,8 @@ def _how_it_ended(space: SearchSpace, outcome: Outcome) -> str:
         return f"Ended after {trained}: {_plain(outcome.why or outcome.failure)}."
     if outcome.state == "pruned":
         return f"Pruned after {trained}: {_plain(outcome.why.removesuffix(', pruned') or 'by the pruner')}."
+    if outcome.state == "paused":
+        return f"Paused after {trained}. It continues if it is promoted, and is pruned otherwise."
     kept = outcome.attributes.get("kept_epoch")
     each = " of each fold" if space.baseline.data.folds else ""
     return f"Trained {trained}" + (f"; value and weights are those of epoch {kept}{each}." if kept else ".")
@@ -116,10 +122,15 @@ def note_study(study: Study, space: SearchSpace) -> None:
     from optuna_dashboard import get_note, save_note  # type: ignore[attr-defined]
 
     written = get_note(study.optuna).replace(_OLD_CLOSING, _CLOSING)
-    _, closing, users = written.rpartition(_CLOSING)
-    body = study_note(study, space) + _CLOSING + (users if closing else written)
+    body = _with_users_text(study_note(study, space), written)
     if body != written:
         save_note(study.optuna, body)
+
+
+def _with_users_text(body: str, written: str) -> str:
+    """Replace the text above the closing line of a note."""
+    _, closing, users = written.rpartition(_CLOSING)
+    return body + _CLOSING + (users if closing else written)
 
 
 def study_note(study: Study, space: SearchSpace) -> str:

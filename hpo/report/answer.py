@@ -73,7 +73,8 @@ def warnings_of(data: StudyData) -> list[str]:
     if data.running or data.unfinished:
         total = max(data.study.total or 0, data.finished)
         state = f"{count(len(data.running), 'trial')} running" if data.running else "none running now"
-        found.append(f"The search is not over: {data.finished} of {count(total, 'trial')} finished, {state}.")
+        paused = f", {len(data.paused):,} paused at a rung" if data.paused else ""
+        found.append(f"The search is not over: {data.finished} of {count(total, 'trial')} finished{paused}, {state}.")
     if made is not None and not data.confirmed:
         found.append(outdated(data.study, made, data.finished))
     model = data.refits.get("best")

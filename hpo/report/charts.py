@@ -36,6 +36,7 @@ LOOKS = {
     "complete": Look(BLUE, "circle", 7),
     "pruned": Look(GREY, "x-thin", 7, 1.5),
     "failed": Look(ORANGE, "triangle-down", 7),
+    "paused": Look(GREY, "line-ew-open", 7, 1.5),
     "running": Look(GREEN, "diamond-open", 7, 1.5),
 }
 """The look of each state in all figures: no two differ by color alone."""

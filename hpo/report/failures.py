@@ -14,7 +14,7 @@ from hpo.dashboard.pictures import GREEN, ORANGE, PINK, SKY, YELLOW
 from hpo.report.charts import LOOKS, ByParameter, Look, named_rows, spread
 from hpo.report.page import Section, figure, heading, note, section, table
 from hpo.text import count, percent, some
-from hpo.trials import CRASHES, RESUMED_EPOCH
+from hpo.trials import CRASHES, PAUSED, RESUMED_EPOCH
 
 
 class _Cause(NamedTuple):
@@ -100,7 +100,11 @@ def _pattern_text(pattern: Pattern) -> str:
 
 def _attempts_text(data: StudyData) -> str:
     attempts = len(interrupted(data))
-    resumed = [int(trial.user_attrs[RESUMED_EPOCH]) for trial in data.trials if RESUMED_EPOCH in trial.user_attrs]
+    resumed = [
+        int(trial.user_attrs[RESUMED_EPOCH])
+        for trial in data.trials
+        if RESUMED_EPOCH in trial.user_attrs and PAUSED not in trial.user_attrs
+    ]
     crashes = sum(int(trial.user_attrs.get(CRASHES, 0)) for trial in data.trials)
     parts = [f"{count(attempts, 'attempt')} ended before the trial did"] if attempts else []
     parts += [f"{crashes} of them when their process died"] if crashes else []

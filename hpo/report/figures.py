@@ -30,10 +30,22 @@ from hpo.text import count, counted, joined
 
 _FEW = 20  # complete trials; PED-ANOVA looks at a tenth of them, which would be less than two
 _MANY = 1000  # points of learning curves, which are drawn smaller, so that the lines can be seen
-_WORDS = {"complete": "complete", "pruned": "pruned", "failed": "failed to train", "running": "running"}
-_CURVES = {"pruned": ("solid", 0.4), "failed": ("dash", 0.9), "complete": ("solid", 0.75), "running": ("dot", 0.9)}
+_WORDS = {
+    "complete": "complete",
+    "pruned": "pruned",
+    "failed": "failed to train",
+    "paused": "paused",
+    "running": "running",
+}
+_CURVES = {
+    "pruned": ("solid", 0.4),
+    "paused": ("dot", 0.6),
+    "failed": ("dash", 0.9),
+    "complete": ("solid", 0.75),
+    "running": ("dot", 0.9),
+}
 """Dash and opacity of each state's learning curves, the most interesting on top."""
-_STRIPS = {"pruned": 0.15, "failed": 0.25, "running": 0.35}
+_STRIPS = {"pruned": 0.15, "paused": 0.2, "failed": 0.25, "running": 0.35}
 """How far below the worst value trials without a value are drawn, as a fraction of the values' range."""
 
 

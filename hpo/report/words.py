@@ -48,7 +48,7 @@ def describe(data: StudyData, trial: FrozenTrial) -> str:
     elif trial in data.failed:
         result = f"failed: {trial.user_attrs[FAILURE]}"
     else:
-        state = "pruned" if trial in data.pruned else "running"
+        state = "pruned" if trial in data.pruned else "paused" if trial in data.paused else "running"
         result = state if last is None else f"{state} at {label} {score(last)}"
     return f"{trial_name(trial)}<br>{result}<br>{count(data.epochs(trial), 'epoch')}"
 

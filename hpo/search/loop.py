@@ -30,7 +30,7 @@ from hpo.search.options import TrialOptions
 from hpo.search.training import standard_error, validation_confusion
 from hpo.search.weights import DEFAULTS, SpaceOnDisk, explain_full_disk, keep_evidence, keep_weights
 from hpo.space import ConfirmationSpace, SearchSpace
-from hpo.space.pruner import RungPruner, build_pruner, lets_through
+from hpo.space.pruner import RungPruner, build_pruner, keeps_of, lets_through
 from hpo.study import Study
 from hpo.study.deadline import OutOfTime
 from hpo.trials import REASON, STANDARD_ERROR, STOPPED, Outcome
@@ -50,7 +50,7 @@ class Estimate:
     in_full_s: float
     """All trials in full, and the recipes."""
     pruned_s: float
-    """The same if each rung keeps the configured fraction; equal for other pruners. Recipes are never pruned."""
+    """The same if each rung keeps the configured fraction; equal without rungs. Recipes are never pruned."""
 
 
 def estimate(
@@ -62,13 +62,12 @@ def estimate(
     per_step = seconds_per_epoch(space.baseline, splits[0], device=device)
     in_full = (trials + recipes) * steps * per_step
     pruner = build_pruner(space.pruner, space.baseline.epochs, folds)
-    if not isinstance(pruner, RungPruner):
-        return Estimate(steps * per_step, in_full, in_full)
     share, before, visited = 1.0, 0, 0.0
-    for rung, keep in {**pruner.keeps, steps: 1.0}.items():
+    for rung, keep in {**keeps_of(pruner, trials), steps: 1.0}.items():
         visited += share * (rung - before)
         share, before = share * keep, rung
-    unpruned = recipes + sum(lets_through(trial_index, pruner.let_through) for trial_index in range(trials))
+    let_through = pruner.let_through if isinstance(pruner, RungPruner) else 0.0
+    unpruned = recipes + sum(lets_through(trial_index, let_through) for trial_index in range(trials))
     pruned = ((trials + recipes - unpruned) * visited + unpruned * steps) * per_step
     return Estimate(steps * per_step, in_full, pruned)
 
@@ -101,28 +100,33 @@ def run_study(
     space_on_disk = SpaceOnDisk(study, options)
     shared = partial(_share_checkpoint, study, space_on_disk)
     objective = Objective(space, divide, study, device, progress, interrupts, on_checkpoint=shared)
+    ending = False  # too little time for a trial from its first epoch
     while True:
         study.queue.reclaim()
         if study.deadline.left_s() <= 0 or study.patience.is_over:
-            return not study.queue.waiting()
-        if (claimed := study.queue.claim()) is None:
-            return True
+            return not study.queue.claimable()
+        if (claimed := study.queue.claim(ending=ending)) is None:
+            return not (ending and study.queue.claimable())
         trial, trial_index = claimed
         try:
             with explain_full_disk(study.paths.dir), study.queue.heartbeat(trial):
-                counted = _run_trial(study, objective, trial, trial_index, space_on_disk)
+                until = None if ending else study.queue.next_rung(trial)
+                ended = _run_trial(study, objective, trial, trial_index, space_on_disk, until)
         except UpdateFinishedTrialError:  # its lease was taken for dead, and its trial index queued again
             logger.warning("trial %d was requeued by another process while it ran; it is dropped", trial.number)
             continue
         except OutOfTime:
             study.queue.release(trial)
-            return False
+            if ending or not study.queue.paused():
+                return False
+            ending = True
+            continue
         except BaseException as error:
             # A crash may be the configuration's fault, an interrupt or a user's error is not.
             crashed = isinstance(error, Exception) and not isinstance(error, (HpoError, CoreError))
             study.queue.release(trial, crashed=crashed)
             raise
-        if counted:  # else another process trains this index now, and needs its checkpoints
+        if ended:  # else it pauses, or another process trains this index now, and the checkpoints are needed
             _drop_checkpoints(study, space, trial_index)
         progress.refresh(force=True)
         interrupts.check()
@@ -134,14 +138,19 @@ def _drop_checkpoints(study: Study, space: SearchSpace, trial_index: int) -> Non
 
 
 def _run_trial(
-    study: Study, objective: Objective, trial: optuna.Trial, trial_index: int, space_on_disk: SpaceOnDisk
+    study: Study,
+    objective: Objective,
+    trial: optuna.Trial,
+    trial_index: int,
+    space_on_disk: SpaceOnDisk,
+    until: int | None,
 ) -> bool:
-    """Train a trial, keep its files and store its end. Returns whether it counts.
+    """Train a trial, keep its files and store its end or its pause. Returns whether it has ended.
 
     The networks of its outcome are freed on return: the next trial needs the memory.
     """
     space, device = objective.space, describe_device(objective.device)
-    outcome = _stopped(study, space, trial, trial_index) or objective(trial, trial_index)
+    outcome = _stopped(study, space, trial, trial_index) or objective(trial, trial_index, until=until)
     if study.confirms is None:  # a refit takes the search's weights
         splits = objective.divide(space.baseline.data)
         matrix = None
@@ -158,6 +167,10 @@ def _run_trial(
     attributes = {**outcome.attributes, "torch_threads": torch.get_num_threads(), "device": device}
     if outcome.failure is not None:
         attributes[REASON] = outcome.why
+    if outcome.state == "paused":
+        assert until is not None, "it was to pause"
+        study.queue.pause(trial, until, attributes)
+        return False
     return study.queue.finish(trial, outcome.state, outcome.value, failure=outcome.failure, attributes=attributes)
 
 
@@ -180,14 +193,14 @@ def _stopped(study: Study, space: SearchSpace, trial: optuna.Trial, trial_index:
 
 
 def wait_for_others(study: Study, interrupts: Interrupts) -> bool:
-    """Wait for other processes' trials, which may come back to the queue; return whether one does.
+    """Wait for other processes' trials, until a trial can be claimed; return whether one can.
 
     Running trials of other hosts that are not known to be alive are not waited for.
     """
     logged = False
     while True:
         study.queue.reclaim()
-        if study.queue.waiting():
+        if study.queue.claimable():
             return True
         if not (others := study.queue.at_work()):
             return False

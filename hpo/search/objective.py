@@ -32,7 +32,8 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.pace import Pace
 from hpo.search.training import fold_label, of_fold, on_host, resume_or_restart, without_failed_graphs
 from hpo.space import SearchSpace, to_yaml
-from hpo.space.pruner import RungPruner, mark_loss
+from hpo.space.pruner import PromotePruner, RungPruner, mark_loss
+from hpo.storage.optuna_access import storage_of, trial_id
 from hpo.study import Study
 from hpo.study.results import append_line
 from hpo.trials import CONFIG, REPLICATE_OF, RESUMED_EPOCH, VAL_LOSS, Outcome, first_twin
@@ -65,8 +66,11 @@ class Objective:
         """May end a trial before its first epoch, or after one."""
         return Pace(self.study, self.device)
 
-    def __call__(self, trial: optuna.trial.Trial, trial_index: int) -> Outcome:
+    def __call__(self, trial: optuna.trial.Trial, trial_index: int, *, until: int | None = None) -> Outcome:
         """Run the trial to its end. A configuration that cannot be trained is an outcome, not an exception.
+
+        Args:
+            until: The step after which it pauses; None to run to its end.
 
         Raises:
             KeyboardInterrupt: An interrupt or the deadline has ended it; its checkpoint is saved.
@@ -83,7 +87,7 @@ class Objective:
             return Outcome(trial.number, trial_index, "pruned", None, None, shown, failure="invalid", why=text)
         self.study.paths.trial(trial.number).mkdir(parents=True, exist_ok=True)
         self.study.paths.trial_config(trial.number).write_text(to_yaml(config))
-        attempt = _Attempt(self, trial, trial_index, config, self.divide(config.data), twin)
+        attempt = _Attempt(self, trial, trial_index, config, self.divide(config.data), twin, until)
         try:
             self.pace.begin(trial, trial_index, config, attempt.splits)
             for fold in range(1, attempt.folds + 1):
@@ -91,6 +95,8 @@ class Objective:
                 attempt.end(self._train(attempt))
         except optuna.TrialPruned as verdict:
             return attempt.outcome("pruned", attempt.reported, why=str(verdict))
+        except _Paused:
+            return attempt.outcome("paused", attempt.reported)
         except Exception as error:
             failure = failure_of(error)
             if failure is None:
@@ -142,6 +148,10 @@ def failure_of(error: Exception) -> str | None:
     return "oom" if is_out_of_memory(error) else None
 
 
+class _Paused(KeyboardInterrupt):
+    """Ends a training at a rung; `core.loop.train` saves its checkpoint."""
+
+
 @dataclass
 class _Attempt:
     """One trial's reports so far."""
@@ -152,6 +162,7 @@ class _Attempt:
     config: TrainConfig
     splits: Sequence[Splits]
     twin: int | None
+    until: int | None
     fold: int = 0
     """The fold in training, counted from 1."""
     results: list[TrainResult] = field(default_factory=list)
@@ -173,30 +184,33 @@ class _Attempt:
         self.folds, self.metric = len(self.splits), self.objective.space.metric
         self.metrics_file = self.objective.study.paths.trial_metrics(self.trial.number)
         self.metrics_file.write_text("")
+        stored = storage_of(self.trial.study).get_trial(trial_id(self.trial))
+        self.stored_steps = frozenset(stored.intermediate_values)  # of a paused trial
 
     def begin(self, fold: int) -> None:
         self.fold = fold
         self.before_s = self.history[-1].elapsed_s if self.history else 0.0
 
     def rungs(self) -> frozenset[int]:
-        """The epochs of this fold at which the rung pruner judges the trial; empty for other pruners."""
+        """The epochs of this fold at which trials are compared; empty for pruners without rungs."""
         pruner = self.trial.study.pruner
-        if not isinstance(pruner, RungPruner):
+        if not isinstance(pruner, RungPruner | PromotePruner):
             return frozenset()
         begun = (self.fold - 1) * self.config.epochs
-        return frozenset(step - begun for step in pruner.keeps if begun < step <= begun + self.config.epochs)
+        return frozenset(step - begun for step in pruner.rungs if begun < step <= begun + self.config.epochs)
 
     @property
     def ranked_by_loss(self) -> bool:
         """Whether a rung ranks by the calibrated loss."""
-        return self.metric == "accuracy" and isinstance(self.trial.study.pruner, RungPruner)
+        return self.metric == "accuracy" and isinstance(self.trial.study.pruner, RungPruner | PromotePruner)
 
     def resumed(self, history: tuple[EpochMetrics, ...]) -> None:
         """Report the epochs of the interrupted attempt again."""
         with self.objective.interrupts.held():
             for epoch in history:
                 self._report(epoch)
-            self.trial.set_user_attr(RESUMED_EPOCH, (self.fold - 1) * self.config.epochs + len(history))
+            self.trial.set_user_attr(RESUMED_EPOCH, self._step(len(history)))
+            self._pause_if_due(len(history))  # its process died between the checkpoint and the pause
         fold = f" of {fold_label(self.fold, self.folds)}" if self.folds > 1 else ""
         text = "trial %d resumes after epoch %d%s, from the checkpoint of trial index %d"
         logger.info(text, self.trial.number, len(history), fold, self.trial_index)
@@ -210,6 +224,8 @@ class _Attempt:
             self.objective.progress.refresh()
             if pruned:
                 raise optuna.TrialPruned(self._verdict() or f"pruned at epoch {epoch.epoch}")
+            if not last:
+                self._pause_if_due(epoch.epoch)
         if not last:
             self.objective.interrupts.check()
             earlier = self.history[-2].elapsed_s if len(self.history) > 1 else 0.0
@@ -232,6 +248,16 @@ class _Attempt:
         self._report_value(statistics.fmean(self.values), epoch=self.config.epochs)
         if self.fold < self.folds and self.trial.should_prune():
             raise optuna.TrialPruned(self._verdict() or f"pruned at the end of fold {self.fold}")
+        if self.fold < self.folds:
+            self._pause_if_due(self.config.epochs)
+
+    def _step(self, epoch: int) -> int:
+        """The step of an epoch of this fold."""
+        return (self.fold - 1) * self.config.epochs + epoch
+
+    def _pause_if_due(self, epoch: int) -> None:
+        if self.until is not None and self._step(epoch) >= self.until:
+            raise _Paused
 
     def _report(self, epoch: EpochMetrics) -> None:
         timed = replace(epoch, elapsed_s=self.before_s + epoch.elapsed_s)
@@ -248,10 +274,11 @@ class _Attempt:
 
     def _report_value(self, value: float, epoch: int) -> None:
         self.reported = value
-        self.trial.report(value, (self.fold - 1) * self.config.epochs + epoch)
+        if self._step(epoch) not in self.stored_steps:
+            self.trial.report(value, self._step(epoch))
 
     def _report_loss(self, loss: float, epoch: int) -> None:
-        mark_loss(self.trial.study, self.trial, (self.fold - 1) * self.config.epochs + epoch, loss)
+        mark_loss(self.trial.study, self.trial, self._step(epoch), loss)
 
     def _verdict(self) -> str:
         verdict = getattr(self.trial.study.pruner, "verdict", None)
@@ -259,7 +286,7 @@ class _Attempt:
 
     def outcome(
         self,
-        state: Literal["complete", "pruned"],
+        state: Literal["complete", "pruned", "paused"],
         value: float | None,
         *,
         failure: str | None = None,

@@ -26,7 +26,7 @@ class TrialOptions(BaseModel):
         float | None,
         Field(
             ge=0,
-            description="Disk space for kept weights and checkpoints; the worst trials lose their weights first.",
+            description="Disk space for kept weights and checkpoints; the worst trials lose theirs first.",
             json_schema_extra={"metavar": "GB"},
         ),
     ] = None

@@ -17,7 +17,7 @@ from hpo.trials import trial_index_of
 PLAIN_S = "plain_epoch_s"
 """User attribute of a trial: seconds of an epoch as measured by a few steps before it began."""
 
-# Finished trials that the estimate is corrected by.
+# Trials that the estimate is corrected by.
 _LAST = 10
 
 
@@ -49,13 +49,13 @@ class Pace:
         self._study.deadline.check(seconds)
 
     def _correction(self) -> float:
-        """Largest ratio of real to measured time among the last trials, without the probes.
+        """Largest ratio of real to measured time among the last finished and paused trials, without the probes.
 
         The few steps run without CUDA graphs and at the full image size, and do not see every cost of an epoch.
         """
         ratios = [
             float(trial.user_attrs["elapsed_s"]) / (trial.user_attrs["epochs"] * trial.user_attrs[PLAIN_S])
-            for trial in self._finished(TrialState.COMPLETE, TrialState.PRUNED)
+            for trial in self._ended(TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
             if trial.user_attrs.get("epochs") and PLAIN_S in trial.user_attrs
         ]
         return max(ratios[-_LAST:], default=1.0)
@@ -64,12 +64,13 @@ class Pace:
         """Most seconds of the last complete trials beside their epochs, as for predictions with all views."""
         beside = [
             trial.duration.total_seconds() - float(trial.user_attrs["elapsed_s"])
-            for trial in self._finished(TrialState.COMPLETE)
+            for trial in self._ended(TrialState.COMPLETE)
             if trial.duration is not None
         ]
         return max([0.0, *beside[-_LAST:]])
 
-    def _finished(self, *states: TrialState) -> list[FrozenTrial]:
+    def _ended(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials in these states whose time is known; those waiting have paused."""
         trials = self._study.optuna.get_trials(deepcopy=False, states=states)
         return [trial for trial in trials if "elapsed_s" in trial.user_attrs]
 

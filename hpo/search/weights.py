@@ -18,7 +18,7 @@ from hpo.search.held_out import outputs_of, write_outputs
 from hpo.search.options import TrialOptions
 from hpo.storage.atomic import replacing
 from hpo.study import Study
-from hpo.trials import Order, Outcome, best_first, order_of
+from hpo.trials import Order, Outcome, best_first, order_of, trial_index_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ def keep_best_weights(study: Study, *, folds: int, options: TrialOptions = DEFAU
 class SpaceOnDisk:
     """Keeps a study's weights and checkpoints within a limit in 10^9 bytes, if there is one.
 
-    The weights of the worst trial go first: a refit trains again what is missing. Checkpoints are never deleted.
+    The checkpoints of the worst paused trials go first: if promoted after all, they start over. Then the weights of the
+    worst trials: a refit trains again what is missing. The checkpoints of running trials are never deleted.
     """
 
     def __init__(self, study: Study, options: TrialOptions) -> None:
@@ -78,19 +79,31 @@ class SpaceOnDisk:
             return
         sizes = {path: _size(path) for path in self._study.paths.weights_and_checkpoints()}
         excess = sum(sizes.values()) - self._keep_gb * 1e9
+        for trial in reversed(self._study.queue.paused() if excess > 0 else []):
+            checkpoints = self._study.paths.checkpoints_of(trial_index_of(trial))
+            if excess > 0 and checkpoints:
+                logger.info("--keep-gb %g: deleting the checkpoint of paused trial %d", self._keep_gb, trial.number)
+                excess -= self._delete(checkpoints, sizes)
         orders, unknown = _orders(self._study), (math.inf, math.inf)
         kept = self._study.paths.numbers_with_weights()
         for number in sorted(kept, key=lambda n: orders.get(n, (*unknown, n)), reverse=True):
             if excess <= 0:
                 return
             logger.info("--keep-gb %g: deleting the weights of trial %d", self._keep_gb, number)
-            for path in self._study.paths.trial_models(number):
-                path.unlink(missing_ok=True)  # the artifact store, which is not this disk, keeps them
-                excess -= sizes.get(path, 0)
+            excess -= self._delete(self._study.paths.trial_models(number), sizes)
         if excess > 0 and not self._warned:
             self._warned = True
             text = "--keep-gb %g: the checkpoints of the running trials alone take %.2f GB more; they are kept"
             logger.warning(text, self._keep_gb, excess / 1e9)
+
+    @staticmethod
+    def _delete(files: Iterable[Path], sizes: Mapping[Path, int]) -> int:
+        """Delete files, which the artifact store, if any, keeps: it is not this disk. Return their size."""
+        deleted = 0
+        for path in files:
+            path.unlink(missing_ok=True)
+            deleted += sizes.get(path, 0)
+        return deleted
 
 
 def _size(path: Path) -> int:

@@ -93,8 +93,30 @@ class RungsPruner(_Section):
 
     @model_validator(mode="after")
     def _increasing(self) -> RungsPruner:
-        if any(later <= earlier for earlier, later in pairwise(self.rungs)):
-            raise ValueError(f"rungs must increase, not {flow(self.rungs)}")
+        _check_increasing(self.rungs)
+        return self
+
+
+def _check_increasing(rungs: tuple[float, ...]) -> None:
+    if any(later <= earlier for earlier, later in pairwise(rungs)):
+        raise ValueError(f"rungs must increase, not {flow(rungs)}")
+
+
+_Reduction = Annotated[int, Field(ge=2, description="One in this many continues.")]
+
+
+class PromotePruner(_Section):
+    """Trials pause at rungs, and the best of those that wait continue."""
+
+    name: Literal["promote"]
+    rungs: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] = (0.05, 0.12, 0.3, 0.6)
+    """Fractions of the run's epochs at which trials pause, increasing. A rung is left out of studies in which fewer
+    than reduction_factor trials would reach it: the last of these, of up to 54 trials."""
+    reduction_factor: _Reduction = 3
+
+    @model_validator(mode="after")
+    def _increasing(self) -> PromotePruner:
+        _check_increasing(self.rungs)
         return self
 
 
@@ -126,9 +148,6 @@ class PercentilePruner(_Section):
     warmup_fraction: _Warmup = 0.0
 
 
-_Reduction = Annotated[int, Field(ge=2, description="One in this many continues.")]
-
-
 class SuccessiveHalvingPruner(_Section):
     """Optuna's: rungs at min_fraction × reduction_factor ^ k of the run."""
 
@@ -148,7 +167,13 @@ class HyperbandPruner(_Section):
 
 
 Pruner = Annotated[
-    RungsPruner | NoPruner | MedianPruner | PercentilePruner | SuccessiveHalvingPruner | HyperbandPruner,
+    RungsPruner
+    | PromotePruner
+    | NoPruner
+    | MedianPruner
+    | PercentilePruner
+    | SuccessiveHalvingPruner
+    | HyperbandPruner,
     Field(discriminator="name"),
 ]
 

@@ -1,4 +1,6 @@
-"""Prunes trials at rungs by asynchronous successive halving; also builds Optuna's pruners by name.
+"""Prunes or pauses trials at rungs; also builds Optuna's pruners by name.
+
+`rungs` is asynchronous successive halving.
 
 A trial survives a rung (an epoch) if it is among the best ceil(keep × n) of the n trials that have reached it so far
 (Li et al. 2018, arXiv 1810.05934). Unlike Optuna's, it takes any rungs, decides once at each, and counts a retried
@@ -106,7 +108,7 @@ class RungPruner(BasePruner):
                 break
             if rung not in places and rung in trial.intermediate_values:
                 places[rung] = self._place_at(study, trial, rung)
-                storage_of(study).set_trial_system_attr(trial_id(trial), f"{_RUNG}{rung}", list(places[rung]))
+                mark_place(study, trial, rung, places[rung])
             if rung in places and not places[rung].kept:
                 if not self._continues(trial):
                     return True
@@ -154,6 +156,38 @@ class RungPruner(BasePruner):
         rank = 1 + sum(goodness > own for goodness in theirs)
         # Less a rounding error: 0.07 × 100 is 7.000000000000001, and keeps 7.
         return Place(rank, of, rank <= math.ceil(self.keeps[rung] * of - 1e-9))
+
+
+class PromotePruner(NopPruner):
+    """Prunes nothing: trials pause at its rungs, and `hpo.study.promotion` decides which of them continue.
+
+    Args:
+        rungs: Steps, counted from 1, ascending.
+        reduction_factor: One in this many trials at a rung continues.
+    """
+
+    def __init__(self, rungs: Sequence[int], reduction_factor: int) -> None:
+        self.rungs, self.reduction_factor = tuple(rungs), reduction_factor
+
+    def used(self, trials: int) -> tuple[int, ...]:
+        """Return the rungs in a study of so many trials: those that at least `reduction_factor` of them reach."""
+        fewest = self.reduction_factor
+        return tuple(rung for k, rung in enumerate(self.rungs) if math.ceil(trials / fewest**k) >= fewest)
+
+
+def keeps_of(pruner: BasePruner, trials: int) -> dict[int, float]:
+    """Return rung -> the fraction that survives it, ascending, in a study of so many trials; empty without rungs."""
+    match pruner:
+        case RungPruner():
+            return dict(pruner.keeps)
+        case PromotePruner():
+            return dict.fromkeys(pruner.used(trials), 1 / pruner.reduction_factor)
+    return {}
+
+
+def mark_place(study: Study, trial: FrozenTrial, rung: int, place: Place) -> None:
+    """Store the decision about a trial at a rung."""
+    storage_of(study).set_trial_system_attr(trial_id(trial), f"{_RUNG}{rung}", list(place))
 
 
 def spared(trial: Trial | FrozenTrial) -> str:
@@ -229,6 +263,8 @@ def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) 
             fold_ends = [fold * epochs for fold in range(1, folds or 1)]
             rungs = rung_epochs(config.rungs, epochs)
             return RungPruner(rungs, config.keep, fold_ends, let_through=config.let_through)
+        case grammar.PromotePruner():
+            return PromotePruner(rung_epochs(config.rungs, epochs * (folds or 1)), config.reduction_factor)
         case grammar.NoPruner():
             return NopPruner()
         case grammar.MedianPruner():

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.space import grammar
 from hpo.storage.optuna_access import get_trials_cached, set_qmc_point, set_search_space, trial_id
-from hpo.trials import trial_index_of
+from hpo.trials import PAUSED, trial_index_of
 
 
 def sampler_seed(*parts: int | str) -> int:
@@ -124,7 +124,10 @@ class _CommonSpace(IntersectionSearchSpace):
 
 
 class _ByTrialIndex:
-    """A study whose trials are numbered and sorted by trial index; everything else is the study's own."""
+    """A study whose trials are numbered and sorted by trial index, and in which paused trials are pruned.
+
+    Everything else is the study's own.
+    """
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -134,7 +137,7 @@ class _ByTrialIndex:
     ) -> list[FrozenTrial]:
         trials = [
             _renumbered(trial)
-            for trial in get_trials_cached(self._study, use_cache=use_cache)
+            for trial in map(_as_pruned, get_trials_cached(self._study, use_cache=use_cache))
             if trial.state not in (TrialState.FAIL, TrialState.WAITING) and (states is None or trial.state in states)
         ]
         trials.sort(key=lambda trial: trial.number)
@@ -142,6 +145,15 @@ class _ByTrialIndex:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
+
+
+def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
+    """A trial that has paused at a rung, pruned there; the same object of other trials."""
+    if trial.state not in (TrialState.WAITING, TrialState.RUNNING) or PAUSED not in trial.user_attrs:
+        return trial
+    pruned = copy.copy(trial)
+    pruned.state = TrialState.PRUNED
+    return pruned
 
 
 def _by_trial_index(study: Study) -> Study:

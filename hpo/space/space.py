@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from core.config import READING_FIELDS, REFERENCE_LR, DataConfig, TrainConfig
 from hpo.space.document import flow
-from hpo.space.grammar import Confirm, Metric, Objective, Pruner, RungsPruner, Sampler
+from hpo.space.grammar import Confirm, Metric, Objective, PromotePruner, Pruner, RungsPruner, Sampler
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -270,7 +270,7 @@ class SearchSpace:
         identity = {
             "objective.metric": self.metric,
             "epochs": self.baseline.epochs,
-            "pruner.rungs": self.pruner.rungs if isinstance(self.pruner, RungsPruner) else None,
+            "pruner.rungs": self.pruner.rungs if isinstance(self.pruner, RungsPruner | PromotePruner) else None,
             **{f"data.{name}": value for name, value in split.items() if name != "name"},
             **{f"base.{path}": fixed[path] for path in kept},
             **{f"search.{path}": self.search[path].describe() for path in sorted(self.search)},

@@ -80,8 +80,8 @@ def _engine_options(url: str) -> dict[str, Any]:
 class _Database(RDBStorage):
     """Optuna's database storage, which repeats operations while the server does not answer.
 
-    Repetition is harmless: values are overwritten with the same, a claim is recognized by its lease, and of two trials
-    that are created the second is never run.
+    Repetition is harmless: values are overwritten with the same, claims and pauses are recognized by their lease, and
+    of two trials that are created the second is never run.
     """
 
     def __init__(self, url: str) -> None:
@@ -91,7 +91,8 @@ class _Database(RDBStorage):
                 url, engine_kwargs=_engine_options(url), heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S
             )
         self.outage = Outage(url)
-        self._waiting: dict[int, FrozenTrial] = {}
+        self._waiting: dict[int, tuple[datetime | None, FrozenTrial]] = {}
+        """Id -> last start and trial: one that has run since, and waits again, differs from before."""
         _set_up(self.engine)
         self.engine.dispose()  # connections from before the set-up
         logging.getLogger("optuna.storages._rdb.storage").addFilter(is_no_outage)
@@ -100,6 +101,8 @@ class _Database(RDBStorage):
         """Set the state; with RUNNING, also store this process's lease and a first heartbeat."""
         if state == TrialState.RUNNING:
             return self.outage.outlast(lambda again: self._claim(trial_id, again=again))
+        if state == TrialState.WAITING:
+            return self.outage.outlast(lambda _: self._pause(trial_id))
         return self.outage.outlast(lambda again: self._end(trial_id, state, values, again=again))
 
     def _claim(self, trial_id: int, *, again: bool) -> bool:
@@ -111,9 +114,19 @@ class _Database(RDBStorage):
                 leases = [json.loads(item.value_json) for item in trial.user_attributes if item.key == LEASE]
                 return again and leases == [own_lease()]
             self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, LEASE, own_lease())
+            session.query(models.TrialHeartbeatModel).filter_by(trial_id=trial_id).delete()  # of a run before a pause
             session.add(models.TrialHeartbeatModel(trial_id=trial_id))
             trial.state = TrialState.RUNNING
             trial.datetime_start = datetime.now()
+        return True
+
+    def _pause(self, trial_id: int) -> bool:
+        with _create_scoped_session(self.scoped_session) as session:
+            trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+            self.check_trial_is_updatable(trial_id, trial.state)
+            leases = [json.loads(item.value_json) for item in trial.user_attributes if item.key == LEASE]
+            if leases == [None]:  # else this is a repetition, and another process has claimed it since
+                trial.state = TrialState.WAITING
         return True
 
     def _end(self, trial_id: int, state: TrialState, values: Sequence[float] | None, *, again: bool) -> bool:
@@ -138,19 +151,26 @@ class _Database(RDBStorage):
         if states is not None:
             return super()._get_trials(study_id, states, included_trial_ids, trial_id_greater_than)
         with _create_scoped_session(self.scoped_session) as session:
-            known = session.query(models.TrialModel.trial_id, models.TrialModel.state)
-            states_now = dict(known.filter(models.TrialModel.study_id == study_id).all())
+            columns = models.TrialModel.__table__.c
+            known = session.query(columns.trial_id, columns.state, columns.datetime_start)
+            rows = known.filter(columns.study_id == study_id).all()
         found = {
-            number: state
-            for number, state in states_now.items()
+            number: (state, start)
+            for number, state, start in rows
             if number > trial_id_greater_than or number in included_trial_ids
         }
-        waiting = [trial for number, trial in self._waiting.items() if found.get(number) == TrialState.WAITING]
+        waiting = [
+            trial
+            for number, (start, trial) in self._waiting.items()
+            if found.get(number) == (TrialState.WAITING, start)
+        ]
         others = found.keys() - {trial._trial_id for trial in waiting}
         if len(others) > _MOST_BY_NUMBER or not found:
             return super()._get_trials(study_id, None, included_trial_ids, trial_id_greater_than)
         read = super()._get_trials(study_id, None, others, _LAST_TRIAL) if others else []
-        self._waiting |= {trial._trial_id: trial for trial in read if trial.state == TrialState.WAITING}
+        for trial in read:
+            if found[trial._trial_id][0] == trial.state == TrialState.WAITING:
+                self._waiting[trial._trial_id] = found[trial._trial_id][1], trial
         return sorted(waiting + read, key=lambda trial: trial._trial_id)
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def open_journal(path: Path) -> JournalStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             repair_journal(path)
-        return JournalStorage(_Journal(path))
+        return _Storage(_Journal(path))
 
 
 @contextmanager
@@ -58,6 +58,17 @@ def _explained(path: Path, what: str) -> Iterator[None]:
         else:
             hint = "check the folder"
         raise StudyError(f"storage {path}: cannot be {what} ({error.strerror}); {hint}") from error
+
+
+class _Storage(JournalStorage):
+    """Optuna's journal storage, in which a trial may go back from running to waiting."""
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """Set the state; with RUNNING, return whether this process was the first."""
+        if state == TrialState.RUNNING:
+            # Else Optuna takes the process that ran the trial before for the winner of every later race for it.
+            self._replay_result._worker_id_to_owned_trial_id.pop(self._replay_result.worker_id, None)
+        return super().set_trial_state_values(trial_id, state, values)
 
 
 class _Journal(JournalFileBackend):

@@ -19,6 +19,7 @@ from hpo.trials import (
     FAILURE,
     LET_THROUGH,
     OLD_NAMES,
+    PAUSED_BY,
     RECIPE,
     REPLICATE_OF,
     RESUMED_EPOCH,
@@ -26,6 +27,7 @@ from hpo.trials import (
     TRIAL_INDEX,
     effective_trials,
     is_baseline,
+    is_paused,
     trial_index_of,
 )
 
@@ -58,7 +60,7 @@ _FIXED = {
     CRASHES: "Int64",
     RESUMED_EPOCH: "Int64",
 }
-_NOT_SHOWN = {TRIAL_INDEX, LEASE, FAILURE, BASELINE, RECIPE, *OLD_NAMES.values()}
+_NOT_SHOWN = {TRIAL_INDEX, LEASE, PAUSED_BY, FAILURE, BASELINE, RECIPE, *OLD_NAMES.values()}
 """Attributes that other columns show, or that are internal."""
 
 
@@ -66,11 +68,11 @@ def trials_frame(study: Study) -> pandas.DataFrame:
     """Return one row per trial index, in the order of the trials' numbers.
 
     Returns:
-        First the same columns for every study: `number`, `trial_index`, `state` (complete, pruned, running, waiting),
-        `failure` (diverged, oom, invalid, crashed; then `state` is pruned), `value`, `last_value`, `baseline`,
-        `recipe`, `epochs` (trained), `kept_epoch`, `elapsed_s`, `images_per_s`, `started`, `ended` (local time),
-        `device` and others. Then `params.optim.lr_scale` etc., one for each searched field; all other attributes; and
-        for each rung `rungs.6` (the value), `rungs.6.rank` and `rungs.6.of` (the place among how many).
+        First the same columns for every study: `number`, `trial_index`, `state` (complete, pruned, running, paused,
+        waiting), `failure` (diverged, oom, invalid, crashed; then `state` is pruned), `value`, `last_value`,
+        `baseline`, `recipe`, `epochs` (trained), `kept_epoch`, `elapsed_s`, `images_per_s`, `started`, `ended` (local
+        time), `device` and others. Then `params.optim.lr_scale` etc., one for each searched field; all other
+        attributes; and for each rung `rungs.6` (the value), `rungs.6.rank` and `rungs.6.of` (the place among how many).
     """
     import pandas  # takes half a second
 
@@ -102,7 +104,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     row: dict[str, Any] = {
         "number": trial.number,
         "trial_index": trial_index_of(trial),
-        "state": trial.state.name.lower(),
+        "state": "paused" if is_paused(trial) else trial.state.name.lower(),
         "failure": attributes.get(FAILURE),
         "value": trial.value if trial.state == TrialState.COMPLETE else None,
         "last_value": reported[max(reported)] if reported else None,

@@ -2,6 +2,9 @@
 
 Each index of a study's total is a waiting trial. A worker claims it by a compare-and-set on its state in the storage,
 so the total is exact. When its process is dead, the attempt is marked failed and its index queued again.
+
+Under the pruner `promote`, a trial at a rung goes back to waiting under its number; `hpo.study.promotion` decides which
+trial is claimed next. When nothing runs or can be claimed, the paused trials are pruned.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from hpo.space.pruner import PromotePruner, mark_place
 from hpo.storage import lease
 from hpo.storage.lease import LEASE, Held
 from hpo.storage.optuna_access import forget_cached_trials, id_of, storage_of, trial_id
+from hpo.study.promotion import Ladder
 from hpo.trials import (
     ARTIFACT,
     BASELINE,
@@ -26,6 +31,8 @@ from hpo.trials import (
     CRASHES,
     FAILURE,
     INTERRUPTED,
+    PAUSED,
+    PAUSED_BY,
     REASON,
     RECIPE,
     RESUMED_EPOCH,
@@ -35,6 +42,7 @@ from hpo.trials import (
     count_trials,
     effective_trials,
     is_baseline,
+    is_paused,
     trial_index_of,
     with_current_names,
 )
@@ -161,6 +169,9 @@ class TrialQueue:
         attributes = {key: value for key, value in with_current_names(attempt.user_attrs).items() if key not in dropped}
         # The sampler's and the pruner's system attributes stay; the artifacts belong to the attempt.
         system = {k: v for k, v in attempt.system_attrs.items() if not k.startswith((CONSTRAINT, ARTIFACT))}
+        # The values that a paused trial is compared by; later ones belong to the attempt.
+        paused_at = attributes.get(PAUSED, 0)
+        values = {step: value for step, value in attempt.intermediate_values.items() if step <= paused_at}
         self._study.add_trial(
             create_trial(
                 state=TrialState.WAITING,
@@ -168,25 +179,51 @@ class TrialQueue:
                 distributions=attempt.distributions,
                 user_attrs=attributes | ({CRASHES: crashes} if crashes else {}),
                 system_attrs=system,
+                intermediate_values=values,
             )
         )
 
     # Claim, finish, release
 
-    def claim(self) -> tuple[optuna.Trial, int] | None:
-        """Claim the waiting trial with the lowest index.
+    def claim(self, *, ending: bool = False) -> tuple[optuna.Trial, int] | None:
+        """Claim the waiting trial with the lowest index; under `promote`, the one that is due.
+
+        Args:
+            ending: Claim the best paused trial of the last rung, since there is no time for others.
 
         Returns:
-            The running trial, whose lease this process holds, and its index; None if no trial of the total is waiting.
-            The sampler suggests its free parameters.
+            The running trial, whose lease this process holds, and its index; None if no trial of the total can be
+            claimed. The sampler suggests its free parameters.
         """
         self._known_space()
         forget_cached_trials(self._study)
-        for trial_index, trial in self._waiting():
-            if self._set_state(trial, TrialState.RUNNING):
-                self._storage.set_trial_user_attr(trial_id(trial), LEASE, lease.own_lease())
-                return optuna.Trial(self._study, trial_id(trial)), trial_index
+        while ready := self._ready(ending=ending):
+            if self._take(ready[0]):
+                if is_paused(ready[0]):
+                    self._mark_place(ready[0], kept=True)
+                return optuna.Trial(self._study, trial_id(ready[0])), trial_index_of(ready[0])
         return None
+
+    def next_rung(self, trial: optuna.Trial) -> int | None:
+        """Return the step at which a claimed trial has to pause; None if it runs to its end."""
+        ladder = self._ladder()
+        return None if ladder is None else ladder.next_rung(self._storage.get_trial(trial_id(trial)))
+
+    def pause(self, trial: optuna.Trial, rung: int, attributes: Mapping[str, Any]) -> bool:
+        """Let a claimed trial wait at a rung. If the process dies before the last write, it is queued there again.
+
+        Returns:
+            False if the trial was taken from this process before.
+        """
+        own = lease.own_lease()
+        # The lease must not outlive the pause: the next process writes its own after its claim.
+        written = {**attributes, PAUSED_BY: [own["host"], own["pid"]], PAUSED: rung, LEASE: None}
+        try:
+            for key, item in written.items():
+                trial.set_user_attr(key, item)
+            return self._storage.set_trial_state_values(trial_id(trial), TrialState.WAITING)
+        except UpdateFinishedTrialError:
+            return self._taken(trial)
 
     def finish(
         self,
@@ -219,10 +256,13 @@ class TrialQueue:
         except (UpdateFinishedTrialError, ValueError):
             if self._storage.get_trial(trial_id(trial)).state == TrialState.RUNNING:
                 raise
-            # This process seemed dead, and the index was queued again: the result of the other attempt counts.
-            logger.warning("trial %d was taken from this process while it ran; its result is dropped", trial.number)
-            return False
+            return self._taken(trial)
         return True
+
+    def _taken(self, trial: optuna.Trial) -> Literal[False]:
+        # This process seemed dead, and the index was queued again: the result of the other attempt counts.
+        logger.warning("trial %d was taken from this process while it ran; its result is dropped", trial.number)
+        return False
 
     def release(self, trial: optuna.Trial, *, crashed: bool = False) -> None:
         """Queue a claimed trial again; `crashed` counts the attempt against the retries."""
@@ -256,10 +296,27 @@ class TrialQueue:
         return queued
 
     def requeue_lost(self) -> bool:
-        """Requeue the trials of processes that died while they gave one back. Return whether any trial is waiting."""
+        """Requeue the trials of processes that died while they gave one back. Return whether any can be claimed.
+
+        If none can, and none runs, prune the paused trials.
+        """
         if self._settings.total is not None:
             self.ensure_trials(self._settings.total)
-        return self.waiting() > 0
+        if self.claimable():
+            return True
+        if self._ladder() is not None and not self._running():
+            self._prune_paused()
+        return False
+
+    def _prune_paused(self) -> None:
+        for trial in filter(is_paused, self._of_total()):
+            if not self._take(trial):  # so that no other process continues it meanwhile
+                continue
+            self._mark_place(trial, kept=False)
+            self._drop_checkpoints(trial)
+            self._storage.set_trial_state_values(
+                trial_id(trial), TrialState.PRUNED, [trial.intermediate_values[max(trial.intermediate_values)]]
+            )
 
     def held_elsewhere(self) -> list[Held]:
         """Return the running trials of other hosts or containers, which may be dead."""
@@ -276,15 +333,43 @@ class TrialQueue:
         ]
 
     def waiting(self) -> int:
-        """Return the number of waiting trials."""
-        return len(self._waiting())
+        """Return the number of waiting trials, paused ones included."""
+        return sum(trial.state == TrialState.WAITING for trial in self._of_total())
 
-    def _waiting(self) -> list[tuple[int, FrozenTrial]]:
+    def claimable(self) -> int:
+        """Return the number of trials that can be claimed now: the waiting ones without those that stay paused."""
+        return len(self._ready())
+
+    def paused(self) -> list[FrozenTrial]:
+        """Return the trials that wait at a rung, the best of the last rung first."""
+        ladder = self._ladder()
+        return [] if ladder is None else ladder.furthest()
+
+    def _ready(self, *, ending: bool = False) -> list[FrozenTrial]:
+        ladder = self._ladder()
+        if ladder is None:
+            return [trial for trial in self._of_total() if trial.state == TrialState.WAITING]
+        return ladder.furthest() if ending else ladder.claimable()
+
+    def _ladder(self) -> Ladder | None:
+        """The rungs of `promote`; None with another pruner."""
+        pruner = self._study.pruner
+        if not isinstance(pruner, PromotePruner):
+            return None
+        return Ladder(pruner, self._of_total(), 1 if self._study.direction.name == "MAXIMIZE" else -1)
+
+    def _mark_place(self, trial: FrozenTrial, *, kept: bool) -> None:
+        ladder = self._ladder()
+        assert ladder is not None, "only `promote` pauses trials"
+        mark_place(self._study, trial, trial.user_attrs[PAUSED], ladder.place(trial, kept=kept))
+
+    def _of_total(self) -> list[FrozenTrial]:
+        """The effective trials of the total, by index."""
         total = self._settings.total
         return [
-            (trial_index, trial)
+            trial
             for trial_index, trial in sorted(effective_trials(self._trials()).items())
-            if trial.state == TrialState.WAITING and (total is None or trial_index < total)
+            if total is None or trial_index < total
         ]
 
     def _running(self) -> list[FrozenTrial]:
@@ -319,14 +404,27 @@ class TrialQueue:
             storage.set_trial_state_values(number, TrialState.PRUNED, values)
         except UpdateFinishedTrialError:  # another process was faster
             return
-        for checkpoint in self._paths.checkpoints_of(trial_index_of(trial)):
-            self._files.drop_checkpoint(checkpoint)
+        self._drop_checkpoints(trial)
         logger.warning(
             "trial %d: %d attempt(s) at it died with their process, so it counts as failed to train; "
             "--retries N allows more",
             trial.number,
             crashes,
         )
+
+    def _drop_checkpoints(self, trial: FrozenTrial) -> None:
+        for checkpoint in self._paths.checkpoints_of(trial_index_of(trial)):
+            self._files.drop_checkpoint(checkpoint)
+
+    def _take(self, trial: FrozenTrial) -> bool:
+        """Claim a waiting trial; False if another process did."""
+        if not self._set_state(trial, TrialState.RUNNING):
+            return False
+        try:
+            self._storage.set_trial_user_attr(trial_id(trial), LEASE, lease.own_lease())
+        except UpdateFinishedTrialError:
+            return False
+        return True
 
     def _set_state(self, trial: FrozenTrial, state: TrialState) -> bool:
         """False if another process set it."""

@@ -47,7 +47,7 @@ from hpo.submission.peers import Library
 from hpo.submission.selection import decide_selection
 from hpo.submission.tested import Tested, full_scores
 from hpo.text import count
-from hpo.trials import effective_trials
+from hpo.trials import effective_trials, is_paused
 
 logger = logging.getLogger(__name__)
 
@@ -375,7 +375,7 @@ def search_summary(study: Study) -> dict[str, Any]:
     over = [
         trial
         for trial in effective_trials(study.optuna.get_trials(deepcopy=False)).values()
-        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or is_paused(trial)
     ]
     devices = Counter(str(trial.user_attrs["device"]) for trial in over if "device" in trial.user_attrs)
     return {

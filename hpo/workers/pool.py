@@ -23,6 +23,7 @@ from hpo.search.weights import keep_best_weights
 from hpo.storage.lease import LEASE
 from hpo.study import Study
 from hpo.text import done_and_safe
+from hpo.trials import PAUSED_BY
 from hpo.workers.engine import Engine, Exit, Failure, Output, Worker, WorkerSlot, WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class _Supervisor:
     interrupts: Interrupts
     workers: dict[WorkerSlot, Worker] = field(default_factory=dict)
     deaths: Counter[WorkerSlot] = field(default_factory=Counter)
-    """Since a worker of the slot finished a trial."""
+    """Since a worker of the slot finished or paused a trial."""
     no_more: set[WorkerSlot] = field(default_factory=set)
     last_words: str = ""
     last_crash: Exception | None = None
@@ -95,7 +96,7 @@ class _Supervisor:
         while True:
             self._work()
             self.study.queue.reclaim()
-            if not self.study.queue.waiting():
+            if not self.study.queue.claimable():
                 return True
             if not any(map(self._usable, self.slots)):
                 if self.no_more:
@@ -124,7 +125,7 @@ class _Supervisor:
 
     def _fill(self) -> None:
         """Start workers for waiting trials beyond the idle workers; dismiss unplaced ones if none waits."""
-        waiting, training = self.study.queue.waiting(), self._training()
+        waiting, training = self.study.queue.claimable(), self._training()
         idle = [worker for worker in self.workers.values() if worker.process not in training]
         free = list(filter(self._usable, self.slots))
         for slot in free[: max(0, waiting - len(idle))]:
@@ -143,6 +144,10 @@ class _Supervisor:
     def _trials_of(self, worker: Worker) -> list[FrozenTrial]:
         trials = self.study.optuna.get_trials(deepcopy=False)
         return [trial for trial in trials if worker.process is not None and _holder(trial) == worker.process]
+
+    def _has_paused(self, process: tuple[str, int]) -> bool:
+        trials = self.study.optuna.get_trials(deepcopy=False)
+        return any(trial.user_attrs.get(PAUSED_BY) == list(process) for trial in trials)
 
     def _training(self) -> set[tuple[str, int] | None]:
         """The processes that hold a running trial."""
@@ -170,6 +175,8 @@ class _Supervisor:
             return
         if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in self._trials_of(worker)):
             self.deaths[slot] = 0
+        if worker.process is not None and self._has_paused(worker.process):
+            self.deaths[slot] = 0
         self.deaths[slot] += not exited.blameless
         self.last_words = exited.words
         who, requeued = slot.name, ""
@@ -180,7 +187,7 @@ class _Supervisor:
             who += f" ({trial_label(last, epochs=base.epochs, folds=base.data.folds or 1)})"
             requeued = "; its trial is queued again"
         then = "another takes its place" if self._usable(slot) else "it is not replaced any more"
-        if self._usable(slot) and self.study.queue.waiting():
+        if self._usable(slot) and self.study.queue.claimable():
             self._start(slot)
         logger.warning("%s %s%s; %s", who, exited.words, requeued, then)
 

@@ -142,7 +142,7 @@ class Work:
         capacity.check(size or 1, asked=self.placement.asked)
         if size is not None or (size := self._measured_before(device)) is not None:  # perhaps just now, on another
             return size
-        if self.study.queue.waiting() < 2:
+        if self.study.queue.claimable() < 2:
             self.say(not_measured("too few trials are left"))
             return 1
         self.say("measuring how many trials at once train the most images per second")
