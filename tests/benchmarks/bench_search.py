@@ -91,6 +91,8 @@ SIDES: dict[str, Own | Plain] = {
     "Optuna: TPE, successive halving": lambda _: SuccessiveHalvingPruner(),
     "rungs, random": Own("random", "rungs"),
     "rungs, TPE": Own("tpe", "rungs"),
+    "promote, random": Own("random", "promote"),
+    "promote, TPE": Own("tpe", "promote"),
 }
 
 
@@ -214,11 +216,15 @@ class Replay:
         history = [_epoch(epoch, float(score)) for epoch, score in enumerate(self.curves.val[row, :done], 1)]
         if history:
             on_resume(tuple(history))
+        checkpoint_to.parent.mkdir(parents=True, exist_ok=True)
         for epoch, score in enumerate(self.scores(row, done), done + 1):
             history.append(_epoch(epoch, score))
-            on_epoch_end(history[-1])
+            try:
+                on_epoch_end(history[-1])
+            except KeyboardInterrupt:
+                checkpoint_to.write_text(str(epoch))
+                raise
             if epoch in checkpoint_at:
-                checkpoint_to.parent.mkdir(parents=True, exist_ok=True)
                 checkpoint_to.write_text(str(epoch))
         return TrainResult(torch.nn.Identity(), tuple(history), history[-1], _logits(splits, history[-1]))
 
