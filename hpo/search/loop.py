@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,11 +32,13 @@ from hpo.search.weights import DEFAULTS, SpaceOnDisk, explain_full_disk, keep_ev
 from hpo.space import ConfirmationSpace, SearchSpace
 from hpo.space.pruner import RungPruner, build_pruner, keeps_of, lets_through
 from hpo.study import Study
-from hpo.study.deadline import OutOfTime
-from hpo.trials import REASON, STANDARD_ERROR, STOPPED, Outcome
+from hpo.study.deadline import OutOfTime, TooLong
+from hpo.trials import REASON, STANDARD_ERROR, STOPPED, Outcome, is_baseline
 
 logger = logging.getLogger(__name__)
 
+MOST_TOO_LONG = 5
+"""Trials of a process that are passed over, each after a few timed steps, since they would end after the limit."""
 # Seconds between two checks of other processes' trials.
 _WAIT_S = 0.5
 
@@ -72,6 +74,33 @@ def estimate(
     return Estimate(steps * per_step, in_full, pruned)
 
 
+@dataclass
+class _Limit:
+    """What a run still claims after the time limit has stopped a trial."""
+
+    study: Study
+    too_long: set[int] = field(default_factory=set)
+    """Indices that wait for more time."""
+    ending: bool = False
+    """Whether no trial can run from its first epoch to its last."""
+
+    @property
+    def is_felt(self) -> bool:
+        return self.ending or bool(self.too_long)
+
+    def allows_another(self, trial: optuna.Trial, trial_index: int, why: OutOfTime) -> bool:
+        """Whether a paused trial may go on to its end, or a shorter one at all."""
+        if not self.ending and self.study.queue.paused():
+            self.ending = True
+            return True
+        # Others are compared with the baseline, and with every training of a confirmation.
+        needed = self.study.confirms is not None or is_baseline(trial)
+        if isinstance(why, TooLong) and len(self.too_long) < MOST_TOO_LONG and not needed:
+            self.too_long.add(trial_index)
+            return True
+        return False
+
+
 def run_study(
     study: Study,
     space: SearchSpace,
@@ -100,26 +129,25 @@ def run_study(
     space_on_disk = SpaceOnDisk(study, options)
     shared = partial(_share_checkpoint, study, space_on_disk)
     objective = Objective(space, divide, study, device, progress, interrupts, on_checkpoint=shared)
-    ending = False  # too little time for a trial from its first epoch
+    limit = _Limit(study)
     while True:
         study.queue.reclaim()
         if study.deadline.left_s() <= 0 or study.patience.is_over:
             return not study.queue.claimable()
-        if (claimed := study.queue.claim(ending=ending)) is None:
-            return not (ending and study.queue.claimable())
+        if (claimed := study.queue.claim(ending=limit.ending, without=limit.too_long)) is None:
+            return not (limit.is_felt and study.queue.claimable())
         trial, trial_index = claimed
         try:
             with explain_full_disk(study.paths.dir), study.queue.heartbeat(trial):
-                until = None if ending else study.queue.next_rung(trial)
+                until = None if limit.ending else study.queue.next_rung(trial)
                 ended = _run_trial(study, objective, trial, trial_index, space_on_disk, until)
         except UpdateFinishedTrialError:  # its lease was taken for dead, and its trial index queued again
             logger.warning("trial %d was requeued by another process while it ran; it is dropped", trial.number)
             continue
-        except OutOfTime:
+        except OutOfTime as error:
             study.queue.release(trial)
-            if ending or not study.queue.paused():
+            if not limit.allows_another(trial, trial_index, error):
                 return False
-            ending = True
             continue
         except BaseException as error:
             # A crash may be the configuration's fault, an interrupt or a user's error is not.

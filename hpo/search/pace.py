@@ -12,6 +12,7 @@ from core.config import TrainConfig
 from core.data import Splits
 from core.loop import seconds_per_epoch
 from hpo.study import Study
+from hpo.study.deadline import OutOfTime, TooLong
 from hpo.trials import trial_index_of
 
 PLAIN_S = "plain_epoch_s"
@@ -31,7 +32,7 @@ class Pace:
         """Measure a trial's speed by a few steps.
 
         Raises:
-            OutOfTime: It cannot end before the deadline unless it is pruned.
+            TooLong: It cannot end before the deadline unless it is pruned.
             ConfigError: The configuration cannot be trained, as in `core.loop.train`.
         """
         if not self._study.deadline.is_set:
@@ -41,7 +42,10 @@ class Pace:
             trial.set_user_attr(PLAIN_S, seconds)
             seconds *= self._correction()
         epochs = config.epochs * len(splits) - self._saved_epochs(trial_index)
-        self._study.deadline.check(seconds * epochs + self._after())
+        try:
+            self._study.deadline.check(seconds * epochs + self._after())
+        except OutOfTime as error:
+            raise TooLong from error
 
     def epoch_ended(self, seconds: float) -> None:
         """Raise OutOfTime if another epoch as long as this one would end too late."""

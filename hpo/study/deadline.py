@@ -17,6 +17,10 @@ class OutOfTime(KeyboardInterrupt):
     """The study's time limit ends a trial, or does not allow it to begin."""
 
 
+class TooLong(OutOfTime):
+    """A trial has not begun, since it would end too late."""
+
+
 class Deadline:
     """The time that a study's runs may take together. The time between two runs does not count."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
@@ -185,11 +185,12 @@ class TrialQueue:
 
     # Claim, finish, release
 
-    def claim(self, *, ending: bool = False) -> tuple[optuna.Trial, int] | None:
+    def claim(self, *, ending: bool = False, without: Container[int] = ()) -> tuple[optuna.Trial, int] | None:
         """Claim the waiting trial with the lowest index; under `promote`, the one that is due.
 
         Args:
             ending: Claim the best paused trial of the last rung, since there is no time for others.
+            without: Indices that are not claimed.
 
         Returns:
             The running trial, whose lease this process holds, and its index; None if no trial of the total can be
@@ -197,7 +198,7 @@ class TrialQueue:
         """
         self._known_space()
         forget_cached_trials(self._study)
-        while ready := self._ready(ending=ending):
+        while ready := [one for one in self._ready(ending=ending) if trial_index_of(one) not in without]:
             if self._take(ready[0]):
                 if is_paused(ready[0]):
                     self._mark_place(ready[0], kept=True)

@@ -23,6 +23,7 @@ from hpo.search.pace import PLAIN_S, Pace
 from hpo.study import Study, find_study
 from hpo.study.deadline import Deadline, OutOfTime
 from hpo.study.settings import StudySettings
+from hpo.trials import trial_index_of
 from tests.hpo.commands import SPACE, RunHpo, Start
 from tests.hpo.storage.journals import finished_of, trials_of
 from tests.hpo.workers.processes import wait_until
@@ -138,6 +139,34 @@ def test_a_trial_that_cannot_end_in_time_does_not_begin(
     said = run_hpo("run", space_file, "--trials", "1", "--hours", "1")  # two epochs
     assert "0 of 1 trials are done and safe" in said
     assert [trial.intermediate_values for trial in trials_of(tmp_path / "studies/own")] == [{}, {}]
+
+
+@pytest.mark.parametrize(("most", "finished"), [(5, 7), (2, 4), (0, 2)])
+def test_a_trial_that_is_too_long_waits_for_more_time_and_shorter_ones_go_on(
+    most: int, finished: int, run_hpo: RunHpo, space_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ten trials, those with the indices 2, 4 and 6 seem to take hours."""
+    asked = iter([0.001, 0.001, *[7200.0, 0.001] * 3, *[0.001] * 2])
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: next(asked))
+    monkeypatch.setattr("hpo.search.loop.MOST_TOO_LONG", most)
+    arguments = ("run", space_file, "--trials", "10")
+    said = run_hpo(*arguments, "--hours", "1")
+    assert f"{finished} of 10 trials are done and safe" in said
+    study = find_study("own").optuna
+    waiting = [trial for trial in study.get_trials() if trial.state == TrialState.WAITING]
+    long = {2} if most == 0 else {2, 4, 6}
+    assert long <= set(map(trial_index_of, waiting))
+    assert all(trial.params for trial in waiting if trial_index_of(trial) in long), "it keeps its configuration"
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: 0.001)
+    assert "10 of 10 trials finished" in run_hpo(*arguments, "--hours", "2")
+
+
+def test_a_search_whose_baseline_is_too_long_has_no_other_trials(
+    run_hpo: RunHpo, space_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter([7200.0])
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: next(asked))
+    assert "0 of 3 trials are done and safe" in run_hpo("run", space_file, "--trials", "3", "--hours", "1")
 
 
 def test_used_up_time_is_reported_before_anything_is_measured(
