@@ -45,9 +45,9 @@ class Plan:
     """The trainings of a confirmation: the candidates and replicates that the budget allows.
 
     The budget is a share of the epochs trained by the search. By default it is a third, but at least
-    `DEFAULT_TRAININGS` trainings, and at most the epochs and the time of the search. `within_s` limits it to the
-    trainings that fit these seconds. Times are those of one training at a time, at each configuration's speed in the
-    search.
+    `DEFAULT_TRAININGS` trainings, and at most the epochs and the time of the search unless `within_s` is given. That
+    limits any budget to the trainings that fit these seconds. Times are those of one training at a time, at each
+    configuration's speed in the search.
     """
 
     def __init__(
@@ -61,18 +61,19 @@ class Plan:
         self.search_s = search_seconds(search)
         """Time of the search's finished trials; None if it is not known."""
         self._epoch_s = seconds_per_epoch(search)
+        unpriced = share is None and within_s is None
         if share is None:
             enough = max(self.search_epochs // 3, DEFAULT_TRAININGS * self.cost_epochs)
-            self.budget_epochs = min(enough, self.search_epochs)
+            self.budget_epochs = min(enough, self.search_epochs) if unpriced else enough
         else:
             self.budget_epochs = int(share * self.search_epochs + 1e-9)  # less a rounding error: 0.1 × 30 is 3
-        limits = (self.search_s if share is None else None, within_s)
+        limits = (self.search_s if unpriced else None, within_s)
         self._most_s = min((limit for limit in limits if limit is not None), default=math.inf)
         if self._epoch_s is not None and math.isfinite(self._most_s):
             self.budget_epochs = min(self.budget_epochs, int(self._most_s / self._epoch_s + 1e-9))
         self._preferred = candidates(search, space)
         self._speeds = self._epoch_seconds()
-        self.allocation = self._allocated(least=1 if share is None else MIN_REPLICATES)
+        self.allocation = self._allocated(least=1 if unpriced else MIN_REPLICATES)
         self.chosen = tuple(self._preferred[: self.allocation.candidates])
         self.seconds = self._seconds(self.allocation)
         """Longest time of the planned trainings; None if it is not known."""

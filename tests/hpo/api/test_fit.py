@@ -58,7 +58,6 @@ pruner: {{name: none}}
 sampler: {{name: random}}
 search:
   optim.lr_scale: {{low: 5, high: 20, log: true}}
-confirm: {{budget: 2}}
 """
 
 

@@ -602,6 +602,7 @@ def test_the_default_budget_is_a_third_and_at_least_twelve_trainings_but_no_more
         (200.0, None, None, (2, 2), 420.0),  # of 430 s
         (200.0, 0.5, None, (3, 4), 880.0),  # the user's own budget may take longer
         (10.0, None, 100.0, (2, 5), 100.0),
+        (200.0, None, 650.0, (2, 3), 630.0),  # nor than the user allows
         (10.0, 9.0, 10.0, (2, 3), 60.0),
     ],
 )
