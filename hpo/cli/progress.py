@@ -20,9 +20,10 @@ from hpo.cli.console import bars, console, epoch_note, say
 from hpo.cli.monitor import rung_of, steps_of
 from hpo.search.training import trial_label
 from hpo.space import CANDIDATE
+from hpo.space.pruner import spared
 from hpo.study import Study
-from hpo.text import assignments
-from hpo.trials import FAILURE, PAUSED, REASON, REPLICATE_OF, STOPPED, is_paused
+from hpo.text import assignments, short_names
+from hpo.trials import FAILURE, PAUSED, REASON, REPLICATE_OF, STOPPED, is_baseline, is_paused
 
 if TYPE_CHECKING:
     from core.loop import EpochMetrics
@@ -64,7 +65,7 @@ class StudyProgress:
         for trial in (*reversed(view.finished), *view.paused):
             if _end_of(trial) not in self._printed:
                 self._printed.add(_end_of(trial))
-                say(trial_line(self.study, trial))
+                say(trial_line(self.study, trial, width=console.width if console.is_terminal else None))
         self._update_total(view)
         if console.is_terminal:
             self._update_running(view)
@@ -128,19 +129,38 @@ def _end_of(trial: FrozenTrial) -> tuple[int, int | None, str | None]:
     return trial.number, trial.last_step, trial.user_attrs.get(FAILURE)
 
 
-def trial_line(study: Study, trial: FrozenTrial) -> str:
-    """Describe a finished or paused trial in one line."""
+def trial_line(study: Study, trial: FrozenTrial, *, width: int | None = None) -> str:
+    """Describe a finished or paused trial in one line, with the parameters in which it differs from the baseline.
+
+    Args:
+        width: Of the terminal; longer parameters are cut. None for lines of any length.
+    """
     attributes, failure, paused = trial.user_attrs, trial.user_attrs.get(FAILURE), is_paused(trial)
     score = trial.intermediate_values[attributes[PAUSED]] if paused else trial.value
     value = "      " if failure or score is None else f"{score:.4f}"
     how = failure or ("complete" if trial.state == TrialState.COMPLETE else _where_stopped(study, trial))
     took = f"{attributes['elapsed_s']:6.1f} s" if "elapsed_s" in attributes else "        "
-    shown = {**trial.params, **({CANDIDATE: attributes[CANDIDATE]} if CANDIDATE in attributes else {})}
+    shown = _shown(study, trial)
     reason = attributes.get(REASON) or attributes.get(STOPPED)
     detail = f"  ({reason})" if reason else ""
     if REPLICATE_OF in attributes:
         detail += f"  (replicate of trial index {attributes[REPLICATE_OF]})"
-    return f"trial {trial.number:3d}  {study.metric} {value}  {how:<18} {took}  {assignments(shown)}{detail}"
+    head = f"trial {trial.number:3d}  {study.metric} {value}  {how:<18} {took}  "
+    room = len(shown) if width is None else max(1, width - len(head) - len(detail))
+    return head + (shown if len(shown) <= room else f"{shown[: room - 1]}…") + detail
+
+
+def _shown(study: Study, trial: FrozenTrial) -> str:
+    """What distinguishes a trial: its candidate, its recipe, or the parameters that differ from the baseline's."""
+    if name := spared(trial):
+        return name
+    if CANDIDATE in trial.user_attrs:
+        return assignments({**trial.params, CANDIDATE: trial.user_attrs[CANDIDATE]})
+    baseline = next(filter(is_baseline, study.optuna.get_trials(deepcopy=False)), None)
+    same = {} if baseline is None else baseline.params
+    names = short_names(trial.params)
+    differing = {names[path]: value for path, value in trial.params.items() if path not in same or same[path] != value}
+    return assignments(differing) or "as the baseline"
 
 
 def _where_stopped(study: Study, trial: FrozenTrial) -> str:

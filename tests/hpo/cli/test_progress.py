@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 
@@ -24,7 +25,7 @@ from hpo.space import SearchSpace
 from hpo.storage.lease import LEASE, own_lease
 from hpo.study import Study
 from hpo.study.results import append_line
-from hpo.trials import FAILURE, REASON, REPLICATE_OF, STOPPED, TRIAL_INDEX
+from hpo.trials import BASELINE, FAILURE, REASON, RECIPE, REPLICATE_OF, STOPPED, TRIAL_INDEX
 from tests.hpo.confirmation.simulated import in_memory, space_of
 
 SPACE = """
@@ -72,21 +73,55 @@ def add(
     ("trial", "line"),
     [
         ({"state": COMPLETE, "value": 0.91, "steps": 30, "elapsed_s": 12.34},
-         "trial   0  accuracy 0.9100  complete             12.3 s  optim.lr_scale=2"),
+         "trial   0  accuracy 0.9100  complete             12.3 s  lr_scale=2"),
         ({"state": PRUNED, "value": 0.3, "steps": 3, "elapsed_s": 1.0},
-         "trial   0  accuracy 0.3000  pruned at fold 1, epoch 3    1.0 s  optim.lr_scale=2"),
+         "trial   0  accuracy 0.3000  pruned at fold 1, epoch 3    1.0 s  lr_scale=2"),
         ({"state": PRUNED, "value": 2.0, "steps": 20, "elapsed_s": 1.0},
-         "trial   0  accuracy 2.0000  pruned at fold 2, epoch 10    1.0 s  optim.lr_scale=2"),
+         "trial   0  accuracy 2.0000  pruned at fold 2, epoch 10    1.0 s  lr_scale=2"),
         ({"state": PRUNED, "value": 0.2, "steps": 2, FAILURE: "diverged", REASON: "the loss is NaN"},
-         "trial   0  accuracy         diverged                     optim.lr_scale=2  (the loss is NaN)"),
+         "trial   0  accuracy         diverged                     lr_scale=2  (the loss is NaN)"),
         ({"state": PRUNED, STOPPED: "it can no longer win"},
-         "trial   0  accuracy         stopped before it began           optim.lr_scale=2  (it can no longer win)"),
+         "trial   0  accuracy         stopped before it began           lr_scale=2  (it can no longer win)"),
         ({"state": COMPLETE, "value": 0.5, "steps": 30, REPLICATE_OF: 7},
-         "trial   0  accuracy 0.5000  complete                     optim.lr_scale=2  (replicate of trial index 7)"),
+         "trial   0  accuracy 0.5000  complete                     lr_scale=2  (replicate of trial index 7)"),
     ],
 )  # fmt: skip
 def test_a_finished_trial_is_a_line(study: Study, trial: dict[str, Any], line: str) -> None:
     assert trial_line(study, add(study, **trial)) == line
+
+
+@pytest.mark.parametrize(
+    ("attributes", "params", "shown"),
+    [
+        ({BASELINE: True}, {"lr_scale": 2.0}, "the baseline"),
+        ({RECIPE: "sgd"}, {"lr_scale": 2.0}, "recipe sgd"),
+        ({}, {"optim.lr_scale": 2.0, "model.name": "resnet", "optim.name": "sgd"}, "optim.name=sgd"),
+        ({}, {"optim.lr_scale": 4.0, "model.name": "vgg", "optim.name": "adamw"}, "lr_scale=4 model.name=vgg"),
+        ({}, {"optim.lr_scale": 2.0, "model.name": "resnet", "optim.name": "adamw"}, "as the baseline"),
+        ({}, {"optim.lr_scale": 2.0, "optim.momentum": 0.9}, "momentum=0.9"),
+    ],
+)
+def test_a_line_has_what_differs_from_the_baseline(
+    attributes: dict[str, Any], params: dict[str, Any], shown: str, study: Study
+) -> None:
+    def add_trial(params: dict[str, Any], attributes: dict[str, Any]) -> FrozenTrial:
+        distributions = {name: CategoricalDistribution([value]) for name, value in params.items()}
+        made = create_trial(value=0.5, params=params, distributions=distributions, user_attrs=attributes)
+        study.optuna.add_trial(made)
+        return study.optuna.trials[-1]
+
+    add_trial({"optim.lr_scale": 2.0, "model.name": "resnet", "optim.name": "adamw"}, {BASELINE: True, TRIAL_INDEX: 0})
+    line = trial_line(study, add_trial(params, {**attributes, TRIAL_INDEX: 1}))
+    assert line == f"trial   1  accuracy 0.5000  complete                     {shown}"
+
+
+@pytest.mark.parametrize(("spare", "end"), [(1, "lr_scale=2  (NaN)"), (0, "lr_scale=2  (NaN)"), (-4, "lr_sc…  (NaN)")])
+def test_the_parameters_are_cut_to_the_width_of_the_terminal(spare: int, end: str, study: Study) -> None:
+    trial = add(study, PRUNED, value=0.2, steps=2, **{FAILURE: "diverged", REASON: "NaN"})
+    width = len(trial_line(study, trial)) + spare
+    line = trial_line(study, trial, width=width)
+    assert line.endswith(f"  {end}")
+    assert len(line) <= width
 
 
 @pytest.mark.parametrize(
