@@ -193,11 +193,11 @@ class Search:
         if study.deadline.left_s() <= 0 or (trials and study.patience.is_over):
             self._report_end(study)
             return
+        probes = [recipe for recipe in pending_recipes(study, space) if recipe.config.is_probe]
         with self.reporter.study(study) as view:  # seconds to minutes, and a score to beat from the first trial on
-            self._train_recipes(
-                work, view, [recipe for recipe in pending_recipes(study, space) if recipe.config.is_probe]
-            )
-        recipes = len(pending_recipes(study, space))
+            self._train_recipes(work, view, probes)
+        others = [recipe for recipe in pending_recipes(study, space) if not recipe.config.is_probe]
+        recipes = len(others)
         needed = recipes or (trials and self._alone)
         if needed and self.options.engine == "local":  # the devices of a cluster are not known here
             reporter = self.reporter if self._alone else Silent()
@@ -212,7 +212,7 @@ class Search:
             keep_best_weights(study, folds=space.baseline.data.folds or 1, options=self.options)
             if not all_done:
                 self._report_end(study)
-            self._train_recipes(work, view, pending_recipes(study, space))
+            self._train_recipes(work, view, others)
             if self.options.long_baseline and (longer := long_baseline(study, space)) is not None:
                 self._train_recipes(work, view, [longer])
 

@@ -105,8 +105,9 @@ def test_a_study_goes_on_without_the_weights_of_its_recipes(
     (folder / "space.yaml").write_text(
         SCRATCH.replace("digits}", "digits, image_size: 32}") + "recipes: [published.yaml, probe.yaml]\n"
     )
-    said = run_hpo("run", "space.yaml", "--trials", "1", "--study", "own")
-    line = next(line for line in said.splitlines() if line.startswith("recipe published  left out"))
+    said = run_hpo("run", "space.yaml", "--trials", "1", "--study", "own", "--minutes", "5")
+    [line] = [line for line in said.splitlines() if line.startswith("recipe published  left out")]
+    assert "reserved_s" not in (find_study("own").settings.deadline or {}), "it gets no time"
     for words in ("timm/mobilenetv3_large_100", "model.safetensors", str(folder / "hub"), "no route to host"):
         assert words in line
     assert "recipe probe  accuracy 0." in said
