@@ -379,13 +379,13 @@ class _Fit:
         return None
 
     def _refit_s(self) -> float:
-        """Seconds to keep for the refit: its share, or less if all epochs of the space take less."""
+        """Seconds to keep for the refit: its share, or less if all of its epochs take less."""
         from hpo.api.fit_length import length_of_refit
         from hpo.study import find_study
 
         share_s = self._until("after_s") - self._until("refit_s", "after_s")
         length = length_of_refit(find_study(self._paths.name), self._record["choice"])
-        return min(share_s, length.full_s) if length is not None and length.is_shortened else share_s
+        return min(share_s, length.longest_s) if length is not None and length.is_shortened else share_s
 
     def _least_confirm_s(self) -> float:
         """Seconds of a confirmation that was not planned: of the fewest trainings that can be compared."""
@@ -435,7 +435,8 @@ class _Fit:
     def _length(self, *, confirmed: bool) -> int | None:
         """Epochs of the refit, which the training itself shortens to fit the time; None to compare lengths.
 
-        Where the trials were made shorter to fit the time, the refit has the length that the space was made for.
+        Where the trials were made shorter to fit the time, the refit has the length that the space was made for, and
+        from scratch a greater one.
         Lengths are compared only where the trials have the space's length already.
         """
         from hpo.api.fit_length import length_of_refit
@@ -455,8 +456,10 @@ class _Fit:
             return fit
         if not length.is_shortened:
             return None if confirmed else length.searched
-        self._say(f"the refit has up to {count(length.full, 'epoch')}, as many as fit; a trial has {length.searched}")
-        return length.full
+        self._say(
+            f"the refit has up to {count(length.longest, 'epoch')}, as many as fit; a trial has {length.searched}"
+        )
+        return length.longest
 
     def _predict_options(self, bundle: str) -> PredictOptions:
         options = self._options

@@ -351,7 +351,7 @@ def test_the_advice_of_a_length_probe_is_searched_and_reported(
     section = length(read_study_data(study))
     assert section is not None
     assert "so trials have 4" in section.body
-    assert load_bundle(study.paths.refit("best")).meta.config.epochs == 8
+    assert load_bundle(study.paths.refit("best")).meta.config.epochs == 4 * 8
 
 
 def test_images_to_label_take_time_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,9 +376,9 @@ def test_on_a_busy_machine_more_time_is_kept_for_the_end(monkeypatch: pytest.Mon
 
 
 def test_time_that_the_refit_does_not_need_is_the_confirmations() -> None:
-    long, short = Length(searched=5, full=15, epoch_s=2.0), Length(searched=15, full=15, epoch_s=2.0)
+    long, short = Length(5, 15, 15, epoch_s=2.0), Length(15, 15, 60, epoch_s=2.0)
     assert (long.is_shortened, short.is_shortened) == (True, False)
-    assert long.full_s == pytest.approx(15 * 2.0 * REFIT_SLOWER)
+    assert long.longest_s == pytest.approx(15 * 2.0 * REFIT_SLOWER)
 
 
 # The whole
@@ -562,13 +562,13 @@ def test_shortened_trials_are_refitted_as_long_as_the_space_wants_and_nothing_el
     if not confirms:
         monkeypatch.setattr("hpo.api.fit._Fit._least_confirm_s", lambda _: math.inf)
     hpo.fit("digits", space=space, minutes=2)
-    assert "the refit has up to 2 epochs, as many as fit; a trial has 1" in capfd.readouterr().out
-    assert trained == [(2, 0)], "the choices rest on trainings of the trials' length"
+    assert "the refit has up to 8 epochs, as many as fit; a trial has 1" in capfd.readouterr().out
+    assert trained == [(8, 0)], "the choices rest on trainings of the trials' length"
     folder = StudyPaths.of("fit-digits").refit("best")
     report = json.loads((folder / "metrics.json").read_text())
-    assert report["epochs"] == 2
+    assert report["epochs"] == 8
     assert report["length"] is None
-    assert load_bundle(folder).meta.config.epochs == 2
+    assert load_bundle(folder).meta.config.epochs == 8
     assert (report["val"]["networks"] > 1) == confirms
 
 
