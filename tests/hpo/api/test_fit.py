@@ -308,6 +308,7 @@ def test_a_length_probe_chooses_the_epochs_of_the_trials_and_the_refit_has_no_fe
 ) -> None:
     Path(space).write_text(SPACE.replace("epochs: 2", "epochs: 8"))
     monkeypatch.setattr("hpo.search.length.fit_length", lambda *_: law)
+    monkeypatch.setattr("hpo.api.fit_choice.seconds_per_epoch", lambda *_, **__: 0.05)
     monkeypatch.setattr(_Fit, "_search", stop)
     with pytest.raises(KeyboardInterrupt):
         hpo.fit("digits", space=space, minutes=10)
@@ -341,6 +342,7 @@ def test_the_advice_of_a_length_probe_is_searched_and_reported(
     Path(space).write_text(SPACE.replace("epochs: 2", "epochs: 8"))
     law = LengthProbe(8, 0.1, 1.0, 4.0)
     monkeypatch.setattr("hpo.search.length.fit_length", lambda *_: law)
+    monkeypatch.setattr("hpo.api.fit_choice.seconds_per_epoch", lambda *_, **__: 0.05)
     hpo.fit("digits", space=space, minutes=2)
     said = capfd.readouterr().out
     assert said.count("length probe: the baseline once") == 1
