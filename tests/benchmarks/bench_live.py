@@ -32,11 +32,10 @@ from unittest import mock
 
 import optuna
 import torch
-from bench_search import FULL, SIDES, Own
+from bench_search import FULL, SIDES, Own, study_of
 from common import finish, machine, mean_and_deviation, parser, table
 from optuna.pruners import BasePruner
 from optuna.samplers import TPESampler
-from optuna.storages import InMemoryStorage
 from sklearn.model_selection import StratifiedShuffleSplit
 from trainings import SHARED, RandomCut, judge, paired
 
@@ -46,13 +45,10 @@ from core.data import Splits
 from core.errors import DivergedError
 from core.loop import EpochMetrics, TrainResult, train
 from core.runtime import derive_seed
-from hpo.paths import StudyPaths
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
 from hpo.space import SearchSpace, load_space
-from hpo.space.pruner import build_pruner
 from hpo.space.samplers import build_sampler
-from hpo.study import Study
 
 CPU = torch.device("cpu")
 ONCE = "baseline, once"
@@ -150,15 +146,7 @@ def run_own(side: Own, live: Live, epochs: int, seed: int) -> None:
     space = space_of(side, epochs)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        study = optuna.create_study(
-            study_name="live",
-            storage=InMemoryStorage(),
-            direction=space.direction,
-            sampler=build_sampler(space.sampler, seed=seed),
-            pruner=build_pruner(space.pruner, epochs),
-        )
-        metadata = {"seed": seed, "metric": space.metric, "direction": space.direction, "identity": space.identity()}
-        own = Study(study, StudyPaths(folder), metadata, "memory", space)
+        own = study_of(space, build_sampler(space.sampler, seed=seed), folder, seed)
         own.queue.ensure_trials(space.trials)
         stack.enter_context(mock.patch.object(hpo.search.objective, "train", live.train))
         interrupts = stack.enter_context(Interrupts())

@@ -277,22 +277,27 @@ def furthest(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
     return max(begun, key=lambda trial: max(trial.intermediate_values.items()), default=None)
 
 
+def study_of(space: SearchSpace, sampler: BaseSampler, folder: Path, seed: int) -> Study:
+    """Begin a study in memory, with the space's pruner."""
+    study = optuna.create_study(
+        study_name=folder.name,
+        storage=InMemoryStorage(),
+        direction=space.direction,
+        sampler=sampler,
+        pruner=build_pruner(space.pruner, space.baseline.epochs),
+    )
+    metadata = {"seed": seed, "metric": space.metric, "direction": space.direction, "identity": space.identity()}
+    return Study(study, StudyPaths(folder), metadata, "memory", space)
+
+
 def run_own(side: Own, replay: Replay, *, trials: int, seed: int) -> None:
     """Search by `hpo`."""
     space = space_of(replay.curves, side)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        study = optuna.create_study(
-            study_name="table",
-            storage=InMemoryStorage(),
-            direction=space.direction,
-            sampler=OnRows(build_sampler(space.sampler, seed=seed), replay, space),
-            pruner=build_pruner(space.pruner, space.baseline.epochs),
-        )
-        metadata = {"seed": seed, "metric": space.metric, "direction": space.direction, "identity": space.identity()}
-        own = Study(study, StudyPaths(folder), metadata, "memory", space)
+        own = study_of(space, OnRows(build_sampler(space.sampler, seed=seed), replay, space), folder, seed)
         own.queue.ensure_trials(trials)
-        replay.choose = lambda: own.best_trial() or furthest(study.get_trials(deepcopy=False))
+        replay.choose = lambda: own.best_trial() or furthest(own.optuna.get_trials(deepcopy=False))
         stack.enter_context(mock.patch.object(hpo.search.objective, "train", replay.train))
         for module, name, silent in RECORDS:
             stack.enter_context(mock.patch.object(module, name, silent))
