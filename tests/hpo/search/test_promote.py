@@ -23,7 +23,7 @@ from hpo.study.results import read_rows
 from hpo.trials import PAUSED, RUNG_LOSS, effective_trials, is_paused
 from tests.hpo.commands import RunHpo
 from tests.hpo.storage.journals import trials_of
-from tests.hpo.workers.chaos import Command
+from tests.hpo.workers.chaos import Command, started
 from tests.hpo.workers.processes import wait_until
 
 EPOCHS = 6
@@ -175,16 +175,8 @@ def test_the_rest_of_a_time_limit_goes_to_the_best_paused_trial(
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Starts `hpo run …` as a process."""
-    commands = []
-
-    def begin(*arguments: str) -> Command:
-        commands.append(Command(arguments, tmp_path, {}))
-        commands[-1].start()
-        return commands[-1]
-
-    yield begin
-    for command in commands:
-        command.kill_all()
+    with started(tmp_path) as begin:
+        yield begin
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from hpo.search.options import TrialOptions
 from hpo.search.weights import keep_best_weights
 from hpo.study import find_study
 from tests.hpo.storage.journals import finished_of, trials_of
-from tests.hpo.workers.chaos import Command
+from tests.hpo.workers.chaos import Command, started
 from tests.hpo.workers.processes import group_of, wait_until
 
 SPACE = """
@@ -38,16 +38,8 @@ Start = Callable[..., Command]
 def start(tmp_path: Path) -> Iterator[Start]:
     """Gives `hpo run …`, and at the end of the test ends what is left of it."""
     (tmp_path / "own.yaml").write_text(SPACE)
-    commands = []
-
-    def begin(*arguments: str) -> Command:
-        commands.append(Command(arguments, tmp_path, {}))
-        commands[-1].start()
-        return commands[-1]
-
-    yield begin
-    for command in commands:
-        command.kill_all()
+    with started(tmp_path) as begin:
+        yield begin
 
 
 def running(study: Path) -> list[FrozenTrial]:

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -564,3 +564,20 @@ def own_server() -> Iterator[Server | None]:
         except pytest.skip.Exception:
             server = None
         yield server
+
+
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[Callable[..., Command]]:
+    """Yield a function that starts `hpo run …` in a folder; at the end, kill what is left of its processes."""
+    commands: list[Command] = []
+
+    def begin(*arguments: str) -> Command:
+        commands.append(Command(arguments, folder, {}))
+        commands[-1].start()
+        return commands[-1]
+
+    try:
+        yield begin
+    finally:
+        for command in commands:
+            command.kill_all()
