@@ -178,6 +178,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--minutes", type=float, default=20.0, help="time of each side")
     options.add_argument("--epochs", type=positive, default=15, help="of the script")
+    options.add_argument("--first", type=positive, default=1, help="seed of the first repeat")
     options.add_argument("--only", nargs="+", default=[*SETS], choices=[*SETS], help="data sets")
     options.add_argument("--sides", nargs="+", default=[*SIDES], choices=[*SIDES], help="what to compare")
     options.add_argument("--join", nargs="+", type=Path, metavar="PATH", help="measure nothing; the table of these")
@@ -192,7 +193,7 @@ def main() -> None:
         weights = converted(Path(temporary))
         for name in arguments.only:
             data = unpacked(name, Path(temporary))
-            for seed, side in product(range(1, arguments.repeats + 1), arguments.sides):
+            for seed, side in product(range(arguments.first, arguments.first + arguments.repeats), arguments.sides):
                 folder = Path(temporary) / f"{name}-{seed}" / side / "studies"
                 folder.mkdir(parents=True)
                 one = measured(
