@@ -128,15 +128,18 @@ def _is_further(trial: FrozenTrial, waiting: FrozenTrial) -> bool:
     return trial.state != TrialState.WAITING or bool(trial.params and not waiting.params)
 
 
+def has_begun(trial: FrozenTrial) -> bool:
+    """Whether a trial runs, has ended or is paused."""
+    return trial.state != TrialState.WAITING or is_paused(trial)
+
+
 def first_twin(trials: Iterable[FrozenTrial], params: Mapping[str, Any], trial_index: int) -> int | None:
     """Return the lowest trial index before this one with the same parameters."""
     return min(
         (
             other
             for other, trial in effective_trials(trials).items()
-            if other < trial_index
-            and (trial.state != TrialState.WAITING or is_paused(trial))
-            and trial.params == params
+            if other < trial_index and has_begun(trial) and trial.params == params
         ),
         default=None,
     )

@@ -19,7 +19,7 @@ from itertools import groupby, pairwise
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.space.pruner import Place, PromotePruner, goodness_at, spared
-from hpo.trials import PAUSED, TAKEN_FROM, is_paused, trial_index_of
+from hpo.trials import PAUSED, TAKEN_FROM, has_begun, is_paused, trial_index_of
 
 FIRST_BATCH = 40
 """New trials before the first is promoted."""
@@ -42,8 +42,8 @@ class Ladder:
 
     def claimable(self) -> list[FrozenTrial]:
         """Return the trials that can be claimed now, in this order."""
-        new = [trial for trial in self._trials if trial.state == TrialState.WAITING and not is_paused(trial)]
-        entered = sum(trial.state != TrialState.WAITING or is_paused(trial) for trial in self._climbing)
+        new = [trial for trial in self._trials if not has_begun(trial)]
+        entered = sum(map(has_begun, self._climbing))
         batch_is_full = entered >= FIRST_BATCH and (entered - FIRST_BATCH) % BATCH == 0
         return [*self._promoted(), *new] if batch_is_full or not new else new
 

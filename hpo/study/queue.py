@@ -13,6 +13,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
@@ -41,6 +42,7 @@ from hpo.trials import (
     Counts,
     count_trials,
     effective_trials,
+    has_begun,
     is_baseline,
     is_paused,
     trial_index_of,
@@ -116,13 +118,7 @@ class TrialQueue:
 
     def missing_recipes(self) -> list[Recipe]:
         """Return the recipes that the space can express and that no trial of the total trains."""
-        total = self._settings.total
-        trials = [
-            trial
-            for trial in effective_trials(self._trials()).values()
-            if trial.state != TrialState.WAITING or total is None or trial_index_of(trial) < total
-        ]
-        names = {attributes.get(RECIPE) for _, attributes in self._missing(trials)}
+        names = {attributes.get(RECIPE) for _, attributes in self._missing(self._of_total())}
         return [recipe for recipe in self._known_space().recipes if recipe.name in names]
 
     def _known_space(self) -> SearchSpace:
@@ -325,11 +321,10 @@ class TrialQueue:
 
     def at_work(self) -> list[int]:
         """Return the numbers of the total's running trials that can be checked from here."""
-        total = self._settings.total
         return [
             trial.number
-            for trial in self._running()
-            if (total is None or trial_index_of(trial) < total)
+            for trial in self._of_total()
+            if trial.state == TrialState.RUNNING
             and (lease.held_elsewhere(trial) is None or lease.has_heartbeat(self._storage))
         ]
 
@@ -365,13 +360,17 @@ class TrialQueue:
         mark_place(self._study, trial, trial.user_attrs[PAUSED], ladder.place(trial, kept=kept))
 
     def _of_total(self) -> list[FrozenTrial]:
-        """The effective trials of the total, by index."""
-        total = self._settings.total
-        return [
-            trial
-            for trial_index, trial in sorted(effective_trials(self._trials()).items())
-            if total is None or trial_index < total
-        ]
+        """The effective trials of the total, by index: all that have begun, and as many others as it has room for.
+
+        A total that was lowered can have ended trials behind waiting ones that were too long for a time limit.
+        """
+        trials = [trial for _, trial in sorted(effective_trials(self._trials()).items())]
+        if (total := self._settings.total) is None:
+            return trials
+        begun = sum(map(has_begun, trials))
+        waiting = (trial for trial in trials if not has_begun(trial))
+        room = {trial.number for trial in islice(waiting, max(0, total - begun))}
+        return [trial for trial in trials if has_begun(trial) or trial.number in room]
 
     def _running(self) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if trial.state == TrialState.RUNNING]

@@ -37,6 +37,7 @@ from hpo.trials import (
     RUNG_LOSS,
     TAKEN_FROM,
     TRIAL_INDEX,
+    effective_trials,
     is_baseline,
     trial_index_of,
 )
@@ -397,6 +398,22 @@ def test_a_smaller_total_leaves_the_other_trials_waiting(open_: Any) -> None:
     work(study)
     assert study.counts().finished == 3
     assert study.counts().waiting == 6
+
+
+def test_a_smaller_total_counts_the_trials_that_ended_behind_waiting_ones(open_: Any) -> None:
+    """As after a time limit that was too short for the trials 1 and 2."""
+    study = open_(trials=9)
+    for _ in range(3):
+        trial, _ = study.queue.claim(without=(1, 2))
+        suggest(study, trial)
+        study.queue.finish(trial, "complete", 0.5)
+    study.queue.ensure_trials(4)
+    assert (study.queue.waiting(), study.queue.claimable()) == (1, 1)
+    work(study)
+    assert study.counts().finished == 4
+    assert study.queue.claim() is None
+    effective = effective_trials(study.optuna.trials)
+    assert sorted(index for index, trial in effective.items() if trial.state.is_finished()) == [0, 1, 3, 4]
 
 
 def test_trials_that_two_processes_queued_at_once_run_once(open_: Any) -> None:
