@@ -96,8 +96,7 @@ def hpo(folder: Path, data: Path, config: DataConfig, *arguments: str) -> dict[s
         "PYTHONPATH": str(ROOT),
     }
     began = time.perf_counter()
-    with (folder.parent / "out.txt").open("a") as output:
-        subprocess.run([sys.executable, "-m", "hpo.cli", *arguments], env=environment, stdout=output, check=True)
+    subprocess.run([sys.executable, "-m", "hpo.cli", *arguments], env=environment, stdout=sys.stderr, check=True)
     seconds = time.perf_counter() - began
     (file,) = (path for path in folder.rglob("metrics.json") if "refit" in path.parts)
     bundle = load_bundle(file.parent, CPU)
