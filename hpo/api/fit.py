@@ -327,18 +327,29 @@ class _Fit:
 
     def _search(self) -> int:
         """Search until the other stages need the time. Returns the number of finished trials."""
-        stages = ("confirm_s", "refit_s", "after_s")
-        found = self._searched(self._until(*stages))
+        found = self._searched(self._until("confirm_s", "refit_s", "after_s"))
         if found.best_trial() is None:
             self._say("no trial is complete, and a model needs one: it goes on to its end")
             found = self._searched(None, trials=1)
-            if self._until(*stages) > 0:  # the timed steps were slower than the trial
-                found = self._searched(self._until(*stages))
+        if found.best_trial() is not None and (more_s := self._more_s(found)) > 0:
+            self._say(f"trainings are faster than the timed steps: the search goes on for {duration(more_s)}")
+            found = self._searched(more_s)
         if found.best_trial() is None:
             raise StudyError(f"study {found.name}: no configuration could be trained; see hpo study show {found.name}")
         finished = found.counts().finished
         found.settings.total = finished  # the rest is not missing
         return finished
+
+    def _more_s(self, study: Study) -> float:
+        """Seconds that the search may still take by the real times of its trials; 0 if that is too little for one."""
+        from hpo.api.fit_plan import confirmation_s
+
+        if study.counts().finished >= self._record["choice"]["trials"] or study.patience.is_over:
+            return 0.0
+        left_s = self._until("after_s") - self._refit_s()
+        confirm_s = confirmation_s(study.deadline.used_s + left_s, self._least_confirm_s())
+        more_s = left_s - confirm_s
+        return more_s if more_s > _trial_s(study) else 0.0
 
     def _searched(self, seconds: float | None, *, trials: int | None = None) -> Study:
         from hpo.api.search import search
@@ -390,13 +401,9 @@ class _Fit:
     def _least_confirm_s(self) -> float:
         """Seconds of a confirmation that was not planned: of the fewest trainings that can be compared."""
         from hpo.api.fit_plan import LEAST_TRAININGS
-        from hpo.confirmation.candidates import best_searched
-        from hpo.confirmation.trials import seconds_per_epoch
         from hpo.study import find_study
 
-        study = find_study(self._paths.name)
-        epoch_s = seconds_per_epoch(study)
-        return math.inf if epoch_s is None else LEAST_TRAININGS * epoch_s * best_searched(study).epochs
+        return LEAST_TRAININGS * _trial_s(find_study(self._paths.name))
 
     def _say_kinds(self) -> None:
         """Say which of probe, fine-tuning and training from scratch is best."""
@@ -493,6 +500,14 @@ class _Fit:
             return None
         with self._interrupts.let_through():
             return str(report(ReportOptions(study=self._paths.name)).path)
+
+
+def _trial_s(study: Study) -> float:
+    """Time of the longest complete trial, in seconds; infinite without one."""
+    from optuna.trial import TrialState
+
+    complete = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return max((float(trial.user_attrs.get("elapsed_s", 0.0)) for trial in complete), default=math.inf)
 
 
 def _minutes(seconds: float) -> float:

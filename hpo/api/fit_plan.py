@@ -59,8 +59,6 @@ class Plan:
     """Epochs of a trial, and seconds of each stage."""
 
     epochs: int
-    trials: int | None
-    """None: as many as fit."""
     search_s: float
     confirm_s: float
     """0: no confirmation."""
@@ -82,19 +80,25 @@ def divide(left_s: float, timed: Timed, most_epochs: int, *, fewest_epochs: int 
     enough = min(fewest, most_epochs)
     epochs = min(most_epochs, int((SEARCH * free_s - beside_s) / (TRAININGS * timed.epoch_s)))
     if epochs >= enough:
-        return Plan(epochs, None, SEARCH * free_s, CONFIRM * free_s, REFIT * free_s, timed.after_s)
+        return Plan(epochs, SEARCH * free_s, CONFIRM * free_s, REFIT * free_s, timed.after_s)
     epochs = min(most_epochs, int((SEARCH_ALONE * free_s - beside_s) / (TRAININGS_ALONE * timed.epoch_s)))
     unconfirmed = "no confirmation: it would leave the search too little time"
     if epochs >= enough:
         search_s = SEARCH_ALONE * free_s
-        return Plan(epochs, None, search_s, 0.0, free_s - search_s, timed.after_s, (unconfirmed,))
+        return Plan(epochs, search_s, 0.0, free_s - search_s, timed.after_s, (unconfirmed,))
     one_s = SLOWER * timed.epoch_s
     epochs = min(enough, int((free_s - beside_s) / (one_s * (1 + timed.whole))))
     if epochs < 1:
         return None
     search_s = beside_s + epochs * one_s
-    alone = "no search: the time is enough for one training of the baseline"
-    return Plan(epochs, 1, search_s, 0.0, free_s - search_s, timed.after_s, (alone,))
+    alone = "no search, unless trainings are faster than a few timed steps: there is time for the baseline alone"
+    return Plan(epochs, search_s, 0.0, free_s - search_s, timed.after_s, (alone,))
+
+
+def confirmation_s(both_s: float, least_s: float) -> float:
+    """The confirmation's share of the seconds for search and confirmation; 0 if that is less than the least."""
+    share_s = CONFIRM / (SEARCH + CONFIRM) * both_s
+    return share_s if share_s >= least_s else 0.0
 
 
 def least_s(timed: Timed, epochs: int) -> float:

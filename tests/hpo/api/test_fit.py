@@ -29,7 +29,7 @@ from hpo.api import fit_choice
 from hpo.api.fit import _Fit
 from hpo.api.fit_choice import LARGE, PHOTOS, PROBE, SCRATCH, Chooser
 from hpo.api.fit_length import Length
-from hpo.api.fit_plan import REFIT_SLOWER, SEARCH, TRAININGS, Plan, Timed, divide, least_s
+from hpo.api.fit_plan import REFIT_SLOWER, SEARCH, TRAININGS, Plan, Timed, confirmation_s, divide, least_s
 from hpo.api.options import FitOptions
 from hpo.confirmation.result import read_confirmation
 from hpo.errors import StudyError
@@ -87,25 +87,23 @@ def record_of(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("left_s", "epoch_s", "epochs", "confirmed", "trials"),
+    ("left_s", "epoch_s", "epochs", "left_out"),
     [
-        (7200, 0.5, 60, True, None),  # as long as the space wants
-        (600, 1.0, 26, True, None),  # 0.45 × 590 s hold ten trainings
-        (300, 1.0, 34, False, None),  # too short for trials of 20 epochs, a third of 60, and a confirmation
-        (100, 1.0, 20, False, 1),  # one training of 20 epochs, and a longer refit
-        (40, 2.0, 5, False, 1),
-        (20, 2.0, 1, False, 1),
+        (7200, 0.5, 60, ""),  # as long as the space wants
+        (600, 1.0, 26, ""),  # 0.45 × 590 s hold ten trainings
+        (300, 1.0, 34, "no confirmation"),  # too short for trials of 20 epochs, a third of 60, and a confirmation
+        (100, 1.0, 20, "no search"),  # one training of 20 epochs, and a longer refit
+        (40, 2.0, 5, "no search"),
+        (20, 2.0, 1, "no search"),
     ],
 )
-def test_the_time_decides_about_epochs_and_stages(
-    left_s: float, epoch_s: float, epochs: int, confirmed: bool, trials: int | None
-) -> None:
+def test_the_time_decides_about_epochs_and_stages(left_s: float, epoch_s: float, epochs: int, left_out: str) -> None:
     plan = divide(left_s, Timed(epoch_s, 1.3, after_s=10.0), 60)
     assert plan is not None
-    assert (plan.epochs, plan.confirm_s > 0, plan.trials) == (epochs, confirmed, trials)
+    assert (plan.epochs, plan.confirm_s > 0) == (epochs, not left_out)
     assert plan.search_s + plan.confirm_s + plan.refit_s + plan.after_s == pytest.approx(left_s)
-    assert bool(plan.left_out) != confirmed
-    if trials is None:
+    assert [line.partition(",")[0].partition(":")[0] for line in plan.left_out] == [left_out] * bool(left_out)
+    if left_out != "no search":
         assert plan.search_s >= 5 * epochs * epoch_s
     assert plan.refit_s >= 1.3 * epochs * epoch_s
 
@@ -201,8 +199,8 @@ def at_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         (0.1, PHOTOS, ("data.image_size=64",), 40, ""),
         (4, PHOTOS, ("data.image_size=64", "epochs=8"), 40, ""),
         (10, PHOTOS, ("data.image_size=64", "epochs=8"), 40, "no confirmation"),
-        (30, PHOTOS, ("data.image_size=64", "epochs=5"), 1, "no search"),
-        (60, PHOTOS, ("data.image_size=64", "model.input_size=96", "epochs=5"), 1, "inputs of 96²"),
+        (30, PHOTOS, ("data.image_size=64", "epochs=5"), 40, "no search"),
+        (60, PHOTOS, ("data.image_size=64", "model.input_size=96", "epochs=5"), 40, "inputs of 96²"),
         (200, PROBE, ("data.image_size=64",), 8, "no fine-tuning"),
     ],
 )
@@ -580,6 +578,22 @@ def test_a_search_whose_timed_steps_were_too_slow_continues(space: str, monkeypa
     monkeypatch.setattr(pace, "seconds_per_epoch", lambda *a, **k: next(first, None) or timed(*a, **k))
     hpo.fit("digits", space=space, minutes=2)
     assert record_of("fit-digits")["done"]["search"] == TRIALS
+
+
+def test_a_search_that_ends_early_goes_on_in_the_time_that_is_left(
+    space: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The timed steps of the second and third trial are slow, as beside another process, when they are first tried."""
+    timed, asked = pace.seconds_per_epoch, iter([None, 1e6, 1e6])
+    monkeypatch.setattr(pace, "seconds_per_epoch", lambda *a, **k: next(asked, None) or timed(*a, **k))
+    hpo.fit("digits", space=space, minutes=2)
+    assert "trainings are faster than the timed steps: the search goes on" in capfd.readouterr().out
+    assert record_of("fit-digits")["done"]["search"] == TRIALS
+
+
+def test_a_confirmation_that_could_compare_nothing_gets_no_time() -> None:
+    assert confirmation_s(100, least_s=30) == pytest.approx(40)
+    assert confirmation_s(100, least_s=50) == 0
 
 
 def test_time_that_the_search_leaves_confirms_its_result(space: str, monkeypatch: pytest.MonkeyPatch) -> None:
