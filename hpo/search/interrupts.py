@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first waits until the epoch is saved, the second does not, the third ends the process.
+"""Ctrl-C and other signals: the first waits until the epoch is saved, the second does not, the third ends the process.
 
 Neither of the first two is raised in the middle of a storage's read or a lock's release: a KeyboardInterrupt between
 any two instructions would leave them in a state that breaks the clean-up.
@@ -15,7 +15,8 @@ from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the user's, and a batch queue's
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+"""Of the user, of a batch queue, of a closed terminal, and of a batch queue some time before its limit."""
 
 
 class _Mode(IntEnum):
@@ -39,11 +40,15 @@ class Interrupts:
         """The thread that trains, which the mode belongs to."""
         self._count = 0
         self._before: dict[signal.Signals, Any] = {}
+        self._terminals: list[int] = []
+        """The file descriptors of the output that are a terminal."""
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._arrived)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self._before[number] = signal.signal(number, self._arrived)
+            self._terminals = [output for output in (1, 2) if os.isatty(output)]
         return self
 
     def __exit__(
@@ -105,9 +110,18 @@ class Interrupts:
 
     def _arrived(self, number: int, _frame: FrameType | None) -> None:
         self._count += 1
+        self._leave_closed_terminals()
         if self._mode is _Mode.HELD and self._count >= 3:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if self._count == 1:  # in a thread, since the main one may be in the middle of printing
             threading.Thread(target=self._told, name="interrupted").start()
         self._raise_if_due()
+
+    def _leave_closed_terminals(self) -> None:
+        """Write nowhere instead: each line to a closed terminal would raise an error."""
+        for output in self._terminals:
+            if not os.isatty(output):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, output)
+                os.close(nowhere)

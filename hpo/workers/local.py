@@ -192,7 +192,9 @@ def enter_child(request_stop: Callable[[], None], patience_s: float) -> None:
 
     When the parent dies, `request_stop` is called, and this process exits after `patience_s` seconds.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and stops this process
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)  # the parent gets it too, and stops this process
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -26,6 +26,8 @@ from multiprocessing.connection import arbitrary_address
 from pathlib import Path
 from typing import Any
 
+from hpo.search.interrupts import SIGNALS
+
 IMPORTED = "HPO_TESTS_IMPORT"
 """Environment variable with the name of a module that a command imports first."""
 _STREAMS = 3
@@ -197,7 +199,7 @@ def _fork_server_of_workers() -> None:
         server._forkserver_pid = os.fork()
         if server._forkserver_pid == 0:
             os.close(server._forkserver_alive_fd)
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 forkserver.main(listener.fileno(), alive, [])  # type: ignore[attr-defined]
             finally:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import re
+import select
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,11 +105,20 @@ def test_after_a_kill_of_everything_the_same_command_ends_at_its_total_and_tells
 
 
 @pytest.mark.slow
-def test_sigterm_lets_both_epochs_end_and_none_is_trained_again(tmp_path: Path, start: Start) -> None:
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(lambda pid: os.kill(pid, signal.SIGTERM), id="SIGTERM"),
+        pytest.param(lambda pid: os.killpg(pid, signal.SIGUSR1), id="SIGUSR1 to all, as by a batch queue"),
+    ],
+)
+def test_a_signal_lets_both_epochs_end_and_none_is_trained_again(
+    stop: Callable[[int], None], tmp_path: Path, start: Start
+) -> None:
     study = tmp_path / "studies/own"
     command = start("own.yaml", "--trials", "2", "--workers", "2")
     stopped = with_checkpoints(study, command, 2)
-    command.process.terminate()
+    stop(command.process.pid)
     assert command.ended() == 130, command.said
     assert "stopping: the running epoch is finished and saved first; press Ctrl-C again to stop at once" in command.said
     assert "stopped: 0 of 2 trials are done and safe; resume with\n  hpo run own.yaml --trials 2" in command.said
@@ -118,6 +133,79 @@ def test_sigterm_lets_both_epochs_end_and_none_is_trained_again(tmp_path: Path, 
         assert before.state.name == "FAIL"
         assert after.user_attrs["resumed_epoch"] == before.last_step
         assert "crashes" not in after.user_attrs  # nobody but the person was at fault
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_closed_terminal_stops_a_run_as_sigterm_does(workers: str, tmp_path: Path, start: Start) -> None:
+    """The terminal is real: its other end closes, as when a connection breaks."""
+    (tmp_path / "own.yaml").write_text(SPACE)
+    study = tmp_path / "studies/own"
+    arguments = ("own.yaml", "--trials", "2", "--workers", workers)
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONTROLLED, *arguments],
+        cwd=tmp_path,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), inside),
+        start_new_session=True,
+    )
+    os.close(inside)
+    reading = threading.Thread(target=read_until_closed, args=(terminal, closing := threading.Event()))
+    reading.start()
+    try:
+        wait_until(lambda: any((trial.last_step or 0) >= 2 for trial in running_in(study)), "two epochs are trained")
+        closing.set()
+        reading.join()
+        os.close(terminal)
+        assert process.wait(60) == 130
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not running(study)
+    assert not any("crashes" in trial.user_attrs for trial in trials_of(study))
+
+    command = start(*arguments)
+    assert command.ended() == 0, command.said
+    assert "were left running" not in command.said
+    assert " resumes after epoch " in command.said
+    assert sorted(finished_of(study)) == [0, 1]
+
+
+CONTROLLED = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "hpo.cli", "run", *sys.argv[1:]])
+"""
+"""`hpo run …` at the terminal that is its standard input."""
+
+
+def running_in(study: Path) -> list[FrozenTrial]:
+    return running(study) if StudyPaths(study).study_yaml.exists() else []
+
+
+def read_until_closed(terminal: int, closing: threading.Event) -> None:
+    """Read what a terminal shows: its buffer is small, and a full one stops the process."""
+    while not closing.is_set():
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 1 << 16)
+
+
+@pytest.mark.slow
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path: Path, start: Start) -> None:
+    study = tmp_path / "studies/own"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as nohup does it
+    try:
+        command = [sys.executable, "-m", "hpo.cli", "run", "own.yaml", "--trials", "1"]
+        (tmp_path / "own.yaml").write_text(SPACE)
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        wait_until(lambda: running_in(study), "a trial runs")
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(60) == 0
+    assert sorted(finished_of(study)) == [0]
 
 
 @pytest.mark.slow
