@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from optuna.trial import TrialState
 
 from hpo.errors import StudyError
-from hpo.storage import is_masked, mask
+from hpo.storage import is_journal, is_masked, mask
+from hpo.storage.urls import check_path
 
 if TYPE_CHECKING:
     import optuna
@@ -56,7 +57,8 @@ class StudyFiles:
             return known
         if url == "":
             raise StudyError("--artifacts is empty; give a folder or a URL, or leave it out")
-        if "://" not in url:
+        check_path(url, "--artifacts")
+        if is_journal(url):
             url = str(Path(url).resolve())  # other processes may run in another folder
         if known is not None and mask(url) != known:
             raise StudyError(

@@ -15,6 +15,7 @@ from hpo.paths import StudyPaths
 from hpo.space.document import dump_yaml, load_yaml, shown
 from hpo.storage import is_masked, mask
 from hpo.storage.atomic import replacing
+from hpo.storage.urls import check_path
 from hpo.study.versions import versions
 
 if TYPE_CHECKING:
@@ -219,6 +220,8 @@ def storage_url_of(paths: StudyPaths, metadata: Mapping[str, Any] | None, given:
     """
     if given == "":
         raise StudyError("--storage is empty; give a URL, or leave it out for a journal file")
+    if given is not None:
+        check_path(given, "--storage")
     if metadata is None:
         return given or str(paths.journal)
     written = metadata.get("storage") or str(paths.journal)

@@ -64,7 +64,9 @@ def open_study(
     written = read_metadata(paths)
     url = storage_url_of(paths, written, storage_url)
     if written is not None and _is_lost(url):
-        raise StudyError(f"{url} is gone, but {paths.study_yaml} is there; put the journal back, or delete {paths.dir}")
+        raise StudyError(
+            f"{mask(url)} is gone, but {paths.study_yaml} is there; put the journal back, or delete {paths.dir}"
+        )
     study = _create_or_load(name, url, space, patient=patient)
     metadata = _metadata_of(study, url) or _begin(study, new_metadata(space, dataset, seed=seed, data_path=data_path))
     check_same(name, metadata, space, dataset, seed)
@@ -128,7 +130,7 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
         raise StudyError(f"no study {name} in {studies_root()}; {there}")
     url = storage_url_of(paths, metadata, storage_url)
     if _is_lost(url):
-        raise StudyError(f"study {name}: its journal {url} is gone; put it back, or delete {paths.dir}")
+        raise StudyError(f"study {name}: its journal {mask(url)} is gone; put it back, or delete {paths.dir}")
     from hpo.study.study import Study
 
     return Study(_load(name, url, "give the right one by --storage"), paths, metadata, url)
@@ -171,7 +173,7 @@ def join_study(name: str, *, storage_url: str | None = None) -> Study:
         found = find_study(name, storage_url=storage_url)
         url, study = found.storage_url, found.optuna
     else:
-        url = storage_url
+        url = storage_url_of(paths, None, storage_url)
         if _is_lost(url):
             raise StudyError(f"storage {url}: there is no such journal; give the one that the study was begun with")
         study = _load(name, url, "begin it by hpo run, --workers 0")

@@ -876,6 +876,8 @@ def test_a_study_of_another_program_is_refused(open_: Any, tmp_path: Path) -> No
         ("redis://:s3cret@127.0.0.1:1/0", r"(redis is not installed; pip install 'hpo-vision\[redis\]')|check that"),
         ("sqlite:////no/such/folder/x.db", "cannot be opened .*check the folder"),
         ("postgresql+psycopg://u@[::1/x", "not a storage|cannot be opened"),
+        ("postgresql+psycopg://u:s3cret\ns3cret@127.0.0.1:1/x", r"u:\*\*\*@127.*check that the server runs"),
+        ("postgresql+psycopg:///u:s3cret@host/d?host=127.0.0.1&port=1", r"u:\*\*\*@host.*check that the server runs"),
     ],
 )
 def test_an_unusable_storage_is_reported_in_one_line(open_: Any, url: str, match: str) -> None:
@@ -884,6 +886,45 @@ def test_an_unusable_storage_is_reported_in_one_line(open_: Any, url: str, match
     assert "\n" not in str(refused.value)
     assert "s3cret" not in str(refused.value)
     assert not StudyPaths.of("s").study_yaml.exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "postgresql+psycopg:/u:s3cret@host/d",
+        "postgresql+psycopg:u:s3cret@host/d",
+        "mysql+pymysql;//u:s3cret@host/d",
+        "//u:s3cret@host/d",
+        "u:s3cret@host/d",
+        "https:/u:s3\ns3cret@host/d",
+        "host=127.0.0.1 user=u password=s3cret",
+        "redis:/host/0?password=s3cret",
+        "sqlite:/x.db",
+    ],
+)
+@pytest.mark.parametrize("option", ["--storage", "--artifacts"])
+def test_a_mistyped_url_is_no_path_and_its_password_is_not_shown(
+    open_: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        StudyError, match=rf"^{option} .* is neither a URL nor a plain path; write SCHEME://"
+    ) as refused:
+        if option == "--storage":
+            open_(storage_url=given)
+        else:
+            open_().files.use_store(given)
+    assert "s3" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not [path for path in tmp_path.rglob("*") if ":" in path.name or "s3" in path.name]
+
+
+def test_a_password_in_the_path_of_an_old_study_is_not_shown(open_: Any) -> None:
+    open_()
+    file = StudyPaths.of("s").study_yaml
+    file.write_text(re.sub("(?m)^storage: .*", "storage: postgresql:/u:s3cret@host/journal.log", file.read_text()))
+    with pytest.raises(StudyError, match=r"journal postgresql:/\*\*\*@host/journal.log is gone"):
+        find_study("s")
 
 
 def test_an_empty_storage_is_refused(open_: Any) -> None:
@@ -901,6 +942,13 @@ def test_an_empty_storage_is_refused(open_: Any) -> None:
         ("postgresql+psycopg://u:p@ss/w#rd@h/d", "postgresql+psycopg://u:***@h/d"),
         ("postgresql+psycopg://h/d?user=u&password=hunter2", "postgresql+psycopg://h/d?user=u&password=***"),
         ("redis://:hunter2@h:6379/0", "redis://:***@h:6379/0"),
+        ("redis://hunter2@h:6379/0", "redis://***@h:6379/0"),
+        ("postgresql+psycopg://u:pass\nword@h/d", "postgresql+psycopg://u:***@h/d"),
+        ("postgresql+psycopg://u%3Ahunter2@h/d", "postgresql+psycopg://u%3A***@h/d"),
+        ("postgresql+psycopg:///u:hunter2@h/d", "postgresql+psycopg:///u:***@h/d"),
+        ("postgresql+psycopg://h:h@h/h", "postgresql+psycopg://h:***@h/h"),
+        ("sqlite:///C:\\Users\\me@work\\x.db", "sqlite:///C:\\Users\\me@work\\x.db"),
+        ("C:\\Users\\me@work\\journal.log", "C:\\Users\\me@work\\journal.log"),
     ],
 )
 def test_passwords_are_masked(url: str, shown: str) -> None:
