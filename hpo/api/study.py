@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +24,21 @@ if TYPE_CHECKING:
 
     from hpo.analysis.doctor.check import Finding, Result, StudyCheck
 
+logger = logging.getLogger(__name__)
+
 
 def list_studies() -> list[tuple[Study, StudySummary]]:
-    """Return all studies that can be opened, the one that ran last first."""
-    return [(study, summarize(study)) for study in open_studies()]
+    """Return all studies that can be read, the one that ran last first; warn of each other."""
+    found = []
+    for study in open_studies():
+        try:
+            found.append((study, summarize(study)))
+        except Exception as error:  # a damaged study hides no other
+            logger.warning(
+                "study %s cannot be read (%s: %s); check it by: hpo study doctor %s",
+                *(study.name, type(error).__name__, error, study.name),
+            )
+    return found
 
 
 def trials(options: TrialsOptions) -> tuple[Study, pandas.DataFrame]:

@@ -1,7 +1,7 @@
 """Optuna's journal file, protected against crashes, full disks and killed writers.
 
 A failed or killed write leaves a torn tail, which the next holder of the lock cuts off. Optuna 5.0 appends to the tail,
-and then cannot read the journal any more; that is repaired too.
+and then cannot read the journal any more; that is repaired too. Each record has a checksum, which Optuna ignores.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import re
+import zlib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
@@ -40,7 +41,7 @@ def open_journal(path: Path) -> JournalStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             repair_journal(path)
-        return _Storage(_Journal(path))
+        return CheckedStorage(_Journal(path), path)
 
 
 @contextmanager
@@ -60,8 +61,27 @@ def _explained(path: Path, what: str) -> Iterator[None]:
         raise StudyError(f"storage {path}: cannot be {what} ({error.strerror}); {hint}") from error
 
 
-class _Storage(JournalStorage):
-    """Optuna's journal storage, in which a trial may go back from running to waiting."""
+class CheckedStorage(JournalStorage):
+    """Optuna's journal storage, in which a trial may go back from running to waiting.
+
+    A record that cannot be replayed is a StudyError with its line.
+    """
+
+    def __init__(self, backend: BaseJournalBackend, path: Path) -> None:
+        self._path = path
+        super().__init__(backend)
+
+    def _sync_with_backend(self) -> None:
+        replayed = self._replay_result
+        for log in self._backend.read_logs(replayed.log_number_read):
+            try:
+                replayed.apply_logs([log])
+            except Exception as error:
+                if isinstance(log, dict) and log.get("worker_id") == replayed.worker_id:
+                    raise  # Optuna's answer to this process's own operation
+                line = replayed.log_number_read
+                replayed.log_number_read -= 1  # else the next operation would skip the record
+                raise damaged(self._path, line) from error
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """Set the state; with RUNNING, return whether this process was the first."""
@@ -81,10 +101,10 @@ class _Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append all records or none; StudyError if the file cannot be written."""
-        text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        records = [with_checksum(json.dumps(log, separators=(",", ":")).encode()) + b"\n" for log in logs]
         with _explained(self._path, "written"), self._lock, _opened(self._path) as descriptor:
             _cut_torn_tail(descriptor, self._path)
-            _write_whole(descriptor, text.encode())
+            _write_whole(descriptor, b"".join(records))
             if any(_is_lasting(log) for log in logs):
                 # If this fails, the record stays, since other processes may have read it.
                 os.fsync(descriptor)
@@ -100,7 +120,12 @@ class _Journal(JournalFileBackend):
             except ValueError:  # not JSON: Optuna's dashboard appended to the torn tail of a killed writer
                 repair_journal(self._path)
                 self._log_number_offset = {n: at for n, at in self._log_number_offset.items() if n <= number}
-                yield from super().read_logs(number)
+                try:
+                    for log in super().read_logs(number):
+                        number += 1
+                        yield log
+                except ValueError as error:
+                    raise damaged(self._path, number + 1) from error
 
 
 @contextmanager
@@ -170,6 +195,19 @@ def _keep(path: Path, torn: bytes) -> None:
 
 
 _RECORD = b'{"op_code":'  # start of each of Optuna's lines
+_CHECKSUM = b',"crc":"'
+_CHECKSUM_SIZE = len(_CHECKSUM) + 10  # with eight digits and `"}`
+
+
+def with_checksum(record: bytes) -> bytes:
+    """Return a record of JSON with its CRC-32 as the last field."""
+    content = record[:-1]
+    return b'%s%s%08x"}' % (content, _CHECKSUM, zlib.crc32(content))
+
+
+def damaged(path: Path, line: int) -> StudyError:
+    """Return the error about a record that is not as it was written."""
+    return StudyError(f"{path}:{line}: damaged, and not by a crash of ours; restore it from a backup")
 
 
 def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
@@ -180,21 +218,28 @@ def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
     for number, line in enumerate(content.split(b"\n"), 1):
         end = start + len(line)
         if end == len(content):  # the text after the last newline is empty or a torn tail
+            if _is_record(line[:-1], parsed=True):  # only its newline is damaged
+                raise damaged(path, number)
             torn += [(start, end)] if line else []
-        elif not _is_record(line):
+        elif not _is_record(line, parsed=end + 1 == len(content)):  # Optuna skips a last line that it cannot read
             starts = (at.start() for at in re.finditer(re.escape(_RECORD), line))
-            if whole := next((at for at in starts if _is_record(line[at:])), 0):
+            whole = next((at for at in starts if _is_record(line[at:])), 0)
+            if whole and not _is_record(line[: whole - 1]):  # else only the newline between two records is damaged
                 torn.append((start, start + whole))
-            elif end + 1 == len(content):
+            elif end + 1 == len(content) and not (line.startswith(_RECORD) or line[-_CHECKSUM_SIZE:-10] == _CHECKSUM):
                 torn.append((start, end + 1))
             else:
-                raise StudyError(f"{path}:{number}: damaged, and not by a crash of ours; restore it from a backup")
+                raise damaged(path, number)
         start = end + 1
     return torn
 
 
-def _is_record(line: bytes) -> bool:
-    if line.startswith(_RECORD) and line.endswith(b"}") and line.count(_RECORD) == 1:
+def _is_record(line: bytes, *, parsed: bool = False) -> bool:
+    """Whether a line is a record; one without a checksum is only parsed if it looks strange, or if asked for."""
+    if line[-_CHECKSUM_SIZE:-10] == _CHECKSUM:
+        content = line[:-_CHECKSUM_SIZE].lstrip(b" ")  # spaces are a torn record that was taken out
+        return line.endswith(with_checksum(content + b"}"))
+    if not parsed and line.startswith(_RECORD) and line.endswith(b"}") and line.count(_RECORD) == 1:
         return True  # parsing every line would double the time to open a study
     try:
         record = json.loads(line)

@@ -174,6 +174,14 @@ def upgraded(metadata: dict[str, Any]) -> dict[str, Any]:
     return {**metadata, "base": {**base, "data": {**SPLITS_OF_0_1_0, **base.get("data", {})}}}
 
 
+_SHAPE = {
+    **dict.fromkeys(("space", "hash", "metric", "direction"), str),
+    "seed": int,
+    **dict.fromkeys(("data", "identity"), dict),
+    "storage": str | None,
+}
+
+
 def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
     """Return study.yaml, or None if it is missing; StudyError if it cannot be read."""
     if not paths.study_yaml.exists():
@@ -182,7 +190,7 @@ def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
         metadata = load_yaml(paths.study_yaml)
     except (OSError, SpaceError) as error:
         raise StudyError(f"{paths.study_yaml} cannot be read ({error}); delete it and run the study again") from error
-    if not isinstance(metadata, dict) or "hash" not in metadata:
+    if not (isinstance(metadata, dict) and all(isinstance(metadata.get(key), kind) for key, kind in _SHAPE.items())):
         raise StudyError(f"{paths.study_yaml} is no study of hpo's; delete it and run the study again")
     return upgraded(metadata)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.storage.atomic import replacing
 
@@ -47,9 +48,15 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the complete lines, if any; the last may be being written."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Read the complete lines, if any; the last may be being written. StudyError about a damaged one."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise StudyError(f"{path}:{number}: damaged; restore it from a backup, or delete the file") from error
+    return rows
 
 
 def finite(content: Any) -> Any:

@@ -19,6 +19,7 @@ FILE_CHECKS: Checks = {
 TRIAL_CHECKS: Checks = {
     "running trials": trials.abandoned,
     "trial indices": trials.indices,
+    "results": trials.results,
     "artifacts": files.artifacts,
     "kept weights": files.kept_weights,
     "checkpoints": files.checkpoints,

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage
 from optuna.storages.journal import BaseJournalBackend
 
 from hpo.analysis.doctor.check import Finding, Result, StudyCheck
 from hpo.errors import StudyError
 from hpo.storage import is_journal, mask, open_storage
 from hpo.storage.atomic import replacing
-from hpo.storage.journal import repair_journal, torn_records
+from hpo.storage.journal import CheckedStorage, damaged, repair_journal, torn_records
 from hpo.storage.lock import GRACE_S, JournalLock
 from hpo.study import Study
 from hpo.study.metadata import METADATA
@@ -54,7 +54,7 @@ def storage(check: StudyCheck) -> Iterator[Result]:
                 f"--mend removes it, and keeps it in {journal.name}.torn",
                 partial(repair_journal, journal),
             )
-        backend = JournalStorage(_Records(_whole(content, torn)))
+        backend = CheckedStorage(_Records(_whole(content, torn, journal)), journal)
     else:
         backend = open_storage(check.url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -78,13 +78,19 @@ def _file_of(url: str) -> Path | None:
     return Path(rest.partition("?")[0]) if scheme.startswith("sqlite") else None
 
 
-def _whole(content: bytes, torn: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
+def _whole(content: bytes, torn: Iterable[tuple[int, int]], journal: Path) -> list[dict[str, Any]]:
     """The records of a journal without the torn ones."""
     kept, before = [], 0
     for start, end in torn:
         kept.append(content[before:start])
         before = end
-    return [json.loads(line) for line in b"".join([*kept, content[before:]]).splitlines() if line.strip()]
+    records = []
+    for number, line in enumerate(b"".join([*kept, content[before:]]).split(b"\n"), 1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise damaged(journal, number) from error
+    return records
 
 
 def lock(check: StudyCheck) -> Iterator[Result]:

@@ -1,17 +1,20 @@
-"""Checks of a study's trials: abandoned ones, and missing or doubled indices."""
+"""Checks of a study's trials: abandoned ones, missing or doubled indices, and values."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.analysis.doctor.check import Finding, Result, StudyCheck
+from hpo.analysis.doctor.check import Finding, Result, StudyCheck, guarded
 from hpo.storage.lease import LEASE, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
 from hpo.storage.optuna_access import id_of, storage_of
 from hpo.study import join_study
+from hpo.study.results import read_rows
 from hpo.text import held_by, some
 from hpo.trials import effective_trials, trial_index_of
 
@@ -69,6 +72,29 @@ def indices(check: StudyCheck) -> Iterator[Result]:
                 "--mend removes the second from the queue",
                 partial(_queue, check),
             )
+
+
+def results(check: StudyCheck) -> Iterator[Result]:
+    """Check that the value of a complete trial is that of its kept epoch in `metrics.jsonl`."""
+    metric = check.readable.metric
+    column = "val_loss" if metric == "nll" else f"val_{metric}"
+    for trial in check.trials:
+        file = check.paths.trial_metrics(trial.number)
+        kept = trial.user_attrs.get("kept_epoch")
+        if trial.state == TrialState.COMPLETE and kept is not None:
+            yield from guarded(check, str(file), partial(_result, trial=trial, file=file, column=column))
+
+
+def _result(check: StudyCheck, *, trial: FrozenTrial, file: Path, column: str) -> Iterator[Result]:
+    rows = read_rows(file)
+    written = [row[column] for row in rows if row["epoch"] == trial.user_attrs["kept_epoch"] and column in row]
+    of_folds = any("fold" in row for row in rows)  # a mean, over epochs of their own
+    if written and not of_folds and not any(math.isclose(value, trial.values[0], rel_tol=1e-9) for value in written):
+        yield Finding(
+            f"trial {trial.number} has the value {trial.values[0]} in the storage, but {written[-1]} in {file}",
+            f"one of them is damaged: restore it from a backup; hpo train --from {check.name}/{trial.number} trains "
+            "it again",
+        )
 
 
 def _queue(check: StudyCheck) -> None:

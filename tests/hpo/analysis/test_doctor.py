@@ -320,6 +320,25 @@ def test_other_damage_is_reported_with_its_line_beside_other_problems(case: Case
     assert case.paths.journal.read_bytes() == before
 
 
+def test_a_value_that_differs_from_the_metrics_file_is_reported(case: Case) -> None:
+    rows = case.paths.trial_metrics(1).read_text()
+    case.paths.trial_metrics(1).write_text(re.sub('"val_accuracy": [0-9.]+', '"val_accuracy": 0.125', rows))
+    code, lines = case.run()
+    assert code == 1
+    line = found(lines, "trial 1 has the value")
+    assert re.search(r"in the storage, but 0\.125 in .*metrics\.jsonl; .*hpo train --from own/1", line)
+    assert wrong(lines) == 1
+
+
+def test_a_damaged_metrics_file_is_reported_with_its_line_and_hides_no_other(case: Case) -> None:
+    case.paths.trial_metrics(0).write_bytes(b'{"epoch": 1}\n{"epoch\xff\n')
+    case.paths.trial_metrics(1).write_text("nonsense\n")
+    code, lines = case.run()
+    assert code == 1
+    assert found(lines, r"00000/metrics\.jsonl:2: damaged; restore it from a backup")
+    assert found(lines, r"00001/metrics\.jsonl:1: damaged")
+
+
 def test_a_missing_study_yaml_is_rebuilt_from_the_storage(case: Case, capsys: Any) -> None:
     metadata = find_study("own").metadata
     case.paths.study_yaml.unlink()

@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from optuna.storages._rdb.models import TrialHeartbeatModel
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import hpo.storage.database
 import hpo.storage.lease
@@ -308,6 +309,81 @@ def test_other_damage_is_an_error_with_its_line(journal: Path) -> None:
     with pytest.raises(StudyError, match=r"journal\.log:2: damaged"):
         attributes(live)
     assert journal.read_bytes() == before
+
+
+def without_checksums(content: bytes) -> bytes:
+    """A journal as Optuna and earlier versions write it."""
+    return re.sub(rb',"crc":"[0-9a-f]{8}"', b"", content)
+
+
+def flipped(content: bytes, *, every: int) -> Iterator[tuple[int, bytes]]:
+    """The content with one bit flipped, for every so many bits: (number of the line, content)."""
+    for bit in range(0, 8 * len(content), every):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        yield content.count(b"\n", 0, bit // 8) + 1, bytes(damaged)
+
+
+@pytest.fixture
+def finished(journal: Path) -> Path:
+    """A journal with a complete trial."""
+    study = optuna.load_study(study_name="s", storage=open_storage(str(journal)))
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    trial.report(0.5, 1)
+    study.tell(trial, 0.5)
+    return journal
+
+
+def read_or_refused(journal: Path) -> tuple[list[FrozenTrial], str]:
+    """The trials, or the error in one line."""
+    try:
+        return open_storage(str(journal)).get_all_trials(0), ""
+    except StudyError as error:
+        return [], str(error)
+
+
+def test_a_flipped_bit_is_an_error_with_its_line(finished: Path) -> None:
+    content = finished.read_bytes()
+    expected, _ = read_or_refused(finished)
+    accepted = 0
+    for line, damaged in flipped(content, every=11):
+        finished.write_bytes(damaged)
+        trials, error = read_or_refused(finished)
+        if error:
+            assert f"journal.log:{line}: damaged" in error
+        else:  # the name of the checksum's field is not protected by it
+            accepted += 1
+            assert trials == expected
+        assert finished.read_bytes() == damaged
+    assert accepted < 0.05 * len(content) * 8 / 11
+
+
+def test_a_flipped_bit_in_a_journal_without_checksums_causes_no_other_error(finished: Path) -> None:
+    content = without_checksums(finished.read_bytes())
+    errors = []
+    for _, damaged in flipped(content, every=11):
+        finished.write_bytes(damaged)
+        errors.append(read_or_refused(finished)[1])
+    assert all(re.search(r"journal\.log:\d+: damaged", error) for error in errors if error)
+    assert sum(map(bool, errors)) > 0.2 * len(errors)
+
+
+def test_optuna_reads_a_journal_with_checksums(finished: Path) -> None:
+    assert finished.read_bytes() != without_checksums(finished.read_bytes())
+    theirs = JournalStorage(JournalFileBackend(str(finished)))
+    assert theirs.get_all_trials(0) == open_storage(str(finished)).get_all_trials(0)
+
+
+def test_damage_that_a_live_process_meets_is_an_error_every_time(finished: Path) -> None:
+    live = open_storage(str(finished))
+    with finished.open("ab") as file:
+        file.write(b'{"op_code":8,"worker_id":"x","trial":0,"user_attr":{"a":1}}\n')
+        file.write(b'{"op_code":2,"worker_id":"x","study_id":0,"user_attr":{"a":1}}\n')
+    line = finished.read_bytes().count(b"\n") - 1
+    for _ in range(2):
+        with refused(rf"journal\.log:{line}: damaged"):
+            attributes(live)
 
 
 @contextmanager

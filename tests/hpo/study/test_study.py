@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from core.config import TrainConfig
 from hpo.dashboard.artifacts import attach
@@ -41,6 +41,7 @@ from hpo.trials import (
     is_baseline,
     trial_index_of,
 )
+from tests.hpo.commands import RunHpo
 from tests.hpo.confirmation.simulated import Images
 from tests.hpo.storage.postgresql import running_server
 
@@ -315,6 +316,41 @@ def test_a_study_that_cannot_be_opened_does_not_hide_the_others(open_: Any, capl
     open_("b").paths.journal.unlink()
     assert [study.name for study in list_studies()] == ["a"]
     assert "study b cannot be opened" in caplog.text
+
+
+def _without(key: str) -> Callable[[StudyPaths], object]:
+    return lambda paths: paths.study_yaml.write_text(
+        re.sub(rf"(?m)^{key}:", f"not_{key}:", paths.study_yaml.read_text())
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda paths: paths.journal.write_bytes(paths.journal.read_bytes().replace(b"a", b"b", 1)),
+        lambda paths: paths.journal.write_bytes(bytes(range(256)) * 20),
+        lambda paths: paths.journal.write_bytes(b'{"op_code":2}\n' * 3),
+        lambda paths: paths.journal.write_bytes(b""),
+        lambda paths: (paths.journal.unlink(), paths.journal.mkdir()),
+        lambda paths: paths.study_yaml.write_bytes(bytes(range(256))),
+        lambda paths: paths.study_yaml.write_text(paths.study_yaml.read_text() + "storage: [1]\n"),
+        lambda paths: (paths.study_yaml.unlink(), paths.study_yaml.mkdir()),
+        *map(_without, ("space", "hash", "metric", "direction", "seed", "data", "identity")),
+        lambda paths: find_study(paths.name).optuna.add_trial(
+            create_trial(value=0.5, user_attrs={TRIAL_INDEX: "nonsense"})
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_study_is_a_warning_beside_the_others(
+    open_: Any, run_hpo: RunHpo, damage: Callable[[StudyPaths], object]
+) -> None:
+    open_("a", trials=2)
+    open_("b", trials=3)
+    damage(StudyPaths.of("a"))
+    rows = [line for line in run_hpo("study", "list").splitlines() if not line.startswith(" ")]
+    assert [row.split()[0] for row in rows] == ["study", "b"]
+    assert re.search(r"^warning: study a cannot be (opened|read)", run_hpo.error)
+    assert run_hpo.error.count("\n") == 1
 
 
 # The queue
