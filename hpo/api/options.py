@@ -285,6 +285,7 @@ class RunOptions(LimitOptions, DataOptions, PlacementOptions, ArtifactOptions, T
     reclaim: bool = option(
         "Take back trials held by a process on another host that is known to be dead.", False, resumes=False
     )
+    yes: bool = option("Allow a total of over 100,000 trials.", False)
 
 
 class FitOptions(LimitOptions, DeviceOptions):
@@ -374,6 +375,7 @@ class RunKeywords(TypedDict, total=False):
     long_baseline: bool
     skip_broken: bool
     reclaim: bool
+    yes: bool
 
 
 class WorkerOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):

@@ -33,6 +33,7 @@ from hpo.search.noise import noise_line
 from hpo.search.recipes import long_baseline, pending_recipes, run_recipes
 from hpo.search.weights import keep_best_weights
 from hpo.space import Recipe, SearchSpace
+from hpo.space.grammar import MANY_TRIALS, MOST_TRIALS
 from hpo.space.pruner import build_pruner, keeps_of
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.lease import Held
@@ -86,6 +87,7 @@ class Search:
         self.placement = _placement(options)
         self.name = space.name if options.study is None else options.study
         check_search_name(self.name)
+        _check_total(options.trials or space.trials, allowed=options.yes)
         for model in _model_names(space):
             check_model_name(model)
         begun = read_metadata(StudyPaths.of(self.name))
@@ -331,6 +333,13 @@ class Search:
             f"(trial index {', '.join(map(str, trial_indices))}): {saved} resume from a checkpoint, "
             f"{len(trial_indices) - saved} start again"
         )
+
+
+def _check_total(total: int, *, allowed: bool) -> None:
+    most = MOST_TRIALS if allowed else MANY_TRIALS
+    if total > most:
+        advice = "" if allowed else ", or confirm the total by --yes"
+        raise StudyError(f"{total:,} trials, all queued at once, are over {most:,}; give fewer by --trials{advice}")
 
 
 def _placement(options: RunOptions) -> Placement:

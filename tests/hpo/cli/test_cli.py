@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import typer
 
 from hpo import cli
+from hpo.paths import StudyPaths
 from tests.hpo.commands import RunHpo
 
 SURFACE = {
@@ -25,7 +27,7 @@ SURFACE = {
         --keep-gb:float[0..] --keep:int[1..]=3 --long-baseline:bool --minutes:float[0.05..] --patience:bool --per-device
         --recipes/--no-recipes:bool=True --reclaim:bool --retries:int[0..]
         --seed:int[0..] --set:list* --skip-broken:bool --storage --study --take-over
-        --trials:int[1..] --weights:Path --workers:int[0..] space!
+        --trials:int[1..] --weights:Path --workers:int[0..] --yes:bool space!
     """,
     "worker": """
         --artifacts --data:Path --device --devices --keep-gb:float[0..] --keep:int[1..]=3 --per-device --storage
@@ -135,6 +137,29 @@ def test_a_command_has_exactly_these_parameters_and_describes_each(name: str) ->
     assert sorted(map(spelled, parameters)) == SURFACE[name].split()
     assert all(parameter.help for parameter in parameters)
     assert COMMANDS[name].help
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trials", "100001"], "100,001 trials, all queued at once, are over 100,000; give fewer .* or .* by --yes"),
+        (["--trials", "1000001", "--yes"], r"are over 1,000,000; give fewer by --trials\n$"),
+        (["--trials", f"{10**39}", "--yes"], r"are over 1,000,000; give fewer by --trials\n$"),
+    ],
+)
+def test_a_total_that_would_fill_the_disk_is_refused_before_a_study_begins(
+    run_hpo: RunHpo, words: list[str], said: str
+) -> None:
+    run_hpo("run", "digits", "--workers", "0", *words, code=2)
+    assert re.search(said, run_hpo.error)
+    assert not StudyPaths.of("digits").dir.exists()
+
+
+def test_a_total_of_any_length_in_a_space_is_refused(run_hpo: RunHpo, tmp_path: Path) -> None:
+    file = tmp_path / "large.yaml"
+    file.write_text(f"trials: {10**39}\nsearch: {{epochs: {{low: 1, high: 2}}}}\n")
+    run_hpo("space", "check", str(file), code=2)
+    assert "large.yaml:1: trials: must be less than or equal to 1000000" in run_hpo.error
 
 
 # Start-up -----------------------------------------------------------------------------------------------------------
