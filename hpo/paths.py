@@ -109,7 +109,7 @@ class TrainingPaths:
 
     @property
     def lock(self) -> Path:
-        """File lock held while a recipe is being trained."""
+        """File lock held by the process that trains."""
         return self.dir / ".training"
 
     @property
@@ -294,6 +294,10 @@ class StudyPaths:
     def refits(self) -> list[Path]:
         """Existing folders of submission models."""
         return sorted(folder for folder in (self.dir / "refit").glob("*/") if not folder.name.startswith("."))
+
+    def refit_lock(self, label: str) -> Path:
+        """File lock held by the process that makes a submission model."""
+        return self.dir / "refit" / f".{label}.lock"
 
     def refit_checkpoint(self, label: str, part: str) -> Path:
         """Checkpoint of one of a refit's trainings."""

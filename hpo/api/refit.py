@@ -6,7 +6,7 @@ What needs torch or Optuna is imported in functions, so that a wrong name is rep
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from hpo.errors import SpaceError, StudyError
 from hpo.paths import RecipePaths, StudyPaths, TrainingPaths, refit_label
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
+from hpo.storage.atomic import exclusive
 from hpo.study import find_study
 
 if TYPE_CHECKING:
@@ -127,7 +128,18 @@ def refit(
         check_onnx()
     with weights_in(weights_of(study, options.weights)):
         choice = replace(_choose(study, options, reporter, interrupts), length=length)
-        return _refitted(study, choice, options, device, reporter, interrupts, left_s)
+        with _exclusive(study.paths, choice, options):
+            return _refitted(study, choice, options, device, reporter, interrupts, left_s)
+
+
+def _label(choice: _Choice, options: RefitOptions) -> str:
+    return refit_label(choice.label, options.folds, options.members, options.ensemble)
+
+
+def _exclusive(paths: StudyPaths, choice: _Choice, options: RefitOptions) -> AbstractContextManager[None]:
+    """Two processes would overwrite each other's checkpoints."""
+    label = _label(choice, options)
+    return exclusive(paths.refit_lock(label), f"{paths.refit(label)} is being made")
 
 
 def _refitted(
@@ -192,7 +204,7 @@ def _written(
         refitted = submission.refit(
             climbing.paths,
             number=choice.number,
-            label=refit_label(choice.label, options.folds, options.members, options.ensemble),
+            label=_label(choice, options),
             config=config,
             training=submission.Training(
                 epochs=epochs,
@@ -271,11 +283,11 @@ def _refit_recipe(
         report_data(dataset, splits, reporter)
     paths = RecipePaths(training_paths(recipe.name, config, metric, dataset).dir, dataset.fingerprint)
     climbing = Climbing(paths, metric, dataset, device, reporter, interrupts, None, left_s)
-    choice = _at_length(
-        _Choice(f"recipe {recipe.name}", "recipe", None, config, None, recipe=recipe.name), options, climbing
-    )
-    reporter.say(f"refitting {choice.name}{_networks(options, choice.config)}; {describe_device(device)}")
-    return _written(choice, options, climbing, evidence=_evidence(choice, options, climbing, None))
+    choice = _Choice(f"recipe {recipe.name}", "recipe", None, config, None, recipe=recipe.name)
+    with _exclusive(paths, choice, options):
+        choice = _at_length(choice, options, climbing)
+        reporter.say(f"refitting {choice.name}{_networks(options, choice.config)}; {describe_device(device)}")
+        return _written(choice, options, climbing, evidence=_evidence(choice, options, climbing, None))
 
 
 def _recipe(options: RefitOptions) -> Recipe:

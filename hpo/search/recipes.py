@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from filelock import FileLock
 
 from core.config import MOST_EPOCHS, TrainConfig
 from core.data import Splits
@@ -22,6 +21,7 @@ from hpo.search.objective import Divide, failure_of
 from hpo.search.training import Watch, train_recorded
 from hpo.search.weights import explain_full_disk
 from hpo.space import Recipe, SearchSpace, recipe_from_yaml
+from hpo.storage.atomic import lock_of
 from hpo.study import Study
 from hpo.study.deadline import OutOfTime
 from hpo.study.results import read_result, write_result
@@ -74,7 +74,7 @@ def run_recipes(
         paths = study.paths.reference(recipe.name)
         paths.dir.mkdir(parents=True, exist_ok=True)
         with interrupts.let_through():  # two processes would overwrite each other's checkpoints
-            lock = FileLock(paths.lock).acquire()
+            lock = lock_of(paths.lock).acquire()
         try:
             with lock:
                 if not _is_trained(study, recipe):  # by another run of the study

@@ -29,6 +29,7 @@ from core.runtime import derive_seed
 from hpo.paths import TrainingPaths
 from hpo.search.held_out import half_lives, outputs_of, write_outputs
 from hpo.space import to_yaml
+from hpo.storage.atomic import exclusive
 from hpo.study.results import json_line, write_result
 from hpo.study.settings import StudySettings
 
@@ -79,43 +80,46 @@ def train_recorded(
         metric: The objective, also for early stopping and the choice of the kept epoch.
         settings: Of the study that it belongs to, if any.
         evidence: Whether to keep EMAs beside it and write all outputs on validation images, for the choices of a refit.
+
+    Raises:
+        StudyError: Another process trains into the folder.
     """
-    paths.dir.mkdir(parents=True, exist_ok=True)
-    paths.config.write_text(to_yaml(config))
-    folds = len(splits)
-    results: list[TrainResult] = []
-    for fold, divided in enumerate(splits, 1):
-        checkpoint = paths.checkpoint(fold)
-        own = of_fold(config, fold)
-        with nullcontext(own) if settings is None else without_failed_graphs(settings, own) as trained:
-            result = train(
-                trained,
-                divided,
-                device=device,
-                on_epoch_end=watch(fold_label(fold, folds)),
-                resume_from=checkpoint,
-                checkpoint_to=checkpoint,
-                checkpoint_at_end=folds > 1,
-                metric=metric,
-                averages=half_lives(own) if evidence else (),
-            )
-        # Off the device: the next fold needs the memory.
-        results.append(result if folds == 1 else on_host(result))
-    recorded = Recorded(
-        tuple(results),
-        tuple(result.value(metric) for result in results),
-        tuple(fold_rows([result.history for result in results], metric)),
-        tuple(per_class(validation_confusion(results, splits), splits[0].classes)),
-    )
-    paths.metrics.write_text("".join(map(json_line, recorded.rows)))
-    for fold, result in enumerate(results, 1):
-        save_model(result.model, str(paths.model(fold)))
-        if evidence:
-            divided = splits[fold - 1]
-            write_outputs(paths.validation(fold), result, divided, outputs_of(result, config, divided))
-    write_result(paths, _result(recorded, metric))
-    for checkpoint in paths.checkpoints(folds):
-        checkpoint.unlink(missing_ok=True)
+    with exclusive(paths.lock, f"{paths.dir} is being trained"):
+        paths.config.write_text(to_yaml(config))
+        folds = len(splits)
+        results: list[TrainResult] = []
+        for fold, divided in enumerate(splits, 1):
+            checkpoint = paths.checkpoint(fold)
+            own = of_fold(config, fold)
+            with nullcontext(own) if settings is None else without_failed_graphs(settings, own) as trained:
+                result = train(
+                    trained,
+                    divided,
+                    device=device,
+                    on_epoch_end=watch(fold_label(fold, folds)),
+                    resume_from=checkpoint,
+                    checkpoint_to=checkpoint,
+                    checkpoint_at_end=folds > 1,
+                    metric=metric,
+                    averages=half_lives(own) if evidence else (),
+                )
+            # Off the device: the next fold needs the memory.
+            results.append(result if folds == 1 else on_host(result))
+        recorded = Recorded(
+            tuple(results),
+            tuple(result.value(metric) for result in results),
+            tuple(fold_rows([result.history for result in results], metric)),
+            tuple(per_class(validation_confusion(results, splits), splits[0].classes)),
+        )
+        paths.metrics.write_text("".join(map(json_line, recorded.rows)))
+        for fold, result in enumerate(results, 1):
+            save_model(result.model, str(paths.model(fold)))
+            if evidence:
+                divided = splits[fold - 1]
+                write_outputs(paths.validation(fold), result, divided, outputs_of(result, config, divided))
+        write_result(paths, _result(recorded, metric))
+        for checkpoint in paths.checkpoints(folds):
+            checkpoint.unlink(missing_ok=True)
     return recorded
 
 

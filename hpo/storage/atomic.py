@@ -1,4 +1,4 @@
-"""Atomic replacement of files."""
+"""Atomic replacement of files, and locks of work that only one process may do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hpo.errors import StudyError
 
 UNFINISHED = ".tmp"
 """Suffix of a file while it is written; a killed writer leaves such a file."""
@@ -27,3 +31,20 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock_of(file: Path) -> FileLock:
+    """Return the lock of a file, which a thread that holds it may take again."""
+    return FileLock(file, is_singleton=True)
+
+
+@contextlib.contextmanager
+def exclusive(file: Path, busy: str) -> Iterator[None]:
+    """Hold the lock of a file within the block; StudyError, which begins with `busy`, if another process has it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = lock_of(file).acquire(timeout=0)
+    except Timeout as error:
+        raise StudyError(f"{busy} by another process; wait for its end") from error
+    with held:
+        yield

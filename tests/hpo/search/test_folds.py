@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from filelock import FileLock
 from optuna.trial import TrialState, create_trial
 from safetensors.torch import load_file
 
@@ -26,6 +27,7 @@ from core.runtime import derive_seed, normalize
 from core.schedule import saturated_from
 from core.tta import VIEWS, look, predict_logits
 from hpo.dashboard import artifacts
+from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.reporter import NoProgress
 from hpo.search.interrupts import Interrupts
@@ -776,3 +778,14 @@ def test_an_imbalanced_set_is_told_class_by_class(tmp_path: Path, run_hpo: RunHp
     ]
     run_hpo("run", "digits", "--trials", "1", *tiny)
     assert "class by class, 168 test images:" in run_hpo("refit", "best", "--no-confirm", "--folds", "3")
+
+
+def test_a_folder_that_another_process_trains_into_is_left_to_it(tmp_path: Path) -> None:
+    paths = TrainingPaths(tmp_path)
+    watch: Any = None
+    with (
+        FileLock(paths.lock),
+        pytest.raises(StudyError, match=f"^{tmp_path} is being trained by another process; wait for its end$"),
+    ):
+        train_recorded(TrainConfig(), [], paths, metric="accuracy", device=torch.device("cpu"), watch=watch)
+    assert list(tmp_path.iterdir()) == [paths.lock]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -498,6 +499,16 @@ def confirm(study: Study, *contenders: Contender, evidence: bool, gap: Interval)
     found = some_confirmation(*contenders, evidence=evidence, advantage=gap, study=study.name, search_trials=trials)
     write_confirmation(study.paths.confirmation, found)
     return found
+
+
+def test_a_model_that_another_process_makes_is_left_to_it(study: Study, run_hpo: RunHpo) -> None:
+    """Two processes would write the same checkpoints."""
+    study.paths.refit("best").parent.mkdir(exist_ok=True)
+    with FileLock(study.paths.refit_lock("best")):
+        run_hpo("refit", "best", "--no-confirm", "--study", study.name, code=2)
+    made = study.paths.refit("best")
+    assert run_hpo.error.splitlines()[-1] == f"hpo: {made} is being made by another process; wait for its end"
+    assert not made.exists()
 
 
 def test_the_confirmed_winner_is_refitted_and_not_the_best_of_the_search(study: Study, run_hpo: RunHpo) -> None:
