@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
@@ -206,11 +207,55 @@ class AugmentConfig(_Section):
         return self
 
 
+_MODEL_NAME = r"^(resnet|vgg|timm/[\w.\-]+|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)$"
+
+
+def _model_name(value: Any) -> Any:
+    """Explain names that do not match, and files where a module is meant."""
+    if not isinstance(value, str):
+        return value
+    file, colon, name = value.rpartition(":")
+    if colon and (file.endswith(".py") or "/" in file):
+        path = PurePath(file).with_suffix("")
+        elsewhere = path.is_absolute() or ".." in path.parts
+        module = path.name if elsewhere else ".".join(path.parts)
+        raise ValueError(
+            f"{value} names a file; name the module as Python imports it from the working directory or PYTHONPATH: "
+            f"{module}:{name}"
+        )
+    if not re.fullmatch(_MODEL_NAME, value):
+        raise ValueError(f"must be resnet, vgg, timm/NAME, or PACKAGE.MODULE:NAME of your own code, not '{value}'")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Accept numbers, text, true, false, null and lists of these, as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError("must be a number, text, true, false, null, or a list of these")
+
+
+Kwarg = Annotated[Any, BeforeValidator(_plain)]
+"""A keyword argument of the user's code."""
+
+KWARGS = "model.kwargs"
+"""Path of the keyword arguments; that of one is `model.kwargs.NAME`."""
+
+GIVEN_KWARGS = ("in_channels", "num_classes", "image_size")
+"""Arguments of a network of the user's own that the data decide."""
+
+
 class ModelConfig(_Section):
     """The network. Each family refuses the fields of the others (`FAMILY_FIELDS`)."""
 
-    name: str = Field(default="resnet", pattern=r"^(resnet|vgg|timm/[\w.\-]+)$")
-    """`resnet` or `vgg`, networks for small images, or `timm/NAME`, any timm model."""
+    name: Annotated[str, Field(pattern=_MODEL_NAME), BeforeValidator(_model_name)] = "resnet"
+    """`resnet` or `vgg`, networks for small images; `timm/NAME`, any timm model; or `PACKAGE.MODULE:NAME`, a callable
+    of your own that takes `in_channels`, `num_classes` and `kwargs` and returns a torch module."""
+    kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Kwarg] = {}
+    """Keyword arguments of a network of your own, each a field that can be searched: `model.kwargs.NAME`. With another
+    `model.name` all are dropped but those given or searched with it."""
     input_size: int | None = Field(default=None, ge=8, le=1024)
     """Height in pixels to which the network resizes its images, the width in proportion. None keeps their size. Unlike
     `data.image_size` it can be searched: images are decoded once, and resized on the device after augmentation."""
@@ -261,14 +306,16 @@ class ModelConfig(_Section):
 
     @model_validator(mode="after")
     def _check_family(self) -> ModelConfig:
-        family = self.name.partition("/")[0]
+        family = family_of(self.name)
         for field, families in FAMILY_FIELDS.items():
             if family not in families and getattr(self, field) != ModelConfig.model_fields[field].default:
-                shapes = " and ".join(families)
+                shapes = " and ".join(families).replace(OWN, "networks of your own")
                 raise ValueError(f"model.{field} shapes {shapes} only; model.name is {self.name}: leave it out")
+        if given := [name for name in GIVEN_KWARGS if name in self.kwargs]:
+            raise ValueError(f"{KWARGS}.{given[0]} follows from the images: leave it out")
         if self.pretrained_file is not None and not self.pretrained:
             raise ValueError("model.pretrained_file is read only where model.pretrained is true: set that too")
-        if family == "timm":
+        if family in ("timm", OWN):
             return self
         if len(self.widths) != len(self.blocks):
             raise ValueError(
@@ -280,12 +327,21 @@ class ModelConfig(_Section):
         return self
 
 
+OWN = "own"
+"""Family of the networks in the user's code."""
+
+
+def family_of(name: str) -> str:
+    """Return the family of a `model.name`."""
+    return OWN if ":" in name else name.partition("/")[0]
+
+
 FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
     "widths": ("resnet", "vgg"), "blocks": ("resnet", "vgg"), "width": ("resnet", "vgg"), "depth": ("resnet", "vgg"),
     "norm": ("resnet", "vgg"), "activation": ("resnet", "vgg"), "block": ("resnet",), "stem_kernel": ("resnet",),
     "stem_stride": ("resnet",), "max_pool": ("resnet",), "se": ("resnet",), "anti_alias": ("resnet",),
     "drop_path_shape": ("resnet",), "block_dropout": ("resnet",), "hidden": ("vgg",), "drop_path": ("resnet", "timm"),
-    "pretrained": ("timm",), "pretrained_file": ("timm",),
+    "pretrained": ("timm",), "pretrained_file": ("timm",), "dropout": ("resnet", "vgg", "timm"), "kwargs": (OWN,),
 }  # fmt: skip
 """Families that accept each field; fields not listed apply to every family."""
 
@@ -542,7 +598,7 @@ class TrainConfig(_Section):
     def override(self, values: dict[str, Any]) -> TrainConfig:
         """Return a validated copy with the fields at these paths replaced.
 
-        The two rates clear each other, and another family of networks the fields that it lacks (`dropped_by`).
+        The two rates clear each other, and another network the fields that it lacks (`dropped_by`).
 
         Raises:
             KeyError: a path is not a field.
@@ -550,14 +606,18 @@ class TrainConfig(_Section):
         """
         tree = self.model_dump()
         for path in self.dropped_by(values):
-            name = path.partition(".")[2]
-            tree["model"][name] = ModelConfig.model_fields[name].default
+            name = path.rpartition(".")[2]
+            if path.startswith(f"{KWARGS}."):
+                del tree["model"]["kwargs"][name]
+            else:
+                tree["model"][name] = ModelConfig.model_fields[name].default
         for path, value in values.items():
             *parents, leaf = path.split(".")
             node: Any = tree
             for name in parents:
                 node = node[name] if isinstance(node, dict) and name in node else None
-            if not isinstance(node, dict) or leaf not in node or isinstance(node[leaf], dict):
+            known = isinstance(node, dict) and (leaf in node or ".".join(parents) == KWARGS)
+            if not known or isinstance(node.get(leaf), dict):
                 raise KeyError(path)
             node[leaf] = value
         for given, dropped in (("lr", "lr_scale"), ("lr_scale", "lr")):
@@ -567,19 +627,20 @@ class TrainConfig(_Section):
 
     def dropped_by(self, values: Mapping[str, Any]) -> list[str]:
         """Return the fields of this network that `override` resets, since the `model.name` in `values` has no such."""
-        family = str(values.get("model.name", self.model.name)).partition("/")[0]
-        if family == self.model.name.partition("/")[0]:
+        name = str(values.get("model.name", self.model.name))
+        if name == self.model.name:
             return []
-        return [
-            f"model.{name}"
-            for name, families in FAMILY_FIELDS.items()
-            if family not in families
-            and f"model.{name}" not in values
-            and getattr(self.model, name) != ModelConfig.model_fields[name].default
+        lacking = [
+            f"model.{field}"
+            for field, families in FAMILY_FIELDS.items()
+            if field != "kwargs"
+            and family_of(name) not in families
+            and getattr(self.model, field) != ModelConfig.model_fields[field].default
         ]
+        return [path for path in (*lacking, *(f"{KWARGS}.{key}" for key in self.model.kwargs)) if path not in values]
 
     def flat(self) -> dict[str, Any]:
-        """Return every field's value by its dotted path."""
+        """Return every field's value by its dotted path; of `model.kwargs`, each argument's."""
         return dict(_walk(self.model_dump(), ""))
 
 

@@ -33,6 +33,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def changed_fields(base: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List (field, value, other value) where two flat configurations differ, except for the seed; None if absent."""
+    paths = [path for path in {**base, **other} if path != "seed" and base.get(path) != other.get(path)]
+    return [(path, base.get(path), other.get(path)) for path in paths]
+
+
 def count(number: int, noun: str) -> str:
     """Format a number with its noun: `1 trial`, `1,320 epochs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from tests.hpo.commands import RunHpo
 
 # With few processes, a long file that began last would keep all of them waiting.
 LONGEST_FILES = ("test_ray.py", "test_chaos.py", "test_house.py", "test_end_to_end.py", "test_safety.py")
+_MODULES = itertools.count()
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -57,6 +61,20 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_STUDIES", str(tmp_path / "studies"))
     monkeypatch.setenv("HPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HPO_DATA", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Writes a module of the user's own into the working directory, and returns its name, which no other test uses."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def write(source: str) -> str:
+        name = f"own_code_{next(_MODULES)}"
+        Path(f"{name}.py").write_text(source)
+        return name
+
+    return write
 
 
 @pytest.fixture

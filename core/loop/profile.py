@@ -24,6 +24,7 @@ from core.averaging import validations_per_epoch
 from core.config import TrainConfig
 from core.data import Splits
 from core.errors import ConfigError
+from core.imports import blaming
 from core.loop.graphs import FEWEST_REPLAYS, WARM_UP_STEPS, Capture, CapturedSteps, CudaCapture
 from core.loop.run import EVALUATION_BATCH, Execution, Run
 from core.loop.step import Batch, Section
@@ -145,10 +146,9 @@ def profile(
 
 def flops_per_image(model: nn.Module, image: tuple[int, int, int]) -> int:
     """Count the operations of convolutions, matrix products and attention in both passes of one image (C, H, W)."""
-    network = copy.deepcopy(model).to("meta")
     images = torch.empty(2, *image, device="meta")  # batch norm needs two
-    with FlopCounterMode(display=False) as counter:
-        network(images).sum().backward()
+    with blaming("the operations of the network cannot be counted"), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).to("meta")(images).sum().backward()
     return int(counter.get_total_flops()) // len(images)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 import torch
 from torch import nn
 
-from core.config import ModelConfig
+from core.config import OWN, ModelConfig, family_of
 from core.errors import ConfigError
 from core.models.heads import head_parameters as head_parameters
 from core.models.heads import layer_scales as layer_scales
@@ -21,6 +22,17 @@ def check_model_name(name: str) -> None:
         from core.models import timm_models
 
         timm_models.find_model(name)
+    elif family_of(name) == OWN:
+        from core.models import own_models
+
+        own_models.own_model(name)
+
+
+def check_kwargs(name: str, kwargs: Collection[str]) -> None:
+    """Raise ConfigError if the network of the user's own at this `model.name` does not take these `model.kwargs`."""
+    from core.models import own_models
+
+    own_models.check_own_model(name, kwargs)
 
 
 def has_weights(name: str) -> bool:
@@ -31,6 +43,13 @@ def has_weights(name: str) -> bool:
     from core.models import timm_models
 
     return name.startswith("timm/") and timm_models.has_weights(name)
+
+
+def own_sources(name: str) -> tuple[str, dict[str, str]]:
+    """Return the folder and the files with their SHA-256 of a network of the user's own; see `core.imports.sources`."""
+    from core.models import own_models
+
+    return own_models.own_sources(name)
 
 
 def weights_fingerprint(pretrained_file: str) -> str:
@@ -63,6 +82,12 @@ def build_model(config: ModelConfig, *, num_classes: int, in_channels: int, imag
         from core.models import vgg
 
         model = vgg.build_vgg(config, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    elif family_of(config.name) == OWN:
+        from core.models import own_models
+
+        model = own_models.build_own_model(
+            config, num_classes=num_classes, in_channels=in_channels, image_size=image_size
+        )
     else:
         from core.models import timm_models
 

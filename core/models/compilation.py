@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.imports import blaming
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ def normed_elements(model: nn.Module, image: tuple[int, int, int]) -> int:
     norms = {module for block in blocks(network) for module in block.modules() if isinstance(module, _NORMS)}
     for norm in norms:
         norm.register_forward_hook(add)
-    network(torch.empty(2, *image, device="meta"))  # batch norm needs two
+    with blaming("precision.compile: auto cannot look into the network, set it to true or false"):
+        network(torch.empty(2, *image, device="meta"))  # batch norm needs two
     return count // 2
 
 

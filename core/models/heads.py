@@ -23,7 +23,8 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     if not parameters:
         raise ConfigError(
             "optim.backbone_lr_scale, optim.head_only_fraction and optim.name: muon need a separate classifier, "
-            f"which {type(model).__name__} does not have; remove them, or choose another model.name"
+            f"which {type(model).__name__} does not have; remove them, or choose another model.name; in a network of "
+            "your own, name it fc or return it by get_classifier()"
         )
     return list(parameters)
 

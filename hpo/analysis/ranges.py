@@ -10,7 +10,7 @@ from typing import Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from hpo.space import Integer, Real
-from hpo.space.fields import config_fields
+from hpo.space.fields import field_at
 
 Bound = Literal["low", "high"]
 BOUNDS: tuple[Bound, Bound] = ("low", "high")
@@ -144,7 +144,9 @@ def _moved_by_steps(found: Integer | Real, bound: Bound) -> float | None:
 
 def _field_end(path: str, bound: Bound) -> tuple[float, bool]:
     """The field's bound, and whether it is included."""
-    for mark in config_fields()[path].info.metadata:
+    field = field_at(path)
+    assert field is not None, "it is searched"
+    for mark in field.info.metadata:
         match bound, mark:
             case ("low", Ge(ge=end)) | ("high", Le(le=end)):
                 return float(end), True  # type: ignore[arg-type]

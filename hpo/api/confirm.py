@@ -163,7 +163,7 @@ class _Confirm:
     def _open(self) -> tuple[Work, Dataset]:
         search, space = self._search, self._space
         for candidate in self._plan.chosen:
-            search.check_weights(candidate.train_config)
+            search.check_sources(candidate.train_config)
         dataset = open_dataset(space.baseline.data, self._data, skip_broken=search.skip_broken, reporter=self._reporter)
         search.check_data(dataset)
         search.files.use_store(None)

@@ -1,4 +1,4 @@
-"""The networks that a search may choose from: those with pretrained weights at hand."""
+"""The networks of a search: those of the user's own, and those with pretrained weights at hand."""
 
 from __future__ import annotations
 
@@ -6,11 +6,37 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from core.config import KWARGS, OWN, family_of
 from core.errors import MissingWeightsError
-from core.models import has_weights
-from hpo.space import Categorical, Parameter, SearchSpace
+from core.models import check_kwargs, has_weights
+from hpo.space import Categorical, Parameter, Recipe, SearchSpace
 
 _NAME = "model.name"
+
+
+def check_own_networks(found: SearchSpace | Recipe) -> None:
+    """Import the networks of the user's own that a space or recipe names, and check that they take its arguments.
+
+    Raises:
+        UserError: There is no such module or name, or it fails when it is imported.
+        ConfigError: A network lacks an argument, or needs another.
+    """
+    if isinstance(found, Recipe):
+        if family_of(found.config.model.name) == OWN:
+            check_kwargs(found.config.model.name, found.config.model.kwargs)
+        return
+    for recipe in found.recipes:
+        check_own_networks(recipe)
+    baseline = found.baseline.model
+    for name in sorted(found.names(_NAME)):
+        if family_of(name) != OWN:
+            continue
+        searched = [
+            path.removeprefix(f"{KWARGS}.")
+            for path, parameter in found.search.items()
+            if path.startswith(f"{KWARGS}.") and name in parameter.when.get(_NAME, (name,))
+        ]
+        check_kwargs(name, {*searched, *(baseline.kwargs if name == baseline.name else ())})
 
 
 def with_weights(space: SearchSpace, begun: Mapping[str, Any] | None) -> tuple[SearchSpace, tuple[str, ...]]:
@@ -29,7 +55,7 @@ def with_weights(space: SearchSpace, begun: Mapping[str, Any] | None) -> tuple[S
     if not isinstance(searched, Categorical) or not model.pretrained or model.pretrained_file is not None:
         return space, ()
     if begun is None:
-        kept = tuple(name for name in searched.choices if has_weights(name))
+        kept = tuple(name for name in searched.choices if family_of(name) != "timm" or has_weights(name))
     else:
         known = begun["identity"].get(f"search.{_NAME}", {}).get("choices", searched.choices)
         kept = tuple(name for name in searched.choices if name in known)

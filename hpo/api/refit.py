@@ -163,7 +163,7 @@ def _refitted(
         study.files.fetch_trial(choice.number, folds=config.data.folds or 1)
     dataset = open_dataset(config.data, options.data or study.data_path, skip_broken=study.skip_broken)
     study.check_data(dataset)
-    study.check_weights(config)
+    study.check_sources(config)
     climbing = Climbing(study.paths, study.metric, dataset, device, reporter, interrupts, study.settings, left_s)
     choice = _at_length(choice, options, climbing, study)
     reporter.say(
@@ -397,7 +397,7 @@ def _library(choice: _Choice, most: int, climbing: Climbing, study: Study, evide
     if not peers:
         raise StudyError(f"--ensemble {most}: {choice.name} is alone, {whose}; leave --ensemble out")
     for peer in peers:
-        study.check_weights(peer.config)
+        study.check_sources(peer.config)
     return Library(tuple(peers), most)
 
 

@@ -17,7 +17,7 @@ from core.sampling import class_caps
 from hpo.analysis.summary import summarize
 from hpo.api.common import open_dataset, report_data, report_estimate, resumable, train_all
 from hpo.api.length import run_length_probe
-from hpo.api.networks import advice, with_weights
+from hpo.api.networks import advice, check_own_networks, with_weights
 from hpo.api.options import RunOptions
 from hpo.dashboard.artifacts import draw
 from hpo.dashboard.notes import note_study
@@ -88,8 +88,9 @@ class Search:
         self.name = space.name if options.study is None else options.study
         check_search_name(self.name)
         _check_total(options.trials or space.trials, allowed=options.yes)
-        for model in _model_names(space):
+        for model in space.names("model.name") | {recipe.config.model.name for recipe in space.recipes}:
             check_model_name(model)
+        check_own_networks(space)
         begun = read_metadata(StudyPaths.of(self.name))
         space, missing = with_weights(space, begun)
         if missing and begun is None:
@@ -364,10 +365,6 @@ def _check_network(space: SearchSpace, splits: Splits) -> None:
         build_model(
             space.baseline.model, num_classes=len(splits.classes), in_channels=channels, image_size=(height, width)
         )
-
-
-def _model_names(space: SearchSpace) -> set[str]:
-    return space.names("model.name") | {recipe.config.model.name for recipe in space.recipes}
 
 
 def _pruner(space: SearchSpace, total: int) -> str:

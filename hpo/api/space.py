@@ -10,11 +10,12 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.config import OWN, family_of
 from hpo.api.options import CheckOptions, RunOptions, SchemaOptions, SuggestOptions
 from hpo.api.output import write_output
-from hpo.errors import HpoError, SpaceError, StudyError
+from hpo.errors import HpoError, StudyError
 from hpo.paths import StudyPaths
-from hpo.space import check_file, diff, json_schema, load_space
+from hpo.space import Recipe, diff, json_schema, load_file, load_space
 
 if TYPE_CHECKING:
     from hpo.study import Study
@@ -34,9 +35,18 @@ class Suggestion:
 
 
 def check(options: CheckOptions) -> None:
-    """Check a search space or recipe; SpaceError with all its faults."""
-    if faults := check_file(options.file):
-        raise SpaceError(faults)
+    """Check a search space or recipe, and import the networks of the user's own.
+
+    Raises:
+        SpaceError: It has faults, all of which are in the message.
+        CoreError: The code of a network fails, or lacks an argument.
+    """
+    found = load_file(options.file)
+    names = {found.config.model.name} if isinstance(found, Recipe) else found.names("model.name")
+    if any(family_of(name) == OWN for name in names):
+        from hpo.api.networks import check_own_networks  # with torch
+
+        check_own_networks(found)
 
 
 def schema(options: SchemaOptions) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from hpo.search.profile import profile_training
 from hpo.search.replay import Replay, replay_of
 from hpo.search.training import Recorded, train_recorded
 from hpo.space import load_recipe, override_config
+from hpo.study.code import code_of
 
 
 @dataclass(frozen=True)
@@ -153,5 +155,6 @@ def training_paths(name: str, config: TrainConfig, metric: str, dataset: Dataset
     watched = None if metric == "accuracy" else metric
     file = config.model.pretrained_file
     weights = None if file is None else weights_fingerprint(file)
-    identity = (config.model_dump_json(), dataset.fingerprint, watched, weights)
+    code = [json.dumps(each["files"]) for each in code_of([config.model.name]).values()]
+    identity = (config.model_dump_json(), dataset.fingerprint, watched, weights, *code)
     return TrainingPaths.of(name, *filter(None, identity))

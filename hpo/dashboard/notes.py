@@ -17,7 +17,7 @@ from hpo.space.pruner import places_of, spared
 from hpo.storage import is_masked
 from hpo.storage.optuna_access import trial_by_number
 from hpo.study import Study
-from hpo.text import PARTLY_LUCK, duration, sentence, short
+from hpo.text import PARTLY_LUCK, changed_fields, duration, sentence, short
 from hpo.trials import LET_THROUGH, PAUSED
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ def _differences(space: SearchSpace, outcome: Outcome) -> list[tuple[str, Any, A
         searched = space.search
         decoded = {path: searched[path].decode(value) for path, value in outcome.params.items() if path in searched}
         trained = baseline | outcome.params | decoded
-    return [
-        (path, baseline[path], value) for path, value in trained.items() if path != "seed" and value != baseline[path]
-    ]
+    return changed_fields(baseline, trained)
 
 
 def _plain(value: Any) -> str:

@@ -22,7 +22,7 @@ from hpo.confirmation.words import NO_GAIN
 from hpo.confirmation.words import score as interval_score
 from hpo.report.page import Section, code, columns, heading, note, paragraph, section, table, tiles
 from hpo.report.words import command, kinds_text, metric_label, outdated, run_again, trial_name, unproven
-from hpo.text import count, difference, duration, gap, number, percent, score, sentence
+from hpo.text import changed_fields, count, difference, duration, gap, number, percent, score, sentence
 
 Tile = tuple[str, str, Sequence[str]]
 """A question, its answer in large letters, and lines below."""
@@ -231,8 +231,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def changed(base: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(field, the baseline's value, the other) where two flat configurations differ, except for the seed."""
-    paths = [path for path in base if path != "seed" and base[path] != config[path]]
-    return [(path, _shown(base[path]), _shown(config[path])) for path in paths]
+    return [(path, _shown(value), _shown(other)) for path, value, other in changed_fields(base, config)]
 
 
 def _shown(value: Any) -> str:

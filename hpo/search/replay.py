@@ -58,7 +58,7 @@ class Replay:
     def check(self, dataset: Dataset) -> None:
         """Raise StudyError unless images and pretrained weights are the trial's."""
         self.study.check_data(dataset)
-        self.study.check_weights(self.config)
+        self.study.check_sources(self.config)
 
     @contextmanager
     def threads(self) -> Iterator[None]:

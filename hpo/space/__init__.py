@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hpo.space.grammar import RungsPruner
     from hpo.space.load import (
         check_file,
+        load_file,
         load_recipe,
         load_space,
         override_config,
@@ -45,6 +46,7 @@ __all__ = [
     "dump_yaml",
     "json_schema",
     "list_spaces",
+    "load_file",
     "load_recipe",
     "load_space",
     "load_yaml",

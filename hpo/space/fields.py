@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from core.config import TrainConfig
+from core.config import KWARGS, Kwarg, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class ConfigField:
     info: FieldInfo
 
     @cached_property
-    def kind(self) -> Literal["int", "float", "str", "other"]:
-        """The field's type; only `int` and `float` can have a range."""
+    def kind(self) -> Literal["int", "float", "str", "any", "other"]:
+        """The field's type; only `int`, `float` and `any` can have a range."""
         annotation = self.info.annotation
         if get_origin(annotation) in (Union, types.UnionType):
             annotation, *more = [arm for arm in get_args(annotation) if arm is not type(None)]
             if more:
                 return "other"
-        return {int: "int", float: "float", str: "str"}.get(annotation, "other")  # type: ignore[arg-type, return-value]
+        return {int: "int", float: "float", str: "str", Any: "any"}.get(annotation, "other")  # type: ignore[arg-type, return-value]
 
     @property
     def annotated(self) -> Any:
@@ -48,12 +48,22 @@ class ConfigField:
 
 @cache
 def config_fields() -> dict[str, ConfigField]:
-    """All fields of `TrainConfig` by dotted path, in declaration order."""
+    """All fields of `TrainConfig` by dotted path, in declaration order, without the arguments in `model.kwargs`."""
     return {field.path: field for field in _leaves(TrainConfig, "")}
+
+
+def field_at(path: str) -> ConfigField | None:
+    """Return the field at a dotted path, which may be an argument in `model.kwargs`; None if there is no such."""
+    group, _, name = path.rpartition(".")
+    if group == KWARGS and name.isidentifier():
+        return ConfigField(path, FieldInfo.from_annotation(Kwarg))
+    return config_fields().get(path)
 
 
 def _leaves(model: type[BaseModel], prefix: str) -> Iterable[ConfigField]:
     for name, info in model.model_fields.items():
+        if f"{prefix}{name}" == KWARGS:
+            continue
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from _leaves(info.annotation, f"{prefix}{name}.")
         else:
@@ -85,6 +95,8 @@ def did_you_mean(word: Any, names: Iterable[str], find: Callable[[str, Iterable[
 
 def no_such_field(path: str, more: Iterable[str] = ()) -> str:
     """The message; `more` are other names to suggest."""
+    if path == KWARGS:
+        return f"is a group of fields; name one of them, such as {KWARGS}.width"
     if inside := [field for field in config_fields() if field.startswith(f"{path}.")]:
         return f"is a group of fields; name one of them: {', '.join(inside)}"
     return f"no such field{did_you_mean(path, [*config_fields(), *more], nearest_field)}"

@@ -20,7 +20,7 @@ from hpo.space import parameters
 from hpo.space.catalogue import find, is_space, list_spaces
 from hpo.space.confirmation import ConfirmationSpace
 from hpo.space.document import Document, Place, dump_yaml, parse_yaml, read
-from hpo.space.fields import config_fields, did_you_mean, nearest, nearest_field, no_such_field
+from hpo.space.fields import config_fields, did_you_mean, field_at, nearest, nearest_field, no_such_field
 from hpo.space.grammar import ConfirmationText, RecipeNotes, SpaceFile, explain, location, quoted, siblings
 from hpo.space.space import RATES, Parameter, Recipe, SearchSpace, in_rate_of
 
@@ -109,13 +109,26 @@ def space_to_yaml(space: SearchSpace) -> str:
 
 def check_file(name_or_path: str | Path) -> list[Fault]:
     """Return all faults of a search space or recipe."""
+    try:
+        load_file(name_or_path)
+    except SpaceError as error:
+        return error.faults
+    return []
+
+
+def load_file(name_or_path: str | Path) -> SearchSpace | Recipe:
+    """Read and check a search space or recipe; SpaceError with all faults."""
     path = Path(name_or_path)
     if not path.is_file():
         known = {entry.name: entry.path for entry in reversed(list_spaces())}  # a space before a recipe of its name
         path = known.get(str(name_or_path), path)
     loader = _Loader({})
-    loader.built(_read(path), path, lambda file, at: (loader.space if is_space(file) else loader.recipe)(file, at))
-    return loader.sorted_faults()
+
+    def build(document: Document, at: Path) -> Any:
+        return loader.space(document, at) if is_space(document) else loader.recipe(document, at)
+
+    found: SearchSpace | Recipe = loader.checked(loader.built(_read(path), path, build))
+    return found
 
 
 def _read(path: Path) -> tuple[Document | None, list[Fault]]:
@@ -144,7 +157,7 @@ def _parsed(overrides: Overrides) -> dict[str, Any]:
         if not equals or key in found:
             faults.append(Fault(where, "given twice" if equals else "must be key=value"))
             continue
-        field = config_fields().get(key)
+        field = field_at(key)
         document, wrong = parse_yaml(text, where)
         found[key] = document.content if document is not None and text.strip() else None
         if field is None or field.kind != "str":
@@ -350,7 +363,7 @@ class _Loader:
     def _field_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, value in given.items():
-            field = config_fields().get(key)
+            field = field_at(key)
             if field is None:
                 self._fault(f"--set {key}", no_such_field(key, SUGGESTED))
                 continue

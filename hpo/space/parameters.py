@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from core.config import TrainConfig
 from hpo.space.document import Place, flow
-from hpo.space.fields import ConfigField, config_fields, did_you_mean, no_such_field
+from hpo.space.fields import ConfigField, config_fields, did_you_mean, field_at, no_such_field
 from hpo.space.grammar import Choices, Range, explain, quoted
 from hpo.space.space import Categorical, Integer, Parameter, Real, in_rate_of, snapped
 
@@ -44,7 +44,7 @@ def parameter(path: str, entry: Any, report: Report) -> Parameter | None:
 
 
 def _built(path: str, entry: Any, report: Report) -> Parameter | None:
-    field = config_fields().get(path)
+    field = field_at(path)
     if field is None:
         message = no_such_field(path)
     elif path in FIXED:
@@ -84,7 +84,7 @@ def _fault(field: ConfigField, value: Any) -> str | None:
 def _allowed(name: str, value: Any, report: Report) -> tuple[Any, ...]:
     """The values that a condition allows, as the field stores them."""
     given = value if isinstance(value, list) else [value]
-    field = config_fields().get(name)
+    field = field_at(name)
     if field is None:
         faults = [no_such_field(name)]
     else:
@@ -110,17 +110,18 @@ def _categorical(field: ConfigField, written: Choices, when: Conditions, report:
 def _number(
     field: ConfigField, written: Range, entry: Mapping[str, Any], when: Conditions, report: Report
 ) -> Parameter | None:
-    if field.kind not in ("int", "float"):
+    if field.kind not in ("int", "float", "any"):
         report((), "has no order, so low and high mean nothing here; give choices")
         return None
     faults = dict(_range_faults(written, entry))
     # The field's own message takes precedence over the range's.
     faults |= {bound: fault for bound in ("low", "high") if (fault := _fault(field, entry[bound]))}
-    if field.kind == "int" and written.step is not None and not isinstance(entry["step"], int):
+    whole = field.kind == "int" or (field.kind == "any" and all(isinstance(entry[end], int) for end in ("low", "high")))
+    if whole and written.step is not None and not isinstance(entry["step"], int):
         faults["step"] = f"must be a whole number, not {quoted(written.step)}"
     for name, message in faults.items():
         report((name,), message)
-    if field.kind == "int":
+    if whole:
         return Integer(field.path, when, int(written.low), int(written.high), written.log, int(written.step or 1))
     return Real(field.path, when, written.low, written.high, written.log, written.step)
 
@@ -219,7 +220,7 @@ def _unmet(
 ) -> str | None:
     """The message if a condition can never be met."""
     if name not in search:
-        fixed = baseline.flat()[name]
+        fixed = baseline.flat().get(name)
         text = f"can never be met: {name} is not searched, and the baseline's is {quoted(fixed)}"
         return None if fixed in allowed else text
     if name not in kept:
@@ -246,9 +247,12 @@ def _check_baseline(search: Mapping[str, Parameter], baseline: TrainConfig, repo
     values = baseline.flat()
     active: set[str] = set()
     for path, found in search.items():
-        if active.issuperset(_parents(path, search)) and all(values[name] in found.when[name] for name in found.when):
+        met = all(values.get(name) in allowed for name, allowed in found.when.items())
+        if met and active.issuperset(_parents(path, search)):
             active.add(path)
-            if not found.contains(snapped(found, values[path])):
+            if path not in values:
+                report(("search", path), "the baseline has no value: give one in base, because trial 0 is the baseline")
+            elif not found.contains(snapped(found, values[path])):
                 domain = ", ".join(f"{key} {flow(value)}" for key, value in found.domain().items())
                 value = quoted(values[path])
                 text = f"must contain the baseline's {value}, because trial 0 is the baseline; it has {domain}"

@@ -8,14 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
 
-from core.config import TrainConfig
+from core.config import KWARGS, Kwarg, TrainConfig
 from hpo.space.fields import ConfigField, config_fields
 from hpo.space.grammar import Choices, Range, RecipeNotes, SpaceFile
 from hpo.space.parameters import FIXED
 
 DRAFT = "http://json-schema.org/draft-07/schema#"  # the draft that editors' YAML servers support best
 TEMPLATE = "#/definitions/{model}"
+ARGUMENT = r"^model\.kwargs\.[A-Za-z_]\w*$"
 
 
 def json_schema() -> dict[str, Any]:
@@ -28,7 +30,7 @@ def json_schema() -> dict[str, Any]:
     definitions["When"] = {
         "type": "object",
         "minProperties": 1,
-        "propertyNames": {"enum": list(config_fields())},
+        "propertyNames": {"anyOf": [{"enum": list(config_fields())}, {"pattern": ARGUMENT}]},
         "description": "Field: value, or list of values. Searched only if all of these hold.",
     }
     properties = space["properties"]
@@ -41,6 +43,7 @@ def json_schema() -> dict[str, Any]:
         "description": properties["search"]["description"],
         "minProperties": 1,
         "additionalProperties": False,
+        "patternProperties": {ARGUMENT: _entry(ConfigField(KWARGS, FieldInfo.from_annotation(Kwarg)))},
         "properties": {path: _entry(field) for path, field in config_fields().items() if path not in FIXED},
     }
     definitions["SearchSpace"] = space
@@ -85,8 +88,8 @@ def _entry(field: ConfigField) -> dict[str, Any]:
     choices, number = (model.model_json_schema() for model in (Choices, Range))
     choices["properties"]["choices"]["items"] = value
     forms = [choices]
-    if field.kind in ("int", "float"):
-        bound = next((arm for arm in value.get("anyOf", []) if arm.get("type") != "null"), value)
+    if field.kind in ("int", "float", "any"):
+        bound = next((arm for arm in value.get("anyOf", []) if arm.get("type") != "null"), value) or {"type": "number"}
         step = {"type": bound["type"], "exclusiveMinimum": 0}
         number["properties"] |= {"low": bound, "high": bound, "step": step}
         forms.append(number)

@@ -243,11 +243,13 @@ class SearchSpace:
         values: dict[str, Any] = {}
         for path, parameter in self.search.items():
             if self._holds(parameter.when, values):
-                value = snapped(parameter, wanted[path])
-                if not parameter.contains(value):
+                value = snapped(parameter, wanted.get(path))
+                if path not in wanted or not parameter.contains(value):
                     return None
                 values[path] = value
         reached = self.baseline.override(values).flat()
+        if reached.keys() != wanted.keys():  # other arguments of a network of the user's own
+            return None
         compared = wanted.keys() - {"seed", "data.name", "data.val", *(f"data.{name}" for name in READING_FIELDS)}
         if any(not _same(reached[path], wanted[path]) for path in compared):
             return None
@@ -291,7 +293,7 @@ class SearchSpace:
         return all(
             (path in values and values[path] in allowed)
             if path in self.search
-            else self.baseline.flat()[path] in allowed
+            else self.baseline.flat().get(path) in allowed
             for path, allowed in when.items()
         )
 

@@ -10,12 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.errors import CoreError
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths
 from hpo.space.document import dump_yaml, load_yaml, shown
 from hpo.storage import is_masked, mask
 from hpo.storage.atomic import replacing
 from hpo.storage.urls import check_path
+from hpo.study.code import changed_files, code_of
 from hpo.study.versions import versions
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def new_metadata(space: SearchSpace, dataset: Dataset, *, seed: int | None, data
         "versions": versions(),
         "base": space.baseline.model_dump(mode="json"),
         "weights": {file: _weights_fingerprint(file) for file in _weight_files(space)},
+        "code": code_of(_models(space)),
         "identity": space.identity(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(metadata))
@@ -100,6 +103,7 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
     check_fingerprint(name, stored, dataset.fingerprint)
     _check_validation(name, stored, dataset.given_val(space.baseline.data))
     check_weights(name, stored, _weight_files(space))
+    check_code(name, stored, _models(space))
     if seed is not None and seed != stored["seed"]:
         raise StudyError(
             f"study {name} was begun with --seed {stored['seed']}, not {seed}; "
@@ -116,6 +120,28 @@ def check_weights(name: str, metadata: Mapping[str, Any], files: Iterable[str | 
                 f"study {name} was begun with other weights: {file} has changed since; "
                 "put the old file back, or choose another --study"
             )
+
+
+def check_code(name: str, metadata: Mapping[str, Any], models: Iterable[str]) -> None:
+    """Raise StudyError if the source of one of these networks of the user's own has changed."""
+    stored = metadata.get("code") or {}
+    for model in models:
+        known = stored.get(model)
+        if known is None:
+            continue
+        try:
+            changed = changed_files(known, code_of([model])[model])
+        except CoreError as error:
+            raise StudyError(f"study {name} was begun with the code in {known['folder']}: {error}") from error
+        if changed:
+            raise StudyError(
+                f"study {name} was begun with other code of {model}: {', '.join(changed)} has changed since; "
+                "put the old code back, or choose another --study"
+            )
+
+
+def _models(space: SearchSpace) -> list[str]:
+    return sorted(space.names("model.name"))
 
 
 def _weight_files(space: SearchSpace) -> list[str]:

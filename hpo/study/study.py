@@ -15,7 +15,7 @@ from hpo.errors import StudyError
 from hpo.storage import mask
 from hpo.study.deadline import Deadline
 from hpo.study.files import StudyFiles
-from hpo.study.metadata import METADATA, check_fingerprint, check_weights, config_of
+from hpo.study.metadata import METADATA, check_code, check_fingerprint, check_weights, config_of
 from hpo.study.patience import Patience
 from hpo.study.queue import TrialQueue
 from hpo.study.settings import StudySettings
@@ -143,9 +143,10 @@ class Study:
         """Raise StudyError unless these are the study's images."""
         check_fingerprint(self.name, self.metadata, dataset.fingerprint)
 
-    def check_weights(self, config: TrainConfig) -> None:
-        """Raise StudyError if the file of pretrained weights has changed."""
+    def check_sources(self, config: TrainConfig) -> None:
+        """Raise StudyError if the file of pretrained weights, or the network's code of the user's own, has changed."""
         check_weights(self.name, self.metadata, [config.model.pretrained_file])
+        check_code(self.name, self.metadata, [config.model.name])
 
     # Trials and results
 

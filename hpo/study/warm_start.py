@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.errors import StudyError
 from hpo.storage.lease import LEASE
+from hpo.study.code import changed_files
 from hpo.study.metadata import config_of
 from hpo.trials import (
     BASELINE,
@@ -73,7 +74,7 @@ def _check_comparable(source: Study, metadata: Mapping[str, Any], space: SearchS
         for line in diff(source.metadata["identity"], space.identity())
         if not line.startswith(("search.", "base."))
     ]
-    weights = source.metadata.get("weights") or {}
+    weights, code = source.metadata.get("weights") or {}, source.metadata.get("code") or {}
     if differences:
         problem = f"its trials are not comparable: {'; '.join(differences)}"
     elif source.metadata["data"]["fingerprint"] != metadata["data"]["fingerprint"]:
@@ -82,6 +83,8 @@ def _check_comparable(source: Study, metadata: Mapping[str, Any], space: SearchS
         problem = "it was begun with other validation images"
     elif any(weights.get(file, known) != known for file, known in metadata["weights"].items()):
         problem = "it was begun with other weights"
+    elif any(changed_files(code.get(model, known), known) for model, known in (metadata.get("code") or {}).items()):
+        problem = "it was begun with other code"
     else:
         return
     raise StudyError(f"--take-over {source.name}: {problem}; leave it out")

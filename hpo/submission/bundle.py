@@ -1,7 +1,8 @@
 """A submission model's folder: weights, configuration, classes, preprocessing, origin, scores and a model card.
 
-It contains no pickle, so loading a model runs no code of its author. A folder is written beside its place and then
-renamed, so it is complete or absent. A model is one network, or an ensemble of several, whose probabilities are
+It contains no pickle, so loading a model runs no code in it. A network of the user's own (`model.name:
+PACKAGE.MODULE:NAME`) is only named: its code is imported from this machine. A folder is written beside its place and
+then renamed, so it is complete or absent. A model is one network, or an ensemble of several, whose probabilities are
 averaged, as those of several views are (`core.tta.average`).
 """
 
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,7 +28,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from core.calibration import scaled
-from core.config import TrainConfig
+from core.config import OWN, TrainConfig, family_of
 from core.data.decode import SIXTEEN_BIT_TOP, Values
 from core.errors import UserError
 from core.loop import EVALUATION_BATCH
@@ -35,6 +37,7 @@ from core.runtime import autocast, isolated_rng, normalize, select_device
 from core.tta import VIEWS, average, predict_logits
 from hpo.errors import BundleError, SpaceError
 from hpo.space import recipe_from_yaml, to_yaml
+from hpo.study.code import changed_files, code_of
 from hpo.study.results import finite
 from hpo.submission.predictions import Images, Predictions, predictions_of
 from hpo.text import first_fault, joined
@@ -45,6 +48,8 @@ PREPROCESS, ORIGIN, METRICS, README = "preprocess.json", "origin.json", "metrics
 ONNX = "model.onnx"
 
 _REFIT = "refit the trial again"
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -96,6 +101,8 @@ class Bundle:
     fingerprint: str
     """Hash of the images and labels that it was trained on."""
     versions: dict[str, str]
+    code: dict[str, Any] = field(default_factory=dict)
+    """Fingerprints of the networks that are the user's own code, see `hpo.study.code`."""
     study: str | None = None
     """Name of the refitted study."""
     trial: int | None = None
@@ -147,6 +154,7 @@ class Bundle:
             "trial": self.trial,
             "data": {"name": self.data_name, "source": self.source, "fingerprint": self.fingerprint},
             "versions": self.versions,
+            **({"code": self.code} if self.code else {}),
             "weights_sha256": {name: _sha256(folder / name) for name in self.weights},
         }
         _write_json(folder / ORIGIN, origin)
@@ -340,12 +348,18 @@ class _Data(_File):
     fingerprint: str
 
 
+class _Code(_File):
+    folder: str
+    files: dict[str, str]
+
+
 class _Origin(_File):
     format: int
     study: str | None = None
     trial: int | None = None
     data: _Data
     versions: dict[str, str]
+    code: dict[str, _Code] = {}
     weights_sha256: dict[str, str]
 
 
@@ -358,6 +372,9 @@ _CLASSES: TypeAdapter[tuple[str, ...]] = TypeAdapter(Annotated[tuple[str, ...], 
 
 def load_bundle(folder: Path | str, device: torch.device | str | None = None) -> LoadedBundle:
     """Load a submission model. Nothing is downloaded, and no code of the folder is run.
+
+    A network of the user's own is imported from this machine and called with the bundle's `model.kwargs`, with a
+    warning if its code has changed. Load such a model only if its author is trusted.
 
     Args:
         folder: The output of `hpo refit`.
@@ -375,11 +392,24 @@ def load_bundle(folder: Path | str, device: torch.device | str | None = None) ->
     meta = _read_meta(folder)
     device = device if isinstance(device, torch.device) else select_device(device)
     configs = config_files(len(meta.parts)) if meta.parts else (CONFIG,) * len(meta.weights)
+    _check_code(folder, meta)
     models = tuple(
         _load_network(folder, name, replace(meta, config=part.config), config, device)
         for name, part, config in zip(meta.weights, meta.networks, configs, strict=True)
     )
     return LoadedBundle(models, meta, device, folder)
+
+
+def _check_code(folder: Path, meta: Bundle) -> None:
+    """Warn if a network of the user's own has changed; its weights may then fit, and its predictions differ."""
+    for name, known in meta.code.items():
+        try:
+            changed = changed_files(known, code_of([name])[name])
+        except UserError as error:
+            raise BundleError(f"{folder}: the model needs the code of {known['folder']} ({error})") from error
+        if changed:
+            text = "%s: the code of %s has changed since (%s): predictions may differ from those of the refit"
+            logger.warning(text, folder, name, ", ".join(changed))
 
 
 def _check_present(folder: Path, *names: str) -> None:
@@ -393,7 +423,7 @@ def _load_network(folder: Path, name: str, meta: Bundle, config: str, device: to
     misfit = BundleError(
         f"{folder / name}: does not fit {config} and the {len(meta.classes)} classes of {CLASSES}; {_REFIT}"
     )
-    if not meta.config.model.name.startswith("timm/"):  # the size of a timm model follows from its name
+    if family_of(meta.config.model.name) not in ("timm", OWN):  # the size of a timm model follows from its name
         # A hostile configuration could describe a network of terabytes, so it is built without memory first.
         sketch = _build(folder / config, meta, torch.device("meta"))
         if sum(weight.nbytes for weight in sketch.parameters()) > (folder / name).stat().st_size:
@@ -444,6 +474,7 @@ def _read_meta(folder: Path) -> Bundle:
         data_name=origin.data.name,
         fingerprint=origin.data.fingerprint,
         versions=origin.versions,
+        code={name: each.model_dump() for name, each in origin.code.items()},
         study=origin.study,
         trial=origin.trial,
         source=origin.data.source,

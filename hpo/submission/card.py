@@ -21,7 +21,7 @@ from core.tta import VIEWS
 from hpo.confirmation.result import BASELINE, Confirmation
 from hpo.submission.bundle import CLASSES, CONFIG, METRICS, ONNX, ORIGIN, PREPROCESS, README, Bundle, config_files
 from hpo.submission.ladder import Ladder
-from hpo.text import data_facts, duration, joined
+from hpo.text import changed_fields, data_facts, duration, joined
 
 Report = Mapping[str, Any]
 
@@ -206,9 +206,8 @@ def _baseline(confirmation: Confirmation | None) -> TrainConfig | None:
 
 
 def _setting_rows(config: TrainConfig, base: TrainConfig) -> list[list[str]]:
-    ours, theirs = config.flat(), base.flat()
-    paths = [path for path in ours if path != "seed" and ours[path] != theirs[path]]  # every trial has its own seed
-    return [[_code(path), _setting(ours[path]), _setting(theirs[path])] for path in paths]
+    changed = changed_fields(base.flat(), config.flat())
+    return [[_code(path), _setting(ours), _setting(theirs)] for path, theirs, ours in changed]
 
 
 def _setting(value: Any) -> str:

@@ -33,6 +33,7 @@ from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.held_out import OWN, half_lives
 from hpo.search.training import Watch
 from hpo.study import Study
+from hpo.study.code import code_of
 from hpo.study.results import append_line
 from hpo.study.versions import versions
 from hpo.submission import bundle
@@ -362,6 +363,7 @@ def _model(trained: _Trained, dataset: Dataset, *, study: str | None, number: in
         data_name=dataset.name,
         fingerprint=dataset.fingerprint,
         versions=versions(),
+        code=code_of({network.config.model.name for network in trained.networks}),
         study=study,
         trial=number,
         source=dataset.source,

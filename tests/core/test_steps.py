@@ -107,7 +107,7 @@ def test_every_choice_of_the_configuration_is_in_the_table() -> None:
             without_choices.add(path)
         missing = [value for value in values if all(config[path] != value for config in used)]
         assert not missing, f"{path}: no step with {missing}"
-    assert without_choices == {"model.name", "model.widths", "model.blocks", "sampling.caps"}
+    assert without_choices == {"model.name", "model.kwargs", "model.widths", "model.blocks", "sampling.caps"}
     assert len(STEPS) >= 40
 
 

@@ -1,4 +1,4 @@
-"""Checks that images, pretrained weights and versions are those with which the study began."""
+"""Checks that images, pretrained weights, code and versions are those with which the study began."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from core.errors import CoreError
 from hpo.analysis.doctor.check import Finding, Note, Result, StudyCheck, guarded
 from hpo.analysis.study_data import load_images
-from hpo.study.metadata import check_weights
+from hpo.study.metadata import check_code, check_weights
 from hpo.study.versions import versions
 
 
@@ -38,6 +38,16 @@ def weights(check: StudyCheck) -> Iterator[Result]:
 
 def _check_weights(file: str, check: StudyCheck) -> None:
     check_weights(check.name, check.readable.metadata, [file])
+
+
+def code(check: StudyCheck) -> Iterator[Result]:
+    """Check that the networks of the user's own can be imported, and have not changed."""
+    for model in check.readable.metadata.get("code") or {}:
+        yield from guarded(check, model, partial(_check_code, model))
+
+
+def _check_code(model: str, check: StudyCheck) -> None:
+    check_code(check.name, check.readable.metadata, [model])
 
 
 def versions_differ(check: StudyCheck) -> Iterator[Result]:

@@ -27,6 +27,7 @@ TRIAL_CHECKS: Checks = {
     "the disk": files.disk,
     "the images": origin.images,
     "weights": origin.weights,
+    "code": origin.code,
     "versions": origin.versions_differ,
 }
 

@@ -256,13 +256,13 @@ def test_another_file_of_weights_under_the_same_name_is_refused(open_: Any, spac
     )
     open_(text=tuned)
     study = open_(text=tuned)
-    study.check_weights(space_of(tuned).baseline)
+    study.check_sources(space_of(tuned).baseline)
     weights.write_bytes(b"the new ones")
     said = r"begun with other weights: .*weights.safetensors has changed"
     with pytest.raises(StudyError, match=said):
         open_(text=tuned)
     with pytest.raises(StudyError, match=said):
-        study.check_weights(space_of(tuned).baseline)  # as `hpo refit` does
+        study.check_sources(space_of(tuned).baseline)  # as `hpo refit` does
     with pytest.raises(StudyError, match=r"--take-over s: it was begun with other weights"):
         open_("new", text=tuned, take_over="s")
 
