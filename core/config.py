@@ -207,13 +207,13 @@ class AugmentConfig(_Section):
         return self
 
 
-_MODEL_NAME = r"^(resnet|vgg|timm/[\w.\-]+|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)$"
+IMPORT_PATH = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+"""`PACKAGE.MODULE:NAME`, a callable of the user's own code."""
+_MODEL_NAME = rf"^(resnet|vgg|timm/[\w.\-]+|{IMPORT_PATH})$"
 
 
-def _model_name(value: Any) -> Any:
-    """Explain names that do not match, and files where a module is meant."""
-    if not isinstance(value, str):
-        return value
+def check_import_path(value: str) -> None:
+    """Raise ValueError about a file where a module is meant."""
     file, colon, name = value.rpartition(":")
     if colon and (file.endswith(".py") or "/" in file):
         path = PurePath(file).with_suffix("")
@@ -223,6 +223,13 @@ def _model_name(value: Any) -> Any:
             f"{value} names a file; name the module as Python imports it from the working directory or PYTHONPATH: "
             f"{module}:{name}"
         )
+
+
+def _model_name(value: Any) -> Any:
+    """Explain names that do not match, and files where a module is meant."""
+    if not isinstance(value, str):
+        return value
+    check_import_path(value)
     if not re.fullmatch(_MODEL_NAME, value):
         raise ValueError(f"must be resnet, vgg, timm/NAME, or PACKAGE.MODULE:NAME of your own code, not '{value}'")
     return value
@@ -240,6 +247,9 @@ def _plain(value: Any) -> Any:
 Kwarg = Annotated[Any, BeforeValidator(_plain)]
 """A keyword argument of the user's code."""
 
+Kwargs = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Kwarg]
+"""Keyword arguments of the user's code."""
+
 KWARGS = "model.kwargs"
 """Path of the keyword arguments; that of one is `model.kwargs.NAME`."""
 
@@ -253,7 +263,7 @@ class ModelConfig(_Section):
     name: Annotated[str, Field(pattern=_MODEL_NAME), BeforeValidator(_model_name)] = "resnet"
     """`resnet` or `vgg`, networks for small images; `timm/NAME`, any timm model; or `PACKAGE.MODULE:NAME`, a callable
     of your own that takes `in_channels`, `num_classes` and `kwargs` and returns a torch module."""
-    kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Kwarg] = {}
+    kwargs: Kwargs = {}
     """Keyword arguments of a network of your own, each a field that can be searched: `model.kwargs.NAME`. With another
     `model.name` all are dropped but those given or searched with it."""
     input_size: int | None = Field(default=None, ge=8, le=1024)

@@ -16,7 +16,7 @@ import pkgutil
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,14 +91,18 @@ def blaming(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {_described(error)}") from error
 
 
-def check_arguments(found: Callable[..., Any], arguments: Collection[str], given: Collection[str], path: str) -> None:
+def check_arguments(
+    found: Callable[..., Any], arguments: Collection[str], given: Collection[str], path: str, field: str
+) -> None:
     """Raise ConfigError unless a callable takes these keyword arguments.
 
     Args:
         arguments: names of those in the configuration.
         given: names of those that it is called with in any case.
-        path: its import path, for messages.
+        path: its import path.
+        field: the field of the arguments, for messages.
     """
+    path = f"{field}: {path}"
     try:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):  # of some callables written in C
@@ -123,6 +127,15 @@ def check_arguments(found: Callable[..., Any], arguments: Collection[str], given
     ]
     if needed:
         raise ConfigError(f"{path} needs {needed[0]}, which has no default; give it, or a default")
+
+
+def as_lists(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a configuration as they are written, lists as lists."""
+
+    def plain(value: Any) -> Any:
+        return list(map(plain, value)) if isinstance(value, tuple) else value
+
+    return {name: plain(value) for name, value in kwargs.items()}
 
 
 def takes(found: Callable[..., Any], name: str) -> bool:

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from core.config import GIVEN_KWARGS, KWARGS, ModelConfig
 from core.errors import ConfigError
-from core.imports import blaming, check_arguments, imported, sources, takes
+from core.imports import as_lists, blaming, check_arguments, imported, sources, takes
 from core.runtime import isolated_rng
 
 _FIELD = "model.name"
@@ -41,10 +41,7 @@ def check_own_model(name: str, kwargs: Collection[str]) -> None:
         UserError: it cannot be imported.
         ConfigError: it lacks an argument.
     """
-    try:
-        check_arguments(own_model(name), kwargs, _given(own_model(name)), name)
-    except ConfigError as error:
-        raise ConfigError(f"{KWARGS}: {error}") from error
+    check_arguments(own_model(name), kwargs, _given(own_model(name)), name, KWARGS)
 
 
 def build_own_model(
@@ -59,7 +56,7 @@ def build_own_model(
     name = config.name
     check_own_model(name, config.kwargs)
     build = own_model(name)
-    arguments: dict[str, Any] = {key: _as_list(value) for key, value in config.kwargs.items()}
+    arguments: dict[str, Any] = as_lists(config.kwargs)
     given = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
     arguments |= {key: value for key, value in given.items() if key in _given(build)}
     with blaming(f"{_FIELD}: {name} fails"), _seeded_by_torch():
@@ -121,10 +118,6 @@ def _seeded_by_torch() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _as_list(value: Any) -> Any:
-    return [_as_list(each) for each in value] if isinstance(value, tuple) else value
 
 
 def _kind(value: Any) -> str:

@@ -34,6 +34,7 @@ from hpo.search.recipes import long_baseline, pending_recipes, run_recipes
 from hpo.search.weights import keep_best_weights
 from hpo.space import Recipe, SearchSpace
 from hpo.space.grammar import MANY_TRIALS, MOST_TRIALS
+from hpo.space.own_parts import check_own_parts
 from hpo.space.pruner import build_pruner, keeps_of
 from hpo.storage.artifacts import ArtifactStore
 from hpo.storage.lease import Held
@@ -91,6 +92,7 @@ class Search:
         for model in space.names("model.name") | {recipe.config.model.name for recipe in space.recipes}:
             check_model_name(model)
         check_own_networks(space)
+        check_own_parts(space.sampler, space.pruner)
         begun = read_metadata(StudyPaths.of(self.name))
         space, missing = with_weights(space, begun)
         if missing and begun is None:

@@ -15,7 +15,8 @@ from hpo.api.options import CheckOptions, RunOptions, SchemaOptions, SuggestOpti
 from hpo.api.output import write_output
 from hpo.errors import HpoError, StudyError
 from hpo.paths import StudyPaths
-from hpo.space import Recipe, diff, json_schema, load_file, load_space
+from hpo.space import Recipe, SearchSpace, diff, json_schema, load_file, load_space
+from hpo.space.grammar import OwnPruner, OwnSampler
 
 if TYPE_CHECKING:
     from hpo.study import Study
@@ -35,11 +36,11 @@ class Suggestion:
 
 
 def check(options: CheckOptions) -> None:
-    """Check a search space or recipe, and import the networks of the user's own.
+    """Check a search space or recipe, and import the user's own code that it names.
 
     Raises:
         SpaceError: It has faults, all of which are in the message.
-        CoreError: The code of a network fails, or lacks an argument.
+        CoreError: That code fails, or lacks an argument.
     """
     found = load_file(options.file)
     names = {found.config.model.name} if isinstance(found, Recipe) else found.names("model.name")
@@ -47,6 +48,10 @@ def check(options: CheckOptions) -> None:
         from hpo.api.networks import check_own_networks  # with torch
 
         check_own_networks(found)
+    if isinstance(found, SearchSpace) and {type(found.sampler), type(found.pruner)} & {OwnSampler, OwnPruner}:
+        from hpo.space.own_parts import check_own_parts  # with Optuna
+
+        check_own_parts(found.sampler, found.pruner)
 
 
 def schema(options: SchemaOptions) -> str:

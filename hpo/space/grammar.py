@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import ErrorDetails
 
-from core.config import DataConfig
+from core.config import IMPORT_PATH, OWN, DataConfig, Kwargs, check_import_path
 from hpo.space.document import flow
 from hpo.space.fields import did_you_mean, nearest_field
 
@@ -79,9 +79,39 @@ class QmcSampler(_Section):
     name: Literal["qmc"]
 
 
+def _own_name(name: str) -> str:
+    check_import_path(name)
+    if not re.fullmatch(IMPORT_PATH, name):
+        raise ValueError(f"must be PACKAGE.MODULE:NAME of your own code, not '{name}'")
+    return name
+
+
+_OwnName = Annotated[str, Field(pattern=f"^{IMPORT_PATH}$"), BeforeValidator(_own_name)]
+
+
+class OwnSampler(_Section):
+    """An Optuna sampler of your own code."""
+
+    name: _OwnName
+    """`PACKAGE.MODULE:NAME`."""
+    kwargs: Kwargs = {}
+    """Keyword arguments. A `seed` is given if it takes one."""
+
+
+def _tag(value: Any) -> Any:
+    """The name that selects a model; `OWN` for an import path."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return OWN if isinstance(name, str) and ":" in name else name
+
+
 Sampler = Annotated[
-    TpeSampler | GpSampler | CmaEsSampler | RandomSampler | QmcSampler,
-    Field(discriminator="name"),
+    Annotated[TpeSampler, Tag("tpe")]
+    | Annotated[GpSampler, Tag("gp")]
+    | Annotated[CmaEsSampler, Tag("cmaes")]
+    | Annotated[RandomSampler, Tag("random")]
+    | Annotated[QmcSampler, Tag("qmc")]
+    | Annotated[OwnSampler, Tag(OWN)],
+    Discriminator(_tag),
 ]
 
 
@@ -171,15 +201,25 @@ class HyperbandPruner(_Section):
     reduction_factor: _Reduction = 3
 
 
+class OwnPruner(_Section):
+    """An Optuna pruner of your own code."""
+
+    name: _OwnName
+    """`PACKAGE.MODULE:NAME`."""
+    kwargs: Kwargs = {}
+    """Keyword arguments."""
+
+
 Pruner = Annotated[
-    RungsPruner
-    | PromotePruner
-    | NoPruner
-    | MedianPruner
-    | PercentilePruner
-    | SuccessiveHalvingPruner
-    | HyperbandPruner,
-    Field(discriminator="name"),
+    Annotated[RungsPruner, Tag("rungs")]
+    | Annotated[PromotePruner, Tag("promote")]
+    | Annotated[NoPruner, Tag("none")]
+    | Annotated[MedianPruner, Tag("median")]
+    | Annotated[PercentilePruner, Tag("percentile")]
+    | Annotated[SuccessiveHalvingPruner, Tag("successive_halving")]
+    | Annotated[HyperbandPruner, Tag("hyperband")]
+    | Annotated[OwnPruner, Tag(OWN)],
+    Discriminator(_tag),
 ]
 
 
@@ -296,7 +336,7 @@ def siblings(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
     info = fields.get(str(loc[0]))
     arms = [] if info is None else get_args(info.annotation) or (info.annotation,)
     if loc[0] in TAGGED:
-        arms = [arm for arm in arms if get_args(arm.model_fields["name"].annotation) == (loc[1],)]
+        arms = [get_args(arm)[0] for arm in arms if Tag(str(loc[1])) in get_args(arm)]
     return [f"{loc[0]}.{name}" for arm in arms if hasattr(arm, "model_fields") for name in arm.model_fields]
 
 
@@ -314,10 +354,11 @@ def explain(error: ErrorDetails, siblings: Iterable[str] = ()) -> str:
             expected = str(context["expected"])
             return f"must be {expected}, not {quoted(value)}{did_you_mean(value, _IN_QUOTES.findall(expected))}"
         case "union_tag_invalid":
-            names = _IN_QUOTES.findall(str(context["expected_tags"]))
-            return f"name must be one of {', '.join(names)}, not {context['tag']}{did_you_mean(context['tag'], names)}"
+            names = [name for name in _IN_QUOTES.findall(str(context["expected_tags"])) if name != OWN]
+            known = f"{', '.join(names)}, or PACKAGE.MODULE:NAME of your own code"
+            return f"name must be one of {known}, not {context['tag']}{did_you_mean(context['tag'], names)}"
         case "union_tag_not_found":
-            return "name is missing"
+            return "name is missing" if isinstance(value, dict) else f"must be a group of fields, not {quoted(value)}"
         case "string_pattern_mismatch":
             return f"must match {context['pattern']}, not {quoted(value)}"
     if kind in _WORDS:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from optuna.pruners import (
@@ -34,6 +35,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpo.space import grammar
+from hpo.space.own_parts import own_pruner
 from hpo.storage.optuna_access import storage_of, trial_id
 from hpo.trials import LET_THROUGH, RECIPE, RUNG_LOSS, is_baseline, trial_index_of
 
@@ -252,6 +254,20 @@ class _SuccessiveHalving(_Sparing, SuccessiveHalvingPruner): ...
 class _Hyperband(_Sparing, HyperbandPruner): ...
 
 
+class _Own(BasePruner):
+    """The user's pruner for all trials but the baseline and the recipes, imported when it is first needed."""
+
+    def __init__(self, config: grammar.OwnPruner) -> None:
+        self._config = config
+
+    @cached_property
+    def _pruner(self) -> BasePruner:
+        return own_pruner(self._config)
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        return not spared(trial) and self._pruner.prune(study, trial)
+
+
 def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) -> BasePruner:
     """Build the pruner of runs, or folds, of these epochs. Optuna's pruners count a retried trial twice."""
 
@@ -259,6 +275,8 @@ def build_pruner(config: grammar.Pruner, epochs: int, folds: int | None = None) 
         return max(1, round(fraction * epochs))
 
     match config:
+        case grammar.OwnPruner():
+            return _Own(config)
         case grammar.RungsPruner():
             fold_ends = [fold * epochs for fold in range(1, folds or 1)]
             rungs = rung_epochs(config.rungs, epochs)

@@ -20,6 +20,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.space import grammar
+from hpo.space.own_parts import own_sampler
 from hpo.storage.optuna_access import get_trials_cached, set_qmc_point, set_search_space, trial_id
 from hpo.trials import PAUSED, trial_index_of
 
@@ -36,6 +37,8 @@ def build_sampler(config: grammar.Sampler, *, seed: int) -> TrialIndexSampler:
     def build(trial_index: int, trial_seed: int) -> BaseSampler:
         sampler: TPESampler | GPSampler | CmaEsSampler
         match config:
+            case grammar.OwnSampler():
+                return own_sampler(config, seed=trial_seed)
             case grammar.RandomSampler():
                 return RandomSampler(seed=trial_seed)
             case grammar.QmcSampler():
@@ -142,6 +145,13 @@ class _ByTrialIndex:
         ]
         trials.sort(key=lambda trial: trial.number)
         return copy.deepcopy(trials) if deepcopy else trials
+
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        return self._get_trials(deepcopy, states)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        return self._get_trials()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)

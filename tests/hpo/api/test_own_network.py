@@ -16,7 +16,7 @@ from tests.hpo.zygote import Hpo
 from tests.test_docs import ROOT, blocks
 
 PAGE = (ROOT / "docs" / "own-code.md").read_text(encoding="utf-8")
-[NETS], [SPACE] = blocks(PAGE, "python"), blocks(PAGE, "yaml")
+NETS, SPACE = blocks(PAGE, "python")[0], blocks(PAGE, "yaml")[0]
 SHORT = ("--set", "epochs=2", "--set", "batch_size=128", "--device", "cpu")
 
 

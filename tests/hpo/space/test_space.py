@@ -397,7 +397,11 @@ HEAD_FAULTS = [
         "objective.metric: must be 'accuracy', 'macro_f1', 'balanced_accuracy' or 'nll', not 'acuracy'; "
         "did you mean accuracy?",
     ),
-    ("sampler: {name: tpee}", "sampler: name must be one of tpe, gp, cmaes, random, qmc, not tpee; did you mean tpe?"),
+    (
+        "sampler: {name: tpee}",
+        "sampler: name must be one of tpe, gp, cmaes, random, qmc, or PACKAGE.MODULE:NAME of your own code, not tpee; "
+        "did you mean tpe?",
+    ),
     ("sampler: {startup_trials: 3}", "sampler: name is missing"),
     ("sampler: {name: random, startup_trials: 3}", "sampler.startup_trials: no such field"),
     ("pruner:\n  name: rungs\n  keeep: 0.5", "x.yaml:3: pruner.keeep: no such field; did you mean pruner.keep?"),
@@ -968,8 +972,8 @@ def test_another_pruner_or_sampler_does_not_inherit_the_files_settings() -> None
         ("trails=3", "--set trails: no such field; did you mean trials?"),
         ("pruner.kep=0.5", "--set pruner.kep: no such field; did you mean pruner.keep?"),
         ("pruner.keep=5", "--set pruner.keep: must be less than 1, not 5"),
-        ("sampler.name=tp", "--set sampler.name: name must be one of tpe, gp, cmaes, random, qmc, not tp; "
-         "did you mean tpe?"),
+        ("sampler.name=tp", "--set sampler.name: name must be one of tpe, gp, cmaes, random, qmc, or "
+         "PACKAGE.MODULE:NAME of your own code, not tp; did you mean tpe?"),
         ("objective.metric=nl", "--set objective.metric: must be 'accuracy', 'macro_f1', 'balanced_accuracy' or 'nll', "
          "not 'nl'; did you mean nll?"),
         ("epochs=0", "--set epochs: must be greater than or equal to 1, not 0"),
