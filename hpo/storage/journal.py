@@ -226,12 +226,17 @@ def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
             whole = next((at for at in starts if _is_record(line[at:])), 0)
             if whole and not _is_record(line[: whole - 1]):  # else only the newline between two records is damaged
                 torn.append((start, start + whole))
-            elif end + 1 == len(content) and not (line.startswith(_RECORD) or line[-_CHECKSUM_SIZE:-10] == _CHECKSUM):
+            elif end + 1 == len(content) and not _has_end(line):
                 torn.append((start, end + 1))
             else:
                 raise damaged(path, number)
         start = end + 1
     return torn
+
+
+def _has_end(line: bytes) -> bool:
+    """Whether a line that is no record was written to its end, so that it is damaged, not torn."""
+    return (line.startswith(_RECORD) and line.endswith(b"}")) or line[-_CHECKSUM_SIZE:-10] == _CHECKSUM
 
 
 def _is_record(line: bytes, *, parsed: bool = False) -> bool:

@@ -362,7 +362,8 @@ class TrialQueue:
     def _of_total(self) -> list[FrozenTrial]:
         """The effective trials of the total, by index: all that have begun, and as many others as it has room for.
 
-        A total that was lowered can have ended trials behind waiting ones that were too long for a time limit.
+        A total that was lowered can have ended trials behind waiting ones that were too long for a time limit. The
+        baseline always belongs to it, even if as many trials were imported.
         """
         trials = [trial for _, trial in sorted(effective_trials(self._trials()).items())]
         if (total := self._settings.total) is None:
@@ -370,7 +371,7 @@ class TrialQueue:
         begun = sum(map(has_begun, trials))
         waiting = (trial for trial in trials if not has_begun(trial))
         room = {trial.number for trial in islice(waiting, max(0, total - begun))}
-        return [trial for trial in trials if has_begun(trial) or trial.number in room]
+        return [trial for trial in trials if has_begun(trial) or trial.number in room or is_baseline(trial)]
 
     def _running(self) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if trial.state == TrialState.RUNNING]
