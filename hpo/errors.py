@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
+from core.data.names import printable
+
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a write to a full disk, or beyond the user's quota."""
 
@@ -34,7 +36,7 @@ class Fault:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return printable(f"{self.where}: {self.message}")
 
 
 class SpaceError(HpoError):

@@ -154,8 +154,12 @@ def first_fault(error: ValidationError) -> str:
     """Describe pydantic's first error: `contenders.0.key: Field required`."""
     fault = error.errors()[0]
     where = ".".join(map(str, fault["loc"]))
-    shown = where if where.isprintable() else ascii(where)
-    return f"{shown}: {fault['msg']}" if where else str(fault["msg"])
+    return f"{printable(where)}: {fault['msg']}" if where else str(fault["msg"])
+
+
+def printable_lines(text: str) -> str:
+    """Escape control characters except for ends of lines. Text from outside is shown by this or `printable` alone."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def sentence(words: str) -> str:

@@ -332,11 +332,12 @@ def main() -> None:
     """Run the command line. An error caused by user input is one line and exit code 2."""
     from core.errors import CoreError
     from hpo.errors import HpoError
+    from hpo.text import printable_lines
 
     try:
         app()
     except (HpoError, CoreError) as error:
-        print(f"hpo: {error}", file=sys.stderr)
+        print(f"hpo: {printable_lines(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hpo.text import printable_lines
+
 if TYPE_CHECKING:
     from core.loop import EpochMetrics
 
@@ -38,12 +40,12 @@ class _TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        errors.print(escape(f"{level}{self.format(record)}"), soft_wrap=True)
+        errors.print(escape(printable_lines(f"{level}{self.format(record)}")), soft_wrap=True)
 
 
 def say(text: str = "") -> None:
     """Print one line without markup or wrapping, so that it can be copied."""
-    console.print(escape(text), soft_wrap=True)
+    console.print(escape(printable_lines(text)), soft_wrap=True)
     console.file.flush()  # keeps the order with log records in the same file
 
 
@@ -85,7 +87,7 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Seque
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         grid.add_column(column, justify="right" if number in right else "left", overflow="fold")
-    cells = [[Text(str(cell)) for cell in row] for row in rows]
+    cells = [[Text(printable_lines(str(cell))) for cell in row] for row in rows]
     if width is not None:
         taken = [
             max(cell_len(line) for line in (name, *(row[at].plain for row in cells))) for at, name in enumerate(columns)
@@ -127,7 +129,7 @@ def live_screen() -> Iterator[Callable[[Screen], None]]:
 
         def show(screen: Screen) -> None:
             parts = [
-                Text(part, overflow="fold")
+                Text(printable_lines(part), overflow="fold")
                 if isinstance(part, str)
                 else _grid(part.columns, part.rows, right=part.right, width=console.width)
                 for part in screen

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
+from core.data.names import printable
 from hpo.cli.console import bars, console, epoch_note, say, table
 from hpo.search.interrupts import Interrupts
 
@@ -25,7 +28,7 @@ class TrainProgress:
     def __init__(self, label: str, *, epochs: int, metric: str = "accuracy") -> None:
         self.label, self.epochs, self.metric = label, epochs, metric
         self.progress = bars()
-        self.task = self.progress.add_task(label, total=epochs, note="")
+        self.task = self.progress.add_task(escape(printable(label)), total=epochs, note="")
 
     def epoch_ended(self, epoch: EpochMetrics) -> None:
         note = epoch_note(epoch, self.metric)
@@ -48,7 +51,7 @@ class Terminal:
     def reading(self, label: str) -> Iterator[Callable[[str, int, int], None]]:
         progress = bars()
         tasks = {
-            step: progress.add_task(f"{step} {label}", total=None, note="images", visible=False)
+            step: progress.add_task(escape(printable(f"{step} {label}")), total=None, note="images", visible=False)
             for step in ("reading", "comparing")
         }
 

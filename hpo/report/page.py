@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 from plotly.utils import PlotlyJSONEncoder
 
 from hpo.dashboard.pictures import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, YELLOW
+from hpo.text import printable_lines
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -77,6 +78,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable_lines(value) if type(value) is str else value,
     )
     environment.filters |= {"inline": _inline, "base64": _base64}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
@@ -85,7 +87,8 @@ def _environment() -> jinja2.Environment:
 
 def _inline(text: object) -> Markup:
     """Escape the text and turn `…` into code; None is empty."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape("" if text is None else text))))
+    shown = escape("" if text is None else printable_lines(str(text)))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(shown)))
 
 
 def _base64(content: bytes) -> str:

@@ -21,7 +21,7 @@ from core.tta import VIEWS
 from hpo.confirmation.result import BASELINE, Confirmation
 from hpo.submission.bundle import CLASSES, CONFIG, METRICS, ONNX, ORIGIN, PREPROCESS, README, Bundle, config_files
 from hpo.submission.ladder import Ladder
-from hpo.text import changed_fields, data_facts, duration, joined
+from hpo.text import changed_fields, data_facts, duration, joined, printable_lines
 
 Report = Mapping[str, Any]
 
@@ -251,6 +251,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.ChainableUndefined,
+        finalize=lambda value: printable_lines(value) if isinstance(value, str) else value,
     )
     environment.globals["table"] = _table
     environment.filters |= {

@@ -209,7 +209,7 @@ class TestArchives:
 
     def test_member_names_are_escaped(self, tmp_path: Path) -> None:
         path = write_zip(tmp_path / "set.zip", tree() | {"train/cat/a\nhpo: all is well\x1b[2J.png": b"no image"})
-        assert r"'train/cat/a\nhpo: all is well\x1b[2J.png' (not an image)" in refusal(path)
+        assert r"train/cat/a\nhpo: all is well\x1b[2J.png (not an image)" in refusal(path)
 
 
 # Folders and tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -160,6 +161,50 @@ def test_a_total_of_any_length_in_a_space_is_refused(run_hpo: RunHpo, tmp_path: 
     file.write_text(f"trials: {10**39}\nsearch: {{epochs: {{low: 1, high: 2}}}}\n")
     run_hpo("space", "check", str(file), code=2)
     assert "large.yaml:1: trials: must be less than or equal to 1000000" in run_hpo.error
+
+
+HOSTILE = "\x1b]0;pwn\x07\x1b[31mred\u202e"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", HOSTILE],
+        ["run", "digits", "--set", f"{HOSTILE}=1"],
+        ["run", "digits", "--set", f"optim.name={HOSTILE}"],
+        ["run", "digits", "--data", f"/{HOSTILE}"],
+        ["run", "digits", "--study", HOSTILE],
+        ["run", "digits", "--trials", HOSTILE],
+        ["run", "digits", "--storage", f"{HOSTILE}://x"],
+        ["train", HOSTILE],
+        ["train", "--from", f"{HOSTILE}/1"],
+        ["refit", HOSTILE],
+        ["predict", HOSTILE, "x"],
+        ["study", "show", HOSTILE],
+        ["study", HOSTILE],
+        ["space", "check", f"{HOSTILE}.yaml"],
+        ["space", "check", "keys.yaml"],
+        ["space", "check", "values.yaml"],
+    ],
+)
+def test_no_control_character_from_outside_reaches_the_terminal(
+    run_hpo: RunHpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = json.dumps(HOSTILE)
+    Path("keys.yaml").write_text(f'{named}: 1\n"new\\nline": 2\nsearch: {{{named}: {{low: 1, high: 2}}}}\n')
+    Path("values.yaml").write_text(f"data: {{name: {named}}}\nsearch: {{optim.name: {{choices: [{named}]}}}}\n")
+    shown = run_hpo(*words, code=2) + run_hpo.error
+    assert shown.replace("\n", "").isprintable()
+
+
+def test_a_study_with_control_characters_in_its_name_is_listed_without_them(run_hpo: RunHpo) -> None:
+    folder = StudyPaths.of(HOSTILE.replace("/", ""))
+    folder.dir.mkdir(parents=True)
+    folder.study_yaml.write_text("hash: x\n")
+    shown = run_hpo("study", "list") + run_hpo.error
+    assert shown.replace("\n", "").isprintable()
+    assert r"\x1b[31mred\u202e" in shown
 
 
 # Start-up -----------------------------------------------------------------------------------------------------------

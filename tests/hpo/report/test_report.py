@@ -110,6 +110,13 @@ def test_a_study_of_an_older_version_without_its_space_gives_a_page(twelve: Stud
 # The parts of a page ------------------------------------------------------------------------------------------------
 
 
+def test_control_characters_are_escaped_in_every_part_of_a_page() -> None:
+    text = page("\x1b[31m", [section("a", "b\x07", "c\u202e", paragraph("d\x9b"), table(["e\x08"], [["f\x7f"]]))])
+    shown = text.partition("<body")[2]
+    assert [one for one in shown if not one.isprintable() and one not in "\n\xa0"] == []
+    assert all(escaped in text for escaped in (r"\x1b[31m", r"b\x07", r"c\u202e", r"d\x9b", r"e\x08", r"f\x7f"))
+
+
 HOSTILE = "</script><script>alert(1)</script><b>&\"'"
 
 

@@ -398,7 +398,7 @@ def large_network(folder: Path) -> None:
         (drop("preprocess.json", "temperature"), r"preprocess\.json: damaged \(temperature: "),
         (edit("origin.json", "weights_sha256", {}), r"model\.safetensors: damaged, or from another bundle"),
         (edit("origin.json", "versions", None), r"origin\.json: damaged \(versions: "),
-        (edit("origin.json", "versions", {"a\n\x1b[2J": 1}), r"origin\.json: damaged \('versions\.a\\n\\x1b\[2J': "),
+        (edit("origin.json", "versions", {"a\n\x1b[2J": 1}), r"origin\.json: damaged \(versions\.a\\n\\x1b\[2J: "),
         (edit("origin.json", "study", "x" * (1 << 24)), r"origin\.json: damaged \(longer than 16,777,216 bytes\)"),
         (replace("classes.json", "[]"), r"classes\.json: damaged \(.*at least 1 item"),
         (replace("classes.json", "[" * 100_000), r"classes\.json: damaged \(Invalid JSON: recursion limit"),

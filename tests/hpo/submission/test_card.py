@@ -240,6 +240,11 @@ def test_class_names_are_escaped(name: str) -> None:
     assert escaped in cells
 
 
+def test_control_characters_in_names_are_escaped() -> None:
+    text = card(changed("search", "study", to="own\x1b[31m"), classes=("a\u202eb", *CLASSES[1:]))
+    assert text.replace("\n", "").isprintable()
+
+
 # What it is not for
 
 
