@@ -218,14 +218,22 @@ class NpzSource(ArraySource):
         raise UserError(f"{self.where}: its keys are {', '.join(sorted(keys)) or 'none'}; expected {self.KEYS}")
 
     def _part(self, arrays: Any, images_key: str, labels_key: str, prefix: str, split: Split) -> ArrayPart:
-        mapped = _mapped(self.path, arrays.zip, f"{images_key}.npy")
-        images = self._channels_last(arrays[images_key] if mapped is None else mapped, images_key)
+        images = self._channels_last(self._array(arrays, images_key), images_key)
         labels = None
         if labels_key in arrays.files:
-            labels = self._class_names(arrays[labels_key], labels_key)
+            labels = self._class_names(self._array(arrays, labels_key), labels_key)
             if len(labels) != len(images):
                 raise UserError(f"{self.where}: {len(images)} {images_key} and {len(labels)} {labels_key}")
         return ArrayPart(prefix, images, labels, split)
+
+    def _array(self, arrays: Any, key: str) -> NDArray[Any]:
+        """One array, mapped if possible; ValueError if numpy cannot read it."""
+        try:
+            mapped = _mapped(self.path, arrays.zip, f"{key}.npy")
+            found: NDArray[Any] = arrays[key] if mapped is None else mapped
+        except (TypeError, OverflowError) as error:  # a shape that no program writes, such as (True, 8, 8)
+            raise ValueError(f"{key}: {error}") from error
+        return found
 
     def _channels_last(self, images: NDArray[Any], key: str) -> NDArray[Any]:
         if images.ndim == 3:

@@ -20,7 +20,15 @@ from hpo.space import parameters
 from hpo.space.catalogue import find, is_space, list_spaces
 from hpo.space.confirmation import ConfirmationSpace
 from hpo.space.document import Document, Place, dump_yaml, parse_yaml, read
-from hpo.space.fields import config_fields, did_you_mean, field_at, nearest, nearest_field, no_such_field
+from hpo.space.fields import (
+    begin_suggestions,
+    config_fields,
+    did_you_mean,
+    field_at,
+    nearest,
+    nearest_field,
+    no_such_field,
+)
 from hpo.space.grammar import ConfirmationText, RecipeNotes, SpaceFile, explain, location, quoted, siblings
 from hpo.space.space import RATES, Parameter, Recipe, SearchSpace, in_rate_of
 
@@ -173,6 +181,7 @@ class _Loader:
     """Reads files with one set of overrides, and collects faults; faulty parts become None."""
 
     def __init__(self, overrides: Mapping[str, Any], settings: bool = True) -> None:
+        begin_suggestions()
         self.faults: list[Fault] = []
         self.settings = {
             key: value for key, value in overrides.items() if settings and key.partition(".")[0] in SETTINGS

@@ -443,9 +443,15 @@ def npy(descr: str, shape: str) -> bytes:
         (npy("|u1", "(1000000000, 1000, 1000)"), "its arrays do not fit the memory"),
         (npy("|u1", "(1000, 8, 8)"), "cannot be read as an .npz of plain arrays"),
         (npy("|u1", "(" * 40), "cannot be read as an .npz of plain arrays"),
+        (
+            npy("|u1", "(True, 8, 8)") + bytes(64),
+            "cannot be read as an .npz of plain arrays (x: an integer is required",
+        ),
+        (npy("|u1", "(False, 8, 8)"), "cannot be read as an .npz of plain arrays (x: an integer"),
+        (npy("|u1", f"({10**30}, 8, 8)"), "cannot be read as an .npz of plain arrays (x: "),
         (npy("|O", "(2,)") + pickle.dumps([1, 2]), "cannot be read as an .npz of plain arrays (Object arrays"),
     ],
-    ids=["huge", "short", "no header", "objects"],
+    ids=["huge", "short", "no header", "boolean", "false", "too long", "objects"],
 )
 def test_a_hostile_array_in_an_npz(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "set.npz"

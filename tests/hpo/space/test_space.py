@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,20 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 def space_of(write: Write) -> SpaceOf:
     """Read a space from YAML."""
     return lambda text, name="x.yaml": load_space(write(text, name))
+
+
+def test_many_misspelt_fields_are_reported_quickly_and_the_first_with_suggestions(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    entries = "".join(f"  optim.weight_decay_{number}: {{low: 1, high: 2}}\n" for number in range(3000))
+    file.write_text(f"search:\n{entries}")
+    began = time.process_time()
+    with pytest.raises(SpaceError) as raised:
+        load_space(file)
+    assert time.process_time() - began < 5
+    meant = ["did you mean optim.weight_decay?" in str(fault) for fault in raised.value.faults]
+    assert len(meant) == 3000
+    assert all(meant[:20])
+    assert not any(meant[1000:])
 
 
 def test_the_name_of_the_data_is_relative_to_the_file(write: Write, tmp_path: Path) -> None:
