@@ -10,6 +10,12 @@ from core.data.names import printable
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a write to a full disk, or beyond the user's quota."""
 
+SYSTEM_ERRORS = FULL_DISK | {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE),
+}
+"""Error numbers of the system that no mistake of this program causes."""
+
 
 class HpoError(Exception):
     """Base class of errors caused by user input."""

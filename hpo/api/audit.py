@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from hpo.analysis.labels import LabelAudit, audit_labels
 from hpo.api.common import open_dataset
 from hpo.api.options import AuditOptions
-from hpo.api.output import write_output
 from hpo.errors import StudyError
+from hpo.storage.atomic import write_output
 from hpo.study import Study, find_study
 
 if TYPE_CHECKING:

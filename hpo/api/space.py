@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from core.config import OWN, family_of
 from hpo.api.options import CheckOptions, RunOptions, SchemaOptions, SuggestOptions
-from hpo.api.output import write_output
 from hpo.errors import HpoError, StudyError
 from hpo.paths import StudyPaths
 from hpo.space import Recipe, SearchSpace, diff, json_schema, load_file, load_space
 from hpo.space.grammar import OwnPruner, OwnSampler
+from hpo.storage.atomic import write_output
 
 if TYPE_CHECKING:
     from hpo.study import Study

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from hpo.analysis.summary import StudySummary, summarize
 from hpo.api.options import DashboardOptions, DoctorOptions, ExportOptions, ReportOptions, TrialsOptions
-from hpo.api.output import write_output
 from hpo.errors import StudyError
 from hpo.report.words import no_trials
 from hpo.reporter import Reporter, Silent
+from hpo.storage.atomic import write_output
 from hpo.storage.urls import words_of
 from hpo.study import Study, find_study
 from hpo.study import list_studies as open_studies
@@ -82,8 +82,6 @@ def report(options: ReportOptions) -> ReportResult:
     if path is None:  # a comparison does not replace the study's own report
         path = study.paths.report
         path = path.with_stem("-".join([path.stem, *(each.name for each in others)]))
-    if path.is_dir():
-        raise StudyError(f"--output {path} is a folder; give the HTML file's name")
     return ReportResult(path, write_report(study, path, data=options.data, compare=others))
 
 

@@ -331,13 +331,20 @@ def data_audit(options: of.AuditOptions) -> None:
 def main() -> None:
     """Run the command line. An error caused by user input is one line and exit code 2."""
     from core.errors import CoreError
-    from hpo.errors import HpoError
+    from hpo.errors import SYSTEM_ERRORS, HpoError
     from hpo.text import printable_lines
 
     try:
         app()
     except (HpoError, CoreError) as error:
         print(f"hpo: {printable_lines(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in SYSTEM_ERRORS:
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        words = f"{place}{error.strerror}; check the folder and the disk, and run the same command again"
+        print(f"hpo: {printable_lines(words)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -55,12 +55,13 @@ def write_report(study: Study, path: Path, *, data: Path | None = None, compare:
         What could not be shown and why, a line each.
 
     Raises:
-        StudyError: the file cannot be written, or a file of the study cannot be read.
+        HpoError: the file cannot be written, or a file of the study cannot be read.
     """
     from hpo.analysis.study_data import read_study_data
     from hpo.report.compare import comparison
     from hpo.report.page import page
     from hpo.report.words import metric_label, progress_text
+    from hpo.storage.atomic import write_output
     from hpo.text import joined
 
     found = read_study_data(study, images_path=data)
@@ -74,7 +75,7 @@ def write_report(study: Study, path: Path, *, data: Path | None = None, compare:
             f"{metric_label(found.metric)} on the validation images of {study.data_name}; space {study.space_name}; "
             f"{progress_text(study, found.finished)}"
         )
-    _write(path, page(title, sections, subtitle=subtitle, footer=_footer(found)))
+    write_output(path, page(title, sections, subtitle=subtitle, footer=_footer(found)), folders=True)
     return found.notes
 
 
@@ -84,18 +85,6 @@ def sections_of(data: StudyData) -> list[Section]:
         (name, getattr(import_module(f"hpo.report.{module}"), function)(data)) for name, module, function in SECTIONS
     ]
     return [replace(section, short=name) for name, section in made if section is not None]
-
-
-def _write(path: Path, text: str) -> None:
-    from hpo.errors import StudyError
-    from hpo.storage.atomic import replacing
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StudyError(f"{path} cannot be written ({error.strerror}); choose another path with --output") from error
 
 
 def _footer(data: StudyData) -> list[str]:

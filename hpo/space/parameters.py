@@ -126,6 +126,9 @@ def _number(
     return Real(field.path, when, written.low, written.high, written.log, written.step)
 
 
+_MOST_STEPS = 10**15  # about the numbers that a float can tell apart
+
+
 def _range_faults(written: Range, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     low, high, step = (entry.get(name) for name in ("low", "high", "step"))
     if written.low >= written.high:
@@ -141,7 +144,9 @@ def _range_faults(written: Range, entry: Mapping[str, Any]) -> Iterator[tuple[st
     elif written.low < written.high:
         # In decimal, because 0.1 × 3 is not 0.3 in binary.
         low_, high_, step_ = (Decimal(str(number)) for number in (low, high, step))
-        if (high_ - low_) % step_ != 0:
+        if (high_ - low_) / step_ > _MOST_STEPS:
+            yield "step", f"{flow(step)} is too small for the range; give a larger one, or none"
+        elif (high_ - low_) % step_ != 0:
             last = (low_ + (high_ - low_) // step_ * step_).normalize()
             yield "step", f"{flow(step)} does not divide the range: it would end at {last:f}, not {flow(high)}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hpo.errors import StudyError
+from hpo.errors import HpoError, StudyError
 
 UNFINISHED = ".tmp"
 """Suffix of a file while it is written; a killed writer leaves such a file."""
@@ -31,6 +31,32 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_output(file: Path | None, text: str, *, folders: bool = False) -> None:
+    """Write a text file, if one is given, in one step; a pipe or a device is written to directly.
+
+    Args:
+        folders: Whether to create missing folders.
+
+    Raises:
+        HpoError: The file cannot be written.
+    """
+    if file is None:
+        return
+    try:
+        if file.is_dir():
+            raise HpoError(f"{file} is a folder; give -o the name of a file")
+        if file.exists() and not file.is_file():
+            file.write_text(text, encoding="utf-8")
+            return
+        if folders:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file.resolve()) as temporary:  # a symbolic link stays one
+            temporary.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        words = (error.strerror if isinstance(error, OSError) else None) or error
+        raise HpoError(f"{file}: cannot be written ({words}); give -o a file in a folder that exists") from error
 
 
 def lock_of(file: Path) -> FileLock:

@@ -163,6 +163,21 @@ def test_a_total_of_any_length_in_a_space_is_refused(run_hpo: RunHpo, tmp_path: 
     assert "large.yaml:1: trials: must be less than or equal to 1000000" in run_hpo.error
 
 
+@pytest.mark.parametrize("output", ["/", ".", "x" * 5000, "/dev/full", "/proc/x"])
+def test_an_output_that_cannot_be_written_is_one_line(run_hpo: RunHpo, output: str) -> None:
+    """Also on a device, which was once replaced by a file."""
+    line = run_hpo.fails("space", "schema", "-o", output)
+    assert re.match(r"hpo: .*: cannot be written \(|hpo: .* is a folder; give -o the name of a file$", line)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(run_hpo: RunHpo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPO_STUDIES", "/dev/null/studies")
+    line = run_hpo.fails("train", "digits_base", "--set", "epochs=1")
+    assert re.fullmatch(
+        r"hpo: /dev/null/studies/.*: Not a directory; check the folder and the disk, and run .* again", line
+    )
+
+
 HOSTILE = "\x1b]0;pwn\x07\x1b[31mred\u202e"
 
 

@@ -504,10 +504,10 @@ def test_the_command_sets_studies_side_by_side_and_leaves_the_report_alone(
         (["empty"], "study empty has no trials yet; run it with: hpo run"),
         (["full", "--compare", "empty"], "study empty has no trials yet"),
         (["full", "--compare", "full"], "--compare full: that is the study itself"),
-        (["full", "-o", "."], "--output . is a folder; give the HTML file's name"),
+        (["full", "-o", "."], ". is a folder; give -o the name of a file"),
         (
             ["full", "-o", "/proc/nothing/page.html"],
-            "/proc/nothing/page.html cannot be written (No such file or directory)",
+            "/proc/nothing/page.html: cannot be written (No such file or directory)",
         ),
     ],
 )

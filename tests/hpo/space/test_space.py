@@ -65,6 +65,12 @@ def space_of(write: Write) -> SpaceOf:
     return lambda text, name="x.yaml": load_space(write(text, name))
 
 
+@pytest.mark.parametrize("step", ["1.0e-30", "1.0e-320"])
+def test_a_step_that_is_too_small_for_the_range_is_a_fault(space_of: SpaceOf, step: str) -> None:
+    with pytest.raises(SpaceError, match=r"search\.loss\.smoothing\.step: .* is too small for the range"):
+        space_of(f"search: {{loss.smoothing: {{low: 0.0, high: 0.2, step: {step}}}}}")
+
+
 def test_many_misspelt_fields_are_reported_quickly_and_the_first_with_suggestions(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     entries = "".join(f"  optim.weight_decay_{number}: {{low: 1, high: 2}}\n" for number in range(3000))
