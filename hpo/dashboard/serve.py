@@ -12,9 +12,10 @@ import logging
 import socket
 import socketserver
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from hpo.dashboard.artifacts import PicturesOnDemand
@@ -22,6 +23,8 @@ from hpo.errors import StudyError
 from hpo.storage import mask, open_storage
 
 if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
     from hpo.study import Study
 
 logger = logging.getLogger(__name__)
@@ -82,14 +85,49 @@ def make_server(study: Study, *, host: str, port: int) -> DashboardServer:
 
     server = _listen(host, port)
     storage = open_storage(study.storage_url)
-    server.set_app(optuna_dashboard.wsgi(storage, PicturesOnDemand(study)))  # type: ignore[attr-defined]
+    names = {host, "localhost", socket.gethostname()}
+    server.set_app(_only_by(names, optuna_dashboard.wsgi(storage, PicturesOnDemand(study))))  # type: ignore[attr-defined]
     shown = f"[{host}]" if ":" in host else host
     study_id = storage.get_study_id_from_name(study.name)
     server.study_url = f"http://{shown}:{server.server_port}/dashboard/studies/{study_id}"
     return server
 
 
+def _only_by(names: Collection[str], app: WSGIApplication) -> WSGIApplication:
+    """Answer requests by these names or an IP address only.
+
+    Else a page elsewhere could point its own name at this address (DNS rebinding), and read and change the study.
+    """
+    known = {name.lower() for name in names}
+
+    def checked(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if (name := _name_in(environ)) in known or _is_address(name):
+            return app(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
+        return [b"The dashboard is not served under this name; use the address that hpo dashboard has printed.\n"]
+
+    return checked
+
+
+def _name_in(environ: WSGIEnvironment) -> str:
+    """The name by which a browser has found the server, in lower case; empty if it makes no sense."""
+    try:
+        return urlsplit(f"//{environ.get('HTTP_HOST', 'localhost')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 def _listen(host: str, port: int) -> DashboardServer:
+    if not host.strip():
+        raise StudyError("--host is empty, which is every address of this machine; give one, such as 127.0.0.1")
     kind = _DashboardServer6 if ":" in host else DashboardServer
     try:
         return kind((host, port), _QuietHandler)

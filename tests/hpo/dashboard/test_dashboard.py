@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import shutil
@@ -13,10 +14,11 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import optuna
 import pytest
@@ -114,6 +116,28 @@ def test_it_serves_the_study_and_survives_a_page_that_does_not_exist(url: str) -
         body(url.replace("/dashboard/studies/0", "/no/such/page"))
     assert body(url)[0] == "text/html"
     assert b'"study_name": "demo"' in body(url.replace("/dashboard/studies/0", "/api/studies"))[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("127.0.0.1", 200), ("[::1]:80", 200), ("LOCALHOST:80", 200), (socket.gethostname(), 200),
+        ("attacker.example", 403), ("127.0.0.1.attacker.example:80", 403), ("[", 403), ("", 403),
+    ],
+)  # fmt: skip
+def test_it_answers_only_by_its_own_names(url: str, name: str, status: int) -> None:
+    """Else a page elsewhere could read and change the study, by a name that it points at this machine."""
+    for path in ("/dashboard/studies/0", "/api/studies"):
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+        with closing(connection):
+            connection.request("GET", path, headers={"Host": name})
+            assert connection.getresponse().status == status
+
+
+@pytest.mark.parametrize("host", ["", " "])
+def test_an_empty_host_is_refused(real: Study, host: str) -> None:
+    with pytest.raises(StudyError, match="--host is empty, which is every address"):
+        serve.make_server(real, host=host, port=0)
 
 
 def test_a_taken_port_is_one_line_that_suggests_another(real: Study) -> None:
