@@ -13,11 +13,12 @@ def code_of(models: Iterable[str]) -> dict[str, Any]:
         UserError: one cannot be imported.
     """
     from core.config import OWN, family_of
-    from core.models import own_sources  # imports torch
 
     found = {}
     for name in models:
         if family_of(name) == OWN:
+            from core.models import own_sources  # imports torch
+
             folder, files = own_sources(name)
             found[name] = {"folder": folder, "files": files}
     return found
