@@ -371,7 +371,8 @@ class TrialQueue:
         begun = sum(map(has_begun, trials))
         waiting = (trial for trial in trials if not has_begun(trial))
         room = {trial.number for trial in islice(waiting, max(0, total - begun))}
-        return [trial for trial in trials if has_begun(trial) or trial.number in room or is_baseline(trial)]
+        room |= {trial.number for trial in trials if is_baseline(trial) and trial_index_of(trial) < total}
+        return [trial for trial in trials if has_begun(trial) or trial.number in room]
 
     def _running(self) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if trial.state == TrialState.RUNNING]
