@@ -74,7 +74,7 @@ def test_classes_that_look_alike_are_named_together() -> None:
 
 
 def test_a_list_of_names_is_cut_and_escaped() -> None:
-    assert listed(["a", "b\n"]) == "a, 'b\\n'"
+    assert listed(["a", "b\n"]) == "a, b\\n"
     assert listed([str(i) for i in range(1005)], 2) == "0, 1 and 1,003 more"
 
 

@@ -41,7 +41,7 @@ def test_the_schema_is_written_as_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["nodir/space.json", "."])
 def test_an_unwritable_output_is_a_one_line_error(tmp_path: Path, place: str) -> None:
-    with pytest.raises(HpoError, match=r"cannot be written \(.+\); give -o") as caught:
+    with pytest.raises(HpoError, match=r"(cannot be written \(.+\)|is a folder); give -o") as caught:
         schema(SchemaOptions(output=tmp_path / place))
     assert str(caught.value).startswith(str(tmp_path / place))
     assert "\n" not in str(caught.value)

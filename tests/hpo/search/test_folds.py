@@ -260,7 +260,9 @@ def test_rungs_have_a_calibrated_loss_if_the_metric_is_accuracy(
 
 
 def with_rivals(study: Study, values: dict[int, float]) -> None:
-    """Adds trials that reported these values, by step, and are over."""
+    """Adds trials that reported these values, by step, and are over, to the study and to its total."""
+    assert study.total is not None
+    study.settings.total = study.total + 8
     for trial_index in range(50, 58):
         study.optuna.add_trial(
             create_trial(
@@ -432,8 +434,8 @@ def test_a_recorded_training_reports_mean_and_spread_over_its_folds(
         (f, e) for f in (1, 2, 3) for e in (1, 2)
     ]
     assert sorted(path.name for path in paths.dir.iterdir()) == [
-        "config.yaml", "metrics.jsonl", "model.fold2.safetensors", "model.fold3.safetensors", "model.safetensors",
-        "result.json",
+        ".training", "config.yaml", "metrics.jsonl", "model.fold2.safetensors", "model.fold3.safetensors",
+        "model.safetensors", "result.json",
     ]  # fmt: skip
 
 

@@ -9,10 +9,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from hpo.search.interrupts import SIGNALS, Interrupts
+
+
+@pytest.fixture(autouse=True)
+def handled() -> Iterator[None]:
+    """No signal is ignored, even if the tests run under nohup."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def press(number: signal.Signals = signal.SIGINT) -> None:

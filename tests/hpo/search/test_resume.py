@@ -173,7 +173,8 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(workers: str, tmp_path: P
 
 
 CONTROLLED = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, "-m", "hpo.cli", "run", *sys.argv[1:]])
 """
