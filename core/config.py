@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 # Optimizer -> (learning rate of `lr_scale` 1 at batch 256, exponent of batch / 256 that scales it).
 # SGD: linear scaling (arXiv 1706.02677). Adaptive optimizers: Adam's default with square-root scaling (arXiv
@@ -151,6 +160,110 @@ class SamplingConfig(_Section):
         return self
 
 
+IMPORT_PATH = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+"""`PACKAGE.MODULE:NAME`, a callable of the user's own code."""
+_MODEL_NAME = rf"^(resnet|vgg|timm/[\w.\-]+|{IMPORT_PATH})$"
+
+OWN = "own"
+"""Family of the networks in the user's code."""
+OWN_PARTS = ("model", "loss", "augment", "optim")
+"""Sections whose `name` may be an import path, which is then called with their `kwargs`."""
+
+
+def check_import_path(value: str) -> None:
+    """Raise ValueError about a file where a module is meant."""
+    file, colon, name = value.rpartition(":")
+    if colon and (file.endswith(".py") or "/" in file):
+        path = PurePath(file).with_suffix("")
+        elsewhere = path.is_absolute() or ".." in path.parts
+        module = path.name if elsewhere else ".".join(path.parts)
+        raise ValueError(
+            f"{value} names a file; name the module as Python imports it from the working directory or PYTHONPATH: "
+            f"{module}:{name}"
+        )
+
+
+def _own_name(value: Any) -> Any:
+    """Explain text that is no import path."""
+    if isinstance(value, str):
+        check_import_path(value)
+        if not re.fullmatch(IMPORT_PATH, value):
+            raise ValueError(f"must be PACKAGE.MODULE:NAME of your own code, not '{value}'")
+    return value
+
+
+OwnName = Annotated[str, Field(pattern=f"^{IMPORT_PATH}$"), BeforeValidator(_own_name)]
+"""The import path of the user's own code."""
+
+
+def _or_own(value: Any, choice: ValidatorFunctionWrapHandler) -> Any:
+    """Accept an import path beside the names of a choice."""
+    return _own_name(value) if isinstance(value, str) and ":" in value else choice(value)
+
+
+def is_own(name: str | None) -> bool:
+    """Return whether a `name` is an import path."""
+    return name is not None and ":" in name
+
+
+def family_of(name: str) -> str:
+    """Return the family of a `model.name`."""
+    return OWN if is_own(name) else name.partition("/")[0]
+
+
+def part_of_argument(path: str) -> str | None:
+    """Return the section of a keyword argument: `model` of `model.kwargs.width`; None of other paths."""
+    section, _, rest = path.partition(".")
+    group, _, name = rest.partition(".")
+    return section if section in OWN_PARTS and group == "kwargs" and name.isidentifier() else None
+
+
+def _model_name(value: Any) -> Any:
+    """Explain names that do not match, and files where a module is meant."""
+    if not isinstance(value, str):
+        return value
+    check_import_path(value)
+    if not re.fullmatch(_MODEL_NAME, value):
+        raise ValueError(f"must be resnet, vgg, timm/NAME, or PACKAGE.MODULE:NAME of your own code, not '{value}'")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Accept numbers, text, true, false, null and lists of these, as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError("must be a number, text, true, false, null, or a list of these")
+
+
+Kwarg = Annotated[Any, BeforeValidator(_plain)]
+"""A keyword argument of the user's code."""
+
+Kwargs = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Kwarg]
+"""Keyword arguments of the user's code."""
+
+GIVEN_KWARGS = {
+    "model": ("in_channels", "num_classes", "image_size"),
+    "loss": ("num_classes", "class_counts"),
+    "augment": (),
+    "optim": ("params", "lr", "weight_decay"),
+}
+"""Arguments of the user's own parts that the data or other fields decide."""
+
+
+def _check_kwargs(section: str, name: str | None, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError about arguments of nothing, and about those that are given in any case."""
+    if kwargs and not is_own(name):
+        raise ValueError(f"{section}.kwargs are for code of your own; {section}.name is {name}: leave them out")
+    for given in GIVEN_KWARGS[section]:
+        if given in kwargs and section != "optim":
+            raise ValueError(f"{section}.kwargs.{given} follows from the images: leave it out")
+        if given in kwargs:
+            field = "the network's" if given == "params" else f"optim.{given}"
+            raise ValueError(f"optim.kwargs.{given} is {field}: leave it out")
+
+
 class AugmentConfig(_Section):
     """Augmentation of training images."""
 
@@ -197,6 +310,16 @@ class AugmentConfig(_Section):
     """Side of the images at the start of the run, as a fraction of the full side (arXiv 2104.00298). 1 is off."""
     full_size_from_fraction: float = Field(default=0.5, gt=0, le=1)
     """Fraction of the run until which the side grows linearly."""
+    name: OwnName | None = None
+    """`PACKAGE.MODULE:NAME`, a callable of your own that takes `kwargs` and returns a transform of batches. It
+    follows all other augmentation but mixing. None is off."""
+    kwargs: Kwargs = {}
+    """Keyword arguments of `name`, each a field that can be searched: `augment.kwargs.NAME`."""
+
+    @model_validator(mode="after")
+    def _check_own(self) -> AugmentConfig:
+        _check_kwargs("augment", self.name, self.kwargs)
+        return self
 
     @model_validator(mode="after")
     def _check_flip(self) -> AugmentConfig:
@@ -205,56 +328,6 @@ class AugmentConfig(_Section):
                 f"augment.alternate_flip flips every second time: augment.flip must be 0.5, not {self.flip:g}"
             )
         return self
-
-
-IMPORT_PATH = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
-"""`PACKAGE.MODULE:NAME`, a callable of the user's own code."""
-_MODEL_NAME = rf"^(resnet|vgg|timm/[\w.\-]+|{IMPORT_PATH})$"
-
-
-def check_import_path(value: str) -> None:
-    """Raise ValueError about a file where a module is meant."""
-    file, colon, name = value.rpartition(":")
-    if colon and (file.endswith(".py") or "/" in file):
-        path = PurePath(file).with_suffix("")
-        elsewhere = path.is_absolute() or ".." in path.parts
-        module = path.name if elsewhere else ".".join(path.parts)
-        raise ValueError(
-            f"{value} names a file; name the module as Python imports it from the working directory or PYTHONPATH: "
-            f"{module}:{name}"
-        )
-
-
-def _model_name(value: Any) -> Any:
-    """Explain names that do not match, and files where a module is meant."""
-    if not isinstance(value, str):
-        return value
-    check_import_path(value)
-    if not re.fullmatch(_MODEL_NAME, value):
-        raise ValueError(f"must be resnet, vgg, timm/NAME, or PACKAGE.MODULE:NAME of your own code, not '{value}'")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Accept numbers, text, true, false, null and lists of these, as tuples."""
-    if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError("must be a number, text, true, false, null, or a list of these")
-
-
-Kwarg = Annotated[Any, BeforeValidator(_plain)]
-"""A keyword argument of the user's code."""
-
-Kwargs = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Kwarg]
-"""Keyword arguments of the user's code."""
-
-KWARGS = "model.kwargs"
-"""Path of the keyword arguments; that of one is `model.kwargs.NAME`."""
-
-GIVEN_KWARGS = ("in_channels", "num_classes", "image_size")
-"""Arguments of a network of the user's own that the data decide."""
 
 
 class ModelConfig(_Section):
@@ -321,8 +394,7 @@ class ModelConfig(_Section):
             if family not in families and getattr(self, field) != ModelConfig.model_fields[field].default:
                 shapes = " and ".join(families).replace(OWN, "networks of your own")
                 raise ValueError(f"model.{field} shapes {shapes} only; model.name is {self.name}: leave it out")
-        if given := [name for name in GIVEN_KWARGS if name in self.kwargs]:
-            raise ValueError(f"{KWARGS}.{given[0]} follows from the images: leave it out")
+        _check_kwargs("model", self.name, self.kwargs)
         if self.pretrained_file is not None and not self.pretrained:
             raise ValueError("model.pretrained_file is read only where model.pretrained is true: set that too")
         if family in ("timm", OWN):
@@ -337,15 +409,6 @@ class ModelConfig(_Section):
         return self
 
 
-OWN = "own"
-"""Family of the networks in the user's code."""
-
-
-def family_of(name: str) -> str:
-    """Return the family of a `model.name`."""
-    return OWN if ":" in name else name.partition("/")[0]
-
-
 FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
     "widths": ("resnet", "vgg"), "blocks": ("resnet", "vgg"), "width": ("resnet", "vgg"), "depth": ("resnet", "vgg"),
     "norm": ("resnet", "vgg"), "activation": ("resnet", "vgg"), "block": ("resnet",), "stem_kernel": ("resnet",),
@@ -356,11 +419,17 @@ FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
 """Families that accept each field; fields not listed apply to every family."""
 
 
+LossName = Literal["cross_entropy", "focal", "bce"]
+
+
 class LossConfig(_Section):
     """The training loss."""
 
-    name: Literal["cross_entropy", "focal", "bce"] = "cross_entropy"
-    """Cross-entropy; focal loss (arXiv 1708.02002); or binary cross-entropy per class (arXiv 2110.00476)."""
+    name: Annotated[LossName, WrapValidator(_or_own, json_schema_input_type=LossName | OwnName)] = "cross_entropy"
+    """Cross-entropy; focal loss (arXiv 1708.02002); binary cross-entropy per class (arXiv 2110.00476); or
+    `PACKAGE.MODULE:NAME`, a callable of your own that takes `kwargs` and returns a loss of logits and labels."""
+    kwargs: Kwargs = {}
+    """Keyword arguments of a loss of your own, each a field that can be searched: `loss.kwargs.NAME`."""
     gamma: float = Field(default=2.0, ge=0, le=10)
     """`focal`: how far well-classified images are discounted. 0 is cross-entropy; the paper uses 2."""
     smoothing: float = Field(default=0.0, ge=0, le=0.9)
@@ -396,7 +465,17 @@ class LossConfig(_Section):
     def _check_name(self) -> LossConfig:
         if self.name == "bce" and self.logit_adjustment > 0:
             raise ValueError("loss.logit_adjustment shifts the logits of a softmax, and loss.name: bce has none")
+        _check_kwargs("loss", self.name, self.kwargs)
+        for field in NOT_OF_OWN_LOSSES if is_own(self.name) else ():
+            if getattr(self, field) != LossConfig.model_fields[field].default:
+                raise ValueError(
+                    f"loss.{field} is no field of a loss of your own; loss.name is {self.name}: leave it out"
+                )
         return self
+
+
+NOT_OF_OWN_LOSSES = ("smoothing", "smoothing_final", "logit_adjustment", "class_weights")
+"""Fields of `LossConfig` that are refused with a loss of the user's own."""
 
 
 class SwatsConfig(_Section):
@@ -411,14 +490,19 @@ class SwatsConfig(_Section):
     uses 1e-9."""
 
 
+OptimName = Literal["sgd", "adamw", "nadam", "swats", "muon", "logistic"]
+
+
 class OptimConfig(_Section):
     """The optimizer. Exactly one of `lr` and `lr_scale` is set."""
 
-    name: Literal["sgd", "adamw", "nadam", "swats", "muon", "logistic"] = "adamw"
+    name: Annotated[OptimName, WrapValidator(_or_own, json_schema_input_type=OptimName | OwnName)] = "adamw"
     """SGD with momentum; AdamW; NAdam; SWATS, which starts as Adam and becomes SGD; Muon for matrices and filters with
     AdamW for the rest. Or `logistic`, a probe: a regularized logistic regression on the features of the pretrained
     network, which is not trained, in one epoch. Of the training's fields only `model`, `seed`, `precision.autocast` and
-    `loss.class_weights` then have an effect."""
+    `loss.class_weights` then have an effect. Or `PACKAGE.MODULE:NAME`, a torch optimizer of your own; give it `lr`."""
+    kwargs: Kwargs = {}
+    """Keyword arguments of an optimizer of your own, each a field that can be searched: `optim.kwargs.NAME`."""
     lr: float | None = Field(default=None, gt=0, le=100)
     """Peak learning rate."""
     lr_scale: float | None = Field(default=None, gt=0, le=1000)
@@ -451,7 +535,8 @@ class OptimConfig(_Section):
     @classmethod
     def _default_rate(cls, values: Any) -> Any:
         """Use the reference rate (`lr_scale` 1) if neither rate is given."""
-        if isinstance(values, dict) and values.get("lr") is None and values.get("lr_scale") is None:
+        own = isinstance(values, dict) and is_own(str(values.get("name")))
+        if isinstance(values, dict) and not own and values.get("lr") is None and values.get("lr_scale") is None:
             return {**values, "lr_scale": 1.0}
         return values
 
@@ -459,6 +544,9 @@ class OptimConfig(_Section):
     def _one_rate(self) -> OptimConfig:
         if self.lr is not None and self.lr_scale is not None:
             raise ValueError("optim.lr and optim.lr_scale exclude each other: give one of them")
+        if is_own(self.name) and self.lr is None:
+            raise ValueError(f"optim.lr_scale has no reference for {self.name} of your own: give optim.lr instead")
+        _check_kwargs("optim", self.name, self.kwargs)
         if self.name == "swats" and self.swats.switch == "criterion":
             for field, neutral in (("backbone_lr_scale", 1), ("layer_decay", 1), ("head_only_fraction", 0)):
                 if getattr(self, field) != neutral:
@@ -608,7 +696,7 @@ class TrainConfig(_Section):
     def override(self, values: dict[str, Any]) -> TrainConfig:
         """Return a validated copy with the fields at these paths replaced.
 
-        The two rates clear each other, and another network the fields that it lacks (`dropped_by`).
+        The two rates clear each other, and another `name` of a section the fields that it lacks (`dropped_by`).
 
         Raises:
             KeyError: a path is not a field.
@@ -616,17 +704,17 @@ class TrainConfig(_Section):
         """
         tree = self.model_dump()
         for path in self.dropped_by(values):
-            name = path.rpartition(".")[2]
-            if path.startswith(f"{KWARGS}."):
-                del tree["model"]["kwargs"][name]
+            section, name = path.partition(".")[0], path.rpartition(".")[2]
+            if part_of_argument(path):
+                del tree[section]["kwargs"][name]
             else:
-                tree["model"][name] = ModelConfig.model_fields[name].default
+                tree[section][name] = (ModelConfig if section == "model" else LossConfig).model_fields[name].default
         for path, value in values.items():
             *parents, leaf = path.split(".")
             node: Any = tree
             for name in parents:
                 node = node[name] if isinstance(node, dict) and name in node else None
-            known = isinstance(node, dict) and (leaf in node or ".".join(parents) == KWARGS)
+            known = isinstance(node, dict) and (leaf in node or part_of_argument(path) is not None)
             if not known or isinstance(node.get(leaf), dict):
                 raise KeyError(path)
             node[leaf] = value
@@ -636,21 +724,24 @@ class TrainConfig(_Section):
         return TrainConfig.model_validate(tree)
 
     def dropped_by(self, values: Mapping[str, Any]) -> list[str]:
-        """Return the fields of this network that `override` resets, since the `model.name` in `values` has no such."""
-        name = str(values.get("model.name", self.model.name))
-        if name == self.model.name:
-            return []
-        lacking = [
-            f"model.{field}"
-            for field, families in FAMILY_FIELDS.items()
-            if field != "kwargs"
-            and family_of(name) not in families
-            and getattr(self.model, field) != ModelConfig.model_fields[field].default
-        ]
-        return [path for path in (*lacking, *(f"{KWARGS}.{key}" for key in self.model.kwargs)) if path not in values]
+        """Return the fields that `override` resets, since another `name` of their section in `values` has no such."""
+        given = {part: values.get(f"{part}.name", getattr(self, part).name) for part in OWN_PARTS}
+        changed = [part for part in OWN_PARTS if given[part] != getattr(self, part).name]
+        lacking = []
+        if "model" in changed:
+            family = family_of(str(given["model"]))
+            lacking += [
+                f"model.{name}" for name, has in FAMILY_FIELDS.items() if name != "kwargs" and family not in has
+            ]
+        if "loss" in changed and is_own(str(given["loss"])):
+            lacking += [f"loss.{name}" for name in NOT_OF_OWN_LOSSES]
+        now, defaults = self.flat(), TrainConfig().flat()
+        dropped = [path for path in lacking if now[path] != defaults[path]]
+        dropped += [f"{part}.kwargs.{name}" for part in changed for name in getattr(self, part).kwargs]
+        return [path for path in dropped if path not in values]
 
     def flat(self) -> dict[str, Any]:
-        """Return every field's value by its dotted path; of `model.kwargs`, each argument's."""
+        """Return every field's value by its dotted path; of `kwargs`, each argument's."""
         return dict(_walk(self.model_dump(), ""))
 
 

@@ -138,6 +138,31 @@ def as_lists(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: plain(value) for name, value in kwargs.items()}
 
 
+def built(path: str, section: str, kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """Call the `name` of a section with its `kwargs`, and with those of the `given` arguments that it takes by name.
+
+    Raises:
+        UserError: it cannot be imported.
+        ConfigError: it does not take its arguments, or fails.
+    """
+    found = imported(path, f"{section}.name")
+    taken = {name: value for name, value in given.items() if takes(found, name)}
+    check_arguments(found, kwargs, tuple(taken), path, f"{section}.kwargs")
+    with blaming(f"{section}.name: {path} fails"):
+        return found(**as_lists(kwargs), **taken)
+
+
+def check_part(path: str, section: str, kwargs: Collection[str], given: Collection[str]) -> None:
+    """Raise UserError unless the `name` of a section can be imported, and takes its arguments; see `built`."""
+    found = imported(path, f"{section}.name")
+    check_arguments(found, kwargs, [name for name in given if takes(found, name)], path, f"{section}.kwargs")
+
+
+def kind_of(value: Any) -> str:
+    """Name the type of what the user's code returns, for messages."""
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def takes(found: Callable[..., Any], name: str) -> bool:
     """Return whether a callable has a parameter of this name."""
     with contextlib.suppress(TypeError, ValueError):

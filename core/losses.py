@@ -10,13 +10,16 @@ batch is divided by the sum of its weights, also for mixtures, where torch divid
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.config import LossConfig
+from core.config import LossConfig, is_own
+from core.errors import ConfigError
+from core.imports import blaming, built, kind_of
 
 # Best on the long-tailed CIFAR-10 of arXiv 1901.05555, section 5; also used by arXiv 1906.07413.
 EFFECTIVE_BETA = 0.9999
@@ -57,11 +60,17 @@ class Stage(NamedTuple):
 
 
 class Criterion:
-    """The loss of a training with `class_counts` (K,) images. Never waits for the device."""
+    """The loss of a training with `class_counts` (K,) images. Never waits for the device.
 
-    def __init__(self, config: LossConfig, class_counts: Tensor) -> None:
+    `mixes` is whether there are mixtures, which a loss of the user's own is then tried with.
+    """
+
+    def __init__(self, config: LossConfig, class_counts: Tensor, *, mixes: bool = False) -> None:
         self.config = config
         self.weights = class_weights(config, class_counts)  # (K,) float32
+        self._own: Callable[[Tensor, Tensor], Tensor] | None = None
+        if is_own(config.name):
+            self._own = own_loss(config, class_counts, mixes=mixes)
         self.saturated = False
         """See `smoothing_at`; set by the loop before each epoch."""
         self.adjustment: Tensor | None = None  # (K,) float32, added to the logits
@@ -76,6 +85,8 @@ class Criterion:
 
     def __call__(self, logits: Tensor, labels: Tensor, stage: Stage) -> Tensor:
         """Return the mean loss of logits (N, K) for labels (N,)."""
+        if self._own is not None:
+            return self._own(logits.float(), labels).mean()
         smoothing, weights = stage.smoothing, self.weights if stage.weighted else None
         logits = self._adjusted(logits)
         # torch's form does not accept smoothing as a tensor, and with weights and smoothing it waits for the device.
@@ -92,6 +103,8 @@ class Criterion:
 
     def mixed(self, logits: Tensor, targets: Tensor, stage: Stage) -> Tensor:
         """Return the mean loss of logits (N, K) for targets (N, K) whose rows sum to 1."""
+        if self._own is not None:
+            return self._own(logits.float(), targets.float()).mean()
         targets, smoothing, weights = targets.float(), stage.smoothing, self.weights if stage.weighted else None
         logits = self._adjusted(logits)
         smoothed = targets
@@ -124,6 +137,45 @@ class Criterion:
             return losses.sum(1) if weights is None else (losses * weights).sum(1)
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
         return losses if weights is None else losses * (classes * weights).sum(1)
+
+
+def own_loss(config: LossConfig, class_counts: Tensor, *, mixes: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build the loss of the user's own, and try it on two images.
+
+    It takes logits (N, K) float32, and labels (N,) or, if it `mixes`, mixtures (N, K).
+
+    Args:
+        class_counts: (K,) on the training's device; given if the callable has a parameter of this name.
+
+    Raises:
+        ConfigError: it fails, has parameters of its own, or returns no loss that depends on the logits.
+        UserError: it cannot be imported.
+    """
+    classes = len(class_counts)
+    loss = built(config.name, "loss", config.kwargs, {"num_classes": classes, "class_counts": class_counts})
+    if not callable(loss):
+        raise ConfigError(f"loss.name: {config.name} returns {kind_of(loss)}, not a function of logits and labels")
+    if isinstance(loss, nn.Module):
+        loss.to(class_counts.device)
+        if any(True for _ in loss.parameters()):
+            raise ConfigError(f"loss.name: {config.name} has parameters of its own, which no optimizer trains")
+    labels = torch.arange(2, device=class_counts.device) % classes
+    _try(loss, config.name, labels, classes)
+    if mixes:
+        _try(loss, config.name, F.one_hot(labels, classes).float(), classes)
+    return loss  # type: ignore[no-any-return]
+
+
+def _try(loss: Callable[[Tensor, Tensor], Tensor], name: str, targets: Tensor, classes: int) -> None:
+    kind = "labels" if targets.ndim == 1 else "mixtures of classes, since augment mixes images,"
+    logits = torch.zeros(2, classes, device=targets.device, requires_grad=True)
+    with blaming(f"loss.name: {name} fails with logits {tuple(logits.shape)} and {kind} {tuple(targets.shape)}"):
+        losses = loss(logits, targets)
+    if not isinstance(losses, Tensor) or losses.shape not in ((), (2,)):
+        found = f"a tensor {tuple(losses.shape)}" if isinstance(losses, Tensor) else kind_of(losses)
+        raise ConfigError(f"loss.name: {name} returns {found} for 2 images, not their mean loss or one for each")
+    if not losses.requires_grad:
+        raise ConfigError(f"loss.name: the loss of {name} does not depend on the logits")
 
 
 def focal_terms(logits: Tensor, gamma: float) -> Tensor:

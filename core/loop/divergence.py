@@ -2,7 +2,8 @@
 
 In a diverged epoch, training and validation losses are far above those of uniform predictions, and accuracy and
 balanced accuracy are those of chance, also for the averaged weights. The validation loss alone may be high for an
-overfitted network, and while batch norm's running statistics lag behind.
+overfitted network, and while batch norm's running statistics lag behind. Of a loss of the user's own the scale is
+unknown, so that only validation counts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.config import TrainConfig
+from core.config import TrainConfig, is_own
 from core.errors import DivergedError
 from core.loop.results import EpochMetrics
 from core.losses import Criterion, Stage
@@ -36,12 +37,15 @@ class Divergence:
         classes = len(train_counts)
         self.loss = math.log(classes)
         """Cross-entropy of uniform predictions."""
+        self.train_loss = -math.inf
+        """Largest training loss of uniform predictions; any is larger than that of a loss of the user's own."""
+        support = torch.bincount(val_labels, minlength=classes)
+        self.accuracy, self.balanced_accuracy = _best_guesses(support[support > 0].tolist())
+        if is_own(config.loss.name):
+            return
         guess = torch.zeros(1, classes, device=train_counts.device)
         rarest = train_counts.argmin().unsqueeze(0)  # has the largest loss with logit adjustment
         self.train_loss = criterion(guess, rarest, Stage(smoothing=0.0, weighted=False)).item()
-        """Largest training loss of uniform predictions."""
-        support = torch.bincount(val_labels, minlength=classes)
-        self.accuracy, self.balanced_accuracy = _best_guesses(support[support > 0].tolist())
 
     def check(self, history: Sequence[EpochMetrics]) -> None:
         """Raise DivergedError if every epoch of the last quarter of a run, and of the last five, has diverged."""

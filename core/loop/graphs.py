@@ -98,7 +98,7 @@ class CapturedSteps:
         run: the device part of a step.
         capture: captures it.
         device: the training's device.
-        name: the network's, for error messages.
+        name: the network and the loss, for messages.
         remaining: the number of steps of a shape that are left in the training, with the present one.
         averages: the number of averages of the network.
     """
@@ -174,7 +174,7 @@ class CapturedSteps:
 
     def _launch_from_now_on(self, why: str) -> None:
         logger.warning(
-            "model.name %s: its step cannot be a CUDA graph, since %s: it is launched kernel by kernel", self._name, why
+            "%s: its step cannot be a CUDA graph, since %s: it is launched kernel by kernel", self._name, why
         )
         self._off = True
         self._replays.clear()

@@ -26,7 +26,7 @@ from core.data import Splits
 from core.errors import ConfigError
 from core.imports import blaming
 from core.loop.graphs import FEWEST_REPLAYS, WARM_UP_STEPS, Capture, CapturedSteps, CudaCapture
-from core.loop.run import EVALUATION_BATCH, Execution, Run
+from core.loop.run import EVALUATION_BATCH, Execution, Run, code_in_step
 from core.loop.step import Batch, Section
 from core.runtime import clock, compute_dtype, isolated_rng, own_stream
 
@@ -238,7 +238,7 @@ def _capture_all(run: Run, steps: int, capture: Capture) -> None:
         run.one_step.run,
         capture,
         run.device,
-        run.config.model.name,
+        code_in_step(run.config),
         remaining=lambda _: FEWEST_REPLAYS,
         averages=len(run.one_step.averages),
     )

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from core import metrics
-from core.augment import Augment, alternating_flips, size_at
+from core.augment import Augment, OwnTransform, alternating_flips, mixes, size_at
 from core.averaging import ExponentialAveraging, build_averaging, ema_name, recalibrate, validations_per_epoch
 from core.calibration import calibrated_loss
 from core.checkpoint import Checkpoints, load_checkpoint
-from core.config import READING_FIELDS, TrainConfig
+from core.config import READING_FIELDS, TrainConfig, is_own
 from core.data import Splits
 from core.errors import CheckpointError, ConfigError, DivergedError
 from core.feed import open_feed
@@ -42,7 +42,7 @@ from core.losses import Criterion, class_weights
 from core.metrics import Scores
 from core.models import build_model, check_smaller_images, head_parameters, layer_scales
 from core.models.compilation import compiled, compiled_if_it_pays, count_trained
-from core.optim import build_optimizer, needs_head
+from core.optim import build_optimizer, needs_head, try_own
 from core.runtime import (
     autocast,
     check_autocast,
@@ -202,6 +202,25 @@ def _saving_on_interrupt(checkpoints: Checkpoints | None) -> Iterator[None]:
         raise
 
 
+def try_own_parts(config: TrainConfig, splits: Splits) -> None:
+    """Build and try a loss, a transform and an optimizer of the user's own on the CPU.
+
+    Raises:
+        ConfigError: one fails.
+        UserError: one cannot be imported.
+    """
+    cpu, image = torch.device("cpu"), splits.images.shape[1:]
+    with isolated_rng(cpu):
+        if is_own(config.loss.name):
+            counts = torch.bincount(splits.labels[splits.train].cpu(), minlength=len(splits.classes))
+            Criterion(config.loss, counts, mixes=mixes(config.augment, 0.0))
+        if config.augment.name is not None:
+            transform = OwnTransform(config.augment, splits.mean, splits.std, cpu)
+            transform.check((image[0], image[1], image[2]), torch.float32)
+        if is_own(config.optim.name):
+            try_own(config.optim)
+
+
 def seconds_per_epoch(config: TrainConfig, splits: Splits, *, device: torch.device, steps: int = 3) -> float:
     """Estimate the time of an epoch with validation from a few steps without capture.
 
@@ -304,6 +323,10 @@ class Run:
         config, device, splits = self.config, self.device, self.splits
         seen_in = compute_dtype(config.precision.autocast, device)
         self.augment = Augment(config.augment, splits.mean, splits.std, device, dtype=seen_in)
+        self.transform = None
+        if config.augment.name is not None:
+            self.transform = OwnTransform(config.augment, splits.mean, splits.std, device)
+            self.transform.check(self.image, seen_in)
         at_once = execution.batches_at_once or self.augment.batches_at_once(config.batch_size, self.image)
         self.batches_at_once = min(at_once, len(self.batch_sizes))
         """Batches that are augmented together."""
@@ -314,10 +337,15 @@ class Run:
         self.divergence = Divergence(config, self.one_step.criterion, self.train_counts, val_labels)
         if execution.probe or (execution.probe is None and device.type == "cuda"):
             self._fit_memory()
+        if self._captures and not self.optimizer.capturable and is_own(config.optim.name):
+            logger.warning(
+                "optim.name %s: steps of your own optimizer cannot be CUDA graphs: they are launched kernel by kernel",
+                config.optim.name,
+            )
         if self._captures and self.optimizer.capturable and self._graphs_fit:
             capture = execution.capture or CudaCapture([self.generator])
             self.one_step.launch = CapturedSteps(
-                self.one_step.run, capture, device, config.model.name, self.remaining, len(self.one_step.averages)
+                self.one_step.run, capture, device, code_in_step(config), self.remaining, len(self.one_step.averages)
             )
         self._check_sizes()
 
@@ -353,7 +381,7 @@ class Run:
         return TrainStep(
             config,
             self._network(),
-            criterion=Criterion(config.loss, self.train_counts),
+            criterion=Criterion(config.loss, self.train_counts, mixes=mixes(config.augment, 0.0)),
             optimizer=self.optimizer,
             averages=[*own, *self.averages.values()],
             num_classes=self.num_classes,
@@ -456,7 +484,7 @@ class Run:
         flags = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         draws = self.augment.draw([images] * batches, self.image, self.generator, flips=flags, repeats=flags)
         seen = self.augment.apply(self.feed.take(rows), draws[:])
-        self.one_step.try_memory(seen[:images], self.splits.labels[rows[:images]])
+        self.one_step.try_memory(self._transformed(seen[:images]), self.splits.labels[rows[:images]])
 
     def _training_rows(self, count: int) -> Tensor:
         return self.splits.train[torch.arange(count, device=self.device) % len(self.splits.train)]
@@ -548,7 +576,13 @@ class Run:
         for chunk, its_sizes, images in zip(self.chunks, sizes, self.feed.batches(rows), strict=True):
             with self.one_step.section("augment"):
                 seen = self.augment.apply(images, draws[chunk])
-            yield from map(Batch, torch.split(seen, its_sizes), labels)
+            yield from map(Batch, map(self._transformed, torch.split(seen, its_sizes)), labels)
+
+    def _transformed(self, images: Tensor) -> Tensor:
+        if self.transform is None:
+            return images
+        with self.one_step.section("augment"):
+            return self.transform(images)
 
     @property
     def chunks(self) -> list[slice]:
@@ -825,6 +859,12 @@ class Probe(Run):
 
     def _load_steps(self, state: dict[str, Any]) -> None:
         """There is nothing but the network."""
+
+
+def code_in_step(config: TrainConfig) -> str:
+    """Return the fields that choose the code of a step, for messages."""
+    own = f", loss.name {config.loss.name}" if is_own(config.loss.name) else ""
+    return f"model.name {config.model.name}{own}"
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

@@ -45,13 +45,6 @@ def has_weights(name: str) -> bool:
     return name.startswith("timm/") and timm_models.has_weights(name)
 
 
-def own_sources(name: str) -> tuple[str, dict[str, str]]:
-    """Return the folder and the files with their SHA-256 of a network of the user's own; see `core.imports.sources`."""
-    from core.models import own_models
-
-    return own_models.own_sources(name)
-
-
 def weights_fingerprint(pretrained_file: str) -> str:
     """Return the hex SHA-256 of `model.pretrained_file`, or raise UserError if it does not exist."""
     from core.models.weight_files import locate_weights

@@ -16,22 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from core.config import GIVEN_KWARGS, KWARGS, ModelConfig
+from core.config import GIVEN_KWARGS, ModelConfig
 from core.errors import ConfigError
-from core.imports import as_lists, blaming, check_arguments, imported, sources, takes
+from core.imports import as_lists, blaming, check_arguments, imported, kind_of, takes
 from core.runtime import isolated_rng
 
-_FIELD = "model.name"
+_FIELD, _KWARGS = "model.name", "model.kwargs"
 
 
 def own_model(name: str) -> Callable[..., Any]:
     """Import the callable; UserError if it cannot be imported."""
     return imported(name, _FIELD)
-
-
-def own_sources(name: str) -> tuple[str, dict[str, str]]:
-    """Return the folder and the files of its source; see `core.imports.sources`."""
-    return sources(name, _FIELD)
 
 
 def check_own_model(name: str, kwargs: Collection[str]) -> None:
@@ -41,7 +36,7 @@ def check_own_model(name: str, kwargs: Collection[str]) -> None:
         UserError: it cannot be imported.
         ConfigError: it lacks an argument.
     """
-    check_arguments(own_model(name), kwargs, _given(own_model(name)), name, KWARGS)
+    check_arguments(own_model(name), kwargs, _given(own_model(name)), name, _KWARGS)
 
 
 def build_own_model(
@@ -62,14 +57,15 @@ def build_own_model(
     with blaming(f"{_FIELD}: {name} fails"), _seeded_by_torch():
         model = build(**arguments)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{_FIELD}: {name} returns {_kind(model)}, not a torch.nn.Module")
+        raise ConfigError(f"{_FIELD}: {name} returns {kind_of(model)}, not a torch.nn.Module")
     _try(model, name, torch.zeros(2, in_channels, *image_size), num_classes)
     return model
 
 
 def _given(build: Callable[..., Any]) -> tuple[str, ...]:
     """The arguments that follow from the images; `image_size` only if the callable has such a parameter."""
-    return GIVEN_KWARGS if takes(build, GIVEN_KWARGS[-1]) else GIVEN_KWARGS[:-1]
+    *needed, size = GIVEN_KWARGS["model"]
+    return (*needed, size) if takes(build, size) else tuple(needed)
 
 
 def _try(model: nn.Module, name: str, images: Tensor, num_classes: int) -> None:
@@ -98,7 +94,7 @@ def _try(model: nn.Module, name: str, images: Tensor, num_classes: int) -> None:
 
 def _check_logits(logits: Any, name: str, images: int, num_classes: int) -> None:
     if not isinstance(logits, Tensor):
-        raise ConfigError(f"{_FIELD}: {name} returns {_kind(logits)} for images, not a tensor of logits")
+        raise ConfigError(f"{_FIELD}: {name} returns {kind_of(logits)} for images, not a tensor of logits")
     if logits.shape != (images, num_classes) or not logits.is_floating_point():
         raise ConfigError(
             f"{_FIELD}: {name} returns {tuple(logits.shape)} {str(logits.dtype).removeprefix('torch.')} for {images} "
@@ -118,7 +114,3 @@ def _seeded_by_torch() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.config import REFERENCE_LR, OptimConfig, TrainConfig
+from core.config import REFERENCE_LR, OptimConfig, TrainConfig, is_own
 from core.errors import ConfigError
 from core.optim.muon import Muon
+from core.optim.own_optimizer import build_own, try_own
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ class StepOptimizer:
         config = self._config
         self._peak_lr = peak_lr
         # torch's SGD decays through the momentum.
-        self._shrinks_by_hand = name in ("sgd", "muon")
+        self._shrinks_by_hand = name in ("sgd", "muon") or is_own(name)
         betas = (config.beta1, config.beta2)
         groups = self._groups(peak_lr, decay=0.0 if self._shrinks_by_hand else config.weight_decay)
         if name == "sgd":
@@ -185,6 +186,8 @@ class StepOptimizer:
                 foreach=True,
                 capturable=self._capturable,
             )
+        elif is_own(name):
+            self._inner = build_own(config, groups, peak_lr)
         elif name == "muon":
             self._inner = Muon(groups, lr=peak_lr, momentum=config.momentum, nesterov=config.nesterov, betas=betas)
         else:
@@ -231,6 +234,37 @@ class StepOptimizer:
         """Learning rate of a parameter as a fraction of the classifier's."""
         backbone = 1.0 if id(parameter) in self._head else self._config.backbone_lr_scale
         return backbone * layer_scales.get(parameter, 1.0)
+
+
+class OwnOptimizer(StepOptimizer):
+    """An optimizer of the user's own, whose rate is a number."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        head: Collection[nn.Parameter] = (),
+        *,
+        layer_scales: Mapping[nn.Parameter, float] | None = None,
+    ) -> None:
+        self._moments = try_own(config.optim)
+        super().__init__(config, model, head, layer_scales=layer_scales)
+
+    @property
+    def moments(self) -> int:
+        return self._moments
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._inner.state_dict()
+        plain = [{name: value for name, value in group.items() if name != "params"} for group in state["param_groups"]]
+        return super().state_dict() | {"groups": plain}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state, with numbers that the optimizer keeps in its groups."""
+        self.lr = state["lr"]
+        groups = self._inner.state_dict()["param_groups"]
+        kept = [group | known for group, known in zip(groups, state["groups"], strict=True)]
+        self._inner.load_state_dict({"state": state["moments"], "param_groups": kept})
 
 
 class Swats(StepOptimizer):
@@ -385,6 +419,8 @@ def build_optimizer(
     capturable: bool = False,
 ) -> StepOptimizer:
     """Create a run's optimizer; see `StepOptimizer`."""
+    if is_own(config.optim.name):
+        return OwnOptimizer(config, model, head, layer_scales=layer_scales)
     if config.optim.name != "swats":
         return StepOptimizer(config, model, head, layer_scales=layer_scales, capturable=capturable)
     swats = config.optim.swats

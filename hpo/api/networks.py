@@ -1,4 +1,4 @@
-"""The networks of a search: those of the user's own, and those with pretrained weights at hand."""
+"""The user's own code in a search, and its networks with pretrained weights at hand."""
 
 from __future__ import annotations
 
@@ -6,37 +6,46 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from core.config import KWARGS, OWN, family_of
+from core.config import GIVEN_KWARGS, family_of, part_of_argument
 from core.errors import MissingWeightsError
+from core.imports import check_part
 from core.models import check_kwargs, has_weights
 from hpo.space import Categorical, Parameter, Recipe, SearchSpace
+from hpo.study.code import own_code
 
 _NAME = "model.name"
 
 
-def check_own_networks(found: SearchSpace | Recipe) -> None:
-    """Import the networks of the user's own that a space or recipe names, and check that they take its arguments.
+def check_own_code(found: SearchSpace | Recipe) -> None:
+    """Import the user's own code that a space or recipe names, and check that it takes its arguments.
 
     Raises:
         UserError: There is no such module or name, or it fails when it is imported.
-        ConfigError: A network lacks an argument, or needs another.
+        ConfigError: It lacks an argument, or needs another.
     """
     if isinstance(found, Recipe):
-        if family_of(found.config.model.name) == OWN:
-            check_kwargs(found.config.model.name, found.config.model.kwargs)
+        for name, field in own_code(found.config).items():
+            _check(name, field, getattr(found.config, field.partition(".")[0]).kwargs)
         return
     for recipe in found.recipes:
-        check_own_networks(recipe)
-    baseline = found.baseline.model
-    for name in sorted(found.names(_NAME)):
-        if family_of(name) != OWN:
-            continue
+        check_own_code(recipe)
+    for name, field in found.own_code().items():
+        part = field.partition(".")[0]
+        baseline = getattr(found.baseline, part)
         searched = [
-            path.removeprefix(f"{KWARGS}.")
+            path.rpartition(".")[2]
             for path, parameter in found.search.items()
-            if path.startswith(f"{KWARGS}.") and name in parameter.when.get(_NAME, (name,))
+            if part_of_argument(path) == part and name in parameter.when.get(field, (name,))
         ]
-        check_kwargs(name, {*searched, *(baseline.kwargs if name == baseline.name else ())})
+        _check(name, field, {*searched, *(baseline.kwargs if name == baseline.name else ())})
+
+
+def _check(name: str, field: str, kwargs: Collection[str]) -> None:
+    part = field.partition(".")[0]
+    if part == "model":
+        check_kwargs(name, kwargs)
+    else:
+        check_part(name, part, kwargs, GIVEN_KWARGS[part])
 
 
 def with_weights(space: SearchSpace, begun: Mapping[str, Any] | None) -> tuple[SearchSpace, tuple[str, ...]]:

@@ -11,13 +11,14 @@ from optuna.trial import TrialState
 
 from core.data import Division, Splits
 from core.errors import UserError
+from core.loop import try_own_parts
 from core.models import build_model, check_model_name
 from core.runtime import isolated_rng
 from core.sampling import class_caps
 from hpo.analysis.summary import summarize
 from hpo.api.common import open_dataset, report_data, report_estimate, resumable, train_all
 from hpo.api.length import run_length_probe
-from hpo.api.networks import advice, check_own_networks, with_weights
+from hpo.api.networks import advice, check_own_code, with_weights
 from hpo.api.options import RunOptions
 from hpo.dashboard.artifacts import draw
 from hpo.dashboard.notes import note_study
@@ -91,7 +92,7 @@ class Search:
         _check_total(options.trials or space.trials, allowed=options.yes)
         for model in space.names("model.name") | {recipe.config.model.name for recipe in space.recipes}:
             check_model_name(model)
-        check_own_networks(space)
+        check_own_code(space)
         check_own_parts(space.sampler, space.pruner)
         begun = read_metadata(StudyPaths.of(self.name))
         space, missing = with_weights(space, begun)
@@ -361,7 +362,8 @@ def _placement(options: RunOptions) -> Placement:
 
 
 def _check_network(space: SearchSpace, splits: Splits) -> None:
-    """Build the baseline's network once, to fail on missing weights or small images before a study exists."""
+    """Build the baseline's network and own parts, to fail on missing weights or small images before a study exists."""
+    try_own_parts(space.baseline, splits)
     _, channels, height, width = splits.images.shape
     with isolated_rng(torch.device("cpu")):
         build_model(

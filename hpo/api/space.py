@@ -10,13 +10,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.config import OWN, family_of
 from hpo.api.options import CheckOptions, RunOptions, SchemaOptions, SuggestOptions
 from hpo.errors import HpoError, StudyError
 from hpo.paths import StudyPaths
 from hpo.space import Recipe, SearchSpace, diff, json_schema, load_file, load_space
 from hpo.space.grammar import OwnPruner, OwnSampler
 from hpo.storage.atomic import write_output
+from hpo.study.code import own_code
 
 if TYPE_CHECKING:
     from hpo.study import Study
@@ -43,11 +43,10 @@ def check(options: CheckOptions) -> None:
         CoreError: That code fails, or lacks an argument.
     """
     found = load_file(options.file)
-    names = {found.config.model.name} if isinstance(found, Recipe) else found.names("model.name")
-    if any(family_of(name) == OWN for name in names):
-        from hpo.api.networks import check_own_networks  # with torch
+    if own_code(found.config) if isinstance(found, Recipe) else found.own_code():
+        from hpo.api.networks import check_own_code  # with torch
 
-        check_own_networks(found)
+        check_own_code(found)
     if isinstance(found, SearchSpace) and {type(found.sampler), type(found.pruner)} & {OwnSampler, OwnPruner}:
         from hpo.space.own_parts import check_own_parts  # with Optuna
 

@@ -26,7 +26,7 @@ from hpo.search.profile import profile_training
 from hpo.search.replay import Replay, replay_of
 from hpo.search.training import Recorded, train_recorded
 from hpo.space import load_recipe, override_config
-from hpo.study.code import code_of
+from hpo.study.code import code_of, own_code
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,6 @@ def training_paths(name: str, config: TrainConfig, metric: str, dataset: Dataset
     watched = None if metric == "accuracy" else metric
     file = config.model.pretrained_file
     weights = None if file is None else weights_fingerprint(file)
-    code = [json.dumps(each["files"]) for each in code_of([config.model.name]).values()]
+    code = [json.dumps(each["files"]) for each in code_of(own_code(config)).values()]
     identity = (config.model_dump_json(), dataset.fingerprint, watched, weights, *code)
     return TrainingPaths.of(name, *filter(None, identity))

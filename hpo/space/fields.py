@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from core.config import KWARGS, Kwarg, TrainConfig
+from core.config import OWN_PARTS, Kwarg, TrainConfig, part_of_argument
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,20 @@ class ConfigField:
 
 @cache
 def config_fields() -> dict[str, ConfigField]:
-    """All fields of `TrainConfig` by dotted path, in declaration order, without the arguments in `model.kwargs`."""
+    """All fields of `TrainConfig` by dotted path, in declaration order, without the arguments in `kwargs`."""
     return {field.path: field for field in _leaves(TrainConfig, "")}
 
 
 def field_at(path: str) -> ConfigField | None:
-    """Return the field at a dotted path, which may be an argument in `model.kwargs`; None if there is no such."""
-    group, _, name = path.rpartition(".")
-    if group == KWARGS and name.isidentifier():
+    """Return the field at a dotted path, such as the argument `model.kwargs.NAME`; None if there is no such."""
+    if part_of_argument(path) is not None:
         return ConfigField(path, FieldInfo.from_annotation(Kwarg))
     return config_fields().get(path)
 
 
 def _leaves(model: type[BaseModel], prefix: str) -> Iterable[ConfigField]:
     for name, info in model.model_fields.items():
-        if f"{prefix}{name}" == KWARGS:
+        if name == "kwargs":
             continue
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from _leaves(info.annotation, f"{prefix}{name}.")
@@ -109,8 +108,8 @@ def did_you_mean(word: Any, names: Iterable[str], find: Callable[[str, Iterable[
 
 def no_such_field(path: str, more: Iterable[str] = ()) -> str:
     """The message; `more` are other names to suggest."""
-    if path == KWARGS:
-        return f"is a group of fields; name one of them, such as {KWARGS}.width"
+    if path in [f"{part}.kwargs" for part in OWN_PARTS]:
+        return f"is a group of fields; name one of them, such as {path}.width"
     if inside := [field for field in config_fields() if field.startswith(f"{path}.")]:
         return f"is a group of fields; name one of them: {', '.join(inside)}"
     return f"no such field{did_you_mean(path, [*config_fields(), *more], nearest_field)}"

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import ErrorDetails
 
-from core.config import IMPORT_PATH, OWN, DataConfig, Kwargs, check_import_path
+from core.config import OWN, DataConfig, Kwargs, OwnName
 from hpo.space.document import flow
 from hpo.space.fields import did_you_mean, nearest_field
 
@@ -79,20 +79,10 @@ class QmcSampler(_Section):
     name: Literal["qmc"]
 
 
-def _own_name(name: str) -> str:
-    check_import_path(name)
-    if not re.fullmatch(IMPORT_PATH, name):
-        raise ValueError(f"must be PACKAGE.MODULE:NAME of your own code, not '{name}'")
-    return name
-
-
-_OwnName = Annotated[str, Field(pattern=f"^{IMPORT_PATH}$"), BeforeValidator(_own_name)]
-
-
 class OwnSampler(_Section):
     """An Optuna sampler of your own code."""
 
-    name: _OwnName
+    name: OwnName
     """`PACKAGE.MODULE:NAME`."""
     kwargs: Kwargs = {}
     """Keyword arguments. A `seed` is given if it takes one."""
@@ -204,7 +194,7 @@ class HyperbandPruner(_Section):
 class OwnPruner(_Section):
     """An Optuna pruner of your own code."""
 
-    name: _OwnName
+    name: OwnName
     """`PACKAGE.MODULE:NAME`."""
     kwargs: Kwargs = {}
     """Keyword arguments."""

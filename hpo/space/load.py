@@ -396,8 +396,9 @@ class _Loader:
 
     def _report_dropped(self, config: TrainConfig, prefix: str = "") -> None:
         if dropped := config.dropped_by(self.fields):
-            name = self.fields["model.name"]
-            logger.warning("%s--set model.name=%s: %s dropped, which it lacks", prefix, name, ", ".join(dropped))
+            names = [f"{part}.name" for part in dict.fromkeys(path.partition(".")[0] for path in dropped)]
+            given = " ".join(f"{name}={self.fields[name]}" for name in names)
+            logger.warning("%s--set %s: %s dropped, which it lacks", prefix, given, ", ".join(dropped))
 
     # Reporting
 

@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from core.config import KWARGS, Kwarg, TrainConfig
+from core.config import OWN_PARTS, Kwarg, TrainConfig
 from hpo.space.fields import ConfigField, config_fields
 from hpo.space.grammar import Choices, Range, RecipeNotes, SpaceFile
 from hpo.space.parameters import FIXED
 
 DRAFT = "http://json-schema.org/draft-07/schema#"  # the draft that editors' YAML servers support best
 TEMPLATE = "#/definitions/{model}"
-ARGUMENT = r"^model\.kwargs\.[A-Za-z_]\w*$"
+ARGUMENT = rf"^({'|'.join(OWN_PARTS)})\.kwargs\.[A-Za-z_]\w*$"
 
 
 def json_schema() -> dict[str, Any]:
@@ -43,7 +43,7 @@ def json_schema() -> dict[str, Any]:
         "description": properties["search"]["description"],
         "minProperties": 1,
         "additionalProperties": False,
-        "patternProperties": {ARGUMENT: _entry(ConfigField(KWARGS, FieldInfo.from_annotation(Kwarg)))},
+        "patternProperties": {ARGUMENT: _entry(ConfigField("kwargs", FieldInfo.from_annotation(Kwarg)))},
         "properties": {path: _entry(field) for path, field in config_fields().items() if path not in FIXED},
     }
     definitions["SearchSpace"] = space

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.config import READING_FIELDS, REFERENCE_LR, DataConfig, TrainConfig
+from core.config import OWN_PARTS, READING_FIELDS, REFERENCE_LR, DataConfig, TrainConfig, is_own
 from hpo.space.document import flow
 from hpo.space.grammar import Confirm, Metric, Objective, PromotePruner, Pruner, RungsPruner, Sampler
 
@@ -231,6 +231,11 @@ class SearchSpace:
         searched = self.search[path].describe().get("choices", []) if path in self.search else []
         return {str(name) for name in (self.baseline.flat()[path], *searched)}
 
+    def own_code(self) -> dict[str, str]:
+        """Return the import paths of the user's code that trials may need, each with its field."""
+        fields = [f"{part}.name" for part in OWN_PARTS]
+        return {name: field for field in fields for name in sorted(self.names(field)) if is_own(name)}
+
     def baseline_params(self) -> dict[str, Any]:
         """The baseline as the parameters of trial 0."""
         params = self.express(self.baseline)
@@ -300,7 +305,7 @@ class SearchSpace:
 
 _ADDED_FIELDS = (
     "model.input_size", "optim.layer_decay", "sampling.caps", "augment.scale", "augment.shear_degrees",
-    "model.block_dropout", "loss.smoothing_final_from", "loss.smoothing_patience_fraction",
+    "model.block_dropout", "loss.smoothing_final_from", "loss.smoothing_patience_fraction", "augment.name",
 )  # fmt: skip
 """Fields of `TrainConfig`, outside of `data`, that version 0.1.0 did not have and that are off by default."""
 
@@ -335,7 +340,7 @@ def in_rate_of(config: TrainConfig, search: Mapping[str, Any]) -> TrainConfig:
     peak = config.optim.peak_lr(config.batch_size)
     if "optim.lr" in search and config.optim.lr is None:
         return config.override({"optim.lr": peak})
-    if "optim.lr_scale" in search and config.optim.lr_scale is None:
+    if "optim.lr_scale" in search and config.optim.lr_scale is None and config.optim.name in REFERENCE_LR:
         reference, power = REFERENCE_LR[config.optim.name]
         return config.override({"optim.lr_scale": peak / (reference * (config.batch_size / 256) ** power)})
     return config

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from core.config import OWN_PARTS, TrainConfig, is_own
 
-def code_of(models: Iterable[str]) -> dict[str, Any]:
-    """Return the folder and the SHA-256 of the source files of each network that is the user's own, as plain JSON.
+
+def own_code(config: TrainConfig) -> dict[str, str]:
+    """Return the import paths of the user's code in a configuration, each with its field."""
+    names = {f"{part}.name": getattr(config, part).name for part in OWN_PARTS}
+    return {name: field for field, name in names.items() if is_own(name)}
+
+
+def code_of(named: Mapping[str, str]) -> dict[str, Any]:
+    """Return the folder and the SHA-256 of the source files of each import path, as plain JSON.
+
+    Args:
+        named: Import paths, each with the field that names it.
 
     Raises:
         UserError: one cannot be imported.
     """
-    from core.config import OWN, family_of
-
     found = {}
-    for name in models:
-        if family_of(name) == OWN:
-            from core.models import own_sources  # imports torch
+    for name, field in named.items():
+        from core.imports import sources  # imports torch
 
-            folder, files = own_sources(name)
-            found[name] = {"folder": folder, "files": files}
+        folder, files = sources(name, field)
+        found[name] = {"folder": folder, "files": files}
     return found
 
 

@@ -54,7 +54,7 @@ def new_metadata(space: SearchSpace, dataset: Dataset, *, seed: int | None, data
         "versions": versions(),
         "base": space.baseline.model_dump(mode="json"),
         "weights": {file: _weights_fingerprint(file) for file in _weight_files(space)},
-        "code": code_of(_models(space)),
+        "code": code_of(space.own_code()),
         "identity": space.identity(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(metadata))
@@ -103,7 +103,7 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
     check_fingerprint(name, stored, dataset.fingerprint)
     _check_validation(name, stored, dataset.given_val(space.baseline.data))
     check_weights(name, stored, _weight_files(space))
-    check_code(name, stored, _models(space))
+    check_code(name, stored, space.own_code())
     if seed is not None and seed != stored["seed"]:
         raise StudyError(
             f"study {name} was begun with --seed {stored['seed']}, not {seed}; "
@@ -122,26 +122,22 @@ def check_weights(name: str, metadata: Mapping[str, Any], files: Iterable[str | 
             )
 
 
-def check_code(name: str, metadata: Mapping[str, Any], models: Iterable[str]) -> None:
-    """Raise StudyError if the source of one of these networks of the user's own has changed."""
+def check_code(name: str, metadata: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Raise StudyError if the source of one of these import paths, each with its field, has changed."""
     stored = metadata.get("code") or {}
-    for model in models:
-        known = stored.get(model)
+    for path, field in named.items():
+        known = stored.get(path)
         if known is None:
             continue
         try:
-            changed = changed_files(known, code_of([model])[model])
+            changed = changed_files(known, code_of({path: field})[path])
         except CoreError as error:
             raise StudyError(f"study {name} was begun with the code in {known['folder']}: {error}") from error
         if changed:
             raise StudyError(
-                f"study {name} was begun with other code of {model}: {', '.join(changed)} has changed since; "
+                f"study {name} was begun with other code of {path}: {', '.join(changed)} has changed since; "
                 "put the old code back, or choose another --study"
             )
-
-
-def _models(space: SearchSpace) -> list[str]:
-    return sorted(space.names("model.name"))
 
 
 def _weight_files(space: SearchSpace) -> list[str]:

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import StudyError
 from hpo.storage import mask
+from hpo.study.code import own_code
 from hpo.study.deadline import Deadline
 from hpo.study.files import StudyFiles
 from hpo.study.metadata import METADATA, check_code, check_fingerprint, check_weights, config_of
@@ -144,9 +145,9 @@ class Study:
         check_fingerprint(self.name, self.metadata, dataset.fingerprint)
 
     def check_sources(self, config: TrainConfig) -> None:
-        """Raise StudyError if the file of pretrained weights, or the network's code of the user's own, has changed."""
+        """Raise StudyError if the file of pretrained weights, or the user's own code, has changed."""
         check_weights(self.name, self.metadata, [config.model.pretrained_file])
-        check_code(self.name, self.metadata, [config.model.name])
+        check_code(self.name, self.metadata, own_code(config))
 
     # Trials and results
 

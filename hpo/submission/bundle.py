@@ -404,7 +404,7 @@ def _check_code(folder: Path, meta: Bundle) -> None:
     """Warn if a network of the user's own has changed; its weights may then fit, and its predictions differ."""
     for name, known in meta.code.items():
         try:
-            changed = changed_files(known, code_of([name])[name])
+            changed = changed_files(known, code_of({name: "model.name"})[name])
         except UserError as error:
             raise BundleError(f"{folder}: the model needs the code of {known['folder']} ({error})") from error
         if changed:

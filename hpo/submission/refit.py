@@ -33,7 +33,7 @@ from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.held_out import OWN, half_lives
 from hpo.search.training import Watch
 from hpo.study import Study
-from hpo.study.code import code_of
+from hpo.study.code import code_of, own_code
 from hpo.study.results import append_line
 from hpo.study.versions import versions
 from hpo.submission import bundle
@@ -363,12 +363,18 @@ def _model(trained: _Trained, dataset: Dataset, *, study: str | None, number: in
         data_name=dataset.name,
         fingerprint=dataset.fingerprint,
         versions=versions(),
-        code=code_of({network.config.model.name for network in trained.networks}),
+        code=code_of(_code_to_load(trained)),
         study=study,
         trial=number,
         source=dataset.source,
         top=dataset.report.top or SIXTEEN_BIT_TOP,
     )
+
+
+def _code_to_load(trained: _Trained) -> dict[str, str]:
+    """The user's own networks; a loss, an optimizer and a transform are needed in training only."""
+    named = {name: field for network in trained.networks for name, field in own_code(network.config).items()}
+    return {name: field for name, field in named.items() if field == "model.name"}
 
 
 def search_summary(study: Study) -> dict[str, Any]:

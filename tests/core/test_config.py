@@ -118,8 +118,9 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "precision.autocast": ({}, "bf16"),
 }
 # Tested elsewhere: below, in `test_models.py` (pretrained weights), `tests/hpo` (folds), `test_groups.py`,
-# `test_pixels.py` and `test_execution.py`.
+# `test_pixels.py`, `test_execution.py` and `test_own_parts.py` (`augment.name`).
 ELSEWHERE = {"data.name", "data.folds", "data.group", "data.channels", "model.pretrained", "model.pretrained_file"}
+ELSEWHERE |= {"augment.name"}
 ELSEWHERE |= {"precision.compile", "precision.cuda_graphs"}
 # In the table of layouts, and in `test_data.py`.
 ELSEWHERE |= {*(f"data.{name}" for name in READING_FIELDS), "data.val"}

@@ -13,7 +13,7 @@ import core.loop.run
 import core.loop.step
 from core.augment import Augment
 from core.averaging import ExponentialAveraging
-from core.config import TrainConfig
+from core.config import OWN_PARTS, TrainConfig
 from core.data import Splits
 from core.loop import Execution
 from core.loop.run import Run
@@ -107,7 +107,8 @@ def test_every_choice_of_the_configuration_is_in_the_table() -> None:
             without_choices.add(path)
         missing = [value for value in values if all(config[path] != value for config in used)]
         assert not missing, f"{path}: no step with {missing}"
-    assert without_choices == {"model.name", "model.kwargs", "model.widths", "model.blocks", "sampling.caps"}
+    own = {"augment.name", *(f"{part}.kwargs" for part in OWN_PARTS)}
+    assert without_choices == {"model.name", "model.widths", "model.blocks", "sampling.caps", *own}
     assert len(STEPS) >= 40
 
 

@@ -41,13 +41,13 @@ def _check_weights(file: str, check: StudyCheck) -> None:
 
 
 def code(check: StudyCheck) -> Iterator[Result]:
-    """Check that the networks of the user's own can be imported, and have not changed."""
-    for model in check.readable.metadata.get("code") or {}:
-        yield from guarded(check, model, partial(_check_code, model))
+    """Check that the user's own code can be imported, and has not changed."""
+    for path in check.readable.metadata.get("code") or {}:
+        yield from guarded(check, path, partial(_check_code, path))
 
 
-def _check_code(model: str, check: StudyCheck) -> None:
-    check_code(check.name, check.readable.metadata, [model])
+def _check_code(path: str, check: StudyCheck) -> None:
+    check_code(check.name, check.readable.metadata, {path: "code"})
 
 
 def versions_differ(check: StudyCheck) -> Iterator[Result]:

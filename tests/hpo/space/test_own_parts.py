@@ -13,7 +13,7 @@ from tests.hpo.commands import RunHpo
 from tests.test_docs import ROOT, blocks
 
 PAGE = (ROOT / "docs" / "own-code.md").read_text(encoding="utf-8")
-STEERING, SPACE = blocks(PAGE, "python")[1], blocks(PAGE, "yaml")[1]
+STEERING, SPACE = blocks(PAGE, "python")[2], blocks(PAGE, "yaml")[2]
 SHORT = ("--set", "epochs=2", "--set", "batch_size=128", "--device", "cpu")
 
 

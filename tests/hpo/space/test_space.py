@@ -1168,7 +1168,9 @@ def test_the_schema_has_every_field_with_its_bounds() -> None:
     assert numbers["properties"]["low"] == {"type": "number", "minimum": 0, "maximum": 0.9}
     (choices,) = search["properties"]["optim.name"]["anyOf"]
     optimizers = ["sgd", "adamw", "nadam", "swats", "muon", "logistic"]
-    assert choices["properties"]["choices"]["items"]["enum"] == optimizers
+    named, own = choices["properties"]["choices"]["items"]["anyOf"]
+    assert named["enum"] == optimizers
+    assert ":" in own["pattern"]
 
 
 def test_every_reference_in_the_schema_resolves() -> None:
