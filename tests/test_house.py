@@ -36,7 +36,7 @@ LAYERS = (
     {"report", "analysis"},
     {"submission", "workers"},
     {"search"},
-    {"confirmation", "dashboard"},
+    {"confirmation", "dashboard", "loggers"},
     {"study"},
     {"space", "storage"},
     {"paths", "trials", "text", "reporter", "errors"},

@@ -376,6 +376,7 @@ class RunKeywords(TypedDict, total=False):
     skip_broken: bool
     reclaim: bool
     yes: bool
+    tensorboard: bool
 
 
 class WorkerOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):

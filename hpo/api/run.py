@@ -24,6 +24,7 @@ from hpo.dashboard.artifacts import draw
 from hpo.dashboard.notes import note_study
 from hpo.dashboard.pictures import study_overview
 from hpo.errors import StudyError
+from hpo.loggers import Callback, TensorBoard
 from hpo.paths import StudyPaths
 from hpo.report.words import entry_name, patience_text
 from hpo.reporter import Reporter, Silent, StudyView
@@ -81,12 +82,15 @@ class Search:
         interrupts: Interrupts,
         *,
         part_of: str | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self._alone, self._command = part_of is None, part_of or options.command()
         if not options.recipes:
             space = replace(space, recipes=())
         self.options, self.reporter, self.interrupts = options, reporter, interrupts
         self.placement = _placement(options)
+        self.callbacks = callbacks
+        _check_callbacks(options, self.placement, callbacks)
         self.name = space.name if options.study is None else options.study
         check_search_name(self.name)
         _check_total(options.trials or space.trials, allowed=options.yes)
@@ -181,6 +185,7 @@ class Search:
             interrupts=self.interrupts,
             say=self.reporter.say,
             cluster=self._cluster if self.options.engine == "ray" else None,
+            callbacks=self.callbacks,
         )
 
     def _cluster(self, spec: WorkerSpec) -> tuple[Engine, list[WorkerSlot]]:
@@ -344,6 +349,18 @@ def _check_total(total: int, *, allowed: bool) -> None:
     if total > most:
         advice = "" if allowed else ", or confirm the total by --yes"
         raise StudyError(f"{total:,} trials, all queued at once, are over {most:,}; give fewer by --trials{advice}")
+
+
+def _check_callbacks(options: RunOptions, placement: Placement, callbacks: Sequence[Callback]) -> None:
+    """Refuse callbacks where trials run in other processes, and TensorBoard's without its package."""
+    if options.tensorboard:
+        TensorBoard()
+    here = options.engine == "local" and not placement.in_processes and all(size == 1 for _, size in placement)
+    if callbacks and not here:
+        raise StudyError(
+            f"{placement.asked}: callbacks are called in this process, and these trials run in others; train one at "
+            "a time, or use tensorboard=True"
+        )
 
 
 def _placement(options: RunOptions) -> Placement:

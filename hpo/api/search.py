@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from core.weights import weights_in
@@ -12,6 +13,7 @@ from hpo.space import load_space
 
 if TYPE_CHECKING:
     from hpo.api.run import SearchResult
+    from hpo.loggers import Callback
 
 
 def search(
@@ -20,25 +22,24 @@ def search(
     interrupts: Interrupts | None = None,
     *,
     part_of: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> SearchResult:
     """Run a study's trials up to its total; start the study or resume it.
 
     Args:
         part_of: The command that the search is a part of, as its resuming command; it has described the data.
+        callbacks: Called after each trial, with Optuna's study and the finished trial.
 
     Raises:
         HpoError: The space has faults, or the study cannot be resumed as asked.
         CoreError: The data, the network or the device cannot be used.
         KeyboardInterrupt: Stopped by Ctrl-C or SIGTERM; finished trials and checkpoints are kept.
     """
+    interrupts = interrupts or Interrupts()
     with weights_in(options.weights):
-        return _searched(options, reporter or Silent(), interrupts or Interrupts(), part_of)
+        with interrupts.let_through():
+            space = load_space(options.space, options.set)
+            from hpo.api.run import Search  # with torch and Optuna, which an invalid space does not wait for
 
-
-def _searched(options: RunOptions, reporter: Reporter, interrupts: Interrupts, part_of: str | None) -> SearchResult:
-    with interrupts.let_through():
-        space = load_space(options.space, options.set)
-        from hpo.api.run import Search  # with torch and Optuna, which an invalid space does not wait for
-
-        run = Search(options, space, reporter, interrupts, part_of=part_of)
-    return run.run()
+            run = Search(options, space, reporter or Silent(), interrupts, part_of=part_of, callbacks=callbacks)
+        return run.run()

@@ -6,6 +6,7 @@ from core.data import Division
 from core.weights import weights_in
 from hpo.api.common import joining, open_dataset, report_data, weights_of
 from hpo.api.options import WorkerOptions
+from hpo.loggers import TensorBoard
 from hpo.report.words import progress_text
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
@@ -24,6 +25,8 @@ def worker(options: WorkerOptions, reporter: Reporter | None = None, interrupts:
     """
     reporter, interrupts = reporter or Silent(), interrupts or Interrupts()
     with interrupts.let_through():
+        if options.tensorboard:
+            TensorBoard()  # without its package, before the images are read
         placement = place(options.device, options.devices, options.workers, options.per_device)
         joined = join_study(options.study, storage_url=options.storage)
         space, data = joined.space(), options.data or joined.data_path

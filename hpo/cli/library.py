@@ -7,7 +7,7 @@ Their keyword arguments are the fields of the options models. A script with seve
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hpo.api.fit import FitResult
     from hpo.api.refit import RefitResult
     from hpo.api.run import SearchResult
+    from hpo.loggers import Callback
     from hpo.study import Study
     from hpo.submission.bundle import LoadedBundle
     from hpo.submission.predictions import Images, Predictions
@@ -69,12 +70,12 @@ def _show_fit(result: FitResult, options: FitOptions, reporter: Reporter) -> Non
         say(f"more time continues it: {more.command()}")
 
 
-def run_and_show(options: RunOptions, reporter: Reporter) -> SearchResult:
+def run_and_show(options: RunOptions, reporter: Reporter, callbacks: Sequence[Callback] = ()) -> SearchResult:
     """Search, and show the result. Ctrl-C waits for the end of the epoch."""
     from hpo.api.search import search
 
     with stoppable(reporter) as interrupts:
-        result = search(options, reporter, interrupts)
+        result = search(options, reporter, interrupts, callbacks=callbacks)
         from hpo.cli.show import show_search  # with Optuna, which a wrong name does not wait for
 
         show_search(result, reporter)
@@ -141,12 +142,20 @@ def fit(data: str | Path, *, quiet: bool = False, **options: Unpack[FitKeywords]
 
 
 @_takes(RunOptions)
-def run(space: str | Path, *, quiet: bool = False, **options: Unpack[RunKeywords]) -> Study:
+def run(
+    space: str | Path,
+    *,
+    quiet: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **options: Unpack[RunKeywords],
+) -> Study:
     """Run a study's trials up to its total; start the study or resume it, as `hpo run` does.
 
     Args:
         space: Search space: a name from `hpo space list`, or a YAML file.
         quiet: Show nothing.
+        callbacks: Functions with the signature of Optuna's callbacks, `(study, frozen_trial)`, called in this process
+            after each trial, when that is in the storage. Their exceptions end the run. Not with several workers.
 
     Returns:
         The study. Its best trial is `best_trial()`, Optuna's own study is `optuna`, and `hpo.trials_frame(study)`
@@ -158,7 +167,8 @@ def run(space: str | Path, *, quiet: bool = False, **options: Unpack[RunKeywords
         KeyboardInterrupt: Stopped; finished trials and checkpoints are kept.
     """
     inspect.signature(run).bind(space, **options)  # a TypeError names an unknown keyword
-    return run_and_show(RunOptions.of(space=space, **options), Silent() if quiet else Terminal()).study
+    options_of_run = RunOptions.of(space=space, **options)
+    return run_and_show(options_of_run, Silent() if quiet else Terminal(), callbacks).study
 
 
 @_takes(RefitOptions)

@@ -5,6 +5,7 @@ However the process ends, finished trials are in the storage, and the running on
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from core.runtime import describe_device
 from hpo.confirmation.trials import why_stopped
 from hpo.dashboard import artifacts
 from hpo.errors import HpoError
+from hpo.loggers import Callback, TensorBoard
 from hpo.reporter import NO_PROGRESS, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.objective import Divide, Objective
@@ -31,6 +33,7 @@ from hpo.search.training import standard_error, validation_confusion
 from hpo.search.weights import DEFAULTS, SpaceOnDisk, explain_full_disk, keep_evidence, keep_weights
 from hpo.space import ConfirmationSpace, SearchSpace
 from hpo.space.pruner import RungPruner, build_pruner, keeps_of, lets_through
+from hpo.storage.optuna_access import trial_by_number
 from hpo.study import Study
 from hpo.study.deadline import OutOfTime, TooLong
 from hpo.trials import REASON, STANDARD_ERROR, STOPPED, Outcome, is_baseline
@@ -110,11 +113,13 @@ def run_study(
     interrupts: Interrupts,
     progress: StudyView = NO_PROGRESS,
     options: TrialOptions = DEFAULTS,
+    callbacks: Sequence[Callback] = (),
 ) -> bool:
     """Train trials until none of the total waits. After an error, the running trial is back in the queue.
 
     Args:
         splits: On the device: one, one per fold, or a function that splits the images for a configuration.
+        callbacks: Called after each trial that this process has ended, which is in the storage by then.
 
     Returns:
         False if the study's deadline or patience does not allow another trial.
@@ -123,7 +128,7 @@ def run_study(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after an epoch.
         HpoError: An error that the user has to fix, such as a full disk.
         GraphError: This process cannot use the GPU any more.
-        Exception: A crash, which counts against `study.settings.retries`.
+        Exception: A crash, which counts against `study.settings.retries`; or an error of a callback.
     """
     divide: Divide = splits if callable(splits) else lambda _: splits
     space_on_disk = SpaceOnDisk(study, options)
@@ -156,8 +161,15 @@ def run_study(
             raise
         if ended:  # else it pauses, or another process trains this index now, and the checkpoints are needed
             _drop_checkpoints(study, space, trial_index)
+            _call(callbacks, study, trial.number, tensorboard=options.tensorboard)
         progress.refresh(force=True)
         interrupts.check()
+
+
+def _call(callbacks: Sequence[Callback], study: Study, number: int, *, tensorboard: bool) -> None:
+    own: list[Callback] = [TensorBoard()] if tensorboard else []
+    for callback in (*own, *callbacks):
+        callback(study.optuna, copy.deepcopy(trial_by_number(study.optuna, number)))
 
 
 def _drop_checkpoints(study: Study, space: SearchSpace, trial_index: int) -> None:

@@ -41,6 +41,11 @@ class TrialOptions(BaseModel):
         ),
     ] = 3
 
+    tensorboard: Annotated[
+        bool,
+        Field(description="Write each finished trial's curves, parameters and value for TensorBoard."),
+    ] = False
+
     @property
     def trial_options(self) -> TrialOptions:
         """These options alone, without those of the command."""

@@ -14,6 +14,7 @@ import torch
 
 from core.data import Division, Splits
 from core.runtime import describe_device
+from hpo.loggers import Callback
 from hpo.reporter import StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
@@ -39,6 +40,7 @@ class Work:
     Args:
         data: the value of `--data`.
         cluster: connects to a cluster for the workers; None for this machine.
+        callbacks: called after each trial, if trials run in this process.
     """
 
     study: Study
@@ -51,6 +53,7 @@ class Work:
     say: Callable[[str], None]
     options: TrialOptions = DEFAULTS
     cluster: Callable[[WorkerSpec], tuple[Engine, list[WorkerSlot]]] | None = None
+    callbacks: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
         self.device = self.placement.devices[0]
@@ -102,6 +105,7 @@ class Work:
             progress=progress,
             interrupts=self.interrupts,
             options=self.options,
+            callbacks=self.callbacks,
         )
 
     def _measured_before(self, device: torch.device) -> int | None:

@@ -28,11 +28,11 @@ SURFACE = {
         --keep-gb:float[0..] --keep:int[1..]=3 --long-baseline:bool --minutes:float[0.05..] --patience:bool --per-device
         --recipes/--no-recipes:bool=True --reclaim:bool --retries:int[0..]
         --seed:int[0..] --set:list* --skip-broken:bool --storage --study --take-over
-        --trials:int[1..] --weights:Path --workers:int[0..] --yes:bool space!
+        --tensorboard:bool --trials:int[1..] --weights:Path --workers:int[0..] --yes:bool space!
     """,
     "worker": """
         --artifacts --data:Path --device --devices --keep-gb:float[0..] --keep:int[1..]=3 --per-device --storage
-        --weights:Path --workers:int[1..] study!
+        --tensorboard:bool --weights:Path --workers:int[1..] study!
     """,
     "train": """
         --data:Path --device --from --metric --profile:bool --set:list* --skip-broken:bool --storage --weights:Path
