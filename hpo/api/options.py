@@ -566,6 +566,33 @@ class ExportOptions(Options):
     output: Output = None
 
 
+class NamedStudy(Options):
+    """A study that has to be named."""
+
+    study: str = option("Name of the study.", ..., argument=True)
+    storage: Storage = None
+
+
+class DeleteOptions(NamedStudy):
+    """Options of `hpo study delete`."""
+
+    yes: bool = option("Delete without asking.", False)
+
+
+class RenameOptions(NamedStudy):
+    """Options of `hpo study rename`."""
+
+    study: str = option("Name of the study.", ..., argument=True)
+    new: str = option("Its new name.", ..., argument=True)
+
+
+class CopyOptions(NamedStudy):
+    """Options of `hpo study copy`."""
+
+    study: str = option("Name of the study.", ..., argument=True)
+    new: str = option("Name of the copy.", ..., argument=True)
+
+
 class DoctorOptions(ChosenStudy):
     """Options of `hpo study doctor`."""
 

@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `hpo --help` and a mistype
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -13,6 +14,7 @@ from hpo.api import options as of
 from hpo.cli.console import say, set_up_logging, table
 from hpo.cli.parameters import command
 from hpo.cli.terminal import Terminal, stoppable
+from hpo.errors import StudyError
 
 app = typer.Typer(
     name="hpo",
@@ -31,8 +33,22 @@ app.add_typer(space_app, name="space")
 app.add_typer(data_app, name="data")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from hpo.study.versions import versions
+
+        found = versions()
+        say(f"hpo {found.pop('hpo-vision', 'unknown')} ({', '.join(map(' '.join, found.items()))})")
+        raise typer.Exit
+
+
+_Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions and exit.")
+]
+
+
 @app.callback()
-def _start() -> None:
+def _start(*, _: _Version = False) -> None:
     set_up_logging()
 
 
@@ -220,6 +236,39 @@ def study_export(options: of.ExportOptions) -> None:
     data = "" if study.data_path is None else f" --data {shlex.quote(str(study.data_path))}"
     say(f"written to {options.output}; start a space from it with base: {options.output}, or train it alone with")
     say(f"  hpo train {shlex.quote(str(options.output))}{data}")
+
+
+@command(study_app, of.DeleteOptions, "delete")
+def study_delete(options: of.DeleteOptions) -> None:
+    """Delete a study with its confirmation, its models and all files; ask first."""
+    from hpo.api.manage import delete, deletion
+
+    for line in deletion(options):
+        say(f"  {line}")
+    if not options.yes:
+        if not sys.stdin.isatty():
+            raise StudyError(f"study {options.study}: give --yes to delete all of that")
+        typer.confirm(f"Delete study {options.study}?", abort=True)
+    delete(options)
+    say(f"study {options.study} is deleted")
+
+
+@command(study_app, of.RenameOptions, "rename")
+def study_rename(options: of.RenameOptions) -> None:
+    """Rename a study, its folder and its confirmation."""
+    from hpo.api.manage import rename
+
+    rename(options)
+    say(f"study {options.study} is renamed to {options.new}")
+
+
+@command(study_app, of.CopyOptions, "copy")
+def study_copy(options: of.CopyOptions) -> None:
+    """Copy a study with its confirmation, its models and all files."""
+    from hpo.api.manage import copy
+
+    copy(options)
+    say(f"study {options.study} is copied to {options.new}")
 
 
 @command(study_app, of.DoctorOptions, "doctor")

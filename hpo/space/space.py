@@ -288,8 +288,7 @@ class SearchSpace:
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the identity, in hex."""
-        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hash_of(self.identity())
 
     def _decode(self, params: Mapping[str, Any]) -> dict[str, Any]:
         return {path: self.search[path].decode(value) for path, value in params.items()}
@@ -301,6 +300,12 @@ class SearchSpace:
             else self.baseline.flat().get(path) in allowed
             for path, allowed in when.items()
         )
+
+
+def hash_of(identity: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of an identity, in hex."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 _ADDED_FIELDS = (

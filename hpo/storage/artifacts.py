@@ -113,6 +113,25 @@ class ArtifactStore:
             return sum(int(info["size"] or 0) for info in self._files.find(self._root, detail=True).values())
         return 0
 
+    @property
+    def name(self) -> str:
+        """Name of the study."""
+        return self._folder.name
+
+    def named(self, name: str) -> ArtifactStore:
+        """Return the store of another study in the same place."""
+        return ArtifactStore(self.url, self._folder.with_name(name))
+
+    def copy_from(self, other: ArtifactStore) -> None:
+        """Copy all files of another study in the same place."""
+        with self._explained("written"), contextlib.suppress(FileNotFoundError):
+            self._files.copy(other._root, self._root, recursive=True)
+
+    def clear(self) -> None:
+        """Delete all files of the study."""
+        with self._explained("written"), contextlib.suppress(FileNotFoundError):
+            self._files.rm(self._root, recursive=True)
+
     def bring(self, checkpoint: Path) -> None:
         """Fetch a checkpoint, if another machine has stored a later one."""
         if (tag := self._tag(checkpoint)) is None:

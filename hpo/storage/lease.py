@@ -11,19 +11,22 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import psutil
 from optuna.storages import BaseStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.storage.optuna_access import trial_id
+from hpo.storage.optuna_access import id_of, storage_of, trial_id
+
+if TYPE_CHECKING:
+    import optuna
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +135,20 @@ def stale_elsewhere(storage: BaseStorage, study_id: int) -> set[int]:
         return set()
     stale = set(storage._get_stale_trial_ids(study_id))
     return {trial.number for trial in running if trial_id(trial) in stale and held_elsewhere(trial) is not None}
+
+
+def dead_of(study: optuna.Study, running: Sequence[FrozenTrial]) -> set[int]:
+    """Return the numbers of the running trials whose process is dead, as far as this host and heartbeats show."""
+    dead = {trial.number for trial in running if is_abandoned(trial)}
+    if any(map(held_elsewhere, running)):
+        dead |= stale_elsewhere(storage_of(study), id_of(study))
+    return dead
+
+
+def worker_of(trial: FrozenTrial) -> str:
+    """Return `host:pid` of the process that runs a trial; empty while it is being claimed."""
+    lease = trial.user_attrs.get(LEASE)
+    return "" if lease is None else f"{lease['host']}:{lease['pid']}"
 
 
 def machine() -> str:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from hpo.storage.optuna_access import OptunaArtifactStore
     from hpo.study.settings import StudySettings
 
-_STORE = "artifacts"  # study user attribute: URL of the artifact store, without its password
+STORE = "artifacts"
+"""Study user attribute: URL of the artifact store, without its password."""
 
 
 class StudyFiles:
@@ -38,7 +39,7 @@ class StudyFiles:
         Raises:
             StudyError: The study has another store, or has begun without one; or the URL lacks its password or driver.
         """
-        known: str | None = self._settings.get(_STORE)
+        known: str | None = self._settings.get(STORE)
         if url is None and known is None:
             return
         url = self._checked(url, known)
@@ -46,7 +47,7 @@ class StudyFiles:
 
         self.store = ArtifactStore(url, self._paths.dir)
         if known is None:
-            self._settings.set(_STORE, mask(url))
+            self._settings.set(STORE, mask(url))
 
     def _checked(self, url: str | None, known: str | None) -> str:
         name = self._paths.name
@@ -112,7 +113,7 @@ class StudyFiles:
     @property
     def dashboard_folder(self) -> Path | None:
         """The folder for `optuna-dashboard --artifact-dir`; None for a URL."""
-        known = self._settings.get(_STORE)
+        known = self._settings.get(STORE)
         if known is None:
             return self._paths.artifacts
         if "://" in known:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import CoreError
 from hpo.errors import SpaceError, StudyError
-from hpo.paths import StudyPaths
+from hpo.paths import StudyPaths, confirmed_by
 from hpo.space.document import dump_yaml, load_yaml, shown
 from hpo.storage import is_masked, mask
 from hpo.storage.atomic import replacing
@@ -204,8 +205,15 @@ _SHAPE = {
 }
 
 
-def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
-    """Return study.yaml, or None if it is missing; StudyError if it cannot be read."""
+def read_metadata(paths: StudyPaths, *, named: str | None = None) -> dict[str, Any] | None:
+    """Return study.yaml, or None if it is missing.
+
+    Args:
+        named: Name of the study in the folder, if it differs from the folder's.
+
+    Raises:
+        StudyError: The file cannot be read, or is another study's, as after the folder was renamed.
+    """
     if not paths.study_yaml.exists():
         return None
     try:
@@ -214,7 +222,19 @@ def read_metadata(paths: StudyPaths) -> dict[str, Any] | None:
         raise StudyError(f"{paths.study_yaml} cannot be read ({error}); delete it and run the study again") from error
     if not (isinstance(metadata, dict) and all(isinstance(metadata.get(key), kind) for key, kind in _SHAPE.items())):
         raise StudyError(f"{paths.study_yaml} is no study of hpo's; delete it and run the study again")
+    if metadata.get("name", paths.name) not in (paths.name, named):
+        raise StudyError(_renamed(paths, str(metadata["name"])))
     return upgraded(metadata)
+
+
+def _renamed(paths: StudyPaths, name: str) -> str:
+    """The error of a folder that has the name of no study or of another one."""
+    known = confirmed_by(name), confirmed_by(paths.name)
+    if StudyPaths.of(name).study_yaml.exists():
+        advice = f"delete this copy, and make one with: {shlex.join(['hpo', 'study', 'copy', *known])}"
+    else:
+        advice = f"name the folder {name} again, or finish with: {shlex.join(['hpo', 'study', 'rename', *known])}"
+    return f"{paths.dir} has the study {name}, and was renamed by hand; {advice}"
 
 
 def write_metadata(
@@ -229,17 +249,17 @@ def write_metadata(
         logger.warning(
             "study %s: the storage's password is not written down; give --storage again to continue", paths.name
         )
-    content = {
-        "name": paths.name,
-        # The path of the study's own journal changes with its folder.
-        "storage": None if storage_url == str(paths.journal) else mask(storage_url),
-        "space_file": shown(space.path),
-        **metadata,
-        "classes": list(dataset.classes),
-    }
+    # The path of the study's own journal changes with its folder.
+    storage = None if storage_url == str(paths.journal) else mask(storage_url)
+    written = {"storage": storage, "space_file": shown(space.path), **metadata, "classes": list(dataset.classes)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file, synced=True) as temporary:
-        temporary.write_text(dump_yaml(content), encoding="utf-8")
+    write_file(paths, written)
+
+
+def write_file(paths: StudyPaths, content: Mapping[str, Any]) -> None:
+    """Write study.yaml with the name of its folder."""
+    with replacing(paths.study_yaml, synced=True) as temporary:
+        temporary.write_text(dump_yaml({"name": "", **content} | {"name": paths.name}), encoding="utf-8")
 
 
 def storage_url_of(paths: StudyPaths, metadata: Mapping[str, Any] | None, given: str | None) -> str:

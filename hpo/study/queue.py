@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from hpo.space.pruner import PromotePruner, mark_place
 from hpo.storage import lease
 from hpo.storage.lease import LEASE, Held
-from hpo.storage.optuna_access import forget_cached_trials, id_of, storage_of, trial_id
+from hpo.storage.optuna_access import forget_cached_trials, storage_of, trial_id
 from hpo.study.promotion import Ladder
 from hpo.trials import (
     ARTIFACT,
@@ -281,12 +281,11 @@ class TrialQueue:
             blameless: Do not count the deaths against the retries, because the caller killed the processes.
         """
         running = self._running()
-        elsewhere = any(map(lease.held_elsewhere, running))
-        silent = lease.stale_elsewhere(self._storage, id_of(self._study)) if elsewhere else set()
+        dead = lease.dead_of(self._study, running)
         queued = []
         for trial in running:
             abandoned = lease.is_abandoned(trial)
-            if abandoned or trial.number in silent or (force and lease.held_elsewhere(trial) is not None):
+            if trial.number in dead or (force and lease.held_elsewhere(trial) is not None):
                 crashed = abandoned and not blameless and lease.died_alone(trial)
                 if self._interrupt(trial, crashed=crashed):
                     queued.append(trial_index_of(trial))

@@ -72,6 +72,15 @@ SURFACE = {
     "study export": """
         --output/-o:Path --storage --study trial!
     """,
+    "study delete": """
+        --storage --yes:bool study!
+    """,
+    "study rename": """
+        --storage new! study!
+    """,
+    "study copy": """
+        --storage new! study!
+    """,
     "study doctor": """
         --mend:bool --storage study
     """,
@@ -231,6 +240,8 @@ HEAVY = {"torch", "timm", "torchvision", "sklearn", "pandas", "matplotlib", "sci
     ("arguments", "allowed", "code"),
     [
         (["--help"], set(), 0),
+        (["--version"], set(), 0),
+        (["study", "delete", "nope"], set(), 2),
         (["run", "nope"], set(), 2),
         (["data", "list"], set(), 0),
         (["space", "list"], set(), 0),
@@ -264,6 +275,10 @@ def test_the_package_and_its_help_need_no_file_locks_of_unix() -> None:
     program = "import sys; sys.modules['fcntl'] = None; sys.argv = ['hpo', '--help']; import hpo.cli; hpo.cli.main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "Usage: hpo" in done.stdout
+
+
+def test_the_version_names_what_results_depend_on(run_hpo: RunHpo) -> None:
+    assert re.fullmatch(r"hpo \d\S* \(python \S+, torch \S+, .*optuna \S+, .*\)\n", run_hpo("--version"))
 
 
 # User errors --------------------------------------------------------------------------------------------------------

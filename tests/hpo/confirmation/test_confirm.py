@@ -306,6 +306,22 @@ def test_confirming_again_trains_nothing_and_prints_the_same(studies: Path, run_
         assert confirmed(find_study("planted"), ConfirmOptions(device="cpu"), interrupts=interrupts) == before
 
 
+def test_the_confirmation_of_a_renamed_or_copied_study_is_still_its_own(studies: Path, run_hpo: RunHpo) -> None:
+    lines = result_of("planted").lines()
+    run_hpo("study", "copy", "planted", "copied")
+    run_hpo("study", "rename", "planted", "renamed")
+    for name in ("copied", "renamed"):
+        said = run_hpo("confirm", name, "--device", "cpu")
+        assert all(line in said for line in lines)
+        assert "this will take" not in said
+        assert (find_study(f"{name}.confirm").confirms, result_of(name).study) == (name, name)
+        assert find_study(f"{name}.confirm").settings.command == f"hpo confirm {name} --device cpu"
+        begun(name, load_dataset(TrainConfig().data), share=5.0)  # accepts the metadata as its own
+    assert sorted(study.name for study in list_studies() if "hopeless" not in study.name) == [
+        "copied", "copied.confirm", "renamed", "renamed.confirm"
+    ]  # fmt: skip
+
+
 def test_trainings_are_kept_after_more_trials_and_with_another_budget(
     studies: Path, trained: Path, run_hpo: RunHpo
 ) -> None:
