@@ -430,7 +430,13 @@ class RefitOptions(DataOptions, DeviceOptions):
     command_name: ClassVar[str] = "hpo refit"
 
     trial: Text = option(
-        "`best`, the number of a trial, or a recipe: a name from `hpo space list`, or a YAML file.", ..., argument=True
+        "`best`, the number of a trial, `params<1e6` (also latency, size), `smallest`, or a recipe: a name from `hpo "
+        "space list`, or a YAML file.",
+        ...,
+        argument=True,
+    )
+    within: float | None = option(
+        "With `smallest`: the cheapest of the trials whose score is at most this much worse than the best.", ge=0
     )
     study: Study = None
     storage: Storage = None
@@ -494,6 +500,7 @@ class RefitKeywords(TypedDict, total=False):
     form: str | None
     onnx: bool
     confirm: bool
+    within: float | None
     weights: str | Path | None
     device: str | None
 

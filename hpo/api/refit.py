@@ -18,6 +18,7 @@ from hpo.errors import SpaceError, StudyError
 from hpo.paths import RecipePaths, StudyPaths, TrainingPaths, refit_label
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
+from hpo.space.grammar import SMALLEST, cost_bound
 from hpo.storage.atomic import exclusive
 from hpo.study import find_study
 
@@ -232,7 +233,10 @@ def _written(
 
 def _is_trial(options: RefitOptions) -> bool:
     """Whether `best` or a number is given, and not a recipe; StudyError if other options do not fit it."""
-    is_trial = options.trial == BEST or options.trial.isdecimal()
+    if (options.trial == SMALLEST) != (options.within is not None):
+        raise StudyError(f"hpo refit {SMALLEST} --within 0.01: give both, or none")
+    is_trial = options.trial == BEST or options.trial.isdecimal() or options.trial == SMALLEST
+    is_trial = is_trial or cost_bound(options.trial) is not None
     if is_trial:
         for flag, given in (
             ("--set", options.set),
@@ -413,6 +417,16 @@ def _networks(options: RefitOptions, config: TrainConfig) -> str:
     return f" as {options.members} networks from {options.members} seeds{validation}"
 
 
+def _selected(study: Study, options: RefitOptions, reporter: Reporter) -> int:
+    """The number of the trial that is selected by its costs."""
+    from hpo.analysis.front import select, shown
+
+    found = select(study, options.trial, options.within)
+    costs = ", ".join(f"{name} {shown(name, cost)}" for name, cost in found.costs.items())
+    reporter.say(f"not confirmed: {options.trial} is trial {found.trial}: {study.metric} {found.value:.4f}, {costs}")
+    return found.trial
+
+
 def _choose(study: Study, options: RefitOptions, reporter: Reporter, interrupts: Interrupts) -> _Choice:
     """Choose a trial by its number, the best by its validation score, or the confirmed winner.
 
@@ -420,7 +434,7 @@ def _choose(study: Study, options: RefitOptions, reporter: Reporter, interrupts:
         StudyError: The study is a confirmation, or has no such complete trial.
     """
     if options.trial != BEST:
-        number = int(options.trial)
+        number = int(options.trial) if options.trial.isdecimal() else _selected(study, options, reporter)
         return _of_trial(study, number, f"{number:05d}")
     from hpo.api.confirm import check_is_search
     from hpo.confirmation.candidates import best_searched

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
+from hpo.analysis.front import front, points, shown
 from hpo.analysis.kinds import best_of_kinds
 from hpo.analysis.study_data import value_of
 from hpo.analysis.summary import summarize
@@ -81,6 +82,7 @@ def show_study(study: Study, reporter: Reporter) -> None:
     if now.best is not None:
         say()
         _show_best_trials(study, reporter)
+        _show_front(study, reporter)
         say()
         for line in margins(now, study.metric, study.direction):
             say(line)
@@ -104,6 +106,17 @@ def _show_best_trials(study: Study, reporter: Reporter) -> None:
     ranked = sorted(complete, key=lambda trial: (-study.sign * value_of(trial), trial.number))[:SHOWN_TRIALS]
     rows = [[trial.number, f"{value_of(trial):.4f}", assignments(trial.params)] for trial in ranked]
     reporter.table(["trial", study.metric, "parameters"], rows, right=(0, 1))
+
+
+def _show_front(study: Study, reporter: Reporter) -> None:
+    """Show the trials that no other beats in score and costs, if costs were measured."""
+    found = front(points(study), study.sign)
+    if found:
+        names = list(found[0].costs)
+        reporter.say()
+        reporter.say(f"Pareto front: no trial beats these in {study.metric}, {' and '.join(names)}")
+        rows = [[each.trial, f"{each.value:.4f}", *(shown(name, each.costs[name]) for name in names)] for each in found]
+        reporter.table(["trial", study.metric, *names], rows, right=range(2 + len(names)))
 
 
 def _show_confirmation(study: Study, reporter: Reporter) -> None:

@@ -7,7 +7,16 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from core.config import OWN, DataConfig, Kwargs, OwnName
@@ -25,11 +34,59 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Metric = Literal["accuracy", "macro_f1", "balanced_accuracy", "nll"]
 
 
+Cost = Literal["params", "latency", "size"]
+COSTS: tuple[Cost, ...] = get_args(Cost)
+SMALLEST = "smallest"
+"""Selects the trial of the lowest cost among those near the best score."""
+_BOUND = re.compile(rf"({'|'.join(COSTS)})\s*<\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)")
+
+
+def cost_bound(words: str) -> tuple[str, float] | None:
+    """Parse `params<1e6`: a cost and its bound; None of other words."""
+    found = _BOUND.fullmatch(words.strip())
+    return None if found is None else (found[1], float(found[2]))
+
+
 class Objective(_Section):
-    """The score of a trial, measured on the validation images."""
+    """The score of a trial, measured on the validation images, and the costs that are measured beside it."""
 
     metric: Metric = "accuracy"
     """accuracy, macro_f1 and balanced_accuracy are maximized, nll (negative log-likelihood) is minimized."""
+    metrics: Annotated[tuple[Metric | Cost, ...], Field(strict=False)] = ()
+    """The metric, and costs that are measured of each complete trial: `params`, the number of parameters; `latency`,
+    milliseconds an image; `size`, megabytes of the weights. Trials are drawn and pruned by the metric alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first(cls, values: Any) -> Any:
+        """Take the metric from the first of the metrics."""
+        names = values.get("metrics") if isinstance(values, dict) else None
+        if not names or not isinstance(names, list | tuple):
+            return values
+        if names[0] in COSTS:
+            raise ValueError(f"metrics begins with the score by which trials are drawn and pruned, not with {names[0]}")
+        return {"metric": names[0], **values}
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> Objective:
+        if self.metrics and self.metrics[0] != self.metric:
+            raise ValueError(f"metrics begins with {self.metrics[0]}, and metric is {self.metric}: make them the same")
+        if other := [name for name in self.metrics[1:] if name not in COSTS]:
+            raise ValueError(f"metrics has a second score, {other[0]}; the others are {', '.join(COSTS)}")
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"metrics names one twice: {', '.join(self.metrics)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _one_of_both(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write `metrics` if they are given, else `metric`."""
+        written = write(self)
+        return {key: value for key, value in written.items() if (key == "metrics") == bool(self.metrics)}
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The measured costs."""
+        return self.metrics[1:]
 
     @property
     def direction(self) -> Literal["maximize", "minimize"]:

@@ -21,7 +21,7 @@ from hpo.confirmation.statistics import Interval
 from hpo.space import SearchSpace, space_from_yaml
 from hpo.space.pruner import build_pruner
 from hpo.study import Study, open_study
-from hpo.trials import BASELINE, FAILURE, TRIAL_INDEX
+from hpo.trials import BASELINE, COSTS, FAILURE, TRIAL_INDEX
 from tests.hpo.confirmation.simulated import some_confirmation, some_contender
 
 BASE = "base: {model: {widths: [8], blocks: [1]}, epochs: 10, batch_size: 128, augment: {flip: 0.0}"
@@ -64,6 +64,7 @@ def invented_study(
     value: Callable[[Mapping[str, Any]], float] | None = None,
     running: int = 0,
     waiting: int = 0,
+    costs: Callable[[int], dict[str, float]] | None = None,
 ) -> Study:
     """Make a study on its own journal with finished, running and waiting trials.
 
@@ -77,10 +78,11 @@ def invented_study(
         value: parameters -> a score in [0, 1]; None for a formula of learning rate and smoothing.
         running: trials after the finished ones.
         waiting: trials after the running ones.
+        costs: trial index -> measured costs.
     """
     if isinstance(space, str):
         space = space_from_yaml(space, name)
-    played = _played(space, trials + running, seed, fails, value or _usual_value)
+    played = _played(space, trials + running, seed, fails, value or _usual_value, costs)
     study = open_study(space, name=name, dataset=dataset, seed=seed)
     study.settings.set_space(space)
     study.optuna.add_trials([_with_state(each, running=each.number >= trials) for each in played])
@@ -96,7 +98,12 @@ def _usual_value(params: Mapping[str, Any]) -> float:
 
 
 def _played(
-    space: SearchSpace, trials: int, seed: int, fails: Fails, value: Callable[[Mapping[str, Any]], float]
+    space: SearchSpace,
+    trials: int,
+    seed: int,
+    fails: Fails,
+    value: Callable[[Mapping[str, Any]], float],
+    costs: Callable[[int], dict[str, float]] | None,
 ) -> list[FrozenTrial]:
     """Run the trials in memory, with the space's own pruner."""
     folds = space.baseline.data.folds or 1
@@ -127,6 +134,8 @@ def _played(
                 break
         pace = 0.6 * float(params.get("model.width", 1.0)) * draw.uniform(0.9, 1.1)
         _remember(trial, failure, epoch, pace)
+        if costs is not None:
+            trial.set_user_attr(COSTS, costs(trial_index))
         if pruned or failure:
             study.tell(trial, state=TrialState.PRUNED)
         else:

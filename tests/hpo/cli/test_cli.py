@@ -45,7 +45,7 @@ SURFACE = {
     "refit": """
         --average --confirm/--no-confirm:bool=True --data:Path --device --ensemble:int --epochs --folds:int --form
         --members:int --metric --onnx:bool --set:list* --single:bool --skip-broken:bool --storage --study --views
-        --weights:Path trial!
+        --weights:Path --within:float[0..] trial!
     """,
     "predict": """
         --device --like:Path --output/-o:Path=submission.csv --probabilities:bool --skip-broken:bool bundle!
