@@ -408,6 +408,11 @@ class ModelConfig(_Section):
             raise ValueError("model.norm: none is for vgg; residual blocks need a norm to begin as their shortcut")
         return self
 
+    def input_pixels(self, image_size: tuple[int, int]) -> int:
+        """Return the pixels of the network's input for images (H, W)."""
+        height, width = image_size
+        return height * width if self.input_size is None else self.input_size**2 * width // height
+
 
 FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
     "widths": ("resnet", "vgg"), "blocks": ("resnet", "vgg"), "width": ("resnet", "vgg"), "depth": ("resnet", "vgg"),

@@ -64,6 +64,13 @@ def keep_freed_memory() -> None:
         mallopt(parameter, 2**31 - 1)
 
 
+def release_freed_memory() -> None:
+    """Return to the system what `keep_freed_memory` has kept."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's queued work."""
     if device.type == "cuda":

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.config import ModelConfig
 from core.runtime import evaluating
 
 STEP_FRACTION = 1 / 32  # one of CIFAR-10's pixels
@@ -45,8 +46,18 @@ def passes(views: str) -> int:
 
 MOST_PASSES = max(map(passes, VIEWS))
 
+EVALUATION_BATCH = 512
+"""Images per forward pass without gradients: fills a GPU, yet fits a small one at 224²."""
+
 CPU_PIXELS, CPU_FEWEST = 512 * 32 * 32, 8
 """Pixels of a batch on a CPU, and its fewest images: larger ones are slower there, and may need all memory."""
+
+
+def evaluation_batch(config: ModelConfig, image_size: tuple[int, int], device: torch.device) -> int:
+    """Return how many images (H, W) pass the network at once in evaluation, at most."""
+    if device.type != "cpu":
+        return EVALUATION_BATCH
+    return min(EVALUATION_BATCH, max(CPU_FEWEST, CPU_PIXELS // config.input_pixels(image_size)))
 
 
 def predict_logits(
@@ -55,13 +66,12 @@ def predict_logits(
     *,
     prepare: Callable[[Tensor], Tensor],
     views: str = "none",
-    batch_size: int = 512,
+    batch_size: int = EVALUATION_BATCH,
     autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Tensor:
     """Predict (N, K) float32 logits in evaluation mode, or the logarithm of the mean probabilities of several views.
 
-    `prepare` turns images (N, C, H, W) uint8 into the model's input. `batch_size` counts every view; large images pass
-    a CPU in smaller batches.
+    `prepare` turns images (N, C, H, W) uint8 into the model's input. `batch_size` counts every view.
     """
     return predict_by_views(model, images, prepare=prepare, names=(views,), batch_size=batch_size, autocast=autocast)[
         views
@@ -74,13 +84,11 @@ def predict_by_views(
     *,
     prepare: Callable[[Tensor], Tensor],
     names: Collection[str],
-    batch_size: int = 512,
+    batch_size: int = EVALUATION_BATCH,
     autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> dict[str, Tensor]:
     """Predict as `predict_logits` with each choice of views. A view that several contain passes the network once."""
     distinct = list(dict.fromkeys(view for name in names for view in VIEWS[name]))
-    if next(model.parameters(), images).device.type == "cpu":
-        batch_size = min(batch_size, max(CPU_FEWEST, CPU_PIXELS // math.prod(images.shape[-2:])))
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
     with evaluating(model), torch.inference_mode():
         for batch in torch.split(images, max(1, batch_size // len(distinct))):

@@ -1,10 +1,9 @@
 """The training loop, which combines the other modules of `core`. The host reads one number per epoch."""
 
 from core.loop.results import EpochMetrics, TrainResult
-from core.loop.run import EVALUATION_BATCH, Execution, seconds_per_epoch, train, try_own_parts
+from core.loop.run import Execution, seconds_per_epoch, train, try_own_parts
 
 __all__ = [
-    "EVALUATION_BATCH",
     "EpochMetrics",
     "Execution",
     "TrainResult",

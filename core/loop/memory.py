@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.runtime import is_out_of_memory, may_be_out_of_memory
 
@@ -59,6 +59,28 @@ def batches_that_fit(try_step: Callable[[int], None], model: nn.Module, *, most:
             batch_size=most,
             what="augmenting %d batches at once",
         )
+
+
+def kept_bytes(passes: Callable[[], None], model: nn.Module) -> int:
+    """Run the passes of a step, and return the bytes of the tensors that they keep for the backward pass.
+
+    Parameters and buffers do not count, nor does what is freed at once.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with _undone(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        try:
+            passes()
+        finally:
+            model.zero_grad(set_to_none=True)
+    return sum(kept.values())
 
 
 def _attempt(try_step: Callable[[], None], model: nn.Module, moments: int) -> None:

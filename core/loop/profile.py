@@ -26,9 +26,10 @@ from core.data import Splits
 from core.errors import ConfigError
 from core.imports import blaming
 from core.loop.graphs import FEWEST_REPLAYS, WARM_UP_STEPS, Capture, CapturedSteps, CudaCapture
-from core.loop.run import EVALUATION_BATCH, Execution, Run, code_in_step
+from core.loop.run import Execution, Run, code_in_step
 from core.loop.step import Batch, Section
 from core.runtime import clock, compute_dtype, isolated_rng, own_stream
+from core.tta import EVALUATION_BATCH
 
 Part = Literal[Section, "evaluation", "host"]
 """Parts of an epoch's time."""

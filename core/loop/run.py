@@ -34,7 +34,15 @@ from core.errors import CheckpointError, ConfigError, DivergedError
 from core.feed import open_feed
 from core.loop.divergence import Divergence
 from core.loop.graphs import Capture, CapturedSteps, CudaCapture
-from core.loop.memory import batch_that_fits, batches_that_fit, error_of_memory, free_cache, micro_batch_that_fits
+from core.loop.memory import (
+    SMALLEST_MICRO_BATCH,
+    batch_that_fits,
+    batches_that_fit,
+    error_of_memory,
+    free_cache,
+    kept_bytes,
+    micro_batch_that_fits,
+)
 from core.loop.probe import Features, fit, fit_seconds
 from core.loop.results import EpochMetrics, TrainResult
 from core.loop.step import Batch, StepShape, TrainStep, batch_sizes
@@ -56,16 +64,17 @@ from core.runtime import (
     make_generator,
     normalize,
     own_stream,
+    release_freed_memory,
     seed_global,
 )
 from core.sampling import class_caps, epoch_length, epoch_order, repeats
 from core.schedule import factor_of, reductions, saturated_from
-from core.tta import predict_logits
+from core.tta import evaluation_batch, predict_logits
 
 logger = logging.getLogger(__name__)
 
-# Images per forward pass without gradients: fills a GPU, yet fits a small one at 224².
-EVALUATION_BATCH = 512
+# Of a step's peak on a CPU: 1.04 (EfficientNet-B0 at 224²) to 1.44 (RegNetY at 224²) of what its backward pass needs.
+HOST_BYTES_PER_KEPT_BYTE = 1.25
 # Of a training's time for saving checkpoints: a killed process loses at most an epoch or the time of twenty saves.
 CHECKPOINT_SHARE = 0.05
 # Name of the weights beside their average in `TrainResult.averages`.
@@ -83,8 +92,8 @@ class Execution:
     capture: Capture | None = None
     """None captures CUDA graphs on CUDA only. Off if `precision.cuda_graphs` is false."""
     probe: bool | None = None
-    """Try a step first, and split batches that do not fit the memory. None: on CUDA only, since a CPU runs short of
-    memory long before its allocator fails."""
+    """Try a step first, and split batches that do not fit the memory. None: on CUDA only. On a CPU, whose allocator
+    hardly ever fails, the memory of a step is predicted from a few images instead."""
     batches_at_once: int | None = None
     """Batches that are augmented together. None chooses it by the number and size of images."""
 
@@ -308,7 +317,7 @@ class Run:
         self.prepare = partial(normalize, mean=splits.mean, std=splits.std)
         self.autocast = partial(autocast, config.precision.autocast, device)
         self.generator = torch.Generator(device)
-        self.evaluation_batch = EVALUATION_BATCH
+        self.evaluation_batch = evaluation_batch(config.model, (height, width), device)
         self.step_count, self.course = 0, _Course(self.total_steps)
         self.reductions = 0  # reductions of a plateau schedule so far
         self.elapsed_s = 0.0
@@ -337,6 +346,8 @@ class Run:
         self.divergence = Divergence(config, self.one_step.criterion, self.train_counts, val_labels)
         if execution.probe or (execution.probe is None and device.type == "cuda"):
             self._fit_memory()
+        elif execution.probe is None and self.one_step.network is self.model:  # other shapes compile again
+            self._fit_host_memory()
         if self._captures and not self.optimizer.capturable and is_own(config.optim.name):
             logger.warning(
                 "optim.name %s: steps of your own optimizer cannot be CUDA graphs: they are launched kernel by kernel",
@@ -432,14 +443,41 @@ class Run:
                     "a step takes %.1f GB, more than half of the free memory: CUDA graphs are off", needed / 1e9
                 )
         self.evaluation_batch = batch_that_fits(
-            lambda size: self.logits(self.model, self._training_rows(size)),
-            batch_size=EVALUATION_BATCH,
+            lambda size: self.logits(self.model, self._training_rows(size)), batch_size=self.evaluation_batch
         )
-        if self.one_step.micro_batch is not None:
+        self._set_micro_batch(micro_batch)
+
+    def _fit_host_memory(self) -> None:
+        """Split batches whose passes would take more than the free memory: the system would kill the process."""
+        largest, moments = max(self.batch_sizes), self.optimizer.moments
+        few = min(largest, SMALLEST_MICRO_BATCH)
+        self.generator.manual_seed(0)  # each epoch seeds it again
+        self.model.train()
+        per_image = HOST_BYTES_PER_KEPT_BYTE * kept_bytes(partial(self._try_step, few), self.model) / few
+        fixed = (1 + moments) * sum(parameter.nbytes for parameter in self.model.parameters())
+        free = free_memory(self.device)
+        if fixed + largest * per_image > free:
+            release_freed_memory()
+            free = free_memory(self.device)
+
+        def refuse_too_large(micro_batch: int | None) -> None:
+            images = micro_batch or largest
+            if (needed := fixed + images * per_image) > free:
+                raise torch.OutOfMemoryError(
+                    f"a step of {images} images takes about {needed / 1e9:.1f} GB of memory, "
+                    f"and {free / 1e9:.1f} GB are free"
+                )
+
+        micro_batch = micro_batch_that_fits(refuse_too_large, self.model, batch_size=largest, moments=moments)
+        self._set_micro_batch(micro_batch)
+
+    def _set_micro_batch(self, micro_batch: int | None) -> None:
+        self.one_step.micro_batch = micro_batch
+        if micro_batch is not None:
             logger.info(
                 "batches of %d go through the network %d images at a time, which is what batch norm sees",
                 self.config.batch_size,
-                self.one_step.micro_batch,
+                micro_batch,
             )
 
     @cached_property
@@ -661,7 +699,8 @@ class Run:
         """Recalibrate on shuffled images: sorted by class, the variance of a batch would be too small."""
         generator = make_generator(self.device, self.config.seed, "recalibrate")
         order = torch.randperm(len(self.splits.train), generator=generator, device=self.device)
-        rows = torch.split(self.splits.train[order], batch_sizes(len(order), self.evaluation_batch))
+        together = max(self.evaluation_batch, self.config.batch_size)
+        rows = torch.split(self.splits.train[order], batch_sizes(len(order), together))
         with self.autocast():
             recalibrate(average, map(self.prepare, self.feed.batches(rows)))
 
@@ -776,9 +815,9 @@ class Probe(Run):
     def _prepare_steps(self, averages: Sequence[float], execution: Execution) -> None:  # noqa: ARG002
         self.averaging = None
         if execution.probe or (execution.probe is None and self.device.type == "cuda"):
-            rows = self._training_rows(EVALUATION_BATCH)
+            rows = self._training_rows(self.evaluation_batch)
             self.evaluation_batch = batch_that_fits(
-                lambda size: self.logits(self.model, rows[:size]), batch_size=EVALUATION_BATCH
+                lambda size: self.logits(self.model, rows[:size]), batch_size=self.evaluation_batch
             )
         self.features = Features(self.model, self.config.model.name, self.autocast)
 

@@ -148,6 +148,7 @@ class TrainStep:
     def try_memory(self, images: Tensor, labels: Tensor) -> None:
         """Run the passes of the step that needs most memory."""
         self.forward_and_back(images, labels, self.criterion.stage(1.0))
+        self.loss_sum.zero_()
 
     def inputs(self, batch: Batch, shape: StepShape, values: StepValues) -> tuple[Tensor, Tensor]:
         """Return the network's input (B, C, h, w), and labels (B,) or mixtures (B, K)."""

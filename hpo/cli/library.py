@@ -231,7 +231,7 @@ def predict(
         HpoError: The bundle cannot be loaded, or the images cannot be labelled.
         CoreError: An image is missing or broken, or there is no such device.
     """
-    from core.loop import EVALUATION_BATCH
+    from core.tta import EVALUATION_BATCH
     from hpo.submission.bundle import LoadedBundle, load_bundle
     from hpo.submission.locate import locate_bundle
 

@@ -21,9 +21,9 @@ from core.averaging import ema_name
 from core.config import AugmentConfig, TrainConfig
 from core.data import Splits
 from core.feed import open_feed
-from core.loop import EVALUATION_BATCH, TrainResult
+from core.loop import TrainResult
 from core.runtime import autocast, normalize
-from core.tta import predict_by_views, step_pixels
+from core.tta import EVALUATION_BATCH, evaluation_batch, predict_by_views, step_pixels
 from hpo.errors import StudyError
 from hpo.storage.atomic import replacing
 
@@ -103,6 +103,8 @@ def predicted(
         Logits (N, K) on the labels' device by choice of views. The network returns to its device.
     """
     home, device = next(model.parameters()).device, splits.labels.device
+    height, width = splits.images.shape[-2:]
+    at_once = evaluation_batch(config.model, (height, width), device)
     try:
         model.to(device)
         parts = [
@@ -111,7 +113,7 @@ def predicted(
                 images.to(device),
                 prepare=partial(normalize, mean=splits.mean, std=splits.std),
                 names=views,
-                batch_size=EVALUATION_BATCH,
+                batch_size=at_once,
                 autocast=partial(autocast, config.precision.autocast, device),
             )
             for images in batches

@@ -31,10 +31,9 @@ from core.calibration import scaled
 from core.config import OWN, TrainConfig, family_of
 from core.data.decode import SIXTEEN_BIT_TOP, Values
 from core.errors import UserError
-from core.loop import EVALUATION_BATCH
 from core.models import build_model
 from core.runtime import autocast, isolated_rng, normalize, select_device
-from core.tta import VIEWS, average, predict_logits
+from core.tta import EVALUATION_BATCH, VIEWS, average, evaluation_batch, predict_logits
 from hpo.errors import BundleError, SpaceError
 from hpo.space import recipe_from_yaml, to_yaml
 from hpo.study.code import changed_files, code_of
@@ -201,7 +200,7 @@ class LoadedBundle:
             images,
             prepare=lambda batch: normalize(batch.to(self.device), by.mean, by.std),
             views=part.views,
-            batch_size=batch_size,
+            batch_size=min(batch_size, evaluation_batch(part.config.model, self.meta.image_size, self.device)),
             autocast=partial(autocast, part.config.precision.autocast, self.device),
         )
         return logits.cpu()

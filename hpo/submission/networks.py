@@ -18,12 +18,12 @@ from core.averaging import mean_of, recalibrate
 from core.config import TrainConfig
 from core.data import Splits
 from core.feed import open_feed
-from core.loop import EVALUATION_BATCH, train
+from core.loop import train
 from core.loop.step import batch_sizes
 from core.models import build_model
 from core.runtime import autocast, derive_seed, make_generator, normalize
 from core.schedule import without_validation
-from core.tta import average
+from core.tta import EVALUATION_BATCH, average, evaluation_batch
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.held_out import OWN, held_out, predicted
@@ -92,7 +92,9 @@ def averaged(networks: Sequence[Network]) -> Network:
     mean = mean_of([network.model for network in networks]).to(device)
     generator = make_generator(device, first.config.seed, "recalibrate")
     order = torch.randperm(len(splits.train), generator=generator, device=device)
-    rows = torch.split(splits.train[order], batch_sizes(len(order), EVALUATION_BATCH))
+    height, width = splits.images.shape[-2:]
+    together = max(evaluation_batch(first.config.model, (height, width), device), first.config.batch_size)
+    rows = torch.split(splits.train[order], batch_sizes(len(order), together))
     with autocast(first.config.precision.autocast, device):
         recalibrate(mean, map(first.prepare, open_feed(splits.images, device).batches(rows)))
     return replace(first, model=mean)

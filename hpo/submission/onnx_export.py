@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from core.calibration import scaled
-from core.loop import EVALUATION_BATCH
 from core.runtime import scale_and_shift
-from core.tta import VIEWS, average, look
+from core.tta import EVALUATION_BATCH, VIEWS, average, look
 from hpo.errors import BundleError
 from hpo.submission.bundle import Bundle, LoadedBundle
 

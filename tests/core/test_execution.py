@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import textwrap
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from core.data import Splits
 from core.errors import GraphError
 from core.loop import Execution, TrainResult, seconds_per_epoch, train
 from core.loop.graphs import FEWEST_REPLAYS, WARM_UP_STEPS, CudaCapture
-from core.loop.memory import SMALLEST_MICRO_BATCH, batch_that_fits, micro_batch_that_fits
+from core.loop.memory import SMALLEST_MICRO_BATCH, batch_that_fits, kept_bytes, micro_batch_that_fits
 from core.loop.profile import profile
 from core.loop.run import Run
 from core.loop.step import Batch, StepShape, StepValues
@@ -605,7 +607,7 @@ class TestABatchThatDoesNotFit:
         monkeypatch.setattr(Run, "epoch", fail)
         monkeypatch.setattr(core.loop.step.TrainStep, "try_memory", try_memory)
         with pytest.raises(RuntimeError, match=message) as caught:
-            train(tiny, digits, device=CPU)
+            train(tiny, digits, device=CPU, execution=Execution(probe=False))
         assert tried == [32]
         assert is_out_of_memory(caught.value) is half_works
 
@@ -654,6 +656,81 @@ class TestABatchThatDoesNotFit:
         assert SMALLEST_MICRO_BATCH <= int(micro_batch) < 128
         assert int(images) == 128
         assert 0 < float(loss) < 10
+
+
+class TestAStepBeyondTheMemoryOfACpu:
+    """The system would kill the process, so the memory of a step is predicted from a few images."""
+
+    def test_is_predicted_from_what_the_backward_pass_needs(self) -> None:
+        model = nn.Sequential(nn.Linear(10, 100), nn.Sigmoid(), nn.Linear(100, 3))
+        images = torch.rand(8, 10)
+        # Float32: the input, what the sigmoid returned, and no parameters.
+        assert kept_bytes(lambda: model(images).sum().backward(), model) == 4 * (8 * 10 + 8 * 100)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_is_split(self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        run = Run(tiny, digits, CPU)
+        assert run.one_step.micro_batch is None
+        kept = kept_bytes(partial(run._try_step, 8), run.model) / 8
+        fixed = (1 + run.optimizer.moments) * sum(parameter.nbytes for parameter in run.model.parameters())
+        free = fixed + 1.25 * kept * 40
+        monkeypatch.setattr("core.loop.run.free_memory", lambda _: free)
+        found = train(tiny, digits, device=CPU)  # in batches of 64
+        assert found.kept.micro_batch == 32
+        assert math.isfinite(found.kept.train_loss)
+
+    def test_is_out_of_memory_if_the_smallest_part_is_too_large(
+        self, digits: Splits, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("core.loop.run.free_memory", lambda _: 1e4)
+        with pytest.raises(torch.OutOfMemoryError, match="a step of 64 images takes about"):
+            train(tiny, digits, device=CPU)
+
+    def test_the_prediction_does_not_change_the_training(self, digits: Splits, tiny: TrainConfig) -> None:
+        config = tiny.override({"averaging.name": "ema", "augment.ops": 2, "model.dropout": 0.2})
+        assert same(
+            train(config, digits, device=CPU), train(config, digits, device=CPU, execution=Execution(probe=False))
+        )
+
+    @pytest.mark.slow
+    def test_takes_the_memory_that_is_predicted(self) -> None:
+        """In a process of its own, by the system's count of a step of 64 images."""
+        if sys.platform != "linux":
+            pytest.skip("/proc is Linux's")
+        program = textwrap.dedent("""
+            from functools import partial
+            from pathlib import Path
+            import torch
+            from core.config import TrainConfig
+            from core.data import Splits
+            from core.loop import Execution
+            from core.loop.memory import kept_bytes
+            from core.loop.run import HOST_BYTES_PER_KEPT_BYTE, Run
+            from core.runtime import release_freed_memory
+
+            torch.set_num_threads(1)
+            images = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8)
+            splits = Splits(
+                images, torch.arange(64) % 2, torch.arange(64), torch.arange(8), ("a", "b"), (0.5,) * 3, (0.5,) * 3
+            )
+            config = TrainConfig(batch_size=64).override({"model.widths": (32, 64), "model.blocks": (2, 2)})
+            run = Run(config, splits, torch.device("cpu"), execution=Execution(probe=False))
+            run.model.train()
+            predicted = 64 * HOST_BYTES_PER_KEPT_BYTE * kept_bytes(partial(run._try_step, 8), run.model) / 8
+
+            def status(name):
+                lines = Path("/proc/self/status").read_text().splitlines()
+                return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+            release_freed_memory()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is the present now
+            before = status("VmRSS")
+            run._try_step(64)
+            print((status("VmHWM") - before) / predicted)
+        """)
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        assert 0.7 < float(ended.stdout) < 1.25
 
 
 @pytest.mark.slow

@@ -327,7 +327,7 @@ def test_features_of_unused_images_are_not_computed(
     config: TrainConfig, digits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = Passes(monkeypatch)
-    monkeypatch.setattr("core.loop.run.EVALUATION_BATCH", 32)
+    monkeypatch.setattr("core.tta.EVALUATION_BATCH", 32)
     few = replace(digits, train=digits.train[:64], val=digits.val[:10])
     train(config, few, device=CPU)
     assert passes.images == 64 + 32

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.tta import VIEWS, View, average, look, predict_by_views, predict_logits
+from core.config import ModelConfig
+from core.tta import VIEWS, View, average, evaluation_batch, look, predict_by_views, predict_logits
 
 
 def _images(n: int = 7, side: int = 8) -> Tensor:
@@ -108,6 +109,24 @@ def test_the_batch_size_counts_every_view(views: str, batch_size: int) -> None:
     )
     number = len(VIEWS[views])
     assert max(model.seen[:-1]) <= max(batch_size, number)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "input_size", "device", "images"),
+    [
+        ((8, 8), None, "cpu", 512),
+        ((96, 96), None, "cpu", 56),
+        ((32, 32), 128, "cpu", 32),
+        ((32, 64), 128, "cpu", 16),
+        ((1024, 1024), 64, "cpu", 128),
+        ((1024, 1024), None, "cpu", 8),
+        ((1024, 1024), None, "cuda", 512),
+    ],
+)
+def test_a_cpu_evaluates_as_many_images_as_their_size_in_the_network_allows(
+    image_size: tuple[int, int], input_size: int | None, device: str, images: int
+) -> None:
+    assert evaluation_batch(ModelConfig(input_size=input_size), image_size, torch.device(device)) == images
 
 
 def test_several_views_are_one_batch() -> None:
