@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError, UserError
+from core.seeds import derive_seed
 
 
 def select_device(name: str | None = None, *, option: str = "--device") -> torch.device:
@@ -36,7 +36,7 @@ def select_device(name: str | None = None, *, option: str = "--device") -> torch
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            has = f"{count} CUDA device(s)" if count else "no GPU"
+            has = f"{count} CUDA device{'' if count == 1 else 's'}" if count else "no GPU"
             raise UserError(f"{option} {name}: this machine has {has}; give cpu or omit it")
         return torch.device("cuda", device.index or 0)
     return device
@@ -248,12 +248,6 @@ def _left_by_control_groups(root: Path) -> Iterator[int]:
                 if allowed != "max":
                     stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
                     yield int(allowed) - int((folder / usage).read_text("ascii")) + int(stat.get(cache, 0))
-
-
-def derive_seed(*parts: int | str) -> int:
-    """Return a seed in [0, 2**63) from parts such as (trial seed, "epoch", 7)."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def make_generator(device: torch.device, *parts: int | str) -> torch.Generator:

@@ -6,7 +6,7 @@ A study's total consists of trial indices. After an interrupted attempt there is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -183,9 +183,12 @@ class Counts:
     failures: int
     """Trials that could not be trained, see `FAILURE`; they are not in `pruned`."""
     running: int
+    """Trials of living and of dead processes."""
     paused: int
     """Trials that wait at a rung to be promoted; they are not in `waiting`."""
     waiting: int
+    dead: int = 0
+    """Number of the running trials whose process is dead, as far as this machine and heartbeats show."""
 
     @property
     def finished(self) -> int:
@@ -193,8 +196,8 @@ class Counts:
         return self.complete + self.pruned + self.failures
 
 
-def count_trials(trials: Iterable[FrozenTrial]) -> Counts:
-    """Count the effective trials by state."""
+def count_trials(trials: Iterable[FrozenTrial], dead: Container[int] = ()) -> Counts:
+    """Count the effective trials by state; `dead` has the numbers of those whose process is dead."""
     counted = list(effective_trials(trials).values())
     states = [trial.state for trial in counted]
     paused = sum(map(is_paused, counted))
@@ -206,4 +209,5 @@ def count_trials(trials: Iterable[FrozenTrial]) -> Counts:
         running=states.count(TrialState.RUNNING),
         paused=paused,
         waiting=states.count(TrialState.WAITING) - paused,
+        dead=sum(trial.state == TrialState.RUNNING and trial.number in dead for trial in counted),
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from core.data.builtin import DatasetInfo, catalogue
-    from core.data.dataset import Dataset, Division, TestSet, folds, image_sizes, load_dataset, split
+    from core.data.dataset import Dataset, Division, TestSet, folds, image_sizes, load_dataset, located, split
     from core.data.report import DataReport
     from core.data.splits import Splits, on_device, val_parts
     from core.data.unlabelled import image_ids, load_images, map_images
@@ -24,6 +24,7 @@ _MODULES = {
     "image_ids": "unlabelled",
     "image_sizes": "dataset",
     "load_dataset": "dataset",
+    "located": "dataset",
     "load_images": "unlabelled",
     "map_images": "unlabelled",
     "on_device": "splits",
@@ -45,6 +46,7 @@ __all__ = [
     "image_sizes",
     "load_dataset",
     "load_images",
+    "located",
     "map_images",
     "on_device",
     "split",

@@ -230,6 +230,18 @@ class Division:
         self._there = ()
 
 
+def located(config: DataConfig, data_path: Path | None) -> DataConfig:
+    """Return the configuration with the absolute path of the user's own images as its `name`.
+
+    Args:
+        data_path: As in `load_dataset`.
+    """
+    if config.name in builtin.NAMES and (data_path is None or builtin.root_at(config.name, data_path.expanduser())):
+        return config
+    path = (Path(config.name) if data_path is None else data_path).expanduser()
+    return config.model_copy(update={"name": str(path.resolve())})
+
+
 def _find_source(reading: Reading, data_path: Path | None, data_root: Path, download: bool) -> Source:
     name = reading.config.name
     data_path = None if data_path is None else data_path.expanduser()

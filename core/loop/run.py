@@ -56,7 +56,6 @@ from core.runtime import (
     check_autocast,
     clock,
     compute_dtype,
-    derive_seed,
     free_memory,
     is_out_of_memory,
     isolated_rng,
@@ -69,6 +68,7 @@ from core.runtime import (
 )
 from core.sampling import class_caps, epoch_length, epoch_order, repeats
 from core.schedule import factor_of, reductions, saturated_from
+from core.seeds import derive_seed
 from core.tta import evaluation_batch, predict_logits
 
 logger = logging.getLogger(__name__)

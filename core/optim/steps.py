@@ -426,7 +426,7 @@ def build_optimizer(
     swats = config.optim.swats
     if swats.switch == "fraction" and (total_steps - 1) / total_steps < swats.switch_fraction:
         logger.warning(
-            "optim.swats.switch_fraction %g: a run of %d step(s) ends before the switch",
+            "optim.swats.switch_fraction %g: a run of steps=%d ends before the switch",
             swats.switch_fraction,
             total_steps,
         )

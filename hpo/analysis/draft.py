@@ -17,6 +17,7 @@ from hpo.space import SearchSpace, dump_yaml, load_yaml, parse_yaml, space_from_
 from hpo.space.document import flow
 from hpo.study import Study
 from hpo.study.metadata import config_of
+from hpo.text import count
 
 SUGGESTED = "# Suggested from study"
 """The beginning of a suggestion's file."""
@@ -70,7 +71,7 @@ class Draft:
     def _sources(self) -> str:
         complete, finished = self.evidence.complete, len(self.evidence.finished)
         begin = SUGGESTED.removeprefix("# ")
-        return f"{begin} {self.study.name}: {complete} trials complete, {finished - complete} pruned."
+        return f"{begin} {self.study.name}: {count(complete, 'trial')} complete, {finished - complete} pruned."
 
     def _fitting(self, checked: SearchSpace) -> int:
         configs = (config_of(self.study.metadata, trial.params) for trial in self.evidence.finished)

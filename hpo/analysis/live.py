@@ -14,7 +14,7 @@ from typing import NamedTuple
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.analysis.costs import covered_s, own
-from hpo.storage.lease import is_abandoned
+from hpo.storage.lease import dead_of
 from hpo.study import Study
 from hpo.trials import effective_trials, is_paused
 
@@ -40,7 +40,7 @@ class View:
     running: tuple[FrozenTrial, ...]
     """Those of living processes, as far as this machine can tell."""
     abandoned: tuple[FrozenTrial, ...]
-    """Those of dead processes of this machine."""
+    """Those of dead processes: of this machine, or without heartbeats."""
     paused: tuple[FrozenTrial, ...]
     """Those that wait at a rung to be promoted."""
     waiting: int
@@ -83,8 +83,9 @@ def look(study: Study, now: datetime | None = None) -> View:
     claimed = [trial for trial in trials if trial.state == TrialState.RUNNING]
     finished = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     finished.sort(key=lambda trial: (trial.datetime_complete or datetime.min, trial.number), reverse=True)
-    abandoned = tuple(trial for trial in claimed if is_abandoned(trial))
-    running = tuple(trial for trial in claimed if trial not in abandoned)
+    dead = dead_of(study.optuna, claimed)
+    abandoned = tuple(trial for trial in claimed if trial.number in dead)
+    running = tuple(trial for trial in claimed if trial.number not in dead)
     paused = tuple(filter(is_paused, trials))
     waiting, rate = study.queue.waiting() - len(paused), rate_of(attempts, now)
     return View(study, trials, running, abandoned, paused, waiting, tuple(finished), rate, now)

@@ -12,14 +12,13 @@ from core.data.names import printable
 from core.errors import GraphError, UserError
 from core.loop import EpochMetrics
 from core.runtime import is_out_of_memory
-from hpo.api.options import WorkerOptions
 from hpo.paths import cache_root, data_root
 from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import Estimate, estimate, wait_for_others
 from hpo.search.training import Watch
 from hpo.study import Study
-from hpo.text import data_facts, done_and_safe, duration
+from hpo.text import count, data_facts, done_and_safe, duration
 from hpo.workers.work import Work
 
 
@@ -69,7 +68,7 @@ def report_data(dataset: Dataset, splits: Sequence[Splits], reporter: Reporter) 
 
 def broken_files(names: Sequence[str]) -> str:
     """Describe the files that were left out because they cannot be read."""
-    return f"  {len(names)} broken files left out, the first: {printable(names[0])}"
+    return f"  {count(len(names), 'broken file')} left out, the first: {printable(names[0])}"
 
 
 @contextmanager
@@ -126,7 +125,7 @@ def report_estimate(
     whole = duration(found.in_full_s)
     pruned = found.pruned_s < found.in_full_s
     time = f"about {duration(found.pruned_s)}, {whole} without pruning" if pruned else f"up to {whole}"
-    beside = f", including {recipes} recipe(s) trained beside the study" if recipes else ""
+    beside = f", including {count(recipes, 'recipe')} trained beside the study" if recipes else ""
     alone = "" if work.inline else f", one {noun} at a time"
     reporter.say(f"this will take {time}{beside}{alone}{ending}")
     reporter.say("Ctrl-C stops it; the same command resumes it")
@@ -144,9 +143,3 @@ def train_all(work: Work, view: StudyView) -> bool:
         if not work.run(view):
             return False
     return True
-
-
-def joining(study: Study) -> str:
-    """Return the command line of a worker that joins the study, with its password masked."""
-    own = study.storage_url == str(study.paths.journal)
-    return WorkerOptions(study=study.name, storage=None if own else study.storage_shown).command()

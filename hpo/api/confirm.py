@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from core.data import Dataset, Division
 from core.errors import UserError
 from core.weights import weights_in
-from hpo.api.common import joining, open_dataset, report_data, report_estimate, resumable, train_all, weights_of
+from hpo.api.common import open_dataset, report_data, report_estimate, resumable, train_all, weights_of
 from hpo.api.options import ConfirmOptions
 from hpo.confirmation.conclusion import conclude
 from hpo.confirmation.plan import Plan
@@ -17,6 +17,7 @@ from hpo.confirmation.trials import open_confirmation
 from hpo.dashboard.notes import note_study
 from hpo.errors import StudyError, TimeLimitError
 from hpo.paths import StudyPaths, confirmation_of
+from hpo.report.words import joining
 from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.options import TrialOptions

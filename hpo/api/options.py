@@ -379,7 +379,7 @@ class RunKeywords(TypedDict, total=False):
     tensorboard: bool
 
 
-class WorkerOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):
+class WorkerOptions(LimitOptions, DataOptions, PlacementOptions, ArtifactOptions, TrialOptions):
     """Options of `hpo worker`."""
 
     command_name: ClassVar[str] = "hpo worker"
@@ -387,6 +387,12 @@ class WorkerOptions(DataOptions, PlacementOptions, ArtifactOptions, TrialOptions
     study: str = option("A study started by `hpo run`, on this machine or another.", ..., argument=True)
     storage: str | None = option(
         "URL of the study's storage; not needed for a study started on this machine.", secret=True
+    )
+    hours: float | None = option(
+        "Time limit of this worker. Two minutes before it, and at most a tenth of it, the worker finishes the epoch, "
+        "saves and leaves its trials to others.",
+        metavar="H",
+        ge=0.001,
     )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from core.data import image_ids
-from core.runtime import select_device
 from hpo.api.options import PredictOptions
 from hpo.errors import BundleError
-from hpo.submission.bundle import load_bundle
 from hpo.submission.locate import locate_bundle
-from hpo.submission.predictions import Predictions
-from hpo.submission.samples import Sample
+
+if TYPE_CHECKING:
+    from hpo.submission.predictions import Predictions
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +31,11 @@ def predict(options: PredictOptions) -> Predictions:
     folder = locate_bundle(options.bundle)
     if str(folder) != options.bundle:
         logger.info("model: %s", folder)
+    from core.data import image_ids  # with torch, which a wrong name does not wait for
+    from core.runtime import select_device
+    from hpo.submission.bundle import load_bundle
+    from hpo.submission.samples import Sample
+
     sample = None if options.like is None else Sample.read(options.like, output=output)
     model = load_bundle(folder, select_device(options.device))
     if sample is not None:  # misfits too are found before the images are labelled

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from hpo.api.length import Climbing
     from hpo.space import Recipe
     from hpo.study import Study
-    from hpo.submission import Forced, Refitted
+    from hpo.submission.decision import Forced
     from hpo.submission.evidence import Evidence
     from hpo.submission.ladder import Ladder
     from hpo.submission.peers import Library
+    from hpo.submission.refit import Refitted
 
 BEST = "best"
 
@@ -192,8 +193,8 @@ def _written(
     library: Library | None = None,
 ) -> RefitResult:
     """Train the choice, and write its bundle."""
-    from hpo import submission
     from hpo.api.common import trainings
+    from hpo.submission.refit import Training, refit, search_summary
 
     config, metric = choice.config, climbing.metric
     several = options.folds is not None or options.members is not None
@@ -202,12 +203,12 @@ def _written(
         [choice.length or epochs or config.epochs, *(peer.epochs for peer in (library.peers if library else ()))]
     )
     with trainings(climbing.reporter, "refit", epochs=longest, metric=metric, interrupts=climbing.interrupts) as watch:
-        refitted = submission.refit(
+        refitted = refit(
             climbing.paths,
             number=choice.number,
             label=_label(choice, options),
             config=config,
-            training=submission.Training(
+            training=Training(
                 epochs=epochs,
                 length=choice.length,
                 ensemble=options.folds,
@@ -225,7 +226,7 @@ def _written(
             kept=choice.kept,
             confirmation=choice.confirmation,
             ladder=choice.ladder,
-            search=None if study is None else submission.search_summary(study),
+            search=None if study is None else search_summary(study),
             watch=watch,
         )
     return RefitResult(study, metric, refitted, choice.confirmation, climbing.dataset.labels, climbing.dataset.n_test)
@@ -353,7 +354,7 @@ def _check_forced(options: RefitOptions) -> None:
 def _forced(options: RefitOptions, config: TrainConfig) -> Forced:
     """The choices that the user has made; StudyError if the configuration cannot have the average."""
     from hpo.search.held_out import known_average
-    from hpo.submission import Forced
+    from hpo.submission.decision import Forced
 
     average = None if options.average is None else known_average(config, options.average)
     return Forced(average, options.views, options.form)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from hpo.api.common import open_dataset, report_data, report_estimate, resumable
 from hpo.api.length import run_length_probe
 from hpo.api.networks import advice, check_own_code, with_weights
 from hpo.api.options import RunOptions
+from hpo.api.search_result import SearchResult
 from hpo.dashboard.artifacts import draw
 from hpo.dashboard.notes import note_study
 from hpo.dashboard.pictures import study_overview
@@ -39,7 +40,6 @@ from hpo.space.grammar import MANY_TRIALS, MOST_TRIALS
 from hpo.space.own_parts import check_own_parts
 from hpo.space.pruner import build_pruner, keeps_of
 from hpo.storage.artifacts import ArtifactStore
-from hpo.storage.lease import Held
 from hpo.study import Study, check_search_name, open_study
 from hpo.study.metadata import read_metadata
 from hpo.text import count, done_and_safe, duration
@@ -53,17 +53,6 @@ from hpo.workers.work import Work
 LONG_BASELINE_SHARE = 0.6
 # Side in pixels below which smaller images are not recommended.
 SMALLEST_SIDE = 32
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The outcome of `search`."""
-
-    study: Study
-    queued: int = 0
-    """Number of trials left to workers, with `workers=0`."""
-    held: tuple[Held, ...] = ()
-    """Running trials of other machines."""
 
 
 class Search:
@@ -143,7 +132,7 @@ class Search:
             except KeyboardInterrupt:
                 paused = set(map(trial_index_of, study.queue.paused()))
                 if saved := study.paths.trial_indices_with_checkpoints() - paused:
-                    say(f"{len(saved)} interrupted trial(s) are saved, and resume from their checkpoints")
+                    say(f"{count(len(saved), 'interrupted trial')} saved, to resume from a checkpoint")
                 if paused:
                     say(f"{count(len(paused), 'trial')} paused at a rung: the best continue when their turn comes")
                 raise
@@ -338,9 +327,9 @@ class Search:
             return
         saved = sum(study.paths.checkpoint(trial_index).exists() for trial_index in trial_indices)
         self.reporter.say(
-            f"{len(trial_indices)} trial(s) were left running by a process that died "
-            f"(trial index {', '.join(map(str, trial_indices))}): {saved} resume from a checkpoint, "
-            f"{len(trial_indices) - saved} start again"
+            f"{count(len(trial_indices), 'trial')} left running by a process that died "
+            f"(trial index {', '.join(map(str, trial_indices))}): {saved} to resume from a checkpoint, "
+            f"{len(trial_indices) - saved} to start again"
         )
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from core.weights import weights_in
 from hpo.api.options import RunOptions
+from hpo.api.search_result import SearchResult
+from hpo.paths import StudyPaths
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
-from hpo.space import load_space
+from hpo.search.options import TrialOptions
+from hpo.space import SearchSpace, load_space
+from hpo.study import check_search_name, find_study
+from hpo.text import count
 
 if TYPE_CHECKING:
-    from hpo.api.run import SearchResult
     from hpo.loggers import Callback
+    from hpo.study import Study
 
 
 def search(
@@ -39,7 +45,47 @@ def search(
     with weights_in(options.weights):
         with interrupts.let_through():
             space = load_space(options.space, options.set)
+            if part_of is None and not callbacks and (study := _finished(options, space)) is not None:
+                return _shown(study, options, reporter or Silent())
             from hpo.api.run import Search  # with torch and Optuna, which an invalid space does not wait for
 
             run = Search(options, space, reporter or Silent(), interrupts, part_of=part_of, callbacks=callbacks)
         return run.run()
+
+
+def _finished(options: RunOptions, space: SearchSpace) -> Study | None:
+    """Return the study if nothing is left to train, without torch and the images, which take seconds.
+
+    None if it has to be looked at more closely, as with recipes beside it, files of weights or own code.
+    """
+    from hpo.study.metadata import read_metadata
+    from hpo.trials import RECIPE  # with Optuna
+
+    name = options.study or space.name
+    check_search_name(name)
+    metadata = read_metadata(StudyPaths.of(name))
+    if metadata is None or metadata["hash"] != space.hash or metadata.get("weights") or metadata.get("code"):
+        return None
+    data = None if options.data is None else str(options.data.resolve())
+    changes = (
+        *(options.take_over, options.artifacts, options.long_baseline, options.reclaim),
+        options.workers == 0 or options.retries is not None or options.trial_options != TrialOptions(),
+        data != metadata["data"]["path"],
+        options.seed not in (None, metadata["seed"]),
+    )
+    if any(changes):
+        return None
+    study = find_study(name, storage_url=options.storage)
+    counts, recipes = study.counts(), {recipe.name for recipe in space.recipes if options.recipes}
+    recipes -= {trial.user_attrs.get(RECIPE) for trial in study.optuna.get_trials(deepcopy=False)}
+    total = max(options.trials or max(space.trials, study.total or 0), counts.finished)
+    return study if counts.finished == total and not counts.running and not recipes else None
+
+
+def _shown(study: Study, options: RunOptions, reporter: Reporter) -> SearchResult:
+    total = study.counts().finished
+    reporter.say(f"study {study.name} is finished: all {count(total, 'trial')} are done; continue it with")
+    reporter.say(f"  {options.model_copy(update={'trials': 2 * total}).command()}")
+    study.settings.command = options.command()
+    os.utime(study.paths.study_yaml)  # as of the study that ran last
+    return SearchResult(study)

@@ -24,9 +24,10 @@ from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
 from hpo.search.profile import profile_training
 from hpo.search.replay import Replay, replay_of
-from hpo.search.training import Recorded, train_recorded
+from hpo.search.training import Recorded, naming_images, train_recorded
 from hpo.space import load_recipe, override_config
 from hpo.study.code import code_of, own_code
+from hpo.text import count
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,14 @@ def _trained(plan: TrainPlan, options: TrainOptions, reporter: Reporter, interru
         paths = training_paths(plan.name, config, metric, dataset)
         if options.profile:
             profile_training(config, splits[0], paths, name=plan.name, device=device, reporter=reporter)
-    reporter.say(f"training {plan.name}: {config.epochs} epochs; {describe_device(device)}")
+    reporter.say(f"training {plan.name}: {count(config.epochs, 'epoch')}; {describe_device(device)}")
     if paths.checkpoint().exists():
         reporter.say("resuming from its checkpoint")
     shown = trainings(reporter, plan.name, epochs=config.epochs, metric=metric, interrupts=interrupts)
     with nullcontext() if replay is None else replay.threads():
         with shown as watch:
-            recorded = train_recorded(config, splits, paths, metric=metric, device=device, watch=watch)
+            named = naming_images(config, plan.data)
+            recorded = train_recorded(config, splits, paths, metric=metric, device=device, watch=watch, written=named)
         learning_curves(recorded.rows, paths.curves, title=plan.name, metric=metric)
         comparison = None if replay is None else replay.verdict(recorded, device)
     images = sum(len(each.val) for each in splits)

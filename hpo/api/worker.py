@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 from core.data import Division
 from core.weights import weights_in
-from hpo.api.common import joining, open_dataset, report_data, weights_of
+from hpo.api.common import open_dataset, report_data, weights_of
 from hpo.api.options import WorkerOptions
 from hpo.loggers import TensorBoard
-from hpo.report.words import progress_text
+from hpo.report.words import joining, progress_text
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
 from hpo.study import Study, join_study, open_study
+from hpo.text import duration
 from hpo.workers.placement import place
 from hpo.workers.work import Work
 
+MARGIN_S = 120.0
+"""Seconds before a worker's limit at which it begins to stop, as a batch queue warns before it kills."""
 
-def worker(options: WorkerOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None) -> Study:
-    """Run trials of a study until none is waiting, or its time limit does not allow another.
+
+@dataclass(frozen=True)
+class WorkerResult:
+    """The outcome of `worker`."""
+
+    study: Study
+    out_of_time: bool = False
+    """Whether the worker's own time limit ended it."""
+
+
+def worker(
+    options: WorkerOptions, reporter: Reporter | None = None, interrupts: Interrupts | None = None
+) -> WorkerResult:
+    """Run trials of a study until none is waiting, or a time limit does not allow another.
 
     Raises:
         HpoError: There is no such study, or it has other images.
@@ -50,13 +70,38 @@ def worker(options: WorkerOptions, reporter: Reporter | None = None, interrupts:
         say=reporter.say,
     )
     try:
-        with weights_in(work.options.weights):
+        with weights_in(work.options.weights), _limited(options.limit_s, interrupts) as over:
             _train(study, work, reporter)
     except KeyboardInterrupt:
+        if over.is_set():
+            interrupts.withdraw()
+            reporter.say(f"the {duration(options.limit_s or 0)} of this worker are over; its trials are queued again")
+            return WorkerResult(study, out_of_time=True)
         reporter.say("stopped: this worker's trials are queued again with their checkpoints; rejoin with")
         reporter.say(f"  {joining(study)}")
         raise
-    return study
+    return WorkerResult(study)
+
+
+@contextmanager
+def _limited(limit_s: float | None, interrupts: Interrupts) -> Iterator[threading.Event]:
+    """Stop as by Ctrl-C some time before the limit; the event tells that this is why."""
+    over = threading.Event()
+
+    def stop() -> None:
+        over.set()
+        interrupts.request()
+
+    if limit_s is None:
+        yield over
+        return
+    timer = threading.Timer(limit_s - min(MARGIN_S, limit_s / 10), stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield over
+    finally:
+        timer.cancel()
 
 
 def _train(study: Study, work: Work, reporter: Reporter) -> None:
@@ -65,6 +110,8 @@ def _train(study: Study, work: Work, reporter: Reporter) -> None:
         f"joined study {study.name}: {progress_text(study, study.counts().finished)}, "
         f"{study.queue.waiting()} waiting; {work.placement.described()}"
     )
+    if study.storage_url != str(study.paths.journal):
+        reporter.say(f"its checkpoints and weights go to {study.paths.dir.resolve()}")
     with reporter.study(study) as view:
         while study.queue.claimable() or study.queue.requeue_lost():
             if not work.run(view):

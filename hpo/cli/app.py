@@ -16,6 +16,9 @@ from hpo.cli.parameters import command
 from hpo.cli.terminal import Terminal, stoppable
 from hpo.errors import StudyError
 
+EXIT_AGAIN = 75
+"""Exit code of a worker whose time is over while trials wait: EX_TEMPFAIL of sysexits.h."""
+
 app = typer.Typer(
     name="hpo",
     help="Find the best training configuration for a small image data set, and refit it into a model.",
@@ -73,20 +76,31 @@ def run(options: of.RunOptions) -> None:
 
 @command(app, of.WorkerOptions)
 def worker(options: of.WorkerOptions) -> None:
-    """Join a study: run waiting trials until none is left, with any number of workers on any machine."""
+    """Join a study: run waiting trials until none is left, with any number of workers on any machine.
+
+    Exit code 0: none is waiting; 75: the time limit left some, so start it again; 130, 143: stopped by a signal.
+    """
     from hpo.api.worker import worker
     from hpo.report.words import patience_text, progress_text
 
     terminal = Terminal()
-    with stoppable(terminal) as interrupts:
-        study = worker(options, terminal, interrupts)
-        counts = study.counts()
-        others = f"; {counts.running} running in other workers" if counts.running else ""
-        waiting = study.queue.waiting()
-        stopped = patience_text(study) if study.patience.is_over else "no further trial fits the time limit"
-        paused = f", {counts.paused} of them paused" if counts.paused else ""
-        left = f"{stopped}, {waiting} waiting{paused}" if waiting else "no trial is waiting"
-        terminal.say(f"{left}: {progress_text(study, counts.finished)}{others}")
+    stops = stoppable(terminal)
+    try:
+        with stops as interrupts:
+            result = worker(options, terminal, interrupts)
+    except KeyboardInterrupt:
+        raise typer.Exit(stops.exit_code) from None
+    study = result.study
+    counts = study.counts()
+    elsewhere = counts.running - counts.dead
+    others = f"; {elsewhere} running in other workers" if elsewhere else ""
+    waiting = study.queue.waiting()
+    stopped = patience_text(study) if study.patience.is_over else "no further trial fits the time limit"
+    paused = f", {counts.paused} of them paused" if counts.paused else ""
+    left = f"{stopped}, {waiting} waiting{paused}" if waiting else "no trial is waiting"
+    terminal.say(f"{left}: {progress_text(study, counts.finished)}{others}")
+    if result.out_of_time and waiting:
+        raise typer.Exit(EXIT_AGAIN)
 
 
 @command(app, of.TrainOptions)
@@ -129,9 +143,10 @@ def refit(options: of.RefitOptions) -> None:
 def predict(options: of.PredictOptions) -> None:
     """Label images with a refitted model."""
     from hpo.api.predict import predict
+    from hpo.text import count
 
     predictions = predict(options)
-    say(f"{len(predictions):,} images labelled: {options.output}")
+    say(f"{count(len(predictions), 'image')} labelled: {options.output}")
     if predictions.broken:
         from hpo.api.common import broken_files
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from hpo.api.fit import FitResult
     from hpo.api.refit import RefitResult
-    from hpo.api.run import SearchResult
+    from hpo.api.search_result import SearchResult
     from hpo.loggers import Callback
     from hpo.study import Study
     from hpo.submission.bundle import LoadedBundle

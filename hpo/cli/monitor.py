@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.analysis.live import View, look
 from hpo.analysis.study_data import fold_steps
 from hpo.cli.console import Screen, TableOf, console, live_screen, say_screen
-from hpo.report.words import progress_text, run_again
+from hpo.report.words import progress_text, resuming
 from hpo.space.pruner import places_of, spared
 from hpo.storage.lease import LEASE
 from hpo.study import Study, find_study
@@ -133,7 +133,7 @@ def _foot(view: View) -> list[str]:
         line, missing = "no worker trains anything", view.waiting + len(view.paused) + len(view.abandoned)
     if missing <= 0 and view.trials:
         return [line]
-    return [f"{line}; resume with", f"  {run_again(study)}"]
+    return [f"{line}; resume with", f"  {resuming(study)}"]
 
 
 def _numbers(trial: FrozenTrial) -> str:

@@ -16,6 +16,7 @@ from hpo.analysis.summary import summarize
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.report.words import (
     command,
+    joining,
     kinds_text,
     margins,
     next_commands,
@@ -34,14 +35,14 @@ if TYPE_CHECKING:
     from core.metrics import Scores
     from hpo.api.confirm import ConfirmResult
     from hpo.api.refit import RefitResult
-    from hpo.api.run import SearchResult
+    from hpo.api.search_result import SearchResult
     from hpo.api.study import Diagnosis
     from hpo.api.train import TrainResult
     from hpo.reporter import Reporter
     from hpo.search.training import Recorded
     from hpo.study import Study
-    from hpo.submission import Refitted
     from hpo.submission.candidates import Candidate
+    from hpo.submission.refit import Refitted
 
 METRICS = {**METRIC_WORDS, "nll": "loss"}
 """Names of the metrics in tables."""
@@ -58,9 +59,7 @@ def show_search(result: SearchResult, reporter: Reporter) -> None:
     """Show a study after a search, or how workers join it."""
     study, say = result.study, reporter.say
     if result.queued:
-        from hpo.api.common import joining
-
-        say(f"{result.queued} trials are waiting for workers; start them, on this machine or others, with")
+        say(f"{count(result.queued, 'trial')} waiting for workers; start them, on this machine or others, with")
         say(f"  {joining(study)}")
         return
     say()

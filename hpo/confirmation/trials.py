@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from core.config import TrainConfig
 from core.data import Dataset, folds, val_parts
 from core.errors import UserError
-from core.runtime import derive_seed
+from core.seeds import derive_seed
 from hpo.confirmation import statistics
 from hpo.confirmation.result import BASELINE, current_key, identity_of
 from hpo.errors import StudyError

@@ -21,7 +21,7 @@ from hpo.confirmation.result import BASELINE
 from hpo.confirmation.words import NO_GAIN
 from hpo.confirmation.words import score as interval_score
 from hpo.report.page import Section, code, columns, heading, note, paragraph, section, table, tiles
-from hpo.report.words import command, kinds_text, metric_label, outdated, run_again, trial_name, unproven
+from hpo.report.words import command, kinds_text, metric_label, outdated, resuming, trial_name, unproven
 from hpo.text import changed_fields, count, difference, duration, gap, number, percent, score, sentence
 
 Tile = tuple[str, str, Sequence[str]]
@@ -72,7 +72,9 @@ def warnings_of(data: StudyData) -> list[str]:
     found, made = [], data.confirmation
     if data.running or data.unfinished:
         total = max(data.study.total or 0, data.finished)
-        state = f"{count(len(data.running), 'trial')} running" if data.running else "none running now"
+        counts = data.study.counts()
+        alive = counts.running - counts.dead
+        state = f"{count(alive, 'trial')} running" if alive else "none running now"
         paused = f", {len(data.paused):,} paused at a rung" if data.paused else ""
         found.append(f"The search is not over: {data.finished} of {count(total, 'trial')} finished{paused}, {state}.")
     if made is not None and not data.confirmed:
@@ -91,7 +93,7 @@ def warnings_of(data: StudyData) -> list[str]:
 
 def next_commands(data: StudyData) -> list[str]:
     """The commands that are missing for a complete answer, ready to copy."""
-    found = [run_again(data.study)] if data.unfinished else []
+    found = [resuming(data.study)] if data.unfinished else []
     if data.complete and not data.confirmed:
         found.append(command(data.study, "confirm"))
     if data.complete and not data.refits:

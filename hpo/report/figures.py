@@ -119,7 +119,8 @@ def learning_curves(data: StudyData) -> Section | None:
     if fig.layout.yaxis.range is not None:
         lead.append("The axis leaves out the worst values; a double click shows all.")
     lead.append(
-        f"Shown: {count(len(reported), 'curve')}" + (f"; {without} trials have no epoch yet." if without else ".")
+        f"Shown: {count(len(reported), 'curve')}"
+        + (f"; {count(without, 'trial')} without an epoch yet." if without else ".")
     )
     alt = f"Learning curves of {count(len(reported), 'trial')}: {_states_text(data)}."
     return section("curves", "Learning curves", " ".join(lead), figure(fig, alt=alt, height=480))

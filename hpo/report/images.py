@@ -21,7 +21,7 @@ from hpo.analysis.study_data import StudyData
 from hpo.dashboard.pictures import BLUE, LONGEST_NAME, NUMBERS_UP_TO, ORANGE, PALE, confusion_depth
 from hpo.report.page import Section, code, figure, folded, heading, picture, section, table
 from hpo.report.words import command
-from hpo.text import count, cut, percent
+from hpo.text import count, cut, joined, percent
 
 if TYPE_CHECKING:
     from core.data import Dataset
@@ -181,7 +181,19 @@ def per_class(data: StudyData) -> Section | None:
         return None  # the section on confusion states what is missing
     body = [part for _, title, rows in ranked for part in (title, _class_table(rows))]
     where, _, rows = ranked[0]
-    return section("classes", "Classes", _worst_text(rows, where), body)
+    counts = _classes_counts(outputs, test)
+    return section("classes", "Classes", _worst_text(rows, where, counts), body)
+
+
+def _classes_counts(outputs: Outputs | None, test: Refit | None) -> dict[str, dict[str, int]]:
+    """True class -> predicted class -> images, of the scores that come first; empty if they are not stored."""
+    if outputs is not None:
+        counts, classes = outputs.confusion, outputs.classes
+    elif test is not None and test.confusion is not None:
+        counts, classes = test.confusion, tuple(str(row["class"]) for row in test.per_class)
+    else:
+        return {}
+    return {name: dict(zip(classes, map(int, row), strict=True)) for name, row in zip(classes, counts, strict=True)}
 
 
 def _class_scores(counts: NDArray[np.int64], classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -192,15 +204,36 @@ def _class_scores(counts: NDArray[np.int64], classes: tuple[str, ...]) -> list[d
     return scores(torch.from_numpy(counts), classes)
 
 
-def _worst_text(rows: Sequence[Mapping[str, Any]], where: str) -> str:
+def _worst_text(rows: Sequence[Mapping[str, Any]], where: str, counts: Mapping[str, Mapping[str, int]]) -> str:
     worst, best = rows[0], rows[-1]
     if worst["f1"] == best["f1"]:
         return f"On the {where} every class has the F1 {worst['f1']:.3f}."
-    missed = "its own images are missed" if worst["recall"] < worst["precision"] else "other classes are taken for it"
     return (
-        f"On the {where} the worst class is {worst['class']} (F1 {worst['f1']:.3f}): mostly {missed}; the best is "
-        f"{best['class']} ({best['f1']:.3f})."
+        f"On the {where} the worst class is {worst['class']} (F1 {worst['f1']:.3f}): {_why_bad(worst, counts)}; the "
+        f"best is {best['class']} ({best['f1']:.3f})."
     )
+
+
+def _why_bad(row: Mapping[str, Any], counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Why the scores of a class are low, with the classes that its images were taken for if none was right."""
+    if not row["support"]:
+        return f"there is no image of it{', but others are taken for it' if _is_predicted(row, counts) else ''}"
+    if row["recall"] > 0:
+        return (
+            "mostly its own images are missed" if row["recall"] < row["precision"] else "mostly others are taken for it"
+        )
+    others = sorted(counts.get(row["class"], {}).items(), key=lambda item: -item[1])
+    taken = joined([f"{name} ({number})" for name, number in others[:3] if number])
+    images = count(row["support"], "image")
+    never = "it is predicted for other images only" if _is_predicted(row, counts) else "it is never predicted"
+    rest = sum(number for _, number in others[3:])
+    more = f" and others ({rest})" if rest else ""
+    whose = "its image was" if row["support"] == 1 else f"its {images} were"
+    return never + (f"; {whose} taken for {taken}{more}" if taken else "")
+
+
+def _is_predicted(row: Mapping[str, Any], counts: Mapping[str, Mapping[str, int]]) -> bool:
+    return any(predicted.get(row["class"], 0) for predicted in counts.values())
 
 
 def _class_table(rows: Sequence[Mapping[str, Any]]) -> Markup:

@@ -117,7 +117,7 @@ def _draw(images: Tensor, labels: Tensor, splits: Splits, augment: AugmentConfig
     import torch
 
     from core.augment import Augment, apply_mix, plan_mix
-    from core.runtime import derive_seed
+    from core.seeds import derive_seed
 
     generator = torch.Generator().manual_seed(derive_seed(0, "augmented samples", draw))
     pipeline = Augment(augment, splits.mean, splits.std, torch.device("cpu"))

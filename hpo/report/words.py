@@ -71,8 +71,9 @@ def patience_text(study: Study) -> str:
 
 def states_text(counts: Counts) -> str:
     """The number of trials in each state: `12 complete, 3 pruned`."""
-    states = {("failed to train" if state == "failures" else state): n for state, n in vars(counts).items()}
-    return counted(states) or "none yet"
+    named = {"failures": "failed to train", "dead": "left by a dead process"}
+    numbers = {**vars(counts), "running": counts.running - counts.dead}
+    return counted({named.get(state, state): number for state, number in numbers.items()}) or "none yet"
 
 
 def progress_text(study: Study, finished: int) -> str:
@@ -144,16 +145,33 @@ def run_again(study: Study) -> str:
     return study.settings.command or shlex.join(["hpo", "run", study.space_name, "--study", study.name])
 
 
+def queues_only(study: Study) -> bool:
+    """Whether the study's last command left its trials to workers."""
+    words = shlex.split(study.settings.command or "")
+    return "--workers 0" in " ".join(words)
+
+
+def joining(study: Study) -> str:
+    """The command of a worker that joins the study, with its password masked."""
+    own = study.storage_url == str(study.paths.journal)
+    return shlex.join(["hpo", "worker", study.name, *([] if own else ["--storage", study.storage_shown])])
+
+
+def resuming(study: Study) -> str:
+    """The command that trains the study's remaining trials."""
+    return joining(study) if queues_only(study) else run_again(study)
+
+
 def no_trials(study: Study) -> str:
     """The sentence about a study that has not been run."""
-    return f"study {study.name} has no trials yet; run it with: {run_again(study)}"
+    return f"study {study.name} has no trials yet; run it with: {resuming(study)}"
 
 
 def next_commands(study: Study, summary: StudySummary) -> list[str]:
     """The commands that may follow, ready to copy."""
     commands = []
     if study.total is not None and summary.counts.finished < study.total:
-        commands.append(run_again(study))
+        commands.append(resuming(study))
     elif study.confirms is not None:
         commands.append(command(study, "confirm", name=study.confirms))
     if summary.best is not None:

@@ -39,6 +39,8 @@ class Interrupts:
         self._thread: int | None = None
         """The thread that trains, which the mode belongs to."""
         self._count = 0
+        self.exit_code = 130
+        """Of a process that an interrupt ends: 128 and the number of the first signal."""
         self._before: dict[signal.Signals, Any] = {}
         self._terminals: list[int] = []
         """The file descriptors of the output that are a terminal."""
@@ -66,6 +68,11 @@ class Interrupts:
     def request(self) -> None:
         """Stop as after a first Ctrl-C. Any thread may call this."""
         self._count = max(self._count, 1)
+
+    def withdraw(self) -> None:
+        """Forget what `request` asked for."""
+        if self._count == 1:
+            self._count = 0
 
     def check(self) -> None:
         if self.asked:
@@ -114,7 +121,9 @@ class Interrupts:
         if self._mode is _Mode.HELD and self._count >= 3:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if self._count == 1:  # in a thread, since the main one may be in the middle of printing
+        if self._count == 1:
+            self.exit_code = 128 + number
+            # In a thread, since the main one may be in the middle of printing.
             threading.Thread(target=self._told, name="interrupted").start()
         self._raise_if_due()
 

@@ -25,12 +25,13 @@ from core.calibration import calibrated_loss
 from core.config import DataConfig, TrainConfig
 from core.errors import ConfigError, DivergedError
 from core.loop import EpochMetrics, TrainResult, train
-from core.runtime import derive_seed, is_out_of_memory
+from core.runtime import is_out_of_memory
+from core.seeds import derive_seed
 from hpo.reporter import StudyView
 from hpo.search.held_out import half_lives
 from hpo.search.interrupts import Interrupts
 from hpo.search.pace import Pace
-from hpo.search.training import fold_label, of_fold, on_host, resume_or_restart, without_failed_graphs
+from hpo.search.training import fold_label, naming_images, of_fold, on_host, resume_or_restart, without_failed_graphs
 from hpo.space import SearchSpace, to_yaml
 from hpo.space.pruner import PromotePruner, RungPruner, mark_loss
 from hpo.storage.optuna_access import storage_of, trial_id
@@ -86,7 +87,7 @@ class Objective:
             shown = self.space.shown(trial)
             return Outcome(trial.number, trial_index, "pruned", None, None, shown, failure="invalid", why=text)
         self.study.paths.trial(trial.number).mkdir(parents=True, exist_ok=True)
-        self.study.paths.trial_config(trial.number).write_text(to_yaml(config))
+        self.study.paths.trial_config(trial.number).write_text(to_yaml(naming_images(config, self.study.data_path)))
         attempt = _Attempt(self, trial, trial_index, config, self.divide(config.data), twin, until)
         try:
             self.pace.begin(trial, trial_index, config, attempt.splits)

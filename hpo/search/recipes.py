@@ -11,7 +11,7 @@ from core.config import MOST_EPOCHS, TrainConfig
 from core.data import Splits
 from core.errors import MissingWeightsError
 from core.loop import EpochMetrics, seconds_per_epoch
-from core.runtime import derive_seed
+from core.seeds import derive_seed
 from hpo.confirmation.trials import search_epochs
 from hpo.errors import SpaceError
 from hpo.paths import LONG_BASELINE, TrainingPaths

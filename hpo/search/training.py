@@ -21,11 +21,11 @@ from torch import Tensor
 
 from core import metrics
 from core.config import TrainConfig
-from core.data import Splits
+from core.data import Splits, located
 from core.errors import CheckpointError, GraphError
 from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import confusion, per_class
-from core.runtime import derive_seed
+from core.seeds import derive_seed
 from hpo.paths import TrainingPaths
 from hpo.search.held_out import half_lives, outputs_of, write_outputs
 from hpo.space import to_yaml
@@ -72,6 +72,7 @@ def train_recorded(
     watch: Watch,
     settings: StudySettings | None = None,
     evidence: bool = False,
+    written: TrainConfig | None = None,
 ) -> Recorded:
     """Train, and write configuration, checkpoints and, last, the result into the folder.
 
@@ -79,13 +80,14 @@ def train_recorded(
         splits: One, or one per fold.
         metric: The objective, also for early stopping and the choice of the kept epoch.
         settings: Of the study that it belongs to, if any.
+        written: Content of `config.yaml`, if it names the images in another way.
         evidence: Whether to keep EMAs beside it and write all outputs on validation images, for the choices of a refit.
 
     Raises:
         StudyError: Another process trains into the folder.
     """
     with exclusive(paths.lock, f"{paths.dir} is being trained"):
-        paths.config.write_text(to_yaml(config))
+        paths.config.write_text(to_yaml(written or config))
         folds = len(splits)
         results: list[TrainResult] = []
         for fold, divided in enumerate(splits, 1):
@@ -103,8 +105,7 @@ def train_recorded(
                     metric=metric,
                     averages=half_lives(own) if evidence else (),
                 )
-            # Off the device: the next fold needs the memory.
-            results.append(result if folds == 1 else on_host(result))
+            results.append(result if folds == 1 else on_host(result))  # the next fold needs the device's memory
         recorded = Recorded(
             tuple(results),
             tuple(result.value(metric) for result in results),
@@ -121,6 +122,11 @@ def train_recorded(
         for checkpoint in paths.checkpoints(folds):
             checkpoint.unlink(missing_ok=True)
     return recorded
+
+
+def naming_images(config: TrainConfig, data_path: Path | None) -> TrainConfig:
+    """Return the configuration with the path of the user's own images, to be trained again without `--data`."""
+    return config.model_copy(update={"data": located(config.data, data_path)})
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.data.names import printable
 from core.errors import CoreError
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths, confirmed_by
@@ -20,6 +21,7 @@ from hpo.storage.atomic import replacing
 from hpo.storage.urls import check_path
 from hpo.study.code import changed_files, code_of
 from hpo.study.versions import versions
+from hpo.text import count
 
 if TYPE_CHECKING:
     from core.config import TrainConfig
@@ -89,11 +91,24 @@ def config_of(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> TrainCo
     return baseline.override(values)
 
 
-def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset, seed: int | None) -> None:
-    """Raise StudyError unless a run has the space, images, weights and seed of the study."""
+def check_same(
+    name: str,
+    stored: Mapping[str, Any],
+    space: SearchSpace,
+    dataset: Dataset,
+    seed: int | None,
+    *,
+    command: str | None = None,
+) -> None:
+    """Raise StudyError unless a run has the space, images, weights and seed of the study.
+
+    Args:
+        command: The one that last ran the study, which would continue it.
+    """
+    known = f"continue it with\n  {command}\n" if command else "give what it was begun with, --set included, "
     advice = (
-        "give what it was begun with, --set included, or begin another study: --study NAME, with "
-        f"--take-over {name} if its trials are to count where they fit"
+        f"{known}or begin another study: --study NAME, with --take-over {name} if its trials are to count where they "
+        "fit"
     )
     if stored["hash"] != space.hash:
         from hpo.space import diff
@@ -101,7 +116,7 @@ def check_same(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset
         lines = "\n".join(f"  {line}" for line in diff(stored["identity"], space.identity()))
         raise StudyError(f"study {name} was begun with another space:\n{lines}\n{advice}")
     _check_near_duplicates(name, stored, space, dataset)
-    check_fingerprint(name, stored, dataset.fingerprint)
+    check_fingerprint(name, stored, dataset)
     _check_validation(name, stored, dataset.given_val(space.baseline.data))
     check_weights(name, stored, _weight_files(space))
     check_code(name, stored, space.own_code())
@@ -153,14 +168,37 @@ def _weights_fingerprint(file: str) -> str:
     return weights_fingerprint(file)
 
 
-def check_fingerprint(name: str, metadata: Mapping[str, Any], fingerprint: str) -> None:
-    """Raise StudyError unless the fingerprint is the study's."""
-    known = metadata["data"]["fingerprint"]
-    if fingerprint != known:
-        raise StudyError(
-            f"study {name} was begun with other images ({metadata['data']['name']}, fingerprint {known[:12]}, "
-            f"not {fingerprint[:12]}); give the same by --data, or choose another --study"
-        )
+def check_fingerprint(name: str, metadata: Mapping[str, Any], dataset: Dataset) -> None:
+    """Raise StudyError unless these are the study's images; it names the changes in number by class and split."""
+    known, found = metadata["data"]["fingerprint"], dataset.fingerprint
+    if found == known:
+        return
+    changes = _changed_counts(metadata["data"].get("content", {}).get("counts", {}), dataset.report.plain()["counts"])
+    path = metadata["data"]["path"]
+    raise StudyError(
+        f"study {name} was begun with other images ({metadata['data']['name']}, fingerprint {known[:12]}, "
+        f"not {found[:12]}): {changes}; give the same by --data{f' {path}' if path else ''}, or choose another --study"
+    )
+
+
+_CHANGES_SHOWN = 5
+
+
+def _changed_counts(before: Mapping[str, Mapping[str, int]], now: Mapping[str, Mapping[str, int]]) -> str:
+    """Describe the numbers of images that differ: `1 train image more of metal`."""
+    if not before or not now:
+        return "their files differ"
+    changes = []
+    for label in dict.fromkeys([*before, *now]):
+        for split in ("train", "val", "test"):
+            more = now.get(label, {}).get(split, 0) - before.get(label, {}).get(split, 0)
+            if more:
+                what = count(abs(more), f"{split} image")
+                changes.append(f"{what} {'more' if more > 0 else 'fewer'} of {printable(label)}")
+    if not changes:
+        return "as many of each class, with other content, names or labels"
+    left = len(changes) - _CHANGES_SHOWN
+    return ", ".join(changes[:_CHANGES_SHOWN]) + (f" and {left} more changes" if left > 0 else "")
 
 
 def _check_near_duplicates(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset) -> None:

@@ -69,7 +69,7 @@ def open_study(
         )
     study = _create_or_load(name, url, space, patient=patient)
     metadata = _metadata_of(study, url) or _begin(study, new_metadata(space, dataset, seed=seed, data_path=data_path))
-    check_same(name, metadata, space, dataset, seed)
+    check_same(name, metadata, space, dataset, seed, command=study.user_attrs.get("command"))
     study.sampler = build_sampler(space.sampler, seed=metadata["seed"])
     if take_over is not None:
         import_trials(study, metadata, space, source=find_study(take_over))

@@ -25,6 +25,7 @@ from hpo.storage import lease
 from hpo.storage.lease import LEASE, Held
 from hpo.storage.optuna_access import forget_cached_trials, storage_of, trial_id
 from hpo.study.promotion import Ladder
+from hpo.text import count
 from hpo.trials import (
     ARTIFACT,
     BASELINE,
@@ -407,10 +408,9 @@ class TrialQueue:
             return
         self._drop_checkpoints(trial)
         logger.warning(
-            "trial %d: %d attempt(s) at it died with their process, so it counts as failed to train; "
-            "--retries N allows more",
+            "trial %d: %s at it died with the process, so it counts as failed to train; --retries N allows more",
             trial.number,
-            crashes,
+            count(crashes, "attempt"),
         )
 
     def _drop_checkpoints(self, trial: FrozenTrial) -> None:

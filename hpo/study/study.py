@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import StudyError
 from hpo.storage import mask
+from hpo.storage.lease import dead_of
 from hpo.study.code import own_code
 from hpo.study.deadline import Deadline
 from hpo.study.files import StudyFiles
@@ -142,7 +143,7 @@ class Study:
 
     def check_data(self, dataset: Dataset) -> None:
         """Raise StudyError unless these are the study's images."""
-        check_fingerprint(self.name, self.metadata, dataset.fingerprint)
+        check_fingerprint(self.name, self.metadata, dataset)
 
     def check_sources(self, config: TrainConfig) -> None:
         """Raise StudyError if the file of pretrained weights, or the user's own code, has changed."""
@@ -153,7 +154,8 @@ class Study:
 
     def counts(self) -> Counts:
         """Return the number of trials by state."""
-        return count_trials(self.optuna.get_trials(deepcopy=False))
+        trials = self.optuna.get_trials(deepcopy=False)
+        return count_trials(trials, dead_of(self.optuna, [t for t in trials if t.state == TrialState.RUNNING]))
 
     def best_trial(self) -> FrozenTrial | None:
         """Return the best complete trial; see `best_first` for equals."""
@@ -179,7 +181,7 @@ class Study:
         from pydantic import ValidationError
 
         from core.config import TrainConfig
-        from core.runtime import derive_seed  # imports torch
+        from core.seeds import derive_seed
 
         if CONFIG in trial.user_attrs:
             return TrainConfig.model_validate_json(json.dumps(trial.user_attrs[CONFIG]))

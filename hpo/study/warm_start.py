@@ -107,7 +107,7 @@ def _roles(fitting: Iterable[tuple[FrozenTrial, Mapping[str, Any]]], space: Sear
 def _copy_of(
     trial: FrozenTrial, source: Study, params: Mapping[str, Any], attributes: Mapping[str, Any], space: SearchSpace
 ) -> FrozenTrial:
-    from core.runtime import derive_seed  # imports torch
+    from core.seeds import derive_seed
 
     known = with_current_names(trial.user_attrs)
     user_attrs = {key: value for key, value in known.items() if key not in (LEASE, BASELINE, RECIPE)}

@@ -21,8 +21,9 @@ from core.feed import open_feed
 from core.loop import train
 from core.loop.step import batch_sizes
 from core.models import build_model
-from core.runtime import autocast, derive_seed, make_generator, normalize
+from core.runtime import autocast, make_generator, normalize
 from core.schedule import without_validation
+from core.seeds import derive_seed
 from core.tta import EVALUATION_BATCH, average, evaluation_batch
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths

@@ -13,6 +13,7 @@ import torch
 
 from core.errors import UserError
 from core.runtime import describe_device, select_device
+from hpo.text import count
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def place(device: str | None, devices: str | None, workers: int | None, per_devi
         raise UserError(f"--workers {workers}: fewer than the {len(found)} devices; give as many, or fewer --devices")
     if each is not None and workers > each * len(found):
         raise UserError(
-            f"--workers {workers}: {len(found)} device(s) with --per-device {each} take {each * len(found)}; "
+            f"--workers {workers}: {count(len(found), 'device')} with --per-device {each} take {each * len(found)}; "
             "leave one of the two out"
         )
     whole, rest = divmod(workers, len(found))

@@ -44,7 +44,7 @@ from core.config import TrainConfig
 from core.data import Splits
 from core.errors import DivergedError
 from core.loop import EpochMetrics, TrainResult, train
-from core.runtime import derive_seed
+from core.seeds import derive_seed
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
 from hpo.space import SearchSpace, load_space

@@ -29,7 +29,7 @@ from core.config import TrainConfig
 from core.data import Splits
 from core.loop import train
 from core.metrics import scores
-from core.runtime import derive_seed
+from core.seeds import derive_seed
 from hpo.search.held_out import half_lives
 from hpo.submission.decision import decide
 from hpo.submission.evidence import Evidence

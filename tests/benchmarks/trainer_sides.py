@@ -37,7 +37,8 @@ from core.data import Splits
 from core.loop import train
 from core.loop.step import batch_sizes
 from core.models import build_model
-from core.runtime import derive_seed, isolated_rng, make_generator, normalize, synchronize
+from core.runtime import isolated_rng, make_generator, normalize, synchronize
+from core.seeds import derive_seed
 
 SCENES = ROOT.parent / "shared" / "data" / "scenes5k.zip"
 MIB = 2**20

@@ -33,7 +33,7 @@ IMPORTED = "HPO_TESTS_IMPORT"
 _STREAMS = 3
 _PRELOADED = (
     *("matplotlib.figure", "optuna", "pandas", "scipy.stats", "sklearn.datasets", "sqlalchemy", "timm", "typer"),
-    *("hpo.workers.worker", "hpo.submission"),  # not hpo.cli, whose console keeps the width of its first terminal
+    *("hpo.workers.worker", "hpo.submission.refit"),  # not hpo.cli, whose console keeps the width of its first terminal
 )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.analysis.doctor.check import Finding, Result, StudyCheck, guarded
-from hpo.storage.lease import LEASE, has_heartbeat, held_elsewhere, is_abandoned, own_lease, stale_elsewhere
-from hpo.storage.optuna_access import id_of, storage_of
+from hpo.storage.lease import LEASE, dead_of, has_heartbeat, held_elsewhere, is_abandoned, own_lease
+from hpo.storage.optuna_access import storage_of
 from hpo.study import join_study
 from hpo.study.results import read_rows
 from hpo.text import held_by, some
@@ -23,7 +23,7 @@ def abandoned(check: StudyCheck) -> Iterator[Result]:
     """Check that every running trial has a living process."""
     study = check.readable
     storage = storage_of(study.optuna)
-    silent = stale_elsewhere(storage, id_of(study.optuna))
+    dead = dead_of(study.optuna, [trial for trial in check.trials if trial.state == TrialState.RUNNING])
     for trial in check.trials:
         if trial.state != TrialState.RUNNING:
             continue
@@ -31,7 +31,7 @@ def abandoned(check: StudyCheck) -> Iterator[Result]:
         name, cause = f"trial {trial.number} (index {trial_index_of(trial)})", ""
         if is_abandoned(trial):
             cause = _cause_of_death(trial, lease)
-        elif trial.number in silent:
+        elif trial.number in dead:
             assert lease is not None
             cause = f"its process on {lease['host']} has shown no heartbeat for long"
         if cause:

@@ -14,9 +14,11 @@ import pytest
 import torch
 import typer
 
+from core.data import Dataset
 from hpo import cli
 from hpo.paths import StudyPaths
 from tests.hpo.commands import RunHpo
+from tests.hpo.invented import SPACE, invented_study
 
 SURFACE = {
     "fit": """
@@ -31,8 +33,8 @@ SURFACE = {
         --tensorboard:bool --trials:int[1..] --weights:Path --workers:int[0..] --yes:bool space!
     """,
     "worker": """
-        --artifacts --data:Path --device --devices --keep-gb:float[0..] --keep:int[1..]=3 --per-device --storage
-        --tensorboard:bool --weights:Path --workers:int[1..] study!
+        --artifacts --data:Path --device --devices --hours:float[0.001..] --keep-gb:float[0..] --keep:int[1..]=3
+        --minutes:float[0.05..] --per-device --storage --tensorboard:bool --weights:Path --workers:int[1..] study!
     """,
     "train": """
         --data:Path --device --from --metric --profile:bool --set:list* --skip-broken:bool --storage --weights:Path
@@ -242,6 +244,8 @@ HEAVY = {"torch", "timm", "torchvision", "sklearn", "pandas", "matplotlib", "sci
         (["--help"], set(), 0),
         (["--version"], set(), 0),
         (["study", "delete", "nope"], set(), 2),
+        (["predict", "nope", "x"], set(), 2),
+        (["predict", "best", "x"], set(), 2),
         (["run", "nope"], set(), 2),
         (["data", "list"], set(), 0),
         (["space", "list"], set(), 0),
@@ -256,6 +260,26 @@ HEAVY = {"torch", "timm", "torchvision", "sklearn", "pandas", "matplotlib", "sci
 def test_a_command_imports_only_what_it_uses(
     arguments: list[str], allowed: set[str], code: int, tmp_path: Path
 ) -> None:
+    _check_imports(arguments, HEAVY - allowed, code, tmp_path)
+
+
+def test_looking_at_a_finished_study_imports_no_torch(digits: Dataset, tmp_path: Path) -> None:
+    """Running it again says so, and names the command of a longer search."""
+    (tmp_path / "s.yaml").write_text(SPACE)
+    invented_study(SPACE, digits, "s", trials=3)
+    run = ["run", str(tmp_path / "s.yaml"), "--trials", "3"]
+    for arguments in (run, ["study", "show", "s"], ["study", "top", "s", "--once"]):
+        said = _check_imports(arguments, {"torch", "timm", "matplotlib", "sklearn"}, 0, tmp_path)
+        assert "study s" in said
+    said = _check_imports(run, {"torch"}, 0, tmp_path)
+    assert said.splitlines()[:2] == [
+        "study s is finished: all 3 trials are done; continue it with",
+        f"  hpo run {tmp_path / 's.yaml'} --trials 6",
+    ]
+
+
+def _check_imports(arguments: list[str], forbidden: set[str], code: int, tmp_path: Path) -> str:
+    """Run a command in a process that must not import these packages, and return its output."""
     program = (
         "import sys\n"
         f"sys.argv = ['hpo', *{arguments!r}]\n"
@@ -264,11 +288,12 @@ def test_a_command_imports_only_what_it_uses(
         "    main()\n"
         "except SystemExit as ended:\n"
         f"    assert ended.code == {code}, ended.code\n"
-        f"print(*({HEAVY - allowed!r} & sys.modules.keys()), file=sys.stderr)\n"
+        f"print(*({forbidden!r} & sys.modules.keys()), file=sys.stderr)\n"
     )
     environment = {**os.environ, "HPO_STUDIES": str(tmp_path / "studies")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     assert done.stderr.splitlines()[-1] == ""
+    return done.stdout
 
 
 def test_the_package_and_its_help_need_no_file_locks_of_unix() -> None:

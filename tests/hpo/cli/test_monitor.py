@@ -13,16 +13,19 @@ from rich.console import Console
 
 import hpo.cli.console
 import hpo.cli.monitor
+from core.data import Dataset
 from hpo.analysis.live import Rate, look, rate_of
 from hpo.cli.console import TableOf, say_screen
 from hpo.cli.monitor import screen, top_command
 from hpo.space import SearchSpace
-from hpo.storage.lease import own_lease
+from hpo.storage.lease import LEASE, own_lease
 from hpo.study import Study
 from hpo.text import short_names
 from hpo.trials import TAKEN_FROM, TRIAL_INDEX
 from tests.hpo.commands import RunHpo
 from tests.hpo.confirmation.simulated import in_memory, on_disk, space_of
+from tests.hpo.invented import SPACE as INVENTED
+from tests.hpo.invented import invented_study
 
 SPACE = """
 base: {epochs: 20, batch_size: 64}
@@ -206,6 +209,26 @@ def test_the_trial_of_a_dead_process_is_told_from_one_that_runs(
     lines = shown(study, 1, capsys)
     assert lines[0].endswith("1 left by a dead process, 1 waiting")
     assert lines[-2:] == ["no worker trains anything; resume with", "  hpo run space --study simulated"]
+
+
+def test_all_views_agree_on_a_dead_worker_and_name_the_command_of_the_next_one(
+    run_hpo: RunHpo, digits: Dataset
+) -> None:
+    """After `hpo run --workers 0`, the command of the study only queues trials."""
+    study = invented_study(INVENTED, digits, "s", trials=2, running=1, waiting=1)
+    study.settings.command = "hpo run space --study s --trials 4 --workers 0"
+    [running] = study.optuna.get_trials(states=(TrialState.RUNNING,))
+    study.optuna._storage.set_trial_user_attr(running._trial_id, LEASE, {**own_lease(), "start": 1})
+    top, show = run_hpo("study", "top", "s", "--once"), run_hpo("study", "show", "s")
+    for said in (top, show):
+        assert "1 left by a dead process, 1 waiting" in said
+    for said in (top, show, run_hpo("study", "list")):
+        assert "1 running" not in said
+    assert top.splitlines()[-1] == "  hpo worker s"
+    assert show.partition("next:\n")[2].splitlines()[0] == "  hpo worker s"
+    assert f"trial {running.number} (index {running.number}) is RUNNING, but its process" in run_hpo(
+        "study", "doctor", "s", code=1
+    )
 
 
 @pytest.mark.parametrize(("total", "last"), [(1, "nothing runs or waits any more"), (3, "  hpo run space --study s")])

@@ -679,6 +679,25 @@ def test_the_recorded_scores_of_the_test_images_are_shown_with_the_name_of_the_r
     assert {row[0] for row in cells_of(images.per_class(data), 1)[:2]} == {"▼ 3", "▼ 5"}
 
 
+@pytest.mark.parametrize(
+    ("counts", "why"),
+    [
+        ([[0, 9, 1], [0, 5, 0], [0, 0, 5]], "it is never predicted; its 10 images were taken for b (9) and c (1)"),
+        ([[0, 1, 0], [0, 5, 0], [0, 0, 5]], "it is never predicted; its image was taken for b (1)"),
+        ([[0, 2, 0], [1, 5, 0], [0, 0, 5]], "it is predicted for other images only; its 2 images were taken for b (2)"),
+        ([[1, 9, 0], [0, 5, 0], [0, 0, 5]], "mostly its own images are missed"),
+        ([[5, 0, 0], [9, 9, 0], [0, 0, 5]], "mostly others are taken for it"),
+        ([[0, 0, 0], [1, 5, 0], [0, 0, 5]], "there is no image of it, but others are taken for it"),
+    ],
+)
+def test_the_reason_of_the_worst_class_follows_from_where_its_images_went(counts: list[list[int]], why: str) -> None:
+    table = np.asarray(counts)
+    rows = images._class_scores(table, ("a", "b", "c"))
+    by_class = {name: dict(zip("abc", row, strict=True)) for name, row in zip("abc", counts, strict=True)}
+    [worst] = [row for row in rows if row["class"] == "a"]
+    assert images._why_bad(worst, by_class) == why
+
+
 @pytest.mark.parametrize("size", [2, 20, 100])
 def test_a_confusion_matrix_has_numbers_if_its_cells_are_large_enough(size: int) -> None:
     counts = np.eye(size, dtype=np.int64) * 5

@@ -23,8 +23,9 @@ from core.config import TrainConfig
 from core.data import Dataset, folds
 from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import scores, value
-from core.runtime import derive_seed, normalize
+from core.runtime import normalize
 from core.schedule import saturated_from
+from core.seeds import derive_seed
 from core.tta import VIEWS, look, predict_logits
 from hpo.dashboard import artifacts
 from hpo.errors import StudyError
@@ -38,8 +39,9 @@ from hpo.space import SearchSpace, load_space
 from hpo.space.pruner import places_of
 from hpo.study import Study, open_study
 from hpo.study.results import read_result
-from hpo.submission import Forced, Refitted, Training, refit
 from hpo.submission.bundle import load_bundle
+from hpo.submission.decision import Forced
+from hpo.submission.refit import Refitted, Training, refit
 from hpo.trials import RUNG_LOSS, TRIAL_INDEX, trial_index_of
 from tests.hpo.commands import RunHpo, studies_in
 from tests.hpo.digits import check_predictions, digit_pixels, write_digits

@@ -87,8 +87,8 @@ def test_after_a_kill_of_everything_the_same_command_ends_at_its_total_and_tells
     assert "study digits: 4 trials of 12 epochs, 0 done" in said
     trial_indices = ", ".join(str(trial.user_attrs["trial_index"]) for trial in killed)
     assert (
-        f"2 trial(s) were left running by a process that died (trial index {trial_indices}): "
-        "2 resume from a checkpoint, 0 start again\n"
+        f"2 trials left running by a process that died (trial index {trial_indices}): "
+        "2 to resume from a checkpoint, 0 to start again\n"
     ) in said
     for trial in killed:
         trial_index = trial.user_attrs["trial_index"]

@@ -20,6 +20,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from core.config import TrainConfig
+from core.data import DataReport
 from hpo.dashboard.artifacts import attach
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, studies_root
@@ -218,6 +219,27 @@ def test_another_space_is_refused_with_the_difference_and_advice(open_: Any) -> 
     assert re.search(r"search\.optim\.lr_scale: high 10 → 20", str(refused.value))
     assert "--study NAME" in str(refused.value)
     assert "--take-over s" in str(refused.value)
+
+
+def test_a_refused_resume_prints_the_command_that_would_work(open_: Any) -> None:
+    open_().settings.command = "hpo run space.yaml --study s --set epochs=3"
+    with pytest.raises(StudyError, match=r"(?m)^continue it with\n  hpo run space.yaml --study s --set epochs=3\nor "):
+        open_(text=SPACE.replace("high: 10", "high: 20"))
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"glass": {"train": 5}, "metal": {"train": 8, "test": 2}}, "1 train image more of metal"),
+        ({"glass": {"train": 5}}, "7 train images fewer of metal, 2 test images fewer of metal"),
+        ({"glass": {"train": 5}, "metal": {"train": 7, "test": 2}}, "as many of each class, with other content"),
+    ],
+)
+def test_other_images_are_refused_with_what_changed(open_: Any, now: dict[str, Any], said: str) -> None:
+    before = {"glass": {"train": 5}, "metal": {"train": 7, "test": 2}}
+    open_(dataset=Images(report=DataReport(counts=before)), data_path=Path("trash"))
+    with pytest.raises(StudyError, match=f"{said}.*; give the same by --data .*/trash, or choose another --study"):
+        open_(dataset=Images(fingerprint="cd" * 32, report=DataReport(counts=now)))
 
 
 @pytest.mark.parametrize(
@@ -498,7 +520,7 @@ def test_a_complete_trial_has_a_finite_value(open_: Any, value: float | None) ->
 
 
 def test_the_configuration_of_a_complete_trial_is_known(open_: Any, space_of: Any) -> None:
-    from core.runtime import derive_seed
+    from core.seeds import derive_seed
 
     text = SPACE + "  model.widths: {choices: [[64, 128, 256, 512], [32, 64, 128, 256]]}\n"
     study = open_(text=text, seed=5)

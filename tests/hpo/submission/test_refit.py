@@ -24,8 +24,9 @@ from core.config import TrainConfig
 from core.data import Dataset, load_dataset, split
 from core.loop import EpochMetrics, TrainResult, train
 from core.metrics import scores, value
-from core.runtime import derive_seed, make_generator, normalize
+from core.runtime import make_generator, normalize
 from core.schedule import without_validation
+from core.seeds import derive_seed
 from core.tta import VIEWS, average, predict_logits
 from hpo.api.refit import _FORMS, _VIEWS
 from hpo.confirmation.result import Confirmation, Contender, identity_of, write_confirmation
@@ -33,13 +34,13 @@ from hpo.confirmation.statistics import Interval
 from hpo.confirmation.trials import trainings
 from hpo.paths import StudyPaths, refit_label
 from hpo.study import Study, find_study
-from hpo.submission import Refitted, Training, refit
 from hpo.submission.bundle import load_bundle
 from hpo.submission.candidates import Candidate
 from hpo.submission.decision import FORMS, Decision, Forced, decide
 from hpo.submission.evidence import Evidence, of_confirmation
 from hpo.submission.members import greedy_soup
 from hpo.submission.networks import Trainer
+from hpo.submission.refit import Refitted, Training, refit
 from tests.hpo.commands import RunHpo
 from tests.hpo.confirmation.simulated import some_confirmation, some_contender
 

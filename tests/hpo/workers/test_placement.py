@@ -61,12 +61,12 @@ def test_one_trial_at_a_time_has_its_own_process_only_with_workers_1(
     ("device", "devices", "workers", "per_device", "said"),
     [
         ("cpu", "cuda:0", None, None, "--device and --devices: give one of the two"),
-        (None, "cuda:0,cuda:2", None, None, "--devices cuda:2: this machine has 2 CUDA device(s); give cpu or omit "
+        (None, "cuda:0,cuda:2", None, None, "--devices cuda:2: this machine has 2 CUDA devices; give cpu or omit "
          "it"),
         (None, "cuda:0,cuda", None, None, "--devices cuda:0,cuda: cuda:0 is there twice; --per-device sets how many "
          "trials it takes"),
         (None, "all", 1, None, "--workers 1: fewer than the 2 devices; give as many, or fewer --devices"),
-        (None, "all", 5, "2", "--workers 5: 2 device(s) with --per-device 2 take 4; leave one of the two out"),
+        (None, "all", 5, "2", "--workers 5: 2 devices with --per-device 2 take 4; leave one of the two out"),
         (None, None, 2, "auto", "--workers 2: --per-device auto measures the number; leave one of the two out"),
         (None, None, None, "0", "--per-device 0: give a whole number from 1 on, or auto"),
     ],

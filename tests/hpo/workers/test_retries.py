@@ -90,7 +90,7 @@ def test_a_trial_index_is_retried_as_often_as_allowed_and_then_counts_as_failed(
     assert last.system_attrs["constraints:failure"] > 0  # so that the sampler keeps away
     assert last.params
     assert (study.counts().failures, study.counts().finished, study.queue.waiting()) == (1, 1, 0)
-    assert "trial 2: 3 attempt(s) at it died with their process" in caplog.text
+    assert "trial 2: 3 attempts at it died with the process" in caplog.text
     study.queue.ensure_trials(1)
     assert study.queue.waiting() == 0  # it counts towards the total
 
@@ -293,7 +293,7 @@ def test_a_study_queued_without_workers_is_trained_from_another_folder_by_its_st
     monkeypatch.setenv("HPO_STUDIES", str(begun))
     assert hpo(monkeypatch, "run", str(space.path), "--trials", "2", "--workers", "0") == 0
     said = capsys.readouterr().out
-    assert "2 trials are waiting for workers" in said
+    assert "2 trials waiting for workers" in said
     assert "  hpo worker own\n" in said
     assert [trial.state for trial in trials_of(begun / "own")] == [TrialState.WAITING] * 2
 
@@ -301,7 +301,9 @@ def test_a_study_queued_without_workers_is_trained_from_another_folder_by_its_st
     monkeypatch.setenv("HPO_STUDIES", str(joined))
     storage = str(begun / "own/journal.log")
     assert hpo(monkeypatch, "worker", "own", "--storage", storage, "--device", "cpu") == 0
-    assert "no trial is waiting: 2 of 2 trials finished\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no trial is waiting: 2 of 2 trials finished\n" in said
+    assert f"its checkpoints and weights go to {joined / 'own'}\n" in said
     assert sorted(finished_of(begun / "own")) == [0, 1]
     assert (joined / "own/trials/00001/metrics.jsonl").exists()
 
