@@ -586,6 +586,16 @@ class NamedStudy(Options):
     storage: Storage = None
 
 
+class AddOptions(NamedStudy):
+    """Options of `hpo study add`."""
+
+    params: Settings = option(
+        "A searched field and its value, for example optim.lr_scale=3; the others have the baseline's. Repeatable.",
+        (),
+        metavar="KEY=VALUE",
+    )
+
+
 class DeleteOptions(NamedStudy):
     """Options of `hpo study delete`."""
 

@@ -7,16 +7,25 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpo.analysis.summary import StudySummary, summarize
-from hpo.api.options import DashboardOptions, DoctorOptions, ExportOptions, ReportOptions, TrialsOptions
+from hpo.api.options import (
+    AddOptions,
+    DashboardOptions,
+    DoctorOptions,
+    ExportOptions,
+    ReportOptions,
+    TrialsOptions,
+    setting_texts,
+)
 from hpo.errors import StudyError
 from hpo.report.words import no_trials
 from hpo.reporter import Reporter, Silent
+from hpo.space.document import flow
 from hpo.storage.atomic import write_output
 from hpo.storage.urls import words_of
-from hpo.study import Study, find_study
+from hpo.study import Study, find_study, join_study
 from hpo.study import list_studies as open_studies
 
 if TYPE_CHECKING:
@@ -157,6 +166,38 @@ def doctor(options: DoctorOptions) -> Diagnosis:
     after = Diagnosis(check, run_checks(StudyCheck(check.name, options.storage)), (), failed, disk_use(check.paths))
     left = {finding.problem for finding in after.findings}
     return replace(after, fixed=[finding for finding in fixable if finding.problem not in left])
+
+
+# One more trial ----------------------------------------------------------------------------------------------------
+
+
+def add(options: AddOptions) -> tuple[Study, dict[str, Any]]:
+    """Queue a trial with the given parameters, and the baseline's values of the others.
+
+    Returns:
+        The study, whose total is one larger, and all parameters of the trial.
+
+    Raises:
+        HpoError: There is no such study, a field is not searched, or a value is outside its range.
+    """
+    from hpo.space import override_config
+
+    if not options.params:
+        raise StudyError("--params is missing; give the searched fields that differ from the baseline's")
+    study = join_study(options.study, storage_url=options.storage)
+    if study.confirms is not None:
+        raise StudyError(f"study {study.name} is a confirmation, and searches nothing; give {study.confirms}")
+    space, given = study.space(), setting_texts(options.params)
+    fields = [text.partition("=")[0] for text in given]
+    if unknown := [field for field in fields if field not in space.search]:
+        searched = ", ".join(space.search)
+        raise StudyError(f"--params {unknown[0]}: study {study.name} does not search it; it searches {searched}")
+    params = space.express(override_config(space.baseline, options.params))
+    if params is None:
+        ranges = "; ".join(f"{field}: {flow(space.search[field].describe())}" for field in fields)
+        raise StudyError(f"--params {' '.join(given)}: study {study.name} cannot draw that; {ranges}")
+    study.queue.enqueue([(params, {})])
+    return study, params
 
 
 # A trial as a recipe ------------------------------------------------------------------------------------------------

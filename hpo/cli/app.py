@@ -253,6 +253,18 @@ def study_export(options: of.ExportOptions) -> None:
     say(f"  hpo train {shlex.quote(str(options.output))}{data}")
 
 
+@command(study_app, of.AddOptions, "add")
+def study_add(options: of.AddOptions) -> None:
+    """Queue one more trial with chosen parameters."""
+    from hpo.api.study import add
+    from hpo.report.words import joining
+    from hpo.text import assignments
+
+    study, params = add(options)
+    say(f"queued as the last trial of {study.total}: {assignments(params)}; run it with")
+    say(f"  {joining(study)}")
+
+
 @command(study_app, of.DeleteOptions, "delete")
 def study_delete(options: of.DeleteOptions) -> None:
     """Delete a study with its confirmation, its models and all files; ask first."""

@@ -71,9 +71,16 @@ def patience_text(study: Study) -> str:
 
 def states_text(counts: Counts) -> str:
     """The number of trials in each state: `12 complete, 3 pruned`."""
-    named = {"failures": "failed to train", "dead": "left by a dead process"}
-    numbers = {**vars(counts), "running": counts.running - counts.dead}
-    return counted({named.get(state, state): number for state, number in numbers.items()}) or "none yet"
+    numbers = {
+        "complete": counts.complete,
+        "pruned": counts.pruned,
+        "failed to train": counts.failures,
+        "running": counts.running - counts.dead,
+        "left by a dead process": counts.dead,
+        "paused": counts.paused,
+        "waiting": counts.waiting,
+    }
+    return counted(numbers) or "none yet"
 
 
 def progress_text(study: Study, finished: int) -> str:

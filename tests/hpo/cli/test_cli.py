@@ -74,6 +74,9 @@ SURFACE = {
     "study export": """
         --output/-o:Path --storage --study trial!
     """,
+    "study add": """
+        --params:list* --storage study!
+    """,
     "study delete": """
         --storage --yes:bool study!
     """,
