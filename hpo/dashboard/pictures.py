@@ -37,6 +37,13 @@ SHEET, SHEET_COLUMNS = 24, 6  # images on a sheet, and in a row
 SHEET_SIDE = 160, 208  # pixels of an enlarged image's side: the aim and the maximum
 LOG_FROM = 50.0  # a loss that falls by more than this factor gets a logarithmic axis
 
+_DASHES: tuple[tuple[str, Any], ...] = (
+    *((ORANGE, (0, (7, 2))), (GREEN, (0, (7, 2, 1.5, 2))), (PINK, (0, (1.5, 1.5)))),
+    *((YELLOW, (0, (3, 1.5))), (INK, (0, (7, 2, 1.5, 2, 1.5, 2)))),
+)
+"""Colour and dashes of each baseline's line, told apart in grey too."""
+_LABEL_ROOM = 0.13  # of the axes' height, for a name and its value
+
 _LEGEND: dict[str, Any] = {"fontsize": TEXT - 2, "framealpha": 0.85, "edgecolor": "none", "labelcolor": INK}
 
 
@@ -264,9 +271,7 @@ def study_overview(
 
     figure = _figure(8.4, 4.8)
     axes = figure.subplots()
-    figure.subplots_adjust(left=0.085, right=0.985, bottom=0.2, top=0.87)
-    for (name, value), color in zip(lines.items(), cycle((ORANGE, GREEN, PINK, YELLOW)), strict=False):
-        axes.axhline(value, color=color, linewidth=1.8, linestyle="--", label=f"{_short(name)} {value:.4f}", zorder=1)
+    figure.subplots_adjust(left=0.085, right=0.76 if lines else 0.985, bottom=0.2, top=0.87)
     if best:
         axes.step([*complete, last], [*best, best[-1]], where="post", color=BLUE, linewidth=2.4, label="best so far")
         label = f"complete ({len(complete)})"
@@ -281,13 +286,41 @@ def study_overview(
         axes.scatter(list(pruned), heights, label=f"pruned ({len(pruned)})", **style)
     axes.set_ylim(low, high)
     _over(axes, "trial", 0, last)
+    _draw_baselines(axes, lines)
     words = METRIC_WORDS.get(metric, metric)
     _decorate(axes, f"validation {words}" + (f": best {best[-1]:.4f}" if best else ""))
     if axes.get_legend_handles_labels()[0]:
-        figure.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 0.01), columnspacing=1.2, ncols=min(3 + len(lines), 5), **_LEGEND
-        )
+        figure.legend(loc="lower center", bbox_to_anchor=(0.5, 0.01), columnspacing=1.2, ncols=3, **_LEGEND)
     _save(figure, path, title)
+
+
+def _draw_baselines(axes: Axes, values: Mapping[str, float]) -> None:
+    """Draw a horizontal line for each value, with its name at the right end; close names are moved apart."""
+    low, high = axes.get_ylim()
+    top = 1.0
+    ranked = sorted(values.items(), key=lambda item: -item[1])
+    for number, ((name, value), (color, dashes)) in enumerate(zip(ranked, cycle(_DASHES), strict=False)):
+        axes.axhline(value, color=color, linewidth=1.8, linestyle=dashes, zorder=1)
+        height = max(min((value - low) / (high - low), top), _LABEL_ROOM * (len(ranked) - number - 1))
+        top = height - _LABEL_ROOM
+        axes.annotate(
+            f"{_plain(_ending(name.removeprefix('recipe ')))}\n{value:.4f}",
+            xy=(1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            fontsize=TEXT - 2,
+            color=INK,
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 1.4,
+                "linestyle": dashes,
+                "shrinkA": 0,
+                "relpos": (0, 0.5),
+            },
+        )
 
 
 def _values(study: optuna.Study, state: TrialState) -> dict[int, float]:
@@ -368,6 +401,12 @@ def _decorate(axes: Axes, title: str) -> None:
 def _short(name: str) -> str:
     """A name on one line of at most `LONGEST_NAME` characters, escaped for matplotlib."""
     return _plain(_one_line(name))
+
+
+def _ending(name: str) -> str:
+    """The end of a name, in which those of recipes differ."""
+    name = " ".join(name.split())
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
 def _one_line(name: str) -> str:

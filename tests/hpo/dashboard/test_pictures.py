@@ -259,6 +259,20 @@ def test_a_study_is_drawn_with_its_baselines(tmp_path: Path, direction: str) -> 
     assert share_of(tmp_path / "s.png", pictures.ORANGE) > 0.0005
 
 
+def test_names_of_close_baselines_are_at_the_ends_of_their_lines_and_do_not_overlap() -> None:
+    axes = pictures._figure(8.4, 4.8).subplots()
+    axes.set_ylim(0.8, 0.9)
+    values = {"the baseline": 0.84, "recipe one": 0.8401, "recipe two": 0.8402, "recipe three": 0.801, "x": 0.8}
+    pictures._draw_baselines(axes, values)
+    heights = {text.get_text().partition("\n")[0]: text.get_position()[1] for text in axes.texts}
+    assert list(heights) == ["two", "one", "the baseline", "three", "x"]
+    gaps = np.diff([*heights.values()])
+    assert (gaps <= -0.12).all()
+    assert 0 <= heights["x"] <= heights["two"] <= 1
+    assert all(text.get_position()[0] > 1 for text in axes.texts)  # outside of the axes
+    assert len({str(line.get_linestyle()) + str(line._dash_pattern) for line in axes.lines}) == len(values)
+
+
 def test_a_study_without_a_finished_trial_is_drawn_too(tmp_path: Path) -> None:
     empty = optuna.create_study()
     study_overview(empty, tmp_path / "empty.png", metric="nll")
