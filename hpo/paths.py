@@ -195,6 +195,10 @@ class StudyPaths:
         """Existing weights of the trial's folds."""
         return sorted(self.trial(number).glob("model*.safetensors"))
 
+    def kept_of(self, number: int) -> list[Path]:
+        """Existing weights and validation outputs of the trial's folds."""
+        return [*self.trial_models(number), *sorted(self.trial(number).glob("validation*.safetensors"))]
+
     def needed_by_refit(self, number: int) -> list[Path]:
         """Weights and metrics of the trial."""
         return [*self.trial_models(number), self.trial_metrics(number)]

@@ -18,7 +18,10 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 from tests.hpo.commands import RunHpo
 
 # With few processes, a long file that began last would keep all of them waiting.
-LONGEST_FILES = ("test_ray.py", "test_chaos.py", "test_house.py", "test_end_to_end.py", "test_safety.py")
+LONGEST_FILES = (
+    *("test_ray.py", "test_chaos.py", "test_writes.py", "test_house.py", "test_end_to_end.py", "test_fuzz.py"),
+    "test_safety.py",
+)
 _MODULES = itertools.count()
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -38,7 +41,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("chaos") is not None and "chaos" not in item.config.getoption("-m"):
-        pytest.skip("takes six minutes: pytest -m chaos")
+        pytest.skip("takes minutes to an hour: pytest -m chaos")
 
 
 @pytest.fixture(scope="session", autouse=True)

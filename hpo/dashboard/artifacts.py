@@ -11,17 +11,19 @@ import json
 import logging
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from optuna.artifacts import get_all_artifact_meta, upload_artifact
+from optuna.artifacts import ArtifactMeta, get_all_artifact_meta
 
 from hpo.dashboard.notes import note_trial
 from hpo.dashboard.pictures import confusion_matrix, learning_curves
-from hpo.storage.atomic import replacing
-from hpo.storage.optuna_access import storage_of
+from hpo.storage.atomic import replacing, write_file
+from hpo.storage.optuna_access import storage_of, trial_id
 from hpo.study.results import read_rows
 from hpo.text import count
 from hpo.trials import ARTIFACT
@@ -56,7 +58,7 @@ def record(
     """
     if confusion is not None:
         table = {"classes": classes, "folds": space.baseline.data.folds or 1, "counts": confusion.tolist()}
-        study.paths.trial_counts(outcome.number).write_text(json.dumps(table), encoding="utf-8")
+        write_file(study.paths.trial_counts(outcome.number), json.dumps(table))
     with _only_warned(outcome.number, "its pictures are missing"):
         _attach_all(study, trial, outcome)
         if study.files.store is not None:  # read by machines that lack the trial's folder, and so cannot draw
@@ -92,9 +94,15 @@ def _attach_all(study: Study, trial: Trial, outcome: Outcome) -> None:
 
 
 def attach(trial: Trial, file: Path, store: OptunaArtifactStore) -> None:
-    """Attach a copy of a file to a running trial. The dashboard shows PNG files, and offers all others as text."""
-    kind = "image/png" if file.suffix == ".png" else "text/plain"
-    upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial, mimetype=kind)
+    """Attach a copy of a file to a running trial. The dashboard shows PNG files, and offers all others as text.
+
+    Unlike `optuna.artifacts.upload_artifact`, the copy is made first: a killed process leaves no artifact without it.
+    """
+    artifact_id, kind = str(uuid.uuid4()), "image/png" if file.suffix == ".png" else "text/plain"
+    with file.open("rb") as content:
+        store.write(artifact_id, content)
+    meta = ArtifactMeta(artifact_id=artifact_id, filename=file.name, mimetype=kind, encoding=None)
+    trial.storage.set_trial_system_attr(trial_id(trial), f"{ARTIFACT}{artifact_id}", json.dumps(asdict(meta)))
 
 
 def _placeholder(study: str) -> bytes:

@@ -33,6 +33,12 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write a text file in one step; unlike `Path.write_text`, it replaces a symbolic link and leaves its target."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_output(file: Path | None, text: str, *, folders: bool = False) -> None:
     """Write a text file, if one is given, in one step; a pipe or a device is written to directly.
 

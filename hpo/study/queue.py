@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shutil
 from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.space.pruner import PromotePruner, mark_place
 from hpo.storage import lease
+from hpo.storage.atomic import replacing
 from hpo.storage.lease import LEASE, Held
 from hpo.storage.optuna_access import forget_cached_trials, storage_of, trial_id
 from hpo.study.promotion import Ladder
@@ -161,7 +163,10 @@ class TrialQueue:
         )
 
     def _queue_again(self, attempt: FrozenTrial, *, crashes: int = 0) -> None:
-        """Queue an attempt's index, with its parameters and rungs."""
+        """Queue an attempt's index, with its parameters and rungs; delete the attempt's networks and their outputs."""
+        for file in self._paths.kept_of(attempt.number):  # else the next attempt's network would count twice
+            file.unlink(missing_ok=True)
+            self._files.unshare(file)
         dropped = {LEASE, INTERRUPTED, RESUMED_EPOCH, FAILURE, REASON, STOPPED, "error"}
         attributes = {key: value for key, value in with_current_names(attempt.user_attrs).items() if key not in dropped}
         # The sampler's and the pruner's system attributes stay; the artifacts belong to the attempt.
@@ -310,10 +315,23 @@ class TrialQueue:
             if not self._take(trial):  # so that no other process continues it meanwhile
                 continue
             self._mark_place(trial, kept=False)
+            self._bring_files(trial)
             self._drop_checkpoints(trial)
             self._storage.set_trial_state_values(
                 trial_id(trial), TrialState.PRUNED, [trial.intermediate_values[max(trial.intermediate_values)]]
             )
+
+    def _bring_files(self, trial: FrozenTrial) -> None:
+        """Copy the files of the attempt that paused, if a process has died with the trial since."""
+        folder, index = self._paths.trial(trial.number), trial_index_of(trial)
+        earlier = [one.number for one in self._trials()[: trial.number] if trial_index_of(one) == index]
+        paused = next((number for number in earlier if self._paths.trial_metrics(number).exists()), None)
+        if paused is None or self._paths.trial_metrics(trial.number).exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in self._paths.trial(paused).iterdir():
+            with replacing(folder / file.name) as copy:
+                shutil.copyfile(file, copy)
 
     def held_elsewhere(self) -> list[Held]:
         """Return the running trials of other hosts or containers, which may be dead."""

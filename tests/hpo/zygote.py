@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -38,10 +39,15 @@ _PRELOADED = (
 
 
 class Hpo(subprocess.Popen[str]):
-    """`subprocess.Popen` of `python -m hpo.cli ARGUMENTS`, forked instead of executed."""
+    """`subprocess.Popen` of `python -m hpo.cli ARGUMENTS`, forked instead of executed.
 
-    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
+    Args:
+        preload: a library that the command is linked with before all others.
+    """
+
+    def __init__(self, arguments: Sequence[str], *, preload: Path | None = None, **options: Any) -> None:
         self._status: socket.socket | None = None
+        self._preload = preload
         super().__init__([sys.executable, "-m", "hpo.cli", *arguments], text=True, **options)
 
     def _execute_child(
@@ -61,7 +67,7 @@ class Hpo(subprocess.Popen[str]):
         theirs = (p2cread, c2pwrite, errwrite)
         text = json.dumps(request).encode()
         self._status = socket.socket(socket.AF_UNIX)
-        self._status.connect(_server())
+        self._status.connect(_server(self._preload))
         streams = [number if stream == -1 else stream for number, stream in enumerate(theirs)]
         socket.send_fds(self._status, [len(text).to_bytes(8, "little")], streams)
         self._status.sendall(text)
@@ -85,27 +91,21 @@ class Hpo(subprocess.Popen[str]):
         return self.returncode
 
 
-_address: str | None = None
-
-
-def _server() -> str:
-    """Return the address of this process's server, which ends with this process."""
-    global _address
-    if _address is None:
-        folder = tempfile.mkdtemp(prefix="hpo-tests-")
-        _address = f"{folder}/socket"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.hpo.zygote", _address],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            cwd=Path(__file__).resolve().parents[2],
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        atexit.register(process.kill)
-    return _address
+@functools.cache
+def _server(preload: Path | None) -> str:
+    """Return the address of this process's server with a library, which ends with this process."""
+    address = f"{tempfile.mkdtemp(prefix='hpo-tests-')}/socket"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.hpo.zygote", address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **({"LD_PRELOAD": str(preload)} if preload else {})},
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    atexit.register(process.kill)
+    return address
 
 
 # In the server
