@@ -7,6 +7,7 @@ run code.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import pickle
@@ -70,8 +71,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = unfinished(path)
+    temporary.unlink(missing_ok=True)  # of a killed process, or a symbolic link to another file
     try:
-        with temporary.open("wb") as file, _original_error():
+        with temporary.open("xb") as file, _original_error():
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -112,7 +114,9 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         _check_archive(path)
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+    except (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EINVAL:  # a place before the file's start
+            raise _refusal(path, "a part of it is missing") from error
         raise  # caused by the disk or the device, not by the file
     except pickle.UnpicklingError as error:
         raise _refusal(path, "it holds more than tensors and plain values") from error

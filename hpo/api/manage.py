@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 from hpo.api.options import CopyOptions, DeleteOptions, RenameOptions
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of, confirmed_by, is_confirmation, studies_root
-from hpo.storage import is_journal, is_masked, mask, open_storage
+from hpo.storage import METADATA, is_journal, is_masked, mask, open_storage
 from hpo.storage.atomic import UNFINISHED, replacing
 from hpo.study import check_search_name, find_study
-from hpo.study.metadata import METADATA, read_metadata, storage_url_of, write_file
+from hpo.study.metadata import read_metadata, storage_url_of, write_file
 from hpo.text import count, in_words
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def _with_names(attributes: Mapping[str, Any], old: str, new: str) -> dict[str, 
 
 def _confirming(metadata: Mapping[str, Any], new: str) -> dict[str, Any]:
     """The metadata of a confirmation, of a study under its new name."""
-    from hpo.space.space import hash_of
+    from hpo.space.document import hash_of
 
     identity = {**metadata["identity"], "confirms": new}
     return {**metadata, "identity": identity, "hash": hash_of(identity)}

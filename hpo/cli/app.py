@@ -6,7 +6,7 @@ Commands import what they need when they run, so that `hpo --help` and a mistype
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -404,6 +404,10 @@ def data_audit(options: of.AuditOptions) -> None:
         say(f"written to {options.output}")
 
 
+# Base class of errors about the command line: of typer's own copy of click, or of click, by typer's version.
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+
+
 def main() -> None:
     """Run the command line. An error caused by user input is one line and exit code 2."""
     from core.errors import CoreError
@@ -411,7 +415,11 @@ def main() -> None:
     from hpo.text import printable_lines
 
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except _UsageError as error:  # typer would show the words as they were given
+        error.message = printable_lines(error.message)
+        error.show()
+        sys.exit(error.exit_code)
     except (HpoError, CoreError) as error:
         print(f"hpo: {printable_lines(str(error))}", file=sys.stderr)
         sys.exit(2)

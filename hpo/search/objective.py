@@ -34,6 +34,7 @@ from hpo.search.pace import Pace
 from hpo.search.training import fold_label, naming_images, of_fold, on_host, resume_or_restart, without_failed_graphs
 from hpo.space import SearchSpace, to_yaml
 from hpo.space.pruner import PromotePruner, RungPruner, mark_loss
+from hpo.storage.atomic import write_file
 from hpo.storage.optuna_access import storage_of, trial_id
 from hpo.study import Study
 from hpo.study.results import append_line
@@ -87,7 +88,7 @@ class Objective:
             shown = self.space.shown(trial)
             return Outcome(trial.number, trial_index, "pruned", None, None, shown, failure="invalid", why=text)
         self.study.paths.trial(trial.number).mkdir(parents=True, exist_ok=True)
-        self.study.paths.trial_config(trial.number).write_text(to_yaml(naming_images(config, self.study.data_path)))
+        write_file(self.study.paths.trial_config(trial.number), to_yaml(naming_images(config, self.study.data_path)))
         attempt = _Attempt(self, trial, trial_index, config, self.divide(config.data), twin, until)
         try:
             self.pace.begin(trial, trial_index, config, attempt.splits)
@@ -184,7 +185,7 @@ class _Attempt:
     def __post_init__(self) -> None:
         self.folds, self.metric = len(self.splits), self.objective.space.metric
         self.metrics_file = self.objective.study.paths.trial_metrics(self.trial.number)
-        self.metrics_file.write_text("")
+        write_file(self.metrics_file, "")
         stored = storage_of(self.trial.study).get_trial(trial_id(self.trial))
         self.stored_steps = frozenset(stored.intermediate_values)  # of a paused trial
 

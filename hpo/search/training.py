@@ -29,7 +29,7 @@ from core.seeds import derive_seed
 from hpo.paths import TrainingPaths
 from hpo.search.held_out import half_lives, outputs_of, write_outputs
 from hpo.space import to_yaml
-from hpo.storage.atomic import exclusive
+from hpo.storage.atomic import exclusive, write_file
 from hpo.study.results import json_line, write_result
 from hpo.study.settings import StudySettings
 
@@ -87,7 +87,7 @@ def train_recorded(
         StudyError: Another process trains into the folder.
     """
     with exclusive(paths.lock, f"{paths.dir} is being trained"):
-        paths.config.write_text(to_yaml(written or config))
+        write_file(paths.config, to_yaml(written or config))
         folds = len(splits)
         results: list[TrainResult] = []
         for fold, divided in enumerate(splits, 1):
@@ -112,7 +112,7 @@ def train_recorded(
             tuple(fold_rows([result.history for result in results], metric)),
             tuple(per_class(validation_confusion(results, splits), splits[0].classes)),
         )
-        paths.metrics.write_text("".join(map(json_line, recorded.rows)))
+        write_file(paths.metrics, "".join(map(json_line, recorded.rows)))
         for fold, result in enumerate(results, 1):
             save_model(result.model, str(paths.model(fold)))
             if evidence:

@@ -6,6 +6,8 @@ without a bound. Here scalars follow the core schema of YAML 1.2 (https://yaml.o
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -246,6 +248,12 @@ _Dumper.add_representer(list, _Dumper.sequence)
 _Dumper.add_representer(tuple, _Dumper.sequence)
 _Dumper.add_multi_representer(Mapping, _Dumper.represent_dict)
 _Dumper.add_multi_representer(object, _Dumper.string)  # for messages about a wrong value, such as a Path
+
+
+def hash_of(identity: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a space's identity, in hex."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ A field in `--set` is pinned: it is no longer searched, and recipes get its valu
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -259,7 +260,8 @@ class _Loader:
     def _recipe_at(self, name: str, document: Document, space: Path, *place: str | int) -> Recipe | None:
         """A recipe named in a space: relative to the space, or to a folder of spaces."""
         folders = [space.parent, *search_space_dirs()]
-        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        # Unlike Path.is_file, this answers for names that the system does not allow.
+        found = next((folder / name for folder in folders if os.path.isfile(folder / name)), None)  # noqa: PTH113
         if found is None:
             there = {path.stem: f"recipes/{path.name}" for folder in folders for path in folder.glob("recipes/*.yaml")}
             meant = did_you_mean(Path(name).stem, there, lambda stem, names: there.get(nearest(stem, names) or ""))

@@ -6,7 +6,6 @@ condition.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from core.config import OWN_PARTS, READING_FIELDS, REFERENCE_LR, DataConfig, TrainConfig, is_own
-from hpo.space.document import flow
+from hpo.space.document import flow, hash_of
 from hpo.space.grammar import Confirm, Metric, Objective, PromotePruner, Pruner, RungsPruner, Sampler
 
 if TYPE_CHECKING:
@@ -300,12 +299,6 @@ class SearchSpace:
             else self.baseline.flat().get(path) in allowed
             for path, allowed in when.items()
         )
-
-
-def hash_of(identity: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of an identity, in hex."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 _ADDED_FIELDS = (

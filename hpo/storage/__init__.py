@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.errors import StudyError
+from hpo.storage.names import METADATA
 from hpo.storage.urls import advice, is_journal, is_masked, mask
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-__all__ = ["is_journal", "is_masked", "mask", "open_storage"]
+__all__ = ["METADATA", "is_journal", "is_masked", "mask", "open_storage"]
 
 
 def open_storage(url: str, *, patient: bool = False) -> BaseStorage:

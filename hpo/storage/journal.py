@@ -24,6 +24,8 @@ from optuna.trial import TrialState
 
 from hpo.errors import FULL_DISK, StudyError
 from hpo.storage.lock import JournalLock
+from hpo.storage.names import METADATA
+from hpo.storage.records import check_types
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +76,24 @@ class CheckedStorage(JournalStorage):
     def _sync_with_backend(self) -> None:
         replayed = self._replay_result
         for log in self._backend.read_logs(replayed.log_number_read):
+            line = replayed.log_number_read + 1
+            own = isinstance(log, dict) and log.get("worker_id") == replayed.worker_id
             try:
+                if not own:
+                    check_types(log, ours=self._is_ours(log))
                 replayed.apply_logs([log])
             except Exception as error:
-                if isinstance(log, dict) and log.get("worker_id") == replayed.worker_id:
+                if own:
                     raise  # Optuna's answer to this process's own operation
-                line = replayed.log_number_read
-                replayed.log_number_read -= 1  # else the next operation would skip the record
+                replayed.log_number_read = line - 1  # else the next operation would skip the record
                 raise damaged(self._path, line) from error
+
+    def _is_ours(self, log: dict[str, Any]) -> bool:
+        """Whether a record is of a study of hpo; a journal may have others."""
+        replayed = self._replay_result
+        study_id = log["study_id"] if "study_id" in log else replayed._trial_id_to_study_id.get(log.get("trial_id", -1))
+        study = None if study_id is None else replayed._studies.get(study_id)
+        return study is not None and METADATA in study.user_attrs
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """Set the state; with RUNNING, return whether this process was the first."""
@@ -189,7 +201,10 @@ def repair_journal(path: Path) -> None:
 
 
 def _keep(path: Path, torn: bytes) -> None:
-    with path.with_name(path.name + ".torn").open("ab") as backup:
+    kept = path.with_name(path.name + ".torn")
+    if kept.is_symlink():
+        kept.unlink()
+    with kept.open("ab") as backup:
         backup.write(torn + b"\n")
     logger.warning("%s: a record torn by a crash was taken out, and kept in %s.torn", path, path.name)
 
@@ -214,6 +229,9 @@ def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
     """Return the first byte of each torn record and the byte after it; StudyError about other damage."""
     if content.startswith(b"SQLite format 3"):
         raise StudyError(f"{path} is an SQLite file; give it as --storage sqlite:///{path}")
+    begins = content.lstrip(b" \0")[: len(_RECORD)]
+    if not _RECORD.startswith(begins):  # a file of something else, of which nothing may be cut off
+        raise damaged(path, 1)
     torn, start = [], 0
     for number, line in enumerate(content.split(b"\n"), 1):
         end = start + len(line)

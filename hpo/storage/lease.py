@@ -74,7 +74,8 @@ def is_abandoned(trial: FrozenTrial) -> bool:
     lease = trial.user_attrs.get(LEASE)
     if lease is None:
         begun = trial.datetime_start
-        return begun is None or datetime.now() - begun > timedelta(seconds=_GRACE_S)
+        # Also if the clock was set back since.
+        return begun is None or abs(datetime.now() - begun) > timedelta(seconds=_GRACE_S)
     if lease["host"] != host():
         return False
     if lease["boot"] != _boot_id():

@@ -26,7 +26,7 @@ class Deadline:
 
     def __init__(self, settings: StudySettings) -> None:
         self._settings = settings
-        self._recorded_at = -math.inf
+        self._made_at, self._recorded_at = time.monotonic(), -math.inf
 
     def begin(self, limit_s: float | None) -> None:
         """Begin or resume a run with a limit of seconds for all runs of the study; None removes the limit."""
@@ -75,9 +75,11 @@ class Deadline:
         now = time.monotonic()
         if now - self._recorded_at < RECORD_EVERY_S and not force:
             return
+        elapsed_s = now - max(self._made_at, self._recorded_at)
         self._recorded_at = now
         found = self._settings.deadline
         if found is None:
             return
-        used_s = found["limit_s"] - (found["ends_at"] - time.time())
+        # The clock may have been set: it uses up no time that has not passed.
+        used_s = min(found["limit_s"] - (found["ends_at"] - time.time()), found["used_s"] + elapsed_s)
         self._settings.deadline = {**found, "used_s": min(max(used_s, found["used_s"]), found["limit_s"])}

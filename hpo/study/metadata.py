@@ -15,7 +15,7 @@ from core.data.names import printable
 from core.errors import CoreError
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths, confirmed_by
-from hpo.space.document import dump_yaml, load_yaml, shown
+from hpo.space.document import dump_yaml, hash_of, load_yaml, shown
 from hpo.storage import is_masked, mask
 from hpo.storage.atomic import replacing
 from hpo.storage.urls import check_path
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from hpo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
-
-METADATA = "hpo"
-"""Study user attribute of the metadata, for machines without study.yaml."""
 
 _FILE = "model.pretrained_file"
 
@@ -262,6 +259,10 @@ def read_metadata(paths: StudyPaths, *, named: str | None = None) -> dict[str, A
         raise StudyError(f"{paths.study_yaml} is no study of hpo's; delete it and run the study again")
     if metadata.get("name", paths.name) not in (paths.name, named):
         raise StudyError(_renamed(paths, str(metadata["name"])))
+    data = metadata["data"]
+    named_data = all(isinstance(data.get(key), str) for key in ("name", "fingerprint"))
+    if not (named_data and {"path", "skip_broken"} <= {*data}) or hash_of(metadata["identity"]) != metadata["hash"]:
+        raise StudyError(f"{paths.study_yaml} is damaged; hpo study doctor {paths.name} --mend rebuilds it")
     return upgraded(metadata)
 
 

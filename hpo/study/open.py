@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmed_by, is_confirmation, no_studies, studies_root
-from hpo.storage import is_journal, mask, open_storage
+from hpo.storage import METADATA, is_journal, mask, open_storage
 from hpo.study.metadata import (
-    METADATA,
     check_same,
     new_metadata,
     read_metadata,

@@ -23,10 +23,15 @@ def write_result(paths: TrainingPaths, result: dict[str, Any]) -> None:
 
 
 def read_result(paths: TrainingPaths) -> dict[str, Any] | None:
-    """Read `result.json`; None if the training has not ended."""
+    """Read `result.json`; None if the training has not ended, StudyError if it is damaged."""
     if not paths.result.exists():
         return None
-    result: dict[str, Any] = json.loads(paths.result.read_text())
+    try:
+        result = json.loads(paths.result.read_text())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise StudyError(f"{paths.result}: damaged ({error}); delete it to train again") from error
+    if not isinstance(result, dict):
+        raise StudyError(f"{paths.result}: damaged (it is no object); delete it to train again")
     return result
 
 
@@ -42,7 +47,9 @@ def json_line(row: dict[str, Any]) -> str:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append a JSON object as a line."""
+    """Append a JSON object as a line; StudyError if the file is a symbolic link, whose target may be another's."""
+    if path.is_symlink():
+        raise StudyError(f"{path} is a symbolic link; remove it")
     with path.open("a") as file:
         file.write(json_line(row))
 

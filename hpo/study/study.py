@@ -12,12 +12,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import StudyError
-from hpo.storage import mask
+from hpo.storage import METADATA, mask
 from hpo.storage.lease import dead_of
 from hpo.study.code import own_code
 from hpo.study.deadline import Deadline
 from hpo.study.files import StudyFiles
-from hpo.study.metadata import METADATA, check_code, check_fingerprint, check_weights, config_of
+from hpo.study.metadata import check_code, check_fingerprint, check_weights, config_of
 from hpo.study.patience import Patience
 from hpo.study.queue import TrialQueue
 from hpo.study.settings import StudySettings

@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from hpo.analysis.doctor.check import FINISHED, Finding, Note, Result, StudyCheck, guarded
 from hpo.analysis.study_data import fold_steps
-from hpo.paths import StudyPaths
+from hpo.confirmation.result import read_confirmation
+from hpo.paths import StudyPaths, TrainingPaths
 from hpo.storage.atomic import UNFINISHED, replacing
 from hpo.study import Study
+from hpo.study.results import read_result
 from hpo.text import in_words
 from hpo.trials import ARTIFACT, TAKEN_FROM, effective_trials
 
@@ -67,6 +71,35 @@ def kept_weights(check: StudyCheck) -> Iterator[Result]:
     files = [check.paths.trial_model(best.number, fold) for fold in range(1, folds + 1)]
     if missing := [file for file in files if not study.files.exists(file)]:
         yield Note(f"{missing[0]}, of the best trial, is missing; hpo refit best trains it again")
+
+
+def whole_weights(check: StudyCheck) -> Iterator[Result]:
+    """Check that kept weights and validation outputs are whole. Only their sizes are read."""
+    for trial in check.trials:
+        for file in check.paths.kept_of(trial.number):
+            try:
+                with safe_open(str(file), framework="np"):
+                    pass
+            except SafetensorError as error:
+                yield Finding(
+                    f"{file} is damaged ({error})", "--mend removes it; hpo refit trains the trial again", file.unlink
+                )
+
+
+def confirmation(check: StudyCheck) -> Iterator[Result]:
+    """Check that the result of the confirmation can be read."""
+    read_confirmation(check.paths.confirmation)
+    return iter(())
+
+
+def recipes(check: StudyCheck) -> Iterator[Result]:
+    """Check that the results of recipes beside the study can be read."""
+    for training in check.paths.references():
+        yield from guarded(check, str(training.result), partial(_recipe, training))
+
+
+def _recipe(training: TrainingPaths, _: StudyCheck) -> None:
+    read_result(training)
 
 
 def checkpoints(check: StudyCheck) -> Iterator[Result]:

@@ -15,6 +15,8 @@ FILE_CHECKS: Checks = {
     "study.yaml": storage.study_yaml,
     "leftovers": files.leftovers,
     "submission models": files.bundles,
+    "the confirmation": files.confirmation,
+    "recipes": files.recipes,
 }
 TRIAL_CHECKS: Checks = {
     "running trials": trials.abandoned,
@@ -22,6 +24,7 @@ TRIAL_CHECKS: Checks = {
     "results": trials.results,
     "artifacts": files.artifacts,
     "kept weights": files.kept_weights,
+    "whole weights": files.whole_weights,
     "checkpoints": files.checkpoints,
     "trial folders": files.folders,
     "the disk": files.disk,

@@ -15,12 +15,11 @@ from optuna.storages.journal import BaseJournalBackend
 
 from hpo.analysis.doctor.check import Finding, Result, StudyCheck
 from hpo.errors import StudyError
-from hpo.storage import is_journal, mask, open_storage
+from hpo.storage import METADATA, is_journal, mask, open_storage
 from hpo.storage.atomic import replacing
 from hpo.storage.journal import CheckedStorage, damaged, repair_journal, torn_records
 from hpo.storage.lock import GRACE_S, JournalLock
 from hpo.study import Study
-from hpo.study.metadata import METADATA
 
 
 class _Records(BaseJournalBackend):
@@ -115,7 +114,14 @@ def _break_lock(journal: Path) -> None:
 def study_yaml(check: StudyCheck) -> Iterator[Result]:
     """Check that study.yaml can be read: without it, no command finds the study."""
     file = check.paths.study_yaml
-    if check.metadata is not None:
+    try:
+        if check.metadata is not None:
+            return
+    except StudyError as error:
+        if check.study is None:
+            raise
+        problem, advice = str(error).partition(";")[0], "--mend rebuilds it from the storage"
+        yield Finding(problem, advice, partial(_write_study_yaml, check.study))
         return
     if check.study is None:
         yield Finding(f"{file} is missing, and cannot be rebuilt without the storage", "fix the storage first")

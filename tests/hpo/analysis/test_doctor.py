@@ -27,11 +27,12 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
 from hpo.space import load_space
 from hpo.storage.lease import LEASE
+from hpo.storage.lock import _link_text
 from hpo.study import Study, find_study, open_study
 from hpo.study.queue import TrialQueue
 from hpo.text import in_words
 from tests.hpo.commands import hpo
-from tests.hpo.storage.journals import trials_of
+from tests.hpo.storage.journals import trials_of, without_checksums
 
 CPU = torch.device("cpu")
 SPACE = """
@@ -558,6 +559,135 @@ def test_a_full_disk_is_reported_with_free_and_needed_space(case: Case, monkeypa
     assert code == 1
     assert re.search(r"2\.0 kB are free on the disk, and [\d.]+ kB are needed", found(lines, "free some space"))
     assert "the 2 unfinished trials" in found(lines, "free some space")
+
+
+# Every fault --------------------------------------------------------------------------------------------------------
+
+
+def _records(case: Case, change: Callable[[list[bytes]], object], *, checksums: bool = True) -> None:
+    content = case.paths.journal.read_bytes()
+    lines = (content if checksums else without_checksums(content)).splitlines(keepends=True)
+    change(lines)
+    case.paths.journal.write_bytes(b"".join(lines))
+
+
+def _flip(lines: list[bytes]) -> None:
+    lines[5] = lines[5][:30] + bytes([lines[5][30] ^ 1]) + lines[5][31:]
+
+
+def _wrong_type(lines: list[bytes]) -> None:
+    at = next(at for at, line in enumerate(lines) if b'"user_attr":{"epochs":' in line)
+    lines[at] = re.sub(rb'"epochs":\d+', b'"epochs":["two"]', lines[at])
+
+
+def _die_with_a_trial(case: Case) -> None:
+    case.study.queue.ensure_trials(TOTAL + 1)
+    claimed = case.study.queue.claim()
+    assert claimed is not None
+    claimed[0].set_user_attr(LEASE, claimed[0].user_attrs[LEASE] | {"start": 1})
+
+
+def _queue_twice(case: Case) -> None:
+    case.study.queue.ensure_trials(TOTAL)
+    case.study.optuna.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"trial_index": 1}))
+
+
+def _delete_an_artifact(case: Case) -> None:
+    next(artifact for artifact, original in artifacts_of(case).values() if original.exists()).unlink()
+
+
+def _halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _write(file: Path, text: str = "{nonsense") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def _best(case: Case) -> int:
+    best = case.study.best_trial()
+    assert best is not None
+    return best.number
+
+
+FAULTS: dict[str, tuple[Callable[[Case], object], str, bool]] = {
+    "a torn last record": (
+        lambda case: _records(case, lambda lines: lines.append(lines[-1][:20])), r"20 bytes at its end are", True,
+    ),
+    "a torn record before a whole one": (
+        lambda case: _records(case, lambda lines: lines.insert(-1, lines[-1][:20])), r"torn by a crash", True,
+    ),
+    "a flipped bit": (lambda case: _records(case, _flip), r"journal\.log:6: damaged", False),
+    "no first record": (lambda case: _records(case, lambda lines: lines.pop(0)), r"has no study own", False),
+    "a wrong type without a checksum": (
+        lambda case: _records(case, _wrong_type, checksums=False), r"journal\.log:\d+: damaged", False,
+    ),
+    "no journal": (lambda case: case.paths.journal.unlink(), r"journal\.log is missing", False),
+    "an empty journal": (lambda case: case.paths.journal.write_bytes(b""), r"has no study own", False),
+    "a lock": (
+        lambda case: Path(f"{case.paths.journal}.lock").symlink_to(_link_text(case.paths.journal.name)),
+        r"journal\.log\.lock: left by a process that died", True,
+    ),
+    "no study.yaml": (lambda case: case.paths.study_yaml.unlink(), r"study\.yaml is missing, although", True),
+    "a damaged study.yaml": (lambda case: _write(case.paths.study_yaml), r"study\.yaml cannot be read", True),
+    "a dead process's trial": (_die_with_a_trial, r"is RUNNING, but its process", True),
+    "missing indices": (
+        lambda case: case.study.optuna.set_user_attr("trials", TOTAL + 2), r"of the total of 5 have no trial", True,
+    ),
+    "an index queued twice": (_queue_twice, r"index 1 is queued as trial 3, although", True),
+    "another value": (
+        lambda case: _write(
+            case.paths.trial_metrics(1),
+            re.sub('"val_accuracy": [0-9.]+', '"val_accuracy": 0.125', case.paths.trial_metrics(1).read_text()),
+        ),
+        r"trial 1 has the value", False,
+    ),
+    "a damaged metrics.jsonl": (
+        lambda case: _write(case.paths.trial_metrics(1), "nonsense\n"), r"metrics\.jsonl:1: damaged", False,
+    ),
+    "a deleted artifact": (_delete_an_artifact, r"is missing: .* for the dashboard", True),
+    "half of the weights": (
+        lambda case: _halve(case.paths.trial_model(_best(case))), r"model\.safetensors is damaged", True,
+    ),
+    "half of the outputs": (
+        lambda case: _halve(case.paths.trial_validation(_best(case))), r"validation\.safetensors is damaged", True,
+    ),
+    "a finished trial's checkpoint": (lambda case: leave(case.paths.checkpoint(1)), r"of trial index 1", True),
+    "a folder without a trial": (lambda case: case.paths.trial(17).mkdir(), r"00017 .* belongs to no trial", False),
+    "an unfinished file": (lambda case: leave(case.paths.dir / ".study.yaml.x.tmp"), r"left by a process", True),
+    "a model moved aside": (
+        lambda case: case.paths.refit("best").rename(case.paths.refit(".best.old")), r"a crash left it as", True,
+    ),
+    "half of a model": (
+        lambda case: _halve(case.paths.refit("best") / "model.safetensors"), r"refit/best.*model\.safetensors", False,
+    ),
+    "a damaged confirmation": (lambda case: _write(case.paths.confirmation), r"confirmation\.json: cannot", False),
+    "a damaged recipe": (
+        lambda case: _write(case.paths.reference("r").result), r"result\.json: damaged", False,
+    ),
+}  # fmt: skip
+"""Name -> what plants the fault, what the doctor calls it, and whether it can be repaired."""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_named_and_repaired_where_possible_and_other_studies_are_listed(
+    case: Case, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant, problem, can_be_repaired = FAULTS[fault]
+    plant(case)
+    code, lines = case.run()
+    assert code == 1
+    assert ("--mend" in found(lines, problem)) == can_be_repaired
+    before = tree(case.paths.dir)
+    assert hpo(monkeypatch, "study", "list") == 0
+    if fault.startswith("a torn"):  # reading repairs it
+        assert tree(case.paths.dir) != before
+        return
+    if can_be_repaired:
+        code, lines = case.run("--mend")
+        assert code == 0, lines
+        assert found(lines, f"^fixed: .*{problem}")
 
 
 # What it was begun with ---------------------------------------------------------------------------------------------

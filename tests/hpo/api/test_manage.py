@@ -18,10 +18,9 @@ from hpo.api import manage
 from hpo.api.options import RenameOptions
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, studies_root
-from hpo.storage import open_storage
+from hpo.storage import METADATA, open_storage
 from hpo.storage.database import _Database
 from hpo.study import Study, find_study, open_study
-from hpo.study.metadata import METADATA
 from tests.hpo.commands import SPACE, RunHpo
 from tests.hpo.confirmation.simulated import Images, space_of
 from tests.hpo.storage.postgresql import running_server

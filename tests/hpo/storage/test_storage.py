@@ -37,6 +37,7 @@ from hpo.errors import StudyError
 from hpo.storage import open_storage
 from hpo.storage.lease import LEASE, has_heartbeat, heartbeat, own_lease, stale_elsewhere
 from hpo.storage.lock import JournalLock
+from tests.hpo.storage.journals import without_checksums
 from tests.hpo.storage.postgresql import Server, Wire, running_server
 
 MAXIMIZE = [StudyDirection.MAXIMIZE]
@@ -309,11 +310,6 @@ def test_other_damage_is_an_error_with_its_line(journal: Path) -> None:
     with pytest.raises(StudyError, match=r"journal\.log:2: damaged"):
         attributes(live)
     assert journal.read_bytes() == before
-
-
-def without_checksums(content: bytes) -> bytes:
-    """A journal as Optuna and earlier versions write it."""
-    return re.sub(rb',"crc":"[0-9a-f]{8}"', b"", content)
 
 
 def flipped(content: bytes, *, every: int) -> Iterator[tuple[int, bytes]]:
