@@ -20,7 +20,6 @@ from optuna.trial import TrialState, create_trial
 
 from core.data import folds, load_dataset
 from core.loop import EpochMetrics
-from hpo import submission
 from hpo.cli.terminal import TrainProgress
 from hpo.errors import StudyError
 from hpo.paths import cache_root
@@ -30,6 +29,7 @@ from hpo.search.loop import run_study
 from hpo.search.replay import Replay, replay_of
 from hpo.space import load_space
 from hpo.study import Study, open_study
+from hpo.submission import refit as submission
 from tests.hpo.api.test_end_to_end import digits_npz
 from tests.hpo.commands import RunHpo, studies_in
 from tests.hpo.zygote import Hpo
@@ -216,7 +216,7 @@ def test_a_changed_trial_is_no_replay(there: Path, run_hpo: RunHpo) -> None:
     said = run_hpo("train", "--from", "own/1", *changes)
     assert "with --set epochs=1 --metric macro_f1 this is no replay, and is not compared with the trial" in said
     assert "bit for bit" not in said
-    assert "training own-trial-00001: 1 epochs" in said
+    assert "training own-trial-00001: 1 epoch;" in said
 
 
 # User errors -------------------------------------------------------------------------------------------------------
