@@ -214,7 +214,8 @@ class PixelTable(ArraySource):
         rows: list[NDArray[np.uint8 | np.float32]] = []
         for line, row in zip(self._table.lines, self._table.rows, strict=True):
             try:
-                values = np.array([row[index] for index in self._pixels], dtype=np.float32)
+                with np.errstate(over="ignore"):  # infinite then, which is refused as a pixel
+                    values = np.array([row[index] for index in self._pixels], dtype=np.float32)
             except ValueError as error:
                 raise UserError(f"{self.where}:{line}: a pixel is not a number ({error})") from error
             small = np.clip(np.nan_to_num(values), 0, 255).astype(np.uint8)

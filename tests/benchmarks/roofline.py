@@ -125,7 +125,7 @@ def predict(config: TrainConfig, image: tuple[int, int, int], device: Device, cl
         kind = next((kind for kind, operations in KINDS.items() if kernel.operation in operations), "other")
         network[kind] += kernel.seconds(device)
     together = batch * Augment(config.augment, *NORMALIZED, torch.device("meta")).batches_at_once(batch, image)
-    kernels = augment_kernels(config.augment, image)
+    kernels = augment_kernels(config.augment.model_dump_json(), image)
     augment = sum(kernel.seconds(device, together / COUNTED_IMAGES) for kernel in kernels) * batch / together
     return Prediction(network, augment, BYTES_PER_WEIGHT * weights / device.bytes_per_s, batch)
 
@@ -144,9 +144,10 @@ def network_kernels(model: str, images: tuple[int, int, int, int], classes: int)
 
 
 @cache
-def augment_kernels(config: AugmentConfig, image: tuple[int, int, int]) -> list[Kernel]:
+def augment_kernels(config: str, image: tuple[int, int, int]) -> list[Kernel]:
     """Return the kernels of augmenting images; their random numbers are drawn once an epoch, and left out."""
-    augment = Augment(config, *NORMALIZED, torch.device("cpu"), dtype=torch.bfloat16)
+    parsed = AugmentConfig.model_validate_json(config)
+    augment = Augment(parsed, *NORMALIZED, torch.device("cpu"), dtype=torch.bfloat16)
     images = torch.zeros(COUNTED_IMAGES, *image, dtype=torch.uint8)
     draws = augment.draw([COUNTED_IMAGES], image, torch.Generator().manual_seed(0))
     with Kernels() as kernels:

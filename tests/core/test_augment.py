@@ -328,7 +328,7 @@ def test_other_dtypes_are_float32_rounded_once(fields: dict[str, Any], dtype: to
 
 
 def test_the_table_of_options_covers_every_augmentation_field() -> None:
-    elsewhere = {"mixup", "cutmix", "mix_probability", "mix_off_fraction", "start_size_fraction"}
+    elsewhere = {"name", "kwargs", "mixup", "cutmix", "mix_probability", "mix_off_fraction", "start_size_fraction"}
     used = {name for fields in EVERY_OPTION.values() for name in fields}
     assert used == AugmentConfig.model_fields.keys() - elsewhere - {"full_size_from_fraction"}
 

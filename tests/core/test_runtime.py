@@ -37,7 +37,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
 
     def write(cgroup: str = "", **files: str | int) -> Path:
-        for name, text in ({"proc/self/cgroup": cgroup} | files).items():
+        memory = {"proc/meminfo": f"MemTotal: {2**24} kB\nMemFree: 5 kB\nMemAvailable:   {8 * GIB // 1024} kB\n"}
+        for name, text in (memory | {"proc/self/cgroup": cgroup} | files).items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(str(text), encoding="ascii")

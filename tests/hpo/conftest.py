@@ -41,6 +41,24 @@ def space_file(tmp_path: Path) -> str:
 
 
 @pytest.fixture
+def closed_databases(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Closes the connections of all databases that a test opens."""
+    from hpo.storage.database import _Database
+
+    engines = []
+    open_ = _Database.__init__
+
+    def opened(self: _Database, url: str) -> None:
+        open_(self, url)
+        engines.append(self.engine)
+
+    monkeypatch.setattr(_Database, "__init__", opened)
+    yield
+    for engine in engines:
+        engine.dispose()
+
+
+@pytest.fixture
 def start() -> Iterator[Start]:
     """Starts `hpo run` as the head of a process group, which is killed at the end of the test."""
     with started_runs() as begin:

@@ -19,11 +19,12 @@ from hpo.api.options import RenameOptions
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, studies_root
 from hpo.storage import METADATA, open_storage
-from hpo.storage.database import _Database
 from hpo.study import Study, find_study, open_study
 from tests.hpo.commands import SPACE, RunHpo
 from tests.hpo.confirmation.simulated import Images, space_of
 from tests.hpo.storage.postgresql import running_server
+
+pytestmark = pytest.mark.usefixtures("closed_databases")
 
 NOTE = "dashboard:{}:note_str:0"
 Begin = Callable[..., Study]
@@ -42,22 +43,6 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
     if request.param == "postgresql":
         return str(request.getfixturevalue("server"))
     return None if request.param == "journal" else f"sqlite:///{tmp_path / 'study.db'}"
-
-
-@pytest.fixture(autouse=True)
-def _closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Close the connections of all databases that a test opens."""
-    engines = []
-    open_ = _Database.__init__
-
-    def opened(self: _Database, url: str) -> None:
-        open_(self, url)
-        engines.append(self.engine)
-
-    monkeypatch.setattr(_Database, "__init__", opened)
-    yield
-    for engine in engines:
-        engine.dispose()
 
 
 @pytest.fixture

@@ -249,7 +249,7 @@ def test_without_retries_a_trial_whose_process_is_killed_counts_as_failed_and_th
     assert crashed.user_attrs["failure"] == "crashed"
     assert crashed.value == crashed.intermediate_values[crashed.last_step or 0]
     assert re.search(
-        rf"trial {victim.number}: 1 attempt\(s\) at it died with their process, so it counts as failed to train; "
+        rf"trial {victim.number}: 1 attempt at it died with the process, so it counts as failed to train; "
         "--retries N allows more",
         command.said,
     )

@@ -27,7 +27,7 @@ def database() -> Iterator[str]:
 
 
 @pytest.fixture
-def queued(tmp_path: Path, run_hpo: RunHpo, database: str) -> str:
+def queued(tmp_path: Path, run_hpo: RunHpo, database: str, closed_databases: None) -> str:
     """The URL of a study that waits for workers, with trials of about a second."""
     file = tmp_path / "own.yaml"
     file.write_text(SPACE.replace("epochs: 2", "epochs: 40"))
@@ -57,7 +57,6 @@ def test_three_workers_that_run_out_of_time_and_are_submitted_again_end_exactly(
     counts = study.counts()
     assert (counts.finished, counts.running, counts.waiting) == (TRIALS, 0, 0)
     assert max(trial.user_attrs.get("resumed_epoch", 0) for trial in study.optuna.trials) > 0
-    study.optuna._storage._backend.engine.dispose()
 
 
 def test_a_worker_that_a_batch_queue_terminates_exits_with_the_signal(queued: str) -> None:
@@ -71,4 +70,3 @@ def test_a_worker_that_a_batch_queue_terminates_exits_with_the_signal(queued: st
     said = job.communicate(timeout=60)[0]
     assert job.returncode == 128 + signal.SIGTERM, said
     assert study.counts().running == 0
-    study.optuna._storage._backend.engine.dispose()
