@@ -74,7 +74,6 @@ def worker(
             _train(study, work, reporter)
     except KeyboardInterrupt:
         if over.is_set():
-            interrupts.withdraw()
             reporter.say(f"the {duration(options.limit_s or 0)} of this worker are over; its trials are queued again")
             return WorkerResult(study, out_of_time=True)
         reporter.say("stopped: this worker's trials are queued again with their checkpoints; rejoin with")
@@ -102,6 +101,9 @@ def _limited(limit_s: float | None, interrupts: Interrupts) -> Iterator[threadin
         yield over
     finally:
         timer.cancel()
+        timer.join()
+        if over.is_set():  # perhaps as the last trial ended
+            interrupts.withdraw()
 
 
 def _train(study: Study, work: Work, reporter: Reporter) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import hpo.api.worker
+from hpo.api.options import WorkerOptions
+from hpo.search.interrupts import Interrupts
 from hpo.study import find_study
 from tests.hpo.commands import SPACE, RunHpo
 from tests.hpo.storage.postgresql import running_server
@@ -57,6 +60,21 @@ def test_three_workers_that_run_out_of_time_and_are_submitted_again_end_exactly(
     counts = study.counts()
     assert (counts.finished, counts.running, counts.waiting) == (TRIALS, 0, 0)
     assert max(trial.user_attrs.get("resumed_epoch", 0) for trial in study.optuna.trials) > 0
+
+
+def test_a_limit_that_is_over_as_the_last_trial_ends_is_no_interrupt(
+    space_file: str, run_hpo: RunHpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_hpo("run", space_file, "--trials", "1")
+
+    def train_until_the_limit(*_: object) -> None:
+        while not interrupts.asked:
+            time.sleep(0.01)
+
+    monkeypatch.setattr("hpo.api.worker._train", train_until_the_limit)
+    with Interrupts() as interrupts:  # raises what is left at its end
+        result = hpo.api.worker.worker(WorkerOptions.of(study="own", minutes=0.05), interrupts=interrupts)
+    assert not result.out_of_time
 
 
 def test_a_worker_that_a_batch_queue_terminates_exits_with_the_signal(queued: str) -> None:
