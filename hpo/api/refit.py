@@ -420,7 +420,7 @@ def _networks(options: RefitOptions, config: TrainConfig) -> str:
 
 def _selected(study: Study, options: RefitOptions, reporter: Reporter) -> int:
     """The number of the trial that is selected by its costs."""
-    from hpo.analysis.front import select, shown
+    from hpo.study.front import select, shown
 
     found = select(study, options.trial, options.within)
     costs = ", ".join(f"{name} {shown(name, cost)}" for name, cost in found.costs.items())

@@ -139,6 +139,7 @@ class Search:
             finally:
                 study.deadline.record(force=True)
         _draw_pictures(study)
+        note_study(study, self.space)  # with the Pareto front
         return SearchResult(study, held=tuple(study.queue.held_elsewhere()))
 
     def _open(self) -> Study:

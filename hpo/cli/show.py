@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
-from hpo.analysis.front import front, points, shown
 from hpo.analysis.kinds import best_of_kinds
 from hpo.analysis.study_data import value_of
 from hpo.analysis.summary import summarize
@@ -26,6 +25,7 @@ from hpo.report.words import (
     unproven,
 )
 from hpo.storage import mask
+from hpo.study.front import front_table
 from hpo.text import METRIC_WORDS, PARTLY_LUCK, assignments, count, duration, held_by, in_words, short_names
 
 if TYPE_CHECKING:
@@ -109,13 +109,10 @@ def _show_best_trials(study: Study, reporter: Reporter) -> None:
 
 def _show_front(study: Study, reporter: Reporter) -> None:
     """Show the trials that no other beats in score and costs, if costs were measured."""
-    found = front(points(study), study.sign)
-    if found:
-        names = list(found[0].costs)
+    if (found := front_table(study)) is not None:
         reporter.say()
-        reporter.say(f"Pareto front: no trial beats these in {study.metric}, {' and '.join(names)}")
-        rows = [[each.trial, f"{each.value:.4f}", *(shown(name, each.costs[name]) for name in names)] for each in found]
-        reporter.table(["trial", study.metric, *names], rows, right=range(2 + len(names)))
+        reporter.say(found.caption)
+        reporter.table(found.columns, found.rows, right=range(len(found.columns)))
 
 
 def _show_confirmation(study: Study, reporter: Reporter) -> None:

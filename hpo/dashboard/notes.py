@@ -17,6 +17,7 @@ from hpo.space.pruner import places_of, spared
 from hpo.storage import is_masked
 from hpo.storage.optuna_access import trial_by_number
 from hpo.study import Study
+from hpo.study.front import front_table
 from hpo.text import PARTLY_LUCK, changed_fields, duration, sentence, short
 from hpo.trials import LET_THROUGH, PAUSED
 
@@ -153,6 +154,7 @@ def study_note(study: Study, space: SearchSpace) -> str:
         "",
         confirmed,
         "",
+        *_front(study),
         "```",
         *([study.settings.command] if study.settings.command is not None else []),
         *(f"hpo {command} {name}{storage}" for command in ("study top", "confirm", "report")),
@@ -160,3 +162,11 @@ def study_note(study: Study, space: SearchSpace) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _front(study: Study) -> list[str]:
+    found = front_table(study)
+    if found is None:
+        return []
+    lines = [found.columns, ["---:"] * len(found.columns), *found.rows]
+    return [f"{found.caption}.", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]

@@ -25,6 +25,7 @@ SECTIONS = (
     ("Baselines", "baselines", "baselines"),
     ("Length", "length", "length"),
     ("History", "figures", "history"),
+    ("Front", "front", "pareto_front"),
     ("Curves", "figures", "learning_curves"),
     ("Importances", "figures", "importances"),
     ("Slices", "figures", "slices"),

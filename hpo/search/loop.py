@@ -26,7 +26,6 @@ from hpo.dashboard import artifacts
 from hpo.errors import HpoError
 from hpo.loggers import Callback, TensorBoard
 from hpo.reporter import NO_PROGRESS, StudyView
-from hpo.search.costs import measured
 from hpo.search.interrupts import Interrupts
 from hpo.search.objective import Divide, Objective
 from hpo.search.options import TrialOptions
@@ -37,7 +36,7 @@ from hpo.space.pruner import RungPruner, build_pruner, keeps_of, lets_through
 from hpo.storage.optuna_access import trial_by_number
 from hpo.study import Study
 from hpo.study.deadline import OutOfTime, TooLong
-from hpo.trials import COSTS, REASON, STANDARD_ERROR, STOPPED, Outcome, is_baseline
+from hpo.trials import REASON, STANDARD_ERROR, STOPPED, Outcome, is_baseline
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +197,6 @@ def _run_trial(
         if outcome.results:
             keep_weights(study, splits, outcome, space_on_disk.options.keep)
             matrix = validation_confusion(outcome.results, splits)
-            if space.objective.costs and outcome.config is not None:
-                network, image = outcome.results[0].model, tuple(splits[0].images.shape[1:])
-                outcome.attributes[COSTS] = measured(
-                    space.objective.costs, network, outcome.config, image, objective.device
-                )
             outcome.attributes[STANDARD_ERROR] = standard_error(outcome.results, splits, space.metric)
         classes = splits[0].classes
         artifacts.record(study, space, trial, outcome, confusion=matrix, classes=classes, device=device)

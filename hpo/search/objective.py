@@ -28,6 +28,7 @@ from core.loop import EpochMetrics, TrainResult, train
 from core.runtime import is_out_of_memory
 from core.seeds import derive_seed
 from hpo.reporter import StudyView
+from hpo.search.costs import measured
 from hpo.search.held_out import half_lives
 from hpo.search.interrupts import Interrupts
 from hpo.search.pace import Pace
@@ -38,7 +39,7 @@ from hpo.storage.atomic import write_file
 from hpo.storage.optuna_access import storage_of, trial_id
 from hpo.study import Study
 from hpo.study.results import append_line
-from hpo.trials import CONFIG, REPLICATE_OF, RESUMED_EPOCH, VAL_LOSS, Outcome, first_twin
+from hpo.trials import CONFIG, COSTS, REPLICATE_OF, RESUMED_EPOCH, VAL_LOSS, Outcome, first_twin
 
 if TYPE_CHECKING:
     from core.data import Splits
@@ -91,6 +92,7 @@ class Objective:
         write_file(self.study.paths.trial_config(trial.number), to_yaml(naming_images(config, self.study.data_path)))
         attempt = _Attempt(self, trial, trial_index, config, self.divide(config.data), twin, until)
         try:
+            self._measure_costs(trial, config, attempt.splits[0])
             self.pace.begin(trial, trial_index, config, attempt.splits)
             for fold in range(1, attempt.folds + 1):
                 attempt.begin(fold)
@@ -111,6 +113,12 @@ class Objective:
         if own is not None:
             return TrainConfig.model_validate_json(json.dumps(own))
         return self.space.config(params).override({"seed": derive_seed(self.study.seed, "trial", trial_index)})
+
+    def _measure_costs(self, trial: optuna.trial.Trial, config: TrainConfig, splits: Splits) -> None:
+        """Store the costs of a search's trial, by which its rungs select the trials that it is compared with."""
+        costs = self.space.objective.costs
+        if self.study.confirms is None and not set(costs) <= {*trial.user_attrs.get(COSTS, {})}:
+            trial.set_user_attr(COSTS, measured(costs, config, splits, self.device))
 
     def _train(self, attempt: _Attempt) -> TrainResult:
         checkpoint = self.study.paths.checkpoint(attempt.trial_index, attempt.fold)

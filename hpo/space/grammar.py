@@ -53,8 +53,9 @@ class Objective(_Section):
     metric: Metric = "accuracy"
     """accuracy, macro_f1 and balanced_accuracy are maximized, nll (negative log-likelihood) is minimized."""
     metrics: Annotated[tuple[Metric | Cost, ...], Field(strict=False)] = ()
-    """The metric, and costs that are measured of each complete trial: `params`, the number of parameters; `latency`,
-    milliseconds an image; `size`, megabytes of the weights. Trials are drawn and pruned by the metric alone."""
+    """The metric, and costs that are measured of each trial: `params`, the number of parameters; `latency`,
+    milliseconds an image; `size`, megabytes of the weights. Trials are drawn by the metric alone; the pruner `rungs`
+    compares it between trials of similar costs."""
 
     @model_validator(mode="before")
     @classmethod

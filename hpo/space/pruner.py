@@ -13,6 +13,9 @@ best temperature; `docs/benchmarks.md` compares the two.
 Among equally good trials the noise of validation decides, and each is cut with probability 1 - keep, or less often
 while few have reached the rung and where scores are equal.
 
+In a study with costs beside the score, a trial is compared only with those that cost about as much or less: a small
+network is not cut by larger ones.
+
 A few trials continue where they would be pruned, to measure the loss by pruning. They do not count at later rungs.
 """
 
@@ -37,9 +40,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from hpo.space import grammar
 from hpo.space.own_parts import own_pruner
 from hpo.storage.optuna_access import storage_of, trial_id
-from hpo.trials import LET_THROUGH, RECIPE, RUNG_LOSS, is_baseline, trial_index_of
+from hpo.trials import COSTS, LET_THROUGH, RECIPE, RUNG_LOSS, is_baseline, trial_index_of
 
 _RUNG = "rung:"
+SIMILAR = 1.25
+"""In studies with costs, a trial is compared at a rung with those that cost at most this many times as much."""
 
 
 def rung_epochs(fractions: Sequence[float], epochs: int) -> tuple[int, ...]:
@@ -150,7 +155,8 @@ class RungPruner(BasePruner):
         others: dict[int, FrozenTrial] = {}  # by trial index; a later attempt replaces an earlier one
         for other in study.get_trials(deepcopy=False):
             cut_before = other.user_attrs.get(LET_THROUGH, rung) < rung
-            if other.state != TrialState.FAIL and rung in other.intermediate_values and not cut_before:
+            comparable = rung in other.intermediate_values and not _is_dearer(other, trial)
+            if other.state != TrialState.FAIL and comparable and not cut_before:
                 others[trial_index_of(other)] = other
         others.pop(trial_index_of(trial), None)
         of = len(others) + 1
@@ -158,6 +164,12 @@ class RungPruner(BasePruner):
         rank = 1 + sum(goodness > own for goodness in theirs)
         # Less a rounding error: 0.07 × 100 is 7.000000000000001, and keeps 7.
         return Place(rank, of, rank <= math.ceil(self.keeps[rung] * of - 1e-9))
+
+
+def _is_dearer(other: FrozenTrial, trial: FrozenTrial) -> bool:
+    """Whether a trial costs over `SIMILAR` times as much as another, in any cost that is known of both."""
+    theirs, own = other.user_attrs.get(COSTS, {}), trial.user_attrs.get(COSTS, {})
+    return any(cost > SIMILAR * own[name] for name, cost in theirs.items() if name in own)
 
 
 class PromotePruner(NopPruner):

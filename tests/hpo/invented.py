@@ -120,6 +120,8 @@ def _played(
         params = space.suggest(trial)
         if trial_index == 0:
             trial.set_user_attr(BASELINE, True)
+        if costs is not None:
+            trial.set_user_attr(COSTS, costs(trial_index))
         failure = fails(trial_index, params)
         best, slowness = value(params), draw.uniform(0.05, 0.25) * steps
         pruned, score, epoch = False, 0.0, 0
@@ -134,8 +136,6 @@ def _played(
                 break
         pace = 0.6 * float(params.get("model.width", 1.0)) * draw.uniform(0.9, 1.1)
         _remember(trial, failure, epoch, pace)
-        if costs is not None:
-            trial.set_user_attr(COSTS, costs(trial_index))
         if pruned or failure:
             study.tell(trial, state=TrialState.PRUNED)
         else:

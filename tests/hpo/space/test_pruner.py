@@ -14,7 +14,7 @@ from optuna.trial import TrialState, create_trial
 
 from hpo.space import grammar, load_space
 from hpo.space.pruner import RungPruner, build_pruner, lets_through, mark_loss, rung_epochs
-from hpo.trials import BASELINE, LET_THROUGH, RECIPE, RUNG_LOSS, TRIAL_INDEX
+from hpo.trials import BASELINE, COSTS, LET_THROUGH, RECIPE, RUNG_LOSS, TRIAL_INDEX
 
 NAN = math.nan
 
@@ -183,6 +183,78 @@ def test_a_rung_ranks_by_the_value_if_a_trial_has_no_calibrated_loss() -> None:
     mark_loss(study, trial, 2, 9.0)
     assert not judge(trial, 2, 0.65)
     assert verdict(study, trial) == "rung 2: 2nd of 4, kept"
+
+
+def costing(study: optuna.Study, trial_index: int, score: float, **costs: float) -> None:
+    """Add a trial with this value at step 2, and these costs."""
+    attributes = {TRIAL_INDEX: trial_index, **({COSTS: costs} if costs else {})}
+    study.add_trial(create_trial(state=TrialState.PRUNED, intermediate_values={2: score}, user_attrs=attributes))
+
+
+@pytest.mark.parametrize(
+    ("own", "standing"),
+    [
+        ({"params": 100.0}, "2nd of 3"),  # with the trials of 100 and 125
+        ({"params": 99.0}, "1st of 2"),
+        ({"params": 1e6}, "4th of 5"),
+        ({"params": 1e6, "latency": 1.0}, "4th of 5"),  # latency is known of no other trial
+        ({"params": 100.0, "size": 1.0}, "1st of 2"),  # the trial of 125 has a size of 2
+        ({}, "4th of 5"),
+    ],
+)
+def test_a_trial_is_compared_with_those_that_cost_at_most_a_quarter_more_in_anything(
+    own: dict[str, float], standing: str
+) -> None:
+    study = study_with(RungPruner([2], 0.1))
+    costing(study, 0, 0.2, params=100.0)
+    costing(study, 1, 0.7, params=125.0, size=2.0)
+    costing(study, 2, 0.8, params=126.0)
+    costing(study, 3, 0.9, params=1e5)
+    trial = running(study, 4, **({COSTS: own} if own else {}))
+    judge(trial, 2, 0.5)
+    assert verdict(study, trial).startswith(f"rung 2: {standing}, ")
+
+
+def test_a_trial_without_costs_is_a_rival_of_all() -> None:
+    study = study_with(RungPruner([2], 0.5))
+    costing(study, 0, 0.9)  # as before the space had costs
+    assert judge(running(study, 1, **{COSTS: {"params": 1.0}}), 2, 0.5)
+
+
+def front_area(seed: int, *, told: bool) -> tuple[float, float]:
+    """Simulate 60 trials of 60 epochs: larger networks score higher, and the early scores are noisy.
+
+    Returns:
+        The mean, over the logarithm of the parameters, of the best final score so far; and the share of epochs trained.
+    """
+    draw = random.Random(seed)
+    study, trained = study_with(RungPruner([2, 6, 18], 0.33)), 0
+    complete: list[tuple[float, float]] = []
+    for trial_index in range(60):
+        size, slowness = draw.random(), draw.uniform(2, 12)
+        final = 0.88 - 0.18 * math.exp(-2 * size) - 0.12 * draw.random() ** 1.5
+        noise = [draw.gauss(0, 0.012) for _ in range(3)]
+        trial = running(study, trial_index, **({COSTS: {"params": 1e4 * 300**size}} if told else {}))
+        for rung, error in zip((2, 6, 18), noise, strict=True):
+            if judge(trial, rung, final * (1 - 0.9 * math.exp(-rung / slowness)) + error):
+                trained += rung
+                study.tell(trial, state=TrialState.PRUNED)
+                break
+        else:
+            trained += 60
+            study.tell(trial, final)
+            complete.append((size, final))
+    heights = [max([0.5, *(final for size, final in complete if size <= at / 100)]) for at in range(101)]
+    return sum(heights) / len(heights), trained / (60 * 60)
+
+
+def test_with_costs_the_small_networks_of_the_front_survive() -> None:
+    blind, told = ([front_area(seed, told=told) for seed in range(5)] for told in (False, True))
+    (score_alone, few), (with_costs, more) = (
+        [sum(each) / 5 for each in zip(*found, strict=True)] for found in (blind, told)
+    )
+    assert with_costs > score_alone + 0.04
+    assert few < more < 0.5
 
 
 def test_equals_survive_together() -> None:

@@ -10,7 +10,8 @@ from optuna.trial import TrialState
 from hpo.errors import StudyError
 from hpo.space.grammar import COSTS as KNOWN
 from hpo.space.grammar import cost_bound
-from hpo.study import Study
+from hpo.study.study import Study
+from hpo.text import joined
 from hpo.trials import COSTS, best_first, effective_trials
 
 
@@ -44,6 +45,29 @@ def points(study: Study) -> list[Point]:
 def front(found: Sequence[Point], sign: int) -> list[Point]:
     """Return the Pareto front: the points that no other beats, in the given order."""
     return [point for point in found if not any(other.beats(point, sign) for other in found)]
+
+
+@dataclass(frozen=True)
+class FrontTable:
+    """The Pareto front of a study as text."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    """The number, score and costs of each trial, the best score first."""
+
+
+def front_table(study: Study) -> FrontTable | None:
+    """Return the Pareto front; None without measured costs."""
+    found = front(points(study), study.sign)
+    if not found:
+        return None
+    names = tuple(found[0].costs)
+    return FrontTable(
+        f"Pareto front: no trial beats these in {joined([study.metric, *names])}",
+        ("trial", study.metric, *names),
+        tuple((str(p.trial), f"{p.value:.4f}", *(shown(name, p.costs[name]) for name in names)) for p in found),
+    )
 
 
 def select(study: Study, words: str, within: float | None) -> Point:

@@ -6,19 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from core.config import TrainConfig
-from core.data import load_dataset
-from hpo.analysis.front import Point, front, points, select, shown
+from core.data import Splits, load_dataset
+from core.models import build_model
+from hpo.analysis.study_data import read_study_data
+from hpo.dashboard.notes import study_note
 from hpo.errors import SpaceError, StudyError
+from hpo.report.front import pareto_front
 from hpo.search.costs import BATCH, PASSES, measured
 from hpo.space import load_space, space_from_yaml, space_to_yaml
 from hpo.study import Study, find_study
+from hpo.study.front import Point, front, points, select, shown
 from hpo.submission.bundle import load_bundle
 from tests.hpo.commands import SPACE, RunHpo
 from tests.hpo.invented import SPACE as INVENTED
 from tests.hpo.invented import invented_study
+from tests.hpo.report.pages import cells_of, figures_of, lead_of
 from tests.test_docs import ROOT, blocks
 
 PAGE = (ROOT / "docs" / "search-spaces.md").read_text(encoding="utf-8")
@@ -28,11 +32,16 @@ CPU = torch.device("cpu")
 # Measuring
 
 
+CONFIG = TrainConfig.model_validate({"model": {"widths": [8], "blocks": [1]}})
+DIGITS = Splits(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), *[torch.zeros(2).long()] * 3, ("a", "b"), (0.5,), (0.5,))
+
+
 def test_parameters_and_megabytes_are_counted() -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
-    found = measured(["params", "size"], network, TrainConfig(), (1, 8, 8), CPU)
-    assert found["params"] == 64 * 10 + 10 + 2 * 10
-    assert found["size"] == pytest.approx((4 * (found["params"] + 2 * 10) + 8) / 1e6)  # running statistics, a counter
+    network = build_model(CONFIG.model, num_classes=2, in_channels=1, image_size=(8, 8))
+    found = measured(["params", "size"], CONFIG, DIGITS, CPU)
+    assert found["params"] == sum(each.numel() for each in network.parameters())
+    # Megabytes of 4-byte parameters and of buffers, such as running statistics.
+    assert found["size"] == pytest.approx((4 * found["params"] + sum(each.nbytes for each in network.buffers())) / 1e6)
 
 
 def test_latency_is_the_median_pass_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,9 +49,7 @@ def test_latency_is_the_median_pass_of_an_image(monkeypatch: pytest.MonkeyPatch)
     assert len(lasts) == 1 + PASSES
     times = iter([time for number, last in enumerate(lasts) for time in (100.0 * number, 100.0 * number + last)])
     monkeypatch.setattr("hpo.search.costs.clock", lambda _: next(times))
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    assert measured(["latency"], network, TrainConfig(), (1, 8, 8), CPU) == {"latency": 1000 / BATCH}
-    assert network.training
+    assert measured(["latency"], CONFIG, DIGITS, CPU) == {"latency": 1000 / BATCH}
 
 
 # The front
@@ -113,6 +120,57 @@ def test_costs_have_their_units() -> None:
     assert [shown("params", 12345), shown("latency", 0.1234), shown("size", 3.5)] == ["12,345", "0.123 ms", "3.5 MB"]
 
 
+# The report and the dashboard
+
+
+@pytest.fixture(params=["maximize", "minimize"])
+def two_costs(request: pytest.FixtureRequest) -> Study:
+    """Eight complete trials with two costs, one of them on a logarithmic axis."""
+    metric = "" if request.param == "maximize" else "objective: {metric: nll}\n"
+    images = load_dataset(TrainConfig().data)
+    return invented_study(
+        f"{UNPRUNED}{metric}", images, "front", trials=8,
+        costs=lambda index: {"params": 1e3 * 2.0**index, "latency": 1.0 + index % 3},
+    )  # fmt: skip
+
+
+def test_the_report_marks_the_front_over_each_cost_and_lists_it(two_costs: Study) -> None:
+    best = front(points(two_costs), two_costs.sign)
+    assert 1 < len(best) < 8
+    section = pareto_front(read_study_data(two_costs))
+    assert [int(row[0]) for row in cells_of(section)] == [point.trial for point in best]
+    assert cells_of(section)[0][2:] == [shown(name, cost) for name, cost in best[0].costs.items()]
+    assert f"the Pareto front, {len(best)} of 8 complete trials" in lead_of(section)
+    figures = figures_of(section)
+    assert [fig["layout"]["xaxis"]["title"]["text"] for fig in figures] == ["parameters", "latency (ms an image)"]
+    for fig, name in zip(figures, ("params", "latency"), strict=True):
+        series = {trace["name"]: trace for trace in fig["data"]}
+        assert sorted(series["Pareto front"]["x"]) == sorted(point.costs[name] for point in best)
+        assert series["baseline"]["x"] == [1e3 if name == "params" else 1.0]
+        assert len(series["complete"]["x"]) == 8 - len(best)
+        line = [two_costs.sign * value for value in series["best up to this cost"]["y"]]
+        assert line == sorted(line)
+        assert len({trace["marker"]["symbol"] for trace in fig["data"] if "marker" in trace}) == 3
+    assert [fig["layout"]["xaxis"].get("type") for fig in figures] == ["log", None]
+
+
+def test_the_studys_note_lists_the_front(two_costs: Study) -> None:
+    note = study_note(two_costs, two_costs.space())
+    best = front(points(two_costs), two_costs.sign)
+    lines = note.splitlines()
+    head = lines.index(f"| trial | {two_costs.metric} | params | latency |")
+    assert lines[head + 1] == "| ---: | ---: | ---: | ---: |"
+    assert [line.split(" | ")[0] for line in lines[head + 2 : head + 2 + len(best)]] == [
+        f"| {point.trial}" for point in best
+    ]
+
+
+def test_a_study_without_costs_has_no_front() -> None:
+    plain = invented_study(UNPRUNED, load_dataset(TrainConfig().data), "plain", trials=2)
+    assert pareto_front(read_study_data(plain)) is None
+    assert "Pareto" not in study_note(plain, plain.space())
+
+
 # The commands
 
 
@@ -168,4 +226,4 @@ def test_the_score_is_the_first_metric(tmp_path: Path) -> None:
     assert (space.metric, space.direction, space.objective.costs) == ("nll", "minimize", ("size",))
     assert space_from_yaml(space_to_yaml(space), "space").objective == space.objective
     (tmp_path / "space.yaml").write_text(f"{SPACE}objective: {{metric: nll}}\n")
-    assert load_space(tmp_path / "space.yaml").hash == space.hash  # costs are measured, and change no trial
+    assert load_space(tmp_path / "space.yaml").hash == space.hash  # costs may be added later
