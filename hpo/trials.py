@@ -56,6 +56,8 @@ STOPPED = "stopped"
 """Why a confirmation's trial was not trained."""
 TAKEN_FROM = "taken_from"
 """Origin of an imported trial: `STUDY/NUMBER`."""
+WARM_START = "warm_start"
+"""Trial of another study whose configuration the trial repeats: `STUDY/NUMBER`."""
 
 # Prefixes of Optuna's system attributes
 

@@ -275,6 +275,9 @@ class RunOptions(LimitOptions, DataOptions, PlacementOptions, ArtifactOptions, T
     take_over: str | None = option(
         "Start with those trials of another study that fit the space.", metavar="STUDY", resumes=False
     )
+    warm_start: str | None = option(
+        "Try the best configurations of a study on other images first.", metavar="STUDY", resumes=False
+    )
     recipes: bool = option("Also train the space's recipes, for comparison.", True, flags="--recipes/--no-recipes")
     long_baseline: bool = option(
         "After the search, train the baseline once for as many epochs as all trials together: the search must beat "
@@ -371,6 +374,7 @@ class RunKeywords(TypedDict, total=False):
     engine: str
     address: str | None
     take_over: str | None
+    warm_start: str | None
     recipes: bool
     long_baseline: bool
     skip_broken: bool

@@ -40,10 +40,12 @@ from hpo.space.grammar import MANY_TRIALS, MOST_TRIALS
 from hpo.space.own_parts import check_own_parts
 from hpo.space.pruner import build_pruner, keeps_of
 from hpo.storage.artifacts import ArtifactStore
-from hpo.study import Study, check_search_name, open_study
+from hpo.study import Study, check_search_name, find_study, open_study
 from hpo.study.metadata import read_metadata
+from hpo.study.queue import Queued
+from hpo.study.warm_start import warm_starts
 from hpo.text import count, done_and_safe, duration
-from hpo.trials import trial_index_of
+from hpo.trials import WARM_START, trial_index_of
 from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec
 from hpo.workers.placement import Placement, place, place_on_cluster
 from hpo.workers.ray import RayEngine, engine_and_slots
@@ -92,6 +94,7 @@ class Search:
         if missing and begun is None:
             reporter.say(f"left out, since their pretrained weights are not here: {advice(missing)}")
         self.space = space
+        self.warm_starts = _warm_starts(options, space, self.name)
         self.dataset = open_dataset(
             space.baseline.data, options.data, skip_broken=options.skip_broken, reporter=reporter
         )
@@ -118,10 +121,11 @@ class Search:
         done = study.counts().finished
         total = max(self.options.trials or max(self.space.trials, study.total or 0), done)
         self._report_requeued(study, study.queue.reclaim(force=self.options.reclaim))
-        study.queue.ensure_trials(total)
+        study.queue.ensure_trials(total, self.warm_starts)
         study.deadline.begin(self.options.limit_s)
         study.patience.begin(self.options.patience)
         self._report_start(done, total)
+        self._report_warm_starts(study)
         if self.placement.none:
             return SearchResult(study, queued=study.queue.waiting())
         if done == total and self._alone:
@@ -323,6 +327,13 @@ class Search:
             f"sampler {space.sampler.name}, pruner {_pruner(space, total)}; {where}"
         )
 
+    def _report_warm_starts(self, study: Study) -> None:
+        trials = study.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        waiting = [str(trial.user_attrs[WARM_START]) for trial in trials if WARM_START in trial.user_attrs]
+        if waiting:
+            sources = ", ".join(sorted({one.rpartition("/")[0] for one in waiting}))
+            self.reporter.say(f"warm start with {count(len(waiting), 'configuration')} of study {sources}")
+
     def _report_requeued(self, study: Study, trial_indices: Sequence[int]) -> None:
         if not trial_indices:
             return
@@ -339,6 +350,14 @@ def _check_total(total: int, *, allowed: bool) -> None:
     if total > most:
         advice = "" if allowed else ", or confirm the total by --yes"
         raise StudyError(f"{total:,} trials, all queued at once, are over {most:,}; give fewer by --trials{advice}")
+
+
+def _warm_starts(options: RunOptions, space: SearchSpace, name: str) -> list[Queued]:
+    if options.warm_start is None:
+        return []
+    if options.warm_start == name:
+        raise StudyError(f"--warm-start {name} is the study itself; give another, or leave it out to resume this one")
+    return warm_starts(space, find_study(options.warm_start))
 
 
 def _check_callbacks(options: RunOptions, placement: Placement, callbacks: Sequence[Callback]) -> None:

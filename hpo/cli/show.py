@@ -153,6 +153,7 @@ def _trial_row(row: Mapping[str, Any], names: Mapping[str, str]) -> list[Any]:
     drawn = assignments({name: value for name, value in params.items() if value is not None})
     origin = ["the baseline"] if row["baseline"] else []
     origin += [f"recipe {row['recipe']}"] if row["recipe"] else []
+    origin += [f"as {row['warm_start']}"] if row["warm_start"] else []
     return [
         row["number"],
         row["failure"] or row["state"],

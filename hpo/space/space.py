@@ -243,21 +243,21 @@ class SearchSpace:
 
     def express(self, config: TrainConfig) -> dict[str, Any] | None:
         """Return the parameters of this configuration, but for seed and data set; None if the space lacks it."""
+        values = self._drawable(config)
+        if any(path not in values and self._holds(one.when, values) for path, one in self.search.items()):
+            return None
         wanted = in_rate_of(config, self.search).flat()
-        values: dict[str, Any] = {}
-        for path, parameter in self.search.items():
-            if self._holds(parameter.when, values):
-                value = snapped(parameter, wanted.get(path))
-                if path not in wanted or not parameter.contains(value):
-                    return None
-                values[path] = value
         reached = self.baseline.override(values).flat()
         if reached.keys() != wanted.keys():  # other arguments of a network of the user's own
             return None
         compared = wanted.keys() - {"seed", "data.name", "data.val", *(f"data.{name}" for name in READING_FIELDS)}
         if any(not _same(reached[path], wanted[path]) for path in compared):
             return None
-        return {path: self.search[path].encode(value) for path, value in values.items()}
+        return self._encode(values)
+
+    def shared_params(self, config: TrainConfig) -> dict[str, Any]:
+        """Return the parameters that have this configuration's values; those out of range are left out."""
+        return self._encode(self._drawable(config))
 
     def identity(self) -> dict[str, Any]:
         """Everything that makes trials comparable, as flat JSON data.
@@ -288,6 +288,17 @@ class SearchSpace:
     def hash(self) -> str:
         """SHA-256 of the identity, in hex."""
         return hash_of(self.identity())
+
+    def _drawable(self, config: TrainConfig) -> dict[str, Any]:
+        wanted, values = in_rate_of(config, self.search).flat(), dict[str, Any]()
+        for path, parameter in self.search.items():
+            value = snapped(parameter, wanted.get(path))
+            if path in wanted and self._holds(parameter.when, values) and parameter.contains(value):
+                values[path] = value
+        return values
+
+    def _encode(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: self.search[path].encode(value) for path, value in values.items()}
 
     def _decode(self, params: Mapping[str, Any]) -> dict[str, Any]:
         return {path: self.search[path].decode(value) for path, value in params.items()}

@@ -29,6 +29,7 @@ from hpo.trials import (
     TAKEN_FROM,
     TRIAL_INDEX,
     VAL_LOSS,
+    WARM_START,
 )
 
 _Number = int | float
@@ -57,7 +58,7 @@ _OF_TRIAL: Mapping[str, type | UnionType] = {
     **dict.fromkeys(("epochs", "kept_epoch", "seed", "torch_threads", "replicate"), int),
     **dict.fromkeys((VAL_LOSS, STANDARD_ERROR, "elapsed_s", "images_per_s"), _Number | None),
     **dict.fromkeys((BASELINE, OLD_NAMES[BASELINE], INTERRUPTED), bool),
-    **dict.fromkeys((RECIPE, FAILURE, REASON, STOPPED, TAKEN_FROM, "device", "candidate"), str | None),
+    **dict.fromkeys((RECIPE, FAILURE, REASON, STOPPED, TAKEN_FROM, WARM_START, "device", "candidate"), str | None),
     **dict.fromkeys((PAUSED_BY, "fold_values"), list),
     CONFIG: dict,
     "lease": dict | None,

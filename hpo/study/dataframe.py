@@ -25,6 +25,7 @@ from hpo.trials import (
     RESUMED_EPOCH,
     TAKEN_FROM,
     TRIAL_INDEX,
+    WARM_START,
     effective_trials,
     is_baseline,
     is_paused,
@@ -57,6 +58,7 @@ _FIXED = {
     LET_THROUGH: "Int64",
     REPLICATE_OF: "Int64",
     TAKEN_FROM: "str",
+    WARM_START: "str",
     CRASHES: "Int64",
     RESUMED_EPOCH: "Int64",
 }

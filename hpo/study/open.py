@@ -57,7 +57,7 @@ def open_study(
     """
     from hpo.space.samplers import build_sampler
     from hpo.study.study import Study
-    from hpo.study.warm_start import import_trials
+    from hpo.study.take_over import import_trials
 
     paths = StudyPaths.of(_checked(name))
     written = read_metadata(paths)

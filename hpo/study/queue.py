@@ -42,6 +42,7 @@ from hpo.trials import (
     RESUMED_EPOCH,
     STOPPED,
     TRIAL_INDEX,
+    WARM_START,
     Counts,
     count_trials,
     effective_trials,
@@ -59,6 +60,9 @@ if TYPE_CHECKING:
     from hpo.study.settings import StudySettings
 
 logger = logging.getLogger(__name__)
+
+Queued = tuple[dict[str, Any], dict[str, Any]]
+"""Parameters and user attributes of a trial to queue. The sampler suggests the other parameters."""
 
 
 class TrialQueue:
@@ -87,8 +91,12 @@ class TrialQueue:
 
     # Enqueue
 
-    def ensure_trials(self, total: int) -> Counts:
-        """Queue the missing indices from 0 to `total` - 1: the baseline, recipes of the space, then free trials."""
+    def ensure_trials(self, total: int, warm_starts: Sequence[Queued] = ()) -> Counts:
+        """Queue the missing indices from 0 to `total` - 1.
+
+        They are the baseline, recipes of the space, those of the warm starts that were not queued before, then free
+        trials.
+        """
         self._settings.total = total
         trials = self._trials()
         effective = effective_trials(trials)
@@ -99,18 +107,21 @@ class TrialQueue:
         for trial_index in sorted(last_attempt.keys() - effective.keys()):
             if trial_index < total:
                 self._queue_again(last_attempt[trial_index])
-        missing = self._missing({**last_attempt, **effective}.values())
+        known = {**last_attempt, **effective}.values()
+        missing = self._missing(known)
+        tried = {trial.user_attrs.get(WARM_START) for trial in known}
+        missing += [(params, of) for params, of in warm_starts if of[WARM_START] not in tried]
         for trial_index in range(total):
             if trial_index not in last_attempt:
                 params, attributes = missing.pop(0) if missing else ({}, {})
                 self._queue(trial_index, params, attributes)
-        for _, attributes in missing:
+        for attributes in (of for _, of in missing if WARM_START not in of):
             name = f"recipe {attributes[RECIPE]}" if RECIPE in attributes else "the baseline"
             logger.info("%s is no trial of the study: all of its %d trials were queued before", name, total)
         return count_trials(self._trials())
 
-    def enqueue(self, trials: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
-        """Queue trials, given by parameters and user attributes, after all others, and raise the total.
+    def enqueue(self, trials: Sequence[Queued]) -> None:
+        """Queue trials after all others, and raise the total.
 
         The total is raised last, also without new trials, in case another process died before it did.
         """
@@ -128,7 +139,7 @@ class TrialQueue:
         assert self._space is not None, "only a study that was opened with its space can queue or claim trials"
         return self._space
 
-    def _missing(self, trials: Iterable[FrozenTrial]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def _missing(self, trials: Iterable[FrozenTrial]) -> list[Queued]:
         """Parameters and attributes of the baseline and expressible recipes not among these trials."""
         space = self._known_space()
         if not space.trains_baseline:
@@ -138,7 +149,7 @@ class TrialQueue:
         baseline = space.baseline_params()
         expressed = [(recipe.name, space.express(recipe.config)) for recipe in space.recipes]
         seen = [params for name, params in expressed if name in names]
-        missing: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        missing: list[Queued] = []
         if any(map(is_baseline, known)):
             seen.append(baseline)
         else:

@@ -286,7 +286,13 @@ def study_of(space: SearchSpace, sampler: BaseSampler, folder: Path, seed: int) 
         sampler=sampler,
         pruner=build_pruner(space.pruner, space.baseline.epochs),
     )
-    metadata = {"seed": seed, "metric": space.metric, "direction": space.direction, "identity": space.identity()}
+    metadata = {
+        "data": {"path": None},
+        "seed": seed,
+        "metric": space.metric,
+        "direction": space.direction,
+        "identity": space.identity(),
+    }
     return Study(study, StudyPaths(folder), metadata, "memory", space)
 
 

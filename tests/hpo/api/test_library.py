@@ -158,6 +158,20 @@ def test_refit_takes_a_name_or_the_last_study(here: Made) -> None:
             refit(study, 99, confirm=False, quiet=True)
 
 
+def test_a_warm_start_tries_the_best_of_another_study_first(here: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_file", said := io.StringIO())
+    new = run(here.studies.parent / "small.yaml", study="new", trials=3, workers=0, warm_start=here.study.name)
+    _, *others = new.optuna.trials
+    assert [trial.user_attrs.get("warm_start") for trial in others] == [f"{here.study.name}/1", None]
+    assert f"warm start with 1 configuration of study {here.study.name}" in said.getvalue()
+    for wrong, why in (("new", "is the study itself"), ("nosuch", "no study nosuch")):
+        with pytest.raises(StudyError, match=why):
+            run(here.studies.parent / "small.yaml", study="new", trials=3, workers=0, warm_start=wrong)
+    with pytest.raises(StudyError):
+        run(here.studies.parent / "small.yaml", study="third", workers=0, warm_start="nosuch")
+    assert not (here.studies / "third").exists()
+
+
 # User errors
 
 

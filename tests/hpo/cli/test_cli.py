@@ -30,7 +30,7 @@ SURFACE = {
         --keep-gb:float[0..] --keep:int[1..]=3 --long-baseline:bool --minutes:float[0.05..] --patience:bool --per-device
         --recipes/--no-recipes:bool=True --reclaim:bool --retries:int[0..]
         --seed:int[0..] --set:list* --skip-broken:bool --storage --study --take-over
-        --tensorboard:bool --trials:int[1..] --weights:Path --workers:int[0..] --yes:bool space!
+        --tensorboard:bool --trials:int[1..] --warm-start --weights:Path --workers:int[0..] --yes:bool space!
     """,
     "worker": """
         --artifacts --data:Path --device --devices --hours:float[0.001..] --keep-gb:float[0..] --keep:int[1..]=3

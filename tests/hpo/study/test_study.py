@@ -30,6 +30,7 @@ from hpo.storage import mask, open_storage
 from hpo.study import Study, find_study, list_studies, open_study
 from hpo.study.dataframe import trials_frame
 from hpo.study.versions import versions
+from hpo.study.warm_start import warm_starts
 from hpo.trials import (
     BASELINE,
     FAILURE,
@@ -38,6 +39,7 @@ from hpo.trials import (
     RUNG_LOSS,
     TAKEN_FROM,
     TRIAL_INDEX,
+    WARM_START,
     effective_trials,
     is_baseline,
     trial_index_of,
@@ -1220,6 +1222,74 @@ def test_trials_on_other_images_are_not_imported(open_: Any) -> None:
     open_("old", trials=1)
     with pytest.raises(StudyError, match="begun with other images"):
         open_("new", dataset=Images(fingerprint="cd" * 32), take_over="old")
+
+
+# Warm starts
+
+OTHER_SPACE = """
+base: {epochs: 20, batch_size: 64, optim: {lr: 0.001}}
+objective: {metric: macro_f1}
+search:
+  optim.lr: {low: 1e-4, high: 0.1, log: true}
+  augment.strength: {low: 0.0, high: 0.5}
+  loss.smoothing: {low: 0.0, high: 0.2}
+"""
+
+
+def test_the_best_configurations_of_other_images_are_tried_after_the_baseline(open_: Any, space_of: Any) -> None:
+    old = open_("old", dataset=Images(fingerprint="cd" * 32), trials=20)
+    work(old, prune=False)
+    new, space = open_("new", OTHER_SPACE), space_of(OTHER_SPACE)
+    new.queue.ensure_trials(12, warm_starts(space, old))
+    trials = sorted(new.optuna.trials, key=trial_index_of)
+    assert trials[0].user_attrs[BASELINE] is True
+    best = sorted(old.optuna.trials, key=lambda trial: trial.value, reverse=True)
+    assert [trial.user_attrs.get(WARM_START) for trial in trials[1:]] == [
+        *(f"old/{trial.number}" for trial in best[:4]),
+        *[None] * 7,
+    ]
+    for queued, source in zip(trials[1:5], best, strict=False):
+        params, meant = queued.system_attrs["fixed_params"], old.trained(source.number).config
+        # The rate in the new space's terms; unsearched values as they were; those out of range are left out.
+        assert params["optim.lr"] == pytest.approx(meant.optim.peak_lr(meant.batch_size))
+        assert params["loss.smoothing"] == meant.loss.smoothing
+        strength = meant.augment.strength
+        assert params.get("augment.strength") == (strength if strength <= 0.5 else None)
+    while (claimed := new.queue.claim()) is not None:
+        suggested = space.suggest(claimed[0])
+        assert set(suggested) == set(space.search)
+        new.queue.finish(claimed[0], "complete", 0.5)
+    assert new.counts().finished == 12
+
+
+def test_warm_starts_are_queued_once_and_the_rest_of_them_when_the_total_grows(open_: Any, space_of: Any) -> None:
+    old = open_("old", trials=20)
+    work(old, prune=False)
+    first = warm_starts(space_of(), old)
+    new = open_("new")
+    for total in (3, 3, 11):
+        new.queue.ensure_trials(total, first)
+    queued = [trial.user_attrs.get(WARM_START) for trial in sorted(new.optuna.trials, key=trial_index_of)]
+    assert queued == [None, *(attributes[WARM_START] for _, attributes in first), *[None] * 6]
+
+
+def test_warm_starts_differ_from_the_baseline_and_from_each_other(open_: Any, space_of: Any) -> None:
+    old = open_("old", trials=20)
+    work(old, prune=False)
+    sizes = {trial.params["batch_size"] for trial in old.optuna.trials}
+    only = "base: {batch_size: 64}\nobjective: {metric: accuracy}\nsearch:\n  batch_size: {choices: [32, 64, 128]}\n"
+    found = [params for params, _ in warm_starts(space_of(only), old)]
+    assert sizes == {32, 64, 128}
+    assert sorted(params["batch_size"] for params in found) == [32, 128]
+
+
+def test_a_study_without_a_finished_trial_is_no_warm_start(open_: Any, space_of: Any) -> None:
+    old = open_("old", trials=3)
+    with pytest.raises(StudyError, match=r"--warm-start old: it has no complete trial; leave it out"):
+        warm_starts(space_of(), old)
+    work(old, stop_before=1, prune=False)
+    with pytest.raises(StudyError, match=r"no trial other than this space's baseline"):
+        warm_starts(space_of(), old)
 
 
 def test_the_pruner_is_that_of_the_space(open_: Any) -> None:
