@@ -46,11 +46,15 @@ def imported(path: str, field: str) -> Callable[..., Any]:
     name, _, attribute = path.partition(":")
     if name.partition(".")[0] in _REFUSED:
         raise UserError(f"{field}: {path} is part of Python or torch; name a callable of your own code")
-    module = _module(name, f"{field}: {path}")
+    return callable_of(_module(name, f"{field}: {path}"), attribute, path, field)
+
+
+def callable_of(module: ModuleType, attribute: str, path: str, field: str) -> Callable[..., Any]:
+    """Return a callable of a module that `path` names; UserError if there is none."""
     if not hasattr(module, attribute):
         named = [each for each, value in vars(module).items() if callable(value)]
         file = getattr(module, "__file__", None) or "a folder"
-        raise UserError(f"{field}: module {name} ({file}) has no {attribute}{_nearest(attribute, named)}")
+        raise UserError(f"{field}: module {module.__name__} ({file}) has no {attribute}{_nearest(attribute, named)}")
     found = getattr(module, attribute)
     if not callable(found):
         raise UserError(f"{field}: {path} is of type {type(found).__name__}, which cannot be called")

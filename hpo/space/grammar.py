@@ -14,12 +14,14 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     Tag,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
-from core.config import OWN, DataConfig, Kwargs, OwnName
+from core.config import IMPORT_PATH, OWN, DataConfig, Kwargs, OwnName
 from hpo.space.document import flow
 from hpo.space.fields import did_you_mean, nearest_field
 
@@ -137,11 +139,31 @@ class QmcSampler(_Section):
     name: Literal["qmc"]
 
 
-class OwnSampler(_Section):
-    """An Optuna sampler of your own code."""
+HUB = "hub:"
+"""Begins the name of a part from OptunaHub, with a package of the registry: `hub:samplers/PACKAGE:NAME`."""
+_HUB_NAME = rf"{HUB}[\w\-]+(/[\w\-]+)+:[A-Za-z_]\w*"
 
-    name: OwnName
-    """`PACKAGE.MODULE:NAME`."""
+
+def _or_hub(value: Any, own: ValidatorFunctionWrapHandler) -> Any:
+    """Accept a name on OptunaHub beside an import path."""
+    if not (isinstance(value, str) and value.startswith(HUB) and "/" in value):
+        return own(value)
+    if not re.fullmatch(_HUB_NAME, value):
+        raise ValueError(f"must be hub:samplers/PACKAGE:NAME or hub:pruners/PACKAGE:NAME, not '{value}'")
+    return value
+
+
+PartName = Annotated[
+    OwnName,
+    WrapValidator(_or_hub, json_schema_input_type=Annotated[str, Field(pattern=f"^({IMPORT_PATH}|{_HUB_NAME})$")]),
+]
+
+
+class OwnSampler(_Section):
+    """An Optuna sampler of your own code, or from OptunaHub."""
+
+    name: PartName
+    """`PACKAGE.MODULE:NAME`, or `hub:samplers/PACKAGE:NAME`."""
     kwargs: Kwargs = {}
     """Keyword arguments. A `seed` is given if it takes one."""
 
@@ -250,10 +272,10 @@ class HyperbandPruner(_Section):
 
 
 class OwnPruner(_Section):
-    """An Optuna pruner of your own code."""
+    """An Optuna pruner of your own code, or from OptunaHub."""
 
-    name: OwnName
-    """`PACKAGE.MODULE:NAME`."""
+    name: PartName
+    """`PACKAGE.MODULE:NAME`, or `hub:pruners/PACKAGE:NAME`."""
     kwargs: Kwargs = {}
     """Keyword arguments."""
 

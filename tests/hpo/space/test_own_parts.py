@@ -1,13 +1,15 @@
-"""Samplers and pruners of the user's own code."""
+"""Samplers and pruners of the user's own code and of OptunaHub."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
 
+from hpo.space.own_parts import _from_hub
 from hpo.study import find_study
 from tests.hpo.commands import RunHpo
 from tests.test_docs import ROOT, blocks
@@ -76,3 +78,69 @@ def test_a_mistake_is_one_line_before_a_study_begins(
         [line] = run_hpo.error.strip().splitlines()
         assert message in line
     assert not (tmp_path / "studies").exists()
+
+
+# OptunaHub. A package is read from OptunaHub's cache, laid out as a download leaves it: nothing is downloaded here.
+
+ON_HUB = SPACE.replace("steering:KeepBest", "hub:samplers/keep/best:KeepBest").replace(
+    "steering:Hopeless", "hub:pruners/hopeless:Hopeless"
+)
+
+
+@pytest.fixture
+def from_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A space whose sampler and pruner are packages in OptunaHub's cache."""
+    pytest.importorskip("optunahub")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPTUNAHUB_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("GIT_ALLOW_PROTOCOL", "none")  # a download fails
+    for package in ("samplers/keep/best", "pruners/hopeless"):
+        folder = tmp_path / "cache/github.com/optuna/optunahub-registry/main/package" / package
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(STEERING)
+    _from_hub.cache_clear()
+    file = tmp_path / "on_hub.yaml"
+    file.write_text(ON_HUB)
+    return file
+
+
+def test_packages_of_optunahub_search_and_prune_like_own_code(from_hub: Path, steered: Path, run_hpo: RunHpo) -> None:
+    for file in (from_hub, steered):
+        run_hpo("run", str(file), "--trials", "4", *SHORT)
+    one, other = (find_study(name).optuna.trials for name in ("on_hub", "steered"))
+    assert [trial.params for trial in one] == [trial.params for trial in other]
+    assert [trial.state for trial in one] == [trial.state for trial in other]
+    assert TrialState.PRUNED in {trial.state for trial in one}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (":KeepBest", ":KeepBst", "has no KeepBst; did you mean KeepBest?"),
+        ("keep: 0.7", "kep: 0.7", "has no argument kep; did you mean keep?"),
+        ("keep/best", "keep/bst", "hub:samplers/keep/bst:KeepBest cannot be loaded from OptunaHub; check its name and"),
+        (
+            ":KeepBest",
+            "",
+            "must be hub:samplers/PACKAGE:NAME or hub:pruners/PACKAGE:NAME, not 'hub:",
+        ),
+    ],
+)
+def test_a_mistake_in_a_name_on_optunahub_is_one_line(
+    from_hub: Path, run_hpo: RunHpo, old: str, new: str, message: str
+) -> None:
+    from_hub.write_text(from_hub.read_text().replace(old, new))
+    run_hpo("space", "check", str(from_hub), code=2)
+    assert message in run_hpo.error
+
+
+def test_a_name_on_optunahub_needs_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_hpo: RunHpo
+) -> None:
+    monkeypatch.setitem(sys.modules, "optunahub", None)
+    _from_hub.cache_clear()
+    (tmp_path / "on_hub.yaml").write_text(ON_HUB)
+    run_hpo("space", "check", str(tmp_path / "on_hub.yaml"), code=2)
+    [line] = run_hpo.error.strip().splitlines()
+    assert "sampler.name: hub:samplers/keep/best:KeepBest needs optunahub (" in line
+    assert line.endswith("pip install 'hpo-vision[hub]'")
