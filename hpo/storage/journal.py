@@ -1,7 +1,8 @@
 """Optuna's journal file, protected against crashes, full disks and killed writers.
 
 A failed or killed write leaves a torn tail, which the next holder of the lock cuts off. Optuna 5.0 appends to the tail,
-and then cannot read the journal any more; that is repaired too. Each record has a checksum, which Optuna ignores.
+and then cannot read the journal any more; that is repaired too. Each record has its place in the file and a checksum,
+which Optuna ignores.
 """
 
 from __future__ import annotations
@@ -113,10 +114,13 @@ class _Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append all records or none; StudyError if the file cannot be written."""
-        records = [with_checksum(json.dumps(log, separators=(",", ":")).encode()) + b"\n" for log in logs]
+        records = [json.dumps(log, separators=(",", ":")).encode() for log in logs]
         with _explained(self._path, "written"), self._lock, _opened(self._path) as descriptor:
             _cut_torn_tail(descriptor, self._path)
-            _write_whole(descriptor, b"".join(records))
+            before, written = os.fstat(descriptor).st_size, b""
+            for record in records:
+                written += sealed(record, before + len(written)) + b"\n"
+            _write_whole(descriptor, written)
             if any(_is_lasting(log) for log in logs):
                 # If this fails, the record stays, since other processes may have read it.
                 os.fsync(descriptor)
@@ -212,17 +216,23 @@ def _keep(path: Path, torn: bytes) -> None:
 _RECORD = b'{"op_code":'  # start of each of Optuna's lines
 _CHECKSUM = b',"crc":"'
 _CHECKSUM_SIZE = len(_CHECKSUM) + 10  # with eight digits and `"}`
+_PLACE = b',"at":'
+_PLACE_SIZE = len(_PLACE) + 20  # an integer of 64 bits
 
 
-def with_checksum(record: bytes) -> bytes:
-    """Return a record of JSON with its CRC-32 as the last field."""
-    content = record[:-1]
-    return b'%s%s%08x"}' % (content, _CHECKSUM, zlib.crc32(content))
+def sealed(record: bytes, at: int) -> bytes:
+    """Return a record of JSON with its first byte's place in the file and its CRC-32 as the last fields."""
+    content = b"%s%s%d" % (record[:-1], _PLACE, at)
+    return content + _checksum(content)
 
 
-def damaged(path: Path, line: int) -> StudyError:
+def _checksum(content: bytes) -> bytes:
+    return b'%s%08x"}' % (_CHECKSUM, zlib.crc32(content))
+
+
+def damaged(path: Path, line: int, how: str = "damaged") -> StudyError:
     """Return the error about a record that is not as it was written."""
-    return StudyError(f"{path}:{line}: damaged, and not by a crash of ours; restore it from a backup")
+    return StudyError(f"{path}:{line}: {how}, and not by a crash of ours; restore it from a backup")
 
 
 def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
@@ -248,8 +258,19 @@ def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
                 torn.append((start, end + 1))
             else:
                 raise damaged(path, number)
+        elif _is_displaced(line, start):
+            raise damaged(path, number, "damaged, since records before it were deleted or inserted")
         start = end + 1
     return torn
+
+
+def _is_displaced(line: bytes, start: int) -> bool:
+    """Whether a record was written at another place; earlier versions and other programs wrote none."""
+    if line[-_CHECKSUM_SIZE:-10] != _CHECKSUM:
+        return False
+    _, _, place = line[-_PLACE_SIZE - _CHECKSUM_SIZE : -_CHECKSUM_SIZE].rpartition(_PLACE)
+    spaces = len(line) - len(line.lstrip(b" "))  # of a torn record that was taken out
+    return place.isdigit() and int(place) != start + spaces
 
 
 def _has_end(line: bytes) -> bool:
@@ -261,7 +282,7 @@ def _is_record(line: bytes, *, parsed: bool = False) -> bool:
     """Whether a line is a record; one without a checksum is only parsed if it looks strange, or if asked for."""
     if line[-_CHECKSUM_SIZE:-10] == _CHECKSUM:
         content = line[:-_CHECKSUM_SIZE].lstrip(b" ")  # spaces are a torn record that was taken out
-        return line.endswith(with_checksum(content + b"}"))
+        return line.endswith(_checksum(content))
     if not parsed and line.startswith(_RECORD) and line.endswith(b"}") and line.count(_RECORD) == 1:
         return True  # parsing every line would double the time to open a study
     try:

@@ -365,6 +365,27 @@ def test_a_flipped_bit_in_a_journal_without_checksums_causes_no_other_error(fini
     assert sum(map(bool, errors)) > 0.2 * len(errors)
 
 
+@pytest.mark.parametrize("change", ["delete", "repeat", "swap"])
+def test_a_record_that_is_not_where_it_was_written_is_an_error_with_its_line(finished: Path, change: str) -> None:
+    lines = finished.read_bytes().splitlines(keepends=True)
+    assert len(lines) >= 5
+    for place in range(len(lines) - 1):
+        here, after = lines[place : place + 2]
+        changed = {"delete": [after], "repeat": [here, here, after], "swap": [after, here]}[change]
+        finished.write_bytes(b"".join([*lines[:place], *changed, *lines[place + 2 :]]))
+        bad = place + 2 if change == "repeat" else place + 1
+        assert f"journal.log:{bad}: damaged, since records before it were deleted" in read_or_refused(finished)[1]
+
+
+def test_the_end_of_a_journal_may_be_missing(finished: Path) -> None:
+    lines = finished.read_bytes().splitlines(keepends=True)
+    finished.write_bytes(b"".join(lines[:-1]))
+    [trial], error = read_or_refused(finished)
+    assert (trial.state, error) == (TrialState.RUNNING, "")
+    open_storage(str(finished)).set_study_user_attr(0, "later", 1)
+    assert read_or_refused(finished)[1] == ""
+
+
 def test_optuna_reads_a_journal_with_checksums(finished: Path) -> None:
     assert finished.read_bytes() != without_checksums(finished.read_bytes())
     theirs = JournalStorage(JournalFileBackend(str(finished)))
