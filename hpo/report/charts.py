@@ -78,10 +78,11 @@ def around(values: Sequence[float], below: float = 0.1, above: float = 0.1) -> l
     return [low - below * span, high + above * span]
 
 
-def whole_numbers(last: int) -> dict[str, Any]:
-    """An axis from 0 to `last` with ticks at whole numbers only."""
+def whole_numbers(first: int, last: int) -> dict[str, Any]:
+    """An axis with ticks at whole numbers only."""
     margin = max(0.5, 0.02 * last)
-    return {"range": [-margin, last + margin], **({"dtick": 1} if last <= 10 else {}), "tickformat": "d"}
+    ends = [first - min(margin, 0.9), last + margin]  # without the whole number before the first
+    return {"range": ends, **({"dtick": 1} if last <= 10 else {}), "tickformat": "d"}
 
 
 def named_rows(names: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from hpo.analysis.costs import progress
 from hpo.analysis.study_data import StudyData, value_of
 from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
 from hpo.report.charts import LOOKS, ByParameter, Look, around, best_so_far, trial_marks, whole_numbers
-from hpo.report.page import SHADES, Section, figure, note, section, side_by_side
+from hpo.report.page import SHADES, Section, figure, note, paragraph, section, side_by_side
 from hpo.report.words import metric_label, trial_name
 from hpo.text import count, counted, joined
 
@@ -37,6 +38,8 @@ _WORDS = {
     "paused": "paused",
     "running": "running",
 }
+_AXIS_WIDTH, _LINE = 100, 13
+"""CSS pixels of an axis of the parallel coordinates, and the characters of its name that fit into a line."""
 _CURVES = {
     "pruned": ("solid", 0.4),
     "paused": ("dot", 0.6),
@@ -91,7 +94,7 @@ def history_figure(data: StudyData) -> go.Figure:
         if trials:
             fig.add_trace(_by_number(data, trials, map(data.epochs, trials), state), row=rows, col=1)
     fig.update_yaxes(title_text="epochs trained", rangemode="tozero", row=rows, col=1)
-    fig.update_xaxes(title_text="trial", row=rows, col=1, **whole_numbers(last))
+    fig.update_xaxes(title_text="trial", row=rows, col=1, **whole_numbers(0, last))
     return fig
 
 
@@ -151,7 +154,7 @@ def curves_figure(data: StudyData) -> go.Figure:
             annotation={"textangle": -90, "y": 0, "yanchor": "bottom", "font": {"size": 11, "color": GREY}},
         )  # fmt: skip
     last = max(trial.last_step or 0 for trial in data.trials)
-    fig.update_xaxes(title_text="epoch", showgrid=False, **whole_numbers(max(last, data.steps)))
+    fig.update_xaxes(title_text="epoch", showgrid=False, **whole_numbers(1, max(last, data.steps)))
     fig.update_yaxes(title_text=f"validation {metric_label(data.metric)}", range=_focus(data))
     return fig
 
@@ -199,13 +202,13 @@ def importances(data: StudyData) -> Section | None:
         "How much each parameter decides whether a trial is among the best tenth, as fractions of one: PED-ANOVA "
         f"(Watanabe et al. 2023), from the {count(len(data.complete), 'complete trial')} only."
     )
-    few = f"With fewer than {_FEW} complete trials these fractions are little more than chance."
+    few = f"From fewer than {_FEW} complete trials, these fractions are little more than chance."
     return section(
         "importances",
         "Importances",
         lead,
+        paragraph(few, kind="warning") if len(data.complete) < _FEW else "",
         figure(fig, alt=f"Importance of each parameter. {lead}", height=90 + 30 * len(fig.data[0].y)),
-        few if len(data.complete) < _FEW else "",
         [note(f"Optuna: {words}") for words in notes],
     )
 
@@ -287,7 +290,7 @@ def parallel_coordinates(data: StudyData) -> Section | None:
         f"Each of the {count(len(data.complete), 'complete trial')} is a line through its score and its parameters; "
         "darker is better. A line through `None` does not have that parameter."
     )
-    width = 110 * len(fig.layout.xaxis.tickvals)
+    width = _AXIS_WIDTH * len(fig.layout.xaxis.tickvals)
     body = figure(fig, alt=f"Parallel coordinates. {lead}", height=440, min_width=width)
     return section("parallel", "Parallel coordinates", lead, body)
 
@@ -312,11 +315,21 @@ def parallel_figure(data: StudyData) -> go.Figure | None:
     bar.marker.update(colorscale=SHADES, reversescale=not data.maximize)
     bar.marker.colorbar.update(title={"text": label, "side": "right"}, thickness=14, outlinewidth=0)
     fig = go.Figure([*lines, bar], fig.layout)
-    # Optuna cuts long names; here they have two lines.
+    # Optuna cuts long names; here they have several lines.
     paths = sorted({path for trial in data.complete for path in trial.params})
-    fig.update_xaxes(ticktext=[name.replace(".", ".<br>") for name in (label, *paths)], tickangle=0)
+    fig.update_xaxes(ticktext=list(map(_in_lines, (label, *paths))), tickangle=0, tickfont={"size": 12})
     fig.update_annotations(bgcolor="rgba(255,255,255,0.8)")  # numbers can be read where lines cross them
     return fig
+
+
+def _in_lines(name: str) -> str:
+    """Break a parameter's name after dots, and after underscores where a line would be wider than its axis."""
+    lines = [""]
+    for part in re.findall(r"[^._ ]+[._ ]?|[._ ]", name):
+        if lines[-1].endswith(".") or len(lines[-1] + part) > _LINE:
+            lines.append("")
+        lines[-1] += part
+    return "<br>".join(filter(None, lines))
 
 
 @contextmanager

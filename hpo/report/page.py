@@ -1,7 +1,7 @@
 """The parts of a report page: sections, text, tables, pictures and figures, rendered by Jinja templates.
 
-The page is one HTML file that loads nothing from the network. A figure is drawn when it comes near the screen and
-before printing, so that a page of many figures opens at once. The colors are those of Okabe and Ito (2008), which
+The page is one HTML file that loads nothing from the network. Figures near the screen are drawn first, so that a
+page of many figures opens at once. The colors are those of Okabe and Ito (2008), which
 color-blind readers can distinguish; figures add symbols or dashes, so that they can be read in grey.
 """
 

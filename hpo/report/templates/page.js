@@ -1,6 +1,6 @@
 "use strict";
 
-// Each figure is drawn when it comes near the screen, and all of them before the page is printed.
+// Figures near the screen are drawn first, the others one after another: a print or a picture of the page has all.
 const figures = [...document.querySelectorAll("figure.plot")];
 const PRINTED_WIDTH = 680; // CSS pixels: A4 and Letter, less their margins
 
@@ -27,6 +27,20 @@ const near = new IntersectionObserver(
 );
 figures.forEach((figure) => near.observe(figure));
 
+function drawNext() {
+  const figure = figures.find((each) => !each.querySelector(".js-plotly-plot"));
+  if (!figure) return;
+  draw(figure);
+  setTimeout(drawNext, 20);
+}
+addEventListener("load", () => setTimeout(drawNext, 500));
+
+// A box that is wider than the screen says that it scrolls.
+const boxes = new ResizeObserver((entries) => {
+  for (const { target } of entries) target.classList.toggle("wider", target.scrollWidth > target.clientWidth);
+});
+document.querySelectorAll(".scroll, .plot[tabindex]").forEach((box) => boxes.observe(box));
+
 const folds = [...document.querySelectorAll("details")];
 const opened = () => folds.filter((fold) => fold.open);
 let before = [];
@@ -36,12 +50,19 @@ addEventListener("beforeprint", () => {
   folds.forEach((fold) => (fold.open = true));
   for (const figure of figures) {
     draw(figure);
-    const columns = figure.closest(".grid") ? 2 : 1;
-    Plotly.relayout(figure.querySelector(".canvas"), { autosize: false, width: PRINTED_WIDTH / columns - 10 });
+    const canvas = figure.querySelector(".canvas");
+    const width = PRINTED_WIDTH / (figure.closest(".grid, .columns") ? 2 : 1) - 10;
+    const needed = Math.max(width, parseFloat(canvas.style.minWidth) || 0);
+    Plotly.relayout(canvas, { autosize: false, width: needed });
+    canvas.style.zoom = width / needed;
   }
 });
 
 addEventListener("afterprint", () => {
   folds.forEach((fold) => (fold.open = before.includes(fold)));
-  for (const figure of figures) Plotly.relayout(figure.querySelector(".canvas"), { autosize: true, width: null });
+  for (const figure of figures) {
+    const canvas = figure.querySelector(".canvas");
+    canvas.style.zoom = 1;
+    Plotly.relayout(canvas, { autosize: true, width: null });
+  }
 });

@@ -86,3 +86,19 @@ def test_the_printed_report_shows_every_figure(report: Path, browser: Browser, t
     assert drawn
     assert all(drawn)
     assert (tmp_path / "report.pdf").stat().st_size > 50_000
+
+
+def test_every_figure_is_drawn_without_scrolling(opened: tuple[Page, list[str]]) -> None:
+    page, _ = opened
+    every = "() => [...document.querySelectorAll('figure.plot')].every((figure) => figure.querySelector('.main-svg'))"
+    page.wait_for_function(every)
+
+
+def test_boxes_that_are_wider_than_the_screen_say_that_they_scroll(opened: tuple[Page, list[str]]) -> None:
+    page, _ = opened
+    found = page.evaluate("""() => [...document.querySelectorAll(".scroll, .plot[tabindex]")]
+        .filter((box) => box.checkVisibility())
+        .map((box) => [box.scrollWidth > box.clientWidth, getComputedStyle(box, "::before").content])""")
+    hints = {wider: {hint for is_wider, hint in found if is_wider == wider} for wider in (True, False)}
+    assert hints[False] == {"none"}
+    assert hints[True] == ({'"scroll sideways for more →"'} if page.evaluate("innerWidth") == 400 else set())

@@ -31,6 +31,7 @@ from hpo.report.charts import around, log_axis
 from hpo.report.compare import comparison, progress_figure
 from hpo.report.compare import warnings_of as incomparable
 from hpo.report.figures import (
+    _in_lines,
     curves_figure,
     history_figure,
     importances,
@@ -256,9 +257,35 @@ def test_the_parallel_coordinates_have_a_line_for_every_complete_trial(everythin
     lines = [trace for trace in fig.data if trace.mode == "lines"]
     assert len(lines) == len(everything.complete)
     assert lines[-1].y[0] == max(line.y[0] for line in lines), "the best is on top"
-    assert [text.replace(".<br>", ".") for text in fig.layout.xaxis.ticktext] == [
+    assert [text.replace("<br>", "") for text in fig.layout.xaxis.ticktext] == [
         "accuracy", "loss.smoothing", "optim.lr_scale", "optim.momentum", "optim.name"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("balanced accuracy", "balanced <br>accuracy"),
+        ("batch_size", "batch_size"),
+        ("optim.weight_decay", "optim.<br>weight_decay"),
+        ("augment.crop_pad_fraction", "augment.<br>crop_pad_<br>fraction"),
+        ("model.kwargs.incomprehensibilities", "model.<br>kwargs.<br>incomprehensibilities"),
+    ],
+)
+def test_a_name_below_an_axis_is_broken_where_it_would_be_wider_than_the_axis(name: str, shown: str) -> None:
+    assert _in_lines(name) == shown
+
+
+def test_learning_curves_begin_at_the_first_epoch(twelve: StudyData) -> None:
+    fig = curves_figure(twelve)
+    assert min(epoch for trace in fig.data for epoch in trace.x if epoch is not None) == 1
+    assert 0 < fig.layout.xaxis.range[0] < 1
+
+
+def test_importances_of_few_trials_warn_above_the_picture(twelve: StudyData) -> None:
+    found = importances(twelve)
+    assert found is not None
+    assert 0 < found.body.index("fewer than 20 complete trials") < found.body.index("<figure")
 
 
 def test_the_importances_are_optunas(digits: Dataset) -> None:
