@@ -238,7 +238,7 @@ def read_study_data(study: Study, *, images_path: Path | None = None) -> StudyDa
         file.parent.name: json.loads(file.read_text())
         for file in sorted(paths.refit("best").parent.glob(f"[!.]*/{METRICS}"))
     }
-    space = study.optuna.user_attrs.get("space")
+    space = study.settings.space
     trials = effective_trials(study.optuna.get_trials(deepcopy=False))
     return StudyData(
         study=study,

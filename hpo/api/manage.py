@@ -256,6 +256,7 @@ def _copy_studies(source: _Found, target: _Found, new: str, *, replace: bool) ->
 
     A copy that an interrupted renaming left incomplete is made again.
     """
+    from hpo.storage.optuna_access import attribute_of
     from hpo.storage.transfer import copy_stored, delete_stored, load_stored
 
     assert source.storage is not None
@@ -265,7 +266,7 @@ def _copy_studies(source: _Found, target: _Found, new: str, *, replace: bool) ->
         if study is None:
             continue
         there = load_stored(target.storage, after) if replace else None
-        if there is not None and METADATA not in there.user_attrs:
+        if there is not None and attribute_of(there, METADATA) is None:
             delete_stored(target.storage, after)
             there = None
         if there is None:

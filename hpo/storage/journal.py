@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 
 from hpo.errors import FULL_DISK, StudyError
 from hpo.storage.lock import JournalLock
-from hpo.storage.names import METADATA
+from hpo.storage.names import LONG, METADATA
 from hpo.storage.records import check_types
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class CheckedStorage(JournalStorage):
         replayed = self._replay_result
         study_id = log["study_id"] if "study_id" in log else replayed._trial_id_to_study_id.get(log.get("trial_id", -1))
         study = None if study_id is None else replayed._studies.get(study_id)
-        return study is not None and METADATA in study.user_attrs
+        return study is not None and (METADATA in study.user_attrs or LONG[METADATA] in study.system_attrs)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """Set the state; with RUNNING, return whether this process was the first."""

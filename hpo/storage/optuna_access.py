@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hpo.storage.names import LONG
+
 if TYPE_CHECKING:
     from typing import TypeAlias
 
@@ -28,8 +30,27 @@ def id_of(study: optuna.Study) -> int:
 
 
 def attributes_of(study: optuna.Study) -> dict[str, Any]:
-    """Return the user attributes without copying them."""
-    return study._storage.get_study_user_attrs(study._study_id)
+    """Return the attributes of a study that hpo or a user has set, without copying their values."""
+    system = study._storage.get_study_system_attrs(study._study_id)
+    long = {key: system[name] for key, name in LONG.items() if name in system}
+    return {**study._storage.get_study_user_attrs(study._study_id), **long}
+
+
+def attribute_of(study: optuna.Study, key: str, default: Any = None) -> Any:
+    """Return an attribute of a study without copying it."""
+    if key in LONG:
+        system = study._storage.get_study_system_attrs(study._study_id)
+        if LONG[key] in system:
+            return system[LONG[key]]
+    return study._storage.get_study_user_attrs(study._study_id).get(key, default)
+
+
+def set_attribute(study: optuna.Study, key: str, value: Any) -> None:
+    """Set an attribute of a study; see `LONG`."""
+    if key in LONG:
+        study._storage.set_study_system_attr(study._study_id, LONG[key], value)
+    else:
+        study.set_user_attr(key, value)
 
 
 def trial_id(trial: FrozenTrial | Trial) -> int:

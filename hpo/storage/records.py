@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any
 
-from hpo.storage.names import METADATA
+from hpo.storage.names import LONG, METADATA
 from hpo.trials import (
     ARTIFACT,
     BASELINE,
@@ -72,6 +72,9 @@ _OF_TRIAL_BY_PREFIX: Mapping[str, type | UnionType] = {
 }
 _OF_STUDY: Mapping[str, type | UnionType] = {
     METADATA: dict,
+    LONG[METADATA]: dict,
+    LONG["space"]: str | None,
+    LONG["length_probe"]: dict | None,
     **dict.fromkeys(("trials", "retries"), int | None),
     **dict.fromkeys(("command", "space", "weights", "confirmation", "artifacts"), str | None),
     **dict.fromkeys(("deadline", "length_probe"), dict | None),
@@ -88,7 +91,8 @@ def check_types(record: Mapping[str, Any], *, ours: bool) -> None:
     """
     for name, value in record.items():
         _check(name, value, _OF_RECORD.get(name))
-    if not (ours or METADATA in record.get("user_attr", ())):
+    begins = METADATA in record.get("user_attr", ()) or LONG[METADATA] in record.get("system_attr", ())
+    if not (ours or begins):
         return
     of_trial = "trial_id" in record or "user_attrs" in record
     for field in ("user_attr", "system_attr", "user_attrs", "system_attrs"):

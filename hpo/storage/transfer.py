@@ -9,7 +9,8 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
-from hpo.storage.optuna_access import id_of, storage_of, trial_id
+from hpo.storage.names import LONG
+from hpo.storage.optuna_access import attributes_of, id_of, set_attribute, storage_of, trial_id
 
 _OF_TRIAL = re.compile(r"dashboard:(\d+):")  # notes of optuna-dashboard, by the id of a trial in its storage
 
@@ -29,8 +30,8 @@ def copy_stored(
     Args:
         storage: Where the copy is made.
         name: Of the copy, which must not exist.
-        last: User attribute that is written last: a copy without it is incomplete.
-        change: Returns the user attributes of the copy.
+        last: Attribute that is written last: a copy without it is incomplete.
+        change: Returns the attributes of the copy.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     copied = optuna.create_study(study_name=name, storage=storage, directions=study.directions)
@@ -39,11 +40,12 @@ def copy_stored(
     pairs = zip(study.get_trials(deepcopy=False), copied.get_trials(deepcopy=False), strict=True)
     ids = {str(trial_id(old)): str(trial_id(new)) for old, new in pairs}
     for key, value in storage_of(study).get_study_system_attrs(id_of(study)).items():
-        key = _OF_TRIAL.sub(lambda found: f"dashboard:{ids.get(found[1], found[1])}:", key)
-        storage.set_study_system_attr(id_of(copied), key, value)
-    attributes = change(study.user_attrs)
+        if key not in LONG.values():
+            key = _OF_TRIAL.sub(lambda found: f"dashboard:{ids.get(found[1], found[1])}:", key)
+            storage.set_study_system_attr(id_of(copied), key, value)
+    attributes = change(attributes_of(study))
     for key in sorted(attributes, key=lambda key: key == last):
-        copied.set_user_attr(key, attributes[key])
+        set_attribute(copied, key, attributes[key])
 
 
 def load_stored(storage: BaseStorage, name: str) -> optuna.Study | None:

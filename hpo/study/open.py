@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmed_by, is_confirmation, no_studies, studies_root
 from hpo.storage import METADATA, is_journal, mask, open_storage
+from hpo.storage.optuna_access import attribute_of, set_attribute
 from hpo.study.metadata import (
     check_same,
     new_metadata,
@@ -93,9 +94,9 @@ def _create_or_load(name: str, url: str, space: SearchSpace, *, patient: bool) -
 
 def _metadata_of(study: optuna.Study, url: str) -> dict[str, Any] | None:
     """None for a new study."""
-    stored: dict[str, Any] | None = study.user_attrs.get(METADATA)
+    stored: dict[str, Any] | None = attribute_of(study, METADATA)
     if stored is None and study.get_trials(deepcopy=False):
-        stored = study.user_attrs.get(METADATA)  # again: another process may have begun it and queued trials in between
+        stored = attribute_of(study, METADATA)  # again: another process may have begun it and queued trials in between
         if stored is None:
             raise StudyError(
                 f"storage {mask(url)} has a study {study.study_name} that hpo did not begin; choose another --study"
@@ -111,7 +112,7 @@ def _begin(study: optuna.Study, metadata: dict[str, Any]) -> dict[str, Any]:
         study.set_metric_names([metadata["metric"]])
     for key, value in shown_attributes(metadata).items():
         study.set_user_attr(key, value)
-    study.set_user_attr(METADATA, metadata)  # last: a study with metadata has begun
+    set_attribute(study, METADATA, metadata)  # last: a study with metadata has begun
     return metadata
 
 
@@ -177,7 +178,7 @@ def join_study(name: str, *, storage_url: str | None = None) -> Study:
             raise StudyError(f"storage {url}: there is no such journal; give the one that the study was begun with")
         study = _load(name, url, "begin it by hpo run, --workers 0")
     space = stored_space(study)
-    return Study(study, paths, upgraded(study.user_attrs[METADATA]), url, space)
+    return Study(study, paths, upgraded(attribute_of(study, METADATA)), url, space)
 
 
 def list_studies() -> list[Study]:

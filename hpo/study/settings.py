@@ -1,11 +1,11 @@
-"""Settings of a study, stored as its user attributes."""
+"""Settings of a study, stored as its attributes."""
 
 from __future__ import annotations
 
 import socket
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from hpo.storage.optuna_access import attributes_of
+from hpo.storage.optuna_access import attribute_of, set_attribute
 
 if TYPE_CHECKING:
     import optuna
@@ -56,13 +56,13 @@ class StudySettings:
         self._study = study
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a user attribute; do not change it."""
-        return attributes_of(self._study).get(key, default)
+        """Return an attribute; do not change it."""
+        return attribute_of(self._study, key, default)
 
     def set(self, key: str, value: Any) -> None:
-        """Store a user attribute if it differs."""
+        """Store an attribute if it differs."""
         if self.get(key) != value:
-            self._study.set_user_attr(key, value)
+            set_attribute(self._study, key, value)
 
     def set_space(self, space: SearchSpace) -> None:
         from hpo.space import space_to_yaml

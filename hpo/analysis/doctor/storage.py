@@ -19,6 +19,7 @@ from hpo.storage import METADATA, is_journal, mask, open_storage
 from hpo.storage.atomic import replacing
 from hpo.storage.journal import CheckedStorage, damaged, repair_journal, torn_records
 from hpo.storage.lock import GRACE_S, JournalLock
+from hpo.storage.optuna_access import attribute_of
 from hpo.study import Study
 
 
@@ -63,7 +64,7 @@ def storage(check: StudyCheck) -> Iterator[Result]:
         raise StudyError(
             f"storage {mask(check.url)} has no study {check.name}; give the right one by --storage"
         ) from error
-    metadata = study.user_attrs.get(METADATA)
+    metadata = attribute_of(study, METADATA)
     if metadata is None:
         raise StudyError(f"storage {mask(check.url)} has a study {check.name} that is not of hpo; choose another")
     check.study = Study(study, check.paths, metadata, check.url)

@@ -26,8 +26,10 @@ from hpo.paths import StudyPaths, cache_root
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import run_study
 from hpo.space import load_space
+from hpo.storage import METADATA
 from hpo.storage.lease import LEASE
 from hpo.storage.lock import _link_text
+from hpo.storage.optuna_access import set_attribute
 from hpo.study import Study, find_study, open_study
 from hpo.study.queue import TrialQueue
 from hpo.text import in_words
@@ -523,7 +525,7 @@ def _lose_the_best_weights(case: Case) -> None:
 def _change_versions(case: Case) -> None:
     metadata = case.study.metadata
     began = {**metadata["versions"], "torch": "1.0"}
-    case.study.optuna.set_user_attr("hpo", {**metadata, "versions": began})
+    set_attribute(case.study.optuna, METADATA, {**metadata, "versions": began})
 
 
 @pytest.mark.parametrize(
@@ -714,7 +716,7 @@ def test_changed_and_missing_weights_are_reported_each(case: Case, tmp_path: Pat
     changed.write_bytes(b"new")
     study = case.study
     known = dict.fromkeys(map(str, (changed, gone)), hashlib.sha256(b"old").hexdigest())
-    study.optuna.set_user_attr("hpo", {**study.metadata, "weights": known})
+    set_attribute(study.optuna, METADATA, {**study.metadata, "weights": known})
     code, lines = case.run()
     assert code == 1
     assert "has changed since" in found(lines, "changed.pth")

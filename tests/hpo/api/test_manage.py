@@ -19,6 +19,7 @@ from hpo.api.options import RenameOptions
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, studies_root
 from hpo.storage import METADATA, open_storage
+from hpo.storage.optuna_access import attribute_of
 from hpo.study import Study, find_study, open_study
 from tests.hpo.commands import SPACE, RunHpo
 from tests.hpo.confirmation.simulated import Images, space_of
@@ -250,7 +251,7 @@ def test_a_name_that_another_study_of_the_database_has_is_refused(
     begin(url)
     optuna.create_study(study_name="new", storage=open_storage(url))
     assert "has a study new already; choose another name" in run_hpo.fails("study", "copy", "old", "new")
-    assert METADATA in find_study("old").optuna.user_attrs
+    assert attribute_of(find_study("old").optuna, METADATA) is not None
 
 
 def test_the_artifact_store_is_renamed_copied_and_deleted_too(begin: Begin, run_hpo: RunHpo, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -26,7 +27,8 @@ from hpo.errors import StudyError
 from hpo.paths import StudyPaths, studies_root
 from hpo.space import SearchSpace, load_space
 from hpo.space.pruner import RungPruner, mark_loss
-from hpo.storage import mask, open_storage
+from hpo.storage import METADATA, mask, open_storage
+from hpo.storage.optuna_access import attribute_of, set_attribute
 from hpo.study import Study, find_study, list_studies, open_study
 from hpo.study.dataframe import trials_frame
 from hpo.study.versions import versions
@@ -173,12 +175,21 @@ def test_a_study_keeps_to_the_validation_images_that_it_began_with(open_: Any) -
 
 def test_a_study_without_a_word_on_validation_drew_its_images(open_: Any) -> None:
     study = open_()
-    old = dict(study.optuna.user_attrs["hpo"])
+    old = copy.deepcopy(attribute_of(study.optuna, METADATA))
     old["base"]["data"].pop("val")
     old["data"].pop("given_val")
-    study.optuna.set_user_attr("hpo", old)
+    set_attribute(study.optuna, METADATA, old)
     study.paths.study_yaml.unlink()
     assert open_().metadata["base"]["data"]["val"] == "drawn"
+
+
+def test_optunas_list_of_studies_shows_short_attributes_only(open_: Any) -> None:
+    study = open_()
+    study.settings.space = "search: " + 10_000 * "x"
+    study.settings.length_probe = {"epochs": list(range(1000))}
+    shown = study.optuna.user_attrs
+    assert shown["objective"] == "accuracy (maximize)"
+    assert len(json.dumps(shown)) < 1000
 
 
 def test_the_data_path_is_absolute(open_: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
