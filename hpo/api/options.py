@@ -174,6 +174,21 @@ SkipBroken = Annotated[bool, option("Skip unreadable image files and report thei
 Storage = Annotated[str | None, option("URL of the study's storage, if it has a password.", secret=True)]
 
 
+class JsonOption(Options):
+    """The form of a command's result."""
+
+    as_json: bool = option(
+        "Print the result as one JSON document, and everything else on standard error.", False, flags="--json"
+    )
+
+
+class DetailOptions(JsonOption):
+    """How much a command shows."""
+
+    quiet: bool = option("Show only warnings and errors.", False, flags="--quiet -q")
+    verbose: bool = option("Show every epoch, all parameters of a trial, and details for debugging.", False)
+
+
 class DataOptions(Options):
     """Where the images are."""
 
@@ -578,6 +593,7 @@ class ExportOptions(Options):
     """Options of `hpo study export`."""
 
     trial: str = option("`best`, or the number of a trial.", ..., argument=True)
+    python: bool = option("Export a Python script that trains it by core.loop.train, not a recipe.", False)
     study: Study = None
     storage: Storage = None
     output: Output = None

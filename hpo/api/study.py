@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pandas
 
     from hpo.analysis.doctor.check import Finding, Result, StudyCheck
+    from hpo.confirmation.recipe import ExportedTrial
 
 logger = logging.getLogger(__name__)
 
@@ -203,15 +204,16 @@ def add(options: AddOptions) -> tuple[Study, dict[str, Any]]:
 # A trial as a recipe ------------------------------------------------------------------------------------------------
 
 
-def export(options: ExportOptions) -> tuple[Study, str]:
-    """Return a study and one of its trials as a recipe, and write the recipe to `options.output`.
+def export(options: ExportOptions) -> tuple[ExportedTrial, str]:
+    """Return a trial, and its text as a recipe or a script, which is written to `options.output`.
 
     Raises:
         HpoError: There is no such trial, it has no configuration yet, or the file cannot be written.
     """
-    from hpo.confirmation.recipe import recipe_of
+    from hpo.confirmation.recipe import exported
 
     study = find_study(options.study, storage_url=options.storage)
-    text = recipe_of(study, options.trial)
+    trial = exported(study, options.trial)
+    text = trial.script() if options.python else trial.recipe()
     write_output(options.output, text)
-    return study, text
+    return trial, text

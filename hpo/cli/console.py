@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hpo.errors import StudyError
 from hpo.text import printable_lines
 
 if TYPE_CHECKING:
@@ -31,8 +32,36 @@ _GAP = 2  # characters between the columns of a table
 def set_up_logging() -> None:
     """Send log records to the terminal: warnings of any package, and information of our own."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_TerminalHandler()], force=True)
+    _set_level(logging.INFO)
+
+
+@contextmanager
+def detail(*, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """Show less or more than usual, or all of it on standard error.
+
+    Raises:
+        StudyError: Less and more are asked for.
+    """
+    if quiet and verbose:
+        raise StudyError("--quiet and --verbose exclude each other; give one")
+    before = console.stderr, console.quiet
+    console.stderr, console.quiet = as_json, quiet
+    _set_level(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        console.stderr, console.quiet = before
+        _set_level(logging.INFO)
+
+
+def is_verbose() -> bool:
+    """Whether every detail is shown."""
+    return logging.getLogger("hpo").isEnabledFor(logging.DEBUG)
+
+
+def _set_level(level: int) -> None:
     for package in ("core", "hpo"):
-        logging.getLogger(package).setLevel(logging.INFO)
+        logging.getLogger(package).setLevel(level)
 
 
 class _TerminalHandler(logging.Handler):
@@ -47,6 +76,11 @@ def say(text: str = "") -> None:
     """Print one line without markup or wrapping, so that it can be copied."""
     console.print(escape(printable_lines(text)), soft_wrap=True)
     console.file.flush()  # keeps the order with log records in the same file
+
+
+def put(text: str) -> None:
+    """Print a file's text as it is."""
+    console.file.write(text)
 
 
 def bars() -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -23,22 +24,21 @@ _LATEST = 5  # finished trials in the table
 _BAR = 12  # characters
 
 
-def top_command(name: str | None, *, storage: str | None, every_s: float, once: bool) -> None:
-    """Show a study until nothing runs or waits, or until Ctrl-C; only once without a terminal."""
+def top_command(name: str | None, *, storage: str | None, every_s: float, once: bool) -> View:
+    """Show a study until nothing runs or waits, or until Ctrl-C; only once without a terminal. Return the last view."""
     study = find_study(name, storage_url=storage)
-    if once or not console.is_terminal:
-        say_screen(screen(look(study)))
-        return
-    try:
-        with live_screen() as show:
-            while True:
-                view = look(study)
-                show(screen(view))
-                if view.over:
-                    return
-                time.sleep(every_s)
-    except KeyboardInterrupt:
-        return
+    view = look(study)
+    if once or console.stderr or not console.is_terminal:  # on stderr with --json, which has one answer
+        say_screen(screen(view))
+        return view
+    with contextlib.suppress(KeyboardInterrupt), live_screen() as show:
+        while True:
+            show(screen(view))
+            if view.over:
+                break
+            time.sleep(every_s)
+            view = look(study)
+    return view
 
 
 def screen(view: View) -> Screen:

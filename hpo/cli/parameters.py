@@ -3,28 +3,59 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, get_origin
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
-from hpo.api.options import Options, bounds, flags, words
+from hpo.api.options import DetailOptions, JsonOption, Options, bounds, flags, words
+from hpo.cli.console import detail
 
 OptionsT = TypeVar("OptionsT", bound=Options)
+_SHOWN: Mapping[str, type[Options] | None] = {"course": DetailOptions, "result": JsonOption, "nothing": None}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of a command."""
+
+    document: Callable[[], Mapping[str, Any]]
+    """Makes the document of `--json`, by `hpo.cli.documents`."""
+    exit_code: int = 0
 
 
 def command(
-    group: typer.Typer, options: type[OptionsT], name: str | None = None
-) -> Callable[[Callable[[OptionsT], None]], Callable[[OptionsT], None]]:
-    """Add the decorated function to a group as a command whose parameters are the fields of its model."""
+    group: typer.Typer,
+    options: type[OptionsT],
+    name: str | None = None,
+    *,
+    shows: Literal["course", "result", "nothing"] = "result",
+) -> Callable[[Callable[[OptionsT], Answer | None]], Callable[[OptionsT], Answer | None]]:
+    """Add the decorated function to a group as a command whose parameters are the fields of its model.
 
-    def register(function: Callable[[OptionsT], None]) -> Callable[[OptionsT], None]:
+    Args:
+        shows: A course, which `--quiet` and `--verbose` change, and a result, which `--json` prints; or less.
+    """
+    more = {} if (model := _SHOWN[shows]) is None else model.fields()
+
+    def register(function: Callable[[OptionsT], Answer | None]) -> Callable[[OptionsT], Answer | None]:
         def run(**values: Any) -> None:
+            shown = {key: bool(values.pop(key)) for key in more}
             given = {key: value for key, value in values.items() if value is not None}
-            function(options.of(**given))
+            with detail(**shown):
+                answer = function(options.of(**given))
+                document = answer.document() if answer is not None and shown.get("as_json") else None
+            if document is not None:
+                from hpo.cli.documents import as_text
 
-        parameters = [_parameter(key, field) for key, field in options.fields().items()]
+                sys.stdout.write(as_text(document))
+            if answer is not None and answer.exit_code:
+                raise typer.Exit(answer.exit_code)
+
+        parameters = [_parameter(key, field) for key, field in (options.fields() | more).items()]
         parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -16,7 +16,7 @@ from rich.progress import TaskID
 
 from hpo.analysis.live import View, look
 from hpo.analysis.study_data import fold_steps
-from hpo.cli.console import bars, console, epoch_note, say
+from hpo.cli.console import bars, console, epoch_note, is_verbose, say
 from hpo.cli.monitor import rung_of, steps_of
 from hpo.search.training import trial_label
 from hpo.space import CANDIDATE
@@ -65,7 +65,8 @@ class StudyProgress:
         for trial in (*reversed(view.finished), *view.paused):
             if _end_of(trial) not in self._printed:
                 self._printed.add(_end_of(trial))
-                say(trial_line(self.study, trial, width=console.width if console.is_terminal else None))
+                whole = is_verbose() or not console.is_terminal
+                say(trial_line(self.study, trial, width=None if whole else console.width))
         self._update_total(view)
         if console.is_terminal:
             self._update_running(view)

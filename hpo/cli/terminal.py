@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from core.data.names import printable
-from hpo.cli.console import bars, console, epoch_note, say, table
+from hpo.cli.console import bars, console, epoch_note, is_verbose, say, table
 from hpo.search.interrupts import Interrupts
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ class TrainProgress:
     def epoch_ended(self, epoch: EpochMetrics) -> None:
         note = epoch_note(epoch, self.metric)
         self.progress.update(self.task, completed=epoch.epoch, note=note)
-        every = max(1, self.epochs // 10)
-        if not console.is_terminal and (epoch.epoch % every == 0 or epoch.epoch == self.epochs):
+        every = 1 if is_verbose() else max(1, self.epochs // 10)
+        shown = epoch.epoch % every == 0 or epoch.epoch == self.epochs
+        if shown and (is_verbose() or not console.is_terminal):
             say(f"{self.label}: epoch {epoch.epoch} of {self.epochs}, {note}")
 
 

@@ -1,13 +1,16 @@
-"""A study's trial as the text of a recipe, which `hpo train` and a space's `base` accept."""
+"""A study's trial as a recipe, which `hpo train` and a space's `base` accept, or as a Python script."""
 
 from __future__ import annotations
 
+import pprint
 import shlex
 import textwrap
+from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
+from core.data.names import printable
 from hpo.confirmation.candidates import best_trial
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.errors import StudyError
@@ -19,8 +22,67 @@ from hpo.trials import FAILURE, RECIPE, is_baseline
 _WIDTH = 116  # characters in a line of a comment
 
 
-def recipe_of(study: Study, trial: str) -> str:
-    """Return a trial's configuration as a recipe, with its result.
+_SCRIPT = """\
+# {description}: {result}
+# {source}; it needs the package `core` of hpo-vision
+from pathlib import Path
+
+import torch
+
+from core.config import TrainConfig
+from core.data import {imported}
+from core.loop import EpochMetrics, train
+
+config = TrainConfig.model_validate(
+{fields}
+)
+
+
+def show(epoch: EpochMetrics) -> None:
+    print(f"epoch {{epoch.epoch}} of {{config.epochs}}: loss {{epoch.train_loss:.4f}}")
+
+
+if __name__ == "__main__":
+    dataset = load_dataset(config.data, data_path={path}, skip_broken={skip_broken})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for splits in {splits}:
+        result = train(config, splits.to(device), device=device, metric="{metric}", on_epoch_end=show)
+        print(f"validation {metric} {{result.kept.score('{metric}'):.4f}}")
+"""
+
+
+@dataclass(frozen=True)
+class ExportedTrial:
+    """A trial's configuration and result."""
+
+    config: TrainConfig
+    study: Study
+    notes: dict[str, str]
+    """Description, source and result."""
+    comment: str
+
+    def recipe(self) -> str:
+        """Format it as a recipe in YAML."""
+        lines = textwrap.wrap(self.comment, _WIDTH, break_on_hyphens=False, break_long_words=False)
+        return "".join(f"# {line}\n" for line in lines) + dump_yaml(self.notes) + to_yaml(self.config)
+
+    def script(self) -> str:
+        """Format it as a Python script that trains it by `core.loop.train`."""
+        study, in_folds = self.study, self.config.data.folds is not None
+        fields = self.config.model_dump(mode="json", exclude_defaults=True)
+        return _SCRIPT.format(
+            **{name: printable(text) for name, text in self.notes.items()},  # on lines of comments
+            imported="folds, load_dataset" if in_folds else "load_dataset, split",
+            fields=textwrap.indent(pprint.pformat(fields, width=_WIDTH - 4, sort_dicts=False), "    "),
+            path="None" if study.data_path is None else f"Path({str(study.data_path)!r})",
+            skip_broken=study.skip_broken,
+            splits="folds(dataset, config.data)" if in_folds else "[split(dataset, config.data)]",
+            metric=study.metric,
+        )
+
+
+def exported(study: Study, trial: str) -> ExportedTrial:
+    """Return a trial's configuration with its result.
 
     Args:
         trial: A number, or `best`: the confirmed winner if there is one.
@@ -40,7 +102,7 @@ def _numbered(study: Study, trial: str) -> FrozenTrial:
     return trials[int(trial)]
 
 
-def _best_recipe(study: Study) -> str:
+def _best_recipe(study: Study) -> ExportedTrial:
     confirmation = read_confirmation(study.paths.confirmation)
     if confirmation is not None and is_current(confirmation, study.counts().finished):
         return _confirmed_recipe(study, confirmation)
@@ -53,7 +115,7 @@ def _best_recipe(study: Study) -> str:
     return _trial_recipe(study, best, comment)
 
 
-def _confirmed_recipe(study: Study, confirmation: Confirmation) -> str:
+def _confirmed_recipe(study: Study, confirmation: Confirmation) -> ExportedTrial:
     winner = confirmation.contender(confirmation.winner)
     comment = f"Confirmed on other seeds and splits: {confirmation.verdict}."
     description = f"the winner of study {study.name}: {winner.name}"
@@ -62,7 +124,7 @@ def _confirmed_recipe(study: Study, confirmation: Confirmation) -> str:
     return _recipe(study, winner.train_config, description, result=result, when=confirmation.created, comment=comment)
 
 
-def _trial_recipe(study: Study, trial: FrozenTrial, comment: str = "") -> str:
+def _trial_recipe(study: Study, trial: FrozenTrial, comment: str = "") -> ExportedTrial:
     if trial.state == TrialState.WAITING and not trial.params:
         raise StudyError(f"study {study.name}: trial {trial.number} is waiting, and has no configuration yet")
     description = f"trial {trial.number} of study {study.name}"
@@ -86,7 +148,9 @@ def _result_of(study: Study, trial: FrozenTrial) -> str:
     return f"{reported[max(reported)]:.4f} {where} at epoch {max(reported)}, {state}"
 
 
-def _recipe(study: Study, config: TrainConfig, description: str, *, result: str, when: str, comment: str) -> str:
+def _recipe(
+    study: Study, config: TrainConfig, description: str, *, result: str, when: str, comment: str
+) -> ExportedTrial:
     metadata = study.metadata
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     notes = {
@@ -94,5 +158,4 @@ def _recipe(study: Study, config: TrainConfig, description: str, *, result: str,
         "source": f"hpo, search space {study.space_name}; {', '.join(filter(None, (when, versions)))}",
         "result": f"{result}; data {study.data_name}, fingerprint {metadata['data']['fingerprint'][:12]}",
     }
-    lines = [f"# {line}\n" for line in textwrap.wrap(comment, _WIDTH, break_on_hyphens=False, break_long_words=False)]
-    return "".join(lines) + dump_yaml(notes) + to_yaml(config)
+    return ExportedTrial(config, study, notes, comment)

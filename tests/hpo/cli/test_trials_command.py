@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,23 @@ def test_an_exported_trial_can_be_trained(space: SearchSpace, tmp_path: Path, ru
     said = run_hpo("study", "export", "best", "--study", "real", "-o", str(file)).splitlines()
     assert said[-1] == f"  hpo train {file}"
     run_hpo(*said[-1].split()[1:], "--device", "cpu")
+
+
+@pytest.mark.parametrize("folds", [None, 2])
+def test_an_exported_script_trains_the_trial(
+    space: SearchSpace, tmp_path: Path, run_hpo: RunHpo, capfd: pytest.CaptureFixture[str], folds: int | None
+) -> None:
+    space = space_of(tmp_path, SPACE.replace("{name: digits}", f"{{name: digits, folds: {folds or 'null'}}}"))
+    study = on_disk(space, name="real", dataset=load_dataset(space.baseline.data))
+    add(study, space, TrialState.COMPLETE, SGD, value=0.4, attributes={TRIAL_INDEX: 0})
+    file = tmp_path / "best.py"
+    said = run_hpo("study", "export", "best", "--study", "real", "--python", "-o", str(file))
+    assert said.splitlines()[-1] == f"  python {file}"
+    names = runpy.run_path(str(file), run_name="__main__")
+    assert names["config"] == study.config_of(study.optuna.trials[0])
+    said = capfd.readouterr().out
+    assert said.count("epoch 2 of 2: loss ") == said.count("validation accuracy 0.") == (folds or 1)
+    assert file.read_text().startswith("# trial 0 of study real: 0.4000 accuracy on the validation images")
 
 
 @pytest.mark.parametrize(
