@@ -1,8 +1,8 @@
 """The parts of a report page: sections, text, tables, pictures and figures, rendered by Jinja templates.
 
-The page is one HTML file that loads nothing from the network. Figures near the screen are drawn first, so that a
-page of many figures opens at once. The colors are those of Okabe and Ito (2008), which
-color-blind readers can distinguish; figures add symbols or dashes, so that they can be read in grey.
+The page is one HTML file that loads nothing from the network. Figures near the screen are drawn first, so that a page
+of many figures opens at once. The colors are those of Okabe and Ito (2008), which color-blind readers can distinguish;
+figures add symbols or dashes, so that they can be read in grey.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ addEventListener("beforeprint", () => {
   for (const figure of figures) {
     draw(figure);
     const canvas = figure.querySelector(".canvas");
-    const width = PRINTED_WIDTH / (figure.closest(".grid, .columns") ? 2 : 1) - 10;
+    const width = PRINTED_WIDTH / (figure.closest(".grid") ? 2 : 1) - 10;
     const needed = Math.max(width, parseFloat(canvas.style.minWidth) || 0);
     Plotly.relayout(canvas, { autosize: false, width: needed });
     canvas.style.zoom = width / needed;
