@@ -7,7 +7,6 @@ derived from the other images alone.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import logging
@@ -37,7 +36,7 @@ from core.data.near import near_duplicates, reduced
 from core.data.report import DataReport
 from core.data.roles import TEST, TRAIN, VAL
 from core.data.source import Reading, Source
-from core.data.sources import open_source
+from core.data.sources import check_source, open_source
 from core.data.splits import Splits, cut_test, given, on_device, stratified, stratified_folds
 from core.errors import UserError
 
@@ -252,15 +251,8 @@ def _find_source(reading: Reading, data_path: Path | None, data_root: Path, down
         return open_source(data_path, reading) if root is None else builtin.open_builtin(name, root, download)
     if data_path is not None:
         return open_source(data_path, reading)
-    path = Path(name).expanduser()
-    if not path.exists():
-        near = difflib.get_close_matches(name, builtin.NAMES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(
-            f"data.name: {name} is neither a built-in data set ({', '.join(builtin.NAMES)}) "
-            f"nor a path that exists{hint or '; give your images with --data'}"
-        )
-    return open_source(path, reading)
+    check_source(name, None)
+    return open_source(Path(name), reading)
 
 
 def _build(

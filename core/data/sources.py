@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
-from core.data import hub
+from core.data import builtin, hub
 from core.data.arrays import NpzSource
 from core.data.files import FolderSource, TarSource, ZipSource
 from core.data.layout import HUB_SUFFIXES, TABLE_SUFFIXES, is_image
@@ -13,6 +14,36 @@ from core.data.table_source import open_table
 from core.errors import UserError
 
 KNOWN_KINDS = "a folder, .zip, .tar, .tar.gz, .tar.xz, .tar.bz2, .npz, .csv or .parquet"
+
+
+def check_source(name: str, data_path: Path | None) -> None:
+    """Check that a data set exists: a built-in one, or images at a path. Needs no torch.
+
+    Args:
+        name: `DataConfig.name`.
+        data_path: As in `core.data.load_dataset`.
+
+    Raises:
+        UserError: there is nothing at the path.
+    """
+    if data_path is not None:
+        _check_path(data_path.expanduser())
+    elif name not in builtin.NAMES and not Path(name).expanduser().exists():
+        near = difflib.get_close_matches(name, builtin.NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"data.name: {name} is neither a built-in data set ({', '.join(builtin.NAMES)}) "
+            f"nor a path that exists{hint or '; give your images with --data'}"
+        )
+
+
+def _check_path(path: Path) -> None:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder; give {KNOWN_KINDS} of images") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def open_source(path: Path, reading: Reading | None = None) -> Source:
@@ -26,12 +57,7 @@ def open_source(path: Path, reading: Reading | None = None) -> Source:
         UserError: the path does not exist, cannot be read, or is of an unknown type.
     """
     path, reading = path.expanduser(), reading or Reading()
-    try:
-        path.stat()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file or folder; give {KNOWN_KINDS} of images") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    _check_path(path)
     if path.is_dir():
         files = hub.files_in(path)
         return hub.HubSource(path, files, reading) if files else FolderSource(path, reading)

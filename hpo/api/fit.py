@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.data.sources import check_source
 from core.errors import CoreError
 from core.weights import weights_in
 from hpo.api.options import (
@@ -80,6 +81,8 @@ def fit(
     began = time.time() if began is None else began
     reporter, interrupts = reporter or Silent(), interrupts or Interrupts()
     paths = StudyPaths.of(options.study or f"fit-{_stem(options.data)}")
+    if not paths.study_yaml.exists():
+        check_source(options.data, options.path)
     given = _given(options)
     with FitRecord.opened(paths, {**given, "limit_s": options.time_s}, began=began) as record:
         _check_same(paths, record, given, options)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from core.data.sources import check_source
 from core.weights import weights_in
 from hpo.api.options import RunOptions
 from hpo.api.search_result import SearchResult
@@ -47,10 +48,17 @@ def search(
             space = load_space(options.space, options.set)
             if part_of is None and not callbacks and (study := _finished(options, space)) is not None:
                 return _shown(study, options, reporter or Silent())
+            _check_images(options, space)
             from hpo.api.run import Search  # with torch and Optuna, which an invalid space does not wait for
 
             run = Search(options, space, reporter or Silent(), interrupts, part_of=part_of, callbacks=callbacks)
         return run.run()
+
+
+def _check_images(options: RunOptions, space: SearchSpace) -> None:
+    """Raise UserError if the images are missing. A study that exists may know their place itself."""
+    if options.data is not None or not StudyPaths.of(options.study or space.name).study_yaml.exists():
+        check_source(space.baseline.data.name, options.data)
 
 
 def _finished(options: RunOptions, space: SearchSpace) -> Study | None:

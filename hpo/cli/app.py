@@ -90,7 +90,11 @@ def worker(options: of.WorkerOptions) -> Answer:
 
     Exit code 0: none is waiting; 75: the time limit left some, so start it again; 130, 143: stopped by a signal.
     """
-    from hpo.api.worker import worker
+    from hpo.study import study_files
+
+    if options.storage is None:
+        study_files(options.study)
+    from hpo.api.worker import worker  # with torch, which a wrong name does not wait for
     from hpo.report.words import patience_text, progress_text
 
     terminal = Terminal()
@@ -115,7 +119,14 @@ def worker(options: of.WorkerOptions) -> Answer:
 @command(app, of.TrainOptions, shows="course")
 def train(options: of.TrainOptions) -> Answer:
     """Train one fixed configuration, with data.folds once per fold: the baseline to beat, or a trial again."""
-    from hpo.api.train import train
+    from hpo.space import catalogue
+    from hpo.study import study_files
+
+    if options.recipe is not None and options.trial is None:
+        catalogue.find(options.recipe, "recipe")
+    elif options.trial is not None and options.storage is None:
+        study_files(options.trial.rpartition("/")[0] or options.trial)
+    from hpo.api.train import train  # with torch, which a wrong name does not wait for
     from hpo.cli.show import show_training
 
     terminal = Terminal()
@@ -128,7 +139,10 @@ def train(options: of.TrainOptions) -> Answer:
 @command(app, of.ConfirmOptions, shows="course")
 def confirm(options: of.ConfirmOptions) -> Answer:
     """Train the best configurations and the baseline on other seeds and splits, and test whether tuning helped."""
-    from hpo.api.confirm import confirm
+    from hpo.study import study_files
+
+    study_files(options.study)
+    from hpo.api.confirm import confirm  # with torch, which a wrong name does not wait for
     from hpo.cli.show import show_confirmation
 
     terminal = Terminal()

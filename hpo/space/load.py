@@ -400,7 +400,7 @@ class _Loader:
         if dropped := config.dropped_by(self.fields):
             names = [f"{part}.name" for part in dict.fromkeys(path.partition(".")[0] for path in dropped)]
             given = " ".join(f"{name}={self.fields[name]}" for name in names)
-            logger.warning("%s--set %s: %s dropped, which it lacks", prefix, given, ", ".join(dropped))
+            logger.warning("%s--set %s: dropped %s, which does not apply", prefix, given, ", ".join(dropped))
 
     # Reporting
 

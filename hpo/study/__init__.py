@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hpo.study.open import check_search_name, find_study, join_study, last_search, list_studies, open_study
+from hpo.study.open import check_search_name, find_study, join_study, last_search, list_studies, open_study, study_files
 
 if TYPE_CHECKING:
     from hpo.study.study import Study
 
-__all__ = ["Study", "check_search_name", "find_study", "join_study", "last_search", "list_studies", "open_study"]
+__all__ = [
+    "Study",
+    "check_search_name",
+    "find_study",
+    "join_study",
+    "last_search",
+    "list_studies",
+    "open_study",
+    "study_files",
+]
 
 
 def __getattr__(name: str) -> object:

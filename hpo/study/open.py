@@ -121,6 +121,20 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
 
     The storage's URL is only needed if the stored one lacks the password. StudyError if there is no such study.
     """
+    paths, metadata = study_files(name)
+    name, url = paths.name, storage_url_of(paths, metadata, storage_url)
+    if _is_lost(url):
+        raise StudyError(f"study {name}: its journal {mask(url)} is gone; put it back, or delete {paths.dir}")
+    from hpo.study.study import Study
+
+    return Study(_load(name, url, "give the right one by --storage"), paths, metadata, url)
+
+
+def study_files(name: str | None = None) -> tuple[StudyPaths, dict[str, Any]]:
+    """Find the paths and the metadata of a study without opening its storage; without a name, of the last search.
+
+    StudyError if there is no such study.
+    """
     name = last_search() if name is None else name
     paths = StudyPaths.of(_checked(name))
     metadata = read_metadata(paths)
@@ -128,12 +142,7 @@ def find_study(name: str | None = None, *, storage_url: str | None = None) -> St
         known = sorted(_by_last_run())
         there = f"there are {', '.join(known)}" if known else "there are none; begin with: hpo run digits"
         raise StudyError(f"no study {name} in {studies_root()}; {there}")
-    url = storage_url_of(paths, metadata, storage_url)
-    if _is_lost(url):
-        raise StudyError(f"study {name}: its journal {mask(url)} is gone; put it back, or delete {paths.dir}")
-    from hpo.study.study import Study
-
-    return Study(_load(name, url, "give the right one by --storage"), paths, metadata, url)
+    return paths, metadata
 
 
 def last_search() -> str:

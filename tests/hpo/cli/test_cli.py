@@ -390,3 +390,26 @@ def test_running_out_of_memory_is_a_user_error(monkeypatch: pytest.MonkeyPatch, 
     assert run_hpo.fails("train", "digits_base").startswith(
         "hpo: out of memory: not even a small part of a batch fits the device"
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "digits", "--data", "nosuch"],
+        ["run", "imbalanced"],
+        ["fit", "nosuch"],
+        ["worker", "nosuch"],
+        ["train", "nosuch"],
+        ["train", "--from", "nosuch/1"],
+        ["confirm", "nosuch"],
+        ["refit", "nosuch"],
+        ["predict", "nosuch", "images"],
+    ],
+)
+def test_a_wrong_name_is_reported_before_torch_is_imported(
+    run_hpo: RunHpo, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    for module in ("confirm", "run", "train", "worker", "common"):  # these import torch, which takes seconds
+        monkeypatch.setitem(sys.modules, f"hpo.api.{module}", None)  # to import it is an error
+    monkeypatch.setitem(sys.modules, "core.data.dataset", None)
+    assert "nosuch" in (line := run_hpo.fails(*words)) or "path/to/images" in line

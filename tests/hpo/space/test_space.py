@@ -523,7 +523,7 @@ def test_another_family_of_networks_drops_the_fields_of_the_baselines(
     pinned = load_space(path, ["model.name=vgg"])
     assert list(pinned.search) == ["model.hidden"]
     assert pinned.baseline.model == vgg
-    assert "--set model.name=vgg: model.drop_path dropped, which it lacks" in caplog.text
+    assert "--set model.name=vgg: dropped model.drop_path, which does not apply" in caplog.text
 
 
 def test_the_imbalanced_space_searches_both_networks_with_fields_of_their_own() -> None:
