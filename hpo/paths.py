@@ -161,6 +161,11 @@ class StudyPaths:
         return self.dir / "study.yaml"
 
     @property
+    def images(self) -> Path:
+        """The list of the images that the study trains and validates on."""
+        return self.dir / "images.json.gz"
+
+    @property
     def artifacts(self) -> Path:
         """Artifacts that the dashboard shows."""
         return self.dir / "artifacts"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import tempfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -73,6 +74,8 @@ class Dataset:
     ids: tuple[str, ...]
     fingerprint: str
     """Hex SHA-256 of classes, images and labels without the test set; independent of the location."""
+    stamp: str = field(repr=False)
+    """Changes with the names, sizes and times of the source's files."""
     report: DataReport
     n_test: int
     has_own_test: bool
@@ -86,6 +89,7 @@ class Dataset:
     groups: Tensor | None = field(repr=False)
     """(N,) int64: index of the first image that stays on the same side of every split; None without `data.group`."""
     _open_test: Callable[[], TestSet] = field(repr=False)
+    _test_ids: Callable[[], tuple[str, ...]] = field(repr=False)
 
     def gives_val(self, config: DataConfig) -> bool:
         """Return whether a configuration validates on the images that the source gives for it."""
@@ -94,6 +98,15 @@ class Dataset:
     def given_val(self, config: DataConfig) -> str | None:
         """Return a hex SHA-256 of which images a configuration validates on; None if it draws them."""
         return hashlib.sha256(self.in_val.numpy().tobytes()).hexdigest() if self.gives_val(config) else None
+
+    def checksums(self) -> dict[str, tuple[str, int] | None]:
+        """Return class and CRC-32 of each image by id, None for a test image; a grey image has that of one channel."""
+        grey = (self.moments == self.moments[:, :1]).flatten(1).all(1).tolist()  # also among images in colour
+        rows = zip(self.ids, self.labels.tolist(), self.images.numpy(), grey, strict=True)
+        return dict.fromkeys(self._test_ids()) | {
+            name: (self.classes[label], zlib.crc32((image[:1] if is_grey else image).data))
+            for name, label, image, is_grey in rows
+        }
 
     def open_test(self) -> TestSet:
         """Return the test set. Call this only once the model to be evaluated is final, as `hpo refit` does."""
@@ -473,13 +486,17 @@ def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> D
             raise ValueError(f"{part}_ids.json does not name {count} images")
         return tuple(found)
 
+    def read_test_ids() -> tuple[str, ...]:
+        with reading(folder):
+            return ids("test", meta["n_test"])
+
     def read_test() -> TestSet:
         with reading(folder):
             images = pictures("test")
             return TestSet(
                 images=images,
                 labels=numbers("test_labels", len(images)),
-                ids=ids("test", len(images)),
+                ids=read_test_ids(),
                 fingerprint=meta["test_fingerprint"],
             )
 
@@ -495,6 +512,7 @@ def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> D
             labels=numbers("pool_labels", count),
             ids=ids("pool", count),
             fingerprint=meta["pool_fingerprint"],
+            stamp=source.stamp(),
             report=DataReport(**{**report, "notes": tuple(report["notes"]), "broken": tuple(report["broken"])}),
             n_test=meta["n_test"],
             has_own_test=meta["has_own_test"],
@@ -503,6 +521,7 @@ def _open(source: Source, folder: Path, meta: dict[str, Any], mapped: bool) -> D
             twins=numbers("pool_twins", count),
             groups=numbers("pool_groups", count) if meta["grouped"] else None,
             _open_test=read_test if in_memory is None else lambda: in_memory,
+            _test_ids=read_test_ids if in_memory is None else lambda: in_memory.ids,
         )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.config import BUILTIN_DATA, DataConfig
 from core.data.sources import check_source
 from core.weights import weights_in
 from hpo.api.options import RunOptions
@@ -81,13 +83,24 @@ def _finished(options: RunOptions, space: SearchSpace) -> Study | None:
         data != metadata["data"]["path"],
         options.seed not in (None, metadata["seed"]),
     )
-    if any(changes):
+    if any(changes) or not _same_files(name, options.data, space.baseline.data):
         return None
     study = find_study(name, storage_url=options.storage)
     counts, recipes = study.counts(), {recipe.name for recipe in space.recipes if options.recipes}
     recipes -= {trial.user_attrs.get(RECIPE) for trial in study.optuna.get_trials(deepcopy=False)}
     total = max(options.trials or max(space.trials, study.total or 0), counts.finished)
     return study if counts.finished == total and not counts.running and not recipes else None
+
+
+def _same_files(study: str, data: Path | None, config: DataConfig) -> bool:
+    """Whether the files of the user's own images have the names, sizes and times of the study's last run."""
+    if data is None and config.name in BUILTIN_DATA:
+        return True
+    from core.data.source import Reading
+    from core.data.sources import open_source
+    from hpo.study.images import stamp_of
+
+    return open_source(data or Path(config.name), Reading(config)).stamp() == stamp_of(StudyPaths.of(study))
 
 
 def _shown(study: Study, options: RunOptions, reporter: Reporter) -> SearchResult:

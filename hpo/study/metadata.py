@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.data.names import printable
 from core.errors import CoreError
 from hpo.errors import SpaceError, StudyError
 from hpo.paths import StudyPaths, confirmed_by
@@ -20,8 +19,8 @@ from hpo.storage import is_masked, mask
 from hpo.storage.atomic import replacing
 from hpo.storage.urls import check_path
 from hpo.study.code import changed_files, code_of
+from hpo.study.images import changed_images
 from hpo.study.versions import versions
-from hpo.text import count
 
 if TYPE_CHECKING:
     from core.config import TrainConfig
@@ -166,36 +165,16 @@ def _weights_fingerprint(file: str) -> str:
 
 
 def check_fingerprint(name: str, metadata: Mapping[str, Any], dataset: Dataset) -> None:
-    """Raise StudyError unless these are the study's images; it names the changes in number by class and split."""
+    """Raise StudyError unless these are the study's images; it names those that changed."""
     known, found = metadata["data"]["fingerprint"], dataset.fingerprint
     if found == known:
         return
-    changes = _changed_counts(metadata["data"].get("content", {}).get("counts", {}), dataset.report.plain()["counts"])
+    changes = changed_images(StudyPaths.of(name), metadata, dataset)
     path = metadata["data"]["path"]
     raise StudyError(
         f"study {name} was begun with other images ({metadata['data']['name']}, fingerprint {known[:12]}, "
         f"not {found[:12]}): {changes}; give the same by --data{f' {path}' if path else ''}, or choose another --study"
     )
-
-
-_CHANGES_SHOWN = 5
-
-
-def _changed_counts(before: Mapping[str, Mapping[str, int]], now: Mapping[str, Mapping[str, int]]) -> str:
-    """Describe the numbers of images that differ: `1 train image more of metal`."""
-    if not before or not now:
-        return "their files differ"
-    changes = []
-    for label in dict.fromkeys([*before, *now]):
-        for split in ("train", "val", "test"):
-            more = now.get(label, {}).get(split, 0) - before.get(label, {}).get(split, 0)
-            if more:
-                what = count(abs(more), f"{split} image")
-                changes.append(f"{what} {'more' if more > 0 else 'fewer'} of {printable(label)}")
-    if not changes:
-        return "as many of each class, with other content, names or labels"
-    left = len(changes) - _CHANGES_SHOWN
-    return ", ".join(changes[:_CHANGES_SHOWN]) + (f" and {left} more changes" if left > 0 else "")
 
 
 def _check_near_duplicates(name: str, stored: Mapping[str, Any], space: SearchSpace, dataset: Dataset) -> None:

@@ -12,6 +12,7 @@ from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmed_by, is_confirmation, no_studies, studies_root
 from hpo.storage import METADATA, is_journal, mask, open_storage
 from hpo.storage.optuna_access import attribute_of, set_attribute
+from hpo.study.images import write_list
 from hpo.study.metadata import (
     check_same,
     new_metadata,
@@ -74,6 +75,7 @@ def open_study(
     if take_over is not None:
         import_trials(study, metadata, space, source=find_study(take_over))
     write_metadata(paths, metadata, storage_url=url, space=space, dataset=dataset)
+    write_list(paths, dataset)
     return Study(study, paths, metadata, url, space)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from core.errors import CoreError
 from hpo.analysis.doctor.check import Finding, Note, Result, StudyCheck, guarded
 from hpo.analysis.study_data import load_images
+from hpo.study.images import changed_images
 from hpo.study.metadata import check_code, check_weights
 from hpo.study.versions import versions
 
@@ -25,7 +26,7 @@ def images(check: StudyCheck) -> Iterator[Result]:
     if dataset.fingerprint != known:
         yield Finding(
             f"the images in {where} have changed since the study began (fingerprint {dataset.fingerprint[:12]}, not "
-            f"{known[:12]})",
+            f"{known[:12]}): {changed_images(study.paths, study.metadata, dataset)}",
             "restore the old ones, or begin another study",
         )
 

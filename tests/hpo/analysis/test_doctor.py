@@ -706,6 +706,7 @@ def test_changed_or_missing_images_are_reported(
     assert hpo(monkeypatch, "study", "doctor", "own") == 1
     line = found(capsys.readouterr().out.splitlines(), "fingerprint")
     assert line.startswith(f"the images in {images} have changed since the study began")
+    assert "1 image of other content: dark/00.png" in line
     shutil.rmtree(images)
     assert hpo(monkeypatch, "study", "doctor", "own", "--mend") == 1
     assert found(capsys.readouterr().out.splitlines(), "cannot be read").startswith(f"the study's images ({images})")

@@ -34,6 +34,12 @@ class Images:
     classes: tuple[str, ...] = ("0", "1")
     report: Any = field(default_factory=DataReport)
     images: Any = None
+    stamp: str = "digits"
+    content: Mapping[str, tuple[str, int] | None] = field(default_factory=dict)
+
+    def checksums(self) -> Mapping[str, tuple[str, int] | None]:
+        """The class and the checksum of each image."""
+        return self.content
 
     def given_val(self, config: DataConfig) -> None:
         """Validation images are drawn."""

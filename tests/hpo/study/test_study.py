@@ -248,11 +248,51 @@ def test_a_refused_resume_prints_the_command_that_would_work(open_: Any) -> None
         ({"glass": {"train": 5}, "metal": {"train": 7, "test": 2}}, "as many of each class, with other content"),
     ],
 )
-def test_other_images_are_refused_with_what_changed(open_: Any, now: dict[str, Any], said: str) -> None:
+def test_other_images_are_refused_with_the_classes_that_changed_where_their_list_is_missing(
+    open_: Any, now: dict[str, Any], said: str
+) -> None:
     before = {"glass": {"train": 5}, "metal": {"train": 7, "test": 2}}
-    open_(dataset=Images(report=DataReport(counts=before)), data_path=Path("trash"))
+    open_(dataset=Images(report=DataReport(counts=before)), data_path=Path("trash")).paths.images.unlink()
     with pytest.raises(StudyError, match=f"{said}.*; give the same by --data .*/trash, or choose another --study"):
         open_(dataset=Images(fingerprint="cd" * 32, report=DataReport(counts=now)))
+
+
+FILES = {"glass/1.png": ("glass", 1), "glass/2.png": ("glass", 2), "metal/1.png": ("metal", 3)}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({**FILES, "metal/new.jpg": ("metal", 4)}, "1 image more: metal/new.jpg"),
+        (
+            {**FILES, **{f"glass/{number}.png": ("glass", number) for number in range(4, 9)}},
+            "5 images more: glass/4.png, glass/5.png, glass/6.png and 2 more",
+        ),
+        ({"glass/2.png": ("glass", 2)}, "2 images fewer: glass/1.png, metal/1.png"),
+        ({**FILES, "glass/2.png": ("glass", 9)}, "1 image of other content: glass/2.png"),
+        ({**FILES, "glass/2.png": ("metal", 2)}, r"1 image of another class: glass/2.png \(glass → metal\)"),
+        (
+            {"metal/2.png": ("metal", 2), "metal/1.png": ("metal", 3), "new.png": ("metal", 5)},
+            "1 image more: new.png; 1 image fewer: glass/1.png; 1 image moved: glass/2.png → metal/2.png",
+        ),
+        ({**FILES, "test.png": None, "glass/2.png": None}, "1 image more: test.png"),
+        ({**FILES, "glass/2.png": None}, "1 image now in the test set or no longer: glass/2.png"),
+        (FILES, "the same files, in other groups"),
+    ],
+)
+def test_other_images_are_refused_with_the_files_that_changed(open_: Any, now: dict[str, Any], said: str) -> None:
+    open_(dataset=Images(content=FILES))
+    with pytest.raises(StudyError, match=rf": {said}; give the same by --data"):
+        open_(dataset=Images(fingerprint="cd" * 32, content=now))
+
+
+def test_a_damaged_list_of_images_is_warned_of_and_written_again(open_: Any, caplog: pytest.LogCaptureFixture) -> None:
+    file = open_(dataset=Images(content=FILES)).paths.images
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    open_(dataset=Images(content=FILES))
+    assert "images.json.gz cannot be read" in caplog.text
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
