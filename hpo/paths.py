@@ -33,8 +33,9 @@ def _trainings_root() -> Path:
 
 
 def cache_root() -> Path:
-    """Return the folder of decoded data sets: $HPO_CACHE, by default `~/.cache/hpo`."""
-    return Path(os.environ.get("HPO_CACHE") or Path.home() / ".cache" / "hpo")
+    """Return the folder of decoded data sets: $HPO_CACHE, by default $XDG_CACHE_HOME/hpo or `~/.cache/hpo`."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HPO_CACHE") or Path(caches, "hpo"))
 
 
 def data_root() -> Path:

@@ -71,7 +71,7 @@ def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tup
     except OSError as error:
         raise UserError(
             f"{root}: cannot write the cache of decoded images there ({error.strerror or error}); "
-            "free some space, or give another folder for it"
+            "free some space, or give another folder for it by HPO_CACHE"
         ) from error
     meta = read_meta(folder)
     assert meta is not None

@@ -5,7 +5,9 @@ Commands import what they need when they run, so that `hpo --help` and a mistype
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, cast
 
@@ -16,6 +18,7 @@ from hpo.cli.console import put, say, set_up_logging, table
 from hpo.cli.parameters import Answer, command
 from hpo.cli.terminal import Terminal, stoppable
 from hpo.errors import StudyError
+from hpo.paths import cache_root
 
 EXIT_AGAIN = 75
 """Exit code of a worker whose time is over while trials wait: EX_TEMPFAIL of sysexits.h."""
@@ -54,6 +57,13 @@ _Version = Annotated[
 @app.callback()
 def _start(*, _: _Version = False) -> None:
     set_up_logging()
+    _move_caches()
+
+
+def _move_caches() -> None:
+    """Keep matplotlib's cache beside the images where the home folder is read-only; it would warn in each process."""
+    if not os.access(Path.home(), os.W_OK):
+        os.environ.setdefault("MPLCONFIGDIR", str(cache_root() / "matplotlib"))
 
 
 def _documents() -> ModuleType:
