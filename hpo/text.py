@@ -140,9 +140,9 @@ def joined(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
 
 
-def done_and_safe(finished: int, total: int | None, noun: str = "trials") -> str:
-    """Reassure after a stop: `3 of 10 trials are done and safe`."""
-    return f"{finished} of {total} {noun} are done and safe"
+def done_and_safe(finished: int, total: int | None, noun: str = "trial") -> str:
+    """Reassure after a stop: `3 of 10 trials are done and safe`, `0 of 1 trial is done and safe`."""
+    return f"{finished} of {total} {noun}{' is' if total == 1 else 's are'} done and safe"
 
 
 def held_by(name: str, host: str, since: datetime) -> str:

@@ -152,7 +152,7 @@ class _Confirm:
             ending = "; candidates that cannot win stop early"
             report_estimate(work, self._reporter, trials=waiting, noun="training", ending=ending)
             self._reporter.say(f"other workers can join with: {joining(study)}")
-        with resumable(study, "trainings", self._command, self._reporter), self._reporter.study(study) as view:
+        with resumable(study, "training", self._command, self._reporter), self._reporter.study(study) as view:
             try:
                 self._train(work, view, dataset)
             finally:

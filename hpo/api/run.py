@@ -130,7 +130,7 @@ class Search:
             return SearchResult(study, queued=study.queue.waiting())
         if done == total and self._alone:
             say(f"all trials are done; continue with --trials {2 * total}")
-        with resumable(study, "trials", self._command, self.reporter):
+        with resumable(study, "trial", self._command, self.reporter):
             try:
                 self._train(work, total - done)
             except KeyboardInterrupt:

@@ -105,7 +105,8 @@ def _same_files(study: str, data: Path | None, config: DataConfig) -> bool:
 
 def _shown(study: Study, options: RunOptions, reporter: Reporter) -> SearchResult:
     total = study.counts().finished
-    reporter.say(f"study {study.name} is finished: all {count(total, 'trial')} are done; continue it with")
+    done = "its only trial is done" if total == 1 else f"all {count(total, 'trial')} are done"
+    reporter.say(f"study {study.name} is finished: {done}; continue it with")
     reporter.say(f"  {options.model_copy(update={'trials': 2 * total}).command()}")
     study.settings.command = options.command()
     os.utime(study.paths.study_yaml)  # as of the study that ran last

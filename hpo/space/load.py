@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from core.config import BUILTIN_DATA, SPLITS_OF_0_1_0, TrainConfig
+from core.config import BUILTIN_DATA, FAMILY_FIELDS, SPLITS_OF_0_1_0, TrainConfig, family_of
 from hpo.errors import Fault, SpaceError
 from hpo.paths import search_space_dirs
 from hpo.space import parameters
@@ -363,6 +363,12 @@ class _Loader:
         if not self.fields:
             return search
         left = {path: one for path, one in search.items() if not {path, RATES.get(path)} & set(self.fields)}
+        if "model.name" in self.fields:
+            family = family_of(baseline.model.name)
+            lacking = {f"model.{name}" for name, families in FAMILY_FIELDS.items() if family not in families}
+            if unfit := [path for path in left if path in lacking]:
+                logger.warning("--set model.name=%s: %s not searched", baseline.model.name, ", ".join(unfit))
+            left = {path: one for path, one in left.items() if path not in lacking}
         # `--set optim.name=sgd` is meant to remove the parameters of the other optimizers.
         left = parameters.fitting(left, baseline, self._reporter(document), may_drop=True)
         if not left:
@@ -400,7 +406,8 @@ class _Loader:
         if dropped := config.dropped_by(self.fields):
             names = [f"{part}.name" for part in dict.fromkeys(path.partition(".")[0] for path in dropped)]
             given = " ".join(f"{name}={self.fields[name]}" for name in names)
-            logger.warning("%s--set %s: dropped %s, which does not apply", prefix, given, ", ".join(dropped))
+            do = "does" if len(dropped) == 1 else "do"
+            logger.warning("%s--set %s: dropped %s, which %s not apply", prefix, given, ", ".join(dropped), do)
 
     # Reporting
 

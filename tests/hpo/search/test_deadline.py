@@ -137,7 +137,7 @@ def test_a_trial_that_cannot_end_in_time_does_not_begin(
 ) -> None:
     monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: 1801.0)
     said = run_hpo("run", space_file, "--trials", "1", "--hours", "1")  # two epochs
-    assert "0 of 1 trials are done and safe" in said
+    assert "0 of 1 trial is done and safe" in said
     assert [trial.intermediate_values for trial in trials_of(tmp_path / "studies/own")] == [{}, {}]
 
 
@@ -250,7 +250,7 @@ def test_a_trial_that_is_slower_than_measured_is_saved_and_resumes_as_its_undist
     with monkeypatch.context() as patch:
         patch.setattr(Deadline, "left_s", lambda self, trials=True: next(left))
         said = run_hpo(*arguments, "--minutes", "1")
-    assert "0 of 1 trials are done and safe" in said
+    assert "0 of 1 trial is done and safe" in said
     study = tmp_path / "studies/own"
     [stopped] = [trial for trial in trials_of(study) if trial.state.name == "FAIL"]
     assert 0 < len(stopped.intermediate_values) < 40
@@ -272,7 +272,7 @@ def test_recipes_get_the_time_reserved_for_them(
     assert (find_study("own").settings.deadline or {})["reserved_s"] == 6
     monkeypatch.setattr(pace, "seconds_per_epoch", lambda *_, **__: 58.0)
     said = run_hpo("run", space_file, "--trials", "1", "--minutes", "2", "--study", "another")
-    assert "0 of 1 trials are done and safe; more time with --minutes 4" in said
+    assert "0 of 1 trial is done and safe; more time with --minutes 4" in said
     assert "recipe other  accuracy" in said
 
 

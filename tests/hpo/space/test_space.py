@@ -526,6 +526,12 @@ def test_another_family_of_networks_drops_the_fields_of_the_baselines(
     assert "--set model.name=vgg: dropped model.drop_path, which does not apply" in caplog.text
 
 
+def test_a_pinned_network_leaves_out_searched_fields_that_it_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    assert not {"model.drop_path", "model.se"} & set(load_space("stl10_small", ["model.name=vgg"]).search)
+    assert "--set model.name=vgg: model.drop_path, model.se not searched" in caplog.text
+    assert "dropped model.se, model.drop_path, which do not apply" in caplog.text
+
+
 def test_the_imbalanced_space_searches_both_networks_with_fields_of_their_own() -> None:
     space = load_space("imbalanced")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
