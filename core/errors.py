@@ -1,7 +1,16 @@
 """Exceptions of `core`, by how a caller can react."""
 
+from core.text import printable
 
-class CoreError(Exception):
+
+class PrintableError(Exception):
+    """An exception whose message may have names and values from outside: its control characters are escaped."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, super().__str__().split("\n")))
+
+
+class CoreError(PrintableError):
     """Base class."""
 
 

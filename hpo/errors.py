@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from core.data.names import printable
+from core.errors import PrintableError
+from core.text import printable
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a write to a full disk, or beyond the user's quota."""
@@ -17,7 +18,7 @@ SYSTEM_ERRORS = FULL_DISK | {
 """Error numbers of the system that no mistake of this program causes."""
 
 
-class HpoError(Exception):
+class HpoError(PrintableError):
     """Base class of errors caused by user input."""
 
 

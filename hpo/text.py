@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from core.data.names import printable
+from core.text import printable
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

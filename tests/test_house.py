@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("core/**/*.py"), *ROOT.glob("hpo/**/*.py")])
 
-CORE_FOUNDATION = {"config", "errors", "imports", "runtime", "seeds", "weights"}
+CORE_FOUNDATION = {"config", "errors", "imports", "runtime", "seeds", "text", "weights"}
 """Modules that all of `core` may import. Only `core.loop` imports the others."""
 
 CORE_NEVER = {"hpo", "optuna", "optuna_dashboard", "yaml", "rich", "typer"}

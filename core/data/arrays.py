@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tokenize
+import warnings
 import zipfile
 import zlib
 from abc import abstractmethod
@@ -142,7 +143,9 @@ def _mapped(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any] | N
         version = np.lib.format.read_magic(stored)
         if version not in _READ_HEADER:
             return None
-        shape, by_columns, kind = _READ_HEADER[version](stored)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of an old name of a type
+            shape, by_columns, kind = _READ_HEADER[version](stored)
         head = stored.tell()
         while stored.read(READ_AT_ONCE):
             pass

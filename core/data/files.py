@@ -34,10 +34,11 @@ from core.data.bounds import (
 from core.data.choice import arrange_tree
 from core.data.decode import BrokenImageError
 from core.data.layout import TABLE_SUFFIXES, Arrangement, Entry, Tree, is_hidden, is_image, left_out_of, member_path
-from core.data.names import listed, natural_key, printable
+from core.data.names import listed, natural_key
 from core.data.sniffing import HEAD_BYTES, looks_like_image
 from core.data.source import Content, Payload, Reading, Source, file_stamp, one_line, plain_name
 from core.errors import UserError
+from core.text import printable
 
 # Raised for damaged archives: RecursionError if headers of a .tar are chained endlessly, NotImplementedError for
 # unknown compression.

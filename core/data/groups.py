@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.data.layout import Entry
-from core.data.names import listed, printable
+from core.data.names import listed
 from core.data.roles import Split
 from core.errors import UserError
+from core.text import printable
 
 # Names in an error message.
 _NAMED = 3

@@ -18,10 +18,11 @@ from typing import Any
 from core.data.decode import BrokenImageError
 from core.data.files import PathSource
 from core.data.layout import HUB_SUFFIXES, Arrangement, Entry, is_hidden, is_image
-from core.data.names import class_name, fault_of_label, listed, look_alikes, printable
+from core.data.names import class_name, fault_of_label, listed, look_alikes
 from core.data.roles import TEST, TRAIN, Split, split_of
 from core.data.source import Payload, Reading, file_stamp, one_line
 from core.errors import UserError
+from core.text import printable
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label")

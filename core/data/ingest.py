@@ -38,9 +38,9 @@ from core.data.decode import (
     range_of,
 )
 from core.data.layout import Entry
-from core.data.names import printable
 from core.data.source import Payload, Readable, Source, one_line
 from core.errors import SizesError, UserError
+from core.text import printable
 
 # Images, and encoded bytes, per task: sending a single 32² image to a process costs more than decoding it.
 BATCH, BATCH_BYTES = 64, 1 << 20

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 
 from core.config import DataConfig
 from core.data.decode import IMAGE_SUFFIXES
-from core.data.names import class_name, fault_of_label, listed, look_alikes, printable
+from core.data.names import class_name, fault_of_label, listed, look_alikes
 from core.data.roles import TEST, TRAIN, VAL, Split, is_split_word, split_of
 from core.errors import UserError
+from core.text import printable
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".gz", ".rar", ".7z")

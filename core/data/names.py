@@ -9,18 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+from core.text import printable
+
 _DIGITS = re.compile(r"([0-9]+)")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 _NOT_A_CLASS = {"nan", "inf", "infinity"}
 """Labels that a table has where a number is missing or went wrong."""
-
-
-def printable(text: str) -> str:
-    """Escape the characters that can change how a terminal or a page shows the rest, such as ESC or a new line."""
-    if text.isprintable():
-        return text
-    kept = (one.isprintable() or unicodedata.category(one) == "Zs" for one in text)  # spaces that do not break lines
-    return "".join(one if keep else one.encode("unicode_escape").decode() for one, keep in zip(text, kept, strict=True))
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

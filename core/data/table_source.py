@@ -18,7 +18,7 @@ from core.data.arrays import ArrayPart, ArraySource
 from core.data.bounds import check_table_bytes
 from core.data.files import FolderSource, PathSource, read_payload
 from core.data.layout import Arrangement, Entry
-from core.data.names import listed, printable
+from core.data.names import listed
 from core.data.roles import TEST, TRAIN, VAL
 from core.data.source import Payload, Reading, Source, file_stamp, plain_name
 from core.data.tables import (
@@ -41,6 +41,7 @@ from core.data.tables import (
     with_paths,
 )
 from core.errors import UserError
+from core.text import printable
 
 
 def open_table(path: Path, reading: Reading) -> Source:

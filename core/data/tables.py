@@ -15,10 +15,11 @@ from functools import cached_property
 
 from core.config import DataConfig
 from core.data.layout import Arrangement, Entry
-from core.data.names import class_name, fault_of_label, listed, look_alikes, printable
+from core.data.names import class_name, fault_of_label, listed, look_alikes
 from core.data.roles import TEST, TRAIN, Split, split_of
 from core.data.source import Reading
 from core.errors import UserError
+from core.text import printable
 
 # The usual names, compared without case, with `_` for spaces and dashes; the first that fits is used.
 PATH_NAMES = (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from core.config import DataConfig
 from core.data import Dataset, Splits, load_dataset
-from core.data.names import printable
 from core.errors import GraphError, UserError
 from core.loop import EpochMetrics
 from core.runtime import is_out_of_memory
+from core.text import printable
 from hpo.paths import cache_root, data_root
 from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from core.data.names import printable
+from core.text import printable
 from hpo.cli.console import bars, console, epoch_note, is_verbose, say, table
 from hpo.search.interrupts import Interrupts
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from optuna.trial import FrozenTrial, TrialState
 
 from core.config import TrainConfig
-from core.data.names import printable
+from core.text import printable
 from hpo.confirmation.candidates import best_trial
 from hpo.confirmation.result import Confirmation, is_current, read_confirmation
 from hpo.errors import StudyError

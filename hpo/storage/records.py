@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any
 
+from optuna.trial import TrialState
+
 from hpo.storage.names import LONG, METADATA
 from hpo.trials import (
     ARTIFACT,
@@ -94,6 +96,8 @@ def check_types(record: Mapping[str, Any], *, ours: bool) -> None:
     begins = METADATA in record.get("user_attr", ()) or LONG[METADATA] in record.get("system_attr", ())
     if not (ours or begins):
         return
+    if record.get("state") == TrialState.COMPLETE and record.get("values") is None and record.get("value") is None:
+        raise ValueError("a complete trial has no value")
     of_trial = "trial_id" in record or "user_attrs" in record
     for field in ("user_attr", "system_attr", "user_attrs", "system_attrs"):
         for name, value in (record.get(field) or {}).items():

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core.data.names import listed, printable
+from core.data.names import listed
+from core.text import printable
 from hpo.paths import StudyPaths
 from hpo.storage.atomic import replacing
 from hpo.text import count

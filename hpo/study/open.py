@@ -198,7 +198,7 @@ def list_studies() -> list[Study]:
     for name in _by_last_run():
         try:
             studies.append(find_study(name))
-        except StudyError as error:
+        except (StudyError, OSError) as error:
             logger.warning("study %s cannot be opened: %s", name, error)
     return studies
 

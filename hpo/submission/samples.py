@@ -18,8 +18,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from core.data.layout import is_image
-from core.data.names import listed, printable
+from core.data.names import listed
 from core.data.tables import LABEL_NAMES
+from core.text import printable
 from hpo.errors import BundleError
 from hpo.storage.atomic import replacing
 from hpo.text import count

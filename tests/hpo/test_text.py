@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
+
 from core.data import DataReport
+from core.errors import CheckpointError
+from hpo.errors import BundleError
 from hpo.text import data_facts
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, BundleError])
+def test_the_message_of_an_error_has_no_control_characters(kind: type[Exception]) -> None:
+    assert str(kind("a\x1b[2J\0\nb\r")) == "a\\x1b[2J\\x00\nb\\r"
 
 
 def test_the_content_of_a_data_set_is_described_by_heading() -> None:

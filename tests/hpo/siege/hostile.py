@@ -246,7 +246,7 @@ class Journals(Entrance):
         self._content = self._journal.read_bytes()
         if not self.checksums:
             self._content = without_checksums(self._content)
-        self._undamaged = said("study", "trials", "own", "--csv")[1]
+        self._undamaged = self._complete(said("study", "trials", "own", "--json")[1])
 
     def check(self, edits: Edits) -> None:
         content = self._content
@@ -260,7 +260,7 @@ class Journals(Entrance):
         self._journal.write_bytes(content)
         for left in self._journal.parent.glob("journal.log.*"):
             left.unlink()
-        of_one = (("study", "show", "own"), ("study", "trials", "own", "--csv"))
+        of_one = (("study", "show", "own"), ("study", "trials", "own", "--json"))
         commands = (*of_one * 3, ("study", "list"), ("study", "doctor", "own"))
         command = commands[edits[-1][2] % 8]
         code, out, err = said(*command)
@@ -269,8 +269,10 @@ class Journals(Entrance):
             assert "other" in out
         check_said(code, out, err, faults=(0, 1, 2) if command[1] == "doctor" else (0, 2))
         if command[1] == "trials" and self.checksums:
-            complete = {line for line in out.splitlines() if ",complete," in line}
-            assert complete <= set(self._undamaged.splitlines())
+            assert all(trial in self._undamaged for trial in self._complete(out))
+
+    def _complete(self, out: str) -> list[dict[str, Any]]:
+        return [trial for trial in json.loads(out)["trials"] if trial["state"] == "complete"]
 
 
 class OldJournals(Journals):

@@ -377,6 +377,15 @@ def test_a_record_that_is_not_where_it_was_written_is_an_error_with_its_line(fin
         assert f"journal.log:{bad}: damaged, since records before it were deleted" in read_or_refused(finished)[1]
 
 
+def test_a_complete_trial_without_a_value_is_an_error_with_its_line(finished: Path) -> None:
+    finished.write_bytes(without_checksums(finished.read_bytes()).replace(b'"values":[0.5]', b'"values":null'))
+    open_storage(str(finished)).get_all_trials(0)  # of another program, which may mean something by it
+    lines = finished.read_bytes().splitlines(keepends=True)
+    begun = b'{"op_code":3,"worker_id":"x","study_id":0,"system_attr":{"hpo:metadata":{}}}\n'
+    finished.write_bytes(lines[0] + begun + b"".join(lines[1:]))
+    assert f"journal.log:{len(lines) + 1}: damaged" in read_or_refused(finished)[1]
+
+
 def test_the_end_of_a_journal_may_be_missing(finished: Path) -> None:
     lines = finished.read_bytes().splitlines(keepends=True)
     finished.write_bytes(b"".join(lines[:-1]))

@@ -411,6 +411,9 @@ def _without(key: str) -> Callable[[StudyPaths], object]:
         lambda paths: paths.study_yaml.write_text(paths.study_yaml.read_text() + "storage: [1]\n"),
         lambda paths: (paths.study_yaml.unlink(), paths.study_yaml.mkdir()),
         *map(_without, ("space", "hash", "metric", "direction", "seed", "data", "identity")),
+        lambda paths: paths.study_yaml.write_text(
+            re.sub(r"(?m)^storage: .*", f"storage: {'x' * 3000}", paths.study_yaml.read_text())
+        ),
         lambda paths: find_study(paths.name).optuna.add_trial(
             create_trial(value=0.5, user_attrs={TRIAL_INDEX: "nonsense"})
         ),

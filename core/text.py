@@ -1,0 +1,13 @@
+"""Text from outside in messages."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """Escape the characters that can change how a terminal or a page shows the rest, such as ESC or a new line."""
+    if text.isprintable():
+        return text
+    kept = (one.isprintable() or unicodedata.category(one) == "Zs" for one in text)  # spaces that do not break lines
+    return "".join(one if keep else one.encode("unicode_escape").decode() for one, keep in zip(text, kept, strict=True))
