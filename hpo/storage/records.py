@@ -50,7 +50,7 @@ _OF_RECORD: Mapping[str, Callable[[Any], bool] | type | UnionType] = {
     "params": lambda values: values is None or _are(values, dict, _Number),
     "intermediate_values": lambda values: values is None or _are(values, dict, _Number | None),
     "distributions": lambda values: values is None or _are(values, dict, str),
-    **dict.fromkeys(("user_attrs", "system_attrs"), dict | None),
+    **dict.fromkeys(("user_attrs", "system_attrs"), dict),
     **dict.fromkeys(("user_attr", "system_attr"), dict),
 }
 _OF_TRIAL: Mapping[str, type | UnionType] = {

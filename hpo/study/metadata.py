@@ -239,8 +239,10 @@ def read_metadata(paths: StudyPaths, *, named: str | None = None) -> dict[str, A
     if metadata.get("name", paths.name) not in (paths.name, named):
         raise StudyError(_renamed(paths, str(metadata["name"])))
     data = metadata["data"]
-    named_data = all(isinstance(data.get(key), str) for key in ("name", "fingerprint"))
-    if not (named_data and {"path", "skip_broken"} <= {*data}) or hash_of(metadata["identity"]) != metadata["hash"]:
+    well_formed = all(isinstance(data.get(key), str) for key in ("name", "fingerprint"))
+    base = metadata.get("base") or {}
+    well_formed &= isinstance(base, dict) and isinstance(base.get("data", {}), dict)
+    if not (well_formed and {"path", "skip_broken"} <= {*data}) or hash_of(metadata["identity"]) != metadata["hash"]:
         raise StudyError(f"{paths.study_yaml} is damaged; hpo study doctor {paths.name} --mend rebuilds it")
     return upgraded(metadata)
 

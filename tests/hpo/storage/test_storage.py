@@ -798,7 +798,7 @@ from hpo.storage import open_storage
 from hpo.study import open_study
 url, total, epochs, workers = sys.argv[1], *map(int, sys.argv[2:])
 images = SimpleNamespace(name="digits", fingerprint="0" * 64, classes=("0", "1"),
-    report=DataReport(), given_val=lambda config: None)
+    report=DataReport(), given_val=lambda config: None, stamp="", checksums=dict)
 space = load_space("digits", [f"epochs={epochs}"])
 if "://" in url:  # import the database's modules once, not in every process
     open_storage("sqlite://")

@@ -729,7 +729,7 @@ from hpo.space import load_space
 from hpo.study import open_study
 space = load_space(sys.argv[1], [])
 images = SimpleNamespace(name="digits", fingerprint="ab" * 32, classes=("0", "1"),
-    report=DataReport(), given_val=lambda config: None)
+    report=DataReport(), given_val=lambda config: None, stamp="", checksums=dict)
 study = open_study(space, name="s", dataset=images, storage_url=sys.argv[2] or None)
 """
 CLAIM = """

@@ -7,13 +7,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from core.data import DataReport
 from hpo.cli.progress import StudyProgress
 from hpo.errors import StudyError
 from hpo.space import SearchSpace, load_space, space_from_yaml, space_to_yaml
@@ -22,6 +20,7 @@ from hpo.storage.lease import LEASE, own_lease
 from hpo.study import Study, find_study, join_study, open_study
 from hpo.trials import CRASHES, FAILURE, REPLICATE_OF, TRIAL_INDEX, first_twin, trial_index_of
 from tests.hpo.commands import SPACE, hpo
+from tests.hpo.confirmation.simulated import Images
 from tests.hpo.storage.journals import finished_of, trials_of
 
 ONE_CELL = SPACE.replace("{low: 0.5, high: 20, log: true}", "{choices: [4.0]}").replace(
@@ -38,10 +37,7 @@ def space(tmp_path: Path) -> SearchSpace:
 
 @pytest.fixture
 def study(space: SearchSpace) -> Study:
-    images: Any = SimpleNamespace(
-        name="digits", fingerprint="ab" * 32, classes=("0", "1"), report=DataReport(), given_val=lambda config: None
-    )
-    opened = open_study(space, name="own", dataset=images)
+    opened = open_study(space, name="own", dataset=Images())  # type: ignore[arg-type]
     opened.queue.ensure_trials(1)
     return opened
 
@@ -55,7 +51,7 @@ DEAD = (
     "space = load_space(sys.argv[1])\n"
     "images = SimpleNamespace(\n"
     "    name='digits', fingerprint='ab' * 32, classes=('0', '1'),\n"
-    "    report=DataReport(), given_val=lambda config: None)\n"
+    "    report=DataReport(), given_val=lambda config: None, stamp='', checksums=dict)\n"
     "study = open_study(space, name='own', dataset=images)\n"
     "trial, slot = study.queue.claim()\n"
     "if sys.argv[2] == 'training':\n"
@@ -322,7 +318,6 @@ def test_a_worker_that_finds_no_waiting_trial_reports_it_and_exits(
         (("worker", "nosuch"), "no study nosuch in "),
         (("worker", "../x", "--storage", "j.log"), "--study '../x': a name is letters"),
         (("worker", "own", "--storage", "gone.log"), "storage gone.log: there is no such journal"),
-        (("worker", "own", "--workers", "2", "--per-device", "auto"), "--workers 2: --per-device auto measures"),
     ],
 )
 def test_a_mistake_is_a_one_line_error_with_exit_code_2(
@@ -332,6 +327,13 @@ def test_a_mistake_is_a_one_line_error_with_exit_code_2(
     error = capsys.readouterr().err
     assert error.startswith(f"hpo: {said}")
     assert error.count("\n") == 1
+
+
+def test_options_of_a_worker_that_exclude_each_other_are_refused(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hpo(monkeypatch, "worker", study.name, "--workers", "2", "--per-device", "auto") == 2
+    assert capsys.readouterr().err.startswith("hpo: --workers 2: --per-device auto measures")
 
 
 def test_joining_a_missing_study_explains_how_to_start_it(study: Study, tmp_path: Path) -> None:
