@@ -1029,8 +1029,7 @@ def test_an_override_that_a_recipe_or_the_search_contradicts_is_refused(write: W
     ]
     path = write(BASE + "  model.width: {low: 0.5, high: 1}\n")
     assert faults_of(path, "model.name=timm/resnet18") == [
-        "x.yaml:3: search.model.width.low: model.width shapes resnet and vgg only; "
-        "model.name is timm/resnet18: leave it out"
+        "--set: leaves nothing to search; one configuration is trained by: hpo train"
     ]
 
 
