@@ -52,6 +52,7 @@ from hpo.space.samplers import build_sampler
 
 CPU = torch.device("cpu")
 ONCE = "baseline, once"
+ALL = "all"
 COMPARED = [ONCE, "Optuna: TPE, Hyperband", *(name for name in SIDES if not name.startswith("Optuna"))]
 SETTINGS = ("model.widths=[8,16,32]",)
 SIDE = 32
@@ -247,17 +248,23 @@ def measure(name: str, seed: int, sides: Sequence[str], cache: Path) -> Iterator
 
 
 def rows(found: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    """One row per set and side, with the paired difference to random draws trained in full."""
+    """One row per set and side, and per side over all pairs of a set and a seed that have it and random in full.
+
+    Differences are paired with random draws trained in full.
+    """
     of = {(one["data"], one["side"], one["seed"]): one for one in found}
-    for name, side in dict.fromkeys((one["data"], one["side"]) for one in found):
-        seeds = [seed for data, other, seed in of if (data, other) == (name, side)]
-        cells = [name, side, str(len(seeds))]
+    sides = list(dict.fromkeys(one["side"] for one in found))
+    for name, side in product((*dict.fromkeys(one["data"] for one in found), ALL), sides):
+        pairs = [(data, seed) for data, other, seed in of if other == side and name in (data, ALL)]
+        compared = [pair for pair in pairs if (pair[0], FULL, pair[1]) in of]
+        if not pairs:
+            continue
+        cells = [name, side, str(len(pairs))]
         for which in ("naive", "confirmed"):
-            ours = [of[name, side, seed][which] for seed in seeds]
-            theirs = [of[name, FULL, seed][which] for seed in seeds if (name, FULL, seed) in of]
-            better = paired(ours, theirs) if side != FULL and len(theirs) == len(ours) else ""
-            cells += [mean_and_deviation(ours, 3), better]
-        yield [*cells, f"{statistics.fmean(of[name, side, seed]['ended'] for seed in seeds):.1f}"]
+            ours, theirs = ([of[data, one, seed][which] for data, seed in compared] for one in (side, FULL))
+            better = paired(ours, theirs) if side != FULL and compared else ""
+            cells += [mean_and_deviation([of[data, side, seed][which] for data, seed in pairs], 3), better]
+        yield [*cells, f"{statistics.fmean(of[data, side, seed]['ended'] for data, seed in pairs):.1f}"]
 
 
 COLUMNS = ["data", "side", "n", "naive", "less random in full", "confirmed", "less random in full", "in full"]
