@@ -134,8 +134,8 @@ def train(options: of.TrainOptions) -> Answer:
 
     if options.recipe is not None and options.trial is None:
         catalogue.find(options.recipe, "recipe")
-    elif options.trial is not None and options.storage is None:
-        study_files(options.trial.rpartition("/")[0] or options.trial)
+    elif options.storage is None and (study := (options.trial or "").rpartition("/")[0]):
+        study_files(study)
     from hpo.api.train import train  # with torch, which a wrong name does not wait for
     from hpo.cli.show import show_training
 
