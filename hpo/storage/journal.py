@@ -214,6 +214,7 @@ def _keep(path: Path, torn: bytes) -> None:
 
 
 _RECORD = b'{"op_code":'  # start of each of Optuna's lines
+_SURROGATE = b"\\ud"  # half of a character; JSON accepts a single one, which no file can hold
 _CHECKSUM = b',"crc":"'
 _CHECKSUM_SIZE = len(_CHECKSUM) + 10  # with eight digits and `"}`
 _PLACE = b',"at":'
@@ -283,10 +284,12 @@ def _is_record(line: bytes, *, parsed: bool = False) -> bool:
     if line[-_CHECKSUM_SIZE:-10] == _CHECKSUM:
         content = line[:-_CHECKSUM_SIZE].lstrip(b" ")  # spaces are a torn record that was taken out
         return line.endswith(_checksum(content))
-    if not parsed and line.startswith(_RECORD) and line.endswith(b"}") and line.count(_RECORD) == 1:
+    plain = line.isascii() and _SURROGATE not in line
+    if not parsed and plain and line.startswith(_RECORD) and line.endswith(b"}") and line.count(_RECORD) == 1:
         return True  # parsing every line would double the time to open a study
     try:
         record = json.loads(line)
-    except ValueError:  # not JSON, or not UTF-8
+        json.dumps(record, ensure_ascii=False).encode()
+    except ValueError:  # not JSON, or not Unicode
         return False
     return isinstance(record, dict) and "op_code" in record

@@ -386,6 +386,14 @@ def test_a_complete_trial_without_a_value_is_an_error_with_its_line(finished: Pa
     assert f"journal.log:{len(lines) + 1}: damaged" in read_or_refused(finished)[1]
 
 
+@pytest.mark.parametrize(("name", "damaged"), [(b"\\ud83d\\ude00", False), (b"\\ud800", True), (b"\xed\xa0\x80", True)])
+def test_half_a_character_is_an_error_with_its_line(finished: Path, name: bytes, damaged: bool) -> None:
+    attribute = b'{"op_code":2,"worker_id":"x","study_id":0,"user_attr":{"name":"%s"}}\n' % name
+    finished.write_bytes(without_checksums(finished.read_bytes()) + attribute + attribute)
+    line = finished.read_bytes().count(b"\n") - 1
+    assert (f"journal.log:{line}: damaged" in read_or_refused(finished)[1]) == damaged
+
+
 def test_the_end_of_a_journal_may_be_missing(finished: Path) -> None:
     lines = finished.read_bytes().splitlines(keepends=True)
     finished.write_bytes(b"".join(lines[:-1]))
