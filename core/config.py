@@ -424,6 +424,12 @@ FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
 """Families that accept each field; fields not listed apply to every family."""
 
 
+def lacking_fields(network: str) -> list[str]:
+    """Return the paths of the fields, except for arguments, that the family of a network does not have."""
+    family = family_of(network)
+    return [f"model.{name}" for name, has in FAMILY_FIELDS.items() if name != "kwargs" and family not in has]
+
+
 LossName = Literal["cross_entropy", "focal", "bce"]
 
 
@@ -734,10 +740,7 @@ class TrainConfig(_Section):
         changed = [part for part in OWN_PARTS if given[part] != getattr(self, part).name]
         lacking = []
         if "model" in changed:
-            family = family_of(str(given["model"]))
-            lacking += [
-                f"model.{name}" for name, has in FAMILY_FIELDS.items() if name != "kwargs" and family not in has
-            ]
+            lacking += lacking_fields(str(given["model"]))
         if "loss" in changed and is_own(str(given["loss"])):
             lacking += [f"loss.{name}" for name in NOT_OF_OWN_LOSSES]
         now, defaults = self.flat(), TrainConfig().flat()

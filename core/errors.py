@@ -1,13 +1,13 @@
 """Exceptions of `core`, by how a caller can react."""
 
-from core.text import printable
+from core.text import printable_lines
 
 
 class PrintableError(Exception):
     """An exception whose message may have names and values from outside: its control characters are escaped."""
 
     def __str__(self) -> str:
-        return "\n".join(map(printable, super().__str__().split("\n")))
+        return printable_lines(super().__str__())
 
 
 class CoreError(PrintableError):

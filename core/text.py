@@ -11,3 +11,8 @@ def printable(text: str) -> str:
         return text
     kept = (one.isprintable() or unicodedata.category(one) == "Zs" for one in text)  # spaces that do not break lines
     return "".join(one if keep else one.encode("unicode_escape").decode() for one, keep in zip(text, kept, strict=True))
+
+
+def printable_lines(text: str) -> str:
+    """Escape control characters except for ends of lines. Text from outside is shown by this or `printable` alone."""
+    return "\n".join(map(printable, text.split("\n")))

@@ -157,11 +157,6 @@ def first_fault(error: ValidationError) -> str:
     return f"{printable(where)}: {fault['msg']}" if where else str(fault["msg"])
 
 
-def printable_lines(text: str) -> str:
-    """Escape control characters except for ends of lines. Text from outside is shown by this or `printable` alone."""
-    return "\n".join(map(printable, text.split("\n")))
-
-
 def sentence(words: str) -> str:
     """Capitalize the first letter and leave the rest."""
     return words[:1].upper() + words[1:]

@@ -83,6 +83,11 @@ def is_paused(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.WAITING and PAUSED in trial.user_attrs
 
 
+def state_of(trial: FrozenTrial) -> str:
+    """Return a trial's state as it is shown: Optuna's, or `paused`."""
+    return "paused" if is_paused(trial) else trial.state.name.lower()
+
+
 def with_current_names(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the user attributes of version 0.1.0."""
     current = {old: new for new, old in OLD_NAMES.items()}

@@ -471,8 +471,8 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 def main() -> None:
     """Run the command line. An error caused by user input is one line and exit code 2."""
     from core.errors import CoreError
+    from core.text import printable_lines
     from hpo.errors import SYSTEM_ERRORS, HpoError
-    from hpo.text import printable_lines
 
     try:
         sys.exit(app(standalone_mode=False) or 0)
@@ -481,7 +481,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (HpoError, CoreError) as error:
-        print(f"hpo: {printable_lines(str(error))}", file=sys.stderr)
+        print(f"hpo: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in SYSTEM_ERRORS:

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from core.text import printable_lines
 from hpo.errors import StudyError
-from hpo.text import printable_lines
 
 if TYPE_CHECKING:
     from core.loop import EpochMetrics

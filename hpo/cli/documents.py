@@ -11,7 +11,17 @@ from hpo.analysis.summary import StudySummary, summarize
 from hpo.confirmation.result import Confirmation, read_confirmation
 from hpo.report.words import next_commands
 from hpo.study.results import finite
-from hpo.trials import COSTS, FAILURE, RECIPE, WARM_START, Counts, is_baseline, is_paused, trial_index_of
+from hpo.trials import (
+    COSTS,
+    FAILURE,
+    RECIPE,
+    WARM_START,
+    Counts,
+    effective_trials,
+    is_baseline,
+    state_of,
+    trial_index_of,
+)
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -45,33 +55,23 @@ def of_worker(result: WorkerResult) -> Document:
     return {**of_study(result.study), "out_of_time": result.out_of_time}
 
 
-def of_study(study: Study, now: StudySummary | None = None) -> Document:
+def of_study(study: Study) -> Document:
     """A study: its trials by state, the best, the baselines, the confirmation and the next commands."""
-    now = now or summarize(study)
-    confirmation = read_confirmation(study.paths.confirmation)
+    now = summarize(study)
     return {
-        "study": study.name,
-        "space": study.space_name,
+        **_short(study, now),
         "confirms": study.confirms,
-        "data": study.data_name,
-        "metric": study.metric,
-        "direction": study.direction,
         "seed": study.seed,
-        "storage": study.storage_shown,
         "folder": str(study.paths.dir),
-        "total": study.total,
-        "trials": _counts(now.counts),
-        "best": None if now.best is None else of_trial(now.best),
         "baselines": [_entry(entry) for entry in now.baselines],
-        "confirmation": _confirmation(confirmation),
+        "confirmation": _confirmation(read_confirmation(study.paths.confirmation)),
         "next": next_commands(study, now),
     }
 
 
 def of_studies(found: Sequence[tuple[Study, StudySummary]]) -> Document:
     """All studies, shortly."""
-    keys = ("study", "space", "data", "metric", "direction", "storage", "total", "trials", "best")
-    return {"studies": [{key: one[key] for key in keys} for one in (of_study(*each) for each in found)]}
+    return {"studies": [_short(*each) for each in found]}
 
 
 def of_view(view: View) -> Document:
@@ -86,8 +86,6 @@ def of_view(view: View) -> Document:
 
 def of_trials(study: Study) -> Document:
     """All trials of a study."""
-    from hpo.trials import effective_trials
-
     trials = effective_trials(study.optuna.get_trials(deepcopy=False)).values()
     return {"study": study.name, "trials": [of_trial(one) for one in sorted(trials, key=lambda one: one.number)]}
 
@@ -99,7 +97,7 @@ def of_trial(trial: FrozenTrial) -> Document:
     return {
         "number": trial.number,
         "trial_index": trial_index_of(trial),
-        "state": "paused" if is_paused(trial) else trial.state.name.lower(),
+        "state": state_of(trial),
         "failure": known.get(FAILURE),
         "value": trial.value,
         "values": {str(step): value for step, value in trial.intermediate_values.items()},
@@ -219,6 +217,20 @@ def of_suggestion(found: Suggestion, output: Path | None) -> Document:
         "output": _path(output),
         "changed": list(found.changed),
         "command": found.command,
+    }
+
+
+def _short(study: Study, now: StudySummary) -> Document:
+    return {
+        "study": study.name,
+        "space": study.space_name,
+        "data": study.data_name,
+        "metric": study.metric,
+        "direction": study.direction,
+        "storage": study.storage_shown,
+        "total": study.total,
+        "trials": _counts(now.counts),
+        "best": None if now.best is None else of_trial(now.best),
     }
 
 

@@ -20,8 +20,8 @@ import plotly.graph_objects as go
 from markupsafe import Markup, escape
 from plotly.utils import PlotlyJSONEncoder
 
+from core.text import printable_lines
 from hpo.dashboard.pictures import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, YELLOW
-from hpo.text import printable_lines
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from core.config import BUILTIN_DATA, FAMILY_FIELDS, SPLITS_OF_0_1_0, TrainConfig, family_of
+from core.config import BUILTIN_DATA, SPLITS_OF_0_1_0, TrainConfig, lacking_fields
 from hpo.errors import Fault, SpaceError
 from hpo.paths import search_space_dirs
 from hpo.space import parameters
@@ -364,8 +364,7 @@ class _Loader:
             return search
         left = {path: one for path, one in search.items() if not {path, RATES.get(path)} & set(self.fields)}
         if "model.name" in self.fields:
-            family = family_of(baseline.model.name)
-            lacking = {f"model.{name}" for name, families in FAMILY_FIELDS.items() if family not in families}
+            lacking = lacking_fields(baseline.model.name)
             if unfit := [path for path in left if path in lacking]:
                 logger.warning("--set model.name=%s: %s not searched", baseline.model.name, ", ".join(unfit))
             left = {path: one for path, one in left.items() if path not in lacking}

@@ -117,10 +117,10 @@ class _Journal(JournalFileBackend):
         records = [json.dumps(log, separators=(",", ":")).encode() for log in logs]
         with _explained(self._path, "written"), self._lock, _opened(self._path) as descriptor:
             _cut_torn_tail(descriptor, self._path)
-            before, written = os.fstat(descriptor).st_size, b""
+            before, written = os.fstat(descriptor).st_size, bytearray()
             for record in records:
                 written += sealed(record, before + len(written)) + b"\n"
-            _write_whole(descriptor, written)
+            _write_whole(descriptor, bytes(written))
             if any(_is_lasting(log) for log in logs):
                 # If this fails, the record stays, since other processes may have read it.
                 os.fsync(descriptor)
@@ -231,6 +231,10 @@ def _checksum(content: bytes) -> bytes:
     return b'%s%08x"}' % (_CHECKSUM, zlib.crc32(content))
 
 
+def _has_checksum(line: bytes) -> bool:
+    return line[-_CHECKSUM_SIZE:-10] == _CHECKSUM
+
+
 def damaged(path: Path, line: int, how: str = "damaged") -> StudyError:
     """Return the error about a record that is not as it was written."""
     return StudyError(f"{path}:{line}: {how}, and not by a crash of ours; restore it from a backup")
@@ -267,7 +271,7 @@ def torn_records(content: bytes, path: Path) -> list[tuple[int, int]]:
 
 def _is_displaced(line: bytes, start: int) -> bool:
     """Whether a record was written at another place; earlier versions and other programs wrote none."""
-    if line[-_CHECKSUM_SIZE:-10] != _CHECKSUM:
+    if not _has_checksum(line):
         return False
     _, _, place = line[-_PLACE_SIZE - _CHECKSUM_SIZE : -_CHECKSUM_SIZE].rpartition(_PLACE)
     spaces = len(line) - len(line.lstrip(b" "))  # of a torn record that was taken out
@@ -276,12 +280,12 @@ def _is_displaced(line: bytes, start: int) -> bool:
 
 def _has_end(line: bytes) -> bool:
     """Whether a line that is no record was written to its end, so that it is damaged, not torn."""
-    return (line.startswith(_RECORD) and line.endswith(b"}")) or line[-_CHECKSUM_SIZE:-10] == _CHECKSUM
+    return (line.startswith(_RECORD) and line.endswith(b"}")) or _has_checksum(line)
 
 
 def _is_record(line: bytes, *, parsed: bool = False) -> bool:
     """Whether a line is a record; one without a checksum is only parsed if it looks strange, or if asked for."""
-    if line[-_CHECKSUM_SIZE:-10] == _CHECKSUM:
+    if _has_checksum(line):
         content = line[:-_CHECKSUM_SIZE].lstrip(b" ")  # spaces are a torn record that was taken out
         return line.endswith(_checksum(content))
     plain = line.isascii() and _SURROGATE not in line

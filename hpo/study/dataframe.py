@@ -28,7 +28,7 @@ from hpo.trials import (
     WARM_START,
     effective_trials,
     is_baseline,
-    is_paused,
+    state_of,
     trial_index_of,
 )
 
@@ -106,7 +106,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     row: dict[str, Any] = {
         "number": trial.number,
         "trial_index": trial_index_of(trial),
-        "state": "paused" if is_paused(trial) else trial.state.name.lower(),
+        "state": state_of(trial),
         "failure": attributes.get(FAILURE),
         "value": trial.value if trial.state == TrialState.COMPLETE else None,
         "last_value": reported[max(reported)] if reported else None,

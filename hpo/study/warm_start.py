@@ -33,8 +33,10 @@ def warm_starts(space: SearchSpace, source: Study) -> list[Queued]:
     seen: list[Mapping[str, Any]] = [{}, space.baseline_params()]
     found: list[Queued] = []
     for trial in sorted(complete, key=lambda trial: best_first(trial, source.sign)):
+        if len(found) == MOST:
+            break
         params = space.shared_params(config_of(source.metadata, trial.params))
-        if params not in seen and len(found) < MOST:
+        if params not in seen:
             seen.append(params)
             found.append((params, {WARM_START: f"{source.name}/{trial.number}"}))
     if not found:

@@ -17,11 +17,12 @@ import jinja2
 from pydantic import ValidationError
 
 from core.config import TrainConfig
+from core.text import printable_lines
 from core.tta import VIEWS
 from hpo.confirmation.result import BASELINE, Confirmation
 from hpo.submission.bundle import CLASSES, CONFIG, METRICS, ONNX, ORIGIN, PREPROCESS, README, Bundle, config_files
 from hpo.submission.ladder import Ladder
-from hpo.text import changed_fields, data_facts, duration, joined, printable_lines
+from hpo.text import changed_fields, data_facts, duration, joined
 
 Report = Mapping[str, Any]
 
