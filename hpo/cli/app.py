@@ -62,7 +62,8 @@ def _start(*, _: _Version = False) -> None:
 
 def _move_caches() -> None:
     """Keep matplotlib's cache beside the images where the home folder is read-only; it would warn in each process."""
-    if not os.access(Path.home(), os.W_OK):
+    home = os.path.expanduser("~")  # noqa: PTH111 - where there is none, Path.home() raises
+    if Path(home).is_absolute() and not os.access(home, os.W_OK):
         os.environ.setdefault("MPLCONFIGDIR", str(cache_root() / "matplotlib"))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from hpo.paths import cache_root
-from tests.hpo.commands import SPACE
+from tests.hpo.commands import SPACE, hpo
 
 HOME = "/proc/no-home"
 MOVED = ("HPO_CACHE", "MPLCONFIGDIR", "TORCH_HOME", "HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
@@ -78,6 +79,19 @@ def test_the_cache_is_where_the_variables_say(monkeypatch: pytest.MonkeyPatch) -
     assert cache_root() == Path("/scratch/hpo")
     monkeypatch.setenv("HPO_CACHE", "/local")
     assert cache_root() == Path("/local")
+
+
+def test_a_user_without_a_home_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def unknown(_: int) -> Any:
+        raise KeyError("as in a container under an arbitrary user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("MPLCONFIGDIR", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert hpo(monkeypatch, "space", "list") == 0
+    assert "digits" in capsys.readouterr().out
 
 
 def test_without_a_variable_the_message_names_it(folder: Path) -> None:
