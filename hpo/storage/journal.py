@@ -2,7 +2,7 @@
 
 A failed or killed write leaves a torn tail, which the next holder of the lock cuts off. Optuna 5.0 appends to the tail,
 and then cannot read the journal any more; that is repaired too. Each record has its place in the file and a checksum,
-which Optuna ignores.
+and that of a claim the lease, which Optuna ignores.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
 from hpo.errors import FULL_DISK, StudyError
+from hpo.storage.lease import LEASE, own_lease
 from hpo.storage.lock import JournalLock
 from hpo.storage.names import LONG, METADATA
 from hpo.storage.records import check_types
@@ -82,7 +83,11 @@ class CheckedStorage(JournalStorage):
             try:
                 if not own:
                     check_types(log, ours=self._is_ours(log))
+                claims = LEASE in log and self._waits(log["trial_id"])
                 replayed.apply_logs([log])
+                if claims:
+                    trial = replayed._trials[log["trial_id"]]  # copied by this claim
+                    trial.user_attrs = {**trial.user_attrs, LEASE: log[LEASE]}
             except Exception as error:
                 if own:
                     raise  # Optuna's answer to this process's own operation
@@ -95,6 +100,16 @@ class CheckedStorage(JournalStorage):
         study_id = log["study_id"] if "study_id" in log else replayed._trial_id_to_study_id.get(log.get("trial_id", -1))
         study = None if study_id is None else replayed._studies.get(study_id)
         return study is not None and (METADATA in study.user_attrs or LONG[METADATA] in study.system_attrs)
+
+    def _waits(self, trial_id: int) -> bool:
+        trial = self._replay_result._trials.get(trial_id)
+        return trial is not None and trial.state == TrialState.WAITING
+
+    def _write_log(self, op_code: int, extra_fields: dict[str, Any]) -> None:
+        """With the lease in the record of a claim, since the process may die before its next one."""
+        if op_code == JournalOperation.SET_TRIAL_STATE_VALUES and extra_fields["state"] == TrialState.RUNNING:
+            extra_fields = {**extra_fields, LEASE: own_lease()}
+        super()._write_log(op_code, extra_fields)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """Set the state; with RUNNING, return whether this process was the first."""

@@ -52,6 +52,7 @@ _OF_RECORD: Mapping[str, Callable[[Any], bool] | type | UnionType] = {
     "distributions": lambda values: values is None or _are(values, dict, str),
     **dict.fromkeys(("user_attrs", "system_attrs"), dict),
     **dict.fromkeys(("user_attr", "system_attr"), dict),
+    "lease": dict,
 }
 _OF_TRIAL: Mapping[str, type | UnionType] = {
     **dict.fromkeys(

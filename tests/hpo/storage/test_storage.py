@@ -409,6 +409,19 @@ def test_optuna_reads_a_journal_with_checksums(finished: Path) -> None:
     assert theirs.get_all_trials(0) == open_storage(str(finished)).get_all_trials(0)
 
 
+def test_a_claim_in_a_journal_has_its_lease_before_any_other_record(tmp_path: Path) -> None:
+    ours = open_storage(str(tmp_path / "journal.log"))
+    study = ours.create_new_study(MAXIMIZE)
+    trial = ours.create_new_trial(study, create_trial(state=TrialState.WAITING))
+    theirs = open_storage(str(tmp_path / "journal.log"))
+    assert ours.set_trial_state_values(trial, TrialState.RUNNING)
+    assert theirs.get_trial(trial).user_attrs == {LEASE: own_lease()}
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.setattr("hpo.storage.journal.own_lease", lambda: {**own_lease(), "pid": 1})
+        assert not theirs.set_trial_state_values(trial, TrialState.RUNNING)
+    assert ours.get_trial(trial).user_attrs == {LEASE: own_lease()}
+
+
 def test_damage_that_a_live_process_meets_is_an_error_every_time(finished: Path) -> None:
     live = open_storage(str(finished))
     with finished.open("ab") as file:

@@ -804,8 +804,8 @@ def test_a_running_trial_without_a_lease_is_reclaimed_after_a_while(
     open_: Any, monkeypatch: pytest.MonkeyPatch, age_s: float, dead: bool
 ) -> None:
     study = open_(trials=1)
-    waiting = study.optuna.trials[0]
-    study.optuna._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+    trial, _ = study.queue.claim()
+    trial.set_user_attr("lease", None)  # as a process that dies while it pauses the trial leaves it
     monkeypatch.setattr("hpo.storage.lease._GRACE_S", 60 - age_s)
     assert study.queue.reclaim() == ([0] if dead else [])
 
