@@ -14,7 +14,7 @@ from typing import Annotated, cast
 import typer
 
 from hpo.api import options as of
-from hpo.cli.console import put, say, set_up_logging, table
+from hpo.cli.console import complain, put, say, set_up_logging, table
 from hpo.cli.parameters import Answer, command
 from hpo.cli.terminal import Terminal, stoppable
 from hpo.errors import StudyError
@@ -482,14 +482,14 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (HpoError, CoreError) as error:
-        print(f"hpo: {error}", file=sys.stderr)
+        complain(f"hpo: {error}")
         sys.exit(2)
     except OSError as error:
         if error.errno not in SYSTEM_ERRORS:
             raise
         place = "" if error.filename is None else f"{error.filename}: "
         words = f"{place}{error.strerror}; check the folder and the disk, and run the same command again"
-        print(f"hpo: {printable_lines(words)}", file=sys.stderr)
+        complain(f"hpo: {words}")
         sys.exit(2)
 
 

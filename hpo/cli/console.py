@@ -17,13 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from core.text import printable_lines
+from hpo.cli.wrapping import wrapped
 from hpo.errors import StudyError
 
 if TYPE_CHECKING:
     from core.loop import EpochMetrics
 
 console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False)
 
 _UNBOUNDED = 100_000  # columns of a table in a file or a pipe, which is never cut
 _GAP = 2  # characters between the columns of a table
@@ -65,17 +66,30 @@ def _set_level(level: int) -> None:
 
 
 class _TerminalHandler(logging.Handler):
-    """Print a record as one line that is never wrapped, above a progress bar."""
+    """Print a record as a line on standard error, above a progress bar if one is drawn there."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        errors.print(escape(printable_lines(f"{level}{self.format(record)}")), soft_wrap=True)
+        bars_are_drawn = console.is_terminal and errors.is_terminal and not console.quiet
+        _print(f"{level}{self.format(record)}", console if bars_are_drawn else errors)
 
 
 def say(text: str = "") -> None:
-    """Print one line without markup or wrapping, so that it can be copied."""
-    console.print(escape(printable_lines(text)), soft_wrap=True)
+    """Print a line without markup, in a terminal broken between words."""
+    _print(text, console)
     console.file.flush()  # keeps the order with log records in the same file
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error, as `say` does."""
+    _print(text, errors)
+
+
+def _print(text: str, where: Console) -> None:
+    lines = printable_lines(text).split("\n")
+    if where.is_terminal:
+        lines = [wrapped(line, where.width) for line in lines]
+    where.print(escape("\n".join(lines)), soft_wrap=True)
 
 
 def put(text: str) -> None:
