@@ -171,7 +171,7 @@ Metric = Annotated[
     ),
 ]
 SkipBroken = Annotated[bool, option("Skip unreadable image files and report their number.")]
-Storage = Annotated[str | None, option("URL of the study's storage, if it has a password.", secret=True)]
+Storage = Annotated[str | None, option("URL of the study's storage, if it has a password.", metavar="URL", secret=True)]
 
 
 class JsonOption(Options):
@@ -210,7 +210,7 @@ class PlacementOptions(DeviceOptions):
         "Several devices, for example cuda:0,cuda:1, or all GPUs with `all`. A trial runs on one.",
         metavar="D1,D2",
     )
-    workers: int | None = option("Number of trials trained at once, each in its own process.", metavar="N", ge=1)
+    workers: int | None = option("Number of trials trained at once, each in its own process.", ge=1)
     per_device: str | None = option(
         "Number of trials trained at once on each device, 1 by default; `auto` measures the fastest number.",
         metavar="K",
@@ -268,13 +268,12 @@ class RunOptions(LimitOptions, DataOptions, PlacementOptions, ArtifactOptions, T
     )
     study: str | None = option("Name of the study; by default the space's.")
     storage: str | None = option(
-        "Any Optuna storage URL; by default a journal file in the study's folder.", secret=True
+        "Any Optuna storage URL; by default a journal file in the study's folder.", metavar="URL", secret=True
     )
     set: SetOption = ()
     seed: int | None = option("Seed of the study, 0 by default.", ge=0)
     workers: int | None = option(
         "Number of trials trained at once, each in its own process; 0 only queues them for `hpo worker`.",
-        metavar="N",
         ge=0,
     )
     retries: int | None = option(
@@ -285,7 +284,7 @@ class RunOptions(LimitOptions, DataOptions, PlacementOptions, ArtifactOptions, T
     )
     engine: str = option("Where workers run: `local`, or `ray` for a Ray cluster.", "local")
     address: str | None = option(
-        "Head of the Ray cluster as host:port; by default `auto`, the cluster of this machine."
+        "Head of the Ray cluster; by default `auto`, the cluster of this machine.", metavar="HOST:PORT"
     )
     take_over: str | None = option(
         "Start with those trials of another study that fit the space.", metavar="STUDY", resumes=False
@@ -405,7 +404,7 @@ class WorkerOptions(LimitOptions, DataOptions, PlacementOptions, ArtifactOptions
 
     study: str = option("A study started by `hpo run`, on this machine or another.", ..., argument=True)
     storage: str | None = option(
-        "URL of the study's storage; not needed for a study started on this machine.", secret=True
+        "URL of the study's storage; not needed for a study started on this machine.", metavar="URL", secret=True
     )
     hours: float | None = option(
         "Time limit of this worker. Two minutes before it, and at most a tenth of it, the worker finishes the epoch, "

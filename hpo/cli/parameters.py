@@ -6,7 +6,8 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -15,6 +16,7 @@ from hpo.api.options import DetailOptions, JsonOption, Options, bounds, flags, w
 from hpo.cli.console import detail
 
 OptionsT = TypeVar("OptionsT", bound=Options)
+_METAVARS: Mapping[type, str] = {int: "N", float: "X", Path: "PATH"}
 _SHOWN: Mapping[str, type[Options] | None] = {"course": DetailOptions, "result": JsonOption, "nothing": None}
 
 
@@ -60,16 +62,21 @@ def command(
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__doc__ = function.__doc__
-        group.command(name or function.__name__)(run)
+        group.command(name or function.__name__, short_help=_first_sentence(function))(run)
         return function
 
     return register
 
 
+def _first_sentence(function: Callable[..., Any]) -> str:
+    """For the list of commands, where typer would cut the text."""
+    return " ".join(str(inspect.getdoc(function)).split()).partition(". ")[0].rstrip(".") + "."
+
+
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     repeats = get_origin(field.annotation) is tuple or field.default == ()
     kind: Any = list[str] | None if repeats else field.annotation
-    shown: dict[str, Any] = {"help": field.description, "metavar": words(field, "metavar")}
+    shown: dict[str, Any] = {"help": field.description, "metavar": words(field, "metavar") or _metavar(name, field)}
     if field.is_required() or field.default in (None, ()):
         shown["show_default"] = False
     limits = {{"ge": "min", "le": "max"}[key]: value for key, value in bounds(field).items()}
@@ -80,3 +87,11 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         info = option(*flags(name, field), **shown, **limits)
     default = inspect.Parameter.empty if field.is_required() else None if repeats else field.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def _metavar(name: str, field: FieldInfo) -> str | None:
+    """The word for a value in the help; None for a switch, which has no value."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    if bool in kinds:
+        return None
+    return next((word for kind, word in _METAVARS.items() if kind in kinds), name.upper())

@@ -157,6 +157,18 @@ def test_a_command_has_exactly_these_parameters_and_describes_each(name: str) ->
     assert COMMANDS[name].help
 
 
+@pytest.mark.parametrize("name", [*SURFACE, "study", "space", "data", ""])
+def test_the_help_of_a_command_fits_80_columns_and_has_whole_sentences_and_words_for_values(
+    name: str, run_hpo: RunHpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run_hpo(*name.split(), "--help").splitlines()
+    options = lines.index("Options:")
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if line.endswith("...") and "[ARGS]" not in line], "typer cuts long texts"
+    assert not [line for line in lines[options:] if re.search(r"<\w+( range)?>", line)], "not every value has a name"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
