@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError, UserError
 from core.seeds import derive_seed
+from core.text import count
 
 
 def select_device(name: str | None = None, *, option: str = "--device") -> torch.device:
@@ -34,9 +35,9 @@ def select_device(name: str | None = None, *, option: str = "--device") -> torch
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"{option} {name}: give cpu, cuda or cuda:N")
     if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            has = f"{count} CUDA device{'' if count == 1 else 's'}" if count else "no GPU"
+        devices = torch.cuda.device_count()
+        if (device.index or 0) >= devices:
+            has = count(devices, "CUDA device") if devices else "no GPU"
             raise UserError(f"{option} {name}: this machine has {has}; give cpu or omit it")
         return torch.device("cuda", device.index or 0)
     return device
@@ -46,8 +47,7 @@ def describe_device(device: torch.device) -> str:
     """Return the GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
+    return f"CPU, {count(torch.get_num_threads(), 'thread')}"
 
 
 @functools.cache

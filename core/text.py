@@ -1,4 +1,4 @@
-"""Text from outside in messages."""
+"""Numbers and text from outside in messages."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Escape control characters except for ends of lines. Text from outside is shown by this or `printable` alone."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Format a number with its noun: `1 trial`, `1,320 epochs`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from core.text import printable
+from core.text import count, printable
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -37,11 +37,6 @@ def changed_fields(base: Mapping[str, Any], other: Mapping[str, Any]) -> list[tu
     """List (field, value, other value) where two flat configurations differ, except for the seed; None if absent."""
     paths = [path for path in {**base, **other} if path != "seed" and base.get(path) != other.get(path)]
     return [(path, base.get(path), other.get(path)) for path in paths]
-
-
-def count(number: int, noun: str) -> str:
-    """Format a number with its noun: `1 trial`, `1,320 epochs`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def counted(numbers: Mapping[str, int]) -> str:
@@ -192,7 +187,7 @@ def data_facts(content: Mapping[str, Any], *, most: int | None = None) -> dict[s
 def _near_duplicates(content: Mapping[str, Any]) -> str:
     """The images that are changed copies of others, and those across splits that the data set gives."""
     leaked = {"test": content.get("near_leaked", 0), "val": content.get("near_leaked_val", 0)}
-    across = [f"{number:,} {split} images of an image outside it" for split, number in leaked.items() if number]
+    across = [f"{count(number, f'{split} image')} of an image outside it" for split, number in leaked.items() if number]
     return "; ".join([count(near, "image"), *across]) if (near := content.get("near", 0)) else ""
 
 

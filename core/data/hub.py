@@ -22,7 +22,7 @@ from core.data.names import class_name, fault_of_label, listed, look_alikes
 from core.data.roles import TEST, TRAIN, Split, split_of
 from core.data.source import Payload, Reading, file_stamp, one_line
 from core.errors import UserError
-from core.text import printable
+from core.text import count, printable
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label")
@@ -83,7 +83,7 @@ class HubSource(PathSource):
                 entries.append(Entry(self._id(file, row), class_name(label or ""), split, group))
         columns = [name for name in (*self._columns, self.reading.config.group) if name in self._schema.names]
         unused = [name for name in self._schema.names if name not in columns]
-        notes = [f"read from {len(self._files)} files: the columns {', '.join(map(str, columns))}"]
+        notes = [f"read from {count(len(self._files), 'file')}: the columns {', '.join(map(str, columns))}"]
         notes += [f"columns not used: {listed(unused, 10)}"] if unused else []
         notes += look_alikes({entry.label for entry in entries})
         return Arrangement(entries, unlabelled, notes=tuple(notes))

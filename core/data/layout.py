@@ -18,7 +18,7 @@ from core.data.decode import IMAGE_SUFFIXES
 from core.data.names import class_name, fault_of_label, listed, look_alikes
 from core.data.roles import TEST, TRAIN, VAL, Split, is_split_word, split_of
 from core.errors import UserError
-from core.text import printable
+from core.text import count, printable
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".gz", ".rar", ".7z")
@@ -348,7 +348,8 @@ def _depth(images: Sequence[_Image], where: str, config: DataConfig) -> int | No
             if names not in readings.values():
                 readings[value] = names
     choices = "; ".join(
-        f"data.class_depth={value} reads {len(names):,} classes ({listed(names)})" for value, names in readings.items()
+        f"data.class_depth={value} reads {count(len(names), 'class', 'classes')} ({listed(names)})"
+        for value, names in readings.items()
     )
     raise UserError(f"{where}: {_odd_folder(images)}: its classes can be read in several ways: {choices}")
 
@@ -360,7 +361,7 @@ def _odd_folder(images: Sequence[_Image]) -> str:
         inside[image.folders[0]][image.folders[1] if len(image.folders) > 1 else ""] += 1
     name = max(sorted(inside), key=lambda top: len(inside[top].keys() - {""}))
     direct, folders = inside[name][""], sorted(inside[name].keys() - {""})
-    held = [f"{direct:,} images"] if direct else []
+    held = [count(direct, "image")] if direct else []
     held.append(f"the folder{'s' * (len(folders) > 1)} {listed(folders)}")
     return f"the folder {printable(name)} holds {' and '.join(held)}"
 
@@ -380,7 +381,8 @@ def _outside(loose: Sequence[str], others: Sequence[_Image], where: str, config:
         return UserError(f"{problem}; expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>")
     found = [re.search(_PATTERN, posixpath.basename(file)) for file in loose]
     classes = sorted({match[1] for match in found if match is not None})
-    reading = f", which reads {len(classes):,} classes ({listed(classes)})" if classes and None not in found else ""
+    number = count(len(classes), "class", "classes")
+    reading = f", which reads {number} ({listed(classes)})" if classes and None not in found else ""
     return UserError(
         f"{problem}; if their names begin with their class, as in cat.0.jpg, set data.label_from=filename and "
         f"data.label_pattern='{_PATTERN}'{reading}; if a table has their labels, give it"

@@ -19,7 +19,7 @@ from core.data.names import class_name, fault_of_label, listed, look_alikes
 from core.data.roles import TEST, TRAIN, Split, split_of
 from core.data.source import Reading
 from core.errors import UserError
-from core.text import printable
+from core.text import count, printable
 
 # The usual names, compared without case, with `_` for spaces and dashes; the first that fits is used.
 PATH_NAMES = (
@@ -110,7 +110,9 @@ def parse_table(content: bytes, where: str) -> Table:
                 empty += 1
                 continue
             if len(cells) != len(header):
-                raise UserError(f"{where}:{reader.line_num}: {len(cells)} columns, and the header names {len(header)}")
+                raise UserError(
+                    f"{where}:{reader.line_num}: {count(len(cells), 'column')}, and the header names {len(header)}"
+                )
             rows.append(cells)
             lines.append(reader.line_num)
     except (UnicodeDecodeError, csv.Error) as error:

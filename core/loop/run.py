@@ -69,6 +69,7 @@ from core.runtime import (
 from core.sampling import class_caps, epoch_length, epoch_order, repeats
 from core.schedule import factor_of, reductions, saturated_from
 from core.seeds import derive_seed
+from core.text import count
 from core.tta import evaluation_batch, predict_logits
 
 logger = logging.getLogger(__name__)
@@ -464,7 +465,7 @@ class Run:
             images = micro_batch or largest
             if (needed := fixed + images * per_image) > free:
                 raise torch.OutOfMemoryError(
-                    f"a step of {images} images takes about {needed / 1e9:.1f} GB of memory, "
+                    f"a step of {count(images, 'image')} takes about {needed / 1e9:.1f} GB of memory, "
                     f"and {free / 1e9:.1f} GB are free"
                 )
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from core.text import count
 from hpo.confirmation.result import BASELINE, Contender
 from hpo.confirmation.statistics import Interval
 from hpo.paths import LONG_BASELINE
 from hpo.space.pruner import spared
-from hpo.text import count
 from hpo.trials import FAILURE, is_baseline
 
 if TYPE_CHECKING:

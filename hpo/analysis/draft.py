@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.text import count
 from hpo.analysis.evidence import CHANCE, Evidence
 from hpo.analysis.verdicts import Verdict, yaml_line
 from hpo.errors import SpaceError
@@ -17,7 +18,6 @@ from hpo.space import SearchSpace, dump_yaml, load_yaml, parse_yaml, space_from_
 from hpo.space.document import flow
 from hpo.study import Study
 from hpo.study.metadata import config_of
-from hpo.text import count
 
 SUGGESTED = "# Suggested from study"
 """The beginning of a suggestion's file."""

@@ -11,14 +11,14 @@ from core.data import Dataset, Splits, load_dataset
 from core.errors import GraphError, UserError
 from core.loop import EpochMetrics
 from core.runtime import is_out_of_memory
-from core.text import printable
+from core.text import count, printable
 from hpo.paths import cache_root, data_root
 from hpo.reporter import Reporter, Silent, StudyView
 from hpo.search.interrupts import Interrupts
 from hpo.search.loop import Estimate, estimate, wait_for_others
 from hpo.search.training import Watch
 from hpo.study import Study
-from hpo.text import count, data_facts, done_and_safe, duration
+from hpo.text import data_facts, done_and_safe, duration
 from hpo.workers.work import Work
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from core.data import Dataset, Division
 from core.errors import UserError
+from core.text import count
 from core.weights import weights_in
 from hpo.api.common import open_dataset, report_data, report_estimate, resumable, train_all, weights_of
 from hpo.api.options import ConfirmOptions
@@ -23,7 +24,7 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.options import TrialOptions
 from hpo.storage import is_masked
 from hpo.study import Study, find_study
-from hpo.text import count, duration, held_by
+from hpo.text import duration, held_by
 from hpo.workers.placement import place
 from hpo.workers.work import Work
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.data.sources import check_source
 from core.errors import CoreError
+from core.text import count
 from core.weights import weights_in
 from hpo.api.options import (
     ConfirmOptions,
@@ -30,7 +31,7 @@ from hpo.paths import StudyPaths
 from hpo.reporter import Reporter, Silent
 from hpo.search.interrupts import Interrupts
 from hpo.study.fit_record import FitRecord
-from hpo.text import count, duration
+from hpo.text import duration
 
 if TYPE_CHECKING:
     from core.data import Splits

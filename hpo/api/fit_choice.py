@@ -15,6 +15,7 @@ from core.data import Dataset, Splits, folds, image_sizes
 from core.errors import MissingWeightsError, SizesError, UserError
 from core.loop import seconds_per_epoch
 from core.models import has_weights
+from core.text import count
 from core.tta import MOST_PASSES
 from hpo.api.common import open_dataset
 from hpo.api.fit_plan import BUNDLE_S, END_S, REPORT_S, SLOWER, Plan, Timed, divide, least_s
@@ -25,7 +26,7 @@ from hpo.paths import data_root
 from hpo.reporter import Reporter
 from hpo.search.length import MIN_TRAININGS
 from hpo.space import SearchSpace, list_spaces, load_space
-from hpo.text import count, duration
+from hpo.text import duration
 
 PHOTOS, PROBE = "photos", "probe"
 """Spaces with pretrained networks: to fine-tune them, and where that is too slow to take them as they are."""

@@ -14,6 +14,7 @@ import torch
 from core.config import TrainConfig
 from core.data import Dataset, Division, Splits
 from core.errors import DivergedError
+from core.text import count
 from core.tta import MOST_PASSES
 from hpo.api.common import trainings
 from hpo.confirmation.result import BASELINE, Confirmation
@@ -29,7 +30,6 @@ from hpo.study import Study, find_study
 from hpo.study.settings import StudySettings
 from hpo.submission.ladder import Ladder
 from hpo.submission.length import REPLICATES, Budget, Climber, Site, climb, default_budget
-from hpo.text import count
 
 
 @dataclass(frozen=True)

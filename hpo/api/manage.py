@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from core.text import count
 from hpo.api.options import CopyOptions, DeleteOptions, RenameOptions
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, confirmation_of, confirmed_by, is_confirmation, studies_root
@@ -20,7 +21,7 @@ from hpo.storage import METADATA, is_journal, is_masked, mask, open_storage
 from hpo.storage.atomic import UNFINISHED, replacing
 from hpo.study import check_search_name, find_study
 from hpo.study.metadata import read_metadata, storage_url_of, write_file
-from hpo.text import count, in_words
+from hpo.text import in_words
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

@@ -15,6 +15,7 @@ from core.loop import try_own_parts
 from core.models import build_model, check_model_name
 from core.runtime import isolated_rng
 from core.sampling import class_caps
+from core.text import count
 from hpo.analysis.summary import summarize
 from hpo.api.common import open_dataset, report_data, report_estimate, resumable, train_all
 from hpo.api.length import run_length_probe
@@ -44,7 +45,7 @@ from hpo.study import Study, check_search_name, find_study, open_study
 from hpo.study.metadata import read_metadata
 from hpo.study.queue import Queued
 from hpo.study.warm_start import warm_starts
-from hpo.text import count, done_and_safe, duration
+from hpo.text import done_and_safe, duration
 from hpo.trials import WARM_START, trial_index_of
 from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec
 from hpo.workers.placement import Placement, place, place_on_cluster

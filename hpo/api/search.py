@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from core.config import BUILTIN_DATA, DataConfig
 from core.data.sources import check_source
+from core.text import count
 from core.weights import weights_in
 from hpo.api.options import RunOptions
 from hpo.api.search_result import SearchResult
@@ -18,7 +19,6 @@ from hpo.search.interrupts import Interrupts
 from hpo.search.options import TrialOptions
 from hpo.space import SearchSpace, load_space
 from hpo.study import check_search_name, find_study
-from hpo.text import count
 
 if TYPE_CHECKING:
     from hpo.loggers import Callback

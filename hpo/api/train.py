@@ -15,6 +15,7 @@ from core.data import Dataset, folds, on_device
 from core.errors import UserError
 from core.models import weights_fingerprint
 from core.runtime import describe_device, select_device
+from core.text import count
 from core.weights import weights_in
 from hpo.api.common import open_dataset, report_data, trainings, weights_of
 from hpo.api.options import TrainOptions, setting_texts
@@ -27,7 +28,6 @@ from hpo.search.replay import Replay, replay_of
 from hpo.search.training import Recorded, naming_images, train_recorded
 from hpo.space import load_recipe, override_config
 from hpo.study.code import code_of, own_code
-from hpo.text import count
 
 
 @dataclass(frozen=True)

@@ -181,8 +181,8 @@ def refit(options: of.RefitOptions) -> Answer:
 @command(app, of.PredictOptions)
 def predict(options: of.PredictOptions) -> Answer:
     """Label images with a refitted model."""
+    from core.text import count
     from hpo.api.predict import predict
-    from hpo.text import count
 
     predictions = predict(options)
     say(f"{count(len(predictions), 'image')} labelled: {options.output}")
@@ -263,10 +263,10 @@ def study_top(options: of.TopOptions) -> Answer:
 @command(study_app, of.TrialsOptions, "trials")
 def study_trials(options: of.TrialsOptions) -> Answer:
     """List all trials: state, value, parameters and cost."""
+    from core.text import count
     from hpo.api.study import trials
     from hpo.cli.show import trial_rows
     from hpo.report.words import no_trials
-    from hpo.text import count
 
     study, frame = trials(options)
     if options.output is not None:

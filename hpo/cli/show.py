@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
+from core.text import count
 from hpo.analysis.kinds import best_of_kinds
 from hpo.analysis.study_data import value_of
 from hpo.analysis.summary import summarize
@@ -26,7 +27,7 @@ from hpo.report.words import (
 )
 from hpo.storage import mask
 from hpo.study.front import front_table
-from hpo.text import METRIC_WORDS, PARTLY_LUCK, assignments, count, duration, held_by, in_words, short_names
+from hpo.text import METRIC_WORDS, PARTLY_LUCK, assignments, duration, held_by, in_words, short_names
 
 if TYPE_CHECKING:
     import pandas

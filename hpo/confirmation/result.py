@@ -14,13 +14,14 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from core.config import TrainConfig
+from core.text import count
 from hpo.confirmation.statistics import Interval
 from hpo.confirmation.words import NO_GAIN, beside_the_baseline, plus_minus, score
 from hpo.errors import StudyError
 from hpo.space.space import split_fields
 from hpo.storage.atomic import replacing
 from hpo.study.results import finite
-from hpo.text import count, duration, first_fault, gap
+from hpo.text import duration, first_fault, gap
 
 __all__ = ["BASELINE", "Confirmation", "Contender", "is_current", "read_confirmation", "write_confirmation"]
 

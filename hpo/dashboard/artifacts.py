@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from optuna.artifacts import ArtifactMeta, get_all_artifact_meta
 
+from core.text import count
 from hpo.dashboard.notes import note_trial
 from hpo.dashboard.pictures import confusion_matrix, learning_curves
 from hpo.storage.atomic import replacing, write_file
 from hpo.storage.optuna_access import storage_of, trial_id
 from hpo.study.results import read_rows
-from hpo.text import count
 from hpo.trials import ARTIFACT
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.artifacts import get_all_artifact_meta
 
+from core.text import count
 from hpo.space import SearchSpace
 from hpo.space.pruner import places_of, spared
 from hpo.storage import is_masked
@@ -150,7 +151,8 @@ def study_note(study: Study, space: SearchSpace) -> str:
         f"- searched: {', '.join(f'`{path}`' for path in space.search)}",
         f"- data: {_plain(study.data_name)}, fingerprint `{study.metadata['data']['fingerprint'][:12]}`{folds}",
         f"- objective: {_plain(study.metric)} on the validation images, {study.direction}d; seed {study.seed}",
-        f"- {space.baseline.epochs} epochs per trial; sampler {space.sampler.name}, pruner {space.pruner.name}",
+        f"- {count(space.baseline.epochs, 'epoch')} per trial; sampler {space.sampler.name}, "
+        f"pruner {space.pruner.name}",
         "",
         confirmed,
         "",

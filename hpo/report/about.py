@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from core.text import count
 from hpo.analysis.study_data import StudyData
 from hpo.report.page import Section, code, folded, section, table
 from hpo.space import space_to_yaml
-from hpo.text import count, data_facts
+from hpo.text import data_facts
 
 
 def about(data: StudyData) -> Section:

@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from core.config import TrainConfig
+from core.text import count
 from hpo.analysis.costs import saved, totals
 from hpo.analysis.kinds import best_of_kinds
 from hpo.analysis.outputs import Refit, refits
@@ -22,7 +23,7 @@ from hpo.confirmation.words import NO_GAIN
 from hpo.confirmation.words import score as interval_score
 from hpo.report.page import Section, code, columns, heading, note, paragraph, section, table, tiles
 from hpo.report.words import command, kinds_text, metric_label, outdated, resuming, trial_name, unproven
-from hpo.text import changed_fields, count, difference, duration, gap, number, percent, score, sentence
+from hpo.text import changed_fields, difference, duration, gap, number, percent, score, sentence
 
 Tile = tuple[str, str, Sequence[str]]
 """A question, its answer in large letters, and lines below."""

@@ -9,12 +9,13 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from optuna.trial import FrozenTrial
 
+from core.text import count
 from hpo.analysis.costs import Cost, costs_of, own, pace, pace_parameters, paced, saved, total, wall_clock
 from hpo.analysis.study_data import StudyData
 from hpo.dashboard.pictures import BLUE, INK, ORANGE
 from hpo.report.charts import ByParameter, Look, log_axis, marks, time_unit
 from hpo.report.page import Section, figure, heading, note, section, side_by_side, table
-from hpo.text import count, duration, joined, percent, together
+from hpo.text import duration, joined, percent, together
 from hpo.trials import TAKEN_FROM
 
 _LOG_FROM = 20.0  # times that differ by more than this factor are drawn on a logarithmic axis

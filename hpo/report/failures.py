@@ -8,12 +8,13 @@ from typing import NamedTuple
 from markupsafe import Markup
 from optuna.trial import FrozenTrial
 
+from core.text import count
 from hpo.analysis.failures import FEWEST, Pattern, by_cause, interrupted, pattern_of
 from hpo.analysis.study_data import StudyData
 from hpo.dashboard.pictures import GREEN, ORANGE, PINK, SKY, YELLOW
 from hpo.report.charts import LOOKS, ByParameter, Look, named_rows, spread
 from hpo.report.page import Section, figure, heading, note, section, table
-from hpo.text import count, percent, some
+from hpo.text import percent, some
 from hpo.trials import CRASHES, PAUSED, RESUMED_EPOCH
 
 

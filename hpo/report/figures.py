@@ -21,13 +21,14 @@ from optuna.trial import FrozenTrial
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from core.text import count
 from hpo.analysis.costs import progress
 from hpo.analysis.study_data import StudyData, value_of
 from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
 from hpo.report.charts import LOOKS, ByParameter, Look, around, best_so_far, trial_marks, whole_numbers
 from hpo.report.page import SHADES, Section, figure, note, paragraph, section, side_by_side
 from hpo.report.words import metric_label, trial_name
-from hpo.text import count, counted, joined
+from hpo.text import counted, joined
 
 _FEW = 20  # complete trials; PED-ANOVA looks at a tenth of them, which would be less than two
 _MANY = 1000  # points of learning curves, which are drawn smaller, so that the lines can be seen

@@ -6,6 +6,7 @@ from itertools import accumulate
 
 import plotly.graph_objects as go
 
+from core.text import count
 from hpo.analysis.study_data import StudyData
 from hpo.dashboard.pictures import INK, ORANGE
 from hpo.report.charts import LOOKS, Look, around, best_so_far, log_axis, trial_marks
@@ -13,7 +14,7 @@ from hpo.report.page import Section, columns, figure, section, table
 from hpo.report.words import metric_label
 from hpo.study.front import front, front_table, points
 from hpo.study.front import shown as cost_text
-from hpo.text import count, joined
+from hpo.text import joined
 from hpo.trials import is_baseline
 
 _LABELS = {"params": "parameters", "latency": "latency (ms an image)", "size": "weights (MB)"}

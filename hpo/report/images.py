@@ -16,12 +16,13 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from core.text import count
 from hpo.analysis.outputs import Choice, Outputs, Refit, choices, read_outputs, refits
 from hpo.analysis.study_data import StudyData
 from hpo.dashboard.pictures import BLUE, LONGEST_NAME, NUMBERS_UP_TO, ORANGE, PALE, confusion_depth
 from hpo.report.page import Section, code, figure, folded, heading, picture, section, table
 from hpo.report.words import command
-from hpo.text import count, cut, joined, percent
+from hpo.text import cut, joined, percent
 
 if TYPE_CHECKING:
     from core.data import Dataset
@@ -129,7 +130,7 @@ def _matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> Markup:
         labels = np.full((size, size), "", dtype=object)
         for t, p in np.argwhere(shown):
             what = f"{classes[t]}: right" if t == p else f"{classes[t]} taken for {classes[p]}"
-            labels[t, p] = f"{what}<br>{counts[t, p]:,} images, {percent(shares[t, p], 1)} of the class"
+            labels[t, p] = f"{what}<br>{count(counts[t, p], 'image')}, {percent(shares[t, p], 1)} of the class"
         cells = {"text": np.where(shown, counts.astype(object), ""), "texttemplate": "%{text}"}
         fig.add_trace(
             go.Heatmap(
@@ -249,7 +250,7 @@ def _class_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
     columns = ("class (▼ the worst)" if marked else "class", "precision", "recall", "F1", "images")
     first, rest = (table(columns, part, right=(1, 2, 3, 4)) for part in (cells[:_UNFOLDED], cells[_UNFOLDED:]))
     more = len(cells) - _UNFOLDED
-    return first + folded(f"the other {more} classes", rest) if more > 0 else first
+    return first + folded(f"the other {count(more, 'class', 'classes')}", rest) if more > 0 else first
 
 
 # The most confident mistakes ----------------------------------------------------------------------------------------

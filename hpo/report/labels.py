@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from core.text import count
 from hpo.analysis.labels import Suspect, audit_labels
 from hpo.analysis.study_data import StudyData
 from hpo.report.images import image_sheet
@@ -36,7 +37,7 @@ def suspect_labels(data: StudyData) -> Section | None:
         "Labels",
         lead,
         notes,
-        image_sheet(dataset, errors, alt=f"The {len(shown)} images with the most suspicious labels"),
+        image_sheet(dataset, errors, alt=f"The {count(len(shown), 'image')} with the most suspicious labels"),
         folded("the names of these images", table(_COLUMNS, [_row(one) for one in shown], right=(3, 4))),
         paragraph(advice),
         code(command(data.study, "data audit") + " --csv"),

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from optuna.trial import FrozenTrial, TrialState
 
+from core.text import count
 from hpo.analysis.pruning import Agreement, LetThrough, agreement, fraction_interval, let_through
 from hpo.analysis.study_data import StudyData, value_of
 from hpo.dashboard.pictures import BLUE, GREY, INK, ORANGE
@@ -17,7 +18,7 @@ from hpo.report.page import Section, code, figure, heading, listing, note, secti
 from hpo.report.words import metric_label, run_again, trial_name
 from hpo.space import RungsPruner
 from hpo.space.pruner import lets_through, places_of
-from hpo.text import count, percent, score, sentence, together
+from hpo.text import percent, score, sentence, together
 from hpo.trials import FAILURE, LET_THROUGH, RUNG_LOSS
 
 

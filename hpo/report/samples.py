@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from core.text import count
 from hpo.analysis.study_data import StudyData
 from hpo.dashboard.pictures import enlarged
 from hpo.report.images import no_images
@@ -53,7 +54,7 @@ def augmented_samples(data: StudyData) -> Section | None:
     if config.augment.start_size_fraction < 1:
         notes.append(note("The smaller size at the beginning of the run is not shown."))
     sheet = draw_sheet(data.dataset, places, config, _DRAWS)
-    alt = f"{len(places)} images, and {_DRAWS} augmented draws of each"
+    alt = f"{count(len(places), 'image')}, and {_DRAWS} augmented draws of each"
     return section("augment", "Augmentation", lead, picture(sheet, alt=alt), notes)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
+from core.text import count
 from hpo import text
 from hpo.analysis.baselines import Entry
 from hpo.analysis.kinds import Best
@@ -20,7 +21,7 @@ from hpo.space.pruner import spared
 from hpo.storage import is_masked
 from hpo.study import Study
 from hpo.study.patience import AHEAD
-from hpo.text import count, counted, gap, score
+from hpo.text import counted, gap, score
 from hpo.trials import FAILURE, Counts
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from pydantic import TypeAdapter
 
 from core.config import TrainConfig
 from core.data import Splits
+from core.text import count
 from hpo.paths import TrainingPaths
 from hpo.search.training import Watch, train_recorded
 from hpo.study.results import read_rows
 from hpo.study.settings import StudySettings
-from hpo.text import count
 
 FEWEST_EPOCHS = 8
 """With fewer, there are too few points for the law."""

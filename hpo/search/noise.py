@@ -10,7 +10,8 @@ import torch
 from core import metrics
 from core.config import DataConfig
 from core.data import Splits
-from hpo.text import METRIC_WORDS, count
+from core.text import count
+from hpo.text import METRIC_WORDS
 
 TOO_LARGE = 0.02
 """A standard error above this is reported."""

@@ -12,6 +12,7 @@ from core.data import Splits
 from core.errors import MissingWeightsError
 from core.loop import EpochMetrics, seconds_per_epoch
 from core.seeds import derive_seed
+from core.text import count
 from hpo.confirmation.trials import search_epochs
 from hpo.errors import SpaceError
 from hpo.paths import LONG_BASELINE, TrainingPaths
@@ -25,7 +26,6 @@ from hpo.storage.atomic import lock_of
 from hpo.study import Study
 from hpo.study.deadline import OutOfTime
 from hpo.study.results import read_result, write_result
-from hpo.text import count
 
 
 def pending_recipes(study: Study, space: SearchSpace) -> list[Recipe]:

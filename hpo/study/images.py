@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.data.names import listed
-from core.text import printable
+from core.text import count, printable
 from hpo.paths import StudyPaths
 from hpo.storage.atomic import replacing
-from hpo.text import count
 
 if TYPE_CHECKING:
     from core.data import Dataset

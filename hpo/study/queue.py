@@ -21,13 +21,13 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from core.text import count
 from hpo.space.pruner import PromotePruner, mark_place
 from hpo.storage import lease
 from hpo.storage.atomic import replacing
 from hpo.storage.lease import LEASE, Held
 from hpo.storage.optuna_access import forget_cached_trials, storage_of, trial_id
 from hpo.study.promotion import Ladder
-from hpo.text import count
 from hpo.trials import (
     ARTIFACT,
     BASELINE,

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from core.metrics import Gain
+from core.text import count
 from hpo.errors import StudyError
 from hpo.study.results import finite
-from hpo.text import METRIC_WORDS, count, duration
+from hpo.text import METRIC_WORDS, duration
 
 
 @dataclass(frozen=True)

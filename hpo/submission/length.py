@@ -28,13 +28,14 @@ from core.data import Division, Splits
 from core.loop import seconds_per_epoch
 from core.metrics import Gain
 from core.runtime import make_generator
+from core.text import count
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.recipes import is_training_of, recording_failure
 from hpo.search.training import Watch, train_recorded
 from hpo.study.results import read_result, read_rows
 from hpo.study.settings import StudySettings
 from hpo.submission.ladder import Ladder, Rung
-from hpo.text import count, duration
+from hpo.text import duration
 
 logger = logging.getLogger(__name__)
 

@@ -24,13 +24,13 @@ from core.models import build_model
 from core.runtime import autocast, make_generator, normalize
 from core.schedule import without_validation
 from core.seeds import derive_seed
+from core.text import count
 from core.tta import EVALUATION_BATCH, average, evaluation_batch
 from hpo.errors import StudyError
 from hpo.paths import StudyPaths, TrainingPaths
 from hpo.search.held_out import OWN, held_out, predicted
 from hpo.search.training import Watch, fold_label, of_fold, resume_or_restart
 from hpo.study.results import Row, read_rows
-from hpo.text import count
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from core.data import map_images
 from core.data.decode import PLAIN, BrokenImageError, Pixels, Values, read_pixels, to_channels
+from core.text import count
 from hpo.errors import BundleError
 from hpo.storage.atomic import replacing
 from hpo.submission.samples import Sample
@@ -137,7 +138,7 @@ def _of_pixels(
         if batch:
             answers.append(answer(torch.from_numpy(np.stack(batch))))
     if not answers:
-        raise BundleError(f"none of the {len(broken)} images can be read")
+        raise BundleError(f"none of {count(len(broken), 'image')} can be read")
     probabilities = torch.cat(answers)
     return Predictions(tuple(ids), probabilities.argmax(1), probabilities, classes, tuple(broken))
 

@@ -25,6 +25,7 @@ from core import metrics
 from core.config import TrainConfig
 from core.data import Dataset, Splits, folds, on_device
 from core.data.decode import SIXTEEN_BIT_TOP
+from core.text import count
 from core.tta import passes
 from hpo.confirmation.result import Confirmation
 from hpo.confirmation.trials import search_epochs
@@ -47,7 +48,6 @@ from hpo.submission.onnx_export import check_onnx, export_onnx
 from hpo.submission.peers import Library
 from hpo.submission.selection import decide_selection
 from hpo.submission.tested import Tested, full_scores
-from hpo.text import count
 from hpo.trials import effective_trials, is_paused
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,9 @@ from torch import Tensor
 from core.data.layout import is_image
 from core.data.names import listed
 from core.data.tables import LABEL_NAMES
-from core.text import printable
+from core.text import count, printable
 from hpo.errors import BundleError
 from hpo.storage.atomic import replacing
-from hpo.text import count
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ class Sample:
         for row in sample.filled_rows:
             if len(row.cells) != len(header.cells):
                 raise BundleError(
-                    f"{path}:{row.line}: {len(row.cells)} columns, and the header has {len(header.cells)}"
+                    f"{path}:{row.line}: {count(len(row.cells), 'column')}, and the header has {len(header.cells)}"
                 )
         return sample
 

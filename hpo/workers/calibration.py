@@ -22,7 +22,7 @@ from core.data import Splits
 from core.errors import GraphError
 from core.loop import EpochMetrics, seconds_per_epoch, train
 from core.runtime import is_out_of_memory
-from hpo.text import count
+from core.text import count
 from hpo.workers.capacity import Capacity, used_memory_bytes
 from hpo.workers.engine import Resources, WorkerSpec
 from hpo.workers.local import enter_child, in_child, own_name, run_in_child, signals_blocked, start_method

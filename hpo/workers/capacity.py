@@ -13,7 +13,7 @@ import torch
 
 from core.errors import UserError
 from core.runtime import free_memory
-from hpo.text import count
+from core.text import count
 from hpo.workers.engine import Resources
 
 # GPU memory of a process outside torch's allocator: CUDA's context and kernels, 0.3 to 0.6 GB from Volta to Hopper

@@ -13,7 +13,7 @@ import torch
 
 from core.errors import UserError
 from core.runtime import describe_device, select_device
-from hpo.text import count
+from core.text import count
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from core.text import count
 from hpo.errors import StudyError
 from hpo.paths import studies_root
 from hpo.storage import is_journal, mask
@@ -72,7 +73,8 @@ def engine_and_slots(
     size = min(workers or room, room)
     kind = "GPU" if on_gpus else "core"
     share = f" (a GPU for {per_device})" if on_gpus and per_device not in (None, "1") else ""
-    say(f"Ray: {len(nodes)} nodes with room for {room} workers, each on a {kind}{share}; starting {size}")
+    cluster = f"{count(len(nodes), 'node')} with room for {count(room, 'worker')}"
+    say(f"Ray: {cluster}, each on a {kind}{share}; starting {size}")
     if workers is not None and workers > room:
         say(f"--workers {workers}: the cluster has no more room now; the others are not started")
     return engine, worker_slots("cuda" if on_gpus else "cpu", size, engine.resources())
@@ -125,8 +127,8 @@ class RayEngine(Engine):
         nodes = self.nodes()
         room = sum(self._room_on(node) for node in nodes)
         if not room:
-            each = "1 CPUs" + (f" and {self.num_gpus:g} GPUs" if self.num_gpus else "")
-            largest = "; ".join(f"{node.host} has {node.cpus:g} and {node.gpus:g}" for node in nodes)
+            each = "1 CPU" + (f" and {self.num_gpus:g} of a GPU" if self.num_gpus else "")
+            largest = "; ".join(f"{node.host} has {node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in nodes)
             raise StudyError(
                 f"--engine ray: no node of the cluster has room for a worker, which takes {each} ({largest}); "
                 "give another --device, or add a node"

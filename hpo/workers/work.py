@@ -14,6 +14,7 @@ import torch
 
 from core.data import Division, Splits
 from core.runtime import describe_device
+from core.text import count
 from hpo.loggers import Callback
 from hpo.reporter import StudyView
 from hpo.search.interrupts import Interrupts
@@ -22,7 +23,6 @@ from hpo.search.options import TrialOptions
 from hpo.search.weights import DEFAULTS
 from hpo.space import SearchSpace
 from hpo.study import Study
-from hpo.text import count
 from hpo.workers.calibration import at_once, calibrate, not_measured
 from hpo.workers.capacity import Capacity, free_capacity, runs_mps
 from hpo.workers.engine import Engine, WorkerSlot, WorkerSpec, worker_slots

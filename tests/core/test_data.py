@@ -481,7 +481,7 @@ class TestCsvFaults:
         [
             ("", "it has no rows"),
             ("path,label\n", "it has no rows"),
-            ("path,label\na.png\n", ":2: 1 columns, and the header names 2"),
+            ("path,label\na.png\n", ":2: 1 column, and the header names 2"),
             ("path,label\n,x\n", ":2: no path; fill it in or remove the row"),
             (
                 "path,label\nmissing.png,x\nalso.png,y\n",

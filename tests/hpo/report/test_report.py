@@ -17,6 +17,7 @@ import pytest
 from markupsafe import Markup
 
 from core.data import Dataset
+from core.text import count
 from hpo.analysis.costs import progress
 from hpo.analysis.study_data import StudyData, read_study_data, value_of
 from hpo.api.options import ReportOptions
@@ -45,7 +46,7 @@ from hpo.report.page import _plotly_js as PLOTLY_JS
 from hpo.report.page import figure, page, paragraph, picture, plain, section, table
 from hpo.space import load_space
 from hpo.study import Study
-from hpo.text import count, difference, number
+from hpo.text import difference, number
 from hpo.trials import FAILURE
 from tests.hpo.commands import hpo
 from tests.hpo.invented import ALL_STATES, BASE, SPACE, invented_confirmation, invented_study

@@ -247,7 +247,7 @@ def test_pixels_that_cannot_be_read_may_be_left_out(bundle: Path) -> None:
     floats = Image.fromarray(np.ones((4, 4), np.float32))
     found = load_bundle(bundle, CPU).predict([STACK[0], floats, STACK[1]], skip_broken=True, batch_size=2)
     assert (found.ids, found.broken) == (("0", "2"), ("1",))
-    with pytest.raises(BundleError, match="none of the 1 images can be read"):
+    with pytest.raises(BundleError, match="none of 1 image can be read"):
         load_bundle(bundle, CPU).predict(floats, skip_broken=True)
 
 

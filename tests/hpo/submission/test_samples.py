@@ -122,7 +122,7 @@ def test_ids_may_lack_extensions_and_folders_or_have_others(
         ("", "no column besides the ids"),
         ("id,label\n\n", "no row besides its header"),
         ("id,label\n1,\n2,,\n", r"sample\.csv:3: 3 columns, and the header has 2"),
-        ('id,label\n"1\n",\n2\n', r"sample\.csv:4: 1 columns"),
+        ('id,label\n"1\n",\n2\n', r"sample\.csv:4: 1 column,"),
         ("id,x,y\n1,,\n2,,\n10,,\n", r"which of its columns x, y to fill\? .*one for each class: cat, dog, emu"),
         ("id,cat,dog\n1,,\n2,,\n10,,\n", "no column for 1 of the model's 3 classes: emu"),
         ("id,cat,dog,emu,fox\n1,,,,\n2,,,,\n10,,,,\n", "no class for 1 column: fox"),

@@ -299,7 +299,8 @@ def test_a_cluster_without_room_for_a_single_worker_is_a_one_line_error() -> Non
     with pytest.raises(StudyError) as refused:
         engine_on(Node("1", "a", 4, 0), num_gpus=0.5).room()
     assert str(refused.value) == (
-        "--engine ray: no node of the cluster has room for a worker, which takes 1 CPUs and 0.5 GPUs (a has 4 and 0); "
+        "--engine ray: no node of the cluster has room for a worker, which takes 1 CPU and 0.5 of a GPU "
+        "(a has 4 CPUs and 0 GPUs); "
         "give another --device, or add a node"
     )
 
