@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from core.config import IMPORT_PATH, OWN, DataConfig, Kwargs, OwnName
+from core.config import IMPORT_PATH, OWN, DataConfig, Kwargs, OwnName, TrainConfig
 from hpo.space.document import flow
 from hpo.space.fields import did_you_mean, nearest_field
 
@@ -402,7 +402,8 @@ def siblings(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
     """The allowed names at the location of an error of this model."""
     fields = model.model_fields
     if len(loc) == 1:
-        return list(fields)
+        of_a_training = TrainConfig.model_fields if "base" in fields else ()
+        return [*fields, *(f"base.{name}" for name in of_a_training)]
     info = fields.get(str(loc[0]))
     arms = [] if info is None else get_args(info.annotation) or (info.annotation,)
     if loc[0] in TAGGED:

@@ -410,6 +410,8 @@ SEARCH = "search:\n  model.se: {choices: [false, true]}\n"
 # (the lines before a valid search; the fault: without its place if that is `x.yaml:1: `)
 HEAD_FAULTS = [
     ("trails: 3", "trails: no such field; did you mean trials?"),
+    ("model: {name: vgg}", "model: no such field; did you mean base.model?"),
+    ("epochs: 3", "epochs: no such field; did you mean base.epochs?"),
     ("trials: 0", "trials: must be greater than or equal to 1, not 0"),
     ("trials: many", "trials: must be a whole number, not 'many'"),
     ("description: 3", "description: must be text, not 3"),
