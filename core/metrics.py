@@ -73,6 +73,7 @@ def bootstrap_intervals(
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"{resamples} resamples with a confidence of {confidence}")
     images = len(labels)
+    names = [field.name for field in fields(Scores)]
     terms = _Terms.of(logits.double(), labels)
     drawn: list[Tensor] = []
     at_once = max(1, _DRAWN_AT_ONCE // images)
@@ -81,10 +82,9 @@ def bootstrap_intervals(
         chosen = torch.randint(images, shape, generator=generator, device=generator.device).to(labels.device)
         counts = torch.zeros(chosen.shape, dtype=torch.int64, device=labels.device)
         counts.scatter_add_(1, chosen, torch.ones_like(chosen))
-        drawn.append(terms.scores(counts.double()))
+        drawn.append(torch.stack([terms.score(name, counts.double()) for name in names], dim=1))
     tail = (1 - confidence) / 2
     ends = torch.cat(drawn).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64, device=labels.device), dim=0)
-    names = [field.name for field in fields(Scores)]
     intervals = {name: (low, high) for name, (low, high) in zip(names, ends.T.tolist(), strict=True)}
     return intervals | _where_all_are_alike(logits, labels, confidence)
 
@@ -120,7 +120,7 @@ def paired_gain(
         images: (N,) int64, the image of each prediction, if some have several: theirs are exchanged together, since
             they are not independent.
     """
-    column = [field.name for field in fields(Scores)].index("loss" if metric == "nll" else metric)
+    name = "loss" if metric == "nll" else metric
     sign = 1 if METRICS[metric] == "maximize" else -1
     terms = _Terms.of(torch.cat([logits, others]).double(), torch.cat([labels, labels]))
 
@@ -131,7 +131,7 @@ def paired_gain(
     def difference(kept: Tensor) -> Tensor:
         """The gain (R,) where the predictions of images (R, N) that are not kept are exchanged."""
         ours, theirs = torch.cat([kept, 1 - kept], dim=1), torch.cat([1 - kept, kept], dim=1)
-        return sign * (terms.scores(ours) - terms.scores(theirs))[:, column]
+        return sign * (terms.score(name, ours) - terms.score(name, theirs))
 
     drawn = []
     at_once = max(1, _DRAWN_AT_ONCE // len(terms.loss))
@@ -184,19 +184,21 @@ class _Terms:
         loss = F.cross_entropy(logits, labels, reduction="none").unsqueeze(1)
         return cls(loss, truth * predicted, truth, predicted, _calibration_gaps(logits, labels))
 
-    def scores(self, counts: Tensor) -> Tensor:
-        """Return the fields of `Scores`, in order, for resamples with these counts of images (R, N): (R, 5)."""
+    def score(self, name: str, counts: Tensor) -> Tensor:
+        """Return a field of `Scores` for resamples with these counts of images (R, N): (R,)."""
         images = counts.sum(1)
-        hits, support, predicted = counts @ self.hits, counts @ self.truth, counts @ self.predicted  # (R, K)
-        present, involved = support > 0, support + predicted > 0
-        columns = {
-            "loss": (counts @ self.loss).squeeze(1) / images,
-            "accuracy": hits.sum(1) / images,
-            "balanced_accuracy": (hits / support.clamp(min=1)).sum(1) / present.sum(1),
-            "macro_f1": (2 * hits / (support + predicted).clamp(min=1)).sum(1) / involved.sum(1),
-            "ece": (counts @ self.gaps).abs().sum(1) / images,
-        }
-        return torch.stack([columns[field.name] for field in fields(Scores)], dim=1)
+        if name == "loss":
+            return (counts @ self.loss).squeeze(1) / images
+        if name == "accuracy":
+            return counts @ self.hits.sum(1) / images
+        if name == "ece":
+            return (counts @ self.gaps).abs().sum(1) / images
+        hits, support = counts @ self.hits, counts @ self.truth  # (R, K)
+        if name == "balanced_accuracy":
+            return (hits / support.clamp(min=1)).sum(1) / (support > 0).sum(1)
+        assert name == "macro_f1", name
+        both = support + counts @ self.predicted
+        return (2 * hits / both.clamp(min=1)).sum(1) / (both > 0).sum(1)
 
 
 def value(scores: Scores, metric: str) -> float:
