@@ -23,7 +23,7 @@ from hpo.confirmation.words import NO_GAIN
 from hpo.confirmation.words import score as interval_score
 from hpo.report.page import Section, code, columns, heading, note, paragraph, section, table, tiles
 from hpo.report.words import command, kinds_text, metric_label, outdated, resuming, trial_name, unproven
-from hpo.text import changed_fields, difference, duration, gap, number, percent, score, sentence
+from hpo.text import changed_fields, difference, duration, gap, number, percent, score, sentence, together
 
 Tile = tuple[str, str, Sequence[str]]
 """A question, its answer in large letters, and lines below."""
@@ -35,7 +35,7 @@ def answer(data: StudyData) -> Section:
     return section(
         "answer",
         "The answer",
-        verdict(data),
+        verdict(data).replace(" ± ", together(" ± ")),
         [paragraph(words, kind="warning") for words in warnings_of(data)],
         _kinds(data),
         tiles([_better(data), _certain(data), _cost(data), *_test(data)]),
@@ -180,7 +180,7 @@ def _certain(data: StudyData) -> Tile:
 
 def _cost(data: StudyData) -> Tile:
     costs = totals(data)
-    times = [f"{cost.kind} {duration(cost.seconds)}" for cost in costs if cost.seconds is not None]
+    times = [f"{cost.kind} {together(duration(cost.seconds))}" for cost in costs if cost.seconds is not None]
     trainings = count(sum(cost.trainings for cost in costs), "training")
     epochs = count(sum(cost.epochs or 0 for cost in costs), "epoch")
     devices = f", on {', '.join(data.devices)}" if data.devices else ""
