@@ -274,6 +274,12 @@ def test_a_checkpoint_after_its_epoch_ends_it_without_another_fit(
 # Features
 
 
+@pytest.fixture
+def one_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits the classifier once, where only its features are tested."""
+    monkeypatch.setattr(probe, "PENALTIES", (1.0,))
+
+
 class Passes:
     """Counts the images that go through a network."""
 
@@ -286,6 +292,7 @@ class Passes:
         return self._of(features, images)
 
 
+@pytest.mark.usefixtures("one_penalty")
 def test_features_are_computed_once_for_all_folds_and_seeds(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +306,7 @@ def test_features_are_computed_once_for_all_folds_and_seeds(
     assert passes.images == len(dataset.labels)
 
 
+@pytest.mark.usefixtures("one_penalty")
 @pytest.mark.parametrize("other", ["images", "normalization", "input size", "precision", "weights"])
 def test_features_are_computed_again_for_other(
     other: str, config: TrainConfig, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -323,6 +331,7 @@ def test_features_are_computed_again_for_other(
     assert passes.images == len(digits.images)
 
 
+@pytest.mark.usefixtures("one_penalty")
 def test_features_of_unused_images_are_not_computed(
     config: TrainConfig, digits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +344,7 @@ def test_features_of_unused_images_are_not_computed(
     assert passes.images == len(digits.images)
 
 
+@pytest.mark.usefixtures("one_penalty")
 def test_features_are_forgotten_with_their_images_and_beyond_a_few_networks(
     config: TrainConfig, digits: Splits
 ) -> None:
