@@ -27,7 +27,8 @@ def wrapped(line: str, width: int) -> str:
     text = line.lstrip(" ")
     indent = line[: len(line) - len(text)]
     if indent and text.startswith(_PROGRAMS):
-        return _filled(indent, _options(text), width, end=" \\")
+        command, mark, comment = text.partition("  # ")  # a comment goes on to the end of its line
+        return _filled(indent, _options(command), width, end=" \\") + mark + comment
     words = _COMMAND.sub(lambda command: command[0].replace(" ", "\0"), text).split(" ")
     return _filled(indent, [word.replace("\0", " ") for word in words], width)
 

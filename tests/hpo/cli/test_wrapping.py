@@ -33,6 +33,17 @@ def test_a_command_that_is_broken_is_the_same_command_to_a_shell(command: list[s
     assert said.splitlines() == command
 
 
+def test_a_comment_after_a_command_stays_on_its_last_line() -> None:
+    lines = wrapped(
+        "  hpo confirm a-long-name --budget 1.3  # twice the trainings, for more certainty", 40
+    ).splitlines()
+    assert lines == [
+        "  hpo confirm a-long-name --budget 1.3  # twice the trainings, for more certainty",
+    ]
+    shown = wrapped("  hpo confirm a-longer-name --budget 1.3 --hours 3  # twice the trainings", 40)
+    assert shown == "  hpo confirm a-longer-name \\\n    --budget 1.3 --hours 3  # twice the trainings"
+
+
 def test_an_option_stays_with_its_value() -> None:
     lines = wrapped(f"  {shlex.join(COMMANDS[0])}", 80).splitlines()
     assert lines == [
