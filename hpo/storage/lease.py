@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 LEASE = "lease"
 """User attribute of a claimed trial: its host, boot and process."""
 
-# A running trial without a lease is being claimed, or its process died between the two writes.
+# A running trial without a lease is being paused, or claimed in a storage of Optuna's; or its process died meanwhile.
 _GRACE_S = 60
 
 # Inode of the machine's own pid namespace: PROC_PID_INIT_INO (include/linux/proc_ns.h).

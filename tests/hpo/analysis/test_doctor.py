@@ -251,12 +251,13 @@ def test_a_trial_held_by_another_host_is_reported_and_left_alone(case: Case) -> 
     assert trials_of(case.paths.dir)[3].state.name == "RUNNING"
 
 
-def test_a_claimed_trial_without_a_lease_is_found_after_a_while(case: Case) -> None:
+def test_a_running_trial_without_a_lease_is_found_after_a_while(case: Case) -> None:
     study = case.study
     study.queue.ensure_trials(TOTAL + 1)
-    trial = study.optuna.get_trials()[3]
-    study.optuna._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-    assert case.run()[0] == 0  # it is being claimed
+    claimed = study.queue.claim()
+    assert claimed is not None
+    claimed[0].set_user_attr("lease", None)
+    assert case.run()[0] == 0  # it is being paused
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hpo.storage.lease._GRACE_S", -1)
         code, lines = case.run()

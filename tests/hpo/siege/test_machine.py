@@ -105,7 +105,7 @@ def test_a_torn_record_is_not_kept_through_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("jump", [timedelta(days=-365), timedelta(hours=-2), timedelta(hours=2), timedelta(days=365)])
-def test_a_trial_claimed_by_a_process_that_died_before_its_lease_is_found_whenever_the_clock_was_set(
+def test_a_running_trial_without_a_lease_is_found_whenever_the_clock_was_set(
     monkeypatch: pytest.MonkeyPatch, jump: timedelta
 ) -> None:
     trial = create_trial(state=TrialState.RUNNING)
