@@ -1,6 +1,6 @@
 """`python -m hpo.cli`, the same as `hpo`."""
 
-from hpo.cli.app import main
+from hpo.cli import main
 
 if __name__ == "__main__":
     main()

@@ -491,7 +491,3 @@ def main() -> None:
         words = f"{place}{error.strerror}; check the folder and the disk, and run the same command again"
         complain(f"hpo: {words}")
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ import torch
 import typer
 
 from core.data import Dataset
-from hpo import cli
+from hpo.cli.app import app
 from hpo.paths import StudyPaths
 from tests.hpo.commands import RunHpo
 from tests.hpo.invented import SPACE, invented_study
@@ -124,7 +124,7 @@ def commands(group: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-COMMANDS = commands(typer.main.get_command(cli.app.app))
+COMMANDS = commands(typer.main.get_command(app))
 
 
 def spelled(parameter: Any) -> str:
@@ -314,6 +314,21 @@ def _check_imports(arguments: list[str], forbidden: set[str], code: int, tmp_pat
     return done.stdout
 
 
+def test_ctrl_c_while_the_command_line_is_imported_prints_no_traceback() -> None:
+    program = """
+import sys
+class Interrupted:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from hpo.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_the_package_and_its_help_need_no_file_locks_of_unix() -> None:
     program = "import sys; sys.modules['fcntl'] = None; sys.argv = ['hpo', '--help']; import hpo.cli; hpo.cli.main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -390,7 +405,7 @@ def test_all_built_in_data_sets_are_listed(run_hpo: RunHpo) -> None:
 def test_the_committed_schema_is_what_the_command_writes(tmp_path: Path, run_hpo: RunHpo) -> None:
     """If this fails, run `hpo space schema -o search_spaces/schema.json`."""
     run_hpo("space", "schema", "-o", str(tmp_path / "schema.json"))
-    committed = Path(cli.__file__).resolve().parents[2] / "search_spaces" / "schema.json"
+    committed = Path(__file__).resolve().parents[3] / "search_spaces" / "schema.json"
     assert (tmp_path / "schema.json").read_text() == committed.read_text()
 
 
