@@ -23,7 +23,7 @@ def wait_until(
     """Return the condition's value once it is true.
 
     Args:
-        condition: checked again and again, for at most a fifth of the time: the processor is others'.
+        condition: checked again and again, a fifth of the time: the processor is others'.
         what: describes it, for the error message.
         process: must not end meanwhile.
         seconds: the longest wait.
@@ -35,7 +35,7 @@ def wait_until(
             return value
         assert process is None or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(max(0.02, 4 * (time.monotonic() - began)))
+        time.sleep(min(0.5, max(0.02, 4 * (time.monotonic() - began))))
 
 
 def group_of(head: int) -> set[int]:
