@@ -178,6 +178,7 @@ class _Confirm:
         study.settings.weights = None if self._weights is None else str(self._weights)
         if study.queue.reclaim():
             logger.info("resuming trainings of a process that died")
+        study.queue.drop_finished_checkpoints()
         self._plan.queue(study, dataset)
         if self._alone:
             report_data(dataset, splits[:1], self._reporter)

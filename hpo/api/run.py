@@ -122,6 +122,7 @@ class Search:
         done = study.counts().finished
         total = max(self.options.trials or max(self.space.trials, study.total or 0), done)
         self._report_requeued(study, study.queue.reclaim(force=self.options.reclaim))
+        study.queue.drop_finished_checkpoints()
         study.queue.ensure_trials(total, self.warm_starts)
         study.deadline.begin(self.options.limit_s)
         study.patience.begin(self.options.patience)

@@ -308,6 +308,13 @@ class TrialQueue:
                     queued.append(trial_index_of(trial))
         return queued
 
+    def drop_finished_checkpoints(self) -> None:
+        """Delete the checkpoints of finished trials, which a process leaves that dies as its trial ends."""
+        taken = effective_trials(self._trials())
+        for trial_index in self._paths.trial_indices_with_checkpoints() & taken.keys():
+            if taken[trial_index].state in (TrialState.COMPLETE, TrialState.PRUNED):
+                self._drop_checkpoints(taken[trial_index])
+
     def requeue_lost(self) -> bool:
         """Requeue the trials of processes that died while they gave one back. Return whether any can be claimed.
 

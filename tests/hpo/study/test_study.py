@@ -799,6 +799,19 @@ def test_a_lease_identifies_host_boot_and_process(open_: Any, change: dict[str, 
     assert study.queue.reclaim() == ([0] if dead else [])
 
 
+def test_a_checkpoint_that_a_dying_process_leaves_of_a_finished_trial_is_dropped_and_no_other(open_: Any) -> None:
+    study = open_(trials=3)
+    finished, _ = study.queue.claim()
+    study.queue.finish(finished, "complete", 0.5)
+    study.queue.claim()
+    checkpoints = [study.paths.checkpoint(trial_index) for trial_index in range(3)]
+    for checkpoint in checkpoints:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.touch()
+    study.queue.drop_finished_checkpoints()
+    assert [checkpoint.exists() for checkpoint in checkpoints] == [False, True, True]
+
+
 @pytest.mark.parametrize(("age_s", "dead"), [(0, False), (3600, True)])
 def test_a_running_trial_without_a_lease_is_reclaimed_after_a_while(
     open_: Any, monkeypatch: pytest.MonkeyPatch, age_s: float, dead: bool
