@@ -81,8 +81,8 @@ def bootstrap_intervals(
         shape = (min(at_once, resamples - first), images)
         chosen = torch.randint(images, shape, generator=generator, device=generator.device).to(labels.device)
         counts = torch.zeros(chosen.shape, dtype=torch.int64, device=labels.device)
-        counts.scatter_add_(1, chosen, torch.ones_like(chosen))
-        drawn.append(torch.stack([terms.score(name, counts.double()) for name in names], dim=1))
+        weights = counts.scatter_add_(1, chosen, torch.ones_like(chosen)).double()
+        drawn.append(torch.stack([terms.score(name, weights) for name in names], dim=1))
     tail = (1 - confidence) / 2
     ends = torch.cat(drawn).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64, device=labels.device), dim=0)
     intervals = {name: (low, high) for name, (low, high) in zip(names, ends.T.tolist(), strict=True)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import finish, machine, mean_and_deviation, parser, positive, table
-from trainings import SHARED, Done, Job, RandomCut, by_name, paired, rows_of, run_all
+from trainings import SHARED, Done, Job, RandomCut, accuracy_line, by_name, paired, rows_of, run_all
 
 from core.config import TrainConfig
 
@@ -97,13 +97,7 @@ def main() -> None:
             for seed in range(arguments.repeats)
             for key, changes in sides.items()
         ]
-        done = by_name(
-            run_all(
-                jobs,
-                workers=arguments.workers,
-                said=lambda one: f"{one.name}, seed {one.seed}: accuracy {one.accuracy:.4f}, {one.seconds:.0f} s",
-            )
-        )
+        done = by_name(run_all(jobs, workers=arguments.workers, said=accuracy_line))
     rows = []
     for name, (control, choice) in chosen.items():
         for where in SETS:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench_live import SIDE, SUBJECTS
 from common import finish, machine, mean_and_deviation, parser, positive, spread, table
-from trainings import SHARED, Job, RandomCut, by_name, paired, rows_of, run_all
+from trainings import SHARED, Job, RandomCut, accuracy_line, by_name, paired, rows_of, run_all
 
 from hpo.space import load_space
 
@@ -48,13 +48,7 @@ def main() -> None:
             for epochs in given.epochs
             for side in given.sides
         ]
-        done = by_name(
-            run_all(
-                jobs,
-                workers=given.workers,
-                said=lambda one: f"{one.name}, seed {one.seed}: accuracy {one.accuracy:.4f}, {one.seconds:.0f} s",
-            )
-        )
+        done = by_name(run_all(jobs, workers=given.workers, said=accuracy_line))
     rows = []
     for name, group in done.items():
         where, _, side = name.partition(": ")

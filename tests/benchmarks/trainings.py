@@ -113,6 +113,11 @@ def run_all(jobs: Sequence[Job], *, workers: int, said: Callable[[Done], str]) -
     return sorted(done, key=lambda one: ([job.name for job in jobs].index(one.name), one.seed))
 
 
+def accuracy_line(one: Done) -> str:
+    """For `run_all`."""
+    return f"{one.name}, seed {one.seed}: accuracy {one.accuracy:.4f}, {one.seconds:.0f} s"
+
+
 def by_name(done: Iterable[Done]) -> dict[str, list[Done]]:
     """The trainings by what they are a sample of, each list in the order of the seeds."""
     groups: dict[str, list[Done]] = {}
